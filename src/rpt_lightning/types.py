@@ -1,0 +1,151 @@
+"""The records that cross rooms.
+
+Every record is frozen and keyword-only, holds plain Python values (no tensors) and carries a worked example. Token ids are tuples so that records
+can be compared, hashed and stored.
+
+Worked example used throughout, with the text ``"2 + 2 = 4."`` cut before ``" 4"`` and a tokenizer that splits it into
+``["2", " +", " 2", " =", " 4", "."]``:
+
+>>> task = TokenTask(
+...     task_id="doc-7:4", doc_id="doc-7", position=4, context_ids=(17, 340, 216, 446), continuation_ids=(218, 30),
+...     continuation=(b" 4", b"."), entropy=1.2, true_prob=0.31, true_rank=0, answerable=True,
+... )
+>>> completion = Completion(
+...     token_ids=(9, 218, 7), text_bytes=b"hm</think>\\\\boxed{ 4}", rollout_logprobs=(-0.5, -1.2, -0.1), policy_version=3, finish_reason="stop",
+... )
+>>> group = RolloutGroup(task=task, prompt_ids=(17, 340, 216, 446, 2), completions=(completion, completion), predictions=(b" 4", b" 4"), rewards=(1.0, 1.0))
+>>> group.is_live          # all rewards equal: every advantage is zero
+False
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+TokenIds = tuple[int, ...]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Document:
+    """One text of a corpus.
+
+    >>> Document(doc_id="sympy.Add", text="Expression representing addition.")
+    Document(doc_id='sympy.Add', text='Expression representing addition.')
+    """
+
+    doc_id: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenTask:
+    """One corpus position to predict: the context before it and the ground-truth continuation from it on.
+
+    ``task_id`` is ``f"{doc_id}:{position}"``; ``position`` is the 0-based index of the first token to predict, so ``len(context_ids) == position``
+    unless the context was cut on the left to fit a prompt limit. ``continuation`` holds the bytes of each ground-truth token (``continuation_ids``), in order.
+    ``entropy`` (nats), ``true_prob`` and ``true_rank`` (0 = most likely) are the proxy model's scores of the position. ``answerable`` says whether any
+    prediction that ends on a token boundary within ``continuation`` survives the box parser at all.
+    """
+
+    task_id: str
+    doc_id: str
+    position: int
+    context_ids: TokenIds
+    continuation_ids: TokenIds
+    continuation: tuple[bytes, ...]
+    entropy: float
+    true_prob: float
+    true_rank: int
+    answerable: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingSettings:
+    """How tokens are drawn. Every field is explicit: what is left unset is filled differently by each engine's own defaults.
+
+    ``temperature`` 0 is greedy. ``top_p`` 1, ``top_k`` 0 and ``min_p`` 0 mean "no truncation" (pure temperature sampling).
+
+    >>> SamplingSettings(temperature=0.8, max_tokens=32, stop_token_ids=(2,)).is_truncating
+    False
+    """
+
+    temperature: float
+    max_tokens: int
+    stop_token_ids: TokenIds
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+    @property
+    def is_truncating(self) -> bool:
+        """Whether some tokens can never be drawn, which makes importance ratios biased."""
+        return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationRequest:
+    """``n`` completions of one prompt. Completion ``i`` is drawn with seed ``seed + i``.
+
+    >>> GenerationRequest(task_id="doc-7:4", prompt_ids=(17, 340), n=8, seed=1, sampling=SamplingSettings(temperature=0.8, max_tokens=4, stop_token_ids=(2,))).n
+    8
+    """
+
+    task_id: str
+    prompt_ids: TokenIds
+    n: int
+    seed: int
+    sampling: SamplingSettings
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """Sampled tokens of one request.
+
+    ``token_ids`` includes the stop token where one was sampled (the policy is trained to stop); ``text_bytes`` does not. ``rollout_logprobs`` are the
+    engine's log-probs (nats) of ``token_ids`` under the distribution that was sampled from, that is, after the temperature (for greedy decoding: at
+    temperature 1). ``finish_reason`` "length" means truncated by ``max_tokens``.
+    """
+
+    token_ids: TokenIds
+    text_bytes: bytes
+    rollout_logprobs: tuple[float, ...]
+    policy_version: int
+    finish_reason: FinishReason
+
+    @property
+    def is_truncated(self) -> bool:
+        return self.finish_reason == "length"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutGroup:
+    """All completions of one task, with what each predicted and what it was paid."""
+
+    task: TokenTask
+    prompt_ids: TokenIds
+    completions: tuple[Completion, ...]
+    predictions: tuple[bytes | None, ...]
+    rewards: tuple[float, ...]
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the group can teach anything: a group of equal rewards has zero advantages."""
+        return any(reward != self.rewards[0] for reward in self.rewards)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSequence:
+    """Tokens to learn by next-token prediction: the loss is on ``target_ids`` only, given ``prompt_ids``.
+
+    >>> TrainSequence(prompt_ids=(17, 340), target_ids=(216, 2)).num_tokens
+    4
+    """
+
+    prompt_ids: TokenIds
+    target_ids: TokenIds
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.target_ids)
