@@ -1,0 +1,28 @@
+"""The policy's weights as a stream of (Hugging Face name, tensor), the form in which an engine and an export take them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from rpt_lightning.policy.model import Policy
+
+HEAD_NAME = "lm_head.weight"
+
+
+def named_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """Every weight under its Hugging Face name, one at a time, gathered where it is sharded (a collective: call it on every rank).
+
+    A tied output head is one parameter with two names and is yielded under both: vLLM's ``reload_weights`` is silently wrong without it.
+    """
+    for name, parameter in policy.model.named_parameters():
+        yield name, _whole(parameter)
+    if policy.is_tied:
+        yield HEAD_NAME, _whole(policy.head.weight)
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    tensor = parameter.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
