@@ -1,0 +1,1 @@
+"""Pure mathematics on tensors: no device, no process group, no logging."""

@@ -1,0 +1,1 @@
+"""TorchMetrics of next-token accuracy and of rollouts."""

@@ -1,0 +1,187 @@
+r"""How the policy is asked: a template around the context's token ids, which stay untouched, and the form of an answer.
+
+The context is never decoded and tokenised again, since that would move token boundaries, and the reward is about boundaries.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from rpt_lightning.tasks.answer import BOX_CLOSE, BOX_OPEN
+from rpt_lightning.tasks.token_bytes import TokenBytes
+from rpt_lightning.tasks.wordings import CONTEXT_SLOT, WORDINGS
+from rpt_lightning.types import TokenIds
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BoundPrompt:
+    r"""A prompt template in the token ids of one tokenizer.
+
+    A whole sequence is ``prefix_ids + context + suffix_ids`` (the prompt) and ``thought + answer_open_ids + answer + answer_close_ids`` (the completion), where
+    ``answer_open_ids`` is the closing thought marker and ``\boxed{``, and ``answer_close_ids`` the closing brace and the token that ends the turn.
+    ``think_close`` is None where the policy is not asked for a marked thought.
+    """
+
+    prefix_ids: TokenIds
+    suffix_ids: TokenIds
+    answer_open_ids: TokenIds
+    answer_close_ids: TokenIds
+    stop_token_ids: TokenIds
+    think_close: bytes | None
+
+    @property
+    def num_overhead_tokens(self) -> int:
+        """What the template adds to every context."""
+        return len(self.prefix_ids) + len(self.suffix_ids)
+
+    def prompt_ids(self, context_ids: TokenIds) -> TokenIds:
+        """The prompt, with the thought already opened."""
+        return self.prefix_ids + tuple(context_ids) + self.suffix_ids
+
+    def answer_prefix_ids(self, thought_ids: TokenIds) -> TokenIds:
+        r"""What follows the prompt to force a thought: the policy goes on inside ``\boxed{``."""
+        return tuple(thought_ids) + self.answer_open_ids
+
+    def completion_ids(self, thought_ids: TokenIds, answer_ids: TokenIds) -> TokenIds:
+        """A whole completion as the policy should write it, its stop token included."""
+        return self.answer_prefix_ids(thought_ids) + tuple(answer_ids) + self.answer_close_ids
+
+
+class PromptTemplate(ABC):
+    """How the policy is asked. ``bind`` raises ValueError for a tokenizer that cannot express the template."""
+
+    @abstractmethod
+    def bind(self, tokenizer: PreTrainedTokenizerBase) -> BoundPrompt:
+        """The template in the token ids of this tokenizer."""
+
+
+class ContinuationPrompt(PromptTemplate):
+    """The context as it stands, then the thought: the form that a base or a small model was pre-trained on.
+
+    A tokenizer that begins every text with a token of its own (Llama 3) gets that token here too. The thought markers may be tokens of the tokenizer or
+    plain text; None for both asks for no marked thought.
+    """
+
+    def __init__(self, think_open: str | None = "<think>", think_close: str | None = "</think>") -> None:
+        _check_markers(think_open, think_close)
+        self.think_open = think_open
+        self.think_close = think_close
+
+    def bind(self, tokenizer: PreTrainedTokenizerBase) -> BoundPrompt:
+        eos_id = _eos_id(tokenizer)
+        first_ids: list[int] = tokenizer("").input_ids[:1]
+        begins_itself = tokenizer.bos_token_id is not None and tokenizer.bos_token_id != eos_id and first_ids == [tokenizer.bos_token_id]
+        token_bytes = TokenBytes(tokenizer)
+        return _bound(
+            tokenizer,
+            token_bytes,
+            prefix_ids=tuple(first_ids) if begins_itself else (),
+            suffix_ids=_marker_ids(tokenizer, token_bytes, self.think_open),
+            think_close=self.think_close,
+            stop_token_ids=(eos_id,),
+        )
+
+
+class ChatPrompt(PromptTemplate):
+    r"""The paper's question inside the model's own chat template, in the wordings ``v0`` (main runs) to ``v6`` of its Table 10.
+
+    The thought is opened after the template's generation prompt unless the template does so itself (the R1 distillations do). The turn ends with the token that the
+    template puts after an assistant's message.
+    """
+
+    def __init__(self, version: str = "v0", think_open: str | None = "<think>", think_close: str | None = "</think>") -> None:
+        if version not in WORDINGS:
+            raise ValueError(f"version={version!r}: the prompt versions are {', '.join(WORDINGS)}")
+        _check_markers(think_open, think_close)
+        self.version = version
+        self.think_open = think_open
+        self.think_close = think_close
+
+    def bind(self, tokenizer: PreTrainedTokenizerBase) -> BoundPrompt:
+        if not tokenizer.chat_template:
+            raise ValueError(
+                f"tokenizer {tokenizer.name_or_path!r} has no chat template, which ChatPrompt needs; use ContinuationPrompt or a chat model"
+            )
+        token_bytes = TokenBytes(tokenizer)
+        before, after = _render(tokenizer, [{"role": "user", "content": WORDINGS[self.version]}], add_generation_prompt=True)
+        suffix_ids = _template_ids(tokenizer, after)
+        if self.think_open is not None and not after.rstrip().endswith(self.think_open):
+            suffix_ids += _marker_ids(tokenizer, token_bytes, self.think_open)
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": CONTEXT_SLOT}]
+        _, after_answer = _render(tokenizer, messages, add_generation_prompt=False)
+        turn_end = [token_id for token_id in _template_ids(tokenizer, after_answer) if token_bytes.is_special(token_id)][:1]
+        return _bound(
+            tokenizer,
+            token_bytes,
+            prefix_ids=_template_ids(tokenizer, before),
+            suffix_ids=suffix_ids,
+            think_close=self.think_close,
+            stop_token_ids=tuple(dict.fromkeys([*turn_end, _eos_id(tokenizer)])),
+        )
+
+
+def _bound(
+    tokenizer: PreTrainedTokenizerBase,
+    token_bytes: TokenBytes,
+    *,
+    prefix_ids: TokenIds,
+    suffix_ids: TokenIds,
+    think_close: str | None,
+    stop_token_ids: TokenIds,
+) -> BoundPrompt:
+    close_id = None if think_close is None else tokenizer.get_added_vocab().get(think_close)
+    if close_id is None:
+        # One string, so that the merges across the marker's end are those of ordinary text.
+        answer_open_ids = token_bytes.encode_plain((think_close or "") + BOX_OPEN.decode())
+    else:
+        answer_open_ids = (close_id, *token_bytes.encode_plain(BOX_OPEN.decode()))
+    return BoundPrompt(
+        prefix_ids=prefix_ids,
+        suffix_ids=suffix_ids,
+        answer_open_ids=answer_open_ids,
+        answer_close_ids=(*token_bytes.encode_plain(BOX_CLOSE.decode()), stop_token_ids[0]),
+        stop_token_ids=stop_token_ids,
+        think_close=None if think_close is None else think_close.encode(),
+    )
+
+
+def _check_markers(think_open: str | None, think_close: str | None) -> None:
+    if think_open == "" or think_close == "":
+        raise ValueError(f"think_open={think_open!r}, think_close={think_close!r}: a marker cannot be empty; use null for no marked thought")
+    if (think_open is None) != (think_close is None):
+        raise ValueError(f"think_open={think_open!r}, think_close={think_close!r}: give both thought markers, or null for both")
+
+
+def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    eos_id = tokenizer.eos_token_id
+    if not isinstance(eos_id, int):
+        raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no end-of-text token (eos_token), so a completion could never stop; set one")
+    return eos_id
+
+
+def _marker_ids(tokenizer: PreTrainedTokenizerBase, token_bytes: TokenBytes, marker: str | None) -> TokenIds:
+    """One id where the tokenizer has the marker as a token of its own (Qwen 3, R1), else the marker's text."""
+    if marker is None:
+        return ()
+    marker_id = tokenizer.get_added_vocab().get(marker)
+    return (marker_id,) if marker_id is not None else token_bytes.encode_plain(marker)
+
+
+def _template_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> TokenIds:
+    """Ids of the template's own text, in which the markers of the chat are tokens."""
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return tuple(ids)
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> tuple[str, str]:
+    """What the chat template puts before and after the slot."""
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    before, *after = str(rendered).split(CONTEXT_SLOT)
+    if len(after) != 1:
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path!r} shows a message {len(after)} times instead of once; use ContinuationPrompt"
+        )
+    return before, after[0]

@@ -1,0 +1,140 @@
+"""The exact bytes of each token.
+
+Rewards compare bytes, because a token may end inside a character, so decoding to text would lose what the reward is about.
+
+What is exact: ``join(encode_plain(text)) == text.encode()`` for byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM2) that knows every byte. For BPE with
+byte fallback (Llama 2, Mistral, Gemma) the same holds for text without U+2581, the character such tokenizers use for a space. To get there the
+plain encoder leaves out what would change the text: Unicode normalisation (Qwen's NFC), the space that some tokenizers put in front, and added tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from rpt_lightning.types import TokenIds
+
+SPACE_MARK = "▁"  # U+2581, sentencepiece's visible space
+
+
+def byte_of_character() -> dict[str, int]:
+    """GPT-2's byte alphabet: printable Latin-1 bytes stand for themselves, the other 68 are moved to U+0100 and up, in order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    moved = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + rank): byte for rank, byte in enumerate(moved)}
+
+
+def _steps(component: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """The parts of a tokenizer component, whether it is absent, one step or a sequence."""
+    if component is None:
+        return []
+    return list(component[key]) if component["type"] == "Sequence" else [component]
+
+
+def _specification(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise ValueError(
+            f"tokenizer {tokenizer.name_or_path!r} ({type(tokenizer).__name__}) is not a fast tokenizer (tokenizer.json); use a model that has one"
+        )
+    specification: dict[str, Any] = json.loads(backend.to_str())
+    return specification
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Sixteen hex digits over vocabulary, merges and added tokens: equal for equal tokenizers, wherever they were loaded from.
+
+    Raises ValueError for a tokenizer without a ``tokenizer.json`` backend.
+    """
+    specification = _specification(tokenizer)
+    model = specification["model"]
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
+    added = sorted((token["id"], token["content"]) for token in specification["added_tokens"])
+    canonical = json.dumps([model["type"], model["vocab"], merges, added], sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+class TokenBytes:
+    """The bytes of each token id of a fast tokenizer, and an encoder that treats everything in a text as plain text.
+
+    Added tokens (special or not: ``<|im_end|>``, ``<think>``) have their literal content as bytes and are never produced by ``encode_plain``.
+    Added tokens of whitespace only (the runs of spaces of GPT-NeoX and OLMo) are ordinary vocabulary. ``token_bytes[id]`` raises KeyError for an
+    id that the tokenizer does not have (the padding rows of a model's embedding).
+
+    Raises ValueError for tokenizers that are neither byte-level BPE nor BPE with byte fallback.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        specification = _specification(tokenizer)
+        model = specification["model"]
+        pre_tokenizers = _steps(specification["pre_tokenizer"], "pretokenizers")
+        is_byte_level = any(step["type"] == "ByteLevel" for step in pre_tokenizers)
+        if model["type"] != "BPE" or not (is_byte_level or model.get("byte_fallback")):
+            raise ValueError(
+                f"tokenizer {tokenizer.name_or_path!r} is of kind {model['type']} without byte-level pieces or byte fallback, so its tokens have no exact bytes; "
+                "use a model with a byte-level BPE tokenizer (Llama 3, Qwen, SmolLM2) or byte fallback (Llama 2, Mistral, Gemma)"
+            )
+        added = specification["added_tokens"]
+        ordinary = [token for token in added if not token["special"] and token["content"].replace(SPACE_MARK, " ").isspace()]
+        self._special_ids = frozenset(token["id"] for token in added) - {token["id"] for token in ordinary}
+        piece_bytes = _byte_level_piece if is_byte_level else _byte_fallback_piece
+        self._bytes: dict[int, bytes] = {
+            token_id: piece_bytes(piece) for piece, token_id in model["vocab"].items() if token_id not in self._special_ids
+        }
+        for token in added:
+            if token["id"] not in self._bytes:
+                self._bytes[token["id"]] = token["content"].encode()
+        self._plain = _plain_encoder(specification, ordinary, is_byte_level=is_byte_level)
+
+    def __getitem__(self, token_id: int) -> bytes:
+        return self._bytes[token_id]
+
+    def join(self, token_ids: Iterable[int]) -> bytes:
+        """The bytes of a sequence of tokens, one after the other."""
+        return b"".join([self._bytes[token_id] for token_id in token_ids])
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether the id is a marker that plain text never contains: an added token, declared special or not."""
+        return token_id in self._special_ids
+
+    def encode_plain(self, text: str) -> TokenIds:
+        """Token ids of a text in which ``</think>`` or ``<|im_end|>`` are characters like any others."""
+        return tuple(self._plain.encode(text, add_special_tokens=False).ids)
+
+
+_BYTE_OF_CHARACTER = byte_of_character()
+
+
+def _byte_level_piece(piece: str) -> bytes:
+    # A piece outside the alphabet was put into the vocabulary as literal text (some tokenizers keep their markers there).
+    return bytes([_BYTE_OF_CHARACTER[character] for character in piece]) if all(c in _BYTE_OF_CHARACTER for c in piece) else piece.encode()
+
+
+def _byte_fallback_piece(piece: str) -> bytes:
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace(SPACE_MARK, " ").encode()
+
+
+def _plain_encoder(specification: dict[str, Any], ordinary: list[dict[str, Any]], *, is_byte_level: bool) -> Tokenizer:
+    """The tokenizer without its markers and without anything that changes the text.
+
+    ``split_special_tokens=True`` is not enough: the backend then splits the added tokens that are declared special, and still matches the others, such as
+    the ``<think>`` of Qwen 3 and of the R1 distillations.
+    """
+    plain = {**specification, "added_tokens": ordinary, "post_processor": None, "truncation": None, "padding": None}
+    replaces_space = [
+        step for step in _steps(specification["normalizer"], "normalizers") if step["type"] == "Replace" and step["content"] == SPACE_MARK
+    ]
+    plain["normalizer"] = None if is_byte_level or not replaces_space else replaces_space[0]
+    for step in _steps(specification["pre_tokenizer"], "pretokenizers"):
+        if step["type"] == "ByteLevel":
+            step["add_prefix_space"] = False
+        elif step["type"] == "Metaspace":
+            step["prepend_scheme"] = "never"
+    return Tokenizer.from_str(json.dumps(plain))
