@@ -1,0 +1,101 @@
+"""Is one policy better than another at the same positions? A paired bootstrap over documents or over positions.
+
+Positions of one document share its topic and its text, so they are not independent: resampling documents (the cluster bootstrap; Davison and Hinkley,
+Bootstrap Methods, 1997, section 3.8) is the honest unit, and resampling positions gives an interval that is too narrow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from rpt_lightning.evaluation.results import Results, pair_results
+
+Unit = Literal["document", "position"]
+
+# Resamples are drawn in blocks of at most this many counts (8 bytes each), so that memory does not grow with the number of resamples.
+_MAX_COUNTS = 4_000_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """``second - first`` in accuracy, as fractions, with its percentile interval."""
+
+    first: float
+    second: float
+    low: float
+    high: float
+    level: float
+    num_positions: int
+    num_units: int
+
+    @property
+    def difference(self) -> float:
+        return self.second - self.first
+
+    @property
+    def is_gain(self) -> bool:
+        """Whether the whole interval lies above 0."""
+        return self.low > 0
+
+
+def compare_policies(
+    first: Results, second: Results, *, unit: Unit = "document", num_resamples: int = 10_000, level: float = 0.95, seed: int = 0
+) -> Difference:
+    """The reasoning accuracy of ``second`` minus that of ``first``, at the positions that both were asked.
+
+    Raises:
+        ValueError: the two are not of the same positions, or there are none.
+    """
+    pairs = pair_results(first, second)
+    return paired_bootstrap(
+        [one.reasoning_correct for one, _ in pairs],
+        [other.reasoning_correct for _, other in pairs],
+        units=[one.doc_id if unit == "document" else one.task_id for one, _ in pairs],
+        num_resamples=num_resamples,
+        level=level,
+        seed=seed,
+    )
+
+
+def paired_bootstrap(
+    first: Sequence[bool], second: Sequence[bool], *, units: Sequence[str], num_resamples: int = 10_000, level: float = 0.95, seed: int = 0
+) -> Difference:
+    """The mean of ``second - first`` [N] with its percentile interval; whole ``units`` [N] are resampled, with replacement.
+
+    Raises:
+        ValueError: no positions.
+    """
+    if not len(first) == len(second) == len(units):
+        raise ValueError(f"Paired results need one length; got {len(first)}, {len(second)} and {len(units)} units.")
+    if not len(first):
+        raise ValueError("No positions to compare.")
+    gains = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)  # [N]
+    _, unit_of_position = np.unique(np.asarray(units), return_inverse=True)  # [N]
+    gain_sums = np.bincount(unit_of_position, weights=gains)  # [U]
+    sizes = np.bincount(unit_of_position)  # [U]
+    means = _resampled_means(gain_sums, sizes, num_resamples, np.random.default_rng(seed))
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Difference(
+        first=float(np.mean(first)),
+        second=float(np.mean(second)),
+        low=float(low),
+        high=float(high),
+        level=level,
+        num_positions=len(gains),
+        num_units=len(sizes),
+    )
+
+
+def _resampled_means(gain_sums: np.ndarray, sizes: np.ndarray, num_resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """[num_resamples] means. How often each of U units is drawn in U draws is multinomial, so that a resample is one product with the sums."""
+    num_units = len(sizes)
+    block = max(1, _MAX_COUNTS // num_units)
+    means = []
+    for start in range(0, num_resamples, block):
+        counts = rng.multinomial(num_units, np.full(num_units, 1 / num_units), size=min(block, num_resamples - start))  # [R, U]
+        means.append((counts @ gain_sums) / (counts @ sizes))
+    return np.concatenate(means)

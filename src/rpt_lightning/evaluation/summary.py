@@ -1,0 +1,39 @@
+"""What a run achieved, on one page and in one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rpt_lightning.evaluation.plots import plot_summary
+from rpt_lightning.evaluation.run_log import RewardCurve, read_rewards
+from rpt_lightning.evaluation.table import Stage, comparison_lines, difficulty_table, stage_table
+
+_NUM_REWARD_STEPS = 10
+
+
+def summarise(stages: Sequence[Stage], run_log: Path | None, output: Path) -> str:
+    """Write ``summary.md`` and ``summary.png`` into the folder ``output`` and return the Markdown.
+
+    ``stages`` come in the order in which they were trained; the last is compared with the others. ``run_log`` is the log of the RPT run.
+
+    Raises:
+        ValueError: stages of different positions, or a run log without rewards.
+    """
+    rewards = read_rewards(run_log) if run_log else None
+    parts = [stage_table(stages), difficulty_table(stages), "\n".join([*comparison_lines(stages), *_reward_lines(rewards)])]
+    markdown = "\n\n".join(parts) + "\n"
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "summary.md").write_text(markdown, encoding="utf-8")
+    plot_summary(stages, rewards, output / "summary.png")
+    return markdown
+
+
+def _reward_lines(rewards: RewardCurve | None) -> list[str]:
+    if rewards is None:
+        return []
+    num_steps = min(_NUM_REWARD_STEPS, len(rewards.steps))
+    return [
+        f"- mean reward: {rewards.first(num_steps):.3f} in the first {num_steps} steps, {rewards.last(num_steps):.3f} in the last {num_steps} "
+        f"of {len(rewards.steps)}"
+    ]

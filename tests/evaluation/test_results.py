@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rpt_lightning.evaluation.results import PositionResult, Results, pair_results, read_results, write_results
+
+FIRST = PositionResult(
+    task_id="a:3",
+    doc_id="a",
+    position=3,
+    entropy=1.25,
+    answerable=True,
+    truth=" 4\u2028",  # a line separator that JSON does not escape
+    prediction=None,
+    reasoning_correct=False,
+    ntp_correct=True,
+    ntp_logprob=-0.5,
+    boxed=False,
+    truncated=True,
+    length=16,
+)
+SECOND = replace(FIRST, task_id="b:9", doc_id="b", position=9, prediction="é", reasoning_correct=True, empty_thought_correct=False)
+
+
+def results(*positions: PositionResult) -> Results:
+    return Results(positions=positions, policy_path="models/p", step=7)
+
+
+def test_read_gives_back_what_was_written(tmp_path: Path):
+    written = results(FIRST, SECOND)
+    write_results(written, tmp_path / "new" / "validation.jsonl")
+    assert read_results(tmp_path / "new" / "validation.jsonl") == written
+
+
+def test_an_interrupted_file_is_refused(tmp_path: Path):
+    path = tmp_path / "v.jsonl"
+    write_results(results(FIRST, SECOND), path)
+    path.write_text(path.read_text().split("\n")[0] + "\n")
+    with pytest.raises(ValueError, match=r"v\.jsonl: 1 positions, but v\.json says 2"):
+        read_results(path)
+
+
+@pytest.mark.parametrize("line", ["{", json.dumps({"task_id": "a:3"}), json.dumps({"unknown": 1}), "[]"])
+def test_a_broken_line_is_named(tmp_path: Path, line: str):
+    path = tmp_path / "v.jsonl"
+    write_results(results(FIRST, SECOND), path)
+    path.write_text(path.read_text().split("\n")[0] + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=r"v\.jsonl line 2: not a position result"):
+        read_results(path)
+
+
+@pytest.mark.parametrize("missing", ["v.jsonl", "v.json"])
+def test_a_missing_file_is_named(tmp_path: Path, missing: str):
+    write_results(results(FIRST), tmp_path / "v.jsonl")
+    (tmp_path / missing).unlink()
+    with pytest.raises(ValueError, match=rf"{missing}: no such file"):
+        read_results(tmp_path / "v.jsonl")
+
+
+def test_pairs_follow_the_first_whatever_the_order_of_the_second():
+    better = replace(FIRST, reasoning_correct=True)
+    assert pair_results(results(FIRST, SECOND), results(SECOND, better)) == [(FIRST, better), (SECOND, SECOND)]
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ((FIRST,), r"2 positions\).*\(1\) are of different positions, 'b:9'"),
+        ((FIRST, replace(SECOND, task_id="c:1")), "different positions, 'b:9'"),
+        ((FIRST, FIRST), "occurs twice"),
+        ((FIRST, replace(SECOND, truth="x")), "'b:9' has the truth"),
+    ],
+)
+def test_other_positions_cannot_be_paired(other: tuple[PositionResult, ...], message: str):
+    with pytest.raises(ValueError, match=message):
+        pair_results(results(FIRST, SECOND), results(*other))
