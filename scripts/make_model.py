@@ -95,20 +95,7 @@ def make_tiny(output: Path) -> None:
 
 
 def standard_library_docstrings() -> Iterator[str]:
-    for name in (
-        "argparse",
-        "collections",
-        "datetime",
-        "decimal",
-        "fractions",
-        "functools",
-        "itertools",
-        "math",
-        "random",
-        "re",
-        "statistics",
-        "string",
-    ):
+    for name in ("argparse", "collections", "datetime", "decimal", "fractions", "functools", "itertools", "math", "random", "re", "string"):
         module = import_module(name)
         for member in [module, *vars(module).values()]:
             yield pydoc.getdoc(member)

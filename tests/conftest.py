@@ -22,7 +22,7 @@ def load_script(name: str) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved random Llama (about 1M parameters, vocabulary 512, tied embeddings) with its byte-level tokenizer, eos token and chat template. Read only."""
+    """A saved random Llama (1M parameters, vocabulary 512, tied embeddings) with byte-level tokenizer, eos and chat template. Only read it."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     load_script("make_model").make("tiny", folder)
     return folder

@@ -60,7 +60,7 @@ def test_swapping_the_policies_mirrors_the_interval(rows: list[tuple[bool, bool,
     backward = paired_bootstrap(second, first, units=units, num_resamples=500, seed=3)
     assert (forward.difference, forward.low, forward.high) == pytest.approx((-backward.difference, -backward.high, -backward.low))
     assert forward.low <= forward.high
-    assert -1 <= forward.low
+    assert forward.low >= -1
     assert forward.high <= 1
 
 

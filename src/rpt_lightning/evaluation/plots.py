@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rpt_lightning.evaluation.run_log import RewardCurve
 from rpt_lightning.evaluation.table import DIFFICULTIES, Rate, Stage, above
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _SMOOTHING_STEPS = 10
 
@@ -29,7 +33,7 @@ def plot_summary(stages: Sequence[Stage], rewards: RewardCurve | None, path: Pat
     figure.savefig(path, dpi=120)
 
 
-def _accuracy_bars(panel, stages: Sequence[Stage]) -> None:
+def _accuracy_bars(panel: Axes, stages: Sequence[Stage]) -> None:
     bands = [name for name, threshold in DIFFICULTIES.items() if any(above(stage.results.positions, threshold) for stage in stages)]
     width = 0.8 / (2 * len(stages))
     colours = [f"C{index}" for index in range(len(stages))]
@@ -42,7 +46,7 @@ def _accuracy_bars(panel, stages: Sequence[Stage]) -> None:
             centres = np.arange(len(bands)) - 0.4 + width * (2 * index + is_ntp + 0.5)
             means, errors = _percent(rates)
             label = f"{stage.name}, {'NTP' if is_ntp else 'reasoning'}"
-            style = {"facecolor": "none", "hatch": "///"} if is_ntp else {"facecolor": colours[index]}
+            style: dict[str, Any] = {"facecolor": "none", "hatch": "///"} if is_ntp else {"facecolor": colours[index]}
             panel.bar(centres, means, width * 0.92, yerr=errors, capsize=2, label=label, edgecolor=colours[index], error_kw={"lw": 1}, **style)
     counts = [len(above(stages[-1].results.positions, DIFFICULTIES[band])) for band in bands]
     panel.set_xticks(range(len(bands)), [f"{band}\nentropy > {DIFFICULTIES[band]}, n = {count}" for band, count in zip(bands, counts, strict=True)])
@@ -59,7 +63,7 @@ def _percent(rates: Sequence[Rate]) -> tuple[np.ndarray, np.ndarray]:
     return means, np.abs(ends.T - means)
 
 
-def _reward_curve(panel, rewards: RewardCurve) -> None:
+def _reward_curve(panel: Axes, rewards: RewardCurve) -> None:
     panel.plot(rewards.steps, rewards.means, ".", alpha=0.4, label="each step")
     window = min(_SMOOTHING_STEPS, len(rewards.means))
     smooth = np.convolve(rewards.means, np.full(window, 1 / window), mode="valid")

@@ -99,11 +99,14 @@ def comparison_lines(stages: Sequence[Stage]) -> list[str]:
         _comparison(f"reasoning {last.name} - reasoning {earlier.name}", compare_policies(earlier.results, last.results))
         for earlier in reversed(stages[:-1])
     ]
-    alternatives = {"NTP": [p.ntp_correct for p in positions], "empty thought": [p.empty_thought_correct for p in positions]}
-    units = [p.doc_id for p in positions]
-    for name, outcomes in alternatives.items():
-        if None not in outcomes:
-            against = paired_bootstrap([bool(outcome) for outcome in outcomes], [p.reasoning_correct for p in positions], units=units)
+    controls: dict[str, list[bool | None]] = {
+        "NTP": [p.ntp_correct for p in positions],
+        "an empty thought": [p.empty_thought_correct for p in positions],
+    }
+    for name, outcomes in controls.items():
+        measured = [outcome for outcome in outcomes if outcome is not None]
+        if len(measured) == len(positions):
+            against = paired_bootstrap(measured, [p.reasoning_correct for p in positions], units=[p.doc_id for p in positions])
             lines.append(_comparison(f"reasoning {last.name} - {name} of the same weights", against))
     return lines
 

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rpt_lightning.export import export
+
+TOKENS = torch.tensor([[5, 6, 7, 300]])
+
+
+@pytest.fixture
+def trained(tiny_model_dir: Path):
+    """The tiny model, moved away from what is on disk."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def checkpoint(model, policy_path: Path) -> dict:
+    return {
+        "state_dict": {f"policy.model.{name}": tensor for name, tensor in model.state_dict().items()},
+        "optimizer_states": [{"unused": torch.zeros(3)}],
+        "rpt": {"policy_path": str(policy_path), "policy_config": model.config.to_dict()},
+    }
+
+
+def save(content: object, path: Path) -> str:
+    torch.save(content, path)
+    return str(path)
+
+
+def test_the_folder_computes_what_the_policy_computed(trained, tiny_model_dir: Path, tmp_path: Path):
+    export(save(checkpoint(trained, tiny_model_dir), tmp_path / "last.ckpt"), str(tmp_path / "new" / "hf"))
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "hf")
+    torch.testing.assert_close(exported(TOKENS).logits, trained(TOKENS).logits, rtol=0, atol=0)
+    assert exported.lm_head.weight.data_ptr() == exported.model.embed_tokens.weight.data_ptr()
+    start = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    assert (exported(TOKENS).logits - start(TOKENS).logits).abs().max() > 0.1
+
+
+def test_the_tokenizer_and_the_end_tokens_come_along(trained, tiny_model_dir: Path, tmp_path: Path):
+    source = tmp_path / "source"
+    shutil.copytree(tiny_model_dir, source)
+    (source / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
+    export(save(checkpoint(trained, source), tmp_path / "last.ckpt"), str(tmp_path / "hf"))
+    ours, theirs = AutoTokenizer.from_pretrained(tmp_path / "hf"), AutoTokenizer.from_pretrained(source)
+    assert ours("Sum of x_{2} </think>é\n")["input_ids"] == theirs("Sum of x_{2} </think>é\n")["input_ids"]
+    assert ours.chat_template == theirs.chat_template
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").generation_config.eos_token_id == [0, 1]
+
+
+def test_a_tied_head_may_be_absent(trained, tiny_model_dir: Path, tmp_path: Path):
+    content = checkpoint(trained, tiny_model_dir)
+    del content["state_dict"]["policy.model.lm_head.weight"]
+    export(save(content, tmp_path / "last.ckpt"), str(tmp_path / "hf"))
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(TOKENS).logits, trained(TOKENS).logits, rtol=0, atol=0)
+
+
+def test_dtype_is_what_was_asked_for(trained, tiny_model_dir: Path, tmp_path: Path):
+    export(save(checkpoint(trained, tiny_model_dir), tmp_path / "last.ckpt"), str(tmp_path / "hf"), dtype="bfloat16")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
+    assert exported.dtype == torch.bfloat16
+    torch.testing.assert_close(exported.lm_head.weight, trained.lm_head.weight.bfloat16(), rtol=0, atol=0)
+
+
+def test_an_existing_output_is_left_alone(trained, tiny_model_dir: Path, tmp_path: Path):
+    (tmp_path / "hf").mkdir()
+    with pytest.raises(ValueError, match=r"--output .*hf: exists already"):
+        export(save(checkpoint(trained, tiny_model_dir), tmp_path / "last.ckpt"), str(tmp_path / "hf"))
+    assert not list((tmp_path / "hf").iterdir())
+
+
+def test_what_is_not_our_checkpoint_is_named(trained, tiny_model_dir: Path, tmp_path: Path):
+    (tmp_path / "text.ckpt").write_text("not a checkpoint")
+    (tmp_path / "empty.ckpt").touch()
+    whole = Path(save(checkpoint(trained, tiny_model_dir), tmp_path / "whole.ckpt")).read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    save({"state_dict": {}}, tmp_path / "other.ckpt")
+    save(Path, tmp_path / "class.ckpt")  # would be unpickled by code: refused by weights_only
+    short = checkpoint(trained, tiny_model_dir)
+    del short["state_dict"]["policy.model.model.norm.weight"]
+    save(short, tmp_path / "short.ckpt")
+    misshapen = checkpoint(trained, tiny_model_dir)
+    misshapen["rpt"]["policy_config"]["intermediate_size"] = 64
+    save(misshapen, tmp_path / "misshapen.ckpt")
+    moved = checkpoint(trained, tmp_path / "gone")
+    save(moved, tmp_path / "moved.ckpt")
+
+    for name, message in {
+        "missing.ckpt": "no such file",
+        "": "a folder, as a sharded strategy writes it",
+        "text.ckpt": "not a checkpoint that can be read",
+        "empty.ckpt": "not a checkpoint that can be read",
+        "cut.ckpt": "not a checkpoint that can be read",
+        "class.ckpt": "not a checkpoint that can be read",
+        "other.ckpt": "not a checkpoint of `rpt fit`",
+        "short.ckpt": r"1 tensors are missing \['model.norm.weight'\]",
+        "misshapen.ckpt": "do not have the shapes",
+        "moved.ckpt": "gone, which cannot be loaded",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            export(str(tmp_path / name), str(tmp_path / "hf"))
+        assert not (tmp_path / "hf").exists()
+    assert not list(tmp_path.glob(".hf.*"))

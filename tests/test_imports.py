@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_imports_go_one_way():
+    done = run(str(Path(sys.executable).with_name("lint-imports")), "--no-cache")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "module", ["rpt_lightning", "rpt_lightning.types", "rpt_lightning.cli", "rpt_lightning.evaluation.summary", "rpt_lightning.export"]
+)
+def test_heavy_libraries_stay_in_their_adapters(module: str):
+    """What these cost to import (lightning alone takes seconds) and what they do to a process (vllm takes over its threads) is paid by their users only."""
+    heavy = {"vllm", "litdata", "lightning", "datasets"}
+    done = run(sys.executable, "-c", f"import sys, {module}; print(*sorted({heavy} & sys.modules.keys()))")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""
