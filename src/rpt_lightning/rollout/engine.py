@@ -1,0 +1,202 @@
+"""The contract of every rollout engine, and the checks that all engines share.
+
+An engine holds its own copy of the policy's weights under a version number and completes prompts with it. It refuses to generate before the first
+update and after an update that failed, so a completion always comes from weights whose version is stamped on it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from typing_extensions import Self
+
+from rpt_lightning.rollout.requests import check_requests
+from rpt_lightning.tasks.token_bytes import TokenBytes
+from rpt_lightning.types import Completion, GenerationRequest, TokenIds
+
+EngineDtype = Literal["float32", "bfloat16", "float16"]
+_UNKNOWN_TOKEN = "\ufffd".encode()
+
+
+class Sample(NamedTuple):
+    """What a leaf engine returns for one completion: ids up to and including the stop token, and their log-probs (nats)."""
+
+    token_ids: TokenIds
+    logprobs: tuple[float, ...]
+
+
+class RolloutEngine(ABC):
+    """Start it, give it weights, let it generate, close it (or use it as a context manager).
+
+    Leaf engines implement the underscored methods; their flat parameters are those of ``__init__``.
+    """
+
+    def __init__(self, dtype: EngineDtype) -> None:
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._version: int | None = None
+        self._max_model_len = 0
+        self._weight_shapes: dict[str, torch.Size] = {}
+        self._token_bytes: TokenBytes | None = None
+
+    @property
+    def version(self) -> int | None:
+        """The policy version of the weights; None before the first update and after one that failed."""
+        return self._version
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self._dtype
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and completion together; 0 before the start."""
+        return self._max_model_len
+
+    @property
+    def weight_names(self) -> tuple[str, ...]:
+        """The Hugging Face names that every update must deliver, a tied head under its own name too; empty before the start."""
+        return tuple(self._weight_shapes)
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """One line that says what runs."""
+
+    def start(self, model_path: str, *, seed: int, max_model_len: int | None = None) -> None:
+        """Builds the model of a Hugging Face folder, without its weights: those come with ``update_weights``.
+
+        Args:
+            model_path: Folder (or hub id) of configuration and tokenizer.
+            seed: For what the engine draws besides completions (those have their own seeds), such as weights before the first update.
+            max_model_len: Tokens of prompt and completion together; None: what the model was made for.
+        """
+        if self._token_bytes is not None:
+            raise RuntimeError(f"{type(self).__name__} is already started; close it first")
+        config = AutoConfig.from_pretrained(model_path)
+        longest = int(config.max_position_embeddings)
+        if max_model_len is not None and not 1 <= max_model_len <= longest:
+            raise ValueError(f"max_model_len={max_model_len} must lie between 1 and the {longest} positions of {model_path}")
+        self._max_model_len = longest if max_model_len is None else max_model_len
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
+        self._weight_shapes = {name: weight.shape for name, weight in skeleton.named_parameters(remove_duplicate=False)}
+        token_bytes = TokenBytes(AutoTokenizer.from_pretrained(model_path))
+        self._start(model_path, seed)
+        self._token_bytes = token_bytes
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Completion]]:
+        """``n`` completions for each request, in the order of the requests. Completion ``i`` depends on the seed ``seed + i`` and not on the other requests.
+
+        Raises:
+            RuntimeError: The engine has no weights.
+            ValueError: A request that cannot be served; the message names its task.
+        """
+        version = self._version
+        if self._token_bytes is None or version is None:
+            raise RuntimeError(
+                f"{type(self).__name__} has no policy weights (not started, no update yet, or the last one failed): call update_weights first"
+            )
+        check_requests(requests, max_model_len=self.max_model_len)
+        samples = self._generate(requests)
+        return [
+            [self._completion(sample, request.sampling.stop_token_ids, version) for sample in row]
+            for row, request in zip(samples, requests, strict=True)
+        ]
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
+        """Takes over a whole set of weights under their Hugging Face names, and forgets every cache of the old ones.
+
+        Raises:
+            ValueError: A tensor is missing, unknown or of another shape. The engine then has no version and refuses to generate until an update succeeds.
+        """
+        self._check_started("update_weights")
+        if version < 0:
+            raise ValueError(f"version={version} must not be negative")
+        self._version = None
+        delivered: set[str] = set()
+        self._update_weights(self._checked(weights, delivered, version), version)
+        missing = [name for name in self._weight_shapes if name not in delivered]
+        if missing:
+            hint = " (a tied head must be delivered under its own name too)" if "lm_head.weight" in missing else ""
+            raise ValueError(f"update to version {version} did not deliver {_some(missing)}{hint}")
+        self._version = version
+
+    def read_weights(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Copies on the CPU of the weights that the engine computes with, in its dtype, under their Hugging Face names."""
+        self._check_started("read_weights")
+        unknown = [name for name in names if name not in self._weight_shapes]
+        if unknown:
+            raise ValueError(f"the engine's model has no weight {_some(unknown)}")
+        return self._read_weights(names)
+
+    def close(self) -> None:
+        """Frees what the engine holds. May be called twice."""
+        if self._token_bytes is not None:
+            self._token_bytes, self._version = None, None
+            self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def _start(self, model_path: str, seed: int) -> None: ...
+
+    @abstractmethod
+    def _generate(self, requests: Sequence[GenerationRequest]) -> list[list[Sample]]: ...
+
+    @abstractmethod
+    def _update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Takes every tensor of the iterator; names and shapes are checked as they pass."""
+
+    @abstractmethod
+    def _read_weights(self, names: Sequence[str]) -> dict[str, Tensor]: ...
+
+    @abstractmethod
+    def _close(self) -> None: ...
+
+    def _check_started(self, method: str) -> None:
+        if self._token_bytes is None:
+            raise RuntimeError(f"{type(self).__name__}.{method} before start")
+
+    def _checked(self, weights: Iterable[tuple[str, Tensor]], delivered: set[str], version: int) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            expected = self._weight_shapes.get(name)
+            if expected is None:
+                raise ValueError(f"update to version {version} delivers {name}, which the engine's model does not have")
+            if tensor.shape != expected:
+                raise ValueError(
+                    f"update to version {version} delivers {name} of shape {tuple(tensor.shape)}, the engine's model has {tuple(expected)}"
+                )
+            delivered.add(name)
+            yield name, tensor
+
+    def _completion(self, sample: Sample, stop_token_ids: TokenIds, version: int) -> Completion:
+        stopped = sample.token_ids[-1] in stop_token_ids
+        return Completion(
+            token_ids=sample.token_ids,
+            text_bytes=b"".join([self._bytes_of(token_id) for token_id in (sample.token_ids[:-1] if stopped else sample.token_ids)]),
+            rollout_logprobs=sample.logprobs,
+            policy_version=version,
+            finish_reason="stop" if stopped else "length",
+        )
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        assert self._token_bytes is not None
+        try:
+            return self._token_bytes[token_id]
+        except KeyError:  # Embeddings are often padded: a weak policy may draw a row that is no token.
+            return _UNKNOWN_TOKEN
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,32 @@
+"""An engine's own transformers model, filled from a stream of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+
+def build_model(model_path: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The architecture of a Hugging Face folder with random weights, in evaluation mode and without the folder's generation defaults."""
+    with torch.random.fork_rng(devices=[]):  # the random weights are overwritten; the trainer's generator must not notice them
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path), dtype=dtype)
+    # generate() fills what a request leaves open from here, such as a repetition penalty that the request never asked for.
+    model.generation_config = GenerationConfig()
+    return model.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def load_weights(model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Copies in place, rounding to the model's dtype. Names and shapes are checked by the caller."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in weights:
+        parameters[name].copy_(tensor)
+
+
+def read_weights(model: PreTrainedModel, names: Sequence[str]) -> dict[str, Tensor]:
+    """Copies on the CPU."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {name: parameters[name].detach().to("cpu", copy=True) for name in names}

@@ -1,0 +1,24 @@
+"""The seed of every completion."""
+
+from __future__ import annotations
+
+import hashlib
+
+MAX_SEED = 2**63 - 1  # vLLM passes seeds on as signed 64-bit numbers
+_ROOM = 2**20  # completions of one task that may be drawn with one policy
+
+
+def request_seed(run_seed: int, policy_version: int, task_id: str, first_index: int = 0) -> int:
+    """Seed of completion ``first_index`` of a task; completion ``first_index + i`` has the seed that is ``i`` higher.
+
+    The seed depends on nothing else (not on batch, rank or Python's hash seed), so a group may be drawn in parts. Seeds of different requests are
+    63-bit hashes. torch's CPU generator looks at the low 32 bits only, which are hashed as well as the rest: two requests of a step of 256 x 8 then draw the
+    same noise, for different prompts, about once in 8,000 steps, and it does no harm.
+
+    >>> request_seed(1, 0, "doc-7:4", 3) - request_seed(1, 0, "doc-7:4")
+    3
+    """
+    if not 0 <= first_index < _ROOM:
+        raise ValueError(f"first_index={first_index} must lie between 0 and {_ROOM - 1}")
+    digest = hashlib.sha256(repr((run_seed, policy_version, task_id)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") % (MAX_SEED - _ROOM) + first_index

