@@ -15,7 +15,7 @@ from rpt_lightning.evaluation.table import Stage, comparison_lines, difficulty_t
 
 
 def stage(name: str, num_right: int, *, controls: bool = False) -> Stage:
-    """100 positions of 50 documents, half above 1.5 nats. Right: the first ``num_right``; by NTP the first 30; after an empty thought the first 20."""
+    """100 positions of 50 documents, half above 1.5 nats. Right: the first ``num_right``; by NTP the first 30, with an empty thought 20."""
     positions = [
         replace(
             FIRST,

