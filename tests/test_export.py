@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -109,3 +114,28 @@ def test_what_is_not_our_checkpoint_is_named(trained, tiny_model_dir: Path, tmp_
             export(str(tmp_path / name), str(tmp_path / "hf"))
         assert not (tmp_path / "hf").exists()
     assert not list(tmp_path.glob(".hf.*"))
+
+
+VLLM_LOGPROBS = """
+import json, sys
+from vllm import LLM, SamplingParams
+llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=64, logprobs_mode="processed_logprobs", seed=0)
+(output,) = llm.generate([{"prompt_token_ids": json.loads(sys.argv[2])}], SamplingParams(max_tokens=1, temperature=1.0, logprobs=0, seed=0))
+((token, logprob),) = output.outputs[0].logprobs[0].items()
+print("RESULT", token, logprob.logprob)
+"""
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllm_loads_the_folder(trained, tiny_model_dir: Path, tmp_path: Path):
+    export(save(checkpoint(trained, tiny_model_dir), tmp_path / "last.ckpt"), str(tmp_path / "hf"))
+    # A process of its own: vLLM takes over the threads and the seeds of the one it runs in.
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", VLLM_LOGPROBS, str(tmp_path / "hf"), json.dumps(TOKENS[0].tolist())]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    token, logprob = line.split()[1:]
+    ours = trained(TOKENS).logits[0, -1].log_softmax(-1)[int(token)]
+    assert float(logprob) == pytest.approx(float(ours.detach()), abs=1e-3)
