@@ -1,0 +1,149 @@
+"""What all data modules share: one global stream whose place a checkpoint carries, and the same held-out positions."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+
+from rpt_lightning.data.heldout import choose_heldout
+from rpt_lightning.data.stream import ShuffledOrder, TaskStream, rank_share
+from rpt_lightning.data.task_folder import TaskFolder
+from rpt_lightning.types import TokenTask
+
+
+class StepLoader:
+    """Makes each training batch when it is asked for, in the main process, so that the stream's place is always that of the last step.
+
+    It never ends by itself. It has a length because Lightning otherwise fetches one batch ahead; and Lightning neither rewinds nor fast-forwards it
+    when a run resumes, since the place comes from the data module's own state.
+    """
+
+    def __init__(self, next_batch: Callable[[], dict[str, Any]], num_steps: int) -> None:
+        self.next_batch = next_batch
+        self.num_steps = num_steps
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while True:
+            yield self.next_batch()
+
+
+class EvalLoader:
+    """Batches of the held-out tasks; every rank sees the same number of batches, the last of which may be empty on some."""
+
+    def __init__(self, tasks: tuple[TokenTask, ...], *, batch_size: int, rank: int, num_ranks: int) -> None:
+        batches = [tasks[start : start + batch_size] for start in range(0, len(tasks), batch_size)]
+        self.batches = [{"tasks": tuple(rank_share(batch, rank=rank, num_ranks=num_ranks))} for batch in batches]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.batches)
+
+
+class TaskFolderDataModule(LightningDataModule):
+    """Trains on the ``train`` split of a task folder in the order of ``stream.py`` and validates on fixed held-out positions."""
+
+    def __init__(
+        self,
+        task_dir: str,
+        *,
+        items_per_step: int,
+        flag: str,
+        max_context_tokens: int | None,
+        num_eval_tasks: int,
+        eval_min_entropy: float,
+        eval_batch_size: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        least = {flag: items_per_step, "num_eval_tasks": num_eval_tasks, "eval_batch_size": eval_batch_size, "max_context_tokens": max_context_tokens}
+        for name, value in least.items():
+            if value is not None and value < 1:
+                raise ValueError(f"--data.{name} {value}: must be at least 1")
+        self.task_dir = task_dir
+        self.items_per_step = items_per_step
+        self.flag = flag
+        self.max_context_tokens = max_context_tokens
+        self.num_eval_tasks = num_eval_tasks
+        self.eval_min_entropy = eval_min_entropy
+        self.eval_batch_size = eval_batch_size
+        self.seed = seed
+
+    # What the leaves say
+
+    @abstractmethod
+    def make_order(self) -> ShuffledOrder:
+        """The order of this module's items; ``self.train`` is open."""
+
+    @abstractmethod
+    def make_batch(self, items: list[tuple[int, int]]) -> dict[str, Any]:
+        """The training batch of some ``(document, k)`` pairs of the order."""
+
+    # Lightning's hooks
+
+    def setup(self, stage: str) -> None:
+        """Open and check the task folder. Raises ValueError where the model being trained has another tokenizer."""
+        self.train = TaskFolder(self.task_dir, "train", max_context_tokens=self.max_context_tokens)
+        self.heldout = TaskFolder(self.task_dir, "heldout", max_context_tokens=self.max_context_tokens)
+        self._check_tokenizer()
+        self.stream = TaskStream(self.make_order())
+        available = self.stream.order.items_per_epoch
+        if self.items_per_step > available:
+            raise ValueError(
+                f"--data.{self.flag} {self.items_per_step}: {self.task_dir} has only {available} to train on, so a step would repeat some; lower it "
+                "or prepare more text"
+            )
+
+    def train_dataloader(self) -> StepLoader:
+        return StepLoader(self._next_batch, num_steps=self.stream.order.items_per_epoch // self.items_per_step)
+
+    def val_dataloader(self) -> EvalLoader:
+        rank, num_ranks = self._data_rank()
+        return EvalLoader(self.eval_tasks(), batch_size=self.eval_batch_size, rank=rank, num_ranks=num_ranks)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Records hold no tensors, and Lightning's own walk refuses frozen dataclasses."""
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"stream": self.stream.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            return  # a validation may read another folder than the run that made the checkpoint
+        self.stream.load_state_dict(state_dict["stream"])
+
+    # Also for evaluation outside a Trainer
+
+    def eval_tasks(self) -> tuple[TokenTask, ...]:
+        """All held-out tasks, of all ranks."""
+        return choose_heldout(self.heldout, num_tasks=self.num_eval_tasks, min_entropy=self.eval_min_entropy, seed=self.seed)
+
+    def _next_batch(self) -> dict[str, Any]:
+        rank, num_ranks = self._data_rank()
+        return self.make_batch(list(rank_share(self.stream.next(self.items_per_step), rank=rank, num_ranks=num_ranks)))
+
+    def _data_rank(self) -> tuple[int, int]:
+        """This process's data-parallel rank and their number: tensor-parallel ranks of one group get identical tasks."""
+        strategy = getattr(self.trainer, "strategy", None)
+        kwargs = getattr(strategy, "distributed_sampler_kwargs", None)
+        return (int(kwargs["rank"]), int(kwargs["num_replicas"])) if kwargs else (0, 1)
+
+    def _check_tokenizer(self) -> None:
+        module = None if self.trainer is None else self.trainer.lightning_module
+        wanted = getattr(module, "tokenizer_hash", None)
+        if wanted is not None and wanted != self.train.tokenizer_hash:
+            made_with = self.train.manifest["settings"]["tokenizer"]
+            raise ValueError(
+                f"--data.task_dir {self.task_dir}: prepared with the tokenizer of {made_with!r}, which is not that of the model being trained; prepare the "
+                "folder with this model's tokenizer or train that model"
+            )

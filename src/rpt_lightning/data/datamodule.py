@@ -1,0 +1,73 @@
+"""Tasks for next-token reasoning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rpt_lightning.data.base_datamodule import TaskFolderDataModule
+from rpt_lightning.data.stream import ShuffledOrder
+from rpt_lightning.types import TokenTask
+
+
+class TokenTaskDataModule(TaskFolderDataModule):
+    """Training batches ``{"tasks": ...}`` hold this rank's share of a step.
+
+    Args:
+        task_dir: Folder that ``rpt prepare`` made.
+        tasks_per_step: Tasks of one step, of all ranks together.
+        positions_per_document: How many positions of a document are trained side by side, where it has so many: they share their prefix.
+        max_context_tokens: Cut longer contexts on the left.
+        num_eval_tasks: Held-out positions of a validation.
+        eval_min_entropy: Validate on positions with more proxy entropy than this, in nats.
+        eval_batch_size: Tasks of one validation batch, of all ranks together. Results do not depend on it.
+        seed: Seed of the order and of the choice of held-out positions.
+    """
+
+    def __init__(
+        self,
+        task_dir: str,
+        tasks_per_step: int = 256,
+        positions_per_document: int = 1,
+        max_context_tokens: int | None = None,
+        num_eval_tasks: int = 1024,
+        eval_min_entropy: float = 0.5,
+        eval_batch_size: int = 256,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            task_dir,
+            items_per_step=tasks_per_step,
+            flag="tasks_per_step",
+            max_context_tokens=max_context_tokens,
+            num_eval_tasks=num_eval_tasks,
+            eval_min_entropy=eval_min_entropy,
+            eval_batch_size=eval_batch_size,
+            seed=seed,
+        )
+        if positions_per_document < 1:
+            raise ValueError(f"--data.positions_per_document {positions_per_document}: must be at least 1")
+        self.positions_per_document = positions_per_document
+
+    def make_order(self) -> ShuffledOrder:
+        return ShuffledOrder(self.train.num_positions, self.train.chunk_sizes, bundle_size=self.positions_per_document, seed=self.seed)
+
+    def make_batch(self, items: list[tuple[int, int]]) -> dict[str, Any]:
+        return {"tasks": tuple(self.train.task(document, k) for document, k in items)}
+
+    def draw(self, num: int) -> tuple[TokenTask, ...]:
+        """``num`` further tasks of the same stream for this rank, for dynamic sampling: the next step continues behind them.
+
+        With several ranks a collective: every rank calls it together with the number that it needs itself, 0 included, so that all stay at one place.
+        """
+        rank, num_ranks = self._data_rank()
+        wanted = [num]
+        if num_ranks > 1:
+            assert self.trainer is not None
+            gathered = self.trainer.strategy.all_gather(torch.tensor(num, device=self.trainer.strategy.root_device))
+            # Ranks of one tensor-parallel group ask for the same tasks: one of them speaks for the group.
+            wanted = gathered.flatten().tolist()[:: len(gathered) // num_ranks]
+        drawn = self.stream.next(sum(wanted))
+        start = sum(wanted[:rank])
+        return tuple(self.train.task(document, k) for document, k in drawn[start : start + wanted[rank]])

@@ -1,0 +1,106 @@
+"""What a task folder says about itself: counts, a histogram of the entropy and the ceiling that unanswerable positions put on accuracy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+MANIFEST_FILE = "manifest.json"
+HISTOGRAM_FILE = "histogram.png"
+# Positions whose entropy exceeds so many nats (paper, section 3.3). The bands are nested.
+BANDS = {"easy": 0.5, "medium": 1.0, "hard": 1.5}
+BIN_EDGES = np.round(np.arange(0.0, 2.9, 0.1), 1)  # nats; the entropy of 16 tokens is at most ln 16 = 2.77
+
+
+class SplitStatistics:
+    """Counts of one split, filled while its items are written."""
+
+    def __init__(self) -> None:
+        self.num_documents = 0
+        self.num_tokens = 0
+        self.num_scored = 0
+        self.num_unanswerable = 0
+        self.positions: list[dict[str, NDArray[Any]]] = []
+        self.histogram = np.zeros(len(BIN_EDGES) - 1, dtype=np.int64)
+
+    def add_scores(self, entropy: NDArray[np.float32]) -> None:
+        """Count the entropies of all scored positions of a document, selected or not."""
+        scored = entropy[~np.isnan(entropy)]
+        self.num_scored += len(scored)
+        self.histogram += np.histogram(np.clip(scored, BIN_EDGES[0], BIN_EDGES[-1]), BIN_EDGES)[0]
+
+    def add_item(self, item: dict[str, Any], num_unanswerable: int) -> None:
+        """Count a document that is written."""
+        self.num_documents += 1
+        self.num_tokens += len(item["token_ids"])
+        self.num_unanswerable += num_unanswerable
+        self.positions.append({name: item[name] for name in ("entropy", "true_rank", "answerable")})
+
+    def summary(self) -> dict[str, Any]:
+        """Counts of stored positions, over all and above each band's threshold, with the proxy's own next-token accuracy there."""
+        columns = {name: np.concatenate([row[name] for row in self.positions] or [np.zeros(0)]) for name in ("entropy", "true_rank", "answerable")}
+        return {
+            "documents": self.num_documents,
+            "tokens": self.num_tokens,
+            "scored_positions": self.num_scored,
+            "positions": len(columns["entropy"]),
+            "unanswerable": self.num_unanswerable,
+            "bands": {
+                band: _band_summary(columns["true_rank"][columns["entropy"] > threshold], columns["answerable"][columns["entropy"] > threshold])
+                for band, threshold in BANDS.items()
+            },
+        }
+
+
+def _band_summary(true_rank: NDArray[Any], answerable: NDArray[Any]) -> dict[str, Any]:
+    count = len(true_rank)
+    return {
+        "positions": count,
+        "unanswerable": int((answerable == 0).sum()),
+        "accuracy_ceiling": round(float(answerable.mean()), 4) if count else None,
+        "proxy_next_token_accuracy": round(float((true_rank == 0).mean()), 4) if count else None,
+    }
+
+
+def plot_histogram(path: Path, splits: Iterable[tuple[str, NDArray[np.int64]]], thresholds: dict[str, float]) -> None:
+    """Share of the scored positions by entropy, one line a split, and where the thresholds lie."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, counts in splits:
+        axes.stairs(counts / max(counts.sum(), 1), BIN_EDGES, label=f"{name}: {int(counts.sum()):,} positions", linewidth=1.8)
+    for style, (name, threshold) in zip(("-", "--", ":"), thresholds.items(), strict=False):
+        axes.axvline(threshold, color="0.4", linestyle=style, linewidth=1.0, label=f"{name} > {threshold:g}")
+    axes.set_xlabel("proxy entropy over its 16 most likely tokens (nats)")
+    axes.set_ylabel("share of scored positions")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a task folder. Raises ValueError where there is none or it is damaged."""
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder}: not a task folder ({MANIFEST_FILE} is missing); name a folder that `rpt prepare` finished")
+    try:
+        manifest = json.loads(path.read_text())
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format {manifest['format']} instead of {FORMAT}")
+        return manifest
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a manifest that this version reads ({error}); make the task folder again with `rpt prepare`") from error
+
+
+FORMAT = 1

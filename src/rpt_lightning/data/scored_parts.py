@@ -1,0 +1,148 @@
+"""Scoring that survives an interruption: documents are scored in parts, and each part is a file that is there whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rpt_lightning.data.scoring import DocumentScores, ProxyScorer
+from rpt_lightning.data.shards import replace_file
+from rpt_lightning.types import TokenIds
+
+TOKENS_FILE = "tokens.npz"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoringSettings:
+    """What the scores of given tokens depend on, and how fast they come. Travels to every scoring process.
+
+    ``precision`` is one of Fabric's names (32-true, bf16-mixed, bf16-true), ``devices`` the number of processes, each with its own device or its share of cores.
+    """
+
+    proxy: str
+    start_ids: TokenIds
+    precision: str
+    window: int
+    overlap: int
+    batch_tokens: int
+    part_tokens: int
+    devices: int
+    accelerator: str
+
+
+def part_bounds(lengths: Sequence[int], part_tokens: int) -> list[tuple[int, int]]:
+    """Consecutive documents ``[start, stop)`` of about ``part_tokens`` tokens.
+
+    >>> part_bounds([5, 5, 5, 20, 1], 10)
+    [(0, 2), (2, 4), (4, 5)]
+    """
+    bounds, start, tokens = [], 0, 0
+    for index, length in enumerate(lengths, start=1):
+        tokens += length
+        if tokens >= part_tokens or index == len(lengths):
+            bounds.append((start, index))
+            start, tokens = index, 0
+    return bounds
+
+
+def score_in_parts(documents: Sequence[NDArray[np.int32]], folder: Path, settings: ScoringSettings) -> float:
+    """Score what ``folder`` does not hold yet. Returns the tokens per second of this call (0 where nothing was left to do).
+
+    With several devices each process scores every ``devices``-th part; nothing depends on how many there are.
+    """
+    from lightning.fabric import Fabric
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = {"token_ids": np.concatenate(documents), "lengths": np.array([len(ids) for ids in documents])}
+    replace_file(folder / TOKENS_FILE, lambda path: _save(path, tokens))
+    bounds = part_bounds([len(ids) for ids in documents], settings.part_tokens)
+    todo = [part for part in range(len(bounds)) if not _part_file(folder, part).exists()]
+    num_tokens = sum(len(ids) for part in todo for ids in documents[slice(*bounds[part])])
+    if not todo:
+        return 0.0
+    if len(todo) < len(bounds):
+        print(f"{len(bounds) - len(todo)} of {len(bounds)} parts were scored before and are kept ({folder})", flush=True)
+    started = time.monotonic()
+    # Processes are spawned rather than started as new commands: prepare may be called from Python as well as from the command line.
+    strategy = "auto" if settings.devices == 1 else "ddp_spawn"
+    precision: Any = settings.precision
+    fabric = Fabric(accelerator=settings.accelerator, devices=settings.devices, strategy=strategy, precision=precision)
+    # Lightning walks through the arguments of what it launches and refuses frozen dataclasses there.
+    fabric.launch(functools.partial(_score_process, folder=folder, settings=settings, todo=todo))
+    return num_tokens / max(time.monotonic() - started, 1e-9)
+
+
+def read_scores(folder: Path, part: int, lengths: Sequence[int]) -> list[DocumentScores]:
+    """The scores of the documents of one part, of ``lengths`` tokens."""
+    cuts = np.cumsum(lengths)[:-1]
+    with np.load(_part_file(folder, part), allow_pickle=False) as arrays:
+        fields = {field.name: np.split(arrays[field.name], cuts) for field in dataclasses.fields(DocumentScores)}
+    return [DocumentScores(**{name: rows[index] for name, rows in fields.items()}) for index in range(len(lengths))]
+
+
+def _score_process(fabric: Any, folder: Path, settings: ScoringSettings, todo: list[int]) -> None:
+    with np.load(folder / TOKENS_FILE, allow_pickle=False) as arrays:
+        lengths: list[int] = arrays["lengths"].tolist()
+        documents = np.split(arrays["token_ids"], np.cumsum(lengths)[:-1])
+    bounds = part_bounds(lengths, settings.part_tokens)
+    part_tokens = {part: sum(lengths[slice(*bounds[part])]) for part in todo}
+    scorer = _load_scorer(fabric, settings)
+    report = _progress(folder, part_tokens)
+    for part in todo[fabric.global_rank :: fabric.world_size]:
+        scores = scorer.score(documents[slice(*bounds[part])])
+        arrays_out = {field.name: np.concatenate([getattr(row, field.name) for row in scores]) for field in dataclasses.fields(DocumentScores)}
+        replace_file(_part_file(folder, part), lambda path, arrays=arrays_out: _save(path, arrays))
+        if fabric.global_rank == 0:
+            report()
+
+
+def _load_scorer(fabric: Any, settings: ScoringSettings) -> ProxyScorer:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if settings.precision == "bf16-true" else torch.float32
+    model = fabric.to_device(AutoModelForCausalLM.from_pretrained(settings.proxy, dtype=dtype).eval())
+    return ProxyScorer(
+        model,
+        window=settings.window,
+        overlap=settings.overlap,
+        batch_tokens=settings.batch_tokens,
+        start_ids=settings.start_ids,
+        autocast=fabric.autocast,
+    )
+
+
+def _progress(folder: Path, part_tokens: dict[int, int]) -> Callable[[], None]:
+    """A function that prints how far all processes together are."""
+    started = time.monotonic()
+    total = sum(part_tokens.values())
+
+    def report() -> None:
+        done = sum(tokens for part, tokens in part_tokens.items() if _part_file(folder, part).exists())
+        speed = done / max(time.monotonic() - started, 1e-9)
+        left_s = round((total - done) / max(speed, 1e-9))
+        print(f"scored {done:,} of {total:,} tokens, {speed:,.0f} tokens/s, {left_s // 60} min {left_s % 60:02d} s left", flush=True)
+
+    return report
+
+
+def _part_file(folder: Path, part: int) -> Path:
+    return folder / f"scores-{part:06d}.npz"
+
+
+def _save(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def iterate_scores(folder: Path, lengths: Sequence[int], part_tokens: int) -> Iterator[DocumentScores]:
+    """The scores of all documents in order, one part in memory at a time."""
+    for part, (start, stop) in enumerate(part_bounds(lengths, part_tokens)):
+        yield from read_scores(folder, part, lengths[start:stop])

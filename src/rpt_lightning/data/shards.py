@@ -1,0 +1,76 @@
+"""One split on disk: litdata shards with one item a document, and the number of positions of each document beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rpt_lightning.data.selection import Item
+
+INDEX_FILE = "index.json"
+NUM_POSITIONS_FILE = "num_positions.npy"
+# What the writer below produces: text and plain arrays. Anything else, pickle above all, can run code when it is read.
+SAFE_FORMATS = ("str", "numpy", "no_header_numpy")
+
+
+def write_split(folder: Path, items: Iterable[Item], *, chunk_bytes: str) -> NDArray[np.int32]:
+    """Write ``items`` in order. Returns the number of positions of each. -> [D]"""
+    from litdata.streaming.writer import BinaryWriter
+
+    folder.mkdir(parents=True)
+    writer = BinaryWriter(str(folder), chunk_bytes=chunk_bytes)
+    num_positions: list[int] = []
+    for index, item in enumerate(items):
+        writer.add_item(index, item)
+        num_positions.append(len(item["positions"]))
+    writer.done()
+    writer.merge()
+    counts = np.array(num_positions, dtype=np.int32)
+    np.save(folder / NUM_POSITIONS_FILE, counts, allow_pickle=False)
+    return counts
+
+
+def check_split(folder: Path) -> tuple[list[int], NDArray[np.int32]]:
+    """Documents of each chunk and positions of each document. [C], [D]
+
+    Raises ValueError for a folder that is incomplete, damaged or names a serializer that could run code.
+    """
+    way_out = "make the task folder again with `rpt prepare`"
+    try:
+        index: dict[str, Any] = json.loads((folder / INDEX_FILE).read_text())
+        chunks, config = index["chunks"], index["config"]
+        formats = [str(name).split(":")[0] for name in config["data_format"]]
+        num_positions: NDArray[np.int32] = np.load(folder / NUM_POSITIONS_FILE, allow_pickle=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: not a readable split of a task folder ({error}); {way_out}") from error
+    unsafe = [name for name in formats if name not in SAFE_FORMATS]
+    if unsafe:
+        raise ValueError(
+            f"{folder / INDEX_FILE} names the serializer {unsafe[0]!r}; only {', '.join(SAFE_FORMATS)} are read, since others can run code"
+        )
+    for chunk in chunks:
+        path = folder / str(chunk["filename"])
+        size = path.stat().st_size if path.is_file() else None
+        if size != chunk["chunk_bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes instead of {chunk['chunk_bytes']}"
+            raise ValueError(f"{path} {found}: the task folder is incomplete; {way_out}")
+    sizes = [int(chunk["chunk_size"]) for chunk in chunks]
+    if sum(sizes) != len(num_positions):
+        raise ValueError(f"{folder}: {sum(sizes)} documents in the shards but {len(num_positions)} in {NUM_POSITIONS_FILE}; {way_out}")
+    return sizes, num_positions
+
+
+def replace_file(path: Path, write: Any) -> None:
+    """Call ``write`` with a temporary path and move the result to ``path``: either the whole file is there or nothing."""
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,124 @@
+"""The global order of what is trained on: a function of (seed, epoch, index) and of nothing else.
+
+Ranks, workers and resumption do not enter it: every rank computes the same order, takes the same steps from it and keeps its own share of each
+(``rank_share``). litdata's shuffled order depends on the number of ranks, so a run could not move to another machine.
+
+The shuffle is chunk-aware so that remote shards stream: chunks are permuted, and documents are mixed inside a window of ``WINDOW_CHUNKS`` chunks only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+WINDOW_CHUNKS = 8
+T = TypeVar("T")
+
+
+class ShuffledOrder:
+    """An order of ``(document, k)`` pairs, k < num_items[document], in which up to ``bundle_size`` items of a document follow each other.
+
+    Args:
+        num_items: Items of each document. [D]
+        chunk_sizes: Documents of each chunk, in order. [C]
+        bundle_size: How many items of a document stand side by side: they share their prefix.
+        seed: Seed of the order.
+    """
+
+    def __init__(self, num_items: NDArray[np.int32], chunk_sizes: Sequence[int], *, bundle_size: int, seed: int) -> None:
+        self.num_items = num_items
+        self.bundle_size = bundle_size
+        self.seed = seed
+        self.items_per_epoch = int(num_items.sum())
+        self._bounds = np.concatenate([[0], np.cumsum(chunk_sizes)])  # [C + 1] documents
+        cumulative = np.concatenate([[0], np.cumsum(num_items)])
+        self._chunk_items = np.diff(cumulative[self._bounds])  # [C] items of each chunk
+        self._epoch: int | None = None
+        self._window: tuple[int, int] | None = None
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[int, int]:
+        """The pair at ``(epoch, index)``."""
+        epoch, index = key
+        assert 0 <= index < self.items_per_epoch
+        self._enter_epoch(epoch)
+        window = int(np.searchsorted(self._window_ends, index, side="right"))
+        self._enter_window(epoch, window)
+        start = self._window_ends[window - 1] if window else 0
+        document, item = self._pairs[index - start]
+        return int(document), int(item)
+
+    def _enter_epoch(self, epoch: int) -> None:
+        if epoch == self._epoch:
+            return
+        self._epoch, self._window = epoch, None
+        self._chunks = np.random.default_rng([self.seed, epoch]).permutation(len(self._chunk_items))
+        items = self._chunk_items[self._chunks]
+        self._window_ends = np.cumsum([items[start : start + WINDOW_CHUNKS].sum() for start in range(0, len(items), WINDOW_CHUNKS)])  # [W]
+
+    def _enter_window(self, epoch: int, window: int) -> None:
+        if self._window == (epoch, window):
+            return
+        self._window = (epoch, window)
+        rng = np.random.default_rng([self.seed, epoch, window + 1])
+        bundles: list[NDArray[np.int64]] = []
+        for chunk in self._chunks[window * WINDOW_CHUNKS : (window + 1) * WINDOW_CHUNKS]:
+            for document in range(self._bounds[chunk], self._bounds[chunk + 1]):
+                items = rng.permutation(int(self.num_items[document]))
+                pairs = np.stack([np.full(len(items), document), items], axis=1)  # [P, 2]
+                bundles += [pairs[start : start + self.bundle_size] for start in range(0, len(pairs), self.bundle_size)]
+        self._pairs = np.concatenate([bundles[index] for index in rng.permutation(len(bundles))])  # [items of the window, 2]
+
+
+class TaskStream:
+    """An endless repetition of a ``ShuffledOrder``, epoch after epoch, and the place in it: what a checkpoint stores."""
+
+    def __init__(self, order: ShuffledOrder) -> None:
+        self.order = order
+        self.epoch = 0
+        self.index = 0
+
+    def next(self, num: int) -> list[tuple[int, int]]:
+        """The next ``num`` pairs; after the last of an epoch the first of the next."""
+        pairs = []
+        for _ in range(num):
+            pairs.append(self.order[self.epoch, self.index])
+            self.index += 1
+            if self.index == self.order.items_per_epoch:
+                self.epoch, self.index = self.epoch + 1, 0
+        return pairs
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "index": self.index, "made_with": self._settings()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue at a stored place. Raises ValueError where it belongs to another order."""
+        settings = self._settings()
+        different = [name for name in settings if state["made_with"].get(name) != settings[name]]
+        if different:
+            name = different[0]
+            raise ValueError(
+                f"--ckpt_path: the checkpoint's place in the data was taken with {name} {state['made_with'].get(name)} and this run has {settings[name]}, "
+                "so it cannot continue there; use the same --data settings and task folder, or start a new run from exported weights"
+            )
+        self.epoch, self.index = int(state["epoch"]), int(state["index"])
+
+    def _settings(self) -> dict[str, int]:
+        order = self.order
+        return {
+            "seed": order.seed,
+            "positions_per_document": order.bundle_size,
+            "number of documents": len(order.num_items),
+            "number of positions": order.items_per_epoch,
+        }
+
+
+def rank_share(items: Sequence[T], *, rank: int, num_ranks: int) -> Sequence[T]:
+    """What one data-parallel rank takes of a step: a contiguous part, so that positions of a document stay together; sizes differ by one at most.
+
+    >>> rank_share("abcde", rank=0, num_ranks=2), rank_share("abcde", rank=1, num_ranks=2)
+    ('ab', 'cde')
+    """
+    return items[len(items) * rank // num_ranks : len(items) * (rank + 1) // num_ranks]

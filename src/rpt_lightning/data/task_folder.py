@@ -1,0 +1,97 @@
+"""Reading a task folder."""
+
+from __future__ import annotations
+
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from rpt_lightning.data.manifest import read_manifest
+from rpt_lightning.data.proxy import load_tokenizer
+from rpt_lightning.data.selection import Item
+from rpt_lightning.data.shards import check_split
+from rpt_lightning.tasks.token_bytes import TokenBytes, tokenizer_hash
+from rpt_lightning.types import TokenIds, TokenTask
+
+# Documents that stay in memory: the positions of a document come one after the other.
+CACHED_DOCUMENTS = 64
+
+
+class TaskFolder:
+    """One split of a folder that ``rpt prepare`` made, checked when it is opened; documents are read as they are asked for.
+
+    Args:
+        path: The task folder.
+        split: "train" or "heldout".
+        max_context_tokens: Cut longer contexts on the left.
+    """
+
+    def __init__(self, path: str | Path, split: Literal["train", "heldout"], *, max_context_tokens: int | None = None) -> None:
+        from litdata import StreamingDataset
+
+        self.path = Path(path)
+        self.split = split
+        self.max_context_tokens = max_context_tokens
+        self.manifest: dict[str, Any] = read_manifest(self.path)
+        chunk_sizes, num_positions = check_split(self.path / split)
+        self.chunk_sizes = chunk_sizes  # documents of each shard
+        self.num_positions: NDArray[np.int32] = num_positions  # [D]
+        self._dataset = StreamingDataset(str(self.path / split))
+        self.document = lru_cache(maxsize=CACHED_DOCUMENTS)(self._read)
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return len(self.num_positions)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(str(self.path / "tokenizer"), flag="task folder's tokenizer")
+
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        return TokenBytes(self.tokenizer)
+
+    @cached_property
+    def tokenizer_hash(self) -> str:
+        """What a policy's tokenizer must match. Raises ValueError where the folder's tokenizer is not the one of its manifest."""
+        found = tokenizer_hash(self.tokenizer)
+        if found != self.manifest["tokenizer_hash"]:
+            raise ValueError(f"{self.path}: tokenizer/ is not the tokenizer that the manifest names; make the task folder again with `rpt prepare`")
+        return found
+
+    def _read(self, document_index: int) -> Item:
+        """One stored item (docs/architecture.md): ``document(i)`` keeps the last ones in memory."""
+        return self._dataset[document_index]
+
+    def token_ids(self, document_index: int) -> TokenIds:
+        """All tokens of a document."""
+        return tuple(self.document(document_index)["token_ids"].tolist())
+
+    def task(self, document_index: int, k: int) -> TokenTask:
+        """The task at the ``k``-th stored position of a document."""
+        item = self.document(document_index)
+        position = int(item["positions"][k])
+        token_ids = item["token_ids"]
+        start = 0 if self.max_context_tokens is None else max(0, position - self.max_context_tokens)
+        continuation_ids = tuple(token_ids[position : position + self.manifest["answer_reach"]].tolist())
+        return TokenTask(
+            task_id=f"{item['doc_id']}:{position}",
+            doc_id=item["doc_id"],
+            position=position,
+            context_ids=tuple(token_ids[start:position].tolist()),
+            continuation_ids=continuation_ids,
+            continuation=tuple(self.token_bytes[token] for token in continuation_ids),
+            entropy=float(item["entropy"][k]),
+            true_prob=float(item["true_prob"][k]),
+            true_rank=int(item["true_rank"][k]),
+            answerable=bool(item["answerable"][k]),
+        )
+
+    def candidates(self, document_index: int, k: int) -> tuple[TokenIds, tuple[float, ...]]:
+        """The proxy's most likely next tokens at a stored position, most likely first, and their probabilities."""
+        item = self.document(document_index)
+        return tuple(item["candidate_ids"][k].tolist()), tuple(item["candidate_probs"][k].tolist())

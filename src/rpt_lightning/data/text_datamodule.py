@@ -1,0 +1,53 @@
+"""Continual next-token training on the same documents: the baseline that RPT is compared with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from rpt_lightning.data.base_datamodule import TaskFolderDataModule
+from rpt_lightning.data.stream import ShuffledOrder
+from rpt_lightning.types import TrainSequence
+
+
+class TextDataModule(TaskFolderDataModule):
+    """Training batches ``{"sequences": ...}`` hold this rank's share of a step: whole documents, each token a target but the first.
+
+    Args:
+        task_dir: Folder that ``rpt prepare`` made.
+        documents_per_step: Documents of one step, of all ranks together.
+        max_context_tokens: Cut longer contexts of the validation on the left.
+        num_eval_tasks: Held-out positions of a validation.
+        eval_min_entropy: Validate on positions with more proxy entropy than this, in nats.
+        eval_batch_size: Tasks of one validation batch, of all ranks together. Results do not depend on it.
+        seed: Seed of the order and of the choice of held-out positions.
+    """
+
+    def __init__(
+        self,
+        task_dir: str,
+        documents_per_step: int = 16,
+        max_context_tokens: int | None = None,
+        num_eval_tasks: int = 1024,
+        eval_min_entropy: float = 0.5,
+        eval_batch_size: int = 256,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            task_dir,
+            items_per_step=documents_per_step,
+            flag="documents_per_step",
+            max_context_tokens=max_context_tokens,
+            num_eval_tasks=num_eval_tasks,
+            eval_min_entropy=eval_min_entropy,
+            eval_batch_size=eval_batch_size,
+            seed=seed,
+        )
+
+    def make_order(self) -> ShuffledOrder:
+        return ShuffledOrder(np.ones(len(self.train), np.int32), self.train.chunk_sizes, bundle_size=1, seed=self.seed)
+
+    def make_batch(self, items: list[tuple[int, int]]) -> dict[str, Any]:
+        token_ids = [self.train.token_ids(document) for document, _ in items]
+        return {"sequences": tuple(TrainSequence(prompt_ids=ids[:1], target_ids=ids[1:]) for ids in token_ids)}
