@@ -1,8 +1,8 @@
 r"""The prediction inside a completion: the content of ``\boxed{...}`` after the thought, as bytes.
 
-Deviation from LaTeX, on purpose: braces are counted as bytes, and a backslash before a brace changes nothing. ``\boxed{\{}`` is therefore not complete;
-the paper asks for the full content of the box with nested braces and says nothing about escapes, and a rule that depends on escapes would make
-``\\{`` (a line break, then a group) ambiguous.
+Deviation from LaTeX, on purpose: braces are counted as bytes, and a backslash before a brace changes nothing. ``\boxed{\{}`` is therefore not
+complete; the paper asks for the full content of the box with nested braces and says nothing about escapes, and a rule that depends on escapes would
+make ``\\{`` (a line break, then a group) ambiguous.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ _BRACES = re.compile(rb"\\boxed\{|[{}]")
 
 
 def extract_prediction(text: bytes, *, think_close: bytes | None = THINK_CLOSE) -> bytes | None:
-    r"""Content of the complete ``\boxed{...}`` that begins last, after the last ``think_close``; None where there is none. Linear in the text's length.
+    r"""Content of the complete ``\boxed{...}`` that begins last, after the last ``think_close``; None where there is none.
 
-    Complete means that the box's own brace is closed, counting braces in bytes. Nothing is stripped. A box inside a box begins later, so the inner one
-    counts. Where the marker is missing the thought never ended, and there is no prediction; ``think_close=None`` takes the whole text. (RPT, section 3.2.)
+    Complete means that the box's own brace is closed, counting braces in bytes. Nothing is stripped. A box inside a box begins later, so the inner
+    one counts. Where the marker is missing the thought never ended, and there is no prediction; ``think_close=None`` takes the whole text. Linear in
+    the length of the text. Source: RPT, section 3.2.
 
     >>> extract_prediction(b"it is 2 + 2</think>So \\boxed{ 4}.")
     b' 4'

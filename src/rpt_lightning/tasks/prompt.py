@@ -20,9 +20,9 @@ from rpt_lightning.types import TokenIds
 class BoundPrompt:
     r"""A prompt template in the token ids of one tokenizer.
 
-    A whole sequence is ``prefix_ids + context + suffix_ids`` (the prompt) and ``thought + answer_open_ids + answer + answer_close_ids`` (the completion), where
-    ``answer_open_ids`` is the closing thought marker and ``\boxed{``, and ``answer_close_ids`` the closing brace and the token that ends the turn.
-    ``think_close`` is None where the policy is not asked for a marked thought.
+    A whole sequence is ``prefix_ids + context + suffix_ids`` (the prompt) and ``thought + answer_open_ids + answer + answer_close_ids`` (the
+    completion), where ``answer_open_ids`` is the closing thought marker and ``\boxed{``, and ``answer_close_ids`` the closing brace and the token
+    that ends the turn. ``think_close`` is None where the policy is not asked for a marked thought.
     """
 
     prefix_ids: TokenIds
@@ -61,8 +61,8 @@ class PromptTemplate(ABC):
 class ContinuationPrompt(PromptTemplate):
     """The context as it stands, then the thought: the form that a base or a small model was pre-trained on.
 
-    A tokenizer that begins every text with a token of its own (Llama 3) gets that token here too. The thought markers may be tokens of the tokenizer or
-    plain text; None for both asks for no marked thought.
+    A tokenizer that begins every text with a token of its own (Llama 3) gets that token here too. The thought markers may be tokens of the tokenizer
+    or plain text; None for both asks for no marked thought.
     """
 
     def __init__(self, think_open: str | None = "<think>", think_close: str | None = "</think>") -> None:
@@ -88,8 +88,8 @@ class ContinuationPrompt(PromptTemplate):
 class ChatPrompt(PromptTemplate):
     r"""The paper's question inside the model's own chat template, in the wordings ``v0`` (main runs) to ``v6`` of its Table 10.
 
-    The thought is opened after the template's generation prompt unless the template does so itself (the R1 distillations do). The turn ends with the token that the
-    template puts after an assistant's message.
+    The thought is opened after the template's generation prompt unless the template does so itself (the R1 distillations do). The turn ends with the
+    token that the template puts after an assistant's message.
     """
 
     def __init__(self, version: str = "v0", think_open: str | None = "<think>", think_close: str | None = "</think>") -> None:

@@ -4,7 +4,8 @@ Rewards compare bytes, because a token may end inside a character, so decoding t
 
 What is exact: ``join(encode_plain(text)) == text.encode()`` for byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM2) that knows every byte. For BPE with
 byte fallback (Llama 2, Mistral, Gemma) the same holds for text without U+2581, the character such tokenizers use for a space. To get there the
-plain encoder leaves out what would change the text: Unicode normalisation (Qwen's NFC), the space that some tokenizers put in front, and added tokens.
+plain encoder leaves out what would change the text: Unicode normalisation (Qwen's NFC), the space that some tokenizers put in front, and added
+tokens.
 """
 
 from __future__ import annotations
@@ -71,13 +72,15 @@ class TokenBytes:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         specification = _specification(tokenizer)
+        self._name = tokenizer.name_or_path
         model = specification["model"]
         pre_tokenizers = _steps(specification["pre_tokenizer"], "pretokenizers")
         is_byte_level = any(step["type"] == "ByteLevel" for step in pre_tokenizers)
+        self._is_byte_level = is_byte_level
         if model["type"] != "BPE" or not (is_byte_level or model.get("byte_fallback")):
             raise ValueError(
-                f"tokenizer {tokenizer.name_or_path!r} is of kind {model['type']} without byte-level pieces or byte fallback, so its tokens have no exact bytes; "
-                "use a model with a byte-level BPE tokenizer (Llama 3, Qwen, SmolLM2) or byte fallback (Llama 2, Mistral, Gemma)"
+                f"tokenizer {tokenizer.name_or_path!r} is of kind {model['type']} without byte-level pieces or byte fallback, so its tokens have "
+                "no exact bytes; use a model with a byte-level BPE tokenizer (Llama 3, Qwen, SmolLM2) or byte fallback (Llama 2, Mistral, Gemma)"
             )
         added = specification["added_tokens"]
         ordinary = [token for token in added if not token["special"] and token["content"].replace(SPACE_MARK, " ").isspace()]
@@ -103,8 +106,19 @@ class TokenBytes:
         return token_id in self._special_ids
 
     def encode_plain(self, text: str) -> TokenIds:
-        """Token ids of a text in which ``</think>`` or ``<|im_end|>`` are characters like any others."""
-        return tuple(self._plain.encode(text, add_special_tokens=False).ids)
+        """Token ids of a text in which ``</think>`` or ``<|im_end|>`` are characters like any others.
+
+        Raises ValueError for a text that the tokenizer cannot express: some vocabularies lack a few bytes (SmolLM2 has no U+0004), and a Tokenizer
+        would drop them without a word. A lone surrogate raises UnicodeEncodeError, which is a ValueError too.
+        """
+        text = text if self._is_byte_level else text.replace(SPACE_MARK, " ")
+        expected = text.encode()
+        ids: TokenIds = tuple(self._plain.encode(text, add_special_tokens=False).ids)
+        if self.join(ids) != expected:
+            missing = sorted({character for character in text if self.join(self._plain.encode(character).ids) != character.encode()})
+            names = ", ".join(map(ascii, missing[:5]))
+            raise ValueError(f"tokenizer {self._name!r} has no tokens for the characters {names}; remove them from the text")
+        return ids
 
 
 _BYTE_OF_CHARACTER = byte_of_character()
@@ -124,8 +138,8 @@ def _byte_fallback_piece(piece: str) -> bytes:
 def _plain_encoder(specification: dict[str, Any], ordinary: list[dict[str, Any]], *, is_byte_level: bool) -> Tokenizer:
     """The tokenizer without its markers and without anything that changes the text.
 
-    ``split_special_tokens=True`` is not enough: the backend then splits the added tokens that are declared special, and still matches the others, such as
-    the ``<think>`` of Qwen 3 and of the R1 distillations.
+    ``split_special_tokens=True`` is not enough: the backend then splits the added tokens that are declared special, and still matches the others,
+    such as the ``<think>`` of Qwen 3 and of the R1 distillations.
     """
     plain = {**specification, "added_tokens": ordinary, "post_processor": None, "truncation": None, "padding": None}
     replaces_space = [

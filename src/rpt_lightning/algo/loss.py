@@ -1,0 +1,100 @@
+"""The clipped policy-gradient loss of GRPO (arXiv:2402.03300, equation 3), with the choices that RPT leaves open as parameters.
+
+KL and entropy coefficients are 0 in RPT's runs, so neither term is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Aggregation = Literal["token_mean", "sequence_mean", "constant"]
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    aggregation: Aggregation,
+    normalizer: float | None = None,
+    correction: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """``-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)`` with ``ratio = exp(logprobs - old_logprobs)``, summed over tokens and divided.
+
+    ``logprobs``, ``old_logprobs``, ``mask`` (True = counts) and the detached weights ``correction`` are [N, T], ``advantages`` [N]. What is under the
+    mask may be anything, NaN included. With ``l`` for a token's loss, ``aggregation`` is
+
+    - ``token_mean`` (DAPO): ``sum l / normalizer``, the normalizer being the number of tokens of the whole step;
+    - ``sequence_mean`` (GRPO): ``sum_i (sum_t l / length_i) / normalizer``, the number of sequences of the whole step;
+    - ``constant`` (Dr. GRPO): ``sum l / normalizer``, such as sequences times the longest allowed completion.
+
+    With the step's normalizer given, the losses (and gradients) of micro-batches and ranks *add up* to the step's. None counts the tokens, or the
+    sequences with at least one token, of the tensors at hand; ``constant`` has no such default.
+
+    Returns the loss and ``sum_`` / ``max_`` statistics, which add up (or take the larger) over micro-batches and ranks exactly: see ``step_metrics``.
+    """
+    if aggregation not in ("token_mean", "sequence_mean", "constant"):
+        raise ValueError(f"aggregation={aggregation!r}: choose token_mean, sequence_mean or constant")
+    if aggregation == "constant" and normalizer is None:
+        raise ValueError("aggregation='constant' divides by a constant: give normalizer, such as sequences x max_tokens")
+    if normalizer is not None and normalizer <= 0:
+        raise ValueError(f"normalizer={normalizer}: it must be positive; a step without tokens has no loss")
+    mask = mask.bool()
+    # Filled before exp, so that neither values nor gradients under the mask can turn into NaN.
+    log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0)  # [N, T]
+    ratio = log_ratio.exp()
+    clipped_ratio = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    unclipped_loss = -ratio * advantages[:, None]
+    clipped_loss = -clipped_ratio * advantages[:, None]
+    token_loss = torch.maximum(unclipped_loss, clipped_loss)  # [N, T]
+    if correction is not None:
+        token_loss = token_loss * correction.detach()
+    token_loss = token_loss.masked_fill(~mask, 0.0)
+
+    lengths = mask.sum(dim=1)  # [N]
+    if aggregation == "sequence_mean":
+        total = (token_loss.sum(dim=1) / lengths.clamp(min=1)).sum()
+        count = (lengths > 0).sum()
+    else:
+        total = token_loss.sum()
+        count = lengths.sum()
+    loss = total / (count.clamp(min=1) if normalizer is None else normalizer)
+
+    with torch.no_grad():
+        metrics = {
+            "sum_tokens": mask.sum().double(),
+            "sum_ratio": ratio[mask].double().sum(),
+            "max_ratio": ratio.masked_fill(~mask, 0.0).double().max() if ratio.numel() else ratio.new_zeros(()).double(),
+            "sum_ratio_after_clip": clipped_ratio[mask].double().sum(),
+            "sum_ratio_clipped": (clipped_loss > unclipped_loss)[mask].double().sum(),
+            # k3 of http://joschu.net/blog/kl-approx.html: never negative, an estimate of KL(old || new).
+            "sum_approx_kl": (ratio - 1.0 - log_ratio)[mask].double().sum(),
+        }
+    return loss, metrics
+
+
+def step_metrics(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+    """The statistics of a step from those of its micro-batches, each counted once: means and fractions over tokens, maxima as they are.
+
+    ``loss/ratio_mean`` and ``loss/ratio_max`` are of the raw ratio, ``loss/ratio_after_clip_mean`` of what clipping leaves;
+    ``loss/ratio_clipped_frac`` is the share of tokens whose loss the clipping changed.
+    """
+    num_tokens = max(1.0, float(sum(part["sum_tokens"] for part in parts)))
+
+    def mean(name: str) -> float:
+        return float(sum(part[name] for part in parts)) / num_tokens
+
+    return {
+        "loss/ratio_mean": mean("sum_ratio"),
+        "loss/ratio_max": max((float(part["max_ratio"]) for part in parts), default=0.0),
+        "loss/ratio_after_clip_mean": mean("sum_ratio_after_clip"),
+        "loss/ratio_clipped_frac": mean("sum_ratio_clipped"),
+        "loss/approx_kl": mean("sum_approx_kl"),
+    }

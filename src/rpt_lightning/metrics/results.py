@@ -1,0 +1,109 @@
+"""One record a held-out position, as validation leaves them behind: a JSONL file, and beside it a JSON file with what the policy was.
+
+Results are kept a position so that any two policies can be compared in pairs, long after both runs have ended.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PositionResult:
+    """What one policy did at one position.
+
+    ``ntp_correct`` is the greedy next token without reasoning, at the same position by the same weights, and ``ntp_logprob`` (nats) what they gave
+    the true token. ``length`` counts the completion's tokens. The thought controls are None where they were not run: the answer forced after an empty
+    thought, and after the thought of another position.
+
+    >>> result = PositionResult(
+    ...     task_id="doc-7:4", doc_id="doc-7", position=4, entropy=1.2, answerable=True, truth=" 4", prediction=" 4", reasoning_correct=True,
+    ...     ntp_correct=False, ntp_logprob=-1.17, boxed=True, truncated=False, length=9,
+    ... )
+    >>> result.empty_thought_correct is None
+    True
+    """
+
+    task_id: str
+    doc_id: str
+    position: int
+    entropy: float
+    answerable: bool
+    truth: str
+    ntp_correct: bool
+    ntp_logprob: float
+    prediction: str | None = None
+    reasoning_correct: bool | None = None
+    boxed: bool | None = None
+    truncated: bool | None = None
+    length: int | None = None
+    empty_thought_correct: bool | None = None
+    shuffled_thought_correct: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """All positions of one evaluation, and which weights they belong to."""
+
+    positions: tuple[PositionResult, ...]
+    policy_path: str
+    step: int
+
+
+def write_results(results: Results, path: Path) -> None:
+    """Write ``path`` (one position a line) and, last, ``path`` with the suffix ``.json``, without which the lines are not trusted."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(asdict(position), ensure_ascii=False) + "\n" for position in results.positions), encoding="utf-8")
+    meta = {"policy_path": results.policy_path, "step": results.step, "num_positions": len(results.positions)}
+    path.with_suffix(".json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+def read_results(path: Path) -> Results:
+    """Read what ``write_results`` wrote.
+
+    Raises:
+        ValueError: a file is missing, a line is broken, or there are fewer lines than the JSON file says (an evaluation that was interrupted).
+    """
+    meta_path = path.with_suffix(".json")
+    for needed in (path, meta_path):
+        if not needed.is_file():
+            raise ValueError(f"{needed}: no such file. `rpt validate` writes both {path.name} and {meta_path.name}; run it again.")
+    meta = json.loads(meta_path.read_text(encoding="utf-8"))
+    # Not splitlines(): texts may hold other line separators, which JSON leaves as they are.
+    lines = path.read_text(encoding="utf-8").split("\n")
+    positions = tuple(_parse_line(line, f"{path} line {number}") for number, line in enumerate(lines, start=1) if line.strip())
+    if len(positions) != meta["num_positions"]:
+        raise ValueError(f"{path}: {len(positions)} positions, but {meta_path.name} says {meta['num_positions']}. Run `rpt validate` again.")
+    return Results(positions=positions, policy_path=meta["policy_path"], step=meta["step"])
+
+
+def pair_results(first: Results, second: Results) -> list[tuple[PositionResult, PositionResult]]:
+    """The same positions under two policies, in the order of ``first``.
+
+    Raises:
+        ValueError: the two do not hold exactly the same positions with the same truth.
+    """
+    by_task = {position.task_id: position for position in second.positions}
+    tasks = {position.task_id for position in first.positions}
+    if len(tasks) != len(first.positions) or len(by_task) != len(second.positions):
+        raise ValueError(f"Results of {first.policy_path} or {second.policy_path}: a position occurs twice, so they cannot be paired.")
+    if unpaired := sorted(tasks ^ by_task.keys()):
+        raise ValueError(
+            f"Results of {first.policy_path} ({len(tasks)} positions) and {second.policy_path} ({len(by_task)}) are of different positions, "
+            f"{unpaired[0]!r} for one. Validate both with the same task folder and the same number of positions."
+        )
+    pairs = [(position, by_task[position.task_id]) for position in first.positions]
+    for one, other in pairs:
+        if one.truth != other.truth:
+            raise ValueError(f"Position {one.task_id!r} has the truth {one.truth!r} in one result and {other.truth!r} in the other.")
+    return pairs
+
+
+def _parse_line(line: str, where: str) -> PositionResult:
+    try:
+        return PositionResult(**json.loads(line))
+    except (json.JSONDecodeError, TypeError) as error:
+        names = ", ".join(field.name for field in fields(PositionResult))
+        raise ValueError(f"{where}: not a position result ({error}). Expected one JSON object with {names}.") from error

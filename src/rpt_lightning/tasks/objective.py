@@ -1,0 +1,41 @@
+"""What the policy is asked, and what it is paid for: one prompt and one reward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from rpt_lightning.tasks.answer import extract_prediction
+from rpt_lightning.tasks.prompt import BoundPrompt, PromptTemplate
+from rpt_lightning.tasks.reward import Reward
+from rpt_lightning.types import Completion, TokenTask
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BoundObjective:
+    """An objective in the token ids of one tokenizer."""
+
+    prompt: BoundPrompt
+    reward: Reward
+
+    def prediction(self, completion: Completion) -> bytes | None:
+        """What a completion predicts; None where it does not answer in the asked form. A truncated completion is read like any other."""
+        return extract_prediction(completion.text_bytes, think_close=self.prompt.think_close)
+
+    def rewards(self, task: TokenTask, predictions: Sequence[bytes | None], first_token_probs: Sequence[float] | None = None) -> tuple[float, ...]:
+        """What the predictions of one task's group are paid, in order."""
+        return self.reward.group_rewards(predictions, task, first_token_probs)
+
+
+class Objective:
+    """A prompt template and a reward, as configured; ``bind`` ties them to a tokenizer."""
+
+    def __init__(self, prompt: PromptTemplate, reward: Reward) -> None:
+        self.prompt = prompt
+        self.reward = reward
+
+    def bind(self, tokenizer: PreTrainedTokenizerBase) -> BoundObjective:
+        """Raises ValueError for a tokenizer that cannot express the prompt."""
+        return BoundObjective(prompt=self.prompt.bind(tokenizer), reward=self.reward)
