@@ -144,6 +144,6 @@ class TaskFolderDataModule(LightningDataModule):
         if wanted is not None and wanted != self.train.tokenizer_hash:
             made_with = self.train.manifest["settings"]["tokenizer"]
             raise ValueError(
-                f"--data.task_dir {self.task_dir}: prepared with the tokenizer of {made_with!r}, which is not that of the model being trained; prepare the "
-                "folder with this model's tokenizer or train that model"
+                f"--data.task_dir {self.task_dir}: prepared with the tokenizer of {made_with!r}, which is not that of the model being trained; "
+                "prepare the folder with this model's tokenizer or train that model"
             )

@@ -44,7 +44,7 @@ def fill_template(template: str, row: Mapping[str, Any], *, where: str) -> str:
     missing = [name for name in fields if row.get(name) is None]
     if missing:
         raise ValueError(
-            f"{where}: the template {template!r} needs the field {missing[0]!r}, which is missing or null there (fields: {', '.join(map(str, row))}); "
+            f"{where}: the template {template!r} needs the field {missing[0]!r}, missing or null there (fields: {', '.join(map(str, row))}); "
             "correct --source.init_args.template or the data"
         )
     return template.format_map(row)

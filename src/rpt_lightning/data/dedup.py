@@ -1,7 +1,7 @@
 """Near-duplicate components and a split that no component straddles.
 
-In a corpus of docstrings 19 of 40 validation documents shared 13 tokens in a row with the training text although no document stood in both: splitting by
-document is not enough. Two documents that share any span of ``SPAN`` tokens are linked; linked documents form components; components are split.
+In a corpus of docstrings 19 of 40 validation documents shared 13 tokens in a row with the training text although no document stood in both, so
+splitting by document is not enough. Two documents that share any span of ``SPAN`` tokens are linked; linked documents form components; components are split.
 
 The spans are compared by 64-bit hashes (a collision can only merge two components, never hide an overlap). Memory: about 50 bytes a token.
 """
@@ -59,7 +59,8 @@ def components(documents: Sequence[NDArray[np.int32]], span: int = SPAN) -> NDAr
     same = flat[1:] == flat[:-1]
     left, right = owner[:-1][same], owner[1:][same]
     graph = coo_matrix((np.ones(len(left), np.int8), (left, right)), shape=(len(documents), len(documents)))
-    return connected_components(graph, directed=False)[1]
+    labels: NDArray[np.int32] = connected_components(graph, directed=False)[1]
+    return labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +86,8 @@ def split_components(component: NDArray[np.int32], *, num_heldout: int, seed: in
         order = order[order != sizes.argmax()]
     if num_heldout >= len(sizes):
         raise ValueError(
-            f"--heldout_documents {num_heldout}: the corpus has only {len(sizes)} groups of documents that share no {SPAN} tokens in a row, and at least "
-            "one must train; hold out fewer or give more text"
+            f"--heldout_documents {num_heldout}: the corpus has only {len(sizes)} components that share no {SPAN} tokens in a row, and at least one must "
+            "train; hold out fewer documents or give more text"
         )
     chosen = np.zeros(len(sizes), bool)
     chosen[order[:num_heldout]] = True

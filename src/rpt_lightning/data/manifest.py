@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MANIFEST_FILE = "manifest.json"
+FORMAT = 1
 HISTOGRAM_FILE = "histogram.png"
 # Positions whose entropy exceeds so many nats (paper, section 3.3). The bands are nested.
 BANDS = {"easy": 0.5, "medium": 1.0, "hard": 1.5}
@@ -50,6 +50,7 @@ class SplitStatistics:
             "scored_positions": self.num_scored,
             "positions": len(columns["entropy"]),
             "unanswerable": self.num_unanswerable,
+            "entropy_histogram": {"bin_edges_nats": BIN_EDGES.tolist(), "scored_positions": self.histogram.tolist()},
             "bands": {
                 band: _band_summary(columns["true_rank"][columns["entropy"] > threshold], columns["answerable"][columns["entropy"] > threshold])
                 for band, threshold in BANDS.items()
@@ -67,7 +68,7 @@ def _band_summary(true_rank: NDArray[Any], answerable: NDArray[Any]) -> dict[str
     }
 
 
-def plot_histogram(path: Path, splits: Iterable[tuple[str, NDArray[np.int64]]], thresholds: dict[str, float]) -> None:
+def plot_histogram(path: Path, histograms: dict[str, NDArray[np.int64]], thresholds: dict[str, float]) -> None:
     """Share of the scored positions by entropy, one line a split, and where the thresholds lie."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -75,7 +76,7 @@ def plot_histogram(path: Path, splits: Iterable[tuple[str, NDArray[np.int64]]], 
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for name, counts in splits:
+    for name, counts in histograms.items():
         axes.stairs(counts / max(counts.sum(), 1), BIN_EDGES, label=f"{name}: {int(counts.sum()):,} positions", linewidth=1.8)
     for style, (name, threshold) in zip(("-", "--", ":"), thresholds.items(), strict=False):
         axes.axvline(threshold, color="0.4", linestyle=style, linewidth=1.0, label=f"{name} > {threshold:g}")
@@ -86,6 +87,7 @@ def plot_histogram(path: Path, splits: Iterable[tuple[str, NDArray[np.int64]]], 
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """The file whose presence makes a folder a task folder: written last."""
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
@@ -95,12 +97,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{folder}: not a task folder ({MANIFEST_FILE} is missing); name a folder that `rpt prepare` finished")
     try:
-        manifest = json.loads(path.read_text())
+        manifest: dict[str, Any] = json.loads(path.read_text())
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {manifest['format']} instead of {FORMAT}")
         return manifest
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a manifest that this version reads ({error}); make the task folder again with `rpt prepare`") from error
-
-
-FORMAT = 1

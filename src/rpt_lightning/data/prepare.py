@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import itertools
 import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-from rpt_lightning.data.benchmark_overlap import benchmark_spans, overlaps
 from rpt_lightning.data.corpus import CorpusSource
-from rpt_lightning.data.dedup import components, count_shared_spans, split_components
+from rpt_lightning.data.dedup import SPAN, count_shared_spans
 from rpt_lightning.data.manifest import FORMAT, HISTOGRAM_FILE, MANIFEST_FILE, SplitStatistics, plot_histogram, read_manifest, write_manifest
 from rpt_lightning.data.proxy import check_proxy, load_tokenizer
-from rpt_lightning.data.scored_parts import ScoringSettings, iterate_scores, score_in_parts
-from rpt_lightning.data.selection import Item, make_item, select_positions
+from rpt_lightning.data.scored_parts import ScoringSettings, iterate_scores, score_in_parts, scores_key
+from rpt_lightning.data.scoring import DocumentScores
+from rpt_lightning.data.selection import Item, PositionRule
 from rpt_lightning.data.shards import write_split
+from rpt_lightning.data.tokenized_corpus import TokenizedCorpus
 from rpt_lightning.tasks.token_bytes import TokenBytes, tokenizer_hash
-from rpt_lightning.types import Document
 
 # Parts of this many batches: what an interruption costs at most.
 BATCHES_PER_PART = 8
@@ -113,11 +111,9 @@ def prepare(
     policy_tokenizer = load_tokenizer(tokenizer, flag="--tokenizer")
     start_ids = check_proxy(proxy, policy_tokenizer, tokenizer_name=tokenizer)
     token_bytes = TokenBytes(policy_tokenizer)
-
-    corpus = Corpus(source, token_bytes, min_context=min_context, max_tokens=max_tokens_per_document)
+    corpus = TokenizedCorpus(source, token_bytes, min_context=min_context, max_tokens=max_tokens_per_document)
     corpus.drop_benchmark_overlap(benchmark_files or [], token_bytes)
     heldout, train = corpus.split(num_heldout=heldout_documents, max_documents=max_documents, seed=seed)
-    order = [*heldout, *train]
     scoring = ScoringSettings(
         proxy=proxy,
         start_ids=start_ids,
@@ -129,56 +125,37 @@ def prepare(
         devices=devices,
         accelerator=accelerator,
     )
-    token_ids = [corpus.token_ids[index] for index in order]
+    heldout_rule = PositionRule(
+        entropy_threshold=heldout_entropy_threshold, min_context=min_context, answer_reach=answer_reach, keep_unanswerable=True
+    )
+    train_rule = PositionRule(
+        entropy_threshold=entropy_threshold,
+        min_context=min_context,
+        answer_reach=answer_reach,
+        keep_unanswerable=keep_unanswerable,
+        min_true_prob=min_true_prob,
+        max_true_prob=max_true_prob,
+    )
     partial = output.with_name(output.name + ".partial")
-    parts = partial / _scores_key(token_ids, scoring)
-    try:
-        tokens_per_s = score_in_parts(token_ids, parts, scoring)
+    with _clear_words(output, partial):
+        documents = [corpus.token_ids[index] for index in (*heldout, *train)]
+        parts = partial / scores_key(documents, scoring)
+        tokens_per_s = score_in_parts(documents, parts, scoring)
+        scores = iterate_scores(parts, [len(ids) for ids in documents], scoring.part_tokens)
         staging = partial / "folder"
         shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-
-        statistics = {"heldout": SplitStatistics(), "train": SplitStatistics()}
-        scores = iterate_scores(parts, [len(ids) for ids in token_ids], scoring.part_tokens)
-
-        def items(split: str, indices: list[int], threshold: float, low: float, high: float, keep: bool) -> Iterator[Item]:
-            count = statistics[split]
-            for index, document_scores in zip(indices, itertools.islice(scores, len(indices)), strict=True):
-                ids = corpus.token_ids[index]
-                # Near a cut the truth beyond it is unknown, so a right answer of several tokens would count as wrong.
-                stop = len(ids) - (answer_reach - 1 if corpus.is_cut[index] else 0)
-                positions = select_positions(
-                    document_scores, entropy_threshold=threshold, min_context=min_context, stop=stop, min_true_prob=low, max_true_prob=high
-                )
-                item, num_unanswerable = make_item(
-                    corpus.documents[index].doc_id,
-                    ids,
-                    document_scores,
-                    positions,
-                    token_bytes=token_bytes,
-                    reach=answer_reach,
-                    keep_unanswerable=keep,
-                )
-                count.add_scores(document_scores.entropy)
-                if len(item["positions"]):
-                    count.add_item(item, num_unanswerable)
-                    yield item
-
-        # Scores come in the order of ``order``: held out first.
-        written = write_split(staging / "heldout", items("heldout", heldout, heldout_entropy_threshold, 0.0, 1.0, True), chunk_bytes=chunk_bytes)
-        _require_positions(len(written), "--heldout_entropy_threshold", heldout_entropy_threshold)
-        written = write_split(
-            staging / "train", items("train", train, entropy_threshold, min_true_prob, max_true_prob, keep_unanswerable), chunk_bytes=chunk_bytes
-        )
-        _require_positions(len(written), "--entropy_threshold", entropy_threshold)
-
+        # The order of the scores: held out first.
+        heldout_statistics = _write_split(staging / "heldout", corpus, heldout, scores, heldout_rule, token_bytes, chunk_bytes)
+        train_statistics = _write_split(staging / "train", corpus, train, scores, train_rule, token_bytes, chunk_bytes)
         policy_tokenizer.save_pretrained(staging / "tokenizer")
         plot_histogram(
             staging / HISTOGRAM_FILE,
-            [(split, count.histogram) for split, count in statistics.items()],
+            {"train": train_statistics.histogram, "held out": heldout_statistics.histogram},
             {"train": entropy_threshold, "held out": heldout_entropy_threshold},
         )
-        overlap_count = count_shared_spans([corpus.token_ids[i] for i in train], [corpus.token_ids[i] for i in heldout])
+        shared_spans = count_shared_spans([corpus.token_ids[i] for i in train], [corpus.token_ids[i] for i in heldout])
+        if shared_spans:
+            raise RuntimeError(f"{shared_spans} spans of {SPAN} tokens stand in both splits: the split is wrong, and nothing was published")
         manifest = {
             "format": FORMAT,
             "settings": settings,
@@ -186,101 +163,61 @@ def prepare(
             "proxy": proxy,
             "answer_reach": answer_reach,
             "corpus": corpus.counts,
-            "splits": {split: count.summary() for split, count in statistics.items()},
-            "entropy_histogram": {
-                "bin_width_nats": 0.1,
-                **{split: count.histogram.tolist() for split, count in statistics.items()},
-            },
-            "shared_spans_between_splits": overlap_count,
+            "shared_spans_between_splits": shared_spans,
+            "splits": {"train": train_statistics.summary(), "heldout": heldout_statistics.summary()},
             "scoring_tokens_per_s": round(tokens_per_s, 1),
         }
-        if overlap_count:
-            raise RuntimeError(f"{overlap_count} spans of 13 tokens stand in both splits: the split is wrong, and nothing was published")
         write_manifest(staging, manifest)
         os.replace(staging, output)
-    except KeyboardInterrupt:
-        print(f"\nStopped. What was scored is kept in {partial}; the same command continues there.", flush=True)
-        raise
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"--output_dir {output_dir}: could not write ({error.strerror}); free some space or name another disk, then run it again",
-            str(partial),
-        ) from error
     shutil.rmtree(partial, ignore_errors=True)
     print(_closing_words(output, manifest), flush=True)
 
 
-class Corpus:
-    """The tokenised documents that may become tasks, without exact duplicates, and how many were left out why."""
+def _write_split(
+    folder: Path,
+    corpus: TokenizedCorpus,
+    indices: list[int],
+    scores: Iterator[DocumentScores],
+    rule: PositionRule,
+    token_bytes: TokenBytes,
+    chunk_bytes: str,
+) -> SplitStatistics:
+    """Write the documents that have a position; takes the scores of all ``indices`` from the iterator."""
+    statistics = SplitStatistics()
 
-    def __init__(self, source: CorpusSource, token_bytes: TokenBytes, *, min_context: int, max_tokens: int | None) -> None:
-        self.documents: list[Document] = []
-        self.token_ids: list[NDArray[np.int32]] = []
-        self.is_cut: list[bool] = []
-        digest = hashlib.sha256()
-        seen: set[bytes] = set()
-        num_read = num_short = num_duplicates = 0
-        for document in source.documents():
-            num_read += 1
-            digest.update(f"{document.doc_id}\0{document.text}\0".encode())
-            full = np.array(token_bytes.encode_plain(document.text), dtype=np.int32)
-            token_ids = full[:max_tokens]
-            if len(token_ids) <= min_context:
-                num_short += 1
-            elif token_ids.tobytes() in seen:
-                num_duplicates += 1
-            else:
-                seen.add(token_ids.tobytes())
-                self.documents.append(document)
-                self.token_ids.append(token_ids)
-                self.is_cut.append(len(full) > len(token_ids))
-        self.counts: dict[str, Any] = {
-            "sha256": digest.hexdigest(),
-            "documents_read": num_read,
-            "too_short": num_short,
-            "exact_duplicates": num_duplicates,
-        }
-        if num_read == 0:
-            raise ValueError(f"--source: the corpus is empty ({json.dumps(source.describe())}); check its path, pattern or split")
-        if not self.documents:
-            raise ValueError(f"--min_context {min_context}: all {num_read} documents are too short to have a position after so many tokens; lower it")
-        skipped = getattr(source, "num_skipped_modules", 0)
-        if skipped:
-            self.counts["modules_that_failed_to_import"] = skipped
+    def items() -> Iterator[Item]:
+        for index, document_scores in zip(indices, itertools.islice(scores, len(indices)), strict=True):
+            statistics.add_scores(document_scores.entropy)
+            item, num_unanswerable = rule.item(
+                corpus.doc_ids[index], corpus.token_ids[index], document_scores, is_cut=corpus.is_cut[index], token_bytes=token_bytes
+            )
+            if len(item["positions"]):
+                statistics.add_item(item, num_unanswerable)
+                yield item
 
-    def drop_benchmark_overlap(self, paths: list[str], token_bytes: TokenBytes) -> None:
-        """Leave out documents that share a span with a benchmark file."""
-        if not paths:
-            return
-        spans = benchmark_spans(paths, token_bytes)
-        kept = [index for index, ids in enumerate(self.token_ids) if not overlaps(ids, spans)]
-        self.counts["overlap_with_benchmark_files"] = len(self.documents) - len(kept)
-        if not kept:
-            raise ValueError(f"--benchmark_files {' '.join(paths)}: every document overlaps with them; nothing is left")
-        self.documents = [self.documents[index] for index in kept]
-        self.token_ids = [self.token_ids[index] for index in kept]
-        self.is_cut = [self.is_cut[index] for index in kept]
+    write_split(folder, items(), chunk_bytes=chunk_bytes)
+    if statistics.num_documents == 0:
+        flag = "--entropy_threshold" if folder.name == "train" else "--heldout_entropy_threshold"
+        raise ValueError(f"{flag} {rule.entropy_threshold}: no position of the {folder.name} documents passes it and the other limits; lower it")
+    return statistics
 
-    def split(self, *, num_heldout: int, max_documents: int | None, seed: int) -> tuple[list[int], list[int]]:
-        """Indices of the held-out and of the training documents, each shuffled: shards in corpus order would make batches of one topic."""
-        split = split_components(components(self.token_ids), num_heldout=num_heldout, seed=seed)
-        rng = np.random.default_rng([seed, 1])
-        heldout, train = rng.permutation(split.heldout).tolist(), rng.permutation(split.train).tolist()
-        if max_documents is not None:
-            train = train[: max_documents - num_heldout]
-        self.counts |= {
-            "components": split.num_components,
-            "largest_component": split.largest_component,
-            "siblings_of_heldout_documents": split.num_heldout_siblings,
-            "not_sampled": len(split.train) - len(train),
-        }
-        print(
-            f"{len(self.documents):,} documents in {split.num_components:,} groups that share {13} tokens in a row (largest: {split.largest_component:,}, "
-            f"in train); using {len(train):,} for training and {len(heldout):,} held out",
-            flush=True,
-        )
-        return heldout, train
+
+@contextmanager
+def _clear_words(output: Path, partial: Path) -> Iterator[None]:
+    """Say what an interruption left behind, and name the disk where it is full. Nothing of it is trusted without a check."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\nStopped. What was scored is kept in {partial}; the same command continues there.", flush=True)
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: --output_dir {output} is not finished. Free some space and run the same command again (what was scored is kept in "
+            f"{partial}), or name a folder on another disk",
+        ) from error
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
@@ -308,30 +245,14 @@ def _accept_finished(output: Path, settings: dict[str, Any]) -> None:
             f"--output_dir {output}: a task folder made with other settings ({name} {made_with.get(name)!r} instead of {settings[name]!r}); "
             "it is not overwritten: remove it or name another folder"
         )
+    shutil.rmtree(output.with_name(output.name + ".partial"), ignore_errors=True)  # a run that was stopped at its very end
     print(f"{output} is finished already, with the same settings: nothing to do", flush=True)
-
-
-def _scores_key(token_ids: list[NDArray[np.int32]], scoring: ScoringSettings) -> str:
-    """Names everything that the scores depend on, so that an interrupted run never continues with scores of another one."""
-    digest = hashlib.sha256()
-    for ids in token_ids:
-        digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
-    digest.update(repr((scoring.proxy, scoring.start_ids, scoring.precision, scoring.window, scoring.overlap, scoring.part_tokens)).encode())
-    weights = Path(scoring.proxy)
-    if weights.is_dir():  # the same path may hold other weights now
-        files = sorted(path for path in weights.iterdir() if path.is_file())
-        digest.update(repr([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]).encode())
-    return digest.hexdigest()[:16]
-
-
-def _require_positions(num_documents: int, flag: str, threshold: float) -> None:
-    if num_documents == 0:
-        raise ValueError(f"{flag} {threshold}: no position of this split is that uncertain (or allowed by the other limits); lower it")
 
 
 def _closing_words(output: Path, manifest: dict[str, Any]) -> str:
     train, heldout = manifest["splits"]["train"], manifest["splits"]["heldout"]
-    return (
-        f"{output}: {train['positions']:,} training positions in {train['documents']:,} documents, {heldout['positions']:,} held-out positions in "
-        f"{heldout['documents']:,} ({heldout['unanswerable']:,} of them unanswerable); {manifest['shared_spans_between_splits']} spans of 13 tokens in both splits"
-    )
+    words = [
+        f"{split['positions']:,} {name} positions in {split['documents']:,} documents ({split['unanswerable']:,} unanswerable)"
+        for name, split in (("training", train), ("held-out", heldout))
+    ]
+    return f"{output}: {', '.join(words)}; {manifest['shared_spans_between_splits']} spans of {SPAN} tokens in both splits"

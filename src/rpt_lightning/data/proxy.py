@@ -20,8 +20,8 @@ def check_proxy(proxy: str, tokenizer: PreTrainedTokenizerBase, *, tokenizer_nam
     proxy_tokenizer = load_tokenizer(proxy, flag="--proxy")
     if proxy_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
-            f"--proxy {proxy!r} ({len(proxy_tokenizer)} tokens) has another tokenizer than --tokenizer {tokenizer_name!r} ({len(tokenizer)} tokens), so the "
-            "same ids mean different text; name a proxy of the same model family"
+            f"--proxy {proxy!r} ({len(proxy_tokenizer)} tokens) has another tokenizer than --tokenizer {tokenizer_name!r} ({len(tokenizer)} tokens): "
+            "the same ids mean different text; name a proxy of the same model family"
         )
     try:
         vocab_size = AutoConfig.from_pretrained(proxy).get_text_config().vocab_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ TOKENS_FILE = "tokens.npz"
 class ScoringSettings:
     """What the scores of given tokens depend on, and how fast they come. Travels to every scoring process.
 
-    ``precision`` is one of Fabric's names (32-true, bf16-mixed, bf16-true), ``devices`` the number of processes, each with its own device or its share of cores.
+    ``precision`` is one of Fabric's names (32-true, bf16-mixed, bf16-true); ``devices`` is the number of processes.
     """
 
     proxy: str
@@ -79,6 +80,19 @@ def score_in_parts(documents: Sequence[NDArray[np.int32]], folder: Path, setting
     return num_tokens / max(time.monotonic() - started, 1e-9)
 
 
+def scores_key(documents: Sequence[NDArray[np.int32]], settings: ScoringSettings) -> str:
+    """Names everything that the scores depend on, so that an interrupted run never continues with scores of another one."""
+    digest = hashlib.sha256()
+    for ids in documents:
+        digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
+    digest.update(repr((settings.proxy, settings.start_ids, settings.precision, settings.window, settings.overlap, settings.part_tokens)).encode())
+    weights = Path(settings.proxy)
+    if weights.is_dir():  # the same path may hold other weights now
+        files = sorted(path for path in weights.iterdir() if path.is_file())
+        digest.update(repr([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]).encode())
+    return digest.hexdigest()[:16]
+
+
 def read_scores(folder: Path, part: int, lengths: Sequence[int]) -> list[DocumentScores]:
     """The scores of the documents of one part, of ``lengths`` tokens."""
     cuts = np.cumsum(lengths)[:-1]
@@ -108,7 +122,8 @@ def _load_scorer(fabric: Any, settings: ScoringSettings) -> ProxyScorer:
     from transformers import AutoModelForCausalLM
 
     dtype = torch.bfloat16 if settings.precision == "bf16-true" else torch.float32
-    model = fabric.to_device(AutoModelForCausalLM.from_pretrained(settings.proxy, dtype=dtype).eval())
+    model: Any = AutoModelForCausalLM.from_pretrained(settings.proxy, dtype=dtype)
+    fabric.to_device(model.eval())
     return ProxyScorer(
         model,
         window=settings.window,
@@ -137,7 +152,7 @@ def _part_file(folder: Path, part: int) -> Path:
     return folder / f"scores-{part:06d}.npz"
 
 
-def _save(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+def _save(path: Path, arrays: dict[str, Any]) -> None:
     with path.open("wb") as file:
         np.savez(file, **arrays)
 

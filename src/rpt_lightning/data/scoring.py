@@ -154,11 +154,13 @@ class ProxyScorer:
 
     def _hidden(self, ids: Tensor) -> Tensor:
         with self.autocast():
-            return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [N, T, D]
+            hidden: Tensor = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [N, T, D]
+        return hidden
 
     def _logits(self, hidden: Tensor) -> Tensor:
         with self.autocast():
-            return self.model.get_output_embeddings()(hidden).float()
+            logits: Tensor = self.model.get_output_embeddings()(hidden).float()  # [M, V]
+        return logits
 
     @torch.inference_mode()
     def _check_head(self) -> None:

@@ -3,7 +3,7 @@
 Ranks, workers and resumption do not enter it: every rank computes the same order, takes the same steps from it and keeps its own share of each
 (``rank_share``). litdata's shuffled order depends on the number of ranks, so a run could not move to another machine.
 
-The shuffle is chunk-aware so that remote shards stream: chunks are permuted, and documents are mixed inside a window of ``WINDOW_CHUNKS`` chunks only.
+The shuffle is chunk-aware, so that shards can stream: chunks are permuted, and documents are mixed inside a window of ``WINDOW_CHUNKS`` chunks only.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ class TaskStream:
         if different:
             name = different[0]
             raise ValueError(
-                f"--ckpt_path: the checkpoint's place in the data was taken with {name} {state['made_with'].get(name)} and this run has {settings[name]}, "
-                "so it cannot continue there; use the same --data settings and task folder, or start a new run from exported weights"
+                f"--ckpt_path: the checkpoint's place in the data belongs to {name} {state['made_with'].get(name)}, and this run has {settings[name]}; "
+                "continue with the same --data settings and task folder, or start a new run from exported weights"
             )
         self.epoch, self.index = int(state["epoch"]), int(state["index"])
 

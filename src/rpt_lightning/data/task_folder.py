@@ -65,7 +65,8 @@ class TaskFolder:
 
     def _read(self, document_index: int) -> Item:
         """One stored item (docs/architecture.md): ``document(i)`` keeps the last ones in memory."""
-        return self._dataset[document_index]
+        item: Item = self._dataset[document_index]
+        return item
 
     def token_ids(self, document_index: int) -> TokenIds:
         """All tokens of a document."""

@@ -92,8 +92,8 @@ class TraceDataModule(TaskFolderDataModule):
         if policy_path is None or self.allow_other_proxy or _same_model(policy_path, proxy):
             return
         raise ValueError(
-            f"--data.task_dir {self.task_dir}: scored by {proxy!r}, but the model being trained is {policy_path!r}, so the traces would not be its own "
-            "predictions; prepare a folder with --proxy set to that model, or set --data.allow_other_proxy true"
+            f"--data.task_dir {self.task_dir}: scored by {proxy!r}, but the model being trained is {policy_path!r}, so the traces would not be "
+            "its own predictions; prepare a folder with --proxy set to that model, or set --data.allow_other_proxy true"
         )
 
 

@@ -1,0 +1,88 @@
+"""The documents of a corpus that may become tasks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rpt_lightning.data.benchmark_overlap import benchmark_spans, overlaps
+from rpt_lightning.data.corpus import CorpusSource
+from rpt_lightning.data.dedup import SPAN, components, split_components
+from rpt_lightning.tasks.token_bytes import TokenBytes
+
+
+class TokenizedCorpus:
+    """Documents as token ids, without those that are too short or exact duplicates; ``counts`` says how many were left out why.
+
+    Special tokens in a text are plain text. ``max_tokens`` cuts documents (``is_cut``). Raises ValueError where nothing is left.
+    """
+
+    def __init__(self, source: CorpusSource, token_bytes: TokenBytes, *, min_context: int, max_tokens: int | None) -> None:
+        self.doc_ids: list[str] = []
+        self.token_ids: list[NDArray[np.int32]] = []
+        self.is_cut: list[bool] = []
+        digest = hashlib.sha256()
+        seen: set[bytes] = set()
+        num_read = num_short = num_duplicates = 0
+        for document in source.documents():
+            num_read += 1
+            digest.update(f"{document.doc_id}\0{document.text}\0".encode())
+            full = np.array(token_bytes.encode_plain(document.text), dtype=np.int32)
+            token_ids = full[:max_tokens]
+            fingerprint = hashlib.sha256(token_ids.tobytes()).digest()
+            if len(token_ids) <= min_context:
+                num_short += 1
+            elif fingerprint in seen:
+                num_duplicates += 1
+            else:
+                seen.add(fingerprint)
+                self.doc_ids.append(document.doc_id)
+                self.token_ids.append(token_ids)
+                self.is_cut.append(len(full) > len(token_ids))
+        if num_read == 0:
+            raise ValueError(f"--source: the corpus is empty ({json.dumps(source.describe())}); check its path, pattern or split")
+        if not self.token_ids:
+            raise ValueError(f"--min_context {min_context}: none of the {num_read} documents is longer than so many tokens; lower it")
+        self.counts: dict[str, Any] = {
+            "sha256": digest.hexdigest(),
+            "documents_read": num_read,
+            "too_short": num_short,
+            "exact_duplicates": num_duplicates,
+        }
+
+    def drop_benchmark_overlap(self, paths: list[str], token_bytes: TokenBytes) -> None:
+        """Leave out documents that share a span of 13 tokens with a benchmark file."""
+        if not paths:
+            return
+        spans = benchmark_spans(paths, token_bytes)
+        kept = [index for index, ids in enumerate(self.token_ids) if not overlaps(ids, spans)]
+        self.counts["overlap_with_benchmark_files"] = len(self.token_ids) - len(kept)
+        if not kept:
+            raise ValueError(f"--benchmark_files {' '.join(paths)}: every document overlaps with them, so nothing is left; check the files")
+        self.doc_ids = [self.doc_ids[index] for index in kept]
+        self.token_ids = [self.token_ids[index] for index in kept]
+        self.is_cut = [self.is_cut[index] for index in kept]
+
+    def split(self, *, num_heldout: int, max_documents: int | None, seed: int) -> tuple[list[int], list[int]]:
+        """Indices of the held-out and of the training documents, each shuffled: shards in corpus order would make batches of one topic."""
+        split = split_components(components(self.token_ids), num_heldout=num_heldout, seed=seed)
+        rng = np.random.default_rng([seed, 1])
+        heldout, train = rng.permutation(split.heldout).tolist(), rng.permutation(split.train).tolist()
+        if max_documents is not None:
+            train = train[: max_documents - num_heldout]
+        self.counts |= {
+            "components": split.num_components,
+            "largest_component": split.largest_component,
+            "siblings_of_heldout_documents": split.num_heldout_siblings,
+            "not_sampled": len(split.train) - len(train),
+        }
+        print(
+            f"{len(self.token_ids):,} documents in {split.num_components:,} components that share no {SPAN} tokens in a row (the largest, of "
+            f"{split.largest_component:,} documents, is kept for training); using {len(train):,} for training and {len(heldout):,} held out",
+            flush=True,
+        )
+        return heldout, train
