@@ -6,29 +6,31 @@ Every stage is one command that a user could type; the demo only runs them in or
 from __future__ import annotations
 
 import shlex
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 MODEL = Path("models/smollm2-135m")
 TASKS = Path("tasks/demo")
 DEMO = Path("runs/demo")
-COLD_START = Path("runs/demo-cold-start")
-RPT_RUN = Path("runs/demo-rpt")
-RPT = str(Path(sys.executable).with_name("rpt"))
+COLD_START = DEMO / "cold-start"
+RPT = DEMO / "rpt"
+EXECUTABLE = str(Path(sys.executable).with_name("rpt"))
+Command = Callable[[], tuple[str, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """``output`` is what the command leaves behind, ``minutes`` about how long it takes on two cores. A fit continues from ``checkpoint``."""
+    """``output`` is what the command leaves behind, ``minutes`` about how long it takes on two cores. The command is made when the stage begins."""
 
     name: str
-    command: tuple[str, ...]
+    command: Command
     output: Path
     minutes: float
-    checkpoint: Path | None = None
 
     @property
     def _mark(self) -> Path:
@@ -36,55 +38,86 @@ class Stage:
 
     @property
     def is_finished(self) -> bool:
-        # A fit's output exists long before the fit is over, so that finishing leaves a mark of its own.
+        # A fit's folder exists long before the fit is over, so finishing leaves a mark of its own.
         return self._mark.exists() and self.output.exists()
 
     def run(self) -> None:
-        resume = ("--ckpt_path", "last") if self.checkpoint and self.checkpoint.exists() else ()
-        command = (*self.command, *resume)
-        print(f"$ {shlex.join(command).replace(sys.executable, 'python').replace(RPT, 'rpt')}", flush=True)
+        command = self.command()
+        print("$", shlex.join(command).replace(EXECUTABLE, "rpt").replace(sys.executable, "python"), flush=True)
         subprocess.run(command, check=True)
         self._mark.parent.mkdir(parents=True, exist_ok=True)
         self._mark.touch()
 
 
-def validate(name: str, policy: Path, minutes: float, *options: str) -> Stage:
-    results = results_of(name)
-    command = (RPT, "validate", "--config", "configs/demo.yaml", "--model.policy.path", str(policy), "--model.results_path", str(results), *options)
-    return Stage(name=f"evaluate {name}", command=command, output=results.with_suffix(".json"), minutes=minutes)
+def make_model() -> Stage:
+    return Stage(
+        name="model", command=lambda: (sys.executable, "scripts/make_model.py", "smollm2", "--output", str(MODEL)), output=MODEL, minutes=0.5
+    )
 
 
-def fit(name: str, run: Path, config: str, minutes: float, *options: str) -> Stage:
-    checkpoint = run / "checkpoints" / "last.ckpt"
-    return Stage(name=name, command=(RPT, "fit", "--config", config, *options), output=checkpoint, minutes=minutes, checkpoint=checkpoint)
+def prepare() -> Stage:
+    return Stage(name="prepare", command=lambda: (EXECUTABLE, "prepare", "--config", "configs/prepare/demo.yaml"), output=TASKS, minutes=5)
+
+
+def fit(name: str, run: Path, config: str, minutes: float) -> Stage:
+    def command() -> tuple[str, ...]:
+        if checkpoints(run):
+            return (EXECUTABLE, "fit", "--config", config, "--ckpt_path", "last")
+        # Stopped before its first checkpoint: there is nothing to continue, and rpt fit refuses a folder that holds a run.
+        shutil.rmtree(run, ignore_errors=True)
+        return (EXECUTABLE, "fit", "--config", config)
+
+    return Stage(name=name, command=command, output=run / "checkpoints", minutes=minutes)
 
 
 def export(run: Path) -> Stage:
-    command = (RPT, "export", "--ckpt", str(run / "checkpoints" / "last.ckpt"), "--output", str(run / "hf"))
-    return Stage(name=f"export {run.name}", command=command, output=run / "hf", minutes=0.5)
+    output = run / "export"
+
+    def command() -> tuple[str, ...]:
+        shutil.rmtree(output, ignore_errors=True)
+        return (EXECUTABLE, "export", "--ckpt", str(checkpoints(run)[-1]), "--output", str(output))
+
+    return Stage(name=f"export {run.name}", command=command, output=output, minutes=0.5)
+
+
+def evaluate(name: str, policy: Path, minutes: float) -> Stage:
+    run = DEMO / name.replace(" ", "-")
+    options = {
+        "--model.policy.path": policy,
+        "--trainer.default_root_dir": run,
+        "--trainer.limit_val_batches": 1.0,
+        "--rollout.thought_controls": True,
+    }
+    command = (EXECUTABLE, "validate", "--config", "configs/demo.yaml", *(str(part) for option in options.items() for part in option))
+    return Stage(name=f"evaluate {name}", command=lambda: command, output=results_of(name), minutes=minutes)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("step-*.ckpt"))
 
 
 def results_of(name: str) -> Path:
-    return DEMO / f"{name.replace(' ', '-')}.jsonl"
+    return DEMO / name.replace(" ", "-") / "validation" / "step-000000.jsonl"
 
 
+EVALUATIONS = {"start": MODEL, "after cold start": COLD_START / "export", "after RPT": RPT / "export"}
 STAGES = (
-    Stage(name="model", command=(sys.executable, "scripts/make_model.py", "smollm2", "--output", str(MODEL)), output=MODEL, minutes=0.5),
-    Stage(name="prepare", command=(RPT, "prepare", "--config", "configs/prepare/demo.yaml"), output=TASKS / "manifest.json", minutes=10),
-    validate("start", MODEL, 4),
+    make_model(),
+    prepare(),
+    evaluate("start", EVALUATIONS["start"], 5),
     fit("cold start", COLD_START, "configs/demo-cold-start.yaml", 14),
     export(COLD_START),
-    validate("after cold start", COLD_START / "hf", 4),
-    fit("RPT", RPT_RUN, "configs/demo.yaml", 18, "--model.policy.path", str(COLD_START / "hf")),
-    export(RPT_RUN),
-    validate("after RPT", RPT_RUN / "hf", 6, "--model.thought_controls", "true"),
+    evaluate("after cold start", EVALUATIONS["after cold start"], 4),
+    fit("RPT", RPT, "configs/demo.yaml", 22),
+    export(RPT),
+    evaluate("after RPT", EVALUATIONS["after RPT"], 4),
 )
 
 
 def run_stages() -> None:
     start = time.monotonic()
     todo = [stage for stage in STAGES if not stage.is_finished]
-    planned = 0.0  # minutes that the stages of this call should have taken so far
+    planned = 0.0  # minutes that the stages done in this call should have taken
     for number, stage in enumerate(STAGES, start=1):
         title = f"stage {number} of {len(STAGES)}: {stage.name}"
         if stage not in todo:
@@ -93,7 +126,7 @@ def run_stages() -> None:
         elapsed = (time.monotonic() - start) / 60
         # What is planned for the rest, scaled by how much slower or faster than planned this machine was so far.
         left = sum(other.minutes for other in STAGES[number - 1 :] if other in todo) * (elapsed / planned if planned else 1)
-        print(f"=== {title} | elapsed {elapsed:.0f} min, about {left:.0f} min left", flush=True)
+        print(f"=== {title} | {elapsed:.0f} min elapsed, about {left:.0f} min left", flush=True)
         try:
             stage.run()
         except subprocess.CalledProcessError as error:
@@ -107,14 +140,14 @@ def report() -> None:
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from rpt_lightning.evaluation.results import read_results
     from rpt_lightning.evaluation.summary import summarise
     from rpt_lightning.evaluation.table import Stage as Column
+    from rpt_lightning.metrics.results import read_results
 
-    columns = [Column(name=name, results=read_results(results_of(name))) for name in ("start", "after cold start", "after RPT")]
-    Console().print(Markdown(summarise(columns, RPT_RUN / "log.jsonl", DEMO)))
-    print(f"Table: {DEMO / 'summary.md'}   plot: {DEMO / 'summary.png'}   trained policy: {RPT_RUN / 'hf'}")
-    print(f"To start over: rm -r {DEMO} {COLD_START} {RPT_RUN} {TASKS}")
+    columns = [Column(name=name, results=read_results(results_of(name))) for name in EVALUATIONS]
+    Console().print(Markdown(summarise(columns, RPT / "steps.jsonl", DEMO)))
+    print(f"Table: {DEMO / 'summary.md'}   plot: {DEMO / 'summary.png'}   trained policy: {RPT / 'export'}")
+    print(f"To start over: rm -r {DEMO} {TASKS}")
 
 
 if __name__ == "__main__":

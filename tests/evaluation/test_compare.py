@@ -5,9 +5,9 @@ import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_results import FIRST, SECOND, results
 
 from rpt_lightning.evaluation.compare import compare_policies, paired_bootstrap
+from sample_results import FIRST, SECOND, results
 
 
 def positions_as_units(num: int) -> list[str]:

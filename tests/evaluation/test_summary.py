@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.image import imread
-from test_results import FIRST, results
 
 from rpt_lightning.evaluation.run_log import read_rewards
 from rpt_lightning.evaluation.summary import summarise
 from rpt_lightning.evaluation.table import Stage, comparison_lines, difficulty_table, stage_table
+from sample_results import FIRST, results
 
 
 def stage(name: str, num_right: int, *, controls: bool = False) -> Stage:
@@ -63,7 +63,7 @@ def test_bands_hold_the_positions_above_their_threshold():
 
 def test_an_empty_band_says_so():
     easy_only = Stage(name="s", results=results(replace(FIRST, entropy=0.7)))
-    assert cells(difficulty_table([easy_only]), "hard (entropy > 1.5): reasoning") == ["no positions"]
+    assert cells(difficulty_table([easy_only]), "hard (entropy > 1.5): reasoning") == ["not measured"]
 
 
 def test_the_last_stage_is_compared_with_all_that_came_before_it():
@@ -80,6 +80,17 @@ def test_the_last_stage_is_compared_with_all_that_came_before_it():
     assert "above 0 (paired bootstrap over 50 documents, 100 positions)" in lines[1]
     assert "+6.0 points" in lines[2]
     assert "+16.0 points" in lines[3]
+
+
+def test_weights_that_do_not_reason_are_shown_and_not_compared():
+    start, reasoner = stage("start", 10), stage("RPT", 40)
+    silent = [replace(p, reasoning_correct=None, boxed=None, length=None) for p in start.results.positions]
+    baseline = Stage(name="NTP", results=replace(start.results, positions=tuple(silent)))
+    table = stage_table([baseline, reasoner])
+    assert cells(table, "reasoning accuracy")[0] == cells(table, "mean length (tokens)")[0] == "not measured"
+    assert cells(table, "NTP accuracy, same positions")[0].endswith("30/100")
+    assert len(comparison_lines([baseline, reasoner])) == 1  # with its own NTP
+    assert comparison_lines([start, baseline]) == []
 
 
 def test_summary_has_a_page_and_a_picture(tmp_path: Path):

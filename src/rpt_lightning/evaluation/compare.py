@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from rpt_lightning.evaluation.results import Results, pair_results
+from rpt_lightning.metrics.results import PositionResult, Results, pair_results
 
 Unit = Literal["document", "position"]
 
@@ -48,17 +48,24 @@ def compare_policies(
     """The reasoning accuracy of ``second`` minus that of ``first``, at the positions that both were asked.
 
     Raises:
-        ValueError: the two are not of the same positions, or there are none.
+        ValueError: the two are not of the same positions, there are none, or one policy was not asked to reason.
     """
     pairs = pair_results(first, second)
     return paired_bootstrap(
-        [one.reasoning_correct for one, _ in pairs],
-        [other.reasoning_correct for _, other in pairs],
+        _reasoning(first, [one for one, _ in pairs]),
+        _reasoning(second, [other for _, other in pairs]),
         units=[one.doc_id if unit == "document" else one.task_id for one, _ in pairs],
         num_resamples=num_resamples,
         level=level,
         seed=seed,
     )
+
+
+def _reasoning(results: Results, positions: Sequence[PositionResult]) -> list[bool]:
+    outcomes = [position.reasoning_correct for position in positions if position.reasoning_correct is not None]
+    if len(outcomes) != len(positions):
+        raise ValueError(f"Results of {results.policy_path}: no reasoning accuracy. Validate with a config that has a rollout engine.")
+    return outcomes
 
 
 def paired_bootstrap(

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rpt_lightning.evaluation.run_log import RewardCurve
-from rpt_lightning.evaluation.table import DIFFICULTIES, Rate, Stage, above
+from rpt_lightning.evaluation.table import Rate, Stage, above
+from rpt_lightning.metrics.accuracy import BANDS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,22 +35,22 @@ def plot_summary(stages: Sequence[Stage], rewards: RewardCurve | None, path: Pat
 
 
 def _accuracy_bars(panel: Axes, stages: Sequence[Stage]) -> None:
-    bands = [name for name, threshold in DIFFICULTIES.items() if any(above(stage.results.positions, threshold) for stage in stages)]
+    bands = [name for name, threshold in BANDS.items() if any(above(stage.results.positions, threshold) for stage in stages)]
     width = 0.8 / (2 * len(stages))
     colours = [f"C{index}" for index in range(len(stages))]
     for index, stage in enumerate(stages):
         for is_ntp in (False, True):
             rates = []
             for band in bands:
-                positions = above(stage.results.positions, DIFFICULTIES[band])
+                positions = above(stage.results.positions, BANDS[band])
                 rates.append(Rate.of([p.ntp_correct if is_ntp else p.reasoning_correct for p in positions]))
             centres = np.arange(len(bands)) - 0.4 + width * (2 * index + is_ntp + 0.5)
             means, errors = _percent(rates)
             label = f"{stage.name}, {'NTP' if is_ntp else 'reasoning'}"
             style: dict[str, Any] = {"facecolor": "none", "hatch": "///"} if is_ntp else {"facecolor": colours[index]}
             panel.bar(centres, means, width * 0.92, yerr=errors, capsize=2, label=label, edgecolor=colours[index], error_kw={"lw": 1}, **style)
-    counts = [len(above(stages[-1].results.positions, DIFFICULTIES[band])) for band in bands]
-    panel.set_xticks(range(len(bands)), [f"{band}\nentropy > {DIFFICULTIES[band]}, n = {count}" for band, count in zip(bands, counts, strict=True)])
+    counts = [len(above(stages[-1].results.positions, BANDS[band])) for band in bands]
+    panel.set_xticks(range(len(bands)), [f"{band}\nentropy > {BANDS[band]}, n = {count}" for band, count in zip(bands, counts, strict=True)])
     panel.set_ylabel("held-out next-token accuracy, %")
     panel.set_title("Accuracy with 95 % intervals, with and without reasoning at the same positions", fontsize=10)
     panel.set_ylim(bottom=0)

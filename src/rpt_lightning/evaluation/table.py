@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from rpt_lightning.evaluation.compare import Difference, compare_policies, paired_bootstrap
-from rpt_lightning.evaluation.results import PositionResult, Results
+from rpt_lightning.metrics.accuracy import BANDS
 from rpt_lightning.metrics.interval import wilson_interval
+from rpt_lightning.metrics.results import PositionResult, Results
 
-# The evaluation splits of the paper (section 4.1): positions whose entropy (nats) exceeds the threshold. Each contains the next.
-DIFFICULTIES = {"easy": 0.5, "medium": 1.0, "hard": 1.5}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,11 @@ class Stage:
     name: str
     results: Results
 
+    @property
+    def has_reasoning(self) -> bool:
+        """Whether every position was asked for by reasoning; weights of standard next-token training are not."""
+        return all(position.reasoning_correct is not None for position in self.results.positions)
+
 
 @dataclass(frozen=True, slots=True)
 class Rate:
@@ -34,15 +40,17 @@ class Rate:
     >>> str(Rate(50, 200))
     '25.0 % [19.5, 31.4] 50/200'
     >>> str(Rate(0, 0))
-    'no positions'
+    'not measured'
     """
 
     successes: int
     count: int
 
     @classmethod
-    def of(cls, outcomes: Sequence[bool]) -> Rate:
-        return cls(sum(outcomes), len(outcomes))
+    def of(cls, outcomes: Sequence[bool | None]) -> Rate:
+        """Over the outcomes that were measured."""
+        measured = _measured(outcomes)
+        return cls(sum(measured), len(measured))
 
     @property
     def mean(self) -> float:
@@ -54,7 +62,7 @@ class Rate:
 
     def __str__(self) -> str:
         if not self.count:
-            return "no positions"
+            return "not measured"
         low, high = self.interval
         return f"{100 * self.mean:.1f} % [{100 * low:.1f}, {100 * high:.1f}] {self.successes}/{self.count}"
 
@@ -71,8 +79,8 @@ def stage_table(stages: Sequence[Stage]) -> str:
         _row("reasoning accuracy", [Rate.of([p.reasoning_correct for p in positions]) for positions in all_positions]),
         _row("NTP accuracy, same positions", [Rate.of([p.ntp_correct for p in positions]) for positions in all_positions]),
         _row("NTP loss (nats)", [_mean([-p.ntp_logprob for p in positions], ".3f") for positions in all_positions]),
-        _row("with an empty thought", [_control([p.empty_thought_correct for p in positions]) for positions in all_positions]),
-        _row("with a shuffled thought", [_control([p.shuffled_thought_correct for p in positions]) for positions in all_positions]),
+        _row("with an empty thought", [Rate.of([p.empty_thought_correct for p in positions]) for positions in all_positions]),
+        _row("with a shuffled thought", [Rate.of([p.shuffled_thought_correct for p in positions]) for positions in all_positions]),
         _row("completions with a box", [Rate.of([p.boxed for p in positions]) for positions in all_positions]),
         _row("truncated completions", [Rate.of([p.truncated for p in positions]) for positions in all_positions]),
         _row("mean length (tokens)", [_mean([p.length for p in positions], ".1f") for positions in all_positions]),
@@ -84,7 +92,7 @@ def stage_table(stages: Sequence[Stage]) -> str:
 def difficulty_table(stages: Sequence[Stage]) -> str:
     """Reasoning and NTP accuracy at easy / medium / hard positions, two rows a band."""
     rows = []
-    for name, threshold in DIFFICULTIES.items():
+    for name, threshold in BANDS.items():
         bands = [above(stage.results.positions, threshold) for stage in stages]
         rows.append(_row(f"{name} (entropy > {threshold}): reasoning", [Rate.of([p.reasoning_correct for p in band]) for band in bands]))
         rows.append(_row(f"{name}: NTP, same positions", [Rate.of([p.ntp_correct for p in band]) for band in bands]))
@@ -94,20 +102,22 @@ def difficulty_table(stages: Sequence[Stage]) -> str:
 def comparison_lines(stages: Sequence[Stage]) -> list[str]:
     """The last stage against each earlier one, against its own NTP and against its own empty thought, each as a paired bootstrap over documents."""
     last = stages[-1]
+    if not last.has_reasoning:
+        return []
     positions = last.results.positions
     lines = [
         _comparison(f"reasoning {last.name} - reasoning {earlier.name}", compare_policies(earlier.results, last.results))
         for earlier in reversed(stages[:-1])
+        if earlier.has_reasoning
     ]
-    controls: dict[str, list[bool | None]] = {
-        "NTP": [p.ntp_correct for p in positions],
-        "an empty thought": [p.empty_thought_correct for p in positions],
-    }
-    for name, outcomes in controls.items():
-        measured = [outcome for outcome in outcomes if outcome is not None]
-        if len(measured) == len(positions):
-            against = paired_bootstrap(measured, [p.reasoning_correct for p in positions], units=[p.doc_id for p in positions])
-            lines.append(_comparison(f"reasoning {last.name} - {name} of the same weights", against))
+    reasoning = _measured([p.reasoning_correct for p in positions])
+    units = [p.doc_id for p in positions]
+    for name, outcomes in (
+        ("NTP", [p.ntp_correct for p in positions]),
+        ("an empty thought", _measured([p.empty_thought_correct for p in positions])),
+    ):
+        if len(outcomes) == len(reasoning) == len(units):
+            lines.append(_comparison(f"reasoning {last.name} - {name} of the same weights", paired_bootstrap(outcomes, reasoning, units=units)))
     return lines
 
 
@@ -120,13 +130,13 @@ def _comparison(name: str, difference: Difference) -> str:
     )
 
 
-def _control(outcomes: Sequence[bool | None]) -> Rate | str:
-    measured = [outcome for outcome in outcomes if outcome is not None]
-    return Rate.of(measured) if measured else "not measured"
+def _mean(values: Sequence[float | None], form: str) -> str:
+    measured = _measured(values)
+    return format(float(np.mean(measured)), form) if measured else "not measured"
 
 
-def _mean(values: Sequence[float], form: str) -> str:
-    return format(float(np.mean(values)), form) if values else "no positions"
+def _measured(values: Sequence[T | None]) -> list[T]:
+    return [value for value in values if value is not None]
 
 
 def _row(name: str, cells: Sequence[object]) -> str:

@@ -6,28 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rpt_lightning.evaluation.results import PositionResult, Results, pair_results, read_results, write_results
-
-FIRST = PositionResult(
-    task_id="a:3",
-    doc_id="a",
-    position=3,
-    entropy=1.25,
-    answerable=True,
-    truth=" 4\u2028",  # a line separator that JSON does not escape
-    prediction=None,
-    reasoning_correct=False,
-    ntp_correct=True,
-    ntp_logprob=-0.5,
-    boxed=False,
-    truncated=True,
-    length=16,
-)
-SECOND = replace(FIRST, task_id="b:9", doc_id="b", position=9, prediction="é", reasoning_correct=True, empty_thought_correct=False)
-
-
-def results(*positions: PositionResult) -> Results:
-    return Results(positions=positions, policy_path="models/p", step=7)
+from rpt_lightning.metrics.results import PositionResult, pair_results, read_results, write_results
+from sample_results import FIRST, SECOND, results
 
 
 def test_read_gives_back_what_was_written(tmp_path: Path):
