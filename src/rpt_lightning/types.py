@@ -136,6 +136,14 @@ class RolloutGroup:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TrainBatch:
+    """What one call of `RPTModule.training_step` learns from: this rank's groups, and how their completions were sampled."""
+
+    groups: tuple[RolloutGroup, ...]
+    sampling: SamplingSettings
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainSequence:
     """Tokens to learn by next-token prediction: the loss is on ``target_ids`` only, given ``prompt_ids``.
 

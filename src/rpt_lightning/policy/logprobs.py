@@ -28,14 +28,16 @@ def chosen_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperat
     """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; log-probs need a temperature above 0 (score greedy completions at 1.0)")
-    logprobs, entropy = _ChosenLogprobs.apply(hidden, weight, targets, temperature, chunk_size)
+    logprobs, entropy = _ChosenLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, targets, temperature, chunk_size
+    )
     return logprobs, entropy
 
 
 @torch.no_grad()
 def most_likely(hidden: Tensor, weight: Tensor, *, chunk_size: int = 512) -> Tensor:
     """The most likely next token after each hidden state ``[N, D]``: ids ``[N]``."""
-    chunks = [(part @ weight.T).argmax(-1) for part in hidden.split(chunk_size)]
+    chunks = [(part @ weight.T).argmax(-1) for part in torch.split(hidden, chunk_size)]
     return torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.int64, device=hidden.device)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rpt_lightning.policy.logprobs import chosen_logprobs, most_likely
 from rpt_lightning.policy.packing import PackedTree
@@ -25,6 +25,8 @@ class Policy(nn.Module):
     activation_checkpointing: Recompute each layer in the backward pass instead of keeping its activations.
     trust_remote_code: Let the model folder run its own Python code. Off unless you ask for it.
     """
+
+    model: PreTrainedModel  # from `materialize` on
 
     def __init__(
         self,
@@ -58,14 +60,14 @@ class Policy(nn.Module):
             raise ValueError(f"policy.path={self.path} has attention_dropout={model.config.attention_dropout}; set it to 0 in its config.json")
 
     @property
-    def head(self) -> nn.Module:
-        """The output embedding."""
-        return cast(nn.Module, self.model.get_output_embeddings())
+    def head_weight(self) -> Tensor:
+        """The output embedding, ``[V, D]``."""
+        return cast(Tensor, self.model.get_output_embeddings().weight)
 
     @property
     def is_tied(self) -> bool:
         """Whether the output head is the input embedding."""
-        return self.head.weight is self.model.get_input_embeddings().weight
+        return self.head_weight is self.model.get_input_embeddings().weight
 
     def forward(self, tree: PackedTree, *, temperature: float = 1.0, predict: bool = False) -> tuple[Tensor, Tensor]:
         """Scores the M target tokens of a packed tree.
@@ -78,7 +80,7 @@ class Policy(nn.Module):
         )
         hidden = outputs.last_hidden_state[0][tree.parents]  # [M, D]
         dtype = torch.float32 if self.head_dtype == "float32" else _compute_dtype(hidden)
-        hidden, weight = hidden.to(dtype), self.head.weight.to(dtype)
+        hidden, weight = hidden.to(dtype), self.head_weight.to(dtype)
         # Autocast would cast the fp32 product back to bf16.
         with torch.autocast(hidden.device.type, enabled=False):
             logprobs, entropy = chosen_logprobs(hidden, weight, tree.targets, temperature=temperature, chunk_size=self.logprob_chunk_size)

@@ -20,7 +20,7 @@ def named_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in policy.model.named_parameters():
         yield name, _whole(parameter)
     if policy.is_tied:
-        yield HEAD_NAME, _whole(policy.head.weight)
+        yield HEAD_NAME, _whole(policy.head_weight)
 
 
 def _whole(parameter: Tensor) -> Tensor:

@@ -1,0 +1,67 @@
+"""The ``rpt`` command: Lightning's verbs, and the tools around them. Each verb imports what it needs, so that help and tools start fast."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+LIGHTNING_VERBS = {
+    "fit": "train a policy (by reasoning: RPTModule; by standard next-token prediction: NTPModule)",
+    "validate": "next-token accuracy on held-out positions, by reasoning and without, at the same positions",
+}
+TOOLS = {
+    "prepare": "turn a text corpus into a folder of next-token tasks",
+    "export": "turn a checkpoint into a Hugging Face folder",
+}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status. Errors that a user can mend are one message, without a traceback (RPT_TRACEBACK=1 shows it)."""
+    args = list(sys.argv[1:] if args is None else args)
+    command, rest = (args[0], args[1:]) if args else ("--help", [])
+    try:
+        if command in ("-h", "--help"):
+            print(_help())
+        elif command == "--version":
+            from rpt_lightning import __version__
+
+            print(__version__)
+        elif command in LIGHTNING_VERBS:
+            from rpt_lightning.lightning_cli import run
+
+            run(args)
+        elif command in TOOLS:
+            _run_tool(command, rest)
+        else:
+            raise ValueError(f"'{command}' is not a command of rpt; choose from {', '.join([*LIGHTNING_VERBS, *TOOLS])}, or see rpt --help")
+    except KeyboardInterrupt:
+        print("rpt: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("RPT_TRACEBACK") == "1":
+            raise
+        print(f"rpt: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run_tool(command: str, args: list[str]) -> None:
+    from jsonargparse import auto_cli
+
+    # Imported by name, so that one tool does not pay for another's libraries.
+    module = importlib.import_module({"prepare": "rpt_lightning.data.prepare", "export": "rpt_lightning.export"}[command])
+    auto_cli(getattr(module, command), args=args, as_positional=False, prog=f"rpt {command}")
+
+
+def _help() -> str:
+    lines = ["usage: rpt COMMAND [--config FILE ...] [--KEY VALUE ...]", "", "Reinforcement Pre-Training (arXiv:2506.08007) on Lightning.", ""]
+    for title, commands in (("training and validation", LIGHTNING_VERBS), ("tools", TOOLS)):
+        lines += [f"{title}:", *(f"  {name:<10} {text}" for name, text in commands.items()), ""]
+    lines.append("rpt COMMAND --help lists what can be set; rpt COMMAND --config FILE --print_config prints the whole configuration.")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""The batch arithmetic in words: what one step of this config is, before it starts."""
+
+from __future__ import annotations
+
+
+def batch_arithmetic(
+    *,
+    tasks_per_step: int,
+    positions_per_document: int,
+    group_size: int,
+    max_prompt_tokens: int,
+    max_completion_tokens: int,
+    micro_batch_tokens: int,
+    optimizer_steps_per_batch: int,
+    max_steps: int,
+    world_size: int,
+) -> str:
+    """One paragraph a user can check against what they meant.
+
+    >>> print(batch_arithmetic(tasks_per_step=32, positions_per_document=4, group_size=8, max_prompt_tokens=256, max_completion_tokens=32,
+    ...     micro_batch_tokens=1024, optimizer_steps_per_batch=1, max_steps=30, world_size=1))
+    a step: 32 contexts (4 from each of 8 documents) x 8 = 256 completions of at most 32 tokens = at most 8,192 sampled tokens
+    trained: prefixes shared, in micro-batches of at most 1,024 tokens on 1 rank (32 contexts each); 1 optimizer step a batch (exactly on-policy)
+    the run: 30 optimizer steps = 30 batches = 960 contexts, 7,680 completions
+    """
+    documents = tasks_per_step // positions_per_document
+    completions = tasks_per_step * group_size
+    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
+    if optimizer_steps_per_batch == 1:
+        updates = "1 optimizer step a batch (exactly on-policy)"
+    else:
+        updates = f"{optimizer_steps_per_batch} optimizer steps a batch, of {tasks_per_step // optimizer_steps_per_batch} contexts each"
+    lines = [
+        f"a step: {tasks_per_step:,} contexts ({positions_per_document} from each of {documents:,} documents) x {group_size} = {completions:,} completions "
+        f"of at most {max_completion_tokens:,} tokens = at most {completions * max_completion_tokens:,} sampled tokens",
+        f"trained: prefixes shared, in micro-batches of at most {micro_batch_tokens:,} tokens on {ranks} ({tasks_per_step // world_size:,} contexts each); {updates}",
+    ]
+    if max_steps > 0:
+        batches = max_steps // optimizer_steps_per_batch
+        lines.append(
+            f"the run: {max_steps:,} optimizer steps = {batches:,} batches = {batches * tasks_per_step:,} contexts, {batches * completions:,} completions"
+        )
+    return "\n".join(lines)

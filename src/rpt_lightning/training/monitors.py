@@ -1,0 +1,121 @@
+"""What a person sees of a run: a line a step, samples, and the results of every validation. One side effect a callback."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from rpt_lightning.metrics.results import Results, write_results
+from rpt_lightning.training.policy_module import PolicyModule
+from rpt_lightning.types import RolloutGroup, TrainBatch
+
+STEP_LOG = "steps.jsonl"
+VALIDATION_FOLDER = "validation"
+ROLLOUT_FOLDER = "rollouts"
+
+
+class StepLog(Callback):
+    """One line a step: all metrics as JSON into the run folder's ``steps.jsonl``, and the important ones on the screen with the time left."""
+
+    def __init__(self) -> None:
+        self._start_time = 0.0
+        self._start_step = 0
+        self.num_steps = 0  # that this process did
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start_time, self._start_step = time.perf_counter(), trainer.global_step
+        path = Path(trainer.default_root_dir) / STEP_LOG
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            # Steps beyond the checkpoint are about to be done again.
+            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= trainer.global_step]
+            path.write_text("".join(line + "\n" for line in kept))
+
+    @rank_zero_only
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.num_steps = trainer.global_step - self._start_step
+        metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if not name.startswith("val/")}
+        with (Path(trainer.default_root_dir) / STEP_LOG).open("a") as file:
+            file.write(json.dumps({"step": trainer.global_step, "time": time.time(), **metrics}) + "\n")
+        print(self._line(trainer, metrics), flush=True)
+
+    def _line(self, trainer: Trainer, metrics: dict[str, float]) -> str:
+        elapsed = time.perf_counter() - self._start_time
+        seconds_a_step = elapsed / max(1, self.num_steps)
+        shown = {
+            "loss": ("loss/total", "{:.4f}"),
+            "reward": ("reward/mean", "{:.3f}"),
+            "live": ("rollout/live_groups_frac", "{:.0%}"),
+            "boxed": ("rollout/boxed_frac", "{:.0%}"),
+            "length": ("rollout/length_mean", "{:.1f}"),
+            "entropy": ("policy/entropy", "{:.2f}"),
+            "grad": ("optim/grad_norm", "{:.3f}"),
+            "diff": ("sync/logprob_diff_mean", "{:.4f}"),
+            "rollout s": ("time/rollout_s", "{:.1f}"),
+            "train s": ("time/train_s", "{:.1f}"),
+        }
+        parts = [f"{label} {form.format(metrics[name])}" for label, (name, form) in shown.items() if name in metrics]
+        total = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
+        left = f", {seconds_a_step * (trainer.max_steps - trainer.global_step) / 60:.1f} min left" if trainer.max_steps > 0 else ""
+        return f"step {trainer.global_step}{total}: {', '.join(parts)}, {seconds_a_step:.1f} s a step{left}"
+
+
+class RolloutSamples(Callback):
+    """Every ``every_n_steps`` steps: a few completions as text to TensorBoard, and all of the step's completions to ``rollouts/step-N.jsonl``."""
+
+    def __init__(self, every_n_steps: int = 10, num_samples: int = 4) -> None:
+        self.every_n_steps = every_n_steps
+        self.num_samples = num_samples
+
+    @rank_zero_only
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        rollouts: TrainBatch | None = batch.get("rollouts")
+        if rollouts is None or batch_idx % self.every_n_steps:
+            return
+        assert isinstance(pl_module, PolicyModule)
+        folder = Path(trainer.default_root_dir) / ROLLOUT_FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [row for group in rollouts.groups for row in _rows(group, pl_module)]
+        path = folder / f"step-{trainer.global_step:06d}.jsonl"
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        if isinstance(trainer.logger, TensorBoardLogger):
+            for number, group in enumerate(rollouts.groups[: self.num_samples]):
+                text = "\n\n".join(f"**{name}** `{value!r}`" for name, value in _rows(group, pl_module)[0].items())
+                trainer.logger.experiment.add_text(f"sample/{number}", text, trainer.global_step)
+
+
+def _rows(group: RolloutGroup, module: PolicyModule) -> list[dict[str, Any]]:
+    """One row a completion; bytes that are not UTF-8 are shown with replacement characters."""
+    context = module.tokenizer.decode(list(group.task.context_ids[-200:]))
+    truth = [token.decode(errors="replace") for token in group.task.continuation]
+    return [
+        {
+            "task_id": group.task.task_id,
+            "context": context,
+            "truth": truth,
+            "completion": completion.text_bytes.decode(errors="replace"),
+            "prediction": None if prediction is None else prediction.decode(errors="replace"),
+            "reward": reward,
+            "finish_reason": completion.finish_reason,
+            "policy_version": completion.policy_version,
+        }
+        for completion, prediction, reward in zip(group.completions, group.predictions, group.rewards, strict=True)
+    ]
+
+
+class ValidationResults(Callback):
+    """Every validation pass leaves one record a position in ``validation/step-N.jsonl``, so that any two policies can be compared in pairs."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, PolicyModule)
+        if trainer.sanity_checking or not pl_module.results:
+            return
+        path = Path(trainer.default_root_dir) / VALIDATION_FOLDER / f"step-{pl_module.global_step:06d}.jsonl"
+        write_results(Results(positions=tuple(pl_module.results), policy_path=pl_module.policy.path, step=pl_module.global_step), path)

@@ -1,0 +1,26 @@
+"""Standard next-token training of the policy: the cold start on reasoning traces, and the continual-pre-training baseline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from rpt_lightning.policy.packing import PackedTree
+from rpt_lightning.training.policy_module import PolicyModule
+from rpt_lightning.types import TrainSequence
+
+
+class NTPModule(PolicyModule):
+    """Mean negative log-likelihood of the target tokens of each step's sequences, over the step's global number of target tokens."""
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        sequences: list[TrainSequence] = list(batch["sequences"])
+        num_targets = float(self.sum_over_ranks(sum(len(sequence.target_ids) for sequence in sequences)))
+
+        def micro_batch_loss(tree: PackedTree) -> Tensor:
+            logprobs, _ = self.policy(tree)
+            return -tree.unpack(logprobs).sum() / num_targets
+
+        metrics = self.optimizer_step_over(sequences, micro_batch_loss)
+        self.log_step(metrics | {"train/target_tokens": num_targets})

@@ -1,0 +1,250 @@
+"""What every way of training the policy shares: its weights, the optimizer step over micro-batches, and next-token accuracy on held-out tasks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from rpt_lightning.metrics.accuracy import NextTokenAccuracy
+from rpt_lightning.metrics.results import PositionResult
+from rpt_lightning.policy.model import Policy
+from rpt_lightning.policy.packing import PackedTree, pack
+from rpt_lightning.tasks.token_bytes import tokenizer_hash
+from rpt_lightning.types import RolloutGroup, TokenTask, TrainSequence
+
+CHECKPOINT_KEY = "rpt"
+
+
+class PolicyModule(LightningModule, ABC):
+    """Optimization is manual, because a step is cut into micro-batches of tokens, not of samples.
+
+    Args:
+        policy: The model that is trained.
+        optimizer: Optimizer over the policy's parameters, e.g. torch.optim.AdamW.
+        lr_scheduler: Learning-rate schedule, advanced once an optimizer step; None keeps the rate constant.
+        micro_batch_tokens: Input tokens of one forward and backward pass. Memory and speed depend on it, results do not.
+        gradient_clip: Largest global gradient norm (the paper's "actor gradient clip"); 0 turns clipping off.
+        max_skipped_steps: A step with a non-finite loss or gradient is skipped; the run stops when this many are skipped in a row.
+    """
+
+    learns_from_rollouts = False  # whether training batches need the rollout callback's completions
+    corrects_mismatch = False  # whether it uses importance ratios between policy and engine, which a truncating sampler would bias
+
+    def __init__(
+        self,
+        policy: Policy,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        micro_batch_tokens: int = 16384,
+        gradient_clip: float = 0.2,
+        max_skipped_steps: int = 3,
+    ) -> None:
+        super().__init__()
+        if micro_batch_tokens < 1:
+            raise ValueError(f"model.micro_batch_tokens={micro_batch_tokens}: a micro-batch needs at least 1 token")
+        if gradient_clip < 0:
+            raise ValueError(f"model.gradient_clip={gradient_clip}: give a norm above 0, or 0 for no clipping")
+        self.automatic_optimization = False
+        self.policy = policy
+        self.make_optimizer = optimizer
+        self.make_lr_scheduler = lr_scheduler
+        self.micro_batch_tokens = micro_batch_tokens
+        self.gradient_clip = gradient_clip
+        self.max_skipped_steps = max_skipped_steps
+        self.num_skipped_steps = 0
+        self._skipped_in_a_row = 0
+        self.results: list[PositionResult] = []  # of the validation pass that runs or ran last, this rank's part
+        self.ntp_accuracy = NextTokenAccuracy()
+        self.reasoning_accuracy = NextTokenAccuracy()
+        self.tokenizer = policy.tokenizer
+        self.tokenizer_hash = tokenizer_hash(policy.tokenizer)
+
+    # Weights
+
+    def configure_model(self) -> None:
+        self.policy.materialize()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(self.policy.parameters())
+        return optimizer if self.make_lr_scheduler is None else ([optimizer], [self.make_lr_scheduler(optimizer)])
+
+    @property
+    def policy_version(self) -> int:
+        """The number of optimizer steps behind the current weights."""
+        return self.global_step
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[CHECKPOINT_KEY] = {
+            "policy_path": self.policy.path,
+            "policy_config": self.policy.config.to_json_string(),
+            "tokenizer_hash": self.tokenizer_hash,
+            "num_skipped_steps": self.num_skipped_steps,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get(CHECKPOINT_KEY)
+        if saved is None:
+            raise ValueError("ckpt_path: this is not a checkpoint of rpt-lightning; give a file from a run folder's checkpoints/")
+        ours = {name: parameter.shape for name, parameter in self.policy.model.state_dict(prefix="policy.model.").items()}
+        theirs = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items() if name.startswith("policy.")}
+        if saved["tokenizer_hash"] != self.tokenizer_hash or ours != theirs:
+            raise ValueError(
+                f"ckpt_path: the checkpoint holds the model of {saved['policy_path']}, the config has model.policy.path={self.policy.path}, and their "
+                "tokenizers or weight shapes differ; give the checkpoint's own model, or another checkpoint"
+            )
+        self.num_skipped_steps = saved["num_skipped_steps"]
+
+    # The optimizer step
+
+    def optimizer_step_over(self, sequences: list[TrainSequence], micro_batch_loss: Callable[[PackedTree], Tensor]) -> dict[str, Tensor]:
+        """One optimizer step on a loss that is a sum over the packed trees of ``sequences``.
+
+        ``micro_batch_loss(tree)`` returns that tree's share of the loss: the shares of all trees and ranks add up to the step's loss, so that results
+        do not depend on how the step is cut. Returns metrics, among them the tokens computed and the gradient norm before clipping.
+        """
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        loss_sum = torch.zeros((), device=self.device)
+        packed_tokens = 0
+        num_micro_batches = 0
+        for tree in pack(sequences, max_tokens=self.micro_batch_tokens):
+            loss = micro_batch_loss(tree.to(self.device))
+            self.manual_backward(loss * self.trainer.world_size)  # gradients are averaged over ranks, the loss is a sum over them
+            loss_sum += loss.detach()
+            packed_tokens += tree.num_tokens
+            num_micro_batches += 1
+        if not sequences:  # nothing to learn from here is a zero gradient, not a missing one: the optimizer's moments decay as they would
+            for parameter in self.policy.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+        plain_tokens = sum(sequence.num_tokens for sequence in sequences)
+        metrics = {
+            "loss/total": self.sum_over_ranks(loss_sum),
+            "train/packed_tokens": self.sum_over_ranks(packed_tokens),
+            "train/plain_tokens": self.sum_over_ranks(plain_tokens),
+            "train/micro_batches": torch.tensor(float(num_micro_batches)),
+        }
+        metrics["optim/grad_norm"] = self._clip_and_step(optimizer, metrics["loss/total"])
+        metrics["optim/lr"] = torch.tensor(float(optimizer.param_groups[0]["lr"]))
+        metrics["optim/skipped_steps"] = torch.tensor(float(self.num_skipped_steps))
+        if self.lr_schedulers() is not None:
+            self.lr_schedulers().step()  # type: ignore[union-attr]
+        return metrics
+
+    def _clip_and_step(self, optimizer: Any, loss: Tensor) -> Tensor:
+        clip = self.gradient_clip or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), clip)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if torch.isfinite(norm) and torch.isfinite(loss):
+            self._skipped_in_a_row = 0
+        else:
+            # A step without gradients leaves every weight and moment as it is, and still counts as a step.
+            optimizer.zero_grad(set_to_none=True)
+            self.num_skipped_steps += 1
+            self._skipped_in_a_row += 1
+            if self._skipped_in_a_row >= self.max_skipped_steps:
+                raise RuntimeError(
+                    f"loss {loss.item()} and gradient norm {norm.item()} at step {self.global_step}: {self._skipped_in_a_row} steps in a row were not finite, "
+                    "so the run stops; the last checkpoint is from before them. Lower model.optimizer.lr, or look at the samples of these steps"
+                )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def sum_over_ranks(self, value: Tensor | float) -> Tensor:
+        """Sum of a number over data-parallel ranks."""
+        tensor = torch.as_tensor(value, dtype=torch.float32, device=self.device)
+        return self.trainer.strategy.reduce(tensor, reduce_op="sum") if self.trainer.world_size > 1 else tensor
+
+    def log_step(self, metrics: Mapping[str, Tensor | float]) -> None:
+        """Logs one step's metrics (already reduced over ranks)."""
+        self.log_dict({name: float(value) for name, value in metrics.items()}, on_step=True, on_epoch=False)
+
+    @abstractmethod
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """One optimizer step (or several, see the leaf)."""
+
+    # Held-out accuracy
+
+    def on_validation_epoch_start(self) -> None:
+        self.results = []
+        self.ntp_accuracy.reset()
+        self.reasoning_accuracy.reset()
+
+    @torch.no_grad()
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Next-token accuracy at held-out positions: without reasoning always, and by reasoning where the rollout callback put ``groups`` into the batch."""
+        tasks: tuple[TokenTask, ...] = batch["tasks"]
+        logprobs, likely = self.score_next_tokens(tasks)
+        groups: tuple[RolloutGroup, ...] | None = batch.get("groups")
+        controls: dict[str, list[bool]] = batch.get("controls", {})
+        for i, task in enumerate(tasks):
+            self.results.append(
+                _position_result(
+                    task,
+                    ntp_correct=likely[i] == task.continuation_ids[0],
+                    ntp_logprob=logprobs[i],
+                    group=None if groups is None else groups[i],
+                    controls={f"{name}_correct": correct[i] for name, correct in controls.items()},
+                )
+            )
+        rows = self.results[-len(tasks) :]
+        entropy, answerable = torch.tensor([row.entropy for row in rows]), torch.tensor([row.answerable for row in rows])
+        self.ntp_accuracy.update(torch.tensor([row.ntp_correct for row in rows]), entropy, answerable)
+        if groups is not None:
+            self.reasoning_accuracy.update(torch.tensor([bool(row.reasoning_correct) for row in rows]), entropy, answerable)
+
+    def on_validation_epoch_end(self) -> None:
+        metrics: dict[str, float] = {f"val/ntp/{name}": float(value) for name, value in self.ntp_accuracy.compute().items()}
+        if any(row.reasoning_correct is not None for row in self.results):
+            metrics |= {f"val/reasoning/{name}": float(value) for name, value in self.reasoning_accuracy.compute().items()}
+            metrics["val/boxed_frac"] = sum(bool(row.boxed) for row in self.results) / len(self.results)
+            metrics["val/truncated_frac"] = sum(bool(row.truncated) for row in self.results) / len(self.results)
+            metrics["val/length_mean"] = sum(row.length or 0 for row in self.results) / len(self.results)
+        metrics["val/ntp/loss"] = -sum(row.ntp_logprob for row in self.results) / max(1, len(self.results))
+        self.log_dict(metrics, sync_dist=False)
+
+    @torch.no_grad()
+    def score_next_tokens(self, tasks: Iterable[TokenTask]) -> tuple[list[float], list[int]]:
+        """Standard next-token prediction at each task's position: log-prob (nats) of the true token, and the id of the most likely one."""
+        sequences = [TrainSequence(prompt_ids=task.context_ids, target_ids=task.continuation_ids[:1]) for task in tasks]
+        logprobs, likely = [0.0] * len(sequences), [0] * len(sequences)
+        for tree in pack(sequences, max_tokens=self.micro_batch_tokens):
+            scores, ids = self.policy(tree.to(self.device), predict=True)
+            # Several documents may share a context and differ in the token: each row is one sequence with one target.
+            for row, index in enumerate(tree.sequence_indices):
+                logprobs[index] = scores[tree.rows[row, 0]].item()
+                likely[index] = int(ids[tree.rows[row, 0]])
+        return logprobs, likely
+
+
+def _position_result(
+    task: TokenTask, *, ntp_correct: bool, ntp_logprob: float, group: RolloutGroup | None, controls: dict[str, bool]
+) -> PositionResult:
+    """The record of one position; bytes that are no characters are written with replacement characters."""
+    measured: dict[str, Any] = dict(controls)
+    if group is not None:
+        (completion,), (prediction,), (reward,) = group.completions, group.predictions, group.rewards
+        measured |= {
+            "prediction": None if prediction is None else prediction.decode(errors="replace"),
+            "reasoning_correct": reward == 1.0,
+            "boxed": prediction is not None,
+            "truncated": completion.is_truncated,
+            "length": len(completion.token_ids),
+        }
+    return PositionResult(
+        task_id=task.task_id,
+        doc_id=task.doc_id,
+        position=task.position,
+        entropy=task.entropy,
+        answerable=task.answerable,
+        truth=b"".join(task.continuation).decode(errors="replace"),
+        ntp_correct=ntp_correct,
+        ntp_logprob=ntp_logprob,
+        **measured,
+    )

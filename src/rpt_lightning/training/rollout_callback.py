@@ -1,0 +1,226 @@
+"""The engine's life beside the trainer: weights in after every optimizer step, completions, predictions and rewards into the batch.
+
+The order of a step is: sync (weights, version, verification) -> rollouts -> log-prob check -> training. An engine whose weights are not the policy's is
+found by the version it acknowledges, by tensors read back from it, and by its log-probs; each ends the run with an error.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from rpt_lightning.metrics.rollout_stats import rollout_statistics
+from rpt_lightning.policy.packing import pack
+from rpt_lightning.policy.weights import named_weights
+from rpt_lightning.rollout.dynamic_sampling import fill_batch
+from rpt_lightning.rollout.engine import RolloutEngine
+from rpt_lightning.rollout.rollouter import Rollouter
+from rpt_lightning.rollout.thought_controls import thought_controls
+from rpt_lightning.tasks.objective import BoundObjective, Objective
+from rpt_lightning.training.policy_module import PolicyModule
+from rpt_lightning.training.sync_check import LogprobDiff, check_logprobs, check_weights, compare_logprobs, logprob_limits
+from rpt_lightning.types import RolloutGroup, SamplingSettings, TrainBatch, TrainSequence
+
+
+class RolloutCallback(Callback):
+    """Args:
+    engine: What generates. None evaluates standard next-token prediction only, and cannot train by reasoning.
+    objective: What the policy is asked, and what it is paid for.
+    group_size: Completions a task (G).
+    temperature: Sampling temperature of training rollouts. Evaluation is greedy.
+    max_prompt_tokens: Longest prompt; a longer one is an error (the data module's max_context_tokens cuts contexts).
+    max_completion_tokens: Longest completion.
+    top_p: Below 1 the sampler truncates, which makes importance ratios biased.
+    top_k: Above 0 the sampler truncates.
+    min_p: Above 0 the sampler truncates.
+    seed: Run seed from which every completion's own seed is derived.
+    dynamic_sampling_from_step: From this step on, groups whose rewards are all equal are replaced by new tasks (DAPO; the paper: 500). None: never.
+    dynamic_sampling_max_factor: At most so many times the step's tasks are rolled out in all; the equal groups that are left are then kept.
+    verify_sequences: Fresh completions whose log-probs are compared with the policy's after each sync; 0 turns the comparison off.
+    logprob_tolerance: Factor on the limits of that comparison, which are those of the coarser dtype of engine and policy.
+    thought_controls: Also answer each validation position after an empty and after a shuffled thought.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine | None = None,
+        objective: Objective | None = None,
+        group_size: int = 8,
+        temperature: float = 0.8,
+        max_prompt_tokens: int = 4096,
+        max_completion_tokens: int = 8192,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        dynamic_sampling_from_step: int | None = 500,
+        dynamic_sampling_max_factor: float = 4.0,
+        verify_sequences: int = 4,
+        logprob_tolerance: float = 1.0,
+        thought_controls: bool = False,
+    ) -> None:
+        self.engine = engine
+        self.objective = objective
+        self.group_size = group_size
+        self.temperature = temperature
+        self.max_prompt_tokens = max_prompt_tokens
+        self.max_completion_tokens = max_completion_tokens
+        self.top_p = top_p
+        self.top_k = top_k
+        self.min_p = min_p
+        self.seed = seed
+        self.dynamic_sampling_from_step = dynamic_sampling_from_step
+        self.dynamic_sampling_max_factor = dynamic_sampling_max_factor
+        self.verify_sequences = verify_sequences
+        self.logprob_tolerance = logprob_tolerance
+        self.thought_controls = thought_controls
+        self.bound_objective: BoundObjective | None = None
+        self.rollouter: Rollouter | None = None
+
+    @property
+    def _sampling(self) -> SamplingSettings:
+        assert self.bound_objective is not None
+        return SamplingSettings(
+            temperature=self.temperature,
+            max_tokens=self.max_completion_tokens,
+            stop_token_ids=self.bound_objective.prompt.stop_token_ids,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+        )
+
+    # Life of the engine
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, PolicyModule)
+        if self.engine is None:
+            if stage == "fit" and getattr(pl_module, "learns_from_rollouts", False):
+                raise ValueError("rollout.engine is not set, and this module learns from rollouts; give one, e.g. --rollout.engine VLLMEngine")
+            rank_zero_info("engine: none; validation shows standard next-token prediction only")
+            return
+        if self.objective is None:
+            raise ValueError("rollout.objective is not set: say what the policy is asked and paid for, e.g. --rollout.objective Objective")
+        if pl_module.corrects_mismatch and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0):
+            raise ValueError(
+                f"rollout.top_p={self.top_p}, top_k={self.top_k}, min_p={self.min_p} truncate the distribution, which makes the importance ratios of "
+                "model.correction biased; sample with temperature alone (top_p 1, top_k 0, min_p 0) or set model.correction=none"
+            )
+        self.bound_objective = self.objective.bind(pl_module.tokenizer)
+        self.rollouter = Rollouter(
+            self.engine,
+            self.bound_objective,
+            group_size=self.group_size,
+            temperature=self.temperature,
+            max_tokens=self.max_completion_tokens,
+            max_prompt_tokens=self.max_prompt_tokens,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            run_seed=self.seed,
+        )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.engine is not None:
+            self.engine.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, stage="")
+
+    def _sync(self, trainer: Trainer, module: PolicyModule) -> dict[str, float]:
+        """Brings the engine to the policy's weights and verifies that it has them."""
+        assert self.engine is not None
+        start = time.perf_counter()
+        if not self.engine.weight_names:
+            self.engine.start(module.policy.path, seed=self.seed, max_model_len=self.max_prompt_tokens + self.max_completion_tokens)
+            rank_zero_info(f"engine: {self.engine.description}, started in {time.perf_counter() - start:.0f} s")
+            start = time.perf_counter()
+        if self.engine.version != module.policy_version:
+            self.engine.update_weights(named_weights(module.policy), version=module.policy_version)
+            check_weights(self.engine, named_weights(module.policy), version=module.policy_version)
+        return {"time/sync_s": time.perf_counter() - start}
+
+    # Training
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        assert isinstance(pl_module, PolicyModule)
+        if not pl_module.learns_from_rollouts:
+            return
+        assert self.rollouter is not None
+        metrics = self._sync(trainer, pl_module)
+        start = time.perf_counter()
+        draw = trainer.datamodule.draw  # type: ignore[attr-defined]
+        filled = fill_batch(self.rollouter.rollout, draw, batch["tasks"], max_extra_tasks=self._max_extra_tasks(pl_module, len(batch["tasks"])))
+        groups = filled.groups
+        metrics["time/rollout_s"] = time.perf_counter() - start
+        metrics |= self._check_logprobs(trainer, pl_module, groups, temperature=self.temperature)
+        metrics |= rollout_statistics([*groups, *filled.replaced])
+        metrics |= {"rollout/replaced_groups": float(len(filled.replaced)), "rollout/dead_groups_kept": float(filled.num_dead)}
+        num_tokens = sum(len(completion.token_ids) for group in (*groups, *filled.replaced) for completion in group.completions)
+        metrics["perf/rollout_tokens_per_s"] = num_tokens / metrics["time/rollout_s"]
+        batch["rollouts"] = TrainBatch(groups=groups, sampling=self._sampling)
+        pl_module.log_step(metrics)
+        self._train_start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if "rollouts" in batch:
+            pl_module.log("time/train_s", time.perf_counter() - self._train_start, on_step=True, on_epoch=False)
+
+    def _max_extra_tasks(self, module: PolicyModule, num_tasks: int) -> int:
+        """How many tasks dynamic sampling may draw beyond the step's own."""
+        if self.dynamic_sampling_from_step is None or module.global_step < self.dynamic_sampling_from_step:
+            return 0
+        return int((self.dynamic_sampling_max_factor - 1) * num_tasks)
+
+    @torch.no_grad()
+    def _check_logprobs(self, trainer: Trainer, module: PolicyModule, groups: Sequence[RolloutGroup], *, temperature: float) -> dict[str, float]:
+        """Compares the engine's log-probs of a few fresh completions with the policy's."""
+        assert self.engine is not None
+        fresh = [(group, completion) for group in groups for completion in group.completions][: self.verify_sequences]
+        if not fresh:
+            return {}
+        sequences = [TrainSequence(prompt_ids=group.prompt_ids, target_ids=completion.token_ids) for group, completion in fresh]
+        width = max(len(sequence.target_ids) for sequence in sequences)
+        ours, theirs, mask = torch.zeros(len(fresh), width), torch.zeros(len(fresh), width), torch.zeros(len(fresh), width, dtype=torch.bool)
+        with trainer.precision_plugin.forward_context():
+            device = module.device.type
+            policy_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+            for tree in pack(sequences, max_tokens=module.micro_batch_tokens):
+                rows = tree.unpack(module.policy(tree.to(module.device), temperature=temperature)[0].cpu())
+                for row, index in enumerate(tree.sequence_indices):
+                    length = len(sequences[index].target_ids)
+                    ours[index, :length] = rows[row, :length]
+                    theirs[index, :length] = torch.tensor(fresh[index][1].rollout_logprobs)
+                    mask[index, :length] = True
+        difference = compare_logprobs(theirs, ours, mask)
+        check_logprobs(difference, self._logprob_limits(policy_dtype), version=module.policy_version)
+        return {
+            "sync/logprob_diff_mean": difference.mean,
+            "sync/logprob_diff_p99": difference.p99,
+            "sync/logprob_diff_max": difference.max,
+        }
+
+    def _logprob_limits(self, policy_dtype: torch.dtype) -> LogprobDiff:
+        assert self.engine is not None
+        limits = logprob_limits(self.engine.dtype, policy_dtype)
+        factor = self.logprob_tolerance
+        return LogprobDiff(mean=limits.mean * factor, p99=limits.p99 * factor, max=limits.max * factor)
+
+    # Validation
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if self.engine is None:
+            return
+        assert isinstance(pl_module, PolicyModule)
+        assert self.rollouter is not None
+        assert self.bound_objective is not None
+        self._sync(trainer, pl_module)
+        groups = self.rollouter.rollout(batch["tasks"], n=1, temperature=0.0)
+        self._check_logprobs(trainer, pl_module, groups, temperature=1.0)
+        batch["groups"] = tuple(groups)
+        if self.thought_controls:
+            batch["controls"] = thought_controls(self.engine, self.bound_objective, groups)

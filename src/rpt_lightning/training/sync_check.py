@@ -1,0 +1,113 @@
+"""Does the engine hold the policy's weights? Three questions after every update of the weights.
+
+1. Version: the engine acknowledged the policy's version.
+2. Tensors: a few of them, read back from the engine, are equal to the policy's rounded to the engine's dtype, bit for bit. One
+   optimizer step at a learning rate of 1e-6 is far below what log-probs in bf16 can show. In bf16 such a step leaves most weights
+   unchanged by rounding and a small tensor may not move at all; where all are equal, the engine computes exactly what it
+   should, whichever step it comes from, and the version still tells the steps apart.
+3. Log-probs: the engine's of its own completions against the policy's. This sees what a tensor cannot: another rotary base, a
+   wrong temperature, a stale prefix cache, a kernel that computes something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rpt_lightning.rollout.engine import RolloutEngine
+
+
+class SyncError(RuntimeError):
+    """Engine and policy disagree: what the engine generates would be trained as if the policy had said it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogprobDiff:
+    """Absolute differences of log-probs, in nats, or limits for them."""
+
+    mean: float
+    p99: float
+    max: float
+
+
+# MEASURE
+LOGPROB_LIMITS = {
+    torch.float32: LogprobDiff(mean=1e-4, p99=5e-4, max=1e-3),
+    torch.bfloat16: LogprobDiff(mean=0.08, p99=0.4, max=1.5),
+}
+
+
+def sampled_names(names: Sequence[str], version: int, num_tensors: int) -> tuple[str, ...]:
+    """Which tensors to look at: always embedding and head, and ``num_tensors`` of the others, the next ones with each version.
+
+    So ``len(names) / num_tensors`` versions in a row look at every tensor.
+    """
+    ends = [name for name in names if "embed" in name or "lm_head" in name]
+    others = [name for name in names if name not in ends]
+    first = version * num_tensors
+    return (*ends, *[others[(first + place) % len(others)] for place in range(min(num_tensors, len(others)))])
+
+
+def check_weights(engine: RolloutEngine, weights: Iterable[tuple[str, Tensor]], *, version: int, num_tensors: int = 8) -> None:
+    """Questions 1 and 2.
+
+    Args:
+        engine: After the update.
+        weights: The policy's, under Hugging Face names. Read to the end, since gathering sharded weights is a collective.
+        version: The policy's.
+        num_tensors: How many are compared besides embedding and head.
+
+    Raises SyncError.
+    """
+    names = sampled_names(engine.weight_names, version, num_tensors)
+    wanted = {name: tensor.detach().to("cpu", engine.dtype, copy=True) for name, tensor in weights if name in names}
+    if engine.version != version:
+        raise SyncError(
+            f"the policy is at version {version}, the engine at {engine.version}: the last update of the engine's weights is missing or failed"
+        )
+    held = engine.read_weights(names)
+    wrong = [name for name in names if name not in wanted or not torch.equal(held[name], wanted[name])]
+    if wrong:
+        raise SyncError(
+            f"version {version}: {len(wrong)} of {len(names)} compared tensors differ between engine and policy ({engine.dtype}): "
+            + "; ".join(_difference(name, held[name], wanted.get(name)) for name in wrong[:3])
+            + ". The engine holds other weights than the policy; its completions must not be trained on"
+        )
+
+
+def compare_logprobs(rollout_logprobs: Tensor, policy_logprobs: Tensor, mask: Tensor) -> LogprobDiff:
+    """``|rollout - policy|`` over the tokens of the mask. All [N, T]; both of the tempered distribution. Raises ValueError for an empty mask."""
+    diff = (rollout_logprobs.double() - policy_logprobs.double()).abs()[mask.bool()]
+    if diff.numel() == 0:
+        raise ValueError("no token to compare log-probs of")
+    # NaN (a policy or an engine that broke down) must not slip through a comparison with a limit.
+    diff = diff.nan_to_num(nan=torch.inf)
+    # kthvalue, not quantile, which refuses more than 16 million elements.
+    p99 = diff.kthvalue(max(1, round(0.99 * diff.numel()))).values
+    return LogprobDiff(mean=diff.mean().item(), p99=p99.item(), max=diff.max().item())
+
+
+def logprob_limits(engine_dtype: torch.dtype, policy_dtype: torch.dtype) -> LogprobDiff:
+    """The limits of the coarser of the two dtypes."""
+    return max(LOGPROB_LIMITS[engine_dtype], LOGPROB_LIMITS[policy_dtype], key=lambda limits: limits.max)
+
+
+def check_logprobs(diff: LogprobDiff, limits: LogprobDiff, *, version: int) -> None:
+    """Question 3. Raises SyncError."""
+    pairs = [("mean", diff.mean, limits.mean), ("p99", diff.p99, limits.p99), ("max", diff.max, limits.max)]
+    over = [f"{name} {value:.2g} > {limit:.2g}" for name, value, limit in pairs if not value <= limit]
+    if over:
+        raise SyncError(
+            f"version {version}: log-probs of engine and policy differ too much, in nats: {', '.join(over)}. Either the engine computes "
+            "with other weights, another temperature or a stale cache, or the limits are too tight for this model: raise them only after looking"
+        )
+
+
+def _difference(name: str, held: Tensor, wanted: Tensor | None) -> str:
+    if wanted is None:
+        return f"{name} (the policy has no such weight)"
+    largest = (held.float() - wanted.float()).abs().max().item()
+    return f"{name} (largest difference {largest:.2g}, {(held != wanted).sum().item()} of {held.numel()} entries)"
