@@ -7,33 +7,42 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rpt_lightning.export import export
+from rpt_lightning.policy.model import Policy
+from rpt_lightning.training.ntp_module import NTPModule
 
 TOKENS = torch.tensor([[5, 6, 7, 300]])
 
 
 @pytest.fixture
-def trained(tiny_model_dir: Path):
-    """The tiny model, moved away from what is on disk."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+def module(tiny_model_dir: Path) -> NTPModule:
+    """A module whose policy moved away from the tiny model on disk."""
+    module = NTPModule(policy=Policy(str(tiny_model_dir)))
+    module.configure_model()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in module.policy.model.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return model
+    return module
 
 
-def checkpoint(model, policy_path: Path) -> dict:
-    return {
-        "state_dict": {f"policy.model.{name}": tensor for name, tensor in model.state_dict().items()},
-        "optimizer_states": [{"unused": torch.zeros(3)}],
-        "rpt": {"policy_path": str(policy_path), "policy_config": model.config.to_dict()},
-    }
+@pytest.fixture
+def trained(module: NTPModule):
+    return module.policy.model
+
+
+@pytest.fixture
+def checkpoint(module: NTPModule) -> dict[str, Any]:
+    """What Lightning puts into a file, as far as export sees it."""
+    content: dict[str, Any] = {"state_dict": module.state_dict(), "optimizer_states": [{"unused": torch.zeros(3)}]}
+    module.on_save_checkpoint(content)
+    return content
 
 
 def save(content: object, path: Path) -> str:
@@ -41,8 +50,8 @@ def save(content: object, path: Path) -> str:
     return str(path)
 
 
-def test_the_folder_computes_what_the_policy_computed(trained, tiny_model_dir: Path, tmp_path: Path):
-    export(save(checkpoint(trained, tiny_model_dir), tmp_path / "last.ckpt"), str(tmp_path / "new" / "hf"))
+def test_the_folder_computes_what_the_policy_computed(checkpoint, trained, tiny_model_dir: Path, tmp_path: Path):
+    export(save(checkpoint, tmp_path / "last.ckpt"), str(tmp_path / "new" / "hf"))
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "hf")
     torch.testing.assert_close(exported(TOKENS).logits, trained(TOKENS).logits, rtol=0, atol=0)
     assert exported.lm_head.weight.data_ptr() == exported.model.embed_tokens.weight.data_ptr()
@@ -50,53 +59,50 @@ def test_the_folder_computes_what_the_policy_computed(trained, tiny_model_dir: P
     assert (exported(TOKENS).logits - start(TOKENS).logits).abs().max() > 0.1
 
 
-def test_the_tokenizer_and_the_end_tokens_come_along(trained, tiny_model_dir: Path, tmp_path: Path):
+def test_the_tokenizer_and_the_end_tokens_come_along(checkpoint, tiny_model_dir: Path, tmp_path: Path):
     source = tmp_path / "source"
     shutil.copytree(tiny_model_dir, source)
     (source / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
-    export(save(checkpoint(trained, source), tmp_path / "last.ckpt"), str(tmp_path / "hf"))
+    checkpoint["rpt"]["policy_path"] = str(source)
+    export(save(checkpoint, tmp_path / "last.ckpt"), str(tmp_path / "hf"))
     ours, theirs = AutoTokenizer.from_pretrained(tmp_path / "hf"), AutoTokenizer.from_pretrained(source)
     assert ours("Sum of x_{2} </think>é\n")["input_ids"] == theirs("Sum of x_{2} </think>é\n")["input_ids"]
     assert ours.chat_template == theirs.chat_template
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").generation_config.eos_token_id == [0, 1]
 
 
-def test_a_tied_head_may_be_absent(trained, tiny_model_dir: Path, tmp_path: Path):
-    content = checkpoint(trained, tiny_model_dir)
-    del content["state_dict"]["policy.model.lm_head.weight"]
-    export(save(content, tmp_path / "last.ckpt"), str(tmp_path / "hf"))
+def test_a_tied_head_may_be_absent(checkpoint, trained, tmp_path: Path):
+    del checkpoint["state_dict"]["policy.model.lm_head.weight"]
+    export(save(checkpoint, tmp_path / "last.ckpt"), str(tmp_path / "hf"))
     torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(TOKENS).logits, trained(TOKENS).logits, rtol=0, atol=0)
 
 
-def test_dtype_is_what_was_asked_for(trained, tiny_model_dir: Path, tmp_path: Path):
-    export(save(checkpoint(trained, tiny_model_dir), tmp_path / "last.ckpt"), str(tmp_path / "hf"), dtype="bfloat16")
+def test_dtype_is_what_was_asked_for(checkpoint, trained, tmp_path: Path):
+    export(save(checkpoint, tmp_path / "last.ckpt"), str(tmp_path / "hf"), dtype="bfloat16")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
     assert exported.dtype == torch.bfloat16
     torch.testing.assert_close(exported.lm_head.weight, trained.lm_head.weight.bfloat16(), rtol=0, atol=0)
 
 
-def test_an_existing_output_is_left_alone(trained, tiny_model_dir: Path, tmp_path: Path):
+def test_an_existing_output_is_left_alone(checkpoint, tmp_path: Path):
     (tmp_path / "hf").mkdir()
     with pytest.raises(ValueError, match=r"--output .*hf: exists already"):
-        export(save(checkpoint(trained, tiny_model_dir), tmp_path / "last.ckpt"), str(tmp_path / "hf"))
+        export(save(checkpoint, tmp_path / "last.ckpt"), str(tmp_path / "hf"))
     assert not list((tmp_path / "hf").iterdir())
 
 
-def test_what_is_not_our_checkpoint_is_named(trained, tiny_model_dir: Path, tmp_path: Path):
+def test_what_is_not_our_checkpoint_is_named(checkpoint, tmp_path: Path):
     (tmp_path / "text.ckpt").write_text("not a checkpoint")
     (tmp_path / "empty.ckpt").touch()
-    whole = Path(save(checkpoint(trained, tiny_model_dir), tmp_path / "whole.ckpt")).read_bytes()
+    whole = Path(save(checkpoint, tmp_path / "whole.ckpt")).read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
     save({"state_dict": {}}, tmp_path / "other.ckpt")
     save(Path, tmp_path / "class.ckpt")  # would be unpickled by code: refused by weights_only
-    short = checkpoint(trained, tiny_model_dir)
-    del short["state_dict"]["policy.model.model.norm.weight"]
-    save(short, tmp_path / "short.ckpt")
-    misshapen = checkpoint(trained, tiny_model_dir)
-    misshapen["rpt"]["policy_config"]["intermediate_size"] = 64
-    save(misshapen, tmp_path / "misshapen.ckpt")
-    moved = checkpoint(trained, tmp_path / "gone")
-    save(moved, tmp_path / "moved.ckpt")
+    norm = "policy.model.model.norm.weight"
+    weights = checkpoint["state_dict"]
+    save({**checkpoint, "state_dict": {name: tensor for name, tensor in weights.items() if name != norm}}, tmp_path / "short.ckpt")
+    save({**checkpoint, "state_dict": {**weights, norm: torch.zeros(3)}}, tmp_path / "misshapen.ckpt")
+    save({**checkpoint, "rpt": {**checkpoint["rpt"], "policy_path": str(tmp_path / "gone")}}, tmp_path / "moved.ckpt")
 
     for name, message in {
         "missing.ckpt": "no such file",
@@ -128,8 +134,8 @@ print("RESULT", token, logprob.logprob)
 
 @pytest.mark.vllm
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
-def test_vllm_loads_the_folder(trained, tiny_model_dir: Path, tmp_path: Path):
-    export(save(checkpoint(trained, tiny_model_dir), tmp_path / "last.ckpt"), str(tmp_path / "hf"))
+def test_vllm_loads_the_folder(checkpoint, trained, tmp_path: Path):
+    export(save(checkpoint, tmp_path / "last.ckpt"), str(tmp_path / "hf"))
     # A process of its own: vLLM takes over the threads and the seeds of the one it runs in.
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", VLLM_LOGPROBS, str(tmp_path / "hf"), json.dumps(TOKENS[0].tolist())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -65,7 +66,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _build_model(checkpoint: dict[str, Any], ckpt: str) -> PreTrainedModel:
-    config = AutoConfig.for_model(**checkpoint["rpt"]["policy_config"])
+    config = AutoConfig.for_model(**json.loads(checkpoint["rpt"]["policy_config"]))
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     weights = {name.removeprefix(_WEIGHTS_PREFIX): tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith(_WEIGHTS_PREFIX)}
