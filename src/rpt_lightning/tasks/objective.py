@@ -21,8 +21,12 @@ class BoundObjective:
     reward: Reward
 
     def prediction(self, completion: Completion) -> bytes | None:
-        """What a completion predicts; None where it does not answer in the asked form. A truncated completion is read like any other."""
-        return extract_prediction(completion.text_bytes, think_close=self.prompt.think_close)
+        """What a completion predicts; None where it does not answer in the asked form. A truncated completion has not finished answering: None."""
+        return None if completion.is_truncated else self.parse(completion.text_bytes)
+
+    def parse(self, text: bytes) -> bytes | None:
+        """What a finished answer predicts."""
+        return extract_prediction(text, think_close=self.prompt.think_close)
 
     def rewards(self, task: TokenTask, predictions: Sequence[bytes | None], first_token_probs: Sequence[float] | None = None) -> tuple[float, ...]:
         """What the predictions of one task's group are paid, in order."""
