@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import pytest
+import toy_tokenizers as toys
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rpt_lightning.tasks.answer import extract_prediction
+from rpt_lightning.tasks.objective import Objective
+from rpt_lightning.tasks.prompt import BoundPrompt, ChatPrompt, ContinuationPrompt, PromptTemplate
+from rpt_lightning.tasks.reward import PrefixMatchReward
+from rpt_lightning.tasks.token_bytes import TokenBytes
+from rpt_lightning.tasks.wordings import CONTEXT_SLOT, WORDINGS
+from rpt_lightning.types import Completion
+
+OPENING_TEMPLATE = toys.CHAT_TEMPLATE.replace("<|im_start|>assistant\n' }}", "<|im_start|>assistant\n<think>\n' }}")
+TEMPLATES: list[PromptTemplate] = [*(ChatPrompt(version) for version in WORDINGS), ContinuationPrompt(), ContinuationPrompt(None, None)]
+BOUND = {
+    (template_index, think): template.bind(toys.byte_level(think_tokens=think))
+    for template_index, template in enumerate(TEMPLATES)
+    for think in (False, True)
+}
+IDS = st.lists(st.integers(0, 399), max_size=12).map(tuple)
+
+
+@settings(deadline=None)
+@given(st.sampled_from(sorted(BOUND)), IDS, IDS, IDS)
+def test_given_ids_are_untouched_slices(key: tuple[int, bool], context: tuple[int, ...], thought: tuple[int, ...], answer: tuple[int, ...]) -> None:
+    bound = BOUND[key]
+    prompt = bound.prompt_ids(context)
+    assert len(prompt) == len(context) + bound.num_overhead_tokens
+    start = len(bound.prefix_ids)
+    assert prompt[start : start + len(context)] == context
+    completion = bound.completion_ids(thought, answer)
+    prefix = bound.answer_prefix_ids(thought)
+    assert prefix[: len(thought)] == thought
+    assert completion[: len(prefix)] == prefix
+    assert completion[len(prefix) : len(prefix) + len(answer)] == answer
+    assert completion[-1] == bound.stop_token_ids[0]
+
+
+@pytest.mark.parametrize("think", [False, True])
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda template: getattr(template, "version", "continuation"))
+def test_a_composed_completion_is_parsed_back(template: PromptTemplate, think: bool) -> None:
+    tokenizer = toys.byte_level(think_tokens=think)
+    token_bytes, objective = TokenBytes(tokenizer), Objective(template, PrefixMatchReward()).bind(tokenizer)
+    answer = b" {x}\xf0\x9f"
+    answer_ids = token_bytes.encode_plain(" {x}") + tuple(next(i for i in range(256) if token_bytes[i] == bytes([b])) for b in b"\xf0\x9f")
+    ids = objective.prompt.completion_ids(token_bytes.encode_plain("maybe \\boxed{no}"), answer_ids)
+    completion = Completion(token_ids=ids, text_bytes=token_bytes.join(ids[:-1]), rollout_logprobs=(), policy_version=0, finish_reason="stop")
+    assert objective.prediction(completion) == answer
+
+
+def rendered(bound: BoundPrompt, tokenizer, context: str = " 2 + 2 =") -> str:
+    token_bytes = TokenBytes(tokenizer)
+    return token_bytes.join(bound.prompt_ids(token_bytes.encode_plain(context))).decode()
+
+
+def test_continuation_is_the_text_and_the_thought() -> None:
+    tokenizer = toys.byte_level()
+    bound = ContinuationPrompt().bind(tokenizer)
+    assert rendered(bound, tokenizer) == " 2 + 2 =<think>"
+    assert bound.stop_token_ids == (tokenizer.eos_token_id,)
+    assert TokenBytes(tokenizer).join(bound.completion_ids((), ())) == b"</think>\\boxed{}<|endoftext|>"
+
+
+def test_continuation_without_markers() -> None:
+    tokenizer = toys.byte_level()
+    bound = ContinuationPrompt(None, None).bind(tokenizer)
+    assert rendered(bound, tokenizer) == " 2 + 2 ="
+    assert bound.think_close is None
+    assert extract_prediction(TokenBytes(tokenizer).join(bound.completion_ids((), ())), think_close=bound.think_close) == b""
+
+
+def test_markers_are_tokens_where_the_tokenizer_has_them() -> None:
+    tokenizer = toys.byte_level(think_tokens=True)
+    added = tokenizer.get_added_vocab()
+    for template in (ContinuationPrompt(), ChatPrompt()):
+        bound = template.bind(tokenizer)
+        assert bound.suffix_ids[-1] == added["<think>"]
+        assert bound.answer_open_ids[0] == added["</think>"]
+        assert bound.suffix_ids.count(added["<think>"]) == 1
+
+
+def test_a_text_begins_as_the_tokenizer_begins_it() -> None:
+    tokenizer = toys.byte_fallback()
+    bound = ContinuationPrompt().bind(tokenizer)
+    assert bound.prompt_ids((300, 301))[:3] == (tokenizer.bos_token_id, 300, 301)
+    assert TokenBytes(tokenizer).join(bound.completion_ids((), ())) == b"</think>\\boxed{}<|endoftext|>"
+
+
+@pytest.mark.parametrize("version", list(WORDINGS))
+def test_chat_shows_question_and_context_in_the_chats_form(version: str) -> None:
+    tokenizer = toys.byte_level()
+    bound = ChatPrompt(version).bind(tokenizer)
+    text = rendered(bound, tokenizer, context="ends in spaces  ")
+    question = WORDINGS[version].replace(CONTEXT_SLOT, "ends in spaces  ")
+    assert text == f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n<think>"
+    added = tokenizer.get_added_vocab()
+    assert bound.prefix_ids[0] == added["<|im_start|>"]
+    assert bound.stop_token_ids == (added["<|im_end|>"], added["<|endoftext|>"])
+
+
+def test_a_template_that_opens_the_thought_is_left_alone() -> None:
+    for think in (False, True):
+        tokenizer = toys.byte_level(think_tokens=think, chat_template=OPENING_TEMPLATE)
+        assert rendered(ChatPrompt().bind(tokenizer), tokenizer).endswith("<|im_start|>assistant\n<think>\n")
+
+
+def test_wordings_are_seven_different_questions_in_the_papers_sense() -> None:
+    assert list(WORDINGS) == ["v0", "v1", "v2", "v3", "v4", "v5", "v6"]
+    assert len(set(WORDINGS.values())) == 7
+    for version, wording in WORDINGS.items():
+        assert wording.count(CONTEXT_SLOT) == 1
+        assert "\\boxed{}" in wording
+        assert "### Context" in wording
+        assert (f"```\n{CONTEXT_SLOT}\n```" in wording) == (version != "v0")
+    assert WORDINGS["v0"].endswith(CONTEXT_SLOT)
+    assert all(example in WORDINGS["v4"] for example in (r"\boxed{ this}", r"\boxed{9}", "\\boxed{:\n}"))
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: ChatPrompt("v7"), "version='v7'"),
+        (lambda: ContinuationPrompt("", "</think>"), "cannot be empty"),
+        (lambda: ChatPrompt("v0", "<think>", None), "both thought markers"),
+        (lambda: ChatPrompt().bind(toys.byte_level(chat_template=None)), "no chat template"),
+        (lambda: ChatPrompt().bind(toys.byte_level(chat_template="{{ 'hello' }}")), "0 times"),
+    ],
+)
+def test_refused(make, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        make()
+
+
+def test_a_tokenizer_without_an_end_is_refused() -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=toys.byte_level().backend_tokenizer)
+    with pytest.raises(ValueError, match="eos_token"):
+        ContinuationPrompt().bind(tokenizer)
