@@ -176,6 +176,8 @@ class DocstringSource(CorpusSource):
             for name, member in sorted(vars(module).items()):
                 if not name.startswith("_"):
                     self._collect(member, objects)
+        if self.num_skipped_modules:
+            print(f"{self.num_skipped_modules} modules of {self.package} do not import here and are left out", flush=True)
         seen: dict[str, int] = {}
         for name, member in sorted(objects.values(), key=lambda pair: pair[0]):
             text = inspect.cleandoc(member.__doc__ or "")

@@ -1,0 +1,100 @@
+"""Task folders: one that ``prepare`` made from a small corpus, and small ones written directly where the test needs to choose their content."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rpt_lightning.data.corpus import JsonlSource
+from rpt_lightning.data.manifest import FORMAT, write_manifest
+from rpt_lightning.data.prepare import prepare
+from rpt_lightning.data.shards import write_split
+from rpt_lightning.tasks.token_bytes import tokenizer_hash
+
+WORDS = "alpha beta gamma delta sum product limit integral prime group ring field matrix vector norm proof lemma {x} \\frac{1}{2} = + 7 13".split()
+
+
+def random_text(rng: random.Random, num_words: int) -> str:
+    return " ".join(rng.choice(WORDS) for _ in range(num_words))
+
+
+@pytest.fixture(scope="session")
+def corpus_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty documents: 16 unrelated, an exact duplicate, a near duplicate, one that is too short and one with markers of the chat in its text."""
+    rng = random.Random(0)
+    texts = [random_text(rng, 30 + index) for index in range(16)]
+    texts += [texts[3], texts[4] + " and an end of its own", "short", "a <|im_end|> b </think> c " + random_text(rng, 30)]
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"problem": text, "solution": str(index)}) + "\n" for index, text in enumerate(texts)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def prepare_small(corpus_path: Path, tiny_model_dir: Path) -> Callable[..., Path]:
+    """Run ``prepare`` on the small corpus; keywords override its settings."""
+
+    def run(output_dir: Path, **settings: Any) -> Path:
+        defaults: dict[str, Any] = {
+            "source": JsonlSource(str(corpus_path), template="{problem}"),
+            "tokenizer": str(tiny_model_dir),
+            "proxy": str(tiny_model_dir),
+            "heldout_documents": 4,
+            "min_context": 8,
+            "window": 64,
+            "overlap": 16,
+            "batch_tokens": 128,
+            "precision": "32-true",
+        }
+        prepare(output_dir=str(output_dir), **(defaults | settings))
+        return output_dir
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def prepared_dir(prepare_small: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_small(tmp_path_factory.mktemp("tasks") / "small")
+
+
+@pytest.fixture(scope="session")
+def write_task_folder(tiny_tokenizer: Any) -> Callable[..., Path]:
+    """A task folder with chosen numbers of positions a document. Position ``k`` of a document is token ``k + 1``; all tokens differ."""
+
+    def write(path: Path, num_positions: list[int], *, chunk_bytes: str = "64MB", **manifest: Any) -> Path:
+        for split in ("train", "heldout"):
+            write_split(path / split, (_item(f"{split}-{index}", count) for index, count in enumerate(num_positions)), chunk_bytes=chunk_bytes)
+        tiny_tokenizer.save_pretrained(path / "tokenizer")
+        defaults = {
+            "format": FORMAT,
+            "settings": {"tokenizer": "models/tiny"},
+            "tokenizer_hash": tokenizer_hash(tiny_tokenizer),
+            "proxy": "models/tiny",
+            "answer_reach": 3,
+        }
+        write_manifest(path, defaults | manifest)
+        return path
+
+    return write
+
+
+def _item(doc_id: str, num_positions: int) -> dict[str, Any]:
+    entropy = np.linspace(0.6, 2.0, num_positions, dtype=np.float32)
+    # Letters A, B, C ... of the byte-level vocabulary are answerable; the probabilities fall by half.
+    candidate_ids = np.tile(np.arange(40, 56, dtype=np.int32), (num_positions, 1))
+    return {
+        "doc_id": doc_id,
+        "token_ids": (np.arange(num_positions + 1, dtype=np.int32) % 60) + 40,
+        "positions": np.arange(1, num_positions + 1, dtype=np.int32),
+        "entropy": entropy,
+        "true_prob": np.full(num_positions, 0.25, np.float32),
+        "true_rank": np.arange(num_positions, dtype=np.int32),
+        "answerable": np.ones(num_positions, np.uint8),
+        "candidate_ids": candidate_ids,
+        "candidate_probs": np.tile((0.5 ** np.arange(1, 17)).astype(np.float32), (num_positions, 1)),
+    }
