@@ -34,3 +34,27 @@ def tiny_tokenizer(tiny_model_dir: Path):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tiny_model_dir)
+
+
+@pytest.fixture(scope="session")
+def tiny_task_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task folder that `rpt prepare` made from docstrings of the standard library with the tiny model as proxy. Only read it."""
+    from rpt_lightning.data.corpus import DocstringSource
+    from rpt_lightning.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("tasks") / "tiny"
+    prepare(
+        DocstringSource("unittest"),
+        str(folder),
+        tokenizer=str(tiny_model_dir),
+        proxy=str(tiny_model_dir),
+        entropy_threshold=0.5,
+        min_context=4,
+        max_tokens_per_document=64,
+        max_documents=24,
+        heldout_documents=4,
+        window=256,
+        overlap=64,
+        precision="32-true",
+    )
+    return folder

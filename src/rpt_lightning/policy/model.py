@@ -52,12 +52,10 @@ class Policy(nn.Module):
         model = _load(AutoModelForCausalLM, self.path, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=self.trust_remote_code)
         if self.activation_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self._model = model
-        # Registered under "model" so that a checkpoint's names are "policy.model." + the Hugging Face name.
-        self.add_module("model", model)
-        # Mode "train" only matters for dropout, which pre-trained decoder models set to 0; a policy with dropout could not agree with its engine.
+        # A policy with dropout could not agree with its engine.
         if getattr(model.config, "attention_dropout", 0.0):
             raise ValueError(f"policy.path={self.path} has attention_dropout={model.config.attention_dropout}; set it to 0 in its config.json")
+        self.model = model.train()  # a checkpoint's names are "policy.model." + the Hugging Face name
 
     @property
     def head_weight(self) -> Tensor:

@@ -1,0 +1,49 @@
+"""A whole run in a few lines, for tests of any part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rpt_lightning.data.datamodule import TokenTaskDataModule
+from rpt_lightning.policy.model import Policy
+from rpt_lightning.rollout.engine import RolloutEngine
+from rpt_lightning.rollout.scripted_engine import ScriptedEngine
+from rpt_lightning.tasks.objective import Objective
+from rpt_lightning.tasks.prompt import ContinuationPrompt
+from rpt_lightning.tasks.reward import PrefixMatchReward
+from rpt_lightning.training.checkpoint import RunCheckpoint
+from rpt_lightning.training.module import RPTModule
+from rpt_lightning.training.rollout_callback import RolloutCallback
+from small_run import SCRIPT, quiet_trainer
+
+@pytest.fixture
+def make_run(tiny_model_dir: Path, tiny_task_dir: Path, tmp_path: Path) -> Callable[..., Any]:
+    """``make_run(max_steps, ...)`` -> (trainer, module, data) of a small RPT run with a scripted engine."""
+
+    def make(
+        max_steps: int,
+        *,
+        engine: Callable[[], RolloutEngine] = lambda: ScriptedEngine(SCRIPT),
+        run_dir: Path | None = None,
+        module_options: dict[str, Any] | None = None,
+        rollout_options: dict[str, Any] | None = None,
+        data_options: dict[str, Any] | None = None,
+        callbacks: list[Any] | None = None,
+        **trainer_options: Any,
+    ) -> Any:
+        module = RPTModule(Policy(str(tiny_model_dir)), lambda parameters: torch.optim.AdamW(parameters, lr=1e-3), **(module_options or {}))
+        rollout = RolloutCallback(
+            engine(),
+            Objective(ContinuationPrompt(), PrefixMatchReward()),
+            **({"group_size": 4, "max_prompt_tokens": 96, "max_completion_tokens": 32, "dynamic_sampling_from_step": None} | (rollout_options or {})),
+        )
+        data = TokenTaskDataModule(str(tiny_task_dir), **({"tasks_per_step": 8, "positions_per_document": 2} | (data_options or {})))
+        trainer = quiet_trainer(run_dir or tmp_path / "run", max_steps, [rollout, RunCheckpoint(every_n_steps=1), *(callbacks or [])], **trainer_options)
+        return trainer, module, data
+
+    return make

@@ -1,0 +1,49 @@
+"""A run that was stopped after any step and resumed is bit for bit the run that was not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rpt_lightning.rollout.hf_engine import HFEngine
+from rpt_lightning.training.checkpoint import last_checkpoint
+from rpt_lightning.training.monitors import RolloutSamples
+from small_run import flat_weights
+
+STEPS = 5
+
+
+def fit(make_run, max_steps, run_dir, *, ckpt_path=None, **options):
+    trainer, module, data = make_run(max_steps, run_dir=run_dir, callbacks=[RolloutSamples(every_n_steps=1)], **options)
+    trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
+    assert trainer.global_step == max_steps
+    samples = {path.name: path.read_text() for path in sorted((run_dir / "rollouts").glob("*.jsonl"))}
+    return flat_weights(module), samples
+
+
+def check_resume(make_run, tmp_path, stop_at, **options):
+    weights, samples = fit(make_run, STEPS, tmp_path / "whole", **options)
+    fit(make_run, stop_at, tmp_path / "parts", **options)
+    resumed, resumed_samples = fit(make_run, STEPS, tmp_path / "parts", ckpt_path=str(last_checkpoint(tmp_path / "parts")), **options)
+    assert torch.equal(resumed, weights)
+    assert resumed_samples == samples  # the same tasks, completions and rewards
+    assert len({text for text in samples.values()}) == STEPS  # and not the same step again and again
+
+
+@pytest.mark.parametrize("stop_at", range(1, STEPS))
+def test_scripted_engine(make_run, tmp_path, stop_at):
+    check_resume(make_run, tmp_path, stop_at, module_options={"micro_batch_tokens": 200})
+
+
+def test_dynamic_sampling(make_run, tmp_path):
+    check_resume(
+        make_run,
+        tmp_path,
+        2,
+        rollout_options={"dynamic_sampling_from_step": 0},
+        module_options={"correction": "truncate"},
+    )
+
+
+def test_transformers_engine(make_run, tmp_path):
+    check_resume(make_run, tmp_path, 3, engine=lambda: HFEngine(dtype="float32"))
