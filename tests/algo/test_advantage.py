@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rpt_lightning.algo.advantage import group_advantages
@@ -28,8 +28,9 @@ def test_parity_with_verl(scale) -> None:
 
 
 @given(st.floats(0, 1), st.integers(2, 9))
+@example(0.1, 3)
 def test_equal_rewards_teach_exactly_nothing(reward: float, group_size: int) -> None:
-    assert not group_advantages(torch.full((1, group_size), reward)).any()
+    assert not group_advantages(torch.full((1, group_size), reward, dtype=torch.float64)).any()
 
 
 @given(st.lists(st.lists(st.sampled_from([0.0, 0.3, 1.0]), min_size=4, max_size=4), min_size=2, max_size=5))

@@ -110,6 +110,18 @@ def test_correction_multiplies_and_is_a_constant() -> None:
     loss, gradient, _ = loss_and_gradient(inputs, aggregation="token_mean", correction=correction)
     assert loss.item() == pytest.approx((-6.0 + 0.5 + 1.0) / 3)
     torch.testing.assert_close(gradient, as_tensor([[-2.0, 0.0], [1 / 6, 1 / 3]]))
+    logprobs = inputs["logprobs"].clone().requires_grad_()
+    policy_loss(
+        logprobs,
+        inputs["old_logprobs"],
+        inputs["advantages"],
+        inputs["mask"],
+        clip_low=0.2,
+        clip_high=0.2,
+        aggregation="token_mean",
+        correction=correction,
+    )[0].backward()
+    assert logprobs.grad is not None
     assert correction.grad is None
 
 
