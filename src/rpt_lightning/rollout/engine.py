@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from rpt_lightning.rollout.requests import check_requests
 from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.types import Completion, GenerationRequest, TokenIds
 
-EngineDtype = Literal["float32", "bfloat16", "float16"]
+EngineDtype = Literal["float32", "bfloat16"]
 _UNKNOWN_TOKEN = "\ufffd".encode()
 
 
@@ -84,14 +84,16 @@ class RolloutEngine(ABC):
             raise ValueError(f"max_model_len={max_model_len} must lie between 1 and the {longest} positions of {model_path}")
         self._max_model_len = longest if max_model_len is None else max_model_len
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config)
+            skeleton = cast(Any, AutoModelForCausalLM).from_config(config)
         self._weight_shapes = {name: weight.shape for name, weight in skeleton.named_parameters(remove_duplicate=False)}
         token_bytes = TokenBytes(AutoTokenizer.from_pretrained(model_path))
         self._start(model_path, seed)
         self._token_bytes = token_bytes
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Completion]]:
-        """``n`` completions for each request, in the order of the requests. Completion ``i`` depends on the seed ``seed + i`` and not on the other requests.
+        """``n`` completions for each request, in the order of the requests.
+
+        Completion ``i`` depends on the seed ``seed + i`` and not on the other requests.
 
         Raises:
             RuntimeError: The engine has no weights.
@@ -113,7 +115,8 @@ class RolloutEngine(ABC):
         """Takes over a whole set of weights under their Hugging Face names, and forgets every cache of the old ones.
 
         Raises:
-            ValueError: A tensor is missing, unknown or of another shape. The engine then has no version and refuses to generate until an update succeeds.
+            ValueError: A tensor is missing, unknown or of another shape. The engine then has no version and refuses to generate
+                until an update succeeds.
         """
         self._check_started("update_weights")
         if version < 0:

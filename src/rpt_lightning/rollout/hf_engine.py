@@ -1,18 +1,18 @@
 """Rollouts with transformers' own ``generate``: slower than vLLM, and at home wherever torch runs.
 
-Sampling is exact and does not depend on the batch. With one generator per completion, Gumbel noise is added to the log-probs of the distribution and the
-largest sum is taken, which draws from that distribution (Gumbel-max trick, Maddison et al. 2014, arXiv:1411.0030, section 2). What still differs between
-batches is rounding in the forward pass, which decides ties only.
+Sampling is exact and does not depend on the batch. With one generator per completion, Gumbel noise is added to the log-probs of
+the distribution and the largest sum is taken, which draws from that distribution (Gumbel-max trick, Maddison et al. 2014,
+arXiv:1411.0030, section 2). What still differs between batches is rounding in the forward pass, which decides ties only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, MinPLogitsWarper, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from rpt_lightning.rollout import model_copy
 from rpt_lightning.rollout.engine import EngineDtype, RolloutEngine, Sample
@@ -32,7 +32,7 @@ class HFEngine(RolloutEngine):
             raise ValueError(f"max_batch_tokens={max_batch_tokens} must be at least 1")
         self.max_batch_tokens = max_batch_tokens
         self.device = torch.device(_best_device() if device == "auto" else device)
-        self._model: PreTrainedModel | None = None
+        self._model: Any = None
 
     @property
     def description(self) -> str:
@@ -42,10 +42,10 @@ class HFEngine(RolloutEngine):
         self._model = model_copy.build_model(model_path, self.dtype, self.device)
 
     def _update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        model_copy.load_weights(self.model, weights)
+        model_copy.load_weights(self._model, weights)
 
     def _read_weights(self, names: Sequence[str]) -> dict[str, Tensor]:
-        return model_copy.read_weights(self.model, names)
+        return model_copy.read_weights(self._model, names)
 
     def _close(self) -> None:
         self._model = None
@@ -63,21 +63,15 @@ class HFEngine(RolloutEngine):
         input_ids = torch.tensor([(0,) * (longest - len(prompt)) + prompt for prompt in prompts], device=self.device)  # [N, T], padded on the left
         attention_mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device)  # [N, T]
         draw = SeededDraw(sampling, seeds, self.device)
-        settings = GenerationConfig(
+        settings = cast(Any, GenerationConfig)(
             do_sample=False, max_new_tokens=sampling.max_tokens, eos_token_id=list(sampling.stop_token_ids) or None, pad_token_id=0, use_cache=True
         )
-        output = self.model.generate(
+        output = self._model.generate(
             input_ids, attention_mask=attention_mask, generation_config=settings, logits_processor=LogitsProcessorList([draw])
         )
         token_ids = cast(Tensor, output)[:, longest:].tolist()  # [N, new tokens]
         logprobs = torch.stack(draw.logprobs, dim=1).tolist()  # [N, new tokens]
         return [_until_stop(ids, row, sampling.stop_token_ids) for ids, row in zip(token_ids, logprobs, strict=True)]
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The engine's copy of the policy."""
-        assert self._model is not None
-        return self._model
 
 
 class SeededDraw(LogitsProcessor):
@@ -93,7 +87,7 @@ class SeededDraw(LogitsProcessor):
         self.temperature = sampling.temperature
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         # vLLM's order: min-p first.
-        self.truncate = LogitsProcessorList()
+        self.truncate: Any = LogitsProcessorList()
         if sampling.temperature > 0 and sampling.min_p > 0:
             self.truncate.append(MinPLogitsWarper(sampling.min_p))
         if sampling.temperature > 0 and sampling.top_k > 0:

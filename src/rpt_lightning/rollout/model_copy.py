@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 
-def build_model(model_path: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def build_model(model_path: str, dtype: torch.dtype, device: torch.device) -> Any:
     """The architecture of a Hugging Face folder with random weights, in evaluation mode and without the folder's generation defaults."""
     with torch.random.fork_rng(devices=[]):  # the random weights are overwritten; the trainer's generator must not notice them
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path), dtype=dtype)
+        model: Any = cast(Any, AutoModelForCausalLM).from_config(AutoConfig.from_pretrained(model_path), dtype=dtype)
     # generate() fills what a request leaves open from here, such as a repetition penalty that the request never asked for.
-    model.generation_config = GenerationConfig()
+    model.generation_config = cast(Any, GenerationConfig)()
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -24,15 +24,15 @@ def _problem(request: GenerationRequest, max_model_len: int) -> str | None:
         return f"max_tokens={sampling.max_tokens} must be at least 1"
     if prompt_len + sampling.max_tokens > max_model_len:
         return (
-            f"a prompt of {prompt_len} tokens and max_tokens={sampling.max_tokens} exceed max_model_len={max_model_len}; shorten the context or max_tokens, "
-            "or raise max_model_len"
+            f"a prompt of {prompt_len} tokens and max_tokens={sampling.max_tokens} exceed max_model_len={max_model_len}; "
+            "shorten the context or max_tokens, or raise max_model_len"
         )
     if request.n < 1:
         return f"n={request.n} must be at least 1"
     if not 0 <= request.seed <= MAX_SEED - (request.n - 1):
         return f"seed={request.seed} must lie between 0 and {MAX_SEED} for each of its {request.n} completions"
-    if sampling.temperature < 0:
-        return f"temperature={sampling.temperature} must not be negative"
+    if not 0 <= sampling.temperature <= 2:
+        return f"temperature={sampling.temperature} must lie between 0 (greedy) and 2 (vLLM's limit)"
     if not 0 < sampling.top_p <= 1:
         return f"top_p={sampling.top_p} must lie in (0, 1]"
     if sampling.top_k < 0:

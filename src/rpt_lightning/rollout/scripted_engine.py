@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
 from rpt_lightning.rollout import model_copy
 from rpt_lightning.rollout.engine import EngineDtype, RolloutEngine, Sample
@@ -20,10 +21,13 @@ from rpt_lightning.types import GenerationRequest, TokenIds
 
 
 class ScriptedEngine(RolloutEngine):
-    """Which line completes a prompt is a pure function of (seed, prompt, weights), so two runs agree exactly as long as their weights agree bit for bit.
+    """Which line completes a prompt is a pure function of (seed, prompt, weights).
+
+    So two runs agree exactly as long as their weights agree bit for bit.
 
     Args:
-        completions: The texts to pick from. Each is tokenised as plain text and ends with the request's first stop token, or is cut at ``max_tokens``.
+        completions: The texts to pick from. Each is tokenised as plain text and ends with the request's first stop token,
+            or is cut at ``max_tokens``.
         dtype: Of the engine's copy of the weights.
 
     ``events`` holds "start", "update 3", "generate 8 requests" and "close", in order.
@@ -35,7 +39,7 @@ class ScriptedEngine(RolloutEngine):
             raise ValueError("completions=[] must hold at least one text")
         self.completions = completions
         self.events: list[str] = []
-        self._model: PreTrainedModel | None = None
+        self._model: Any = None
         self._lines: list[TokenIds] = []
         self._checksum = b""
 
@@ -51,14 +55,14 @@ class ScriptedEngine(RolloutEngine):
 
     def _update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         self.events.append(f"update {version}")
-        model_copy.load_weights(self.model, weights)
+        model_copy.load_weights(self._model, weights)
         digest = hashlib.sha256()
-        for parameter in self.model.parameters():
+        for parameter in self._model.parameters():
             digest.update(parameter.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         self._checksum = digest.digest()
 
     def _read_weights(self, names: Sequence[str]) -> dict[str, Tensor]:
-        return model_copy.read_weights(self.model, names)
+        return model_copy.read_weights(self._model, names)
 
     def _generate(self, requests: Sequence[GenerationRequest]) -> list[list[Sample]]:
         self.events.append(f"generate {len(requests)} requests")
@@ -76,12 +80,6 @@ class ScriptedEngine(RolloutEngine):
 
     @torch.no_grad()
     def _logprobs(self, prompt_ids: TokenIds, token_ids: TokenIds, temperature: float) -> tuple[float, ...]:
-        logits = self.model(torch.tensor([prompt_ids + token_ids])).logits[0, len(prompt_ids) - 1 : -1].float()  # [T, V]
+        logits = self._model(torch.tensor([prompt_ids + token_ids])).logits[0, len(prompt_ids) - 1 : -1].float()  # [T, V]
         logprobs = (logits / (temperature or 1.0)).log_softmax(-1)
         return tuple(logprobs.gather(1, torch.tensor(token_ids)[:, None])[:, 0].tolist())
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The engine's copy of the policy."""
-        assert self._model is not None
-        return self._model

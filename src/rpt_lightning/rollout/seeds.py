@@ -11,9 +11,9 @@ _ROOM = 2**20  # completions of one task that may be drawn with one policy
 def request_seed(run_seed: int, policy_version: int, task_id: str, first_index: int = 0) -> int:
     """Seed of completion ``first_index`` of a task; completion ``first_index + i`` has the seed that is ``i`` higher.
 
-    The seed depends on nothing else (not on batch, rank or Python's hash seed), so a group may be drawn in parts. Seeds of different requests are
-    63-bit hashes. torch's CPU generator looks at the low 32 bits only, which are hashed as well as the rest: two requests of a step of 256 x 8 then draw the
-    same noise, for different prompts, about once in 8,000 steps, and it does no harm.
+    The seed depends on nothing else (not on batch, rank or Python's hash seed), so a group may be drawn in parts. Seeds of
+    different requests are 63-bit hashes. torch's CPU generator looks at the low 32 bits only, which are hashed as well as the
+    rest: two requests of a step of 256 x 8 draw the same noise, for different prompts, about once in 8,000 steps. That does no harm.
 
     >>> request_seed(1, 0, "doc-7:4", 3) - request_seed(1, 0, "doc-7:4")
     3

@@ -13,7 +13,7 @@ import os
 import random
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -42,6 +42,8 @@ class VLLMEngine(RolloutEngine):
     enforce_eager: No compilation and no CUDA graphs. None: eager on CPU, where compiling costs more than it brings, graphs on GPU.
     enable_prefix_caching: Compute the shared beginning of prompts once. It is forgotten with every update of the weights.
     """
+
+    _running: ClassVar[VLLMEngine | None] = None
 
     def __init__(
         self,
@@ -75,27 +77,36 @@ class VLLMEngine(RolloutEngine):
 
     def _start(self, model_path: str, seed: int) -> None:
         _prepare_environment()
-        on_gpu = torch.cuda.is_available()
+        if VLLMEngine._running is not None:
+            raise RuntimeError("a VLLMEngine runs in this process already, and vLLM's groups and settings belong to the process: close it first")
         self._owns_process_group = not torch.distributed.is_initialized()
-        with trainer_state_kept():
-            from vllm import LLM
+        VLLMEngine._running = self
+        try:
+            with trainer_state_kept():
+                self._llm = self._build(model_path, seed, on_gpu=torch.cuda.is_available())
+        except BaseException:
+            self._close()  # half a start leaves process groups behind
+            raise
 
-            self._llm = LLM(
-                model=model_path,
-                skip_tokenizer_init=True,
-                load_format="dummy",  # the weights come from the policy; generating before that is refused
-                generation_config="vllm",  # not the model folder's sampling defaults
-                dtype=str(self.dtype).removeprefix("torch."),
-                seed=seed % 2**32,
-                max_model_len=self.max_model_len,
-                max_num_seqs=self.max_num_seqs,
-                enforce_eager=self.enforce_eager if self.enforce_eager is not None else not on_gpu,
-                enable_prefix_caching=self.enable_prefix_caching,
-                logprobs_mode="processed_logprobs",  # after the temperature, as sampled
-                gpu_memory_utilization=self.gpu_memory_utilization,
-                kv_cache_memory_bytes=None if on_gpu else int(self.kv_cache_gib * 2**30),
-                disable_log_stats=True,
-            )
+    def _build(self, model_path: str, seed: int, *, on_gpu: bool) -> Any:
+        from vllm import LLM
+
+        return LLM(
+            model=model_path,
+            skip_tokenizer_init=True,
+            load_format="dummy",  # the weights come from the policy; generating before that is refused
+            generation_config="vllm",  # not the model folder's sampling defaults
+            dtype=cast(Any, str(self.dtype).removeprefix("torch.")),
+            seed=seed % 2**32,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            enforce_eager=self.enforce_eager if self.enforce_eager is not None else not on_gpu,
+            enable_prefix_caching=self.enable_prefix_caching,
+            logprobs_mode="processed_logprobs",  # after the temperature, as sampled
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            kv_cache_memory_bytes=None if on_gpu else int(self.kv_cache_gib * 2**30),
+            disable_log_stats=True,
+        )
 
     def _update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         with trainer_state_kept():
@@ -119,17 +130,19 @@ class VLLMEngine(RolloutEngine):
     def _read_weights(self, names: Sequence[str]) -> dict[str, Tensor]:
         with trainer_state_kept():
             (weights,) = self._llm.apply_model(lambda model: read_weights(model, names, self.dtype))
-        return weights
+        return cast(dict[str, Tensor], weights)
 
     def _close(self) -> None:
-        from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+        from vllm.distributed import parallel_state
 
         with trainer_state_kept():
-            self._llm.llm_engine.engine_core.shutdown()
-            self._llm = None
-            destroy_model_parallel()
+            if self._llm is not None:
+                self._llm.llm_engine.engine_core.shutdown()
+            self._llm, VLLMEngine._running = None, None
+            groups = cast(Any, parallel_state)
+            groups.destroy_model_parallel()
             if self._owns_process_group:  # the trainer's own group (FSDP) outlives the engine
-                destroy_distributed_environment()
+                groups.destroy_distributed_environment()
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -139,8 +152,8 @@ class VLLMEngine(RolloutEngine):
 def trainer_state_kept() -> Iterator[None]:
     """Leaves the process's random number generators and thread settings as they were.
 
-    vLLM seeds the global generators when it starts, draws from them in mixed batches, and on CPU replaces ``torch.set_num_threads`` by a function that only
-    warns.
+    vLLM seeds the global generators when it starts, draws from them in mixed batches, and on CPU replaces
+    ``torch.set_num_threads`` by a function that only warns.
     """
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()

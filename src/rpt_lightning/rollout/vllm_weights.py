@@ -1,9 +1,9 @@
 """The weights that vLLM computes with, under their Hugging Face names.
 
-vLLM fuses projections (q, k, v into one matrix, gate and up into another), and on CPU it packs most matrices into a kernel's own layout and throws the
-plain tensor away. So on CPU a matrix is read by sending the identity through the layer's own kernel: a row of zeros with a single one adds up
-nothing but one weight, without rounding. That is slower than a copy and better than one: it sees what is really multiplied, such as a packed
-head that still belongs to the weights before.
+vLLM fuses projections (q, k, v into one matrix, gate and up into another), and on CPU it packs most matrices into a kernel's
+own layout and throws the plain tensor away. So on CPU a matrix is read by sending the identity through the layer's own kernel:
+each product adds up one weight and zeros, without rounding (only the sign of a zero is lost). That is slower than a copy and
+better than one: it sees what is really multiplied, such as a packed head that still belongs to the weights before.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def _read(model: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
     for fused, parts in getattr(model, "packed_modules_mapping", {}).items():
         layer = modules.get(f"{parent}.{fused}" if parent else fused)
         if layer is not None and leaf in parts:
-            return _values(layer, kind, name, dtype).split(_output_sizes(layer), dim=0)[parts.index(leaf)]
+            pieces: tuple[Tensor, ...] = _values(layer, kind, name, dtype).split_with_sizes(_output_sizes(layer))
+            return pieces[parts.index(leaf)]
     raise ValueError(f"vLLM's {type(model).__name__} has no layer that holds {name}")
 
 
@@ -62,4 +63,5 @@ def _values(layer: Any, kind: str, name: str, dtype: torch.dtype) -> Tensor:
 def _through_kernel(layer: Any, dtype: torch.dtype) -> Tensor:
     """The layer's matrix [out, in], as its CPU kernel multiplies it."""
     num_inputs = layer.embedding_dim if hasattr(layer, "embedding_dim") else layer.input_size_per_partition
-    return layer.cpu_linear(torch.eye(num_inputs, dtype=dtype), layer.weight, None).t()
+    outputs: Tensor = layer.cpu_linear(torch.eye(num_inputs, dtype=dtype), layer.weight, None)  # [in, out]
+    return outputs.t()

@@ -84,7 +84,7 @@ def compare_logprobs(rollout_logprobs: Tensor, policy_logprobs: Tensor, mask: Te
     if diff.numel() == 0:
         raise ValueError("no token to compare log-probs of")
     # NaN (a policy or an engine that broke down) must not slip through a comparison with a limit.
-    diff = diff.nan_to_num(nan=torch.inf)
+    diff = diff.nan_to_num(nan=torch.inf, posinf=torch.inf)
     # kthvalue, not quantile, which refuses more than 16 million elements.
     p99 = diff.kthvalue(max(1, round(0.99 * diff.numel()))).values
     return LogprobDiff(mean=diff.mean().item(), p99=p99.item(), max=diff.max().item())

@@ -1,0 +1,63 @@
+"""Dynamic sampling (DAPO, arXiv:2503.14476, section 3.2; RPT uses it from step 500 on): groups that teach nothing give their place to new tasks.
+
+A group whose rewards are all equal has zero advantages. It is replaced by the group of a freshly drawn task, until every place
+holds a live group or a limit is reached; the places that are left keep their dead group, so that a step always has the same size.
+
+DAPO oversamples and keeps what is too much for the next step. Here every round draws exactly as many tasks as places are still
+dead, so nothing is left over: no group is trained with weights that it was not generated with, and there is no pool to store in
+a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rpt_lightning.types import RolloutGroup, TokenTask
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FilledBatch:
+    """``groups`` are trained, as many as there were tasks; ``replaced`` are the dead groups that gave up their place.
+
+    Every rolled-out task is in exactly one of the two.
+    """
+
+    groups: tuple[RolloutGroup, ...]
+    replaced: tuple[RolloutGroup, ...]
+    num_rounds: int
+
+    @property
+    def num_dead(self) -> int:
+        """Dead groups that were trained after all."""
+        return sum(not group.is_live for group in self.groups)
+
+
+def fill_batch(
+    rollout: Callable[[Sequence[TokenTask]], Sequence[RolloutGroup]],
+    draw: Callable[[int], Sequence[TokenTask]],
+    tasks: Sequence[TokenTask],
+    *,
+    max_extra_tasks: int,
+) -> FilledBatch:
+    """Rolls out the tasks and replaces dead groups by groups of further tasks.
+
+    Args:
+        rollout: Groups for tasks, in their order.
+        draw: The next ``num`` tasks of the stream; fewer, or none, where it ends.
+        tasks: The step's.
+        max_extra_tasks: At most so many tasks are drawn in addition; 0 turns dynamic sampling off.
+    """
+    groups = list(rollout(tasks))
+    replaced: list[RolloutGroup] = []
+    num_rounds = 0
+    while dead := [place for place, group in enumerate(groups) if not group.is_live]:
+        extra = draw(min(len(dead), max_extra_tasks - len(replaced))) if len(replaced) < max_extra_tasks else ()
+        if not extra:
+            break
+        num_rounds += 1
+        # A dead newcomer takes a place as well, and is replaced in the next round like any other.
+        for place, group in zip(dead[: len(extra)], rollout(extra), strict=True):
+            replaced.append(groups[place])
+            groups[place] = group
+    return FilledBatch(groups=tuple(groups), replaced=tuple(replaced), num_rounds=num_rounds)

@@ -1,0 +1,127 @@
+"""From tasks to paid groups of completions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from rpt_lightning.rollout.engine import RolloutEngine
+from rpt_lightning.rollout.seeds import request_seed
+from rpt_lightning.tasks.objective import BoundObjective
+from rpt_lightning.types import Completion, GenerationRequest, RolloutGroup, SamplingSettings, TokenTask
+
+FirstTokenProbs = Callable[[Sequence[TokenTask], Sequence[Sequence[bytes | None]]], Sequence[Sequence[float]]]
+
+
+class Rollouter:
+    """Asks the engine for a group of completions a task, reads the predictions and pays them.
+
+    Args:
+        engine: Started and holding weights by the time of ``rollout``.
+        objective: What is asked and what is paid.
+        run_seed: The run's; every completion has its own seed derived from it, the policy version, the task and the completion's index.
+        group_size: Completions a task for training, at least 2 (a group of one has no baseline).
+        temperature: Of training rollouts.
+        max_tokens: Of a completion.
+        top_p, top_k, min_p: 1, 0 and 0: pure temperature sampling.
+        max_prompt_tokens: A longer prompt is an error; None leaves the limit to the engine.
+        first_token_probs: The policy's probability of each prediction's first token, asked directly; needed by the dense rewards only.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        objective: BoundObjective,
+        *,
+        run_seed: int,
+        group_size: int = 8,
+        temperature: float = 0.8,
+        max_tokens: int = 1024,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        max_prompt_tokens: int | None = None,
+        first_token_probs: FirstTokenProbs | None = None,
+    ) -> None:
+        if group_size < 2:
+            raise ValueError(f"group_size={group_size}: a group needs at least 2 completions, since each is judged against the others")
+        if temperature <= 0:
+            raise ValueError(f"temperature={temperature}: greedy completions of a group are all the same, so a rollout needs a positive temperature")
+        if objective.reward.needs_first_token_probs and first_token_probs is None:
+            raise ValueError(f"{type(objective.reward).__name__} is paid by the policy's probability of the first token: give first_token_probs")
+        self.engine = engine
+        self.objective = objective
+        self.run_seed = run_seed
+        self.group_size = group_size
+        self.temperature = temperature
+        self.max_tokens = max_tokens
+        self.top_p = top_p
+        self.top_k = top_k
+        self.min_p = min_p
+        self.max_prompt_tokens = max_prompt_tokens
+        self.first_token_probs = first_token_probs
+
+    def rollout(
+        self, tasks: Sequence[TokenTask], *, n: int | None = None, temperature: float | None = None, first_index: int = 0
+    ) -> list[RolloutGroup]:
+        """One group a task, in the order of the tasks.
+
+        Args:
+            tasks: One that is given twice (a small corpus starts over) gets other completions the second time.
+            n: Completions a task; None: ``group_size``. 1 is for evaluation.
+            temperature: None: the training temperature; 0: greedy.
+            first_index: Index of the first completion of each group, to draw a group in parts: parts 0..3 and 4..7 are what 0..7 would be.
+
+        Raises:
+            ValueError: A prompt is too long.
+            RuntimeError: A completion does not come from the engine's present weights.
+        """
+        n = self.group_size if n is None else n
+        num_before: Counter[str] = Counter()
+        requests = []
+        for task in tasks:
+            requests.append(self._request(task, n, temperature, first_index + num_before[task.task_id]))
+            num_before[task.task_id] += n
+        # Positions of a document next to each other, the shorter context first: each finds the one before it in the prefix cache.
+        order = sorted(range(len(tasks)), key=lambda index: (tasks[index].doc_id, tasks[index].position))
+        completions: dict[int, list[Completion]] = dict(zip(order, self.engine.generate([requests[index] for index in order]), strict=True))
+        self._check_versions(tasks, completions)
+        predictions = [tuple(map(self.objective.prediction, completions[index])) for index in range(len(tasks))]
+        probs = self.first_token_probs(tasks, predictions) if self.first_token_probs is not None else [None] * len(tasks)
+        return [
+            RolloutGroup(
+                task=task,
+                prompt_ids=requests[index].prompt_ids,
+                completions=tuple(completions[index]),
+                predictions=predictions[index],
+                rewards=self.objective.rewards(task, predictions[index], probs[index]),
+            )
+            for index, task in enumerate(tasks)
+        ]
+
+    def _request(self, task: TokenTask, n: int, temperature: float | None, first_index: int) -> GenerationRequest:
+        prompt_ids = self.objective.prompt.prompt_ids(task.context_ids)
+        if self.max_prompt_tokens is not None and len(prompt_ids) > self.max_prompt_tokens:
+            raise ValueError(
+                f"task {task.task_id!r}: its prompt has {len(prompt_ids)} tokens, max_prompt_tokens={self.max_prompt_tokens}; "
+                "raise the limit or cut contexts to it when tasks are made"
+            )
+        sampling = SamplingSettings(
+            temperature=self.temperature if temperature is None else temperature,
+            max_tokens=self.max_tokens,
+            stop_token_ids=self.objective.prompt.stop_token_ids,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+        )
+        version = -1 if self.engine.version is None else self.engine.version  # without weights the engine itself refuses
+        seed = request_seed(self.run_seed, version, task.task_id, first_index)
+        return GenerationRequest(task_id=task.task_id, prompt_ids=prompt_ids, n=n, seed=seed, sampling=sampling)
+
+    def _check_versions(self, tasks: Sequence[TokenTask], completions: dict[int, list[Completion]]) -> None:
+        for index, task in enumerate(tasks):
+            versions = {completion.policy_version for completion in completions[index]}
+            if versions != {self.engine.version}:
+                raise RuntimeError(
+                    f"task {task.task_id!r}: completions of policy versions {sorted(versions)}, the engine holds {self.engine.version}"
+                )

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rpt_lightning.rollout.dynamic_sampling import fill_batch
+from rpt_lightning.types import Completion, RolloutGroup, TokenTask
+
+COMPLETION = Completion(token_ids=(1,), text_bytes=b"x", rollout_logprobs=(-1.0,), policy_version=0, finish_reason="stop")
+
+
+def task(number: int) -> TokenTask:
+    return TokenTask(
+        task_id=f"d:{number}", doc_id="d", position=number, context_ids=(1,), continuation_ids=(2,), continuation=(b"a",), entropy=1.0, true_prob=0.5,
+        true_rank=0, answerable=True,
+    )  # fmt: skip
+
+
+def group(of: TokenTask, live: bool) -> RolloutGroup:
+    return RolloutGroup(task=of, prompt_ids=(1,), completions=(COMPLETION,) * 2, predictions=(b"a", None), rewards=(1.0, 0.0) if live else (0.0, 0.0))
+
+
+class World:
+    """A stream of tasks of which some are live, that writes down what is asked of it."""
+
+    def __init__(self, liveness: Sequence[bool]) -> None:
+        self.liveness, self.next_number, self.calls = liveness, 0, []
+
+    def draw(self, num: int) -> list[TokenTask]:
+        first = self.next_number
+        self.next_number = min(first + num, len(self.liveness))
+        return [task(number) for number in range(first, self.next_number)]
+
+    def rollout(self, tasks: Sequence[TokenTask]) -> list[RolloutGroup]:
+        self.calls.append([one.position for one in tasks])
+        return [group(one, self.liveness[one.position]) for one in tasks]
+
+
+def test_dead_groups_are_replaced_in_their_places() -> None:
+    world = World([True, False, False, False, True, True])
+    filled = fill_batch(world.rollout, world.draw, world.draw(3), max_extra_tasks=10)
+    # Round 1 draws 3 and 4 for the places of 1 and 2; 3 is dead again, round 2 draws 5 for it.
+    assert world.calls == [[0, 1, 2], [3, 4], [5]]
+    assert [one.task.position for one in filled.groups] == [0, 5, 4]
+    assert [one.task.position for one in filled.replaced] == [1, 2, 3]
+    assert (filled.num_rounds, filled.num_dead) == (2, 0)
+
+
+def test_at_the_limit_the_batch_keeps_its_size_with_dead_groups() -> None:
+    world = World([False] * 10)
+    filled = fill_batch(world.rollout, world.draw, world.draw(2), max_extra_tasks=3)
+    assert world.calls == [[0, 1], [2, 3], [4]]
+    assert [one.task.position for one in filled.groups] == [4, 3]
+    assert filled.num_dead == 2
+
+
+def test_a_limit_of_zero_leaves_the_batch_as_it_is() -> None:
+    world = World([False, True])
+    filled = fill_batch(world.rollout, world.draw, world.draw(2), max_extra_tasks=0)
+    assert [one.task.position for one in filled.groups] == [0, 1]
+    assert (filled.replaced, filled.num_rounds, world.next_number) == ((), 0, 2)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=60), st.integers(1, 12), st.integers(0, 30))
+def test_no_task_is_lost_or_counted_twice(liveness: list[bool], size: int, max_extra_tasks: int) -> None:
+    world = World(liveness)
+    tasks = world.draw(size)
+    filled = fill_batch(world.rollout, world.draw, tasks, max_extra_tasks=max_extra_tasks)
+    counted = Counter(one.task.position for one in (*filled.groups, *filled.replaced))
+    assert counted == Counter(range(world.next_number))  # every task that left the stream, exactly once
+    assert len(filled.groups) == len(tasks)
+    assert len(filled.replaced) <= max_extra_tasks
+    assert not any(one.is_live for one in filled.replaced)  # a live group is never given up
+    # It stops early only for a reason: nothing dead, the limit, or the end of the stream.
+    assert filled.num_dead == 0 or len(filled.replaced) == max_extra_tasks or world.next_number == len(liveness)

@@ -1,0 +1,164 @@
+"""The contract that the engines without vLLM fulfil; tests/integration holds vLLM to the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rpt_lightning.rollout.engine import RolloutEngine
+from rpt_lightning.rollout.hf_engine import HFEngine
+from rpt_lightning.rollout.scripted_engine import ScriptedEngine
+from rpt_lightning.types import GenerationRequest, SamplingSettings
+
+SAMPLING = SamplingSettings(temperature=0.8, max_tokens=12, stop_token_ids=(7, 11))
+REQUEST = GenerationRequest(task_id="doc-7:4", prompt_ids=(40, 41, 42), n=3, seed=5, sampling=SAMPLING)
+LINES = ["a", "b</think>\\boxed{ c}", "longer than twelve tokens of plain text, surely: 0123456789"]
+ENGINES = {"hf": lambda: HFEngine(dtype="float32", device="cpu"), "scripted": lambda: ScriptedEngine(LINES)}
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model_dir: Path):
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)  # away from the uniform distribution
+    return model
+
+
+def named_weights(model):
+    yield from model.named_parameters(remove_duplicate=False)
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest, tiny_model_dir: Path):
+    with ENGINES[request.param]() as engine:
+        engine.start(str(tiny_model_dir), seed=0, max_model_len=64)
+        yield engine
+
+
+def test_generation_needs_weights(engine: RolloutEngine, policy) -> None:
+    assert engine.version is None
+    with pytest.raises(RuntimeError, match="update_weights first"):
+        engine.generate([REQUEST])
+    engine.update_weights(named_weights(policy), version=4)
+    assert engine.version == 4
+    assert {completion.policy_version for completion in engine.generate([REQUEST])[0]} == {4}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda weights: {name: weight for name, weight in weights.items() if name != "lm_head.weight"},
+            "did not deliver lm_head.weight .a tied head",
+        ),
+        (
+            lambda weights: {name: weight for name, weight in weights.items() if "layers.1.self_attn.q" not in name},
+            r"layers.1.self_attn.q_proj.weight",
+        ),
+        (lambda weights: weights | {"model.layers.9.x": torch.zeros(1)}, "delivers model.layers.9.x, which"),
+        (lambda weights: weights | {"model.norm.weight": torch.zeros(1)}, r"delivers model.norm.weight of shape \(1,\).*\(128,\)"),
+    ],
+)
+def test_a_wrong_update_is_refused_and_leaves_no_version(engine: RolloutEngine, policy, change, message: str) -> None:
+    weights = dict(named_weights(policy))
+    engine.update_weights(weights.items(), version=1)
+    with pytest.raises(ValueError, match=message):
+        engine.update_weights(change(weights).items(), version=2)
+    assert engine.version is None
+    with pytest.raises(RuntimeError, match="the last one failed"):
+        engine.generate([REQUEST])
+
+
+def test_weights_read_back_are_those_delivered(engine: RolloutEngine, policy) -> None:
+    engine.update_weights(named_weights(policy), version=0)
+    weights = dict(named_weights(policy))
+    assert engine.weight_names == tuple(weights)
+    held = engine.read_weights(engine.weight_names)
+    assert all(torch.equal(held[name], weights[name]) for name in weights)
+    held["model.norm.weight"].zero_()  # a copy
+    assert engine.read_weights(["model.norm.weight"])["model.norm.weight"].abs().sum() > 0
+    with pytest.raises(ValueError, match="no weight nonsense"):
+        engine.read_weights(["nonsense"])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8, 1.7])
+def test_logprobs_are_those_of_the_tempered_distribution(engine: RolloutEngine, policy, temperature: float) -> None:
+    engine.update_weights(named_weights(policy), version=0)
+    sampling = replace(SAMPLING, temperature=temperature)
+    requests = [replace(REQUEST, sampling=sampling), replace(REQUEST, prompt_ids=tuple(range(50, 80)), sampling=sampling, seed=9)]
+    for request, completions in zip(requests, engine.generate(requests), strict=True):
+        for completion in completions:
+            expected = reference_logprobs(policy, request.prompt_ids, completion.token_ids, temperature or 1.0)
+            torch.testing.assert_close(torch.tensor(completion.rollout_logprobs), expected, atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def reference_logprobs(model, prompt_ids, token_ids, temperature: float) -> torch.Tensor:
+    logits = model(torch.tensor([prompt_ids + token_ids])).logits[0, len(prompt_ids) - 1 : -1] / temperature
+    return logits.log_softmax(-1)[torch.arange(len(token_ids)), list(token_ids)]
+
+
+def test_completions_do_not_depend_on_the_batch(engine: RolloutEngine, policy) -> None:
+    engine.update_weights(named_weights(policy), version=0)
+    requests = [replace(REQUEST, task_id=str(length), prompt_ids=tuple(range(40, 40 + length)), seed=100 * length) for length in (9, 2, 30, 3)]
+    together = engine.generate(requests)
+    for request, completions in zip(requests, together, strict=True):
+        for index, completion in enumerate(completions):
+            (alone,) = engine.generate([replace(request, n=1, seed=request.seed + index)])[0]
+            assert (alone.token_ids, alone.text_bytes) == (completion.token_ids, completion.text_bytes)
+            assert alone.rollout_logprobs == pytest.approx(completion.rollout_logprobs, abs=2e-5)
+    assert len({completion.token_ids for row in together for completion in row}) > 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt_ids": tuple(range(60))}, r"doc-7:4.*prompt of 60 tokens and max_tokens=12 exceed max_model_len=64"),
+        ({"prompt_ids": ()}, "the prompt is empty"),
+        ({"n": 0}, "n=0"),
+        ({"seed": 2**63 - 2}, "seed=9223372036854775806"),
+        ({"sampling": replace(SAMPLING, max_tokens=0)}, "max_tokens=0"),
+        ({"sampling": replace(SAMPLING, temperature=-0.1)}, "temperature=-0.1"),
+        ({"sampling": replace(SAMPLING, temperature=2.5)}, "temperature=2.5"),
+        ({"sampling": replace(SAMPLING, top_p=0.0)}, "top_p=0.0"),
+        ({"sampling": replace(SAMPLING, top_k=-1)}, "top_k=-1"),
+        ({"sampling": replace(SAMPLING, min_p=1.5)}, "min_p=1.5"),
+    ],
+)
+def test_bad_requests_are_refused_by_name(engine: RolloutEngine, policy, change, message: str) -> None:
+    engine.update_weights(named_weights(policy), version=0)
+    with pytest.raises(ValueError, match=message):
+        engine.generate([REQUEST, replace(REQUEST, **change)])
+
+
+def test_the_life_of_an_engine(engine: RolloutEngine, policy, tiny_model_dir: Path) -> None:
+    with pytest.raises(RuntimeError, match="already started"):
+        engine.start(str(tiny_model_dir), seed=0)
+    engine.close()
+    engine.close()
+    for call in (lambda: engine.update_weights(named_weights(policy), version=0), lambda: engine.read_weights([])):
+        with pytest.raises(RuntimeError, match="before start"):
+            call()
+    engine.start(str(tiny_model_dir), seed=0)
+    assert (engine.version, engine.max_model_len) == (None, 1024)
+
+
+def test_a_length_beyond_the_model_is_refused(tiny_model_dir: Path) -> None:
+    with pytest.raises(ValueError, match="max_model_len=2000 must lie between 1 and the 1024 positions"):
+        ScriptedEngine(LINES).start(str(tiny_model_dir), seed=0, max_model_len=2000)
+
+
+def test_the_trainers_generator_is_not_touched(policy, tiny_model_dir: Path) -> None:
+    for make in ENGINES.values():
+        state = torch.get_rng_state()
+        with make() as engine:
+            engine.start(str(tiny_model_dir), seed=0)
+            engine.update_weights(named_weights(policy), version=0)
+            engine.generate([REQUEST])
+        assert torch.equal(state, torch.get_rng_state())

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rpt_lightning.rollout.hf_engine import HFEngine
+from rpt_lightning.training.sync_check import (
+    LOGPROB_LIMITS,
+    LogprobDiff,
+    SyncError,
+    check_logprobs,
+    check_weights,
+    compare_logprobs,
+    logprob_limits,
+    sampled_names,
+)
+
+NAMES = ["model.embed_tokens.weight", *[f"w{index}" for index in range(7)], "lm_head.weight"]
+
+
+def test_embedding_and_head_always_and_the_others_in_turn() -> None:
+    ends = ("model.embed_tokens.weight", "lm_head.weight")
+    assert sampled_names(NAMES, 0, 3) == (*ends, "w0", "w1", "w2")
+    assert sampled_names(NAMES, 1, 3) == (*ends, "w3", "w4", "w5")
+    assert sampled_names(NAMES, 2, 3) == (*ends, "w6", "w0", "w1")
+    assert sorted(sampled_names(NAMES, 5, 100)) == sorted(NAMES)
+    assert {name for version in range(40, 43) for name in sampled_names(NAMES, version, 3)} == set(NAMES)
+
+
+@pytest.fixture
+def policy(tiny_model_dir: Path):
+    return AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+
+
+def weights(policy):
+    return policy.named_parameters(remove_duplicate=False)
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def engine(request: pytest.FixtureRequest, tiny_model_dir: Path, policy):
+    with HFEngine(dtype=request.param, device="cpu") as engine:
+        engine.start(str(tiny_model_dir), seed=0)
+        engine.update_weights(weights(policy), version=0)
+        yield engine
+
+
+def test_an_engine_in_step_passes_for_every_tensor(engine: HFEngine, policy) -> None:
+    check_weights(engine, weights(policy), version=0, num_tensors=1000)
+
+
+def test_a_version_that_was_not_acknowledged_is_an_error(engine: HFEngine, policy) -> None:
+    with pytest.raises(SyncError, match="policy is at version 1, the engine at 0"):
+        check_weights(engine, weights(policy), version=1)
+
+
+def test_one_stale_tensor_is_found_and_named(engine: HFEngine, policy) -> None:
+    with torch.no_grad():
+        policy.model.layers[2].mlp.down_proj.weight[0, 0] += 0.5
+    with pytest.raises(SyncError, match=r"1 of 39 .* model.layers.2.mlp.down_proj.weight \(largest difference 0.5, 1 of 57344 entries\)"):
+        check_weights(engine, weights(policy), version=0, num_tensors=1000)
+
+
+def test_a_policy_with_other_names_is_an_error(engine: HFEngine, policy) -> None:
+    without_head = [(name, weight) for name, weight in weights(policy) if name != "lm_head.weight"]
+    with pytest.raises(SyncError, match=r"lm_head.weight \(the policy has no such weight\)"):
+        check_weights(engine, without_head, version=0)
+
+
+def test_logprob_differences_by_hand() -> None:
+    rollout = torch.tensor([[-1.0, -2.0, -9.0], [-0.5, -0.5, -0.5]])
+    policy = torch.tensor([[-1.1, -2.0, 0.0], [-0.5, -0.2, 0.0]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 0]])
+    diff = compare_logprobs(rollout, policy, mask)  # 0.1, 0, 0, 0.3
+    assert (diff.mean, diff.p99, diff.max) == pytest.approx((0.1, 0.3, 0.3), abs=1e-6)
+
+
+def test_p99_leaves_out_the_largest_hundredth() -> None:
+    policy = torch.zeros(1, 1000)
+    policy[0, :10] = 1.0
+    policy[0, 10] = 0.5
+    diff = compare_logprobs(torch.zeros(1, 1000), policy, torch.ones(1, 1000))
+    assert (diff.p99, diff.max) == (0.5, 1.0)
+    assert diff.mean == pytest.approx(0.0105)
+
+
+def test_nan_never_passes() -> None:
+    diff = compare_logprobs(torch.tensor([[torch.nan, 0.0]]), torch.zeros(1, 2), torch.ones(1, 2))
+    with pytest.raises(SyncError, match="max inf"):
+        check_logprobs(diff, LOGPROB_LIMITS[torch.bfloat16], version=3)
+
+
+def test_nothing_to_compare_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no token"):
+        compare_logprobs(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2))
+
+
+def test_the_error_names_every_limit_that_is_exceeded() -> None:
+    limits = LogprobDiff(mean=0.01, p99=0.1, max=1.0)
+    check_logprobs(LogprobDiff(mean=0.01, p99=0.1, max=1.0), limits, version=3)
+    with pytest.raises(SyncError, match=r"version 3: .* mean 0.02 > 0.01, max 2 > 1\."):
+        check_logprobs(LogprobDiff(mean=0.02, p99=0.1, max=2.0), limits, version=3)
+
+
+def test_the_coarser_dtype_sets_the_limits() -> None:
+    assert logprob_limits(torch.float32, torch.float32).max == 1e-3
+    for pair in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        assert logprob_limits(*pair) == LOGPROB_LIMITS[torch.bfloat16]
