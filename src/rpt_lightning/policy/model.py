@@ -60,7 +60,7 @@ class Policy(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """The output embedding, ``[V, D]``."""
-        return cast(Tensor, self.model.get_output_embeddings().weight)
+        return cast(Tensor, self.model.get_output_embeddings().weight)  # type: ignore[no-untyped-call]
 
     @property
     def is_tied(self) -> bool:
