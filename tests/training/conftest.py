@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_run import SCRIPT, quiet_trainer
 
 from rpt_lightning.data.datamodule import TokenTaskDataModule
 from rpt_lightning.policy.model import Policy
@@ -19,7 +20,7 @@ from rpt_lightning.tasks.reward import PrefixMatchReward
 from rpt_lightning.training.checkpoint import RunCheckpoint
 from rpt_lightning.training.module import RPTModule
 from rpt_lightning.training.rollout_callback import RolloutCallback
-from small_run import SCRIPT, quiet_trainer
+
 
 @pytest.fixture
 def make_run(tiny_model_dir: Path, tiny_task_dir: Path, tmp_path: Path) -> Callable[..., Any]:
@@ -43,7 +44,9 @@ def make_run(tiny_model_dir: Path, tiny_task_dir: Path, tmp_path: Path) -> Calla
             **({"group_size": 4, "max_prompt_tokens": 96, "max_completion_tokens": 32, "dynamic_sampling_from_step": None} | (rollout_options or {})),
         )
         data = TokenTaskDataModule(str(tiny_task_dir), **({"tasks_per_step": 8, "positions_per_document": 2} | (data_options or {})))
-        trainer = quiet_trainer(run_dir or tmp_path / "run", max_steps, [rollout, RunCheckpoint(every_n_steps=1), *(callbacks or [])], **trainer_options)
+        trainer = quiet_trainer(
+            run_dir or tmp_path / "run", max_steps, [rollout, RunCheckpoint(every_n_steps=1), *(callbacks or [])], **trainer_options
+        )
         return trainer, module, data
 
     return make

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_run import flat_weights
 
 from rpt_lightning.rollout.hf_engine import HFEngine
 from rpt_lightning.training.checkpoint import last_checkpoint
 from rpt_lightning.training.monitors import RolloutSamples
-from small_run import flat_weights
 
 STEPS = 5
 
@@ -27,7 +27,7 @@ def check_resume(make_run, tmp_path, stop_at, **options):
     resumed, resumed_samples = fit(make_run, STEPS, tmp_path / "parts", ckpt_path=str(last_checkpoint(tmp_path / "parts")), **options)
     assert torch.equal(resumed, weights)
     assert resumed_samples == samples  # the same tasks, completions and rewards
-    assert len({text for text in samples.values()}) == STEPS  # and not the same step again and again
+    assert len(set(samples.values())) == STEPS  # and not the same step again and again
 
 
 @pytest.mark.parametrize("stop_at", range(1, STEPS))

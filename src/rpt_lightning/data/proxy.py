@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from rpt_lightning.tasks.token_bytes import start_ids
 from rpt_lightning.types import TokenIds
 
 
@@ -31,7 +32,7 @@ def check_proxy(proxy: str, tokenizer: PreTrainedTokenizerBase, *, tokenizer_nam
         raise ValueError(
             f"--proxy {proxy!r} predicts {vocab_size} tokens, but --tokenizer {tokenizer_name!r} has {len(tokenizer)}; name another proxy"
         )
-    return tuple(proxy_tokenizer("")["input_ids"])
+    return start_ids(proxy_tokenizer)
 
 
 def _first_line(error: Exception) -> str:

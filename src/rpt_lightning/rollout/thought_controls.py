@@ -23,7 +23,7 @@ def thought_controls(engine: RolloutEngine, objective: BoundObjective, groups: S
     """
     thoughts = [_thought_ids(objective, group.completions[0]) for group in groups]
     half = len(thoughts) // 2
-    forced = {"empty_thought": [()] * len(groups), "shuffled_thought": thoughts[half:] + thoughts[:half]}
+    forced: dict[str, list[TokenIds]] = {"empty_thought": [()] * len(groups), "shuffled_thought": thoughts[half:] + thoughts[:half]}
     return {name: _answers(engine, objective, groups, given) for name, given in forced.items()}
 
 

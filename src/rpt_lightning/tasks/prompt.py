@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from rpt_lightning.tasks.answer import BOX_CLOSE, BOX_OPEN
-from rpt_lightning.tasks.token_bytes import TokenBytes
+from rpt_lightning.tasks.token_bytes import TokenBytes, start_ids
 from rpt_lightning.tasks.wordings import CONTEXT_SLOT, WORDINGS
 from rpt_lightning.types import TokenIds
 
@@ -72,13 +72,11 @@ class ContinuationPrompt(PromptTemplate):
 
     def bind(self, tokenizer: PreTrainedTokenizerBase) -> BoundPrompt:
         eos_id = _eos_id(tokenizer)
-        first_ids: list[int] = tokenizer("").input_ids[:1]
-        begins_itself = tokenizer.bos_token_id is not None and tokenizer.bos_token_id != eos_id and first_ids == [tokenizer.bos_token_id]
         token_bytes = TokenBytes(tokenizer)
         return _bound(
             tokenizer,
             token_bytes,
-            prefix_ids=tuple(first_ids) if begins_itself else (),
+            prefix_ids=start_ids(tokenizer),
             suffix_ids=_marker_ids(tokenizer, token_bytes, self.think_open),
             think_close=self.think_close,
             stop_token_ids=(eos_id,),

@@ -60,6 +60,12 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
+def start_ids(tokenizer: PreTrainedTokenizerBase) -> TokenIds:
+    """What the tokenizer puts in front of every text: a begin-of-text token (Llama 3), or nothing (Qwen, SmolLM2)."""
+    bos_id, first_ids = tokenizer.bos_token_id, tokenizer("").input_ids[:1]
+    return (bos_id,) if isinstance(bos_id, int) and bos_id != tokenizer.eos_token_id and first_ids == [bos_id] else ()
+
+
 class TokenBytes:
     """The bytes of each token id of a fast tokenizer, and an encoder that treats everything in a text as plain text.
 

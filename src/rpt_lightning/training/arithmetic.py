@@ -33,7 +33,8 @@ def batch_arithmetic(
     lines = [
         f"a step: {tasks_per_step:,} contexts ({positions_per_document} from each of {documents:,} documents) x {group_size} = {completions:,} completions "
         f"of at most {max_completion_tokens:,} tokens = at most {completions * max_completion_tokens:,} sampled tokens",
-        f"trained: prefixes shared, in micro-batches of at most {micro_batch_tokens:,} tokens on {ranks} ({tasks_per_step // world_size:,} contexts each); {updates}",
+        f"trained: prefixes shared, in micro-batches of at most {micro_batch_tokens:,} tokens on {ranks} "
+        f"({tasks_per_step // world_size:,} contexts each); {updates}",
     ]
     if max_steps > 0:
         batches = max_steps // optimizer_steps_per_batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -15,7 +15,8 @@ from rpt_lightning.metrics.accuracy import NextTokenAccuracy
 from rpt_lightning.metrics.results import PositionResult
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.packing import PackedTree, pack
-from rpt_lightning.tasks.token_bytes import tokenizer_hash
+from rpt_lightning.policy.sharding import shard
+from rpt_lightning.tasks.token_bytes import start_ids, tokenizer_hash
 from rpt_lightning.types import RolloutGroup, TokenTask, TrainSequence
 
 CHECKPOINT_KEY = "rpt"
@@ -69,6 +70,8 @@ class PolicyModule(LightningModule, ABC):
 
     def configure_model(self) -> None:
         self.policy.materialize()
+        if self.device_mesh is not None:
+            shard(self.policy, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self.policy.parameters())
@@ -111,17 +114,14 @@ class PolicyModule(LightningModule, ABC):
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         loss_sum = torch.zeros((), device=self.device)
-        packed_tokens = 0
-        num_micro_batches = 0
-        for tree in pack(sequences, max_tokens=self.micro_batch_tokens):
-            loss = micro_batch_loss(tree.to(self.device))
+        trees = list(pack(sequences, max_tokens=self.micro_batch_tokens))
+        # Every rank takes part in the collectives of every micro-batch, and a step without anything to learn is a zero gradient, not a missing one.
+        num_micro_batches = max(1, int(self.max_over_ranks(len(trees))))
+        for index in range(num_micro_batches):
+            loss = micro_batch_loss(trees[index].to(self.device)) if index < len(trees) else self._idle_loss()
             self.manual_backward(loss * self.trainer.world_size)  # gradients are averaged over ranks, the loss is a sum over them
             loss_sum += loss.detach()
-            packed_tokens += tree.num_tokens
-            num_micro_batches += 1
-        if not sequences:  # nothing to learn from here is a zero gradient, not a missing one: the optimizer's moments decay as they would
-            for parameter in self.policy.parameters():
-                parameter.grad = torch.zeros_like(parameter)
+        packed_tokens = sum(tree.num_tokens for tree in trees)
         plain_tokens = sum(sequence.num_tokens for sequence in sequences)
         metrics = {
             "loss/total": self.sum_over_ranks(loss_sum),
@@ -155,6 +155,16 @@ class PolicyModule(LightningModule, ABC):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _idle_loss(self) -> Tensor:
+        """A loss of 0 that touches every weight, for a micro-batch in which this rank has nothing to do."""
+        (tree,) = pack([TrainSequence(prompt_ids=(0,), target_ids=(0,))], max_tokens=1)
+        return cast(Tensor, self.policy(tree.to(self.device))[0].sum() * 0.0)
+
+    def max_over_ranks(self, value: float) -> Tensor:
+        """Largest of a number over data-parallel ranks."""
+        tensor = torch.tensor(float(value), device=self.device)
+        return self.trainer.strategy.reduce(tensor, reduce_op="max") if self.trainer.world_size > 1 else tensor
 
     def sum_over_ranks(self, value: Tensor | float) -> Tensor:
         """Sum of a number over data-parallel ranks."""
@@ -212,7 +222,8 @@ class PolicyModule(LightningModule, ABC):
     @torch.no_grad()
     def score_next_tokens(self, tasks: Iterable[TokenTask]) -> tuple[list[float], list[int]]:
         """Standard next-token prediction at each task's position: log-prob (nats) of the true token, and the id of the most likely one."""
-        sequences = [TrainSequence(prompt_ids=task.context_ids, target_ids=task.continuation_ids[:1]) for task in tasks]
+        start = start_ids(self.tokenizer)
+        sequences = [TrainSequence(prompt_ids=start + task.context_ids, target_ids=task.continuation_ids[:1]) for task in tasks]
         logprobs, likely = [0.0] * len(sequences), [0] * len(sequences)
         for tree in pack(sequences, max_tokens=self.micro_batch_tokens):
             scores, ids = self.policy(tree.to(self.device), predict=True)

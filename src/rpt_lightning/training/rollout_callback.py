@@ -19,12 +19,14 @@ from rpt_lightning.policy.packing import pack
 from rpt_lightning.policy.weights import named_weights
 from rpt_lightning.rollout.dynamic_sampling import fill_batch
 from rpt_lightning.rollout.engine import RolloutEngine
-from rpt_lightning.rollout.rollouter import Rollouter
+from rpt_lightning.rollout.rollouter import FirstTokenProbs, Rollouter
 from rpt_lightning.rollout.thought_controls import thought_controls
 from rpt_lightning.tasks.objective import BoundObjective, Objective
+from rpt_lightning.tasks.token_bytes import TokenBytes
+from rpt_lightning.training.first_token import first_token_probs
 from rpt_lightning.training.policy_module import PolicyModule
 from rpt_lightning.training.sync_check import LogprobDiff, check_logprobs, check_weights, compare_logprobs, logprob_limits
-from rpt_lightning.types import RolloutGroup, SamplingSettings, TrainBatch, TrainSequence
+from rpt_lightning.types import RolloutGroup, SamplingSettings, TokenTask, TrainBatch, TrainSequence
 
 
 class RolloutCallback(Callback):
@@ -122,7 +124,17 @@ class RolloutCallback(Callback):
             top_k=self.top_k,
             min_p=self.min_p,
             run_seed=self.seed,
+            first_token_probs=self._first_token_probs(trainer, pl_module) if self.objective.reward.needs_first_token_probs else None,
         )
+
+    def _first_token_probs(self, trainer: Trainer, module: PolicyModule) -> FirstTokenProbs:
+        token_bytes = TokenBytes(module.tokenizer)
+
+        def probs(tasks: Sequence[TokenTask], predictions: Sequence[Sequence[bytes | None]]) -> list[list[float]]:
+            with trainer.precision_plugin.forward_context():
+                return first_token_probs(module, token_bytes, tasks, predictions)
+
+        return probs
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.engine is not None:
