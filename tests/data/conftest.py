@@ -17,18 +17,20 @@ from rpt_lightning.data.prepare import prepare
 from rpt_lightning.data.shards import write_split
 from rpt_lightning.tasks.token_bytes import tokenizer_hash
 
-WORDS = "alpha beta gamma delta sum product limit integral prime group ring field matrix vector norm proof lemma {x} \\frac{1}{2} = + 7 13".split()
+FORMULAS = ["{x}", "\\frac{1}{2}", "x_{i}", "} else {"]
 
 
 def random_text(rng: random.Random, num_words: int) -> str:
-    return " ".join(rng.choice(WORDS) for _ in range(num_words))
+    """Words that no other document repeats, with a formula now and then, so that some positions have no answer that fits into a box."""
+    words = ["".join(rng.choices("abcdefghijklmnop", k=5)) for _ in range(num_words)]
+    return " ".join(f"{word} {rng.choice(FORMULAS)}" if index % 4 == 3 else word for index, word in enumerate(words))
 
 
 @pytest.fixture(scope="session")
 def corpus_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty documents: 16 unrelated, an exact duplicate, a near duplicate, one that is too short and one with markers of the chat in its text."""
     rng = random.Random(0)
-    texts = [random_text(rng, 30 + index) for index in range(16)]
+    texts = [random_text(rng, 12 + index) for index in range(16)]
     texts += [texts[3], texts[4] + " and an end of its own", "short", "a <|im_end|> b </think> c " + random_text(rng, 30)]
     path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
     path.write_text("".join(json.dumps({"problem": text, "solution": str(index)}) + "\n" for index, text in enumerate(texts)))

@@ -113,7 +113,7 @@ def test_parquet(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["one", "two"], "n": [1, 2]}), tmp_path / "a.parquet")
     documents = list(ParquetSource(str(tmp_path / "a.parquet"), template="{n}: {text}").documents())
     assert [document.text for document in documents] == ["1: one", "2: two"]
-    with pytest.raises(ValueError, match="row 0.*'title'"):
+    with pytest.raises(ValueError, match=r"row 0.*'title'"):
         list(ParquetSource(str(tmp_path / "a.parquet"), template="{title}").documents())
     (tmp_path / "b.parquet").write_text("no parquet")
     with pytest.raises(ValueError, match="not a readable Parquet file"):

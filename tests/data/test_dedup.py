@@ -33,7 +33,9 @@ def brute_components(documents: list[np.ndarray], span: int) -> list[set[int]]:
     groups = [{index} for index in range(len(documents))]
     for i, left in enumerate(documents):
         for j, right in enumerate(documents):
-            spans = {tuple(left[k : k + span]) for k in range(len(left) - span + 1)} & {tuple(right[k : k + span]) for k in range(len(right) - span + 1)}
+            spans = {tuple(left[k : k + span]) for k in range(len(left) - span + 1)} & {
+                tuple(right[k : k + span]) for k in range(len(right) - span + 1)
+            }
             if spans and groups[i] is not groups[j]:
                 groups[i] |= groups[j]
                 for member in groups[i]:

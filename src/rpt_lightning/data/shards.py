@@ -20,7 +20,7 @@ SAFE_FORMATS = ("str", "numpy", "no_header_numpy")
 
 
 def write_split(folder: Path, items: Iterable[Item], *, chunk_bytes: str) -> NDArray[np.int32]:
-    """Write ``items`` in order. Returns the number of positions of each. -> [D]"""
+    """Write ``items`` in order. Returns the number of positions of each. -> [D] Without any item there is no readable split."""
     from litdata.streaming.writer import BinaryWriter
 
     folder.mkdir(parents=True)
@@ -29,8 +29,9 @@ def write_split(folder: Path, items: Iterable[Item], *, chunk_bytes: str) -> NDA
     for index, item in enumerate(items):
         writer.add_item(index, item)
         num_positions.append(len(item["positions"]))
-    writer.done()
-    writer.merge()
+    if num_positions:  # litdata's merge waits forever for the index of a writer that wrote nothing
+        writer.done()
+        writer.merge()
     counts = np.array(num_positions, dtype=np.int32)
     np.save(folder / NUM_POSITIONS_FILE, counts, allow_pickle=False)
     return counts

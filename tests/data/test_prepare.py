@@ -1,0 +1,297 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from rpt_lightning.data import scored_parts
+from rpt_lightning.data.corpus import JsonlSource, TextFilesSource
+from rpt_lightning.data.scoring import ProxyScorer
+from rpt_lightning.data.task_folder import TaskFolder
+from rpt_lightning.tasks.answer import extract_prediction
+
+Prepare = Callable[..., Path]
+
+
+def items(folder: Path, split: str = "train") -> dict[str, Any]:
+    reader = TaskFolder(folder, split)  # type: ignore[arg-type]
+    return {reader.document(index)["doc_id"]: reader.document(index) for index in range(len(reader))}
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    """Everything that a run may not change, for comparison."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["scoring_tokens_per_s"]
+    chunks = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("chunk-*"))}
+    return {"manifest": manifest, "chunks": chunks}
+
+
+def test_the_folder_holds_what_the_manifest_says(prepared_dir: Path, corpus_path: Path) -> None:
+    manifest = json.loads((prepared_dir / "manifest.json").read_text())
+    assert manifest["corpus"] | {"sha256": ""} == {
+        "sha256": "",
+        "documents_read": 20,
+        "too_short": 1,
+        "exact_duplicates": 1,
+        "components": 17,
+        "largest_component": 2,
+        "siblings_of_heldout_documents": 0,
+        "not_sampled": 0,
+    }
+    assert manifest["shared_spans_between_splits"] == 0
+    train, heldout = items(prepared_dir, "train"), items(prepared_dir, "heldout")
+    assert len(heldout) == manifest["splits"]["heldout"]["documents"] == 4
+    assert len(train) == manifest["splits"]["train"]["documents"] == 14
+    assert {"corpus.jsonl:5", "corpus.jsonl:18"} <= set(train)  # the near duplicates, the largest component
+    for split, contents in (("train", train), ("heldout", heldout)):
+        assert sum(len(item["positions"]) for item in contents.values()) == manifest["splits"][split]["positions"]
+        histogram = manifest["splits"][split]["entropy_histogram"]
+        assert sum(histogram["scored_positions"]) == manifest["splits"][split]["scored_positions"]
+        assert len(histogram["scored_positions"]) == len(histogram["bin_edges_nats"]) - 1
+    assert (prepared_dir / "histogram.png").read_bytes()[:4] == b"\x89PNG"
+    assert not prepared_dir.with_name(prepared_dir.name + ".partial").exists()
+
+
+def test_no_thirteen_tokens_stand_in_both_splits(prepared_dir: Path) -> None:
+    """Counted again from what is on the disk, token by token."""
+    spans: dict[str, set[tuple[int, ...]]] = {}
+    for split in ("train", "heldout"):
+        rows = [item["token_ids"].tolist() for item in items(prepared_dir, split).values()]
+        spans[split] = {tuple(row[start : start + 13]) for row in rows for start in range(len(row) - 12)}
+    assert spans["train"]
+    assert spans["heldout"]
+    assert not spans["train"] & spans["heldout"]
+
+
+def test_items_hold_the_rule_and_the_text(prepared_dir: Path, corpus_path: Path) -> None:
+    texts = {f"corpus.jsonl:{number}": json.loads(line)["problem"] for number, line in enumerate(corpus_path.read_text().splitlines(), start=1)}
+    tokens = TaskFolder(prepared_dir, "train").token_bytes
+    for split, threshold in (("train", 1.0), ("heldout", 0.5)):
+        for doc_id, item in items(prepared_dir, split).items():
+            assert tokens.join(item["token_ids"].tolist()).decode() == texts[doc_id]
+            assert not any(tokens.is_special(token) for token in item["token_ids"].tolist())
+            assert item["positions"].min() >= 8
+            assert (np.diff(item["positions"]) > 0).all()
+            assert item["entropy"].min() > threshold
+            assert item["candidate_ids"].shape == (len(item["positions"]), 16)
+            ranked = item["true_rank"] < 16
+            truth = item["token_ids"][item["positions"]]
+            assert (item["candidate_ids"][ranked, item["true_rank"][ranked]] == truth[ranked]).all()
+            for position, answerable in zip(item["positions"].tolist(), item["answerable"].tolist(), strict=True):
+                pieces = [tokens[token] for token in item["token_ids"][position : position + 8].tolist()]
+                answers = [b"".join(pieces[: count + 1]) for count in range(len(pieces))]
+                boxed = [extract_prediction(b"</think>\\boxed{" + answer + b"}") == answer for answer in answers]
+                assert bool(answerable) == any(boxed)
+
+
+def test_unanswerable_positions_are_kept_where_they_are_measured(prepared_dir: Path, prepare_small: Prepare, tmp_path: Path) -> None:
+    kept = prepare_small(tmp_path / "kept", keep_unanswerable=True)
+    counts = json.loads((prepared_dir / "manifest.json").read_text())["splits"]
+    assert counts["train"]["unanswerable"] > 0
+    assert all(item["answerable"].all() for item in items(prepared_dir).values())
+    extra = sum(len(item["positions"]) for item in items(kept).values()) - counts["train"]["positions"]
+    assert extra == counts["train"]["unanswerable"]
+    flagged = sum(int((item["answerable"] == 0).sum()) for item in items(prepared_dir, "heldout").values())
+    assert flagged == counts["heldout"]["unanswerable"] > 0
+    ceiling = counts["heldout"]["bands"]["easy"]["accuracy_ceiling"]
+    assert ceiling == pytest.approx(1 - flagged / counts["heldout"]["positions"], abs=1e-4)
+
+
+def test_the_learnability_band_is_for_training_only(prepared_dir: Path, prepare_small: Prepare, tmp_path: Path) -> None:
+    banded = prepare_small(tmp_path / "band", min_true_prob=0.002, max_true_prob=0.01)
+    probs = np.concatenate([item["true_prob"] for item in items(banded).values()])
+    assert probs.min() >= 0.002
+    assert probs.max() <= 0.01
+    assert stored(banded)["chunks"]["heldout/chunk-0-0.bin"] == stored(prepared_dir)["chunks"]["heldout/chunk-0-0.bin"]
+    assert len(probs) < json.loads((prepared_dir / "manifest.json").read_text())["splits"]["train"]["positions"]
+
+
+def test_documents_that_were_cut_leave_out_their_last_positions(prepare_small: Prepare, tmp_path: Path) -> None:
+    """Eight tokens of truth are known at every position of a cut document."""
+    folder = prepare_small(tmp_path / "cut", max_tokens_per_document=40, answer_reach=8)
+    cut = [item for item in items(folder).values() if len(item["token_ids"]) == 40]
+    assert len(cut) > 5
+    assert max(item["positions"].max() for item in cut) == 32
+
+
+def test_a_sample_of_the_documents(prepare_small: Prepare, tmp_path: Path) -> None:
+    folder = prepare_small(tmp_path / "sample", max_documents=9)
+    assert len(items(folder)) == 5
+    assert len(items(folder, "heldout")) == 4
+    assert json.loads((folder / "manifest.json").read_text())["corpus"]["not_sampled"] == 9
+
+
+def test_benchmark_overlap_is_removed(prepared_dir: Path, prepare_small: Prepare, corpus_path: Path, tmp_path: Path) -> None:
+    text = json.loads(corpus_path.read_text().splitlines()[6])["problem"]
+    benchmark = tmp_path / "benchmark.jsonl"
+    benchmark.write_text(json.dumps({"question": {"parts": ["Is it true? " + text]}, "answer": "42"}) + "\n")
+    folder = prepare_small(tmp_path / "clean", benchmark_files=[str(benchmark)])
+    everything = items(folder) | items(folder, "heldout")
+    assert "corpus.jsonl:7" in items(prepared_dir) | items(prepared_dir, "heldout")
+    assert "corpus.jsonl:7" not in everything
+    assert len(everything) == 17
+    with pytest.raises(ValueError, match=r"--benchmark_files .*nowhere: there is no such file"):
+        prepare_small(tmp_path / "other", benchmark_files=[str(tmp_path / "nowhere")])
+
+
+def test_two_processes_give_the_same_folder(prepared_dir: Path, prepare_small: Prepare, tmp_path: Path) -> None:
+    assert stored(prepare_small(tmp_path / "two", devices=2)) == stored(prepared_dir)
+
+
+def test_the_same_command_again_says_that_it_is_there(prepare_small: Prepare, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = prepare_small(tmp_path / "again")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    capsys.readouterr()
+    prepare_small(folder, batch_tokens=64)  # changes the speed only
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"--output_dir .*again: a task folder made with other settings \(min_context 8 instead of 9\).*remove it"):
+        prepare_small(folder, min_context=9)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    (tmp_path / "else").mkdir()
+    with pytest.raises(ValueError, match=r"--output_dir .*else: exists and is not a task folder"):
+        prepare_small(tmp_path / "else")
+
+
+SCRIPT = """
+import json, sys, time
+from rpt_lightning.data import scored_parts
+from rpt_lightning.data.corpus import JsonlSource
+from rpt_lightning.data.prepare import prepare
+from rpt_lightning.data.scoring import ProxyScorer
+
+score = ProxyScorer.score
+def slow(self, documents):
+    time.sleep(1.0)
+    return score(self, documents)
+ProxyScorer.score = slow
+settings = json.loads(sys.argv[1])
+source = JsonlSource(settings.pop("corpus"), template="{problem}")
+prepare(source, **settings)
+"""
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_stopped_it_continues(
+    stop: signal.Signals,
+    prepared_dir: Path,
+    prepare_small: Prepare,
+    corpus_path: Path,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The parts that were scored are not scored again, and the folder is the one of a run that was not stopped."""
+    monkeypatch.setattr("rpt_lightning.data.prepare.BATCHES_PER_PART", 8)
+    output = tmp_path / "tasks"
+    settings = {"corpus": str(corpus_path), "output_dir": str(output), "tokenizer": str(tiny_model_dir), "proxy": str(tiny_model_dir)} | {
+        "heldout_documents": 4, "min_context": 8, "window": 64, "overlap": 16, "batch_tokens": 64, "precision": "32-true"
+    }  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, json.dumps(settings)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("tasks.partial/*/scores-*.npz")):
+        assert time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(stop)
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert not output.exists()
+    if stop == signal.SIGINT:
+        assert "What was scored is kept" in said
+    kept = list(tmp_path.glob("tasks.partial/*/scores-*.npz"))
+    scored: list[int] = []
+    original = ProxyScorer.score
+    monkeypatch.setattr(ProxyScorer, "score", lambda self, documents: scored.append(len(documents)) or original(self, documents))
+    prepare_small(output, batch_tokens=64)
+    assert 0 < sum(scored) < 18
+    assert len(kept) >= 1
+    expected = stored(prepared_dir)
+    result = stored(output)
+    assert result["manifest"] == expected["manifest"]
+    for split in ("train", "heldout"):  # smaller batches: equal up to rounding
+        for doc_id, item in items(output, split).items():
+            np.testing.assert_allclose(item["entropy"], items(prepared_dir, split)[doc_id]["entropy"], atol=1e-5)
+    assert not output.with_name("tasks.partial").exists()
+
+
+def test_scores_of_other_settings_are_not_continued_with(prepare_small: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that fails after scoring leaves its scores; another window must not take them."""
+    scored: list[int] = []
+    original = ProxyScorer.score
+    monkeypatch.setattr(ProxyScorer, "score", lambda self, documents: scored.append(len(documents)) or original(self, documents))
+    with pytest.raises(ValueError, match=r"--entropy_threshold 5\.0: no position of the train documents"):
+        prepare_small(tmp_path / "a", entropy_threshold=5.0)
+    assert sum(scored) == 18
+    prepare_small(tmp_path / "a", window=32)
+    assert sum(scored) == 36
+
+
+def test_other_thresholds_do_use_the_scores_again(prepare_small: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"--heldout_entropy_threshold 5\.0"):
+        prepare_small(tmp_path / "a", heldout_entropy_threshold=5.0)
+    monkeypatch.setattr(ProxyScorer, "score", None)
+    assert items(prepare_small(tmp_path / "a"))
+
+
+def test_a_full_disk_leaves_nothing_that_is_trusted(
+    prepare_small: Prepare, prepared_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Path] = []
+    original = scored_parts._save
+
+    def save(path: Path, arrays: dict[str, Any]) -> None:
+        calls.append(path)
+        if len(calls) == 3:  # tokens, one part, then the disk is full in the middle of a file
+            path.write_bytes(b"half a file")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(path, arrays)
+
+    monkeypatch.setattr(scored_parts, "_save", save)
+    monkeypatch.setattr("rpt_lightning.data.prepare.BATCHES_PER_PART", 2)
+    with pytest.raises(OSError, match=r"No space left on device: --output_dir .*tasks is not finished. Free some space"):
+        prepare_small(tmp_path / "tasks")
+    assert not (tmp_path / "tasks").exists()
+    assert all(np.load(path) for path in tmp_path.glob("tasks.partial/*/*"))
+    monkeypatch.setattr(scored_parts, "_save", original)
+    assert stored(prepare_small(tmp_path / "tasks"))["manifest"] == stored(prepared_dir)["manifest"]
+
+
+def test_bad_input(prepare_small: Prepare, tiny_model_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"--source: the corpus is empty .*empty\.jsonl"):
+        prepare_small(output, source=JsonlSource(str(tmp_path / "empty.jsonl")))
+    (tmp_path / "short.txt").write_text("two words")
+    with pytest.raises(ValueError, match="--min_context 100: none of the 1 documents is longer"):
+        prepare_small(output, source=TextFilesSource(str(tmp_path / "short.txt")), min_context=100)
+    with pytest.raises(ValueError, match="--heldout_documents 17: the corpus has only 17 components"):
+        prepare_small(output, heldout_documents=17)
+    with pytest.raises(ValueError, match=r"--tokenizer '.*nowhere': no tokenizer could be loaded"):
+        prepare_small(output, tokenizer=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="--min_context 0: must be at least 1"):
+        prepare_small(output, min_context=0)
+    with pytest.raises(ValueError, match="--max_documents 4: must exceed --heldout_documents 4"):
+        prepare_small(output, max_documents=4)
+    with pytest.raises(ValueError, match="--window 4096: the proxy reads at most 1024"):
+        prepare_small(output, window=4096)
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model_dir, other)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.add_tokens(["<other>"])
+    tokenizer.save_pretrained(other)
+    with pytest.raises(ValueError, match=r"--proxy '.*other' \(\d+ tokens\) has another tokenizer than --tokenizer '.*tiny'"):
+        prepare_small(output, proxy=str(other))
+    with pytest.raises(ValueError, match=r"--proxy '.*other' predicts 512 tokens, but --tokenizer"):
+        prepare_small(output, proxy=str(other), tokenizer=str(other))
+    assert not output.exists()

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rpt_lightning.data.task_folder import TaskFolder
+
+Write = Callable[..., Path]
+
+
+def test_a_task_is_the_position_with_its_bytes(write_task_folder: Write, tmp_path: Path) -> None:
+    folder = TaskFolder(write_task_folder(tmp_path / "t", [3, 6]), "train")
+    task = folder.task(1, 2)
+    assert task.task_id == "train-1:3"
+    assert task.context_ids == (40, 41, 42)
+    assert task.continuation_ids == (43, 44, 45)  # answer_reach is 3
+    assert task.continuation == tuple(folder.token_bytes[token] for token in (43, 44, 45))
+    assert (task.position, task.true_rank, task.answerable) == (3, 2, True)
+    assert task.entropy == pytest.approx(0.6 + 1.4 * 2 / 5)
+    assert folder.task(1, 5).continuation_ids == (46,)  # the document ends
+    assert folder.num_positions.tolist() == [3, 6]
+    assert folder.token_ids(0) == (40, 41, 42, 43)
+
+
+def test_long_contexts_are_cut_on_the_left(write_task_folder: Write, tmp_path: Path) -> None:
+    folder = TaskFolder(write_task_folder(tmp_path / "t", [6]), "train", max_context_tokens=2)
+    assert folder.task(0, 0).context_ids == (40,)
+    assert folder.task(0, 4).context_ids == (43, 44)
+    assert folder.task(0, 4).position == 5
+
+
+def test_the_prepared_folder_reads_back(prepared_dir: Path) -> None:
+    folder = TaskFolder(prepared_dir, "heldout")
+    for document in range(len(folder)):
+        ids = folder.token_ids(document)
+        for k in range(int(folder.num_positions[document])):
+            task = folder.task(document, k)
+            assert task.context_ids + task.continuation_ids == ids[: task.position + 8]
+            assert b"".join(task.continuation) == folder.token_bytes.join(ids[task.position : task.position + 8])
+
+
+def test_what_is_not_a_task_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere: not a task folder \(manifest.json is missing\)"):
+        TaskFolder(tmp_path / "nowhere", "train")
+
+
+def test_damage_is_found_when_the_folder_is_opened(write_task_folder: Write, tmp_path: Path) -> None:
+    def opened(damage: Callable[[Path], object], name: str) -> TaskFolder:
+        path = write_task_folder(tmp_path / name, [2] * 20, chunk_bytes="4KB")
+        damage(path)
+        return TaskFolder(path, "train")
+
+    assert len(opened(lambda path: None, "fine").chunk_sizes) > 1
+    with pytest.raises(ValueError, match=r"chunk-0-1\.bin is missing: the task folder is incomplete"):
+        opened(lambda path: (path / "train/chunk-0-1.bin").unlink(), "missing")
+    with pytest.raises(ValueError, match=r"chunk-0-0\.bin has 5 bytes instead of"):
+        opened(lambda path: (path / "train/chunk-0-0.bin").write_bytes(b"12345"), "short")
+    with pytest.raises(ValueError, match="not a readable split"):
+        opened(lambda path: (path / "train/num_positions.npy").unlink(), "counts")
+    with pytest.raises(ValueError, match=r"20 documents in the shards but 3 in num_positions\.npy"):
+        opened(lambda path: np.save(path / "train/num_positions.npy", np.ones(3, np.int32)), "other_counts")
+    with pytest.raises(ValueError, match="not a readable split"):
+        opened(lambda path: (path / "train/index.json").write_text("{"), "index")
+    with pytest.raises(ValueError, match=r"manifest\.json: not a manifest that this version reads"):
+        opened(lambda path: (path / "manifest.json").write_text('{"format": 99}'), "version")
+
+
+def test_pickle_is_never_read(write_task_folder: Write, tmp_path: Path) -> None:
+    path = write_task_folder(tmp_path / "t", [2])
+    index = json.loads((path / "train/index.json").read_text())
+    for name in ("pickle", "tensor", "no_header_tensor:1", "graph"):
+        index["config"]["data_format"][3] = name
+        (path / "train/index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match=f"index.json names the serializer '{name.split(':')[0]}'; only str, numpy"):
+            TaskFolder(path, "train")
+
+
+def test_pickled_counts_are_never_read(write_task_folder: Write, tmp_path: Path) -> None:
+    path = write_task_folder(tmp_path / "t", [2])
+    np.save(path / "train/num_positions.npy", np.array([object()], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="not a readable split"):
+        TaskFolder(path, "train")
+
+
+def test_a_tokenizer_that_is_not_the_manifests(write_task_folder: Write, tmp_path: Path) -> None:
+    folder = TaskFolder(write_task_folder(tmp_path / "t", [2], tokenizer_hash="0" * 16), "train")
+    with pytest.raises(ValueError, match="tokenizer/ is not the tokenizer that the manifest names"):
+        _ = folder.tokenizer_hash
