@@ -90,11 +90,9 @@ class RPTCLI(LightningCLI):
         self.trainer.validate(model, ckpt_path=ckpt_path, weights_only=True, **kwargs)
 
 
-def run(args: list[str]) -> None:
-    """Parses ``[verb, ...]`` and runs it."""
-    # LightningCLI warns where both its args and the process's own are given.
-    sys.argv = ["rpt", *args]
-    RPTCLI(
+def make_cli(*, run: bool = True, args: list[str] | None = None) -> RPTCLI:
+    """The command line, run or (``run=False``, without a verb in ``args``) only built."""
+    return RPTCLI(
         model_class=PolicyModule,
         subclass_mode_model=True,
         datamodule_class=LightningDataModule,
@@ -104,5 +102,14 @@ def run(args: list[str]) -> None:
         seed_everything_default=0,
         auto_configure_optimizers=False,
         trainer_defaults={"logger": None, "num_sanity_val_steps": 0, "log_every_n_steps": 1, "enable_model_summary": False},
-        parser_kwargs={"prog": "rpt"},
+        parser_kwargs={"prog": "rpt"} if run else {},
+        run=run,
+        args=args,
     )
+
+
+def run(args: list[str]) -> None:
+    """Parses ``[verb, ...]`` and runs it."""
+    # LightningCLI warns where both its args and the process's own are given.
+    sys.argv = ["rpt", *args]
+    make_cli()

@@ -1,0 +1,80 @@
+"""Every YAML in configs/ is parsed and built with the classes that it names."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+RUNS = sorted(CONFIGS.glob("*.yaml"))
+STRATEGIES = sorted((CONFIGS / "strategy").glob("*.yaml"))
+PREPARE = sorted((CONFIGS / "prepare").glob("*.yaml"))
+
+
+@pytest.fixture
+def offline_policy(tiny_model_dir, monkeypatch):
+    """Policies and tokenizers named by a hub id are replaced by the tiny model: a config is tested without a hub."""
+    from rpt_lightning.policy import model
+
+    load = model._load
+    monkeypatch.setattr(model, "_load", lambda auto_class, path, **kwargs: load(auto_class, str(tiny_model_dir), **kwargs))
+
+
+def instantiate(monkeypatch, *configs, flags=()):
+    from rpt_lightning.lightning_cli import make_cli
+
+    args = ["fit", *(part for config in configs for part in ("--config", str(config))), *flags]
+    monkeypatch.setattr(sys, "argv", ["rpt", *args])
+    return make_cli(run=False, args=args[1:])
+
+
+@pytest.mark.parametrize("config", RUNS, ids=lambda path: path.stem)
+def test_run_config(config, offline_policy, monkeypatch, tmp_path):
+    cli = instantiate(monkeypatch, config, flags=["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path)])
+    assert cli.trainer.max_steps == yaml.safe_load(config.read_text())["trainer"]["max_steps"]
+    optimizer = cli.model.make_optimizer([torch.nn.Parameter(torch.zeros(1))])
+    assert optimizer.param_groups[0]["lr"] == yaml.safe_load(config.read_text())["model"]["init_args"]["optimizer"]["init_args"]["lr"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda path: path.stem)
+def test_strategy_over_the_paper_run(strategy, offline_policy, monkeypatch, tmp_path):
+    flags = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.default_root_dir", str(tmp_path), "--model.optimizer.lr", "2e-6"]
+    cli = instantiate(monkeypatch, CONFIGS / "14b.yaml", strategy, flags=flags)
+    expected = {"ddp": "DDPStrategy", "fsdp2": "ModelParallelStrategy", "single": "SingleDeviceStrategy"}
+    assert type(cli.trainer.strategy).__name__ == expected[strategy.stem]
+    assert cli.config.model.init_args.optimizer.init_args.lr == 2e-6
+
+
+def test_paper_run_is_the_papers_table_5():
+    config = yaml.safe_load((CONFIGS / "14b.yaml").read_text())
+    rollout, data, model = config["rollout"], config["data"]["init_args"], config["model"]["init_args"]
+    assert (data["tasks_per_step"], rollout["group_size"], rollout["temperature"]) == (256, 8, 0.8)
+    assert model["optimizer"]["init_args"] == {"lr": 1e-6, "betas": [0.9, 0.999], "weight_decay": 0.01}
+    assert (rollout["max_prompt_tokens"], rollout["max_completion_tokens"], model["gradient_clip"]) == (4096, 8192, 0.2)
+    assert (config["trainer"]["max_steps"], rollout["dynamic_sampling_from_step"]) == (1000, 500)
+
+
+@pytest.mark.parametrize("config", PREPARE, ids=lambda path: path.stem)
+def test_prepare_config(config):
+    from jsonargparse import ArgumentParser
+
+    from rpt_lightning.data.corpus import CorpusSource
+    from rpt_lightning.data.prepare import prepare
+
+    parser = ArgumentParser()
+    parser.add_function_arguments(prepare, as_group=False)
+    parsed = parser.instantiate_classes(parser.parse_path(config))
+    assert isinstance(parsed.source, CorpusSource)
+
+
+@pytest.mark.parametrize("config", [*RUNS, *STRATEGIES, *PREPARE], ids=lambda path: path.stem)
+def test_header_says_command_hardware_time_and_result(config):
+    header = " ".join(line for line in config.read_text().splitlines() if line.startswith("#"))
+    assert "rpt " in header or "make " in header
+    assert "Hardware:" in header
+    assert "ime:" in header or "ime and result:" in header
+    assert "Expected" in header or "esult:" in header
