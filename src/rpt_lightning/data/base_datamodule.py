@@ -34,6 +34,14 @@ class StepLoader:
         while True:
             yield self.next_batch()
 
+    # Without these two Lightning warns that the run cannot be resumed.
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
 
 class EvalLoader:
     """Batches of the held-out tasks; every rank sees the same number of batches, the last of which may be empty on some."""

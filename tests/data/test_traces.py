@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rpt_lightning.data.shards import write_split
+from rpt_lightning.data.task_folder import TaskFolder
+from rpt_lightning.data.text_datamodule import TextDataModule
+from rpt_lightning.data.trace_datamodule import TraceDataModule
+from rpt_lightning.data.traces import TraceWriter
+from rpt_lightning.tasks.answer import extract_prediction
+from rpt_lightning.tasks.prompt import ChatPrompt, ContinuationPrompt
+from rpt_lightning.tasks.token_bytes import TokenBytes
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def token_bytes(tiny_tokenizer) -> TokenBytes:
+    return TokenBytes(tiny_tokenizer)
+
+
+def writer(tiny_tokenizer, token_bytes: TokenBytes, **settings: Any) -> TraceWriter:
+    defaults = {"num_candidates": 3, "only_answerable": True, "seed": 0}
+    return TraceWriter(ContinuationPrompt().bind(tiny_tokenizer), token_bytes, **(defaults | settings))
+
+
+def id_of(token_bytes: TokenBytes, text: str) -> int:
+    (token,) = token_bytes.encode_plain(text)
+    return token
+
+
+def test_a_trace_names_the_candidates_and_answers_with_one(tiny_tokenizer, token_bytes: TokenBytes) -> None:
+    a, b, c, d = (id_of(token_bytes, letter) for letter in "abcd")
+    trace = writer(tiny_tokenizer, token_bytes).write("doc:1", (a, b), (a, b, c, d), (0.5, 0.3, 0.1, 0.1))
+    assert trace is not None
+    assert token_bytes.join(trace.prompt_ids) == b"ab<think>"
+    text = token_bytes.join(trace.target_ids)
+    end = token_bytes[tiny_tokenizer.eos_token_id]
+    assert text in [b"a|b|c</think>\\boxed{" + answer + b"}" + end for answer in (b"a", b"b", b"c")]
+    assert trace.target_ids[-1] == tiny_tokenizer.eos_token_id
+
+
+def test_answers_are_drawn_by_their_probability(tiny_tokenizer, token_bytes: TokenBytes) -> None:
+    a, b, c = (id_of(token_bytes, letter) for letter in "abc")
+    make = writer(tiny_tokenizer, token_bytes)
+    counts: Counter[bytes | None] = Counter()
+    for index in range(3000):
+        trace = make.write(f"doc:{index}", (a,), (a, b, c), (0.4, 0.3, 0.1))
+        assert trace is not None
+        counts[extract_prediction(token_bytes.join(trace.target_ids))] += 1
+    shares = [counts[letter] / 3000 for letter in (b"a", b"b", b"c")]
+    assert shares == pytest.approx([0.5, 0.375, 0.125], abs=0.03)  # three standard deviations
+    again = [make.write(f"doc:{index}", (a,), (a, b, c), (0.4, 0.3, 0.1)) for index in range(20)]
+    assert again == [make.write(f"doc:{index}", (a,), (a, b, c), (0.4, 0.3, 0.1)) for index in range(20)]
+    other = writer(tiny_tokenizer, token_bytes, seed=1)
+    assert again != [other.write(f"doc:{index}", (a,), (a, b, c), (0.4, 0.3, 0.1)) for index in range(20)]
+
+
+def test_candidates_that_cannot_be_boxed_are_left_out(tiny_tokenizer, token_bytes: TokenBytes) -> None:
+    brace, a, b = (id_of(token_bytes, letter) for letter in "{ab")
+    eos = tiny_tokenizer.eos_token_id
+    trace = writer(tiny_tokenizer, token_bytes).write("doc:1", (a,), (eos, brace, a, b), (0.5, 0.3, 0.1, 0.1))
+    assert trace is not None
+    assert token_bytes.join(trace.target_ids).startswith(b"a|b</think>")
+    assert writer(tiny_tokenizer, token_bytes).write("doc:1", (a,), (eos, brace), (0.5, 0.5)) is None
+    careless = writer(tiny_tokenizer, token_bytes, only_answerable=False).write("doc:1", (a,), (brace, a), (0.9, 0.1))
+    assert careless is not None
+    assert token_bytes.join(careless.target_ids).startswith(b"{|a</think>")
+
+
+def permute_truths(folder: Path, target: Path) -> Path:
+    """The same folder with other true tokens: from the first task of a document on the tokens are shuffled among those that are no context of a task."""
+    shutil.copytree(folder, target)
+    reader = TaskFolder(folder, "train")
+    rng = np.random.default_rng(0)
+    items = [dict(reader.document(index)) for index in range(len(reader))]
+    for item in items:
+        item["true_prob"] = rng.random(len(item["true_prob"]), dtype=np.float32)
+        item["true_rank"] = rng.integers(0, 500, len(item["true_rank"])).astype(np.int32)
+        last = item["positions"].max()
+        item["token_ids"] = np.concatenate([item["token_ids"][:last], rng.integers(40, 500, len(item["token_ids"]) - last).astype(np.int32)])
+    shutil.rmtree(target / "train")
+    write_split(target / "train", items, chunk_bytes="64MB")
+    return target
+
+
+def last_positions_only(folder: Path, target: Path) -> Path:
+    """One task a document, its last: then no true token is context of another task, and all of them can be exchanged."""
+    shutil.copytree(folder, target)
+    reader = TaskFolder(folder, "train")
+    items = []
+    for index in range(len(reader)):
+        item = reader.document(index)
+        columns = ("positions", "entropy", "true_prob", "true_rank", "answerable", "candidate_ids", "candidate_probs")
+        middle = len(item["positions"]) // 2
+        items.append(dict(item) | {name: item[name][middle : middle + 1] for name in columns})
+    shutil.rmtree(target / "train")
+    write_split(target / "train", items, chunk_bytes="64MB")
+    return target
+
+
+def traces_of(folder: Path, **settings: Any) -> list[Any]:
+    module = TraceDataModule(str(folder), ContinuationPrompt(), **({"traces_per_step": 14, "positions_per_document": 20} | settings))
+    module.setup("fit")
+    return list(next(iter(module.train_dataloader()))["sequences"])
+
+
+def test_traces_never_see_the_truth(prepared_dir: Path, tmp_path: Path) -> None:
+    """Other true tokens, probabilities and ranks, the same candidates and contexts: the same traces."""
+    original = last_positions_only(prepared_dir, tmp_path / "original")
+    permuted = permute_truths(original, tmp_path / "permuted")
+    left, right = TaskFolder(original, "train"), TaskFolder(permuted, "train")
+    truths = [(left.task(index, 0).continuation_ids, right.task(index, 0).continuation_ids) for index in range(len(left))]
+    assert sum(ours != theirs for ours, theirs in truths) == len(truths) == 14
+    assert len(traces_of(original)) == 14
+    assert traces_of(original) == traces_of(permuted)
+
+
+def test_traces_of_a_real_folder_parse(prepared_dir: Path) -> None:
+    folder = TaskFolder(prepared_dir, "train")
+    for trace in traces_of(prepared_dir, traces_per_step=60):
+        completion = folder.token_bytes.join(trace.target_ids)
+        thought, _ = completion.split(b"</think>")
+        answer = extract_prediction(completion)
+        assert answer
+        assert answer in thought
+        assert trace.prompt_ids[-len(folder.token_bytes.encode_plain("<think>")) :] == folder.token_bytes.encode_plain("<think>")
+
+
+def test_traces_in_a_chat(prepared_dir: Path, tiny_tokenizer) -> None:
+    module = TraceDataModule(str(prepared_dir), ChatPrompt("v0"), traces_per_step=1)
+    module.setup("fit")
+    (trace,) = next(iter(module.train_dataloader()))["sequences"]
+    assert trace.target_ids[-1] in ChatPrompt("v0").bind(tiny_tokenizer).stop_token_ids
+
+
+def test_another_models_predictions_are_refused(prepared_dir: Path, tmp_path: Path) -> None:
+    from lightning.pytorch import LightningModule, Trainer
+
+    class Module(LightningModule):
+        def __init__(self, path: str) -> None:
+            super().__init__()
+            self.policy = type("Policy", (), {"path": path})()
+
+    def setup(path: str, **settings: Any) -> None:
+        module = TraceDataModule(str(prepared_dir), ContinuationPrompt(), **settings)
+        module.trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+        module.trainer.strategy._lightning_module = Module(path)
+        module.setup("fit")
+
+    proxy = json.loads((prepared_dir / "manifest.json").read_text())["proxy"]
+    setup(proxy)
+    setup(proxy + "/")
+    setup("models/another", allow_other_proxy=True)
+    with pytest.raises(ValueError, match=r"scored by '.*tiny', but the model being trained is 'models/another'.*--data.allow_other_proxy true"):
+        setup("models/another")
+
+
+def test_whole_documents_for_next_token_training(write_task_folder: Write, tmp_path: Path) -> None:
+    module = TextDataModule(str(write_task_folder(tmp_path / "t", [5, 1, 4])), documents_per_step=2)
+    module.setup("fit")
+    batches = iter(module.train_dataloader())
+    sequences = [sequence for _ in range(3) for sequence in next(batches)["sequences"]]
+    assert sorted(sequence.num_tokens for sequence in sequences) == [2, 2, 5, 5, 6, 6]  # two epochs of the three documents
+    assert all(sequence.prompt_ids == (40,) and sequence.target_ids[0] == 41 for sequence in sequences)
+    assert len(module.train_dataloader()) == 1
