@@ -8,7 +8,6 @@ def batch_arithmetic(
     tasks_per_step: int,
     positions_per_document: int,
     group_size: int,
-    max_prompt_tokens: int,
     max_completion_tokens: int,
     micro_batch_tokens: int,
     optimizer_steps_per_batch: int,
@@ -17,7 +16,7 @@ def batch_arithmetic(
 ) -> str:
     """One paragraph a user can check against what they meant.
 
-    >>> print(batch_arithmetic(tasks_per_step=32, positions_per_document=4, group_size=8, max_prompt_tokens=256, max_completion_tokens=32,
+    >>> print(batch_arithmetic(tasks_per_step=32, positions_per_document=4, group_size=8, max_completion_tokens=32,
     ...     micro_batch_tokens=1024, optimizer_steps_per_batch=1, max_steps=30, world_size=1))
     a step: 32 contexts (4 from each of 8 documents) x 8 = 256 completions of at most 32 tokens = at most 8,192 sampled tokens
     trained: prefixes shared, in micro-batches of at most 1,024 tokens on 1 rank (32 contexts each); 1 optimizer step a batch (exactly on-policy)

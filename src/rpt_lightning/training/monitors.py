@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from rpt_lightning.metrics.accuracy import BANDS
 from rpt_lightning.metrics.results import Results, write_results
 from rpt_lightning.training.policy_module import PolicyModule
 from rpt_lightning.types import RolloutGroup, TrainBatch
@@ -117,5 +118,26 @@ class ValidationResults(Callback):
         assert isinstance(pl_module, PolicyModule)
         if trainer.sanity_checking or not pl_module.results:
             return
+        print(validation_text(pl_module), flush=True)
         path = Path(trainer.default_root_dir) / VALIDATION_FOLDER / f"step-{pl_module.global_step:06d}.jsonl"
         write_results(Results(positions=tuple(pl_module.results), policy_path=pl_module.policy.path, step=pl_module.global_step), path)
+
+
+def validation_text(module: PolicyModule) -> str:
+    """Accuracy a band of difficulty: by reasoning and without, at the same positions, with count, 95 % interval and ceiling."""
+    ntp = module.ntp_accuracy.compute()
+    reasoning = module.reasoning_accuracy.compute() if module.results[0].reasoning_correct is not None else None
+    lines = [f"held-out accuracy of {module.policy.path} at step {module.global_step}:"]
+    for band in BANDS:
+        count = int(ntp[f"{band}/num_positions"])
+        if not count:
+            continue
+        by_reasoning = "not measured" if reasoning is None else _accuracy_text(reasoning, band)
+        lines.append(
+            f"  {band:<6} by reasoning {by_reasoning}, without {_accuracy_text(ntp, band)}, {count:,} positions, ceiling {ntp[f'{band}/ceiling']:.1%}"
+        )
+    return "\n".join(lines)
+
+
+def _accuracy_text(metrics: dict[str, float], band: str) -> str:
+    return f"{metrics[f'{band}/accuracy']:.1%} [{metrics[f'{band}/accuracy_low']:.1%}, {metrics[f'{band}/accuracy_high']:.1%}]"

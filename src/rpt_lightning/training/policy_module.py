@@ -35,6 +35,7 @@ class PolicyModule(LightningModule, ABC):
     """
 
     learns_from_rollouts = False  # whether training batches need the rollout callback's completions
+    optimizer_steps_per_batch = 1
     corrects_mismatch = False  # whether it uses importance ratios between policy and engine, which a truncating sampler would bias
 
     def __init__(

@@ -23,6 +23,7 @@ from rpt_lightning.rollout.rollouter import FirstTokenProbs, Rollouter
 from rpt_lightning.rollout.thought_controls import thought_controls
 from rpt_lightning.tasks.objective import BoundObjective, Objective
 from rpt_lightning.tasks.token_bytes import TokenBytes
+from rpt_lightning.training.arithmetic import batch_arithmetic
 from rpt_lightning.training.first_token import first_token_probs
 from rpt_lightning.training.policy_module import PolicyModule
 from rpt_lightning.training.sync_check import LogprobDiff, check_logprobs, check_weights, compare_logprobs, logprob_limits
@@ -157,6 +158,23 @@ class RolloutCallback(Callback):
         return {"time/sync_s": time.perf_counter() - start}
 
     # Training
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, PolicyModule)
+        if not pl_module.learns_from_rollouts:
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        text = batch_arithmetic(
+            tasks_per_step=data.items_per_step,
+            positions_per_document=data.positions_per_document,
+            group_size=self.group_size,
+            max_completion_tokens=self.max_completion_tokens,
+            micro_batch_tokens=pl_module.micro_batch_tokens,
+            optimizer_steps_per_batch=pl_module.optimizer_steps_per_batch,
+            max_steps=trainer.max_steps,
+            world_size=trainer.world_size,
+        )
+        rank_zero_info(text)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         assert isinstance(pl_module, PolicyModule)
