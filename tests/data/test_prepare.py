@@ -17,7 +17,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from rpt_lightning.data import scored_parts
-from rpt_lightning.data.corpus import JsonlSource, TextFilesSource
+from rpt_lightning.data.corpus import CorpusSource, JsonlSource, TextFilesSource
+from rpt_lightning.data.prepare import prepare as prepare_function
 from rpt_lightning.data.scoring import ProxyScorer
 from rpt_lightning.data.task_folder import TaskFolder
 from rpt_lightning.tasks.answer import extract_prediction
@@ -169,6 +170,7 @@ import json, sys, time
 from rpt_lightning.data import scored_parts
 from rpt_lightning.data.corpus import JsonlSource
 from rpt_lightning.data.prepare import prepare
+from rpt_lightning.data.prepare import prepare as prepare_function
 from rpt_lightning.data.scoring import ProxyScorer
 
 score = ProxyScorer.score
@@ -295,3 +297,18 @@ def test_bad_input(prepare_small: Prepare, tiny_model_dir: Path, tmp_path: Path)
     with pytest.raises(ValueError, match=r"--proxy '.*other' predicts 512 tokens, but --tokenizer"):
         prepare_small(output, proxy=str(other), tokenizer=str(other))
     assert not output.exists()
+
+
+@pytest.mark.parametrize("config", sorted((Path(__file__).parents[2] / "configs/prepare").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_is_understood(config: Path) -> None:
+    from jsonargparse import ArgumentParser
+
+    lines = config.read_text().splitlines()
+    assert lines[0] == f"# rpt prepare --config configs/prepare/{config.name}"
+    assert lines[1].startswith("# Hardware: ")
+    parser = ArgumentParser()
+    parser.add_argument("--config", action="config")
+    parser.add_function_arguments(prepare_function, as_positional=False)
+    settings = parser.instantiate_classes(parser.parse_args(["--config", str(config)]))
+    assert isinstance(settings.source, CorpusSource)
+    assert settings.output_dir == f"tasks/{config.stem}"
