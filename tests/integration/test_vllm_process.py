@@ -73,3 +73,16 @@ def test_a_start_that_fails_leaves_room_for_the_next(tiny_model_dir: Path) -> No
     assert not torch.distributed.is_initialized()
     with VLLMEngine(dtype="float32", kv_cache_gib=0.25) as engine:
         engine.start(str(tiny_model_dir), seed=0)
+
+
+def test_a_process_group_of_the_trainer_outlives_the_engine(tiny_model_dir: Path) -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for _ in range(2):
+            with VLLMEngine(dtype="float32", kv_cache_gib=0.25) as engine:
+                engine.start(str(tiny_model_dir), seed=0)
+            ones = torch.ones(1)
+            torch.distributed.all_reduce(ones)  # raises where the group is gone
+    finally:
+        torch.distributed.destroy_process_group()
+    assert not torch.distributed.is_initialized()

