@@ -21,6 +21,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status. Errors that a user can mend are one message, without a traceback (RPT_TRACEBACK=1 shows it)."""
     args = list(sys.argv[1:] if args is None else args)
     command, rest = (args[0], args[1:]) if args else ("--help", [])
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
     try:
         if command in ("-h", "--help"):
             print(_help())

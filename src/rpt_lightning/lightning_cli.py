@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from transformers.utils.logging import disable_progress_bar
 
 from rpt_lightning.training.checkpoint import RunCheckpoint, last_checkpoint
 from rpt_lightning.training.module import RPTModule
-from rpt_lightning.training.monitors import RolloutSamples, StepLog, ValidationResults
+from rpt_lightning.training.monitors import RolloutSamples, StepLog, StepProgressBar, ValidationResults
 from rpt_lightning.training.ntp_module import NTPModule
 from rpt_lightning.training.policy_module import PolicyModule
 from rpt_lightning.training.rollout_callback import RolloutCallback
@@ -60,11 +63,12 @@ class RPTCLI(LightningCLI):
         if not folder:
             raise ValueError("trainer.default_root_dir is not set: name the run's folder, e.g. --trainer.default_root_dir runs/my-run")
         if config.get("logger") in (None, True):
-            config["logger"] = TensorBoardLogger(save_dir=folder, name="", version="tensorboard")
+            config["logger"] = TensorBoardLogger(save_dir=str(Path(folder) / "tensorboard"), name="", version="")
         # Lightning's own checkpoint callback would be added beside ours.
         config["enable_checkpointing"] = True
         self.step_log = StepLog()
-        return super()._instantiate_trainer(config, [*callbacks, self.step_log, ValidationResults()])
+        bar = [StepProgressBar()] if config.get("enable_progress_bar") is not False else []
+        return super()._instantiate_trainer(config, [*callbacks, *bar, self.step_log, ValidationResults()])
 
     def fit(self, model: PolicyModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """A run folder holds one run, new or continued; a missing checkpoint is an error, and so is a fit that does no step."""
@@ -90,6 +94,15 @@ class RPTCLI(LightningCLI):
         self.trainer.validate(model, ckpt_path=ckpt_path, weights_only=True, **kwargs)
 
 
+def _quieten() -> None:
+    """Drops what says nothing about the run: deprecations between libraries, an advertisement, bars of a second."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
 def make_cli(*, run: bool = True, args: list[str] | None = None) -> RPTCLI:
     """The command line, run or (``run=False``, without a verb in ``args``) only built."""
     return RPTCLI(
@@ -112,4 +125,5 @@ def run(args: list[str]) -> None:
     """Parses ``[verb, ...]`` and runs it."""
     # LightningCLI warns where both its args and the process's own are given.
     sys.argv = ["rpt", *args]
+    _quieten()
     make_cli()

@@ -7,6 +7,7 @@ import torch
 from small_run import flat_weights
 
 from rpt_lightning.rollout.hf_engine import HFEngine
+from rpt_lightning.rollout.vllm_engine import VLLMEngine
 from rpt_lightning.training.checkpoint import last_checkpoint
 from rpt_lightning.training.monitors import RolloutSamples
 
@@ -47,3 +48,8 @@ def test_dynamic_sampling(make_run, tmp_path):
 
 def test_transformers_engine(make_run, tmp_path):
     check_resume(make_run, tmp_path, 3, engine=lambda: HFEngine(dtype="float32"))
+
+
+@pytest.mark.vllm
+def test_vllm_engine(make_run, tmp_path):
+    check_resume(make_run, tmp_path, 2, engine=lambda: VLLMEngine(dtype="float32", kv_cache_gib=0.1, max_num_seqs=16))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -66,6 +67,13 @@ class StepLog(Callback):
         total = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
         left = f", {seconds_a_step * (trainer.max_steps - trainer.global_step) / 60:.1f} min left" if trainer.max_steps > 0 else ""
         return f"step {trainer.global_step}{total}: {', '.join(parts)}, {seconds_a_step:.1f} s a step{left}"
+
+
+class StepProgressBar(RichProgressBar):
+    """Lightning's Rich bar; a run is counted in steps, since its epochs are nominal."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"pass {current_epoch + 1} over the tasks"
 
 
 class RolloutSamples(Callback):

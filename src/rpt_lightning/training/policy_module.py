@@ -20,6 +20,7 @@ from rpt_lightning.tasks.token_bytes import start_ids, tokenizer_hash
 from rpt_lightning.types import RolloutGroup, TokenTask, TrainSequence
 
 CHECKPOINT_KEY = "rpt"
+PROGRESS_BAR_METRICS = ("reward/mean", "rollout/live_groups_frac", "loss/total", "val/reasoning/easy/accuracy", "val/ntp/easy/accuracy")
 
 
 class PolicyModule(LightningModule, ABC):
@@ -174,7 +175,8 @@ class PolicyModule(LightningModule, ABC):
 
     def log_step(self, metrics: Mapping[str, Tensor | float]) -> None:
         """Logs one step's metrics (already reduced over ranks)."""
-        self.log_dict({name: float(value) for name, value in metrics.items()}, on_step=True, on_epoch=False)
+        for name, value in metrics.items():
+            self.log(name, float(value), on_step=True, on_epoch=False, prog_bar=name in PROGRESS_BAR_METRICS)
 
     @abstractmethod
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -218,7 +220,8 @@ class PolicyModule(LightningModule, ABC):
             metrics["val/truncated_frac"] = sum(bool(row.truncated) for row in self.results) / len(self.results)
             metrics["val/length_mean"] = sum(row.length or 0 for row in self.results) / len(self.results)
         metrics["val/ntp/loss"] = -sum(row.ntp_logprob for row in self.results) / max(1, len(self.results))
-        self.log_dict(metrics, sync_dist=False)
+        self.log_dict({name: value for name, value in metrics.items() if name not in PROGRESS_BAR_METRICS})
+        self.log_dict({name: value for name, value in metrics.items() if name in PROGRESS_BAR_METRICS}, prog_bar=True)
 
     @torch.no_grad()
     def score_next_tokens(self, tasks: Iterable[TokenTask]) -> tuple[list[float], list[int]]:
