@@ -30,6 +30,7 @@ from rpt_lightning.rollout.vllm_engine import VLLMEngine  # isort: skip
 
 PARTS = (RPTModule, NTPModule, TokenTaskDataModule, TextDataModule, TraceDataModule, HFEngine, ScriptedEngine, VLLMEngine)
 CONFIG_FILE = "config.yaml"
+_NOISE = ("litlogger", "`weights_only` was not set", "`Trainer(limit_val_batches=1.0)`")
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -99,7 +100,7 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: not any(text in record.getMessage() for text in _NOISE))
     disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
