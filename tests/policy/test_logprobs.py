@@ -68,3 +68,18 @@ def test_no_targets_and_greedy():
 def test_temperature_zero_is_refused():
     with pytest.raises(ValueError, match=r"temperature is 0\.0"):
         chosen_logprobs(torch.randn(2, 4), torch.randn(9, 4), torch.tensor([0, 1]), temperature=0.0)
+
+
+def test_gradient_of_an_fp32_head_is_fp32_under_autocast():
+    """Backward runs inside the training step's autocast; it must not compute the logits in bf16 again."""
+    torch.manual_seed(0)
+    hidden = (3 * torch.randn(6, 8)).requires_grad_()
+    weight = torch.randn(17, 8, requires_grad=True)
+    targets = torch.randint(17, (6,))
+    expected = torch.autograd.grad(plain(hidden, weight, targets, 1.0)[0].sum(), (hidden, weight))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", enabled=False):
+            logprobs, _ = chosen_logprobs(hidden, weight, targets)
+        actual = torch.autograd.grad(logprobs.sum(), (hidden, weight))
+    for mine, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)

@@ -72,23 +72,25 @@ class _ChosenLogprobs(torch.autograd.Function):
         if grad_logprobs is None and grad_entropy is None:
             return None, None, None, None, None
         hidden, weight, targets, logsumexp, entropy = ctx.saved_tensors
-        dtype = logsumexp.dtype
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if ctx.needs_input_grad[1] else None
-        for start in range(0, hidden.shape[0], ctx.chunk_size):
-            part = slice(start, start + ctx.chunk_size)
-            logp = (hidden[part] @ weight.T).to(dtype).div_(ctx.temperature).sub_(logsumexp[part, None])  # [C, V]
-            if grad_entropy is not None:
-                probs = logp.exp()
-                grad_logits = -(grad_entropy[part, None] * probs) * (logp + entropy[part, None])
+        # Backward runs inside the autocast of the training step, which would round the logits that forward did not round.
+        with torch.autocast(hidden.device.type, enabled=False):
+            dtype = logsumexp.dtype
+            grad_hidden = torch.empty_like(hidden)
+            grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if ctx.needs_input_grad[1] else None
+            for start in range(0, hidden.shape[0], ctx.chunk_size):
+                part = slice(start, start + ctx.chunk_size)
+                logp = (hidden[part] @ weight.T).to(dtype).div_(ctx.temperature).sub_(logsumexp[part, None])  # [C, V]
+                if grad_entropy is not None:
+                    probs = logp.exp()
+                    grad_logits = -(grad_entropy[part, None] * probs) * (logp + entropy[part, None])
+                    if grad_logprobs is not None:
+                        grad_logits.addcmul_(probs, grad_logprobs[part, None], value=-1)
+                else:
+                    grad_logits = logp.exp_().mul_(-grad_logprobs[part, None])
                 if grad_logprobs is not None:
-                    grad_logits.addcmul_(probs, grad_logprobs[part, None], value=-1)
-            else:
-                grad_logits = logp.exp_().mul_(-grad_logprobs[part, None])
-            if grad_logprobs is not None:
-                grad_logits.scatter_add_(-1, targets[part, None], grad_logprobs[part, None].to(dtype))
-            grad_logits = grad_logits.div_(ctx.temperature).to(hidden.dtype)
-            grad_hidden[part] = grad_logits @ weight
-            if grad_weight is not None:
-                grad_weight.add_(grad_logits.T @ hidden[part])  # the sum over chunks is held in fp32
+                    grad_logits.scatter_add_(-1, targets[part, None], grad_logprobs[part, None].to(dtype))
+                grad_logits = grad_logits.div_(ctx.temperature).to(hidden.dtype)
+                grad_hidden[part] = grad_logits @ weight
+                if grad_weight is not None:
+                    grad_weight.add_(grad_logits.T @ hidden[part])  # the sum over chunks is held in fp32
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None

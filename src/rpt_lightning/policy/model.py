@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rpt_lightning.policy.logprobs import chosen_logprobs, most_likely
-from rpt_lightning.policy.packing import PackedTree
+from rpt_lightning.policy.packing import PackedTree, pack
+from rpt_lightning.types import TrainSequence
 
 
 class Policy(nn.Module):
-    """Args:
+    """The model that is trained.
+
+    Args:
     path: Hugging Face folder (or hub id) of the model and its tokenizer.
     logprob_chunk_size: Tokens whose logits exist at the same time.
     head_dtype: "compute" multiplies the head in the precision of the rest (bf16 under autocast), "float32" in fp32, which narrows the gap to an fp32 engine.
@@ -52,10 +55,9 @@ class Policy(nn.Module):
         model = _load(AutoModelForCausalLM, self.path, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=self.trust_remote_code)
         if self.activation_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        # A policy with dropout could not agree with its engine.
-        if getattr(model.config, "attention_dropout", 0.0):
-            raise ValueError(f"policy.path={self.path} has attention_dropout={model.config.attention_dropout}; set it to 0 in its config.json")
+        _check_no_dropout(model, self.path)
         self.model = model.train()  # a checkpoint's names are "policy.model." + the Hugging Face name
+        self._check_family()
 
     @property
     def head_weight(self) -> Tensor:
@@ -66,6 +68,32 @@ class Policy(nn.Module):
     def is_tied(self) -> bool:
         """Whether the output head is the input embedding."""
         return self.head_weight is self.model.get_input_embeddings().weight
+
+    @torch.no_grad()
+    def _check_family(self) -> None:
+        """Packed trees and our own head must give what the model itself gives; some families scale logits behind the head, or cannot take a tree mask.
+
+        Raises:
+            ValueError: They do not.
+        """
+        windows = set(getattr(self.config.get_text_config(), "layer_types", None) or ["full_attention"]) - {"full_attention"}
+        if windows:
+            raise ValueError(
+                f"policy.path={self.path} has layers with {', '.join(sorted(windows))}, which cannot share prefixes yet; use a full-attention model"
+            )
+        sequences = [TrainSequence(prompt_ids=(3, 4), target_ids=(5, 6, 7)), TrainSequence(prompt_ids=(3, 4), target_ids=(8, 9, 7))]
+        (tree,) = pack(sequences, max_tokens=16)
+        rows = tree.unpack(self(tree)[0])  # [2, 3]
+        for row, index in enumerate(tree.sequence_indices):
+            ids = torch.tensor([sequences[index].prompt_ids + sequences[index].target_ids])
+            logprobs = self.model(input_ids=ids, use_cache=False).logits[0, 1:-1].float().log_softmax(-1)
+            expected = logprobs.gather(-1, ids[0, 2:, None])[:, 0]
+            if not torch.allclose(rows[row], expected, atol=1e-3):
+                difference = (rows[row] - expected).abs().max().item()
+                raise ValueError(
+                    f"policy.path={self.path}: {type(self.model).__name__} gives other log-probs packed than alone (difference {difference:.2g} nats): it "
+                    "scales its logits, or does not take a tree mask; use a model of the Llama, Qwen2 or Qwen3 family"
+                )
 
     def forward(self, tree: PackedTree, *, temperature: float = 1.0, predict: bool = False) -> tuple[Tensor, Tensor]:
         """Scores the M target tokens of a packed tree.
@@ -83,6 +111,17 @@ class Policy(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             logprobs, entropy = chosen_logprobs(hidden, weight, tree.targets, temperature=temperature, chunk_size=self.logprob_chunk_size)
             return (logprobs, most_likely(hidden, weight, chunk_size=self.logprob_chunk_size)) if predict else (logprobs, entropy)
+
+
+def _check_no_dropout(model: nn.Module, path: str) -> None:
+    """A policy with dropout could not agree with its engine, nor resume bit for bit."""
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
+        raise ValueError(f"policy.path={path} has dropout; set its dropout rates to 0 in its config.json")
+    rates = {
+        name: value for name, value in vars(model.config).items() if name.endswith(("dropout", "pdrop")) and isinstance(value, float) and value > 0
+    }
+    if rates:
+        raise ValueError(f"policy.path={path} has dropout ({rates}); set it to 0 in its config.json")
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:

@@ -30,7 +30,9 @@ class _Sample:
 
 
 class RPTModule(PolicyModule):
-    """Args:
+    """GRPO on groups of completions.
+
+    Args:
     policy: The model that is trained.
     optimizer: Optimizer over the policy's parameters, e.g. torch.optim.AdamW.
     lr_scheduler: Learning-rate schedule, advanced once an optimizer step; None keeps the rate constant.
@@ -69,6 +71,10 @@ class RPTModule(PolicyModule):
         super().__init__(policy, optimizer, lr_scheduler, micro_batch_tokens, gradient_clip, max_skipped_steps)
         if optimizer_steps_per_batch < 1:
             raise ValueError(f"model.optimizer_steps_per_batch={optimizer_steps_per_batch}: give 1 (exactly on-policy) or more")
+        if correction_cap < 1.0:
+            raise ValueError(f"model.correction_cap={correction_cap}: weights are capped at 1 or above; 2 is a usual value")
+        if not 0 <= clip_low <= 1 or clip_high < 0:
+            raise ValueError(f"model.clip_low={clip_low}, model.clip_high={clip_high}: ratios are clipped to [1 - clip_low, 1 + clip_high]")
         self.advantage_scale = advantage_scale
         self.aggregation = aggregation
         self.clip_low = clip_low
