@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Sequence
 
@@ -62,6 +63,45 @@ def test_a_limit_of_zero_leaves_the_batch_as_it_is() -> None:
     filled = fill_batch(world.rollout, world.draw, world.draw(2), max_extra_tasks=0)
     assert [one.task.position for one in filled.groups] == [0, 1]
     assert (filled.replaced, filled.num_rounds, world.next_number) == ((), 0, 2)
+
+
+class Ranks:
+    """Collectives of two ranks that are threads. One that only a single rank calls breaks the barrier where real ranks would hang."""
+
+    def __init__(self) -> None:
+        self.barrier, self.said = threading.Barrier(2, timeout=5), [0, 0]
+
+    def all_gather(self, rank: int, number: int) -> list[int]:
+        self.said[rank] = number
+        self.barrier.wait()
+        numbers = list(self.said)
+        self.barrier.wait()
+        return numbers
+
+
+def test_ranks_with_different_numbers_of_dead_groups_draw_together() -> None:
+    ranks, drawn, filled = Ranks(), ([], []), {}
+    liveness = ([True, True, True], [False, False, False, True, False, True])  # rank 0 needs nothing, rank 1 three rounds
+
+    def run(rank: int) -> None:
+        world = World(liveness[rank])
+
+        def draw(num: int) -> list[TokenTask]:
+            drawn[rank].append(ranks.all_gather(rank, num)[rank])
+            return world.draw(num)
+
+        filled[rank] = fill_batch(
+            world.rollout, draw, world.draw(2), max_extra_tasks=10, max_over_ranks=lambda number: max(ranks.all_gather(rank, number))
+        )
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert drawn == ([0, 0, 0], [2, 1, 1])
+    assert (filled[0].num_rounds, filled[1].num_rounds) == (0, 3)
+    assert (filled[0].num_dead, filled[1].num_dead) == (0, 0)
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=60), st.integers(1, 12), st.integers(0, 30))

@@ -142,6 +142,7 @@ def test_the_life_of_an_engine(engine: RolloutEngine, policy, tiny_model_dir: Pa
         engine.start(str(tiny_model_dir), seed=0)
     engine.close()
     engine.close()
+    assert engine.weight_names == ()  # how the callback knows that it has to start
     for call in (lambda: engine.update_weights(named_weights(policy), version=0), lambda: engine.read_weights([])):
         with pytest.raises(RuntimeError, match="before start"):
             call()

@@ -72,17 +72,38 @@ def test_the_engine_sees_a_document_at_a_time_shortest_context_first(rollouter: 
     assert asked == ["a:2", "a:7", "b:3", "b:9"]
 
 
+def afresh(rollouter: Rollouter) -> Rollouter:
+    return Rollouter(rollouter.engine, rollouter.objective, run_seed=1, group_size=6, max_tokens=32)
+
+
 def test_a_group_depends_on_its_task_alone_and_may_be_drawn_in_parts(rollouter: Rollouter) -> None:
     together = rollouter.rollout(TASKS)
+    alone = afresh(rollouter)
     for task, group in zip(TASKS, together, strict=True):
-        parts = [rollouter.rollout([task], n=2, first_index=first)[0].completions for first in (0, 2, 4)]
+        parts = [alone.rollout([task], n=2)[0].completions for _ in range(3)]
         assert sum(parts, ()) == group.completions
 
 
 def test_a_task_given_twice_gets_other_completions(rollouter: Rollouter) -> None:
     first, second = rollouter.rollout([TASKS[0], TASKS[0]], n=8)
-    assert first.completions != second.completions
-    assert first.completions + second.completions == rollouter.rollout([TASKS[0]], n=16)[0].completions
+    (third,) = rollouter.rollout([TASKS[0]], n=8)  # a later round of the same step
+    assert len({first.completions, second.completions, third.completions}) == 3
+    (at_once,) = afresh(rollouter).rollout([TASKS[0]], n=24)
+    assert first.completions + second.completions + third.completions == at_once.completions
+
+
+def test_what_was_drawn_with_other_weights_does_not_count(rollouter: Rollouter, engine: ScriptedEngine) -> None:
+    """A run that resumes has not drawn with the versions before."""
+    rollouter.rollout(TASKS)
+    engine.update_weights(engine.read_weights(engine.weight_names).items(), version=6)
+    assert rollouter.rollout(TASKS) == afresh(rollouter).rollout(TASKS)
+
+
+def test_greedy_answers_neither_count_nor_change(rollouter: Rollouter) -> None:
+    answers = rollouter.rollout(TASKS, n=1, temperature=0.0)
+    sampled = rollouter.rollout(TASKS)
+    assert rollouter.rollout(TASKS, n=1, temperature=0.0) == answers
+    assert sampled == afresh(rollouter).rollout(TASKS)
 
 
 def test_other_runs_and_versions_draw_other_completions(rollouter: Rollouter, engine: ScriptedEngine, tiny_tokenizer) -> None:

@@ -27,7 +27,14 @@ def test_embedding_and_head_always_and_the_others_in_turn() -> None:
     assert sampled_names(NAMES, 1, 3) == (*ends, "w3", "w4", "w5")
     assert sampled_names(NAMES, 2, 3) == (*ends, "w6", "w0", "w1")
     assert sorted(sampled_names(NAMES, 5, 100)) == sorted(NAMES)
-    assert {name for version in range(40, 43) for name in sampled_names(NAMES, version, 3)} == set(NAMES)
+    assert {name for turn in range(40, 43) for name in sampled_names(NAMES, turn, 3)} == set(NAMES)
+
+
+@pytest.mark.parametrize("num_others", range(1, 40))
+def test_every_tensor_is_looked_at_in_turn(num_others: int) -> None:
+    names = [f"w{index}" for index in range(num_others)]
+    for num_tensors in range(1, 9):
+        assert {name for turn in range(-(-num_others // num_tensors)) for name in sampled_names(names, turn, num_tensors)} == set(names)
 
 
 @pytest.fixture

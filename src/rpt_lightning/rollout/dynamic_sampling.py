@@ -39,22 +39,32 @@ def fill_batch(
     tasks: Sequence[TokenTask],
     *,
     max_extra_tasks: int,
+    max_over_ranks: Callable[[int], int] = int,
 ) -> FilledBatch:
     """Rolls out the tasks and replaces dead groups by groups of further tasks.
+
+    ``draw`` is a collective: all ranks do as many rounds as the one that needs most, and a rank that needs nothing draws 0.
 
     Args:
         rollout: Groups for tasks, in their order.
         draw: The next ``num`` tasks of the stream; fewer, or none, where it ends.
         tasks: The step's.
         max_extra_tasks: At most so many tasks are drawn in addition; 0 turns dynamic sampling off.
+        max_over_ranks: Largest of a number over the ranks; on one rank the number itself.
     """
     groups = list(rollout(tasks))
     replaced: list[RolloutGroup] = []
     num_rounds = 0
-    while dead := [place for place, group in enumerate(groups) if not group.is_live]:
-        extra = draw(min(len(dead), max_extra_tasks - len(replaced))) if len(replaced) < max_extra_tasks else ()
-        if not extra:
+    stream_ended = False
+    while True:
+        dead = [place for place, group in enumerate(groups) if not group.is_live]
+        wanted = 0 if stream_ended else min(len(dead), max_extra_tasks - len(replaced))
+        if max_over_ranks(wanted) == 0:
             break
+        extra = draw(wanted)
+        stream_ended = len(extra) < wanted
+        if not extra:
+            continue
         num_rounds += 1
         # A dead newcomer takes a place as well, and is replaced in the next round like any other.
         for place, group in zip(dead[: len(extra)], rollout(extra), strict=True):

@@ -60,7 +60,7 @@ class RolloutEngine(ABC):
 
     @property
     def weight_names(self) -> tuple[str, ...]:
-        """The Hugging Face names that every update must deliver, a tied head under its own name too; empty before the start."""
+        """The Hugging Face names that every update must deliver, a tied head under its own name too; empty while it is not started."""
         return tuple(self._weight_shapes)
 
     @property
@@ -85,9 +85,9 @@ class RolloutEngine(ABC):
         self._max_model_len = longest if max_model_len is None else max_model_len
         with torch.device("meta"):
             skeleton = cast(Any, AutoModelForCausalLM).from_config(config)
-        self._weight_shapes = {name: weight.shape for name, weight in skeleton.named_parameters(remove_duplicate=False)}
         token_bytes = TokenBytes(AutoTokenizer.from_pretrained(model_path))
         self._start(model_path, seed)
+        self._weight_shapes = {name: weight.shape for name, weight in skeleton.named_parameters(remove_duplicate=False)}
         self._token_bytes = token_bytes
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Completion]]:
@@ -140,9 +140,9 @@ class RolloutEngine(ABC):
         return self._read_weights(names)
 
     def close(self) -> None:
-        """Frees what the engine holds. May be called twice."""
+        """Frees what the engine holds; it may be started again. May be called twice."""
         if self._token_bytes is not None:
-            self._token_bytes, self._version = None, None
+            self._token_bytes, self._version, self._weight_shapes = None, None, {}
             self._close()
 
     def __enter__(self) -> Self:

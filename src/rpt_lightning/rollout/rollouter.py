@@ -60,28 +60,31 @@ class Rollouter:
         self.min_p = min_p
         self.max_prompt_tokens = max_prompt_tokens
         self.first_token_probs = first_token_probs
+        self._num_drawn: Counter[str] = Counter()  # completions of each task with the weights of this version
+        self._version: int | None = None
 
-    def rollout(
-        self, tasks: Sequence[TokenTask], *, n: int | None = None, temperature: float | None = None, first_index: int = 0
-    ) -> list[RolloutGroup]:
+    def rollout(self, tasks: Sequence[TokenTask], *, n: int | None = None, temperature: float | None = None) -> list[RolloutGroup]:
         """One group a task, in the order of the tasks.
 
         Args:
-            tasks: One that is given twice (a small corpus starts over) gets other completions the second time.
+            tasks: One that is given again, in this call or a later one with the same weights (a small corpus starts over), gets other
+                completions. So a group may be drawn in parts.
             n: Completions a task; None: ``group_size``. 1 is for evaluation.
-            temperature: None: the training temperature; 0: greedy.
-            first_index: Index of the first completion of each group, to draw a group in parts: parts 0..3 and 4..7 are what 0..7 would be.
+            temperature: None: the training temperature; 0: greedy, the same whenever it is asked.
 
         Raises:
             ValueError: A prompt is too long.
             RuntimeError: A completion does not come from the engine's present weights.
         """
         n = self.group_size if n is None else n
-        num_before: Counter[str] = Counter()
+        temperature = self.temperature if temperature is None else temperature
+        if self.engine.version != self._version:
+            self._num_drawn, self._version = Counter(), self.engine.version
         requests = []
         for task in tasks:
-            requests.append(self._request(task, n, temperature, first_index + num_before[task.task_id]))
-            num_before[task.task_id] += n
+            requests.append(self._request(task, n, temperature, self._num_drawn[task.task_id] if temperature > 0 else 0))
+            if temperature > 0:
+                self._num_drawn[task.task_id] += n
         # Positions of a document next to each other, the shorter context first: each finds the one before it in the prefix cache.
         order = sorted(range(len(tasks)), key=lambda index: (tasks[index].doc_id, tasks[index].position))
         completions: dict[int, list[Completion]] = dict(zip(order, self.engine.generate([requests[index] for index in order]), strict=True))
@@ -99,7 +102,7 @@ class Rollouter:
             for index, task in enumerate(tasks)
         ]
 
-    def _request(self, task: TokenTask, n: int, temperature: float | None, first_index: int) -> GenerationRequest:
+    def _request(self, task: TokenTask, n: int, temperature: float, first_index: int) -> GenerationRequest:
         prompt_ids = self.objective.prompt.prompt_ids(task.context_ids)
         if self.max_prompt_tokens is not None and len(prompt_ids) > self.max_prompt_tokens:
             raise ValueError(
@@ -107,7 +110,7 @@ class Rollouter:
                 "raise the limit or cut contexts to it when tasks are made"
             )
         sampling = SamplingSettings(
-            temperature=self.temperature if temperature is None else temperature,
+            temperature=temperature,
             max_tokens=self.max_tokens,
             stop_token_ids=self.objective.prompt.stop_token_ids,
             top_p=self.top_p,

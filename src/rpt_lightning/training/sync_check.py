@@ -42,29 +42,30 @@ LOGPROB_LIMITS = {
 }
 
 
-def sampled_names(names: Sequence[str], version: int, num_tensors: int) -> tuple[str, ...]:
-    """Which tensors to look at: always embedding and head, and ``num_tensors`` of the others, the next ones with each version.
+def sampled_names(names: Sequence[str], turn: int, num_tensors: int) -> tuple[str, ...]:
+    """Which tensors to look at: always embedding and head, and ``num_tensors`` of the others, the next ones with each turn.
 
-    So ``len(names) / num_tensors`` versions in a row look at every tensor.
+    So ``len(names) / num_tensors`` turns in a row look at every tensor.
     """
     ends = [name for name in names if "embed" in name or "lm_head" in name]
     others = [name for name in names if name not in ends]
-    first = version * num_tensors
+    first = turn * num_tensors
     return (*ends, *[others[(first + place) % len(others)] for place in range(min(num_tensors, len(others)))])
 
 
-def check_weights(engine: RolloutEngine, weights: Iterable[tuple[str, Tensor]], *, version: int, num_tensors: int = 8) -> None:
+def check_weights(engine: RolloutEngine, weights: Iterable[tuple[str, Tensor]], *, version: int, turn: int = 0, num_tensors: int = 8) -> None:
     """Questions 1 and 2.
 
     Args:
         engine: After the update.
         weights: The policy's, under Hugging Face names. Read to the end, since gathering sharded weights is a collective.
         version: The policy's.
+        turn: Number of checks before this one. Not the version, which may advance in strides that skip some tensors forever.
         num_tensors: How many are compared besides embedding and head.
 
     Raises SyncError.
     """
-    names = sampled_names(engine.weight_names, version, num_tensors)
+    names = sampled_names(engine.weight_names, turn, num_tensors)
     wanted = {name: tensor.detach().to("cpu", engine.dtype, copy=True) for name, tensor in weights if name in names}
     if engine.version != version:
         raise SyncError(
