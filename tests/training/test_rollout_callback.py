@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections import Counter
+from datetime import timedelta
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DDPStrategy
 from small_run import SCRIPT, flat_weights
 
+from rpt_lightning.data.task_folder import TaskFolder
 from rpt_lightning.rollout.engine import Sample
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine
 from rpt_lightning.tasks.objective import Objective
 from rpt_lightning.tasks.prompt import ContinuationPrompt
 from rpt_lightning.tasks.reward import ConditionalDenseReward, DenseReward
+from rpt_lightning.training.monitors import StepLog
+from rpt_lightning.training.prompt_room import longest_context
 from rpt_lightning.training.rollout_callback import RolloutCallback
-from rpt_lightning.training.sync_check import SyncError
+from rpt_lightning.training.sync_check import SyncError, sampled_names
 
 
 class Watch(Callback):
@@ -29,9 +36,9 @@ class Watch(Callback):
         self.weights.append(flat_weights(pl_module))
 
 
-def run(make_run, steps, engine, **options):
+def run(make_run, steps, engine, more=(), **options):
     watch = Watch()
-    trainer, module, data = make_run(steps, engine=lambda: engine, callbacks=[watch], **options)
+    trainer, module, data = make_run(steps, engine=lambda: engine, callbacks=[watch, *more], **options)
     error = None
     try:
         trainer.fit(module, data)
@@ -85,6 +92,10 @@ def test_engine_that_is_not_the_policy_stops_the_run(make_run, tmp_path, engine_
     assert engine.events[-1] == "close"
 
 
+def num_rolled_out(engine):
+    return sum(int(event.split()[1]) for event in engine.events if event.startswith("generate"))
+
+
 def test_dynamic_sampling_replaces_and_counts(make_run, tmp_path):
     engine = ScriptedEngine(SCRIPT)
     watch, _, data, _ = run(make_run, 2, engine, rollout_options={"dynamic_sampling_from_step": 1, "dynamic_sampling_max_factor": 3.0})
@@ -93,15 +104,19 @@ def test_dynamic_sampling_replaces_and_counts(make_run, tmp_path):
     assert sum(group.is_live for group in second.groups) > sum(group.is_live for group in first.groups)
     ids = [group.task.task_id for batch in watch.batches for group in batch.groups]
     assert len(set(ids)) == len(ids)
-    rolled_out = sum(int(event.split()[1]) for event in engine.events if event.startswith("generate"))
+    rolled_out = num_rolled_out(engine)
     assert data.stream.state_dict()["index"] == rolled_out  # the cursor counts every task once
 
 
-@pytest.mark.parametrize("reward", [DenseReward(), ConditionalDenseReward()])
-def test_dense_rewards_are_the_policys_own_probabilities(make_run, reward):
-    engine = ScriptedEngine(SCRIPT)
+@pytest.mark.parametrize("reward", [DenseReward(), ConditionalDenseReward()], ids=lambda reward: type(reward).__name__)
+def test_dense_rewards_are_the_policys_own_probabilities(make_run, reward, tiny_task_dir):
+    # One line is right at some positions: in their groups the conditional reward pays the other answers too.
+    folder = TaskFolder(tiny_task_dir, "train")
+    firsts = Counter(folder.task(document, k).continuation[0] for document, count in enumerate(folder.num_positions) for k in range(count))
+    frequent = [token.decode() for token, _ in firsts.most_common(6)]
+    engine = ScriptedEngine([f"?</think>\\boxed{{{token}}}" for token in frequent])
     watch = Watch()
-    trainer, module, data = make_run(1, engine=lambda: engine, callbacks=[watch])
+    trainer, module, data = make_run(1, engine=lambda: engine, callbacks=[watch], data_options={"tasks_per_step": 64})
     rollout = next(callback for callback in trainer.callbacks if isinstance(callback, RolloutCallback))
     rollout.objective = Objective(ContinuationPrompt(), reward)
     module.policy.materialize()
@@ -109,8 +124,9 @@ def test_dense_rewards_are_the_policys_own_probabilities(make_run, reward):
     start = {name: tensor.clone() for name, tensor in start.items()}
     trainer.fit(module, data)
     module.policy.model.load_state_dict(start)
-    checked = 0
+    checked = num_unpaid_groups = 0
     for group in watch.batches[0].groups:
+        num_unpaid_groups += not any(group.rewards)
         logits = module.policy.model(input_ids=torch.tensor([group.task.context_ids])).logits[0, -1]
         for prediction, paid in zip(group.predictions, group.rewards, strict=True):
             right = prediction is not None and prediction.startswith(group.task.continuation[0])
@@ -119,16 +135,117 @@ def test_dense_rewards_are_the_policys_own_probabilities(make_run, reward):
             first = module.tokenizer(prediction.decode(), add_special_tokens=False)["input_ids"][0]
             assert paid == pytest.approx(logits.softmax(-1)[first].item(), rel=1e-3)
             checked += 1
-    assert checked > 3 or isinstance(reward, ConditionalDenseReward)
+    assert checked > 3
+    assert (num_unpaid_groups > 0) == isinstance(reward, ConditionalDenseReward)
+
+
+def step_lines(folder):
+    return [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
 
 
 def test_step_log_counts_truncated_and_replaced(make_run, tmp_path):
-    from rpt_lightning.training.monitors import StepLog
-
-    trainer, module, data = make_run(3, callbacks=[StepLog()], run_dir=tmp_path / "log")
-    trainer.fit(module, data)
-    lines = [json.loads(line) for line in (tmp_path / "log" / "steps.jsonl").read_text().splitlines()]
+    engine = ScriptedEngine(SCRIPT)
+    options = {"dynamic_sampling_from_step": 1, "dynamic_sampling_max_factor": 3.0}
+    run(make_run, 3, engine, more=[StepLog()], run_dir=tmp_path / "log", rollout_options=options)
+    lines = step_lines(tmp_path / "log")
     assert len(lines) == 3
     assert sum(line["rollout/truncated_frac"] for line in lines) > 0  # one line of the script never ends in time
-    assert all(line["rollout/replaced_groups"] == 0 for line in lines)
     assert all(line["rollout/boxed_frac"] < 1 for line in lines)
+    assert lines[0]["rollout/replaced_groups"] == 0
+    assert sum(line["rollout/replaced_groups"] for line in lines) == num_rolled_out(engine) - 3 * 8 > 0
+    for line in lines:
+        assert line["time/step_s"] > line["time/train_s"]
+        trained_and_sampled = line["rollout/tokens"] + line["train/completion_tokens"]
+        assert line["perf/tokens_per_s"] == pytest.approx(trained_and_sampled / line["time/step_s"], rel=1e-4)
+
+
+def test_two_ranks_draw_together_and_log_what_both_did(make_run, tmp_path):
+    """Ranks need different numbers of rounds; a rank that draws alone waits for the other until the timeout."""
+    options = {"dynamic_sampling_from_step": 0, "dynamic_sampling_max_factor": 3.0}
+    logs = {}
+    for name, trainer_options in {
+        "one": {},
+        "two": {"devices": 2, "strategy": DDPStrategy(start_method="spawn", process_group_backend="gloo", timeout=timedelta(seconds=60))},
+    }.items():
+        trainer, module, data = make_run(2, callbacks=[StepLog()], run_dir=tmp_path / name, rollout_options=options, **trainer_options)
+        module.make_optimizer = functools.partial(torch.optim.AdamW, lr=1e-3)  # travels to the other process
+        trainer.fit(module, data)
+        logs[name] = step_lines(tmp_path / name)
+    one, two = logs["one"][0], logs["two"][0]
+    assert one["rollout/replaced_groups"] > 0
+    assert two["rollout/replaced_groups"] > 0
+    for line in (one, two):
+        assert line["rollout/live_groups_frac"] == pytest.approx(line["rollout/live_groups"] / (8 + line["rollout/replaced_groups"]))
+        assert line["rollout/live_groups"] == 8 - line["rollout/dead_groups_kept"]
+
+
+def test_one_callback_trains_and_then_validates(make_run, tmp_path):
+    engine = ScriptedEngine(SCRIPT)
+    trainer, module, data = make_run(1, engine=lambda: engine, data_options={"tasks_per_step": 8, "num_eval_tasks": 8})
+    trainer.fit(module, data)
+    trainer.limit_val_batches = 1.0
+    metrics = trainer.validate(module, data, verbose=False)[0]
+    assert engine.events == ["start", "update 0", "generate 8 requests", "close", "start", "update 1", "generate 8 requests", "close"]
+    assert "val/boxed_frac" in metrics
+
+
+@pytest.mark.parametrize("truncation", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}])
+def test_log_probs_of_a_truncating_sampler_are_not_compared(make_run, truncation, monkeypatch):
+    said = []
+    monkeypatch.setattr("rpt_lightning.training.rollout_callback.rank_zero_info", said.append)
+    watch, _, _, error = run(make_run, 2, WrongLogprobs(SCRIPT), rollout_options=truncation)
+    assert error is None
+    assert len(watch.batches) == 2
+    assert sum("are not compared" in line for line in said) == 1
+    _, _, _, error = run(make_run, 2, StaleAfterFirst(SCRIPT), rollout_options=truncation)
+    assert "compared tensors differ" in str(error)
+
+
+class Reads(ScriptedEngine):
+    """Keeps which tensors were read back."""
+
+    def _read_weights(self, names):
+        self.__dict__.setdefault("reads", []).append(tuple(names))
+        return super()._read_weights(names)
+
+
+def test_each_check_looks_at_the_next_tensors_however_versions_advance(make_run):
+    engine = Reads(SCRIPT)
+    _, module, _, _ = run(make_run, 20, engine, module_options={"optimizer_steps_per_batch": 4}, rollout_options={"verify_sequences": 0})
+    assert [event for event in engine.events if event.startswith("update")] == [f"update {4 * step}" for step in range(5)]
+    names = tuple(dict(module.policy.model.named_parameters(remove_duplicate=False)))
+    assert engine.reads == [sampled_names(names, turn, 8) for turn in range(5)]
+    assert set().union(*engine.reads) == set(names)
+
+
+def test_prompts_that_cannot_fit_are_found_before_the_first_step(make_run):
+    engine = ScriptedEngine(SCRIPT)
+    _, _, _, error = run(make_run, 1, engine, rollout_options={"max_prompt_tokens": 40})
+    assert str(error).startswith("--rollout.max_prompt_tokens 40: the longest context of ")
+    assert "--data.max_context_tokens" in str(error)
+    assert "start" not in engine.events
+    cut = int(str(error).rsplit(" ", 1)[1])
+    assert run(make_run, 1, engine, rollout_options={"max_prompt_tokens": 40}, data_options={"max_context_tokens": cut})[3] is None
+    trainer, module, data = make_run(1, rollout_options={"max_prompt_tokens": 20}, limit_val_batches=1)
+    with pytest.raises(ValueError, match=r"--rollout.max_prompt_tokens 20: the longest context of .*, heldout"):
+        trainer.validate(module, data, verbose=False)
+
+
+def test_the_longest_context_is_the_last_stored_position(tiny_task_dir):
+    folder = TaskFolder(tiny_task_dir, "train")
+    last = max(int(folder.document(index)["positions"].max()) for index in range(len(folder)))
+    assert folder.last_position == longest_context(folder) == last
+    assert longest_context(TaskFolder(tiny_task_dir, "train", max_context_tokens=5)) == 5
+
+
+def test_thought_controls_get_room_where_the_model_has_it(make_run):
+    for max_completion_tokens, room in ((32, 64), (1024 - 96 - 10, 10), (1024 - 96, 0)):
+        engine = ScriptedEngine(SCRIPT)
+        options = {"thought_controls": True, "max_completion_tokens": max_completion_tokens}
+        run(make_run, 1, engine, rollout_options=options)
+        assert engine.max_model_len == 96 + max_completion_tokens + room
+
+
+def test_a_factor_below_one_is_refused():
+    with pytest.raises(ValueError, match=r"--rollout.dynamic_sampling_max_factor 0\.5"):
+        RolloutCallback(dynamic_sampling_max_factor=0.5)

@@ -25,6 +25,7 @@ class SplitStatistics:
         self.num_tokens = 0
         self.num_scored = 0
         self.num_unanswerable = 0
+        self.last_position = 0
         self.positions: list[dict[str, NDArray[Any]]] = []
         self.histogram = np.zeros(len(BIN_EDGES) - 1, dtype=np.int64)
 
@@ -39,6 +40,7 @@ class SplitStatistics:
         self.num_documents += 1
         self.num_tokens += len(item["token_ids"])
         self.num_unanswerable += num_unanswerable
+        self.last_position = max(self.last_position, int(item["positions"].max()))
         self.positions.append({name: item[name] for name in ("entropy", "true_rank", "answerable")})
 
     def summary(self) -> dict[str, Any]:
@@ -50,6 +52,7 @@ class SplitStatistics:
             "scored_positions": self.num_scored,
             "positions": len(columns["entropy"]),
             "unanswerable": self.num_unanswerable,
+            "last_position": self.last_position,
             "entropy_histogram": {"bin_edges_nats": BIN_EDGES.tolist(), "scored_positions": self.histogram.tolist()},
             "bands": {
                 band: _band_summary(columns["true_rank"][columns["entropy"] > threshold], columns["answerable"][columns["entropy"] > threshold])

@@ -63,6 +63,13 @@ class TaskFolder:
             raise ValueError(f"{self.path}: tokenizer/ is not the tokenizer that the manifest names; make the task folder again with `rpt prepare`")
         return found
 
+    @cached_property
+    def last_position(self) -> int:
+        """The largest position of any document: so many tokens has the longest context before it is cut."""
+        stored = self.manifest.get("splits", {}).get(self.split, {}).get("last_position")
+        # Folders of before this was counted are read once as a whole.
+        return int(stored) if stored is not None else max(int(self._read(index)["positions"].max()) for index in range(len(self)))
+
     def _read(self, document_index: int) -> Item:
         """One stored item (docs/architecture.md): ``document(i)`` keeps the last ones in memory."""
         item: Item = self._dataset[document_index]

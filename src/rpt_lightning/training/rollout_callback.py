@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from rpt_lightning.metrics.rollout_stats import rollout_statistics
+from rpt_lightning.data.base_datamodule import TaskFolderDataModule
 from rpt_lightning.policy.packing import pack
 from rpt_lightning.policy.weights import named_weights
 from rpt_lightning.rollout.dynamic_sampling import fill_batch
@@ -26,8 +26,13 @@ from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.training.arithmetic import batch_arithmetic
 from rpt_lightning.training.first_token import first_token_probs
 from rpt_lightning.training.policy_module import PolicyModule
+from rpt_lightning.training.prompt_room import check_prompts_fit, longest_context
+from rpt_lightning.training.rollout_metrics import over_ranks, rollout_metrics
 from rpt_lightning.training.sync_check import LogprobDiff, check_logprobs, check_weights, compare_logprobs, logprob_limits
 from rpt_lightning.types import RolloutGroup, SamplingSettings, TokenTask, TrainBatch, TrainSequence
+
+# Room of a forced thought's prompt: the closing marker and the box's beginning, and an answer (rollout/thought_controls.py).
+CONTROL_TOKENS = 64
 
 
 class RolloutCallback(Callback):
@@ -67,6 +72,11 @@ class RolloutCallback(Callback):
         logprob_tolerance: float = 1.0,
         thought_controls: bool = False,
     ) -> None:
+        if dynamic_sampling_max_factor < 1:
+            raise ValueError(
+                f"--rollout.dynamic_sampling_max_factor {dynamic_sampling_max_factor}: give 1 (the step's own tasks) or more; to turn dynamic sampling "
+                "off set --rollout.dynamic_sampling_from_step null"
+            )
         self.engine = engine
         self.objective = objective
         self.group_size = group_size
@@ -84,6 +94,7 @@ class RolloutCallback(Callback):
         self.thought_controls = thought_controls
         self.bound_objective: BoundObjective | None = None
         self.rollouter: Rollouter | None = None
+        self._num_weight_checks = 0
 
     @property
     def _sampling(self) -> SamplingSettings:
@@ -108,12 +119,17 @@ class RolloutCallback(Callback):
             return
         if self.objective is None:
             raise ValueError("rollout.objective is not set: say what the policy is asked and paid for, e.g. --rollout.objective Objective")
-        if pl_module.corrects_mismatch and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0):
+        self.bound_objective = self.objective.bind(pl_module.tokenizer)
+        if pl_module.corrects_mismatch and self._sampling.is_truncating:
             raise ValueError(
                 f"rollout.top_p={self.top_p}, top_k={self.top_k}, min_p={self.min_p} truncate the distribution, which makes the importance ratios of "
                 "model.correction biased; sample with temperature alone (top_p 1, top_k 0, min_p 0) or set model.correction=none"
             )
-        self.bound_objective = self.objective.bind(pl_module.tokenizer)
+        if self._sampling.is_truncating and self.verify_sequences:
+            rank_zero_info(
+                f"rollout.top_p={self.top_p}, top_k={self.top_k}, min_p={self.min_p}: the sampler truncates, so the engine's log-probs are those of another "
+                "distribution than the policy's and are not compared; versions and tensors still are"
+            )
         self.rollouter = Rollouter(
             self.engine,
             self.bound_objective,
@@ -149,13 +165,20 @@ class RolloutCallback(Callback):
         assert self.engine is not None
         start = time.perf_counter()
         if not self.engine.weight_names:
-            self.engine.start(module.policy.path, seed=self.seed, max_model_len=self.max_prompt_tokens + self.max_completion_tokens)
+            self.engine.start(module.policy.path, seed=self.seed, max_model_len=self._max_model_len(module))
             rank_zero_info(f"engine: {self.engine.description}, started in {time.perf_counter() - start:.0f} s")
             start = time.perf_counter()
         if self.engine.version != module.policy_version:
             self.engine.update_weights(named_weights(module.policy), version=module.policy_version)
-            check_weights(self.engine, named_weights(module.policy), version=module.policy_version)
+            check_weights(self.engine, named_weights(module.policy), version=module.policy_version, turn=self._num_weight_checks)
+            self._num_weight_checks += 1
         return {"time/sync_s": time.perf_counter() - start}
+
+    def _max_model_len(self, module: PolicyModule) -> int:
+        """Tokens of prompt and completion, and some more for thought controls where the model has the positions."""
+        needed = self.max_prompt_tokens + self.max_completion_tokens
+        positions = int(module.policy.config.max_position_embeddings)
+        return max(needed, min(needed + CONTROL_TOKENS, positions)) if self.thought_controls else needed
 
     # Training
 
@@ -164,6 +187,10 @@ class RolloutCallback(Callback):
         if not pl_module.learns_from_rollouts:
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        assert self.bound_objective is not None
+        check_prompts_fit(
+            longest_context(data.train), self.bound_objective.prompt, max_prompt_tokens=self.max_prompt_tokens, where=f"{data.task_dir}, train"
+        )
         text = batch_arithmetic(
             tasks_per_step=data.items_per_step,
             positions_per_document=data.positions_per_document,
@@ -181,24 +208,33 @@ class RolloutCallback(Callback):
         if not pl_module.learns_from_rollouts:
             return
         assert self.rollouter is not None
+        self._step_start = time.perf_counter()
         metrics = self._sync(trainer, pl_module)
         start = time.perf_counter()
-        draw = trainer.datamodule.draw  # type: ignore[attr-defined]
-        filled = fill_batch(self.rollouter.rollout, draw, batch["tasks"], max_extra_tasks=self._max_extra_tasks(pl_module, len(batch["tasks"])))
-        groups = filled.groups
+        filled = fill_batch(
+            self.rollouter.rollout,
+            trainer.datamodule.draw,  # type: ignore[attr-defined]
+            batch["tasks"],
+            max_extra_tasks=self._max_extra_tasks(pl_module, len(batch["tasks"])),
+            max_over_ranks=lambda number: int(pl_module.max_over_ranks(number)),
+        )
         metrics["time/rollout_s"] = time.perf_counter() - start
-        metrics |= self._check_logprobs(trainer, pl_module, groups, temperature=self.temperature)
-        metrics |= rollout_statistics([*groups, *filled.replaced])
-        metrics |= {"rollout/replaced_groups": float(len(filled.replaced)), "rollout/dead_groups_kept": float(filled.num_dead)}
-        num_tokens = sum(len(completion.token_ids) for group in (*groups, *filled.replaced) for completion in group.completions)
-        metrics["perf/rollout_tokens_per_s"] = num_tokens / metrics["time/rollout_s"]
-        batch["rollouts"] = TrainBatch(groups=groups, sampling=self._sampling)
+        metrics |= self._check_logprobs(trainer, pl_module, filled.groups, temperature=self.temperature)
+        metrics |= rollout_metrics(filled)
+        batch["rollouts"] = TrainBatch(groups=filled.groups, sampling=self._sampling)
+        metrics = over_ranks(trainer, metrics, num_groups=len(filled.groups) + len(filled.replaced))
+        metrics["perf/rollout_tokens_per_s"] = metrics["rollout/tokens"] / metrics["time/rollout_s"]
+        self._step_tokens = metrics["rollout/tokens"] + metrics["train/completion_tokens"]
         pl_module.log_step(metrics)
         self._train_start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if "rollouts" in batch:
-            pl_module.log("time/train_s", time.perf_counter() - self._train_start, on_step=True, on_epoch=False)
+            assert isinstance(pl_module, PolicyModule)
+            now = time.perf_counter()
+            metrics = over_ranks(trainer, {"time/train_s": now - self._train_start, "time/step_s": now - self._step_start}, num_groups=1)
+            metrics["perf/tokens_per_s"] = self._step_tokens / metrics["time/step_s"]
+            pl_module.log_step(metrics)
 
     def _max_extra_tasks(self, module: PolicyModule, num_tasks: int) -> int:
         """How many tasks dynamic sampling may draw beyond the step's own."""
@@ -208,25 +244,32 @@ class RolloutCallback(Callback):
 
     @torch.no_grad()
     def _check_logprobs(self, trainer: Trainer, module: PolicyModule, groups: Sequence[RolloutGroup], *, temperature: float) -> dict[str, float]:
-        """Compares the engine's log-probs of a few fresh completions with the policy's."""
+        """Compares the engine's log-probs of a few fresh completions with the policy's.
+
+        A sampler that truncates says other log-probs, of what is left renormalised: there is nothing to compare then.
+        """
         assert self.engine is not None
-        fresh = [(group, completion) for group in groups for completion in group.completions][: self.verify_sequences]
-        if not fresh:
+        if self.verify_sequences == 0 or self._sampling.is_truncating:
             return {}
+        fresh = [(group, completion) for group in groups for completion in group.completions][: self.verify_sequences]
         sequences = [TrainSequence(prompt_ids=group.prompt_ids, target_ids=completion.token_ids) for group, completion in fresh]
-        width = max(len(sequence.target_ids) for sequence in sequences)
+        width = max((len(sequence.target_ids) for sequence in sequences), default=0)
         ours, theirs, mask = torch.zeros(len(fresh), width), torch.zeros(len(fresh), width), torch.zeros(len(fresh), width, dtype=torch.bool)
         with trainer.precision_plugin.forward_context():
             device = module.device.type
             policy_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-            for tree in pack(sequences, max_tokens=module.micro_batch_tokens):
+            trees = list(pack(sequences, max_tokens=module.micro_batch_tokens))
+            for tree in trees:
                 rows = tree.unpack(module.policy(tree.to(module.device), temperature=temperature)[0].cpu())
                 for row, index in enumerate(tree.sequence_indices):
                     length = len(sequences[index].target_ids)
                     ours[index, :length] = rows[row, :length]
                     theirs[index, :length] = torch.tensor(fresh[index][1].rollout_logprobs)
                     mask[index, :length] = True
-        difference = compare_logprobs(theirs, ours, mask)
+            # A forward pass of a sharded policy is a collective, and ranks need different numbers of them (a rank without tasks: none).
+            for _ in range(int(module.max_over_ranks(len(trees))) - len(trees)):
+                module.policy(next(pack([TrainSequence(prompt_ids=(0,), target_ids=(0,))], max_tokens=1)).to(module.device))
+        difference = compare_logprobs(theirs, ours, mask) if fresh else LogprobDiff(mean=0.0, p99=0.0, max=0.0)
         check_logprobs(difference, self._logprob_limits(policy_dtype), version=module.policy_version)
         return {
             "sync/logprob_diff_mean": difference.mean,
@@ -241,6 +284,13 @@ class RolloutCallback(Callback):
         return LogprobDiff(mean=limits.mean * factor, p99=limits.p99 * factor, max=limits.max * factor)
 
     # Validation
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if self.engine is not None and isinstance(data, TaskFolderDataModule):
+            assert self.bound_objective is not None
+            longest = max(len(task.context_ids) for task in data.eval_tasks())
+            check_prompts_fit(longest, self.bound_objective.prompt, max_prompt_tokens=self.max_prompt_tokens, where=f"{data.task_dir}, heldout")
 
     def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         if self.engine is None:
