@@ -39,7 +39,8 @@ venv: $(STAMP)  ## make .venv with everything that tests and demo need
 demo: $(STAMP)  ## train a real 135M model by next-token reasoning: about an hour on two cores
 	$(BIN)/python scripts/demo.py
 
-debug: $(STAMP) models/tiny  ## every part once, on a tiny random model, in a minute
+debug: $(STAMP) models/tiny tasks/debug  ## every part once, on a tiny random model, in a minute
+	rm -rf runs/debug
 	$(RPT) fit --config configs/debug.yaml
 
 test: lint  ## lint, types, import contract and the default test suite
@@ -60,6 +61,9 @@ clean:  ## remove .venv and caches; models, tasks and runs stay
 
 models/tiny: | $(STAMP)
 	$(BIN)/python scripts/make_model.py tiny --output $@
+
+tasks/debug: | $(STAMP) models/tiny
+	$(RPT) prepare --config configs/prepare/debug.yaml
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \

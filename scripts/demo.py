@@ -5,6 +5,7 @@ Every stage is one command that a user could type; the demo only runs them in or
 
 from __future__ import annotations
 
+import platform
 import shlex
 import shutil
 import subprocess
@@ -14,23 +15,34 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 MODEL = Path("models/smollm2-135m")
 TASKS = Path("tasks/demo")
 DEMO = Path("runs/demo")
 COLD_START = DEMO / "cold-start"
 RPT = DEMO / "rpt"
 EXECUTABLE = str(Path(sys.executable).with_name("rpt"))
+ROOT = Path(__file__).resolve().parents[1]
+# There is a vLLM for Linux only; elsewhere transformers makes the rollouts, which is slower.
+ENGINE = () if platform.system() == "Linux" else ("--rollout.engine", "HFEngine")
 Command = Callable[[], tuple[str, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """``output`` is what the command leaves behind, ``minutes`` about how long it takes on two cores. The command is made when the stage begins."""
+    """``output`` is what the command leaves behind, ``minutes`` about how long it takes on two cores. The command is made when the stage begins.
+
+    ``run_folder`` is a fit's: its output is its last checkpoint, which alone shows that the fit is over. ``feeds_later`` is whether later stages use
+    what this one makes.
+    """
 
     name: str
     command: Command
     output: Path
     minutes: float
+    run_folder: Path | None = None
+    feeds_later: bool = True
 
     @property
     def _mark(self) -> Path:
@@ -38,8 +50,17 @@ class Stage:
 
     @property
     def is_finished(self) -> bool:
-        # A fit's folder exists long before the fit is over, so finishing leaves a mark of its own.
-        return self._mark.exists() and self.output.exists()
+        # Other outputs may exist before they are complete or be those of an earlier policy, so finishing leaves a mark.
+        return self.output.exists() and (self.run_folder is not None or self._mark.exists())
+
+    def forget(self) -> None:
+        """What this stage made came from something that is made again now."""
+        self._mark.unlink(missing_ok=True)
+        if self.run_folder is not None and self.run_folder.exists():
+            aside = self.run_folder.with_name(self.run_folder.name + ".old")
+            shutil.rmtree(aside, ignore_errors=True)
+            self.run_folder.rename(aside)
+            print(f"demo: an earlier stage runs again, so {self.run_folder} is made anew; the run that was there is now {aside}")
 
     def run(self) -> None:
         command = self.command()
@@ -59,15 +80,13 @@ def prepare() -> Stage:
     return Stage(name="prepare", command=lambda: (EXECUTABLE, "prepare", "--config", "configs/prepare/demo.yaml"), output=TASKS, minutes=5)
 
 
-def fit(name: str, run: Path, config: str, minutes: float) -> Stage:
+def fit(name: str, run: Path, config: str, minutes: float, options: tuple[str, ...] = ()) -> Stage:
     def command() -> tuple[str, ...]:
-        if checkpoints(run):
-            return (EXECUTABLE, "fit", "--config", config, "--ckpt_path", "last")
-        # Stopped before its first checkpoint: there is nothing to continue, and rpt fit refuses a folder that holds a run.
-        shutil.rmtree(run, ignore_errors=True)
-        return (EXECUTABLE, "fit", "--config", config)
+        # Stopped before its first checkpoint there is nothing to continue: it starts anew.
+        return (EXECUTABLE, "fit", "--config", config, *options, *(("--ckpt_path", "last") if checkpoints(run) else ()))
 
-    return Stage(name=name, command=command, output=run / "checkpoints", minutes=minutes)
+    max_steps = yaml.safe_load((ROOT / config).read_text())["trainer"]["max_steps"]
+    return Stage(name=name, command=command, output=run / "checkpoints" / f"step-{max_steps:06d}.ckpt", minutes=minutes, run_folder=run)
 
 
 def export(run: Path) -> Stage:
@@ -88,8 +107,8 @@ def evaluate(name: str, policy: Path, minutes: float) -> Stage:
         "--trainer.limit_val_batches": 1.0,
         "--rollout.thought_controls": True,
     }
-    command = (EXECUTABLE, "validate", "--config", "configs/demo.yaml", *(str(part) for option in options.items() for part in option))
-    return Stage(name=f"evaluate {name}", command=lambda: command, output=results_of(name), minutes=minutes)
+    command = (EXECUTABLE, "validate", "--config", "configs/demo.yaml", *ENGINE, *(str(part) for option in options.items() for part in option))
+    return Stage(name=f"evaluate {name}", command=lambda: command, output=results_of(name), minutes=minutes, feeds_later=False)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -108,15 +127,22 @@ STAGES = (
     fit("cold start", COLD_START, "configs/demo-cold-start.yaml", 14),
     export(COLD_START),
     evaluate("after cold start", EVALUATIONS["after cold start"], 4),
-    fit("RPT", RPT, "configs/demo.yaml", 22),
+    fit("RPT", RPT, "configs/demo.yaml", 22, ENGINE),
     export(RPT),
     evaluate("after RPT", EVALUATIONS["after RPT"], 4),
 )
 
 
 def run_stages() -> None:
+    if ENGINE:
+        print(f"demo: there is no vLLM for {platform.system()}; transformers makes the rollouts, which takes longer than the times below")
     start = time.monotonic()
-    todo = [stage for stage in STAGES if not stage.is_finished]
+    todo: list[Stage] = []
+    for stage in STAGES:
+        if any(earlier.feeds_later for earlier in todo):
+            stage.forget()
+        if not stage.is_finished:
+            todo.append(stage)
     planned = 0.0  # minutes that the stages done in this call should have taken
     for number, stage in enumerate(STAGES, start=1):
         title = f"stage {number} of {len(STAGES)}: {stage.name}"

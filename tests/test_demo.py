@@ -1,14 +1,28 @@
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from conftest import load_script
+from rpt_lightning.metrics.results import write_results
+from sample_results import FIRST, SECOND, results
 
-demo = load_script("demo")
+
+def load_demo() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("demo", Path(__file__).resolve().parents[1] / "scripts" / "demo.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules["demo"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+demo = load_demo()
 
 
 @pytest.fixture(autouse=True)
@@ -16,8 +30,9 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def stage(name: str, code: str):
-    return demo.Stage(name=name, command=lambda: (sys.executable, "-c", f"open('log', 'a').write('{name} '); {code}"), output=Path(name), minutes=1)
+def stage(name: str, code: str, **options):
+    command = (sys.executable, "-c", f"open('log', 'a').write('{name} '); {code}")
+    return demo.Stage(name=name, command=lambda: command, output=Path(name), minutes=1, **options)
 
 
 def touch(name: str) -> str:
@@ -35,9 +50,89 @@ def test_a_failed_demo_continues_with_the_stage_that_failed(monkeypatch: pytest.
     assert Path("log").read_text() == "one two two three "
     assert "stage 1 of 3: one: finished before, skipped" in capfd.readouterr().out
 
-    Path("two").unlink()  # what a finished stage left behind was removed: it is made again
+    Path("two").unlink()  # what a finished stage left behind was removed: it is made again, and so is what was made from it
     demo.run_stages()
-    assert Path("log").read_text() == "one two two three two "
+    assert Path("log").read_text() == "one two two three two three "
+
+
+def test_a_policy_that_is_trained_again_is_evaluated_again_but_not_the_reverse(monkeypatch: pytest.MonkeyPatch):
+    def fit():
+        return demo.fit("fit", Path("run"), "configs/demo.yaml", 1)
+
+    stages = (stage("data", touch("data")), stage("measure", touch("measure"), feeds_later=False), fit(), stage("export", touch("export")))
+    monkeypatch.setattr(demo, "STAGES", stages)
+    monkeypatch.setattr(demo.Stage, "run", run_without_training := fake_fit(demo.Stage.run))
+    demo.run_stages()
+    assert Path("log").read_text() == "data measure export "
+    assert run_without_training.fits == 1
+
+    Path("measure").unlink()
+    demo.run_stages()
+    assert Path("log").read_text() == "data measure export measure "
+    assert run_without_training.fits == 1
+
+    Path("data").unlink()
+    Path("run/steps.jsonl").write_text("old")
+    demo.run_stages()
+    assert Path("log").read_text() == "data measure export measure data measure export "
+    assert run_without_training.fits == 2
+    assert not Path("run/steps.jsonl").exists()
+    assert Path("run.old/steps.jsonl").read_text() == "old"
+
+
+def fake_fit(run):
+    """Runs every stage but the fit, of which it leaves what a fit leaves."""
+
+    def fake(self):
+        if self.run_folder is None:
+            run(self)
+        else:
+            fake.fits += 1
+            self.output.parent.mkdir(parents=True)
+            self.output.touch()
+
+    fake.fits = 0
+    return fake
+
+
+def test_a_fit_that_was_killed_behind_its_last_checkpoint_is_finished():
+    run = run_folder("config.yaml", "checkpoints/step-000020.ckpt")
+    fit = demo.fit("fit", run, "configs/demo.yaml", 1)  # trainer.max_steps is 30
+    assert not fit.is_finished
+    run_folder("checkpoints/step-000030.ckpt")
+    assert fit.is_finished
+
+
+@pytest.mark.parametrize(
+    ("system", "options"), [("Linux", ()), ("Darwin", ("--rollout.engine", "HFEngine")), ("Windows", ("--rollout.engine", "HFEngine"))]
+)
+def test_rollouts_by_transformers_where_there_is_no_vllm(system, options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr("platform.system", lambda: system)
+    module = load_demo()
+    commands = {stage.name: stage.command() for stage in module.STAGES if not stage.name.startswith("export")}
+    monkeypatch.setitem(sys.modules, "demo", demo)
+    for name in ("evaluate start", "evaluate after cold start", "RPT", "evaluate after RPT"):
+        position = commands[name].index("--config") + 2
+        assert commands[name][position : position + 2] == options or not options
+        assert ("HFEngine" in commands[name]) == bool(options)
+    assert "HFEngine" not in commands["cold start"]  # it learns from text
+    monkeypatch.setattr(module, "STAGES", ())
+    module.run_stages()
+    assert (f"no vLLM for {system}" in capsys.readouterr().out) == bool(options)
+
+
+def test_the_report_shows_the_table_and_names_the_plot(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    for name, right in (("start", False), ("after cold start", False), ("after RPT", True)):
+        write_results(results(replace(FIRST, reasoning_correct=right), SECOND), demo.results_of(name))
+    demo.RPT.mkdir(parents=True)
+    (demo.RPT / "steps.jsonl").write_text('{"step": 1, "reward/mean": 0.25}\n')
+    demo.report()
+    output = capsys.readouterr().out
+    row = next(line for line in output.splitlines() if "reasoning accuracy" in line)
+    assert row.count("50.0 %") == 2
+    assert "100.0 %" in row
+    assert "runs/demo/summary.png" in output
+    assert (demo.DEMO / "summary.png").stat().st_size > 1000
 
 
 def run_folder(*names: str) -> Path:
@@ -53,9 +148,8 @@ def run_folder(*names: str) -> Path:
 )
 def test_a_fit_continues_from_its_last_checkpoint_or_starts_over(files: tuple[str, ...], resumes: bool):
     run = run_folder(*files)
-    command: Callable[[], tuple[str, ...]] = demo.fit("fit", run, "c.yaml", 1).command
+    command: Callable[[], tuple[str, ...]] = demo.fit("fit", run, "configs/demo.yaml", 1).command
     assert (command()[-2:] == ("--ckpt_path", "last")) == resumes
-    assert (run / "config.yaml").exists() == resumes
 
 
 def test_export_takes_the_newest_checkpoint():

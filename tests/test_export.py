@@ -122,6 +122,18 @@ def test_what_is_not_our_checkpoint_is_named(checkpoint, tmp_path: Path):
     assert not list(tmp_path.glob(".hf.*"))
 
 
+def test_another_tokenizer_in_the_models_folder_is_refused(checkpoint, tiny_model_dir: Path, tmp_path: Path):
+    source = tmp_path / "source"
+    shutil.copytree(tiny_model_dir, source)
+    checkpoint["rpt"]["policy_path"] = str(source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_tokens(["<another>"])
+    tokenizer.save_pretrained(source)
+    with pytest.raises(ValueError, match="source, has another tokenizer now than in training"):
+        export(save(checkpoint, tmp_path / "last.ckpt"), str(tmp_path / "hf"))
+    assert not (tmp_path / "hf").exists()
+
+
 VLLM_LOGPROBS = """
 import json, sys
 from vllm import LLM, SamplingParams

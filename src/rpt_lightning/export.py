@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 import tempfile
 from contextlib import suppress
@@ -13,6 +12,9 @@ from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from rpt_lightning.tasks.token_bytes import tokenizer_hash
+from rpt_lightning.training.checkpoint_file import read_checkpoint
 
 _WEIGHTS_PREFIX = "policy.model."
 
@@ -26,14 +28,14 @@ def export(ckpt: str, output: str, dtype: Literal["float32", "bfloat16", "float1
         dtype: of the weights on disk. float32 is what was trained.
 
     Raises:
-        ValueError: ``output`` exists, ``ckpt`` is not one of our checkpoints, or its weights do not fit its own config.
+        ValueError: ``output`` exists, ``ckpt`` is not one of our checkpoints, its weights do not fit its own config, or its tokenizer is gone or another.
     """
     folder = Path(output)
     if folder.exists():
         raise ValueError(f"--output {output}: exists already. Name a new folder, or remove this one.")
     checkpoint = _load(Path(ckpt))
     model = _build_model(checkpoint, ckpt).to(getattr(torch, dtype))
-    tokenizer = _load_tokenizer(checkpoint["rpt"]["policy_path"], ckpt)
+    tokenizer = _load_tokenizer(checkpoint["rpt"], ckpt)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)
@@ -47,22 +49,12 @@ def export(ckpt: str, output: str, dtype: Literal["float32", "bfloat16", "float1
 
 
 def _load(path: Path) -> dict[str, Any]:
-    flag = f"--ckpt {path}"
     if path.is_dir():
         raise ValueError(
-            f"{flag}: a folder, as a sharded strategy writes it. Join it into one file first: "
+            f"--ckpt {path}: a folder, as a sharded strategy writes it. Join it into one file first: "
             f"python -m lightning.pytorch.utilities.consolidate_checkpoint {path} --output_file whole.ckpt"
         )
-    if not path.is_file():
-        raise ValueError(f"{flag}: no such file. `rpt fit` writes checkpoints into the run's folder.")
-    try:
-        # mmap: a checkpoint holds the optimizer too, three times the weights, which is never read here.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{flag}: not a checkpoint that can be read ({type(error).__name__}). Was it cut off while it was written?") from error
-    if not isinstance(checkpoint, dict) or "rpt" not in checkpoint or "state_dict" not in checkpoint:
-        raise ValueError(f"{flag}: not a checkpoint of `rpt fit` (it has no entry 'rpt' that says which policy it holds).")
-    return checkpoint
+    return read_checkpoint(path, flag="--ckpt")
 
 
 def _build_model(checkpoint: dict[str, Any], ckpt: str) -> PreTrainedModel:
@@ -88,11 +80,18 @@ def _build_model(checkpoint: dict[str, Any], ckpt: str) -> PreTrainedModel:
     return model
 
 
-def _load_tokenizer(policy_path: str, ckpt: str) -> Any:
+def _load_tokenizer(saved: dict[str, Any], ckpt: str) -> Any:
+    path = saved["policy_path"]
     try:
-        return AutoTokenizer.from_pretrained(policy_path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--ckpt {ckpt}: its tokenizer comes from the model it was trained from, {policy_path}, which cannot be loaded ({error}). "
+            f"--ckpt {ckpt}: its tokenizer comes from the model it was trained from, {path}, which cannot be loaded ({error}). "
             "Put that folder back, or run from the directory in which training ran."
         ) from error
+    if tokenizer_hash(tokenizer) != saved["tokenizer_hash"]:
+        raise ValueError(
+            f"--ckpt {ckpt}: the model it was trained from, {path}, has another tokenizer now than in training, so the exported policy would read "
+            "and write other text. Put back what lay there, or run from the directory in which training ran."
+        )
+    return tokenizer

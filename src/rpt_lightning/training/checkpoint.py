@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 FOLDER = "checkpoints"
 _PARTIAL = ".partial"
+_ABANDONED = ".abandoned"
 
 
 class RunCheckpoint(Checkpoint):
@@ -33,10 +34,13 @@ class RunCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.keep = keep
         self.keep_every_n_steps = keep_every_n_steps
+        self.start_step: int | None = None  # where training began in this process, on every rank; None: not yet
         self._saved_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._saved_step = trainer.global_step
+        self.start_step = self._saved_step = trainer.global_step
+        if trainer.is_global_zero:
+            _abandon_after(trainer.global_step, _folder(trainer))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step - self._saved_step >= self.every_n_steps:
@@ -46,11 +50,23 @@ class RunCheckpoint(Checkpoint):
         if trainer.global_step > self._saved_step:
             self._save(trainer)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt):
+            rank_zero_info(f"stopped at step {trainer.global_step}. {_way_on(_folder(trainer))}")
+
     def _save(self, trainer: Trainer) -> None:
-        folder = Path(trainer.default_root_dir) / FOLDER
+        folder = _folder(trainer)
         path = folder / f"step-{trainer.global_step:06d}.ckpt"
         partial = path.with_name(path.name + _PARTIAL)
-        trainer.save_checkpoint(partial)
+        try:
+            trainer.save_checkpoint(partial)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            if trainer.is_global_zero:
+                _remove(partial)
+            raise RuntimeError(
+                f"cannot write the checkpoint of step {trainer.global_step} into {folder}: {error}. Is the disk full? Make room there "
+                f"(a checkpoint holds weights and optimizer) or keep fewer (checkpoint.keep={self.keep}). {_way_on(folder)}"
+            ) from error
         if trainer.is_global_zero:
             _remove(path)
             partial.rename(path)
@@ -84,6 +100,29 @@ def last_checkpoint(run_folder: Path) -> Path:
     if not steps:
         raise ValueError(f"ckpt_path=last: there is no checkpoint in {folder}; leave --ckpt_path out to start this run")
     return folder / f"step-{steps[-1]:06d}.ckpt"
+
+
+def _folder(trainer: Trainer) -> Path:
+    return Path(trainer.default_root_dir) / FOLDER
+
+
+def _way_on(folder: Path) -> str:
+    steps = checkpoint_steps(folder)
+    if not steps:
+        return "There is no complete checkpoint yet: the same command starts anew."
+    return f"The last complete checkpoint is {folder / f'step-{steps[-1]:06d}.ckpt'}: continue with --ckpt_path last."
+
+
+def _abandon_after(step: int, folder: Path) -> None:
+    """A run that goes on from an earlier checkpoint makes its later ones anew: the old ones must be neither the run's last nor pruned against the new."""
+    for later in checkpoint_steps(folder):
+        if later > step:
+            path = folder / f"step-{later:06d}.ckpt"
+            number, target = 2, path.with_name(path.name + _ABANDONED)
+            while target.exists():
+                number, target = number + 1, path.with_name(f"{path.name}.{number}{_ABANDONED}")
+            path.rename(target)
+            rank_zero_info(f"checkpoint: {path} is beyond step {step}, from which the run goes on; it is now {target.name}")
 
 
 def _remove(path: Path) -> None:
