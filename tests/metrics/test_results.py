@@ -24,6 +24,14 @@ def test_an_interrupted_file_is_refused(tmp_path: Path):
         read_results(path)
 
 
+def test_the_meta_file_says_whose_weights(tmp_path: Path):
+    written = replace(results(FIRST), ckpt_path="runs/r/checkpoints/step-000007.ckpt")
+    write_results(written, tmp_path / "v.jsonl")
+    meta = json.loads((tmp_path / "v.json").read_text())
+    assert meta == {"policy_path": "models/p", "ckpt_path": "runs/r/checkpoints/step-000007.ckpt", "step": 7, "num_positions": 1}
+    assert read_results(tmp_path / "v.jsonl") == written
+
+
 @pytest.mark.parametrize("line", ["{", json.dumps({"task_id": "a:3"}), json.dumps({"unknown": 1}), "[]"])
 def test_a_broken_line_is_named(tmp_path: Path, line: str):
     path = tmp_path / "v.jsonl"

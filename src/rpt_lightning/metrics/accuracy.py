@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -24,8 +26,8 @@ class NextTokenAccuracy(Metric):
     num_correct: Tensor
     num_answerable: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         for name in ("num_positions", "num_correct", "num_answerable"):
             self.add_state(name, default=torch.zeros(1 + len(BANDS), dtype=torch.int64), dist_reduce_fx="sum")
 

@@ -15,8 +15,8 @@ class PositionResult:
     """What one policy did at one position.
 
     ``ntp_correct`` is the greedy next token without reasoning, at the same position by the same weights, and ``ntp_logprob`` (nats) what they gave
-    the true token. ``length`` counts the completion's tokens. The thought controls are None where they were not run: the answer forced after an empty
-    thought, and after the thought of another position.
+    the true token. ``length`` counts the completion's tokens. The thought controls (the answer forced after an empty thought, and after the thought of
+    another document's position) are None where they were not run, or could not be at this position.
 
     >>> result = PositionResult(
     ...     task_id="doc-7:4", doc_id="doc-7", position=4, entropy=1.2, answerable=True, truth=" 4", prediction=" 4", reasoning_correct=True,
@@ -45,18 +45,27 @@ class PositionResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """All positions of one evaluation, and which weights they belong to."""
+    """All positions of one evaluation, and which weights they belong to: those of ``policy_path`` after ``step`` optimizer steps.
+
+    ``ckpt_path`` is the checkpoint they were read from; None for those of ``policy_path`` itself or of a run that validates as it trains.
+    """
 
     positions: tuple[PositionResult, ...]
     policy_path: str
     step: int
+    ckpt_path: str | None = None
 
 
 def write_results(results: Results, path: Path) -> None:
     """Write ``path`` (one position a line) and, last, ``path`` with the suffix ``.json``, without which the lines are not trusted."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(asdict(position), ensure_ascii=False) + "\n" for position in results.positions), encoding="utf-8")
-    meta = {"policy_path": results.policy_path, "step": results.step, "num_positions": len(results.positions)}
+    meta = {
+        "policy_path": results.policy_path,
+        "ckpt_path": results.ckpt_path,
+        "step": results.step,
+        "num_positions": len(results.positions),
+    }
     path.with_suffix(".json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
@@ -76,7 +85,7 @@ def read_results(path: Path) -> Results:
     positions = tuple(_parse_line(line, f"{path} line {number}") for number, line in enumerate(lines, start=1) if line.strip())
     if len(positions) != meta["num_positions"]:
         raise ValueError(f"{path}: {len(positions)} positions, but {meta_path.name} says {meta['num_positions']}. Run `rpt validate` again.")
-    return Results(positions=positions, policy_path=meta["policy_path"], step=meta["step"])
+    return Results(positions=positions, policy_path=meta["policy_path"], step=meta["step"], ckpt_path=meta.get("ckpt_path"))
 
 
 def pair_results(first: Results, second: Results) -> list[tuple[PositionResult, PositionResult]]:

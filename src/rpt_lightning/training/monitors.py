@@ -9,12 +9,13 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from rpt_lightning.metrics.accuracy import BANDS
 from rpt_lightning.metrics.results import Results, write_results
 from rpt_lightning.training.policy_module import PolicyModule
+from rpt_lightning.training.validation import ntp_accuracy, reasoning_accuracy
 from rpt_lightning.types import RolloutGroup, TrainBatch
 
 STEP_LOG = "steps.jsonl"
@@ -37,8 +38,10 @@ class StepLog(Callback):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             # Steps beyond the checkpoint are about to be done again.
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= trainer.global_step]
-            path.write_text("".join(line + "\n" for line in kept))
+            kept = [line for line, step in _logged_steps(path) if step <= trainer.global_step]
+            partial = path.with_name(path.name + ".partial")
+            partial.write_text("".join(line + "\n" for line in kept))
+            partial.replace(path)
 
     @rank_zero_only
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -69,6 +72,21 @@ class StepLog(Callback):
         return f"step {trainer.global_step}{total}: {', '.join(parts)}, {seconds_a_step:.1f} s a step{left}"
 
 
+def _logged_steps(path: Path) -> list[tuple[str, int]]:
+    """Lines of a step log and their steps. A run that was killed may leave half a line at the end, which is dropped."""
+    lines = path.read_text().splitlines()
+    logged = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            logged.append((line, int(json.loads(line)["step"])))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(
+                    f"{path} line {number}: not JSON ({error}), so the run cannot be continued in this log; mend or remove the line"
+                ) from error
+    return logged
+
+
 class StepProgressBar(RichProgressBar):
     """Lightning's Rich bar; a run is counted in steps, since its epochs are nominal."""
 
@@ -77,11 +95,24 @@ class StepProgressBar(RichProgressBar):
 
 
 class RolloutSamples(Callback):
-    """Every ``every_n_steps`` steps: a few completions as text to TensorBoard, and all of the step's completions to ``rollouts/step-N.jsonl``."""
+    """Every ``every_n_steps`` steps: all of the step's completions to ``rollouts/step-N.jsonl``, and a few of them as text to the loggers that take text.
+
+    Args:
+        every_n_steps: Optimizer steps between samples.
+        num_samples: Completions that loggers are shown; the file holds all.
+    """
 
     def __init__(self, every_n_steps: int = 10, num_samples: int = 4) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"samples.every_n_steps={every_n_steps}: give 1 (every step) or more")
         self.every_n_steps = every_n_steps
         self.num_samples = num_samples
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for logger in trainer.loggers:
+            if not isinstance(logger, (TensorBoardLogger, WandbLogger)):
+                rank_zero_info(f"samples: {type(logger).__name__} is shown no text; completions go to {ROLLOUT_FOLDER}/ only")
 
     @rank_zero_only
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -94,10 +125,17 @@ class RolloutSamples(Callback):
         rows = [row for group in rollouts.groups for row in _rows(group, pl_module)]
         path = folder / f"step-{trainer.global_step:06d}.jsonl"
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        if isinstance(trainer.logger, TensorBoardLogger):
-            for number, group in enumerate(rollouts.groups[: self.num_samples]):
-                text = "\n\n".join(f"**{name}** `{value!r}`" for name, value in _rows(group, pl_module)[0].items())
-                trainer.logger.experiment.add_text(f"sample/{number}", text, trainer.global_step)
+        self._show([_rows(group, pl_module)[0] for group in rollouts.groups[: self.num_samples]], trainer)
+
+    def _show(self, rows: list[dict[str, Any]], trainer: Trainer) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                for number, row in enumerate(rows):
+                    text = "\n\n".join(f"**{name}** `{value!r}`" for name, value in row.items())
+                    logger.experiment.add_text(f"sample/{number}", text, trainer.global_step)
+            elif isinstance(logger, WandbLogger) and rows:
+                data = [[repr(value) for value in row.values()] for row in rows]
+                logger.log_text("samples", columns=list(rows[0]), data=data, step=trainer.global_step)
 
 
 def _rows(group: RolloutGroup, module: PolicyModule) -> list[dict[str, Any]]:
@@ -122,27 +160,35 @@ def _rows(group: RolloutGroup, module: PolicyModule) -> list[dict[str, Any]]:
 class ValidationResults(Callback):
     """Every validation pass leaves one record a position in ``validation/step-N.jsonl``, so that any two policies can be compared in pairs."""
 
+    @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PolicyModule)
         if trainer.sanity_checking or not pl_module.results:
             return
-        print(validation_text(pl_module), flush=True)
-        path = Path(trainer.default_root_dir) / VALIDATION_FOLDER / f"step-{pl_module.global_step:06d}.jsonl"
-        write_results(Results(positions=tuple(pl_module.results), policy_path=pl_module.policy.path, step=pl_module.global_step), path)
+        results = Results(
+            positions=tuple(pl_module.results),
+            policy_path=pl_module.policy.path,
+            step=pl_module.policy_version,
+            ckpt_path=pl_module.evaluated_ckpt_path,
+        )
+        print(validation_text(results), flush=True)
+        write_results(results, Path(trainer.default_root_dir) / VALIDATION_FOLDER / f"step-{results.step:06d}.jsonl")
 
 
-def validation_text(module: PolicyModule) -> str:
+def validation_text(results: Results) -> str:
     """Accuracy a band of difficulty: by reasoning and without, at the same positions, with count, 95 % interval and ceiling."""
-    ntp = module.ntp_accuracy.compute()
-    reasoning = module.reasoning_accuracy.compute() if module.results[0].reasoning_correct is not None else None
-    lines = [f"held-out accuracy of {module.policy.path} at step {module.global_step}:"]
+    ntp = ntp_accuracy(results.positions)
+    reasoning = reasoning_accuracy(results.positions)
+    lines = [f"held-out accuracy of {results.ckpt_path or results.policy_path} at step {results.step}:"]
     for band in BANDS:
         count = int(ntp[f"{band}/num_positions"])
         if not count:
             continue
         by_reasoning = "not measured" if reasoning is None else _accuracy_text(reasoning, band)
+        unanswerable = count - int(ntp[f"{band}/num_answerable"])
         lines.append(
-            f"  {band:<6} by reasoning {by_reasoning}, without {_accuracy_text(ntp, band)}, {count:,} positions, ceiling {ntp[f'{band}/ceiling']:.1%}"
+            f"  {band:<6} by reasoning {by_reasoning}, without {_accuracy_text(ntp, band)}, {count:,} positions, {unanswerable:,} unanswerable: "
+            f"ceiling {ntp[f'{band}/ceiling']:.1%}"
         )
     return "\n".join(lines)
 

@@ -9,17 +9,19 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from rpt_lightning.metrics.accuracy import NextTokenAccuracy
 from rpt_lightning.metrics.results import PositionResult
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.packing import PackedTree, pack
 from rpt_lightning.policy.sharding import shard
 from rpt_lightning.tasks.token_bytes import start_ids, tokenizer_hash
+from rpt_lightning.training.validation import gather_results, position_result, validation_metrics
 from rpt_lightning.types import RolloutGroup, TokenTask, TrainSequence
 
 CHECKPOINT_KEY = "rpt"
+PRECISIONS = ("32-true", "bf16-mixed")
 PROGRESS_BAR_METRICS = ("reward/mean", "rollout/live_groups_frac", "loss/total", "val/reasoning/easy/accuracy", "val/ntp/easy/accuracy")
 
 
@@ -62,13 +64,19 @@ class PolicyModule(LightningModule, ABC):
         self.max_skipped_steps = max_skipped_steps
         self.num_skipped_steps = 0
         self._skipped_in_a_row = 0
-        self.results: list[PositionResult] = []  # of the validation pass that runs or ran last, this rank's part
-        self.ntp_accuracy = NextTokenAccuracy()
-        self.reasoning_accuracy = NextTokenAccuracy()
+        self._loaded_step = 0
+        self.results: list[PositionResult] = []  # of the last validation pass, of all ranks; while a pass runs, this rank's part
         self.tokenizer = policy.tokenizer
         self.tokenizer_hash = tokenizer_hash(policy.tokenizer)
 
     # Weights
+
+    def setup(self, stage: str) -> None:
+        if self.trainer.precision not in PRECISIONS:
+            raise ValueError(
+                f"--trainer.precision {self.trainer.precision}: give one of {', '.join(PRECISIONS)}. Master weights stay fp32 (at RPT's learning rate "
+                "a 16-bit weight does not move), and under 16-mixed the gradients would be clipped while they are scaled with the loss"
+            )
 
     def configure_model(self) -> None:
         self.policy.materialize()
@@ -81,29 +89,43 @@ class PolicyModule(LightningModule, ABC):
 
     @property
     def policy_version(self) -> int:
-        """The number of optimizer steps behind the current weights."""
-        return self.global_step
+        """The number of optimizer steps behind the current weights; a validation of a checkpoint does not count steps itself."""
+        return self.global_step if self.evaluated_ckpt_path is None else self._loaded_step
+
+    @property
+    def evaluated_ckpt_path(self) -> str | None:
+        """The checkpoint whose weights a validation outside of training evaluates; None where there is none."""
+        is_training = self.trainer.state.fn == TrainerFn.FITTING
+        return None if is_training or self.trainer.ckpt_path is None else str(self.trainer.ckpt_path)
+
+    @property
+    def _weight_shapes(self) -> dict[str, list[int]]:
+        return {name: list(weight.shape) for name, weight in self.policy.model.state_dict().items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[CHECKPOINT_KEY] = {
             "policy_path": self.policy.path,
             "policy_config": self.policy.config.to_json_string(),
             "tokenizer_hash": self.tokenizer_hash,
+            "weight_shapes": self._weight_shapes,
+            "global_step": self.global_step,
             "num_skipped_steps": self.num_skipped_steps,
+            "skipped_in_a_row": self._skipped_in_a_row,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get(CHECKPOINT_KEY)
         if saved is None:
             raise ValueError("ckpt_path: this is not a checkpoint of rpt-lightning; give a file from a run folder's checkpoints/")
-        ours = {name: parameter.shape for name, parameter in self.policy.model.state_dict(prefix="policy.model.").items()}
-        theirs = {name: tensor.shape for name, tensor in checkpoint["state_dict"].items() if name.startswith("policy.")}
-        if saved["tokenizer_hash"] != self.tokenizer_hash or ours != theirs:
+        # Not the checkpoint's "state_dict": a strategy with sharded weights takes it out before it calls this.
+        if saved["tokenizer_hash"] != self.tokenizer_hash or saved["weight_shapes"] != self._weight_shapes:
             raise ValueError(
                 f"ckpt_path: the checkpoint holds the model of {saved['policy_path']}, the config has model.policy.path={self.policy.path}, and their "
                 "tokenizers or weight shapes differ; give the checkpoint's own model, or another checkpoint"
             )
+        self._loaded_step = saved["global_step"]
         self.num_skipped_steps = saved["num_skipped_steps"]
+        self._skipped_in_a_row = saved["skipped_in_a_row"]
 
     # The optimizer step
 
@@ -186,8 +208,6 @@ class PolicyModule(LightningModule, ABC):
 
     def on_validation_epoch_start(self) -> None:
         self.results = []
-        self.ntp_accuracy.reset()
-        self.reasoning_accuracy.reset()
 
     @torch.no_grad()
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -195,33 +215,22 @@ class PolicyModule(LightningModule, ABC):
         tasks: tuple[TokenTask, ...] = batch["tasks"]
         logprobs, likely = self.score_next_tokens(tasks)
         groups: tuple[RolloutGroup, ...] | None = batch.get("groups")
-        controls: dict[str, list[bool]] = batch.get("controls", {})
-        for i, task in enumerate(tasks):
-            self.results.append(
-                _position_result(
-                    task,
-                    ntp_correct=likely[i] == task.continuation_ids[0],
-                    ntp_logprob=logprobs[i],
-                    group=None if groups is None else groups[i],
-                    controls={f"{name}_correct": correct[i] for name, correct in controls.items()},
-                )
+        controls: dict[str, list[bool | None]] = batch.get("controls", {})
+        self.results += [
+            position_result(
+                task,
+                ntp_correct=likely[i] == task.continuation_ids[0],
+                ntp_logprob=logprobs[i],
+                group=None if groups is None else groups[i],
+                controls={name: correct[i] for name, correct in controls.items()},
             )
-        rows = self.results[-len(tasks) :]
-        entropy, answerable = torch.tensor([row.entropy for row in rows]), torch.tensor([row.answerable for row in rows])
-        self.ntp_accuracy.update(torch.tensor([row.ntp_correct for row in rows]), entropy, answerable)
-        if groups is not None:
-            self.reasoning_accuracy.update(torch.tensor([bool(row.reasoning_correct) for row in rows]), entropy, answerable)
+            for i, task in enumerate(tasks)
+        ]
 
     def on_validation_epoch_end(self) -> None:
-        metrics: dict[str, float] = {f"val/ntp/{name}": float(value) for name, value in self.ntp_accuracy.compute().items()}
-        if any(row.reasoning_correct is not None for row in self.results):
-            metrics |= {f"val/reasoning/{name}": float(value) for name, value in self.reasoning_accuracy.compute().items()}
-            metrics["val/boxed_frac"] = sum(bool(row.boxed) for row in self.results) / len(self.results)
-            metrics["val/truncated_frac"] = sum(bool(row.truncated) for row in self.results) / len(self.results)
-            metrics["val/length_mean"] = sum(row.length or 0 for row in self.results) / len(self.results)
-        metrics["val/ntp/loss"] = -sum(row.ntp_logprob for row in self.results) / max(1, len(self.results))
-        self.log_dict({name: value for name, value in metrics.items() if name not in PROGRESS_BAR_METRICS})
-        self.log_dict({name: value for name, value in metrics.items() if name in PROGRESS_BAR_METRICS}, prog_bar=True)
+        self.results = gather_results(self.results, world_size=self.trainer.world_size)
+        for name, value in validation_metrics(self.results).items():
+            self.log(name, value, prog_bar=name in PROGRESS_BAR_METRICS)
 
     @torch.no_grad()
     def score_next_tokens(self, tasks: Iterable[TokenTask]) -> tuple[list[float], list[int]]:
@@ -229,37 +238,16 @@ class PolicyModule(LightningModule, ABC):
         start = start_ids(self.tokenizer)
         sequences = [TrainSequence(prompt_ids=start + task.context_ids, target_ids=task.continuation_ids[:1]) for task in tasks]
         logprobs, likely = [0.0] * len(sequences), [0] * len(sequences)
-        for tree in pack(sequences, max_tokens=self.micro_batch_tokens):
+        trees = list(pack(sequences, max_tokens=self.micro_batch_tokens))
+        # As in training: a rank with fewer trees, or with an empty last batch, still takes part in every forward pass of sharded weights.
+        for index in range(int(self.max_over_ranks(len(trees)))):
+            if index >= len(trees):
+                self._idle_loss()
+                continue
+            tree = trees[index]
             scores, ids = self.policy(tree.to(self.device), predict=True)
             # Several documents may share a context and differ in the token: each row is one sequence with one target.
-            for row, index in enumerate(tree.sequence_indices):
-                logprobs[index] = scores[tree.rows[row, 0]].item()
-                likely[index] = int(ids[tree.rows[row, 0]])
+            for row, sequence in enumerate(tree.sequence_indices):
+                logprobs[sequence] = scores[tree.rows[row, 0]].item()
+                likely[sequence] = int(ids[tree.rows[row, 0]])
         return logprobs, likely
-
-
-def _position_result(
-    task: TokenTask, *, ntp_correct: bool, ntp_logprob: float, group: RolloutGroup | None, controls: dict[str, bool]
-) -> PositionResult:
-    """The record of one position; bytes that are no characters are written with replacement characters."""
-    measured: dict[str, Any] = dict(controls)
-    if group is not None:
-        (completion,), (prediction,), (reward,) = group.completions, group.predictions, group.rewards
-        measured |= {
-            "prediction": None if prediction is None else prediction.decode(errors="replace"),
-            "reasoning_correct": reward == 1.0,
-            "boxed": prediction is not None,
-            "truncated": completion.is_truncated,
-            "length": len(completion.token_ids),
-        }
-    return PositionResult(
-        task_id=task.task_id,
-        doc_id=task.doc_id,
-        position=task.position,
-        entropy=task.entropy,
-        answerable=task.answerable,
-        truth=b"".join(task.continuation).decode(errors="replace"),
-        ntp_correct=ntp_correct,
-        ntp_logprob=ntp_logprob,
-        **measured,
-    )

@@ -1,0 +1,88 @@
+"""The records of one validation: made a position at a time, gathered from all ranks, and summed up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from rpt_lightning.metrics.accuracy import NextTokenAccuracy
+from rpt_lightning.metrics.results import PositionResult
+from rpt_lightning.tasks.reward import prefix_match
+from rpt_lightning.types import RolloutGroup, TokenTask
+
+
+def position_result(
+    task: TokenTask, *, ntp_correct: bool, ntp_logprob: float, group: RolloutGroup | None, controls: Mapping[str, bool | None]
+) -> PositionResult:
+    """The record of one position; bytes that are no characters are written with replacement characters.
+
+    Right means the same whatever the policy is paid for in training: the prediction is the true continuation up to a token boundary.
+    """
+    measured: dict[str, Any] = {f"{name}_correct": correct for name, correct in controls.items()}
+    if group is not None:
+        (completion,), (prediction,) = group.completions, group.predictions
+        measured |= {
+            "prediction": None if prediction is None else prediction.decode(errors="replace"),
+            "reasoning_correct": prediction is not None and prefix_match(prediction, task.continuation) == 1.0,
+            "boxed": prediction is not None,
+            "truncated": completion.is_truncated,
+            "length": len(completion.token_ids),
+        }
+    return PositionResult(
+        task_id=task.task_id,
+        doc_id=task.doc_id,
+        position=task.position,
+        entropy=task.entropy,
+        answerable=task.answerable,
+        truth=b"".join(task.continuation).decode(errors="replace"),
+        ntp_correct=ntp_correct,
+        ntp_logprob=ntp_logprob,
+        **measured,
+    )
+
+
+def gather_results(rows: Sequence[PositionResult], *, world_size: int) -> list[PositionResult]:
+    """The records of all ranks, on every rank, each position once (a collective: call it on every rank)."""
+    parts: list[Any] = [list(rows)]
+    if world_size > 1:
+        parts = [None] * world_size
+        torch.distributed.all_gather_object(parts, list(rows))
+    return list({row.task_id: row for part in parts for row in part}.values())
+
+
+def ntp_accuracy(rows: Sequence[PositionResult]) -> dict[str, float]:
+    """`NextTokenAccuracy` without reasoning, of gathered records."""
+    return _accuracy(rows, [row.ntp_correct for row in rows])
+
+
+def reasoning_accuracy(rows: Sequence[PositionResult]) -> dict[str, float] | None:
+    """`NextTokenAccuracy` by reasoning, of gathered records; None where it was not measured."""
+    if all(row.reasoning_correct is None for row in rows):
+        return None
+    return _accuracy(rows, [bool(row.reasoning_correct) for row in rows])
+
+
+def validation_metrics(rows: Sequence[PositionResult]) -> dict[str, float]:
+    """What is logged of a validation, of gathered records; nothing where there are none."""
+    if not rows:
+        return {}
+    metrics = {f"val/ntp/{name}": value for name, value in ntp_accuracy(rows).items()}
+    metrics["val/ntp/loss"] = -fmean(row.ntp_logprob for row in rows)
+    reasoning = reasoning_accuracy(rows)
+    if reasoning is not None:
+        metrics |= {f"val/reasoning/{name}": value for name, value in reasoning.items()}
+        metrics["val/boxed_frac"] = fmean(bool(row.boxed) for row in rows)
+        metrics["val/truncated_frac"] = fmean(bool(row.truncated) for row in rows)
+        metrics["val/length_mean"] = fmean(row.length or 0 for row in rows)
+    return metrics
+
+
+def _accuracy(rows: Sequence[PositionResult], correct: Sequence[bool]) -> dict[str, float]:
+    metric = NextTokenAccuracy(sync_on_compute=False)  # the records are those of all ranks already
+    entropy = torch.tensor([row.entropy for row in rows], dtype=torch.float64)
+    metric.update(torch.tensor(correct), entropy, torch.tensor([row.answerable for row in rows]))
+    result: dict[str, float] = metric.compute()
+    return result

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+
+from rpt_lightning.training.monitors import RolloutSamples, StepLog
+
+
+def start(tmp_path, text, step):
+    (tmp_path / "steps.jsonl").write_text(text)
+    StepLog().on_train_start(SimpleNamespace(default_root_dir=str(tmp_path), global_step=step), None)
+    return [json.loads(line)["step"] for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+
+
+def test_half_a_line_at_the_end_of_the_step_log_is_dropped(tmp_path):
+    assert start(tmp_path, '{"step": 1}\n{"step": 2}\n{"step": 3, "ti', 2) == [1, 2]
+    assert start(tmp_path, '{"step": 1}\n{"step": 2}\n{"step": 3}\n', 2) == [1, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["steps.jsonl"]
+
+
+def test_a_broken_line_within_the_step_log_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"steps\.jsonl line 1: not JSON"):
+        start(tmp_path, '{"ste\n{"step": 2}\n', 2)
+    assert (tmp_path / "steps.jsonl").read_text() == '{"ste\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize("every_n_steps", [0, -1])
+def test_samples_of_no_step_are_refused(every_n_steps):
+    with pytest.raises(ValueError, match=rf"samples.every_n_steps={every_n_steps}"):
+        RolloutSamples(every_n_steps=every_n_steps)
+
+
+class Wandb(WandbLogger):
+    """Without the service: keeps what it is given."""
+
+    def __init__(self):
+        self.texts = []
+
+    def log_text(self, key, columns=None, data=None, dataframe=None, step=None):
+        self.texts.append((key, columns, data, step))
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+    def finalize(self, status):
+        pass
+
+    name = version = save_dir = experiment = None
+
+
+def test_loggers_that_take_text_are_shown_samples_and_others_are_named(make_run, tmp_path, caplog):
+    wandb = Wandb()
+    trainer, module, data = make_run(2, callbacks=[RolloutSamples(every_n_steps=1, num_samples=3)], logger=[wandb, CSVLogger(tmp_path)])
+    with caplog.at_level("INFO"):
+        trainer.fit(module, data)
+    assert [(key, len(rows), step) for key, _, rows, step in wandb.texts] == [("samples", 3, 1), ("samples", 3, 2)]
+    _, columns, rows, _ = wandb.texts[0]
+    assert "prediction" in columns
+    assert all(len(row) == len(columns) for row in rows)
+    assert sum("CSVLogger is shown no text" in message for message in caplog.messages) == 1
+    assert len(list((tmp_path / "run" / "rollouts").iterdir())) == 2
