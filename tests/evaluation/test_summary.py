@@ -61,6 +61,23 @@ def test_bands_hold_the_positions_above_their_threshold():
     assert cells(table, "hard: NTP, same positions")[0].endswith("15/50")
 
 
+def test_each_band_says_how_many_positions_can_be_answered():
+    table = difficulty_table([stage("after", 40)])
+    assert cells(table, "easy: positions") == ["100, 5 unanswerable: ceiling 95.0 %"]
+    assert cells(table, "hard: positions") == ["50, 3 unanswerable: ceiling 94.0 %"]  # the odd ones of 95..99
+
+
+def test_a_control_that_was_not_measured_everywhere_says_where():
+    whole = stage("RPT", 36, controls=True)
+    # Not measured at 10 positions, of which reasoning was right at 6 and the empty thought at none.
+    gaps = [replace(p, empty_thought_correct=None) if 30 <= p.position < 40 else p for p in whole.results.positions]
+    partly = Stage(name="RPT", results=replace(whole.results, positions=tuple(gaps)))
+    assert cells(stage_table([partly]), "with an empty thought") == ["22.2 % [14.9, 31.8] 20/90 (measured at 90 of 100)"]
+    (line,) = [line for line in comparison_lines([partly]) if "empty thought" in line]
+    assert "+11.1 points" in line  # 30 - 20 of 90
+    assert "45 documents, 90 positions" in line
+
+
 def test_an_empty_band_says_so():
     easy_only = Stage(name="s", results=results(replace(FIRST, entropy=0.7)))
     assert cells(difficulty_table([easy_only]), "hard (entropy > 1.5): reasoning") == ["not measured"]
@@ -98,6 +115,7 @@ def test_summary_has_a_page_and_a_picture(tmp_path: Path):
     log.write_text("".join(json.dumps({"step": step, "reward/mean": step / 100}) + "\n" for step in range(1, 26)))
     markdown = summarise([stage("start", 5), stage("RPT", 40)], log, tmp_path / "report")
     assert (tmp_path / "report" / "summary.md").read_text() == markdown
+    assert "take positions as independent" in markdown
     assert "mean reward: 0.055 in the first 10 steps, 0.205 in the last 10 of 25" in markdown
     picture = imread(tmp_path / "report" / "summary.png")
     without_log = tmp_path / "without"

@@ -19,6 +19,11 @@ from rpt_lightning.metrics.results import PositionResult, Results
 
 T = TypeVar("T")
 
+INTERVAL_NOTE = (
+    "Intervals in the tables are Wilson's and take positions as independent, which those of one document are not; the differences below resample whole "
+    "documents."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -79,8 +84,8 @@ def stage_table(stages: Sequence[Stage]) -> str:
         _row("reasoning accuracy", [Rate.of([p.reasoning_correct for p in positions]) for positions in all_positions]),
         _row("NTP accuracy, same positions", [Rate.of([p.ntp_correct for p in positions]) for positions in all_positions]),
         _row("NTP loss (nats)", [_mean([-p.ntp_logprob for p in positions], ".3f") for positions in all_positions]),
-        _row("with an empty thought", [Rate.of([p.empty_thought_correct for p in positions]) for positions in all_positions]),
-        _row("with a shuffled thought", [Rate.of([p.shuffled_thought_correct for p in positions]) for positions in all_positions]),
+        _row("with an empty thought", [_control([p.empty_thought_correct for p in positions]) for positions in all_positions]),
+        _row("with a shuffled thought", [_control([p.shuffled_thought_correct for p in positions]) for positions in all_positions]),
         _row("completions with a box", [Rate.of([p.boxed for p in positions]) for positions in all_positions]),
         _row("truncated completions", [Rate.of([p.truncated for p in positions]) for positions in all_positions]),
         _row("mean length (tokens)", [_mean([p.length for p in positions], ".1f") for positions in all_positions]),
@@ -90,12 +95,13 @@ def stage_table(stages: Sequence[Stage]) -> str:
 
 
 def difficulty_table(stages: Sequence[Stage]) -> str:
-    """Reasoning and NTP accuracy at easy / medium / hard positions, two rows a band."""
+    """Reasoning and NTP accuracy at easy / medium / hard positions, and how many there are and can be answered: three rows a band."""
     rows = []
     for name, threshold in BANDS.items():
         bands = [above(stage.results.positions, threshold) for stage in stages]
         rows.append(_row(f"{name} (entropy > {threshold}): reasoning", [Rate.of([p.reasoning_correct for p in band]) for band in bands]))
         rows.append(_row(f"{name}: NTP, same positions", [Rate.of([p.ntp_correct for p in band]) for band in bands]))
+        rows.append(_row(f"{name}: positions", [_count(band) for band in bands]))
     return "\n".join([_row("by difficulty", [stage.name for stage in stages]), _row("---", ["---"] * len(stages)), *rows])
 
 
@@ -110,14 +116,14 @@ def comparison_lines(stages: Sequence[Stage]) -> list[str]:
         for earlier in reversed(stages[:-1])
         if earlier.has_reasoning
     ]
-    reasoning = _measured([p.reasoning_correct for p in positions])
-    units = [p.doc_id for p in positions]
     for name, outcomes in (
         ("NTP", [p.ntp_correct for p in positions]),
-        ("an empty thought", _measured([p.empty_thought_correct for p in positions])),
+        ("an empty thought", [p.empty_thought_correct for p in positions]),
     ):
-        if len(outcomes) == len(reasoning) == len(units):
-            lines.append(_comparison(f"reasoning {last.name} - {name} of the same weights", paired_bootstrap(outcomes, reasoning, units=units)))
+        pairs = [(outcome, bool(p.reasoning_correct), p.doc_id) for outcome, p in zip(outcomes, positions, strict=True) if outcome is not None]
+        if pairs:
+            without, reasoning, units = zip(*pairs, strict=True)
+            lines.append(_comparison(f"reasoning {last.name} - {name} of the same weights", paired_bootstrap(without, reasoning, units=units)))
     return lines
 
 
@@ -128,6 +134,20 @@ def _comparison(name: str, difference: Difference) -> str:
         f"[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}] {verdict} "
         f"(paired bootstrap over {difference.num_units} documents, {difference.num_positions} positions)"
     )
+
+
+def _control(outcomes: Sequence[bool | None]) -> str:
+    """A thought control, with the number of positions where it could be measured if that is not all."""
+    rate = Rate.of(outcomes)
+    return f"{rate} (measured at {rate.count} of {len(outcomes)})" if 0 < rate.count < len(outcomes) else str(rate)
+
+
+def _count(positions: Sequence[PositionResult]) -> str:
+    """How many positions, and the share that a policy can get right at most."""
+    if not positions:
+        return "0"
+    answerable = sum(position.answerable for position in positions)
+    return f"{len(positions)}, {len(positions) - answerable} unanswerable: ceiling {100 * answerable / len(positions):.1f} %"
 
 
 def _mean(values: Sequence[float | None], form: str) -> str:

@@ -1,4 +1,4 @@
-"""Does the thought do anything? The same position is answered after an empty thought and after the thought of another position.
+"""Does the thought do anything? The same position is answered after an empty thought and after the thought of another document's position.
 
 Both force the thought and let the policy go on inside the box, so what differs from the ordinary answer is the thought alone.
 """
@@ -10,42 +10,66 @@ from collections.abc import Sequence
 from rpt_lightning.rollout.engine import RolloutEngine
 from rpt_lightning.tasks.answer import BOX_OPEN
 from rpt_lightning.tasks.objective import BoundObjective
+from rpt_lightning.tasks.reward import prefix_match
 from rpt_lightning.types import Completion, GenerationRequest, RolloutGroup, SamplingSettings, TokenIds
 
 MAX_ANSWER_TOKENS = 16
 
 
-def thought_controls(engine: RolloutEngine, objective: BoundObjective, groups: Sequence[RolloutGroup]) -> dict[str, list[bool]]:
-    """Greedy answers of ``groups`` (one completion each) under each control: whether each was right.
+def thought_controls(engine: RolloutEngine, objective: BoundObjective, groups: Sequence[RolloutGroup]) -> dict[str, list[bool | None]]:
+    """Greedy answers of ``groups`` (one completion each) under each control: whether each was right, or None where it could not be measured.
 
-    "shuffled_thought" gives group ``i`` the thought of group ``i + len(groups) // 2``: far away, since neighbours share a document. A completion
-    without the answer's form has no thought to give, and counts as an empty one.
+    "shuffled_thought" gives group ``i`` the thought of the first group of another document, searching from ``i + len(groups) // 2`` on; where all are
+    of one document it is not measured. Neither is a position whose prompt, thought and answer are longer than the engine takes. A completion that
+    never closed its thought has none to give, and counts as an empty one.
     """
-    thoughts = [_thought_ids(objective, group.completions[0]) for group in groups]
-    half = len(thoughts) // 2
-    forced: dict[str, list[TokenIds]] = {"empty_thought": [()] * len(groups), "shuffled_thought": thoughts[half:] + thoughts[:half]}
+    thoughts = [_thought_ids(engine, objective, group.completions[0]) for group in groups]
+    forced: dict[str, list[TokenIds | None]] = {
+        "empty_thought": [()] * len(groups),
+        "shuffled_thought": [None if donor is None else thoughts[donor] for donor in _donors(groups)],
+    }
     return {name: _answers(engine, objective, groups, given) for name, given in forced.items()}
 
 
-def _answers(engine: RolloutEngine, objective: BoundObjective, groups: Sequence[RolloutGroup], thoughts: Sequence[TokenIds]) -> list[bool]:
+def _answers(
+    engine: RolloutEngine, objective: BoundObjective, groups: Sequence[RolloutGroup], thoughts: Sequence[TokenIds | None]
+) -> list[bool | None]:
     sampling = SamplingSettings(temperature=0.0, max_tokens=MAX_ANSWER_TOKENS, stop_token_ids=objective.prompt.stop_token_ids)
-    requests = [
-        GenerationRequest(
-            task_id=group.task.task_id, prompt_ids=group.prompt_ids + objective.prompt.answer_prefix_ids(thought), n=1, seed=0, sampling=sampling
-        )
-        for group, thought in zip(groups, thoughts, strict=True)
-    ]
+    requests: dict[int, GenerationRequest] = {}
+    for index, (group, thought) in enumerate(zip(groups, thoughts, strict=True)):
+        if thought is None:
+            continue
+        prompt_ids = group.prompt_ids + objective.prompt.answer_prefix_ids(thought)
+        if len(prompt_ids) + MAX_ANSWER_TOKENS <= engine.max_model_len:
+            requests[index] = GenerationRequest(task_id=group.task.task_id, prompt_ids=prompt_ids, n=1, seed=0, sampling=sampling)
     # What was forced belongs to the answer: the parser must see the box's beginning.
-    forced = (objective.prompt.think_close or b"") + BOX_OPEN
-    right = []
-    for group, (completion,) in zip(groups, engine.generate(requests), strict=True):
-        prediction = objective.parse(forced + completion.text_bytes)
-        right.append(objective.rewards(group.task, [prediction])[0] == 1.0)
+    opening = (objective.prompt.think_close or b"") + BOX_OPEN
+    right: list[bool | None] = [None] * len(groups)
+    for index, (completion,) in zip(requests, engine.generate(list(requests.values())), strict=True):
+        prediction = None if completion.is_truncated else objective.parse(opening + completion.text_bytes)
+        right[index] = prediction is not None and prefix_match(prediction, groups[index].task.continuation) == 1.0
     return right
 
 
-def _thought_ids(objective: BoundObjective, completion: Completion) -> TokenIds:
-    """What stands before the last answer in the policy's own tokens; empty where the completion has no answer."""
-    ids, mark = completion.token_ids, objective.prompt.answer_open_ids
-    starts = [start for start in range(len(ids) - len(mark) + 1) if ids[start : start + len(mark)] == mark]
-    return ids[: starts[-1]] if starts else ()
+def _donors(groups: Sequence[RolloutGroup]) -> list[int | None]:
+    """For each group the index of the group whose thought it is given."""
+    num = len(groups)
+    return [
+        next((j for j in ((i + num // 2 + step) % num for step in range(num)) if groups[j].task.doc_id != group.task.doc_id), None)
+        for i, group in enumerate(groups)
+    ]
+
+
+def _thought_ids(engine: RolloutEngine, objective: BoundObjective, completion: Completion) -> TokenIds:
+    """The policy's own tokens before the last closing marker, or before the last box where thoughts are not marked; empty where there is none.
+
+    Found in bytes, because the policy may write the marker in other tokens than the template. A token that reaches into the marker is left out.
+    """
+    thought_length = completion.text_bytes.rfind(objective.prompt.think_close or BOX_OPEN)
+    num_tokens = length = 0
+    for token_id in completion.token_ids:
+        length += len(engine._bytes_of(token_id))
+        if length > thought_length:
+            break
+        num_tokens += 1
+    return completion.token_ids[:num_tokens]
