@@ -15,6 +15,12 @@ TOOLS = {
     "prepare": "turn a text corpus into a folder of next-token tasks",
     "export": "turn a checkpoint into a Hugging Face folder",
 }
+# Errors of Lightning, torch and safetensors that a file or a flag caused.
+_LIBRARY_ERRORS = {"MisconfigurationException", "UnpicklingError", "SafetensorError"}
+_MEANING = {
+    "UnpicklingError": "a file is damaged, or is not what its flag asks for: ",
+    "SafetensorError": "a model's .safetensors file is damaged (make or download the model again): ",
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -40,12 +46,17 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("rpt: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, RuntimeError) as error:
-        if os.environ.get("RPT_TRACEBACK") == "1":
+    except Exception as error:
+        if not _is_mendable(error) or os.environ.get("RPT_TRACEBACK") == "1":
             raise
-        print(f"rpt: error: {error}", file=sys.stderr)
+        print(f"rpt: error: {_MEANING.get(type(error).__name__, '')}{error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _is_mendable(error: Exception) -> bool:
+    """Libraries' own classes go by their names: importing them would make every command slow."""
+    return isinstance(error, (ValueError, OSError, RuntimeError)) or not _LIBRARY_ERRORS.isdisjoint(cls.__name__ for cls in type(error).__mro__)
 
 
 def _run_tool(command: str, args: list[str]) -> None:

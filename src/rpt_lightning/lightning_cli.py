@@ -8,14 +8,27 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from transformers.utils.logging import disable_progress_bar
 
-from rpt_lightning.training.checkpoint import RunCheckpoint, last_checkpoint
+from rpt_lightning.data.base_datamodule import TaskFolderDataModule
+from rpt_lightning.training.checkpoint import FOLDER, RunCheckpoint, checkpoint_steps, last_checkpoint
+from rpt_lightning.training.checkpoint_file import read_checkpoint
 from rpt_lightning.training.module import RPTModule
-from rpt_lightning.training.monitors import RolloutSamples, StepLog, StepProgressBar, ValidationResults
+from rpt_lightning.training.monitors import (
+    ROLLOUT_FOLDER,
+    STEP_LOG,
+    VALIDATION_FOLDER,
+    RolloutSamples,
+    StepLog,
+    StepProgressBar,
+    ValidationResults,
+)
 from rpt_lightning.training.ntp_module import NTPModule
 from rpt_lightning.training.policy_module import PolicyModule
 from rpt_lightning.training.rollout_callback import RolloutCallback
@@ -30,6 +43,8 @@ from rpt_lightning.rollout.vllm_engine import VLLMEngine  # isort: skip
 
 PARTS = (RPTModule, NTPModule, TokenTaskDataModule, TextDataModule, TraceDataModule, HFEngine, ScriptedEngine, VLLMEngine)
 CONFIG_FILE = "config.yaml"
+# What a fit leaves in the run folder besides checkpoints.
+RUN_FILES = (CONFIG_FILE, "config-[0-9]*.yaml", STEP_LOG, "tensorboard", ROLLOUT_FOLDER, VALIDATION_FOLDER)
 _NOISE = ("litlogger", "`weights_only` was not set", "`Trainer(limit_val_batches=1.0)`")
 
 
@@ -39,10 +54,12 @@ class SaveRunConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        path, number = folder / (CONFIG_FILE if stage == "fit" else f"config-{stage}.yaml"), 2
+        path, number = folder / (CONFIG_FILE if stage == "fit" else f"config-{TrainerFn(stage).value}.yaml"), 2
         while stage == "fit" and path.exists():
             path, number = folder / f"config-{number}.yaml", number + 1
         self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(yaml.safe_load(path.read_text()))
 
 
 class RPTCLI(LightningCLI):
@@ -57,7 +74,11 @@ class RPTCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         verbs = LightningCLI.subcommands()
-        return {verb: verbs[verb] | {"weights_only"} for verb in ("fit", "validate")}  # checkpoints never run code: weights_only is always on
+        # Checkpoints never run code: weights_only is always on. Our own text shows a validation's numbers: verbose is always off.
+        return {"fit": verbs["fit"] | {"weights_only"}, "validate": verbs["validate"] | {"weights_only", "verbose"}}
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning reads the whole checkpoint here for hyper-parameters. Ours hold none: the configuration is the run folder's."""
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         folder = config["default_root_dir"]
@@ -67,22 +88,20 @@ class RPTCLI(LightningCLI):
             config["logger"] = TensorBoardLogger(save_dir=str(Path(folder) / "tensorboard"), name="", version="")
         # Lightning's own checkpoint callback would be added beside ours.
         config["enable_checkpointing"] = True
-        self.step_log = StepLog()
-        bar = [StepProgressBar()] if config.get("enable_progress_bar") is not False else []
-        return super()._instantiate_trainer(config, [*callbacks, *bar, self.step_log, ValidationResults()])
+        # In a file or a pipe a bar is debris; the line a step is there in any case.
+        config["enable_progress_bar"] = config.get("enable_progress_bar") is not False and sys.stdout.isatty()
+        bar = [StepProgressBar()] if config["enable_progress_bar"] else []
+        return super()._instantiate_trainer(config, [*callbacks, *bar, StepLog(), ValidationResults()])
 
     def fit(self, model: PolicyModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """A run folder holds one run, new or continued; a missing checkpoint is an error, and so is a fit that does no step."""
-        folder = Path(self.trainer.default_root_dir)
-        if ckpt_path == "last":
-            ckpt_path = str(last_checkpoint(folder))
-        elif ckpt_path is None and (folder / CONFIG_FILE).exists():
-            raise ValueError(
-                f"trainer.default_root_dir={folder} holds a run already; continue it with --ckpt_path last, or name another folder with "
-                "--trainer.default_root_dir"
-            )
-        self.trainer.fit(model, ckpt_path=ckpt_path, weights_only=True, **kwargs)
-        if self.step_log.num_steps == 0 and not self.trainer.interrupted:
+        _check_pair(model, self.datamodule)
+        if ckpt_path is None:
+            _start_anew(Path(self.trainer.default_root_dir), is_global_zero=self.trainer.is_global_zero)
+        self.trainer.fit(model, ckpt_path=self._checkpoint(ckpt_path), weights_only=True, **kwargs)
+        # Counted by the callback on every rank: the step at which a resumed run begins is known only inside fit.
+        checkpoint = next(callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint))
+        if checkpoint.start_step in (None, self.trainer.global_step):
             raise ValueError(
                 f"the run did no step: it is at step {self.trainer.global_step} of trainer.max_steps={self.trainer.max_steps} already; "
                 "raise trainer.max_steps"
@@ -90,9 +109,46 @@ class RPTCLI(LightningCLI):
 
     def validate(self, model: PolicyModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """Of the weights that model.policy.path names, or of a checkpoint of them."""
-        if ckpt_path == "last":
-            ckpt_path = str(last_checkpoint(Path(self.trainer.default_root_dir)))
-        self.trainer.validate(model, ckpt_path=ckpt_path, weights_only=True, **kwargs)
+        self.trainer.validate(model, ckpt_path=self._checkpoint(ckpt_path), weights_only=True, verbose=False, **kwargs)
+
+    def _checkpoint(self, ckpt_path: str | None) -> str | None:
+        """The checkpoint that is meant, looked at before the run starts, so that a file that cannot be used is one clear error."""
+        if ckpt_path is None:
+            return None
+        path = last_checkpoint(Path(self.trainer.default_root_dir)) if ckpt_path == "last" else Path(ckpt_path)
+        if not path.is_dir():  # a sharded one is a folder, which the strategy reads
+            read_checkpoint(path, flag="--ckpt_path")
+        return str(path)
+
+
+def _check_pair(module: PolicyModule, data: LightningDataModule) -> None:
+    """A user's own data module may make any batch; ours make one kind."""
+    makes_tasks = isinstance(data, TokenTaskDataModule)
+    if isinstance(data, TaskFolderDataModule) and makes_tasks != module.learns_from_rollouts:
+        fitting = "TokenTaskDataModule" if module.learns_from_rollouts else "TextDataModule or TraceDataModule"
+        raise ValueError(
+            f"model={type(module).__name__} and data={type(data).__name__} do not fit together: {type(module).__name__} learns from "
+            f"{'tasks by reasoning' if module.learns_from_rollouts else 'given sequences'}; give --data {fitting}, or another --model"
+        )
+
+
+def _start_anew(folder: Path, *, is_global_zero: bool) -> None:
+    """Refuses a folder whose run can be continued. What a start left that never reached a checkpoint is moved aside, so that logs do not mix."""
+    steps = checkpoint_steps(folder / FOLDER)
+    if steps:
+        raise ValueError(
+            f"trainer.default_root_dir={folder} holds a run already (its last checkpoint: step {steps[-1]}); continue it with --ckpt_path last, or name "
+            "another folder with --trainer.default_root_dir"
+        )
+    if not is_global_zero or not (folder / CONFIG_FILE).exists():
+        return
+    number = 1
+    while (aside := folder / f"failed-start-{number}").exists():
+        number += 1
+    aside.mkdir()
+    for path in sorted(path for pattern in RUN_FILES for path in folder.glob(pattern)):
+        path.rename(aside / path.name)
+    rank_zero_info(f"{folder} holds a start that reached no checkpoint: its files are now in {aside.name}/, and the run starts anew")
 
 
 def _quieten() -> None:
