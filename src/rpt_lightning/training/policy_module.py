@@ -230,7 +230,8 @@ class PolicyModule(LightningModule, ABC):
     def on_validation_epoch_end(self) -> None:
         self.results = gather_results(self.results, world_size=self.trainer.world_size)
         for name, value in validation_metrics(self.results).items():
-            self.log(name, value, prog_bar=name in PROGRESS_BAR_METRICS)
+            # The same on every rank already; sync_dist only keeps Lightning from asking for it.
+            self.log(name, value, prog_bar=name in PROGRESS_BAR_METRICS, sync_dist=True)
 
     @torch.no_grad()
     def score_next_tokens(self, tasks: Iterable[TokenTask]) -> tuple[list[float], list[int]]:
