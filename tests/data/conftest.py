@@ -78,6 +78,7 @@ def write_task_folder(tiny_tokenizer: Any) -> Callable[..., Path]:
             "tokenizer_hash": tokenizer_hash(tiny_tokenizer),
             "proxy": "models/tiny",
             "answer_reach": 3,
+            "corpus": {"sha256": "0" * 64},
         }
         write_manifest(path, defaults | manifest)
         return path

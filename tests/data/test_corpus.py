@@ -85,6 +85,11 @@ def test_jsonl_fills_the_template(tmp_path: Path) -> None:
     assert [(document.doc_id, document.text) for document in documents] == [("a.jsonl:1", "p1\n\ns1"), ("a.jsonl:3", "p2\n\ns2")]
 
 
+def test_jsonl_lines_end_at_line_feeds_only(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes('{"problem": "a\u2028b\x85c", "solution": "s"}\r\n{"problem": "p",\r "solution": "t"}\n'.encode())
+    assert [document.text for document in JsonlSource(str(tmp_path / "a.jsonl")).documents()] == ["a\u2028b\x85c\n\ns", "p\n\nt"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -92,10 +97,11 @@ def test_jsonl_fills_the_template(tmp_path: Path) -> None:
         ('{"problem": "p"}\n', r"a\.jsonl, line 1: .*'solution'"),
         ('{"problem": "p", "solution": null}\n', r"a\.jsonl, line 1: .*'solution'"),
         ("[1]\n", r"a\.jsonl, line 1: a list"),
+        (b'{"problem": "p", "solution": "s"}\n{"problem": "\xff", "solution": "s"}\n', r"a\.jsonl, line 2: not UTF-8 \(byte 13 of the line\)"),
     ],
 )
-def test_bad_jsonl_names_file_and_line(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "a.jsonl").write_text(content)
+def test_bad_jsonl_names_file_and_line(tmp_path: Path, content: str | bytes, message: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         list(JsonlSource(str(tmp_path / "a.jsonl")).documents())
 

@@ -149,6 +149,13 @@ def test_a_checkpoint_of_another_folder_is_refused(write_task_folder: Write, tmp
         fit(other, tmp_path / "log", 2, resume=tmp_path / "checkpoints/step=1.ckpt")
 
 
+def test_a_checkpoint_of_other_text_with_equal_counts_is_refused(write_task_folder: Write, tmp_path: Path) -> None:
+    fit(write_task_folder(tmp_path / "tasks", NUM_POSITIONS), tmp_path / "log", 1, checkpoint=tmp_path / "checkpoints")
+    other = write_task_folder(tmp_path / "other", NUM_POSITIONS, corpus={"sha256": "1" * 64})
+    with pytest.raises(ValueError, match=r"--ckpt_path: .* text with the fingerprint 0000.*, and this run has 1111"):
+        fit(other, tmp_path / "log", 2, resume=tmp_path / "checkpoints/step=1.ckpt")
+
+
 def test_validating_a_checkpoint_on_another_folder(write_task_folder: Write, tmp_path: Path) -> None:
     fit(write_task_folder(tmp_path / "tasks", NUM_POSITIONS), tmp_path / "log", 1, checkpoint=tmp_path / "checkpoints")
     other = write_task_folder(tmp_path / "other", [3, 3, 3])

@@ -45,6 +45,7 @@ def test_the_folder_holds_what_the_manifest_says(prepared_dir: Path, corpus_path
         "sha256": "",
         "documents_read": 20,
         "too_short": 1,
+        "inexpressible": 0,
         "exact_duplicates": 1,
         "components": 17,
         "largest_component": 2,
@@ -163,6 +164,46 @@ def test_the_same_command_again_says_that_it_is_there(prepare_small: Prepare, tm
     (tmp_path / "else").mkdir()
     with pytest.raises(ValueError, match=r"--output_dir .*else: exists and is not a task folder"):
         prepare_small(tmp_path / "else")
+
+
+def test_a_finished_folder_of_other_weights_or_text_is_not_accepted(
+    prepare_small: Prepare, corpus_path: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    proxy, corpus = tmp_path / "proxy", tmp_path / "corpus.jsonl"
+    shutil.copytree(tiny_model_dir, proxy)
+    shutil.copy(corpus_path, corpus)
+    settings = {"source": JsonlSource(str(corpus), template="{problem}"), "proxy": str(proxy)}
+    folder = prepare_small(tmp_path / "tasks", **settings)
+    for path in proxy.iterdir():
+        os.utime(path, (1, 1))  # a copy of the same weights is the same proxy
+    prepare_small(folder, **settings)
+    weights = (proxy / "model.safetensors").read_bytes()
+    (proxy / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"--output_dir .*tasks: a task folder made when the weights of --proxy '.*proxy' was another"):
+        prepare_small(folder, **settings)
+    (proxy / "model.safetensors").write_bytes(weights)
+    corpus.write_text(corpus.read_text().replace('"}', '"} ', 1).replace("a", "b", 1))
+    with pytest.raises(ValueError, match=r"--output_dir .*tasks: a task folder made when the text of --source was another"):
+        prepare_small(folder, **settings)
+
+
+def test_documents_that_the_tokenizer_cannot_express_are_counted(
+    prepare_small: Prepare, corpus_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus, benchmark = tmp_path / "corpus.jsonl", tmp_path / "benchmark.jsonl"
+    bad = json.dumps({"problem": "a lone surrogate \ud800 " + "and more words than the minimum " * 5})
+    corpus.write_text(corpus_path.read_text() + bad + "\n")
+    benchmark.write_text(bad + "\n")
+    folder = prepare_small(tmp_path / "tasks", source=JsonlSource(str(corpus), template="{problem}"), benchmark_files=[str(benchmark)])
+    counts = json.loads((folder / "manifest.json").read_text())["corpus"]
+    assert (counts["documents_read"], counts["too_short"], counts["inexpressible"], counts["inexpressible_benchmark_texts"]) == (21, 1, 1, 1)
+    said = capsys.readouterr().out
+    assert "left out 1 documents of at most --min_context 8 tokens" in said
+    assert "left out 1 documents with characters that the tokenizer has no tokens for" in said
+    assert "left out 1 benchmark texts" in said
+    corpus.write_text(bad + "\n")
+    with pytest.raises(ValueError, match=r"--tokenizer: it has no tokens for some character of each of the 1 documents"):
+        prepare_small(tmp_path / "other", source=JsonlSource(str(corpus), template="{problem}"))
 
 
 SCRIPT = """

@@ -21,7 +21,7 @@ def layouts(draw: st.DrawFn) -> Layout:
 
 def make(layout: Layout) -> TaskStream:
     num_items, chunk_sizes, bundle_size, seed = layout
-    return TaskStream(ShuffledOrder(np.array(num_items, np.int32), chunk_sizes, bundle_size=bundle_size, seed=seed))
+    return TaskStream(ShuffledOrder(np.array(num_items, np.int32), chunk_sizes, bundle_size=bundle_size, seed=seed), corpus="text")
 
 
 @given(layouts(), st.integers(0, 3))

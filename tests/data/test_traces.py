@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from rpt_lightning.data.shards import write_split
 from rpt_lightning.data.task_folder import TaskFolder
@@ -172,3 +175,28 @@ def test_whole_documents_for_next_token_training(write_task_folder: Write, tmp_p
     assert sorted(sequence.num_tokens for sequence in sequences) == [2, 2, 5, 5, 6, 6]  # two epochs of the three documents
     assert all(sequence.prompt_ids == (40,) and sequence.target_ids[0] == 41 for sequence in sequences)
     assert len(module.train_dataloader()) == 1
+
+
+def test_text_begins_as_the_tokenizer_begins_it_and_is_cut(write_task_folder: Callable[..., Path], tiny_tokenizer: Any, tmp_path: Path) -> None:
+    folder = write_task_folder(tmp_path / "t", [9, 2])
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    tokenizer.save_pretrained(folder / "tokenizer")
+    for max_tokens, longest in ((None, 10), (6, 5)):
+        module = TextDataModule(str(folder), documents_per_step=2, max_tokens=max_tokens)
+        module.setup("fit")
+        sequences = module.make_batch([(0, 0), (1, 0)])["sequences"]
+        assert [sequence.prompt_ids for sequence in sequences] == [(bos,), (bos,)]
+        assert [sequence.target_ids for sequence in sequences] == [tuple(range(40, 40 + longest)), (40, 41, 42)]
+    with pytest.raises(ValueError, match=r"--data.max_tokens 1: must be at least 2"):
+        TextDataModule(str(folder), max_tokens=1)
+
+
+def test_text_is_cut_to_the_positions_of_the_model(write_task_folder: Callable[..., Path], tmp_path: Path) -> None:
+    module = TextDataModule(str(write_task_folder(tmp_path / "t", [9, 2])), documents_per_step=2)
+    module.setup("fit")
+    policy = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=4))
+    module.trainer = SimpleNamespace(lightning_module=SimpleNamespace(policy=policy))  # type: ignore[assignment]
+    assert [sequence.num_tokens for sequence in module.make_batch([(0, 0), (1, 0)])["sequences"]] == [4, 3]

@@ -103,7 +103,7 @@ class TaskFolderDataModule(LightningDataModule):
         self.train = TaskFolder(self.task_dir, "train", max_context_tokens=self.max_context_tokens)
         self.heldout = TaskFolder(self.task_dir, "heldout", max_context_tokens=self.max_context_tokens)
         self._check_tokenizer()
-        self.stream = TaskStream(self.make_order())
+        self.stream = TaskStream(self.make_order(), corpus=self.train.manifest["corpus"]["sha256"])
         available = self.stream.order.items_per_epoch
         if self.items_per_step > available:
             raise ValueError(

@@ -11,20 +11,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rpt_lightning.data.dedup import span_hashes
+from rpt_lightning.data.jsonl import read_jsonl
 from rpt_lightning.tasks.token_bytes import TokenBytes
 
 
-def benchmark_spans(paths: list[str], token_bytes: TokenBytes) -> NDArray[np.uint64]:
-    """Sorted hashes of all 13-token spans of the files: every string inside JSONL records, or a whole text file. [S]
+def benchmark_spans(paths: list[str], token_bytes: TokenBytes) -> tuple[NDArray[np.uint64], int]:
+    """Sorted hashes of all 13-token spans of the files [S], and the number of texts that the tokenizer cannot express: no document holds those.
 
-    Raises ValueError that names ``--benchmark_files`` and the file.
+    A text is every string inside JSON or JSONL records, or a whole file of another kind. Raises ValueError that names ``--benchmark_files`` and the
+    file.
     """
-    parts = []
+    parts, num_skipped = [], 0
     for path in paths:
         if not Path(path).is_file():
             raise ValueError(f"--benchmark_files {path}: there is no such file")
-        parts += [span_hashes(np.array(token_bytes.encode_plain(text), dtype=np.int32)) for text in _texts(Path(path))]
-    return np.unique(np.concatenate([np.zeros(0, np.uint64), *parts]))
+        for text in _texts(Path(path)):
+            try:
+                token_ids = token_bytes.encode_plain(text)
+            except ValueError:
+                num_skipped += 1
+            else:
+                parts.append(span_hashes(np.array(token_ids, dtype=np.int32)))
+    return np.unique(np.concatenate([np.zeros(0, np.uint64), *parts])), num_skipped
 
 
 def overlaps(token_ids: NDArray[np.int32], spans: NDArray[np.uint64]) -> bool:
@@ -33,15 +41,21 @@ def overlaps(token_ids: NDArray[np.int32], spans: NDArray[np.uint64]) -> bool:
 
 
 def _texts(path: Path) -> Iterator[str]:
-    text = path.read_text(encoding="utf-8")
-    if path.suffix != ".jsonl":
-        yield text
+    name = f"--benchmark_files {path}"
+    if path.suffix == ".jsonl":
+        for _, value in read_jsonl(path, name=name):
+            yield from _strings(value)
         return
-    for number, line in enumerate(text.splitlines(), start=1):
-        try:
-            yield from _strings(json.loads(line)) if line.strip() else ()
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--benchmark_files {path}, line {number}: broken JSON ({error.msg})") from error
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            yield from _strings(json.loads(text))
+        else:
+            yield text
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: not UTF-8 (byte {error.start}); convert the file") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}, line {error.lineno}: broken JSON ({error.msg}); name a file of one object a line .jsonl") from error
 
 
 def _strings(value: Any) -> Iterator[str]:

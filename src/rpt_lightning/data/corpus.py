@@ -7,7 +7,6 @@ import glob
 import importlib
 import inspect
 import io
-import json
 import pkgutil
 import string
 import types
@@ -17,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rpt_lightning.data.jsonl import read_jsonl
 from rpt_lightning.types import Document
 
 DEFAULT_TEMPLATE = "{problem}\n\n{solution}"
@@ -59,18 +59,11 @@ class JsonlSource(CorpusSource):
 
     def documents(self) -> Iterator[Document]:
         _require_file(self.path)
-        with self.path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                where = f"{self.path}, line {number}"
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{where}: broken JSON ({error.msg} at column {error.colno}); repair or remove the line") from error
-                if not isinstance(row, dict):
-                    raise ValueError(f"{where}: a {type(row).__name__} where an object with the template's fields belongs")
-                yield Document(doc_id=f"{self.path.name}:{number}", text=fill_template(self.template, row, where=where))
+        for number, row in read_jsonl(self.path, name=str(self.path)):
+            where = f"{self.path}, line {number}"
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: a {type(row).__name__} where an object with the template's fields belongs")
+            yield Document(doc_id=f"{self.path.name}:{number}", text=fill_template(self.template, row, where=where))
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "jsonl", "path": str(self.path), "template": self.template}

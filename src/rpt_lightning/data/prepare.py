@@ -15,12 +15,12 @@ from typing import Any, Literal
 from rpt_lightning.data.corpus import CorpusSource
 from rpt_lightning.data.dedup import SPAN, count_shared_spans
 from rpt_lightning.data.manifest import FORMAT, HISTOGRAM_FILE, MANIFEST_FILE, SplitStatistics, plot_histogram, read_manifest, write_manifest
-from rpt_lightning.data.proxy import check_proxy, load_tokenizer
+from rpt_lightning.data.proxy import check_proxy, load_tokenizer, proxy_fingerprint
 from rpt_lightning.data.scored_parts import ScoringSettings, iterate_scores, score_in_parts, scores_key
 from rpt_lightning.data.scoring import DocumentScores
 from rpt_lightning.data.selection import Item, PositionRule
 from rpt_lightning.data.shards import write_split
-from rpt_lightning.data.tokenized_corpus import TokenizedCorpus
+from rpt_lightning.data.tokenized_corpus import TokenizedCorpus, source_sha256
 from rpt_lightning.tasks.token_bytes import TokenBytes, tokenizer_hash
 
 # Parts of this many batches: what an interruption costs at most.
@@ -106,7 +106,7 @@ def prepare(
     _check_settings(settings)
     output = Path(output_dir)
     if output.exists():
-        _accept_finished(output, settings)
+        _accept_finished(output, settings, source)
         return
     policy_tokenizer = load_tokenizer(tokenizer, flag="--tokenizer")
     start_ids = check_proxy(proxy, policy_tokenizer, tokenizer_name=tokenizer)
@@ -161,6 +161,7 @@ def prepare(
             "settings": settings,
             "tokenizer_hash": tokenizer_hash(policy_tokenizer),
             "proxy": proxy,
+            "proxy_fingerprint": proxy_fingerprint(proxy),
             "answer_reach": answer_reach,
             "corpus": corpus.counts,
             "shared_spans_between_splits": shared_spans,
@@ -233,11 +234,12 @@ def _check_settings(settings: dict[str, Any]) -> None:
         raise ValueError(f"--min_true_prob {settings['min_true_prob']}: must be below --max_true_prob {settings['max_true_prob']}")
 
 
-def _accept_finished(output: Path, settings: dict[str, Any]) -> None:
+def _accept_finished(output: Path, settings: dict[str, Any], source: CorpusSource) -> None:
     """Say that the folder is there already. Raises ValueError where it is something else."""
     if not (output / MANIFEST_FILE).is_file():
         raise ValueError(f"--output_dir {output}: exists and is not a task folder; name another folder or remove it")
-    made_with = read_manifest(output)["settings"]
+    manifest = read_manifest(output)
+    made_with = manifest["settings"]
     different = [name for name in settings if made_with.get(name) != json.loads(json.dumps(settings[name]))]
     if different:
         name = different[0]
@@ -245,6 +247,13 @@ def _accept_finished(output: Path, settings: dict[str, Any]) -> None:
             f"--output_dir {output}: a task folder made with other settings ({name} {made_with.get(name)!r} instead of {settings[name]!r}); "
             "it is not overwritten: remove it or name another folder"
         )
+    fingerprint = proxy_fingerprint(settings["proxy"])
+    for what, is_same in [
+        (f"weights of --proxy {settings['proxy']!r}", manifest.get("proxy_fingerprint", fingerprint) == fingerprint),
+        ("text of --source", manifest["corpus"]["sha256"] == source_sha256(source)),
+    ]:
+        if not is_same:
+            raise ValueError(f"--output_dir {output}: a task folder made when the {what} was another; remove it or name another folder")
     shutil.rmtree(output.with_name(output.name + ".partial"), ignore_errors=True)  # a run that was stopped at its very end
     print(f"{output} is finished already, with the same settings: nothing to do", flush=True)
 
@@ -255,4 +264,12 @@ def _closing_words(output: Path, manifest: dict[str, Any]) -> str:
         f"{split['positions']:,} {name} positions in {split['documents']:,} documents ({split['unanswerable']:,} unanswerable)"
         for name, split in (("training", train), ("held-out", heldout))
     ]
-    return f"{output}: {', '.join(words)}; {manifest['shared_spans_between_splits']} spans of {SPAN} tokens in both splits"
+    counts = manifest["corpus"]
+    left_out = {
+        f"documents of at most --min_context {manifest['settings']['min_context']} tokens": counts["too_short"],
+        "documents with characters that the tokenizer has no tokens for": counts["inexpressible"],
+        "benchmark texts with such characters (no document can hold them)": counts.get("inexpressible_benchmark_texts", 0),
+    }
+    words.append(f"{manifest['shared_spans_between_splits']} spans of {SPAN} tokens in both splits")
+    words += [f"left out {count:,} {what}" for what, count in left_out.items() if count]
+    return f"{output}: {'; '.join(words)}"

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from rpt_lightning.tasks.token_bytes import start_ids
 from rpt_lightning.types import TokenIds
+
+_MIB = 2**20
 
 
 def load_tokenizer(name: str, *, flag: str) -> PreTrainedTokenizerBase:
@@ -33,6 +38,22 @@ def check_proxy(proxy: str, tokenizer: PreTrainedTokenizerBase, *, tokenizer_nam
             f"--proxy {proxy!r} predicts {vocab_size} tokens, but --tokenizer {tokenizer_name!r} has {len(tokenizer)}; name another proxy"
         )
     return start_ids(proxy_tokenizer)
+
+
+def proxy_fingerprint(proxy: str) -> str:
+    """Tells the weights of a model folder from others that stand under the same path later: configuration, sizes, first and last MiB of the files.
+
+    Of a hub id only its name is known.
+    """
+    digest = hashlib.sha256(b"" if Path(proxy).is_dir() else proxy.encode())
+    for path in sorted(path for path in Path(proxy).glob("*") if path.suffix in (".safetensors", ".bin") or path.name == "config.json"):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_MIB))
+            file.seek(max(0, size - _MIB))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
 
 
 def _first_line(error: Exception) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rpt_lightning.data.proxy import proxy_fingerprint
 from rpt_lightning.data.scoring import DocumentScores, ProxyScorer
 from rpt_lightning.data.shards import replace_file
 from rpt_lightning.types import TokenIds
@@ -86,10 +87,7 @@ def scores_key(documents: Sequence[NDArray[np.int32]], settings: ScoringSettings
     for ids in documents:
         digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
     digest.update(repr((settings.proxy, settings.start_ids, settings.precision, settings.window, settings.overlap, settings.part_tokens)).encode())
-    weights = Path(settings.proxy)
-    if weights.is_dir():  # the same path may hold other weights now
-        files = sorted(path for path in weights.iterdir() if path.is_file())
-        digest.update(repr([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]).encode())
+    digest.update(proxy_fingerprint(settings.proxy).encode())
     return digest.hexdigest()[:16]
 
 

@@ -26,7 +26,7 @@ class DocumentScores:
 
     entropy: NDArray[np.float32]  # [L] nats, over the candidates, renormalised
     true_prob: NDArray[np.float32]  # [L]
-    true_rank: NDArray[np.int32]  # [L] 0 = most likely
+    true_rank: NDArray[np.int32]  # [L] 0 = most likely; of equal ones the lower id comes first
     candidate_ids: NDArray[np.int32]  # [L, K] most likely first
     candidate_probs: NDArray[np.float32]  # [L, K]
 
@@ -143,11 +143,13 @@ class ProxyScorer:
         logits = self._logits(hidden)  # [M, V] fp32
         log_normalizer = logits.logsumexp(-1, keepdim=True)  # [M, 1]
         true_logits = logits.gather(-1, true_ids[:, None])  # [M, 1]
+        # Of equal logits argmax takes the first: rank 0 is what a greedy proxy would say.
+        is_before = torch.arange(logits.shape[-1], device=logits.device) < true_ids[:, None]  # [M, V]
         top = logits.topk(min(NUM_CANDIDATES, logits.shape[-1]), dim=-1)  # [M, K]
         return {
             "entropy": topk_entropy(top.values, NUM_CANDIDATES).cpu().numpy(),
             "true_prob": (true_logits - log_normalizer).exp()[:, 0].cpu().numpy(),
-            "true_rank": (logits > true_logits).sum(-1).to(torch.int32).cpu().numpy(),
+            "true_rank": (logits > true_logits).logical_or_((logits == true_logits) & is_before).sum(-1).to(torch.int32).cpu().numpy(),
             "candidate_ids": top.indices.to(torch.int32).cpu().numpy(),
             "candidate_probs": (top.values - log_normalizer).exp().cpu().numpy(),
         }

@@ -73,10 +73,14 @@ class ShuffledOrder:
 
 
 class TaskStream:
-    """An endless repetition of a ``ShuffledOrder``, epoch after epoch, and the place in it: what a checkpoint stores."""
+    """An endless repetition of a ``ShuffledOrder``, epoch after epoch, and the place in it: what a checkpoint stores.
 
-    def __init__(self, order: ShuffledOrder) -> None:
+    ``corpus`` is the fingerprint of the text that the order is of.
+    """
+
+    def __init__(self, order: ShuffledOrder, *, corpus: str) -> None:
         self.order = order
+        self.corpus = corpus
         self.epoch = 0
         self.index = 0
 
@@ -96,7 +100,8 @@ class TaskStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at a stored place. Raises ValueError where it belongs to another order."""
         settings = self._settings()
-        different = [name for name in settings if state["made_with"].get(name) != settings[name]]
+        # A checkpoint of before the corpus was stored names none.
+        different = [name for name in settings if state["made_with"].get(name, settings[name]) != settings[name]]
         if different:
             name = different[0]
             raise ValueError(
@@ -105,13 +110,14 @@ class TaskStream:
             )
         self.epoch, self.index = int(state["epoch"]), int(state["index"])
 
-    def _settings(self) -> dict[str, int]:
+    def _settings(self) -> dict[str, int | str]:
         order = self.order
         return {
             "seed": order.seed,
             "positions_per_document": order.bundle_size,
             "number of documents": len(order.num_items),
             "number of positions": order.items_per_epoch,
+            "text with the fingerprint": self.corpus,
         }
 
 

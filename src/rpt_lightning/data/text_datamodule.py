@@ -8,15 +8,18 @@ import numpy as np
 
 from rpt_lightning.data.base_datamodule import TaskFolderDataModule
 from rpt_lightning.data.stream import ShuffledOrder
+from rpt_lightning.tasks.token_bytes import start_ids
 from rpt_lightning.types import TrainSequence
 
 
 class TextDataModule(TaskFolderDataModule):
-    """Training batches ``{"sequences": ...}`` hold this rank's share of a step: whole documents, each token a target but the first.
+    """Training batches ``{"sequences": ...}`` hold this rank's share of a step: whole documents as the
+    tokenizer begins them, each token a target but the first.
 
     Args:
         task_dir: Folder that ``rpt prepare`` made.
         documents_per_step: Documents of one step, of all ranks together.
+        max_tokens: Cut longer documents behind so many tokens, the begin-of-text token included; None: the positions that the model has.
         max_context_tokens: Cut longer contexts of the validation on the left.
         num_eval_tasks: Held-out positions of a validation.
         eval_min_entropy: Validate on positions with more proxy entropy than this, in nats.
@@ -28,6 +31,7 @@ class TextDataModule(TaskFolderDataModule):
         self,
         task_dir: str,
         documents_per_step: int = 16,
+        max_tokens: int | None = None,
         max_context_tokens: int | None = None,
         num_eval_tasks: int = 1024,
         eval_min_entropy: float = 0.5,
@@ -44,10 +48,23 @@ class TextDataModule(TaskFolderDataModule):
             eval_batch_size=eval_batch_size,
             seed=seed,
         )
+        if max_tokens is not None and max_tokens < 2:
+            raise ValueError(f"--data.max_tokens {max_tokens}: must be at least 2, since the first token is not a target")
+        self.max_tokens = max_tokens
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.start_ids = start_ids(self.train.tokenizer)
 
     def make_order(self) -> ShuffledOrder:
         return ShuffledOrder(np.ones(len(self.train), np.int32), self.train.chunk_sizes, bundle_size=1, seed=self.seed)
 
     def make_batch(self, items: list[tuple[int, int]]) -> dict[str, Any]:
-        token_ids = [self.train.token_ids(document) for document, _ in items]
+        limit = self.max_tokens or self._num_positions()
+        token_ids = [(self.start_ids + self.train.token_ids(document))[:limit] for document, _ in items]
         return {"sequences": tuple(TrainSequence(prompt_ids=ids[:1], target_ids=ids[1:]) for ids in token_ids)}
+
+    def _num_positions(self) -> int | None:
+        """Tokens that the model being trained can read at once; None outside a Trainer."""
+        policy = None if self.trainer is None else getattr(self.trainer.lightning_module, "policy", None)
+        return None if policy is None else int(policy.config.max_position_embeddings)

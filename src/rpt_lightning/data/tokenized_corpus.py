@@ -13,10 +13,24 @@ from rpt_lightning.data.benchmark_overlap import benchmark_spans, overlaps
 from rpt_lightning.data.corpus import CorpusSource
 from rpt_lightning.data.dedup import SPAN, components, split_components
 from rpt_lightning.tasks.token_bytes import TokenBytes
+from rpt_lightning.types import Document
+
+
+def source_sha256(source: CorpusSource) -> str:
+    """Fingerprint of all documents of a source, in their order: ``counts["sha256"]`` of the corpus that is made of it."""
+    digest = hashlib.sha256()
+    for document in source.documents():
+        digest.update(_bytes_of(document))
+    return digest.hexdigest()
+
+
+def _bytes_of(document: Document) -> bytes:
+    return f"{document.doc_id}\0{document.text}\0".encode(errors="surrogatepass")
 
 
 class TokenizedCorpus:
-    """Documents as token ids, without those that are too short or exact duplicates; ``counts`` says how many were left out why.
+    """Documents as token ids, without those that are too short, exact duplicates, or of characters that the tokenizer has no tokens for; ``counts``
+    says how many were left out why.
 
     Special tokens in a text are plain text. ``max_tokens`` cuts documents (``is_cut``). Raises ValueError where nothing is left.
     """
@@ -27,11 +41,15 @@ class TokenizedCorpus:
         self.is_cut: list[bool] = []
         digest = hashlib.sha256()
         seen: set[bytes] = set()
-        num_read = num_short = num_duplicates = 0
+        num_read = num_short = num_duplicates = num_inexpressible = 0
         for document in source.documents():
             num_read += 1
-            digest.update(f"{document.doc_id}\0{document.text}\0".encode())
-            full = np.array(token_bytes.encode_plain(document.text), dtype=np.int32)
+            digest.update(_bytes_of(document))
+            try:
+                full = np.array(token_bytes.encode_plain(document.text), dtype=np.int32)
+            except ValueError:
+                num_inexpressible += 1
+                continue
             token_ids = full[:max_tokens]
             fingerprint = hashlib.sha256(token_ids.tobytes()).digest()
             if len(token_ids) <= min_context:
@@ -46,11 +64,14 @@ class TokenizedCorpus:
         if num_read == 0:
             raise ValueError(f"--source: the corpus is empty ({json.dumps(source.describe())}); check its path, pattern or split")
         if not self.token_ids:
+            if num_inexpressible == num_read:
+                raise ValueError(f"--tokenizer: it has no tokens for some character of each of the {num_read} documents; name another tokenizer")
             raise ValueError(f"--min_context {min_context}: none of the {num_read} documents is longer than so many tokens; lower it")
         self.counts: dict[str, Any] = {
             "sha256": digest.hexdigest(),
             "documents_read": num_read,
             "too_short": num_short,
+            "inexpressible": num_inexpressible,
             "exact_duplicates": num_duplicates,
         }
 
@@ -58,7 +79,7 @@ class TokenizedCorpus:
         """Leave out documents that share a span of 13 tokens with a benchmark file."""
         if not paths:
             return
-        spans = benchmark_spans(paths, token_bytes)
+        spans, self.counts["inexpressible_benchmark_texts"] = benchmark_spans(paths, token_bytes)
         kept = [index for index, ids in enumerate(self.token_ids) if not overlaps(ids, spans)]
         self.counts["overlap_with_benchmark_files"] = len(self.token_ids) - len(kept)
         if not kept:
