@@ -97,6 +97,7 @@ def test_no_debris_where_there_is_no_terminal(finished_run):
     _, output = finished_run
     assert "━" not in output
     assert "\x1b[" not in output
+    assert "weights_only" not in output
 
 
 def test_a_bar_on_a_terminal_only(flags, monkeypatch, tmp_path):

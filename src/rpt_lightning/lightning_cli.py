@@ -45,7 +45,7 @@ PARTS = (RPTModule, NTPModule, TokenTaskDataModule, TextDataModule, TraceDataMod
 CONFIG_FILE = "config.yaml"
 # What a fit leaves in the run folder besides checkpoints.
 RUN_FILES = (CONFIG_FILE, "config-[0-9]*.yaml", STEP_LOG, "tensorboard", ROLLOUT_FOLDER, VALIDATION_FOLDER)
-_NOISE = ("litlogger", "`weights_only` was not set", "`Trainer(limit_val_batches=1.0)`")
+_NOISE = ("litlogger", "`Trainer(limit_val_batches=1.0)`")
 
 
 class SaveRunConfig(SaveConfigCallback):

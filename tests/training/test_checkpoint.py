@@ -36,7 +36,7 @@ class SavesBytes:
         self.global_step = 0
         self.num_bytes = 0
 
-    def save_checkpoint(self, path: Path) -> None:
+    def save_checkpoint(self, path: Path, weights_only: bool) -> None:
         quiet_trainer(self.default_root_dir, 1, []).strategy.checkpoint_io.save_checkpoint({"x": torch.zeros(self.num_bytes // 4)}, path)
 
 

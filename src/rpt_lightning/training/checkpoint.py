@@ -59,7 +59,7 @@ class RunCheckpoint(Checkpoint):
         path = folder / f"step-{trainer.global_step:06d}.ckpt"
         partial = path.with_name(path.name + _PARTIAL)
         try:
-            trainer.save_checkpoint(partial)
+            trainer.save_checkpoint(partial, weights_only=False)  # the optimizer too
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             if trainer.is_global_zero:
                 _remove(partial)
