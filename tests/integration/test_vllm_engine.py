@@ -120,10 +120,15 @@ def rounded(policy, dtype: torch.dtype):
     return _ROUNDED[id(policy)]
 
 
-def difference(policy, engine: VLLMEngine, requests: list[GenerationRequest]):
+def both_logprobs(policy, engine: VLLMEngine, requests: list[GenerationRequest]) -> tuple[torch.Tensor, torch.Tensor]:
     pairs = [(request, completion) for request, row in zip(requests, engine.generate(requests), strict=True) for completion in row]
     rollout = torch.tensor([value for _, completion in pairs for value in completion.rollout_logprobs])
     expected = torch.cat([reference_logprobs(policy, engine, request, completion) for request, completion in pairs])
+    return rollout, expected
+
+
+def difference(policy, engine: VLLMEngine, requests: list[GenerationRequest]):
+    rollout, expected = both_logprobs(policy, engine, requests)
     return compare_logprobs(rollout[None], expected[None], torch.ones(1, len(rollout)))
 
 
@@ -133,12 +138,16 @@ def difference(policy, engine: VLLMEngine, requests: list[GenerationRequest]):
     ids=lambda changes: "-".join(f"{name}={value}" for name, value in changes.items()) or "pure",
 )
 def test_logprobs_agree_with_transformers(engine: VLLMEngine, policy, changes: dict) -> None:
-    diff = difference(policy, engine, make_requests(sampling=replace(SAMPLING, **changes)))
-    print(engine.dtype, diff)
+    rollout, expected = both_logprobs(policy, engine, make_requests(sampling=replace(SAMPLING, **changes)))
+    diff = compare_logprobs(rollout[None], expected[None], torch.ones(1, len(rollout)))
+    print(engine.dtype, diff, (rollout - expected).abs().median())
     if engine.dtype == torch.float32:
         assert diff.max < 1e-3
-    elif changes.keys() <= {"temperature"}:  # rounding may push a token over a truncation's edge
+    elif changes.keys() <= {"temperature"}:
         check_logprobs(diff, LOGPROB_LIMITS[engine.dtype], version=0)
+    else:  # rounding pushes a few tokens over a truncation's edge, where they have no log-prob at all; most agree
+        assert (rollout - expected).abs().median() < LOGPROB_LIMITS[engine.dtype].mean
+        assert expected.isneginf().float().mean() < 0.1
 
 
 def test_every_weight_can_be_read_back(engine: VLLMEngine, policy) -> None:
