@@ -156,6 +156,8 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # vLLM initialises torch.distributed even in a single process; what is logged here is reduced over ranks before.
+    warnings.filterwarnings("ignore", message=".*It is recommended to use .self.log.*sync_dist=True.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: not any(text in record.getMessage() for text in _NOISE))
     disable_progress_bar()  # type: ignore[no-untyped-call]
 

@@ -18,7 +18,7 @@ from rpt_lightning.rollout.engine import Sample
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine
 from rpt_lightning.tasks.objective import Objective
 from rpt_lightning.tasks.prompt import ContinuationPrompt
-from rpt_lightning.tasks.reward import ConditionalDenseReward, DenseReward
+from rpt_lightning.tasks.reward import ConditionalDenseReward, DenseReward, Reward
 from rpt_lightning.training.monitors import StepLog
 from rpt_lightning.training.prompt_room import longest_context
 from rpt_lightning.training.rollout_callback import RolloutCallback
@@ -159,24 +159,34 @@ def test_step_log_counts_truncated_and_replaced(make_run, tmp_path):
         assert line["perf/tokens_per_s"] == pytest.approx(trained_and_sampled / line["time/step_s"], rel=1e-4)
 
 
+class OnlyTheFirstRankLearns(Reward):
+    """Every group of rank 0 is live, every group of rank 1 dead."""
+
+    needs_first_token_probs = False
+
+    def group_rewards(self, predictions, task, first_token_probs=None):
+        best = 1.0 if torch.distributed.get_rank() == 0 else 0.0
+        return (best, *[0.0] * (len(predictions) - 1))
+
+
 def test_two_ranks_draw_together_and_log_what_both_did(make_run, tmp_path):
-    """Ranks need different numbers of rounds; a rank that draws alone waits for the other until the timeout."""
+    """Rank 0 needs no further task, rank 1 needs two rounds of 4: one that draws alone waits for the other until the timeout."""
+    strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo", timeout=timedelta(seconds=40))
     options = {"dynamic_sampling_from_step": 0, "dynamic_sampling_max_factor": 3.0}
-    logs = {}
-    for name, trainer_options in {
-        "one": {},
-        "two": {"devices": 2, "strategy": DDPStrategy(start_method="spawn", process_group_backend="gloo", timeout=timedelta(seconds=60))},
-    }.items():
-        trainer, module, data = make_run(2, callbacks=[StepLog()], run_dir=tmp_path / name, rollout_options=options, **trainer_options)
-        module.make_optimizer = functools.partial(torch.optim.AdamW, lr=1e-3)  # travels to the other process
-        trainer.fit(module, data)
-        logs[name] = step_lines(tmp_path / name)
-    one, two = logs["one"][0], logs["two"][0]
-    assert one["rollout/replaced_groups"] > 0
-    assert two["rollout/replaced_groups"] > 0
-    for line in (one, two):
-        assert line["rollout/live_groups_frac"] == pytest.approx(line["rollout/live_groups"] / (8 + line["rollout/replaced_groups"]))
-        assert line["rollout/live_groups"] == 8 - line["rollout/dead_groups_kept"]
+    trainer, module, data = make_run(2, callbacks=[StepLog()], run_dir=tmp_path / "two", rollout_options=options, devices=2, strategy=strategy)
+    module.make_optimizer = functools.partial(torch.optim.AdamW, lr=1e-3)  # travels to the other process
+    rollout = next(callback for callback in trainer.callbacks if isinstance(callback, RolloutCallback))
+    rollout.objective = Objective(ContinuationPrompt(), OnlyTheFirstRankLearns())
+    trainer.fit(module, data)
+    lines = step_lines(tmp_path / "two")
+    assert len(lines) == 2
+    for line in lines:
+        assert line["rollout/replaced_groups"] == 8
+        assert line["rollout/dead_groups_kept"] == 4
+        assert line["rollout/live_groups"] == 4
+        assert line["rollout/live_groups_frac"] == pytest.approx(4 / 16)
+        assert line["rollout/all_wrong_frac"] == pytest.approx(12 / 16)
+        assert line["reward/mean"] == pytest.approx(4 / (16 * 4))
 
 
 def test_one_callback_trains_and_then_validates(make_run, tmp_path):
