@@ -259,3 +259,15 @@ def test_thought_controls_get_room_where_the_model_has_it(make_run):
 def test_a_factor_below_one_is_refused():
     with pytest.raises(ValueError, match=r"--rollout.dynamic_sampling_max_factor 0\.5"):
         RolloutCallback(dynamic_sampling_max_factor=0.5)
+
+
+def test_a_rank_without_completions_takes_part_in_the_policys_passes(make_run, monkeypatch):
+    trainer, module, data = make_run(1)
+    trainer.fit(module, data)
+    rollout = next(callback for callback in trainer.callbacks if isinstance(callback, RolloutCallback))
+    passes = []
+    module.policy.register_forward_hook(lambda *_: passes.append(1))
+    monkeypatch.setattr(module, "max_over_ranks", lambda number: torch.tensor(2.0))
+    difference = rollout._check_logprobs(trainer, module, (), temperature=1.0)
+    assert len(passes) == 2  # as many as the rank that needs most
+    assert difference["sync/logprob_diff_max"] == 0
