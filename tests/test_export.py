@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rpt_lightning.export import export
@@ -106,7 +107,7 @@ def test_what_is_not_our_checkpoint_is_named(checkpoint, tmp_path: Path):
 
     for name, message in {
         "missing.ckpt": "no such file",
-        "": "a folder, as a sharded strategy writes it",
+        "": "no such file",
         "text.ckpt": "not a checkpoint that can be read",
         "empty.ckpt": "not a checkpoint that can be read",
         "cut.ckpt": "not a checkpoint that can be read",
@@ -120,6 +121,18 @@ def test_what_is_not_our_checkpoint_is_named(checkpoint, tmp_path: Path):
             export(str(tmp_path / name), str(tmp_path / "hf"))
         assert not (tmp_path / "hf").exists()
     assert not list(tmp_path.glob(".hf.*"))
+
+
+def test_shards_are_put_together(checkpoint, trained, tmp_path: Path):
+    """The layout of Lightning's sharded checkpoints: torch's distributed checkpoint, and the rest in meta.pt."""
+    folder = tmp_path / "step-000001.ckpt"
+    weights = checkpoint.pop("state_dict")
+    optimizer = {"exp_avg": torch.zeros(3)}
+    torch.distributed.checkpoint.save({"state_dict": weights, "optimizer_0": optimizer}, checkpoint_id=folder, no_dist=True)
+    save(checkpoint, folder / "meta.pt")
+    export(str(folder), str(tmp_path / "hf"))
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    torch.testing.assert_close(exported(TOKENS).logits, trained(TOKENS).logits, rtol=0, atol=0)
 
 
 def test_another_tokenizer_in_the_models_folder_is_refused(checkpoint, tiny_model_dir: Path, tmp_path: Path):

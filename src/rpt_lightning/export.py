@@ -23,7 +23,7 @@ def export(ckpt: str, output: str, dtype: Literal["float32", "bfloat16", "float1
     """Write the policy of a checkpoint as a folder that transformers and vLLM load.
 
     Args:
-        ckpt: a ``.ckpt`` file that ``rpt fit`` wrote.
+        ckpt: a ``.ckpt`` that ``rpt fit`` wrote: a file, or a folder where the strategy shards weights.
         output: the folder to make; it appears only when it is complete.
         dtype: of the weights on disk. float32 is what was trained.
 
@@ -33,7 +33,7 @@ def export(ckpt: str, output: str, dtype: Literal["float32", "bfloat16", "float1
     folder = Path(output)
     if folder.exists():
         raise ValueError(f"--output {output}: exists already. Name a new folder, or remove this one.")
-    checkpoint = _load(Path(ckpt))
+    checkpoint = read_checkpoint(Path(ckpt), flag="--ckpt")
     model = _build_model(checkpoint, ckpt).to(getattr(torch, dtype))
     tokenizer = _load_tokenizer(checkpoint["rpt"], ckpt)
 
@@ -46,15 +46,6 @@ def export(ckpt: str, output: str, dtype: Literal["float32", "bfloat16", "float1
         os.rename(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _load(path: Path) -> dict[str, Any]:
-    if path.is_dir():
-        raise ValueError(
-            f"--ckpt {path}: a folder, as a sharded strategy writes it. Join it into one file first: "
-            f"python -m lightning.pytorch.utilities.consolidate_checkpoint {path} --output_file whole.ckpt"
-        )
-    return read_checkpoint(path, flag="--ckpt")
 
 
 def _build_model(checkpoint: dict[str, Any], ckpt: str) -> PreTrainedModel:

@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from rpt_lightning.export import export
 from rpt_lightning.metrics.results import read_results
+from rpt_lightning.training.checkpoint import last_checkpoint
 
 
 @pytest.mark.long
@@ -25,8 +29,14 @@ def test_two_ranks_validate_what_one_does(tiny_model_dir, tiny_task_dir, tmp_pat
         assert "sync_dist" not in run.stderr
         assert [path.name for path in (folder / "validate" / "validation").glob("*.jsonl")] == ["step-000002.jsonl"]
         results.append(read_results(folder / "validate" / "validation" / "step-000002.jsonl"))
+        export(str(last_checkpoint(folder)), str(folder / "hf"))
     one, two = ({row.task_id: row for row in result.positions} for result in results)
     assert len(one) == len(results[0].positions) == len(results[1].positions) == 13
     assert one.keys() == two.keys()
     for task_id, row in one.items():
         assert row.ntp_logprob == pytest.approx(two[task_id].ntp_logprob, abs=1e-3)
+    start, *exported = (
+        torch.cat([weight.flatten() for weight in AutoModelForCausalLM.from_pretrained(path).state_dict().values()])
+        for path in (tiny_model_dir, tmp_path / "1" / "hf", tmp_path / "2" / "hf")
+    )
+    assert (exported[0] - exported[1]).norm() < 0.01 * (exported[0] - start).norm()  # of the update; a wrong normaliser is off by a factor of 2
