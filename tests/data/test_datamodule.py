@@ -110,6 +110,7 @@ def test_steps_and_draws_follow_one_another(write_task_folder: Write, tmp_path: 
     assert drawing == plain
 
 
+@pytest.mark.long
 def test_two_ranks_share_the_steps_of_one(write_task_folder: Write, tmp_path: Path) -> None:
     """The same tasks a step, in the same order, each on one rank; draws differ a rank and stay at one place; validation is split too."""
     folder = write_task_folder(tmp_path / "tasks", NUM_POSITIONS)
@@ -130,6 +131,7 @@ class UnevenRecorder(Recorder):
         super().training_step(batch, batch_idx)
 
 
+@pytest.mark.long
 def test_ranks_draw_what_each_needs_from_one_place(write_task_folder: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_task_folder(tmp_path / "tasks", NUM_POSITIONS)
     fit(folder, tmp_path / "plain", 6)
