@@ -120,3 +120,24 @@ def test_budget_is_kept_and_sharing_survives():
 def test_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="0 prompt"):
         list(pack([TrainSequence(prompt_ids=(), target_ids=(1,))], max_tokens=8))
+
+
+@settings(max_examples=100, deadline=None)
+@given(sequences=sequence_lists, max_tokens=st.integers(1, 30))
+def test_cuts_compute_the_fewest_tokens(sequences, max_tokens):
+    """Against every way to cut the sorted sequences into trees within the budget (a single longer sequence is a tree of its own)."""
+    paths = sorted(sequence.prompt_ids + sequence.target_ids for sequence in sequences)
+
+    def num_nodes(part):
+        return len({path[:depth] for path in part for depth in range(1, len(path) + 1)})
+
+    def fewest(start):
+        if start == len(paths):
+            return 0
+        stops = [stop for stop in range(start + 1, len(paths) + 1) if stop == start + 1 or num_nodes(paths[start:stop]) <= max_tokens]
+        return min(num_nodes(paths[start:stop]) + fewest(stop) for stop in stops)
+
+    trees = list(pack(sequences, max_tokens=max_tokens))
+    packed = [[sequences[index].prompt_ids + sequences[index].target_ids for index in tree.sequence_indices] for tree in trees]
+    assert sum(num_nodes(part) for part in packed) == fewest(0)
+    assert all(len(part) == 1 or num_nodes(part) <= max_tokens for part in packed)

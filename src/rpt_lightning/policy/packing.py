@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -64,8 +65,8 @@ class PackedTree:
 def pack(sequences: Sequence[TrainSequence], *, max_tokens: int) -> Iterator[PackedTree]:
     """Packs sequences into trees of at most ``max_tokens`` input tokens (a single longer sequence gets a tree of its own).
 
-    Sequences are taken in lexicographic order of their ids, where neighbours share the longest prefixes, and a tree is closed when the next sequence's
-    new tokens would exceed the budget.
+    Sequences are taken in lexicographic order of their ids, where neighbours share the longest prefixes. Where one tree is not enough, the cuts are those
+    that compute the fewest tokens again, and among these the fewest trees.
 
     Raises:
         ValueError: A sequence has an empty prompt (its first target would be predicted from nothing) or no target.
@@ -78,20 +79,35 @@ def pack(sequences: Sequence[TrainSequence], *, max_tokens: int) -> Iterator[Pac
     ids = [np.asarray(sequence.prompt_ids + sequence.target_ids, dtype=np.int64) for sequence in sequences]
     order = sorted(range(len(sequences)), key=lambda i: (sequences[i].prompt_ids + sequences[i].target_ids, i))
 
-    chosen: list[int] = []
-    shared: list[int] = []  # tokens that each chosen sequence shares with the one before it in the same tree
-    num_tokens = 0
-    for position, index in enumerate(order):
-        common = common_prefix_length(ids[order[position - 1]], ids[index]) if chosen else 0
-        new_tokens = len(ids[index]) - common
-        if chosen and num_tokens + new_tokens > max_tokens:
-            yield _build_tree(sequences, ids, chosen, shared)
-            chosen, shared, num_tokens, common, new_tokens = [], [], 0, 0, len(ids[index])
-        chosen.append(index)
-        shared.append(common)
-        num_tokens += new_tokens
-    if chosen:
-        yield _build_tree(sequences, ids, chosen, shared)
+    lengths = [len(ids[index]) for index in order]
+    shared = [0, *(common_prefix_length(ids[left], ids[right]) for left, right in pairwise(order))]  # with the sequence before
+    for start, stop in _cuts(lengths, shared, max_tokens):
+        yield _build_tree(sequences, ids, order[start:stop], [0, *shared[start + 1 : stop]])
+
+
+def _cuts(lengths: Sequence[int], shared: Sequence[int], max_tokens: int) -> list[tuple[int, int]]:
+    """Ranges of the sorted sequences, one a tree: the fewest tokens in all, then the fewest trees, by dynamic programming over the last cut.
+
+    A tree of sequences ``i .. j-1`` has ``lengths[i] + sum(lengths[k] - shared[k] for i < k < j)`` tokens (its leaves included).
+    """
+    best: list[tuple[int, int, int]] = [(0, 0, 0)]  # of the first j sequences: tokens, trees, where the last tree starts
+    for stop in range(1, len(lengths) + 1):
+        candidates: list[tuple[int, int, int]] = []
+        branches = 0  # tokens of the tree that its first sequence does not hold
+        for start in range(stop - 1, -1, -1):
+            tokens = lengths[start] + branches
+            if candidates and tokens > max_tokens:  # adding an earlier sequence never makes a tree smaller
+                break
+            candidates.append((best[start][0] + tokens, best[start][1] + 1, start))
+            branches += lengths[start] - shared[start]
+        best.append(min(candidates))
+    ranges = []
+    stop = len(lengths)
+    while stop:
+        start = best[stop][2]
+        ranges.append((start, stop))
+        stop = start
+    return ranges[::-1]
 
 
 def common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
