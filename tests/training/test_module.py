@@ -119,7 +119,9 @@ def test_on_policy_ratio_is_one_and_loss_is_minus_mean_advantage(tiny_model_dir,
 def test_second_optimizer_step_of_a_batch_sees_the_ratio(tiny_model_dir, tmp_path):
     """Two mini-batches with the same group: the second is taken against the log-probs from before the first."""
     groups = (GROUPS[0], GROUPS[0])
-    _, before, after, metrics = train(tiny_model_dir, tmp_path, steps=2, lr=0.05, groups=groups, optimizer_steps_per_batch=2, clip_low=1.0, clip_high=9.0)
+    _, before, after, metrics = train(
+        tiny_model_dir, tmp_path, steps=2, lr=0.05, groups=groups, optimizer_steps_per_batch=2, clip_low=1.0, clip_high=9.0
+    )
     policy = Policy(str(tiny_model_dir))
     policy.materialize()
     rewards = torch.tensor(GROUPS[0].rewards)
