@@ -36,7 +36,7 @@ help:  ## this list
 
 venv: $(STAMP)  ## make .venv with everything that tests and demo need
 
-demo: $(STAMP)  ## train a real 135M model by next-token reasoning: about an hour on two cores
+demo: $(STAMP)  ## train a real 135M model by next-token reasoning: about 40 minutes on two cores
 	$(BIN)/python scripts/demo.py
 
 debug: $(STAMP) models/tiny tasks/debug  ## every part once, on a tiny random model, in a minute

@@ -77,7 +77,7 @@ def make_model() -> Stage:
 
 
 def prepare() -> Stage:
-    return Stage(name="prepare", command=lambda: (EXECUTABLE, "prepare", "--config", "configs/prepare/demo.yaml"), output=TASKS, minutes=5)
+    return Stage(name="prepare", command=lambda: (EXECUTABLE, "prepare", "--config", "configs/prepare/demo.yaml"), output=TASKS, minutes=2)
 
 
 def fit(name: str, run: Path, config: str, minutes: float, options: tuple[str, ...] = ()) -> Stage:
@@ -123,13 +123,13 @@ EVALUATIONS = {"start": MODEL, "after cold start": COLD_START / "export", "after
 STAGES = (
     make_model(),
     prepare(),
-    evaluate("start", EVALUATIONS["start"], 5),
-    fit("cold start", COLD_START, "configs/demo-cold-start.yaml", 14),
+    evaluate("start", EVALUATIONS["start"], 3),
+    fit("cold start", COLD_START, "configs/demo-cold-start.yaml", 9),
     export(COLD_START),
-    evaluate("after cold start", EVALUATIONS["after cold start"], 4),
+    evaluate("after cold start", EVALUATIONS["after cold start"], 2.5),
     fit("RPT", RPT, "configs/demo.yaml", 22, ENGINE),
     export(RPT),
-    evaluate("after RPT", EVALUATIONS["after RPT"], 4),
+    evaluate("after RPT", EVALUATIONS["after RPT"], 2.5),
 )
 
 
