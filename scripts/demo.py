@@ -127,7 +127,7 @@ STAGES = (
     fit("cold start", COLD_START, "configs/demo-cold-start.yaml", 9),
     export(COLD_START),
     evaluate("after cold start", EVALUATIONS["after cold start"], 2.5),
-    fit("RPT", RPT, "configs/demo.yaml", 22, ENGINE),
+    fit("RPT", RPT, "configs/demo.yaml", 17, ENGINE),
     export(RPT),
     evaluate("after RPT", EVALUATIONS["after RPT"], 2.5),
 )
