@@ -97,9 +97,9 @@ def fake_fit(run):
 
 def test_a_fit_that_was_killed_behind_its_last_checkpoint_is_finished():
     run = run_folder("config.yaml", "checkpoints/step-000020.ckpt")
-    fit = demo.fit("fit", run, "configs/demo.yaml", 1)  # trainer.max_steps is 30
+    fit = demo.fit("fit", run, "configs/demo.yaml", 1)  # trainer.max_steps is 80
     assert not fit.is_finished
-    run_folder("checkpoints/step-000030.ckpt")
+    run_folder("checkpoints/step-000080.ckpt")
     assert fit.is_finished
 
 
