@@ -87,6 +87,9 @@ def test_run_folder_holds_everything(finished_run):
     # null where a position cannot have the control
     assert all(position["empty_thought_correct"] in (True, False, None) for position in positions)
     assert any(type(position["empty_thought_correct"]) is bool for position in positions)
+    sample = json.loads((run_dir / "rollouts" / "step-000001.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert sample["completion"].startswith(sample["thought"])
+    assert {"context", "truth", "prediction", "reward", "policy_version"} <= set(sample)
     assert yaml.safe_load((run_dir / "tensorboard" / "hparams.yaml").read_text())["rollout"]["group_size"] == 4
     assert "8 contexts (4 from each of 2 documents) x 4 = 32 completions" in output
     assert "engine: transformers" in output

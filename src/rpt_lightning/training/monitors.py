@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from rpt_lightning.metrics.accuracy import BANDS
 from rpt_lightning.metrics.results import Results, write_results
+from rpt_lightning.tasks.answer import BOX_OPEN
 from rpt_lightning.training.policy_module import PolicyModule
 from rpt_lightning.training.validation import ntp_accuracy, reasoning_accuracy
 from rpt_lightning.types import RolloutGroup, TrainBatch
@@ -147,6 +148,7 @@ def _rows(group: RolloutGroup, module: PolicyModule) -> list[dict[str, Any]]:
             "task_id": group.task.task_id,
             "context": context,
             "truth": truth,
+            "thought": completion.text_bytes.rpartition(BOX_OPEN)[0].decode(errors="replace"),  # what stands before the last answer
             "completion": completion.text_bytes.decode(errors="replace"),
             "prediction": None if prediction is None else prediction.decode(errors="replace"),
             "reward": reward,
