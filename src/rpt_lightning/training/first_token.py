@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from rpt_lightning.policy.packing import pack
 from rpt_lightning.tasks.token_bytes import TokenBytes, start_ids
 from rpt_lightning.training.policy_module import PolicyModule
 from rpt_lightning.types import TokenTask, TrainSequence
@@ -29,8 +28,7 @@ def first_token_probs(
             if first := _first_ids(token_bytes, prediction):
                 places.append((i, j))
                 sequences.append(TrainSequence(prompt_ids=start + task.context_ids, target_ids=first))
-    for tree in pack(sequences, max_tokens=module.micro_batch_tokens):
-        logprobs = module.policy(tree.to(module.device))[0]
+    for tree, logprobs, _ in module.score_packed(sequences):
         for row, index in enumerate(tree.sequence_indices):
             i, j = places[index]
             probs[i][j] = logprobs[tree.rows[row, 0]].exp().item()

@@ -15,7 +15,7 @@ from rpt_lightning.algo.advantage import group_advantages
 from rpt_lightning.algo.correction import correction_metrics, truncated_importance_weights
 from rpt_lightning.algo.loss import policy_loss, step_metrics
 from rpt_lightning.policy.model import Policy
-from rpt_lightning.policy.packing import PackedTree, pack
+from rpt_lightning.policy.packing import PackedTree
 from rpt_lightning.training.policy_module import PolicyModule
 from rpt_lightning.types import Completion, RolloutGroup, SamplingSettings, TrainBatch, TrainSequence
 
@@ -162,11 +162,10 @@ class RPTModule(PolicyModule):
     def _logprobs(self, samples: Sequence[_Sample], temperature: float) -> list[Tensor]:
         """The policy's log-probs of each sample's completion, before any update of this batch."""
         out: list[Tensor] = [torch.empty(0)] * len(samples)
-        for tree in pack([sample.sequence for sample in samples], max_tokens=self.micro_batch_tokens):
-            moved = tree.to(self.device)
-            rows = moved.unpack(self.policy(moved, temperature=temperature)[0])
+        for tree, logprobs, _ in self.score_packed([sample.sequence for sample in samples], temperature=temperature):
+            rows = tree.unpack(logprobs)
             for row, index in enumerate(tree.sequence_indices):
-                out[index] = rows[row, moved.mask[row]]
+                out[index] = rows[row, tree.mask[row]]
         return out
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -180,6 +180,19 @@ class PolicyModule(LightningModule, ABC):
         optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def score_packed(self, sequences: Sequence[TrainSequence], **options: Any) -> Iterator[tuple[PackedTree, Tensor, Tensor]]:
+        """Each packed tree with what the policy's ``forward`` gives for it; ``options`` go to ``forward``. Take all of it.
+
+        A forward pass of sharded weights is a collective, so a rank with fewer trees, or none, takes part in those of the others.
+        """
+        trees = list(pack(sequences, max_tokens=self.micro_batch_tokens))
+        for index in range(int(self.max_over_ranks(len(trees)))):
+            if index < len(trees):
+                tree = trees[index].to(self.device)
+                yield (tree, *self.policy(tree, **options))
+            else:
+                self._idle_loss()
+
     def _idle_loss(self) -> Tensor:
         """A loss of 0 that touches every weight, for a micro-batch in which this rank has nothing to do."""
         (tree,) = pack([TrainSequence(prompt_ids=(0,), target_ids=(0,))], max_tokens=1)
@@ -239,14 +252,7 @@ class PolicyModule(LightningModule, ABC):
         start = start_ids(self.tokenizer)
         sequences = [TrainSequence(prompt_ids=start + task.context_ids, target_ids=task.continuation_ids[:1]) for task in tasks]
         logprobs, likely = [0.0] * len(sequences), [0] * len(sequences)
-        trees = list(pack(sequences, max_tokens=self.micro_batch_tokens))
-        # As in training: a rank with fewer trees, or with an empty last batch, still takes part in every forward pass of sharded weights.
-        for index in range(int(self.max_over_ranks(len(trees)))):
-            if index >= len(trees):
-                self._idle_loss()
-                continue
-            tree = trees[index]
-            scores, ids = self.policy(tree.to(self.device), predict=True)
+        for tree, scores, ids in self.score_packed(sequences, predict=True):
             # Several documents may share a context and differ in the token: each row is one sequence with one target.
             for row, sequence in enumerate(tree.sequence_indices):
                 logprobs[sequence] = scores[tree.rows[row, 0]].item()

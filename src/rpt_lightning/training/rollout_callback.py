@@ -15,7 +15,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from rpt_lightning.data.base_datamodule import TaskFolderDataModule
-from rpt_lightning.policy.packing import pack
 from rpt_lightning.policy.weights import named_weights
 from rpt_lightning.rollout.dynamic_sampling import fill_batch
 from rpt_lightning.rollout.engine import RolloutEngine
@@ -258,17 +257,13 @@ class RolloutCallback(Callback):
         with trainer.precision_plugin.forward_context():
             device = module.device.type
             policy_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-            trees = list(pack(sequences, max_tokens=module.micro_batch_tokens))
-            for tree in trees:
-                rows = tree.unpack(module.policy(tree.to(module.device), temperature=temperature)[0].cpu())
+            for tree, logprobs, _ in module.score_packed(sequences, temperature=temperature):
+                rows = tree.unpack(logprobs).cpu()
                 for row, index in enumerate(tree.sequence_indices):
                     length = len(sequences[index].target_ids)
                     ours[index, :length] = rows[row, :length]
                     theirs[index, :length] = torch.tensor(fresh[index][1].rollout_logprobs)
                     mask[index, :length] = True
-            # A forward pass of a sharded policy is a collective, and ranks need different numbers of them (a rank without tasks: none).
-            for _ in range(int(module.max_over_ranks(len(trees))) - len(trees)):
-                module.policy(next(pack([TrainSequence(prompt_ids=(0,), target_ids=(0,))], max_tokens=1)).to(module.device))
         difference = compare_logprobs(theirs, ours, mask) if fresh else LogprobDiff(mean=0.0, p99=0.0, max=0.0)
         check_logprobs(difference, self._logprob_limits(policy_dtype), version=module.policy_version)
         return {
