@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from rpt_lightning.policy.logprobs import chosen_logprobs
 from rpt_lightning.policy.packing import pack
+from rpt_lightning.policy.tree_attention import NAME as TREE_ATTENTION
 from rpt_lightning.types import TrainSequence
 
 TEMPERATURE = 0.8
@@ -47,10 +48,11 @@ def make_rollouts(args: argparse.Namespace) -> tuple[list[TrainSequence], torch.
 
 def ours(model: PreTrainedModel, sequences: list[TrainSequence], advantages: torch.Tensor, budget: int) -> None:
     model.zero_grad()
+    model.set_attn_implementation(TREE_ATTENTION)
     num_tokens = sum(len(sequence.target_ids) for sequence in sequences)
     for tree in pack(sequences, max_tokens=budget):
         hidden = model.base_model(
-            input_ids=tree.token_ids[None], attention_mask=tree.attention_mask(), position_ids=tree.position_ids[None], use_cache=False
+            input_ids=tree.token_ids[None], position_ids=tree.position_ids[None], tree=tree.tree_mask(), use_cache=False
         ).last_hidden_state[0]
         logprobs, _ = chosen_logprobs(hidden[tree.parents], model.lm_head.weight, tree.targets, temperature=TEMPERATURE)
         rows = tree.unpack(logprobs)
@@ -60,6 +62,7 @@ def ours(model: PreTrainedModel, sequences: list[TrainSequence], advantages: tor
 def plain(model: PreTrainedModel, sequences: list[TrainSequence], advantages: torch.Tensor, rows_at_once: int = 2) -> None:
     """The same loss, each completion with its whole prompt; the head on completion tokens only."""
     model.zero_grad()
+    model.set_attn_implementation("sdpa")
     num_tokens = sum(len(sequence.target_ids) for sequence in sequences)
     for start in range(0, len(sequences), rows_at_once):
         batch = sequences[start : start + rows_at_once]

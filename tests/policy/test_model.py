@@ -10,10 +10,14 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -72,14 +76,77 @@ def test_tied_head_is_delivered_under_its_own_name(tiny_model_dir):
 
 def test_scaled_logits_are_refused(tiny_model_dir, tmp_path):
     path = save(GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=8.0)), tiny_model_dir, tmp_path / "granite")
-    with pytest.raises(ValueError, match="other log-probs packed than alone"):
+    with pytest.raises(ValueError, match="scales its logits behind the head"):
         Policy(path).materialize()
 
 
-def test_sliding_windows_are_refused(tiny_model_dir, tmp_path):
-    config = Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=4, max_window_layers=0)
-    with pytest.raises(ValueError, match="sliding_attention"):
-        Policy(save(Qwen2ForCausalLM(config), tiny_model_dir, tmp_path / "qwen")).materialize()
+SEQUENCES = [
+    TrainSequence(prompt_ids=(9, 8, 7, 6, 5, 4), target_ids=(6, 5, 3)),
+    TrainSequence(prompt_ids=(9, 8, 7, 6, 5, 4), target_ids=(6, 4)),
+    TrainSequence(prompt_ids=(9, 8, 7), target_ids=(3, 2, 1, 4, 5)),
+]
+
+
+def assert_scores_are_the_models_own(policy, path):
+    """Log-probs and gradients of packed sequences against transformers' eager attention on each alone."""
+    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    loss = torch.zeros(())
+    for sequence in SEQUENCES:
+        ids, start = torch.tensor([sequence.prompt_ids + sequence.target_ids]), len(sequence.prompt_ids)
+        logprobs = reference(input_ids=ids, use_cache=False).logits[0, start - 1 : -1].log_softmax(-1)
+        loss = loss + (logprobs.gather(-1, ids[0, start:, None])[:, 0] * torch.arange(1.0, len(sequence.target_ids) + 1)).sum()
+    loss.backward()
+    ours = torch.zeros(())
+    for tree in policy.pack(SEQUENCES, max_tokens=24):
+        rows = tree.unpack(policy(tree)[0])
+        ours = ours + (rows * torch.arange(1.0, rows.shape[1] + 1)).sum()
+    ours.backward()
+    torch.testing.assert_close(ours, loss, rtol=1e-5, atol=1e-5)
+    expected = {name: parameter.grad for name, parameter in reference.named_parameters() if parameter.grad is not None}
+    actual = {name: parameter.grad for name, parameter in policy.model.named_parameters() if parameter.grad is not None}
+    assert expected.keys() == actual.keys()
+    norm = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
+    assert torch.cat([(actual[name] - expected[name]).flatten() for name in expected]).norm() < 1e-5 * norm
+
+
+def test_sliding_windows_share_prefixes_exactly(tiny_model_dir, tmp_path):
+    """A window of 4 tokens on the path, where a window over places in the packed tree would see other tokens."""
+    torch.manual_seed(0)
+    config = Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=4, max_window_layers=1, initializer_range=0.3)
+    path = save(Qwen2ForCausalLM(config), tiny_model_dir, tmp_path / "qwen")
+    policy = Policy(path)
+    policy.materialize()
+    assert policy.packing == "Qwen2ForCausalLM: common prefixes are computed once"
+    assert policy.model.config.sliding_window == policy.model.model.layers[1].self_attn.sliding_window == 4
+    assert_scores_are_the_models_own(policy, path)
+
+
+def test_linear_attention_gets_rows(tiny_model_dir, tmp_path):
+    torch.manual_seed(0)
+    config = Lfm2Config(**SMALL, full_attn_idxs=[1], initializer_range=0.3, block_multiple_of=8)
+    path = save(Lfm2ForCausalLM(config), tiny_model_dir, tmp_path / "lfm")
+    policy = Policy(path)
+    policy.materialize()
+    assert policy.packing == "Lfm2ForCausalLM: every completion with its whole prompt, because it has layers with conv"
+    assert_scores_are_the_models_own(policy, path)
+
+
+def test_capped_attention_gets_rows(tiny_model_dir, tmp_path):
+    """The kernels of trees, and sdpa, would leave the cap out without a word."""
+    torch.manual_seed(0)
+    options = {"head_dim": 16, "final_logit_softcapping": None, "attn_logit_softcapping": 0.5, "sliding_window": 4, "initializer_range": 0.3}
+    path = save(Gemma2ForCausalLM(Gemma2Config(**SMALL, **options)), tiny_model_dir, tmp_path / "gemma")
+    policy = Policy(path)
+    policy.materialize()
+    assert "caps its attention scores" in policy.packing
+    assert_scores_are_the_models_own(policy, path)
+
+
+@pytest.mark.long
+def test_compiled_layers_give_the_same_gradient(tiny_model_dir):
+    policy = Policy(str(tiny_model_dir), compile_layers=True)
+    policy.materialize()
+    assert_scores_are_the_models_own(policy, str(tiny_model_dir))
 
 
 def test_dropout_is_refused(tiny_model_dir, tmp_path):

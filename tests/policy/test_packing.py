@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from rpt_lightning.policy.logprobs import chosen_logprobs
 from rpt_lightning.policy.packing import pack
+from rpt_lightning.policy.tree_attention import NAME
 from rpt_lightning.types import TrainSequence
 
 SIZES = {
@@ -29,7 +30,7 @@ def build_model(kind: str, tied: bool) -> torch.nn.Module:
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     }[kind]
-    model = model_class(config_class(**SIZES, tie_word_embeddings=tied, head_dim=8, attn_implementation="sdpa")).double()
+    model = model_class(config_class(**SIZES, tie_word_embeddings=tied, head_dim=8, attn_implementation=NAME)).double()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child).__name__.endswith("RMSNorm"):
@@ -46,9 +47,7 @@ def score_alone(model, sequence, temperature):
 
 
 def score_packed(model, tree, temperature):
-    hidden = model.base_model(
-        input_ids=tree.token_ids[None], attention_mask=tree.attention_mask(), position_ids=tree.position_ids[None]
-    ).last_hidden_state[0]
+    hidden = model.base_model(input_ids=tree.token_ids[None], position_ids=tree.position_ids[None], tree=tree.tree_mask()).last_hidden_state[0]
     return chosen_logprobs(hidden[tree.parents], model.get_output_embeddings().weight, tree.targets, temperature=temperature, chunk_size=3)
 
 
@@ -104,7 +103,7 @@ def test_worked_example():
     (tree,) = pack(sequences, max_tokens=100)
     assert tree.token_ids.tolist() == [5, 6, 1, 7]  # the leaves 2, 3 and 4 are targets only
     assert tree.position_ids.tolist() == [0, 1, 2, 2]
-    assert tree.attention_mask()[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
+    assert tree.tree_mask().permitted().int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
     assert tree.targets.tolist() == [1, 2, 3, 4]
     assert tree.parents.tolist() == [1, 2, 2, 3]
     assert tree.unpack(torch.tensor([10.0, 20.0, 30.0, 40.0])).tolist() == [[10.0, 20.0], [10.0, 30.0], [40.0, 0.0]]

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rpt_lightning.policy.tree_attention import TreeMask
 from rpt_lightning.types import TrainSequence
 
 
@@ -28,7 +29,7 @@ class PackedTree:
 
     ``targets[m]`` is predicted from the hidden state of input token ``parents[m]``. ``rows[s, t]`` is the index into the M scored tokens of the t-th
     target token of the s-th sequence, and ``mask[s, t]`` is False where that sequence is shorter. ``sequence_indices[s]`` is the sequence's place in
-    the list that was packed.
+    the list that was packed. With a ``row_length`` the input tokens are rows of that length, one sequence each, and nothing is shared (row_packing.py).
     """
 
     token_ids: Tensor  # [N] int64
@@ -39,18 +40,29 @@ class PackedTree:
     rows: Tensor  # [S, T] int64
     mask: Tensor  # [S, T] bool
     sequence_indices: tuple[int, ...]  # [S]
+    row_length: int | None = None
 
     @property
     def num_tokens(self) -> int:
         """Input tokens that the model computes (N)."""
         return self.token_ids.numel()
 
-    def attention_mask(self) -> Tensor:
-        """Which token may attend to which: ``[1, 1, N, N]`` bool, True = may attend."""
-        index = torch.arange(self.num_tokens, device=self.token_ids.device)
-        causal = index[None, :] <= index[:, None]  # [N, N]
-        inside = index[:, None] < self.subtree_end[None, :]  # [N, N]
-        return (causal & inside)[None, None]
+    def tree_mask(self) -> TreeMask:
+        """Which token may attend to which."""
+        return TreeMask(self.subtree_end, self.position_ids)
+
+    def padded(self, num_tokens: int) -> PackedTree:
+        """The same tree with further input tokens behind it, each alone, so that it has ``num_tokens``."""
+        extra = num_tokens - self.num_tokens
+        assert extra >= 0
+        zeros = self.token_ids.new_zeros(extra)
+        alone = torch.arange(self.num_tokens + 1, num_tokens + 1, device=self.token_ids.device)
+        return replace(
+            self,
+            token_ids=torch.cat([self.token_ids, zeros]),
+            position_ids=torch.cat([self.position_ids, zeros]),
+            subtree_end=torch.cat([self.subtree_end, alone]),
+        )
 
     def unpack(self, values: Tensor) -> Tensor:
         """Per-token values ``[M]`` as one row a sequence, ``[S, T]``; 0 where ``mask`` is False."""
@@ -71,11 +83,7 @@ def pack(sequences: Sequence[TrainSequence], *, max_tokens: int) -> Iterator[Pac
     Raises:
         ValueError: A sequence has an empty prompt (its first target would be predicted from nothing) or no target.
     """
-    for index, sequence in enumerate(sequences):
-        if not sequence.prompt_ids or not sequence.target_ids:
-            raise ValueError(
-                f"sequence {index} has {len(sequence.prompt_ids)} prompt and {len(sequence.target_ids)} target tokens; both must be at least 1"
-            )
+    check_sequences(sequences)
     ids = [np.asarray(sequence.prompt_ids + sequence.target_ids, dtype=np.int64) for sequence in sequences]
     order = sorted(range(len(sequences)), key=lambda i: (sequences[i].prompt_ids + sequences[i].target_ids, i))
 
@@ -85,26 +93,36 @@ def pack(sequences: Sequence[TrainSequence], *, max_tokens: int) -> Iterator[Pac
         yield _build_tree(sequences, ids, order[start:stop], [0, *shared[start + 1 : stop]])
 
 
+def check_sequences(sequences: Sequence[TrainSequence]) -> None:
+    """Raises ValueError for a sequence without a prompt or without a target."""
+    for index, sequence in enumerate(sequences):
+        if not sequence.prompt_ids or not sequence.target_ids:
+            raise ValueError(
+                f"sequence {index} has {len(sequence.prompt_ids)} prompt and {len(sequence.target_ids)} target tokens; both must be at least 1"
+            )
+
+
 def _cuts(lengths: Sequence[int], shared: Sequence[int], max_tokens: int) -> list[tuple[int, int]]:
     """Ranges of the sorted sequences, one a tree: the fewest tokens in all, then the fewest trees, by dynamic programming over the last cut.
 
     A tree of sequences ``i .. j-1`` has ``lengths[i] + sum(lengths[k] - shared[k] for i < k < j)`` tokens (its leaves included).
     """
-    best: list[tuple[int, int, int]] = [(0, 0, 0)]  # of the first j sequences: tokens, trees, where the last tree starts
-    for stop in range(1, len(lengths) + 1):
-        candidates: list[tuple[int, int, int]] = []
-        branches = 0  # tokens of the tree that its first sequence does not hold
-        for start in range(stop - 1, -1, -1):
-            tokens = lengths[start] + branches
-            if candidates and tokens > max_tokens:  # adding an earlier sequence never makes a tree smaller
-                break
-            candidates.append((best[start][0] + tokens, best[start][1] + 1, start))
-            branches += lengths[start] - shared[start]
-        best.append(min(candidates))
+    num = len(lengths)
+    fresh = np.cumsum(np.asarray(lengths) - np.asarray(shared))  # [num] of the sequences up to each, what its predecessor does not hold
+    begin = np.asarray(lengths) - fresh  # [num] so that a tree of i .. j-1 has begin[i] + fresh[j-1] tokens
+    best = np.zeros(num + 1, dtype=np.int64)  # of the first j sequences: (tokens, trees) in one number, tokens first
+    last_start = np.zeros(num + 1, dtype=np.int64)
+    earliest = 0  # adding an earlier sequence never makes a tree smaller, so this only moves on
+    for stop in range(1, num + 1):
+        while earliest < stop - 1 and begin[earliest] + fresh[stop - 1] > max_tokens:
+            earliest += 1
+        costs = best[earliest:stop] + (begin[earliest:stop] + fresh[stop - 1]) * (num + 1) + 1
+        choice = int(costs.argmin())
+        best[stop], last_start[stop] = costs[choice], earliest + choice
     ranges = []
-    stop = len(lengths)
+    stop = num
     while stop:
-        start = best[stop][2]
+        start = int(last_start[stop])
         ranges.append((start, stop))
         stop = start
     return ranges[::-1]

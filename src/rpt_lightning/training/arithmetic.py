@@ -19,7 +19,7 @@ def batch_arithmetic(
     >>> print(batch_arithmetic(tasks_per_step=32, positions_per_document=4, group_size=8, max_completion_tokens=32,
     ...     micro_batch_tokens=1024, optimizer_steps_per_batch=1, max_steps=30, world_size=1))
     a step: 32 contexts (4 from each of 8 documents) x 8 = 256 completions of at most 32 tokens = at most 8,192 sampled tokens
-    trained: prefixes shared, in micro-batches of at most 1,024 tokens on 1 rank (32 contexts each); 1 optimizer step a batch (exactly on-policy)
+    trained: in micro-batches of at most 1,024 tokens on 1 rank (32 contexts each); 1 optimizer step a batch (exactly on-policy)
     the run: 30 optimizer steps = 30 batches = 960 contexts, 7,680 completions
     """
     documents = tasks_per_step // positions_per_document
@@ -32,8 +32,7 @@ def batch_arithmetic(
     lines = [
         f"a step: {tasks_per_step:,} contexts ({positions_per_document} from each of {documents:,} documents) x {group_size} = {completions:,} completions "
         f"of at most {max_completion_tokens:,} tokens = at most {completions * max_completion_tokens:,} sampled tokens",
-        f"trained: prefixes shared, in micro-batches of at most {micro_batch_tokens:,} tokens on {ranks} "
-        f"({tasks_per_step // world_size:,} contexts each); {updates}",
+        f"trained: in micro-batches of at most {micro_batch_tokens:,} tokens on {ranks} ({tasks_per_step // world_size:,} contexts each); {updates}",
     ]
     if max_steps > 0:
         batches = max_steps // optimizer_steps_per_batch

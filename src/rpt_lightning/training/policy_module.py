@@ -10,11 +10,12 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from rpt_lightning.metrics.results import PositionResult
 from rpt_lightning.policy.model import Policy
-from rpt_lightning.policy.packing import PackedTree, pack
+from rpt_lightning.policy.packing import PackedTree
 from rpt_lightning.policy.sharding import shard
 from rpt_lightning.tasks.token_bytes import start_ids, tokenizer_hash
 from rpt_lightning.training.validation import gather_results, position_result, validation_metrics
@@ -83,6 +84,9 @@ class PolicyModule(LightningModule, ABC):
         if self.device_mesh is not None:
             shard(self.policy, self.device_mesh["data_parallel"])
 
+    def on_fit_start(self) -> None:
+        rank_zero_info(f"policy: {self.policy.packing}")
+
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self.policy.parameters())
         return optimizer if self.make_lr_scheduler is None else ([optimizer], [self.make_lr_scheduler(optimizer)])
@@ -138,7 +142,7 @@ class PolicyModule(LightningModule, ABC):
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         loss_sum = torch.zeros((), device=self.device)
-        trees = list(pack(sequences, max_tokens=self.micro_batch_tokens))
+        trees = list(self.policy.pack(sequences, max_tokens=self.micro_batch_tokens))
         # Every rank takes part in the collectives of every micro-batch, and a step without anything to learn is a zero gradient, not a missing one.
         num_micro_batches = max(1, int(self.max_over_ranks(len(trees))))
         for index in range(num_micro_batches):
@@ -185,7 +189,7 @@ class PolicyModule(LightningModule, ABC):
 
         A forward pass of sharded weights is a collective, so a rank with fewer trees, or none, takes part in those of the others.
         """
-        trees = list(pack(sequences, max_tokens=self.micro_batch_tokens))
+        trees = list(self.policy.pack(sequences, max_tokens=self.micro_batch_tokens))
         for index in range(int(self.max_over_ranks(len(trees)))):
             if index < len(trees):
                 tree = trees[index].to(self.device)
@@ -195,7 +199,7 @@ class PolicyModule(LightningModule, ABC):
 
     def _idle_loss(self) -> Tensor:
         """A loss of 0 that touches every weight, for a micro-batch in which this rank has nothing to do."""
-        (tree,) = pack([TrainSequence(prompt_ids=(0,), target_ids=(0,))], max_tokens=1)
+        (tree,) = self.policy.pack([TrainSequence(prompt_ids=(0,), target_ids=(0,))], max_tokens=1)
         return cast(Tensor, self.policy(tree.to(self.device))[0].sum() * 0.0)
 
     def max_over_ranks(self, value: float) -> Tensor:

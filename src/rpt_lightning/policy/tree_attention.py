@@ -1,0 +1,116 @@
+"""The attention function that a policy's layers call: every token of a packed tree attends to its ancestors, on each device by the kernel that is good at it.
+
+It is registered with transformers under `NAME`, so any model whose layers ask the registry for their attention can take trees without code of its own.
+The tree travels through the model as the keyword ``tree``; without one the attention is plain causal attention.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from rpt_lightning.policy.segment_attention import segment_attention
+from rpt_lightning.policy.segments import SegmentCall, plan_segments
+
+NAME = "rpt_tree"
+
+
+class TreeMask:
+    """Which token attends to which in a packed tree, in the form that each kernel takes. Each form is made once and used by every layer.
+
+    Args:
+        subtree_end: ``[N]``: the subtree of token ``i`` is ``[i, subtree_end[i])`` in depth-first order.
+        depth: ``[N]``: number of ancestors.
+    """
+
+    def __init__(self, subtree_end: Tensor, depth: Tensor) -> None:
+        self.subtree_end = subtree_end
+        self.depth = depth
+        self._additive: dict[torch.dtype, dict[SegmentCall, Tensor]] = {}
+        self._block_masks: dict[int | None, Any] = {}
+
+    @cached_property
+    def is_chain(self) -> bool:
+        """Whether no token branches: plain causal attention."""
+        return bool((self.subtree_end == self.subtree_end.numel()).all())
+
+    @cached_property
+    def max_depth(self) -> int:
+        return int(self.depth.max())
+
+    def permitted(self, queries: slice = slice(None), keys: slice = slice(None), *, window: int | None = None) -> Tensor:
+        """Bool ``[queries, keys]``: key ``j`` is query ``i`` itself or an ancestor (``j <= i < subtree_end[j]``), and less than ``window`` tokens back."""
+        index = torch.arange(self.subtree_end.numel(), device=self.subtree_end.device)
+        query, key = index[queries, None], index[None, keys]
+        allowed = (key <= query) & (query < self.subtree_end[None, keys])
+        return allowed if window is None else allowed & (self.depth[queries, None] - self.depth[None, keys] < window)
+
+    @cached_property
+    def calls(self) -> tuple[SegmentCall, ...]:
+        return plan_segments(self.subtree_end.tolist())
+
+    def additive(self, dtype: torch.dtype) -> dict[SegmentCall, Tensor]:
+        """For each masked call 0 or -inf, ``[1, 1, n, n]``."""
+        if dtype not in self._additive:
+            self._additive[dtype] = {call: self._additive_of(call, dtype) for call in self.calls if call.kind == "masked"}
+        return self._additive[dtype]
+
+    def _additive_of(self, call: SegmentCall, dtype: torch.dtype) -> Tensor:
+        part = slice(call.query_start, call.query_stop)
+        allowed = self.permitted(part, part)
+        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)[None, None]
+
+    def block_mask(self, window: int | None) -> Any:
+        if window not in self._block_masks:
+            from rpt_lightning.policy.block_mask import tree_block_mask
+
+            self._block_masks[window] = tree_block_mask(self.subtree_end, self.depth, window=window)
+        return self._block_masks[window]
+
+
+# Its loops over calls are no graph, and flex_attention is compiled by itself.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    tree: TreeMask | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer, in the interface of transformers. Query ``[1, H, N, d]``, key and value with as many or fewer heads; -> ``[1, N, H, d]``.
+
+    Raises ValueError for a variant that would silently be left out: capped scores, attention sinks.
+    """
+    if any(kwargs.get(name) is not None for name in ("softcap", "s_aux")):
+        raise ValueError(
+            f"{type(module).__name__} caps its attention scores or has attention sinks, which the attention of packed trees does not compute"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    grouped = query.shape[1] != key.shape[1]
+    # A window as long as the longest path changes nothing.
+    window = sliding_window if tree is not None and sliding_window is not None and sliding_window <= tree.max_depth else None
+    if tree is None or (tree.is_chain and window is None):
+        output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+    elif query.is_cuda:
+        from rpt_lightning.policy.block_mask import flex
+
+        output = flex(query, key, value, block_mask=tree.block_mask(window), scale=scale, enable_gqa=grouped)
+    elif window is not None:
+        output = scaled_dot_product_attention(query, key, value, attn_mask=tree.permitted(window=window), scale=scale, enable_gqa=grouped)
+    else:
+        output = segment_attention(query, key, value, tree.calls, tree.additive(query.dtype), scale=scale)
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, tree_attention)
