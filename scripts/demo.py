@@ -17,6 +17,8 @@ from pathlib import Path
 
 import yaml
 
+from rpt_lightning.training.cpu_precision import bf16_is_slow
+
 MODEL = Path("models/smollm2-135m")
 TASKS = Path("tasks/demo")
 DEMO = Path("runs/demo")
@@ -25,7 +27,12 @@ RPT = DEMO / "rpt"
 EXECUTABLE = str(Path(sys.executable).with_name("rpt"))
 ROOT = Path(__file__).resolve().parents[1]
 # There is a vLLM for Linux only; elsewhere transformers makes the rollouts, which is slower.
-ENGINE = () if platform.system() == "Linux" else ("--rollout.engine", "HFEngine")
+HAS_VLLM = platform.system() == "Linux"
+# Many CPUs have no instructions for bf16; there fp32 is several times faster, and no less exact.
+IN_FP32 = bf16_is_slow()
+PRECISION = ("--trainer.precision", "32-true") if IN_FP32 else ()
+PREPARE_PRECISION = ("--precision", "32-true") if IN_FP32 else ()
+ENGINE = (*(() if HAS_VLLM else ("--rollout.engine", "HFEngine")), *(("--rollout.engine.dtype", "float32") if IN_FP32 else ()))
 Command = Callable[[], tuple[str, ...]]
 
 
@@ -77,13 +84,15 @@ def make_model() -> Stage:
 
 
 def prepare() -> Stage:
-    return Stage(name="prepare", command=lambda: (EXECUTABLE, "prepare", "--config", "configs/prepare/demo.yaml"), output=TASKS, minutes=2)
+    return Stage(
+        name="prepare", command=lambda: (EXECUTABLE, "prepare", "--config", "configs/prepare/demo.yaml", *PREPARE_PRECISION), output=TASKS, minutes=2
+    )
 
 
 def fit(name: str, run: Path, config: str, minutes: float, options: tuple[str, ...] = ()) -> Stage:
     def command() -> tuple[str, ...]:
         # Stopped before its first checkpoint there is nothing to continue: it starts anew.
-        return (EXECUTABLE, "fit", "--config", config, *options, *(("--ckpt_path", "last") if checkpoints(run) else ()))
+        return (EXECUTABLE, "fit", "--config", config, *PRECISION, *options, *(("--ckpt_path", "last") if checkpoints(run) else ()))
 
     max_steps = yaml.safe_load((ROOT / config).read_text())["trainer"]["max_steps"]
     return Stage(name=name, command=command, output=run / "checkpoints" / f"step-{max_steps:06d}.ckpt", minutes=minutes, run_folder=run)
@@ -107,7 +116,15 @@ def evaluate(name: str, policy: Path, minutes: float) -> Stage:
         "--trainer.limit_val_batches": 1.0,
         "--rollout.thought_controls": True,
     }
-    command = (EXECUTABLE, "validate", "--config", "configs/demo.yaml", *ENGINE, *(str(part) for option in options.items() for part in option))
+    command = (
+        EXECUTABLE,
+        "validate",
+        "--config",
+        "configs/demo.yaml",
+        *PRECISION,
+        *ENGINE,
+        *(str(part) for option in options.items() for part in option),
+    )
     return Stage(name=f"evaluate {name}", command=lambda: command, output=results_of(name), minutes=minutes, feeds_later=False)
 
 
@@ -134,8 +151,10 @@ STAGES = (
 
 
 def run_stages() -> None:
-    if ENGINE:
+    if not HAS_VLLM:
         print(f"demo: there is no vLLM for {platform.system()}; transformers makes the rollouts, which takes longer than the times below")
+    if IN_FP32:
+        print("demo: this CPU has no instructions for bf16; everything is computed in fp32, which is faster here")
     start = time.monotonic()
     todo: list[Stage] = []
     for stage in STAGES:

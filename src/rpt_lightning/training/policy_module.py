@@ -18,6 +18,7 @@ from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.packing import PackedTree
 from rpt_lightning.policy.sharding import shard
 from rpt_lightning.tasks.token_bytes import start_ids, tokenizer_hash
+from rpt_lightning.training.cpu_precision import bf16_is_slow
 from rpt_lightning.training.validation import gather_results, position_result, validation_metrics
 from rpt_lightning.types import RolloutGroup, TokenTask, TrainSequence
 
@@ -77,6 +78,10 @@ class PolicyModule(LightningModule, ABC):
             raise ValueError(
                 f"--trainer.precision {self.trainer.precision}: give one of {', '.join(PRECISIONS)}. Master weights stay fp32 (at RPT's learning rate "
                 "a 16-bit weight does not move), and under 16-mixed the gradients would be clipped while they are scaled with the loss"
+            )
+        if self.trainer.precision == "bf16-mixed" and self.device.type == "cpu" and bf16_is_slow():
+            rank_zero_info(
+                "precision: this CPU has no instructions for bf16; --trainer.precision 32-true (and --rollout.engine.dtype float32) is several times faster"
             )
 
     def configure_model(self) -> None:
