@@ -103,19 +103,23 @@ def test_a_fit_that_was_killed_behind_its_last_checkpoint_is_finished():
     assert fit.is_finished
 
 
+@pytest.mark.parametrize("in_fp32", [False, True])
 @pytest.mark.parametrize(
     ("system", "options"), [("Linux", ()), ("Darwin", ("--rollout.engine", "HFEngine")), ("Windows", ("--rollout.engine", "HFEngine"))]
 )
-def test_rollouts_by_transformers_where_there_is_no_vllm(system, options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_engine_and_precision_are_those_of_the_machine(system, options, in_fp32, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr("platform.system", lambda: system)
+    monkeypatch.setattr("rpt_lightning.training.cpu_precision.bf16_is_slow", lambda: in_fp32)
     module = load_demo()
     commands = {stage.name: stage.command() for stage in module.STAGES if not stage.name.startswith("export")}
     monkeypatch.setitem(sys.modules, "demo", demo)
     for name in ("evaluate start", "evaluate after cold start", "RPT", "evaluate after RPT"):
-        position = commands[name].index("--config") + 2
-        assert commands[name][position : position + 2] == options or not options
         assert ("HFEngine" in commands[name]) == bool(options)
+        # A class named behind its arguments would drop them.
+        assert " ".join((*options, *(("--rollout.engine.dtype", "float32") if in_fp32 else ()))) in " ".join(commands[name])
+        assert ("float32" in commands[name]) == ("32-true" in commands[name]) == in_fp32
     assert "HFEngine" not in commands["cold start"]  # it learns from text
+    assert ("32-true" in commands["cold start"]) == ("32-true" in commands["prepare"]) == in_fp32
     monkeypatch.setattr(module, "STAGES", ())
     module.run_stages()
     assert (f"no vLLM for {system}" in capsys.readouterr().out) == bool(options)
