@@ -1,0 +1,117 @@
+"""The scaling law of RPT: accuracy at several checkpoints against training compute, P(C) = A / C^alpha + P* (paper, section 4.3).
+
+For a given alpha the law is linear in A and P*, so only alpha is searched for; C is measured in units of the largest compute, which leaves alpha and P*
+as they are. With the few checkpoints of a run alpha and P* are hardly told apart: read the bootstrap interval before the estimate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+
+Floats = NDArray[np.float64]
+
+# Beyond these the curve is a straight line in log C, or a step at the first checkpoint.
+ALPHA_BOUNDS = (1e-3, 10.0)
+MIN_POINTS = 4  # one more than the law has parameters
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScalingFit:
+    """``amplitude`` is A in units of accuracy at the largest compute: accuracy(C) = amplitude (C / C_max)^-alpha + limit."""
+
+    amplitude: float
+    alpha: float
+    limit: float
+    r_squared: float
+    max_compute: float
+
+    def predict(self, compute: Sequence[float] | Floats) -> Floats:
+        """Accuracy at each compute (FLOPs)."""
+        curve: Floats = self.amplitude * (np.asarray(compute, dtype=np.float64) / self.max_compute) ** -self.alpha + self.limit
+        return curve
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScalingInterval:
+    """Percentile intervals of a fit over resampled documents, and of the curve itself at the compute of each checkpoint, [C]."""
+
+    alpha: tuple[float, float]
+    limit: tuple[float, float]
+    curve_low: Floats
+    curve_high: Floats
+    level: float
+    num_units: int
+
+
+def fit_scaling(compute: Sequence[float] | Floats, accuracy: Sequence[float] | Floats) -> ScalingFit:
+    """The least-squares fit to accuracies [C] (fractions) at the training compute [C] (FLOPs, above 0).
+
+    Raises:
+        ValueError: Fewer than four checkpoints of different compute, or a compute that is not above 0.
+    """
+    flops, values = np.asarray(compute, dtype=np.float64), np.asarray(accuracy, dtype=np.float64)
+    if len(flops) != len(values) or len(np.unique(flops)) < MIN_POINTS:
+        raise ValueError(
+            f"A scaling fit has three parameters and needs at least {MIN_POINTS} checkpoints of different compute; got {len(np.unique(flops))}. "
+            "Keep more with --checkpoint.keep_every_n_steps and validate each."
+        )
+    if flops.min() <= 0:
+        raise ValueError("A scaling fit needs training compute above 0: leave the start of the run (step 0) out.")
+    relative = flops / flops.max()
+
+    def solve(log_alpha: float) -> tuple[Floats, float]:
+        basis = np.stack([relative ** -np.exp(log_alpha), np.ones_like(relative)], axis=1)  # [C, 2]
+        coefficients = np.linalg.lstsq(basis, values, rcond=None)[0]
+        return coefficients, float(((basis @ coefficients - values) ** 2).sum())
+
+    # The residual may have several dips, so the search begins from the best of a grid.
+    grid = np.linspace(math.log(ALPHA_BOUNDS[0]), math.log(ALPHA_BOUNDS[1]), 60)
+    best = int(np.argmin([solve(point)[1] for point in grid]))
+    bounds = (grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)])
+    log_alpha = float(minimize_scalar(lambda point: solve(point)[1], bounds=bounds, method="bounded", options={"xatol": 1e-10}).x)
+    (amplitude, limit), residual = solve(log_alpha)
+    total = float(((values - values.mean()) ** 2).sum())
+    return ScalingFit(
+        amplitude=float(amplitude),
+        alpha=float(np.exp(log_alpha)),
+        limit=float(limit),
+        r_squared=1 - residual / total if total else 1.0,
+        max_compute=float(flops.max()),
+    )
+
+
+def bootstrap_scaling(
+    compute: Sequence[float], correct: NDArray[np.bool_], units: Sequence[str], *, num_resamples: int = 1000, level: float = 0.95, seed: int = 0
+) -> ScalingInterval:
+    """How far the fit moves with other documents: whole ``units`` [N] are resampled, the same ones at every checkpoint.
+
+    Args:
+        compute: [C] FLOPs.
+        correct: [C, N] whether each checkpoint was right at each position.
+        units: The document of each position.
+        num_resamples: Fits.
+        level: Of the intervals.
+        seed: Of the resamples.
+    """
+    _, unit_of_position = np.unique(np.asarray(units), return_inverse=True)  # [N]
+    sums = np.stack([np.bincount(unit_of_position, weights=row) for row in correct.astype(np.float64)])  # [C, U]
+    sizes = np.bincount(unit_of_position)  # [U]
+    counts = np.random.default_rng(seed).multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=num_resamples)  # [R, U]
+    fits = [fit_scaling(compute, (sums @ row) / (sizes @ row)) for row in counts]
+    ends = [(1 - level) / 2, (1 + level) / 2]
+    alpha, limit = (np.quantile([getattr(fit, name) for fit in fits], ends) for name in ("alpha", "limit"))
+    low, high = np.quantile([fit.predict(compute) for fit in fits], ends, axis=0)
+    return ScalingInterval(
+        alpha=(float(alpha[0]), float(alpha[1])),
+        limit=(float(limit[0]), float(limit[1])),
+        curve_low=low,
+        curve_high=high,
+        level=level,
+        num_units=len(sizes),
+    )

@@ -1,0 +1,59 @@
+"""The scaling law is found again where it is known, and its intervals hold it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rpt_lightning.evaluation.scaling import bootstrap_scaling, fit_scaling
+
+STEPS = np.array([100, 200, 400, 800, 1000, 1200])  # the paper's checkpoints
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(0.1, 3.0), st.floats(-0.2, -0.005), st.floats(0.2, 0.6), st.floats(1e12, 1e22))
+def test_an_exact_law_is_found_again(alpha, amplitude, limit, flops_per_step):
+    compute = STEPS * flops_per_step
+    fit = fit_scaling(compute, amplitude * (compute / compute.max()) ** -alpha + limit)
+    assert fit.alpha == pytest.approx(alpha, rel=1e-3)
+    assert fit.amplitude == pytest.approx(amplitude, rel=1e-3)
+    assert fit.limit == pytest.approx(limit, abs=1e-3)
+    assert fit.r_squared == pytest.approx(1.0, abs=1e-9)
+
+
+def test_hand_computed():
+    """0.5 - 0.1 / C at C = 1, 2, 4, 5: A is -0.1 at C = 1, so -0.02 at the largest compute."""
+    fit = fit_scaling([1, 2, 4, 5], [0.4, 0.45, 0.475, 0.48])
+    assert (fit.alpha, fit.amplitude, fit.limit) == (pytest.approx(1.0, abs=1e-4), pytest.approx(-0.02, abs=1e-5), pytest.approx(0.5, abs=1e-5))
+    assert fit.predict([10.0]) == pytest.approx([0.49], abs=1e-5)
+
+
+def test_r_squared_is_the_explained_share():
+    values = np.array([0.40, 0.46, 0.47, 0.48, 0.485])
+    fit = fit_scaling([1, 2, 3, 4, 5], values)
+    residual = ((fit.predict([1, 2, 3, 4, 5]) - values) ** 2).sum()
+    assert fit.r_squared == pytest.approx(1 - residual / ((values - values.mean()) ** 2).sum())
+    assert 0.9 < fit.r_squared < 1
+
+
+def test_intervals_cover_the_truth_and_follow_the_documents():
+    rng = np.random.default_rng(0)
+    truth = 0.45 - 0.02 * (STEPS / STEPS.max()) ** -0.8  # [C] from 0.30 up to 0.43
+    thresholds = np.repeat(rng.permutation((np.arange(200) + 0.5) / 200), 10)  # positions of a document stand and fall together
+    correct = thresholds[None, :] < truth[:, None]
+    units = [f"doc-{number // 10}" for number in range(2000)]
+    by_document = bootstrap_scaling(STEPS, correct, units, num_resamples=200)
+    by_position = bootstrap_scaling(STEPS, correct, [str(number) for number in range(2000)], num_resamples=200)
+    assert by_document.num_units == 200
+    assert ((by_document.curve_low < truth) & (truth < by_document.curve_high)).all()
+    # Ten positions that always agree carry the information of one: the interval is about sqrt(10) as wide.
+    ratio = (by_document.curve_high - by_document.curve_low)[-1] / (by_position.curve_high - by_position.curve_low)[-1]
+    assert 2.3 < ratio < 4.3
+
+
+@pytest.mark.parametrize(("compute", "message"), [([1, 2, 2, 3], "got 3"), ([0, 1, 2, 3], "above 0")])
+def test_too_little_to_fit_is_one_clear_error(compute, message):
+    with pytest.raises(ValueError, match=message):
+        fit_scaling(compute, [0.1, 0.2, 0.3, 0.4])
