@@ -58,16 +58,6 @@ def test_scores_equal_a_plain_softmax(model) -> None:
         assert scores.entropy[position] == pytest.approx(float(-(share * share.log()).sum()), rel=1e-4)
 
 
-def test_of_equal_logits_the_lower_id_ranks_first(model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 0 is what argmax takes."""
-    logits = torch.tensor([[1.0, 3.0, 2.0, 3.0, 3.0]]).repeat(5, 1)
-    tool = scorer(model)
-    monkeypatch.setattr(tool, "_logits", lambda hidden: logits)
-    scored = tool._score_chunk(torch.zeros(5, 1), torch.arange(5))
-    assert scored["true_rank"].tolist() == [4, 0, 3, 1, 2]
-    assert logits[0].argmax() == 1
-
-
 def test_batch_size_and_company_do_not_matter(model) -> None:
     documents = random_documents(30, 5, 2, 17, 30, 1)
     together = scorer(model).score(documents)
