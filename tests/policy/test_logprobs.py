@@ -18,7 +18,7 @@ def plain(hidden, weight, targets, temperature):
 @pytest.mark.parametrize("vocab_chunk", [1, 4, 13, 100])
 @pytest.mark.parametrize("temperature", [0.8, 2.5])
 def test_values_and_gradients(chunk_size, vocab_chunk, temperature, monkeypatch):
-    monkeypatch.setattr(module, "VOCAB_CHUNK", vocab_chunk)
+    monkeypatch.setattr(module, "CPU_VOCAB_CHUNK", vocab_chunk)
     torch.manual_seed(0)
     hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(13, 5, dtype=torch.float64, requires_grad=True)
@@ -43,7 +43,7 @@ def test_hand_computed():
 
 
 def test_nothing_larger_than_a_tile_and_the_gradients_is_made(monkeypatch):
-    monkeypatch.setattr(module, "VOCAB_CHUNK", 100)
+    monkeypatch.setattr(module, "CPU_VOCAB_CHUNK", 100)
     sizes = set()
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -62,7 +62,7 @@ def test_nothing_larger_than_a_tile_and_the_gradients_is_made(monkeypatch):
 
 @pytest.mark.parametrize("offset", [-1e4, 0.0, 1e4])
 def test_a_vocabulary_chunk_of_far_higher_or_lower_logits_does_not_overflow(offset, monkeypatch):
-    monkeypatch.setattr(module, "VOCAB_CHUNK", 3)
+    monkeypatch.setattr(module, "CPU_VOCAB_CHUNK", 3)
     hidden, weight = torch.ones(2, 1), torch.tensor([[0.0], [1.0], [2.0], [3.0], [4.0]])
     weight[3:] += offset
     targets = torch.tensor([1, 4])
@@ -82,7 +82,7 @@ def test_no_targets():
 def test_most_likely_is_argmax_with_ties_too(monkeypatch):
     hidden, weight = torch.randint(-3, 4, (40, 4)).float(), torch.randint(-3, 4, (9, 4)).float()  # exact products, many of them equal
     for vocab_chunk in (1, 4, 9):
-        monkeypatch.setattr(module, "VOCAB_CHUNK", vocab_chunk)
+        monkeypatch.setattr(module, "CPU_VOCAB_CHUNK", vocab_chunk)
         assert torch.equal(most_likely(hidden, weight, chunk_size=2), (hidden @ weight.T).argmax(-1))
 
 
@@ -101,7 +101,7 @@ def test_only_what_is_asked_for_gets_a_gradient():
 
 def test_bf16_product_with_an_fp32_weight(monkeypatch):
     """The fp32 weight is multiplied as its bf16 cast, and its gradient is summed over all tokens before anything rounds it."""
-    monkeypatch.setattr(module, "VOCAB_CHUNK", 5)
+    monkeypatch.setattr(module, "CPU_VOCAB_CHUNK", 5)
     torch.manual_seed(0)
     hidden = torch.randn(600, 8).bfloat16().requires_grad_()
     weight = torch.randn(17, 8, requires_grad=True)
