@@ -14,8 +14,8 @@ from rpt_lightning.algo.entropy import topk_entropy
 
 # Neighbours in the vocabulary of which `largest` first keeps the maximum only.
 GROUP = 64
-# Logits of a block on a CPU: 2 MB in fp32.
-BLOCK_LOGITS = 2**19
+# Logits of a block on a CPU: 4 MB in fp32.
+BLOCK_LOGITS = 2**20
 
 
 def score_logits(logits: Tensor, true_ids: Tensor, num_candidates: int) -> dict[str, Tensor]:
