@@ -58,6 +58,25 @@ def test_scores_equal_a_plain_softmax(model) -> None:
         assert scores.entropy[position] == pytest.approx(float(-(share * share.log()).sum()), rel=1e-4)
 
 
+def test_scores_under_autocast_are_those_of_the_models_own_logits(model) -> None:
+    """Rounded to bf16 many logits are equal: rank and candidates still agree, the lower id first."""
+
+    def autocast():
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+
+    (ids,) = random_documents(60)
+    (scores,) = scorer(model, autocast=autocast).score([ids])
+    with torch.no_grad(), autocast():
+        logits = model(input_ids=torch.from_numpy(ids.astype(np.int64))[None, :-1]).logits[0]
+    assert logits.dtype == torch.bfloat16
+    order = logits.float().sort(dim=-1, descending=True, stable=True).indices
+    probs = logits.double().softmax(-1)
+    for position in range(1, 60):
+        assert order[position - 1, scores.true_rank[position]] == ids[position]
+        assert scores.candidate_ids[position, 0] == logits[position - 1].argmax()
+        assert scores.true_prob[position] == pytest.approx(float(probs[position - 1, ids[position]]), rel=1e-4)
+
+
 def test_batch_size_and_company_do_not_matter(model) -> None:
     documents = random_documents(30, 5, 2, 17, 30, 1)
     together = scorer(model).score(documents)
