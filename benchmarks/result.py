@@ -29,12 +29,13 @@ def alternate(functions: dict[str, Callable[[], object]], repeats: int) -> dict[
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def store(name: str, value: float, *, limit: float, target: float | None, unit: str) -> None:
-    """Prints a figure and keeps it in ``benchmarks/results/NAME.json``."""
+def store(name: str, value: float, *, limit: float, target: float | None, unit: str, keep: bool = True) -> None:
+    """Prints a figure and keeps it in ``benchmarks/results/NAME.json``; a trial at tiny shapes is not worth keeping."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     figure = {"name": name, "value": value, "limit": limit, "target": target, "unit": unit, "machine": machine, "commit": commit}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(figure, indent=2) + "\n")
+    if keep:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(figure, indent=2) + "\n")
     aim = "" if target is None else f", target {target:.2f}"
     print(f"{name}: {value:.2f} {unit} (limit {limit:.2f}{aim})")

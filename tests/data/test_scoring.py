@@ -58,14 +58,23 @@ def test_scores_equal_a_plain_softmax(model) -> None:
         assert scores.entropy[position] == pytest.approx(float(-(share * share.log()).sum()), rel=1e-4)
 
 
-def test_of_equal_logits_the_lower_id_ranks_first(model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 0 is what argmax takes."""
-    logits = torch.tensor([[1.0, 3.0, 2.0, 3.0, 3.0]]).repeat(5, 1)
-    tool = scorer(model)
-    monkeypatch.setattr(tool, "_logits", lambda hidden: logits)
-    scored = tool._score_chunk(torch.zeros(5, 1), torch.arange(5))
-    assert scored["true_rank"].tolist() == [4, 0, 3, 1, 2]
-    assert logits[0].argmax() == 1
+def test_scores_under_autocast_are_those_of_the_models_own_logits(model) -> None:
+    """Rounded to bf16 many logits are equal: rank and candidates still agree, the lower id first."""
+
+    def autocast():
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+
+    (ids,) = random_documents(60)
+    (scores,) = scorer(model, autocast=autocast).score([ids])
+    with torch.no_grad(), autocast():
+        logits = model(input_ids=torch.from_numpy(ids.astype(np.int64))[None, :-1]).logits[0]
+    assert logits.dtype == torch.bfloat16
+    order = logits.float().sort(dim=-1, descending=True, stable=True).indices
+    probs = logits.double().softmax(-1)
+    for position in range(1, 60):
+        assert order[position - 1, scores.true_rank[position]] == ids[position]
+        assert scores.candidate_ids[position, 0] == logits[position - 1].argmax()
+        assert scores.true_prob[position] == pytest.approx(float(probs[position - 1, ids[position]]), rel=1e-4)
 
 
 def test_batch_size_and_company_do_not_matter(model) -> None:

@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rpt_lightning.algo.entropy import topk_entropy
+from rpt_lightning.data.token_scores import score_logits
 from rpt_lightning.types import TokenIds
 
 NUM_CANDIDATES = 16
-# Rows of logits that exist at once: 1,024 x 152k x 4 bytes = 620 MB at Qwen's vocabulary.
+# Rows of logits that exist at once: 1,024 x 152k x 4 bytes = 620 MB at Qwen's vocabulary in fp32. The head's product is slower with fewer.
 LOGIT_ROWS = 1024
 
 
@@ -130,38 +130,23 @@ class ProxyScorer:
             ids[row, :head] = torch.tensor(self.start_ids, dtype=torch.long)
             ids[row, head : head + len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
             wanted[row, head + skip : head + len(tokens)] = True
-        hidden = self._hidden(ids.to(self.device))[wanted.to(self.device)]  # [M, D]
         true_ids = torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(self.device)  # [M]
-        chunks = [
-            self._score_chunk(hidden[start : start + LOGIT_ROWS], true_ids[start : start + LOGIT_ROWS])
-            for start in range(0, len(true_ids), LOGIT_ROWS)
-        ]
+        with self.autocast():  # one context, which casts the head's weight once and not once a chunk
+            hidden = self._hidden(ids.to(self.device))[wanted.to(self.device)]  # [M, D]
+            chunks = [
+                score_logits(self._logits(rows), true, NUM_CANDIDATES)
+                for rows, true in zip(torch.split(hidden, LOGIT_ROWS), torch.split(true_ids, LOGIT_ROWS), strict=True)
+            ]
+        fields = {name: torch.cat([chunk[name] for chunk in chunks]).cpu().numpy() for name in chunks[0]}
         cuts = np.cumsum([len(row) for row in targets])[:-1]
-        return {name: np.split(np.concatenate([chunk[name] for chunk in chunks]), cuts) for name in chunks[0]}
-
-    def _score_chunk(self, hidden: Tensor, true_ids: Tensor) -> dict[str, NDArray[Any]]:
-        logits = self._logits(hidden)  # [M, V] fp32
-        log_normalizer = logits.logsumexp(-1, keepdim=True)  # [M, 1]
-        true_logits = logits.gather(-1, true_ids[:, None])  # [M, 1]
-        # Of equal logits argmax takes the first: rank 0 is what a greedy proxy would say.
-        is_before = torch.arange(logits.shape[-1], device=logits.device) < true_ids[:, None]  # [M, V]
-        top = logits.topk(min(NUM_CANDIDATES, logits.shape[-1]), dim=-1)  # [M, K]
-        return {
-            "entropy": topk_entropy(top.values, NUM_CANDIDATES).cpu().numpy(),
-            "true_prob": (true_logits - log_normalizer).exp()[:, 0].cpu().numpy(),
-            "true_rank": (logits > true_logits).logical_or_((logits == true_logits) & is_before).sum(-1).to(torch.int32).cpu().numpy(),
-            "candidate_ids": top.indices.to(torch.int32).cpu().numpy(),
-            "candidate_probs": (top.values - log_normalizer).exp().cpu().numpy(),
-        }
+        return {name: np.split(values, cuts) for name, values in fields.items()}
 
     def _hidden(self, ids: Tensor) -> Tensor:
-        with self.autocast():
-            hidden: Tensor = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [N, T, D]
+        hidden: Tensor = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [N, T, D]
         return hidden
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        with self.autocast():
-            logits: Tensor = self.model.get_output_embeddings()(hidden).float()  # [M, V]
+        logits: Tensor = self.model.get_output_embeddings()(hidden)  # [M, V]
         return logits
 
     @torch.inference_mode()
@@ -170,7 +155,8 @@ class ProxyScorer:
         ids = torch.arange(4, device=self.device)[None]
         with self.autocast():
             expected = self.model(input_ids=ids, use_cache=False).logits.float()
-        if not torch.allclose(self._logits(self._hidden(ids)), expected, rtol=1e-2, atol=1e-2):
+            actual = self._logits(self._hidden(ids)).float()
+        if not torch.allclose(actual, expected, rtol=1e-2, atol=1e-2):
             name = type(self.model).__name__
             raise ValueError(f"--proxy: {name} changes its logits behind the output layer, which scoring does not support; use another proxy")
 
