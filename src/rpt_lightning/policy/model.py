@@ -97,7 +97,7 @@ class Policy(nn.Module):
         """
         hidden = self._hidden(tree)[tree.parents]  # [M, D]
         dtype = torch.float32 if self.head_dtype == "float32" else _compute_dtype(hidden)
-        hidden, weight = hidden.to(dtype), self.head_weight.to(dtype)
+        hidden, weight = hidden.to(dtype), self.head_weight  # cast tile by tile
         # Autocast would cast the fp32 product back to bf16.
         with torch.autocast(hidden.device.type, enabled=False):
             logprobs, entropy = chosen_logprobs(hidden, weight, tree.targets, temperature=temperature, chunk_size=self.logprob_chunk_size)
