@@ -50,12 +50,12 @@ class OneBatch(LightningDataModule):
         return batch
 
 
-def train(model_dir, tmp_path, *, steps=1, lr=1.0, groups=GROUPS, **options):
+def train(model_dir, tmp_path, *, steps=1, lr=1.0, groups=GROUPS, precision="32-true", **options):
     """The weights before and after plain SGD steps: with lr 1 the difference is the gradient."""
     module = RPTModule(Policy(str(model_dir)), lambda parameters: torch.optim.SGD(parameters, lr=lr), **({"gradient_clip": 0.0} | options))
     module.policy.materialize()
     before = flat_weights(module)
-    trainer = quiet_trainer(tmp_path, steps, [], enable_checkpointing=False)
+    trainer = quiet_trainer(tmp_path, steps, [], enable_checkpointing=False, precision=precision)
     trainer.fit(module, OneBatch(groups))
     return module, before, flat_weights(module), {name: value.item() for name, value in trainer.callback_metrics.items()}
 
@@ -138,6 +138,13 @@ def test_second_optimizer_step_of_a_batch_sees_the_ratio(tiny_model_dir, tmp_pat
                 parameter -= 0.05 * parameter.grad
     expected = torch.cat([parameter.detach().flatten() for parameter in policy.parameters()])
     assert (after - expected).norm() / (after - before).norm() < 1e-3
+    assert metrics["loss/ratio_max"] > 1.001
+
+
+def test_second_optimizer_step_of_a_batch_sees_the_new_weights_under_autocast(tiny_model_dir, tmp_path):
+    """Autocast caches its bf16 copies of the weights: with those of before the first step the ratio would be exactly 1."""
+    options = {"steps": 2, "lr": 0.05, "groups": (GROUPS[0], GROUPS[0]), "optimizer_steps_per_batch": 2}
+    *_, metrics = train(tiny_model_dir, tmp_path, precision="bf16-mixed", **options)
     assert metrics["loss/ratio_max"] > 1.001
 
 
