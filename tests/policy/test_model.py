@@ -142,6 +142,19 @@ def test_capped_attention_gets_rows(tiny_model_dir, tmp_path):
     assert_scores_are_the_models_own(policy, path)
 
 
+def test_autocast_computes_in_bf16_and_stays_near(tiny_model_dir):
+    policy = Policy(str(tiny_model_dir))
+    policy.materialize()
+    (tree,) = policy.pack(SEQUENCES, max_tokens=100)
+    exact, _ = policy(tree)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded, _ = policy(tree)
+        rounded.sum().backward()
+    assert not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, rtol=0, atol=0.1)
+    assert all(parameter.grad.dtype == torch.float32 for parameter in policy.parameters())
+
+
 @pytest.mark.long
 def test_compiled_layers_give_the_same_gradient(tiny_model_dir):
     policy = Policy(str(tiny_model_dir), compile_layers=True)

@@ -96,6 +96,10 @@ def tree_attention(
         raise ValueError(
             f"{type(module).__name__} caps its attention scores or has attention sinks, which the attention of packed trees does not compute"
         )
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        # Rotary embeddings leave query and key in fp32; autocast knows that sdpa casts all three, and knows nothing of the other kernels.
+        query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     grouped = query.shape[1] != key.shape[1]
     # A window as long as the longest path changes nothing.
