@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
+from models import SMOLLM2_135M
 from result import alternate, store
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -25,10 +26,6 @@ from rpt_lightning.policy.tree_attention import NAME as TREE_ATTENTION
 from rpt_lightning.types import TrainSequence
 
 TEMPERATURE = 0.8
-SMOLLM2_135M = {
-    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-    "max_position_embeddings": 8192, "tie_word_embeddings": True,
-}  # fmt: skip
 
 
 def make_rollouts(args: argparse.Namespace) -> tuple[list[TrainSequence], torch.Tensor]:

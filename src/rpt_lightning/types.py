@@ -66,6 +66,8 @@ class SamplingSettings:
     """How tokens are drawn. Every field is explicit: what is left unset is filled differently by each engine's own defaults.
 
     ``temperature`` 0 is greedy. ``top_p`` 1, ``top_k`` 0 and ``min_p`` 0 mean "no truncation" (pure temperature sampling).
+    ``stop_after_first_box`` ends a completion with the token that completes the first box behind ``think_close``, the mark of the thought's end (None:
+    the thought is not marked, the first box of all counts); no token is added.
 
     >>> SamplingSettings(temperature=0.8, max_tokens=32, stop_token_ids=(2,)).is_truncating
     False
@@ -77,6 +79,8 @@ class SamplingSettings:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    stop_after_first_box: bool = False
+    think_close: bytes | None = None
 
     @property
     def is_truncating(self) -> bool:
@@ -105,7 +109,7 @@ class Completion:
 
     ``token_ids`` includes the stop token where one was sampled (the policy is trained to stop); ``text_bytes`` does not. ``rollout_logprobs`` are the
     engine's log-probs (nats) of ``token_ids`` under the distribution that was sampled from, that is, after the temperature (for greedy decoding: at
-    temperature 1). ``finish_reason`` "length" means truncated by ``max_tokens``.
+    temperature 1). ``finish_reason`` "length" means truncated by ``max_tokens``; a completion that ended with its first box has "stop", and no stop token.
     """
 
     token_ids: TokenIds
@@ -117,6 +121,23 @@ class Completion:
     @property
     def is_truncated(self) -> bool:
         return self.finish_reason == "length"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptTokens:
+    """Tokens of prompts, each prompt counted once a completion: all of them, those that the engine took from its prefix cache, and those that it could
+    have taken, in whole blocks, had it kept every prompt since the last update of the weights.
+
+    >>> PromptTokens(total=800, cached=640, shareable=704) - PromptTokens(total=100, cached=0, shareable=0)
+    PromptTokens(total=700, cached=640, shareable=704)
+    """
+
+    total: int
+    cached: int
+    shareable: int
+
+    def __sub__(self, earlier: PromptTokens) -> PromptTokens:
+        return PromptTokens(total=self.total - earlier.total, cached=self.cached - earlier.cached, shareable=self.shareable - earlier.shareable)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

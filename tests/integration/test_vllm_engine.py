@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, MinPLogitsWarper, Qwen2Config, Qwen3Config, TopKLogitsWarper, TopPLogitsWarper
 
 from rpt_lightning.rollout.vllm_engine import VLLMEngine
+from rpt_lightning.tasks.answer import extract_prediction
 from rpt_lightning.training.sync_check import LOGPROB_LIMITS, SyncError, check_logprobs, check_weights, compare_logprobs
 from rpt_lightning.types import Completion, GenerationRequest, SamplingSettings
 
@@ -201,6 +202,89 @@ def test_completions_do_not_depend_on_the_batch(engine: VLLMEngine) -> None:
         for other in others:
             assert [completion.token_ids for completion in row] == [completion.token_ids for completion in other]
     assert len({completion.token_ids for row in together for completion in row}) == 12
+
+
+def test_n_completions_are_n_requests_with_the_next_seeds(engine: VLLMEngine) -> None:
+    """`GenerationRequest` promises the seed ``seed + i``; vLLM derives the seeds of n > 1 itself, and a version that does it otherwise fails here."""
+    if engine.dtype != torch.float32:
+        pytest.skip("in bf16 another batch rounds otherwise, which may turn a near tie")
+    requests = make_requests(n=5)
+    rows = engine.generate(requests)
+    alone = [[engine.generate([replace(request, n=1, seed=request.seed + i)])[0][0] for i in range(5)] for request in requests]
+    for row, others in zip(rows, alone, strict=True):
+        assert [completion.token_ids for completion in row] == [completion.token_ids for completion in others]
+        for completion, other in zip(row, others, strict=True):
+            assert completion.rollout_logprobs == pytest.approx(other.rollout_logprobs, abs=1e-4)
+    assert len({completion.token_ids for row in rows for completion in row}) == 20
+    (shifted,) = engine.generate([replace(requests[0], seed=requests[0].seed + 2)])
+    assert [completion.token_ids for completion in shifted[:3]] == [completion.token_ids for completion in rows[0][2:]]
+
+
+def test_prompts_of_a_document_come_from_the_cache_as_far_as_whole_blocks_allow(engine: VLLMEngine, policy) -> None:
+    block = engine._llm.llm_engine.vllm_config.cache_config.block_size
+    assert block == 32
+    document = tuple(range(1, 400))
+    # By hand: (completions - 1) x whole blocks of each prompt, and what the prompt shares with the position before it. 96 tokens are 3 whole blocks,
+    # the last of which is computed again for the last token's logits.
+    lengths, n = (70, 96, 100, 203), 3
+    shareable = (0 + 2 * 64) + (64 + 2 * 64) + (96 + 2 * 96) + (96 + 2 * 192)
+    requests = [GenerationRequest(task_id="d", prompt_ids=document[:length], n=n, seed=length, sampling=SAMPLING) for length in lengths]
+    before = engine.prompt_tokens
+    engine.generate(requests)
+    first = engine.prompt_tokens - before
+    assert (first.total, first.shareable) == (n * sum(lengths), shareable)
+    assert first.cached == shareable  # the engine is idle and its cache has room: nothing is lost
+    engine.generate(requests)  # a second part of the same groups finds all of it
+    second = engine.prompt_tokens - before - first
+    assert second.cached == second.shareable == n * (64 + 64 + 96 + 192)
+    engine.update_weights(weights(policy), version=1)  # forgets it
+    before = engine.prompt_tokens
+    engine.generate(requests)
+    assert engine.prompt_tokens - before == first
+
+
+def test_a_first_box_ends_generation_itself(engine: VLLMEngine, policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kept tokens and their log-probs are those of the whole completion, and the engine does not go on behind them."""
+    if engine.dtype != torch.float32:
+        pytest.skip("in bf16 another batch rounds otherwise, which may turn a near tie")
+    monkeypatch.setattr(engine, "_bytes_of", lambda token_id: (b"\\boxed{", b"}", b"x")[token_id % 3])
+    sampling = replace(SAMPLING, max_tokens=150, stop_token_ids=())
+    step, num_steps = engine._llm.llm_engine.step, [0]
+
+    def counted():
+        num_steps[0] += 1
+        return step()
+
+    monkeypatch.setattr(engine._llm.llm_engine, "step", counted)
+    requests = make_requests(n=3, sampling=sampling)
+    whole, steps_whole = engine.generate(requests), num_steps[0]
+    cut = engine.generate([replace(request, sampling=replace(sampling, stop_after_first_box=True)) for request in requests])
+    steps_cut = num_steps[0] - steps_whole
+    longest = max(len(completion.token_ids) for row in cut for completion in row)
+    assert longest < 100
+    assert steps_whole >= 150
+    assert longest <= steps_cut <= longest + 2
+    for row, others in zip(cut, whole, strict=True):
+        for completion, other in zip(row, others, strict=True):
+            length = len(completion.token_ids)
+            assert completion.token_ids == other.token_ids[:length]
+            assert completion.rollout_logprobs == pytest.approx(other.rollout_logprobs[:length], abs=1e-4)
+            assert extract_prediction(completion.text_bytes, think_close=None) is not None
+            assert extract_prediction(b"".join(map(engine._bytes_of, completion.token_ids[:-1])), think_close=None) is None
+            assert completion.finish_reason == "stop"
+    engine.update_weights(weights(policy), version=1)  # nothing is left running
+
+
+def test_an_error_amid_generation_leaves_the_engine_idle(engine: VLLMEngine, policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(token_id: int) -> bytes:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(engine, "_bytes_of", fails)
+    with pytest.raises(ZeroDivisionError):
+        engine.generate(make_requests(sampling=replace(SAMPLING, stop_after_first_box=True)))
+    monkeypatch.undo()
+    engine.update_weights(weights(policy), version=1)
+    assert [len(row) for row in engine.generate(make_requests())] == [2, 2, 2, 2]
 
 
 def test_completions_end_with_the_requests_stop_tokens_only(engine: VLLMEngine) -> None:

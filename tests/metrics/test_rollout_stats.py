@@ -46,6 +46,15 @@ def test_hand_counted() -> None:
     )
 
 
+def test_with_pilots_means_are_over_what_every_group_has() -> None:
+    groups = [group_of((1.0, 0.0, 1.0, 1.0), (b"a", None, b"a", b"c"), (1, 3, 8, 9)), group_of((0.0, 0.0), (b"b", None), (2, 2), truncated=1)]
+    statistics = rollout_statistics(groups, pilot_size=2)
+    expected = {"reward/mean": 1 / 4, "rollout/boxed_frac": 2 / 4, "rollout/truncated_frac": 1 / 4, "rollout/length_mean": 8 / 4}
+    assert {name: statistics[name] for name in expected} == pytest.approx(expected)
+    assert statistics["rollout/length_max"] == 9.0
+    assert statistics["rollout/live_groups"] == 1.0
+
+
 def test_no_groups_are_refused() -> None:
     with pytest.raises(ValueError, match="no groups"):
         rollout_statistics([])

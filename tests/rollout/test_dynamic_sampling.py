@@ -80,7 +80,7 @@ class Ranks:
 
 
 def test_ranks_with_different_numbers_of_dead_groups_draw_together() -> None:
-    ranks, drawn, filled = Ranks(), ([], []), {}
+    ranks, drawn, rolled_out, filled = Ranks(), ([], []), ([], []), {}
     liveness = ([True, True, True], [False, False, False, True, False, True])  # rank 0 needs nothing, rank 1 three rounds
 
     def run(rank: int) -> None:
@@ -90,9 +90,11 @@ def test_ranks_with_different_numbers_of_dead_groups_draw_together() -> None:
             drawn[rank].append(ranks.all_gather(rank, num)[rank])
             return world.draw(num)
 
-        filled[rank] = fill_batch(
-            world.rollout, draw, world.draw(2), max_extra_tasks=10, max_over_ranks=lambda number: max(ranks.all_gather(rank, number))
-        )
+        def rollout(tasks: Sequence[TokenTask]) -> list[RolloutGroup]:
+            rolled_out[rank].append(ranks.all_gather(rank, len(tasks))[rank])  # a reward may ask the policy, whose weights may be sharded
+            return world.rollout(tasks)
+
+        filled[rank] = fill_batch(rollout, draw, world.draw(2), max_extra_tasks=10, max_over_ranks=lambda number: max(ranks.all_gather(rank, number)))
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
     for thread in threads:
@@ -100,6 +102,7 @@ def test_ranks_with_different_numbers_of_dead_groups_draw_together() -> None:
     for thread in threads:
         thread.join()
     assert drawn == ([0, 0, 0], [2, 1, 1])
+    assert rolled_out == ([2, 0, 0, 0], [2, 2, 1, 1])
     assert (filled[0].num_rounds, filled[1].num_rounds) == (0, 3)
     assert (filled[0].num_dead, filled[1].num_dead) == (0, 0)
 

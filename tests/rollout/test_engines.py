@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from rpt_lightning.rollout.engine import RolloutEngine
 from rpt_lightning.rollout.hf_engine import HFEngine
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine
-from rpt_lightning.types import GenerationRequest, SamplingSettings
+from rpt_lightning.tasks.answer import extract_prediction
+from rpt_lightning.types import Completion, GenerationRequest, SamplingSettings
 
 SAMPLING = SamplingSettings(temperature=0.8, max_tokens=12, stop_token_ids=(7, 11))
 REQUEST = GenerationRequest(task_id="doc-7:4", prompt_ids=(40, 41, 42), n=3, seed=5, sampling=SAMPLING)
@@ -114,6 +115,37 @@ def test_completions_do_not_depend_on_the_batch(engine: RolloutEngine, policy) -
             assert (alone.token_ids, alone.text_bytes) == (completion.token_ids, completion.text_bytes)
             assert alone.rollout_logprobs == pytest.approx(completion.rollout_logprobs, abs=2e-5)
     assert len({completion.token_ids for row in together for completion in row}) > 1
+
+
+def boxes_everywhere(token_id: int) -> bytes:
+    """A vocabulary in which boxes are frequent: a random model closes one within a few tokens."""
+    return (b"\\boxed{", b"}", b"x", b"|")[token_id % 4]
+
+
+@pytest.mark.parametrize("think_close", [None, b"|"])
+def test_a_completion_may_end_with_its_first_box(engine: RolloutEngine, policy, think_close, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.update_weights(named_weights(policy), version=0)
+    monkeypatch.setattr(engine, "_bytes_of", boxes_everywhere)
+    whole = [replace(REQUEST, prompt_ids=tuple(range(40, 40 + length)), n=8, seed=100 * length) for length in (9, 2, 30)]
+    stopping = replace(SAMPLING, stop_after_first_box=True, think_close=think_close)
+    rows = zip(engine.generate(whole), engine.generate([replace(request, sampling=stopping) for request in whole]), strict=True)
+    pairs = [pair for row in rows for pair in zip(*row, strict=True)]
+    num_cut = sum(check_first_box(full, cut, think_close) for full, cut in pairs)
+    assert 3 < num_cut < len(pairs)
+
+
+def check_first_box(full: Completion, cut: Completion, think_close: bytes | None) -> bool:
+    """Holds a completion against the same one without the rule; whether the rule ended it."""
+    tokens = [boxes_everywhere(token_id) for token_id in full.token_ids if token_id not in SAMPLING.stop_token_ids]
+    ends = [end for end in range(1, len(tokens) + 1) if extract_prediction(b"".join(tokens[:end]), think_close=think_close) is not None]
+    if not ends:
+        assert cut == full
+        return False
+    assert cut.token_ids == full.token_ids[: ends[0]]
+    assert cut.rollout_logprobs == pytest.approx(full.rollout_logprobs[: ends[0]], abs=2e-5)
+    assert cut.text_bytes == b"".join(tokens[: ends[0]])
+    assert (cut.finish_reason, cut.policy_version) == ("stop", full.policy_version)
+    return True
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rpt_lightning.tasks.answer import answerable_lengths, extract_prediction
+from rpt_lightning.tasks.answer import FirstBox, answerable_lengths, extract_prediction
 
 # What makes boxes go wrong, with bytes that are no UTF-8 and pieces that split a character.
 PIECES = [
@@ -128,3 +128,15 @@ def test_answerable_lengths_of_a_long_document_take_linear_time() -> None:
     start = time.process_time()
     assert len(answerable_lengths([b"ab "] * 300_000)) == 300_000
     assert time.process_time() - start < 5.0
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=14), st.sampled_from([b"</think>", None]))
+@example([b"</think>", b"\\boxed{", b"\\boxed{", b"4", b"}"], b"</think>")  # a box inside a box is complete first, and is the one that counts
+@example([b"</think>", b"\\boxed{4}</think>", b"\\boxed{5", b"}"], b"</think>")  # the token that closes the box closes the thought once more
+def test_the_first_box_is_complete_when_the_text_so_far_has_a_prediction(tokens: list[bytes], think_close: bytes | None) -> None:
+    box = FirstBox(think_close)
+    for end, token in enumerate(tokens, start=1):
+        found = box.completed_by(token)
+        assert found == (by_definition(b"".join(tokens[:end]), think_close) is not None)
+        if found:
+            break

@@ -23,6 +23,7 @@ from rpt_lightning.training.monitors import StepLog
 from rpt_lightning.training.prompt_room import longest_context
 from rpt_lightning.training.rollout_callback import RolloutCallback
 from rpt_lightning.training.sync_check import SyncError, sampled_names
+from rpt_lightning.types import PromptTokens
 
 
 class Watch(Callback):
@@ -156,24 +157,79 @@ def test_step_log_counts_truncated_and_replaced(make_run, tmp_path):
     for line in lines:
         assert line["time/step_s"] > line["time/train_s"]
         trained_and_sampled = line["rollout/tokens"] + line["train/completion_tokens"]
+        assert line["perf/live_groups_per_s"] == pytest.approx(line["rollout/live_groups"] / line["time/step_s"], rel=1e-4)
+        assert "rollout/cached_prompt_frac" not in line  # this engine has no cache
         assert line["perf/tokens_per_s"] == pytest.approx(trained_and_sampled / line["time/step_s"], rel=1e-4)
 
 
-class OnlyTheFirstRankLearns(Reward):
-    """Every group of rank 0 is live, every group of rank 1 dead."""
+def test_pilots_leave_filled_and_short_groups_for_training(make_run, tmp_path):
+    engine = ScriptedEngine(SCRIPT)
+    data = {"tasks_per_step": 40}
+    watch, *_ = run(make_run, 2, engine, more=[StepLog()], run_dir=tmp_path / "log", rollout_options={"pilot_size": 2}, data_options=data)
+    whole, *_ = run(make_run, 1, ScriptedEngine(SCRIPT), data_options=data)
+    for group, full in zip(watch.batches[0].groups, whole.batches[0].groups, strict=True):
+        assert group == full if group.is_live else group.completions == full.completions[:2]
+    lines = step_lines(tmp_path / "log")
+    for batch, line in zip(watch.batches, lines, strict=True):
+        assert {(len(group.completions), group.is_live) for group in batch.groups} <= {(2, False), (4, True)}
+        assert line["rollout/pilot_filled_frac"] == pytest.approx(sum(group.is_live for group in batch.groups) / 40)
+        assert line["rollout/tokens"] == sum(len(c.token_ids) for group in batch.groups for c in group.completions)
+    assert sum(line["rollout/pilot_filled_frac"] for line in lines) > 0
 
-    needs_first_token_probs = False
+
+def test_the_first_box_may_end_a_completion(make_run):
+    script = [line + " and more" for line in SCRIPT]
+    watch, _, _, error = run(make_run, 2, ScriptedEngine(script), rollout_options={"stop_after_first_box": True})
+    assert error is None
+    assert {c.finish_reason for batch in watch.batches for group in batch.groups for c in group.completions} == {"stop", "length"}
+    boxed = [c for batch in watch.batches for group in batch.groups for c in group.completions if b"boxed" in c.text_bytes]
+    assert boxed
+    assert all(completion.text_bytes.endswith(b"}") for completion in boxed)
+    assert watch.batches[0].sampling.stop_after_first_box
+
+
+class OnlyTheFirstRankLearns(Reward):
+    """Every group of rank 0 is live, every group of rank 1 dead; the policy is asked too, which is a collective."""
+
+    needs_first_token_probs = True
 
     def group_rewards(self, predictions, task, first_token_probs=None):
         best = 1.0 if torch.distributed.get_rank() == 0 else 0.0
         return (best, *[0.0] * (len(predictions) - 1))
 
 
+class CountsPrompts(ScriptedEngine):
+    """Says that rank 0 found 6 of 8 shareable tokens in its cache for each completion of a prompt of 10, rank 1 none of 2."""
+
+    def _generate(self, requests):
+        total, cached, shareable = (10, 6, 8) if torch.distributed.get_rank() == 0 else (10, 0, 2)
+        before = self.prompt_tokens or PromptTokens(total=0, cached=0, shareable=0)
+        n = sum(request.n for request in requests)
+        self.prompt_tokens = PromptTokens(
+            total=before.total + n * total, cached=before.cached + n * cached, shareable=before.shareable + n * shareable
+        )
+        return super()._generate(requests)
+
+    def _start(self, model_path, seed):
+        super()._start(model_path, seed)
+        self.prompt_tokens = PromptTokens(total=0, cached=0, shareable=0)
+
+
 def test_two_ranks_draw_together_and_log_what_both_did(make_run, tmp_path):
-    """Rank 0 needs no further task, rank 1 needs two rounds of 4: one that draws alone waits for the other until the timeout."""
+    """Rank 0 needs no further task, rank 1 needs two rounds of 4: one that draws alone waits for the other until the timeout.
+
+    Rank 0 fills its 4 groups up to 4 completions, rank 1 has 12 that stay at the pilot's 2.
+    """
     strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo", timeout=timedelta(seconds=40))
-    options = {"dynamic_sampling_from_step": 0, "dynamic_sampling_max_factor": 3.0}
-    trainer, module, data = make_run(2, callbacks=[StepLog()], run_dir=tmp_path / "two", rollout_options=options, devices=2, strategy=strategy)
+    trainer, module, data = make_run(
+        2,
+        engine=lambda: CountsPrompts(SCRIPT),
+        callbacks=[StepLog()],
+        run_dir=tmp_path / "two",
+        rollout_options={"dynamic_sampling_from_step": 0, "dynamic_sampling_max_factor": 3.0, "pilot_size": 2},
+        devices=2,
+        strategy=strategy,
+    )
     module.make_optimizer = functools.partial(torch.optim.AdamW, lr=1e-3)  # travels to the other process
     rollout = next(callback for callback in trainer.callbacks if isinstance(callback, RolloutCallback))
     rollout.objective = Objective(ContinuationPrompt(), OnlyTheFirstRankLearns())
@@ -186,7 +242,11 @@ def test_two_ranks_draw_together_and_log_what_both_did(make_run, tmp_path):
         assert line["rollout/live_groups"] == 4
         assert line["rollout/live_groups_frac"] == pytest.approx(4 / 16)
         assert line["rollout/all_wrong_frac"] == pytest.approx(12 / 16)
-        assert line["reward/mean"] == pytest.approx(4 / (16 * 4))
+        assert line["rollout/pilot_filled_frac"] == pytest.approx(4 / 16)
+        assert line["reward/mean"] == pytest.approx(4 / (16 * 2))
+        assert line["rollout/prompt_tokens"] == 10 * (4 * 4 + 12 * 2)
+        assert line["rollout/cached_prompt_frac"] == pytest.approx(6 * 16 / 400)
+        assert line["rollout/cached_shareable_frac"] == pytest.approx(6 * 16 / (8 * 16 + 2 * 24))
 
 
 def test_one_callback_trains_and_then_validates(make_run, tmp_path):

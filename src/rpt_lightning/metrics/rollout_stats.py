@@ -8,8 +8,11 @@ from statistics import fmean
 from rpt_lightning.types import RolloutGroup
 
 
-def rollout_statistics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+def rollout_statistics(groups: Sequence[RolloutGroup], *, pilot_size: int | None = None) -> dict[str, float]:
     """Means over completions (``reward/mean``, ``rollout/boxed_frac``, ``truncated_frac``, ``length_mean``) and over groups (the rest).
+
+    With pilots the means are over the first ``pilot_size`` completions of each group: which groups have more was decided by their rewards, so a mean
+    over all of them would say little about the policy.
 
     A group is live if its rewards differ. All right: every reward is positive and they are equal; all wrong: every reward is 0.
     ``rollout/distinct_predictions`` counts different predictions a group, a missing one not counted. Lengths are in tokens. Raises ValueError without
@@ -17,15 +20,15 @@ def rollout_statistics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     """
     if not groups:
         raise ValueError("rollout_statistics of no groups: a step rolls out at least one task")
-    completions = [completion for group in groups for completion in group.completions]
+    completions = [completion for group in groups for completion in group.completions[:pilot_size]]
     num_live = sum(group.is_live for group in groups)
     num_wrong = sum(not any(group.rewards) for group in groups)
     return {
-        "reward/mean": fmean(reward for group in groups for reward in group.rewards),
-        "rollout/boxed_frac": fmean(prediction is not None for group in groups for prediction in group.predictions),
+        "reward/mean": fmean(reward for group in groups for reward in group.rewards[:pilot_size]),
+        "rollout/boxed_frac": fmean(prediction is not None for group in groups for prediction in group.predictions[:pilot_size]),
         "rollout/truncated_frac": fmean(completion.is_truncated for completion in completions),
         "rollout/length_mean": fmean(len(completion.token_ids) for completion in completions),
-        "rollout/length_max": float(max(len(completion.token_ids) for completion in completions)),
+        "rollout/length_max": float(max(len(completion.token_ids) for group in groups for completion in group.completions)),
         "rollout/live_groups": float(num_live),
         "rollout/live_groups_frac": num_live / len(groups),
         "rollout/all_wrong_frac": num_wrong / len(groups),

@@ -43,7 +43,8 @@ def fill_batch(
 ) -> FilledBatch:
     """Rolls out the tasks and replaces dead groups by groups of further tasks.
 
-    ``draw`` is a collective: all ranks do as many rounds as the one that needs most, and a rank that needs nothing draws 0.
+    ``draw`` is a collective, and ``rollout`` may be one (a reward may ask the policy): all ranks do as many rounds as the one that needs most, and a
+    rank that needs nothing draws 0 tasks and rolls them out.
 
     Args:
         rollout: Groups for tasks, in their order.
@@ -63,9 +64,7 @@ def fill_batch(
             break
         extra = draw(wanted)
         stream_ended = len(extra) < wanted
-        if not extra:
-            continue
-        num_rounds += 1
+        num_rounds += bool(extra)
         # A dead newcomer takes a place as well, and is replaced in the next round like any other.
         for place, group in zip(dead[: len(extra)], rollout(extra), strict=True):
             replaced.append(groups[place])

@@ -16,8 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typing_extensions import Self
 
 from rpt_lightning.rollout.requests import check_requests
+from rpt_lightning.tasks.answer import FirstBox
 from rpt_lightning.tasks.token_bytes import TokenBytes
-from rpt_lightning.types import Completion, GenerationRequest, TokenIds
+from rpt_lightning.types import Completion, GenerationRequest, PromptTokens, SamplingSettings, TokenIds
 
 EngineDtype = Literal["float32", "bfloat16"]
 _UNKNOWN_TOKEN = "\ufffd".encode()
@@ -42,6 +43,8 @@ class RolloutEngine(ABC):
         self._max_model_len = 0
         self._weight_shapes: dict[str, torch.Size] = {}
         self._token_bytes: TokenBytes | None = None
+        self.prompt_tokens: PromptTokens | None = None
+        """Of all requests since the start; None where the engine has no prefix cache."""
 
     @property
     def version(self) -> int | None:
@@ -107,10 +110,7 @@ class RolloutEngine(ABC):
             )
         check_requests(requests, max_model_len=self.max_model_len)
         samples = self._generate(requests)
-        return [
-            [self._completion(sample, request.sampling.stop_token_ids, version) for sample in row]
-            for row, request in zip(samples, requests, strict=True)
-        ]
+        return [[self._completion(sample, request.sampling, version) for sample in row] for row, request in zip(samples, requests, strict=True)]
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
         """Takes over a whole set of weights under their Hugging Face names, and forgets every cache of the old ones.
@@ -183,12 +183,19 @@ class RolloutEngine(ABC):
             delivered.add(name)
             yield name, tensor
 
-    def _completion(self, sample: Sample, stop_token_ids: TokenIds, version: int) -> Completion:
-        stopped = sample.token_ids[-1] in stop_token_ids
+    def _completion(self, sample: Sample, sampling: SamplingSettings, version: int) -> Completion:
+        token_ids = sample.token_ids
+        stopped = token_ids[-1] in sampling.stop_token_ids
+        tokens = [self._bytes_of(token_id) for token_id in (token_ids[:-1] if stopped else token_ids)]
+        if sampling.stop_after_first_box:
+            box = FirstBox(sampling.think_close)
+            num_kept = next((num for num, token in enumerate(tokens, start=1) if box.completed_by(token)), None)
+            if num_kept is not None:
+                token_ids, tokens, stopped = token_ids[:num_kept], tokens[:num_kept], True
         return Completion(
-            token_ids=sample.token_ids,
-            text_bytes=b"".join([self._bytes_of(token_id) for token_id in (sample.token_ids[:-1] if stopped else sample.token_ids)]),
-            rollout_logprobs=sample.logprobs,
+            token_ids=token_ids,
+            text_bytes=b"".join(tokens),
+            rollout_logprobs=sample.logprobs[: len(token_ids)],
             policy_version=version,
             finish_reason="stop" if stopped else "length",
         )

@@ -24,6 +24,7 @@ class Rollouter:
         temperature: Of training rollouts.
         max_tokens: Of a completion.
         top_p, top_k, min_p: 1, 0 and 0: pure temperature sampling.
+        stop_after_first_box: A completion ends with its first box (a change of the paper's rule, docs/decisions.md).
         max_prompt_tokens: A longer prompt is an error; None leaves the limit to the engine.
         first_token_probs: The policy's probability of each prediction's first token, asked directly; needed by the dense rewards only.
     """
@@ -40,6 +41,7 @@ class Rollouter:
         top_p: float = 1.0,
         top_k: int = 0,
         min_p: float = 0.0,
+        stop_after_first_box: bool = False,
         max_prompt_tokens: int | None = None,
         first_token_probs: FirstTokenProbs | None = None,
     ) -> None:
@@ -58,6 +60,7 @@ class Rollouter:
         self.top_p = top_p
         self.top_k = top_k
         self.min_p = min_p
+        self.stop_after_first_box = stop_after_first_box
         self.max_prompt_tokens = max_prompt_tokens
         self.first_token_probs = first_token_probs
         self._num_drawn: Counter[str] = Counter()  # completions of each task with the weights of this version
@@ -78,24 +81,41 @@ class Rollouter:
         """
         n = self.group_size if n is None else n
         temperature = self.temperature if temperature is None else temperature
+        first_indices = self.reserve(tasks, n) if temperature > 0 else [0] * len(tasks)
+        return self.groups(tasks, self.complete(tasks, first_indices, n, temperature=temperature))
+
+    def reserve(self, tasks: Sequence[TokenTask], n: int) -> list[int]:
+        """For each task the index of the first of ``n`` completions that nobody has drawn with the present weights, nor will."""
         if self.engine.version != self._version:
             self._num_drawn, self._version = Counter(), self.engine.version
-        requests = []
+        first_indices = []
         for task in tasks:
-            requests.append(self._request(task, n, temperature, self._num_drawn[task.task_id] if temperature > 0 else 0))
-            if temperature > 0:
-                self._num_drawn[task.task_id] += n
+            first_indices.append(self._num_drawn[task.task_id])
+            self._num_drawn[task.task_id] += n
+        return first_indices
+
+    def complete(
+        self, tasks: Sequence[TokenTask], first_indices: Sequence[int], n: int, *, temperature: float | None = None
+    ) -> list[tuple[Completion, ...]]:
+        """For each task its completions ``first_index`` to ``first_index + n - 1``; raises as ``rollout`` does."""
+        temperature = self.temperature if temperature is None else temperature
+        requests = [self._request(task, n, temperature, first_index) for task, first_index in zip(tasks, first_indices, strict=True)]
         # Positions of a document next to each other, the shorter context first: each finds the one before it in the prefix cache.
         order = sorted(range(len(tasks)), key=lambda index: (tasks[index].doc_id, tasks[index].position))
-        completions: dict[int, list[Completion]] = dict(zip(order, self.engine.generate([requests[index] for index in order]), strict=True))
+        rows = self.engine.generate([requests[index] for index in order]) if tasks else []
+        completions = dict(zip(order, map(tuple, rows), strict=True))
         self._check_versions(tasks, completions)
-        predictions = [tuple(map(self.objective.prediction, completions[index])) for index in range(len(tasks))]
+        return [completions[index] for index in range(len(tasks))]
+
+    def groups(self, tasks: Sequence[TokenTask], completions: Sequence[tuple[Completion, ...]]) -> list[RolloutGroup]:
+        """The groups that given completions make: read and paid. With several ranks the policy may be asked too, so every rank calls it."""
+        predictions = [tuple(map(self.objective.prediction, row)) for row in completions]
         probs = self.first_token_probs(tasks, predictions) if self.first_token_probs is not None else [None] * len(tasks)
         return [
             RolloutGroup(
                 task=task,
-                prompt_ids=requests[index].prompt_ids,
-                completions=tuple(completions[index]),
+                prompt_ids=self.objective.prompt.prompt_ids(task.context_ids),
+                completions=completions[index],
                 predictions=predictions[index],
                 rewards=self.objective.rewards(task, predictions[index], probs[index]),
             )
@@ -116,12 +136,14 @@ class Rollouter:
             top_p=self.top_p,
             top_k=self.top_k,
             min_p=self.min_p,
+            stop_after_first_box=self.stop_after_first_box,
+            think_close=self.objective.prompt.think_close,
         )
         version = -1 if self.engine.version is None else self.engine.version  # without weights the engine itself refuses
         seed = request_seed(self.run_seed, version, task.task_id, first_index)
         return GenerationRequest(task_id=task.task_id, prompt_ids=prompt_ids, n=n, seed=seed, sampling=sampling)
 
-    def _check_versions(self, tasks: Sequence[TokenTask], completions: dict[int, list[Completion]]) -> None:
+    def _check_versions(self, tasks: Sequence[TokenTask], completions: dict[int, tuple[Completion, ...]]) -> None:
         for index, task in enumerate(tasks):
             versions = {completion.policy_version for completion in completions[index]}
             if versions != {self.engine.version}:

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from rpt_lightning.rollout.engine import EngineDtype, RolloutEngine, Sample
+from rpt_lightning.rollout.prefix_cache import UnlimitedPrefixCache
+from rpt_lightning.rollout.vllm_generation import generate
 from rpt_lightning.rollout.vllm_weights import read_weights
-from rpt_lightning.types import GenerationRequest, SamplingSettings
+from rpt_lightning.types import GenerationRequest, PromptTokens
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +90,8 @@ class VLLMEngine(RolloutEngine):
         try:
             with trainer_state_kept(), trainers_group_kept(self._is_trainers_group):
                 self._llm = self._build(model_path, seed, on_gpu=torch.cuda.is_available())
+            self.prompt_tokens = PromptTokens(total=0, cached=0, shareable=0) if self.enable_prefix_caching else None
+            self._forget_prompts()
         except BaseException:
             self._close()  # half a start leaves process groups behind
             raise
@@ -119,18 +123,21 @@ class VLLMEngine(RolloutEngine):
             # Cached keys and values belong to the old weights.
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError("vLLM did not reset its prefix cache: a request is still running")
+        self._forget_prompts()
+
+    def _forget_prompts(self) -> None:
+        self._best_cache = UnlimitedPrefixCache(self._llm.llm_engine.vllm_config.cache_config.block_size)
 
     def _generate(self, requests: Sequence[GenerationRequest]) -> list[list[Sample]]:
-        rows = [(request, index) for request in requests for index in range(request.n)]
         with trainer_state_kept():
-            outputs = self._llm.generate(
-                [{"prompt_token_ids": list(request.prompt_ids)} for request, _ in rows],
-                # One request a completion: how vLLM would derive the seeds of n > 1 is its own affair.
-                [_sampling_params(request.sampling, request.seed + index) for request, index in rows],
-                use_tqdm=False,
+            rows = generate(self._llm.llm_engine, requests, bytes_of=self._bytes_of)
+        if self.prompt_tokens is not None:
+            self.prompt_tokens = PromptTokens(
+                total=self.prompt_tokens.total + sum(request.n * len(request.prompt_ids) for request in requests),
+                cached=self.prompt_tokens.cached + sum(drawn.num_cached_tokens for row in rows for drawn in row),
+                shareable=self.prompt_tokens.shareable + sum(self._best_cache.serve(request.prompt_ids, request.n) for request in requests),
             )
-        samples = iter([_sample(output.outputs[0]) for output in outputs])
-        return [[next(samples) for _ in range(request.n)] for request in requests]
+        return [[drawn.sample for drawn in row] for row in rows]
 
     def _read_weights(self, names: Sequence[str]) -> dict[str, Tensor]:
         with trainer_state_kept():
@@ -143,7 +150,7 @@ class VLLMEngine(RolloutEngine):
         with trainer_state_kept(), trainers_group_kept(self._is_trainers_group):
             if self._llm is not None:
                 self._llm.llm_engine.engine_core.shutdown()
-            self._llm, VLLMEngine._running = None, None
+            self._llm, VLLMEngine._running, self.prompt_tokens = None, None, None
             cleanup_dist_env_and_memory()
 
 
@@ -210,26 +217,3 @@ def _vllm_version() -> str | None:
         with contextlib.suppress(PackageNotFoundError):
             return version(distribution)
     return None
-
-
-def _sampling_params(sampling: SamplingSettings, seed: int) -> Any:
-    from vllm import SamplingParams
-
-    return SamplingParams(
-        n=1,
-        seed=seed,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,  # 0 means no limit here too
-        min_p=sampling.min_p,
-        max_tokens=sampling.max_tokens,
-        stop_token_ids=list(sampling.stop_token_ids),
-        ignore_eos=True,  # only the request's own stop tokens stop
-        logprobs=0,  # the drawn token's only
-        detokenize=False,
-    )
-
-
-def _sample(output: Any) -> Sample:
-    token_ids = tuple(output.token_ids)
-    return Sample(token_ids, tuple(step[token_id].logprob for token_id, step in zip(token_ids, output.logprobs, strict=True)))

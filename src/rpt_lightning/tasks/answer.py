@@ -49,6 +49,27 @@ def extract_prediction(text: bytes, *, think_close: bytes | None = THINK_CLOSE) 
     return None if found is None else text[found[0] : found[1]]
 
 
+class FirstBox:
+    r"""Reads a completion token by token and says which token completes its first box.
+
+    That is the first token after which `extract_prediction` finds a prediction in what was read so far.
+
+    >>> box = FirstBox(b"</think>")
+    >>> [box.completed_by(token) for token in (b"so \\boxed{4}", b"</think>", b"\\boxed{", b"{", b"}", b"}.")]
+    [False, False, False, False, False, True]
+    """
+
+    def __init__(self, think_close: bytes | None) -> None:
+        self._think_close = think_close
+        self._text = bytearray()
+
+    def completed_by(self, token: bytes) -> bool:
+        """Reads the next token."""
+        self._text += token
+        # Only a brace can complete a box: thoughts are long, and are not searched again for every token.
+        return BOX_CLOSE in token and extract_prediction(bytes(self._text), think_close=self._think_close) is not None
+
+
 def answerable_lengths(continuation: Sequence[bytes]) -> tuple[int, ...]:
     r"""Token counts ``l`` whose joined bytes survive the box: ``extract_prediction(b"</think>\boxed{" + joined + b"}") == joined``, joined non-empty.
 

@@ -13,6 +13,7 @@ def batch_arithmetic(
     optimizer_steps_per_batch: int,
     max_steps: int,
     world_size: int,
+    pilot_size: int | None = None,
 ) -> str:
     """One paragraph a user can check against what they meant.
 
@@ -34,6 +35,8 @@ def batch_arithmetic(
         f"of at most {max_completion_tokens:,} tokens = at most {completions * max_completion_tokens:,} sampled tokens",
         f"trained: in micro-batches of at most {micro_batch_tokens:,} tokens on {ranks} ({tasks_per_step // world_size:,} contexts each); {updates}",
     ]
+    if pilot_size is not None:
+        lines.append(f"pilot: {pilot_size} completions of each context first, the other {group_size - pilot_size} only where their rewards differ")
     if max_steps > 0:
         batches = max_steps // optimizer_steps_per_batch
         lines.append(

@@ -59,6 +59,7 @@ class StepLog(Callback):
             "loss": ("loss/total", "{:.4f}"),
             "reward": ("reward/mean", "{:.3f}"),
             "live": ("rollout/live_groups_frac", "{:.0%}"),
+            "live/s": ("perf/live_groups_per_s", "{:.2f}"),
             "boxed": ("rollout/boxed_frac", "{:.0%}"),
             "length": ("rollout/length_mean", "{:.1f}"),
             "entropy": ("policy/entropy", "{:.2f}"),

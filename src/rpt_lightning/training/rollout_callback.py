@@ -7,7 +7,7 @@ found by the version it acknowledges, by tensors read back from it, and by its l
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from rpt_lightning.data.base_datamodule import TaskFolderDataModule
 from rpt_lightning.policy.weights import named_weights
 from rpt_lightning.rollout.dynamic_sampling import fill_batch
 from rpt_lightning.rollout.engine import RolloutEngine
+from rpt_lightning.rollout.pilot import PilotRollout
 from rpt_lightning.rollout.rollouter import FirstTokenProbs, Rollouter
 from rpt_lightning.rollout.thought_controls import thought_controls
 from rpt_lightning.tasks.objective import BoundObjective, Objective
@@ -26,7 +27,7 @@ from rpt_lightning.training.arithmetic import batch_arithmetic
 from rpt_lightning.training.first_token import first_token_probs
 from rpt_lightning.training.policy_module import PolicyModule
 from rpt_lightning.training.prompt_room import check_prompts_fit, longest_context
-from rpt_lightning.training.rollout_metrics import over_ranks, rollout_metrics
+from rpt_lightning.training.rollout_metrics import cached_fractions, over_ranks, prompt_metrics, rollout_metrics
 from rpt_lightning.training.sync_check import LogprobDiff, check_logprobs, check_weights, compare_logprobs, logprob_limits
 from rpt_lightning.types import RolloutGroup, SamplingSettings, TokenTask, TrainBatch, TrainSequence
 
@@ -48,6 +49,10 @@ class RolloutCallback(Callback):
     seed: Run seed from which every completion's own seed is derived.
     dynamic_sampling_from_step: From this step on, groups whose rewards are all equal are replaced by new tasks (DAPO; the paper: 500). None: never.
     dynamic_sampling_max_factor: At most so many times the step's tasks are rolled out in all; the equal groups that are left are then kept.
+    pilot_size: Completions that each task gets first; only where their rewards differ the group is filled up to ``group_size``, the others stay
+        short and dead. None: every task gets a whole group. It changes how much tasks count (docs/decisions.md).
+    stop_after_first_box: A completion ends with the token that completes its first box behind the thought, instead of with the policy's own end. A
+        change of the paper's rule (docs/decisions.md), for validation too.
     verify_sequences: Fresh completions whose log-probs are compared with the policy's after each sync; 0 turns the comparison off.
     logprob_tolerance: Factor on the limits of that comparison, which are those of the coarser dtype of engine and policy.
     thought_controls: Also answer each validation position after an empty and after a shuffled thought.
@@ -67,6 +72,8 @@ class RolloutCallback(Callback):
         seed: int = 0,
         dynamic_sampling_from_step: int | None = 500,
         dynamic_sampling_max_factor: float = 4.0,
+        pilot_size: int | None = None,
+        stop_after_first_box: bool = False,
         verify_sequences: int = 4,
         logprob_tolerance: float = 1.0,
         thought_controls: bool = False,
@@ -88,11 +95,14 @@ class RolloutCallback(Callback):
         self.seed = seed
         self.dynamic_sampling_from_step = dynamic_sampling_from_step
         self.dynamic_sampling_max_factor = dynamic_sampling_max_factor
+        self.pilot_size = pilot_size
+        self.stop_after_first_box = stop_after_first_box
         self.verify_sequences = verify_sequences
         self.logprob_tolerance = logprob_tolerance
         self.thought_controls = thought_controls
         self.bound_objective: BoundObjective | None = None
         self.rollouter: Rollouter | None = None
+        self.train_rollout: Callable[[Sequence[TokenTask]], list[RolloutGroup]] | None = None
         self._num_weight_checks = 0
 
     @property
@@ -105,6 +115,8 @@ class RolloutCallback(Callback):
             top_p=self.top_p,
             top_k=self.top_k,
             min_p=self.min_p,
+            stop_after_first_box=self.stop_after_first_box,
+            think_close=self.bound_objective.prompt.think_close,
         )
 
     # Life of the engine
@@ -139,9 +151,14 @@ class RolloutCallback(Callback):
             top_p=self.top_p,
             top_k=self.top_k,
             min_p=self.min_p,
+            stop_after_first_box=self.stop_after_first_box,
             run_seed=self.seed,
             first_token_probs=self._first_token_probs(trainer, pl_module) if self.objective.reward.needs_first_token_probs else None,
         )
+        if self.pilot_size is None:
+            self.train_rollout = self.rollouter.rollout
+        else:
+            self.train_rollout = PilotRollout(self.rollouter, pilot_size=self.pilot_size).rollout
 
     def _first_token_probs(self, trainer: Trainer, module: PolicyModule) -> FirstTokenProbs:
         token_bytes = TokenBytes(module.tokenizer)
@@ -194,6 +211,7 @@ class RolloutCallback(Callback):
             tasks_per_step=data.items_per_step,
             positions_per_document=data.positions_per_document,
             group_size=self.group_size,
+            pilot_size=self.pilot_size,
             max_completion_tokens=self.max_completion_tokens,
             micro_batch_tokens=pl_module.micro_batch_tokens,
             optimizer_steps_per_batch=pl_module.optimizer_steps_per_batch,
@@ -206,12 +224,13 @@ class RolloutCallback(Callback):
         assert isinstance(pl_module, PolicyModule)
         if not pl_module.learns_from_rollouts:
             return
-        assert self.rollouter is not None
+        assert self.engine is not None
+        assert self.train_rollout is not None
         self._step_start = time.perf_counter()
         metrics = self._sync(trainer, pl_module)
-        start = time.perf_counter()
+        start, prompts_before = time.perf_counter(), self.engine.prompt_tokens
         filled = fill_batch(
-            self.rollouter.rollout,
+            self.train_rollout,
             trainer.datamodule.draw,  # type: ignore[attr-defined]
             batch["tasks"],
             max_extra_tasks=self._max_extra_tasks(pl_module, len(batch["tasks"])),
@@ -219,11 +238,13 @@ class RolloutCallback(Callback):
         )
         metrics["time/rollout_s"] = time.perf_counter() - start
         metrics |= self._check_logprobs(trainer, pl_module, filled.groups, temperature=self.temperature)
-        metrics |= rollout_metrics(filled)
+        metrics |= rollout_metrics(filled, pilot_size=self.pilot_size) | prompt_metrics(prompts_before, self.engine.prompt_tokens)
         batch["rollouts"] = TrainBatch(groups=filled.groups, sampling=self._sampling)
         metrics = over_ranks(trainer, metrics, num_groups=len(filled.groups) + len(filled.replaced))
+        metrics |= cached_fractions(metrics)
         metrics["perf/rollout_tokens_per_s"] = metrics["rollout/tokens"] / metrics["time/rollout_s"]
         self._step_tokens = metrics["rollout/tokens"] + metrics["train/completion_tokens"]
+        self._step_live_groups = metrics["rollout/live_groups"]  # all of them are trained: a live group is never replaced
         pl_module.log_step(metrics)
         self._train_start = time.perf_counter()
 
@@ -233,6 +254,7 @@ class RolloutCallback(Callback):
             now = time.perf_counter()
             metrics = over_ranks(trainer, {"time/train_s": now - self._train_start, "time/step_s": now - self._step_start}, num_groups=1)
             metrics["perf/tokens_per_s"] = self._step_tokens / metrics["time/step_s"]
+            metrics["perf/live_groups_per_s"] = self._step_live_groups / metrics["time/step_s"]
             pl_module.log_step(metrics)
 
     def _max_extra_tasks(self, module: PolicyModule, num_tasks: int) -> int:

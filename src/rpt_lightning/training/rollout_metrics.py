@@ -9,19 +9,39 @@ from lightning.pytorch import Trainer
 
 from rpt_lightning.metrics.rollout_stats import rollout_statistics
 from rpt_lightning.rollout.dynamic_sampling import FilledBatch
+from rpt_lightning.types import PromptTokens
 
-SUMS = ("rollout/live_groups", "rollout/replaced_groups", "rollout/dead_groups_kept", "rollout/tokens", "train/completion_tokens")
+PROMPT_SUMS = ("rollout/prompt_tokens", "rollout/cached_prompt_tokens", "rollout/shareable_prompt_tokens")
+SUMS = ("rollout/live_groups", "rollout/replaced_groups", "rollout/dead_groups_kept", "rollout/tokens", "train/completion_tokens", *PROMPT_SUMS)
 
 
-def rollout_metrics(filled: FilledBatch) -> dict[str, float]:
+def rollout_metrics(filled: FilledBatch, *, pilot_size: int | None = None) -> dict[str, float]:
     """Of one rank: statistics of everything that was rolled out, the sampled tokens, and those of them that are trained (live groups)."""
     groups = [*filled.groups, *filled.replaced]
-    return rollout_statistics(groups) | {
+    metrics = rollout_statistics(groups, pilot_size=pilot_size) | {
         "rollout/replaced_groups": float(len(filled.replaced)),
         "rollout/dead_groups_kept": float(filled.num_dead),
         "rollout/tokens": float(sum(len(completion.token_ids) for group in groups for completion in group.completions)),
         "train/completion_tokens": float(sum(len(c.token_ids) for group in filled.groups if group.is_live for c in group.completions)),
     }
+    if pilot_size is not None:
+        metrics["rollout/pilot_filled_frac"] = sum(len(group.completions) > pilot_size for group in groups) / len(groups)
+    return metrics
+
+
+def prompt_metrics(before: PromptTokens | None, after: PromptTokens | None) -> dict[str, float]:
+    """Of one rank: what the engine's prompts cost between two readings; nothing where it has no prefix cache."""
+    if before is None or after is None:
+        return {}
+    step = after - before
+    return dict(zip(PROMPT_SUMS, map(float, (step.total, step.cached, step.shareable)), strict=True))
+
+
+def cached_fractions(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Shares of the sums of `prompt_metrics` over all ranks; a share of nothing is left out."""
+    total, cached, shareable = (metrics.get(name, 0.0) for name in PROMPT_SUMS)
+    shares = {"rollout/cached_prompt_frac": total, "rollout/cached_shareable_frac": shareable}
+    return {name: cached / tokens for name, tokens in shares.items() if tokens}
 
 
 def over_ranks(trainer: Trainer, metrics: Mapping[str, float], *, num_groups: int) -> dict[str, float]:

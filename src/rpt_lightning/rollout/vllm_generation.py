@@ -1,0 +1,97 @@
+"""Generation with a running vLLM engine: one request a context, its completions drawn with the seeds that we promise.
+
+We step the engine ourselves instead of calling ``LLM.generate``, for two things that it does not tell or do: how many prompt tokens of *each*
+completion came from the prefix cache (it reports those of the completion that ends last), and to end a completion with its first box.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rpt_lightning.rollout.engine import Sample
+from rpt_lightning.tasks.answer import FirstBox
+from rpt_lightning.types import GenerationRequest, SamplingSettings
+
+
+@dataclass(slots=True)
+class Drawn:
+    """One completion, growing; ``num_cached_tokens`` of its prompt came from the prefix cache."""
+
+    box: FirstBox | None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    num_cached_tokens: int = 0
+
+    @property
+    def sample(self) -> Sample:
+        return Sample(tuple(self.token_ids), tuple(self.logprobs))
+
+
+def generate(engine: Any, requests: Sequence[GenerationRequest], *, bytes_of: Callable[[int], bytes]) -> list[list[Drawn]]:
+    """All completions of all requests, in their order.
+
+    Args:
+        engine: vLLM's ``LLMEngine``, idle.
+        requests: Served in this order, as far as there is room; what a prompt shares with an earlier one is in the cache by then.
+        bytes_of: The bytes of a token id, for completions that end with their first box.
+    """
+    rows = [
+        [Drawn(FirstBox(request.sampling.think_close) if request.sampling.stop_after_first_box else None) for _ in range(request.n)]
+        for request in requests
+    ]
+    parts: dict[str, list[Drawn]] = {}
+    try:
+        for request, row in zip(requests, rows, strict=True):
+            # vLLM ends whole requests only, so a completion that may have to end early is one of its own; and it refuses several greedy ones in one.
+            is_divided = request.sampling.stop_after_first_box or request.sampling.temperature == 0
+            size = 1 if is_divided else request.n
+            (prompt,) = engine.renderer.render_cmpl([{"prompt_token_ids": list(request.prompt_ids)}])
+            for first in range(0, request.n, size):
+                name = str(len(parts))
+                parts[name] = row[first : first + size]
+                engine.add_request(name, prompt, sampling_params(request.sampling, seed=request.seed + first, n=size))
+        while engine.has_unfinished_requests():
+            _step(engine, parts, bytes_of)
+    except BaseException:
+        engine.abort_request(list(parts))  # else the next update could not reset the cache
+        raise
+    return rows
+
+
+def _step(engine: Any, parts: dict[str, list[Drawn]], bytes_of: Callable[[int], bytes]) -> None:
+    done = []
+    for output in engine.step():
+        for part in output.outputs:
+            drawn = parts[output.request_id][part.index]
+            drawn.num_cached_tokens = output.num_cached_tokens
+            for token_id, candidates in zip(part.token_ids, part.logprobs, strict=True):
+                drawn.token_ids.append(token_id)
+                drawn.logprobs.append(candidates[token_id].logprob)
+                if drawn.box is not None and drawn.box.completed_by(bytes_of(token_id)):
+                    done.append(output.request_id)
+    engine.abort_request(done)
+
+
+def sampling_params(sampling: SamplingSettings, *, seed: int, n: int) -> Any:
+    """vLLM draws completion ``i`` of ``n`` with the seed ``seed + i``, which a test holds it to."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        n=n,
+        seed=seed,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,  # 0 means no limit here too
+        min_p=sampling.min_p,
+        max_tokens=sampling.max_tokens,
+        stop_token_ids=list(sampling.stop_token_ids),
+        ignore_eos=True,  # only the request's own stop tokens stop
+        logprobs=0,  # the drawn token's only
+        detokenize=False,
+        # Each completion reports for itself: its first token, then all others when it ends, or every token where a box may end it.
+        output_kind=RequestOutputKind.DELTA,
+        stream_interval=1 if sampling.stop_after_first_box else sampling.max_tokens,
+    )

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rpt_lightning.rollout.dynamic_sampling import fill_batch
+from rpt_lightning.rollout.pilot import PilotRollout
+from rpt_lightning.rollout.rollouter import FirstTokenProbs, Rollouter
+from rpt_lightning.rollout.scripted_engine import ScriptedEngine
+from rpt_lightning.tasks.objective import Objective
+from rpt_lightning.tasks.prompt import ContinuationPrompt
+from rpt_lightning.tasks.reward import ConditionalDenseReward, PrefixMatchReward, Reward
+from rpt_lightning.types import RolloutGroup, TokenTask
+
+LINES = ["hm</think>\\boxed{ the}", "hm</think>\\boxed{ sum}", "no box", "</think>\\boxed{ a}"]
+
+
+def make_task(number: int) -> TokenTask:
+    return TokenTask(
+        task_id=f"d:{number}", doc_id="d", position=number, context_ids=tuple(range(40, 43 + number)), continuation_ids=(1, 2),
+        continuation=(b" the", b" end"), entropy=1.0, true_prob=0.5, true_rank=0, answerable=True,
+    )  # fmt: skip
+
+
+TASKS = [make_task(number) for number in range(12)]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model_dir: Path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    with ScriptedEngine(LINES) as engine:
+        engine.start(str(tiny_model_dir), seed=0)
+        engine.update_weights(model.named_parameters(remove_duplicate=False), version=5)
+        yield engine
+
+
+@pytest.fixture
+def make_rollouter(engine: ScriptedEngine, tiny_tokenizer):
+    def make(reward: Reward | None = None, first_token_probs: FirstTokenProbs | None = None, group_size: int = 6) -> Rollouter:
+        objective = Objective(ContinuationPrompt(), reward or PrefixMatchReward()).bind(tiny_tokenizer)
+        return Rollouter(engine, objective, run_seed=1, group_size=group_size, max_tokens=32, first_token_probs=first_token_probs)
+
+    return make
+
+
+def check_parts(groups: Sequence[RolloutGroup], whole: Sequence[RolloutGroup], *, pilot_size: int) -> None:
+    """Each group is the undivided one, or the dead beginning of it."""
+    for group, full in zip(groups, whole, strict=True):
+        if len(set(full.rewards[:pilot_size])) > 1:
+            assert group == full
+        else:
+            assert (group.task, group.prompt_ids, group.is_live) == (full.task, full.prompt_ids, False)
+            assert group.completions == full.completions[:pilot_size]
+            assert group.predictions == full.predictions[:pilot_size]
+
+
+@pytest.mark.parametrize("pilot_size", [2, 5])
+def test_a_filled_group_is_that_of_an_undivided_draw(make_rollouter, pilot_size: int) -> None:
+    tasks = [*TASKS, *TASKS[:3]]  # some of them twice: a small corpus starts over within a step
+    undivided = make_rollouter()
+    whole, again = undivided.rollout(tasks), undivided.rollout(TASKS[:3])
+    pilot = PilotRollout(make_rollouter(), pilot_size=pilot_size)
+    groups = pilot.rollout(tasks)
+    check_parts(groups, whole, pilot_size=pilot_size)
+    check_parts(pilot.rollout(TASKS[:3]), again, pilot_size=pilot_size)  # a later round draws on where the undivided draw does
+    sizes = {len(group.completions) for group in groups}
+    assert sizes == {pilot_size, 6}
+
+
+def test_the_engine_draws_the_rest_of_mixed_groups_only(make_rollouter, engine: ScriptedEngine) -> None:
+    del engine.events[:]
+    groups = PilotRollout(make_rollouter(), pilot_size=2).rollout(TASKS)
+    num_filled = sum(len(group.completions) == 6 for group in groups)
+    assert 0 < num_filled < len(TASKS)
+    assert engine.events == ["generate 12 requests", f"generate {num_filled} requests"]
+
+
+def test_a_reward_that_looks_at_the_group_pays_the_whole_group(make_rollouter) -> None:
+    asked: list[int] = []
+
+    def probs(tasks: Sequence[TokenTask], predictions: Sequence[Sequence[bytes | None]]) -> list[list[float]]:
+        asked.append(len(tasks))
+        return [[0.1 if prediction == b" sum" else 0.2 for prediction in row] for row in predictions]
+
+    whole = make_rollouter(ConditionalDenseReward(), probs).rollout(TASKS)
+    del asked[:]
+    pilot = PilotRollout(make_rollouter(ConditionalDenseReward(), probs), pilot_size=3)
+    groups = pilot.rollout(TASKS)
+    filled = [(group, full) for group, full in zip(groups, whole, strict=True) if len(group.completions) == 6]
+    assert len(filled) > 3
+    assert all(group == full for group, full in filled)
+    assert any(len(set(group.rewards)) == 3 for group, _ in filled)
+    # The policy's passes are collectives: as many on a rank without tasks.
+    assert asked == [12, len(filled)]
+    assert pilot.rollout([]) == []
+    assert asked[2:] == [0, 0]
+
+
+def test_dead_pilots_give_their_place_to_new_tasks(make_rollouter) -> None:
+    stream = iter(TASKS[3:])
+    pilot = PilotRollout(make_rollouter(), pilot_size=2)
+    filled = fill_batch(pilot.rollout, lambda num: [next(stream) for _ in range(num)], TASKS[:3], max_extra_tasks=9)
+    assert [len(group.completions) for group in filled.groups] == [6, 6, 6]
+    assert {len(group.completions) for group in filled.replaced} == {2}
+
+
+@pytest.mark.parametrize("pilot_size", [1, 6, 7])
+def test_a_pilot_that_cannot_tell_or_save_anything_is_refused(make_rollouter, pilot_size: int) -> None:
+    with pytest.raises(ValueError, match=rf"--rollout.pilot_size {pilot_size}: .*--rollout.group_size 6"):
+        PilotRollout(make_rollouter(), pilot_size=pilot_size)
