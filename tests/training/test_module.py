@@ -142,7 +142,7 @@ def test_second_optimizer_step_of_a_batch_sees_the_ratio(tiny_model_dir, tmp_pat
 
 
 def test_second_optimizer_step_of_a_batch_sees_the_new_weights_under_autocast(tiny_model_dir, tmp_path):
-    """Autocast caches its bf16 copies of the weights, and knows nothing of the optimizer."""
+    """torch's autocast would keep its bf16 copies of the weights, and knows nothing of the optimizer; Lightning's does not keep them."""
     calls = []
 
     class Recorded(Policy):

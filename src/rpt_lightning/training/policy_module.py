@@ -187,8 +187,6 @@ class PolicyModule(LightningModule, ABC):
                 )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        # Autocast keeps its bf16 copies of the weights until Lightning's context around the batch ends: a further step on this batch would use the old ones.
-        torch.clear_autocast_cache()
         return norm
 
     def score_packed(self, sequences: Sequence[TrainSequence], **options: Any) -> Iterator[tuple[PackedTree, Tensor, Tensor]]:
