@@ -7,12 +7,14 @@ import json
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rpt_lightning.metrics.run_folder import ROLLOUT_FOLDER
 from rpt_lightning.tasks.answer import BOX_OPEN
-from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.types import FinishReason, RolloutGroup
+
+if TYPE_CHECKING:
+    from rpt_lightning.tasks.token_bytes import TokenBytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

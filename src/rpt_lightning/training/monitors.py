@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from rpt_lightning.metrics.accuracy import BANDS
+from rpt_lightning.metrics.bands import BANDS
 from rpt_lightning.metrics.results import Results, write_results
 from rpt_lightning.metrics.rollout_samples import RolloutSample, samples_of, write_samples
 from rpt_lightning.metrics.run_folder import ROLLOUT_FOLDER, STEP_LOG, VALIDATION_FOLDER
@@ -126,7 +126,7 @@ class RolloutSamples(Callback):
         assert isinstance(pl_module, PolicyModule)
         self._token_bytes = self._token_bytes or TokenBytes(pl_module.tokenizer)
         samples = [
-            samples_of(group, context=str(pl_module.tokenizer.decode(group.task.context_ids[-_CONTEXT_TOKENS:])), token_bytes=self._token_bytes)
+            samples_of(group, context=str(pl_module.tokenizer.decode(list(group.task.context_ids[-_CONTEXT_TOKENS:]))), token_bytes=self._token_bytes)
             for group in rollouts.groups
         ]
         path = Path(trainer.default_root_dir) / ROLLOUT_FOLDER / f"step-{trainer.global_step:06d}.jsonl"

@@ -1,0 +1,60 @@
+// Figures: Plotly is unpacked once, and every figure drawn in the page's colours; a change of theme draws them again.
+
+(async () => {
+  const charts = [...document.querySelectorAll(".chart")];
+  if (!charts.length) return;
+  const specs = embeddedJson("figures");
+  const hidden = new Set(); // numbers of runs
+
+  const code = document.createElement("script");
+  code.textContent = await inflate("plotly");
+  document.head.append(code);
+
+  /** The layout that all figures share; sizes are in CSS pixels. */
+  function frame(isTall) {
+    const style = getComputedStyle(document.documentElement);
+    const colour = (name) => style.getPropertyValue(name).trim();
+    const axis = {
+      gridcolor: colour("--grid"), linecolor: colour("--line"), zerolinecolor: colour("--line"), tickcolor: colour("--line"),
+      ticks: "outside", ticklen: 4, automargin: true, title: { standoff: 10, font: { size: 12, color: colour("--muted") } },
+    };
+    return {
+      font: { family: style.getPropertyValue("font-family") || "system-ui, sans-serif", size: 12, color: colour("--text") },
+      paper_bgcolor: "rgba(0,0,0,0)",
+      plot_bgcolor: "rgba(0,0,0,0)",
+      margin: { l: 52, r: 12, t: 10, b: 44 },
+      height: isTall ? 400 : 270,
+      xaxis: axis,
+      yaxis: axis,
+      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 12 } },
+      hoverlabel: { bgcolor: colour("--surface"), bordercolor: colour("--line"), font: { color: colour("--text"), size: 12 } },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--muted"), activecolor: colour("--text") },
+    };
+  }
+
+  function draw(chart) {
+    const { data, layout } = specs[chart.dataset.figure];
+    // An interval in its bar's own colour could not be seen inside the bar.
+    const color = getComputedStyle(chart).color;
+    const traces = data.map((trace) => ({
+      ...trace,
+      visible: !hidden.has(trace.meta?.run),
+      ...(trace.type === "bar" && trace.error_y && { error_y: { ...trace.error_y, color } }),
+    }));
+    const isTall = !chart.closest(".charts-training");
+    const config = { responsive: true, displaylogo: false, modeBarButtons: [["toImage", "resetScale2d"]] };
+    return Plotly.react(chart, traces, { ...layout, template: { layout: frame(isTall) } }, config);
+  }
+
+  const drawAll = () => Promise.all(charts.map(draw));
+  for (const box of document.querySelectorAll("[data-run-toggle]")) {
+    box.addEventListener("change", () => {
+      const run = Number(box.dataset.runToggle);
+      box.checked ? hidden.delete(run) : hidden.add(run);
+      drawAll();
+    });
+  }
+  theme.onChange(drawAll);
+  await drawAll();
+  document.documentElement.dataset.figures = "drawn";
+})();
