@@ -23,7 +23,9 @@ class RewardCurve:
 
 
 def read_step_log(path: Path) -> dict[int, dict[str, float]]:
-    """All metrics by step, steps ascending. A step that was logged twice (a run that stopped and resumed) counts as it was logged last.
+    """All metrics by step, steps ascending. What was logged twice for a step (a run that stopped and resumed) counts as it was logged last.
+
+    A last line without its end is not read: the run is just writing it, or was killed there.
 
     Raises:
         ValueError: the file is missing, or a line is not a JSON object with a step.
@@ -31,12 +33,12 @@ def read_step_log(path: Path) -> dict[int, dict[str, float]]:
     if not path.is_file():
         raise ValueError(f"{path}: no such run log. It is written by `rpt fit` into the run's folder.")
     metrics: dict[int, dict[str, float]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-            metrics[int(entry["step"])] = entry
+            metrics.setdefault(int(entry["step"]), {}).update(entry)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} line {number}: not JSON ({error}).") from error
         except (KeyError, TypeError) as error:

@@ -1,19 +1,29 @@
-"""The report's figures, as Plotly specifications without colours of paper and text: the page adds those for light and dark.
-
-Names of runs are escaped, since Plotly reads its texts as a subset of HTML. Each trace says in ``meta`` which run it belongs to.
-"""
+"""The report's figures: each a function of runs, which returns nothing where the runs hold no data for it."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rpt_lightning.evaluation.patterns import PATTERNS
 from rpt_lightning.evaluation.report.accuracy import ALL, THRESHOLDS, AccuracyPoint, accuracy_point, accuracy_points
+from rpt_lightning.evaluation.report.plot import (
+    COLOURS,
+    SMOOTHING_STEPS,
+    SYMBOLS,
+    Figure,
+    colour,
+    escape,
+    finish,
+    line,
+    new_figure,
+    percent,
+    rounded,
+    smoothed,
+    symbol_of,
+)
 from rpt_lightning.evaluation.report.run import Run
 from rpt_lightning.evaluation.table import Rate
 from rpt_lightning.metrics.bands import BANDS
@@ -21,26 +31,7 @@ from rpt_lightning.metrics.bands import BANDS
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers and on both backgrounds.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
 _PHASES = {"rollout": "time/rollout_s", "training": "time/train_s", "weights to engine": "time/sync_s"}
-_SMOOTHING_STEPS = 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figure:
-    """``section`` is where it stands: accuracy, training, scaling or patterns."""
-
-    section: str
-    title: str
-    note: str
-    spec: dict[str, Any]
-
-
-def colour(run: int) -> str:
-    """The colour of a run on the whole page."""
-    return COLOURS[run % len(COLOURS)]
 
 
 def all_figures(runs: Sequence[Run], patterns: Mapping[str, Mapping[int, Mapping[str, Rate]]]) -> list[Figure]:
@@ -70,7 +61,7 @@ def accuracy_bars(runs: Sequence[Run]) -> Figure | None:
     labels = []
     for band in bands:
         counts = sorted({accuracy_point(results, band).ntp.count for _, _, results in validated})
-        labels.append(f"{band}<br>entropy > {BANDS[band]} nats, n = {' or '.join(f'{count:,}' for count in counts)}")
+        labels.append(f"{band}<br>&gt; {BANDS[band]} nats<br>n = {' or '.join(f'{count:,}' for count in counts)}")
     traces = []
     for number, name, results in validated:
         points = [accuracy_point(results, band) for band in bands]
@@ -82,34 +73,37 @@ def accuracy_bars(runs: Sequence[Run]) -> Figure | None:
             traces.append(
                 go.Bar(
                     x=labels,
-                    name=f"{html.escape(name)}, {mode}",
+                    name=f"{escape(name)}, {mode}",
                     marker={
                         "color": "rgba(0,0,0,0)" if mode == "NTP" else colour(number),
                         "pattern": hatch,
                         "line": {"color": colour(number), "width": 1.5},
                     },
-                    **_percent(rates),
+                    **percent(rates),
                     meta={"run": number},
                 )
             )
     if not traces:
         return None
-    figure = _figure(traces, "", "held-out next-token accuracy, %")
-    figure.update_layout(barmode="group", bargap=0.25, bargroupgap=0.08, showlegend=True)
+    figure = new_figure(traces, "", "held-out next-token accuracy, %")
+    figure.update_layout(barmode="group", bargap=0.25, bargroupgap=0.08, showlegend=True, xaxis_tickangle=0)
     figure.update_yaxes(rangemode="tozero")
-    note = "Solid: by reasoning. Hatched: the same weights' next token without reasoning, at the same positions. Lines: 95 % intervals (Wilson). Bands are nested."
-    return _done(figure, "accuracy", "Accuracy by difficulty, at each run's last validation", note)
+    note = (
+        "Solid: by reasoning. Hatched: the same weights' next token without reasoning, at the same positions. "
+        "Lines: 95 % intervals (Wilson). Bands, by the proxy's entropy, are nested."
+    )
+    return finish(figure, "accuracy", "Accuracy by difficulty, at each run's last validation", note)
 
 
 def heldout_curve(runs: Sequence[Run]) -> Figure | None:
     """Accuracy over all held-out positions by step; NTP dashed."""
     traces = []
     for number, run in enumerate(runs):
-        traces += _accuracy_traces(accuracy_points(run.validations, ALL), name=run.name, colour=colour(number), symbol=_symbol(number), run=number)
+        traces += _accuracy_traces(accuracy_points(run.validations, ALL), name=run.name, colour=colour(number), symbol=symbol_of(number), run=number)
     if not traces:
         return None
-    figure = _figure(traces, "optimizer step", "accuracy, %")
-    return _done(figure, "training", "Held-out accuracy", "All positions. Line: by reasoning. Dashed: NTP. Bars: 95 % intervals.")
+    figure = new_figure(traces, "optimizer step", "accuracy, %")
+    return finish(figure, "training", "Held-out accuracy", "All positions. Line: by reasoning. Dashed: NTP. Bars: 95 % intervals.")
 
 
 def scaling(run: Run) -> Figure | None:
@@ -118,12 +112,12 @@ def scaling(run: Run) -> Figure | None:
     for number, band in enumerate(BANDS):
         points = accuracy_points(run.validations, band)
         if len(points) >= 2:
-            traces += _accuracy_traces(points, name=f"{band} (> {THRESHOLDS[band]} nats)", colour=colour(number), symbol=_symbol(number), run=None)
+            traces += _accuracy_traces(points, name=f"{band} (> {THRESHOLDS[band]} nats)", colour=colour(number), symbol=symbol_of(number), run=None)
     if not traces:
         return None
-    figure = _figure(traces, "optimizer step", "held-out accuracy, %")
+    figure = new_figure(traces, "optimizer step", "held-out accuracy, %")
     figure.update_layout(showlegend=True)
-    return _done(figure, "scaling", f"{run.name}: accuracy by step and difficulty", "Line: by reasoning. Dashed: NTP. Bars: 95 % intervals.")
+    return finish(figure, "scaling", f"{run.name}: accuracy by step and difficulty", "Line: by reasoning. Dashed: NTP. Bars: 95 % intervals.")
 
 
 def all_equal_curve(runs: Sequence[Run]) -> Figure | None:
@@ -131,12 +125,12 @@ def all_equal_curve(runs: Sequence[Run]) -> Figure | None:
     traces = []
     for number, run in enumerate(runs):
         steps, live = run.series("rollout/live_groups_frac")
-        traces += _smoothed(steps, [100 * (1 - share) for share in live], name=run.name, run=number)
+        traces += smoothed(steps, [100 * (1 - share) for share in live], name=run.name, run=number)
     if not traces:
         return None
-    figure = _figure(traces, "optimizer step", "all-equal groups, %")
+    figure = new_figure(traces, "optimizer step", "all-equal groups, %")
     figure.update_yaxes(range=[0, 100])
-    return _done(figure, "training", "Groups of equal rewards", "All completions of the group right, or all wrong: no gradient.")
+    return finish(figure, "training", "Groups of equal rewards", "All completions of the group right, or all wrong: no gradient.")
 
 
 def logprob_difference(runs: Sequence[Run]) -> Figure | None:
@@ -146,12 +140,12 @@ def logprob_difference(runs: Sequence[Run]) -> Figure | None:
         for metric, dash in (("mean", "solid"), ("max", "dot")):
             steps, values = run.series(f"sync/logprob_diff_{metric}")
             if any(values):
-                traces.append(_line(steps, values, name=f"{run.name}, {metric}", run=number, dash=dash))
+                traces.append(line(steps, values, name=f"{run.name}, {metric}", run=number, dash=dash))
     if not traces:
         return None
-    figure = _figure(traces, "optimizer step", "nats a token")
+    figure = new_figure(traces, "optimizer step", "nats a token")
     figure.update_yaxes(type="log", exponentformat="power", dtick=1)
-    return _done(
+    return finish(
         figure, "training", "Log-prob difference, engine and policy", "Line: mean over tokens. Dotted: largest. Steps of exactly 0 have no point."
     )
 
@@ -171,9 +165,9 @@ def time_by_phase(runs: Sequence[Run], number: int) -> Figure | None:
         rest = rest - values
         traces.append((name, values, COLOURS[index]))
     traces.append(("other", np.maximum(rest, 0.0), "#888888"))
-    figure = _figure(
+    figure = new_figure(
         [
-            go.Bar(x=steps, y=_rounded(values), name=name, marker={"color": shade, "line": {"width": 0}}, hovertemplate="%{y:.2f} s")
+            go.Bar(x=steps, y=rounded(values), name=name, marker={"color": shade, "line": {"width": 0}}, hovertemplate="%{y:.2f} s")
             for name, values, shade in traces
         ],
         "optimizer step",
@@ -181,7 +175,7 @@ def time_by_phase(runs: Sequence[Run], number: int) -> Figure | None:
     )
     figure.update_layout(barmode="stack", bargap=0, showlegend=True)
     title = "Time by phase" if len(runs) == 1 else f"{run.name}: time by phase"
-    return _done(figure, "training", title, "Stacked; the height is the whole step, without validation.")
+    return finish(figure, "training", title, "Stacked; the height is the whole step, without validation.")
 
 
 def pattern_bars(runs: Sequence[Run], patterns: Mapping[str, Mapping[int, Mapping[str, Rate]]]) -> Figure | None:
@@ -194,17 +188,17 @@ def pattern_bars(runs: Sequence[Run], patterns: Mapping[str, Mapping[int, Mappin
             last = max(shares)
             bars = {
                 "x": list(PATTERNS),
-                "name": f"{html.escape(run.name)}, step {last}",
+                "name": f"{escape(run.name)}, step {last}",
                 "marker": {"color": colour(number)},
                 "meta": {"run": number},
             }
-            traces.append(go.Bar(**bars, **_percent([shares[last][pattern] for pattern in PATTERNS])))
+            traces.append(go.Bar(**bars, **percent([shares[last][pattern] for pattern in PATTERNS])))
     if not traces:
         return None
-    figure = _figure(traces, "", "completions with a keyword, %")
+    figure = new_figure(traces, "", "completions with a keyword, %")
     figure.update_layout(barmode="group", bargap=0.3, bargroupgap=0.08, showlegend=True)
     figure.update_yaxes(rangemode="tozero")
-    return _done(figure, "patterns", "Reasoning patterns, at each run's last recorded step", "Lines: 95 % intervals (Wilson).")
+    return finish(figure, "patterns", "Reasoning patterns, at each run's last recorded step", "Lines: 95 % intervals (Wilson).")
 
 
 def pattern_curve(run_name: str, shares: Mapping[int, Mapping[str, Rate]]) -> Figure | None:
@@ -213,102 +207,31 @@ def pattern_curve(run_name: str, shares: Mapping[int, Mapping[str, Rate]]) -> Fi
         return None
     traces = []
     for number, pattern in enumerate(PATTERNS):
-        line = _line(list(shares), [0.0] * len(shares), name=pattern, run=None, shade=COLOURS[number], symbol=_SYMBOLS[number])
-        traces.append(line.update(_percent([shares[step][pattern] for step in shares])))
-        traces[-1].error_y = None  # six lines with intervals cannot be read; the table has them
-    figure = _figure(traces, "optimizer step", "completions with a keyword, %")
+        trace = line(list(shares), [], name=pattern, run=None, shade=COLOURS[number], symbol=SYMBOLS[number])
+        # Without intervals: six lines with them cannot be read, and the table has them.
+        traces.append(trace.update(percent([shares[step][pattern] for step in shares]) | {"error_y": None}))
+    figure = new_figure(traces, "optimizer step", "completions with a keyword, %")
     figure.update_layout(showlegend=True)
     figure.update_yaxes(rangemode="tozero")
-    return _done(figure, "patterns", f"{run_name}: reasoning patterns by step", "Every recorded step.")
+    return finish(figure, "patterns", f"{run_name}: reasoning patterns by step", "Every recorded step.")
 
 
 def _curve(runs: Sequence[Run], title: str, unit: str, metric: str) -> Figure | None:
-    traces = [trace for number, run in enumerate(runs) for trace in _smoothed(*run.series(metric), name=run.name, run=number)]
+    traces = [trace for number, run in enumerate(runs) for trace in smoothed(*run.series(metric), name=run.name, run=number)]
     if not traces:
         return None
-    note = f"Faint: each step. Strong: mean of {_SMOOTHING_STEPS} steps." if any(trace.opacity for trace in traces) else ""
-    return _done(_figure(traces, "optimizer step", unit), "training", title, note)
+    note = f"Faint: each step. Strong: mean of {SMOOTHING_STEPS} steps." if any(trace.opacity for trace in traces) else ""
+    return finish(new_figure(traces, "optimizer step", unit), "training", title, note)
 
 
 def _accuracy_traces(points: Sequence[AccuracyPoint], *, name: str, colour: str, symbol: str, run: int | None) -> list[go.Scatter]:
     traces = []
-    for mode, dash in (("reasoning", "solid"), ("NTP", "dash")):
-        measured = [(p.step, p.reasoning if mode == "reasoning" else p.ntp) for p in points if (p.reasoning if mode == "reasoning" else p.ntp).count]
+    for mode, rates, dash, marker in (
+        ("reasoning", {point.step: point.reasoning for point in points}, "solid", symbol),
+        ("NTP", {point.step: point.ntp for point in points}, "dash", f"{symbol}-open"),
+    ):
+        measured = {step: rate for step, rate in rates.items() if rate.count}
         if measured:
-            steps = [step for step, _ in measured]
-            line = _line(
-                steps, [], name=f"{name}, {mode}", run=run, dash=dash, shade=colour, symbol=symbol if mode == "reasoning" else f"{symbol}-open"
-            )
-            traces.append(line.update(_percent([rate for _, rate in measured])))
+            trace = line(list(measured), [], name=f"{name}, {mode}", run=run, dash=dash, shade=colour, symbol=marker)
+            traces.append(trace.update(percent(list(measured.values()))))
     return traces
-
-
-def _smoothed(steps: Sequence[int], values: Sequence[float], *, name: str, run: int) -> list[go.Scatter]:
-    """Each step, and over it the mean of the last steps where there are enough to be worth it."""
-    if len(steps) < 2 * _SMOOTHING_STEPS:
-        return [_line(steps, values, name=name, run=run, symbol=_symbol(run))] if steps else []
-    faint = _line(steps, values, name=name, run=run).update(opacity=0.3, hoverinfo="skip", hovertemplate=None)
-    means = np.convolve(values, np.full(_SMOOTHING_STEPS, 1 / _SMOOTHING_STEPS), mode="valid")
-    return [faint, _line(steps[_SMOOTHING_STEPS - 1 :], means, name=name, run=run)]
-
-
-def _line(
-    steps: Sequence[int], values: Any, *, name: str, run: int | None, dash: str = "solid", shade: str | None = None, symbol: str | None = None
-) -> go.Scatter:
-    import plotly.graph_objects as go
-
-    return go.Scatter(
-        x=list(steps),
-        y=_rounded(values),
-        name=html.escape(name),
-        mode="lines+markers" if symbol else "lines",
-        line={"color": shade or colour(run or 0), "dash": dash, "width": 2},
-        marker={"size": 7, "symbol": symbol or "circle"},
-        hovertemplate="%{y:.4~g}",
-        meta={} if run is None else {"run": run},
-    )
-
-
-def _percent(rates: Sequence[Rate]) -> dict[str, Any]:
-    """Heights, interval and hover text of a trace; a rate of nothing shows nothing."""
-    means = [100 * rate.mean if rate.count else None for rate in rates]
-    ends = [rate.interval if rate.count else (0.0, 0.0) for rate in rates]
-    return {
-        "y": [None if mean is None else round(mean, 3) for mean in means],
-        "error_y": {
-            "type": "data",
-            "symmetric": False,
-            "array": [round(100 * high - (mean or 0.0), 3) for (_, high), mean in zip(ends, means, strict=True)],
-            "arrayminus": [round((mean or 0.0) - 100 * low, 3) for (low, _), mean in zip(ends, means, strict=True)],
-            "thickness": 1.2,
-            "width": 3,
-        },
-        "customdata": [str(rate) for rate in rates],
-        "hovertemplate": "%{customdata}",
-    }
-
-
-def _symbol(number: int) -> str:
-    return _SYMBOLS[number % len(_SYMBOLS)]
-
-
-def _rounded(values: Any) -> list[float]:
-    """Five digits are more than a picture shows, and lists (unlike arrays) stay readable in the file."""
-    return [float(f"{value:.5g}") for value in values]
-
-
-def _figure(traces: Sequence[Any], x_title: str, y_title: str) -> go.Figure:
-    import plotly.graph_objects as go
-
-    layout = {
-        "xaxis": {"title": {"text": x_title}},
-        "yaxis": {"title": {"text": y_title}},
-        "showlegend": False,
-        "hovermode": "x unified",
-        "template": {},
-    }
-    return go.Figure(data=list(traces), layout=layout)
-
-
-def _done(figure: go.Figure, section: str, title: str, note: str) -> Figure:
-    return Figure(section=section, title=title, note=note, spec=figure.to_plotly_json())

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from importlib.resources import files
 
 from rpt_lightning import __version__
-from rpt_lightning.evaluation.report.figures import Figure, colour
+from rpt_lightning.evaluation.report.plot import Figure, colour
 from rpt_lightning.evaluation.report.rollout_data import compress
 from rpt_lightning.evaluation.report.run import Run
 from rpt_lightning.evaluation.report.tables import Table
