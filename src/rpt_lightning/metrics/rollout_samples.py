@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterable
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +90,10 @@ def samples_of(group: RolloutGroup, *, context: str, token_bytes: TokenBytes) ->
 def write_samples(samples: Iterable[RolloutSample], path: Path) -> None:
     """One line a sample; the folder is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples), encoding="utf-8")
+    names = [field.name for field in fields(RolloutSample)]
+    # Not asdict, which copies every token: seconds at a step of the paper's size.
+    rows = ({name: getattr(sample, name) for name in names} for sample in samples)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def read_samples(path: Path) -> list[RolloutSample]:

@@ -32,6 +32,9 @@
     };
   }
 
+  // Where nothing hovers the buttons would stand over the figure all the time.
+  const displayModeBar = matchMedia("(hover: hover)").matches ? "hover" : false;
+
   function draw(chart) {
     const { data, layout } = specs[chart.dataset.figure];
     // An interval in its bar's own colour could not be seen inside the bar.
@@ -42,7 +45,7 @@
       ...(trace.type === "bar" && trace.error_y && { error_y: { ...trace.error_y, color } }),
     }));
     const isTall = !chart.closest(".charts-training");
-    const config = { responsive: true, displaylogo: false, modeBarButtons: [["toImage", "resetScale2d"]] };
+    const config = { responsive: true, displayModeBar, displaylogo: false, modeBarButtons: [["toImage", "resetScale2d"]] };
     return Plotly.react(chart, traces, { ...layout, template: { layout: frame(isTall) } }, config);
   }
 
