@@ -30,13 +30,21 @@ class Browser:
     def __init__(self, driver: Any) -> None:
         self.driver = driver
 
-    def open(self, page: Path) -> None:
+    def open(self, page: Path, at: str = "rollouts") -> None:
+        """At a section. Figures are drawn when they come near the view, so a test that is not about them need not wait for any."""
         self.driver.get("about:blank")
         self.console()
         self.requests()
-        self.driver.get(page.as_uri())
-        self.wait("return document.documentElement.dataset.figures === 'drawn' || !document.querySelector('.chart')")
+        self.driver.get(f"{page.as_uri()}#{at}")
         self.wait("return !document.getElementById('browser') || /completions of/.test(document.getElementById('status').textContent)")
+
+    def draw_figures(self) -> int:
+        """Scrolls through all; how many there are."""
+        charts = self.driver.find_elements("css selector", ".chart")
+        for number, chart in enumerate(charts):
+            self.run("arguments[0].scrollIntoView()", chart)
+            self.wait(f"return document.querySelectorAll('.chart')[{number}].querySelector('.main-svg')")
+        return len(charts)
 
     def run(self, script: str, *args: Any) -> Any:
         return self.driver.execute_script(script, *args)
@@ -63,7 +71,7 @@ class Browser:
         """Addresses that Chromium asked for, besides the file itself and what the page holds."""
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         urls = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
-        return [url for url in urls if not url.startswith(("data:", "blob:", "about:"))]
+        return [url.partition("#")[0] for url in urls if not url.startswith(("data:", "blob:", "about:"))]
 
 
 @pytest.fixture(scope="session")

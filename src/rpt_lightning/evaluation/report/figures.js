@@ -1,14 +1,19 @@
-// Figures: Plotly is unpacked once, and every figure drawn in the page's colours; a change of theme draws them again.
+// Figures: each is drawn in the page's colours when it comes near the view; Plotly is unpacked for the first. A change of theme draws them again.
 
-(async () => {
+(() => {
   const charts = [...document.querySelectorAll(".chart")];
-  if (!charts.length) return;
   const specs = embeddedJson("figures");
   const hidden = new Set(); // numbers of runs
+  const drawn = new Set();
+  // Where nothing hovers the buttons would stand over the figure all the time.
+  const displayModeBar = matchMedia("(hover: hover)").matches ? "hover" : false;
 
-  const code = document.createElement("script");
-  code.textContent = await inflate("plotly");
-  document.head.append(code);
+  async function unpackPlotly() {
+    const code = document.createElement("script");
+    code.textContent = await inflate("plotly");
+    document.head.append(code);
+  }
+  let unpacked = null;
 
   /** The layout that all figures share; sizes are in CSS pixels. */
   function frame(isTall) {
@@ -19,7 +24,7 @@
       ticks: "outside", ticklen: 4, automargin: true, title: { standoff: 10, font: { size: 12, color: colour("--muted") } },
     };
     return {
-      font: { family: style.getPropertyValue("font-family") || "system-ui, sans-serif", size: 12, color: colour("--text") },
+      font: { family: style.getPropertyValue("font-family"), size: 12, color: colour("--text") },
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       margin: { l: 52, r: 12, t: 10, b: 44 },
@@ -32,10 +37,9 @@
     };
   }
 
-  // Where nothing hovers the buttons would stand over the figure all the time.
-  const displayModeBar = matchMedia("(hover: hover)").matches ? "hover" : false;
-
-  function draw(chart) {
+  async function draw(chart) {
+    drawn.add(chart);
+    await (unpacked ??= unpackPlotly());
     const { data, layout } = specs[chart.dataset.figure];
     // An interval in its bar's own colour could not be seen inside the bar.
     const color = getComputedStyle(chart).color;
@@ -49,15 +53,22 @@
     return Plotly.react(chart, traces, { ...layout, template: { layout: frame(isTall) } }, config);
   }
 
-  const drawAll = () => Promise.all(charts.map(draw));
+  const observer = new IntersectionObserver((entries) => {
+    for (const { target, isIntersecting } of entries) {
+      if (!isIntersecting) continue;
+      observer.unobserve(target);
+      draw(target);
+    }
+  }, { rootMargin: "400px" });
+  charts.forEach((chart) => observer.observe(chart));
+
   for (const box of document.querySelectorAll("[data-run-toggle]")) {
     box.addEventListener("change", () => {
       const run = Number(box.dataset.runToggle);
       box.checked ? hidden.delete(run) : hidden.add(run);
-      drawAll();
+      drawn.forEach(draw);
     });
   }
-  theme.onChange(drawAll);
-  await drawAll();
-  document.documentElement.dataset.figures = "drawn";
+  theme.onChange(() => drawn.forEach(draw));
+  addEventListener("beforeprint", () => charts.forEach(draw));
 })();
