@@ -81,7 +81,7 @@ def samples_of(group: RolloutGroup, *, context: str, token_bytes: TokenBytes) ->
             policy_version=completion.policy_version,
             tokens=text_pieces(token_bytes[token_id] for token_id in completion.token_ids),
             logprobs=tuple(round(logprob, 3) for logprob in completion.rollout_logprobs),
-            entropy=group.task.entropy,
+            entropy=round(group.task.entropy, 4),
         )
         for completion, prediction, reward in zip(group.completions, group.predictions, group.rewards, strict=True)
     ]

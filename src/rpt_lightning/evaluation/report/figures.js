@@ -17,14 +17,17 @@
 
   /** The layout that all figures share; sizes are in CSS pixels. */
   function frame(isTall) {
-    const style = getComputedStyle(document.documentElement);
-    const colour = (name) => style.getPropertyValue(name).trim();
+    const probe = document.body.appendChild(element("span")); // what a colour of the style is at the moment, the browser says of an element only
+    const colour = (name) => {
+      probe.style.color = `var(${name})`;
+      return getComputedStyle(probe).color;
+    };
     const axis = {
       gridcolor: colour("--grid"), linecolor: colour("--line"), zerolinecolor: colour("--line"), tickcolor: colour("--line"),
       ticks: "outside", ticklen: 4, automargin: true, title: { standoff: 10, font: { size: 12, color: colour("--muted") } },
     };
-    return {
-      font: { family: style.getPropertyValue("font-family"), size: 12, color: colour("--text") },
+    const layout = {
+      font: { family: getComputedStyle(probe).fontFamily, size: 12, color: colour("--text") },
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       margin: { l: 52, r: 12, t: 10, b: 44 },
@@ -35,6 +38,8 @@
       hoverlabel: { bgcolor: colour("--surface"), bordercolor: colour("--line"), font: { color: colour("--text"), size: 12 } },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--muted"), activecolor: colour("--text") },
     };
+    probe.remove();
+    return layout;
   }
 
   async function draw(chart) {

@@ -59,7 +59,7 @@ def new_figure(traces: Sequence[Any], x_title: str, y_title: str) -> go.Figure:
     ticks = {"tickvals": steps} if 0 < len(steps) <= _MAX_OWN_TICKS else {}
     layout = {
         "xaxis": {"title": {"text": x_title}, **ticks},
-        "yaxis": {"title": {"text": y_title}},
+        "yaxis": {"title": {"text": y_title}, "rangemode": "nonnegative"},  # as everything that is drawn
         "showlegend": False,
         "hovermode": "x unified",
         "template": {},

@@ -105,24 +105,28 @@
 
   function drawTask() {
     const entry = state.shown[state.chosen];
-    if (!entry) {
-      article.replaceChildren(element("p", "empty", "No completion passes the filter."));
-      return;
-    }
-    const turn = element("div", "turn");
-    for (const [text, move] of [["‹ Previous", -1], ["Next ›", 1]]) {
-      const button = element("button", "", text);
-      button.type = "button";
-      button.disabled = !state.shown[state.chosen + move];
-      button.addEventListener("click", () => {
-        choose(state.chosen + move);
-        article.querySelectorAll(".turn button")[move < 0 ? 0 : 1].focus({ preventScroll: true });
-      });
-      turn.append(button);
-    }
-    turn.firstChild.after(element("span", "", `task ${(state.chosen + 1).toLocaleString("en")} of ${state.shown.length.toLocaleString("en")}`));
-    article.replaceChildren(turn, taskView(entry.task, entry.completions));
+    const hadFocus = article.contains(document.activeElement);
+    article.replaceChildren(...(entry ? [turnView(), taskView(entry.task, entry.completions)] : [element("p", "empty", "No completion passes the filter.")]));
     article.scrollTop = 0;
+    if (hadFocus) article.focus({ preventScroll: true }); // else it is lost with what had it, and the keys with it
+  }
+
+  function turnView() {
+    const turn = element("div", "turn");
+    const place = `task ${(state.chosen + 1).toLocaleString("en")} of ${state.shown.length.toLocaleString("en")}`;
+    turn.append(turnButton("‹ Previous", -1, "previous"), element("span", "", place), turnButton("Next ›", 1, "next"));
+    return turn;
+  }
+
+  function turnButton(text, move, name) {
+    const button = element("button", name, text);
+    button.type = "button";
+    button.disabled = !state.shown[state.chosen + move];
+    button.addEventListener("click", () => {
+      choose(state.chosen + move);
+      article.querySelector(`.${name}:enabled`)?.focus({ preventScroll: true });
+    });
+    return button;
   }
 
   function setFilter(name) {

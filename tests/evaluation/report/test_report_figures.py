@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from test_parts import POLICY, _shares, position, run
+from hand_made import POLICY, position, run, shares
 
 from rpt_lightning.evaluation.report.figures import (
     accuracy_bars,
@@ -49,7 +49,7 @@ def test_a_run_without_reasoning_has_one_bar_a_band():
 
 
 def test_names_of_runs_are_text_for_plotly():
-    figures = all_figures([logged(reward__mean=[0.1, 0.2])], {"<i>r</i>": {1: _shares(1)}})
+    figures = all_figures([logged(reward__mean=[0.1, 0.2])], {"<i>r</i>": {1: shares(1)}})
     names = [trace["name"] for figure in figures for trace in traces(figure)]
     assert names
     assert all(name.startswith("&lt;i&gt;r&lt;/i&gt;") for name in names)
@@ -102,9 +102,9 @@ def test_runs_keep_their_colour_everywhere():
 
 
 def test_patterns_by_run_and_by_step():
-    shares = {"one": {1: _shares(10), 9: _shares(26)}, "two": {3: _shares(13)}}
-    one, two = traces(pattern_bars([run("one"), run("two")], shares))
+    patterns = {"one": {1: shares(10), 9: shares(26)}, "two": {3: shares(13)}}
+    one, two = traces(pattern_bars([run("one"), run("two")], patterns))
     assert (one["name"], one["y"][3], two["name"], two["y"][3]) == ("one, step 9", 26.0, "two, step 3", 13.0)
-    hypothesis = traces(pattern_curve("one", shares["one"]))[3]
+    hypothesis = traces(pattern_curve("one", patterns["one"]))[3]
     assert (hypothesis["name"], hypothesis["x"], hypothesis["y"]) == ("hypothesis", [1, 9], [10.0, 26.0])
-    assert pattern_curve("two", shares["two"]) is None
+    assert pattern_curve("two", patterns["two"]) is None

@@ -8,27 +8,18 @@ import json
 from dataclasses import replace
 
 import pytest
+from hand_made import POLICY, position, run, shares
 
 from rpt_lightning.evaluation.report.accuracy import accuracy_points, reasoning_minus_ntp
 from rpt_lightning.evaluation.report.rollout_data import compress_json, num_thought_tokens, outcome, spread, step_data
-from rpt_lightning.evaluation.report.run import Run
 from rpt_lightning.evaluation.report.tables import difficulty_table, pattern_tables, run_table
 from rpt_lightning.evaluation.table import Rate
 from rpt_lightning.metrics.rollout_samples import RolloutSample
-from sample_results import FIRST, results
+from sample_results import results
 
 SAMPLE = RolloutSample(
     task_id="a:3", context="2 + 2 =", truth=(" 4", "."), thought="hm</think>", completion="hm</think>\\boxed{ 4}", prediction=" 4", reward=1.0,
     finish_reason="stop", policy_version=3, tokens=("hm", "</think>", "\\boxed{", " 4}", "<end>"), logprobs=(-0.5, -0.004, -0.006, -2.0, 0.0), entropy=1.2,
-)  # fmt: skip
-
-
-def position(name, entropy, reasoning, ntp, **fields):
-    return replace(FIRST, task_id=name, doc_id=name[0], entropy=entropy, reasoning_correct=reasoning, ntp_correct=ntp, **fields)
-
-
-POLICY = results(
-    position("a1", 0.6, True, True), position("a2", 1.2, True, False, answerable=False), position("b1", 1.6, False, True), position("b2", 2.0, None, True)
 )  # fmt: skip
 
 
@@ -49,10 +40,6 @@ def test_the_difference_is_of_positions_where_both_were_measured():
     assert (difference.first, difference.second, difference.num_positions, difference.num_units) == (2 / 3, 2 / 3, 3, 2)
     assert reasoning_minus_ntp(POLICY, "hard").difference == -1.0
     assert reasoning_minus_ntp(results(position("b2", 2.0, None, True))) is None
-
-
-def run(name, *, steps=None, validations=()):
-    return Run(name=name, steps=steps or {}, validations={one.step: one for one in validations}, rollouts={})
 
 
 def test_difficulty_table():
@@ -83,8 +70,8 @@ def test_runs_side_by_side():
 
 
 def test_pattern_tables_give_the_relative_change():
-    shares = {"one": {1: _shares(10), 5: _shares(20), 9: _shares(26)}, "two": {3: _shares(13)}, "none": {}}
-    first, against = pattern_tables(shares)
+    patterns = {"one": {1: shares(10), 5: shares(20), 9: shares(26)}, "two": {3: shares(13)}, "none": {}}
+    first, against = pattern_tables(patterns)
     assert first.columns == ["pattern: its keywords", "step 1", "step 9", "relative change"]
     hypothesis, deduction = first.rows[3], first.rows[5]
     assert hypothesis[0] == "hypothesis: probably, something like"
@@ -92,13 +79,6 @@ def test_pattern_tables_give_the_relative_change():
     assert deduction[-1] == "none in both"
     assert against.columns == ["pattern", "one", "two", "relative change"]
     assert against.rows[3][-1] == "-50.0 %"
-
-
-def _shares(hypothesis):
-    return {
-        name: Rate(hypothesis if name == "hypothesis" else 0, 100)
-        for name in ("transition", "reflection", "breakdown", "hypothesis", "divergent", "deduction")
-    }
 
 
 @pytest.mark.parametrize(
