@@ -1,11 +1,11 @@
-"""A headless Chromium of the system, and pages for it."""
+"""A headless Chromium of the system."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,20 +91,3 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
     yield Browser(driver)
     driver.quit()
-
-
-@pytest.fixture(scope="session")
-def make_page(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``make_page(name={options of write_run}, ...)`` -> the report of these runs."""
-    from synthetic_run import write_run
-
-    from rpt_lightning.evaluation.report.command import report
-
-    def make(**runs: dict[str, Any]) -> Path:
-        folder = tmp_path_factory.mktemp("report")
-        for name, options in runs.items():
-            write_run(folder / name, **options)
-        report([folder / name for name in runs], output=folder / "report.html")
-        return folder / "report.html"
-
-    return make

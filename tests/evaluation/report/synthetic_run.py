@@ -36,7 +36,7 @@ def write_run(
 ) -> None:
     """``accuracies`` are the expected reasoning accuracies of validations, evenly spread over the steps from 0 on; 5 positions a document."""
     draw = random.Random(seed)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     write_log(folder / "steps.jsonl", num_steps, draw)
     for index, accuracy in enumerate(accuracies):
         step = index * num_steps // max(1, len(accuracies) - 1)

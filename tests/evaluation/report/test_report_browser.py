@@ -7,7 +7,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from synthetic_run import HOSTILE, samples
+from synthetic_run import HOSTILE, samples, write_run
 
 from rpt_lightning.evaluation.report.command import report
 from rpt_lightning.metrics.rollout_samples import read_samples, write_samples
@@ -18,18 +18,22 @@ MAX_ELEMENTS = 1500  # of the rollout browser: about 20 rows, and one task with 
 
 
 @pytest.fixture(scope="module")
-def hostile_page(make_page):
-    return make_page(one={"hostile": True, "num_tasks": 7}, two={"hostile": True, "num_steps": 5, "sampled_steps": (1,), "num_tasks": 1})
+def hostile_page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hostile")
+    write_run(folder / "one", hostile=True, num_tasks=7)
+    write_run(folder / "two", hostile=True, num_tasks=1, num_steps=5, sampled_steps=(1,))
+    report([folder / "one", folder / "two"], output=folder / "report.html")
+    return folder / "report.html"
 
 
 @pytest.fixture(scope="module")
-def large_page(make_page):
-    page = make_page(large={"sampled_steps": (1,)})
-    folder = page.parent / "large"
-    many = samples(1250, 8, 0.4, step=30, hostile=(), draw=random.Random(1))
-    write_samples(many, folder / "rollouts" / "step-000030.jsonl")
-    report([folder], output=page)
-    return page
+def large_page(tmp_path_factory):
+    """A small step, then one of 10,000 rollouts."""
+    folder = tmp_path_factory.mktemp("large")
+    write_run(folder, sampled_steps=(1,))
+    write_samples(samples(1250, 8, 0.4, step=30, hostile=(), draw=random.Random(1)), folder / "rollouts" / "step-000030.jsonl")
+    report([folder], output=folder / "report.html")
+    return folder / "report.html"
 
 
 @pytest.fixture
@@ -247,17 +251,18 @@ def test_ten_thousand_rollouts_are_never_in_the_page_at_once(large):
 
 
 @pytest.fixture(scope="module")
-def odd_page(make_page):
+def odd_page(tmp_path_factory):
     """At step 1 very long completions, and more of one task than are shown at once; at step 2 what earlier versions wrote."""
-    page = make_page(run={"num_tasks": 1, "sampled_steps": (1, 2)})
-    first, second = (page.parent / "run" / "rollouts" / f"step-{step:06d}.jsonl" for step in (1, 2))
+    folder = tmp_path_factory.mktemp("odd")
+    write_run(folder, num_tasks=1, sampled_steps=(1, 2))
+    first, second = (folder / "rollouts" / f"step-{step:06d}.jsonl" for step in (1, 2))
     long = replace(read_samples(first)[0], tokens=("x ",) * 2500, logprobs=(-0.01,) * 2500, thought="", completion="x " * 2500)
     write_samples([long] * 20, first)
     rows = [json.loads(line) for line in second.read_text().split("\n") if line]
     later = ("tokens", "logprobs", "entropy")
     second.write_text("".join(json.dumps({name: value for name, value in row.items() if name not in later}) + "\n" for row in rows))
-    report([page.parent / "run"], output=page)
-    return page
+    report([folder], output=folder / "report.html")
+    return folder / "report.html"
 
 
 def test_a_long_completion_is_shown_in_parts(odd_page, browser):
@@ -277,6 +282,6 @@ def test_files_of_an_earlier_version_are_shown_and_named(odd_page, browser):
     browser.press("]")
     browser.wait("return document.querySelectorAll('.completion').length === 4")
     assert "Recorded by an earlier version, without tokens and their probabilities." in browser.text("#status")
-    written = [sample.completion for sample in read_samples(odd_page.parent / "run" / "rollouts" / "step-000002.jsonl")]
+    written = [sample.completion for sample in read_samples(odd_page.parent / "rollouts" / "step-000002.jsonl")]
     assert browser.run("return [...document.querySelectorAll('.said')].map((said) => said.textContent)") == written
     assert browser.console() == []

@@ -103,7 +103,7 @@ def _of_training(run: Run) -> list[Statement]:
             Statement(
                 tone="unknown",
                 headline="What training changed cannot be said: that needs reasoning accuracy at two steps.",
-                numbers=f"{len(run.steps):,} steps logged, reasoning measured at {len(measured)} of them.",
+                numbers=f"Steps logged: {len(run.steps):,}. Validations by reasoning: {len(measured)}.",
             )
         )
     elif len(measured) >= 2:
