@@ -207,7 +207,7 @@ def test_export_and_validate_the_export(finished_run, flags, rpt, tmp_path):
 def test_help_and_unknown_command(rpt):
     status, output = rpt("--help")
     assert status == 0
-    assert all(word in output for word in ("fit", "validate", "prepare", "export"))
+    assert all(word in output for word in ("fit", "validate", "prepare", "export", "report"))
     status, output = rpt("fti")
     assert status == 1
     assert "'fti' is not a command of rpt" in output

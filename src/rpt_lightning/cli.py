@@ -14,6 +14,7 @@ LIGHTNING_VERBS = {
 TOOLS = {
     "prepare": "turn a text corpus into a folder of next-token tasks",
     "export": "turn a checkpoint into a Hugging Face folder",
+    "report": "make one HTML page about runs: rpt report RUN... [--output report.html]",
 }
 # Errors of Lightning, torch and safetensors that a file or a flag caused.
 _LIBRARY_ERRORS = {"MisconfigurationException", "UnpicklingError", "SafetensorError"}
@@ -59,12 +60,24 @@ def _is_mendable(error: Exception) -> bool:
     return isinstance(error, (ValueError, OSError, RuntimeError)) or not _LIBRARY_ERRORS.isdisjoint(cls.__name__ for cls in type(error).__mro__)
 
 
-def _run_tool(command: str, args: list[str]) -> None:
-    from jsonargparse import auto_cli
+# Imported by name, so that one tool does not pay for another's libraries.
+_MODULES = {"prepare": "rpt_lightning.data.prepare", "export": "rpt_lightning.export", "report": "rpt_lightning.evaluation.report.command"}
+# Parameters that are given as plain words. jsonargparse would take a list as one word in JSON.
+_WORDS = {"report": "runs"}
 
-    # Imported by name, so that one tool does not pay for another's libraries.
-    module = importlib.import_module({"prepare": "rpt_lightning.data.prepare", "export": "rpt_lightning.export"}[command])
-    auto_cli(getattr(module, command), args=args, as_positional=False, prog=f"rpt {command}")
+
+def _run_tool(command: str, args: list[str]) -> None:
+    from jsonargparse import ArgumentParser, auto_cli
+
+    function = getattr(importlib.import_module(_MODULES[command]), command)
+    if command not in _WORDS:
+        auto_cli(function, args=args, as_positional=False, prog=f"rpt {command}")
+        return
+    words = _WORDS[command]
+    parser = ArgumentParser(prog=f"rpt {command}", description=(function.__doc__ or "").split("\n", 1)[0])
+    parser.add_argument(words, nargs="+", metavar=words.removesuffix("s").upper(), help="run folders (what trainer.default_root_dir was)")
+    parser.add_function_arguments(function, skip={words})
+    function(**vars(parser.parse_args(args)))
 
 
 def _help() -> str:

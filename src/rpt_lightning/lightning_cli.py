@@ -17,18 +17,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers.utils.logging import disable_progress_bar
 
 from rpt_lightning.data.base_datamodule import TaskFolderDataModule
+from rpt_lightning.metrics.run_folder import ROLLOUT_FOLDER, STEP_LOG, VALIDATION_FOLDER
 from rpt_lightning.training.checkpoint import FOLDER, RunCheckpoint, checkpoint_steps, last_checkpoint
 from rpt_lightning.training.checkpoint_file import read_checkpoint
 from rpt_lightning.training.module import RPTModule
-from rpt_lightning.training.monitors import (
-    ROLLOUT_FOLDER,
-    STEP_LOG,
-    VALIDATION_FOLDER,
-    RolloutSamples,
-    StepLog,
-    StepProgressBar,
-    ValidationResults,
-)
+from rpt_lightning.training.monitors import RolloutSamples, StepLog, StepProgressBar, ValidationResults
 from rpt_lightning.training.ntp_module import NTPModule
 from rpt_lightning.training.policy_module import PolicyModule
 from rpt_lightning.training.rollout_callback import RolloutCallback

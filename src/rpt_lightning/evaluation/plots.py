@@ -10,7 +10,7 @@ import numpy as np
 
 from rpt_lightning.evaluation.run_log import RewardCurve
 from rpt_lightning.evaluation.table import Rate, Stage, above
-from rpt_lightning.metrics.accuracy import BANDS
+from rpt_lightning.metrics.bands import BANDS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

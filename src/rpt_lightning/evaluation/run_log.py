@@ -1,4 +1,4 @@
-"""The reward of every step, read back from a run's log file (JSONL, one object an optimizer step, with at least ``step`` and ``reward/mean``)."""
+"""What every step logged, read back from a run's log file (JSONL, one object an optimizer step, with at least ``step``)."""
 
 from __future__ import annotations
 
@@ -22,24 +22,37 @@ class RewardCurve:
         return sum(self.means[-num_steps:]) / len(self.means[-num_steps:])
 
 
-def read_rewards(path: Path) -> RewardCurve:
-    """Read the reward curve. A step that was logged twice (a run that stopped and resumed) counts as it was logged last.
+def read_step_log(path: Path) -> dict[int, dict[str, float]]:
+    """All metrics by step, steps ascending. What was logged twice for a step (a run that stopped and resumed) counts as it was logged last.
+
+    A last line without its end is not read: the run is just writing it, or was killed there.
 
     Raises:
-        ValueError: the file is missing, a line is not JSON, or no line holds a reward.
+        ValueError: the file is missing, or a line is not a JSON object with a step.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such run log. It is written by `rpt fit` into the run's folder.")
-    means: dict[int, float] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    metrics: dict[int, dict[str, float]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
+            metrics.setdefault(int(entry["step"]), {}).update(entry)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} line {number}: not JSON ({error}).") from error
-        if "reward/mean" in entry:
-            means[entry["step"]] = entry["reward/mean"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} line {number}: not an object with a step ({error!r}).") from error
+    return dict(sorted(metrics.items()))
+
+
+def read_rewards(path: Path) -> RewardCurve:
+    """Read the reward curve.
+
+    Raises:
+        ValueError: as `read_step_log`, or no line holds a reward.
+    """
+    means = {step: metrics["reward/mean"] for step, metrics in read_step_log(path).items() if "reward/mean" in metrics}
     if not means:
         raise ValueError(f"{path}: no line holds 'reward/mean'. Is it the log of an RPT run?")
-    return RewardCurve(steps=tuple(sorted(means)), means=tuple(means[step] for step in sorted(means)))
+    return RewardCurve(steps=tuple(means), means=tuple(means.values()))

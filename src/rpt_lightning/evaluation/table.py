@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 
 from rpt_lightning.evaluation.compare import Difference, compare_policies, paired_bootstrap
-from rpt_lightning.metrics.accuracy import BANDS
+from rpt_lightning.metrics.bands import BANDS
 from rpt_lightning.metrics.interval import wilson_interval
 from rpt_lightning.metrics.results import PositionResult, Results
 

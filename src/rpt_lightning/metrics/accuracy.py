@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from rpt_lightning.metrics.bands import BANDS
 from rpt_lightning.metrics.interval import wilson_interval
-
-BANDS: dict[str, float] = {"easy": 0.5, "medium": 1.0, "hard": 1.5}
-"""Entropy in nats that a position must exceed to belong to the band; so hard positions are medium and easy ones too, as in the paper."""
 
 
 class NextTokenAccuracy(Metric):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,16 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from rpt_lightning.metrics.accuracy import BANDS
+from rpt_lightning.metrics.bands import BANDS
 from rpt_lightning.metrics.results import Results, write_results
-from rpt_lightning.tasks.answer import BOX_OPEN
+from rpt_lightning.metrics.rollout_samples import RolloutSample, samples_of, write_samples
+from rpt_lightning.metrics.run_folder import ROLLOUT_FOLDER, STEP_LOG, VALIDATION_FOLDER
+from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.training.policy_module import PolicyModule
 from rpt_lightning.training.validation import ntp_accuracy, reasoning_accuracy
-from rpt_lightning.types import RolloutGroup, TrainBatch
+from rpt_lightning.types import TrainBatch
 
-STEP_LOG = "steps.jsonl"
-VALIDATION_FOLDER = "validation"
-ROLLOUT_FOLDER = "rollouts"
+_CONTEXT_TOKENS = 200  # of a sample's context, from its end
 
 
 class StepLog(Callback):
@@ -109,6 +111,7 @@ class RolloutSamples(Callback):
             raise ValueError(f"samples.every_n_steps={every_n_steps}: give 1 (every step) or more")
         self.every_n_steps = every_n_steps
         self.num_samples = num_samples
+        self._token_bytes: TokenBytes | None = None
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -122,14 +125,18 @@ class RolloutSamples(Callback):
         if rollouts is None or batch_idx % self.every_n_steps:
             return
         assert isinstance(pl_module, PolicyModule)
-        folder = Path(trainer.default_root_dir) / ROLLOUT_FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = [row for group in rollouts.groups for row in _rows(group, pl_module)]
-        path = folder / f"step-{trainer.global_step:06d}.jsonl"
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        self._show([_rows(group, pl_module)[0] for group in rollouts.groups[: self.num_samples]], trainer)
+        self._token_bytes = self._token_bytes or TokenBytes(pl_module.tokenizer)
+        samples = [
+            samples_of(group, context=str(pl_module.tokenizer.decode(list(group.task.context_ids[-_CONTEXT_TOKENS:]))), token_bytes=self._token_bytes)
+            for group in rollouts.groups
+        ]
+        path = Path(trainer.default_root_dir) / ROLLOUT_FOLDER / f"step-{trainer.global_step:06d}.jsonl"
+        write_samples(itertools.chain.from_iterable(samples), path)
+        self._show([group_samples[0] for group_samples in samples[: self.num_samples]], trainer)
 
-    def _show(self, rows: list[dict[str, Any]], trainer: Trainer) -> None:
+    def _show(self, samples: list[RolloutSample], trainer: Trainer) -> None:
+        # The tokens' numbers are for the report; a person reads the texts.
+        rows = [{name: value for name, value in asdict(sample).items() if name not in ("tokens", "logprobs")} for sample in samples]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for number, row in enumerate(rows):
@@ -138,26 +145,6 @@ class RolloutSamples(Callback):
             elif isinstance(logger, WandbLogger) and rows:
                 data = [[repr(value) for value in row.values()] for row in rows]
                 logger.log_text("samples", columns=list(rows[0]), data=data, step=trainer.global_step)
-
-
-def _rows(group: RolloutGroup, module: PolicyModule) -> list[dict[str, Any]]:
-    """One row a completion; bytes that are not UTF-8 are shown with replacement characters."""
-    context = module.tokenizer.decode(list(group.task.context_ids[-200:]))
-    truth = [token.decode(errors="replace") for token in group.task.continuation]
-    return [
-        {
-            "task_id": group.task.task_id,
-            "context": context,
-            "truth": truth,
-            "thought": completion.text_bytes.rpartition(BOX_OPEN)[0].decode(errors="replace"),  # what stands before the last answer
-            "completion": completion.text_bytes.decode(errors="replace"),
-            "prediction": None if prediction is None else prediction.decode(errors="replace"),
-            "reward": reward,
-            "finish_reason": completion.finish_reason,
-            "policy_version": completion.policy_version,
-        }
-        for completion, prediction, reward in zip(group.completions, group.predictions, group.rewards, strict=True)
-    ]
 
 
 class ValidationResults(Callback):

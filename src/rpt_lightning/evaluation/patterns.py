@@ -1,0 +1,55 @@
+"""Reasoning patterns: the shares of texts that hold a keyword of one of six groups (RPT's analysis of reasoning patterns)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from rpt_lightning.evaluation.table import Rate
+
+PATTERNS: dict[str, tuple[str, ...]] = {
+    "transition": ("alternatively", "think differently"),
+    "reflection": ("wait", "initial answer", "original answer", "looking back", "thought process"),
+    "breakdown": ("break down", "break this down"),
+    "hypothesis": ("probably", "something like"),
+    "divergent": ("etc.", "or something", "either", "sometimes it refers", "otherwise", "exploring", "options"),
+    "deduction": ("summarize", "conclusion", "conclude", "finally", "logically", "consequently"),
+}
+"""The paper's keywords. A text may show several patterns, or none, so the shares do not add up to 1."""
+
+
+def _expression(keywords: Iterable[str]) -> re.Pattern[str]:
+    # Not \b: it asks for a letter after the full stop of "etc.".
+    phrases = (r"\s+".join(map(re.escape, keyword.split())) for keyword in keywords)
+    return re.compile(rf"(?<!\w)(?:{'|'.join(phrases)})(?!\w)", re.IGNORECASE)
+
+
+_EXPRESSIONS = {name: _expression(keywords) for name, keywords in PATTERNS.items()}
+
+
+def patterns_of(text: str) -> frozenset[str]:
+    """The patterns whose keywords stand in the text as whole words, in any case; a phrase may run over a line's end.
+
+    >>> sorted(patterns_of("Wait, either 4 or something\\nlike 5."))
+    ['divergent', 'hypothesis', 'reflection']
+    >>> patterns_of("The waiter concludes nothing.")
+    frozenset()
+    """
+    return frozenset(name for name, expression in _EXPRESSIONS.items() if expression.search(text))
+
+
+def pattern_shares(texts: Iterable[str]) -> dict[str, Rate]:
+    """For each pattern the share of texts that show it."""
+    shown = [patterns_of(text) for text in texts]
+    return {name: Rate(sum(name in patterns for patterns in shown), len(shown)) for name in PATTERNS}
+
+
+def relative_change(before: Rate, after: Rate) -> float | None:
+    """How much larger the second share is, as a fraction of the first (the paper's "+161.8 %" is 1.618); None where the first is 0 or unmeasured.
+
+    >>> relative_change(Rate(10, 100), Rate(26, 100))
+    1.6
+    """
+    if not before.successes or not after.count:
+        return None
+    return (after.successes * before.count - before.successes * after.count) / (before.successes * after.count)

@@ -1,0 +1,1 @@
+"""``rpt report``: runs as one HTML file that opens from disk."""

@@ -1,0 +1,63 @@
+"""Accuracy at held-out positions, by reasoning and without, for every band of difficulty.
+
+The points by step are what a scaling law is fitted to: `accuracy_points` is where a fit would read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rpt_lightning.evaluation.compare import Difference, paired_bootstrap
+from rpt_lightning.evaluation.table import Rate, above
+from rpt_lightning.metrics.bands import BANDS
+from rpt_lightning.metrics.results import Results
+
+ALL = "all"
+THRESHOLDS: dict[str, float] = {ALL: float("-inf"), **BANDS}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AccuracyPoint:
+    """One policy at one band. Reasoning and NTP are of the same weights at the same positions; a reasoning rate of count 0 was not measured."""
+
+    step: int
+    band: str
+    reasoning: Rate
+    ntp: Rate
+
+
+def accuracy_point(results: Results, band: str) -> AccuracyPoint:
+    """Both accuracies of one evaluation; bands are nested as in the paper: a hard position is also a medium and an easy one."""
+    positions = above(results.positions, THRESHOLDS[band])
+    return AccuracyPoint(
+        step=results.step,
+        band=band,
+        reasoning=Rate.of([position.reasoning_correct for position in positions]),
+        ntp=Rate.of([position.ntp_correct for position in positions]),
+    )
+
+
+def accuracy_points(validations: Mapping[int, Results], band: str) -> list[AccuracyPoint]:
+    """One point a validation that has positions in the band."""
+    points = [accuracy_point(results, band) for results in validations.values()]
+    return [point for point in points if point.ntp.count]
+
+
+def reasoning_minus_ntp(results: Results, band: str = ALL) -> Difference | None:
+    """The paired difference of the same weights at the same positions; None where reasoning was not measured there."""
+    return _paired(results, band, "ntp_correct")
+
+
+def reasoning_minus_empty_thought(results: Results) -> Difference | None:
+    """What the thought is worth: against the same weights' answer after an empty thought, where that control was measured."""
+    return _paired(results, ALL, "empty_thought_correct")
+
+
+def _paired(results: Results, band: str, without: str) -> Difference | None:
+    positions = above(results.positions, THRESHOLDS[band])
+    pairs = [(getattr(p, without), p.reasoning_correct, p.doc_id) for p in positions if None not in (getattr(p, without), p.reasoning_correct)]
+    if not pairs:
+        return None
+    first, second, documents = zip(*pairs, strict=True)
+    return paired_bootstrap(first, second, units=documents)

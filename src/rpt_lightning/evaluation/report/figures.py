@@ -1,0 +1,237 @@
+"""The report's figures: each a function of runs, which returns nothing where the runs hold no data for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rpt_lightning.evaluation.patterns import PATTERNS
+from rpt_lightning.evaluation.report.accuracy import ALL, THRESHOLDS, AccuracyPoint, accuracy_point, accuracy_points
+from rpt_lightning.evaluation.report.plot import (
+    COLOURS,
+    SMOOTHING_STEPS,
+    SYMBOLS,
+    Figure,
+    colour,
+    escape,
+    finish,
+    line,
+    new_figure,
+    percent,
+    rounded,
+    smoothed,
+    symbol_of,
+)
+from rpt_lightning.evaluation.report.run import Run
+from rpt_lightning.evaluation.table import Rate
+from rpt_lightning.metrics.bands import BANDS
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+_PHASES = {"rollout": "time/rollout_s", "training": "time/train_s", "weights to engine": "time/sync_s"}
+
+
+def all_figures(runs: Sequence[Run], patterns: Mapping[str, Mapping[int, Mapping[str, Rate]]]) -> list[Figure]:
+    """Those for which the runs hold data."""
+    figures = [
+        accuracy_bars(runs),
+        _curve(runs, "Reward", "mean reward of a completion", "reward/mean"),
+        heldout_curve(runs),
+        _curve(runs, "Completion length", "tokens, mean of a step", "rollout/length_mean"),
+        _curve(runs, "Entropy of the policy", "nats a token", "policy/entropy"),
+        all_equal_curve(runs),
+        logprob_difference(runs),
+        *(time_by_phase(runs, number) for number in range(len(runs))),
+        *(scaling(run) for run in runs),
+        pattern_bars(runs, patterns),
+        *(pattern_curve(name, shares) for name, shares in patterns.items()),
+    ]
+    return [figure for figure in figures if figure is not None]
+
+
+def accuracy_bars(runs: Sequence[Run]) -> Figure | None:
+    """Each run's last validation: a bar by reasoning and a hatched one by NTP, at the same positions."""
+    import plotly.graph_objects as go
+
+    validated = [(number, run.name, run.last_validation) for number, run in enumerate(runs) if run.last_validation]
+    bands = [band for band in BANDS if any(accuracy_point(results, band).ntp.count for _, _, results in validated)]
+    labels = []
+    for band in bands:
+        counts = sorted({accuracy_point(results, band).ntp.count for _, _, results in validated})
+        labels.append(f"{band}<br>&gt; {BANDS[band]} nats<br>n = {' or '.join(f'{count:,}' for count in counts)}")
+    traces = []
+    for number, name, results in validated:
+        points = [accuracy_point(results, band) for band in bands]
+        for mode in ("reasoning", "NTP"):
+            rates = [point.reasoning if mode == "reasoning" else point.ntp for point in points]
+            if not any(rate.count for rate in rates):
+                continue
+            hatch = {"shape": "/", "fillmode": "overlay", "fgcolor": colour(number), "size": 6} if mode == "NTP" else {"shape": ""}
+            traces.append(
+                go.Bar(
+                    x=labels,
+                    name=f"{escape(name)}, {mode}",
+                    marker={
+                        "color": "rgba(0,0,0,0)" if mode == "NTP" else colour(number),
+                        "pattern": hatch,
+                        "line": {"color": colour(number), "width": 1.5},
+                    },
+                    **percent(rates),
+                    meta={"run": number},
+                )
+            )
+    if not traces:
+        return None
+    figure = new_figure(traces, "", "held-out next-token accuracy, %")
+    figure.update_layout(barmode="group", bargap=0.25, bargroupgap=0.08, showlegend=True, xaxis_tickangle=0)
+    figure.update_yaxes(rangemode="tozero")
+    note = (
+        "Solid: by reasoning. Hatched: the same weights' next token without reasoning, at the same positions. "
+        "Lines: 95 % intervals (Wilson). Bands, by the proxy's entropy, are nested."
+    )
+    return finish(figure, "accuracy", "Accuracy by difficulty, at each run's last validation", note)
+
+
+def heldout_curve(runs: Sequence[Run]) -> Figure | None:
+    """Accuracy over all held-out positions by step; NTP dashed."""
+    traces = []
+    for number, run in enumerate(runs):
+        traces += _accuracy_traces(accuracy_points(run.validations, ALL), name=run.name, colour=colour(number), symbol=symbol_of(number), run=number)
+    if not traces:
+        return None
+    figure = new_figure(traces, "optimizer step", "accuracy, %")
+    return finish(figure, "training", "Held-out accuracy", "All positions. Line: by reasoning. Dashed: NTP. Bars: 95 % intervals.")
+
+
+def scaling(run: Run) -> Figure | None:
+    """Accuracy at every validated step for the three difficulties; points only, a fit is not drawn here."""
+    traces: list[go.Scatter] = []
+    for number, band in enumerate(BANDS):
+        points = accuracy_points(run.validations, band)
+        if len(points) >= 2:
+            traces += _accuracy_traces(points, name=f"{band} (> {THRESHOLDS[band]} nats)", colour=colour(number), symbol=symbol_of(number), run=None)
+    if not traces:
+        return None
+    figure = new_figure(traces, "optimizer step", "held-out accuracy, %")
+    figure.update_layout(showlegend=True)
+    return finish(figure, "scaling", f"{run.name}: accuracy by step and difficulty", "Line: by reasoning. Dashed: NTP. Bars: 95 % intervals.")
+
+
+def all_equal_curve(runs: Sequence[Run]) -> Figure | None:
+    """The share of groups that teach nothing, since all their rewards are equal."""
+    traces = []
+    for number, run in enumerate(runs):
+        steps, live = run.series("rollout/live_groups_frac")
+        traces += smoothed(steps, [100 * (1 - share) for share in live], name=run.name, run=number)
+    if not traces:
+        return None
+    figure = new_figure(traces, "optimizer step", "all-equal groups, %")
+    figure.update_yaxes(range=[0, 100])
+    return finish(figure, "training", "Groups of equal rewards", "All completions of the group right, or all wrong: no gradient.")
+
+
+def logprob_difference(runs: Sequence[Run]) -> Figure | None:
+    """Engine against policy, on a logarithmic axis."""
+    traces = []
+    for number, run in enumerate(runs):
+        for metric, dash in (("mean", "solid"), ("max", "dot")):
+            steps, values = run.series(f"sync/logprob_diff_{metric}")
+            if any(values):
+                traces.append(line(steps, values, name=f"{run.name}, {metric}", run=number, dash=dash))
+    if not traces:
+        return None
+    figure = new_figure(traces, "optimizer step", "nats a token")
+    figure.update_yaxes(type="log", exponentformat="power", dtick=1)
+    return finish(
+        figure, "training", "Log-prob difference, engine and policy", "Line: mean over tokens. Dotted: largest. Steps of exactly 0 have no point."
+    )
+
+
+def time_by_phase(runs: Sequence[Run], number: int) -> Figure | None:
+    """Where one run's steps spend their time, stacked."""
+    import plotly.graph_objects as go
+
+    run = runs[number]
+    steps, totals = run.series("time/step_s")
+    if not steps:
+        return None
+    rest = np.array(totals)
+    traces = []
+    for index, (name, metric) in enumerate(_PHASES.items()):
+        values = np.array([run.steps[step].get(metric, 0.0) for step in steps])
+        rest = rest - values
+        traces.append((name, values, COLOURS[index]))
+    traces.append(("other", np.maximum(rest, 0.0), "#888888"))
+    figure = new_figure(
+        [
+            go.Bar(x=steps, y=rounded(values), name=name, marker={"color": shade, "line": {"width": 0}}, hovertemplate="%{y:.2f} s")
+            for name, values, shade in traces
+        ],
+        "optimizer step",
+        "seconds a step",
+    )
+    figure.update_layout(barmode="stack", bargap=0, showlegend=True)
+    title = "Time by phase" if len(runs) == 1 else f"{run.name}: time by phase"
+    return finish(figure, "training", title, "Stacked; the height is the whole step, without validation.")
+
+
+def pattern_bars(runs: Sequence[Run], patterns: Mapping[str, Mapping[int, Mapping[str, Rate]]]) -> Figure | None:
+    """Shares of completions at each run's last recorded step."""
+    import plotly.graph_objects as go
+
+    traces = []
+    for number, run in enumerate(runs):
+        if shares := patterns[run.name]:
+            last = max(shares)
+            bars = {
+                "x": list(PATTERNS),
+                "name": f"{escape(run.name)}, step {last}",
+                "marker": {"color": colour(number)},
+                "meta": {"run": number},
+            }
+            traces.append(go.Bar(**bars, **percent([shares[last][pattern] for pattern in PATTERNS])))
+    if not traces:
+        return None
+    figure = new_figure(traces, "", "completions with a keyword, %")
+    figure.update_layout(barmode="group", bargap=0.3, bargroupgap=0.08, showlegend=True)
+    figure.update_yaxes(rangemode="tozero")
+    return finish(figure, "patterns", "Reasoning patterns, at each run's last recorded step", "Lines: 95 % intervals (Wilson).")
+
+
+def pattern_curve(run_name: str, shares: Mapping[int, Mapping[str, Rate]]) -> Figure | None:
+    """Shares of completions by recorded step, a line a pattern."""
+    if len(shares) < 2:
+        return None
+    traces = []
+    for number, pattern in enumerate(PATTERNS):
+        trace = line(list(shares), [], name=pattern, run=None, shade=COLOURS[number], symbol=SYMBOLS[number])
+        # Without intervals: six lines with them cannot be read, and the table has them.
+        traces.append(trace.update(percent([shares[step][pattern] for step in shares]) | {"error_y": None}))
+    figure = new_figure(traces, "optimizer step", "completions with a keyword, %")
+    figure.update_layout(showlegend=True)
+    figure.update_yaxes(rangemode="tozero")
+    return finish(figure, "patterns", f"{run_name}: reasoning patterns by step", "Every recorded step.")
+
+
+def _curve(runs: Sequence[Run], title: str, unit: str, metric: str) -> Figure | None:
+    traces = [trace for number, run in enumerate(runs) for trace in smoothed(*run.series(metric), name=run.name, run=number)]
+    if not traces:
+        return None
+    note = f"Faint: each step. Strong: mean of {SMOOTHING_STEPS} steps." if any(trace.opacity for trace in traces) else ""
+    return finish(new_figure(traces, "optimizer step", unit), "training", title, note)
+
+
+def _accuracy_traces(points: Sequence[AccuracyPoint], *, name: str, colour: str, symbol: str, run: int | None) -> list[go.Scatter]:
+    traces = []
+    for mode, rates, dash, marker in (
+        ("reasoning", {point.step: point.reasoning for point in points}, "solid", symbol),
+        ("NTP", {point.step: point.ntp for point in points}, "dash", f"{symbol}-open"),
+    ):
+        measured = {step: rate for step, rate in rates.items() if rate.count}
+        if measured:
+            trace = line(list(measured), [], name=f"{name}, {mode}", run=run, dash=dash, shade=colour, symbol=marker)
+            traces.append(trace.update(percent(list(measured.values()))))
+    return traces

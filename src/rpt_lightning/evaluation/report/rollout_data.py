@@ -1,0 +1,67 @@
+"""Rollouts as the page holds them: one compressed block a step, decompressed by the browser when that step is looked at."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import itertools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rpt_lightning.metrics.rollout_samples import RolloutSample
+
+RIGHT, WRONG, TRUNCATED = 0, 1, 2
+
+
+def spread(steps: Sequence[int], number: int) -> list[int]:
+    """``number`` of the steps (2 or more), evenly spread, the first and the last among them; all where there are no more.
+
+    >>> spread([1, 11, 21, 31, 41], 3)
+    [1, 21, 41]
+    """
+    if len(steps) <= number:
+        return list(steps)
+    return [steps[round(index * (len(steps) - 1) / (number - 1))] for index in range(number)]
+
+
+def outcome(sample: RolloutSample) -> int:
+    """Right means the full reward: a dense reward pays less than 1 for a wrong first token."""
+    return TRUNCATED if sample.is_truncated else RIGHT if sample.reward >= 1 else WRONG
+
+
+def step_data(samples: Sequence[RolloutSample]) -> dict[str, Any]:
+    """Short keys, since each stands once a completion: see rollout_view.js for what they are."""
+    tasks = []
+    for task_id, group in itertools.groupby(samples, key=lambda sample: sample.task_id):
+        rows = list(group)
+        tasks.append({"id": task_id, "c": rows[0].context, "t": rows[0].truth, "e": rows[0].entropy, "r": [_completion(row) for row in rows]})
+    return {"tasks": tasks}
+
+
+def compress(text: str) -> str:
+    """gzip, then base64, which cannot end a script element. The same text gives the same characters."""
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode("ascii")
+
+
+def compress_json(data: object) -> str:
+    """`compress` of compact JSON."""
+    return compress(json.dumps(data, ensure_ascii=False, separators=(",", ":")))
+
+
+def _completion(sample: RolloutSample) -> dict[str, Any]:
+    completion: dict[str, Any] = {"o": outcome(sample), "p": sample.prediction, "w": sample.reward, "v": sample.policy_version}
+    if sample.tokens is None:
+        return completion | {"h": sample.thought, "a": sample.completion[len(sample.thought) :]}
+    logprobs = None if sample.logprobs is None else [round(-100 * logprob) for logprob in sample.logprobs]
+    return completion | {"k": sample.tokens, "l": logprobs, "n": num_thought_tokens(sample.tokens, sample.thought)}
+
+
+def num_thought_tokens(tokens: Sequence[str], thought: str) -> int:
+    """How many tokens lie in the thought; one that reaches into the answer counts to the answer.
+
+    >>> num_thought_tokens(["a", "b</", "think> \\\\", "boxed{x}"], "ab</think> ")
+    2
+    """
+    ends = itertools.accumulate(len(token) for token in tokens)
+    return sum(end <= len(thought) for end in ends)

@@ -1,0 +1,71 @@
+"""A run's folder as the report reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rpt_lightning.evaluation.run_log import read_step_log
+from rpt_lightning.metrics.results import Results, read_results
+from rpt_lightning.metrics.rollout_samples import sample_files
+from rpt_lightning.metrics.run_folder import ROLLOUT_FOLDER, STEP_LOG, VALIDATION_FOLDER
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What one folder holds, each by optimizer step, ascending: logged metrics, validations, and files of rollouts. Any of the three may be missing."""
+
+    name: str
+    steps: dict[int, dict[str, float]]
+    validations: dict[int, Results]
+    rollouts: dict[int, Path]
+
+    @property
+    def last_validation(self) -> Results | None:
+        return list(self.validations.values())[-1] if self.validations else None
+
+    def series(self, metric: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one metric, where it was logged."""
+        logged = {step: metrics[metric] for step, metrics in self.steps.items() if metric in metrics}
+        return list(logged), list(logged.values())
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read all folders, in the order given.
+
+    Raises:
+        ValueError: no folder, one named twice, one that holds nothing to report, or a broken file.
+    """
+    if not folders:
+        raise ValueError("rpt report needs at least one run folder: rpt report runs/demo/rpt")
+    resolved = [folder.resolve() for folder in folders]
+    for folder in folders:
+        if resolved.count(folder.resolve()) > 1:
+            raise ValueError(f"{folder}: named twice; a run can be compared with others only.")
+    return [_read_run(folder, name) for folder, name in zip(folders, _names(resolved), strict=True)]
+
+
+def _read_run(folder: Path, name: str) -> Run:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such run folder. Give what `trainer.default_root_dir` was.")
+    log = folder / STEP_LOG
+    results = [read_results(path) for path in sorted((folder / VALIDATION_FOLDER).glob("step-*.jsonl"))]
+    run = Run(
+        name=name,
+        steps=read_step_log(log) if log.is_file() else {},
+        validations={result.step: result for result in sorted(results, key=lambda result: result.step) if result.positions},
+        rollouts=sample_files(folder),
+    )
+    if not (run.steps or run.validations or run.rollouts):
+        raise ValueError(f"{folder}: holds neither {STEP_LOG} nor {VALIDATION_FOLDER}/ nor {ROLLOUT_FOLDER}/, so there is nothing to report.")
+    return run
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The shortest endings of the paths that tell them apart."""
+    for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
+        names = ["/".join(folder.parts[-depth:]) for folder in folders]
+        if len(set(names)) == len(names):
+            break
+    return names

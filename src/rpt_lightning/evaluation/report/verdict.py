@@ -1,0 +1,195 @@
+"""What the numbers say, in words. A claim is made only where the whole interval of a paired difference lies on one side of 0."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rpt_lightning.evaluation.compare import Difference, paired_bootstrap
+from rpt_lightning.evaluation.report.accuracy import ALL, accuracy_point, reasoning_minus_empty_thought, reasoning_minus_ntp
+from rpt_lightning.evaluation.report.run import Run
+from rpt_lightning.evaluation.table import Rate
+from rpt_lightning.metrics.results import Results, pair_results
+
+Tone = Literal["gain", "loss", "undecided", "unknown"]
+
+MIN_POSITIONS = 100
+MIN_DOCUMENTS = 20
+"""Below these a percentile bootstrap over documents is not to be trusted, and the report judges nothing."""
+MIN_STEPS = 20
+_REWARD_STEPS = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Statement:
+    """One claim with the numbers that it rests on."""
+
+    tone: Tone
+    headline: str
+    numbers: str
+
+
+def points(difference: Difference) -> str:
+    """``+1.3 points [-0.4, +3.0]``: the difference with its 95 % interval, in percentage points."""
+    return f"{100 * difference.difference:+.1f} points [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
+
+
+def verdicts(runs: Sequence[Run]) -> dict[str, list[Statement]]:
+    """Statements by run name: reasoning against NTP, the thought, what training changed, and the first run against the others."""
+    reference = runs[0]
+    return {
+        run.name: [
+            *_of_policy(run),
+            *_of_training(run),
+            *([_against(reference, run)] if run is not reference else []),
+        ]
+        for run in runs
+    }
+
+
+def _of_policy(run: Run) -> list[Statement]:
+    last = run.last_validation
+    if last is None:
+        return [
+            Statement(tone="unknown", headline="No held-out accuracy: this run was never validated.", numbers="Run `rpt validate` on its policy.")
+        ]
+    point = accuracy_point(last, ALL)
+    difference = reasoning_minus_ntp(last)
+    if difference is None:
+        return [
+            Statement(
+                tone="unknown",
+                headline="Reasoning was not measured, so it cannot be compared with next-token prediction.",
+                numbers=f"NTP accuracy at step {last.step}: {point.ntp}.",
+            )
+        ]
+    numbers = f"At step {last.step} by reasoning {point.reasoning}, by NTP {point.ntp} at the same positions{_ceiling(last)}."
+    statements = [
+        _judge(
+            difference,
+            numbers,
+            question="whether reasoning beats next-token prediction",
+            gain="Reasoning beats next-token prediction.",
+            loss="Reasoning does not beat next-token prediction: it is worse.",
+            undecided="Reasoning is not shown to beat next-token prediction: the interval of the difference contains 0.",
+        )
+    ]
+    control = reasoning_minus_empty_thought(last)
+    if control is not None:
+        measured = [position for position in last.positions if position.empty_thought_correct is not None]
+        rates = (
+            f"With the thought {Rate.of([position.reasoning_correct for position in measured])}, "
+            f"with an empty one {Rate.of([position.empty_thought_correct for position in measured])}."
+        )
+        statements.append(
+            _judge(
+                control,
+                rates,
+                question="whether the thought helps",
+                gain="The thought helps: without it the same weights answer worse.",
+                loss="The thought harms: with an empty one the same weights answer better.",
+                undecided="The thought is not shown to help: the interval against an empty thought contains 0.",
+            )
+        )
+    return statements
+
+
+def _of_training(run: Run) -> list[Statement]:
+    statements = []
+    measured = [results for results in run.validations.values() if accuracy_point(results, ALL).reasoning.count]
+    if run.steps and len(measured) < 2:
+        statements.append(
+            Statement(
+                tone="unknown",
+                headline="What training changed cannot be said: that needs reasoning accuracy at two steps.",
+                numbers=f"Steps logged: {len(run.steps):,}. Validations by reasoning: {len(measured)}.",
+            )
+        )
+    elif len(measured) >= 2:
+        first, last = measured[0], measured[-1]
+        statements.append(
+            _compare(
+                first,
+                last,
+                names=(f"At step {first.step}", f"at step {last.step}"),
+                question="whether training raised reasoning accuracy",
+                gain=f"From step {first.step} to step {last.step} reasoning accuracy rose.",
+                loss=f"From step {first.step} to step {last.step} reasoning accuracy fell.",
+                undecided=f"From step {first.step} to step {last.step} reasoning accuracy is not shown to change: the interval contains 0.",
+            )
+        )
+    _, rewards = run.series("reward/mean")
+    if 0 < len(rewards) < MIN_STEPS:
+        statements.append(
+            Statement(
+                tone="unknown",
+                headline=f"{len(rewards)} steps are too few to say whether the reward rises.",
+                numbers=f"{MIN_STEPS} steps are the least that this report judges by. Mean reward: {sum(rewards) / len(rewards):.3f}.",
+            )
+        )
+    return statements
+
+
+def reward_ends(run: Run) -> str:
+    """Mean reward of the first and last steps, or nothing where none was logged."""
+    _, rewards = run.series("reward/mean")
+    if not rewards:
+        return "not logged"
+    num = min(_REWARD_STEPS, len(rewards))
+    return f"{sum(rewards[:num]) / num:.3f} in the first {num} steps, {sum(rewards[-num:]) / num:.3f} in the last {num}"
+
+
+def _against(reference: Run, run: Run) -> Statement:
+    """The two runs' last policies, each answering in the way that it was asked to: by reasoning if that was measured, else by NTP."""
+    first, second = reference.last_validation, run.last_validation
+    if first is None or second is None:
+        return Statement(tone="unknown", headline=f"No comparison with {reference.name}: one of the two was never validated.", numbers="")
+    return _compare(
+        first,
+        second,
+        names=(reference.name, run.name),
+        question=f"whether {run.name} is better than {reference.name}",
+        gain=f"{run.name} is more accurate than {reference.name}.",
+        loss=f"{run.name} is less accurate than {reference.name}.",
+        undecided=f"{run.name} is not shown to differ from {reference.name}: the interval contains 0.",
+    )
+
+
+def _compare(first: Results, second: Results, *, names: tuple[str, str], question: str, gain: str, loss: str, undecided: str) -> Statement:
+    try:
+        pairs = pair_results(first, second)
+    except ValueError as error:
+        return Statement(tone="unknown", headline=f"It cannot be said {question}: the positions differ.", numbers=str(error))
+    modes = [_answers(results) for results in (first, second)]
+    outcomes = [[bool(getattr(pair[side], f"{mode}_correct")) for pair in pairs] for side, mode in enumerate(modes)]  # [2, positions]
+    difference = paired_bootstrap(outcomes[0], outcomes[1], units=[one.doc_id for one, _ in pairs])
+    rates = [f"{name} by {_MODE_NAMES[mode]} {Rate.of(right)}" for name, mode, right in zip(names, modes, outcomes, strict=True)]
+    return _judge(difference, f"{', '.join(rates)}.", question=question, gain=gain, loss=loss, undecided=undecided)
+
+
+_MODE_NAMES = {"reasoning": "reasoning", "ntp": "NTP"}
+
+
+def _answers(results: Results) -> str:
+    return "reasoning" if all(position.reasoning_correct is not None for position in results.positions) else "ntp"
+
+
+def _judge(difference: Difference, numbers: str, *, question: str, gain: str, loss: str, undecided: str) -> Statement:
+    numbers = f"{numbers} Difference {points(difference)}, paired bootstrap over {difference.num_units:,} documents."
+    if difference.num_positions < MIN_POSITIONS or difference.num_units < MIN_DOCUMENTS:
+        return Statement(
+            tone="unknown",
+            headline=f"Too few positions to say {question}: {difference.num_positions:,} of {difference.num_units:,} documents.",
+            numbers=f"{numbers} {MIN_POSITIONS} positions of {MIN_DOCUMENTS} documents are the least that this report judges by.",
+        )
+    if difference.is_gain:
+        return Statement(tone="gain", headline=gain, numbers=numbers)
+    if difference.high < 0:
+        return Statement(tone="loss", headline=loss, numbers=numbers)
+    return Statement(tone="undecided", headline=undecided, numbers=numbers)
+
+
+def _ceiling(results: Results) -> str:
+    unanswerable = sum(not position.answerable for position in results.positions)
+    return f"; {unanswerable:,} cannot be answered through the box" if unanswerable else ""

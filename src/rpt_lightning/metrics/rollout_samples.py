@@ -1,0 +1,129 @@
+"""One record a completion, as training leaves them behind: ``rollouts/step-N.jsonl`` in a run's folder. Writer and reader share the format here."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rpt_lightning.metrics.run_folder import ROLLOUT_FOLDER
+from rpt_lightning.tasks.answer import BOX_OPEN
+from rpt_lightning.types import FinishReason, RolloutGroup
+
+if TYPE_CHECKING:
+    from rpt_lightning.tasks.token_bytes import TokenBytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutSample:
+    """What the policy said at one training position, and what it was paid. Bytes that are no characters are replacement characters.
+
+    ``context`` is the end of the text before the position, ``truth`` the true continuation a token, ``thought`` what stands before the last box (all
+    of it where there is none). ``tokens`` are the completion's tokens as text (see `text_pieces`), the stop token included, and ``logprobs`` the engine's
+    (nats, after the temperature). ``entropy`` is the proxy's, in nats. The fields that files of earlier versions lack are None there.
+
+    >>> sample = RolloutSample(
+    ...     task_id="doc-7:4", context="2 + 2 =", truth=(" 4", "."), thought="hm</think>", completion="hm</think>\\\\boxed{ 4}", prediction=" 4",
+    ...     reward=1.0, finish_reason="stop", policy_version=3,
+    ... )
+    >>> sample.tokens is None
+    True
+    """
+
+    task_id: str
+    context: str
+    truth: tuple[str, ...]
+    thought: str
+    completion: str
+    prediction: str | None
+    reward: float
+    finish_reason: FinishReason
+    policy_version: int
+    tokens: tuple[str, ...] | None = None
+    logprobs: tuple[float, ...] | None = None
+    entropy: float | None = None
+
+    @property
+    def is_truncated(self) -> bool:
+        return self.finish_reason == "length"
+
+
+def text_pieces(tokens: Iterable[bytes]) -> tuple[str, ...]:
+    """Each token's share of the text. A character belongs to the token that completes it, so a token that ends inside one may be empty.
+
+    The pieces joined are the tokens' bytes joined and decoded.
+
+    >>> text_pieces([b"caf", b"\\xc3", b"\\xa9!"])
+    ('caf', '', 'é!')
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    pieces = [decoder.decode(token) for token in tokens]
+    if pieces:
+        pieces[-1] += decoder.decode(b"", final=True)
+    return tuple(pieces)
+
+
+def samples_of(group: RolloutGroup, *, context: str, token_bytes: TokenBytes) -> list[RolloutSample]:
+    """One sample a completion, in the group's order."""
+    return [
+        RolloutSample(
+            task_id=group.task.task_id,
+            context=context,
+            truth=text_pieces(group.task.continuation),
+            thought=_thought(completion.text_bytes).decode(errors="replace"),
+            completion=completion.text_bytes.decode(errors="replace"),
+            prediction=None if prediction is None else prediction.decode(errors="replace"),
+            reward=reward,
+            finish_reason=completion.finish_reason,
+            policy_version=completion.policy_version,
+            tokens=text_pieces(token_bytes[token_id] for token_id in completion.token_ids),
+            logprobs=tuple(round(logprob, 3) for logprob in completion.rollout_logprobs),
+            entropy=round(group.task.entropy, 4),
+        )
+        for completion, prediction, reward in zip(group.completions, group.predictions, group.rewards, strict=True)
+    ]
+
+
+def write_samples(samples: Iterable[RolloutSample], path: Path) -> None:
+    """One line a sample; the folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = [field.name for field in fields(RolloutSample)]
+    # Not asdict, which copies every token: seconds at a step of the paper's size.
+    rows = ({name: getattr(sample, name) for name in names} for sample in samples)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_samples(path: Path) -> list[RolloutSample]:
+    """Read what ``write_samples`` wrote, or an earlier version.
+
+    Raises:
+        ValueError: a line is broken or lacks what every version wrote.
+    """
+    # Not splitlines(): texts may hold other line separators, which JSON leaves as they are.
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [_parse_line(line, f"{path} line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _parse_line(line: str, where: str) -> RolloutSample:
+    try:
+        row = json.loads(line)
+        known: dict[str, Any] = {field.name: row[field.name] for field in fields(RolloutSample) if field.name in row or field.default is MISSING}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        needed = ", ".join(field.name for field in fields(RolloutSample) if field.default is MISSING)
+        raise ValueError(f"{where}: not a rollout ({error!r}). Expected one JSON object with {needed}.") from error
+    known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
+    return RolloutSample(**known)
+
+
+def _thought(text: bytes) -> bytes:
+    thought, box, rest = text.rpartition(BOX_OPEN)
+    return thought if box else rest
+
+
+def sample_files(run_dir: Path) -> dict[int, Path]:
+    """The files of a run by optimizer step, ascending."""
+    files = {int(path.stem.removeprefix("step-")): path for path in (run_dir / ROLLOUT_FOLDER).glob("step-*.jsonl")}
+    return dict(sorted(files.items()))

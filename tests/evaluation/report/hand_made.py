@@ -1,0 +1,28 @@
+"""What the tests of the report's parts share: four positions, and runs and pattern shares made of numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rpt_lightning.evaluation.patterns import PATTERNS
+from rpt_lightning.evaluation.report.run import Run
+from rpt_lightning.evaluation.table import Rate
+from sample_results import FIRST, results
+
+
+def position(name, entropy, reasoning, ntp, **fields):
+    return replace(FIRST, task_id=name, doc_id=name[0], entropy=entropy, reasoning_correct=reasoning, ntp_correct=ntp, **fields)
+
+
+POLICY = results(
+    position("a1", 0.6, True, True), position("a2", 1.2, True, False, answerable=False), position("b1", 1.6, False, True), position("b2", 2.0, None, True)
+)  # fmt: skip
+
+
+def run(name, *, steps=None, validations=()):
+    return Run(name=name, steps=steps or {}, validations={one.step: one for one in validations}, rollouts={})
+
+
+def shares(hypothesis):
+    """Of 100 completions that many show a hypothesis, and none another pattern."""
+    return {name: Rate(hypothesis if name == "hypothesis" else 0, 100) for name in PATTERNS}

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+
+from rpt_lightning.evaluation.patterns import PATTERNS, pattern_shares, patterns_of, relative_change
+from rpt_lightning.evaluation.table import Rate
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Alternatively, it ends.", {"transition"}),
+        ("WAIT. Hmm", {"reflection"}),
+        ("await waiting waits wait_for waiter", set()),
+        ("(wait)", {"reflection"}),
+        ("apples, pears, etc.", {"divergent"}),
+        ("apples, etc.), pears", {"divergent"}),
+        ("etc", set()),
+        ("etcetera fetch.", set()),
+        ("etc.x", set()),
+        ("Let me break\n  this down", {"breakdown"}),
+        ("a breakdown, breaks down", set()),
+        ("or something like it", {"divergent", "hypothesis"}),
+        ("neither optional otherwisely improbably", set()),
+        ("In conclusion we conclude", {"deduction"}),
+        ("inconclusion concluded", set()),
+        ("", set()),
+    ],
+)
+def test_keywords_are_whole_words(text, expected):
+    assert patterns_of(text) == expected
+
+
+@pytest.mark.parametrize("keyword", [(name, keyword) for name, keywords in PATTERNS.items() for keyword in keywords])
+def test_every_keyword_of_the_paper_is_found(keyword):
+    name, word = keyword
+    assert name in patterns_of(f"so {word.capitalize()}, then")
+    assert name not in patterns_of(f"so x{word}, then")
+
+
+def test_shares_count_texts_not_keywords():
+    shares = pattern_shares(["wait, wait, wait", "probably, wait", "nothing"])
+    assert shares["reflection"] == Rate(2, 3)
+    assert shares["hypothesis"] == Rate(1, 3)
+    assert shares["deduction"] == Rate(0, 3)
+    assert set(pattern_shares([]).values()) == {Rate(0, 0)}
+
+
+def test_relative_change_as_in_the_paper():
+    assert relative_change(Rate(50, 1000), Rate(1309, 10_000)) == pytest.approx(1.618)
+    assert relative_change(Rate(40, 100), Rate(30, 100)) == -0.25
+    assert relative_change(Rate(3, 10), Rate(0, 10)) == -1.0
+    assert relative_change(Rate(0, 10), Rate(3, 10)) is None
+    assert relative_change(Rate(0, 0), Rate(3, 10)) is None
+    assert relative_change(Rate(3, 10), Rate(0, 0)) is None
