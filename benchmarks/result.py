@@ -117,7 +117,7 @@ def store(
     )
     aim = "" if target is None else f", target {target:.3g}: {'met' if result.is_met else 'not met'}"
     print(f"{name}: {value:.3g} {unit} (limit {limit:.3g}{aim})", flush=True)
-    if result.other_load > MAX_OTHER_LOAD:
+    if keep and result.other_load > MAX_OTHER_LOAD:
         print(f"warning: {name}: other processes took {result.other_load:.0%} of the machine's CPU time; measure again alone", flush=True)
     if keep:
         RESULTS.mkdir(exist_ok=True)
