@@ -214,7 +214,9 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=8, help="completions a position")
     parser.add_argument("--budget", type=int, default=4096, help="tokens of a packed tree")
     parser.add_argument(
-        "--repeats", type=int, help=f"rounds; left out: {ROUNDS}, or {FEWER_ROUNDS} where one takes longer than {LONG_ROUND_S:.0f} s (the record says so)"
+        "--repeats",
+        type=int,
+        help=f"rounds; left out: {ROUNDS}, or {FEWER_ROUNDS} where one takes longer than {LONG_ROUND_S:.0f} s (the record says so)",
     )
     parser.add_argument("--short", action="store_true", help="a tiny model and shape for a few seconds, nothing stored")
     args = parser.parse_args()

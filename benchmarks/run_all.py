@@ -1,6 +1,6 @@
 """`make bench` and `make bench-short`: every benchmark in a process of its own, one after the other, then the table.
 
-    python benchmarks/run_all.py [--short]
+python benchmarks/run_all.py [--short]
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The table of all stored figures, between marker comments of docs/performance.md and README.md.
 
-    python benchmarks/table.py            # writes it there and prints it
-    python benchmarks/table.py --check    # exit status 1 where a document differs from benchmarks/results/
+python benchmarks/table.py            # writes it there and prints it
+python benchmarks/table.py --check    # exit status 1 where a document differs from benchmarks/results/
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def main() -> None:
     stale = [path for path in DOCUMENTS if with_table(path.read_text(), table) != path.read_text()]
     if args.check:
         if stale:
-            sys.exit(f"{', '.join(str(path.relative_to(ROOT)) for path in stale)}: not the table of benchmarks/results/; run python benchmarks/table.py")
+            sys.exit(
+                f"{', '.join(str(path.relative_to(ROOT)) for path in stale)}: not the table of benchmarks/results/; run python benchmarks/table.py"
+            )
         return
     for path in stale:
         path.write_text(with_table(path.read_text(), table))
