@@ -65,7 +65,7 @@ class Stage:
     def forget(self) -> None:
         """What this stage made came from something that is made again now."""
         self._mark.unlink(missing_ok=True)
-        write_times({name: seconds for name, seconds in read_times().items() if name != self.name})
+        forget_time(self.name)
         if self.run_folder is not None and self.run_folder.exists():
             aside = self.run_folder.with_name(self.run_folder.name + ".old")
             shutil.rmtree(aside, ignore_errors=True)
@@ -75,6 +75,8 @@ class Stage:
     def run(self) -> None:
         command = self.command()
         print("$", shlex.join(command).replace(EXECUTABLE, "rpt").replace(sys.executable, "python"), flush=True)
+        if self._mark.exists():  # it was finished, and what it left is gone
+            forget_time(self.name)
         start = time.monotonic()
         try:
             subprocess.run(command, check=True)
@@ -96,6 +98,12 @@ def write_times(times: dict[str, float]) -> None:
 def add_time(name: str, seconds: float) -> None:
     times = read_times()
     write_times(times | {name: round(times.get(name, 0.0) + seconds, 1)})
+
+
+def forget_time(name: str) -> None:
+    times = read_times()
+    if times.pop(name, None) is not None:
+        write_times(times)
 
 
 def time_table() -> str:
