@@ -25,6 +25,7 @@ from result import store
 
 from rpt_lightning.cli import main as rpt
 from rpt_lightning.tasks.reward import Reward
+from rpt_lightning.training.cpu_precision import bf16_is_slow
 from rpt_lightning.types import TokenTask
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,8 +66,10 @@ def run_config(folder: Path, *, steps: int, short: bool) -> dict[str, Any]:
     config["data"]["init_args"] |= {"task_dir": str(folder / "tasks"), "num_eval_tasks": 8}
     config["rollout"]["objective"]["init_args"]["reward"] = {"class_path": "bench_overhead.EveryOther"}
     config["rollout"] |= {"max_completion_tokens": 24}
-    if short:
+    if short or bf16_is_slow():  # as in the demo
         config["trainer"]["precision"] = "32-true"
+        config["rollout"]["engine"]["init_args"]["dtype"] = "float32"
+    if short:
         config["data"]["init_args"]["tasks_per_step"] = 8
         config["rollout"] |= {"engine": {"class_path": "HFEngine", "init_args": {"dtype": "float32"}}, "group_size": 4, "max_completion_tokens": 4}
     return config

@@ -3,9 +3,9 @@
     python benchmarks/bench_sync.py
     python benchmarks/bench_sync.py --profile         # and what a hand-over spends its time on
 
-The policy is a random model of SmolLM2-135M's size in fp32, the engine's dtype fp32 and bf16. The copy takes the same stream of tensors, the tied head under
-both its names, to the engine's dtype. Verification (`check_weights`) is timed apart. The peak of resident memory during a hand-over, over the size of
-the engine's weights, shows whether there is a second full copy of them.
+The policy is a random model of SmolLM2-135M's size in fp32, the engine's dtype fp32, and bf16 where the CPU has instructions for it. The copy takes the same
+stream of tensors, the tied head under both its names, to the engine's dtype. Verification (`check_weights`) is timed apart. The peak of resident memory
+during a hand-over, over the size of the engine's weights, shows whether there is a second full copy of them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from result import alternate, store
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.weights import named_weights
 from rpt_lightning.rollout.vllm_engine import VLLMEngine
+from rpt_lightning.training.cpu_precision import bf16_is_slow
 from rpt_lightning.training.sync_check import check_weights
 
 
@@ -102,13 +103,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="print where the time of a hand-over goes")
     parser.add_argument("--short", action="store_true", help="a tiny model for a few seconds, nothing stored")
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32"] if bf16_is_slow() else ["float32", "bfloat16"])
     args = parser.parse_args()
     if args.short:
-        args.repeats = 1
+        args.repeats, args.dtypes = 1, ["float32"]
     with tempfile.TemporaryDirectory(prefix="bench-sync-") as temporary:
         policy = Policy(str(make_model_folder(Path(temporary) / "model", short=args.short)))
         policy.materialize()
-        for dtype in ("float32",) if args.short else ("float32", "bfloat16"):
+        for dtype in args.dtypes:
             measure(policy, dtype, args)
 
 
