@@ -1,4 +1,4 @@
-"""The table of all stored figures, between marker comments of docs/performance.md and README.md.
+"""The table of the stored figures, between marker comments: of all in docs/performance.md, of those with a target in README.md.
 
 python benchmarks/table.py            # writes it there and prints it
 python benchmarks/table.py --check    # exit status 1 where a document differs from benchmarks/results/
@@ -13,7 +13,8 @@ from pathlib import Path
 from result import MAX_OTHER_LOAD, Result, read_results
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = (ROOT / "docs" / "performance.md", ROOT / "README.md")
+# Documents, and whether only figures with a target stand in them.
+DOCUMENTS = {ROOT / "docs" / "performance.md": False, ROOT / "README.md": True}
 BEGIN, END = "<!-- benchmarks: made by benchmarks/table.py -->", "<!-- end of benchmarks -->"
 
 
@@ -56,7 +57,7 @@ def number(value: float) -> str:
 
 
 def with_table(text: str, table: str) -> str:
-    """The document with another table between its markers."""
+    """A document with another table between its markers."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
@@ -68,17 +69,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args()
-    table = render(read_results())
-    stale = [path for path in DOCUMENTS if with_table(path.read_text(), table) != path.read_text()]
+    results = read_results()
+    stale = {}
+    for path, only_targets in DOCUMENTS.items():
+        text = path.read_text()
+        table = render([result for result in results if result.target is not None or not only_targets])
+        if (updated := with_table(text, table)) != text:
+            stale[path] = updated
     if args.check:
         if stale:
             sys.exit(
                 f"{', '.join(str(path.relative_to(ROOT)) for path in stale)}: not the table of benchmarks/results/; run python benchmarks/table.py"
             )
         return
-    for path in stale:
-        path.write_text(with_table(path.read_text(), table))
-    print(table)
+    for path, updated in stale.items():
+        path.write_text(updated)
+    print(render(results))
 
 
 if __name__ == "__main__":
