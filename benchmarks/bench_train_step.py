@@ -1,15 +1,19 @@
 """Forward and backward of one training step on identical rollouts: ours (prefixes shared), the plain padded step, and TRL's own log-prob and loss path.
 
-    python benchmarks/bench_train_step.py --prompt 1024 --completion 128 --positions 1 --repeats 5
+    python benchmarks/bench_train_step.py                                             # RPT's shapes
+    python benchmarks/bench_train_step.py --prompt 1024 --completion 128 --positions 1
 
-TRL takes part where `pip install trl==1.16.0` was done. The policy is a random model of SmolLM2-135M's size in fp32. The limit is what the FLOPs of body, head
-on completion tokens and attention over permitted pairs allow.
+The policy is a random model of SmolLM2-135M's size in fp32. With one position a document there is one prompt; with four, prompts that end 16 tokens apart on
+one document, and the same completions are also trained as four documents with one position each. The limit is what the FLOPs of body, head on completion
+tokens and attention over permitted pairs allow. TRL takes part where it is installed (`make bench` does that), with one position: it is the same for it.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -26,19 +30,30 @@ from rpt_lightning.policy.tree_attention import NAME as TREE_ATTENTION
 from rpt_lightning.types import TrainSequence
 
 TEMPERATURE = 0.8
+TINY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+# Shares of the FLOP limit's ratio that we want to reach against the plain step, by positions a document.
+TARGET_SHARES = {1: 0.85, 4: 0.7}
+# TRL's path: 6 times as fast at (prompt, completion, group) of this shape.
+TRL_TARGETS = {(1024, 128, 8): 6.0}
+ROUNDS, FEWER_ROUNDS, LONG_ROUND_S = 5, 3, 100.0
 
 
-def make_rollouts(args: argparse.Namespace) -> tuple[list[TrainSequence], torch.Tensor]:
-    """One document, ``positions`` prompts on it that end at its last tokens, ``group`` completions each that share nothing by chance; advantages of mean 0."""
+def make_rollouts(args: argparse.Namespace, *, share_document: bool = True) -> tuple[list[TrainSequence], torch.Tensor]:
+    """``positions`` prompts that end 16 tokens apart, on one document or on one each, with ``group`` completions that share nothing by chance.
+
+    Advantages of mean 0.
+    """
     generator = torch.Generator().manual_seed(0)
-    document = torch.randint(0, 49152, (args.prompt,), generator=generator).tolist()
+
+    def draw(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(0, args.vocabulary, (length,), generator=generator).tolist())
+
+    document = draw(args.prompt)
     sequences = []
     for position in range(args.positions):
-        prompt = tuple(document[: args.prompt - 16 * (args.positions - 1 - position)])
-        for _ in range(args.group):
-            sequences.append(
-                TrainSequence(prompt_ids=prompt, target_ids=tuple(torch.randint(0, 49152, (args.completion,), generator=generator).tolist()))
-            )
+        length = args.prompt - 16 * (args.positions - 1 - position)
+        prompt = document[:length] if share_document else draw(length)
+        sequences += [TrainSequence(prompt_ids=prompt, target_ids=draw(args.completion)) for _ in range(args.group)]
     advantages = torch.randn(len(sequences), generator=generator)
     return sequences, advantages - advantages.mean()
 
@@ -135,33 +150,6 @@ def flops(model: PreTrainedModel, sequences: list[TrainSequence], *, shared: boo
     return 6 * (body * tokens + head) + 12 * config.hidden_size * config.num_hidden_layers * pairs
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name, default in {"prompt": 256, "completion": 24, "group": 8, "positions": 1, "repeats": 3, "budget": 4096}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SMOLLM2_135M, attn_implementation="sdpa")).train()
-    sequences, advantages = make_rollouts(args)
-
-    functions = {"ours": lambda: ours(model, sequences, advantages, args.budget), "plain": lambda: plain(model, sequences, advantages)}
-    trl = TRLPath(model) if importlib.util.find_spec("trl") else None
-    if trl is None:
-        print("trl is not installed: it takes no part")
-    else:
-        functions["trl"] = lambda: trl(sequences, advantages)
-    check_gradients(functions, {"ours": model, "plain": model} | ({"trl": trl.model} if trl else {}))
-    seconds = alternate(functions, args.repeats)
-
-    shape = f"p{args.prompt}-c{args.completion}-g{args.group}-k{args.positions}"
-    limit = flops(model, sequences, shared=False) / flops(model, sequences, shared=True)
-    store(f"train-step-vs-plain-{shape}", seconds["plain"] / seconds["ours"], limit=limit, target=None, unit="times as fast as the plain padded step")
-    if "trl" in seconds:
-        store(
-            f"train-step-vs-trl-{shape}", seconds["trl"] / seconds["ours"], limit=limit * 4 / 3, target=None, unit="times as fast as TRL 1.16's path"
-        )
-
-
 def check_gradients(functions: dict[str, Callable[[], None]], models: dict[str, PreTrainedModel]) -> None:
     """Nothing is timed that computes something else."""
     gradients = {}
@@ -170,8 +158,78 @@ def check_gradients(functions: dict[str, Callable[[], None]], models: dict[str, 
         gradients[name] = torch.cat([parameter.grad.flatten() for parameter in models[name].parameters()])
     for name, gradient in gradients.items():
         difference = ((gradient - gradients["plain"]).norm() / gradients["plain"].norm()).item()
-        print(f"relative difference of the gradients, {name} against plain: {difference:.1e}")
-        assert difference < 1e-4
+        print(f"  relative difference of the gradients, {name} against plain: {difference:.1e}")
+        if difference > 1e-4:
+            raise SystemExit(f"{name} computes another gradient than the plain step")
+
+
+def measure(model: PreTrainedModel, args: argparse.Namespace) -> None:
+    """All figures of one shape."""
+    shape = f"p{args.prompt}-c{args.completion}-g{args.group}-k{args.positions}"
+    print(f"--- {shape}", flush=True)
+    sequences, advantages = make_rollouts(args)
+    functions = {"ours": lambda: ours(model, sequences, advantages, args.budget), "plain": lambda: plain(model, sequences, advantages)}
+    models = {"ours": model, "plain": model}
+    if args.positions == 1 and importlib.util.find_spec("trl") is not None:
+        trl = TRLPath(model)
+        functions["trl"] = lambda: trl(sequences, advantages)
+        models["trl"] = trl.model
+    start = time.perf_counter()
+    check_gradients(functions, models)
+    repeats = args.repeats or (ROUNDS if time.perf_counter() - start < LONG_ROUND_S else FEWER_ROUNDS)
+    if args.positions > 1:
+        alone, _ = make_rollouts(args, share_document=False)
+        functions["one position a document"] = lambda: ours(model, alone, advantages, args.budget)
+        functions["one position a document"]()
+    seconds = alternate(functions, repeats, warm_up=False)
+
+    keep = not args.short
+    shared = flops(model, sequences, shared=True)
+    limit = flops(model, sequences, shared=False) / shared
+    share = TARGET_SHARES.get(args.positions)
+    store(
+        f"train-step-vs-plain-{shape}", seconds["plain"] / seconds["ours"], limit=limit, target=share and share * limit, lower_is_better=False, keep=keep,
+        unit="times as fast as the plain padded step", target_share_of_limit=share, ours_gflops_per_s=shared / seconds["ours"] / 1e9,
+        plain_gflops_per_s=limit * shared / seconds["plain"] / 1e9,
+    )  # fmt: skip
+    if "trl" in seconds:
+        # Beside what the plain step does TRL runs one more forward pass, for the log-probs before the update: 8 FLOPs a weight and token instead of 6.
+        store(
+            f"train-step-vs-trl-{shape}", seconds["trl"] / seconds["ours"], limit=limit * 4 / 3, lower_is_better=False, keep=keep,
+            target=TRL_TARGETS.get((args.prompt, args.completion, args.group)),
+            unit="times as fast as TRL 1.16's path", trl_gflops_per_s=limit * 4 / 3 * shared / seconds["trl"] / 1e9,
+        )  # fmt: skip
+    if args.positions > 1:
+        store(
+            f"train-step-vs-one-position-{shape}", seconds["one position a document"] / seconds["ours"], target=1.0, lower_is_better=False, keep=keep,
+            limit=flops(model, alone, shared=True) / shared, unit="times as fast a trained token as with one position a document",
+        )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompt", type=int, nargs="+", default=[256, 1024], help="tokens of the longest prompt")
+    parser.add_argument("--completion", type=int, nargs="+", default=[24, 128], help="tokens of each completion")
+    parser.add_argument("--positions", type=int, nargs="+", default=[1, 4], help="positions a document")
+    parser.add_argument("--group", type=int, default=8, help="completions a position")
+    parser.add_argument("--budget", type=int, default=4096, help="tokens of a packed tree")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        help=f"rounds; left out: {ROUNDS}, or {FEWER_ROUNDS} where one takes longer than {LONG_ROUND_S:.0f} s (the record says so)",
+    )
+    parser.add_argument("--short", action="store_true", help="a tiny model and shape for a few seconds, nothing stored")
+    args = parser.parse_args()
+    if args.short:
+        args.prompt, args.completion, args.group, args.repeats = [96], [8], 4, 1
+    if importlib.util.find_spec("trl") is None:
+        print("trl is not installed: it takes no part")
+    torch.manual_seed(0)
+    config = LlamaConfig(**(TINY if args.short else SMOLLM2_135M), attn_implementation="sdpa")
+    model = LlamaForCausalLM(config).train()
+    for prompt, completion, positions in itertools.product(args.prompt, args.completion, args.positions):
+        shape = {"prompt": prompt, "completion": completion, "positions": positions, "vocabulary": config.vocab_size}
+        measure(model, argparse.Namespace(**(vars(args) | shape)))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Every stage is one command that a user could type; the demo only runs them in or
 
 from __future__ import annotations
 
+import json
 import platform
 import shlex
 import shutil
@@ -24,6 +25,7 @@ TASKS = Path("tasks/demo")
 DEMO = Path("runs/demo")
 COLD_START = DEMO / "cold-start"
 RPT = DEMO / "rpt"
+TIMES = DEMO / "times.json"  # seconds that each stage took, over all calls of the demo
 EXECUTABLE = str(Path(sys.executable).with_name("rpt"))
 ROOT = Path(__file__).resolve().parents[1]
 # There is a vLLM for Linux only; elsewhere transformers makes the rollouts, which is slower.
@@ -63,6 +65,7 @@ class Stage:
     def forget(self) -> None:
         """What this stage made came from something that is made again now."""
         self._mark.unlink(missing_ok=True)
+        forget_time(self.name)
         if self.run_folder is not None and self.run_folder.exists():
             aside = self.run_folder.with_name(self.run_folder.name + ".old")
             shutil.rmtree(aside, ignore_errors=True)
@@ -72,9 +75,42 @@ class Stage:
     def run(self) -> None:
         command = self.command()
         print("$", shlex.join(command).replace(EXECUTABLE, "rpt").replace(sys.executable, "python"), flush=True)
-        subprocess.run(command, check=True)
+        if self._mark.exists():  # it was finished, and what it left is gone
+            forget_time(self.name)
+        start = time.monotonic()
+        try:
+            subprocess.run(command, check=True)
+        finally:  # a part that was interrupted is part of the stage's time
+            add_time(self.name, time.monotonic() - start)
         self._mark.parent.mkdir(parents=True, exist_ok=True)
         self._mark.touch()
+
+
+def read_times() -> dict[str, float]:
+    return json.loads(TIMES.read_text()) if TIMES.exists() else {}
+
+
+def write_times(times: dict[str, float]) -> None:
+    TIMES.parent.mkdir(parents=True, exist_ok=True)
+    TIMES.write_text(json.dumps(times, indent=2) + "\n")
+
+
+def add_time(name: str, seconds: float) -> None:
+    times = read_times()
+    write_times(times | {name: round(times.get(name, 0.0) + seconds, 1)})
+
+
+def forget_time(name: str) -> None:
+    times = read_times()
+    if times.pop(name, None) is not None:
+        write_times(times)
+
+
+def time_table() -> str:
+    """Minutes of each stage, the installation not counted."""
+    times = read_times()
+    rows = [f"  {stage.name:<26}{times[stage.name] / 60:6.1f} min" for stage in STAGES if stage.name in times]
+    return "\n".join(["Time by stage:", *rows, f"  {'together':<26}{sum(times.values()) / 60:6.1f} min"])
 
 
 def make_model() -> Stage:
@@ -192,6 +228,7 @@ def report() -> None:
     columns = [Column(name=name, results=read_results(results_of(name))) for name in EVALUATIONS]
     Console().print(Markdown(summarise(columns, RPT / "steps.jsonl", DEMO)))
     print(f"Table: {DEMO / 'summary.md'}   plot: {DEMO / 'summary.png'}   trained policy: {RPT / 'export'}")
+    print(time_table())
     print(f"To start over: rm -r {DEMO} {TASKS}")
 
 

@@ -55,6 +55,31 @@ def test_a_failed_demo_continues_with_the_stage_that_failed(monkeypatch: pytest.
     assert Path("log").read_text() == "one two two three two three "
 
 
+def test_time_by_stage_counts_every_try_and_forgets_what_is_made_again(monkeypatch: pytest.MonkeyPatch):
+    nap = "import time; time.sleep(0.2); "
+    first, third = stage("one", nap + touch("one")), stage("three", touch("three"))
+    monkeypatch.setattr(demo, "STAGES", (first, stage("two", nap + "raise SystemExit(3)"), third))
+    with pytest.raises(SystemExit):
+        demo.run_stages()
+    failed = demo.read_times()
+    assert list(failed) == ["one", "two"]
+    assert min(failed.values()) >= 0.2
+
+    monkeypatch.setattr(demo, "STAGES", (first, stage("two", touch("two")), third))
+    demo.run_stages()
+    done = demo.read_times()
+    assert done["one"] == failed["one"]  # skipped
+    assert done["two"] > failed["two"]
+    assert [row.split()[0] for row in demo.time_table().splitlines()] == ["Time", "one", "two", "three", "together"]
+
+    demo.write_times(dict.fromkeys(done, 6000.0))
+    Path("two").unlink()
+    demo.run_stages()
+    assert demo.read_times()["one"] == 6000.0
+    assert max(demo.read_times()[name] for name in ("two", "three")) < 6000.0
+    assert demo.time_table().splitlines()[-1].split() == ["together", "100.0", "min"]
+
+
 def test_a_policy_that_is_trained_again_is_evaluated_again_but_not_the_reverse(monkeypatch: pytest.MonkeyPatch):
     def fit():
         return demo.fit("fit", Path("run"), "configs/demo.yaml", 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from collections import Counter
 from datetime import timedelta
 
@@ -160,6 +161,39 @@ def test_step_log_counts_truncated_and_replaced(make_run, tmp_path):
         assert line["perf/live_groups_per_s"] == pytest.approx(line["rollout/live_groups"] / line["time/step_s"], rel=1e-4)
         assert "rollout/cached_prompt_frac" not in line  # this engine has no cache
         assert line["perf/tokens_per_s"] == pytest.approx(trained_and_sampled / line["time/step_s"], rel=1e-4)
+
+
+class Slow(ScriptedEngine):
+    """Takes at least 0.1 s to take weights, and 0.2 s to generate."""
+
+    def _update_weights(self, weights, version):
+        time.sleep(0.1)
+        super()._update_weights(weights, version)
+
+    def _generate(self, requests):
+        time.sleep(0.2)
+        return super()._generate(requests)
+
+
+@pytest.mark.parametrize("mini_batches", [1, 2])
+def test_a_steps_phases_follow_each_other(make_run, tmp_path, mini_batches):
+    options = {"module_options": {"optimizer_steps_per_batch": mini_batches}}
+    run(make_run, 2 * mini_batches, Slow(SCRIPT), more=[StepLog()], run_dir=tmp_path / "log", **options)
+    first, second = step_lines(tmp_path / "log")
+    assert "time/between_steps_s" not in first
+    assert second["time/between_steps_s"] <= second["time"] - first["time"]
+    for line in (first, second):
+        seconds = {name.removeprefix("time/"): value for name, value in line.items() if name.startswith("time/")}
+        step_s, train_s = seconds.pop("step_s"), seconds.pop("train_s")
+        seconds.pop("between_steps_s", None)
+        old = {"old_logprobs_s"} if mini_batches > 1 else set()
+        training = {"pack_s", "forward_backward_s", "optimizer_s"} | old
+        assert set(seconds) == {"sync_s", "rollout_s", "logprob_check_s", "log_s"} | training
+        assert seconds["sync_s"] >= 0.1
+        assert seconds["rollout_s"] >= 0.2
+        # Nothing is counted twice, neither in the step nor in its training.
+        assert sum(seconds[name] for name in training) <= train_s
+        assert sum(seconds.values()) <= step_s
 
 
 def test_pilots_leave_filled_and_short_groups_for_training(make_run, tmp_path):

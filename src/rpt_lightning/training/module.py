@@ -162,10 +162,11 @@ class RPTModule(PolicyModule):
     def _logprobs(self, samples: Sequence[_Sample], temperature: float) -> list[Tensor]:
         """The policy's log-probs of each sample's completion, before any update of this batch."""
         out: list[Tensor] = [torch.empty(0)] * len(samples)
-        for tree, logprobs, _ in self.score_packed([sample.sequence for sample in samples], temperature=temperature):
-            rows = tree.unpack(logprobs)
-            for row, index in enumerate(tree.sequence_indices):
-                out[index] = rows[row, tree.mask[row]]
+        with self.clock.phase("old_logprobs"):
+            for tree, logprobs, _ in self.score_packed([sample.sequence for sample in samples], temperature=temperature):
+                rows = tree.unpack(logprobs)
+                for row, index in enumerate(tree.sequence_indices):
+                    out[index] = rows[row, tree.mask[row]]
         return out
 
 

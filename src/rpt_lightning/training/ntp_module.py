@@ -23,4 +23,5 @@ class NTPModule(PolicyModule):
             return -tree.unpack(logprobs).sum() / num_targets
 
         metrics = self.optimizer_step_over(sequences, micro_batch_loss)
-        self.log_step(metrics | {"train/target_tokens": num_targets})
+        seconds = {name: self.max_over_ranks(value) for name, value in self.clock.take().items()}
+        self.log_step(metrics | seconds | {"train/target_tokens": num_targets})

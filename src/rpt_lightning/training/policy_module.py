@@ -19,6 +19,7 @@ from rpt_lightning.policy.packing import PackedTree
 from rpt_lightning.policy.sharding import shard
 from rpt_lightning.tasks.token_bytes import start_ids, tokenizer_hash
 from rpt_lightning.training.cpu_precision import bf16_is_slow
+from rpt_lightning.training.step_clock import StepClock
 from rpt_lightning.training.validation import gather_results, position_result, validation_metrics
 from rpt_lightning.types import RolloutGroup, TokenTask, TrainSequence
 
@@ -67,6 +68,7 @@ class PolicyModule(LightningModule, ABC):
         self.num_skipped_steps = 0
         self._skipped_in_a_row = 0
         self._loaded_step = 0
+        self.clock = StepClock()  # of the step that runs
         self.results: list[PositionResult] = []  # of the last validation pass, of all ranks; while a pass runs, this rank's part
         self.tokenizer = policy.tokenizer
         self.tokenizer_hash = tokenizer_hash(policy.tokenizer)
@@ -147,13 +149,15 @@ class PolicyModule(LightningModule, ABC):
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         loss_sum = torch.zeros((), device=self.device)
-        trees = list(self.policy.pack(sequences, max_tokens=self.micro_batch_tokens))
+        with self.clock.phase("pack"):
+            trees = list(self.policy.pack(sequences, max_tokens=self.micro_batch_tokens))
         # Every rank takes part in the collectives of every micro-batch, and a step without anything to learn is a zero gradient, not a missing one.
         num_micro_batches = max(1, int(self.max_over_ranks(len(trees))))
-        for index in range(num_micro_batches):
-            loss = micro_batch_loss(trees[index].to(self.device)) if index < len(trees) else self._idle_loss()
-            self.manual_backward(loss * self.trainer.world_size)  # gradients are averaged over ranks, the loss is a sum over them
-            loss_sum += loss.detach()
+        with self.clock.phase("forward_backward"):
+            for index in range(num_micro_batches):
+                loss = micro_batch_loss(trees[index].to(self.device)) if index < len(trees) else self._idle_loss()
+                self.manual_backward(loss * self.trainer.world_size)  # gradients are averaged over ranks, the loss is a sum over them
+                loss_sum += loss.detach()
         packed_tokens = sum(tree.num_tokens for tree in trees)
         plain_tokens = sum(sequence.num_tokens for sequence in sequences)
         metrics = {
@@ -162,7 +166,8 @@ class PolicyModule(LightningModule, ABC):
             "train/plain_tokens": self.sum_over_ranks(plain_tokens),
             "train/micro_batches": torch.tensor(float(num_micro_batches)),
         }
-        metrics["optim/grad_norm"] = self._clip_and_step(optimizer, metrics["loss/total"])
+        with self.clock.phase("optimizer"):
+            metrics["optim/grad_norm"] = self._clip_and_step(optimizer, metrics["loss/total"])
         metrics["optim/lr"] = torch.tensor(float(optimizer.param_groups[0]["lr"]))
         metrics["optim/skipped_steps"] = torch.tensor(float(self.num_skipped_steps))
         if self.lr_schedulers() is not None:
@@ -219,8 +224,9 @@ class PolicyModule(LightningModule, ABC):
 
     def log_step(self, metrics: Mapping[str, Tensor | float]) -> None:
         """Logs one step's metrics (already reduced over ranks)."""
-        for name, value in metrics.items():
-            self.log(name, float(value), on_step=True, on_epoch=False, prog_bar=name in PROGRESS_BAR_METRICS)
+        with self.clock.phase("log"):
+            for name, value in metrics.items():
+                self.log(name, float(value), on_step=True, on_epoch=False, prog_bar=name in PROGRESS_BAR_METRICS)
 
     @abstractmethod
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:

@@ -104,6 +104,7 @@ class RolloutCallback(Callback):
         self.rollouter: Rollouter | None = None
         self.train_rollout: Callable[[Sequence[TokenTask]], list[RolloutGroup]] | None = None
         self._num_weight_checks = 0
+        self._step_end: float | None = None  # of the step before, on the clock of time.perf_counter
 
     @property
     def _sampling(self) -> SamplingSettings:
@@ -176,19 +177,18 @@ class RolloutCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, stage="")
 
-    def _sync(self, trainer: Trainer, module: PolicyModule) -> dict[str, float]:
+    def _sync(self, trainer: Trainer, module: PolicyModule) -> None:
         """Brings the engine to the policy's weights and verifies that it has them."""
         assert self.engine is not None
-        start = time.perf_counter()
         if not self.engine.weight_names:
+            start = time.perf_counter()
             self.engine.start(module.policy.path, seed=self.seed, max_model_len=self._max_model_len(module))
             rank_zero_info(f"engine: {self.engine.description}, started in {time.perf_counter() - start:.0f} s")
-            start = time.perf_counter()
-        if self.engine.version != module.policy_version:
-            self.engine.update_weights(named_weights(module.policy), version=module.policy_version)
-            check_weights(self.engine, named_weights(module.policy), version=module.policy_version, turn=self._num_weight_checks)
-            self._num_weight_checks += 1
-        return {"time/sync_s": time.perf_counter() - start}
+        with module.clock.phase("sync"):
+            if self.engine.version != module.policy_version:
+                self.engine.update_weights(named_weights(module.policy), version=module.policy_version)
+                check_weights(self.engine, named_weights(module.policy), version=module.policy_version, turn=self._num_weight_checks)
+                self._num_weight_checks += 1
 
     def _max_model_len(self, module: PolicyModule) -> int:
         """Tokens of prompt and completion, and some more for thought controls where the model has the positions."""
@@ -226,25 +226,26 @@ class RolloutCallback(Callback):
             return
         assert self.engine is not None
         assert self.train_rollout is not None
+        pl_module.clock.take()  # what came after the end of the step before, such as a validation
         self._step_start = time.perf_counter()
-        metrics = self._sync(trainer, pl_module)
-        start, prompts_before = time.perf_counter(), self.engine.prompt_tokens
-        filled = fill_batch(
-            self.train_rollout,
-            trainer.datamodule.draw,  # type: ignore[attr-defined]
-            batch["tasks"],
-            max_extra_tasks=self._max_extra_tasks(pl_module, len(batch["tasks"])),
-            max_over_ranks=lambda number: int(pl_module.max_over_ranks(number)),
-        )
-        metrics["time/rollout_s"] = time.perf_counter() - start
-        metrics |= self._check_logprobs(trainer, pl_module, filled.groups, temperature=self.temperature)
+        self._sync(trainer, pl_module)
+        prompts_before = self.engine.prompt_tokens
+        with pl_module.clock.phase("rollout"):
+            filled = fill_batch(
+                self.train_rollout,
+                trainer.datamodule.draw,  # type: ignore[attr-defined]
+                batch["tasks"],
+                max_extra_tasks=self._max_extra_tasks(pl_module, len(batch["tasks"])),
+                max_over_ranks=lambda number: int(pl_module.max_over_ranks(number)),
+            )
+        with pl_module.clock.phase("logprob_check"):
+            metrics = self._check_logprobs(trainer, pl_module, filled.groups, temperature=self.temperature)
         metrics |= rollout_metrics(filled, pilot_size=self.pilot_size) | prompt_metrics(prompts_before, self.engine.prompt_tokens)
         batch["rollouts"] = TrainBatch(groups=filled.groups, sampling=self._sampling)
         metrics = over_ranks(trainer, metrics, num_groups=len(filled.groups) + len(filled.replaced))
         metrics |= cached_fractions(metrics)
-        metrics["perf/rollout_tokens_per_s"] = metrics["rollout/tokens"] / metrics["time/rollout_s"]
-        self._step_tokens = metrics["rollout/tokens"] + metrics["train/completion_tokens"]
-        self._step_live_groups = metrics["rollout/live_groups"]  # all of them are trained: a live group is never replaced
+        self._rollout_tokens, self._train_tokens = metrics["rollout/tokens"], metrics["train/completion_tokens"]
+        self._live_groups = metrics["rollout/live_groups"]  # all of them are trained: a live group is never replaced
         pl_module.log_step(metrics)
         self._train_start = time.perf_counter()
 
@@ -252,10 +253,15 @@ class RolloutCallback(Callback):
         if "rollouts" in batch:
             assert isinstance(pl_module, PolicyModule)
             now = time.perf_counter()
-            metrics = over_ranks(trainer, {"time/train_s": now - self._train_start, "time/step_s": now - self._step_start}, num_groups=1)
-            metrics["perf/tokens_per_s"] = self._step_tokens / metrics["time/step_s"]
-            metrics["perf/live_groups_per_s"] = self._step_live_groups / metrics["time/step_s"]
+            seconds = {"time/train_s": now - self._train_start, "time/step_s": now - self._step_start}
+            if self._step_end is not None:
+                seconds["time/between_steps_s"] = self._step_start - self._step_end
+            metrics = over_ranks(trainer, seconds | pl_module.clock.take(), num_groups=1)
+            metrics["perf/rollout_tokens_per_s"] = self._rollout_tokens / metrics["time/rollout_s"]
+            metrics["perf/tokens_per_s"] = (self._rollout_tokens + self._train_tokens) / metrics["time/step_s"]
+            metrics["perf/live_groups_per_s"] = self._live_groups / metrics["time/step_s"]
             pl_module.log_step(metrics)
+            self._step_end = now
 
     def _max_extra_tasks(self, module: PolicyModule, num_tasks: int) -> int:
         """How many tasks dynamic sampling may draw beyond the step's own."""

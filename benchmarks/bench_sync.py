@@ -1,0 +1,118 @@
+"""Hand-over of the policy's weights to a vLLM engine in this process, against a plain copy of the same tensors into new memory.
+
+    python benchmarks/bench_sync.py
+    python benchmarks/bench_sync.py --profile         # and what a hand-over spends its time on
+
+The policy is a random model of SmolLM2-135M's size in fp32, the engine's dtype fp32, and bf16 where the CPU has instructions for it. The copy takes the same
+stream of tensors, the tied head under both its names, to the engine's dtype. Verification (`check_weights`) is timed apart. The peak of resident memory
+during a hand-over, over the size of the engine's weights, shows whether there is a second full copy of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import ctypes
+import itertools
+import pstats
+import re
+import tempfile
+from pathlib import Path
+
+import torch
+from model_folder import make_model_folder
+from result import alternate, store
+
+from rpt_lightning.policy.model import Policy
+from rpt_lightning.policy.weights import named_weights
+from rpt_lightning.rollout.vllm_engine import VLLMEngine
+from rpt_lightning.training.cpu_precision import bf16_is_slow
+from rpt_lightning.training.sync_check import check_weights
+
+
+def memory(field: str) -> int:
+    """``VmRSS`` or ``VmHWM`` (its peak) of this process, in bytes."""
+    (kilobytes,) = re.findall(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(kilobytes) * 1024
+
+
+class Paths:
+    """Hand-over, its verification and the plain copy, of one policy and one engine."""
+
+    def __init__(self, policy: Policy, engine: VLLMEngine) -> None:
+        self.policy, self.engine = policy, engine
+        self.versions = itertools.count()
+        self.turns = itertools.count()
+
+    def hand_over(self) -> None:
+        self.engine.update_weights(named_weights(self.policy), version=next(self.versions))
+
+    def check(self) -> None:
+        assert self.engine.version is not None
+        check_weights(self.engine, named_weights(self.policy), version=self.engine.version, turn=next(self.turns))
+
+    def copy(self) -> None:
+        copies = [torch.empty_like(tensor, dtype=self.engine.dtype).copy_(tensor) for _, tensor in named_weights(self.policy)]
+        del copies
+
+    def check_all(self) -> None:
+        """That every weight arrived."""
+        weights = dict(named_weights(self.policy))
+        held = self.engine.read_weights(tuple(weights))
+        wrong = [name for name, tensor in weights.items() if not torch.equal(held[name], tensor.to(self.engine.dtype))]
+        if wrong:
+            raise SystemExit(f"the engine does not hold the policy's {', '.join(wrong)}")
+
+    def growth(self) -> int:
+        """Bytes by which resident memory grows during a hand-over, at its peak."""
+        ctypes.CDLL(None).malloc_trim(0)  # memory that is free but kept by the allocator would hide a copy
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = memory("VmRSS")
+        self.hand_over()
+        return memory("VmHWM") - before
+
+
+def measure(policy: Policy, dtype: str, args: argparse.Namespace) -> None:
+    """All figures of one dtype."""
+    with VLLMEngine(dtype=dtype, kv_cache_gib=0.25, max_num_seqs=8) as engine:
+        engine.start(policy.path, seed=0, max_model_len=256)
+        paths = Paths(policy, engine)
+        print(f"--- {engine.description}", flush=True)
+        seconds = alternate({"hand-over": paths.hand_over, "check": paths.check, "copy": paths.copy}, args.repeats)
+        paths.check_all()
+        growth = paths.growth()
+        if args.profile:
+            with cProfile.Profile() as profile:
+                paths.hand_over()
+            pstats.Stats(profile).sort_stats("tottime").print_stats(15)
+        num_bytes = sum(parameter.numel() for parameter in policy.model.parameters()) * engine.dtype.itemsize
+    keep = not args.short
+    print(f"  weights {num_bytes / 1e6:,.0f} MB, grew by {growth / 1e6:,.0f} MB; verification {seconds['check']:.2f} s")
+    store(
+        f"sync-vs-copy-{dtype}", seconds["copy"] / seconds["hand-over"], limit=1.0, target=None, unit="of the speed of a plain copy of the weights",
+        keep=keep, weight_bytes=num_bytes,
+    )  # fmt: skip
+    store(
+        f"sync-memory-{dtype}", growth / num_bytes, limit=0.0, target=0.5, unit="of the weights' size more memory during a hand-over", keep=keep,
+        growth_bytes=growth, weight_bytes=num_bytes,
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="print where the time of a hand-over goes")
+    parser.add_argument("--short", action="store_true", help="a tiny model for a few seconds, nothing stored")
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32"] if bf16_is_slow() else ["float32", "bfloat16"])
+    args = parser.parse_args()
+    if args.short:
+        args.repeats, args.dtypes = 1, ["float32"]
+    with tempfile.TemporaryDirectory(prefix="bench-sync-") as temporary:
+        policy = Policy(str(make_model_folder(Path(temporary) / "model", short=args.short)))
+        policy.materialize()
+        for dtype in args.dtypes:
+            measure(policy, dtype, args)
+
+
+if __name__ == "__main__":
+    main()

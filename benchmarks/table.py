@@ -1,0 +1,91 @@
+"""The table of the stored figures, between marker comments: of all in docs/performance.md, of those with a target in README.md.
+
+python benchmarks/table.py            # writes it there and prints it
+python benchmarks/table.py --check    # exit status 1 where a document differs from benchmarks/results/
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from result import MAX_OTHER_LOAD, Result, read_results
+
+ROOT = Path(__file__).resolve().parents[1]
+# Documents, and whether only figures with a target stand in them.
+DOCUMENTS = {ROOT / "docs" / "performance.md": False, ROOT / "README.md": True}
+BEGIN, END = "<!-- benchmarks: made by benchmarks/table.py -->", "<!-- end of benchmarks -->"
+
+
+def render(results: list[Result]) -> str:
+    """Markdown. Machines and commits stand below, where all figures share them once."""
+    if not results:
+        return "Nothing is measured yet: `make bench`."
+    lines = ["| figure | value | limit | target | met |", "|---|---|---|---|---|", *map(_row, results), ""]
+    machines = dict.fromkeys(f"{result.machine} ({result.device}, {result.threads} threads, torch {result.torch})" for result in results)
+    commits = dict.fromkeys(result.commit for result in results)
+    dates = sorted(result.date[:10] for result in results)
+    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    lines.append(f"Machine: {'; '.join(machines)}. {'Commit' if len(commits) == 1 else 'Commits'} {', '.join(commits)}; {when}.")
+    return "\n".join(lines)
+
+
+def _row(result: Result) -> str:
+    met = {True: "yes", False: "**no**", None: ""}[result.is_met]
+    disturbed = f" (other processes took {result.other_load:.0%} of the CPU time)" if result.other_load > MAX_OTHER_LOAD else ""
+    return f"| `{result.name}` | {number(result.value)} {result.unit}{disturbed} | {number(result.limit)} | {_target(result)} | {met} |"
+
+
+def _target(result: Result) -> str:
+    if result.target is None:
+        return ""
+    bound = f"{'at most' if result.lower_is_better else 'at least'} {number(result.target)}"
+    share = result.details.get("target_share_of_limit")
+    return bound if share is None else f"{bound} ({share:.0%} of the limit; reached: {result.value / result.limit:.0%})"
+
+
+def number(value: float) -> str:
+    """Three significant digits.
+
+    >>> [number(value) for value in (0.01234, 0.0, 1.0, 8.7654, 123.4, 1500.0)]
+    ['0.0123', '0', '1.00', '8.77', '123', '1500']
+    """
+    if value == 0 or abs(value) >= 100:
+        return f"{value:.0f}"
+    return f"{value:.3g}" if abs(value) < 1 else f"{value:.{2 if abs(value) < 10 else 1}f}"
+
+
+def with_table(text: str, table: str) -> str:
+    """A document with another table between its markers."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the document lacks the lines {BEGIN!r} and {END!r} between which the table belongs")
+    return f"{before}{begin}\n{table}\n{end}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    args = parser.parse_args()
+    results = read_results()
+    stale = {}
+    for path, only_targets in DOCUMENTS.items():
+        text = path.read_text()
+        table = render([result for result in results if result.target is not None or not only_targets])
+        if (updated := with_table(text, table)) != text:
+            stale[path] = updated
+    if args.check:
+        if stale:
+            sys.exit(
+                f"{', '.join(str(path.relative_to(ROOT)) for path in stale)}: not the table of benchmarks/results/; run python benchmarks/table.py"
+            )
+        return
+    for path, updated in stale.items():
+        path.write_text(updated)
+    print(render(results))
+
+
+if __name__ == "__main__":
+    main()

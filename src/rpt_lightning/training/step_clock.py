@@ -1,0 +1,39 @@
+"""Where a step's time goes: seconds of each of its phases."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class StepClock:
+    """Phases must not overlap, so that they add up to the step.
+
+    >>> clock = StepClock()
+    >>> with clock.phase("pack"):
+    ...     pass
+    >>> sorted(clock.take()), sorted(clock.take())
+    (['time/pack_s'], [])
+    """
+
+    def __init__(self) -> None:
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds what runs inside to ``time/{name}_s``."""
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()  # else a phase ends before its kernels do, and the next one is charged for them
+        self._seconds[f"time/{name}_s"] += time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """Seconds of each phase since the last call."""
+        seconds = dict(self._seconds)
+        self._seconds.clear()
+        return seconds
