@@ -208,7 +208,10 @@ def _prompts(config: Namespace, settings: RunSettings, context_tokens: int | Non
         template_tokens=template_tokens,
     )
     missing = "" if context_tokens is not None else f" (there is no task folder {folder})"
-    return prompts, f"prompts{missing}: contexts of {mean:,} tokens in the mean (--plan.context_tokens) and a template of {template_tokens:,} behind them"
+    return (
+        prompts,
+        f"prompts{missing}: contexts of {mean:,} tokens in the mean (--plan.context_tokens) and a template of {template_tokens:,} behind them",
+    )
 
 
 def _build(config: Namespace, *args: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rpt_lightning.planning.plan import MemoryFit, Plan
+from rpt_lightning.planning.plan import Plan
 
 GB = 1e9
 
@@ -18,45 +18,77 @@ def first_limit(plan: Plan) -> str:
     sentence = f"The first bottleneck is {longest}: {phases[longest] / times.step_s:.0%} of the step, {why}. What would relieve it: {relief}."
     idle = plan.settings.num_ranks - plan.tokens.busy_ranks
     if idle > 0:
-        sentence += f" {idle:,} of {plan.settings.num_ranks:,} ranks have nothing to train: a step of this many tasks is too small for so many devices."
+        sentence += (
+            f" {idle:,} of {plan.settings.num_ranks:,} ranks have nothing to train: a step of this many tasks is too small for so many devices."
+        )
     return sentence
 
 
 def _memory_limit(plan: Plan) -> str:
-    fit, engine = plan.fit, plan.fit.engine
-    if engine.kv_cache_bytes <= 0:
-        return (
-            f"The first bottleneck is memory: the engine's weights ({engine.weights_bytes / GB:.1f} GB) leave no room for a cache in its share of the device. "
-            "What would relieve it: a larger rollout.engine.gpu_memory_utilization, or a device with more memory."
+    fit = plan.fit
+    if not fit.engine_starts:
+        room = max(0.0, fit.engine.kv_cache_bytes)
+        engine = (
+            f"the engine does not start: its share of the device holds its weights ({fit.engine.weights_bytes / GB:.1f} GB) and {room / GB:.1f} GB of cached keys "
+            f"and values, less than the {fit.sequence_cache_bytes / GB:.1f} GB of one longest sequence"
         )
-    parts = {name.removesuffix("_bytes").replace("_", " "): size for name, size in vars(fit.training).items()}
-    parts["engine"] = engine.total_bytes
-    largest = max(parts, key=lambda name: parts[name])
-    other = next((f"the strategy {_NAMES[other.strategy]}" for other in plan.memory if other.fits and other is not fit), None)
-    switched = plan.memory_other[plan.memory.index(fit)]
-    options = [
-        *([other] if other else []),
-        *(["policy.activation_checkpointing"] if switched.fits and not plan.settings.checkpointing else []),
-        *(["a smaller model.micro_batch_tokens"] if _micro_batch_bytes(fit) > 0.2 * fit.device_bytes and _can_be_cut(plan) else []),
-        *(["a shorter rollout.max_completion_tokens"] if _micro_batch_bytes(fit) > 0.2 * fit.device_bytes and not _can_be_cut(plan) else []),
-        "more devices under FSDP2" if fit.strategy == "fsdp2" or not other else "a device with more memory",
-    ]
+        if fit.total_bytes <= fit.device_bytes:
+            return f"The first bottleneck is memory: {engine}. What would relieve it: {_engine_relief(plan)}."
+        return f"{_overflow(plan)} Besides, {engine}."
+    return _overflow(plan)
+
+
+def _overflow(plan: Plan) -> str:
+    fit = plan.fit
+    parts = {name: getattr(fit.training, f"{field}_bytes") for field, name in _PARTS.items()} | {"the engine": fit.engine.total_bytes}
+    largest = sorted(parts, key=lambda name: -parts[name])[:3]
+    named = ", ".join(f"{name} ({parts[name] / GB:.0f} GB)" for name in largest)
     return (
-        f"The first bottleneck is memory: {fit.total_bytes / GB:.0f} GB are needed on a device that has {fit.device_bytes / GB:.0f} GB, and the largest part is "
-        f"{largest} ({parts[largest] / GB:.0f} GB). What would relieve it: {', or '.join(options)}."
+        f"The first bottleneck is memory: {fit.total_bytes / GB:.0f} GB are needed on a device that has {fit.device_bytes / GB:.0f} GB; the largest parts are "
+        f"{named}. What would relieve it: {'; '.join(_memory_relief(plan))}."
     )
 
 
+def _memory_relief(plan: Plan) -> list[str]:
+    """What makes it fit alone comes first; what only helps follows."""
+    fit = plan.fit
+    fitting = [f"the strategy {_NAMES[other.strategy]}" for other in plan.memory if other.fits]
+    other = plan.memory_other[plan.memory.index(fit)]
+    if other.fits:
+        fitting.append("activation checkpointing (model.policy.activation_checkpointing)")
+    if fitting:
+        return fitting
+    helping = []
+    if fit.strategy != "fsdp2" and plan.settings.num_devices > 1:
+        helping.append("FSDP2 (configs/strategy/fsdp2.yaml)")
+    if other.total_bytes < fit.total_bytes:
+        helping.append("activation checkpointing (model.policy.activation_checkpointing)")
+    if fit.training.activations_bytes + fit.training.masks_bytes > 0.1 * fit.device_bytes:
+        longest_counts = plan.settings.micro_batch_tokens < plan.settings.longest_sequence  # and it stays whole, however small the budget
+        helping.append("a shorter rollout.max_completion_tokens" if longest_counts else "a smaller model.micro_batch_tokens")
+    if fit.engine.total_bytes > 0.1 * fit.device_bytes:
+        helping.append("the engine on devices of its own")
+    return [*helping, "more devices" if fit.strategy == "fsdp2" else "devices with more memory"]
+
+
+def _engine_relief(plan: Plan) -> str:
+    if plan.settings.engine == "vllm" and plan.settings.on_gpu:
+        return "a larger rollout.engine.gpu_memory_utilization"
+    return "a larger rollout.engine.kv_cache_gib" if plan.settings.engine == "vllm" else "a larger rollout.engine.max_batch_tokens"
+
+
+_PARTS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "the optimizer",
+    "buckets": "DDP's buckets",
+    "cast_weights": "autocast's copy of the weights",
+    "gathered": "what FSDP2 has gathered",
+    "activations": "activations",
+    "masks": "attention masks",
+    "logits": "logits",
+}
 _NAMES = {"single": "single", "ddp": "DDP", "fsdp2": "FSDP2"}
-
-
-def _micro_batch_bytes(fit: MemoryFit) -> float:
-    return fit.training.activations_bytes + fit.training.masks_bytes
-
-
-def _can_be_cut(plan: Plan) -> bool:
-    """One long sequence stays whole, however small the budget."""
-    return plan.settings.largest_micro_batch == plan.settings.micro_batch_tokens
 
 
 def _generation(plan: Plan) -> tuple[str, str]:

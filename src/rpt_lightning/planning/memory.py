@@ -152,6 +152,6 @@ class EngineMemory:
 
 
 def vllm_gpu_memory(weights_bytes: float, *, device_bytes: float, utilization: float) -> EngineMemory:
-    """vLLM takes its share of the device whole; what weights and workspace leave of it is cache (below 0: it does not start)."""
+    """vLLM takes its share of the device whole; what weights and workspace leave of it is cache (it may be below 0)."""
     room = utilization * device_bytes - weights_bytes - ENGINE_WORKSPACE_BYTES
     return EngineMemory(weights_bytes=weights_bytes, kv_cache_bytes=room, workspace_bytes=ENGINE_WORKSPACE_BYTES)

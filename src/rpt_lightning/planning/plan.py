@@ -58,9 +58,13 @@ class RunSettings:
         return 1 if self.strategy == "single" else self.num_devices
 
     @property
+    def longest_sequence(self) -> int:
+        return self.max_prompt_tokens + self.max_completion_tokens
+
+    @property
     def largest_micro_batch(self) -> int:
         """The budget, or one sequence that is longer and gets a tree of its own."""
-        return max(self.micro_batch_tokens, self.max_prompt_tokens + self.max_completion_tokens)
+        return max(self.micro_batch_tokens, self.longest_sequence)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +116,7 @@ class MemoryFit:
     strategy: Strategy
     training: TrainingMemory
     engine: EngineMemory
+    sequence_cache_bytes: float  # of the longest prompt and completion: an engine whose cache holds less refuses to start
     overhead_bytes: float
     device_bytes: float
 
@@ -120,8 +125,12 @@ class MemoryFit:
         return self.training.total_bytes + self.engine.total_bytes + self.overhead_bytes
 
     @property
+    def engine_starts(self) -> bool:
+        return self.engine.kv_cache_bytes >= self.sequence_cache_bytes
+
+    @property
     def fits(self) -> bool:
-        return self.total_bytes <= self.device_bytes and self.engine.kv_cache_bytes > 0
+        return self.engine_starts and self.total_bytes <= self.device_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +186,8 @@ def _engine_memory(settings: RunSettings, shape: ModelShape, device: Device) -> 
     weights = settings.engine_dtype_bytes * shape.num_params
     if settings.engine == "vllm" and settings.on_gpu:
         return vllm_gpu_memory(weights, device_bytes=device.memory_bytes, utilization=settings.gpu_memory_utilization)
-    cache = settings.kv_cache_bytes if settings.engine == "vllm" else settings.max_batch_tokens * shape.kv_cache_bytes(settings.engine_dtype_bytes)
+    batch_tokens = max(settings.max_batch_tokens, settings.longest_sequence)  # a sequence longer than the budget is a batch of its own
+    cache = settings.kv_cache_bytes if settings.engine == "vllm" else batch_tokens * shape.kv_cache_bytes(settings.engine_dtype_bytes)
     return EngineMemory(weights_bytes=weights, kv_cache_bytes=cache, workspace_bytes=0)
 
 
@@ -196,6 +206,7 @@ def _memory(settings: RunSettings, shape: ModelShape, device: Device, engine: En
                 logprob_chunk_size=settings.logprob_chunk_size,
             ),
             engine=engine,
+            sequence_cache_bytes=settings.longest_sequence * shape.kv_cache_bytes(settings.engine_dtype_bytes),
             overhead_bytes=GPU_OVERHEAD_BYTES if settings.on_gpu else 0,
             device_bytes=device.memory_bytes,
         )
@@ -206,8 +217,7 @@ def _memory(settings: RunSettings, shape: ModelShape, device: Device, engine: En
 def _concurrent_sequences(settings: RunSettings, shape: ModelShape, engine: EngineMemory, tokens: StepTokens) -> float:
     """Completions that a device decodes at the same time: as many as it has, the engine takes, and the cache holds when they are half done."""
     if settings.engine != "vllm":
-        longest = settings.max_prompt_tokens + settings.max_completion_tokens
-        return max(1, min(tokens.busiest_completions, settings.max_batch_tokens // longest))
+        return max(1, min(tokens.busiest_completions, settings.max_batch_tokens // settings.longest_sequence))
     prompt_tokens = tokens.mean_prompt_tokens / (settings.group_size if settings.shares_prefill else 1)
     sequence_bytes = shape.kv_cache_bytes(settings.engine_dtype_bytes) * (prompt_tokens + tokens.completion_tokens / 2)
     return max(1, min(tokens.busiest_completions, settings.max_num_seqs, engine.kv_cache_bytes / sequence_bytes))

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from rpt_lightning.planning.limits import first_limit
 from rpt_lightning.planning.plan import MemoryFit, Plan
-from rpt_lightning.planning.workload import TrainTokens
 from rpt_lightning.training.arithmetic import batch_arithmetic
 
 WIDTH = 98
@@ -25,7 +24,7 @@ def report(plan: Plan, *, assumptions: Sequence[str]) -> str:
         (f"Memory a device, in GB of 10^9 bytes ({plan.device.name}: {plan.device.memory_bytes / _GB:.0f})", _memory(plan)),
         ("Operations a step", _flops(plan)),
         (f"Time a step ({plan.settings.num_ranks:,} x {plan.device.name}, nothing overlaps)", _times(plan)),
-        ("The limit", [*_wrap(first_limit(plan))]),
+        ("The limit", _wrap(first_limit(plan))),
     ]
     return "\n\n".join("\n".join([title, *(_INDENT + line for line in lines)]) for title, lines in sections)
 
@@ -54,7 +53,12 @@ def _tokens(plan: Plan) -> list[str]:
     rows: list[list[str]] = [["", "tokens", "scored", "pairs"]]
     for name, part in (("trained, prefixes shared", tokens.packed), ("trained, each completion alone", tokens.plain)):
         rows.append([name, f"{part.tokens:,}", f"{part.scored_tokens:,}", f"{part.pairs:.2e}"])
-    rows.append(["ratio", *(f"{_ratio(part)[0]:.2f}" if i == 0 else f"{_ratio(part)[i]:.2f}" for i, part in enumerate([(tokens.plain, tokens.packed)] * 3))])
+    rows.append(
+        [
+            "alone / shared",
+            *(f"{alone / shared:.2f}" for alone, shared in zip(vars(tokens.plain).values(), vars(tokens.packed).values(), strict=True)),
+        ]
+    )
     prompts = tokens.mean_prompt_tokens * tokens.num_completions
     sampled = tokens.num_completions * tokens.completion_tokens
     return [
@@ -66,11 +70,6 @@ def _tokens(plan: Plan) -> list[str]:
             ]
         ),
     ]
-
-
-def _ratio(pair: tuple[TrainTokens, TrainTokens]) -> tuple[float, float, float]:
-    left, right = pair
-    return left.tokens / right.tokens, left.scored_tokens / right.scored_tokens, left.pairs / right.pairs
 
 
 def _memory(plan: Plan) -> list[str]:
@@ -122,7 +121,10 @@ def _flops(plan: Plan) -> list[str]:
         ("generation: sampled tokens", flops.decode_flops),
     ):
         rows.append([name, f"{value:.2e}", f"{value / total:.0%}"])
-    return [*_table(rows), f"training without sharing: {flops.train_plain_flops:.2e}, {flops.train_plain_flops / flops.train_shared_flops:.2f} times as many"]
+    return [
+        *_table(rows),
+        f"training without sharing: {flops.train_plain_flops:.2e}, {flops.train_plain_flops / flops.train_shared_flops:.2f} times as many",
+    ]
 
 
 def _times(plan: Plan) -> list[str]:
@@ -154,7 +156,9 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     """The first column to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
-        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(max(width, 11)) for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(max(width, 11)) for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in rows
     ]
 
