@@ -118,7 +118,7 @@ def run_settings(config: Namespace, *, num_devices: int | None) -> RunSettings:
     if config.rollout.engine is None:
         raise ValueError("rollout.engine is not set, and RPTModule learns from rollouts; give one, e.g. --rollout.engine VLLMEngine")
     model, data, rollout, trainer = config.model.init_args, config.data.init_args, config.rollout, config.trainer
-    policy, engine = model.policy.init_args, rollout.engine.init_args or Namespace()
+    policy, engine = model.policy.init_args, rollout.engine.get("init_args") or {}
     kinds: dict[str, EngineKind] = {"VLLMEngine": "vllm", "HFEngine": "transformers"}
     kind = kinds.get(rollout.engine.class_path.rpartition(".")[2], "other")
     return RunSettings(
@@ -144,7 +144,7 @@ def run_settings(config: Namespace, *, num_devices: int | None) -> RunSettings:
         kv_cache_bytes=engine.get("kv_cache_gib", 0.0) * 2**30,
         max_num_seqs=engine.get("max_num_seqs", 1),
         max_batch_tokens=engine.get("max_batch_tokens", 0),
-        shares_prefill=kind == "vllm" and engine.enable_prefix_caching,
+        shares_prefill=kind == "vllm" and bool(engine.get("enable_prefix_caching")),
     )
 
 

@@ -102,10 +102,8 @@ def layer_activation_bytes(shape: ModelShape, *, is_mixed: bool) -> int:
 def activation_bytes(shape: ModelShape, num_tokens: int, *, is_mixed: bool, checkpointing: bool) -> int:
     """What the layers and the last norm keep for the backward pass, attention masks apart."""
     layer = layer_activation_bytes(shape, is_mixed=is_mixed)
-    if checkpointing:  # each layer's input, and all of the one that is being computed again
-        layers = shape.num_layers * FP32_BYTES * shape.hidden_size + layer
-    else:
-        layers = shape.num_layers * layer
+    # With checkpointing each layer's input, and all of the one that is being computed again.
+    layers = shape.num_layers * FP32_BYTES * shape.hidden_size + layer if checkpointing else shape.num_layers * layer
     last_norm = 2 * FP32_BYTES * shape.hidden_size + FP32_BYTES
     rotary = 2 * FP32_BYTES * shape.head_dim
     return num_tokens * (layers + last_norm + rotary)
