@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rpt_lightning.planning.model_shape import ModelShape
+from rpt_lightning.policy.logprobs import VOCAB_CHUNK
 
 Strategy = Literal["single", "ddp", "fsdp2"]
 STRATEGIES: tuple[Strategy, ...] = ("single", "ddp", "fsdp2")
@@ -34,7 +35,7 @@ class TrainingMemory:
     gathered_bytes: float  # what FSDP2 has gathered at a time
     activations_bytes: float
     masks_bytes: float
-    logits_bytes: float  # one chunk of them, and the head's gradient while it is summed over chunks
+    logits_bytes: float  # one tile of them, and the head's gradient while it is summed
 
     @property
     def total_bytes(self) -> float:
@@ -70,12 +71,13 @@ def training_memory(
         optimizer_bytes=optimizer_bytes_per_param * shape.num_params / parts,
         buckets_bytes=copy if strategy == "ddp" else 0,
         # Autocast keeps what it casts until the training step ends, also of weights that FSDP2 has long scattered again: a whole copy on every rank.
-        cast_weights_bytes=BF16_BYTES * (shape.num_layers * shape.layer_params + shape.head_params) if is_mixed else 0,
+        # The head is cast tile by tile.
+        cast_weights_bytes=BF16_BYTES * shape.num_layers * shape.layer_params if is_mixed else 0,
         gathered_bytes=_gathered_bytes(shape) if strategy == "fsdp2" else 0,
         activations_bytes=activation_bytes(shape, micro_batch_tokens, is_mixed=is_mixed, checkpointing=checkpointing)
         + _passing_bytes(shape, micro_batch_tokens, is_mixed=is_mixed),
         masks_bytes=mask_bytes(shape, micro_batch_tokens, is_mixed=is_mixed, checkpointing=checkpointing),
-        logits_bytes=logits_bytes(shape, min(logprob_chunk_size, micro_batch_tokens), is_mixed=is_mixed),
+        logits_bytes=logits_bytes(shape, min(logprob_chunk_size, micro_batch_tokens)),
     )
 
 
@@ -115,13 +117,9 @@ def mask_bytes(shape: ModelShape, num_tokens: int, *, is_mixed: bool, checkpoint
     return num_tokens**2 * (1 + width * (1 if checkpointing else shape.num_layers))
 
 
-def logits_bytes(shape: ModelShape, chunk_tokens: int, *, is_mixed: bool) -> int:
-    """`policy/logprobs.py`: in the forward pass a chunk's logits and probabilities in fp32; in the backward pass its logits, in fp32 and in the dtype of the
-    product, beside the head's gradient (summed in fp32) and one chunk's part of it."""
-    width = BF16_BYTES if is_mixed else FP32_BYTES
-    forward = chunk_tokens * shape.vocab_size * 2 * FP32_BYTES
-    backward = chunk_tokens * shape.vocab_size * (FP32_BYTES + (BF16_BYTES if is_mixed else 0)) + shape.head_params * (FP32_BYTES + width)
-    return max(forward, backward)
+def logits_bytes(shape: ModelShape, chunk_tokens: int) -> int:
+    """`policy/logprobs.py`: a tile's logits and probabilities in fp32, and the head's gradient, which is summed over tokens in fp32."""
+    return 2 * FP32_BYTES * chunk_tokens * min(shape.vocab_size, VOCAB_CHUNK) + FP32_BYTES * shape.head_params
 
 
 def _passing_bytes(shape: ModelShape, num_tokens: int, *, is_mixed: bool) -> int:

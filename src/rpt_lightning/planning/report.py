@@ -82,7 +82,7 @@ def _memory(plan: Plan) -> list[str]:
         "gathered_bytes": "gathered and being scattered",
         "activations_bytes": "activations" + (", layers recomputed" if plan.settings.checkpointing else ", all layers kept"),
         "masks_bytes": "attention masks",
-        "logits_bytes": "one chunk of logits, head's gradient",
+        "logits_bytes": "one tile of logits, head's gradient",
     }
     fits = plan.memory
     rows = [["", *(_COLUMNS[fit.strategy] + (" *" if fit.strategy == plan.settings.strategy else "  ") for fit in fits)]]
