@@ -22,6 +22,8 @@ from rpt_lightning.types import TokenIds
 # Of next-token reasoning at the paper's limit of 8,192 tokens, RMT (arXiv:2509.24375) reports a mean of 872 before it shortens them.
 USUAL_COMPLETION_TOKENS = 1024
 
+SHARDED = ("ModelParallelStrategy", "ShardedStrategy")
+
 
 class PlanOptions:
     """Args:
@@ -104,6 +106,12 @@ def plan_text(args: list[str]) -> str:
         f"training and prefill reach {options.mfu:.0%} of {device.peak_flops / 1e12:,.3g} TFLOP/s (--plan.mfu), decoding "
         f"{options.bandwidth_frac:.0%} of {device.bandwidth_bytes_per_s / 1e12:,.3g} TB/s (--plan.bandwidth_frac); no waiting for the longest completion",
     ]
+    if settings.is_mixed:
+        assumptions.append(
+            "FSDP2 gathers and computes the layers in bf16 (shards stay fp32), so that autocast makes no copy of the weights"
+            if settings.gathers_bf16
+            else "FSDP2 gathers the weights in fp32, and autocast makes a whole copy of them on every rank"
+        )
     return report(plan, assumptions=assumptions)
 
 
@@ -134,6 +142,7 @@ def run_settings(config: Namespace, *, num_devices: int | None) -> RunSettings:
         optimizer_bytes_per_param=optimizer_bytes_per_param(model.optimizer),
         logprob_chunk_size=policy.logprob_chunk_size,
         is_mixed=trainer.precision == "bf16-mixed",
+        gathers_bf16=_gathers_bf16(trainer.strategy),
         checkpointing=policy.activation_checkpointing,
         strategy=_strategy(trainer.strategy, num_devices=num_devices or _num_devices(trainer)),
         num_devices=num_devices or _num_devices(trainer),
@@ -169,7 +178,7 @@ def _num_devices(trainer: Namespace) -> int:
 
 def _strategy(strategy: str | Namespace, *, num_devices: int) -> Strategy:
     name = strategy if isinstance(strategy, str) else strategy.class_path.rpartition(".")[2]
-    if name == "ModelParallelStrategy":
+    if name in SHARDED:
         parallel = 1 if isinstance(strategy, str) else strategy.init_args.tensor_parallel_size
         if parallel != 1:
             raise ValueError(f"trainer.strategy has tensor_parallel_size={parallel}: rpt plan works out data-parallel sharding only; set it to 1")
@@ -179,6 +188,11 @@ def _strategy(strategy: str | Namespace, *, num_devices: int) -> Strategy:
     if name in ("auto", "single_device", "SingleDeviceStrategy"):
         return "single"
     raise ValueError(f"--trainer.strategy {name}: rpt plan knows one device (auto), ddp, and ModelParallelStrategy (configs/strategy/)")
+
+
+def _gathers_bf16(strategy: str | Namespace) -> bool:
+    """What a sharded strategy does under bf16-mixed where it does not say otherwise."""
+    return True if isinstance(strategy, str) else bool((strategy.get("init_args") or {}).get("gather_bf16", True))
 
 
 def _device(name: str, settings: RunSettings) -> Device:

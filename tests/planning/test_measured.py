@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rpt_lightning.planning.memory import training_memory
+from rpt_lightning.planning.memory import AUTOCAST, FP32, training_memory
 from rpt_lightning.planning.model_shape import load_model_config, model_shape
 from rpt_lightning.planning.workload import assumed_prompts, step_tokens
 
@@ -46,8 +46,9 @@ def test_a_real_step_takes_what_is_planned(precision, checkpointing, model_dir, 
     assert measured["micro_batches"] == tokens.micro_batches
 
     planned = training_memory(
-        model_shape(load_model_config(str(model_dir))), strategy="single", num_ranks=1, micro_batch_tokens=1100, is_mixed=precision == "bf16-mixed",
-        checkpointing=checkpointing, optimizer_bytes_per_param=8, logprob_chunk_size=512,
+        model_shape(load_model_config(str(model_dir))), strategy="single", num_ranks=1, micro_batch_tokens=1100,
+        masked_pairs=tokens.masked_pairs, precision=AUTOCAST if precision == "bf16-mixed" else FP32, checkpointing=checkpointing,
+        optimizer_bytes_per_param=8, logprob_chunk_size=512, on_gpu=False,
     ).total_bytes  # fmt: skip
     print(f"{precision}, checkpointing {checkpointing}: planned {planned / 1e6:,.0f} MB, measured {measured['peak_bytes'] / 1e6:,.0f} MB")
     assert planned == pytest.approx(measured["peak_bytes"], rel=0.25)

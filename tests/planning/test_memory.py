@@ -6,9 +6,22 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from rpt_lightning.planning.memory import activation_bytes, layer_activation_bytes, logits_bytes, mask_bytes, training_memory, vllm_gpu_memory
+from rpt_lightning.planning.memory import (
+    AUTOCAST,
+    FP32,
+    GATHERED_BF16,
+    activation_bytes,
+    block_mask_bytes,
+    layer_activation_bytes,
+    logits_bytes,
+    training_memory,
+    vllm_gpu_memory,
+)
 from rpt_lightning.planning.model_shape import ModelShape, model_shape
+from rpt_lightning.planning.workload import masked_pairs
+from rpt_lightning.policy.block_mask import BLOCK, tree_block_mask
 from rpt_lightning.policy.packing import pack
+from rpt_lightning.policy.tree_attention import NAME
 from rpt_lightning.types import TrainSequence
 
 SIZES = {
@@ -16,12 +29,20 @@ SIZES = {
 }  # fmt: skip
 
 
-def saved_bytes(config, *, is_mixed: bool, checkpointing: bool) -> tuple[int, int]:
-    """(number of tokens, what the backbone's forward pass keeps for its backward pass besides the weights), on a packed tree."""
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+def small_tree():
+    """Short branches, which CPU attention computes under a mask, behind a prompt that is long enough for calls of its own."""
+    (tree,) = pack([TrainSequence(prompt_ids=tuple(range(200)), target_ids=(g, *range(20))) for g in range(3)], max_tokens=1000)
+    assert {call.kind for call in tree.tree_mask().calls} == {"causal", "full", "masked"}
+    return tree
+
+
+def saved_bytes(config, tree, *, precision, checkpointing: bool) -> tuple[int, int]:
+    """What the backbone's forward pass keeps for its backward pass besides the weights, and its masks, on a packed tree."""
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME).train()
+    if precision == GATHERED_BF16:  # as FSDP2 shows the layers to the forward pass
+        model.to(torch.bfloat16)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    (tree,) = pack([TrainSequence(prompt_ids=tuple(range(40)), target_ids=(g, *range(20))) for g in range(3)], max_tokens=1000)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     shapes = {tuple(sizes) for parameter in model.parameters() for sizes in (parameter.shape, parameter.shape[::-1])}
     saved, alive = {}, []
@@ -34,27 +55,26 @@ def saved_bytes(config, *, is_mixed: bool, checkpointing: bool) -> tuple[int, in
         alive.append(tensor)  # so that no address is used twice
         return tensor
 
-    mask = tree.attention_mask()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
-        model.base_model(input_ids=tree.token_ids[None], attention_mask=mask, position_ids=tree.position_ids[None], use_cache=False)
-    ids = tree.token_ids.nbytes
-    return tree.num_tokens, sum(saved.values()) - ids
+    mask = tree.tree_mask()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=precision != FP32):
+        model.base_model(input_ids=tree.token_ids[None], position_ids=tree.position_ids[None], use_cache=False, tree=mask)
+    masks = sum(part.nbytes for parts in mask._additive.values() for part in parts.values())
+    return sum(saved.values()) - tree.token_ids.nbytes, masks
 
 
 @pytest.mark.parametrize("config_class", [LlamaConfig, Qwen2Config, Qwen3Config])
-@pytest.mark.parametrize("is_mixed", [False, True])
+@pytest.mark.parametrize("precision", [FP32, AUTOCAST, GATHERED_BF16], ids=["fp32", "autocast", "gathered_bf16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_and_masks_are_what_autograd_saves(config_class, is_mixed, checkpointing):
+def test_activations_and_masks_are_what_autograd_saves(config_class, precision, checkpointing):
     torch.manual_seed(0)
     config = config_class(**SIZES, num_hidden_layers=3)
-    shape = model_shape(config)
-    num_tokens, saved = saved_bytes(config, is_mixed=is_mixed, checkpointing=checkpointing)
-    planned = activation_bytes(shape, num_tokens, is_mixed=is_mixed, checkpointing=checkpointing)
-    if checkpointing:  # the layer that is computed again comes later, and the rotary tables are kept as arguments, not as saved tensors
-        planned -= num_tokens * (layer_activation_bytes(shape, is_mixed=is_mixed) + 2 * 4 * shape.head_dim)
-    else:
-        planned += mask_bytes(shape, num_tokens, is_mixed=is_mixed, checkpointing=False) - num_tokens**2  # the tree's own mask is not saved
+    shape, tree = model_shape(config), small_tree()
+    saved, masks = saved_bytes(config, tree, precision=precision, checkpointing=checkpointing)
+    planned = activation_bytes(shape, tree.num_tokens, precision=precision, checkpointing=checkpointing)
+    if checkpointing:  # the rotary tables are kept as arguments, not as saved tensors
+        planned -= tree.num_tokens * 2 * precision.stream_bytes * shape.head_dim
     assert saved == planned
+    assert masks == precision.compute_bytes * masked_pairs(tree)
 
 
 # A layer of 10 weights is easier to add up than a real one.
@@ -66,7 +86,8 @@ SHAPE = ModelShape(
 
 def memory(strategy, **options):
     defaults = {
-        "num_ranks": 4, "micro_batch_tokens": 16, "is_mixed": False, "checkpointing": False, "optimizer_bytes_per_param": 8, "logprob_chunk_size": 6,
+        "num_ranks": 4, "micro_batch_tokens": 16, "masked_pairs": 0, "precision": FP32, "checkpointing": False, "optimizer_bytes_per_param": 8,
+        "logprob_chunk_size": 6, "on_gpu": False,
     }  # fmt: skip
     return training_memory(SHAPE, strategy=strategy, **(defaults | options))
 
@@ -81,22 +102,52 @@ def test_what_each_strategy_holds():
     assert ddp.total_bytes == one.total_bytes + 1136
 
 
-def test_bf16_copy_is_whole_on_every_rank():
-    assert memory("fsdp2").cast_weights_bytes == 0
-    assert memory("fsdp2", is_mixed=True).cast_weights_bytes == 2 * 200
+def test_where_bf16_copies_of_the_weights_are():
+    """Autocast keeps its copy of all layers on every rank; FSDP2 gathers two layers and keeps nothing."""
+    whole = memory("fsdp2", precision=AUTOCAST)
+    gathered = memory("fsdp2", precision=GATHERED_BF16)
+    assert (whole.cast_weights_bytes, whole.gathered_bytes) == (2 * 200, 4 * (2 * 84 + 4 * 100))
+    assert (gathered.cast_weights_bytes, gathered.gathered_bytes) == (0, 2 * (2 * 84 + 3 * 100) + 4 * 100)
+    assert gathered.weights_bytes == whole.weights_bytes == 284
 
 
-def test_by_hand():
-    # Per token in fp32: norms 2 x (8 x 4 + 4), inputs 2 x 16, attention 4 x 16 + 8, feed-forward 4 x 32
-    assert layer_activation_bytes(SHAPE, is_mixed=False) == 72 + 32 + 72 + 128
-    # In bf16: norms alike, inputs 5 x 8, attention 4 x 8 + 8, feed-forward 4 x 16
-    assert layer_activation_bytes(SHAPE, is_mixed=True) == 72 + 40 + 40 + 64
+def test_activations_by_hand():
+    # Per token in fp32: norms 2 x (8 x 4 + 4), inputs 2 x 16, attention 2 x 16 + 2 x 8 + 8, feed-forward 4 x 32
+    assert layer_activation_bytes(SHAPE, precision=FP32) == 72 + 32 + 56 + 128
+    # Under autocast: norms alike, inputs 5 x 8, attention 2 x 8 + 2 x 4 + 8, feed-forward 4 x 16
+    assert layer_activation_bytes(SHAPE, precision=AUTOCAST) == 72 + 40 + 32 + 64
+    # With weights in bf16: norms 2 x (6 x 4 + 4), inputs 2 x 8
+    assert layer_activation_bytes(SHAPE, precision=GATHERED_BF16) == 56 + 16 + 32 + 64
     # Layers, the last norm 36, rotary 2 x 4 x 2
-    assert activation_bytes(SHAPE, 10, is_mixed=False, checkpointing=False) == 10 * (2 * 304 + 36 + 16)
-    assert activation_bytes(SHAPE, 10, is_mixed=False, checkpointing=True) == 10 * (2 * 16 + 304 + 36 + 16)
-    assert mask_bytes(SHAPE, 10, is_mixed=True, checkpointing=False) == 100 * (1 + 2 * 2)
-    assert mask_bytes(SHAPE, 10, is_mixed=False, checkpointing=True) == 100 * (1 + 4)
-    assert logits_bytes(SHAPE, 6) == 6 * 10 * 8 + 40 * 4
+    assert activation_bytes(SHAPE, 10, precision=FP32, checkpointing=False) == 10 * (2 * 288 + 36 + 16)
+    assert activation_bytes(SHAPE, 10, precision=FP32, checkpointing=True) == 10 * (2 * 16 + 36 + 16)
+    assert memory("single").activations_bytes == 16 * (2 * 288 + 36 + 16 + 16)
+    assert memory("single", masked_pairs=9, precision=AUTOCAST).masks_bytes == 18
+
+
+def test_work_by_hand():
+    # A tile of 6 tokens by 10 words, twice in fp32
+    assert logits_bytes(SHAPE, 6, vocab_chunk=10, precision=FP32) == 480
+    # ... and 10 x 4 weights in bf16, and as many to add
+    assert logits_bytes(SHAPE, 6, vocab_chunk=10, precision=AUTOCAST) == 480 + 40 * (2 + 2)
+    # ... the weights are bf16 already, and their gradient is summed in fp32
+    assert logits_bytes(SHAPE, 6, vocab_chunk=10, precision=GATHERED_BF16) == 480 + 40 * (4 + 2)
+    # The head: a tile, the hidden states' gradient twice, its own gradient. A layer: 16 x (3 x 8 + 2 x 4) x 4
+    assert memory("single").work_bytes == max(480 + 2 * 4 * 16 * 4 + 4 * 40, 16 * 32 * 4)
+    # ... and what is computed again
+    assert memory("single", checkpointing=True).work_bytes == 16 * (288 + 32 * 4)
+    # AdamW's square roots of all weights, when the single token's activations are gone
+    few = memory("single", micro_batch_tokens=1, on_gpu=True)
+    assert few.activations_bytes + few.masks_bytes + few.work_bytes == 1136
+    assert memory("single", micro_batch_tokens=1, on_gpu=True, optimizer_bytes_per_param=0).work_bytes == 2 * 4 * 10 + 2 * 4 * 4 + 4 * 40
+
+
+def test_block_mask_is_as_large_as_the_real_one():
+    ends = torch.full((4 * BLOCK,), 4 * BLOCK)
+    mask = tree_block_mask(ends, torch.arange(4 * BLOCK))
+    parts = (mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices)
+    parts += (mask.q_num_blocks, mask.q_indices, mask.full_q_num_blocks, mask.full_q_indices)
+    assert block_mask_bytes(4 * BLOCK) == sum(part.nbytes for part in parts)
 
 
 def test_vllm_takes_its_share_whole():

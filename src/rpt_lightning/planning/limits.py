@@ -63,7 +63,7 @@ def _memory_relief(plan: Plan) -> list[str]:
         helping.append("FSDP2 (configs/strategy/fsdp2.yaml)")
     if other.total_bytes < fit.total_bytes:
         helping.append("activation checkpointing (model.policy.activation_checkpointing)")
-    if fit.training.activations_bytes + fit.training.masks_bytes > 0.1 * fit.device_bytes:
+    if fit.training.activations_bytes + fit.training.work_bytes > 0.1 * fit.device_bytes:
         longest_counts = plan.settings.micro_batch_tokens < plan.settings.longest_sequence  # and it stays whole, however small the budget
         helping.append("a shorter rollout.max_completion_tokens" if longest_counts else "a smaller model.micro_batch_tokens")
     if fit.engine.total_bytes > 0.1 * fit.device_bytes:
@@ -86,7 +86,7 @@ _PARTS = {
     "gathered": "what FSDP2 has gathered",
     "activations": "activations",
     "masks": "attention masks",
-    "logits": "logits",
+    "work": "the work of a layer, the head or the optimizer",
 }
 _NAMES = {"single": "single", "ddp": "DDP", "fsdp2": "FSDP2"}
 

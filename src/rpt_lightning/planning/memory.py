@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rpt_lightning.planning.model_shape import ModelShape
-from rpt_lightning.policy.logprobs import VOCAB_CHUNK
+from rpt_lightning.policy.block_mask import BLOCK
+from rpt_lightning.policy.logprobs import CPU_VOCAB_CHUNK, VOCAB_CHUNK
 
 Strategy = Literal["single", "ddp", "fsdp2"]
 STRATEGIES: tuple[Strategy, ...] = ("single", "ddp", "fsdp2")
 FP32_BYTES = 4
 BF16_BYTES = 2
+ADAM_BYTES = 2 * FP32_BYTES
 # Beside its weights vLLM keeps room for its own activations and CUDA graphs; an assumption, in the range that its start-up log reports.
 ENGINE_WORKSPACE_BYTES = 2 * 2**30
 # CUDA's context, NCCL's buffers and what the allocator cannot use again; an assumption.
@@ -23,8 +25,21 @@ GPU_OVERHEAD_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
+class Precision:
+    """Widths of what a step computes with; the weights that the optimizer changes are fp32 in any case."""
+
+    compute_bytes: int  # of a matrix product
+    stream_bytes: int  # of the activations that run from layer to layer, and of the weights as a layer sees them
+
+
+FP32 = Precision(compute_bytes=FP32_BYTES, stream_bytes=FP32_BYTES)
+AUTOCAST = Precision(compute_bytes=BF16_BYTES, stream_bytes=FP32_BYTES)
+GATHERED_BF16 = Precision(compute_bytes=BF16_BYTES, stream_bytes=BF16_BYTES)  # FSDP2 hands the layers bf16 weights
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingMemory:
-    """Of one device. The first group is there throughout, the second while a micro-batch of the largest size is computed."""
+    """Of one device. The first group is there throughout, the second at the fullest moment of a step."""
 
     weights_bytes: float
     gradients_bytes: float
@@ -33,9 +48,9 @@ class TrainingMemory:
 
     cast_weights_bytes: float  # autocast's 16-bit copy of the weights
     gathered_bytes: float  # what FSDP2 has gathered at a time
-    activations_bytes: float
+    activations_bytes: float  # kept for the backward pass
     masks_bytes: float
-    logits_bytes: float  # one tile of them, and the head's gradient while it is summed
+    work_bytes: float  # beside all that, while a layer or the head is differentiated or the optimizer steps: the largest of them
 
     @property
     def total_bytes(self) -> float:
@@ -48,90 +63,109 @@ def training_memory(
     strategy: Strategy,
     num_ranks: int,
     micro_batch_tokens: int,
-    is_mixed: bool,
+    masked_pairs: int,
+    precision: Precision,
     checkpointing: bool,
     optimizer_bytes_per_param: float,
     logprob_chunk_size: int,
+    on_gpu: bool,
 ) -> TrainingMemory:
     """Args:
     shape: Of the policy, whose weights are fp32.
     strategy: "single" and "ddp" hold everything on each device, "fsdp2" shards weights, gradients and optimizer over the ranks.
     num_ranks: Data-parallel ranks.
-    micro_batch_tokens: Of the largest micro-batch.
-    is_mixed: bf16-mixed; otherwise fp32 throughout.
+    micro_batch_tokens: Of the largest micro-batch, all of them scored at worst.
+    masked_pairs: That attention on CPU computes under a mask (``StepTokens``).
+    precision: FP32, AUTOCAST, or GATHERED_BF16 with "fsdp2" only.
     checkpointing: Layers are computed again in the backward pass.
     optimizer_bytes_per_param: Of the optimizer's state; 8 for AdamW.
     logprob_chunk_size: Tokens whose logits exist at the same time.
+    on_gpu: Which kernels run.
     """
-    parts = num_ranks if strategy == "fsdp2" else 1
-    copy = FP32_BYTES * shape.num_params / parts
+    is_sharded = strategy == "fsdp2"
+    copy = FP32_BYTES * shape.num_params / (num_ranks if is_sharded else 1)
+    gathered = _gathered_bytes(shape, precision) if is_sharded else 0
+    activations = activation_bytes(shape, micro_batch_tokens, precision=precision, checkpointing=checkpointing)
+    activations += precision.compute_bytes * micro_batch_tokens * shape.hidden_size  # what the head multiplies
+    masks = block_mask_bytes(micro_batch_tokens) if on_gpu else precision.compute_bytes * masked_pairs
+    layer_work = _layer_work_bytes(shape, micro_batch_tokens, precision=precision, checkpointing=checkpointing)
+    vocab_chunk = min(shape.vocab_size, VOCAB_CHUNK if on_gpu else CPU_VOCAB_CHUNK)
+    head_work = logits_bytes(shape, min(logprob_chunk_size, micro_batch_tokens), vocab_chunk=vocab_chunk, precision=precision)
+    head_work += 2 * FP32_BYTES * micro_batch_tokens * shape.hidden_size  # the gradient of the hidden states, as it is summed and as it is passed on
+    # The head's whole gradient, before it is added to that of earlier micro-batches. A sharded one stays gathered, and is counted there.
+    head_work += 0 if is_sharded else FP32_BYTES * shape.head_params
+    # On CUDA AdamW takes the square roots of all weights in one call. By then nothing is left of the micro-batches.
+    step_work = copy - gathered - activations - masks if on_gpu and optimizer_bytes_per_param >= ADAM_BYTES else 0
     return TrainingMemory(
         weights_bytes=copy,
         gradients_bytes=copy,
-        optimizer_bytes=optimizer_bytes_per_param * shape.num_params / parts,
+        optimizer_bytes=optimizer_bytes_per_param * copy / FP32_BYTES,
         buckets_bytes=copy if strategy == "ddp" else 0,
-        # Autocast keeps what it casts until the training step ends, also of weights that FSDP2 has long scattered again: a whole copy on every rank.
-        # The head is cast tile by tile.
-        cast_weights_bytes=BF16_BYTES * shape.num_layers * shape.layer_params if is_mixed else 0,
-        gathered_bytes=_gathered_bytes(shape) if strategy == "fsdp2" else 0,
-        activations_bytes=activation_bytes(shape, micro_batch_tokens, is_mixed=is_mixed, checkpointing=checkpointing)
-        + _passing_bytes(shape, micro_batch_tokens, is_mixed=is_mixed),
-        masks_bytes=mask_bytes(shape, micro_batch_tokens, is_mixed=is_mixed, checkpointing=checkpointing),
-        logits_bytes=logits_bytes(shape, min(logprob_chunk_size, micro_batch_tokens)),
+        # Autocast keeps what it casts until the training step ends, so all layers together; not the head, which is cast tile by tile.
+        cast_weights_bytes=BF16_BYTES * shape.num_layers * shape.layer_params if precision == AUTOCAST else 0,
+        gathered_bytes=gathered,
+        activations_bytes=activations,
+        masks_bytes=masks,
+        work_bytes=max(layer_work, head_work, step_work),
     )
 
 
-def layer_activation_bytes(shape: ModelShape, *, is_mixed: bool) -> int:
+def layer_activation_bytes(shape: ModelShape, *, precision: Precision) -> int:
     """What one decoder layer keeps of one token for its backward pass.
 
-    Norms keep their fp32 input and its normalised form, and one fp32 number. Autocast casts a layer's input once for each product that takes it: q, k and v,
-    gate and up have copies of their own. Under a mask keys and values are repeated to all heads.
+    A norm keeps its input in fp32, its normalised form, and one fp32 number. Autocast casts a layer's input once for each product that takes it: q, k and v,
+    gate and up have copies of their own. Attention keeps q, k, v, its output and one fp32 number a head, on CPU and CUDA alike.
     """
-    hidden, attention, inner = shape.hidden_size, shape.attention_width, shape.intermediate_size
-    width = BF16_BYTES if is_mixed else FP32_BYTES
-    norms = 2 * (2 * FP32_BYTES * hidden + FP32_BYTES)
-    inputs = (5 if is_mixed else 2) * width * hidden
-    attention_bytes = 4 * width * attention + FP32_BYTES * shape.num_heads  # q, k, v, output; log-sum-exp
+    hidden, attention, inner, width = shape.hidden_size, shape.attention_width, shape.intermediate_size, precision.compute_bytes
+    norms = 2 * _norm_bytes(shape, precision)
+    inputs = (5 if precision == AUTOCAST else 2) * width * hidden
+    attention_bytes = 2 * width * (attention + shape.kv_width) + FP32_BYTES * shape.num_heads
     mlp = 4 * width * inner  # gate, its activation, up, their product
     qk_norms = 0
     if shape.has_qk_norm:
         num_heads = (attention + shape.kv_width) // shape.head_dim
-        kept = FP32_BYTES + BF16_BYTES if is_mixed else 2 * FP32_BYTES
-        qk_norms = kept * (attention + shape.kv_width) + FP32_BYTES * num_heads
+        qk_norms = (FP32_BYTES + width) * (attention + shape.kv_width) + FP32_BYTES * num_heads
     return norms + inputs + attention_bytes + mlp + qk_norms
 
 
-def activation_bytes(shape: ModelShape, num_tokens: int, *, is_mixed: bool, checkpointing: bool) -> int:
-    """What the layers and the last norm keep for the backward pass, attention masks apart."""
-    layer = layer_activation_bytes(shape, is_mixed=is_mixed)
-    # With checkpointing each layer's input, and all of the one that is being computed again.
-    layers = shape.num_layers * FP32_BYTES * shape.hidden_size + layer if checkpointing else shape.num_layers * layer
-    last_norm = 2 * FP32_BYTES * shape.hidden_size + FP32_BYTES
-    rotary = 2 * FP32_BYTES * shape.head_dim
-    return num_tokens * (layers + last_norm + rotary)
+def _norm_bytes(shape: ModelShape, precision: Precision) -> int:
+    return (FP32_BYTES + precision.stream_bytes) * shape.hidden_size + FP32_BYTES
 
 
-def mask_bytes(shape: ModelShape, num_tokens: int, *, is_mixed: bool, checkpointing: bool) -> int:
-    """The tree's mask, and each layer's own copy of it in the dtype of its attention, which `scaled_dot_product_attention` makes and keeps."""
-    width = BF16_BYTES if is_mixed else FP32_BYTES
-    return num_tokens**2 * (1 + width * (1 if checkpointing else shape.num_layers))
+def activation_bytes(shape: ModelShape, num_tokens: int, *, precision: Precision, checkpointing: bool) -> int:
+    """What the backbone keeps for its backward pass, attention masks apart: its layers, or with checkpointing their inputs; the last norm; the rotary tables."""
+    width = precision.stream_bytes
+    layer = width * shape.hidden_size if checkpointing else layer_activation_bytes(shape, precision=precision)
+    rotary = 2 * width * shape.head_dim
+    return num_tokens * (shape.num_layers * layer + _norm_bytes(shape, precision) + rotary)
 
 
-def logits_bytes(shape: ModelShape, chunk_tokens: int) -> int:
-    """`policy/logprobs.py`: a tile's logits and probabilities in fp32, and the head's gradient, which is summed over tokens in fp32."""
-    return 2 * FP32_BYTES * chunk_tokens * min(shape.vocab_size, VOCAB_CHUNK) + FP32_BYTES * shape.head_params
+def block_mask_bytes(num_tokens: int) -> int:
+    """CUDA's mask of a tree: for the rows and for the columns of its blocks the list of the partial and of the full ones, int32."""
+    num_blocks = -(-num_tokens // BLOCK)
+    return 4 * 4 * num_blocks * (num_blocks + 1)
 
 
-def _passing_bytes(shape: ModelShape, num_tokens: int, *, is_mixed: bool) -> int:
-    """Gradients of activations that are alive at a time, in the feed-forward part of a layer, where they are most."""
-    width = BF16_BYTES if is_mixed else FP32_BYTES
-    return num_tokens * (3 * width * shape.intermediate_size + 2 * FP32_BYTES * shape.hidden_size)
+def logits_bytes(shape: ModelShape, chunk_tokens: int, *, vocab_chunk: int, precision: Precision) -> int:
+    """`policy/logprobs.py` at work on one tile: its logits and their exponentials in fp32, and of the rows of the weight, where the widths differ, a cast copy,
+    the sum of their gradient in fp32, and what is added to it."""
+    tile = 2 * FP32_BYTES * chunk_tokens * vocab_chunk
+    width = precision.compute_bytes
+    cast = width if precision.stream_bytes != width else 0
+    sum_and_addend = (0 if precision.stream_bytes == FP32_BYTES else FP32_BYTES) + (0 if width == FP32_BYTES else width)
+    return tile + (cast + sum_and_addend) * vocab_chunk * shape.hidden_size
 
 
-def _gathered_bytes(shape: ModelShape) -> int:
-    """fp32: embedding and head stay gathered for the whole pass, with their gradients; two layers (one is fetched ahead), and one layer's gradient twice, before
-    and while it is scattered."""
-    return FP32_BYTES * (2 * shape.outer_params + 4 * shape.layer_params)
+def _layer_work_bytes(shape: ModelShape, num_tokens: int, *, precision: Precision, checkpointing: bool) -> int:
+    """With checkpointing the layer that is computed again; and the gradients that are alive at a time in its feed-forward part, where they are most."""
+    again = layer_activation_bytes(shape, precision=precision) if checkpointing else 0
+    return num_tokens * (again + 3 * precision.compute_bytes * shape.intermediate_size + 2 * precision.stream_bytes * shape.hidden_size)
+
+
+def _gathered_bytes(shape: ModelShape, precision: Precision) -> int:
+    """Embedding and head stay gathered for the whole pass, with their gradients; two layers (one is fetched ahead), one layer's gradient, and the same in fp32
+    while it is scattered."""
+    return precision.stream_bytes * (2 * shape.outer_params + 3 * shape.layer_params) + FP32_BYTES * shape.layer_params
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,10 +58,12 @@ def model_shape(config: PretrainedConfig) -> ModelShape:
     """Builds the model without memory for its weights (on the meta device) and counts.
 
     Raises:
-        ValueError: A family whose costs are not worked out.
+        ValueError: A family, or sliding windows, whose costs are not worked out.
     """
     if config.model_type not in FAMILIES:
         raise ValueError(f"the model's type is {config.model_type!r}; rpt plan knows {', '.join(FAMILIES)}. Give --plan.model_config of one of these")
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError(f"the model ({config.model_type}) has sliding windows; rpt plan works out full attention. Give --plan.model_config of one without them")
     with torch.device("meta"):
         model: Any = cast(Any, AutoModelForCausalLM).from_config(config)
     layers = model.base_model.layers

@@ -9,10 +9,15 @@ from typing import Literal
 from rpt_lightning.planning.devices import Device
 from rpt_lightning.planning.flops import forward_flops, train_flops
 from rpt_lightning.planning.memory import (
+    AUTOCAST,
+    BF16_BYTES,
+    FP32,
     FP32_BYTES,
+    GATHERED_BF16,
     GPU_OVERHEAD_BYTES,
     STRATEGIES,
     EngineMemory,
+    Precision,
     Strategy,
     TrainingMemory,
     training_memory,
@@ -20,6 +25,7 @@ from rpt_lightning.planning.memory import (
 )
 from rpt_lightning.planning.model_shape import ModelShape
 from rpt_lightning.planning.workload import StepTokens, step_tokens
+from rpt_lightning.policy.block_mask import bucket_length
 from rpt_lightning.types import TokenIds
 
 EngineKind = Literal["vllm", "transformers", "other"]
@@ -40,7 +46,8 @@ class RunSettings:
     max_steps: int
     optimizer_bytes_per_param: float
     logprob_chunk_size: int
-    is_mixed: bool
+    is_mixed: bool  # bf16-mixed
+    gathers_bf16: bool  # FSDP2, under bf16-mixed: weights are gathered in bf16, and the layers compute with those
     checkpointing: bool
     strategy: Strategy
     num_devices: int
@@ -63,8 +70,14 @@ class RunSettings:
 
     @property
     def largest_micro_batch(self) -> int:
-        """The budget, or one sequence that is longer and gets a tree of its own."""
-        return max(self.micro_batch_tokens, self.longest_sequence)
+        """The budget, or one sequence that is longer and gets a tree of its own; on GPUs with its padding."""
+        tokens = max(self.micro_batch_tokens, self.longest_sequence)
+        return bucket_length(tokens) if self.on_gpu else tokens
+
+    def precision(self, strategy: Strategy) -> Precision:
+        if not self.is_mixed:
+            return FP32
+        return GATHERED_BF16 if strategy == "fsdp2" and self.gathers_bf16 else AUTOCAST
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,8 +186,8 @@ def make_plan(
         device=device,
         rates=rates,
         tokens=tokens,
-        memory=_memory(settings, shape, device, engine, checkpointing=settings.checkpointing),
-        memory_other=_memory(settings, shape, device, engine, checkpointing=not settings.checkpointing),
+        memory=_memory(settings, shape, device, engine, tokens, checkpointing=settings.checkpointing),
+        memory_other=_memory(settings, shape, device, engine, tokens, checkpointing=not settings.checkpointing),
         flops=_flops(settings, shape, tokens),
         times=_times(settings, shape, device, rates, tokens, concurrent),
         concurrent_sequences=concurrent,
@@ -191,7 +204,9 @@ def _engine_memory(settings: RunSettings, shape: ModelShape, device: Device) -> 
     return EngineMemory(weights_bytes=weights, kv_cache_bytes=cache, workspace_bytes=0)
 
 
-def _memory(settings: RunSettings, shape: ModelShape, device: Device, engine: EngineMemory, *, checkpointing: bool) -> tuple[MemoryFit, ...]:
+def _memory(
+    settings: RunSettings, shape: ModelShape, device: Device, engine: EngineMemory, tokens: StepTokens, *, checkpointing: bool
+) -> tuple[MemoryFit, ...]:
     return tuple(
         MemoryFit(
             strategy=strategy,
@@ -200,10 +215,12 @@ def _memory(settings: RunSettings, shape: ModelShape, device: Device, engine: En
                 strategy=strategy,
                 num_ranks=settings.num_devices,
                 micro_batch_tokens=settings.largest_micro_batch,
-                is_mixed=settings.is_mixed,
+                masked_pairs=tokens.masked_pairs,
+                precision=settings.precision(strategy),
                 checkpointing=checkpointing,
                 optimizer_bytes_per_param=settings.optimizer_bytes_per_param,
                 logprob_chunk_size=settings.logprob_chunk_size,
+                on_gpu=settings.on_gpu,
             ),
             engine=engine,
             sequence_cache_bytes=settings.longest_sequence * shape.kv_cache_bytes(settings.engine_dtype_bytes),
@@ -252,13 +269,14 @@ def _mean_depth(tokens: StepTokens) -> float:
 def _network_bytes(settings: RunSettings, shape: ModelShape, tokens: StepTokens) -> tuple[float, float]:
     """Sent by one device in a step: (training, sync).
 
-    Every micro-batch sends its gradients and, sharded, gathers the weights twice, all fp32; the sync gathers them once more. A ring moves (n - 1) / n of the
-    whole for a gather or a scatter, and twice that to add up gradients that everyone keeps.
+    Every micro-batch sends its gradients in fp32 and, sharded, gathers the weights twice; the sync gathers them once more, in fp32. A ring moves (n - 1) / n of
+    the whole for a gather or a scatter, and twice that to add up gradients that everyone keeps.
     """
-    ring = FP32_BYTES * shape.num_params * (settings.num_ranks - 1) / settings.num_ranks
+    ring = shape.num_params * (settings.num_ranks - 1) / settings.num_ranks
     if settings.strategy == "fsdp2":
-        return 3 * ring * tokens.micro_batches, ring
-    return 2 * ring * tokens.micro_batches, 0
+        gather_bytes = BF16_BYTES if settings.precision("fsdp2") == GATHERED_BF16 else FP32_BYTES
+        return (2 * gather_bytes + FP32_BYTES) * ring * tokens.micro_batches, FP32_BYTES * ring
+    return 2 * FP32_BYTES * ring * tokens.micro_batches, 0
 
 
 def _times(settings: RunSettings, shape: ModelShape, device: Device, rates: Rates, tokens: StepTokens, concurrent: float) -> StepTimes:

@@ -82,7 +82,7 @@ def _memory(plan: Plan) -> list[str]:
         "gathered_bytes": "gathered and being scattered",
         "activations_bytes": "activations" + (", layers recomputed" if plan.settings.checkpointing else ", all layers kept"),
         "masks_bytes": "attention masks",
-        "logits_bytes": "one tile of logits, head's gradient",
+        "work_bytes": "work of a layer, head or optimizer",
     }
     fits = plan.memory
     rows = [["", *(_COLUMNS[fit.strategy] + (" *" if fit.strategy == plan.settings.strategy else "  ") for fit in fits)]]
@@ -101,7 +101,7 @@ def _memory(plan: Plan) -> list[str]:
             [
                 "* as configured; at the largest micro-batch, of "
                 f"{plan.settings.largest_micro_batch:,} tokens, with weights, gradients and optimizer there already",
-                f"the engine decodes {plan.concurrent_sequences:,.0f} sequences at a time on a device",
+                f"the engine decodes {plan.concurrent_sequences:,.0f} sequences at a time on a device" if plan.fit.engine_starts else "the engine does not start",
             ]
         ),
     ]
@@ -129,6 +129,8 @@ def _flops(plan: Plan) -> list[str]:
 
 def _times(plan: Plan) -> list[str]:
     times = plan.times
+    if not plan.fit.engine_starts:
+        return _wrap(f"none: the engine does not start, so there is no decoding to time. Training alone would take {times.train_s:.3g} s.")
     rows = [["", "seconds", "of the step"]]
     for name, value in (
         ("generation: prompts", times.prefill_s),

@@ -37,6 +37,7 @@ class StepTokens:
     busiest_completions: int  # of the rank that has most
     micro_batches: int  # of the rank that has most
     busy_ranks: int  # that have anything to train
+    masked_pairs: int  # of the tree that has most: pairs that attention on CPU computes under a mask, which it keeps
 
 
 def step_tokens(
@@ -54,7 +55,7 @@ def step_tokens(
     """
     ranks: list[TrainTokens] = []
     plain = TrainTokens(tokens=0, scored_tokens=0, pairs=0)
-    micro_batches = prefill_tokens = 0
+    micro_batches = prefill_tokens = most_masked = 0
     for rank in range(num_ranks):
         share = rank_share(prompts, rank=rank, num_ranks=num_ranks)
         prefill_tokens += _distinct_tokens(share)
@@ -67,6 +68,7 @@ def step_tokens(
         ]
         trees = list(pack(sequences, max_tokens=micro_batch_tokens))
         micro_batches = max(micro_batches, len(trees))
+        most_masked = max([most_masked, *map(masked_pairs, trees)])
         ranks.append(packed_tokens(trees))
         plain = _sum([plain, plain_tokens(sequences)])
     largest_share = -(-len(prompts) // num_ranks)
@@ -82,7 +84,13 @@ def step_tokens(
         busiest_completions=largest_share * group_size,
         micro_batches=micro_batches,
         busy_ranks=sum(rank.tokens > 0 for rank in ranks),
+        masked_pairs=most_masked,
     )
+
+
+def masked_pairs(tree: PackedTree) -> int:
+    """Pairs of a tree's "masked" calls (policy/segments.py)."""
+    return sum(call.num_pairs for call in tree.tree_mask().calls if call.kind == "masked")
 
 
 def packed_tokens(trees: Sequence[PackedTree]) -> TrainTokens:
