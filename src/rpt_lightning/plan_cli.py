@@ -89,7 +89,11 @@ def run(args: list[str]) -> None:
 
 def plan_text(args: list[str]) -> str:
     """The plan of what ``rpt fit ARGS`` would run."""
-    config = make_cli(PlanCLI, run=False, args=args, prog="rpt plan").config
+    return plan_of(make_cli(PlanCLI, run=False, args=args, prog="rpt plan").config)
+
+
+def plan_of(config: Namespace) -> str:
+    """The plan of a parsed configuration."""
     options = PlanOptions(**config.plan)
     settings = run_settings(config, num_devices=options.num_devices)
     shape = model_shape(load_model_config(options.model_config or config.model.init_args.policy.init_args.path))

@@ -97,7 +97,7 @@ def test_what_each_strategy_holds():
     assert (one.weights_bytes, one.gradients_bytes, one.optimizer_bytes, one.buckets_bytes, one.gathered_bytes) == (1136, 1136, 2272, 0, 0)
     assert (ddp.weights_bytes, ddp.buckets_bytes, ddp.gathered_bytes) == (1136, 1136, 0)
     assert (fsdp.weights_bytes, fsdp.gradients_bytes, fsdp.optimizer_bytes) == (284, 284, 568)
-    assert fsdp.gathered_bytes == 4 * (2 * 84 + 4 * 100)
+    assert fsdp.gathered_bytes == 4 * (84 + 40 + 4 * 100)
     assert one.activations_bytes == ddp.activations_bytes == fsdp.activations_bytes
     assert ddp.total_bytes == one.total_bytes + 1136
 
@@ -106,8 +106,8 @@ def test_where_bf16_copies_of_the_weights_are():
     """Autocast keeps its copy of all layers on every rank; FSDP2 gathers two layers and keeps nothing."""
     whole = memory("fsdp2", precision=AUTOCAST)
     gathered = memory("fsdp2", precision=GATHERED_BF16)
-    assert (whole.cast_weights_bytes, whole.gathered_bytes) == (2 * 200, 4 * (2 * 84 + 4 * 100))
-    assert (gathered.cast_weights_bytes, gathered.gathered_bytes) == (0, 2 * (2 * 84 + 3 * 100) + 4 * 100)
+    assert (whole.cast_weights_bytes, whole.gathered_bytes) == (2 * 200, 4 * (84 + 40 + 4 * 100))
+    assert (gathered.cast_weights_bytes, gathered.gathered_bytes) == (0, 2 * (84 + 40 + 3 * 100) + 4 * 100)
     assert gathered.weights_bytes == whole.weights_bytes == 284
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+GIB = 2**30
 DEVICES_PER_NODE = 8
 # Between nodes: one 400 Gb/s adapter a device, as in a DGX H100.
 NODE_LINK_BYTES_PER_S = 50e9
@@ -30,16 +31,16 @@ class Device:
 
 
 # NVIDIA's data sheets. They give bf16 with sparsity for the H100, H200 and L40S (twice the dense rate), and NVLink and PCIe for both directions together.
-# "80 GB" cards hold a little less than 80 GiB and more than 80e9 bytes: the sheet's number, in GB, is the safe one.
+# Memory is what torch reports as the device's total, not the sheet's round number: an "80 GB" card has 79.1 GiB, one of 48 GB with error correction 44.4.
 DEVICES = {
-    # H100 Tensor Core GPU data sheet, SXM: 80 GB, 1,979 TFLOPS sparse, 3.35 TB/s, NVLink 900 GB/s
-    "h100": Device(name="H100 SXM", memory_bytes=80e9, peak_flops=989e12, bandwidth_bytes_per_s=3.35e12, link_bytes_per_s=450e9),
-    # H200 Tensor Core GPU data sheet, SXM: 141 GB, 1,979 TFLOPS sparse, 4.8 TB/s, NVLink 900 GB/s
-    "h200": Device(name="H200 SXM", memory_bytes=141e9, peak_flops=989e12, bandwidth_bytes_per_s=4.8e12, link_bytes_per_s=450e9),
+    # H100 Tensor Core GPU data sheet, SXM: 1,979 TFLOPS sparse, 3.35 TB/s, NVLink 900 GB/s
+    "h100": Device(name="H100 SXM", memory_bytes=79.1 * GIB, peak_flops=989e12, bandwidth_bytes_per_s=3.35e12, link_bytes_per_s=450e9),
+    # H200 Tensor Core GPU data sheet, SXM: 1,979 TFLOPS sparse, 4.8 TB/s, NVLink 900 GB/s
+    "h200": Device(name="H200 SXM", memory_bytes=139.8 * GIB, peak_flops=989e12, bandwidth_bytes_per_s=4.8e12, link_bytes_per_s=450e9),
     # A100 Tensor Core GPU data sheet, 80GB SXM: 312 TFLOPS dense, 2,039 GB/s, NVLink 600 GB/s
-    "a100": Device(name="A100 SXM 80GB", memory_bytes=80e9, peak_flops=312e12, bandwidth_bytes_per_s=2.039e12, link_bytes_per_s=300e9),
-    # L40S data sheet: 48 GB, 733 TFLOPS sparse (362 dense), 864 GB/s, PCIe Gen4 x16 64 GB/s
-    "l40s": Device(name="L40S", memory_bytes=48e9, peak_flops=362e12, bandwidth_bytes_per_s=0.864e12, link_bytes_per_s=32e9),
+    "a100": Device(name="A100 SXM 80GB", memory_bytes=79.1 * GIB, peak_flops=312e12, bandwidth_bytes_per_s=2.039e12, link_bytes_per_s=300e9),
+    # L40S data sheet: 733 TFLOPS sparse (362 dense), 864 GB/s, PCIe Gen4 x16 64 GB/s
+    "l40s": Device(name="L40S", memory_bytes=44.4 * GIB, peak_flops=362e12, bandwidth_bytes_per_s=0.864e12, link_bytes_per_s=32e9),
 }
 
 

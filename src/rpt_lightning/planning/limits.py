@@ -64,7 +64,7 @@ def _memory_relief(plan: Plan) -> list[str]:
     if other.total_bytes < fit.total_bytes:
         helping.append("activation checkpointing (model.policy.activation_checkpointing)")
     if fit.training.activations_bytes + fit.training.work_bytes > 0.1 * fit.device_bytes:
-        longest_counts = plan.settings.micro_batch_tokens < plan.settings.longest_sequence  # and it stays whole, however small the budget
+        longest_counts = plan.settings.micro_batch_tokens <= plan.settings.longest_sequence  # and it stays whole, however small the budget
         helping.append("a shorter rollout.max_completion_tokens" if longest_counts else "a smaller model.micro_batch_tokens")
     if fit.engine.total_bytes > 0.1 * fit.device_bytes:
         helping.append("the engine on devices of its own")

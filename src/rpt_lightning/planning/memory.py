@@ -94,8 +94,8 @@ def training_memory(
     head_work += 2 * FP32_BYTES * micro_batch_tokens * shape.hidden_size  # the gradient of the hidden states, as it is summed and as it is passed on
     # The head's whole gradient, before it is added to that of earlier micro-batches. A sharded one stays gathered, and is counted there.
     head_work += 0 if is_sharded else FP32_BYTES * shape.head_params
-    # On CUDA AdamW takes the square roots of all weights in one call. By then nothing is left of the micro-batches.
-    step_work = copy - gathered - activations - masks if on_gpu and optimizer_bytes_per_param >= ADAM_BYTES else 0
+    # Afterwards, when nothing is left of the micro-batch: the last gradients are scattered, and on CUDA AdamW takes the square roots of all weights at once.
+    afterwards = max(_scatter_bytes(shape, precision) if is_sharded else 0, copy if on_gpu and optimizer_bytes_per_param >= ADAM_BYTES else 0)
     return TrainingMemory(
         weights_bytes=copy,
         gradients_bytes=copy,
@@ -106,7 +106,7 @@ def training_memory(
         gathered_bytes=gathered,
         activations_bytes=activations,
         masks_bytes=masks,
-        work_bytes=max(layer_work, head_work, step_work),
+        work_bytes=max(layer_work, head_work, afterwards - gathered - activations - masks),
     )
 
 
@@ -163,9 +163,14 @@ def _layer_work_bytes(shape: ModelShape, num_tokens: int, *, precision: Precisio
 
 
 def _gathered_bytes(shape: ModelShape, precision: Precision) -> int:
-    """Embedding and head stay gathered for the whole pass, with their gradients; two layers (one is fetched ahead), one layer's gradient, and the same in fp32
-    while it is scattered."""
-    return precision.stream_bytes * (2 * shape.outer_params + 3 * shape.layer_params) + FP32_BYTES * shape.layer_params
+    """Embedding and head stay gathered for the whole pass, and so does the head's gradient; two layers (one is fetched ahead), one layer's gradient, and the
+    same in fp32 while it is scattered."""
+    return precision.stream_bytes * (shape.outer_params + shape.head_params + 3 * shape.layer_params) + FP32_BYTES * shape.layer_params
+
+
+def _scatter_bytes(shape: ModelShape, precision: Precision) -> int:
+    """The end of a backward pass under FSDP2: embedding and head, their gradients, and those in fp32 while they are scattered."""
+    return (2 * precision.stream_bytes + FP32_BYTES) * shape.outer_params
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,7 +63,9 @@ def model_shape(config: PretrainedConfig) -> ModelShape:
     if config.model_type not in FAMILIES:
         raise ValueError(f"the model's type is {config.model_type!r}; rpt plan knows {', '.join(FAMILIES)}. Give --plan.model_config of one of these")
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        raise ValueError(f"the model ({config.model_type}) has sliding windows; rpt plan works out full attention. Give --plan.model_config of one without them")
+        raise ValueError(
+            f"the model ({config.model_type}) has sliding windows; rpt plan works out full attention. Give --plan.model_config of one without them"
+        )
     with torch.device("meta"):
         model: Any = cast(Any, AutoModelForCausalLM).from_config(config)
     layers = model.base_model.layers

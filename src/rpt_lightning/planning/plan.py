@@ -177,6 +177,7 @@ def make_plan(
         live_frac=live_frac,
         micro_batch_tokens=settings.micro_batch_tokens,
         num_ranks=settings.num_ranks,
+        on_gpu=settings.on_gpu,
     )
     engine = _engine_memory(settings, shape, device)
     concurrent = _concurrent_sequences(settings, shape, engine, tokens)

@@ -101,7 +101,9 @@ def _memory(plan: Plan) -> list[str]:
             [
                 "* as configured; at the largest micro-batch, of "
                 f"{plan.settings.largest_micro_batch:,} tokens, with weights, gradients and optimizer there already",
-                f"the engine decodes {plan.concurrent_sequences:,.0f} sequences at a time on a device" if plan.fit.engine_starts else "the engine does not start",
+                f"the engine decodes {plan.concurrent_sequences:,.0f} sequences at a time on a device"
+                if plan.fit.engine_starts
+                else "the engine does not start",
             ]
         ),
     ]

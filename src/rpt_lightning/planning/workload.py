@@ -41,7 +41,14 @@ class StepTokens:
 
 
 def step_tokens(
-    prompts: Sequence[TokenIds], *, group_size: int, completion_tokens: int, live_frac: float, micro_batch_tokens: int, num_ranks: int
+    prompts: Sequence[TokenIds],
+    *,
+    group_size: int,
+    completion_tokens: int,
+    live_frac: float,
+    micro_batch_tokens: int,
+    num_ranks: int,
+    on_gpu: bool = False,
 ) -> StepTokens:
     """Packs the step as training would, with completions of the assumed length that share nothing by chance.
 
@@ -52,6 +59,7 @@ def step_tokens(
         live_frac: Share of the groups that are trained: those with unequal rewards. They lie evenly among the others.
         micro_batch_tokens: Budget of a tree.
         num_ranks: Data-parallel ranks.
+        on_gpu: Where attention computes no pairs under a mask of its own.
     """
     ranks: list[TrainTokens] = []
     plain = TrainTokens(tokens=0, scored_tokens=0, pairs=0)
@@ -68,7 +76,8 @@ def step_tokens(
         ]
         trees = list(pack(sequences, max_tokens=micro_batch_tokens))
         micro_batches = max(micro_batches, len(trees))
-        most_masked = max([most_masked, *map(masked_pairs, trees)])
+        if not on_gpu:
+            most_masked = max([most_masked, *map(masked_pairs, trees)])
         ranks.append(packed_tokens(trees))
         plain = _sum([plain, plain_tokens(sequences)])
     largest_share = -(-len(prompts) // num_ranks)
