@@ -24,6 +24,9 @@ from models import SMOLLM2_135M
 from result import alternate, store
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from rpt_lightning.planning.flops import train_flops
+from rpt_lightning.planning.model_shape import model_shape
+from rpt_lightning.planning.workload import packed_tokens, plain_tokens
 from rpt_lightning.policy.logprobs import chosen_logprobs
 from rpt_lightning.policy.packing import pack
 from rpt_lightning.policy.tree_attention import NAME as TREE_ATTENTION
@@ -136,18 +139,9 @@ class TRLPath:
 
 
 def flops(model: PreTrainedModel, sequences: list[TrainSequence], *, shared: bool) -> float:
-    """Forward and backward: 6 per weight and token, 12 x hidden per layer and permitted pair of tokens."""
-    config = model.config
-    body = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name and "lm_head" not in name)
-    head = config.vocab_size * config.hidden_size * sum(len(sequence.target_ids) for sequence in sequences)
-    if shared:
-        trees = list(pack(sequences, max_tokens=10**9))
-        tokens = sum(tree.num_tokens for tree in trees)
-        pairs = sum(int((tree.position_ids + 1).sum()) for tree in trees)
-    else:
-        tokens = sum(sequence.num_tokens for sequence in sequences)
-        pairs = sum(sequence.num_tokens * (sequence.num_tokens + 1) // 2 for sequence in sequences)
-    return 6 * (body * tokens + head) + 12 * config.hidden_size * config.num_hidden_layers * pairs
+    """Forward and backward of all sequences."""
+    counts = packed_tokens(list(pack(sequences, max_tokens=10**9))) if shared else plain_tokens(sequences)
+    return train_flops(model_shape(model.config), **vars(counts))
 
 
 def check_gradients(functions: dict[str, Callable[[], None]], models: dict[str, PreTrainedModel]) -> None:

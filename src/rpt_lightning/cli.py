@@ -12,6 +12,7 @@ LIGHTNING_VERBS = {
     "validate": "next-token accuracy on held-out positions, by reasoning and without, at the same positions",
 }
 TOOLS = {
+    "plan": "what a run of `rpt fit` with the same flags will cost: tokens, memory, operations, time; needs no GPU and no weights",
     "prepare": "turn a text corpus into a folder of next-token tasks",
     "export": "turn a checkpoint into a Hugging Face folder",
     "report": "make one HTML page about runs: rpt report RUN... [--output report.html]",
@@ -40,6 +41,10 @@ def main(args: Sequence[str] | None = None) -> int:
             from rpt_lightning.lightning_cli import run
 
             run(args)
+        elif command == "plan":
+            from rpt_lightning.plan_cli import run as run_plan
+
+            run_plan(rest)
         elif command in TOOLS:
             _run_tool(command, rest)
         else:

@@ -155,9 +155,9 @@ def _quieten() -> None:
     disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def make_cli(*, run: bool = True, args: list[str] | None = None) -> RPTCLI:
+def make_cli(cli: type[RPTCLI] = RPTCLI, *, run: bool = True, args: list[str] | None = None, prog: str = "rpt") -> RPTCLI:
     """The command line, run or (``run=False``, without a verb in ``args``) only built."""
-    return RPTCLI(
+    return cli(
         model_class=PolicyModule,
         subclass_mode_model=True,
         datamodule_class=LightningDataModule,
@@ -167,7 +167,7 @@ def make_cli(*, run: bool = True, args: list[str] | None = None) -> RPTCLI:
         seed_everything_default=0,
         auto_configure_optimizers=False,
         trainer_defaults={"logger": None, "num_sanity_val_steps": 0, "log_every_n_steps": 1, "enable_model_summary": False},
-        parser_kwargs={"prog": "rpt"} if run else {},
+        parser_kwargs={"prog": prog},
         run=run,
         args=args,
     )

@@ -1,0 +1,237 @@
+"""``rpt plan``: what a run of ``rpt fit`` with the same configuration will cost. It parses the same files and flags, and builds neither model nor trainer."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
+
+from rpt_lightning.lightning_cli import RPTCLI, make_cli
+from rpt_lightning.planning.devices import DEVICES, Device, measured_cpu
+from rpt_lightning.planning.memory import Strategy
+from rpt_lightning.planning.model_shape import load_model_config, model_shape
+from rpt_lightning.planning.plan import EngineKind, Rates, RunSettings, make_plan
+from rpt_lightning.planning.report import report
+from rpt_lightning.planning.workload import assumed_prompts
+from rpt_lightning.types import TokenIds
+
+# Of next-token reasoning at the paper's limit of 8,192 tokens, RMT (arXiv:2509.24375) reports a mean of 872 before it shortens them.
+USUAL_COMPLETION_TOKENS = 1024
+
+SHARDED = ("ModelParallelStrategy", "ShardedStrategy")
+
+
+class PlanOptions:
+    """Args:
+    device: h100, h200, a100, l40s or cpu (this machine, measured in a second). None: cpu where trainer.accelerator is cpu, else h100.
+    num_devices: None: trainer.devices x trainer.num_nodes, where "auto" counts as 1.
+    model_config: Folder or config.json of the policy's model, where model.policy.path cannot be reached. Weights are never read.
+    completion_tokens: Assumed mean length of a completion. None: half of rollout.max_completion_tokens, at most 1024.
+    context_tokens: Assumed mean length of a context where the task folder is not there. None: half of the longest.
+    live_frac: Assumed share of groups with unequal rewards, which alone are trained.
+    mfu: Assumed share of the device's peak that training and prefill reach, counting needed operations only.
+    bandwidth_frac: Assumed share of the device's memory bandwidth that decoding reaches.
+    """
+
+    def __init__(
+        self,
+        device: str | None = None,
+        num_devices: int | None = None,
+        model_config: str | None = None,
+        completion_tokens: int | None = None,
+        context_tokens: int | None = None,
+        live_frac: float = 1.0,
+        mfu: float = 0.4,
+        bandwidth_frac: float = 0.7,
+    ) -> None:
+        if device is not None and device not in (*DEVICES, "cpu"):
+            raise ValueError(f"--plan.device {device}: choose from {', '.join([*DEVICES, 'cpu'])}")
+        for name, number in {"num_devices": num_devices, "completion_tokens": completion_tokens, "context_tokens": context_tokens}.items():
+            if number is not None and number < 1:
+                raise ValueError(f"--plan.{name} {number}: must be at least 1")
+        for name, share in {"live_frac": live_frac, "mfu": mfu, "bandwidth_frac": bandwidth_frac}.items():
+            if not 0 < share <= 1:
+                raise ValueError(f"--plan.{name} {share}: give a share above 0, at most 1")
+        self.device = device
+        self.num_devices = num_devices
+        self.model_config = model_config
+        self.completion_tokens = completion_tokens
+        self.context_tokens = context_tokens
+        self.live_frac = live_frac
+        self.mfu = mfu
+        self.bandwidth_frac = bandwidth_frac
+
+
+class PlanCLI(RPTCLI):
+    """Parses a run and goes no further."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_class_arguments(PlanOptions, "plan")
+
+    def instantiate_classes(self) -> None:
+        """Nothing: what is needed of the data is opened by the plan itself."""
+
+    def _set_seed(self) -> None:
+        """Nothing is drawn."""
+
+
+def run(args: list[str]) -> None:
+    """Prints the plan of a configuration."""
+    # LightningCLI warns where both its args and the process's own are given.
+    sys.argv = ["rpt"]
+    print(plan_text(args))
+
+
+def plan_text(args: list[str]) -> str:
+    """The plan of what ``rpt fit ARGS`` would run."""
+    return plan_of(make_cli(PlanCLI, run=False, args=args, prog="rpt plan").config)
+
+
+def plan_of(config: Namespace) -> str:
+    """The plan of a parsed configuration."""
+    options = PlanOptions(**config.plan)
+    settings = run_settings(config, num_devices=options.num_devices)
+    shape = model_shape(load_model_config(options.model_config or config.model.init_args.policy.init_args.path))
+    device = _device(options.device or ("h100" if settings.on_gpu else "cpu"), settings)
+    prompts, source = _prompts(config, settings, options.context_tokens)
+    completion_tokens = options.completion_tokens or min(USUAL_COMPLETION_TOKENS, -(-settings.max_completion_tokens // 2))
+    rates = Rates(mfu=options.mfu, bandwidth_frac=options.bandwidth_frac)
+    plan = make_plan(settings, shape, device, rates, prompts, completion_tokens=completion_tokens, live_frac=options.live_frac)
+    assumptions = [
+        source,
+        f"completions: {completion_tokens:,} tokens each (--plan.completion_tokens), with nothing in common by chance",
+        f"groups with unequal rewards, which are trained: {options.live_frac:.0%} (--plan.live_frac)"
+        + ("; what dynamic sampling generates besides is not counted" if config.rollout.dynamic_sampling_from_step is not None else ""),
+        f"training and prefill reach {options.mfu:.0%} of {device.peak_flops / 1e12:,.3g} TFLOP/s (--plan.mfu), decoding "
+        f"{options.bandwidth_frac:.0%} of {device.bandwidth_bytes_per_s / 1e12:,.3g} TB/s (--plan.bandwidth_frac); no waiting for the longest completion",
+    ]
+    if settings.is_mixed:
+        assumptions.append(
+            "FSDP2 gathers and computes the layers in bf16 (shards stay fp32), so that autocast makes no copy of the weights"
+            if settings.gathers_bf16
+            else "FSDP2 gathers the weights in fp32, and autocast makes a whole copy of them on every rank"
+        )
+    return report(plan, assumptions=assumptions)
+
+
+def run_settings(config: Namespace, *, num_devices: int | None) -> RunSettings:
+    """What counts of a parsed configuration.
+
+    Raises:
+        ValueError: A run that the plan cannot work out.
+    """
+    if not config.model.class_path.endswith(".RPTModule"):
+        raise ValueError(f"--model {config.model.class_path}: rpt plan works out runs that learn by reasoning (RPTModule)")
+    if config.rollout.engine is None:
+        raise ValueError("rollout.engine is not set, and RPTModule learns from rollouts; give one, e.g. --rollout.engine VLLMEngine")
+    model, data, rollout, trainer = config.model.init_args, config.data.init_args, config.rollout, config.trainer
+    policy, engine = model.policy.init_args, rollout.engine.get("init_args") or {}
+    kinds: dict[str, EngineKind] = {"VLLMEngine": "vllm", "HFEngine": "transformers"}
+    kind = kinds.get(rollout.engine.class_path.rpartition(".")[2], "other")
+    return RunSettings(
+        tasks_per_step=data.tasks_per_step,
+        positions_per_document=data.positions_per_document,
+        group_size=rollout.group_size,
+        max_prompt_tokens=rollout.max_prompt_tokens,
+        max_context_tokens=data.max_context_tokens,
+        max_completion_tokens=rollout.max_completion_tokens,
+        micro_batch_tokens=model.micro_batch_tokens,
+        optimizer_steps_per_batch=model.optimizer_steps_per_batch,
+        max_steps=trainer.max_steps,
+        optimizer_bytes_per_param=optimizer_bytes_per_param(model.optimizer),
+        logprob_chunk_size=policy.logprob_chunk_size,
+        is_mixed=trainer.precision == "bf16-mixed",
+        gathers_bf16=_gathers_bf16(trainer.strategy),
+        checkpointing=policy.activation_checkpointing,
+        strategy=_strategy(trainer.strategy, num_devices=num_devices or _num_devices(trainer)),
+        num_devices=num_devices or _num_devices(trainer),
+        on_gpu=trainer.accelerator != "cpu",
+        engine=kind,
+        engine_dtype_bytes=getattr(torch, engine.get("dtype", "bfloat16")).itemsize,
+        gpu_memory_utilization=engine.get("gpu_memory_utilization", 0.0),
+        kv_cache_bytes=engine.get("kv_cache_gib", 0.0) * 2**30,
+        max_num_seqs=engine.get("max_num_seqs", 1),
+        max_batch_tokens=engine.get("max_batch_tokens", 0),
+        shares_prefill=kind == "vllm" and bool(engine.get("enable_prefix_caching")),
+    )
+
+
+def optimizer_bytes_per_param(config: Namespace) -> float:
+    """Of an optimizer's state, seen after a step of a real one on a small matrix."""
+    parameter = torch.nn.Parameter(torch.zeros(64, 64))
+    optimizer = _build(config, [parameter])
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    tensors = [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor) and value.ndim > 0]
+    return sum(tensor.nbytes for tensor in tensors) / parameter.numel()
+
+
+def _num_devices(trainer: Namespace) -> int:
+    devices = trainer.devices
+    if isinstance(devices, str) and devices.lstrip("-").isdigit():
+        devices = int(devices)
+    if isinstance(devices, (list, tuple)):
+        devices = len(devices)
+    return (devices if isinstance(devices, int) and devices > 0 else 1) * trainer.num_nodes
+
+
+def _strategy(strategy: str | Namespace, *, num_devices: int) -> Strategy:
+    name = strategy if isinstance(strategy, str) else strategy.class_path.rpartition(".")[2]
+    if name in SHARDED:
+        parallel = 1 if isinstance(strategy, str) else strategy.init_args.tensor_parallel_size
+        if parallel != 1:
+            raise ValueError(f"trainer.strategy has tensor_parallel_size={parallel}: rpt plan works out data-parallel sharding only; set it to 1")
+        return "fsdp2"
+    if name.startswith(("ddp", "DDP")) or (name == "auto" and num_devices > 1):
+        return "ddp"
+    if name in ("auto", "single_device", "SingleDeviceStrategy"):
+        return "single"
+    raise ValueError(f"--trainer.strategy {name}: rpt plan knows one device (auto), ddp, and ModelParallelStrategy (configs/strategy/)")
+
+
+def _gathers_bf16(strategy: str | Namespace) -> bool:
+    """What a sharded strategy does under bf16-mixed where it does not say otherwise."""
+    return True if isinstance(strategy, str) else bool((strategy.get("init_args") or {}).get("gather_bf16", True))
+
+
+def _device(name: str, settings: RunSettings) -> Device:
+    if name != "cpu":
+        return DEVICES[name]
+    return measured_cpu(torch.bfloat16 if settings.is_mixed else torch.float32, num_processes=settings.num_ranks)
+
+
+def _prompts(config: Namespace, settings: RunSettings, context_tokens: int | None) -> tuple[list[TokenIds], str]:
+    """The prompts of the run's first step, and where they come from."""
+    folder = config.data.init_args.task_dir
+    if os.path.isdir(folder) and context_tokens is None:
+        data = _build(config.data)
+        data.setup("fit")
+        prompt = _build(config.rollout.objective.init_args.prompt).bind(data.train.tokenizer)
+        tasks = next(iter(data.train_dataloader()))["tasks"]
+        return [prompt.prompt_ids(task.context_ids) for task in tasks], f"prompts: those of the run's first step, from {folder}"
+    longest = settings.max_context_tokens or settings.max_prompt_tokens
+    template_tokens = max(0, settings.max_prompt_tokens - longest)
+    if context_tokens is not None and context_tokens > longest:
+        raise ValueError(f"--plan.context_tokens {context_tokens}: contexts are cut to {longest} tokens; give at most so many")
+    mean = context_tokens or -(-longest // 2)
+    prompts = assumed_prompts(
+        num_tasks=settings.tasks_per_step,
+        positions_per_document=settings.positions_per_document,
+        context_tokens=mean,
+        template_tokens=template_tokens,
+    )
+    missing = "" if context_tokens is not None else f" (there is no task folder {folder})"
+    return (
+        prompts,
+        f"prompts{missing}: contexts of {mean:,} tokens in the mean (--plan.context_tokens) and a template of {template_tokens:,} behind them",
+    )
+
+
+def _build(config: Namespace, *args: Any) -> Any:
+    """The object of a parsed ``class_path`` whose ``init_args`` are plain values."""
+    return instantiate_class(args, config.as_dict())

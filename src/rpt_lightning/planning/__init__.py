@@ -1,0 +1,1 @@
+"""What a run will cost, worked out from its configuration before it starts."""

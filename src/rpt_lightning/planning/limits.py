@@ -1,0 +1,118 @@
+"""Where a run's limit lies, in a sentence, and what would move it."""
+
+from __future__ import annotations
+
+from rpt_lightning.planning.plan import Plan
+
+GB = 1e9
+
+
+def first_limit(plan: Plan) -> str:
+    """The first bottleneck: memory where the run does not fit, else the longest phase of a step."""
+    if not plan.fit.fits:
+        return _memory_limit(plan)
+    times = plan.times
+    phases = {"generation": times.generation_s, "training": times.train_s, "the sync of the weights": times.sync_s}
+    longest = max(phases, key=lambda name: phases[name])
+    why, relief = {"generation": _generation, "training": _training, "the sync of the weights": _sync}[longest](plan)
+    sentence = f"The first bottleneck is {longest}: {phases[longest] / times.step_s:.0%} of the step, {why}. What would relieve it: {relief}."
+    idle = plan.settings.num_ranks - plan.tokens.busy_ranks
+    if idle > 0:
+        sentence += (
+            f" {idle:,} of {plan.settings.num_ranks:,} ranks have nothing to train: a step of this many tasks is too small for so many devices."
+        )
+    return sentence
+
+
+def _memory_limit(plan: Plan) -> str:
+    fit = plan.fit
+    if not fit.engine_starts:
+        room = max(0.0, fit.engine.kv_cache_bytes)
+        engine = (
+            f"the engine does not start: its share of the device holds its weights ({fit.engine.weights_bytes / GB:.1f} GB) and {room / GB:.1f} GB of cached keys "
+            f"and values, less than the {fit.sequence_cache_bytes / GB:.1f} GB of one longest sequence"
+        )
+        if fit.total_bytes <= fit.device_bytes:
+            return f"The first bottleneck is memory: {engine}. What would relieve it: {_engine_relief(plan)}."
+        return f"{_overflow(plan)} Besides, {engine}."
+    return _overflow(plan)
+
+
+def _overflow(plan: Plan) -> str:
+    fit = plan.fit
+    parts = {name: getattr(fit.training, f"{field}_bytes") for field, name in _PARTS.items()} | {"the engine": fit.engine.total_bytes}
+    largest = sorted(parts, key=lambda name: -parts[name])[:3]
+    named = ", ".join(f"{name} ({parts[name] / GB:.0f} GB)" for name in largest)
+    return (
+        f"The first bottleneck is memory: {fit.total_bytes / GB:.0f} GB are needed on a device that has {fit.device_bytes / GB:.0f} GB; the largest parts are "
+        f"{named}. What would relieve it: {'; '.join(_memory_relief(plan))}."
+    )
+
+
+def _memory_relief(plan: Plan) -> list[str]:
+    """What makes it fit alone comes first; what only helps follows."""
+    fit = plan.fit
+    fitting = [f"the strategy {_NAMES[other.strategy]}" for other in plan.memory if other.fits]
+    other = plan.memory_other[plan.memory.index(fit)]
+    if other.fits:
+        fitting.append("activation checkpointing (model.policy.activation_checkpointing)")
+    if fitting:
+        return fitting
+    helping = []
+    if fit.strategy != "fsdp2" and plan.settings.num_devices > 1:
+        helping.append("FSDP2 (configs/strategy/fsdp2.yaml)")
+    if other.total_bytes < fit.total_bytes:
+        helping.append("activation checkpointing (model.policy.activation_checkpointing)")
+    if fit.training.activations_bytes + fit.training.work_bytes > 0.1 * fit.device_bytes:
+        longest_counts = plan.settings.micro_batch_tokens <= plan.settings.longest_sequence  # and it stays whole, however small the budget
+        helping.append("a shorter rollout.max_completion_tokens" if longest_counts else "a smaller model.micro_batch_tokens")
+    if fit.engine.total_bytes > 0.1 * fit.device_bytes:
+        helping.append("the engine on devices of its own")
+    return [*helping, "more devices" if fit.strategy == "fsdp2" else "devices with more memory"]
+
+
+def _engine_relief(plan: Plan) -> str:
+    if plan.settings.engine == "vllm" and plan.settings.on_gpu:
+        return "a larger rollout.engine.gpu_memory_utilization"
+    return "a larger rollout.engine.kv_cache_gib" if plan.settings.engine == "vllm" else "a larger rollout.engine.max_batch_tokens"
+
+
+_PARTS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "the optimizer",
+    "buckets": "DDP's buckets",
+    "cast_weights": "autocast's copy of the weights",
+    "gathered": "what FSDP2 has gathered",
+    "activations": "activations",
+    "masks": "attention masks",
+    "work": "the work of a layer, the head or the optimizer",
+}
+_NAMES = {"single": "single", "ddp": "DDP", "fsdp2": "FSDP2"}
+
+
+def _generation(plan: Plan) -> tuple[str, str]:
+    times = plan.times
+    if times.prefill_s > times.decode_s:
+        return "most of it to read prompts", "several positions a document with prefix caching, or shorter contexts"
+    if plan.concurrent_sequences < plan.tokens.busiest_completions and times.decode_cache_frac < 0.5:
+        return (
+            f"where each pass reads the weights for only {plan.concurrent_sequences:,.0f} sequences at a time",
+            "more sequences at once (rollout.engine.max_num_seqs, room for the cache), or shorter completions",
+        )
+    read = "cached keys and values" if times.decode_cache_frac >= 0.5 else "weights"
+    return f"where most of what decoding reads is {read}", "shorter completions, or more devices for the same step"
+
+
+def _training(plan: Plan) -> tuple[str, str]:
+    if plan.times.train_network_s > plan.times.train_compute_s:
+        return "which waits for the network", "fewer and larger micro-batches (model.micro_batch_tokens), or a faster network"
+    recompute = ", a quarter of it to compute activations again" if plan.settings.checkpointing else ""
+    return (
+        f"by the policy's operations{recompute}",
+        "several positions a document (data.positions_per_document), larger micro-batches (fewer groups are cut), or more devices",
+    )
+
+
+def _sync(plan: Plan) -> tuple[str, str]:
+    return "to hand the weights over", "more tasks a step"

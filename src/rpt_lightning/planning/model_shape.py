@@ -1,0 +1,106 @@
+"""The sizes of a model that decide what it costs, from its configuration alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+# What activations take is worked out (and tested) for these; the policy trains no others.
+FAMILIES = ("llama", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Numbers of parameters are counted on the real model; a tied head is counted once, with the embedding."""
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    num_heads: int
+    attention_width: int  # query heads x head dimension
+    kv_width: int  # key-value heads x head dimension
+    has_qk_norm: bool
+    is_tied: bool
+    num_params: int
+    layer_params: int  # of one decoder layer
+
+    @property
+    def head_params(self) -> int:
+        """Of the output head's product, tied or not."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def outer_params(self) -> int:
+        """What is in no decoder layer: embedding, head and last norm."""
+        return self.num_params - self.num_layers * self.layer_params
+
+    @property
+    def body_params(self) -> int:
+        """What every token is multiplied with: all but embedding and head."""
+        return self.num_params - (1 if self.is_tied else 2) * self.head_params
+
+    @property
+    def head_dim(self) -> int:
+        return self.attention_width // self.num_heads
+
+    def kv_cache_bytes(self, dtype_bytes: int) -> int:
+        """Of one cached token."""
+        return 2 * self.num_layers * self.kv_width * dtype_bytes
+
+
+def model_shape(config: PretrainedConfig) -> ModelShape:
+    """Builds the model without memory for its weights (on the meta device) and counts.
+
+    Raises:
+        ValueError: A family, or sliding windows, whose costs are not worked out.
+    """
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"the model's type is {config.model_type!r}; rpt plan knows {', '.join(FAMILIES)}. Give --plan.model_config of one of these")
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError(
+            f"the model ({config.model_type}) has sliding windows; rpt plan works out full attention. Give --plan.model_config of one without them"
+        )
+    with torch.device("meta"):
+        model: Any = cast(Any, AutoModelForCausalLM).from_config(config)
+    layers = model.base_model.layers
+    head_dim = int(layers[0].self_attn.head_dim)
+    return ModelShape(
+        family=config.model_type,
+        num_layers=len(layers),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        num_heads=config.num_attention_heads,
+        attention_width=config.num_attention_heads * head_dim,
+        kv_width=config.num_key_value_heads * head_dim,
+        has_qk_norm=hasattr(layers[0].self_attn, "q_norm"),
+        is_tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        num_params=sum(parameter.numel() for parameter in model.parameters()),
+        layer_params=sum(parameter.numel() for parameter in layers[0].parameters()),
+    )
+
+
+def load_model_config(path: str) -> PretrainedConfig:
+    """The configuration of a model folder, a ``config.json`` or a hub id; no weights are read.
+
+    Raises:
+        ValueError: It cannot be had; the message names a way without a network.
+    """
+    way_out = "give a folder with a config.json, or such a file, with --plan.model_config"
+    # A hub id is one name, or two with a slash between them: anything else can only be a path.
+    if path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(".json"):
+        folder = Path(path).expanduser()
+        if not folder.is_file() and not (folder / "config.json").is_file():
+            raise ValueError(f"there is no model configuration at {path} (no config.json); {way_out}")
+        path = str(folder)
+    try:
+        return cast(PretrainedConfig, AutoConfig.from_pretrained(path))
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"the model configuration of {path} cannot be had ({reason}); without a network {way_out}") from error

@@ -1,0 +1,173 @@
+"""`rpt plan` as a user meets it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from jsonargparse import Namespace
+
+from rpt_lightning import cli
+from rpt_lightning.lightning_cli import make_cli
+from rpt_lightning.plan_cli import PlanCLI, PlanOptions, optimizer_bytes_per_param, plan_of, plan_text
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+QWEN2_14B = str(Path(__file__).with_name("qwen2-14b.json"))
+PAPER_RUN = ["--config", str(CONFIGS / "14b.yaml"), "--plan.model_config", QWEN2_14B]
+FSDP2 = ["--config", str(CONFIGS / "strategy" / "fsdp2.yaml"), "--trainer.devices", "8"]
+
+
+@pytest.fixture(autouse=True)
+def no_arguments_of_pytest(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["rpt"])
+
+
+def row(text: str, label: str) -> list[str]:
+    """The cells behind a label."""
+    line = next(line for line in text.splitlines() if line.strip().startswith(label))
+    return line.strip().removeprefix(label).split()
+
+
+def number(text: str, label: str) -> float:
+    """The first cell behind a label."""
+    return float(row(text, label)[0].replace(",", ""))
+
+
+@pytest.fixture(scope="module")
+def paper_run():
+    """(text, parsed configuration) of the paper's run on eight H100s: parsing takes seconds, so once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["rpt"])
+        config = make_cli(PlanCLI, run=False, args=[*PAPER_RUN, *FSDP2], prog="rpt plan").config
+    return plan_of(config), config
+
+
+def changed(config, **changes):
+    """A copy with other values, by dotted name (``__`` for a dot)."""
+    copy = config.clone()
+    for name, value in changes.items():
+        copy[name.replace("__", ".")] = value
+    return copy
+
+
+def test_the_papers_run_on_eight_h100s(paper_run):
+    text = paper_run[0]
+    assert "256 contexts (1 from each of 256 documents) x 8 = 2,048 completions" in text
+    assert "14,770,033,664 parameters" in text
+    assert row(text, "weights, fp32") == ["59.08", "59.08", "7.39"]
+    assert row(text, "optimizer  ") == ["118.16", "118.16", "14.77"]
+    assert row(text, "autocast's bf16 copy") == ["of", "the", "weights", "26.43", "26.43", "-"]
+    assert row(text, "engine: weights") == ["29.54"] * 3
+    assert row(text, "does it fit?") == ["NO", "NO", "yes"]
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_an_engine_that_does_not_start_has_no_times(paper_run):
+    text = plan_of(changed(paper_run[1], rollout__engine__init_args__gpu_memory_utilization=0.3))
+    assert row(text, "does it fit?") == ["NO", "NO", "NO"]
+    assert "none: the engine does not start" in text
+    assert "generation: decoding" not in text
+    assert "The first bottleneck is memory: the engine does not start" in " ".join(text.split())
+
+
+def test_more_and_larger_devices(paper_run):
+    larger = changed(paper_run[1], plan__device="h200", plan__num_devices=64, rollout__engine__init_args__gpu_memory_utilization=0.5)
+    text = plan_of(larger)
+    assert "(H200 SXM: 150)" in text
+    assert row(text, "weights, fp32") == ["59.08", "59.08", "0.92"]
+    assert row(text, "does it fit?") == ["NO", "NO", "yes"]
+    assert "on 64 ranks (4 contexts each)" in " ".join(text.split())
+    assert re.search(r"The first bottleneck is (generation|training): \d+% of the step", text)
+    many = plan_of(changed(larger, plan__num_devices=1024))
+    assert "768 of 1,024 ranks have nothing to train" in " ".join(many.split())
+
+
+def test_a_strategy_that_gathers_fp32_is_believed(paper_run):
+    strategy = Namespace(class_path="ShardedStrategy", init_args=Namespace(tensor_parallel_size=1, gather_bf16=False))
+    text = plan_of(changed(paper_run[1], trainer__strategy=strategy))
+    assert row(text, "autocast's bf16 copy") == ["of", "the", "weights", *["26.43"] * 3]
+    assert "a whole copy of them on every rank" in " ".join(text.split())
+
+
+def test_settings_reach_the_plan(paper_run):
+    text = plan_of(changed(paper_run[1], rollout__group_size=4, model__init_args__policy__init_args__activation_checkpointing=False))
+    assert "x 4 = 1,024 completions" in text
+    assert number(text, "activations, all layers kept") > number(paper_run[0], "activations, layers recomputed")
+
+
+def test_optimizer_state_is_that_of_the_real_class():
+    def state(class_path, **options):
+        return optimizer_bytes_per_param(Namespace(class_path=class_path, init_args=Namespace(lr=0.1, **options)))
+
+    assert state("torch.optim.AdamW") == 8
+    assert state("torch.optim.AdamW", amsgrad=True) == 12
+    assert state("torch.optim.SGD") == 0
+    assert state("torch.optim.SGD", momentum=0.9) == 4
+
+
+def test_prompts_of_the_task_folder(tiny_model_dir, tiny_task_dir):
+    """Counted on the very batch that a run would begin with."""
+    from rpt_lightning.data.datamodule import TokenTaskDataModule
+    from rpt_lightning.tasks.prompt import ContinuationPrompt
+
+    flags = ["--model.policy.path", str(tiny_model_dir), "--data.task_dir", str(tiny_task_dir), "--data.tasks_per_step", "8"]
+    text = plan_text(["--config", str(CONFIGS / "debug.yaml"), *flags])
+    data = TokenTaskDataModule(str(tiny_task_dir), tasks_per_step=8, positions_per_document=4)
+    data.setup("fit")
+    prompt = ContinuationPrompt().bind(data.train.tokenizer)
+    lengths = [len(prompt.prompt_ids(task.context_ids)) for task in next(iter(data.train_dataloader()))["tasks"]]
+    assert f"those of the run's first step, from {tiny_task_dir}" in " ".join(text.split())
+    assert number(text, "trained, each completion alone") == sum(4 * (length + 8) for length in lengths)  # half of 16 tokens each
+    assert number(text, "trained, prefixes shared") < number(text, "trained, each completion alone") - 3 * sum(lengths)
+    assert "this CPU, measured" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"device": "b9000"}, "--plan.device b9000: choose from h100"),
+        ({"completion_tokens": 0}, "--plan.completion_tokens 0"),
+        ({"mfu": 40}, "--plan.mfu 40"),
+    ],
+)
+def test_bad_options(options, expected):
+    with pytest.raises(ValueError, match=expected):
+        PlanOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"plan__context_tokens": 9000}, "contexts are cut to 3840"),
+        ({"plan__model_config": "no/such/config.json"}, "no/such/config.json"),
+        ({"trainer__strategy": "deepspeed"}, "deepspeed"),
+        ({"trainer__strategy__init_args__tensor_parallel_size": 2}, "tensor_parallel_size=2"),
+        ({"rollout__engine": None}, "rollout.engine is not set"),
+        ({"model__class_path": "rpt_lightning.training.ntp_module.NTPModule"}, "RPTModule"),
+    ],
+)
+def test_runs_that_cannot_be_planned(paper_run, changes, expected):
+    with pytest.raises(ValueError, match=expected):
+        plan_of(changed(paper_run[1], **changes))
+
+
+def test_a_hub_id_without_network_names_the_way_out(monkeypatch, capfd):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert cli.main(["plan", "--config", str(CONFIGS / "14b.yaml")]) == 1
+    shown = capfd.readouterr().err
+    assert "DeepSeek-R1-Distill-Qwen-14B" in shown
+    assert "--plan.model_config" in shown
+    assert len(shown.strip().splitlines()) == 1
+
+
+def test_nothing_is_built(monkeypatch, tiny_model_dir, tmp_path, capfd):
+    """Neither weights nor a trainer, nor a run folder."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(tiny_model_dir / "config.json", tmp_path / "config.json")  # no weights and no tokenizer beside it
+    monkeypatch.setattr(torch.nn.Module, "to", lambda *args: pytest.fail("a module was moved"))
+    assert cli.main(["plan", "--config", str(CONFIGS / "debug.yaml"), "--plan.model_config", str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert "there is no task folder tasks/debug" in " ".join(capfd.readouterr().out.split())

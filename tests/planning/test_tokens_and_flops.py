@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rpt_lightning.planning.flops import forward_flops, train_flops
+from rpt_lightning.planning.model_shape import ModelShape
+from rpt_lightning.planning.workload import TrainTokens, assumed_prompts, step_tokens
+
+SHAPE = ModelShape(
+    family="llama", num_layers=2, hidden_size=4, intermediate_size=8, vocab_size=10, num_heads=2, attention_width=6, kv_width=2, has_qk_norm=False,
+    is_tied=True, num_params=200 + 40 + 4, layer_params=100,
+)  # fmt: skip
+
+
+def test_flops_by_hand():
+    # body 204, head 40, attention 6 wide in 2 layers
+    assert train_flops(SHAPE, tokens=5, scored_tokens=3, pairs=7) == 6 * (204 * 5 + 40 * 3) + 12 * 6 * 2 * 7
+    assert forward_flops(SHAPE, tokens=5, scored_tokens=3, pairs=7) == 2 * (204 * 5 + 40 * 3) + 4 * 6 * 2 * 7
+
+
+def test_a_step_by_hand():
+    """Two documents with two positions each: prompts of 3 and 5 and of 3 and 4 tokens, two completions of 3 tokens, of which the last is not fed."""
+    prompts = [(1, 2, 3), (1, 2, 3, 4, 5), (7, 8, 9), (7, 8, 9, 10)]
+    tokens = step_tokens(prompts, group_size=2, completion_tokens=3, live_frac=1.0, micro_batch_tokens=1000, num_ranks=1)
+    assert tokens.prefill_tokens == 5 + 4
+    assert tokens.mean_prompt_tokens == 15 / 4
+    assert tokens.packed.tokens == 5 + 4 + 8 * 2
+    # Prompts: 1..5 and 1..4; completions: two tokens behind 3, 5, 3 and 4
+    assert tokens.packed.pairs == 15 + 10 + 2 * ((4 + 5) + (6 + 7) + (4 + 5) + (5 + 6))
+    assert tokens.plain == TrainTokens(tokens=2 * (6 + 8 + 6 + 7), scored_tokens=24, pairs=2 * (21 + 36 + 21 + 28))
+    assert tokens.packed.scored_tokens == 24
+    assert (tokens.micro_batches, tokens.busy_ranks, tokens.busiest_completions) == (1, 1, 8)
+
+
+def test_ranks_share_nothing_with_each_other():
+    prompts = [(1, 2, 3), (1, 2, 3, 4, 5)]
+    together = step_tokens(prompts, group_size=2, completion_tokens=3, live_frac=1.0, micro_batch_tokens=1000, num_ranks=1)
+    apart = step_tokens(prompts, group_size=2, completion_tokens=3, live_frac=1.0, micro_batch_tokens=1000, num_ranks=2)
+    idle = step_tokens(prompts, group_size=2, completion_tokens=3, live_frac=1.0, micro_batch_tokens=1000, num_ranks=4)
+    assert apart.packed.tokens == together.packed.tokens + 3
+    assert apart.busiest.tokens == 5 + 4
+    assert idle.packed == apart.packed
+    assert (idle.busy_ranks, idle.busiest_completions) == (2, 2)
+
+
+def test_a_small_budget_computes_prompts_again():
+    tokens = step_tokens([(1, 2, 3)], group_size=4, completion_tokens=3, live_frac=1.0, micro_batch_tokens=9, num_ranks=1)
+    assert tokens.micro_batches == 2  # 3 + 2 x 3 tokens each, leaves included
+    assert tokens.packed.tokens == 2 * (3 + 2 * 2)
+
+
+@given(st.integers(1, 9), st.sampled_from([0.25, 0.5, 1.0]))
+def test_only_live_groups_are_trained(num_tasks, live_frac):
+    prompts = assumed_prompts(num_tasks=num_tasks, positions_per_document=1, context_tokens=4, template_tokens=0)
+    tokens = step_tokens(prompts, group_size=2, completion_tokens=2, live_frac=live_frac, micro_batch_tokens=1000, num_ranks=1)
+    assert tokens.packed.scored_tokens == int(num_tasks * live_frac) * 4
+    assert tokens.num_completions == num_tasks * 2
+
+
+@pytest.mark.parametrize("positions", [1, 2, 4])
+def test_assumed_contexts_have_the_assumed_mean(positions):
+    prompts = assumed_prompts(num_tasks=8, positions_per_document=positions, context_tokens=100, template_tokens=7)
+    assert sum(map(len, prompts)) / 8 == pytest.approx(107)
+    tokens = step_tokens(prompts, group_size=2, completion_tokens=1, live_frac=1.0, micro_batch_tokens=10**6, num_ranks=1)
+    longest = 200 * positions // (positions + 1)
+    assert tokens.prefill_tokens == pytest.approx(8 // positions * longest + 8 * 7)
