@@ -8,6 +8,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from hypothesis import settings
+
+# Examples are not timed: on a busy machine the first one takes longer than Hypothesis allows.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
