@@ -33,8 +33,21 @@ from rpt_lightning.data.trace_datamodule import TraceDataModule  # isort: skip
 from rpt_lightning.rollout.hf_engine import HFEngine  # isort: skip
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine  # isort: skip
 from rpt_lightning.rollout.vllm_engine import VLLMEngine  # isort: skip
+from rpt_lightning.rollout.vllm_server_engine import VLLMServerEngine  # isort: skip
+from rpt_lightning.rollout.weight_transport import SharedFolderTransport  # isort: skip
 
-PARTS = (RPTModule, NTPModule, TokenTaskDataModule, TextDataModule, TraceDataModule, HFEngine, ScriptedEngine, VLLMEngine)
+PARTS = (
+    RPTModule,
+    NTPModule,
+    TokenTaskDataModule,
+    TextDataModule,
+    TraceDataModule,
+    HFEngine,
+    ScriptedEngine,
+    VLLMEngine,
+    VLLMServerEngine,
+    SharedFolderTransport,
+)
 CONFIG_FILE = "config.yaml"
 # What a fit leaves in the run folder besides checkpoints.
 RUN_FILES = (CONFIG_FILE, "config-[0-9]*.yaml", STEP_LOG, "tensorboard", ROLLOUT_FOLDER, VALIDATION_FOLDER)
@@ -155,9 +168,9 @@ def _quieten() -> None:
     disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def make_cli(*, run: bool = True, args: list[str] | None = None) -> RPTCLI:
+def make_cli(*, run: bool = True, args: list[str] | None = None, cli_class: type[RPTCLI] = RPTCLI) -> RPTCLI:
     """The command line, run or (``run=False``, without a verb in ``args``) only built."""
-    return RPTCLI(
+    return cli_class(
         model_class=PolicyModule,
         subclass_mode_model=True,
         datamodule_class=LightningDataModule,
