@@ -48,7 +48,7 @@ class Server:
         return str((await self.call("GET", "/weight_info", limit_s=min(_PROBE_S, self._timeout_s)))["weight_version"])
 
     async def describe(self) -> dict[str, Any]:
-        return (await self.rpc("rpt_describe"))[0]
+        return (await self.rpc("rpt_describe", limit_s=min(_PROBE_S, self._timeout_s)))[0]
 
     async def watch(self, label: str, *, every_s: float = 1.0) -> NoReturn:
         """Asks for the label again and again; ends with ServerLost when the answer is another one, or takes too long.

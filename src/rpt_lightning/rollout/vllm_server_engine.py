@@ -122,12 +122,13 @@ class VLLMServerEngine(RolloutEngine):
 
     def _deliver(self, weights: Iterable[tuple[str, Tensor]], version: int) -> dict[str, str]:
         assert self._fleet is not None
+        self._out = {}
         try:
+            self._fleet.run(lambda servers: self._wait(servers, self._acquaint))
             self.transport.publish(weights, version=version, dtype=self.dtype, shapes=self._weight_shapes)
         finally:
             _exhaust(weights)  # gathering sharded weights is a collective: the other ranks go on after an error here
-        self._out = {}
-        self._fleet.run(lambda servers: self._wait(servers, self._bring_in))
+        self._fleet.run(lambda servers: self._wait(servers, self._bring_in, first_try=self._usable(servers)))
         self.transport.retire()
         return self._out
 
@@ -140,8 +141,8 @@ class VLLMServerEngine(RolloutEngine):
                 servers = servers[first:] + servers[:first]
 
             async def find() -> Sequence[Worker]:
-                usable = [server for server in servers if server.url not in self._out]
-                return [_Holder(server, self._label) for server in await self._wait(servers, self._bring_in, first_try=usable)]
+                held = await self._wait(servers, self._bring_in, first_try=self._usable(servers))
+                return [_Holder(server, self._label) for server in held]
 
             return await dispatch(requests, find, room=self.max_num_seqs, on_lost=self._lose)
 
@@ -152,8 +153,7 @@ class VLLMServerEngine(RolloutEngine):
         assert self._fleet is not None
 
         async def read(servers: list[Server]) -> dict[str, Tensor]:
-            usable = [server for server in servers if server.url not in self._out]
-            return await min(usable, key=lambda server: server.url != self._differing).read(names)
+            return await min(self._usable(servers), key=lambda server: server.url != self._differing).read(names)
 
         return self._fleet.run(read)
 
@@ -167,7 +167,7 @@ class VLLMServerEngine(RolloutEngine):
         expected = {name: checksum(tensor) for name, tensor in wanted.items()}
 
         async def compare(servers: list[Server]) -> dict[str, tuple[str, ...]]:
-            usable = [server for server in servers if server.url not in self._out]
+            usable = self._usable(servers)
             held = await asyncio.gather(*(server.checksums(list(expected)) for server in usable), return_exceptions=True)
             differing = {}
             for server, sums in zip(usable, held, strict=True):
@@ -245,6 +245,9 @@ class VLLMServerEngine(RolloutEngine):
                 await asyncio.sleep(min(pause_s, self.max_wait_s - waited_s))
                 pause_s = min(2 * pause_s, _LONGEST_WAIT_S)
             candidates = servers
+
+    def _usable(self, servers: Sequence[Server]) -> list[Server]:
+        return [server for server in servers if server.url not in self._out]
 
     def _lose(self, worker: Worker | Server, error: ServerLost) -> None:
         server = worker.server if isinstance(worker, _Holder) else worker

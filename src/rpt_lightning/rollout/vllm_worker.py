@@ -7,6 +7,7 @@ network. The names begin with ``rpt_`` because they become methods of vLLM's own
 from __future__ import annotations
 
 import base64
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from torch import Tensor
 from rpt_lightning.rollout.checksum import checksum
 from rpt_lightning.rollout.server_facts import architecture
 from rpt_lightning.rollout.vllm_weights import read_weights
+
+_START = secrets.token_hex(8)  # another one with every start of the process
 
 
 class PolicyWeights:
@@ -33,6 +36,7 @@ class PolicyWeights:
         model = self.vllm_config.model_config
         return {
             "vllm": __version__,
+            "start": _START,
             "dtype": str(model.dtype).removeprefix("torch."),
             "max_model_len": model.max_model_len,
             "logprobs_mode": str(getattr(model.logprobs_mode, "value", model.logprobs_mode)),
