@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ class ServeCLI(RPTCLI):
 
 def serve(args: list[str]) -> None:
     """Starts the servers and watches over them until SIGTERM or SIGINT."""
-    config = make_cli(run=False, args=args, cli_class=ServeCLI).config
+    sys.argv = ["rpt serve", *args]  # LightningCLI warns where both its args and the process's own are given
+    config = make_cli(run=False, cli_class=ServeCLI).config
     settings = ServeSettings(**config.serve)
     if (engine := config.rollout.engine) is None or not engine.class_path.endswith(".VLLMServerEngine"):
         raise ValueError("rpt serve: rollout.engine is not VLLMServerEngine; add --config configs/rollout/servers.yaml")
