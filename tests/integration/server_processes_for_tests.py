@@ -33,7 +33,7 @@ class ServerUnderTest:
         self.kind = kind
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._command = self._stand_in(model) if kind == "stand-in" else self._vllm(model)
+        self._command = self._stand_in(model) if kind == "stand-in" else self._vllm(model, num_devices=2 if kind == "vllm-split" else 1)
         self._log = log_folder / f"server-{self.port}.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -43,9 +43,9 @@ class ServerUnderTest:
         facts["architecture"] = architecture(AutoConfig.from_pretrained(model))
         return (sys.executable, str(script), "--port", str(self.port), "--facts", json.dumps(facts))
 
-    def _vllm(self, model: Path) -> tuple[str, ...]:
+    def _vllm(self, model: Path, num_devices: int) -> tuple[str, ...]:
         return server_command(
-            model_path=str(model), url=self.url, host="127.0.0.1", dtype="float32", max_model_len=MAX_MODEL_LEN, seed=0, tensor_parallel_size=1,
+            model_path=str(model), url=self.url, host="127.0.0.1", dtype="float32", max_model_len=MAX_MODEL_LEN, seed=0, tensor_parallel_size=num_devices,
             max_num_seqs=8, gpu_memory_utilization=None, kv_cache_gib=0.25, enforce_eager=True, block_size=32, weight_transfer=None,
         )  # fmt: skip
 

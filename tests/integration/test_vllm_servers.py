@@ -258,3 +258,27 @@ def test_servers_that_do_not_fit_the_run_are_refused(make_engine, tiny_model_dir
     ]:
         with pytest.raises(ValueError, match=message):
             make_engine(start=False, **changes).start(str(tiny_model_dir), seed=0, max_model_len=max_model_len)
+
+
+@pytest.mark.long
+@pytest.mark.vllm
+@pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed here")
+def test_a_server_that_is_split_over_devices(tiny_model_dir: Path, tmp_path: Path, policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RPT_SERVER_KEY", KEY)
+    server = ServerUnderTest("vllm-split", tiny_model_dir, tmp_path)
+    server.start()
+    try:
+        server.wait_until_ready()
+        with VLLMServerEngine([server.url], SharedFolderTransport(str(tmp_path / "weights")), dtype="float32") as engine:
+            engine.start(str(tiny_model_dir), seed=0, max_model_len=MAX_MODEL_LEN)
+            engine.update_weights(named_weights(policy), version=3)
+            check_weights(engine, named_weights(policy), version=3, num_tensors=1000)
+            check_completions([server], policy, REQUESTS, engine.generate(REQUESTS))
+            weights = dict(named_weights(policy))
+            held = engine.read_weights(list(weights))
+            assert all(torch.equal(held[name], weights[name]) for name in weights)
+            call(server, "/weight_checker", {"action": "reset"})
+            with pytest.raises(SyncError, match="compared tensors differ"):
+                check_weights(engine, named_weights(policy), version=3)
+    finally:
+        server.kill()

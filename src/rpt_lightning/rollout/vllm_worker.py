@@ -61,7 +61,7 @@ class PolicyWeights:
     def rpt_read(self, names: list[str]) -> dict[str, str]:
         """The weights themselves: one safetensors file, as base64."""
         weights = {name: self._rpt_weight(name) for name in names}
-        return {"safetensors": base64.b64encode(save(weights)).decode()}
+        return {"safetensors": base64.b64encode(save(weights)).decode()} if self.rank == 0 else {}
 
     def _rpt_weight(self, name: str) -> Tensor:
         return read_weights(self.get_model(), [name], self.vllm_config.model_config.dtype)[name]  # type: ignore[attr-defined]
