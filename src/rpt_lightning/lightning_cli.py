@@ -33,6 +33,7 @@ from rpt_lightning.data.trace_datamodule import TraceDataModule  # isort: skip
 from rpt_lightning.rollout.hf_engine import HFEngine  # isort: skip
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine  # isort: skip
 from rpt_lightning.rollout.vllm_engine import VLLMEngine  # isort: skip
+from rpt_lightning.rollout.vllm_nccl_transport import NCCLTransport  # isort: skip
 from rpt_lightning.rollout.vllm_server_engine import VLLMServerEngine  # isort: skip
 from rpt_lightning.rollout.weight_transport import SharedFolderTransport  # isort: skip
 
@@ -47,6 +48,7 @@ PARTS = (
     VLLMEngine,
     VLLMServerEngine,
     SharedFolderTransport,
+    NCCLTransport,
 )
 CONFIG_FILE = "config.yaml"
 # What a fit leaves in the run folder besides checkpoints.

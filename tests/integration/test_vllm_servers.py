@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import signal
+import subprocess
 import sys
 import threading
 import urllib.request
@@ -17,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from server_processes_for_tests import KEY, MAX_MODEL_LEN, ServerUnderTest
+from server_processes_for_tests import KEY, MAX_MODEL_LEN, ServerUnderTest, free_port
 from stand_in_server import say
 
 from rpt_lightning.policy.model import Policy
@@ -258,6 +260,29 @@ def test_servers_that_do_not_fit_the_run_are_refused(make_engine, tiny_model_dir
     ]:
         with pytest.raises(ValueError, match=message):
             make_engine(start=False, **changes).start(str(tiny_model_dir), seed=0, max_model_len=max_model_len)
+
+
+@pytest.mark.long
+def test_two_ranks_share_the_servers(servers: list[ServerUnderTest], tiny_model_dir: Path, tmp_path: Path) -> None:
+    if servers[0].kind != "stand-in":
+        pytest.skip("nothing here depends on the server")
+    script, port = Path(__file__).with_name("two_rank_servers.py"), free_port()
+    command = [sys.executable, str(script), str(tiny_model_dir), str(tmp_path / "weights"), *[server.url for server in servers]]
+    group = {"RPT_SERVER_KEY": KEY, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    ranks = [subprocess.Popen(command, env=os.environ | group | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True) for rank in range(2)]
+    outputs = [rank.communicate(timeout=180)[0] for rank in ranks]
+    first, second = (json.loads(output.splitlines()[-1]) for output in outputs)
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    weights = Policy(str(tiny_model_dir))
+    weights.materialize()
+    checksums = {name: checksum(weight) for name, weight in named_weights(weights)}
+    for rank, found in enumerate((first, second)):
+        assert found["completions"] == [[say(checksums, [rank, i], 100 * rank + i + index, 8) for index in range(2)] for i in range(4)]
+    assert (first["version"], first["label"]) == (second["version"], second["label"]) == (2, first["label"])
+    # A failure on the first rank in the middle of gathering is an error on both.
+    assert first["error"].startswith("FileNotFoundError")
+    assert second["error"].startswith("RuntimeError: rank 0: FileNotFoundError")
+    assert first["version after the error"] is second["version after the error"] is None
 
 
 @pytest.mark.long
