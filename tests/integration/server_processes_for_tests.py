@@ -62,7 +62,7 @@ class ServerUnderTest:
 
     def wait_until_ready(self) -> None:
         assert self._process is not None
-        for _ in range(4000):
+        for _ in range(8000):
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5):
                 return
             assert self._process.poll() is None, self._log.read_text()[-3000:]

@@ -86,7 +86,7 @@ def make_engine(
     engines: list[VLLMServerEngine] = []
 
     def make(*, start: bool = True, **changes) -> VLLMServerEngine:
-        settings = {"urls": [server.url for server in servers], "dtype": "float32", "timeout_s": 20.0, "max_wait_s": 60.0} | changes
+        settings = {"urls": [server.url for server in servers], "dtype": "float32", "timeout_s": 20.0, "max_wait_s": 300.0} | changes
         engine = VLLMServerEngine(transport=SharedFolderTransport(str(tmp_path / "weights"), shard_gib=0.001), **settings)
         engines.append(engine)
         if start:
@@ -150,9 +150,9 @@ def test_weights_go_out_completions_come_back(engine: VLLMServerEngine, policy: 
     alone = [engine.generate([replace(REQUESTS[2], n=1, seed=REQUESTS[2].seed + index)])[0][0] for index in range(4)]
     assert [completion.token_ids for completion in alone] == [completion.token_ids for completion in rows[2]]
     assert len({completion.token_ids for completion in alone}) == 4
-    if servers[0].kind == "vllm":
+    if servers[0].kind == "vllm":  # the stand-in knows no temperature
         greedy = engine.generate([replace(REQUESTS[0], sampling=replace(SAMPLING, temperature=0.0))])[0]
-        assert len({completion.token_ids for completion in greedy}) == 1
+        assert [len(greedy), len({completion.token_ids for completion in greedy})] == [4, 1]
     # Read back, bit for bit, from every server.
     check_weights(engine, named_weights(policy), version=3, num_tensors=1000)
     held = engine.read_weights(["model.layers.1.self_attn.k_proj.weight", "lm_head.weight"])

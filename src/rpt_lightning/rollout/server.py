@@ -63,12 +63,12 @@ class Server:
 
     async def generate(self, request: GenerationRequest, label: str) -> list[Sample]:
         """The request's completions; ServerLost where not all of their tokens are from the weights of this label."""
-        body = {"token_ids": list(request.prompt_ids), "sampling_params": sampling_json(request)}
+        body: dict[str, Any] = {"token_ids": list(request.prompt_ids), "sampling_params": sampling_json(request)}
         answer = await self.call("POST", "/inference/v1/generate", body, limit_s=self._request_timeout_s)
-        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-        if len(choices) != request.n:
-            raise ServerLost(f"{self.url} gave {len(choices)} of {request.n} completions")
-        return [self._sample(choice, label) for choice in choices]
+        samples = [self._sample(choice, label) for choice in sorted(answer["choices"], key=lambda choice: choice["index"])]
+        if len(samples) != body["sampling_params"]["n"]:
+            raise ServerLost(f"{self.url} gave {len(samples)} of {request.n} completions")
+        return samples * (request.n // len(samples))
 
     def _sample(self, choice: dict[str, Any], label: str) -> Sample:
         if choice["finish_reason"] not in ("stop", "length"):
@@ -133,7 +133,7 @@ def sampling_json(request: GenerationRequest) -> dict[str, Any]:
     """vLLM's SamplingParams. Completion ``i`` of ``n`` gets the seed ``seed + i`` (vLLM, v1/engine/parallel_sampling.py; a test compares)."""
     sampling = request.sampling
     return {
-        "n": request.n,
+        "n": request.n if sampling.temperature > 0 else 1,  # greedy completions are all the same, and vLLM refuses to repeat itself
         "seed": request.seed,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
