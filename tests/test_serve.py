@@ -187,7 +187,7 @@ def is_up(url: str) -> bool:
 @pytest.mark.long
 @pytest.mark.vllm
 @pytest.mark.skipif(sys.platform != "linux" or importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
-def test_a_real_server_from_start_to_end(flags, tmp_path: Path) -> None:
+def test_a_real_server_from_start_to_end(flags, tiny_task_dir: Path, tmp_path: Path) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -210,6 +210,15 @@ def test_a_real_server_from_start_to_end(flags, tmp_path: Path) -> None:
         family = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
         assert "rpt_lightning.rollout.server_key" in family
         assert key not in family
+        # A whole run on it: every update is verified by version, tensors and log-probs.
+        fit = [sys.executable, "-m", "rpt_lightning.cli", "fit", *flags, "--rollout.engine.urls", f"[{url}]", "--trainer.max_steps", "2"]
+        fit += ["--data.task_dir", str(tiny_task_dir), "--rollout.engine.transport.folder", str(tmp_path / "weights")]
+        done = subprocess.run(fit, capture_output=True, text=True, env=environment, timeout=400)
+        assert done.returncode == 0, done.stdout + done.stderr
+        steps = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
+        assert max(step["sync/logprob_diff_max"] for step in steps if "sync/logprob_diff_max" in step) < 1e-3
+        assert key not in done.stdout + done.stderr + (tmp_path / "run" / "config.yaml").read_text()
+        assert list((tmp_path / "weights").iterdir()) == []
         # A server that dies comes back, and its engine does not outlive it.
         (front,) = [int(line.split()[0]) for line in family.splitlines() if line.split()[1] == str(serve.pid)]
         os.kill(front, signal.SIGKILL)

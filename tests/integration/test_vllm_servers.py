@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from server_processes_for_tests import KEY, MAX_MODEL_LEN, ServerUnderTest, free_port
 from stand_in_server import say
 
@@ -235,6 +236,18 @@ def test_a_server_that_was_restarted_unnoticed_has_no_weights_of_ours(
     servers[0].wait_until_ready()
     check_completions(servers, policy, REQUESTS, engine.generate(REQUESTS))  # it is given them before it generates
     check_weights(engine, named_weights(policy), version=3, num_tensors=1000)
+
+
+def test_a_server_that_comes_later_is_compared_too(engine: VLLMServerEngine, policy: Policy, servers: list[ServerUnderTest], tmp_path: Path) -> None:
+    check_weights(engine, named_weights(policy), version=3)
+    for file in (tmp_path / "weights" / "weights-v3").iterdir():  # a disk that changes what was written to it
+        save_file({name: torch.zeros_like(weight) for name, weight in load_file(file).items()}, file)
+    servers[0].kill()
+    servers[0].start()
+    servers[0].wait_until_ready()
+    check_completions(servers, policy, REQUESTS, engine.generate(REQUESTS))
+    assert engine.num_usable == 1
+    assert "loaded the weights of" in engine._out[servers[0].url]
 
 
 def test_weights_that_change_under_a_completion_throw_it_away(engine: VLLMServerEngine, policy: Policy, servers: list[ServerUnderTest]) -> None:

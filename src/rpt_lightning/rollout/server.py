@@ -126,7 +126,10 @@ class Server:
             )
         if status >= 400:
             raise ValueError(f"{self.url}{path}: status {status}: {text[:500]} (was this server started by `rpt serve`?)")
-        return json.loads(text)
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ServerLost(f"{self.url}{path}: not an answer of vLLM: {text[:100]!r}") from error
 
 
 def sampling_json(request: GenerationRequest) -> dict[str, Any]:

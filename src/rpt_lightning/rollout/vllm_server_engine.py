@@ -54,8 +54,8 @@ class VLLMServerEngine(RolloutEngine):
     max_num_seqs: Completions that this process has under way on one server.
     timeout_s: Longest silence of a server that works, in seconds. After it the server counts as dead.
     request_timeout_s: Longest time for the completions of one prompt, in seconds; a safeguard beside ``timeout_s``.
-    max_wait_s: With no usable server the run waits so long for one, in seconds, and then ends. In a run of several ranks it must be less than the
-        time limit of their collectives.
+    max_wait_s: With no usable server the run waits so long for one, in seconds, and then ends; at its start it waits so long for all of them. In a run
+        of several ranks it must be less than the time limit of their collectives.
     """
 
     def __init__(
@@ -89,7 +89,8 @@ class VLLMServerEngine(RolloutEngine):
         self._fleet: Fleet | None = None
         self._label = ""
         self._out: dict[str, str] = {}  # url -> why
-        self._differing: str | None = None
+        self._expected: dict[str, str] = {}  # checksums of the policy's tensors that were compared last, with these weights
+        self._differing: str | None = None  # a server that was found to hold others
         self._facts: dict[str, object] = {}
 
     @property
@@ -117,14 +118,14 @@ class VLLMServerEngine(RolloutEngine):
         return secrets.token_hex(4)
 
     def _update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        self._label = f"{self._run_label}:{version}"
+        self._label, self._expected, self._differing = f"{self._run_label}:{version}", {}, None
         self._out = on_first_rank(lambda: self._deliver(weights, version), meanwhile=lambda: _exhaust(weights))
 
     def _deliver(self, weights: Iterable[tuple[str, Tensor]], version: int) -> dict[str, str]:
         assert self._fleet is not None
         self._out = {}
         try:
-            self._fleet.run(lambda servers: self._wait(servers, self._acquaint))
+            self._fleet.run(lambda servers: self._wait(servers, self._reacquaint))
             self.transport.publish(weights, version=version, dtype=self.dtype, shapes=self._weight_shapes)
         finally:
             _exhaust(weights)  # gathering sharded weights is a collective: the other ranks go on after an error here
@@ -158,11 +159,11 @@ class VLLMServerEngine(RolloutEngine):
         return self._fleet.run(read)
 
     def _differing_weights(self, wanted: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
-        differing = on_first_rank(lambda: self._compare(wanted))
+        self._expected, differing = on_first_rank(lambda: self._compare(wanted))
         self._differing = next(iter(differing), None)
         return differing
 
-    def _compare(self, wanted: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+    def _compare(self, wanted: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
         assert self._fleet is not None
         expected = {name: checksum(tensor) for name, tensor in wanted.items()}
 
@@ -179,7 +180,7 @@ class VLLMServerEngine(RolloutEngine):
                     differing[server.url] = wrong
             return differing
 
-        return self._fleet.run(compare)
+        return expected, self._fleet.run(compare)
 
     def _close(self) -> None:
         if is_first_rank():
@@ -197,13 +198,22 @@ class VLLMServerEngine(RolloutEngine):
         if wrong:
             raise ValueError(f"rollout.engine.urls: {server.url} runs with {'; '.join(wrong)}. Start it with `rpt serve` and this run's config")
 
+    async def _reacquaint(self, server: Server) -> None:
+        """In the middle of a run a server that was started with other flags, or another key, is as good as none."""
+        try:
+            await self._acquaint(server)
+        except ValueError as error:
+            raise ServerLost(str(error)) from error
+
     async def _bring_in(self, server: Server) -> None:
         """Makes sure that the server holds the present weights."""
         if await server.label() == self._label:
             return
-        await self._acquaint(server)
+        await self._reacquaint(server)
         await server.hold()
         await self.transport.load(server)
+        if self._expected and await server.checksums(list(self._expected)) != self._expected:  # comes after the others were compared
+            raise ServerLost(f"{server.url} loaded the weights of {self._label}, and holds others")
         await server.release(self._label)
 
     async def _wait(
