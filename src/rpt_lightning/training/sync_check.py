@@ -71,9 +71,9 @@ def check_weights(engine: RolloutEngine, weights: Iterable[tuple[str, Tensor]], 
         raise SyncError(
             f"the policy is at version {version}, the engine at {engine.version}: the last update of the engine's weights is missing or failed"
         )
-    differing = engine.differing_weights(wanted)
+    differing = engine.differing_weights({name: wanted[name] for name in names if name in wanted})
     copy, wrong = next(iter(differing.items()), ("", ()))
-    held = engine.read_weights(wrong[:3])
+    held = engine.read_weights(wrong[:3]) if wrong else {}
     missing = [f"{name} (the policy has no such weight)" for name in names if name not in wanted]
     if wrong or missing:
         raise SyncError(
