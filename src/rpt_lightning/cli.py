@@ -16,6 +16,7 @@ TOOLS = {
     "prepare": "turn a text corpus into a folder of next-token tasks",
     "export": "turn a checkpoint into a Hugging Face folder",
     "report": "make one HTML page about runs: rpt report RUN... [--output report.html]",
+    "serve": "start the vLLM servers that a run's configuration names",
 }
 # Errors of Lightning, torch and safetensors that a file or a flag caused.
 _LIBRARY_ERRORS = {"MisconfigurationException", "UnpicklingError", "SafetensorError"}
@@ -45,6 +46,10 @@ def main(args: Sequence[str] | None = None) -> int:
             from rpt_lightning.plan_cli import run as run_plan
 
             run_plan(rest)
+        elif command == "serve":  # reads a run's configuration, so it has that parser
+            from rpt_lightning.serve import serve
+
+            serve(rest)
         elif command in TOOLS:
             _run_tool(command, rest)
         else:

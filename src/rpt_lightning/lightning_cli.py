@@ -33,8 +33,23 @@ from rpt_lightning.data.trace_datamodule import TraceDataModule  # isort: skip
 from rpt_lightning.rollout.hf_engine import HFEngine  # isort: skip
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine  # isort: skip
 from rpt_lightning.rollout.vllm_engine import VLLMEngine  # isort: skip
+from rpt_lightning.rollout.vllm_nccl_transport import NCCLTransport  # isort: skip
+from rpt_lightning.rollout.vllm_server_engine import VLLMServerEngine  # isort: skip
+from rpt_lightning.rollout.weight_transport import SharedFolderTransport  # isort: skip
 
-PARTS = (RPTModule, NTPModule, TokenTaskDataModule, TextDataModule, TraceDataModule, HFEngine, ScriptedEngine, VLLMEngine)
+PARTS = (
+    RPTModule,
+    NTPModule,
+    TokenTaskDataModule,
+    TextDataModule,
+    TraceDataModule,
+    HFEngine,
+    ScriptedEngine,
+    VLLMEngine,
+    VLLMServerEngine,
+    SharedFolderTransport,
+    NCCLTransport,
+)
 CONFIG_FILE = "config.yaml"
 # What a fit leaves in the run folder besides checkpoints.
 RUN_FILES = (CONFIG_FILE, "config-[0-9]*.yaml", STEP_LOG, "tensorboard", ROLLOUT_FOLDER, VALIDATION_FOLDER)
