@@ -63,3 +63,12 @@ def tiny_task_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
         precision="32-true",
     )
     return folder
+
+
+@pytest.fixture
+def offline_policy(tiny_model_dir, monkeypatch):
+    """Policies and tokenizers named by a hub id are replaced by the tiny model: a config is tested without a hub."""
+    from rpt_lightning.policy import model
+
+    load = model._load
+    monkeypatch.setattr(model, "_load", lambda auto_class, path, **kwargs: load(auto_class, str(tiny_model_dir), **kwargs))

@@ -99,6 +99,8 @@ class VLLMEngine(RolloutEngine):
     def _build(self, model_path: str, seed: int, *, on_gpu: bool) -> Any:
         from vllm import LLM
 
+        from rpt_lightning.rollout.vllm_executor import OwnDeviceExecutor
+
         return LLM(
             model=model_path,
             skip_tokenizer_init=True,
@@ -115,6 +117,7 @@ class VLLMEngine(RolloutEngine):
             gpu_memory_utilization=self.gpu_memory_utilization,
             kv_cache_memory_bytes=None if on_gpu else int(self.kv_cache_gib * 2**30),
             disable_log_stats=True,
+            distributed_executor_backend=OwnDeviceExecutor,
         )
 
     def _update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
