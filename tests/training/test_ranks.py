@@ -79,7 +79,7 @@ def test_rpt_is_the_same_run_on_any_number_of_ranks(tiny_model_dir, tiny_task_di
     assert len(one.lives()) == STEPS
     assert all(any(step) for step in one.lives())
     # What makes it hard: completions of many lengths, and a rank of 4 (and of 2) without a live group in some step.
-    assert len({len(row["completion"]) for step in one.rollouts for row in step}) > 5
+    assert len({len(row["completion"]) for step in one.rollouts for row in step}) >= 5
     for num_ranks in (2, 4):
         assert any(not any(rank_share(step, rank=rank, num_ranks=num_ranks)) for step in one.lives() for rank in range(num_ranks))
     assert_same_run(one, outcome("small", micro_batch_tokens=100))

@@ -66,7 +66,7 @@ class Rollouter:
         self.stop_after_first_box = stop_after_first_box
         self.max_prompt_tokens = max_prompt_tokens
         self.first_token_probs = first_token_probs
-        self._generate: Generate = engine.generate if share_work is None else share_work(engine.generate)
+        self.share_work = share_work
         self._num_drawn: Counter[str] = Counter()  # completions of each task with the weights of this version
         self._version: int | None = None
 
@@ -106,7 +106,8 @@ class Rollouter:
         requests = [self._request(task, n, temperature, first_index) for task, first_index in zip(tasks, first_indices, strict=True)]
         # Positions of a document next to each other, the shorter context first: each finds the one before it in the prefix cache.
         order = sorted(range(len(tasks)), key=lambda index: (tasks[index].doc_id, tasks[index].position))
-        rows = self._generate([requests[index] for index in order]) if tasks else []
+        generate = self.engine.generate if self.share_work is None else self.share_work(self.engine.generate)
+        rows = generate([requests[index] for index in order]) if tasks else []
         completions = dict(zip(order, map(tuple, rows), strict=True))
         self._check_versions(tasks, completions)
         return [completions[index] for index in range(len(tasks))]
