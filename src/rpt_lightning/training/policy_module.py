@@ -20,8 +20,8 @@ from rpt_lightning.policy.sharding import shard
 from rpt_lightning.tasks.token_bytes import start_ids, tokenizer_hash
 from rpt_lightning.training.cpu_precision import bf16_is_slow
 from rpt_lightning.training.step_clock import StepClock
-from rpt_lightning.training.validation import gather_results, position_result, validation_metrics
-from rpt_lightning.types import RolloutGroup, TokenTask, TrainSequence
+from rpt_lightning.training.validation import HeldoutAnswer, gather_results, position_result, validation_metrics
+from rpt_lightning.types import TokenTask, TrainSequence
 
 CHECKPOINT_KEY = "rpt"
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -239,18 +239,18 @@ class PolicyModule(LightningModule, ABC):
 
     @torch.no_grad()
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Next-token accuracy at held-out positions: without reasoning always, and by reasoning where the rollout callback put ``groups`` into the batch."""
+        """Next-token accuracy at held-out positions: without reasoning always, and by reasoning where the rollout callback put ``answers`` into the batch."""
         tasks: tuple[TokenTask, ...] = batch["tasks"]
         logprobs, likely = self.score_next_tokens(tasks)
-        groups: tuple[RolloutGroup, ...] | None = batch.get("groups")
-        controls: dict[str, list[bool | None]] = batch.get("controls", {})
+        answers: list[HeldoutAnswer] | None = batch.get("answers")
+        num_start = len(start_ids(self.tokenizer))
         self.results += [
             position_result(
                 task,
                 ntp_correct=likely[i] == task.continuation_ids[0],
                 ntp_logprob=logprobs[i],
-                group=None if groups is None else groups[i],
-                controls={name: correct[i] for name, correct in controls.items()},
+                context_tokens=num_start + len(task.context_ids),
+                answer=None if answers is None else answers[i],
             )
             for i, task in enumerate(tasks)
         ]

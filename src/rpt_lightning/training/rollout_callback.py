@@ -20,7 +20,7 @@ from rpt_lightning.rollout.dynamic_sampling import fill_batch
 from rpt_lightning.rollout.engine import RolloutEngine
 from rpt_lightning.rollout.pilot import PilotRollout
 from rpt_lightning.rollout.rollouter import FirstTokenProbs, Rollouter
-from rpt_lightning.rollout.thought_controls import thought_controls
+from rpt_lightning.rollout.thought_controls import thought_controls, thought_ids
 from rpt_lightning.tasks.objective import BoundObjective, Objective
 from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.training.arithmetic import batch_arithmetic
@@ -29,6 +29,7 @@ from rpt_lightning.training.policy_module import PolicyModule
 from rpt_lightning.training.prompt_room import check_prompts_fit, longest_context
 from rpt_lightning.training.rollout_metrics import cached_fractions, over_ranks, prompt_metrics, rollout_metrics
 from rpt_lightning.training.sync_check import LogprobDiff, check_logprobs, check_weights, compare_logprobs, logprob_limits
+from rpt_lightning.training.validation import HeldoutAnswer
 from rpt_lightning.types import RolloutGroup, SamplingSettings, TokenTask, TrainBatch, TrainSequence
 
 # Room of a forced thought's prompt: the closing marker and the box's beginning, and an answer (rollout/thought_controls.py).
@@ -55,6 +56,7 @@ class RolloutCallback(Callback):
         change of the paper's rule (docs/decisions.md), for validation too.
     verify_sequences: Fresh completions whose log-probs are compared with the policy's after each sync; 0 turns the comparison off.
     logprob_tolerance: Factor on the limits of that comparison, which are those of the coarser dtype of engine and policy.
+    eval_samples: Further completions of each validation position, at ``temperature``, for avg@k and pass@k; 0 draws none.
     thought_controls: Also answer each validation position after an empty and after a shuffled thought.
     """
 
@@ -76,6 +78,7 @@ class RolloutCallback(Callback):
         stop_after_first_box: bool = False,
         verify_sequences: int = 4,
         logprob_tolerance: float = 1.0,
+        eval_samples: int = 0,
         thought_controls: bool = False,
     ) -> None:
         if dynamic_sampling_max_factor < 1:
@@ -83,6 +86,8 @@ class RolloutCallback(Callback):
                 f"--rollout.dynamic_sampling_max_factor {dynamic_sampling_max_factor}: give 1 (the step's own tasks) or more; to turn dynamic sampling "
                 "off set --rollout.dynamic_sampling_from_step null"
             )
+        if eval_samples < 0:
+            raise ValueError(f"--rollout.eval_samples {eval_samples}: give 0 (none) or more")
         self.engine = engine
         self.objective = objective
         self.group_size = group_size
@@ -99,6 +104,7 @@ class RolloutCallback(Callback):
         self.stop_after_first_box = stop_after_first_box
         self.verify_sequences = verify_sequences
         self.logprob_tolerance = logprob_tolerance
+        self.eval_samples = eval_samples
         self.thought_controls = thought_controls
         self.bound_objective: BoundObjective | None = None
         self.rollouter: Rollouter | None = None
@@ -324,6 +330,20 @@ class RolloutCallback(Callback):
         self._sync(trainer, pl_module)
         groups = self.rollouter.rollout(batch["tasks"], n=1, temperature=0.0)
         self._check_logprobs(trainer, pl_module, groups, temperature=1.0)
-        batch["groups"] = tuple(groups)
-        if self.thought_controls:
-            batch["controls"] = thought_controls(self.engine, self.bound_objective, groups)
+        controls = thought_controls(self.engine, self.bound_objective, groups) if self.thought_controls else {}
+        samples = self.rollouter.rollout(batch["tasks"], n=self.eval_samples) if self.eval_samples else [None] * len(groups)
+        batch["answers"] = [
+            HeldoutAnswer(
+                greedy=group,
+                thought_length=_thought_length(self.engine, self.bound_objective, group),
+                controls={name: correct[index] for name, correct in controls.items()},
+                samples=samples[index],
+            )
+            for index, group in enumerate(groups)
+        ]
+
+
+def _thought_length(engine: RolloutEngine, objective: BoundObjective, group: RolloutGroup) -> int | None:
+    """Tokens of the thought of a group's only completion."""
+    thought = thought_ids(engine, objective, group.completions[0])
+    return None if thought is None else len(thought)

@@ -24,7 +24,7 @@ from rpt_lightning.evaluation.report.plot import (
     smoothed,
     symbol_of,
 )
-from rpt_lightning.evaluation.report.run import Run
+from rpt_lightning.evaluation.run import Run
 from rpt_lightning.evaluation.table import Rate
 from rpt_lightning.metrics.bands import BANDS
 

@@ -1,4 +1,4 @@
-"""A run's folder as the report reads it."""
+"""A run's folder as evaluation reads it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     for folder in folders:
         if resolved.count(folder.resolve()) > 1:
             raise ValueError(f"{folder}: named twice; a run can be compared with others only.")
-    return [_read_run(folder, name) for folder, name in zip(folders, _names(resolved), strict=True)]
+    return [_read_run(folder, name) for folder, name in zip(folders, short_names(resolved), strict=True)]
 
 
 def _read_run(folder: Path, name: str) -> Run:
@@ -62,7 +62,7 @@ def _read_run(folder: Path, name: str) -> Run:
     return run
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
+def short_names(folders: Sequence[Path]) -> list[str]:
     """The shortest endings of the paths that tell them apart."""
     for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
         names = ["/".join(folder.parts[-depth:]) for folder in folders]
