@@ -43,16 +43,17 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     for folder in folders:
         if resolved.count(folder.resolve()) > 1:
             raise ValueError(f"{folder}: named twice; a run can be compared with others only.")
-    return [_read_run(folder, name) for folder, name in zip(folders, short_names(resolved), strict=True)]
+    return [read_run(folder, name) for folder, name in zip(folders, short_names(resolved), strict=True)]
 
 
-def _read_run(folder: Path, name: str) -> Run:
+def read_run(folder: Path, name: str | None = None) -> Run:
+    """Read one folder, under its own name unless another is given; raises as `read_runs`."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such run folder. Give what `trainer.default_root_dir` was.")
     log = folder / STEP_LOG
     results = [read_results(path) for path in sorted((folder / VALIDATION_FOLDER).glob("step-*.jsonl"))]
     run = Run(
-        name=name,
+        name=name or folder.name,
         steps=read_step_log(log) if log.is_file() else {},
         validations={result.step: result for result in sorted(results, key=lambda result: result.step) if result.positions},
         rollouts=sample_files(folder),
