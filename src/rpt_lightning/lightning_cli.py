@@ -20,6 +20,7 @@ from rpt_lightning.data.base_datamodule import TaskFolderDataModule
 from rpt_lightning.metrics.run_folder import ROLLOUT_FOLDER, STEP_LOG, VALIDATION_FOLDER
 from rpt_lightning.training.checkpoint import FOLDER, RunCheckpoint, checkpoint_steps, last_checkpoint
 from rpt_lightning.training.checkpoint_file import read_checkpoint
+from rpt_lightning.training.cost import Budget, StepCost
 from rpt_lightning.training.module import RPTModule
 from rpt_lightning.training.monitors import RolloutSamples, StepLog, StepProgressBar, ValidationResults
 from rpt_lightning.training.ntp_module import NTPModule
@@ -62,6 +63,7 @@ class RPTCLI(LightningCLI):
         parser.add_lightning_class_args(RolloutCallback, "rollout")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RolloutSamples, "samples")
+        parser.add_lightning_class_args(Budget, "budget")
         parser.link_arguments("seed_everything", "rollout.seed")
 
     @staticmethod
@@ -84,7 +86,8 @@ class RPTCLI(LightningCLI):
         # In a file or a pipe a bar is debris; the line a step is there in any case.
         config["enable_progress_bar"] = config.get("enable_progress_bar") is not False and sys.stdout.isatty()
         bar = [StepProgressBar()] if config["enable_progress_bar"] else []
-        return super()._instantiate_trainer(config, [*callbacks, *bar, StepLog(), ValidationResults()])
+        # StepCost first: a step's cost begins before its rollouts.
+        return super()._instantiate_trainer(config, [StepCost(), *callbacks, *bar, StepLog(), ValidationResults()])
 
     def fit(self, model: PolicyModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """A run folder holds one run, new or continued; a missing checkpoint is an error, and so is a fit that does no step."""

@@ -74,7 +74,7 @@ def sampling_table(stages: Sequence[Stage]) -> str | None:
     rows.append(markdown_row("avg@n", [_interval_text(stage.results, avg_outcomes(stage.results)) for stage in stages]))
     for k in [2**power for power in range(num_samples.bit_length())]:
         rows.append(markdown_row(f"pass@{k}", [_interval_text(stage.results, _pass_outcomes(stage.results, k)) for stage in stages]))
-    return _table("sampled answers", stages, rows)
+    return _table("sampled answers, intervals over documents", stages, rows)
 
 
 def cost_table(stages: Sequence[Stage]) -> str:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rpt_lightning.evaluation.run_log import read_step_log
 from rpt_lightning.metrics.results import Results, read_results
 from rpt_lightning.metrics.rollout_samples import sample_files
 from rpt_lightning.metrics.run_folder import ROLLOUT_FOLDER, STEP_LOG, VALIDATION_FOLDER
+from rpt_lightning.metrics.step_log import read_step_log
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,6 +67,8 @@ class PolicyModule(LightningModule, ABC):
         self.max_skipped_steps = max_skipped_steps
         self.num_skipped_steps = 0
         self._skipped_in_a_row = 0
+        self.num_scored_tokens = 0  # through the model without a gradient, on this rank since the start of the process
+        self.num_trained_tokens = 0  # with one
         self._loaded_step = 0
         self.clock = StepClock()  # of the step that runs
         self.results: list[PositionResult] = []  # of the last validation pass, of all ranks; while a pass runs, this rank's part
@@ -159,6 +161,7 @@ class PolicyModule(LightningModule, ABC):
                 self.manual_backward(loss * self.trainer.world_size)  # gradients are averaged over ranks, the loss is a sum over them
                 loss_sum += loss.detach()
         packed_tokens = sum(tree.num_tokens for tree in trees)
+        self.num_trained_tokens += packed_tokens
         plain_tokens = sum(sequence.num_tokens for sequence in sequences)
         metrics = {
             "loss/total": self.sum_over_ranks(loss_sum),
@@ -200,6 +203,7 @@ class PolicyModule(LightningModule, ABC):
         A forward pass of sharded weights is a collective, so a rank with fewer trees, or none, takes part in those of the others.
         """
         trees = list(self.policy.pack(sequences, max_tokens=self.micro_batch_tokens))
+        self.num_scored_tokens += sum(tree.num_tokens for tree in trees)
         for index in range(int(self.max_over_ranks(len(trees)))):
             if index < len(trees):
                 tree = trees[index].to(self.device)

@@ -246,7 +246,7 @@ class RolloutCallback(Callback):
             )
         with pl_module.clock.phase("logprob_check"):
             metrics = self._check_logprobs(trainer, pl_module, filled.groups, temperature=self.temperature)
-        metrics |= rollout_metrics(filled, pilot_size=self.pilot_size) | prompt_metrics(prompts_before, self.engine.prompt_tokens)
+        metrics |= rollout_metrics(filled, pilot_size=self.pilot_size) | prompt_metrics(filled, prompts_before, self.engine.prompt_tokens)
         batch["rollouts"] = TrainBatch(groups=filled.groups, sampling=self._sampling)
         metrics = over_ranks(trainer, metrics, num_groups=len(filled.groups) + len(filled.replaced))
         metrics |= cached_fractions(metrics)
