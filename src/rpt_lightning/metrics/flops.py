@@ -1,7 +1,7 @@
 """Model FLOPs by the usual rule: 2 a matrix weight and token forward, 4 more backward (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
 
 Attention's own products are left out (their share grows with the context), and so is what activation checkpointing computes again. The head is counted
-at every token, scored or not. So these numbers compare runs of one model; they are no measure of a machine.
+at every token, scored or not. So these numbers compare runs of one model; `planning/flops.py` counts finer, for the speed of a machine.
 """
 
 from __future__ import annotations
