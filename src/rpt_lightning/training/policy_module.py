@@ -19,8 +19,9 @@ from rpt_lightning.policy.packing import PackedTree
 from rpt_lightning.policy.sharding import shard
 from rpt_lightning.tasks.token_bytes import start_ids, tokenizer_hash
 from rpt_lightning.training.cpu_precision import bf16_is_slow
+from rpt_lightning.training.heldout_answers import HeldoutAnswer
 from rpt_lightning.training.step_clock import StepClock
-from rpt_lightning.training.validation import HeldoutAnswer, gather_results, position_result, validation_metrics
+from rpt_lightning.training.validation import gather_results, position_result, validation_metrics
 from rpt_lightning.types import TokenTask, TrainSequence
 
 CHECKPOINT_KEY = "rpt"

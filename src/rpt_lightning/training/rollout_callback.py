@@ -20,16 +20,15 @@ from rpt_lightning.rollout.dynamic_sampling import fill_batch
 from rpt_lightning.rollout.engine import RolloutEngine
 from rpt_lightning.rollout.pilot import PilotRollout
 from rpt_lightning.rollout.rollouter import FirstTokenProbs, Rollouter
-from rpt_lightning.rollout.thought_controls import thought_controls, thought_ids
 from rpt_lightning.tasks.objective import BoundObjective, Objective
 from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.training.arithmetic import batch_arithmetic
 from rpt_lightning.training.first_token import first_token_probs
+from rpt_lightning.training.heldout_answers import heldout_answers
 from rpt_lightning.training.policy_module import PolicyModule
 from rpt_lightning.training.prompt_room import check_prompts_fit, longest_context
 from rpt_lightning.training.rollout_metrics import cached_fractions, over_ranks, prompt_metrics, rollout_metrics
 from rpt_lightning.training.sync_check import LogprobDiff, check_logprobs, check_weights, compare_logprobs, logprob_limits
-from rpt_lightning.training.validation import HeldoutAnswer
 from rpt_lightning.types import RolloutGroup, SamplingSettings, TokenTask, TrainBatch, TrainSequence
 
 # Room of a forced thought's prompt: the closing marker and the box's beginning, and an answer (rollout/thought_controls.py).
@@ -326,24 +325,7 @@ class RolloutCallback(Callback):
             return
         assert isinstance(pl_module, PolicyModule)
         assert self.rollouter is not None
-        assert self.bound_objective is not None
         self._sync(trainer, pl_module)
         groups = self.rollouter.rollout(batch["tasks"], n=1, temperature=0.0)
         self._check_logprobs(trainer, pl_module, groups, temperature=1.0)
-        controls = thought_controls(self.engine, self.bound_objective, groups) if self.thought_controls else {}
-        samples = self.rollouter.rollout(batch["tasks"], n=self.eval_samples) if self.eval_samples else [None] * len(groups)
-        batch["answers"] = [
-            HeldoutAnswer(
-                greedy=group,
-                thought_length=_thought_length(self.engine, self.bound_objective, group),
-                controls={name: correct[index] for name, correct in controls.items()},
-                samples=samples[index],
-            )
-            for index, group in enumerate(groups)
-        ]
-
-
-def _thought_length(engine: RolloutEngine, objective: BoundObjective, group: RolloutGroup) -> int | None:
-    """Tokens of the thought of a group's only completion."""
-    thought = thought_ids(engine, objective, group.completions[0])
-    return None if thought is None else len(thought)
+        batch["answers"] = heldout_answers(self.rollouter, groups, num_samples=self.eval_samples, with_controls=self.thought_controls)

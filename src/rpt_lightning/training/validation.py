@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
@@ -13,17 +12,8 @@ from rpt_lightning.metrics.accuracy import NextTokenAccuracy
 from rpt_lightning.metrics.results import PositionResult
 from rpt_lightning.metrics.token_kind import token_kind
 from rpt_lightning.tasks.reward import prefix_match
-from rpt_lightning.types import RolloutGroup, TokenTask
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeldoutAnswer:
-    """What a policy answered at one held-out position: greedily, under each thought control, and, where asked, several times at a temperature."""
-
-    greedy: RolloutGroup
-    thought_length: int | None
-    controls: Mapping[str, bool | None]
-    samples: RolloutGroup | None
+from rpt_lightning.training.heldout_answers import HeldoutAnswer
+from rpt_lightning.types import TokenTask
 
 
 def position_result(task: TokenTask, *, ntp_correct: bool, ntp_logprob: float, context_tokens: int, answer: HeldoutAnswer | None) -> PositionResult:
