@@ -29,13 +29,14 @@ from rpt_lightning.training.rollout_callback import RolloutCallback
 
 # Imported so that configs may name them by their short names.
 from rpt_lightning.data.datamodule import TokenTaskDataModule  # isort: skip
+from rpt_lightning.data.mixed_datamodule import MixedDataModule  # isort: skip
 from rpt_lightning.data.text_datamodule import TextDataModule  # isort: skip
 from rpt_lightning.data.trace_datamodule import TraceDataModule  # isort: skip
 from rpt_lightning.rollout.hf_engine import HFEngine  # isort: skip
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine  # isort: skip
 from rpt_lightning.rollout.vllm_engine import VLLMEngine  # isort: skip
 
-PARTS = (RPTModule, NTPModule, TokenTaskDataModule, TextDataModule, TraceDataModule, HFEngine, ScriptedEngine, VLLMEngine)
+PARTS = (RPTModule, NTPModule, TokenTaskDataModule, TextDataModule, TraceDataModule, MixedDataModule, HFEngine, ScriptedEngine, VLLMEngine)
 CONFIG_FILE = "config.yaml"
 # What a fit leaves in the run folder besides checkpoints.
 RUN_FILES = (CONFIG_FILE, "config-[0-9]*.yaml", STEP_LOG, "tensorboard", ROLLOUT_FOLDER, VALIDATION_FOLDER)
@@ -120,8 +121,8 @@ class RPTCLI(LightningCLI):
 def _check_pair(module: PolicyModule, data: LightningDataModule) -> None:
     """A user's own data module may make any batch; ours make one kind."""
     makes_tasks = isinstance(data, TokenTaskDataModule)
-    if isinstance(data, TaskFolderDataModule) and makes_tasks != module.learns_from_rollouts:
-        fitting = "TokenTaskDataModule" if module.learns_from_rollouts else "TextDataModule or TraceDataModule"
+    if isinstance(data, (TaskFolderDataModule, MixedDataModule)) and makes_tasks != module.learns_from_rollouts:
+        fitting = "TokenTaskDataModule" if module.learns_from_rollouts else "TextDataModule, TraceDataModule or MixedDataModule"
         raise ValueError(
             f"model={type(module).__name__} and data={type(data).__name__} do not fit together: {type(module).__name__} learns from "
             f"{'tasks by reasoning' if module.learns_from_rollouts else 'given sequences'}; give --data {fitting}, or another --model"
