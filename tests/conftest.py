@@ -8,6 +8,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from hypothesis import settings
+
+# Examples are not timed: on a busy machine the first one takes longer than Hypothesis allows.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
@@ -58,3 +63,12 @@ def tiny_task_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
         precision="32-true",
     )
     return folder
+
+
+@pytest.fixture
+def offline_policy(tiny_model_dir, monkeypatch):
+    """Policies and tokenizers named by a hub id are replaced by the tiny model: a config is tested without a hub."""
+    from rpt_lightning.policy import model
+
+    load = model._load
+    monkeypatch.setattr(model, "_load", lambda auto_class, path, **kwargs: load(auto_class, str(tiny_model_dir), **kwargs))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 import yaml
 
 from rpt_lightning import cli
@@ -154,7 +155,8 @@ def test_a_failed_start_does_not_lock_the_folder(flags, rpt, tmp_path):
     status, output = rpt(*common, "--ckpt_path", "last")
     assert status == 1
     assert "leave --ckpt_path out to start this run" in output
-    status, output = rpt(*common, "--trainer.max_steps", "1", "--trainer.limit_val_batches", "0")
+    launcher = [*common, "--ckpt_path", "auto", "--trainer.limit_val_batches", "0"]  # starts the same command again and again
+    status, output = rpt(*launcher, "--trainer.max_steps", "1")
     assert status == 0, output
     assert "a start that reached no checkpoint: its files are now in failed-start-1/, and the run starts anew" in output
     assert steps_of(run_dir) == [1]
@@ -163,6 +165,9 @@ def test_a_failed_start_does_not_lock_the_folder(flags, rpt, tmp_path):
     status, output = rpt(*common)
     assert status == 1
     assert "holds a run already" in output
+    status, output = rpt(*launcher, "--trainer.max_steps", "2")
+    assert status == 0, output
+    assert steps_of(run_dir) == [1, 2]
 
 
 def test_ctrl_c_names_the_last_checkpoint_and_the_way_on(flags, tmp_path):
@@ -319,6 +324,16 @@ def test_a_checkpoint_that_cannot_be_used(finished_run, flags, rpt, tmp_path):
             assert status == 1
             assert expected in output
             assert f"{name}.ckpt" in output
+
+
+def test_shards_need_a_strategy_with_shards(finished_run, flags, rpt, tmp_path):
+    checkpoint = torch.load(finished_run[0] / "checkpoints" / "step-000004.ckpt", weights_only=True)
+    folder = tmp_path / "step-000004.ckpt"
+    torch.distributed.checkpoint.save({"state_dict": checkpoint.pop("state_dict")}, checkpoint_id=folder, no_dist=True)
+    torch.save({"rpt": checkpoint["rpt"]}, folder / "meta.pt")
+    status, output = rpt("fit", *flags, "--trainer.default_root_dir", tmp_path / "run", "--ckpt_path", folder)
+    assert status == 1
+    assert "it lies in shards, which a strategy without shards does not read; add --config configs/strategy/fsdp2.yaml" in output
 
 
 def test_checkpoint_of_another_model(finished_run, flags, tiny_model_dir, rpt, tmp_path):

@@ -9,19 +9,15 @@ import pytest
 import torch
 import yaml
 
+from rpt_lightning.rollout.vllm_server_engine import VLLMServerEngine
+from rpt_lightning.rollout.weight_transport import SharedFolderTransport
+from rpt_lightning.training.rollout_callback import RolloutCallback
+
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RUNS = sorted(CONFIGS.glob("*.yaml"))
 STRATEGIES = sorted((CONFIGS / "strategy").glob("*.yaml"))
+ROLLOUTS = sorted((CONFIGS / "rollout").glob("*.yaml"))
 PREPARE = sorted((CONFIGS / "prepare").glob("*.yaml"))
-
-
-@pytest.fixture
-def offline_policy(tiny_model_dir, monkeypatch):
-    """Policies and tokenizers named by a hub id are replaced by the tiny model: a config is tested without a hub."""
-    from rpt_lightning.policy import model
-
-    load = model._load
-    monkeypatch.setattr(model, "_load", lambda auto_class, path, **kwargs: load(auto_class, str(tiny_model_dir), **kwargs))
 
 
 def instantiate(monkeypatch, *configs, flags=()):
@@ -44,9 +40,21 @@ def test_run_config(config, offline_policy, monkeypatch, tmp_path):
 def test_strategy_over_the_paper_run(strategy, offline_policy, monkeypatch, tmp_path):
     flags = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.default_root_dir", str(tmp_path), "--model.optimizer.lr", "2e-6"]
     cli = instantiate(monkeypatch, CONFIGS / "14b.yaml", strategy, flags=flags)
-    expected = {"ddp": "DDPStrategy", "fsdp2": "ModelParallelStrategy", "single": "SingleDeviceStrategy"}
-    assert type(cli.trainer.strategy).__name__ == expected[strategy.stem]
+    expected = {"ddp": "DDPStrategy", "single": "SingleDeviceStrategy"}
+    assert type(cli.trainer.strategy).__name__ == expected.get(strategy.stem, "ShardedStrategy")
     assert cli.config.model.init_args.optimizer.init_args.lr == 2e-6
+
+
+@pytest.mark.parametrize("rollout", ROLLOUTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("run", ["debug", "14b"])
+def test_rollouts_elsewhere_over_a_run(run, rollout, offline_policy, monkeypatch, tmp_path):
+    flags = ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path)]
+    cli = instantiate(monkeypatch, CONFIGS / f"{run}.yaml", rollout, flags=flags)
+    (callback,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, RolloutCallback)]
+    engine = callback.engine
+    assert isinstance(engine, VLLMServerEngine)
+    assert engine.urls == ["http://127.0.0.1:8000", "http://127.0.0.1:8001"]
+    assert isinstance(engine.transport, SharedFolderTransport)
 
 
 def test_paper_run_is_the_papers_table_5():
@@ -71,7 +79,7 @@ def test_prepare_config(config):
     assert isinstance(parsed.source, CorpusSource)
 
 
-@pytest.mark.parametrize("config", [*RUNS, *STRATEGIES, *PREPARE], ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", [*RUNS, *STRATEGIES, *ROLLOUTS, *PREPARE], ids=lambda path: path.stem)
 def test_header_says_command_hardware_time_and_result(config):
     header = " ".join(line for line in config.read_text().splitlines() if line.startswith("#"))
     assert "rpt " in header or "make " in header

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rpt_lightning.export import export
 from rpt_lightning.policy.model import Policy
+from rpt_lightning.training import checkpoint_file
 from rpt_lightning.training.ntp_module import NTPModule
 
 TOKENS = torch.tensor([[5, 6, 7, 300]])
@@ -133,6 +134,28 @@ def test_shards_are_put_together(checkpoint, trained, tmp_path: Path):
     export(str(folder), str(tmp_path / "hf"))
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     torch.testing.assert_close(exported(TOKENS).logits, trained(TOKENS).logits, rtol=0, atol=0)
+
+
+def test_never_more_than_one_file_is_in_memory(checkpoint, trained, tmp_path: Path, monkeypatch):
+    """Shards of an untied, bf16 export, in files of at most 200 kB."""
+    folder = tmp_path / "step-000001.ckpt"
+    torch.distributed.checkpoint.save({"state_dict": checkpoint.pop("state_dict")}, checkpoint_id=folder, no_dist=True)
+    save(checkpoint, folder / "meta.pt")
+    loaded, load = [], checkpoint_file.load
+
+    def counting(weights, **options):
+        loaded.append(sum(tensor.nbytes for tensor in weights.values()))
+        return load(weights, **options)
+
+    monkeypatch.setattr(checkpoint_file, "load", counting)
+    monkeypatch.setattr("rpt_lightning.export.MAX_FILE_SIZE", "200KB")
+    export(str(folder), str(tmp_path / "hf"), dtype="bfloat16")
+    assert len(loaded) == len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 5
+    assert max(loaded) <= 2 * 200_000  # fp32 on the way to bf16
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
+    assert exported.dtype == torch.bfloat16
+    for name, weight in trained.state_dict().items():
+        assert torch.equal(exported.state_dict()[name], weight.bfloat16()), name
 
 
 def test_another_tokenizer_in_the_models_folder_is_refused(checkpoint, tiny_model_dir: Path, tmp_path: Path):

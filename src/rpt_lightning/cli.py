@@ -19,6 +19,7 @@ TOOLS = {
     "compare": "runs side by side, with what they cost: rpt compare RUN...",
     "scaling": "accuracy against training FLOPs with the fitted law: rpt scaling RUN",
     "report": "make one HTML page about runs: rpt report RUN... [--output report.html]",
+    "serve": "start the vLLM servers that a run's configuration names",
 }
 # Errors of Lightning, torch and safetensors that a file or a flag caused.
 _LIBRARY_ERRORS = {"MisconfigurationException", "UnpicklingError", "SafetensorError"}
@@ -48,6 +49,10 @@ def main(args: Sequence[str] | None = None) -> int:
             from rpt_lightning.plan_cli import run as run_plan
 
             run_plan(args[1:])
+        elif command == "serve":  # reads a run's configuration, so it has that parser
+            from rpt_lightning.serve import serve
+
+            serve(args[1:])
         elif (tool := " ".join(args[:2])) in TOOLS or (tool := command) in TOOLS:
             _run_tool(tool, args[len(tool.split()) :])
         else:

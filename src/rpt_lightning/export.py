@@ -11,12 +11,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from rpt_lightning.tasks.token_bytes import tokenizer_hash
-from rpt_lightning.training.checkpoint_file import read_checkpoint
+from rpt_lightning.training.checkpoint_file import SavedPolicy, read_checkpoint
 
-_WEIGHTS_PREFIX = "policy.model."
+MAX_FILE_SIZE = "5GB"
 
 
 def export(ckpt: str, output: str, dtype: Literal["float32", "bfloat16", "float16"] = "float32") -> None:
@@ -33,14 +38,17 @@ def export(ckpt: str, output: str, dtype: Literal["float32", "bfloat16", "float1
     folder = Path(output)
     if folder.exists():
         raise ValueError(f"--output {output}: exists already. Name a new folder, or remove this one.")
-    checkpoint = read_checkpoint(Path(ckpt), flag="--ckpt")
-    model = _build_model(checkpoint, ckpt).to(getattr(torch, dtype))
-    tokenizer = _load_tokenizer(checkpoint["rpt"], ckpt)
+    saved = read_checkpoint(Path(ckpt), flag="--ckpt")
+    model = _skeleton(saved, ckpt, getattr(torch, dtype))
+    tokenizer = _load_tokenizer(saved.about, ckpt)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        model.save_pretrained(unfinished, max_shard_size="5GB")
+        if get_checkpoint_conversion_mapping(model.config.model_type):  # type: ignore[no-untyped-call]
+            _save_converted(model, saved, unfinished)
+        else:
+            _save_streamed(model, saved, unfinished)
         tokenizer.save_pretrained(unfinished)
         os.chmod(unfinished, 0o755)
         os.rename(unfinished, folder)
@@ -48,27 +56,51 @@ def export(ckpt: str, output: str, dtype: Literal["float32", "bfloat16", "float1
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _build_model(checkpoint: dict[str, Any], ckpt: str) -> PreTrainedModel:
-    config = AutoConfig.for_model(**json.loads(checkpoint["rpt"]["policy_config"]))
+def _skeleton(saved: SavedPolicy, ckpt: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without storage, after its weights in the checkpoint were found to be complete and of its shapes."""
+    config = AutoConfig.for_model(**json.loads(saved.about["policy_config"]))
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    weights = {name.removeprefix(_WEIGHTS_PREFIX): tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith(_WEIGHTS_PREFIX)}
-    try:
-        # assign: the model has no storage yet, so the checkpoint's tensors become its parameters.
-        unexpected = model.load_state_dict(weights, strict=False, assign=True).unexpected_keys
-    except RuntimeError as error:
-        raise ValueError(f"--ckpt {ckpt}: its weights do not have the shapes of its own config. {error}") from error
-    # A tied head need not be in the checkpoint; it is tied again here.
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config).to(dtype)  # type: ignore[no-untyped-call]
     model.tie_weights()
-    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    own = dict(model.named_parameters())  # a tied head under one of its names, the other may or may not be in the checkpoint
+    absent = [name for name in own if name not in saved.shapes]
+    unexpected = [name for name in saved.shapes if name not in model.state_dict()]
     if absent or unexpected:
         raise ValueError(
             f"--ckpt {ckpt}: not the whole policy: {len(absent)} tensors are missing {absent[:3]}, {len(unexpected)} are unknown {unexpected[:3]}."
         )
+    misshapen = [name for name, parameter in own.items() if saved.shapes[name] != parameter.shape]
+    if misshapen:
+        raise ValueError(f"--ckpt {ckpt}: its weights do not have the shapes of its own config: {', '.join(misshapen[:3])}")
     # A chat model's several end tokens stand only here. Many models have no such file; the one made from the config is right for them.
     with suppress(OSError):
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint["rpt"]["policy_path"])
+        model.generation_config = GenerationConfig.from_pretrained(saved.about["policy_path"])
     return model
+
+
+def _save_streamed(model: PreTrainedModel, saved: SavedPolicy, folder: Path) -> None:
+    """One file after the other, so that never more than one file's tensors are in memory."""
+    skeleton: dict[str, Tensor] = dict(model.named_parameters())
+    split = split_torch_state_dict_into_shards(skeleton, max_shard_size=MAX_FILE_SIZE)
+    for file, names in split.filename_to_tensors.items():
+        tensors = {name: tensor.to(skeleton[name].dtype).contiguous() for name, tensor in saved.read(names).items()}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = model.dtype
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+
+
+def _save_converted(model: PreTrainedModel, saved: SavedPolicy, folder: Path) -> None:
+    """Families whose files hold other tensors than the model (experts apart, say): transformers converts them back, of the whole model in memory."""
+    weights = {name: tensor.to(model.dtype) for name, tensor in saved.read([name for name, _ in model.named_parameters()]).items()}
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    model.save_pretrained(folder, max_shard_size=MAX_FILE_SIZE)
 
 
 def _load_tokenizer(saved: dict[str, Any], ckpt: str) -> Any:

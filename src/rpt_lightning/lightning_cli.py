@@ -12,6 +12,7 @@ import yaml
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from transformers.utils.logging import disable_progress_bar
@@ -35,8 +36,26 @@ from rpt_lightning.data.trace_datamodule import TraceDataModule  # isort: skip
 from rpt_lightning.rollout.hf_engine import HFEngine  # isort: skip
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine  # isort: skip
 from rpt_lightning.rollout.vllm_engine import VLLMEngine  # isort: skip
+from rpt_lightning.rollout.vllm_nccl_transport import NCCLTransport  # isort: skip
+from rpt_lightning.rollout.vllm_server_engine import VLLMServerEngine  # isort: skip
+from rpt_lightning.rollout.weight_transport import SharedFolderTransport  # isort: skip
+from rpt_lightning.training.strategy import ShardedStrategy  # isort: skip
 
-PARTS = (RPTModule, NTPModule, TokenTaskDataModule, TextDataModule, TraceDataModule, MixedDataModule, HFEngine, ScriptedEngine, VLLMEngine)
+PARTS = (
+    ShardedStrategy,
+    RPTModule,
+    NTPModule,
+    TokenTaskDataModule,
+    TextDataModule,
+    TraceDataModule,
+    MixedDataModule,
+    HFEngine,
+    ScriptedEngine,
+    VLLMEngine,
+    VLLMServerEngine,
+    SharedFolderTransport,
+    NCCLTransport,
+)
 CONFIG_FILE = "config.yaml"
 # What a fit leaves in the run folder besides checkpoints.
 RUN_FILES = (CONFIG_FILE, "config-[0-9]*.yaml", STEP_LOG, "tensorboard", ROLLOUT_FOLDER, VALIDATION_FOLDER)
@@ -91,11 +110,15 @@ class RPTCLI(LightningCLI):
         return super()._instantiate_trainer(config, [StepCost(), *callbacks, *bar, StepLog(), ValidationResults()])
 
     def fit(self, model: PolicyModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
-        """A run folder holds one run, new or continued; a missing checkpoint is an error, and so is a fit that does no step."""
+        """A run folder holds one run, new or continued; a missing checkpoint is an error, and so is a fit that does no step.
+
+        ``--ckpt_path auto`` is for launchers that start a run again and again: the last checkpoint where there is one, else a new run.
+        """
         _check_pair(model, self.datamodule)
-        if ckpt_path is None:
+        path = self._checkpoint(ckpt_path)
+        if path is None:
             _start_anew(Path(self.trainer.default_root_dir), is_global_zero=self.trainer.is_global_zero)
-        self.trainer.fit(model, ckpt_path=self._checkpoint(ckpt_path), weights_only=True, **kwargs)
+        self.trainer.fit(model, ckpt_path=path, weights_only=True, **kwargs)
         # Counted by the callback on every rank: the step at which a resumed run begins is known only inside fit.
         checkpoint = next(callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint))
         if checkpoint.start_step in (None, self.trainer.global_step):
@@ -110,11 +133,17 @@ class RPTCLI(LightningCLI):
 
     def _checkpoint(self, ckpt_path: str | None) -> str | None:
         """The checkpoint that is meant, looked at before the run starts, so that a file that cannot be used is one clear error."""
+        if ckpt_path == "auto" and not checkpoint_steps(Path(self.trainer.default_root_dir) / FOLDER):
+            return None
         if ckpt_path is None:
             return None
-        path = last_checkpoint(Path(self.trainer.default_root_dir)) if ckpt_path == "last" else Path(ckpt_path)
-        if not path.is_dir():  # a sharded one is a folder, which the strategy reads
-            read_checkpoint(path, flag="--ckpt_path")
+        path = last_checkpoint(Path(self.trainer.default_root_dir)) if ckpt_path in ("last", "auto") else Path(ckpt_path)
+        read_checkpoint(path, flag="--ckpt_path")
+        if path.is_dir() and not isinstance(self.trainer.strategy, ModelParallelStrategy):
+            raise ValueError(
+                f"--ckpt_path {path}: it lies in shards, which a strategy without shards does not read; add --config configs/strategy/fsdp2.yaml (any number "
+                "of --trainer.devices, 1 as well), or start a new run from what `rpt export` makes of it"
+            )
         return str(path)
 
 

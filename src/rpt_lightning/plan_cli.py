@@ -114,7 +114,7 @@ def plan_of(config: Namespace) -> str:
         assumptions.append(
             "FSDP2 gathers and computes the layers in bf16 (shards stay fp32), so that autocast makes no copy of the weights"
             if settings.gathers_bf16
-            else "FSDP2 gathers the weights in fp32, and autocast makes a whole copy of them on every rank"
+            else "FSDP2 gathers the weights in fp32, and autocast casts them (with checkpointing a layer at a time)"
         )
     return report(plan, assumptions=assumptions)
 

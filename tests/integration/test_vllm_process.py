@@ -86,3 +86,17 @@ def test_a_process_group_of_the_trainer_outlives_the_engine(tiny_model_dir: Path
     finally:
         torch.distributed.destroy_process_group()
     assert not torch.distributed.is_initialized()
+
+
+def test_the_worker_gets_the_trainers_own_gpu(monkeypatch):
+    """All that can be said without GPUs: vLLM's own executor asks this method, and would say 0."""
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    from rpt_lightning.rollout.vllm_executor import OwnDeviceExecutor
+
+    monkeypatch.setattr(UniProcExecutor, "_distributed_args", lambda self: ("file:///meeting", 0, 0))
+    executor = object.__new__(OwnDeviceExecutor)
+    assert executor._distributed_args() == ("file:///meeting", 0, 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert executor._distributed_args() == ("file:///meeting", 0, 3)

@@ -103,8 +103,9 @@ def test_what_each_strategy_holds():
 
 
 def test_where_bf16_copies_of_the_weights_are():
-    """Autocast keeps its copy of all layers on every rank; FSDP2 gathers two layers and keeps nothing."""
+    """Autocast's copies are there until the backward pass: of all layers, or of the one that is computed again; FSDP2 in bf16 needs none."""
     whole = memory("fsdp2", precision=AUTOCAST)
+    assert memory("fsdp2", precision=AUTOCAST, checkpointing=True).cast_weights_bytes == 2 * 100
     gathered = memory("fsdp2", precision=GATHERED_BF16)
     assert (whole.cast_weights_bytes, whole.gathered_bytes) == (2 * 200, 4 * (84 + 40 + 4 * 100))
     assert (gathered.cast_weights_bytes, gathered.gathered_bytes) == (0, 2 * (84 + 40 + 3 * 100) + 4 * 100)

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rpt_lightning.data.stream import rank_share
 from rpt_lightning.rollout.dynamic_sampling import fill_batch
 from rpt_lightning.types import Completion, RolloutGroup, TokenTask
 
@@ -66,10 +68,17 @@ def test_a_limit_of_zero_leaves_the_batch_as_it_is() -> None:
 
 
 class Ranks:
-    """Collectives of two ranks that are threads. One that only a single rank calls breaks the barrier where real ranks would hang."""
+    """Collectives of ranks that are threads. One that only a single rank calls breaks the barrier where real ranks would hang."""
 
-    def __init__(self) -> None:
-        self.barrier, self.said = threading.Barrier(2, timeout=5), [0, 0]
+    def __init__(self, num_ranks: int) -> None:
+        self.barrier, self.said = threading.Barrier(num_ranks, timeout=5), [0] * num_ranks
+
+    def run(self, work: Callable[[int], None]) -> None:
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(self.said))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
 
     def all_gather(self, rank: int, number: int) -> list[int]:
         self.said[rank] = number
@@ -80,7 +89,7 @@ class Ranks:
 
 
 def test_ranks_with_different_numbers_of_dead_groups_draw_together() -> None:
-    ranks, drawn, rolled_out, filled = Ranks(), ([], []), ([], []), {}
+    ranks, drawn, rolled_out, filled = Ranks(2), ([], []), ([], []), {}
     liveness = ([True, True, True], [False, False, False, True, False, True])  # rank 0 needs nothing, rank 1 three rounds
 
     def run(rank: int) -> None:
@@ -94,17 +103,41 @@ def test_ranks_with_different_numbers_of_dead_groups_draw_together() -> None:
             rolled_out[rank].append(ranks.all_gather(rank, len(tasks))[rank])  # a reward may ask the policy, whose weights may be sharded
             return world.rollout(tasks)
 
-        filled[rank] = fill_batch(rollout, draw, world.draw(2), max_extra_tasks=10, max_over_ranks=lambda number: max(ranks.all_gather(rank, number)))
+        filled[rank] = fill_batch(rollout, draw, world.draw(2), max_extra_tasks=10, over_ranks=lambda number: (ranks.all_gather(rank, number), rank))
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    ranks.run(run)
     assert drawn == ([0, 0, 0], [2, 1, 1])
     assert rolled_out == ([2, 0, 0, 0], [2, 2, 1, 1])
     assert (filled[0].num_rounds, filled[1].num_rounds) == (0, 3)
     assert (filled[0].num_dead, filled[1].num_dead) == (0, 0)
+
+
+@pytest.mark.parametrize("max_extra_tasks", [0, 5, 7, 100])
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_a_step_is_filled_alike_on_any_number_of_ranks(num_ranks: int, max_extra_tasks: int) -> None:
+    liveness = [number % 5 == 3 for number in range(200)]
+    alone = World(liveness)
+    expected = fill_batch(alone.rollout, alone.draw, alone.draw(8), max_extra_tasks=max_extra_tasks)
+
+    ranks, filled, taken = Ranks(num_ranks), {}, [8] * num_ranks  # tasks taken from the stream that all ranks share
+
+    def run(rank: int) -> None:
+        def draw(num: int) -> list[TokenTask]:
+            wanted = ranks.all_gather(rank, num)
+            first = taken[rank] + sum(wanted[:rank])
+            taken[rank] += sum(wanted)
+            return [task(number) for number in range(first, first + num)]
+
+        own = [task(number) for number in rank_share(range(8), rank=rank, num_ranks=num_ranks)]
+        rollout = World(liveness).rollout
+        options = {"max_extra_tasks": max_extra_tasks, "over_ranks": lambda number: (ranks.all_gather(rank, number), rank)}
+        filled[rank] = fill_batch(rollout, draw, own, **options)
+
+    ranks.run(run)
+    assert [group for rank in range(num_ranks) for group in filled[rank].groups] == list(expected.groups)
+    replaced = [group.task.position for rank in range(num_ranks) for group in filled[rank].replaced]
+    assert sorted(replaced) == sorted(group.task.position for group in expected.replaced)
+    assert set(taken) == {alone.next_number}
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=60), st.integers(1, 12), st.integers(0, 30))

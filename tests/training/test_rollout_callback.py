@@ -22,6 +22,7 @@ from rpt_lightning.tasks.prompt import ContinuationPrompt
 from rpt_lightning.tasks.reward import ConditionalDenseReward, DenseReward, Reward
 from rpt_lightning.training.monitors import StepLog
 from rpt_lightning.training.prompt_room import longest_context
+from rpt_lightning.training.ranks import Ranks
 from rpt_lightning.training.rollout_callback import RolloutCallback
 from rpt_lightning.training.sync_check import SyncError, sampled_names
 from rpt_lightning.types import PromptTokens
@@ -250,9 +251,9 @@ class CountsPrompts(ScriptedEngine):
 
 
 def test_two_ranks_draw_together_and_log_what_both_did(make_run, tmp_path):
-    """Rank 0 needs no further task, rank 1 needs two rounds of 4: one that draws alone waits for the other until the timeout.
+    """Rank 0 needs no further task, rank 1 four rounds of 4: all that the step may draw. One that draws alone waits for the other until the timeout.
 
-    Rank 0 fills its 4 groups up to 4 completions, rank 1 has 12 that stay at the pilot's 2.
+    Rank 0 fills its 4 groups up to 4 completions, rank 1 has 20 that stay at the pilot's 2.
     """
     strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo", timeout=timedelta(seconds=40))
     trainer, module, data = make_run(
@@ -271,16 +272,16 @@ def test_two_ranks_draw_together_and_log_what_both_did(make_run, tmp_path):
     lines = step_lines(tmp_path / "two")
     assert len(lines) == 2
     for line in lines:
-        assert line["rollout/replaced_groups"] == 8
+        assert line["rollout/replaced_groups"] == 16
         assert line["rollout/dead_groups_kept"] == 4
         assert line["rollout/live_groups"] == 4
-        assert line["rollout/live_groups_frac"] == pytest.approx(4 / 16)
-        assert line["rollout/all_wrong_frac"] == pytest.approx(12 / 16)
-        assert line["rollout/pilot_filled_frac"] == pytest.approx(4 / 16)
-        assert line["reward/mean"] == pytest.approx(4 / (16 * 2))
-        assert line["rollout/prompt_tokens"] == 10 * (4 * 4 + 12 * 2)
-        assert line["rollout/cached_prompt_frac"] == pytest.approx(6 * 16 / 400)
-        assert line["rollout/cached_shareable_frac"] == pytest.approx(6 * 16 / (8 * 16 + 2 * 24))
+        assert line["rollout/live_groups_frac"] == pytest.approx(4 / 24)
+        assert line["rollout/all_wrong_frac"] == pytest.approx(20 / 24)
+        assert line["rollout/pilot_filled_frac"] == pytest.approx(4 / 24)
+        assert line["reward/mean"] == pytest.approx(4 / (24 * 2))
+        assert line["rollout/prompt_tokens"] == 10 * (4 * 4 + 20 * 2)
+        assert line["rollout/cached_prompt_frac"] == pytest.approx(6 * 16 / 560)
+        assert line["rollout/cached_shareable_frac"] == pytest.approx(6 * 16 / (8 * 16 + 2 * 40))
 
 
 def test_one_callback_trains_and_then_validates(make_run, tmp_path):
@@ -361,7 +362,7 @@ def test_a_rank_without_completions_takes_part_in_the_policys_passes(make_run, m
     rollout = next(callback for callback in trainer.callbacks if isinstance(callback, RolloutCallback))
     passes = []
     module.policy.register_forward_hook(lambda *_: passes.append(1))
-    monkeypatch.setattr(module, "max_over_ranks", lambda number: torch.tensor(2.0))
+    monkeypatch.setattr(Ranks, "max", lambda self, number: torch.tensor(2.0))
     difference = rollout._check_logprobs(trainer, module, (), temperature=1.0)
     assert len(passes) == 2  # as many as the rank that needs most
     assert difference["sync/logprob_diff_max"] == 0

@@ -6,11 +6,13 @@ token-level ``rollout_is``. The weight is a constant for the gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from rpt_lightning.algo.statistics import add_up
 
 CorrectionMode = Literal["truncate", "mask"]
 
@@ -43,12 +45,13 @@ def truncated_importance_weights(
     return weights, metrics
 
 
-def correction_metrics(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """The statistics of a step from those of its micro-batches: raw weights, the weights that were used, and the share of tokens above the cap."""
-    num_tokens = max(1.0, float(sum(part["sum_tokens"] for part in parts)))
+def correction_metrics(parts: Sequence[Mapping[str, Tensor | float]]) -> dict[str, float]:
+    """The statistics of a step from those of its micro-batches and ranks: raw weights, the weights that were used, and the share of tokens above the cap."""
+    total = add_up(parts)
+    num_tokens = max(1.0, total.get("sum_tokens", 0.0))
     return {
-        "correction/raw_mean": float(sum(part["sum_raw"] for part in parts)) / num_tokens,
-        "correction/raw_max": max((float(part["max_raw"]) for part in parts), default=0.0),
-        "correction/weight_mean": float(sum(part["sum_weight"] for part in parts)) / num_tokens,
-        "correction/above_cap_frac": float(sum(part["sum_above_cap"] for part in parts)) / num_tokens,
+        "correction/raw_mean": total.get("sum_raw", 0.0) / num_tokens,
+        "correction/raw_max": total.get("max_raw", 0.0),
+        "correction/weight_mean": total.get("sum_weight", 0.0) / num_tokens,
+        "correction/above_cap_frac": total.get("sum_above_cap", 0.0) / num_tokens,
     }

@@ -5,11 +5,13 @@ KL and entropy coefficients are 0 in RPT's runs, so neither term is here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from rpt_lightning.algo.statistics import add_up
 
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
 
@@ -80,20 +82,21 @@ def policy_loss(
     return loss, metrics
 
 
-def step_metrics(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """The statistics of a step from those of its micro-batches, each counted once: means and fractions over tokens, maxima as they are.
+def step_metrics(parts: Sequence[Mapping[str, Tensor | float]]) -> dict[str, float]:
+    """The statistics of a step from those of its micro-batches and ranks, each counted once: means and fractions over tokens, maxima as they are.
 
     ``loss/ratio_mean`` and ``loss/ratio_max`` are of the raw ratio, ``loss/ratio_after_clip_mean`` of what clipping leaves;
     ``loss/ratio_clipped_frac`` is the share of tokens whose loss the clipping changed.
     """
-    num_tokens = max(1.0, float(sum(part["sum_tokens"] for part in parts)))
+    total = add_up(parts)
+    num_tokens = max(1.0, total.get("sum_tokens", 0.0))
 
     def mean(name: str) -> float:
-        return float(sum(part[name] for part in parts)) / num_tokens
+        return total.get(name, 0.0) / num_tokens
 
     return {
         "loss/ratio_mean": mean("sum_ratio"),
-        "loss/ratio_max": max((float(part["max_ratio"]) for part in parts), default=0.0),
+        "loss/ratio_max": total.get("max_ratio", 0.0),
         "loss/ratio_after_clip_mean": mean("sum_ratio_after_clip"),
         "loss/ratio_clipped_frac": mean("sum_ratio_clipped"),
         "loss/approx_kl": mean("sum_approx_kl"),

@@ -101,8 +101,8 @@ def training_memory(
         gradients_bytes=copy,
         optimizer_bytes=optimizer_bytes_per_param * copy / FP32_BYTES,
         buckets_bytes=copy if strategy == "ddp" else 0,
-        # Autocast keeps what it casts until the training step ends, so all layers together; not the head, which is cast tile by tile.
-        cast_weights_bytes=BF16_BYTES * shape.num_layers * shape.layer_params if precision == AUTOCAST else 0,
+        # Autocast's copies live as long as the backward pass needs them: of all layers, or with checkpointing of one at a time. The head is cast by tiles.
+        cast_weights_bytes=BF16_BYTES * (1 if checkpointing else shape.num_layers) * shape.layer_params if precision == AUTOCAST else 0,
         gathered_bytes=gathered,
         activations_bytes=activations,
         masks_bytes=masks,

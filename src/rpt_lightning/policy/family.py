@@ -1,63 +1,102 @@
-"""Which packing a model family can take, found out by comparing with the model's own separate log-probs rather than by a list of names."""
+"""Which packing a model family can take, found out by comparing with the model's own separate log-probs rather than by a list of names.
+
+The comparison is made on a small copy of the model: one layer of each kind, few units between layers, a small vocabulary, and random weights. So it is
+the same whether a process will hold all of the weights, a shard of them, or has not read any yet.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from rpt_lightning.policy.packing import PackedTree, pack
 from rpt_lightning.policy.row_packing import pack_rows
+from rpt_lightning.policy.scoring import score
 from rpt_lightning.policy.tree_attention import NAME
 from rpt_lightning.types import TrainSequence
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from rpt_lightning.policy.model import Policy
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 SEQUENCES = (TrainSequence(prompt_ids=(3, 4), target_ids=(5, 6, 7)), TrainSequence(prompt_ids=(3, 4), target_ids=(8, 9, 7)))
 TOLERANCE = 1e-3  # nats; a wrong mask or a scaled head is off by far more
+WINDOW = 2  # tokens; a window as in the configuration would not be noticed on a few tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """``attention`` is the name of the attention function that the model's layers call; ``reason`` says why prefixes are not shared, where they are not."""
+
+    attention: str
+    reason: str | None
+
+    @property
+    def shares_prefixes(self) -> bool:
+        return self.reason is None
 
 
 @torch.no_grad()
-def choose_packing(policy: Policy) -> str | None:
-    """Sets the model up for trees, and returns None; or, where its layers cannot take a tree, for rows, and returns why.
+def choose_packing(config: PreTrainedConfig, *, path: str, trust_remote_code: bool = False) -> Packing:
+    """Trees where the family's layers can take them, else rows.
 
     Raises:
-        ValueError: Our own head gives other log-probs than the model's, so that neither packing would be right.
+        ValueError: Our own head gives other log-probs than the model's, so that neither packing would be right. ``path`` names the model there.
     """
-    model = policy.model
-    # A window as in the configuration would not be noticed on a few tokens; one of 2 is.
-    with _narrow_windows(model):
-        model.set_attn_implementation("eager")
-        expected = _alone(model)
-        reason = _why_no_trees(policy, expected)
-        if reason is None:
-            return None
-        # sdpa leaves out what the attention of trees refuses as well (capped scores, sinks); linear attention has few layers that would gain by it.
-        model.set_attn_implementation("eager")
-        policy.shares_prefixes = False
-        difference = _largest_difference(policy, pack_rows(SEQUENCES, max_tokens=16), expected)
+    model = small_copy(config, trust_remote_code=trust_remote_code)
+    expected = _alone(model)
+    reason = _why_no_trees(model, expected)
+    if reason is None:
+        return Packing(attention=NAME, reason=None)
+    # sdpa leaves out what the attention of trees refuses as well (capped scores, sinks); linear attention has few layers that would gain by it.
+    model.set_attn_implementation("eager")
+    difference = _largest_difference(model, pack_rows(SEQUENCES, max_tokens=16), expected)
     if difference > TOLERANCE:
         raise ValueError(
-            f"policy.path={policy.path}: {type(model).__name__} gives other log-probs than its hidden states and output head (difference {difference:.2g} "
+            f"policy.path={path}: {type(model).__name__} gives other log-probs than its hidden states and output head (difference {difference:.2g} "
             f"nats; {reason}): it scales its logits behind the head, say; use a model of the Llama, Qwen2 or Qwen3 family"
         )
-    return reason
+    return Packing(attention="eager", reason=reason)
 
 
-def _why_no_trees(policy: Policy, expected: Tensor) -> str | None:
-    kinds = set(getattr(policy.config.get_text_config(), "layer_types", None) or ATTENTION_LAYERS)
+def small_copy(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model of the same family on the CPU whose random weights are so large that every token within a mask moves the log-probs."""
+    small = copy.deepcopy(config)
+    text: Any = small.get_text_config()
+    kinds = list(getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers)
+    chosen = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+    chosen += [layer for layer in range(len(kinds)) if layer not in chosen][: max(0, 2 - len(chosen))]
+    text.num_hidden_layers = len(chosen)
+    if getattr(text, "layer_types", None):
+        text.layer_types = [kinds[layer] for layer in sorted(chosen)]
+    text.vocab_size, text.pad_token_id = 16, None
+    if isinstance(getattr(text, "intermediate_size", None), int):
+        text.intermediate_size = min(text.intermediate_size, 64)
+    if isinstance(getattr(text, "sliding_window", None), int):
+        text.sliding_window = WINDOW
+    # The trainer's generator must not notice.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = cast(Any, AutoModelForCausalLM).from_config(
+            small, dtype=torch.float32, attn_implementation="eager", trust_remote_code=trust_remote_code
+        )
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=1.5 / math.sqrt(parameter[0].numel()))
+    return cast(PreTrainedModel, model.eval())
+
+
+def _why_no_trees(model: PreTrainedModel, expected: Tensor) -> str | None:
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ATTENTION_LAYERS)
     if not kinds <= ATTENTION_LAYERS:
         return f"it has layers with {', '.join(sorted(kinds - ATTENTION_LAYERS))}"
     try:
-        policy.model.set_attn_implementation(NAME)
-        difference = _largest_difference(policy, pack(SEQUENCES, max_tokens=16), expected)
+        model.set_attn_implementation(NAME)
+        difference = _largest_difference(model, pack(SEQUENCES, max_tokens=16), expected)
     except (ValueError, TypeError) as error:
         return str(error)
     return f"packed as a tree its log-probs differ by {difference:.2g} nats" if difference > TOLERANCE else None
@@ -67,27 +106,13 @@ def _alone(model: PreTrainedModel) -> Tensor:
     """Log-probs of each sequence's targets from the model's own logits, [2, 3]."""
     rows = []
     for sequence in SEQUENCES:
-        ids = torch.tensor([sequence.prompt_ids + sequence.target_ids], device=model.device)
+        ids = torch.tensor([sequence.prompt_ids + sequence.target_ids])
         logprobs = model(input_ids=ids, use_cache=False).logits[0, 1:-1].float().log_softmax(-1)
         rows.append(logprobs.gather(-1, ids[0, 2:, None])[:, 0])
     return torch.stack(rows)
 
 
-def _largest_difference(policy: Policy, trees: Iterator[PackedTree], expected: Tensor) -> float:
+def _largest_difference(model: PreTrainedModel, trees: Iterator[PackedTree], expected: Tensor) -> float:
     (tree,) = trees
-    rows = tree.unpack(policy(tree.to(expected.device))[0])
+    rows = tree.unpack(score(model, tree)[0])
     return (rows - expected[list(tree.sequence_indices)]).abs().max().item()
-
-
-@contextmanager
-def _narrow_windows(model: PreTrainedModel, window: int = 2) -> Iterator[None]:
-    """Sliding windows of so many tokens, where there are any."""
-    owners: Sequence[object] = [model.config, model.config.get_text_config(), *model.modules()]
-    found = [(owner, value) for owner in owners if isinstance(value := getattr(owner, "sliding_window", None), int)]
-    for owner, _ in found:
-        owner.sliding_window = window  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        for owner, value in reversed(found):
-            owner.sliding_window = value  # type: ignore[attr-defined]

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rpt_lightning.policy.block_mask import bucket_length
 from rpt_lightning.policy.family import choose_packing
-from rpt_lightning.policy.logprobs import chosen_logprobs, most_likely
 from rpt_lightning.policy.packing import PackedTree, pack
 from rpt_lightning.policy.row_packing import pack_rows
+from rpt_lightning.policy.scoring import HeadDtype, head_weight, score
 from rpt_lightning.types import TrainSequence
 
 
@@ -42,7 +42,7 @@ class Policy(nn.Module):
         self,
         path: str,
         logprob_chunk_size: int = 512,
-        head_dtype: Literal["compute", "float32"] = "compute",
+        head_dtype: HeadDtype = "compute",
         activation_checkpointing: bool = False,
         compile_layers: bool = False,
         trust_remote_code: bool = False,
@@ -60,16 +60,26 @@ class Policy(nn.Module):
 
     def materialize(self) -> None:
         """Loads the weights, in fp32 (at RPT's learning rate of 1e-6 a bf16 master weight does not move). Does nothing when they are loaded."""
-        if hasattr(self, "model"):
-            return
-        model = _load(AutoModelForCausalLM, self.path, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=self.trust_remote_code)
+        if not hasattr(self, "model"):
+            self._adopt(_load(AutoModelForCausalLM, self.path, dtype=torch.float32, trust_remote_code=self.trust_remote_code))
+
+    def materialize_on_meta(self) -> None:
+        """Builds the model without its weights, which sharding.py reads into the shards. Buffers (rotary frequencies) are computed as ever."""
+        with init_empty_weights(include_buffers=False):
+            model = cast(Any, AutoModelForCausalLM).from_config(self.config, dtype=torch.float32, trust_remote_code=self.trust_remote_code)
+        model.tie_weights()  # the context makes two tensors of one
+        self._adopt(model)
+
+    def _adopt(self, model: PreTrainedModel) -> None:
+        _check_no_dropout(model, self.path)
+        packing = choose_packing(self.config, path=self.path, trust_remote_code=self.trust_remote_code)
+        model.set_attn_implementation(packing.attention)
+        self.shares_prefixes = packing.shares_prefixes
+        kind = "common prefixes are computed once" if packing.reason is None else f"every completion with its whole prompt, because {packing.reason}"
+        self.packing = f"{type(model).__name__}: {kind}"
         if self.activation_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        _check_no_dropout(model, self.path)
         self.model = model.train()  # a checkpoint's names are "policy.model." + the Hugging Face name
-        reason = choose_packing(self)
-        kind = "common prefixes are computed once" if reason is None else f"every completion with its whole prompt, because {reason}"
-        self.packing = f"{type(model).__name__}: {kind}"
         if self.compile_layers:
             layers: Any = self.model.base_model.layers
             for layer in layers:
@@ -78,7 +88,7 @@ class Policy(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """The output embedding, ``[V, D]``."""
-        return cast(Tensor, self.model.get_output_embeddings().weight)  # type: ignore[no-untyped-call]
+        return head_weight(self.model)
 
     @property
     def is_tied(self) -> bool:
@@ -95,27 +105,7 @@ class Policy(nn.Module):
         Returns:
             ``(logprobs [M], entropy [M])`` of the tempered distribution, or with ``predict`` ``(logprobs [M], most likely ids [M])``.
         """
-        hidden = self._hidden(tree)[tree.parents]  # [M, D]
-        dtype = torch.float32 if self.head_dtype == "float32" else _compute_dtype(hidden)
-        hidden, weight = hidden.to(dtype), self.head_weight  # cast tile by tile
-        # Autocast would cast the fp32 product back to bf16.
-        with torch.autocast(hidden.device.type, enabled=False):
-            logprobs, entropy = chosen_logprobs(hidden, weight, tree.targets, temperature=temperature, chunk_size=self.logprob_chunk_size)
-            return (logprobs, most_likely(hidden, weight, chunk_size=self.logprob_chunk_size)) if predict else (logprobs, entropy)
-
-    def _hidden(self, tree: PackedTree) -> Tensor:
-        """Final hidden states of the input tokens, ``[N, D]`` (and of what the tree is padded with)."""
-        rows: dict[str, Any] = {}
-        if tree.row_length is None:
-            if tree.token_ids.is_cuda:
-                tree = tree.padded(bucket_length(tree.num_tokens))
-            rows["tree"] = tree.tree_mask()
-        width = tree.row_length or tree.num_tokens
-        outputs: Any = self.model.base_model(
-            input_ids=tree.token_ids.view(-1, width), position_ids=tree.position_ids.view(-1, width), use_cache=False, **rows
-        )
-        hidden: Tensor = outputs.last_hidden_state.flatten(0, 1)
-        return hidden
+        return score(self.model, tree, temperature=temperature, predict=predict, head_dtype=self.head_dtype, chunk_size=self.logprob_chunk_size)
 
 
 def _check_no_dropout(model: nn.Module, path: str) -> None:
@@ -127,11 +117,6 @@ def _check_no_dropout(model: nn.Module, path: str) -> None:
     }
     if rates:
         raise ValueError(f"policy.path={path} has dropout ({rates}); set it to 0 in its config.json")
-
-
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
-    device = tensor.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
 def _load(auto_class: Any, path: str, **kwargs: Any) -> Any:

@@ -1,23 +1,79 @@
-"""The policy over many devices: FSDP2, layer by layer, with the policy itself as the root."""
+"""The policy over many devices: built without weights, cut up, and filled shard by shard, so that no process ever holds the whole of it.
+
+FSDP2 goes layer by layer, with the policy itself as the root, whose ``forward`` holds all that uses embeddings, head and last norm. Where a layer is also
+computed by several devices together (tensor_parallel.py), that is set up first.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from rpt_lightning.policy.model import Policy
+from rpt_lightning.policy.tensor_parallel import parallelize
 
 
-def shard(policy: Policy, mesh: DeviceMesh) -> None:
-    """Shards every decoder layer, and what is left (embeddings, head, last norm) with the policy, whose ``forward`` holds all that uses it.
+def materialize_sharded(policy: Policy, mesh: DeviceMesh, *, device: torch.device, cpu_offload: bool = False, gather_bf16: bool = False) -> None:
+    """Gives every process its shards, in fp32. Does nothing where the policy has them already. A collective.
 
-    Does nothing where the policy is sharded already.
+    Args:
+        policy: Not materialized yet.
+        mesh: With the dimensions ``data_parallel`` and ``tensor_parallel``.
+        device: Where this process computes.
+        cpu_offload: Weights, gradients and optimizer state stay in host memory and travel to the device layer by layer.
+        gather_bf16: Layers are gathered and computed in bf16: half the traffic. Shards stay fp32, and gradients are added up over ranks in fp32.
+
+    Raises:
+        ValueError: The model's folder has no safetensors, or holds other tensors than the model's; or tensor parallelism does not fit the model.
     """
-    if hasattr(policy, "unshard"):
+    if hasattr(policy, "model"):
         return
+    policy.materialize_on_meta()
+    is_tied = policy.is_tied
+    parallelize(policy, mesh["tensor_parallel"])
+    _shard(policy, mesh["data_parallel"], cpu_offload=cpu_offload, gather_bf16=gather_bf16)
+    home = torch.device("cpu") if cpu_offload else device
+    # Not `to_empty`, which would make garbage of the buffers as well.
+    policy._apply(lambda tensor: torch.empty_like(tensor, device=home) if tensor.is_meta else tensor.to(device))  # type: ignore[no-untyped-call]
+    if is_tied:  # it came apart with the move
+        policy.model.get_output_embeddings().weight = policy.model.get_input_embeddings().weight  # type: ignore[no-untyped-call]
+    _read_shards(policy)
+
+
+def _shard(policy: Policy, mesh: DeviceMesh, *, cpu_offload: bool, gather_bf16: bool) -> None:
+    # Pinned memory exists only beside a CUDA device.
+    offload: OffloadPolicy = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
+    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if gather_bf16 else MixedPrecisionPolicy()
     layers: Any = policy.model.base_model.layers
-    for layer in layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(policy, mesh=mesh)
+    for module in (*layers, policy):
+        fully_shard(module, mesh=mesh, offload_policy=offload, mp_policy=precision)
+
+
+def _read_shards(policy: Policy) -> None:
+    folder = Path(policy.path).expanduser()
+    if not folder.is_dir():
+        folder = Path(snapshot_download(policy.path, allow_patterns=["*.safetensors"]))
+    # A buffer that is no part of a checkpoint was computed when the model was built.
+    wanted: dict[str, Tensor] = dict(policy.model.named_parameters())
+    reader = HuggingFaceStorageReader(str(folder))
+    held = reader.read_metadata().state_dict_metadata
+    absent = sorted(wanted.keys() - held.keys())
+    misshapen = sorted(name for name in wanted.keys() & held.keys() if held[name].size != wanted[name].size())  # type: ignore[union-attr]
+    if absent or misshapen or get_checkpoint_conversion_mapping(policy.config.model_type):  # type: ignore[no-untyped-call]
+        what = (
+            f"lacks {absent[:3]}" if absent else f"has other shapes of {misshapen[:3]}" if misshapen else "stores weights that transformers converts"
+        )
+        raise ValueError(
+            f"policy.path={policy.path}: a sharded policy is read from safetensors files that hold the model's own tensors, and this folder {what}; save the "
+            "model with save_pretrained(..., safe_serialization=True), or use a strategy without shards (configs/strategy/single.yaml, ddp.yaml)"
+        )
+    load(wanted, storage_reader=reader)

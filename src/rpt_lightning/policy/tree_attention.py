@@ -102,8 +102,6 @@ def tree_attention(
         query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     grouped = query.shape[1] != key.shape[1]
-    # Under autocast rotary embeddings leave queries and keys in fp32, which the kernels do not take beside 16-bit values.
-    query, key = query.to(value.dtype), key.to(value.dtype)
     # A window as long as the longest path changes nothing.
     window = sliding_window if tree is not None and sliding_window is not None and sliding_window <= tree.max_depth else None
     if tree is None or (tree.is_chain and window is None):

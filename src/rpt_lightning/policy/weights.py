@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from rpt_lightning.policy.model import Policy
@@ -17,6 +18,8 @@ def named_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
 
     A tied output head is one parameter with two names and is yielded under both: vLLM's ``reload_weights`` is silently wrong without it.
     """
+    if isinstance(policy, FSDPModule):
+        policy.reshard()  # a forward pass without a backward pass leaves the root as it was gathered, which may be in bf16
     for name, parameter in policy.model.named_parameters():
         yield name, _whole(parameter)
     if policy.is_tied:

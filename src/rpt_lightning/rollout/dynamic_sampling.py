@@ -39,29 +39,35 @@ def fill_batch(
     tasks: Sequence[TokenTask],
     *,
     max_extra_tasks: int,
-    max_over_ranks: Callable[[int], int] = int,
+    over_ranks: Callable[[int], tuple[Sequence[int], int]] = lambda number: ((number,), 0),
 ) -> FilledBatch:
     """Rolls out the tasks and replaces dead groups by groups of further tasks.
 
-    ``draw`` is a collective, and ``rollout`` may be one (a reward may ask the policy): all ranks do as many rounds as the one that needs most, and a
-    rank that needs nothing draws 0 tasks and rolls them out.
+    The ranks' places, one rank after the other, are those of the whole step, and so are their draws: which place gets which task does not depend on the
+    number of ranks. ``draw`` is a collective, and ``rollout`` may be one (a reward may ask the policy): all ranks do as many rounds as the one that needs
+    most, and a rank that needs nothing draws 0 tasks and rolls them out.
 
     Args:
         rollout: Groups for tasks, in their order.
         draw: The next ``num`` tasks of the stream; fewer, or none, where it ends.
         tasks: The step's.
-        max_extra_tasks: At most so many tasks are drawn in addition; 0 turns dynamic sampling off.
-        max_over_ranks: Largest of a number over the ranks; on one rank the number itself.
+        max_extra_tasks: At most so many tasks are drawn in addition by all ranks together; 0 turns dynamic sampling off.
+        over_ranks: A number of each rank, in their order, and this rank's place among them. A collective.
     """
     groups = list(rollout(tasks))
     replaced: list[RolloutGroup] = []
     num_rounds = 0
     stream_ended = False
+    num_left = max_extra_tasks
     while True:
         dead = [place for place, group in enumerate(groups) if not group.is_live]
-        wanted = 0 if stream_ended else min(len(dead), max_extra_tasks - len(replaced))
-        if max_over_ranks(wanted) == 0:
+        num_dead, rank = over_ranks(0 if stream_ended else len(dead))
+        # What is left is given to the first places of the step.
+        wanted = max(0, min(num_dead[rank], num_left - sum(num_dead[:rank])))
+        num_drawn = min(sum(num_dead), num_left)
+        if num_drawn == 0:
             break
+        num_left -= num_drawn
         extra = draw(wanted)
         stream_ended = len(extra) < wanted
         num_rounds += bool(extra)

@@ -7,7 +7,7 @@ update and after an update that failed, so a completion always comes from weight
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -139,6 +139,14 @@ class RolloutEngine(ABC):
             raise ValueError(f"the engine's model has no weight {_some(unknown)}")
         return self._read_weights(names)
 
+    def differing_weights(self, wanted: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+        """Names of the weights that an engine does not hold bit for bit as ``wanted`` (in its dtype), under the name of each copy that differs.
+
+        An engine may hold several copies, one a server; one that lives in this process has one. In a run of several ranks a collective.
+        """
+        self._check_started("differing_weights")
+        return self._differing_weights(wanted)
+
     def close(self) -> None:
         """Frees what the engine holds; it may be started again. May be called twice."""
         if self._token_bytes is not None:
@@ -163,6 +171,9 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def _read_weights(self, names: Sequence[str]) -> dict[str, Tensor]: ...
+
+    @abstractmethod
+    def _differing_weights(self, wanted: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]: ...
 
     @abstractmethod
     def _close(self) -> None: ...
@@ -206,6 +217,12 @@ class RolloutEngine(ABC):
             return self._token_bytes[token_id]
         except KeyError:  # Embeddings are often padded: a weak policy may draw a row that is no token.
             return _UNKNOWN_TOKEN
+
+
+def compare_own_copy(held: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+    """``differing_weights`` of an engine that lives in this process."""
+    names = tuple(name for name in wanted if not torch.equal(held[name], wanted[name]))
+    return {"this process's engine": names} if names else {}
 
 
 def _some(names: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ arXiv:1411.0030, section 2). What still differs between batches is rounding in t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from rpt_lightning.rollout import model_copy
-from rpt_lightning.rollout.engine import EngineDtype, RolloutEngine, Sample
+from rpt_lightning.rollout.engine import EngineDtype, RolloutEngine, Sample, compare_own_copy
 from rpt_lightning.types import GenerationRequest, SamplingSettings, TokenIds
 
 
@@ -46,6 +46,9 @@ class HFEngine(RolloutEngine):
 
     def _read_weights(self, names: Sequence[str]) -> dict[str, Tensor]:
         return model_copy.read_weights(self._model, names)
+
+    def _differing_weights(self, wanted: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+        return compare_own_copy(self._read_weights(tuple(wanted)), wanted)
 
     def _close(self) -> None:
         self._model = None

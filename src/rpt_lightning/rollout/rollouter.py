@@ -10,6 +10,7 @@ from rpt_lightning.rollout.seeds import request_seed
 from rpt_lightning.tasks.objective import BoundObjective
 from rpt_lightning.types import Completion, GenerationRequest, RolloutGroup, SamplingSettings, TokenTask
 
+Generate = Callable[[Sequence[GenerationRequest]], list[list[Completion]]]
 FirstTokenProbs = Callable[[Sequence[TokenTask], Sequence[Sequence[bytes | None]]], Sequence[Sequence[float]]]
 
 
@@ -27,6 +28,7 @@ class Rollouter:
         stop_after_first_box: A completion ends with its first box (a change of the paper's rule, docs/decisions.md).
         max_prompt_tokens: A longer prompt is an error; None leaves the limit to the engine.
         first_token_probs: The policy's probability of each prediction's first token, asked directly; needed by the dense rewards only.
+        share_work: Wraps the engine's ``generate`` where several processes roll out the same tasks, each a part of them.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Rollouter:
         stop_after_first_box: bool = False,
         max_prompt_tokens: int | None = None,
         first_token_probs: FirstTokenProbs | None = None,
+        share_work: Callable[[Generate], Generate] | None = None,
     ) -> None:
         if group_size < 2:
             raise ValueError(f"group_size={group_size}: a group needs at least 2 completions, since each is judged against the others")
@@ -63,6 +66,7 @@ class Rollouter:
         self.stop_after_first_box = stop_after_first_box
         self.max_prompt_tokens = max_prompt_tokens
         self.first_token_probs = first_token_probs
+        self._generate: Generate = engine.generate if share_work is None else share_work(engine.generate)
         self._num_drawn: Counter[str] = Counter()  # completions of each task with the weights of this version
         self._version: int | None = None
 
@@ -102,7 +106,7 @@ class Rollouter:
         requests = [self._request(task, n, temperature, first_index) for task, first_index in zip(tasks, first_indices, strict=True)]
         # Positions of a document next to each other, the shorter context first: each finds the one before it in the prefix cache.
         order = sorted(range(len(tasks)), key=lambda index: (tasks[index].doc_id, tasks[index].position))
-        rows = self.engine.generate([requests[index] for index in order]) if tasks else []
+        rows = self._generate([requests[index] for index in order]) if tasks else []
         completions = dict(zip(order, map(tuple, rows), strict=True))
         self._check_versions(tasks, completions)
         return [completions[index] for index in range(len(tasks))]

@@ -7,7 +7,7 @@ compares an engine with the policy can run against it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from rpt_lightning.rollout import model_copy
-from rpt_lightning.rollout.engine import EngineDtype, RolloutEngine, Sample
+from rpt_lightning.rollout.engine import EngineDtype, RolloutEngine, Sample, compare_own_copy
 from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.types import GenerationRequest, TokenIds
 
@@ -67,6 +67,9 @@ class ScriptedEngine(RolloutEngine):
     def _generate(self, requests: Sequence[GenerationRequest]) -> list[list[Sample]]:
         self.events.append(f"generate {len(requests)} requests")
         return [[self._say(request, request.seed + index) for index in range(request.n)] for request in requests]
+
+    def _differing_weights(self, wanted: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+        return compare_own_copy(self._read_weights(tuple(wanted)), wanted)
 
     def _close(self) -> None:
         self.events.append("close")

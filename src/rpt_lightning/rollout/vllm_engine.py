@@ -12,14 +12,14 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rpt_lightning.rollout.engine import EngineDtype, RolloutEngine, Sample
+from rpt_lightning.rollout.engine import EngineDtype, RolloutEngine, Sample, compare_own_copy
 from rpt_lightning.rollout.prefix_cache import UnlimitedPrefixCache
 from rpt_lightning.rollout.vllm_generation import generate
 from rpt_lightning.rollout.vllm_weights import read_weights
@@ -99,6 +99,8 @@ class VLLMEngine(RolloutEngine):
     def _build(self, model_path: str, seed: int, *, on_gpu: bool) -> Any:
         from vllm import LLM
 
+        from rpt_lightning.rollout.vllm_executor import OwnDeviceExecutor
+
         return LLM(
             model=model_path,
             skip_tokenizer_init=True,
@@ -115,6 +117,7 @@ class VLLMEngine(RolloutEngine):
             gpu_memory_utilization=self.gpu_memory_utilization,
             kv_cache_memory_bytes=None if on_gpu else int(self.kv_cache_gib * 2**30),
             disable_log_stats=True,
+            distributed_executor_backend=OwnDeviceExecutor,
         )
 
     def _update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -143,6 +146,9 @@ class VLLMEngine(RolloutEngine):
         with trainer_state_kept():
             (weights,) = self._llm.apply_model(lambda model: read_weights(model, names, self.dtype))
         return cast(dict[str, Tensor], weights)
+
+    def _differing_weights(self, wanted: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+        return compare_own_copy(self._read_weights(tuple(wanted)), wanted)
 
     def _close(self) -> None:
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory

@@ -20,7 +20,7 @@ def read_weights(model: nn.Module, names: Sequence[str], dtype: torch.dtype) -> 
     """Copies on the CPU, in the engine's dtype.
 
     Args:
-        model: vLLM's model, on one device (no tensor parallelism).
+        model: vLLM's model. Where it is split over devices (tensor parallelism, not pipelines), every worker must call this.
         names: Hugging Face names, such as ``model.layers.0.self_attn.q_proj.weight``.
         dtype: Of the engine.
 
@@ -34,21 +34,20 @@ def _read(model: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
     parent, _, leaf = path.rpartition(".")
     modules = dict(model.named_modules())
     if path in modules:
-        return _values(modules[path], kind, name, dtype)
+        return _whole(modules[path], _own_part(modules[path], kind, name, dtype), kind)
     for fused, parts in getattr(model, "packed_modules_mapping", {}).items():
-        layer = modules.get(f"{parent}.{fused}" if parent else fused)
+        layer: Any = modules.get(f"{parent}.{fused}" if parent else fused)
         if layer is not None and leaf in parts:
-            pieces: tuple[Tensor, ...] = _values(layer, kind, name, dtype).split_with_sizes(_output_sizes(layer))
-            return pieces[parts.index(leaf)]
+            pieces = _own_part(layer, kind, name, dtype).split_with_sizes(list(layer.output_partition_sizes))
+            index = parts.index(leaf)
+            # Where there are more devices than key-value heads, several hold the same one.
+            return _whole(layer, pieces[index], kind, num_replicas=getattr(layer, "num_kv_head_replicas", 1) if index > 0 else 1)
     raise ValueError(f"vLLM's {type(model).__name__} has no layer that holds {name}")
 
 
-def _output_sizes(layer: Any) -> list[int]:
-    return list(layer.output_sizes)
-
-
-def _values(layer: Any, kind: str, name: str, dtype: torch.dtype) -> Tensor:
-    tensor = getattr(layer, kind, None)
+def _own_part(layer: Any, kind: str, name: str, dtype: torch.dtype) -> Tensor:
+    """What this device holds of the layer's weight or bias."""
+    tensor: Tensor | None = getattr(layer, kind, None)
     if tensor is None:
         raise ValueError(f"vLLM's layer for {name} ({type(layer).__name__}) has no {kind}")
     is_lookup = hasattr(layer, "org_vocab_size") and not type(layer).__name__.startswith("ParallelLMHead")
@@ -56,8 +55,21 @@ def _values(layer: Any, kind: str, name: str, dtype: torch.dtype) -> Tensor:
         tensor = _through_kernel(layer, dtype)
     if tensor.ndim == 0 or tensor.numel() == 0:
         raise ValueError(f"vLLM's layer for {name} ({type(layer).__name__}) keeps no readable {kind}")
-    # Vocabularies are padded.
-    return tensor[: layer.org_vocab_size] if hasattr(layer, "org_vocab_size") else tensor
+    return tensor
+
+
+def _whole(layer: Any, part: Tensor, kind: str, *, num_replicas: int = 1) -> Tensor:
+    """The parts of all devices of a tensor-parallel server together (a collective of its workers), without the padding of vocabularies."""
+    num_devices = getattr(layer, "tp_size", 1)
+    splits_inputs = getattr(layer, "input_size_per_partition", None) != getattr(layer, "input_size", None)
+    is_replicated = type(layer).__name__ == "ReplicatedLinear" or (splits_inputs and kind == "bias")
+    if num_devices > 1 and not is_replicated:
+        from vllm.distributed import get_tp_group
+
+        part = get_tp_group().all_gather(part.contiguous(), dim=1 if splits_inputs else 0)
+        if num_replicas > 1:
+            part = torch.cat(part.chunk(num_devices)[::num_replicas])
+    return part[: layer.org_vocab_size] if hasattr(layer, "org_vocab_size") else part
 
 
 def _through_kernel(layer: Any, dtype: torch.dtype) -> Tensor:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -14,8 +17,20 @@ from torch.distributed.checkpoint.state_dict_loader import load
 _SHARDED_REST = "meta.pt"  # what Lightning writes beside the shards
 
 
-def read_checkpoint(path: Path, *, flag: str) -> dict[str, Any]:
-    """The content of a checkpoint file; its tensors stay on disk until they are used.
+_WEIGHTS_PREFIX = "policy.model."
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedPolicy:
+    """What a checkpoint says of its policy, and its weights, which stay on disk until they are read."""
+
+    about: dict[str, Any]  # the checkpoint's entry "rpt"
+    shapes: Mapping[str, torch.Size]  # by Hugging Face names
+    read: Callable[[Sequence[str]], dict[str, Tensor]]  # the weights of these names, whole
+
+
+def read_checkpoint(path: Path, *, flag: str) -> SavedPolicy:
+    """The policy in a checkpoint.
 
     ``flag`` is the option that named the file. Raises ValueError where there is no such file, it cannot be read, or it is not one of ours.
     """
@@ -36,21 +51,31 @@ def read_checkpoint(path: Path, *, flag: str) -> dict[str, Any]:
             f"{flag} {path}: not a checkpoint of `rpt fit` (it has no entry 'rpt' that says which policy it holds). "
             "A Hugging Face model is named by --model.policy.path instead."
         )
-    return checkpoint
+    # torch.load maps the file, so these tensors are read from disk when they are used.
+    weights = {name.removeprefix(_WEIGHTS_PREFIX): tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith(_WEIGHTS_PREFIX)}
+    return SavedPolicy(
+        about=checkpoint["rpt"],
+        shapes={name: tensor.shape for name, tensor in weights.items()},
+        read=lambda names: {name: weights[name] for name in names},
+    )
 
 
-def _read_sharded(path: Path) -> dict[str, Any]:
-    """The policy's weights put together from their shards in this process, without the optimizer's.
+def _read_sharded(path: Path) -> SavedPolicy:
+    """The weights that are asked for are put together from their shards in this process.
 
     The index of the shards is torch.distributed.checkpoint's own pickle; like the shards it must be yours.
     """
-    reader = FileSystemReader(path)
-    prefix = "state_dict."
-    weights = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if name.startswith(f"{prefix}policy.") and isinstance(entry, TensorStorageMetadata)
+    prefix = f"state_dict.{_WEIGHTS_PREFIX}"
+    entries = {
+        name.removeprefix(prefix): entry
+        for name, entry in FileSystemReader(path).read_metadata().state_dict_metadata.items()
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
-    load(weights, storage_reader=reader, no_dist=True)
-    rest: dict[str, Any] = torch.load(path / _SHARDED_REST, map_location="cpu", weights_only=True)
-    return rest | {"state_dict": {name.removeprefix(prefix): tensor for name, tensor in weights.items()}}
+
+    def read(names: Sequence[str]) -> dict[str, Tensor]:
+        weights = {prefix + name: torch.empty(entries[name].size, dtype=entries[name].properties.dtype) for name in names}
+        load(weights, storage_reader=FileSystemReader(path), no_dist=True)
+        return {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+
+    about = torch.load(path / _SHARDED_REST, map_location="cpu", weights_only=True)["rpt"]
+    return SavedPolicy(about=about, shapes={name: entry.size for name, entry in entries.items()}, read=read)

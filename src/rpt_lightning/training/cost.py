@@ -41,8 +41,8 @@ class StepCost(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         assert isinstance(pl_module, PolicyModule)
-        scored = float(pl_module.sum_over_ranks(pl_module.num_scored_tokens - self._before[0]))
-        trained = float(pl_module.sum_over_ranks(pl_module.num_trained_tokens - self._before[1]))
+        scored = float(pl_module.ranks.sum(pl_module.num_scored_tokens - self._before[0]))
+        trained = float(pl_module.ranks.sum(pl_module.num_trained_tokens - self._before[1]))
         generated = 0.0
         if pl_module.learns_from_rollouts:
             generated = sum(trainer.callback_metrics[name].item() for name in ("rollout/prefill_tokens", "rollout/tokens"))
@@ -52,7 +52,7 @@ class StepCost(Callback):
                 "cost/trained_tokens": trained,
                 "cost/tokens": generated + scored + trained,
                 "cost/flops": forward_flops(self._num_params, generated + scored) + train_flops(self._num_params, trained),
-                "cost/time_s": float(pl_module.max_over_ranks(time.perf_counter() - self._start_s)),
+                "cost/time_s": float(pl_module.ranks.max(time.perf_counter() - self._start_s)),
             }
         )
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from rpt_lightning.algo.advantage import group_advantages
 from rpt_lightning.algo.correction import correction_metrics, truncated_importance_weights
 from rpt_lightning.algo.loss import policy_loss, step_metrics
+from rpt_lightning.algo.statistics import add_up
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.packing import PackedTree
 from rpt_lightning.training.policy_module import PolicyModule
@@ -131,10 +132,12 @@ class RPTModule(PolicyModule):
 
         metrics: dict[str, Tensor | float] = {}
         metrics |= self.optimizer_step_over([sample.sequence for sample in live], micro_batch_loss)
-        metrics |= step_metrics(loss_parts) | correction_metrics(correction_parts)
-        entropy_sum = self.sum_over_ranks(sum((part.sum() for part in entropies), torch.zeros(())))
-        num_tokens = self.sum_over_ranks(sum(part.numel() for part in entropies))
-        metrics |= {"policy/entropy": entropy_sum / num_tokens.clamp(min=1), "train/live_completions": self.sum_over_ranks(len(live))}
+        # A rank without a live completion has no statistics.
+        of_ranks = self.ranks.gather((add_up(loss_parts), add_up(correction_parts)))
+        metrics |= step_metrics([loss for loss, _ in of_ranks if loss]) | correction_metrics([correction for _, correction in of_ranks if correction])
+        entropy_sum = self.ranks.sum(sum((part.double().sum() for part in entropies), torch.zeros(())))
+        num_tokens = self.ranks.sum(sum(part.numel() for part in entropies))
+        metrics |= {"policy/entropy": entropy_sum / num_tokens.clamp(min=1), "train/live_completions": self.ranks.sum(len(live))}
         self.log_step(metrics)
 
     def _samples(self, groups: Sequence[RolloutGroup]) -> list[_Sample]:
@@ -156,7 +159,7 @@ class RPTModule(PolicyModule):
             "sequence_mean": len(samples),
             "constant": len(samples) * max_tokens,
         }[self.aggregation]
-        return max(1.0, float(self.sum_over_ranks(float(count))))
+        return max(1.0, float(self.ranks.sum(count)))
 
     @torch.no_grad()
     def _logprobs(self, samples: Sequence[_Sample], temperature: float) -> list[Tensor]:

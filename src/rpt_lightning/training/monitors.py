@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.training.policy_module import PolicyModule
 from rpt_lightning.training.rollout_callback import RolloutCallback
 from rpt_lightning.training.validation import ntp_accuracy, reasoning_accuracy
-from rpt_lightning.types import TrainBatch
+from rpt_lightning.types import RolloutGroup, TrainBatch
 
 _CONTEXT_TOKENS = 200  # of a sample's context, from its end
 
@@ -121,16 +122,20 @@ class RolloutSamples(Callback):
             if not isinstance(logger, (TensorBoardLogger, WandbLogger)):
                 rank_zero_info(f"samples: {type(logger).__name__} is shown no text; completions go to {ROLLOUT_FOLDER}/ only")
 
-    @rank_zero_only
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         rollouts: TrainBatch | None = batch.get("rollouts")
         if rollouts is None or batch_idx % self.every_n_steps:
             return
         assert isinstance(pl_module, PolicyModule)
+        groups = [group for share in pl_module.ranks.gather(rollouts.groups) for group in share]
+        if trainer.is_global_zero:
+            self._write(trainer, pl_module, groups)
+
+    def _write(self, trainer: Trainer, pl_module: PolicyModule, groups: Sequence[RolloutGroup]) -> None:
         self._token_bytes = self._token_bytes or TokenBytes(pl_module.tokenizer)
         samples = [
             samples_of(group, context=str(pl_module.tokenizer.decode(list(group.task.context_ids[-_CONTEXT_TOKENS:]))), token_bytes=self._token_bytes)
-            for group in rollouts.groups
+            for group in groups
         ]
         path = Path(trainer.default_root_dir) / ROLLOUT_FOLDER / f"step-{trainer.global_step:06d}.jsonl"
         write_samples(itertools.chain.from_iterable(samples), path)

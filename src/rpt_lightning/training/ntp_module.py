@@ -16,12 +16,12 @@ class NTPModule(PolicyModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         sequences: list[TrainSequence] = list(batch["sequences"])
-        num_targets = float(self.sum_over_ranks(sum(len(sequence.target_ids) for sequence in sequences)))
+        num_targets = float(self.ranks.sum(sum(len(sequence.target_ids) for sequence in sequences)))
 
         def micro_batch_loss(tree: PackedTree) -> Tensor:
             logprobs, _ = self.policy(tree)
             return -tree.unpack(logprobs).sum() / num_targets
 
         metrics = self.optimizer_step_over(sequences, micro_batch_loss)
-        seconds = {name: self.max_over_ranks(value) for name, value in self.clock.take().items()}
+        seconds = {name: self.ranks.max(value) for name, value in self.clock.take().items()}
         self.log_step(metrics | seconds | {"train/target_tokens": num_targets})

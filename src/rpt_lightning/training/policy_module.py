@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -16,12 +17,13 @@ from torch import Tensor
 from rpt_lightning.metrics.results import PositionResult
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.packing import PackedTree
-from rpt_lightning.policy.sharding import shard
+from rpt_lightning.policy.sharding import materialize_sharded
 from rpt_lightning.tasks.token_bytes import start_ids, tokenizer_hash
 from rpt_lightning.training.cpu_precision import bf16_is_slow
 from rpt_lightning.training.heldout_answers import HeldoutAnswer
+from rpt_lightning.training.ranks import Ranks
 from rpt_lightning.training.step_clock import StepClock
-from rpt_lightning.training.validation import gather_results, position_result, validation_metrics
+from rpt_lightning.training.validation import position_result, unique_results, validation_metrics
 from rpt_lightning.types import TokenTask, TrainSequence
 
 CHECKPOINT_KEY = "rpt"
@@ -88,11 +90,21 @@ class PolicyModule(LightningModule, ABC):
             rank_zero_info(
                 "precision: this CPU has no instructions for bf16; --trainer.precision 32-true (and --rollout.engine.dtype float32) is several times faster"
             )
+        if getattr(self.trainer.strategy, "gather_bf16", False) and self.trainer.precision != "bf16-mixed":
+            raise ValueError(f"trainer.strategy.gather_bf16 computes in bf16, and --trainer.precision is {self.trainer.precision}; give bf16-mixed")
 
     def configure_model(self) -> None:
-        self.policy.materialize()
-        if self.device_mesh is not None:
-            shard(self.policy, self.device_mesh["data_parallel"])
+        strategy: Any = self.trainer.strategy if self._trainer is not None else None
+        if isinstance(strategy, ModelParallelStrategy):
+            materialize_sharded(
+                self.policy,
+                strategy.device_mesh,
+                device=strategy.root_device,
+                cpu_offload=getattr(strategy, "cpu_offload", False),
+                gather_bf16=getattr(strategy, "gather_bf16", False),
+            )
+        else:
+            self.policy.materialize()
 
     def on_fit_start(self) -> None:
         rank_zero_info(f"policy: {self.policy.packing}")
@@ -141,6 +153,10 @@ class PolicyModule(LightningModule, ABC):
         self.num_skipped_steps = saved["num_skipped_steps"]
         self._skipped_in_a_row = saved["skipped_in_a_row"]
 
+    @property
+    def ranks(self) -> Ranks:
+        return Ranks(self)
+
     # The optimizer step
 
     def optimizer_step_over(self, sequences: list[TrainSequence], micro_batch_loss: Callable[[PackedTree], Tensor]) -> dict[str, Tensor]:
@@ -155,19 +171,19 @@ class PolicyModule(LightningModule, ABC):
         with self.clock.phase("pack"):
             trees = list(self.policy.pack(sequences, max_tokens=self.micro_batch_tokens))
         # Every rank takes part in the collectives of every micro-batch, and a step without anything to learn is a zero gradient, not a missing one.
-        num_micro_batches = max(1, int(self.max_over_ranks(len(trees))))
+        num_micro_batches = max(1, int(self.ranks.max(len(trees))))
         with self.clock.phase("forward_backward"):
             for index in range(num_micro_batches):
                 loss = micro_batch_loss(trees[index].to(self.device)) if index < len(trees) else self._idle_loss()
-                self.manual_backward(loss * self.trainer.world_size)  # gradients are averaged over ranks, the loss is a sum over them
+                self.manual_backward(loss * self.ranks.num_data)  # gradients are averaged over ranks, the loss is a sum over them
                 loss_sum += loss.detach()
         packed_tokens = sum(tree.num_tokens for tree in trees)
         self.num_trained_tokens += packed_tokens
         plain_tokens = sum(sequence.num_tokens for sequence in sequences)
         metrics = {
-            "loss/total": self.sum_over_ranks(loss_sum),
-            "train/packed_tokens": self.sum_over_ranks(packed_tokens),
-            "train/plain_tokens": self.sum_over_ranks(plain_tokens),
+            "loss/total": self.ranks.sum(loss_sum),
+            "train/packed_tokens": self.ranks.sum(packed_tokens),
+            "train/plain_tokens": self.ranks.sum(plain_tokens),
             "train/micro_batches": torch.tensor(float(num_micro_batches)),
         }
         with self.clock.phase("optimizer"):
@@ -205,7 +221,7 @@ class PolicyModule(LightningModule, ABC):
         """
         trees = list(self.policy.pack(sequences, max_tokens=self.micro_batch_tokens))
         self.num_scored_tokens += sum(tree.num_tokens for tree in trees)
-        for index in range(int(self.max_over_ranks(len(trees)))):
+        for index in range(int(self.ranks.max(len(trees)))):
             if index < len(trees):
                 tree = trees[index].to(self.device)
                 yield (tree, *self.policy(tree, **options))
@@ -216,16 +232,6 @@ class PolicyModule(LightningModule, ABC):
         """A loss of 0 that touches every weight, for a micro-batch in which this rank has nothing to do."""
         (tree,) = self.policy.pack([TrainSequence(prompt_ids=(0,), target_ids=(0,))], max_tokens=1)
         return cast(Tensor, self.policy(tree.to(self.device))[0].sum() * 0.0)
-
-    def max_over_ranks(self, value: float) -> Tensor:
-        """Largest of a number over data-parallel ranks."""
-        tensor = torch.tensor(float(value), device=self.device)
-        return self.trainer.strategy.reduce(tensor, reduce_op="max") if self.trainer.world_size > 1 else tensor
-
-    def sum_over_ranks(self, value: Tensor | float) -> Tensor:
-        """Sum of a number over data-parallel ranks."""
-        tensor = torch.as_tensor(value, dtype=torch.float32, device=self.device)
-        return self.trainer.strategy.reduce(tensor, reduce_op="sum") if self.trainer.world_size > 1 else tensor
 
     def log_step(self, metrics: Mapping[str, Tensor | float]) -> None:
         """Logs one step's metrics (already reduced over ranks)."""
@@ -261,7 +267,7 @@ class PolicyModule(LightningModule, ABC):
         ]
 
     def on_validation_epoch_end(self) -> None:
-        self.results = gather_results(self.results, world_size=self.trainer.world_size)
+        self.results = unique_results(row for rows in self.ranks.gather(self.results) for row in rows)
         for name, value in validation_metrics(self.results).items():
             # The same on every rank already; sync_dist only keeps Lightning from asking for it.
             self.log(name, value, prog_bar=name in PROGRESS_BAR_METRICS, sync_dist=True)

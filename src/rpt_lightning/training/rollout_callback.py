@@ -160,6 +160,7 @@ class RolloutCallback(Callback):
             stop_after_first_box=self.stop_after_first_box,
             run_seed=self.seed,
             first_token_probs=self._first_token_probs(trainer, pl_module) if self.objective.reward.needs_first_token_probs else None,
+            share_work=pl_module.ranks.shared,
         )
         if self.pilot_size is None:
             self.train_rollout = self.rollouter.rollout
@@ -221,7 +222,7 @@ class RolloutCallback(Callback):
             micro_batch_tokens=pl_module.micro_batch_tokens,
             optimizer_steps_per_batch=pl_module.optimizer_steps_per_batch,
             max_steps=trainer.max_steps,
-            world_size=trainer.world_size,
+            world_size=pl_module.ranks.num_data,
         )
         rank_zero_info(text)
 
@@ -234,20 +235,21 @@ class RolloutCallback(Callback):
         pl_module.clock.take()  # what came after the end of the step before, such as a validation
         self._step_start = time.perf_counter()
         self._sync(trainer, pl_module)
+        ranks = pl_module.ranks
         prompts_before = self.engine.prompt_tokens
         with pl_module.clock.phase("rollout"):
             filled = fill_batch(
                 self.train_rollout,
                 trainer.datamodule.draw,  # type: ignore[attr-defined]
                 batch["tasks"],
-                max_extra_tasks=self._max_extra_tasks(pl_module, len(batch["tasks"])),
-                max_over_ranks=lambda number: int(pl_module.max_over_ranks(number)),
+                max_extra_tasks=self._max_extra_tasks(pl_module, trainer.datamodule.items_per_step),  # type: ignore[attr-defined]
+                over_ranks=lambda number: (ranks.gather(number), ranks.data_rank),
             )
         with pl_module.clock.phase("logprob_check"):
             metrics = self._check_logprobs(trainer, pl_module, filled.groups, temperature=self.temperature)
         metrics |= rollout_metrics(filled, pilot_size=self.pilot_size) | prompt_metrics(filled, prompts_before, self.engine.prompt_tokens)
         batch["rollouts"] = TrainBatch(groups=filled.groups, sampling=self._sampling)
-        metrics = over_ranks(trainer, metrics, num_groups=len(filled.groups) + len(filled.replaced))
+        metrics = over_ranks(ranks, metrics, num_groups=len(filled.groups) + len(filled.replaced))
         metrics |= cached_fractions(metrics)
         self._rollout_tokens, self._train_tokens = metrics["rollout/tokens"], metrics["train/completion_tokens"]
         self._live_groups = metrics["rollout/live_groups"]  # all of them are trained: a live group is never replaced
@@ -261,7 +263,7 @@ class RolloutCallback(Callback):
             seconds = {"time/train_s": now - self._train_start, "time/step_s": now - self._step_start}
             if self._step_end is not None:
                 seconds["time/between_steps_s"] = self._step_start - self._step_end
-            metrics = over_ranks(trainer, seconds | pl_module.clock.take(), num_groups=1)
+            metrics = over_ranks(pl_module.ranks, seconds | pl_module.clock.take(), num_groups=1)
             metrics["perf/rollout_tokens_per_s"] = self._rollout_tokens / metrics["time/rollout_s"]
             metrics["perf/tokens_per_s"] = (self._rollout_tokens + self._train_tokens) / metrics["time/step_s"]
             metrics["perf/live_groups_per_s"] = self._live_groups / metrics["time/step_s"]
@@ -269,7 +271,7 @@ class RolloutCallback(Callback):
             self._step_end = now
 
     def _max_extra_tasks(self, module: PolicyModule, num_tasks: int) -> int:
-        """How many tasks dynamic sampling may draw beyond the step's own."""
+        """How many tasks dynamic sampling may draw beyond the step's own, of all ranks together."""
         if self.dynamic_sampling_from_step is None or module.global_step < self.dynamic_sampling_from_step:
             return 0
         return int((self.dynamic_sampling_max_factor - 1) * num_tasks)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from lightning.pytorch import Trainer
 
 from rpt_lightning.metrics.rollout_stats import rollout_statistics
 from rpt_lightning.rollout.dynamic_sampling import FilledBatch
+from rpt_lightning.training.ranks import Ranks
 from rpt_lightning.types import PromptTokens
 
 PROMPT_SUMS = ("rollout/prompt_tokens", "rollout/cached_prompt_tokens", "rollout/shareable_prompt_tokens")
@@ -56,16 +56,13 @@ def cached_fractions(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name: cached / tokens for name, tokens in shares.items() if tokens}
 
 
-def over_ranks(trainer: Trainer, metrics: Mapping[str, float], *, num_groups: int) -> dict[str, float]:
+def over_ranks(ranks: Ranks, metrics: Mapping[str, float], *, num_groups: int) -> dict[str, float]:
     """The same metrics over all ranks: sums add up, times and differences are those of the worst rank, and means weigh every group equally.
 
     A collective: every rank calls it with the same names and its own ``num_groups``. One process gets its metrics back.
     """
-    if trainer.world_size == 1:
-        return dict(metrics)
     names = sorted(metrics)
-    own = torch.tensor([float(num_groups), *(metrics[name] for name in names)], dtype=torch.float64, device=trainer.strategy.root_device)
-    gathered = trainer.strategy.all_gather(own).cpu()  # [ranks, 1 + names]
+    gathered = torch.tensor(ranks.gather([float(num_groups), *(metrics[name] for name in names)]), dtype=torch.float64)  # [ranks, 1 + names]
     weights, reduced = gathered[:, 0], {}
     for name, values in zip(names, gathered[:, 1:].unbind(1), strict=True):
         if name in SUMS:

@@ -71,12 +71,16 @@ def check_weights(engine: RolloutEngine, weights: Iterable[tuple[str, Tensor]], 
         raise SyncError(
             f"the policy is at version {version}, the engine at {engine.version}: the last update of the engine's weights is missing or failed"
         )
-    held = engine.read_weights(names)
-    wrong = [name for name in names if name not in wanted or not torch.equal(held[name], wanted[name])]
-    if wrong:
+    differing = engine.differing_weights({name: wanted[name] for name in names if name in wanted})
+    copy, wrong = next(iter(differing.items()), ("", ()))
+    held = engine.read_weights(wrong[:3]) if wrong else {}
+    missing = [f"{name} (the policy has no such weight)" for name in names if name not in wanted]
+    if wrong or missing:
         raise SyncError(
-            f"version {version}: {len(wrong)} of {len(names)} compared tensors differ between engine and policy ({engine.dtype}): "
-            + "; ".join(_difference(name, held[name], wanted.get(name)) for name in wrong[:3])
+            f"version {version}: {len(wrong) + len(missing)} of {len(names)} compared tensors differ between engine and policy ({engine.dtype})"
+            + (f", in {copy}" if copy else "")
+            + ": "
+            + "; ".join([*missing[:3], *[_difference(name, held[name], wanted[name]) for name in wrong[:3]]])
             + ". The engine holds other weights than the policy; its completions must not be trained on"
         )
 
@@ -109,8 +113,6 @@ def check_logprobs(diff: LogprobDiff, limits: LogprobDiff, *, version: int) -> N
         )
 
 
-def _difference(name: str, held: Tensor, wanted: Tensor | None) -> str:
-    if wanted is None:
-        return f"{name} (the policy has no such weight)"
+def _difference(name: str, held: Tensor, wanted: Tensor) -> str:
     largest = (held.float() - wanted.float()).abs().max().item()
     return f"{name} (largest difference {largest:.2g}, {(held != wanted).sum().item()} of {held.numel()} entries)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -59,13 +59,9 @@ def _is_right(prediction: bytes | None, task: TokenTask) -> bool:
     return prediction is not None and prefix_match(prediction, task.continuation) == 1.0
 
 
-def gather_results(rows: Sequence[PositionResult], *, world_size: int) -> list[PositionResult]:
-    """The records of all ranks, on every rank, each position once (a collective: call it on every rank)."""
-    parts: list[Any] = [list(rows)]
-    if world_size > 1:
-        parts = [None] * world_size
-        torch.distributed.all_gather_object(parts, list(rows))
-    return list({row.task_id: row for part in parts for row in part}.values())
+def unique_results(rows: Iterable[PositionResult]) -> list[PositionResult]:
+    """Each position once."""
+    return list({row.task_id: row for row in rows}.values())
 
 
 def ntp_accuracy(rows: Sequence[PositionResult]) -> dict[str, float]:

@@ -1,0 +1,17 @@
+"""Statistics of parts of a step (micro-batches, ranks) that together give those of the step exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+
+def add_up(parts: Sequence[Mapping[str, Tensor | float]]) -> dict[str, float]:
+    """The sum over parts of what is named ``sum_...``, the largest of what is named ``max_...``. No parts give nothing.
+
+    >>> add_up([{"sum_tokens": 2.0, "max_ratio": 1.5}, {"sum_tokens": 3.0, "max_ratio": 1.0}])
+    {'sum_tokens': 5.0, 'max_ratio': 1.5}
+    """
+    names = parts[0] if parts else ()
+    return {name: float((max if name.startswith("max_") else sum)(part[name] for part in parts)) for name in names}

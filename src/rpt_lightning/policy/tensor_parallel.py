@@ -1,0 +1,74 @@
+"""Layers whose matrices are cut over several devices (Megatron-LM, arXiv:1909.08053), by the plan that transformers has for the family.
+
+Attention heads and the MLP's inner units are divided. What lies between, and embeddings and head, is computed by every device of the group alike: exact,
+and without a collective of its own. A head that is divided over the vocabulary would save memory and time, and is not here yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, distribute_module
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, SequenceParallel, parallelize_module
+
+from rpt_lightning.policy.model import Policy
+
+
+class Replicated(ParallelStyle):
+    """Every device holds the module's weights and computes all of it, so that all weights of the model are tensors of one mesh."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def replicate(name: str, part: nn.Module, mesh: DeviceMesh) -> None:
+            for parameter_name, parameter in part.named_parameters(recurse=False):
+                replicated = DTensor.from_local(parameter.detach(), mesh, [Replicate()], run_check=False)
+                part.register_parameter(parameter_name, nn.Parameter(replicated))
+
+        def enter(part: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> Any:
+            return tuple(DTensor.from_local(x, mesh, [Replicate()], run_check=False) if isinstance(x, Tensor) else x for x in inputs)
+
+        def leave(part: nn.Module, outputs: Any, mesh: DeviceMesh) -> Any:
+            return outputs.to_local()
+
+        return distribute_module(module, device_mesh, replicate, enter, leave)
+
+
+STYLES: dict[str, Callable[[], ParallelStyle]] = {
+    "colwise": ColwiseParallel,
+    "rowwise": RowwiseParallel,
+    # Norms of each head: a device has some of the heads, and the weight's gradient is the sum over all. Heads are dimension 2.
+    "replicated_with_grad_allreduce": lambda: SequenceParallel(sequence_dim=2, use_local_output=True),
+}
+
+
+def parallelize(policy: Policy, mesh: DeviceMesh) -> None:
+    """Cuts the layers over the mesh. Does nothing for a mesh of one device.
+
+    Raises:
+        ValueError: The family has no plan, or one that asks for more than this file can do, or its heads cannot be divided.
+    """
+    if mesh.size() == 1:
+        return
+    model, flag = policy.model, f"tensor_parallel_size={mesh.size()}"
+    whole_plan: dict[str, str] = getattr(policy.config, "base_model_tp_plan", None) or {}
+    plan = {name: style for name, style in whole_plan.items() if name.startswith("layers.")}
+    unknown = sorted(set(plan.values()) - STYLES.keys())
+    if not plan or unknown:
+        raise ValueError(
+            f"{flag}: {type(model).__name__} has {f'a plan with {unknown}' if plan else 'no plan'} for tensor parallelism, which is not supported; set it "
+            "to 1, or use a dense model of the Llama, Qwen2 or Qwen3 family"
+        )
+    sizes = {name: getattr(policy.config, name) for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")}
+    uneven = {name: size for name, size in sizes.items() if size % mesh.size()}
+    if uneven:
+        raise ValueError(f"{flag}: {policy.path} has {uneven}, which cannot be divided by {mesh.size()}; give a divisor of them all")
+    base: nn.Module = model.base_model
+    is_tied = policy.is_tied
+    parallelize_module(base, mesh, {name: STYLES[style]() for name, style in plan.items()})
+    for module in list(model.modules()):
+        if any(not isinstance(parameter, DTensor) for parameter in module.parameters(recurse=False)):
+            Replicated()._apply(module, mesh)
+    if is_tied:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight  # type: ignore[no-untyped-call]

@@ -1,0 +1,285 @@
+"""Rollouts by any number of vLLM servers, on this machine or others (`rpt serve` starts them). It speaks HTTP and does not import vllm.
+
+No completion from other weights than the trainer's last ones gets through:
+
+- After an update a server carries a label of this start of this run and the version; while it loads, and after a restart, it has none of ours.
+- vLLM says for each completion which label its tokens were generated under. A completion with another one is thrown away and asked for again.
+- ``check_weights`` compares checksums of tensors on every server with the policy's.
+
+A server that dies, hangs or answers with an error is out until the next update of the weights; its requests go to the others. When none is left, all are
+asked again, less and less often, up to ``max_wait_s``. A server that came back without weights is given them where the transport still has them.
+
+In a run of several ranks each rank generates on all servers, and rank 0 alone delivers weights and compares them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import NoReturn
+
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoConfig
+
+from rpt_lightning.rollout.checksum import checksum
+from rpt_lightning.rollout.dispatch import Worker, dispatch
+from rpt_lightning.rollout.engine import EngineDtype, RolloutEngine, Sample
+from rpt_lightning.rollout.ranks import is_first_rank, on_first_rank
+from rpt_lightning.rollout.server import Fleet, Server, ServerLost
+from rpt_lightning.rollout.server_access import find_key
+from rpt_lightning.rollout.server_facts import architecture
+from rpt_lightning.rollout.weight_transport import WeightTransport
+from rpt_lightning.types import GenerationRequest
+
+log = logging.getLogger(__name__)
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
+
+
+class NoServerError(RuntimeError):
+    """No server could be used for ``max_wait_s``."""
+
+
+class VLLMServerEngine(RolloutEngine):
+    """Args:
+    urls: Of the servers, such as ``[http://10.0.0.5:8000, http://10.0.0.6:8000]``.
+    transport: How weights get to them.
+    dtype: Of the weights and the computation; the servers must have been started with the same.
+    api_key_env: Environment variable that holds the servers' key.
+    api_key_file: File that holds it where the variable is not set; nobody else may be able to read it.
+    max_num_seqs: Completions that this process has under way on one server.
+    timeout_s: Longest silence of a server that works, in seconds. After it the server counts as dead.
+    request_timeout_s: Longest time for the completions of one prompt, in seconds; a safeguard beside ``timeout_s``.
+    max_wait_s: With no usable server the run waits so long for one, in seconds, and then ends; at its start it waits so long for all of them. In a run
+        of several ranks it must be less than the time limit of their collectives.
+    """
+
+    def __init__(
+        self,
+        urls: list[str],
+        transport: WeightTransport,
+        dtype: EngineDtype = "bfloat16",
+        api_key_env: str = "RPT_SERVER_KEY",
+        api_key_file: str | None = None,
+        max_num_seqs: int = 128,
+        timeout_s: float = 60.0,
+        request_timeout_s: float = 3600.0,
+        max_wait_s: float = 300.0,
+    ) -> None:
+        super().__init__(dtype)
+        if not urls or len(set(urls)) < len(urls) or not all(url.startswith(("http://", "https://")) for url in urls):
+            raise ValueError(f"rollout.engine.urls={urls}: give each server once, as http://HOST:PORT")
+        for name, value in (("max_num_seqs", max_num_seqs), ("timeout_s", timeout_s), ("request_timeout_s", request_timeout_s)):
+            if value <= 0:
+                raise ValueError(f"rollout.engine.{name}={value} must be positive")
+        self.urls = urls
+        self.transport = transport
+        self.api_key_env = api_key_env
+        self.api_key_file = api_key_file
+        self.max_num_seqs = max_num_seqs
+        self.timeout_s = timeout_s
+        self.request_timeout_s = request_timeout_s
+        self.max_wait_s = max_wait_s
+        self.num_lost = 0
+        """Times that a server was lost, since the engine was made."""
+        self._fleet: Fleet | None = None
+        self._label = ""
+        self._out: dict[str, str] = {}  # url -> why
+        self._expected: dict[str, str] = {}  # checksums of the policy's tensors that were compared last, with these weights
+        self._differing: str | None = None  # a server that was found to hold others
+        self._facts: dict[str, object] = {}
+
+    @property
+    def description(self) -> str:
+        return f"{len(self.urls)} vLLM servers ({', '.join(self.urls)}), {self.dtype}, up to {self.max_num_seqs} completions each at once"
+
+    @property
+    def num_usable(self) -> int:
+        """Servers that are not out."""
+        return len(self.urls) - len(self._out)
+
+    def _start(self, model_path: str, seed: int) -> None:
+        key = find_key(self.api_key_env, self.api_key_file)
+        self._fleet = Fleet(self.urls, key=key, timeout_s=self.timeout_s, request_timeout_s=self.request_timeout_s)
+        self._facts = architecture(AutoConfig.from_pretrained(model_path))
+        self._out = {}
+        # A server that hung through the end of an earlier start must not pass for one of this start: its label has another beginning.
+        self._run_label = on_first_rank(self._open)
+
+    def _open(self) -> str:
+        assert self._fleet is not None
+        self.transport.open(self._fleet)
+        log.info("waiting for %d servers", len(self.urls))
+        self._fleet.run(lambda servers: self._wait(servers, self._acquaint, enough=len(servers)))
+        return secrets.token_hex(4)
+
+    def _update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        self._label, self._expected, self._differing = f"{self._run_label}:{version}", {}, None
+        self._out = on_first_rank(lambda: self._deliver(weights, version), meanwhile=lambda: _exhaust(weights))
+
+    def _deliver(self, weights: Iterable[tuple[str, Tensor]], version: int) -> dict[str, str]:
+        assert self._fleet is not None
+        self._out = {}
+        try:
+            self._fleet.run(lambda servers: self._wait(servers, self._reacquaint))
+            self.transport.publish(weights, version=version, dtype=self.dtype, shapes=self._weight_shapes)
+        finally:
+            _exhaust(weights)  # gathering sharded weights is a collective: the other ranks go on after an error here
+        self._fleet.run(lambda servers: self._wait(servers, self._bring_in, first_try=self._usable(servers)))
+        self.transport.retire()
+        return self._out
+
+    def _generate(self, requests: Sequence[GenerationRequest]) -> list[list[Sample]]:
+        assert self._fleet is not None
+
+        async def generate(servers: list[Server]) -> list[list[Sample]]:
+            if dist.is_available() and dist.is_initialized():  # not every rank begins with the same server
+                first = dist.get_rank() % len(servers)
+                servers = servers[first:] + servers[:first]
+
+            async def find() -> Sequence[Worker]:
+                held = await self._wait(servers, self._bring_in, first_try=self._usable(servers))
+                return [_Holder(server, self._label) for server in held]
+
+            return await dispatch(requests, find, room=self.max_num_seqs, on_lost=self._lose)
+
+        return self._fleet.run(generate)
+
+    def _read_weights(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """From a server that differed, where the last comparison found one."""
+        assert self._fleet is not None
+
+        async def read(servers: list[Server]) -> dict[str, Tensor]:
+            return await min(self._usable(servers), key=lambda server: server.url != self._differing).read(names)
+
+        return self._fleet.run(read)
+
+    def _differing_weights(self, wanted: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+        self._expected, differing = on_first_rank(lambda: self._compare(wanted))
+        self._differing = next(iter(differing), None)
+        return differing
+
+    def _compare(self, wanted: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
+        assert self._fleet is not None
+        expected = {name: checksum(tensor) for name, tensor in wanted.items()}
+
+        async def compare(servers: list[Server]) -> dict[str, tuple[str, ...]]:
+            usable = self._usable(servers)
+            held = await asyncio.gather(*(server.checksums(list(expected)) for server in usable), return_exceptions=True)
+            differing = {}
+            for server, sums in zip(usable, held, strict=True):
+                if isinstance(sums, ServerLost):
+                    self._lose(server, sums)
+                elif isinstance(sums, BaseException):
+                    raise sums
+                elif wrong := tuple(name for name, value in expected.items() if sums[name] != value):
+                    differing[server.url] = wrong
+            return differing
+
+        return expected, self._fleet.run(compare)
+
+    def _close(self) -> None:
+        if is_first_rank():
+            self.transport.close()
+        self._fleet = None
+
+    async def _acquaint(self, server: Server) -> None:
+        """Raises ValueError for a server that cannot serve this run."""
+        facts = await server.describe()
+        dtype = str(self.dtype).removeprefix("torch.")
+        wanted = {"dtype": dtype, "logprobs_mode": "processed_logprobs", "architecture": self._facts}
+        wrong = [f"{name} {facts[name]}, not {value}" for name, value in wanted.items() if facts[name] != value]
+        if facts["max_model_len"] < self.max_model_len:
+            wrong.append(f"max_model_len {facts['max_model_len']}, less than {self.max_model_len}")
+        if wrong:
+            raise ValueError(f"rollout.engine.urls: {server.url} runs with {'; '.join(wrong)}. Start it with `rpt serve` and this run's config")
+
+    async def _reacquaint(self, server: Server) -> None:
+        """In the middle of a run a server that was started with other flags, or another key, is as good as none."""
+        try:
+            await self._acquaint(server)
+        except ValueError as error:
+            raise ServerLost(str(error)) from error
+
+    async def _bring_in(self, server: Server) -> None:
+        """Makes sure that the server holds the present weights."""
+        if await server.label() == self._label:
+            return
+        await self._reacquaint(server)
+        await server.hold()
+        await self.transport.load(server)
+        if self._expected and await server.checksums(list(self._expected)) != self._expected:  # comes after the others were compared
+            raise ServerLost(f"{server.url} loaded the weights of {self._label}, and holds others")
+        await server.release(self._label)
+
+    async def _wait(
+        self, servers: list[Server], prepare: Callable[[Server], Awaitable[None]], *, enough: int = 1, first_try: Sequence[Server] | None = None
+    ) -> list[Server]:
+        """Those servers for which ``prepare`` succeeds. The others are out.
+
+        Args:
+            servers: All.
+            prepare: Raises ServerLost.
+            enough: Tries again until so many succeed; after ``max_wait_s`` one is enough.
+            first_try: Only if none of these succeeds, all are tried.
+        """
+        start, pause_s, candidates = time.monotonic(), _FIRST_WAIT_S, servers if first_try is None else first_try
+        while True:
+            outcomes = await asyncio.gather(*(prepare(server) for server in candidates), return_exceptions=True)
+            usable = []
+            for server, outcome in zip(candidates, outcomes, strict=True):
+                if isinstance(outcome, ServerLost):
+                    self._out[server.url] = str(outcome)
+                elif outcome is not None:
+                    raise outcome
+                else:
+                    self._out.pop(server.url, None)
+                    usable.append(server)
+            waited_s = time.monotonic() - start
+            if len(usable) >= enough or (usable and waited_s >= self.max_wait_s):
+                for url, why in self._out.items() if candidates is servers else ():
+                    log.warning("server out until the next update of the weights: %s: %s", url, why)
+                return usable
+            if waited_s >= self.max_wait_s:
+                raise NoServerError(
+                    f"none of the {len(servers)} servers could be used for {waited_s:.0f} s (rollout.engine.max_wait_s={self.max_wait_s:g}). "
+                    + "; ".join(f"{url}: {why}" for url, why in self._out.items())
+                    + ". Start them again (`rpt serve`) and continue the run with --ckpt_path last"
+                )
+            if candidates is servers:
+                log.warning("%d of %d servers can be used; trying again in %.1f s", len(usable), len(servers), pause_s)
+                await asyncio.sleep(min(pause_s, self.max_wait_s - waited_s))
+                pause_s = min(2 * pause_s, _LONGEST_WAIT_S)
+            candidates = servers
+
+    def _usable(self, servers: Sequence[Server]) -> list[Server]:
+        return [server for server in servers if server.url not in self._out]
+
+    def _lose(self, worker: Worker | Server, error: ServerLost) -> None:
+        server = worker.server if isinstance(worker, _Holder) else worker
+        assert isinstance(server, Server)
+        self.num_lost += 1
+        self._out[server.url] = str(error)
+        log.warning("lost a server, its requests go to the others: %s", error)
+
+
+class _Holder:
+    """A server that holds the weights of a label."""
+
+    def __init__(self, server: Server, label: str) -> None:
+        self.server = server
+        self._label = label
+
+    async def generate(self, request: GenerationRequest) -> list[Sample]:
+        return await self.server.generate(request, self._label)
+
+    async def watch(self) -> NoReturn:
+        await self.server.watch(self._label)
+
+
+def _exhaust(weights: Iterable[tuple[str, Tensor]]) -> None:
+    deque(weights, maxlen=0)

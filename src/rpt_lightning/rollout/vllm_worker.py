@@ -1,0 +1,74 @@
+"""What is added to the workers of a vLLM server (``--worker-extension-cls``) so that a trainer can hand over weights and look at them.
+
+It runs inside the server, in every worker process, and is called by name through POST /collective_rpc. Nothing but JSON and safetensors crosses the
+network. The names begin with ``rpt_`` because they become methods of vLLM's own worker class.
+"""
+
+from __future__ import annotations
+
+import base64
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from rpt_lightning.rollout.checksum import checksum
+from rpt_lightning.rollout.server_facts import architecture
+from rpt_lightning.rollout.vllm_weights import read_weights
+
+_START = secrets.token_hex(8)  # another one with every start of the process
+
+
+class PolicyWeights:
+    """A mixin for vLLM's worker, which has ``vllm_config``, ``get_model`` and ``reload_weights``."""
+
+    vllm_config: Any
+    rank: int
+
+    def rpt_describe(self) -> dict[str, Any]:
+        """What a trainer has to know before it trusts this server."""
+        from vllm import __version__
+
+        model = self.vllm_config.model_config
+        return {
+            "vllm": __version__,
+            "start": _START,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "max_model_len": model.max_model_len,
+            "logprobs_mode": str(getattr(model.logprobs_mode, "value", model.logprobs_mode)),
+            "architecture": architecture(model.hf_config),
+        }
+
+    def rpt_load_folder(self, folder: str) -> dict[str, Any]:
+        """Loads every tensor of a folder's safetensors files in place.
+
+        vLLM's own ``reload_weights(weights_path=...)`` refuses a server that was started with dummy weights, and would read pickles too.
+        """
+        files = sorted(Path(folder).glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"{folder} holds no .safetensors file; is it on a disk that the server sees under the same path?")
+        self.reload_weights(weights_iterator=_tensors(files))  # type: ignore[attr-defined]
+        return {"num_files": len(files)}
+
+    def rpt_checksums(self, names: list[str]) -> dict[str, str]:
+        """``checksum`` of weights in the engine's dtype, under their Hugging Face names; one after the other, to hold one at a time."""
+        return {name: checksum(self._rpt_weight(name)) for name in names}
+
+    def rpt_read(self, names: list[str]) -> dict[str, str]:
+        """The weights themselves: one safetensors file, as base64."""
+        weights = {name: self._rpt_weight(name) for name in names}
+        return {"safetensors": base64.b64encode(save(weights)).decode()} if self.rank == 0 else {}
+
+    def _rpt_weight(self, name: str) -> Tensor:
+        return read_weights(self.get_model(), [name], self.vllm_config.model_config.dtype)[name]  # type: ignore[attr-defined]
+
+
+def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    for file in files:
+        with safe_open(file, framework="pt", device="cpu") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (no iterator)
+                yield name, tensors.get_tensor(name)

@@ -1,0 +1,112 @@
+"""How new weights get from the trainer to its servers."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rpt_lightning.rollout.server import Fleet, Server
+
+
+class WeightTransport(ABC):
+    """A leaf is used by the first rank only. The order of an update: ``publish`` once, ``load`` for every server that answers, ``retire``."""
+
+    @abstractmethod
+    def open(self, fleet: Fleet) -> None:
+        """Before the first update."""
+
+    @abstractmethod
+    def publish(self, weights: Iterable[tuple[str, Tensor]], *, version: int, dtype: torch.dtype, shapes: Mapping[str, torch.Size]) -> None:
+        """Takes every tensor, under Hugging Face names and a tied head under its own, and offers them in the servers' dtype."""
+
+    @abstractmethod
+    async def load(self, server: Server) -> None:
+        """Brings the weights that were published last into a server that is on hold. Raises ServerLost where that fails."""
+
+    @abstractmethod
+    def retire(self) -> None:
+        """What was published before the last time is needed no more."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leaves nothing behind. May be called twice."""
+
+
+class SharedFolderTransport(WeightTransport):
+    """Safetensors in a folder that trainer and servers see under the same path, be it a disk of their own or a network file system.
+
+    A server that lost its weights can load them again without the trainer's help.
+
+    Args:
+        folder: Belongs to one run: what an earlier start left there is removed.
+        shard_gib: Size of a file, in GiB. So much memory holds weights that are on their way to the disk.
+        load_timeout_s: Longest time for a server to load, in seconds.
+    """
+
+    def __init__(self, folder: str, shard_gib: float = 4.0, load_timeout_s: float = 600.0) -> None:
+        if shard_gib <= 0:
+            raise ValueError(f"transport.shard_gib={shard_gib} must be positive")
+        self.folder = folder
+        self.shard_gib = shard_gib
+        self.load_timeout_s = load_timeout_s
+        self._published: Path | None = None
+
+    def open(self, fleet: Fleet) -> None:
+        self._root = Path(self.folder).absolute()
+        self._root.mkdir(parents=True, exist_ok=True)
+        self._remove_all_but(None)
+
+    def publish(self, weights: Iterable[tuple[str, Tensor]], *, version: int, dtype: torch.dtype, shapes: Mapping[str, torch.Size]) -> None:
+        target = self._root / f"weights-v{version}"
+        partial = target.with_suffix(".partial")
+        for path in (target, partial):
+            if path.exists():  # the same version is published again after an update that failed
+                shutil.rmtree(path)
+        partial.mkdir()
+        shard: dict[str, Tensor] = {}
+        num_bytes = num_files = 0
+
+        def write() -> None:
+            nonlocal num_bytes, num_files
+            num_files += 1
+            try:
+                save_file(shard, partial / f"model-{num_files:05}.safetensors")
+            except Exception as error:  # safetensors' own class for a full disk
+                shutil.rmtree(partial, ignore_errors=True)
+                raise OSError(f"transport.folder={self.folder}: weights of version {version} could not be written: {error}") from error
+            shard.clear()
+            num_bytes = 0
+
+        for name, tensor in weights:
+            shard[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()  # a copy: a tied head shares memory, which safetensors refuses
+            num_bytes += shard[name].nbytes
+            if num_bytes >= self.shard_gib * 2**30:
+                write()
+        if shard:
+            write()
+        partial.rename(target)  # a server never sees half a folder
+        self._published = target
+
+    async def load(self, server: Server) -> None:
+        assert self._published is not None
+        await server.rpc("rpt_load_folder", limit_s=self.load_timeout_s, folder=str(self._published))
+
+    def retire(self) -> None:
+        self._remove_all_but(self._published)
+
+    def close(self) -> None:
+        if self._published is not None:
+            self._published = None
+            self._remove_all_but(None)
+
+    def _remove_all_but(self, kept: Path | None) -> None:
+        for path in self._root.iterdir():
+            if path != kept and re.fullmatch(r"weights-v\d+(\.partial)?", path.name):
+                shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,149 @@
+"""`rpt serve`: the vLLM servers that a run's configuration names, on this machine. The same files as for `rpt fit`, and flags under ``--serve``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from transformers import AutoConfig
+
+from rpt_lightning.lightning_cli import RPTCLI, make_cli
+from rpt_lightning.rollout.server_access import find_key, make_key
+from rpt_lightning.rollout.server_processes import Servers, ServerSpec, is_loopback, server_command
+from rpt_lightning.training.rollout_callback import CONTROL_TOKENS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeSettings:
+    """How servers run on this machine; what they run is the run's configuration.
+
+    Args:
+        host: Address that servers are bound to. Whoever reaches it and has the key can change the weights; requests and key travel in clear text.
+        urls: Those of rollout.engine.urls that this machine starts; null: those on its loopback address.
+        tensor_parallel_size: GPUs a server. Servers share out the GPUs of CUDA_VISIBLE_DEVICES, or all.
+        gpu_memory_utilization: Share of a GPU's memory that a server takes. Not used on CPU.
+        kv_cache_gib: Key-value cache of a server on CPU, in GiB. Not used on GPU.
+        max_num_seqs: Completions that a server generates at the same time.
+        enforce_eager: No compilation and no CUDA graphs. null: eager on CPU, graphs on GPU.
+        block_size: Tokens of a cache block. null: 32 on CPU, vLLM's choice on GPU.
+        restart: Start a server again that died.
+        ready_timeout_s: Longest time for the servers to come up, in seconds.
+        log_folder: For their output; null: servers/ in the run's folder.
+    """
+
+    host: str = "127.0.0.1"
+    urls: list[str] | None = None
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float = 0.9
+    kv_cache_gib: float = 1.0
+    max_num_seqs: int = 256
+    enforce_eager: bool | None = None
+    block_size: int | None = None
+    restart: bool = True
+    ready_timeout_s: float = 900.0
+    log_folder: str | None = None
+
+
+class ServeCLI(RPTCLI):
+    """Reads a run's configuration without building anything of it."""
+
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_class_arguments(ServeSettings, "serve")
+
+    def instantiate_classes(self) -> None:
+        """Nothing is built."""
+
+
+def serve(args: list[str]) -> None:
+    """Starts the servers and watches over them until SIGTERM or SIGINT."""
+    sys.argv = ["rpt serve", *args]  # LightningCLI warns where both its args and the process's own are given
+    config = make_cli(ServeCLI, run=False, prog="rpt serve").config
+    settings = ServeSettings(**config.serve)
+    if (engine := config.rollout.engine) is None or not engine.class_path.endswith(".VLLMServerEngine"):
+        raise ValueError("rpt serve: rollout.engine is not VLLMServerEngine; add --config configs/rollout/servers.yaml")
+    specs = server_specs(config, settings)
+    key = _key(engine.init_args)
+    Servers(specs, key=key, restart=settings.restart).run(ready_timeout_s=settings.ready_timeout_s)
+
+
+def server_specs(config: Any, settings: ServeSettings) -> list[ServerSpec]:
+    """What to start here. Raises ValueError for addresses that this machine cannot serve."""
+    engine, path = config.rollout.engine.init_args, config.model.init_args.policy.init_args.path
+    urls = [url.rstrip("/") for url in engine.urls]
+    here = [url for url in urls if is_loopback(urlsplit(url).hostname or "")] if settings.urls is None else [url.rstrip("/") for url in settings.urls]
+    if not here or not set(here) <= set(urls):
+        raise ValueError(
+            f"rpt serve: none of rollout.engine.urls={urls} is to be started here (--serve.urls {here}); name some of them in --serve.urls"
+        )
+    outside = [url for url in here if not is_loopback(urlsplit(url).hostname or "")]
+    if outside and is_loopback(settings.host):
+        raise ValueError(
+            f"rpt serve: nobody would reach {outside[0]} with --serve.host {settings.host}; give the address of this machine, or 0.0.0.0"
+        )
+    folder = Path(settings.log_folder or Path(config.trainer.default_root_dir or ".") / "servers")
+    devices = _devices(len(here), settings.tensor_parallel_size)
+    on_gpu = devices[0] is not None
+    return [
+        ServerSpec(
+            url=url,
+            command=server_command(
+                model_path=path,
+                url=url,
+                host=settings.host,
+                dtype=engine.dtype,
+                max_model_len=_max_model_len(config, path),
+                seed=config.seed_everything or 0,
+                tensor_parallel_size=settings.tensor_parallel_size,
+                max_num_seqs=settings.max_num_seqs,
+                gpu_memory_utilization=settings.gpu_memory_utilization if on_gpu else None,
+                kv_cache_gib=None if on_gpu else settings.kv_cache_gib,
+                enforce_eager=settings.enforce_eager if settings.enforce_eager is not None else not on_gpu,
+                block_size=settings.block_size if settings.block_size is not None or on_gpu else 32,
+                weight_transfer="nccl" if engine.transport.class_path.endswith(".NCCLTransport") else None,
+            ),
+            devices=own_devices,
+            log_file=folder / f"server-{urlsplit(url).port}.log",
+        )
+        for url, own_devices in zip(here, devices, strict=True)
+    ]
+
+
+def _max_model_len(config: Any, path: str) -> int:
+    """As the run itself will ask for it."""
+    needed = config.rollout.max_prompt_tokens + config.rollout.max_completion_tokens
+    positions = int(AutoConfig.from_pretrained(path).max_position_embeddings)
+    return min(needed + CONTROL_TOKENS, positions) if config.rollout.thought_controls else int(needed)
+
+
+def _devices(num_servers: int, per_server: int) -> list[str | None]:
+    """CUDA_VISIBLE_DEVICES of each server; None where there is no GPU."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = [gpu for gpu in visible.split(",") if gpu] if visible is not None else [str(index) for index in range(torch.cuda.device_count())]
+    if not torch.cuda.is_available():
+        return [None] * num_servers
+    if len(gpus) < num_servers * per_server:
+        raise ValueError(
+            f"rpt serve: {num_servers} servers of {per_server} GPUs each (--serve.tensor_parallel_size) do not fit on {len(gpus)} GPUs; start fewer here "
+            "(--serve.urls)"
+        )
+    return [",".join(gpus[first : first + per_server]) for first in range(0, num_servers * per_server, per_server)]
+
+
+def _key(engine: Any) -> str:
+    """Without a key nothing is started: whoever can send requests to a server can change its weights."""
+    if key := find_key(engine.api_key_env, engine.api_key_file):
+        return key
+    if engine.api_key_file is None:
+        raise ValueError(
+            f"rpt serve: there is no key. Set the environment variable {engine.api_key_env} to a long random text, here and for `rpt fit`, or name a file in "
+            "rollout.engine.api_key_file, which is then made"
+        )
+    key = make_key(engine.api_key_file)
+    print(f"wrote a new key to {engine.api_key_file}; `rpt fit` reads it from there", flush=True)
+    return key

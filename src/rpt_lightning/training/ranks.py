@@ -1,0 +1,85 @@
+"""Processes in two roles: data-parallel ranks have different tasks; the tensor-parallel ranks of one of them have the same tasks and compute one policy.
+
+So whatever is counted is counted over data-parallel ranks: over all processes it would be counted once for every tensor-parallel rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from rpt_lightning.data.stream import rank_share
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Ranks:
+    """Of a module that is being trained or validated. Everything but the properties is a collective: call it on every process."""
+
+    def __init__(self, module: LightningModule) -> None:
+        self._device = module.device
+        self._world_size, self._global_rank = module.trainer.world_size, module.global_rank
+        self._mesh: Any = module.device_mesh
+
+    @property
+    def num_data(self) -> int:
+        return int(self._mesh["data_parallel"].size()) if self._mesh is not None else self._world_size
+
+    @property
+    def data_rank(self) -> int:
+        return int(self._mesh["data_parallel"].get_local_rank()) if self._mesh is not None else self._global_rank
+
+    @property
+    def num_tensor(self) -> int:
+        return self._world_size // self.num_data
+
+    def sum(self, value: Tensor | float) -> Tensor:
+        """Over data-parallel ranks, in fp64 where the device has it (counts of tokens outgrow fp32)."""
+        return self._reduced(value, torch.distributed.ReduceOp.SUM)
+
+    def max(self, value: Tensor | float) -> Tensor:
+        """Over data-parallel ranks."""
+        return self._reduced(value, torch.distributed.ReduceOp.MAX)
+
+    def gather(self, value: T) -> list[T]:
+        """One object of each data-parallel rank, in their order."""
+        return self._gathered(value, self._group("data_parallel"), self.num_data)
+
+    def shared(self, work: Callable[[Sequence[T]], Sequence[R]]) -> Callable[[Sequence[T]], list[R]]:
+        """``work`` on a list that all tensor-parallel ranks hold: each does a part of it, and all get all results.
+
+        Were each to do all of it, they could come to different results (sampled tokens, say), which a policy that they compute together must not get.
+        """
+        if self.num_tensor == 1:
+            return lambda items: list(work(items))
+        rank, group = int(self._mesh["tensor_parallel"].get_local_rank()), self._group("tensor_parallel")
+
+        def work_together(items: Sequence[T]) -> list[R]:
+            part = list(work(rank_share(items, rank=rank, num_ranks=self.num_tensor)))
+            return [result for results in self._gathered(part, group, self.num_tensor) for result in results]
+
+        return work_together
+
+    def _group(self, dimension: str) -> ProcessGroup | None:
+        return None if self._mesh is None else self._mesh[dimension].get_group()
+
+    def _reduced(self, value: Tensor | float, operation: Any) -> Tensor:
+        dtype = torch.float32 if self._device.type == "mps" else torch.float64
+        tensor = torch.as_tensor(value).detach().to(self._device, dtype, copy=True)
+        if self.num_data > 1:
+            torch.distributed.all_reduce(tensor, operation, group=self._group("data_parallel"))
+        return tensor
+
+    @staticmethod
+    def _gathered(value: T, group: ProcessGroup | None, size: int) -> list[T]:
+        if size == 1:
+            return [value]
+        values: list[Any] = [None] * size
+        torch.distributed.all_gather_object(values, value, group=group)
+        return values

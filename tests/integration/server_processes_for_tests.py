@@ -1,0 +1,86 @@
+"""Real server processes on loopback, to be killed, stopped and started again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from rpt_lightning.rollout.server_facts import architecture
+from rpt_lightning.rollout.server_processes import server_command
+
+KEY = "a key that only tests use"
+MAX_MODEL_LEN = 256
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class ServerUnderTest:
+    def __init__(self, kind: str, model: Path, log_folder: Path) -> None:
+        self.kind = kind
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._command = self._stand_in(model) if kind == "stand-in" else self._vllm(model, num_devices=2 if kind == "vllm-split" else 1)
+        self._log = log_folder / f"server-{self.port}.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def _stand_in(self, model: Path) -> tuple[str, ...]:
+        script = Path(__file__).with_name("stand_in_server.py")
+        facts = {"dtype": "float32", "max_model_len": MAX_MODEL_LEN, "logprobs_mode": "processed_logprobs"}
+        facts["architecture"] = architecture(AutoConfig.from_pretrained(model))
+        return (sys.executable, str(script), "--port", str(self.port), "--facts", json.dumps(facts))
+
+    def _vllm(self, model: Path, num_devices: int) -> tuple[str, ...]:
+        return server_command(
+            model_path=str(model), url=self.url, host="127.0.0.1", dtype="float32", max_model_len=MAX_MODEL_LEN, seed=0, tensor_parallel_size=num_devices,
+            max_num_seqs=8, gpu_memory_utilization=None, kv_cache_gib=0.25, enforce_eager=True, block_size=32, weight_transfer=None,
+        )  # fmt: skip
+
+    def start(self) -> None:
+        env = {
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "RPT_SERVER_KEY": KEY,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONSAFEPATH": "1",
+        }
+        with self._log.open("ab") as output:
+            self._process = subprocess.Popen(self._command, env=os.environ | env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+
+    def wait_until_ready(self) -> None:
+        assert self._process is not None
+        for _ in range(8000):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                return
+            assert self._process.poll() is None, self._log.read_text()[-3000:]
+            time.sleep(0.05)
+        raise AssertionError(f"{self.url} did not come up: {self._log.read_text()[-3000:]}")
+
+    def signal(self, number: int) -> None:
+        """To the whole server: vLLM's front end, engine and worker are processes of their own."""
+        assert self._process is not None
+        os.killpg(self._process.pid, number)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self.signal(signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None

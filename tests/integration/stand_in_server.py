@@ -1,0 +1,157 @@
+"""A server process that speaks the part of vLLM's protocol which VLLMServerEngine uses.
+
+It starts in a second where vLLM takes half a minute, so that faults of real processes are tested in the default suite; tests marked `vllm` put the real
+server in its place. Its completions are a pure function of seed, prompt and the weights that it holds, so that a test knows each of them beforehand. It
+shares no code with the package: the checksum is computed a second way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from aiohttp import web
+from safetensors.numpy import load_file, save
+
+FIRST_LABEL = "default"  # vLLM's
+
+
+def array_checksum(array: np.ndarray) -> str:
+    return hashlib.sha256(f"(torch.{array.dtype}, {array.shape})".encode() + (array + np.float32(0)).tobytes()).hexdigest()
+
+
+def say(checksums: dict[str, str], prompt_ids: list[int], seed: int, max_tokens: int) -> list[int]:
+    """The completion."""
+    key = hashlib.sha256(json.dumps([sorted(checksums.items()), list(prompt_ids), seed]).encode()).digest()
+    return [int.from_bytes(hashlib.sha256(key + bytes([turn])).digest()[:4], "big") % 500 + 10 for turn in range(max_tokens)]
+
+
+class StandIn:
+    def __init__(self, facts: dict[str, Any], delay_s: float) -> None:
+        self.facts = facts
+        self.delay_s = delay_s
+        self.label = FIRST_LABEL
+        self.is_paused = False
+        self.weights: dict[str, np.ndarray] = {}
+        self.running: set[asyncio.Task[Any]] = set()
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.get("/health", self.health),
+            web.get("/weight_info", self.weight_info),
+            web.post("/update_weight_version", self.update_weight_version),
+            web.post("/pause", self.pause),
+            web.post("/resume", self.resume),
+            web.post("/reset_prefix_cache", self.reset_prefix_cache),
+            web.post("/weight_checker", self.zero_weights),
+            web.post("/collective_rpc", self.collective_rpc),
+            web.post("/inference/v1/generate", self.generate),
+        ]
+
+    async def health(self, _: web.Request) -> web.Response:
+        return web.Response()
+
+    async def weight_info(self, _: web.Request) -> web.Response:
+        return web.json_response({"weight_version": self.label})
+
+    async def update_weight_version(self, request: web.Request) -> web.Response:
+        self.label = (await request.json())["new_version"]
+        return web.json_response({"success": True})
+
+    async def pause(self, _: web.Request) -> web.Response:
+        self.is_paused = True
+        for task in self.running:
+            task.cancel()
+        return web.json_response({"status": "paused"})
+
+    async def resume(self, _: web.Request) -> web.Response:
+        self.is_paused = False
+        return web.json_response({"status": "resumed"})
+
+    async def reset_prefix_cache(self, _: web.Request) -> web.Response:
+        return web.json_response({"success": not self.running})
+
+    async def zero_weights(self, _: web.Request) -> web.Response:
+        self.weights = {name: np.zeros_like(weight) for name, weight in self.weights.items()}
+        return web.json_response({"status": "reset"})
+
+    async def collective_rpc(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        try:
+            return web.json_response({"results": [getattr(self, body["method"])(**body.get("kwargs", {}))]})
+        except Exception as error:
+            return web.json_response({"error": str(error)}, status=500)
+
+    def rpt_describe(self) -> dict[str, Any]:
+        return self.facts
+
+    def rpt_load_folder(self, folder: str) -> dict[str, Any]:
+        files = sorted(Path(folder).glob("*.safetensors"))
+        self.weights = {name: weight for file in files for name, weight in load_file(file).items()}
+        return {"num_files": len(files)}
+
+    def rpt_checksums(self, names: list[str]) -> dict[str, str]:
+        return {name: array_checksum(self.weights[name]) for name in names}
+
+    def rpt_read(self, names: list[str]) -> dict[str, str]:
+        return {"safetensors": base64.b64encode(save({name: self.weights[name] for name in names})).decode()}
+
+    async def generate(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        while self.is_paused:
+            await asyncio.sleep(0.01)
+        task = asyncio.ensure_future(self._complete(body["token_ids"], body["sampling_params"]))
+        self.running.add(task)
+        try:
+            choices = await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not task.cancelled():
+                raise  # the client went away
+            choices = [{"index": index, "finish_reason": "abort"} for index in range(body["sampling_params"]["n"])]
+        finally:
+            task.cancel()
+            self.running.discard(task)
+        return web.json_response({"choices": choices})
+
+    async def _complete(self, prompt_ids: list[int], sampling: dict[str, Any]) -> list[dict[str, Any]]:
+        num_before, label = sampling["max_tokens"] // 2, self.label
+        await asyncio.sleep(self.delay_s * sampling["max_tokens"])
+        spans = [{"version": label, "start": 0, "end": num_before}, {"version": self.label, "start": num_before, "end": sampling["max_tokens"]}]
+        checksums = self.rpt_checksums(list(self.weights))
+        rows = [say(checksums, prompt_ids, sampling["seed"] + index, sampling["max_tokens"]) for index in range(sampling["n"])]
+        return [
+            {
+                "index": index,
+                "finish_reason": "length",
+                "token_ids": row,
+                "weight_versions": spans,
+                "logprobs": {"content": [{"token_id": token_id, "logprob": -0.5} for token_id in row]},
+            }
+            for index, row in enumerate(rows)
+        ]
+
+
+@web.middleware
+async def require_key(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+    if request.path != "/health" and request.headers.get("Authorization") != f"Bearer {os.environ['RPT_SERVER_KEY']}":
+        return web.json_response({"error": "no key"}, status=401)
+    return await handler(request)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--facts", type=json.loads, required=True)
+    parser.add_argument("--delay-s", type=float, default=0.005, help="for each token of a completion")
+    args = parser.parse_args()
+    app = web.Application(middlewares=[require_key])
+    app.add_routes(StandIn(args.facts, args.delay_s).routes())
+    web.run_app(app, host="127.0.0.1", port=args.port, print=None)

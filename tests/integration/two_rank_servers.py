@@ -1,0 +1,54 @@
+"""One rank of two that share servers: python two_rank_servers.py MODEL FOLDER URL..."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import torch.distributed as dist
+
+from rpt_lightning.policy.model import Policy
+from rpt_lightning.policy.weights import named_weights
+from rpt_lightning.rollout.vllm_server_engine import VLLMServerEngine
+from rpt_lightning.rollout.weight_transport import SharedFolderTransport
+from rpt_lightning.training.sync_check import check_weights
+from rpt_lightning.types import GenerationRequest, SamplingSettings
+
+
+def gathered(weights):
+    """As sharded weights come: each one through a collective."""
+    for name, tensor in weights:
+        dist.broadcast(tensor.clone(), src=0)
+        yield name, tensor
+
+
+def main(model: str, folder: str, urls: list[str]) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    policy = Policy(model)
+    policy.materialize()
+    sampling = SamplingSettings(temperature=1.0, max_tokens=8, stop_token_ids=())
+    requests = [GenerationRequest(task_id=f"r{rank}:{i}", prompt_ids=(rank, i), n=2, seed=100 * rank + i, sampling=sampling) for i in range(4)]
+    engine = VLLMServerEngine(urls, SharedFolderTransport(folder, shard_gib=0.0001), dtype="float32")
+    engine.start(model, seed=0, max_model_len=64)
+    for version in (1, 2):
+        engine.update_weights(gathered(named_weights(policy)), version=version)
+        check_weights(engine, named_weights(policy), version=version, num_tensors=1000)
+        rows = engine.generate(requests)
+    found = {"completions": [[completion.token_ids for completion in row] for row in rows], "version": engine.version, "label": engine._label}
+    # A failure on the first rank in the middle of gathering is an error on both, and neither waits for the other.
+    if rank == 0:
+        shutil.rmtree(folder)
+    try:
+        engine.update_weights(gathered(named_weights(policy)), version=3)
+    except Exception as error:
+        found["error"] = f"{type(error).__name__}: {error}"
+    found["version after the error"] = engine.version
+    dist.barrier()
+    print(json.dumps(found), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])

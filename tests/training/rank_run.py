@@ -1,0 +1,124 @@
+"""Run by the tests of several ranks in processes of its own. The only argument is a JSON object; see `Options`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from small_run import SCRIPT, quiet_trainer
+
+from rpt_lightning.data.datamodule import TokenTaskDataModule
+from rpt_lightning.data.trace_datamodule import TraceDataModule
+from rpt_lightning.policy.model import Policy
+from rpt_lightning.rollout.hf_engine import HFEngine
+from rpt_lightning.rollout.scripted_engine import ScriptedEngine
+from rpt_lightning.rollout.vllm_engine import VLLMEngine
+from rpt_lightning.tasks.objective import Objective
+from rpt_lightning.tasks.prompt import ContinuationPrompt
+from rpt_lightning.tasks.reward import Reward
+from rpt_lightning.training.checkpoint import RunCheckpoint, last_checkpoint
+from rpt_lightning.training.module import RPTModule
+from rpt_lightning.training.monitors import RolloutSamples, StepLog, ValidationResults
+from rpt_lightning.training.ntp_module import NTPModule
+from rpt_lightning.training.rollout_callback import RolloutCallback
+from rpt_lightning.training.strategy import ShardedStrategy
+
+
+@dataclass(kw_only=True)
+class Options:
+    folder: str
+    model: str
+    tasks: str
+    kind: str = "rpt"  # or ntp
+    ranks: int = 1
+    strategy: str = "auto"  # or ddp, sharded
+    strategy_options: dict[str, Any] = field(default_factory=dict)
+    engine: str = "recorded"  # or hf, vllm
+    steps: int = 10
+    lr: float = 1e-3
+    micro_batch_tokens: int = 16384
+    wrong_normalizer: bool = False
+    dynamic_sampling_from_step: int | None = None
+    resume: bool = False
+    validate: bool = False
+
+
+class Recorded(ScriptedEngine):
+    """Says the same at the same step whatever the last bits of the weights are: recorded rollouts, with fresh log-probs."""
+
+    def _update_weights(self, weights, version):
+        super()._update_weights(weights, version)
+        self._checksum = b""
+
+
+class SomeAreRight(Reward):
+    """A few predictions are right, whichever: about 4 of 10 groups are live, unlike with a random model."""
+
+    needs_first_token_probs = False
+
+    def group_rewards(self, predictions, task, first_token_probs=None):
+        seeds = [None if prediction is None else f"{task.task_id} {prediction!r}".encode() for prediction in predictions]
+        return tuple(0.0 if seed is None else float(hashlib.sha256(seed).digest()[0] < 31) for seed in seeds)
+
+
+class WrongNormalizer(RPTModule):
+    """Each rank divides by its own tokens, the fault of averaging means: right only where all ranks have equally many."""
+
+    def _normalizer(self, samples, *, max_tokens):
+        return max(1.0, float(sum(len(sample.sequence.target_ids) for sample in samples))) * self.ranks.num_data
+
+
+def parts(options: Options, folder: Path):
+    optimizer = {"rpt": torch.optim.AdamW, "ntp": torch.optim.SGD}[options.kind]
+    policy, make_optimizer = Policy(options.model), lambda parameters: optimizer(parameters, lr=options.lr)
+    common = {"micro_batch_tokens": options.micro_batch_tokens}
+    callbacks: list[Any] = [RunCheckpoint(every_n_steps=options.steps), StepLog(), ValidationResults(), RolloutSamples(every_n_steps=1)]
+    if options.kind == "ntp":
+        module: Any = NTPModule(policy, make_optimizer, **common)
+        # 13 held-out tasks in batches of 6: the second rank has nothing in the last batch.
+        data: Any = TraceDataModule(
+            options.tasks, ContinuationPrompt(), traces_per_step=8, positions_per_document=4, num_eval_tasks=13, eval_batch_size=6
+        )
+    else:
+        module = (WrongNormalizer if options.wrong_normalizer else RPTModule)(policy, make_optimizer, correction="truncate", **common)
+        data = TokenTaskDataModule(options.tasks, tasks_per_step=8, positions_per_document=2)
+        engine = {
+            "recorded": lambda: Recorded(SCRIPT),
+            "hf": lambda: HFEngine(dtype="float32"),
+            "vllm": lambda: VLLMEngine(dtype="float32", kv_cache_gib=0.1, max_num_seqs=16),
+        }[options.engine]()
+        rollout = RolloutCallback(
+            engine,
+            Objective(ContinuationPrompt(), SomeAreRight()),
+            group_size=4,
+            max_prompt_tokens=96,
+            max_completion_tokens=24,
+            dynamic_sampling_from_step=options.dynamic_sampling_from_step,
+            dynamic_sampling_max_factor=2.0,
+        )
+        callbacks = [rollout, *callbacks]
+    strategy: Any = {
+        "auto": lambda: "auto",
+        "ddp": lambda: DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=120)),
+        "sharded": lambda: ShardedStrategy(timeout_s=120, **options.strategy_options),
+    }[options.strategy]()
+    trainer = quiet_trainer(folder, options.steps, callbacks, devices=options.ranks, strategy=strategy, limit_val_batches=float(options.validate))
+    return trainer, module, data
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    options = Options(**json.loads(sys.argv[1]))
+    folder = Path(options.folder)
+    trainer, module, data = parts(options, folder)
+    trainer.fit(module, data, ckpt_path=str(last_checkpoint(folder)) if options.resume else None, weights_only=True)
+    if options.validate:
+        trainer, module, data = parts(options, folder / "validate")
+        trainer.validate(module, data, ckpt_path=str(last_checkpoint(folder)), weights_only=True, verbose=False)
