@@ -170,7 +170,7 @@ def _source(policy: str) -> tuple[str, str | None]:
             what = "is sharded" if path.is_dir() else "does not exist"
             raise ValueError(f"--policy {policy}: this checkpoint {what}. Sharded ones are made whole by rpt export --ckpt; give the folder it makes")
         return policy, None
-    return str(read_checkpoint(path, flag="--policy")["rpt"]["policy_path"]), policy
+    return str(read_checkpoint(path, flag="--policy").about["policy_path"]), policy
 
 
 def _earlier(path: Path) -> Results:
