@@ -15,6 +15,9 @@ TOOLS = {
     "plan": "what a run of `rpt fit` with the same flags will cost: tokens, memory, operations, time; needs no GPU and no weights",
     "prepare": "turn a text corpus into a folder of next-token tasks",
     "export": "turn a checkpoint into a Hugging Face folder",
+    "evaluate next-token": "next-token accuracy of any policies in depth: samples, kinds of token, controls, cost, differences",
+    "compare": "runs side by side, with what they cost: rpt compare RUN...",
+    "scaling": "accuracy against training FLOPs with the fitted law: rpt scaling RUN",
     "report": "make one HTML page about runs: rpt report RUN... [--output report.html]",
     "serve": "start the vLLM servers that a run's configuration names",
 }
@@ -29,7 +32,7 @@ _MEANING = {
 def main(args: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status. Errors that a user can mend are one message, without a traceback (RPT_TRACEBACK=1 shows it)."""
     args = list(sys.argv[1:] if args is None else args)
-    command, rest = (args[0], args[1:]) if args else ("--help", [])
+    command = args[0] if args else "--help"
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
     try:
         if command in ("-h", "--help"):
@@ -45,13 +48,13 @@ def main(args: Sequence[str] | None = None) -> int:
         elif command == "plan":
             from rpt_lightning.plan_cli import run as run_plan
 
-            run_plan(rest)
+            run_plan(args[1:])
         elif command == "serve":  # reads a run's configuration, so it has that parser
             from rpt_lightning.serve import serve
 
-            serve(rest)
-        elif command in TOOLS:
-            _run_tool(command, rest)
+            serve(args[1:])
+        elif (tool := " ".join(args[:2])) in TOOLS or (tool := command) in TOOLS:
+            _run_tool(tool, args[len(tool.split()) :])
         else:
             raise ValueError(f"'{command}' is not a command of rpt; choose from {', '.join([*LIGHTNING_VERBS, *TOOLS])}, or see rpt --help")
     except KeyboardInterrupt:
@@ -71,29 +74,47 @@ def _is_mendable(error: Exception) -> bool:
 
 
 # Imported by name, so that one tool does not pay for another's libraries.
-_MODULES = {"prepare": "rpt_lightning.data.prepare", "export": "rpt_lightning.export", "report": "rpt_lightning.evaluation.report.command"}
-# Parameters that are given as plain words. jsonargparse would take a list as one word in JSON.
-_WORDS = {"report": "runs"}
+_MODULES = {
+    "prepare": "rpt_lightning.data.prepare",
+    "export": "rpt_lightning.export",
+    "evaluate next-token": "rpt_lightning.evaluation.next_token",
+    "compare": "rpt_lightning.evaluation.compare_runs",
+    "scaling": "rpt_lightning.evaluation.scaling_figure",
+    "report": "rpt_lightning.evaluation.report.command",
+}
+# Parameters that are given as plain words: jsonargparse would take a list as one word in JSON.
+_RUNS = ("runs", "run folders (what trainer.default_root_dir was)")
+_WORDS = {
+    "compare": _RUNS,
+    "scaling": _RUNS,
+    "report": _RUNS,
+    "evaluate next-token": ("--policy", "Hugging Face folders (or hub ids), or checkpoints of rpt fit"),
+}
 
 
-def _run_tool(command: str, args: list[str]) -> None:
+def _run_tool(tool: str, args: list[str]) -> None:
     from jsonargparse import ArgumentParser, auto_cli
 
-    function = getattr(importlib.import_module(_MODULES[command]), command)
-    if command not in _WORDS:
-        auto_cli(function, args=args, as_positional=False, prog=f"rpt {command}")
+    function = getattr(importlib.import_module(_MODULES[tool]), tool.split()[-1].replace("-", "_"))
+    if tool not in _WORDS:
+        auto_cli(function, args=args, as_positional=False, prog=f"rpt {tool}")
         return
-    words = _WORDS[command]
-    parser = ArgumentParser(prog=f"rpt {command}", description=(function.__doc__ or "").split("\n", 1)[0])
-    parser.add_argument(words, nargs="+", metavar=words.removesuffix("s").upper(), help="run folders (what trainer.default_root_dir was)")
-    parser.add_function_arguments(function, skip={words})
-    function(**vars(parser.parse_args(args)))
+    words, meaning = _WORDS[tool]
+    parser = ArgumentParser(prog=f"rpt {tool}", description=(function.__doc__ or "").split("\n", 1)[0])
+    if words.startswith("--"):
+        parser.add_argument("--config", action="config", help="a YAML file of these parameters")
+        parser.add_argument(words, nargs="+", required=True, help=meaning)
+    else:
+        parser.add_argument(words, nargs="+", metavar=words.removesuffix("s").upper(), help=meaning)
+    parser.add_function_arguments(function, skip={words.removeprefix("--")})
+    values = parser.instantiate_classes(parser.parse_args(args)).as_dict()
+    function(**{name: value for name, value in values.items() if name != "config"})
 
 
 def _help() -> str:
     lines = ["usage: rpt COMMAND [--config FILE ...] [--KEY VALUE ...]", "", "Reinforcement Pre-Training (arXiv:2506.08007) on Lightning.", ""]
     for title, commands in (("training and validation", LIGHTNING_VERBS), ("tools", TOOLS)):
-        lines += [f"{title}:", *(f"  {name:<10} {text}" for name, text in commands.items()), ""]
+        lines += [f"{title}:", *(f"  {name:<19} {text}" for name, text in commands.items()), ""]
     lines.append("rpt COMMAND --help lists what can be set; rpt COMMAND --config FILE --print_config prints the whole configuration.")
     return "\n".join(lines)
 

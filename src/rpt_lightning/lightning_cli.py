@@ -21,6 +21,7 @@ from rpt_lightning.data.base_datamodule import TaskFolderDataModule
 from rpt_lightning.metrics.run_folder import ROLLOUT_FOLDER, STEP_LOG, VALIDATION_FOLDER
 from rpt_lightning.training.checkpoint import FOLDER, RunCheckpoint, checkpoint_steps, last_checkpoint
 from rpt_lightning.training.checkpoint_file import read_checkpoint
+from rpt_lightning.training.cost import Budget, StepCost
 from rpt_lightning.training.module import RPTModule
 from rpt_lightning.training.monitors import RolloutSamples, StepLog, StepProgressBar, ValidationResults
 from rpt_lightning.training.ntp_module import NTPModule
@@ -29,6 +30,7 @@ from rpt_lightning.training.rollout_callback import RolloutCallback
 
 # Imported so that configs may name them by their short names.
 from rpt_lightning.data.datamodule import TokenTaskDataModule  # isort: skip
+from rpt_lightning.data.mixed_datamodule import MixedDataModule  # isort: skip
 from rpt_lightning.data.text_datamodule import TextDataModule  # isort: skip
 from rpt_lightning.data.trace_datamodule import TraceDataModule  # isort: skip
 from rpt_lightning.rollout.hf_engine import HFEngine  # isort: skip
@@ -46,6 +48,7 @@ PARTS = (
     TokenTaskDataModule,
     TextDataModule,
     TraceDataModule,
+    MixedDataModule,
     HFEngine,
     ScriptedEngine,
     VLLMEngine,
@@ -80,6 +83,7 @@ class RPTCLI(LightningCLI):
         parser.add_lightning_class_args(RolloutCallback, "rollout")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RolloutSamples, "samples")
+        parser.add_lightning_class_args(Budget, "budget")
         parser.link_arguments("seed_everything", "rollout.seed")
 
     @staticmethod
@@ -102,7 +106,8 @@ class RPTCLI(LightningCLI):
         # In a file or a pipe a bar is debris; the line a step is there in any case.
         config["enable_progress_bar"] = config.get("enable_progress_bar") is not False and sys.stdout.isatty()
         bar = [StepProgressBar()] if config["enable_progress_bar"] else []
-        return super()._instantiate_trainer(config, [*callbacks, *bar, StepLog(), ValidationResults()])
+        # StepCost first: a step's cost begins before its rollouts.
+        return super()._instantiate_trainer(config, [StepCost(), *callbacks, *bar, StepLog(), ValidationResults()])
 
     def fit(self, model: PolicyModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """A run folder holds one run, new or continued; a missing checkpoint is an error, and so is a fit that does no step.
@@ -145,8 +150,8 @@ class RPTCLI(LightningCLI):
 def _check_pair(module: PolicyModule, data: LightningDataModule) -> None:
     """A user's own data module may make any batch; ours make one kind."""
     makes_tasks = isinstance(data, TokenTaskDataModule)
-    if isinstance(data, TaskFolderDataModule) and makes_tasks != module.learns_from_rollouts:
-        fitting = "TokenTaskDataModule" if module.learns_from_rollouts else "TextDataModule or TraceDataModule"
+    if isinstance(data, (TaskFolderDataModule, MixedDataModule)) and makes_tasks != module.learns_from_rollouts:
+        fitting = "TokenTaskDataModule" if module.learns_from_rollouts else "TextDataModule, TraceDataModule or MixedDataModule"
         raise ValueError(
             f"model={type(module).__name__} and data={type(data).__name__} do not fit together: {type(module).__name__} learns from "
             f"{'tasks by reasoning' if module.learns_from_rollouts else 'given sequences'}; give --data {fitting}, or another --model"

@@ -25,10 +25,11 @@ def test_an_interrupted_file_is_refused(tmp_path: Path):
 
 
 def test_the_meta_file_says_whose_weights(tmp_path: Path):
-    written = replace(results(FIRST), ckpt_path="runs/r/checkpoints/step-000007.ckpt")
+    written = replace(results(FIRST), ckpt_path="runs/r/checkpoints/step-000007.ckpt", num_params=135, temperature=0.8)
     write_results(written, tmp_path / "v.jsonl")
     meta = json.loads((tmp_path / "v.json").read_text())
-    assert meta == {"policy_path": "models/p", "ckpt_path": "runs/r/checkpoints/step-000007.ckpt", "step": 7, "num_positions": 1}
+    assert (meta.pop("ckpt_path"), meta.pop("num_params"), meta.pop("temperature")) == ("runs/r/checkpoints/step-000007.ckpt", 135, 0.8)
+    assert meta == {"policy_path": "models/p", "step": 7, "num_positions": 1}
     assert read_results(tmp_path / "v.jsonl") == written
 
 
@@ -66,3 +67,13 @@ def test_pairs_follow_the_first_whatever_the_order_of_the_second():
 def test_other_positions_cannot_be_paired(other: tuple[PositionResult, ...], message: str):
     with pytest.raises(ValueError, match=message):
         pair_results(results(FIRST, SECOND), results(*other))
+
+
+def test_files_of_earlier_versions_are_read(tmp_path: Path):
+    path = tmp_path / "v.jsonl"
+    write_results(results(FIRST), path)
+    new = ("token_kind", "context_tokens", "prompt_tokens", "thought_length", "num_samples", "num_correct", "sampled_tokens")
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name not in new}) + "\n")
+    meta = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps({name: meta[name] for name in ("policy_path", "step", "num_positions")}))
+    assert read_results(path) == results(FIRST)

@@ -69,9 +69,9 @@ def _reasoning(results: Results, positions: Sequence[PositionResult]) -> list[bo
 
 
 def paired_bootstrap(
-    first: Sequence[bool], second: Sequence[bool], *, units: Sequence[str], num_resamples: int = 10_000, level: float = 0.95, seed: int = 0
+    first: Sequence[float], second: Sequence[float], *, units: Sequence[str], num_resamples: int = 10_000, level: float = 0.95, seed: int = 0
 ) -> Difference:
-    """The mean of ``second - first`` [N] with its percentile interval; whole ``units`` [N] are resampled, with replacement.
+    """The mean of ``second - first`` [N] (outcomes, or shares of samples) with its percentile interval; whole ``units`` [N] are resampled, with replacement.
 
     Raises:
         ValueError: no positions.

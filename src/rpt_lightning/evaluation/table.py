@@ -81,28 +81,34 @@ def stage_table(stages: Sequence[Stage]) -> str:
     """One column a stage, one row a measure; the rows that a stage did not measure say so."""
     all_positions = [stage.results.positions for stage in stages]
     rows = [
-        _row("reasoning accuracy", [Rate.of([p.reasoning_correct for p in positions]) for positions in all_positions]),
-        _row("NTP accuracy, same positions", [Rate.of([p.ntp_correct for p in positions]) for positions in all_positions]),
-        _row("NTP loss (nats)", [_mean([-p.ntp_logprob for p in positions], ".3f") for positions in all_positions]),
-        _row("with an empty thought", [_control([p.empty_thought_correct for p in positions]) for positions in all_positions]),
-        _row("with a shuffled thought", [_control([p.shuffled_thought_correct for p in positions]) for positions in all_positions]),
-        _row("completions with a box", [Rate.of([p.boxed for p in positions]) for positions in all_positions]),
-        _row("truncated completions", [Rate.of([p.truncated for p in positions]) for positions in all_positions]),
-        _row("mean length (tokens)", [_mean([p.length for p in positions], ".1f") for positions in all_positions]),
-        _row("ceiling (answerable positions)", [Rate.of([p.answerable for p in positions]) for positions in all_positions]),
+        markdown_row("reasoning accuracy", [Rate.of([p.reasoning_correct for p in positions]) for positions in all_positions]),
+        markdown_row("NTP accuracy, same positions", [Rate.of([p.ntp_correct for p in positions]) for positions in all_positions]),
+        markdown_row("NTP loss (nats)", [mean_text([-p.ntp_logprob for p in positions], ".3f") for positions in all_positions]),
+        markdown_row("with an empty thought", [_control([p.empty_thought_correct for p in positions]) for positions in all_positions]),
+        markdown_row("with a shuffled thought", [_control([p.shuffled_thought_correct for p in positions]) for positions in all_positions]),
+        markdown_row("completions with a box", [Rate.of([p.boxed for p in positions]) for positions in all_positions]),
+        markdown_row("truncated completions", [Rate.of([p.truncated for p in positions]) for positions in all_positions]),
+        markdown_row("mean length (tokens)", [mean_text([p.length for p in positions], ".1f") for positions in all_positions]),
+        markdown_row("ceiling (answerable positions)", [Rate.of([p.answerable for p in positions]) for positions in all_positions]),
     ]
-    return "\n".join([_row("held-out positions", [stage.name for stage in stages]), _row("---", ["---"] * len(stages)), *rows])
+    return "\n".join([markdown_row("held-out positions", [stage.name for stage in stages]), markdown_row("---", ["---"] * len(stages)), *rows])
 
 
 def difficulty_table(stages: Sequence[Stage]) -> str:
     """Reasoning and NTP accuracy at easy / medium / hard positions, and how many there are and can be answered: three rows a band."""
     rows = []
     for name, threshold in BANDS.items():
-        bands = [above(stage.results.positions, threshold) for stage in stages]
-        rows.append(_row(f"{name} (entropy > {threshold}): reasoning", [Rate.of([p.reasoning_correct for p in band]) for band in bands]))
-        rows.append(_row(f"{name}: NTP, same positions", [Rate.of([p.ntp_correct for p in band]) for band in bands]))
-        rows.append(_row(f"{name}: positions", [_count(band) for band in bands]))
-    return "\n".join([_row("by difficulty", [stage.name for stage in stages]), _row("---", ["---"] * len(stages)), *rows])
+        rows += accuracy_rows(name, f"entropy > {threshold}", [above(stage.results.positions, threshold) for stage in stages])
+    return "\n".join([markdown_row("by difficulty", [stage.name for stage in stages]), markdown_row("---", ["---"] * len(stages)), *rows])
+
+
+def accuracy_rows(name: str, meaning: str, selections: Sequence[Sequence[PositionResult]]) -> list[str]:
+    """Reasoning, NTP and count of the positions that were selected from each stage."""
+    return [
+        markdown_row(f"{name} ({meaning}): reasoning", [Rate.of([p.reasoning_correct for p in positions]) for positions in selections]),
+        markdown_row(f"{name}: NTP, same positions", [Rate.of([p.ntp_correct for p in positions]) for positions in selections]),
+        markdown_row(f"{name}: positions", [_count(positions) for positions in selections]),
+    ]
 
 
 def comparison_lines(stages: Sequence[Stage]) -> list[str]:
@@ -112,7 +118,7 @@ def comparison_lines(stages: Sequence[Stage]) -> list[str]:
         return []
     positions = last.results.positions
     lines = [
-        _comparison(f"reasoning {last.name} - reasoning {earlier.name}", compare_policies(earlier.results, last.results))
+        comparison_line(f"reasoning {last.name} - reasoning {earlier.name}", compare_policies(earlier.results, last.results))
         for earlier in reversed(stages[:-1])
         if earlier.has_reasoning
     ]
@@ -123,11 +129,12 @@ def comparison_lines(stages: Sequence[Stage]) -> list[str]:
         pairs = [(outcome, bool(p.reasoning_correct), p.doc_id) for outcome, p in zip(outcomes, positions, strict=True) if outcome is not None]
         if pairs:
             without, reasoning, units = zip(*pairs, strict=True)
-            lines.append(_comparison(f"reasoning {last.name} - {name} of the same weights", paired_bootstrap(without, reasoning, units=units)))
+            lines.append(comparison_line(f"reasoning {last.name} - {name} of the same weights", paired_bootstrap(without, reasoning, units=units)))
     return lines
 
 
-def _comparison(name: str, difference: Difference) -> str:
+def comparison_line(name: str, difference: Difference) -> str:
+    """One paired difference in words."""
     verdict = "above 0" if difference.is_gain else "below 0" if difference.high < 0 else "contains 0"
     return (
         f"- {name}: {100 * difference.difference:+.1f} points, {100 * difference.level:.0f} % interval "
@@ -150,7 +157,8 @@ def _count(positions: Sequence[PositionResult]) -> str:
     return f"{len(positions)}, {len(positions) - answerable} unanswerable: ceiling {100 * answerable / len(positions):.1f} %"
 
 
-def _mean(values: Sequence[float | None], form: str) -> str:
+def mean_text(values: Sequence[float | None], form: str) -> str:
+    """Over what was measured."""
     measured = _measured(values)
     return format(float(np.mean(measured)), form) if measured else "not measured"
 
@@ -159,5 +167,6 @@ def _measured(values: Sequence[T | None]) -> list[T]:
     return [value for value in values if value is not None]
 
 
-def _row(name: str, cells: Sequence[object]) -> str:
+def markdown_row(name: str, cells: Sequence[object]) -> str:
+    """One line of a table."""
     return "| " + " | ".join([name, *map(str, cells)]) + " |"

@@ -9,14 +9,19 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from rpt_lightning.metrics.token_kind import TokenKind
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PositionResult:
     """What one policy did at one position.
 
     ``ntp_correct`` is the greedy next token without reasoning, at the same position by the same weights, and ``ntp_logprob`` (nats) what they gave
-    the true token. ``length`` counts the completion's tokens. The thought controls (the answer forced after an empty thought, and after the thought of
-    another document's position) are None where they were not run, or could not be at this position.
+    the true token. ``length`` counts the completion's tokens, ``thought_length`` those before the thought's end (None: it never ended). The thought
+    controls (the answer forced after an empty thought, and after the thought of another document's position) are None where they were not run, or could
+    not be at this position. ``num_correct`` of ``num_samples`` further completions, drawn at the evaluation's temperature, were right; together they have
+    ``sampled_tokens``. ``context_tokens`` and ``prompt_tokens`` are what the policy read without reasoning and with it. ``token_kind`` is that of the true
+    token (metrics/token_kind.py). Files of earlier versions lack the fields from ``token_kind`` on, which are then None.
 
     >>> result = PositionResult(
     ...     task_id="doc-7:4", doc_id="doc-7", position=4, entropy=1.2, answerable=True, truth=" 4", prediction=" 4", reasoning_correct=True,
@@ -41,6 +46,13 @@ class PositionResult:
     length: int | None = None
     empty_thought_correct: bool | None = None
     shuffled_thought_correct: bool | None = None
+    token_kind: TokenKind | None = None
+    context_tokens: int | None = None
+    prompt_tokens: int | None = None
+    thought_length: int | None = None
+    num_samples: int | None = None
+    num_correct: int | None = None
+    sampled_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +60,15 @@ class Results:
     """All positions of one evaluation, and which weights they belong to: those of ``policy_path`` after ``step`` optimizer steps.
 
     ``ckpt_path`` is the checkpoint they were read from; None for those of ``policy_path`` itself or of a run that validates as it trains.
+    ``num_params`` are the policy's (metrics/flops.py); ``temperature`` is that of the sampled completions. None where unknown.
     """
 
     positions: tuple[PositionResult, ...]
     policy_path: str
     step: int
     ckpt_path: str | None = None
+    num_params: int | None = None
+    temperature: float | None = None
 
 
 def write_results(results: Results, path: Path) -> None:
@@ -65,6 +80,8 @@ def write_results(results: Results, path: Path) -> None:
         "ckpt_path": results.ckpt_path,
         "step": results.step,
         "num_positions": len(results.positions),
+        "num_params": results.num_params,
+        "temperature": results.temperature,
     }
     path.with_suffix(".json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
@@ -85,7 +102,8 @@ def read_results(path: Path) -> Results:
     positions = tuple(_parse_line(line, f"{path} line {number}") for number, line in enumerate(lines, start=1) if line.strip())
     if len(positions) != meta["num_positions"]:
         raise ValueError(f"{path}: {len(positions)} positions, but {meta_path.name} says {meta['num_positions']}. Run `rpt validate` again.")
-    return Results(positions=positions, policy_path=meta["policy_path"], step=meta["step"], ckpt_path=meta.get("ckpt_path"))
+    known = {name: meta.get(name) for name in ("ckpt_path", "num_params", "temperature")}
+    return Results(positions=positions, policy_path=meta["policy_path"], step=meta["step"], **known)
 
 
 def pair_results(first: Results, second: Results) -> list[tuple[PositionResult, PositionResult]]:

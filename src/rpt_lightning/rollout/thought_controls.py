@@ -23,7 +23,7 @@ def thought_controls(engine: RolloutEngine, objective: BoundObjective, groups: S
     of one document it is not measured. Neither is a position whose prompt, thought and answer are longer than the engine takes. A completion that
     never closed its thought has none to give, and counts as an empty one.
     """
-    thoughts = [_thought_ids(engine, objective, group.completions[0]) for group in groups]
+    thoughts = [thought_ids(engine, objective, group.completions[0]) or () for group in groups]
     forced: dict[str, list[TokenIds | None]] = {
         "empty_thought": [()] * len(groups),
         "shuffled_thought": [None if donor is None else thoughts[donor] for donor in _donors(groups)],
@@ -60,12 +60,14 @@ def _donors(groups: Sequence[RolloutGroup]) -> list[int | None]:
     ]
 
 
-def _thought_ids(engine: RolloutEngine, objective: BoundObjective, completion: Completion) -> TokenIds:
-    """The policy's own tokens before the last closing marker, or before the last box where thoughts are not marked; empty where there is none.
+def thought_ids(engine: RolloutEngine, objective: BoundObjective, completion: Completion) -> TokenIds | None:
+    """The policy's own tokens before the last closing marker, or before the last box where thoughts are not marked; None where there is none.
 
     Found in bytes, because the policy may write the marker in other tokens than the template. A token that reaches into the marker is left out.
     """
     thought_length = completion.text_bytes.rfind(objective.prompt.think_close or BOX_OPEN)
+    if thought_length < 0:
+        return None
     num_tokens = length = 0
     for token_id in completion.token_ids:
         length += len(engine._bytes_of(token_id))

@@ -20,10 +20,11 @@ from rpt_lightning.policy.packing import PackedTree
 from rpt_lightning.policy.sharding import materialize_sharded
 from rpt_lightning.tasks.token_bytes import start_ids, tokenizer_hash
 from rpt_lightning.training.cpu_precision import bf16_is_slow
+from rpt_lightning.training.heldout_answers import HeldoutAnswer
 from rpt_lightning.training.ranks import Ranks
 from rpt_lightning.training.step_clock import StepClock
 from rpt_lightning.training.validation import position_result, unique_results, validation_metrics
-from rpt_lightning.types import RolloutGroup, TokenTask, TrainSequence
+from rpt_lightning.types import TokenTask, TrainSequence
 
 CHECKPOINT_KEY = "rpt"
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -69,6 +70,8 @@ class PolicyModule(LightningModule, ABC):
         self.max_skipped_steps = max_skipped_steps
         self.num_skipped_steps = 0
         self._skipped_in_a_row = 0
+        self.num_scored_tokens = 0  # through the model without a gradient, on this rank since the start of the process
+        self.num_trained_tokens = 0  # with one
         self._loaded_step = 0
         self.clock = StepClock()  # of the step that runs
         self.results: list[PositionResult] = []  # of the last validation pass, of all ranks; while a pass runs, this rank's part
@@ -175,6 +178,7 @@ class PolicyModule(LightningModule, ABC):
                 self.manual_backward(loss * self.ranks.num_data)  # gradients are averaged over ranks, the loss is a sum over them
                 loss_sum += loss.detach()
         packed_tokens = sum(tree.num_tokens for tree in trees)
+        self.num_trained_tokens += packed_tokens
         plain_tokens = sum(sequence.num_tokens for sequence in sequences)
         metrics = {
             "loss/total": self.ranks.sum(loss_sum),
@@ -216,6 +220,7 @@ class PolicyModule(LightningModule, ABC):
         A forward pass of sharded weights is a collective, so a rank with fewer trees, or none, takes part in those of the others.
         """
         trees = list(self.policy.pack(sequences, max_tokens=self.micro_batch_tokens))
+        self.num_scored_tokens += sum(tree.num_tokens for tree in trees)
         for index in range(int(self.ranks.max(len(trees)))):
             if index < len(trees):
                 tree = trees[index].to(self.device)
@@ -245,18 +250,18 @@ class PolicyModule(LightningModule, ABC):
 
     @torch.no_grad()
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Next-token accuracy at held-out positions: without reasoning always, and by reasoning where the rollout callback put ``groups`` into the batch."""
+        """Next-token accuracy at held-out positions: without reasoning always, and by reasoning where the rollout callback put ``answers`` into the batch."""
         tasks: tuple[TokenTask, ...] = batch["tasks"]
         logprobs, likely = self.score_next_tokens(tasks)
-        groups: tuple[RolloutGroup, ...] | None = batch.get("groups")
-        controls: dict[str, list[bool | None]] = batch.get("controls", {})
+        answers: list[HeldoutAnswer] | None = batch.get("answers")
+        num_start = len(start_ids(self.tokenizer))
         self.results += [
             position_result(
                 task,
                 ntp_correct=likely[i] == task.continuation_ids[0],
                 ntp_logprob=logprobs[i],
-                group=None if groups is None else groups[i],
-                controls={name: correct[i] for name, correct in controls.items()},
+                context_tokens=num_start + len(task.context_ids),
+                answer=None if answers is None else answers[i],
             )
             for i, task in enumerate(tasks)
         ]

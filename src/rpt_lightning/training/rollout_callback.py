@@ -20,11 +20,11 @@ from rpt_lightning.rollout.dynamic_sampling import fill_batch
 from rpt_lightning.rollout.engine import RolloutEngine
 from rpt_lightning.rollout.pilot import PilotRollout
 from rpt_lightning.rollout.rollouter import FirstTokenProbs, Rollouter
-from rpt_lightning.rollout.thought_controls import thought_controls
 from rpt_lightning.tasks.objective import BoundObjective, Objective
 from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.training.arithmetic import batch_arithmetic
 from rpt_lightning.training.first_token import first_token_probs
+from rpt_lightning.training.heldout_answers import heldout_answers
 from rpt_lightning.training.policy_module import PolicyModule
 from rpt_lightning.training.prompt_room import check_prompts_fit, longest_context
 from rpt_lightning.training.rollout_metrics import cached_fractions, over_ranks, prompt_metrics, rollout_metrics
@@ -55,6 +55,7 @@ class RolloutCallback(Callback):
         change of the paper's rule (docs/decisions.md), for validation too.
     verify_sequences: Fresh completions whose log-probs are compared with the policy's after each sync; 0 turns the comparison off.
     logprob_tolerance: Factor on the limits of that comparison, which are those of the coarser dtype of engine and policy.
+    eval_samples: Further completions of each validation position, at ``temperature``, for avg@k and pass@k; 0 draws none.
     thought_controls: Also answer each validation position after an empty and after a shuffled thought.
     """
 
@@ -76,6 +77,7 @@ class RolloutCallback(Callback):
         stop_after_first_box: bool = False,
         verify_sequences: int = 4,
         logprob_tolerance: float = 1.0,
+        eval_samples: int = 0,
         thought_controls: bool = False,
     ) -> None:
         if dynamic_sampling_max_factor < 1:
@@ -83,6 +85,8 @@ class RolloutCallback(Callback):
                 f"--rollout.dynamic_sampling_max_factor {dynamic_sampling_max_factor}: give 1 (the step's own tasks) or more; to turn dynamic sampling "
                 "off set --rollout.dynamic_sampling_from_step null"
             )
+        if eval_samples < 0:
+            raise ValueError(f"--rollout.eval_samples {eval_samples}: give 0 (none) or more")
         self.engine = engine
         self.objective = objective
         self.group_size = group_size
@@ -99,6 +103,7 @@ class RolloutCallback(Callback):
         self.stop_after_first_box = stop_after_first_box
         self.verify_sequences = verify_sequences
         self.logprob_tolerance = logprob_tolerance
+        self.eval_samples = eval_samples
         self.thought_controls = thought_controls
         self.bound_objective: BoundObjective | None = None
         self.rollouter: Rollouter | None = None
@@ -242,7 +247,7 @@ class RolloutCallback(Callback):
             )
         with pl_module.clock.phase("logprob_check"):
             metrics = self._check_logprobs(trainer, pl_module, filled.groups, temperature=self.temperature)
-        metrics |= rollout_metrics(filled, pilot_size=self.pilot_size) | prompt_metrics(prompts_before, self.engine.prompt_tokens)
+        metrics |= rollout_metrics(filled, pilot_size=self.pilot_size) | prompt_metrics(filled, prompts_before, self.engine.prompt_tokens)
         batch["rollouts"] = TrainBatch(groups=filled.groups, sampling=self._sampling)
         metrics = over_ranks(ranks, metrics, num_groups=len(filled.groups) + len(filled.replaced))
         metrics |= cached_fractions(metrics)
@@ -322,10 +327,7 @@ class RolloutCallback(Callback):
             return
         assert isinstance(pl_module, PolicyModule)
         assert self.rollouter is not None
-        assert self.bound_objective is not None
         self._sync(trainer, pl_module)
         groups = self.rollouter.rollout(batch["tasks"], n=1, temperature=0.0)
         self._check_logprobs(trainer, pl_module, groups, temperature=1.0)
-        batch["groups"] = tuple(groups)
-        if self.thought_controls:
-            batch["controls"] = thought_controls(self.engine, self.bound_objective, groups)
+        batch["answers"] = heldout_answers(self.rollouter, groups, num_samples=self.eval_samples, with_controls=self.thought_controls)

@@ -12,7 +12,15 @@ from rpt_lightning.training.ranks import Ranks
 from rpt_lightning.types import PromptTokens
 
 PROMPT_SUMS = ("rollout/prompt_tokens", "rollout/cached_prompt_tokens", "rollout/shareable_prompt_tokens")
-SUMS = ("rollout/live_groups", "rollout/replaced_groups", "rollout/dead_groups_kept", "rollout/tokens", "train/completion_tokens", *PROMPT_SUMS)
+SUMS = (
+    "rollout/live_groups",
+    "rollout/replaced_groups",
+    "rollout/dead_groups_kept",
+    "rollout/tokens",
+    "rollout/prefill_tokens",
+    "train/completion_tokens",
+    *PROMPT_SUMS,
+)
 
 
 def rollout_metrics(filled: FilledBatch, *, pilot_size: int | None = None) -> dict[str, float]:
@@ -29,12 +37,16 @@ def rollout_metrics(filled: FilledBatch, *, pilot_size: int | None = None) -> di
     return metrics
 
 
-def prompt_metrics(before: PromptTokens | None, after: PromptTokens | None) -> dict[str, float]:
-    """Of one rank: what the engine's prompts cost between two readings; nothing where it has no prefix cache."""
+def prompt_metrics(filled: FilledBatch, before: PromptTokens | None, after: PromptTokens | None) -> dict[str, float]:
+    """Of one rank: the prompt tokens that the engine computed, and, where it has a prefix cache, what that saved between two readings."""
     if before is None or after is None:
-        return {}
+        # Without a cache every completion has its prompt computed anew.
+        groups = [*filled.groups, *filled.replaced]
+        return {"rollout/prefill_tokens": float(sum(len(group.prompt_ids) * len(group.completions) for group in groups))}
     step = after - before
-    return dict(zip(PROMPT_SUMS, map(float, (step.total, step.cached, step.shareable)), strict=True))
+    return {"rollout/prefill_tokens": float(step.total - step.cached)} | dict(
+        zip(PROMPT_SUMS, map(float, (step.total, step.cached, step.shareable)), strict=True)
+    )
 
 
 def cached_fractions(metrics: Mapping[str, float]) -> dict[str, float]:

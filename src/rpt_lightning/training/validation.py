@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -10,27 +10,36 @@ import torch
 
 from rpt_lightning.metrics.accuracy import NextTokenAccuracy
 from rpt_lightning.metrics.results import PositionResult
+from rpt_lightning.metrics.token_kind import token_kind
 from rpt_lightning.tasks.reward import prefix_match
-from rpt_lightning.types import RolloutGroup, TokenTask
+from rpt_lightning.training.heldout_answers import HeldoutAnswer
+from rpt_lightning.types import TokenTask
 
 
-def position_result(
-    task: TokenTask, *, ntp_correct: bool, ntp_logprob: float, group: RolloutGroup | None, controls: Mapping[str, bool | None]
-) -> PositionResult:
+def position_result(task: TokenTask, *, ntp_correct: bool, ntp_logprob: float, context_tokens: int, answer: HeldoutAnswer | None) -> PositionResult:
     """The record of one position; bytes that are no characters are written with replacement characters.
 
     Right means the same whatever the policy is paid for in training: the prediction is the true continuation up to a token boundary.
     """
-    measured: dict[str, Any] = {f"{name}_correct": correct for name, correct in controls.items()}
-    if group is not None:
-        (completion,), (prediction,) = group.completions, group.predictions
+    measured: dict[str, Any] = {}
+    if answer is not None:
+        (completion,), (prediction,) = answer.greedy.completions, answer.greedy.predictions
+        measured |= {f"{name}_correct": correct for name, correct in answer.controls.items()}
         measured |= {
             "prediction": None if prediction is None else prediction.decode(errors="replace"),
-            "reasoning_correct": prediction is not None and prefix_match(prediction, task.continuation) == 1.0,
+            "reasoning_correct": _is_right(prediction, task),
             "boxed": prediction is not None,
             "truncated": completion.is_truncated,
             "length": len(completion.token_ids),
+            "thought_length": answer.thought_length,
+            "prompt_tokens": len(answer.greedy.prompt_ids),
         }
+        if answer.samples is not None:
+            measured |= {
+                "num_samples": len(answer.samples.completions),
+                "num_correct": sum(_is_right(prediction, task) for prediction in answer.samples.predictions),
+                "sampled_tokens": sum(len(sample.token_ids) for sample in answer.samples.completions),
+            }
     return PositionResult(
         task_id=task.task_id,
         doc_id=task.doc_id,
@@ -40,8 +49,14 @@ def position_result(
         truth=b"".join(task.continuation).decode(errors="replace"),
         ntp_correct=ntp_correct,
         ntp_logprob=ntp_logprob,
+        token_kind=token_kind(task.continuation[0]),
+        context_tokens=context_tokens,
         **measured,
     )
+
+
+def _is_right(prediction: bytes | None, task: TokenTask) -> bool:
+    return prediction is not None and prefix_match(prediction, task.continuation) == 1.0
 
 
 def unique_results(rows: Iterable[PositionResult]) -> list[PositionResult]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from rpt_lightning.evaluation.patterns import PATTERNS
-from rpt_lightning.evaluation.report.run import Run
+from rpt_lightning.evaluation.run import Run
 from rpt_lightning.evaluation.table import Rate
 from sample_results import FIRST, results
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from rpt_lightning.evaluation.report.run import Run
 from rpt_lightning.evaluation.report.verdict import MIN_DOCUMENTS, MIN_POSITIONS, reward_ends, verdicts
+from rpt_lightning.evaluation.run import Run
 from rpt_lightning.metrics.results import Results
 from sample_results import FIRST
 

@@ -1,7 +1,4 @@
-"""Accuracy at held-out positions, by reasoning and without, for every band of difficulty.
-
-The points by step are what a scaling law is fitted to: `accuracy_points` is where a fit would read them.
-"""
+"""Accuracy at held-out positions, by reasoning and without, for every band of difficulty."""
 
 from __future__ import annotations
 

@@ -9,9 +9,9 @@ from rpt_lightning.evaluation.patterns import pattern_shares
 from rpt_lightning.evaluation.report.figures import all_figures
 from rpt_lightning.evaluation.report.page import Page, RolloutBlock, render
 from rpt_lightning.evaluation.report.rollout_data import compress_json, spread, step_data
-from rpt_lightning.evaluation.report.run import Run, read_runs
 from rpt_lightning.evaluation.report.tables import difficulty_table, pattern_tables, run_table
 from rpt_lightning.evaluation.report.verdict import verdicts
+from rpt_lightning.evaluation.run import Run, read_runs
 from rpt_lightning.evaluation.table import Rate
 from rpt_lightning.metrics.rollout_samples import read_samples
 

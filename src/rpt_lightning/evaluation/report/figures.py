@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,7 +24,8 @@ from rpt_lightning.evaluation.report.plot import (
     smoothed,
     symbol_of,
 )
-from rpt_lightning.evaluation.report.run import Run
+from rpt_lightning.evaluation.run import Run
+from rpt_lightning.evaluation.scaling_figure import ScalingCurve, scaling_curves
 from rpt_lightning.evaluation.table import Rate
 from rpt_lightning.metrics.bands import BANDS
 
@@ -107,7 +108,11 @@ def heldout_curve(runs: Sequence[Run]) -> Figure | None:
 
 
 def scaling(run: Run) -> Figure | None:
-    """Accuracy at every validated step for the three difficulties; points only, a fit is not drawn here."""
+    """Accuracy at every validated step for the three difficulties: against FLOPs with the fitted law, or by step with what a fit lacks."""
+    try:
+        return _fitted_scaling(run, scaling_curves(run))
+    except ValueError as error:
+        reason = str(error)
     traces: list[go.Scatter] = []
     for number, band in enumerate(BANDS):
         points = accuracy_points(run.validations, band)
@@ -117,7 +122,24 @@ def scaling(run: Run) -> Figure | None:
         return None
     figure = new_figure(traces, "optimizer step", "held-out accuracy, %")
     figure.update_layout(showlegend=True)
-    return finish(figure, "scaling", f"{run.name}: accuracy by step and difficulty", "Line: by reasoning. Dashed: NTP. Bars: 95 % intervals.")
+    note = f"Line: by reasoning. Dashed: NTP. Bars: 95 % intervals. No law is fitted. {reason}"
+    return finish(figure, "scaling", f"{run.name}: accuracy by step and difficulty", note)
+
+
+def _fitted_scaling(run: Run, curves: Sequence[ScalingCurve]) -> Figure:
+    traces: list[go.Scatter] = []
+    for number, curve in enumerate(curves):
+        style: dict[str, Any] = {"run": None, "shade": colour(number)}
+        law, accuracy = curve.points()
+        traces.append(line(law, [100 * value for value in accuracy], name=f"{curve.band}, law", **style).update(hoverinfo="skip", hovertemplate=None))
+        points = line(curve.compute, [], name=f"{curve.band} (> {THRESHOLDS[curve.band]} nats)", symbol=symbol_of(number), **style)
+        traces.append(points.update(mode="markers").update(percent(curve.rates)))
+    figure = new_figure(traces, "model FLOPs of training, rollouts included", "held-out accuracy by reasoning, %")
+    figure.update_layout(showlegend=True)
+    figure.update_xaxes(type="log", exponentformat="power")
+    fits = ". ".join(curve.text() for curve in curves)
+    note = f"Line: P(C) = A / C^alpha + P*. Brackets: 95 % intervals over documents. {fits}. Bars: 95 % intervals (Wilson)."
+    return finish(figure, "scaling", f"{run.name}: accuracy against training compute", note)
 
 
 def all_equal_curve(runs: Sequence[Run]) -> Figure | None:

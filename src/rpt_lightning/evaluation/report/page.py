@@ -16,9 +16,9 @@ from importlib.resources import files
 from rpt_lightning import __version__
 from rpt_lightning.evaluation.report.plot import Figure, colour
 from rpt_lightning.evaluation.report.rollout_data import compress
-from rpt_lightning.evaluation.report.run import Run
 from rpt_lightning.evaluation.report.tables import Table
 from rpt_lightning.evaluation.report.verdict import Statement
+from rpt_lightning.evaluation.run import Run
 from rpt_lightning.evaluation.table import INTERVAL_NOTE
 
 # One script element; each file is a part of the page and defines what the next ones use.

@@ -8,8 +8,8 @@ from statistics import fmean
 
 from rpt_lightning.evaluation.patterns import PATTERNS, relative_change
 from rpt_lightning.evaluation.report.accuracy import ALL, THRESHOLDS, accuracy_point, reasoning_minus_ntp
-from rpt_lightning.evaluation.report.run import Run
 from rpt_lightning.evaluation.report.verdict import points, reward_ends
+from rpt_lightning.evaluation.run import Run
 from rpt_lightning.evaluation.table import Rate, above
 
 NOT_MEASURED = "not measured"

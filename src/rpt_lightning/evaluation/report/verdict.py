@@ -8,7 +8,7 @@ from typing import Literal
 
 from rpt_lightning.evaluation.compare import Difference, paired_bootstrap
 from rpt_lightning.evaluation.report.accuracy import ALL, accuracy_point, reasoning_minus_empty_thought, reasoning_minus_ntp
-from rpt_lightning.evaluation.report.run import Run
+from rpt_lightning.evaluation.run import Run
 from rpt_lightning.evaluation.table import Rate
 from rpt_lightning.metrics.results import Results, pair_results
 

@@ -1,4 +1,4 @@
-"""A run's folder as the report reads it."""
+"""A run's folder as evaluation reads it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rpt_lightning.evaluation.run_log import read_step_log
 from rpt_lightning.metrics.results import Results, read_results
 from rpt_lightning.metrics.rollout_samples import sample_files
 from rpt_lightning.metrics.run_folder import ROLLOUT_FOLDER, STEP_LOG, VALIDATION_FOLDER
+from rpt_lightning.metrics.step_log import read_step_log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +43,17 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     for folder in folders:
         if resolved.count(folder.resolve()) > 1:
             raise ValueError(f"{folder}: named twice; a run can be compared with others only.")
-    return [_read_run(folder, name) for folder, name in zip(folders, _names(resolved), strict=True)]
+    return [read_run(folder, name) for folder, name in zip(folders, short_names(resolved), strict=True)]
 
 
-def _read_run(folder: Path, name: str) -> Run:
+def read_run(folder: Path, name: str | None = None) -> Run:
+    """Read one folder, under its own name unless another is given; raises as `read_runs`."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such run folder. Give what `trainer.default_root_dir` was.")
     log = folder / STEP_LOG
     results = [read_results(path) for path in sorted((folder / VALIDATION_FOLDER).glob("step-*.jsonl"))]
     run = Run(
-        name=name,
+        name=name or folder.name,
         steps=read_step_log(log) if log.is_file() else {},
         validations={result.step: result for result in sorted(results, key=lambda result: result.step) if result.positions},
         rollouts=sample_files(folder),
@@ -62,7 +63,7 @@ def _read_run(folder: Path, name: str) -> Run:
     return run
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
+def short_names(folders: Sequence[Path]) -> list[str]:
     """The shortest endings of the paths that tell them apart."""
     for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
         names = ["/".join(folder.parts[-depth:]) for folder in folders]

@@ -1,0 +1,57 @@
+"""Reasoning traces and plain text in every step: the supervised mixture that RPT is compared with, on the same corpus."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+
+from rpt_lightning.data.base_datamodule import EvalLoader, StepLoader
+from rpt_lightning.data.text_datamodule import TextDataModule
+from rpt_lightning.data.trace_datamodule import TraceDataModule
+
+
+class MixedDataModule(LightningDataModule):
+    """Training batches ``{"sequences": ...}`` hold a step of both parts; in the loss every target token counts alike.
+
+    Args:
+        traces: Of reasoning; how many a step it says itself. The held-out positions of a validation are its.
+        text: Whole documents of the same task folder, and how many a step.
+    """
+
+    def __init__(self, traces: TraceDataModule, text: TextDataModule) -> None:
+        super().__init__()
+        if traces.task_dir != text.task_dir:
+            raise ValueError(
+                f"--data.traces.task_dir {traces.task_dir}, --data.text.task_dir {text.task_dir}: a mixture is of one corpus, so give one"
+            )
+        self.traces = traces
+        self.text = text
+
+    def setup(self, stage: str) -> None:
+        """Open and check the task folder. Raises ValueError where the model being trained has another tokenizer."""
+        for part in (self.traces, self.text):
+            part.trainer = self.trainer
+            part.setup(stage)
+
+    def train_dataloader(self) -> StepLoader:
+        loaders = [self.traces.train_dataloader(), self.text.train_dataloader()]
+        return StepLoader(
+            lambda: {"sequences": tuple(sequence for loader in loaders for sequence in loader.next_batch()["sequences"])},
+            num_steps=min(loader.num_steps for loader in loaders),
+        )
+
+    def val_dataloader(self) -> EvalLoader:
+        return self.traces.val_dataloader()
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """As the parts: records hold no tensors."""
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"traces": self.traces.state_dict(), "text": self.text.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.traces.load_state_dict(state_dict["traces"])
+        self.text.load_state_dict(state_dict["text"])

@@ -1,0 +1,161 @@
+"""Where a policy is right and what an answer costs: tables in Markdown by disjoint difficulty, kind of token and length of thought, by samples and in FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+import numpy as np
+
+from rpt_lightning.evaluation.compare import paired_bootstrap
+from rpt_lightning.evaluation.table import Rate, Stage, accuracy_rows, comparison_line, markdown_row, mean_text
+from rpt_lightning.metrics.bands import DISJOINT_BANDS
+from rpt_lightning.metrics.flops import forward_flops
+from rpt_lightning.metrics.results import PositionResult, Results, pair_results
+from rpt_lightning.metrics.sampling import pass_at_k
+from rpt_lightning.metrics.token_kind import TOKEN_KINDS
+
+NOT_MEASURED = "not measured"
+NUM_LENGTH_BINS = 4
+COST_NOTE = (
+    "FLOPs of an answer: 2 x parameters x tokens. By reasoning the tokens are the prompt and the completion, by NTP the context, each for one position "
+    "alone: a prefix that several positions or samples share is counted for each. Attention's own products are left out."
+)
+
+
+def disjoint_table(stages: Sequence[Stage]) -> str:
+    """As `difficulty_table`, each position in one band only."""
+    rows = []
+    for name, (low, high) in DISJOINT_BANDS.items():
+        meaning = f"entropy {low} to {high}" if np.isfinite(high) else f"entropy > {low}"
+        rows += accuracy_rows(f"{name} only", meaning, [[p for p in stage.results.positions if low < p.entropy <= high] for stage in stages])
+    return _table("by difficulty, without overlap", stages, rows)
+
+
+def kind_table(stages: Sequence[Stage]) -> str:
+    """By the kind of the true token (metrics/token_kind.py); kinds that do not occur are left out."""
+    rows = []
+    for kind in TOKEN_KINDS:
+        selections = [[p for p in stage.results.positions if p.token_kind == kind] for stage in stages]
+        if any(selections):
+            rows += accuracy_rows(kind, "true token", selections)
+    return _table("by kind of token", stages, rows)
+
+
+def length_table(stage: Stage) -> str | None:
+    """By length of the greedy thought, in bins of about equal size; None where no thought was measured.
+
+    Equal lengths are in one bin, so bins may be fewer. Positions differ between bins: read reasoning against NTP within a bin.
+    """
+    ended = [p for p in stage.results.positions if p.thought_length is not None]
+    if not ended:
+        return None
+    lengths = np.array([p.thought_length for p in ended])
+    # "lower" takes lengths that occur, so that a bin is named by its own lengths.
+    edges = np.unique(np.quantile(lengths, np.arange(1, NUM_LENGTH_BINS) / NUM_LENGTH_BINS, method="lower"))
+    bins = np.searchsorted(edges, lengths)  # a bin ends with its edge
+    rows = []
+    for number in np.unique(bins):
+        inside = [p for p, own in zip(ended, bins, strict=True) if own == number]
+        low, high = lengths[bins == number].min(), lengths[bins == number].max()
+        rows.append(_length_row(f"{low} tokens" if low == high else f"{low} to {high} tokens", inside))
+    rows.append(_length_row("no end of thought", [p for p in stage.results.positions if p.thought_length is None and p.length is not None]))
+    return "\n".join(
+        [markdown_row(f"{stage.name}, by length of thought", ["reasoning", "NTP, same positions"]), markdown_row("---", ["---"] * 2), *rows]
+    )
+
+
+def sampling_table(stages: Sequence[Stage]) -> str | None:
+    """avg@n and the unbiased pass@k for k = 1, 2, 4 ... n, with intervals over documents; None where nothing was sampled."""
+    num_samples = max((n for stage in stages if (n := samples_a_position(stage.results)) is not None), default=0)
+    if not num_samples:
+        return None
+    rows = [markdown_row("temperature; samples a position", [_sampling_settings(stage.results) for stage in stages])]
+    rows.append(markdown_row("avg@n", [_interval_text(stage.results, avg_outcomes(stage.results)) for stage in stages]))
+    for k in [2**power for power in range(num_samples.bit_length())]:
+        rows.append(markdown_row(f"pass@{k}", [_interval_text(stage.results, _pass_outcomes(stage.results, k)) for stage in stages]))
+    return _table("sampled answers, intervals over documents", stages, rows)
+
+
+def cost_table(stages: Sequence[Stage]) -> str:
+    """What one greedy answer cost, by reasoning and without (COST_NOTE)."""
+    positions = [stage.results.positions for stage in stages]
+    reasoning = [_answer_flops(stage.results, [_sum(p.prompt_tokens, p.length) for p in stage.results.positions]) for stage in stages]
+    ntp = [_answer_flops(stage.results, [p.context_tokens for p in stage.results.positions]) for stage in stages]
+    ratios = [None if one is None or other is None else one / other for one, other in zip(reasoning, ntp, strict=True)]
+    rows = [
+        markdown_row("prompt (tokens)", [mean_text([p.prompt_tokens for p in rows], ".1f") for rows in positions]),
+        markdown_row("completion (tokens)", [mean_text([p.length for p in rows], ".1f") for rows in positions]),
+        markdown_row("context alone, for NTP (tokens)", [mean_text([p.context_tokens for p in rows], ".1f") for rows in positions]),
+        markdown_row("FLOPs by reasoning", [_number(flops, ".3g") for flops in reasoning]),
+        markdown_row("FLOPs by NTP", [_number(flops, ".3g") for flops in ntp]),
+        markdown_row("reasoning / NTP", [_number(ratio, ".2f") for ratio in ratios]),
+    ]
+    return _table("cost of an answer, mean", stages, rows)
+
+
+def further_comparisons(stages: Sequence[Stage]) -> list[str]:
+    """The last stage against each earlier one without reasoning, and by samples where both drew as many at one temperature."""
+    lines = []
+    last = stages[-1]
+    for earlier in reversed(stages[:-1]):
+        pairs = pair_results(earlier.results, last.results)
+        units = [one.doc_id for one, _ in pairs]
+        ntp = paired_bootstrap([one.ntp_correct for one, _ in pairs], [other.ntp_correct for _, other in pairs], units=units)
+        lines.append(comparison_line(f"NTP {last.name} - NTP {earlier.name}", ntp))
+        first, second = (avg_outcomes(stage.results) for stage in (earlier, last))
+        if first and second and _sampling_settings(earlier.results) == _sampling_settings(last.results):
+            by_task = dict(zip([p.task_id for p in last.results.positions], second, strict=True))
+            difference = paired_bootstrap(first, [by_task[one.task_id] for one, _ in pairs], units=units)
+            lines.append(comparison_line(f"avg@{samples_a_position(last.results)} {last.name} - {earlier.name}", difference))
+    return lines
+
+
+def samples_a_position(results: Results) -> int | None:
+    """How many answers were sampled at each position; None where there were none, or not the same number everywhere."""
+    numbers = {p.num_samples for p in results.positions}
+    return numbers.pop() if len(numbers) == 1 else None
+
+
+def avg_outcomes(results: Results) -> list[float]:
+    """The share of right samples at each position; empty where nothing was sampled."""
+    num_samples = samples_a_position(results)
+    return [(p.num_correct or 0) / num_samples for p in results.positions] if num_samples else []
+
+
+def _pass_outcomes(results: Results, k: int) -> list[float]:
+    num_samples = samples_a_position(results)
+    return [pass_at_k(num_samples, p.num_correct or 0, k) for p in results.positions] if num_samples and k <= num_samples else []
+
+
+def _interval_text(results: Results, outcomes: Sequence[float]) -> str:
+    if not outcomes:
+        return NOT_MEASURED
+    mean = paired_bootstrap([0.0] * len(outcomes), outcomes, units=[p.doc_id for p in results.positions])
+    return f"{100 * mean.second:.1f} % [{100 * mean.low:.1f}, {100 * mean.high:.1f}] at {mean.num_positions} positions"
+
+
+def _sampling_settings(results: Results) -> str:
+    num_samples = samples_a_position(results)
+    return f"{results.temperature}; {num_samples}" if num_samples else NOT_MEASURED
+
+
+def _answer_flops(results: Results, tokens: Sequence[int | None]) -> float | None:
+    measured = [number for number in tokens if number is not None]
+    return forward_flops(results.num_params, fmean(measured)) if measured and results.num_params is not None else None
+
+
+def _sum(left: int | None, right: int | None) -> int | None:
+    return None if left is None or right is None else left + right
+
+
+def _number(value: float | None, form: str) -> str:
+    return NOT_MEASURED if value is None else format(value, form)
+
+
+def _length_row(name: str, positions: Sequence[PositionResult]) -> str:
+    return markdown_row(name, [Rate.of([p.reasoning_correct for p in positions]), Rate.of([p.ntp_correct for p in positions])])
+
+
+def _table(title: str, stages: Sequence[Stage], rows: Sequence[str]) -> str:
+    return "\n".join([markdown_row(title, [stage.name for stage in stages]), markdown_row("---", ["---"] * len(stages)), *rows])

@@ -1,0 +1,105 @@
+"""`rpt compare`: runs side by side at the same held-out positions, with all that each cost up to there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rpt_lightning.evaluation.breakdown import NOT_MEASURED, further_comparisons, sampling_table
+from rpt_lightning.evaluation.compare import paired_bootstrap
+from rpt_lightning.evaluation.cost import FLOPS, SECONDS, TOKENS, total
+from rpt_lightning.evaluation.run import Run, read_runs
+from rpt_lightning.evaluation.table import (
+    INTERVAL_NOTE,
+    Stage,
+    comparison_line,
+    comparison_lines,
+    difficulty_table,
+    markdown_row,
+    stage_table,
+)  # fmt: skip
+from rpt_lightning.metrics.results import Results, pair_results
+
+COST_NOTE = (
+    "Cost up to the validated step, without what was before the run (a cold start) and without validation. Tokens through the model, shared prefixes once; "
+    "FLOPs: 2 x parameters a token forward, 6 forward and backward, attention's own products left out."
+)
+
+
+def compare(runs: list[Path], *, output: Path | None = None) -> None:
+    """Set runs side by side: accuracy with and without reasoning at the same positions, cost, and each run's paired differences to the first.
+
+    Args:
+        runs: Run folders (what trainer.default_root_dir was), or folders that `rpt evaluate next-token` wrote for a policy.
+        output: Also write the text to this file.
+    """
+    text = comparison(read_runs([Path(run) for run in runs]))
+    print(text)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text, encoding="utf-8")
+
+
+def comparison(runs: Sequence[Run]) -> str:
+    """The whole text, in Markdown.
+
+    Raises:
+        ValueError: A run was never validated, or two were at different positions.
+    """
+    stages = [Stage(name=run.name, results=_validated(run)) for run in runs]
+    parts = [stage_table(stages), sampling_table(stages), difficulty_table(stages), cost_table(runs), COST_NOTE, INTERVAL_NOTE]
+    lines = [line for stage in stages[1:] for line in _differences(stages[0], stage)]
+    return "\n\n".join(part for part in [*parts, "\n".join(lines)] if part) + "\n"
+
+
+def cost_table(runs: Sequence[Run]) -> str:
+    """What each run cost: tokens by part, FLOPs also as a multiple of the first run's, seconds by phase."""
+    metrics = {
+        "tokens: prompts computed": "rollout/prefill_tokens",
+        "tokens: sampled": "rollout/tokens",
+        "tokens: scored without gradient": "cost/scored_tokens",
+        "tokens: trained": "cost/trained_tokens",
+        "tokens, all": TOKENS,
+        "model FLOPs": FLOPS,
+        "seconds: rollouts": "time/rollout_s",
+        "seconds: training": "time/train_s",
+        "seconds: weights to the engine": "time/sync_s",
+        "seconds, all": SECONDS,
+    }
+    rows = [markdown_row("steps", [_validated(run).step for run in runs])]
+    for name, metric in metrics.items():
+        form: Callable[[float], str] = "{:.4g}".format if metric == FLOPS else "{:,.0f}".format
+        totals = [_cost(run, metric) for run in runs]
+        rows.append(markdown_row(name, ["not logged" if value is None else form(value) for value in totals]))
+        if metric in (FLOPS, SECONDS) and totals[0]:
+            ratios = [NOT_MEASURED if value is None else f"{value / totals[0]:.2f}" for value in totals]
+            rows.append(markdown_row(f"{name.removesuffix(', all')} / those of {runs[0].name}", ratios))
+    return "\n".join([markdown_row("cost of training", [run.name for run in runs]), markdown_row("---", ["---"] * len(runs)), *rows])
+
+
+def _cost(run: Run, metric: str) -> float | None:
+    """At step 0 nothing was trained yet, whatever came after."""
+    step = _validated(run).step
+    return total(run, metric, last_step=step) if step and run.steps else None
+
+
+def _differences(first: Stage, second: Stage) -> list[str]:
+    """``second`` against ``first``, each mode against the same and, where one of the two reasons, against the other's next token without reasoning."""
+    lines = [*(line for line in comparison_lines([first, second]) if f"reasoning {first.name}" in line), *further_comparisons([first, second])]
+    pairs = pair_results(first.results, second.results)
+    units = [one.doc_id for one, _ in pairs]
+    if second.has_reasoning:
+        gain = paired_bootstrap([one.ntp_correct for one, _ in pairs], [bool(other.reasoning_correct) for _, other in pairs], units=units)
+        lines.append(comparison_line(f"reasoning {second.name} - NTP {first.name}", gain))
+    if first.has_reasoning:
+        gain = paired_bootstrap([bool(one.reasoning_correct) for one, _ in pairs], [other.ntp_correct for _, other in pairs], units=units)
+        lines.append(comparison_line(f"NTP {second.name} - reasoning {first.name}", gain))
+    loss = paired_bootstrap([-one.ntp_logprob for one, _ in pairs], [-other.ntp_logprob for _, other in pairs], units=units)
+    lines.append(f"- NTP loss {second.name} - {first.name}: {loss.difference:+.4f} nats, 95 % interval [{loss.low:+.4f}, {loss.high:+.4f}]")
+    return lines
+
+
+def _validated(run: Run) -> Results:
+    if run.last_validation is None:
+        raise ValueError(f"{run.name}: was never validated. Run `rpt validate ... --ckpt_path last` into its folder, on the same held-out positions")
+    return run.last_validation

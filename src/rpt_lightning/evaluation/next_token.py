@@ -1,0 +1,184 @@
+"""`rpt evaluate next-token`: held-out next-token accuracy of any policies, by reasoning and without, at the same positions.
+
+It is the validation of `rpt validate` (policy, engine, verified weights, records), run for each policy in turn, with the samples and tables that a
+validation while training does not take the time for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from lightning.pytorch import Callback, Trainer
+
+from rpt_lightning.data.datamodule import TokenTaskDataModule
+from rpt_lightning.evaluation.breakdown import (
+    COST_NOTE,
+    cost_table,
+    disjoint_table,
+    further_comparisons,
+    kind_table,
+    length_table,
+    sampling_table,
+)  # fmt: skip
+from rpt_lightning.evaluation.run import read_run, short_names
+from rpt_lightning.evaluation.table import INTERVAL_NOTE, Stage, comparison_lines, difficulty_table, stage_table
+from rpt_lightning.metrics.results import Results, read_results
+from rpt_lightning.policy.model import Policy
+from rpt_lightning.rollout.engine import RolloutEngine
+from rpt_lightning.tasks.objective import Objective
+from rpt_lightning.tasks.prompt import PromptTemplate
+from rpt_lightning.tasks.reward import PrefixMatchReward
+from rpt_lightning.training.checkpoint_file import read_checkpoint
+from rpt_lightning.training.monitors import ValidationResults
+from rpt_lightning.training.ntp_module import NTPModule
+from rpt_lightning.training.rollout_callback import RolloutCallback
+
+# Imported so that they may be named by their short names.
+from rpt_lightning.rollout.hf_engine import HFEngine  # isort: skip
+from rpt_lightning.rollout.vllm_engine import VLLMEngine  # isort: skip
+
+PARTS = (HFEngine, VLLMEngine)
+SUMMARY = "summary.md"
+
+
+def next_token(
+    policy: list[str],
+    *,
+    task_dir: str,
+    engine: RolloutEngine | None = None,
+    prompt: PromptTemplate | None = None,
+    against: Path | None = None,
+    output: Path = Path("evaluation"),
+    num_tasks: int = 1024,
+    min_entropy: float = 0.5,
+    max_context_tokens: int | None = None,
+    max_completion_tokens: int = 1024,
+    k: int = 8,
+    temperature: float = 0.8,
+    thought_controls: bool = True,
+    batch_size: int = 256,
+    precision: Literal["32-true", "bf16-mixed"] = "32-true",
+    accelerator: str = "auto",
+    seed: int = 0,
+) -> None:
+    """Next-token accuracy at held-out positions, of each policy; the last is compared with the others.
+
+    Writes ``output/summary.md``, and for each policy a folder that `rpt report` and `rpt compare` read as a run's: one record a position.
+
+    Args:
+        policy: Hugging Face folders (or hub ids), or checkpoints of `rpt fit`; their tokenizer is the task folder's.
+        task_dir: Folder that `rpt prepare` made; its held-out split is used.
+        engine: What generates, e.g. VLLMEngine or HFEngine. None measures next-token prediction without reasoning only.
+        prompt: The template that the policies are asked with, e.g. ContinuationPrompt; needed with an engine.
+        against: Earlier results at the same positions to compare with: a records' file (validation/step-N.jsonl) or the folder of a run or evaluation.
+        output: Folder to write; it may not exist yet.
+        num_tasks: Held-out positions.
+        min_entropy: Positions with more proxy entropy than this, in nats.
+        max_context_tokens: Cut longer contexts on the left.
+        max_completion_tokens: Longest completion.
+        k: Answers sampled a position for avg@k and pass@k, besides the greedy one; 0 samples none.
+        temperature: Of those.
+        thought_controls: Also answer after an empty and after another document's thought.
+        batch_size: Positions at once. Results do not depend on it.
+        precision: Of the policy's own forward pass (the engine has its own dtype).
+        accelerator: Where the policy computes: auto, cpu, gpu.
+        seed: Of the choice of positions and of the samples.
+    """
+    names = [name.removesuffix(".ckpt") for name in short_names([Path(one).absolute() for one in policy])]
+    _check(policy, engine, prompt, output)
+    stages = [] if against is None else [Stage(name=str(against), results=_earlier(against))]
+    for one, name in zip(policy, names, strict=True):
+        path, ckpt_path = _source(one)
+        module = NTPModule(Policy(path))
+        data = TokenTaskDataModule(
+            task_dir,
+            tasks_per_step=1,
+            max_context_tokens=max_context_tokens,
+            num_eval_tasks=num_tasks,
+            eval_min_entropy=min_entropy,
+            eval_batch_size=batch_size,
+            seed=seed,
+        )
+        callbacks: list[Callback] = [ValidationResults()]
+        if engine is not None and prompt is not None:
+            data.setup("validate")
+            rollout = RolloutCallback(
+                engine,
+                Objective(prompt, PrefixMatchReward()),
+                temperature=temperature,
+                max_prompt_tokens=max(len(task.context_ids) for task in data.eval_tasks()) + prompt.bind(module.tokenizer).num_overhead_tokens,
+                max_completion_tokens=max_completion_tokens,
+                seed=seed,
+                eval_samples=k,
+                thought_controls=thought_controls,
+            )
+            callbacks = [rollout, *callbacks]
+        trainer = Trainer(
+            default_root_dir=output / name,
+            accelerator=accelerator,
+            devices=1,
+            precision=precision,
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.validate(module, data, ckpt_path=ckpt_path, weights_only=True, verbose=False)
+        stages.append(Stage(name=name, results=_last(output / name)))
+    text = summary(stages)
+    (output / SUMMARY).write_text(text, encoding="utf-8")
+    print(f"\n{text}\n{output / SUMMARY}; one record a position beside it, for rpt compare and rpt report")
+
+
+def summary(stages: Sequence[Stage]) -> str:
+    """All tables and differences, in Markdown. Raises ValueError for stages of different positions."""
+    differences = [*comparison_lines(stages), *further_comparisons(stages)]
+    parts = [
+        stage_table(stages),
+        sampling_table(stages),
+        difficulty_table(stages),
+        disjoint_table(stages),
+        kind_table(stages),
+        *map(length_table, stages),
+        cost_table(stages),
+        COST_NOTE,
+        INTERVAL_NOTE if differences else None,
+        "\n".join(differences) or None,
+    ]
+    return "\n\n".join(part for part in parts if part is not None) + "\n"
+
+
+def _check(policies: Sequence[str], engine: RolloutEngine | None, prompt: PromptTemplate | None, output: Path) -> None:
+    if len(set(policies)) < len(policies):
+        raise ValueError(f"--policy {' '.join(policies)}: one is named twice")
+    if engine is not None and prompt is None:
+        raise ValueError("--prompt is not set: say how the policies are asked to reason, as they were in training, e.g. --prompt ContinuationPrompt")
+    if engine is None and prompt is not None:
+        raise ValueError("--prompt asks for reasoning, and --engine is not set: give one, e.g. --engine VLLMEngine")
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"--output {output}: holds an evaluation already. Name a new folder; earlier results can be given with --against")
+
+
+def _source(policy: str) -> tuple[str, str | None]:
+    """The model folder of a policy, and its checkpoint if it is one."""
+    path = Path(policy)
+    if not path.is_file():
+        if path.suffix == ".ckpt":
+            what = "is sharded" if path.is_dir() else "does not exist"
+            raise ValueError(f"--policy {policy}: this checkpoint {what}. Sharded ones are made whole by rpt export --ckpt; give the folder it makes")
+        return policy, None
+    return str(read_checkpoint(path, flag="--policy").about["policy_path"]), policy
+
+
+def _earlier(path: Path) -> Results:
+    return _last(path) if path.is_dir() else read_results(path)
+
+
+def _last(folder: Path) -> Results:
+    results = read_run(folder).last_validation
+    if results is None:
+        raise ValueError(f"{folder}: holds no records of held-out positions (validation/step-N.jsonl)")
+    return results

@@ -1,0 +1,144 @@
+"""`rpt scaling`: reasoning accuracy at a run's checkpoints against the FLOPs of training, with the fitted law, for the paper's three difficulties."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rpt_lightning.evaluation.cost import FLOPS, total
+from rpt_lightning.evaluation.run import Run, read_runs
+from rpt_lightning.evaluation.scaling import MIN_POINTS, ScalingFit, ScalingInterval, bootstrap_scaling, fit_scaling
+from rpt_lightning.evaluation.table import Rate, above, markdown_row
+from rpt_lightning.metrics.bands import BANDS
+from rpt_lightning.metrics.results import PositionResult, pair_results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_CURVE_POINTS = 60
+_NUM_RESAMPLES = 300
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingCurve:
+    """One band of one run: its checkpoints [C] and the law through them, with intervals over documents."""
+
+    band: str
+    steps: tuple[int, ...]
+    compute: tuple[float, ...]
+    rates: tuple[Rate, ...]
+    fit: ScalingFit
+    interval: ScalingInterval
+
+    def points(self) -> tuple[list[float], list[float]]:
+        """The curve at many compute values (FLOPs) between the first and the last checkpoint, as accuracies."""
+        compute = np.geomspace(min(self.compute), max(self.compute), _CURVE_POINTS)
+        return compute.tolist(), self.fit.predict(compute).tolist()
+
+    def text(self) -> str:
+        """The law in words, with its intervals."""
+        alpha, limit = self.interval.alpha, self.interval.limit
+        return (
+            f"{self.band}: alpha {self.fit.alpha:.3g} [{alpha[0]:.3g}, {alpha[1]:.3g}], "
+            f"P* {100 * self.fit.limit:.1f} % [{100 * limit[0]:.1f}, {100 * limit[1]:.1f}], R2 {self.fit.r_squared:.3f}"
+        )
+
+
+def scaling(runs: list[Path], *, output: Path = Path("scaling.png")) -> None:
+    """Fit P(C) = A / C^alpha + P* to a run's validated checkpoints and draw it, a panel a run.
+
+    Args:
+        runs: Run folders (what trainer.default_root_dir was), each with validations at four steps or more after its start.
+        output: The PNG to write; the numbers are written beside it as Markdown, and printed.
+    """
+    read = read_runs([Path(run) for run in runs])
+    curves = [scaling_curves(run) for run in read]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    plot_scaling(read, curves, output)
+    text = "\n\n".join(scaling_text(run, own) for run, own in zip(read, curves, strict=True)) + "\n"
+    output.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(f"{text}\n{output}")
+
+
+def scaling_curves(run: Run) -> list[ScalingCurve]:
+    """A curve a band that has positions. Step 0 is left out: the law has no compute of 0.
+
+    Raises:
+        ValueError: Fewer than four validated steps, steps that do not say what they cost, or validations at different positions or without reasoning.
+    """
+    validations = [results for step, results in run.validations.items() if step > 0]
+    if len(validations) < MIN_POINTS:
+        raise ValueError(
+            f"{run.name}: validations at {len(validations)} steps after the start, and the fit needs {MIN_POINTS}. Keep checkpoints with "
+            "--checkpoint.keep_every_n_steps and run `rpt validate ... --ckpt_path FILE` on each, or validate while training (trainer.val_check_interval)"
+        )
+    compute = [total(run, FLOPS, last_step=results.step) for results in validations]
+    if None in compute:
+        raise ValueError(f"{run.name}: its steps do not say what they cost ({FLOPS} in steps.jsonl). Was it trained by an earlier version?")
+    flops = [value for value in compute if value is not None]
+    rows = [[other for _, other in pair_results(validations[0], results)] for results in validations]  # [C][N], positions in one order
+    curves = []
+    for band, threshold in BANDS.items():
+        inside = [above(row, threshold) for row in rows]
+        if inside[0]:
+            curves.append(_curve(run.name, band, [results.step for results in validations], flops, inside))
+    if not curves:
+        raise ValueError(f"{run.name}: no validated position has an entropy above {min(BANDS.values())}, so there is nothing to fit")
+    return curves
+
+
+def _curve(name: str, band: str, steps: Sequence[int], flops: Sequence[float], rows: Sequence[Sequence[PositionResult]]) -> ScalingCurve:
+    if any(p.reasoning_correct is None for row in rows for p in row):
+        raise ValueError(f"{name}: a validation without reasoning accuracy cannot be on its scaling curve; validate with a config that has an engine")
+    correct = np.array([[bool(p.reasoning_correct) for p in row] for row in rows])  # [C, N]
+    return ScalingCurve(
+        band=band,
+        steps=tuple(steps),
+        compute=tuple(flops),
+        rates=tuple(Rate(int(row.sum()), len(row)) for row in correct),
+        fit=fit_scaling(flops, correct.mean(axis=1)),
+        interval=bootstrap_scaling(flops, correct, [p.doc_id for p in rows[0]], num_resamples=_NUM_RESAMPLES),
+    )
+
+
+def scaling_text(run: Run, curves: Sequence[ScalingCurve]) -> str:
+    """The points and the fits, in Markdown."""
+    rows = [markdown_row(f"{run.name}: step, FLOPs", [curve.band for curve in curves]), markdown_row("---", ["---"] * len(curves))]
+    for index, (step, flops) in enumerate(zip(curves[0].steps, curves[0].compute, strict=True)):
+        rows.append(markdown_row(f"{step}, {flops:.3g}", [curve.rates[index] for curve in curves]))
+    fits = [f"- {curve.text()}" for curve in curves]
+    num_documents = curves[0].interval.num_units
+    note = f"P(C) = A / C^alpha + P*, least squares; 95 % intervals by {_NUM_RESAMPLES} resamples of {num_documents} documents."
+    return "\n".join([*rows, "", note, *fits])
+
+
+def plot_scaling(runs: Sequence[Run], curves: Sequence[Sequence[ScalingCurve]], path: Path) -> None:
+    """Write a PNG with a panel a run: points with intervals, the fitted law, and its interval over documents as a band."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7 * len(runs), 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for panel, run, own in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs, curves, strict=True):
+        _panel(panel, run.name, own)
+    figure.savefig(path, dpi=120)
+
+
+def _panel(panel: Axes, name: str, curves: Sequence[ScalingCurve]) -> None:
+    for index, curve in enumerate(curves):
+        colour = f"C{index}"
+        means = np.array([100 * rate.mean for rate in curve.rates])
+        ends = np.array([[100 * end for end in rate.interval] for rate in curve.rates])  # [C, 2]
+        panel.errorbar(curve.compute, means, yerr=np.abs(ends.T - means), fmt="o", color=colour, capsize=2, lw=1)
+        compute, accuracy = curve.points()
+        panel.plot(compute, 100 * np.array(accuracy), color=colour, label=curve.text())
+        panel.fill_between(curve.compute, 100 * curve.interval.curve_low, 100 * curve.interval.curve_high, color=colour, alpha=0.15, lw=0)
+    panel.set_xscale("log")
+    panel.set_xlabel("model FLOPs of training, rollouts included")
+    panel.set_ylabel("held-out next-token accuracy by reasoning, %")
+    panel.set_title(name, fontsize=10)
+    panel.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)

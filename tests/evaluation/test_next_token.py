@@ -1,0 +1,88 @@
+"""`rpt evaluate next-token` from the command line, on the tiny model with transformers' engine."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from rpt_lightning import cli
+from rpt_lightning.metrics.results import read_results
+from rpt_lightning.tasks.token_bytes import start_ids
+
+SMALL = ["--num_tasks", "12", "--max_completion_tokens", "8", "--max_context_tokens", "40", "--accelerator", "cpu"]
+REASONING = ["--engine", "HFEngine", "--engine.dtype", "float32", "--prompt", "ContinuationPrompt", "--k", "4", "--temperature", "1.0"]
+
+
+@pytest.fixture
+def rpt(capfd, monkeypatch):
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+
+    def run(*args):
+        capfd.readouterr()
+        status = cli.main([str(arg) for arg in args])
+        shown = capfd.readouterr()
+        return status, shown.out + shown.err
+
+    return run
+
+
+def test_one_policy_and_then_another_against_it(rpt, tiny_model_dir, tiny_task_dir, tiny_tokenizer, tmp_path):
+    common = ["evaluate", "next-token", "--task_dir", tiny_task_dir, *SMALL]
+    status, output = rpt(*common, "--policy", tiny_model_dir, *REASONING, "--output", tmp_path / "one")
+    assert status == 0, output
+    path = tmp_path / "one" / "tiny" / "validation" / "step-000000.jsonl"
+    results = read_results(path)
+    assert len(results.positions) == 12
+    assert results.temperature == 1.0
+    for position in results.positions:
+        assert position.context_tokens == min(40, position.position) + len(start_ids(tiny_tokenizer))
+        assert position.prompt_tokens > position.context_tokens  # the template's tokens
+        assert position.num_samples == 4
+        assert 0 <= position.num_correct <= 4
+        assert 4 <= position.sampled_tokens <= 32
+        assert position.token_kind is not None
+    for row in ("reasoning accuracy", "avg@n", "pass@4", "hard only (entropy > 1.5): reasoning", "FLOPs by reasoning", "with a shuffled thought"):
+        assert f"| {row} |" in output
+    assert (tmp_path / "one" / "summary.md").read_text() in output
+
+    status, output = rpt(*common, "--policy", tiny_model_dir, "--against", tmp_path / "one" / "tiny", "--output", tmp_path / "two")
+    assert status == 0, output
+    assert "NTP tiny - NTP" in output
+    assert "+0.0 points" in output  # the same weights
+    again = read_results(tmp_path / "two" / "tiny" / "validation" / "step-000000.jsonl")
+    assert [p.ntp_correct for p in again.positions] == [p.ntp_correct for p in results.positions]
+    assert again.positions[0].reasoning_correct is None
+    assert json.loads(path.with_suffix(".json").read_text())["num_params"] == again.num_params
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--engine", "HFEngine"], "--prompt is not set"),
+        (["--prompt", "ContinuationPrompt"], "--engine is not set"),
+        (["--against", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    ],
+)
+def test_bad_flags_are_one_clear_error(rpt, tiny_model_dir, tiny_task_dir, tmp_path, flags, message):
+    status, output = rpt("evaluate", "next-token", "--policy", tiny_model_dir, "--task_dir", tiny_task_dir, "--output", tmp_path / "new", *flags)
+    assert status == 1
+    assert message in output
+    assert not (tmp_path / "new").exists()
+
+
+def test_policies_that_cannot_be_read(rpt, tiny_task_dir, tmp_path):
+    (tmp_path / "step-000001.ckpt").mkdir()
+    for policy, message in [("step-000001.ckpt", "is sharded"), ("step-000002.ckpt", "does not exist")]:
+        status, output = rpt("evaluate", "next-token", "--policy", tmp_path / policy, "--task_dir", tiny_task_dir, "--output", tmp_path / "new")
+        assert status == 1
+        assert message in output
+
+
+def test_an_evaluation_is_not_overwritten(rpt, tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "summary.md").write_text("old")
+    status, output = rpt("evaluate", "next-token", "--policy", "models/p", "--task_dir", "tasks/t", "--output", tmp_path / "old")
+    assert status == 1
+    assert "holds an evaluation already" in output
