@@ -69,7 +69,7 @@ def test_time_by_stage_counts_every_try_and_forgets_what_is_made_again(monkeypat
     demo.run_stages()
     done = demo.read_times()
     assert done["one"] == failed["one"]  # skipped
-    assert done["two"] > failed["two"]
+    assert done["two"] >= failed["two"] >= 0.2  # both tries, in tenths of a second
     assert [row.split()[0] for row in demo.time_table().splitlines()] == ["Time", "one", "two", "three", "together"]
 
     demo.write_times(dict.fromkeys(done, 6000.0))

@@ -17,7 +17,7 @@ from rpt_lightning.plan_cli import PlanCLI, PlanOptions, optimizer_bytes_per_par
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 QWEN2_14B = str(Path(__file__).with_name("qwen2-14b.json"))
 PAPER_RUN = ["--config", str(CONFIGS / "14b.yaml"), "--plan.model_config", QWEN2_14B]
-FSDP2 = ["--config", str(CONFIGS / "strategy" / "fsdp2.yaml"), "--trainer.devices", "8"]
+FSDP2 = ["--config", str(CONFIGS / "strategy" / "fsdp2.yaml"), "--trainer.devices", "8", "--trainer.strategy.gather_bf16", "true"]
 
 
 @pytest.fixture(autouse=True)
