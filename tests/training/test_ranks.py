@@ -38,6 +38,11 @@ def weights(model_folder: Path) -> torch.Tensor:
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 
 
+def _without_logprobs(row: dict) -> dict:
+    """What was drawn and paid, to the letter; log-probs are those of weights that agree up to rounding."""
+    return {name: value for name, value in row.items() if name != "logprobs"}
+
+
 class Outcome:
     def __init__(self, folder: Path, model: Path) -> None:
         if not (folder / "hf").exists():
@@ -45,7 +50,8 @@ class Outcome:
         self.start, self.end = weights(model), weights(folder / "hf")
         self.metrics = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
         self.rollouts = [
-            [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in sorted((folder / "rollouts").glob("*"))
+            [_without_logprobs(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+            for path in sorted((folder / "rollouts").glob("*"))
         ]
 
     def distance(self, other: Outcome) -> float:
