@@ -95,7 +95,8 @@ def test_rpt_is_the_same_run_on_any_number_of_ranks(tiny_model_dir, tiny_task_di
     wrong = outcome("wrong", ranks=2, strategy="sharded", wrong_normalizer=True)
     assert wrong.rollouts == one.rollouts
     assert one.distance(wrong) > 0.05
-    assert not math.isclose(one.metrics[0]["loss/total"], wrong.metrics[0]["loss/total"], rel_tol=1e-2)
+    # The loss itself may be near 0 on policy, where every ratio is 1.
+    assert not math.isclose(one.metrics[0]["optim/grad_norm"], wrong.metrics[0]["optim/grad_norm"], rel_tol=1e-2)
 
 
 @pytest.mark.long
