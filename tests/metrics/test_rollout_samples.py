@@ -88,3 +88,15 @@ def test_samples_of_a_group(tiny_tokenizer):
     assert set(first.logprobs) == {-0.123}
     assert len(first.logprobs) == len(first.tokens)
     assert (second.thought, second.prediction, second.entropy) == ("no box", None, 1.5)
+
+
+def test_a_drawn_row_that_is_no_token_is_shown_as_such(tiny_tokenizer):
+    """Embeddings are often padded beyond the vocabulary, and a weak policy draws what is there."""
+    task = TokenTask(
+        task_id="a:3", doc_id="a", position=3, context_ids=(1, 2, 3), continuation_ids=(5,), continuation=(b"x",), entropy=1.5, true_prob=0.2,
+        true_rank=1, answerable=True,
+    )  # fmt: skip
+    beyond = Completion(token_ids=(10**6,), text_bytes=b"", rollout_logprobs=(-1.0,), policy_version=4, finish_reason="length")
+    group = RolloutGroup(task=task, prompt_ids=(1,), completions=(beyond,), predictions=(None,), rewards=(0.0,))
+    (sample,) = samples_of(group, context="", token_bytes=TokenBytes(tiny_tokenizer))
+    assert sample.tokens == ("\ufffd",)

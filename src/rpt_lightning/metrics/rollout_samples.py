@@ -79,7 +79,7 @@ def samples_of(group: RolloutGroup, *, context: str, token_bytes: TokenBytes) ->
             reward=reward,
             finish_reason=completion.finish_reason,
             policy_version=completion.policy_version,
-            tokens=text_pieces(token_bytes[token_id] for token_id in completion.token_ids),
+            tokens=text_pieces(token_bytes.drawn(token_id) for token_id in completion.token_ids),
             logprobs=tuple(round(logprob, 3) for logprob in completion.rollout_logprobs),
             entropy=round(group.task.entropy, 4),
         )

@@ -21,7 +21,6 @@ from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.types import Completion, GenerationRequest, PromptTokens, SamplingSettings, TokenIds
 
 EngineDtype = Literal["float32", "bfloat16"]
-_UNKNOWN_TOKEN = "\ufffd".encode()
 
 
 class Sample(NamedTuple):
@@ -213,10 +212,7 @@ class RolloutEngine(ABC):
 
     def _bytes_of(self, token_id: int) -> bytes:
         assert self._token_bytes is not None
-        try:
-            return self._token_bytes[token_id]
-        except KeyError:  # Embeddings are often padded: a weak policy may draw a row that is no token.
-            return _UNKNOWN_TOKEN
+        return self._token_bytes.drawn(token_id)
 
 
 def compare_own_copy(held: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:

@@ -22,6 +22,8 @@ from rpt_lightning.types import TokenIds
 
 SPACE_MARK = "▁"  # U+2581, sentencepiece's visible space
 
+NO_TOKEN = "\ufffd".encode()
+
 
 def byte_of_character() -> dict[str, int]:
     """GPT-2's byte alphabet: printable Latin-1 bytes stand for themselves, the other 68 are moved to U+0100 and up, in order."""
@@ -102,6 +104,10 @@ class TokenBytes:
 
     def __getitem__(self, token_id: int) -> bytes:
         return self._bytes[token_id]
+
+    def drawn(self, token_id: int) -> bytes:
+        """The bytes of a token that a model drew. Embeddings are often padded: a weak policy may draw a row that is no token, shown as U+FFFD."""
+        return self._bytes.get(token_id, NO_TOKEN)
 
     def join(self, token_ids: Iterable[int]) -> bytes:
         """The bytes of a sequence of tokens, one after the other."""
