@@ -122,7 +122,7 @@ def last_checkpoint(run_folder: Path) -> Path:
     steps = checkpoint_steps(folder)
     if not steps:
         raise ValueError(f"ckpt_path=last: there is no checkpoint in {folder}; leave --ckpt_path out to start this run")
-    damages = []
+    damages: list[str] = []
     for step in reversed(steps):
         path = folder / f"step-{step:06d}.ckpt"
         damage = checkpoint_damage(path)
