@@ -5,10 +5,12 @@ The processes are forked by one that has imported everything and computed nothin
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -81,6 +83,33 @@ class RealRun:
         time.sleep(after_s)
         self.process.kill()
         return self.status() != 0
+
+    def start_command(self) -> subprocess.Popen[bytes]:
+        """By an interpreter of its own, which Lightning needs where it starts further ranks."""
+        with self.log.open("ab") as log:
+            return subprocess.Popen([sys.executable, "-m", "rpt_lightning.cli", *self.args], stdout=log, stderr=log)
+
+    def wait_for_text(self, text: str, process: subprocess.Popen[bytes], timeout_s: float = 180) -> None:
+        end = time.monotonic() + timeout_s
+        while text not in self.text():
+            assert process.poll() is None and time.monotonic() < end, self.text()
+            time.sleep(0.1)
+
+    @staticmethod
+    def ends(pid: int, *, within_s: float, process: subprocess.Popen[bytes]) -> bool:
+        end = time.monotonic() + within_s
+        while time.monotonic() < end:
+            process.poll()  # or it would stay as a zombie
+            stat = Path(f"/proc/{pid}/stat")
+            if not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+                return True
+            time.sleep(0.2)
+        return False
+
+    @staticmethod
+    def end(pid: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
     def text(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
