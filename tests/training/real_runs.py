@@ -148,7 +148,9 @@ def differences(one: Any, two: Any, where: str = "") -> list[str]:
         return [
             found
             for name in names
-            for found in ([f"{where}/{name} is missing"] if name not in one or name not in two else differences(one[name], two[name], f"{where}/{name}"))
+            for found in (
+                [f"{where}/{name} is missing"] if name not in one or name not in two else differences(one[name], two[name], f"{where}/{name}")
+            )
         ]
     if isinstance(one, list) and isinstance(two, list) and len(one) == len(two):
         return [found for index, pair in enumerate(zip(one, two, strict=True)) for found in differences(*pair, f"{where}/{index}")]

@@ -51,16 +51,25 @@ def test_kill_in_the_middle_of_writing_a_checkpoint(flags, undisturbed, tmp_path
     assert run.checkpoints() == ["step-000004.ckpt", "step-000005.ckpt", "step-000006.ckpt"]  # no partial one, keep_every_n_steps=4
 
 
+def test_kill_between_a_checkpoint_and_its_validation(flags, undisturbed, tmp_path):
+    run = RealRun(tmp_path / "run", flags)
+    run.start()
+    assert run.kill_when(lambda: (run.folder / "checkpoints" / "step-000002.ckpt").exists())
+    assert not (run.folder / "validation" / "step-000002.jsonl").exists()
+    run.finish()
+    check_same(run, undisturbed(flags), steps=STEPS)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("engine", ["ScriptedEngine", "HFEngine"])
 def test_random_kills(engine, tiny_model_dir, tiny_task_dir, undisturbed, tmp_path):
     """10 kills an engine, at random points: after so many more steps and so much of a step, or while a checkpoint is being written."""
-    steps, kills, rng = 12, 10, random.Random(engine)
+    steps, kills, rng = 24, 10, random.Random(engine)
     flags = scripted_flags(tiny_model_dir, tiny_task_dir, steps=steps, engine=engine)
     expected = undisturbed(flags)
     run, points = RealRun(tmp_path / "run", flags), []
     for number in range(kills):
-        start, more = run.step(), rng.choice([0, 0, 1, 1, 2])
+        start, more = run.step(), rng.choice([0, 1, 1, 2])
         target = min(start + more, steps - 1)
         run.start()
         if rng.random() < 0.3:
@@ -70,11 +79,13 @@ def test_random_kills(engine, tiny_model_dir, tiny_task_dir, undisturbed, tmp_pa
         else:
             where = "in a step"
             condition = lambda target=target: run.step() >= target  # noqa: E731
-            after_s = rng.uniform(0, 1.5)
+            after_s = rng.uniform(0, 0.4)
         if not run.kill_when(condition, after_s=after_s):
             points.append(f"{number + 1}: the run was done")
             break
-        points.append(f"{number + 1}: {where}, {run.step()} steps logged, checkpoints {run.checkpoints() if (run.folder / 'checkpoints').exists() else []}")
+        points.append(
+            f"{number + 1}: {where}, {run.step()} steps logged, checkpoints {run.checkpoints() if (run.folder / 'checkpoints').exists() else []}"
+        )
     run.finish() if run.step() < steps or run.status() else None
     print(f"{engine}: {len(points)} kills", *points, sep="\n  ")
     assert sum("done" not in point for point in points) == kills
