@@ -92,7 +92,8 @@ class RealRun:
     def wait_for_text(self, text: str, process: subprocess.Popen[bytes], timeout_s: float = 180) -> None:
         end = time.monotonic() + timeout_s
         while text not in self.text():
-            assert process.poll() is None and time.monotonic() < end, self.text()
+            assert process.poll() is None, self.text()
+            assert time.monotonic() < end, self.text()
             time.sleep(0.1)
 
     @staticmethod

@@ -36,5 +36,5 @@ def test_a_resumed_run_knows_its_window():
 
 
 def test_shares_are_checked():
-    with pytest.raises(ValueError, match="health.max_truncated=75"):
+    with pytest.raises(ValueError, match=r"health.max_truncated=75"):
         Health(max_truncated=75)

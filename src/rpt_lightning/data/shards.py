@@ -74,6 +74,7 @@ def split_checksums(folder: Path) -> dict[str, str]:
 
 
 def file_sha256(path: Path) -> str:
+    """Of its content, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
