@@ -18,15 +18,21 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers.utils.logging import disable_progress_bar
 
 from rpt_lightning.data.base_datamodule import TaskFolderDataModule
-from rpt_lightning.metrics.run_folder import ROLLOUT_FOLDER, STEP_LOG, VALIDATION_FOLDER
+from rpt_lightning.metrics.run_folder import CONFIG_FILE, ROLLOUT_FOLDER, STEP_LOG, VALIDATION_FOLDER
 from rpt_lightning.training.checkpoint import FOLDER, RunCheckpoint, checkpoint_steps, last_checkpoint
+from rpt_lightning.training.checkpoint_check import checkpoint_damage
 from rpt_lightning.training.checkpoint_file import read_checkpoint
 from rpt_lightning.training.cost import Budget, StepCost
+from rpt_lightning.training.health import Health
+from rpt_lightning.training.machine_stats import MachineStats
 from rpt_lightning.training.module import RPTModule
 from rpt_lightning.training.monitors import RolloutSamples, StepLog, StepProgressBar, ValidationResults
 from rpt_lightning.training.ntp_module import NTPModule
 from rpt_lightning.training.policy_module import PolicyModule
+from rpt_lightning.training.rank_watch import RankWatch
+from rpt_lightning.training.redact import redact
 from rpt_lightning.training.rollout_callback import RolloutCallback
+from rpt_lightning.training.stop import StopRun
 
 # Imported so that configs may name them by their short names.
 from rpt_lightning.data.datamodule import TokenTaskDataModule  # isort: skip
@@ -56,7 +62,6 @@ PARTS = (
     SharedFolderTransport,
     NCCLTransport,
 )
-CONFIG_FILE = "config.yaml"
 # What a fit leaves in the run folder besides checkpoints.
 RUN_FILES = (CONFIG_FILE, "config-[0-9]*.yaml", STEP_LOG, "tensorboard", ROLLOUT_FOLDER, VALIDATION_FOLDER)
 _NOISE = ("litlogger", "`Trainer(limit_val_batches=1.0)`")
@@ -71,9 +76,10 @@ class SaveRunConfig(SaveConfigCallback):
         path, number = folder / (CONFIG_FILE if stage == "fit" else f"config-{TrainerFn(stage).value}.yaml"), 2
         while stage == "fit" and path.exists():
             path, number = folder / f"config-{number}.yaml", number + 1
-        self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        path.write_text(yaml.safe_dump(redact(config), sort_keys=False))
         for logger in trainer.loggers:
-            logger.log_hyperparams(yaml.safe_load(path.read_text()))
+            logger.log_hyperparams(redact(config))
 
 
 class RPTCLI(LightningCLI):
@@ -82,7 +88,10 @@ class RPTCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(RolloutCallback, "rollout")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(StopRun, "stop")
+        parser.add_lightning_class_args(RankWatch, "ranks")
         parser.add_lightning_class_args(RolloutSamples, "samples")
+        parser.add_lightning_class_args(Health, "health")
         parser.add_lightning_class_args(Budget, "budget")
         parser.link_arguments("seed_everything", "rollout.seed")
 
@@ -107,7 +116,7 @@ class RPTCLI(LightningCLI):
         config["enable_progress_bar"] = config.get("enable_progress_bar") is not False and sys.stdout.isatty()
         bar = [StepProgressBar()] if config["enable_progress_bar"] else []
         # StepCost first: a step's cost begins before its rollouts.
-        return super()._instantiate_trainer(config, [StepCost(), *callbacks, *bar, StepLog(), ValidationResults()])
+        return super()._instantiate_trainer(config, [StepCost(), *callbacks, *bar, MachineStats(), StepLog(), ValidationResults()])
 
     def fit(self, model: PolicyModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """A run folder holds one run, new or continued; a missing checkpoint is an error, and so is a fit that does no step.
@@ -139,6 +148,8 @@ class RPTCLI(LightningCLI):
             return None
         path = last_checkpoint(Path(self.trainer.default_root_dir)) if ckpt_path in ("last", "auto") else Path(ckpt_path)
         read_checkpoint(path, flag="--ckpt_path")
+        if ckpt_path not in ("last", "auto") and (damage := checkpoint_damage(path)):
+            raise ValueError(f"--ckpt_path {path} is not a whole checkpoint: {damage}; name another of its folder, or --ckpt_path last")
         if path.is_dir() and not isinstance(self.trainer.strategy, ModelParallelStrategy):
             raise ValueError(
                 f"--ckpt_path {path}: it lies in shards, which a strategy without shards does not read; add --config configs/strategy/fsdp2.yaml (any number "

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,3 +91,25 @@ def test_a_tokenizer_that_is_not_the_manifests(write_task_folder: Write, tmp_pat
     folder = TaskFolder(write_task_folder(tmp_path / "t", [2], tokenizer_hash="0" * 16), "train")
     with pytest.raises(ValueError, match="tokenizer/ is not the tokenizer that the manifest names"):
         _ = folder.tokenizer_hash
+
+
+@pytest.mark.parametrize("damage", ["a flipped byte", "cut"])
+def test_a_damaged_shard_is_named_before_anything_is_read_from_it(tiny_task_dir, tmp_path, damage):
+    folder = shutil.copytree(tiny_task_dir, tmp_path / "tasks")
+    assert TaskFolder(folder, "train").document(0)["doc_id"]
+    (shard,) = (folder / "train").glob("*.bin")
+    content = bytearray(shard.read_bytes())
+    content[-40] ^= 0x10
+    shard.write_bytes(content[:-9] if damage == "cut" else content)
+    with pytest.raises(ValueError, match=rf"{shard.name} (is damaged|has \d+ bytes instead of)"):
+        TaskFolder(folder, "train").document(0)
+
+
+def test_a_damaged_count_of_positions_is_named(tiny_task_dir, tmp_path):
+    folder = shutil.copytree(tiny_task_dir, tmp_path / "tasks")
+    counts = folder / "train" / "num_positions.npy"
+    content = bytearray(counts.read_bytes())
+    content[-1] ^= 0x01
+    counts.write_bytes(content)
+    with pytest.raises(ValueError, match=r"num_positions.npy is damaged: its SHA-256"):
+        TaskFolder(folder, "train")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -65,6 +66,29 @@ def check_split(folder: Path) -> tuple[list[int], NDArray[np.int32]]:
     if sum(sizes) != len(num_positions):
         raise ValueError(f"{folder}: {sum(sizes)} documents in the shards but {len(num_positions)} in {NUM_POSITIONS_FILE}; {way_out}")
     return sizes, num_positions
+
+
+def split_checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a split, by name."""
+    return {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+
+
+def file_sha256(path: Path) -> str:
+    """Of its content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_file(path: Path, sha256: str) -> None:
+    """Raises ValueError where a file is not the one that was written."""
+    if file_sha256(path) != sha256:
+        raise ValueError(
+            f"{path} is damaged: its SHA-256 is not the one that `rpt prepare` wrote into the manifest; copy the file anew from where it came from, "
+            "or make the task folder again with `rpt prepare`"
+        )
 
 
 def replace_file(path: Path, write: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rpt_lightning.data.manifest import read_manifest
 from rpt_lightning.data.proxy import load_tokenizer
 from rpt_lightning.data.selection import Item
-from rpt_lightning.data.shards import check_split
+from rpt_lightning.data.shards import INDEX_FILE, NUM_POSITIONS_FILE, check_file, check_split
 from rpt_lightning.tasks.token_bytes import TokenBytes, tokenizer_hash
 from rpt_lightning.types import TokenIds, TokenTask
 
@@ -37,8 +38,14 @@ class TaskFolder:
         self.split = split
         self.max_context_tokens = max_context_tokens
         self.manifest: dict[str, Any] = read_manifest(self.path)
+        self._sha256: dict[str, str] = self.manifest.get("sha256", {}).get(split, {})  # by file; folders of before this was stored have none
+        for name in (INDEX_FILE, NUM_POSITIONS_FILE):
+            if name in self._sha256 and (self.path / split / name).is_file():
+                check_file(self.path / split / name, self._sha256[name])
         chunk_sizes, num_positions = check_split(self.path / split)
         self.chunk_sizes = chunk_sizes  # documents of each shard
+        self._chunk_ends = np.cumsum(chunk_sizes)  # [C] documents
+        self._checked_chunks: set[int] = set()
         self.num_positions: NDArray[np.int32] = num_positions  # [D]
         self._dataset = StreamingDataset(str(self.path / split))
         self.document = lru_cache(maxsize=CACHED_DOCUMENTS)(self._read)
@@ -70,8 +77,20 @@ class TaskFolder:
         # Folders of before this was counted are read once as a whole.
         return int(stored) if stored is not None else max(int(self._read(index)["positions"].max()) for index in range(len(self)))
 
+    @cached_property
+    def _chunk_names(self) -> list[str]:
+        return [str(chunk["filename"]) for chunk in json.loads((self.path / self.split / INDEX_FILE).read_text())["chunks"]]
+
+    def _check_chunk(self, chunk: int) -> None:
+        """When the first of its documents is asked for: a corpus that streams is never read as a whole before it is used."""
+        if chunk not in self._checked_chunks and self._sha256:
+            name = self._chunk_names[chunk]
+            check_file(self.path / self.split / name, self._sha256[name])
+            self._checked_chunks.add(chunk)
+
     def _read(self, document_index: int) -> Item:
         """One stored item (docs/architecture.md): ``document(i)`` keeps the last ones in memory."""
+        self._check_chunk(int(np.searchsorted(self._chunk_ends, document_index, side="right")))
         item: Item = self._dataset[document_index]
         return item
 

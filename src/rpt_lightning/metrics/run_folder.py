@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+CONFIG_FILE = "config.yaml"
 STEP_LOG = "steps.jsonl"
 VALIDATION_FOLDER = "validation"
 ROLLOUT_FOLDER = "rollouts"

@@ -1,7 +1,8 @@
 """Checkpoints of a run: one file a saved step, complete or absent, the old ones pruned.
 
 Lightning's ModelCheckpoint saves nothing at the end of a run whose steps do not divide evenly, ignores time under manual optimization and writes in place;
-this one serializes through the same ``trainer.save_checkpoint``.
+this one serializes through the same ``trainer.save_checkpoint``. A file gets its name when it is complete and on the disk, so whatever ends the process, and
+whenever, the newest name is a whole checkpoint.
 """
 
 from __future__ import annotations
@@ -12,11 +13,18 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from rpt_lightning.training.checkpoint_check import checkpoint_damage
+from rpt_lightning.training.checkpoint_io import StreamedCheckpointIO, files_of, flush_to_disk
 
 FOLDER = "checkpoints"
 _PARTIAL = ".partial"
 _ABANDONED = ".abandoned"
+
+
+class CheckpointNotWritten(RuntimeError):
+    """Says why, and how the run goes on."""
 
 
 class RunCheckpoint(Checkpoint):
@@ -37,6 +45,10 @@ class RunCheckpoint(Checkpoint):
         self.start_step: int | None = None  # where training began in this process, on every rank; None: not yet
         self._saved_step = 0
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # A strategy that writes shards does not use it.
+        trainer.strategy.checkpoint_io = StreamedCheckpointIO()
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.start_step = self._saved_step = trainer.global_step
         if trainer.is_global_zero:
@@ -44,32 +56,40 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step - self._saved_step >= self.every_n_steps:
-            self._save(trainer)
+            self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step > self._saved_step:
-            self._save(trainer)
+        self.save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, KeyboardInterrupt):
+        # A run that was asked to stop (SystemExit) says so itself, and nothing is said of one that had not begun.
+        if self.start_step is not None and not isinstance(exception, (SystemExit, CheckpointNotWritten)):
             rank_zero_info(f"stopped at step {trainer.global_step}. {_way_on(_folder(trainer))}")
 
-    def _save(self, trainer: Trainer) -> None:
+    def save(self, trainer: Trainer) -> None:
+        """Between two steps, on every rank. Nothing where this step is saved already."""
+        if trainer.global_step <= self._saved_step:
+            return
         folder = _folder(trainer)
         path = folder / f"step-{trainer.global_step:06d}.ckpt"
         partial = path.with_name(path.name + _PARTIAL)
         try:
+            if trainer.is_global_zero:
+                _remove(partial)  # of a run that was killed
             trainer.save_checkpoint(partial, weights_only=False)  # the optimizer too
+            if trainer.is_global_zero:
+                flush_to_disk(files_of(partial))
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             if trainer.is_global_zero:
                 _remove(partial)
-            raise RuntimeError(
+            raise CheckpointNotWritten(
                 f"cannot write the checkpoint of step {trainer.global_step} into {folder}: {error}. Is the disk full? Make room there "
                 f"(a checkpoint holds weights and optimizer) or keep fewer (checkpoint.keep={self.keep}). {_way_on(folder)}"
             ) from error
         if trainer.is_global_zero:
             _remove(path)
             partial.rename(path)
+            flush_to_disk([folder])  # the name as well, before an older checkpoint goes
             self._prune(folder)
         trainer.strategy.barrier("checkpoint")
         self._saved_step = trainer.global_step
@@ -90,16 +110,30 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 
 def last_checkpoint(run_folder: Path) -> Path:
-    """The newest complete checkpoint of a run.
+    """The newest checkpoint of a run that is whole.
+
+    A damaged one is passed over with a warning, since the steps after the one before are done again exactly; the run that goes on keeps it
+    under another name.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or all are damaged.
     """
     folder = run_folder / FOLDER
     steps = checkpoint_steps(folder)
     if not steps:
         raise ValueError(f"ckpt_path=last: there is no checkpoint in {folder}; leave --ckpt_path out to start this run")
-    return folder / f"step-{steps[-1]:06d}.ckpt"
+    damages: list[str] = []
+    for step in reversed(steps):
+        path = folder / f"step-{step:06d}.ckpt"
+        damage = checkpoint_damage(path)
+        if damage is None:
+            if damages:
+                rank_zero_warn(f"ckpt_path=last: {'; '.join(damages)}. The run goes on from the one before, {path}")
+            return path
+        damages.append(f"{path} is damaged: {damage}")
+    raise ValueError(
+        f"ckpt_path=last: {'; '.join(damages)}. None is left: put back a copy of one, or name another folder with --trainer.default_root_dir to start anew"
+    )
 
 
 def _folder(trainer: Trainer) -> Path:

@@ -14,6 +14,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from rpt_lightning.training.checkpoint_check import checkpoint_damage
+
 _SHARDED_REST = "meta.pt"  # what Lightning writes beside the shards
 
 
@@ -35,7 +37,7 @@ def read_checkpoint(path: Path, *, flag: str) -> SavedPolicy:
     ``flag`` is the option that named the file. Raises ValueError where there is no such file, it cannot be read, or it is not one of ours.
     """
     if (path / _SHARDED_REST).is_file():
-        return _read_sharded(path)
+        return _read_sharded(path, flag=flag)
     if not path.is_file():
         raise ValueError(f"{flag} {path}: no such file. `rpt fit` writes checkpoints into the run's folder, as checkpoints/step-N.ckpt.")
     try:
@@ -60,11 +62,11 @@ def read_checkpoint(path: Path, *, flag: str) -> SavedPolicy:
     )
 
 
-def _read_sharded(path: Path) -> SavedPolicy:
-    """The weights that are asked for are put together from their shards in this process.
-
-    The index of the shards is torch.distributed.checkpoint's own pickle; like the shards it must be yours.
-    """
+def _read_sharded(path: Path, *, flag: str) -> SavedPolicy:
+    """The weights that are asked for are put together from their shards in this process."""
+    # Before anything else: torch.distributed.checkpoint would unpickle whatever the index names.
+    if damage := checkpoint_damage(path):
+        raise ValueError(f"{flag} {path} is not a whole checkpoint: {damage}")
     prefix = f"state_dict.{_WEIGHTS_PREFIX}"
     entries = {
         name.removeprefix(prefix): entry

@@ -157,6 +157,16 @@ class RolloutSamples(Callback):
 class ValidationResults(Callback):
     """Every validation pass leaves one record a position in ``validation/step-N.jsonl``, so that any two policies can be compared in pairs."""
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A run that was killed after a checkpoint and before the validation that was due there: Lightning takes it for done."""
+        epoch_loop = trainer.fit_loop.epoch_loop
+        path = Path(trainer.default_root_dir) / VALIDATION_FOLDER / f"step-{trainer.global_step:06d}.jsonl"
+        is_due = trainer.global_step > 0 and trainer.enable_validation and epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+        if is_due and not trainer.strategy.broadcast(path.exists()):
+            trainer.validating = True
+            epoch_loop.val_loop.run()
+            trainer.training = True
+
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PolicyModule)

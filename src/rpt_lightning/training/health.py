@@ -1,0 +1,99 @@
+"""Is the policy collapsing? A warning when a signal of it holds over a window of steps, and on request the end of the run.
+
+What to look for: an entropy near 0 (always the same answer), groups whose rewards are all equal (nothing to learn), completions that shrink to a fraction
+of their first length, completions that run into the token limit.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from rpt_lightning.training.stop import STATUS_UNHEALTHY, StopRun
+
+METRICS = ("policy/entropy", "rollout/live_groups_frac", "rollout/length_mean", "rollout/truncated_frac")
+
+
+class Health(Callback):
+    """Warns once when a mean over the last ``window`` steps passes its threshold, and again only after it has come back. None turns a warning off.
+
+    Args:
+        window: Optimizer steps that a mean is over.
+        min_entropy: Of the policy, nats a token.
+        max_equal_groups: Share of groups whose rewards are all equal.
+        min_length: Mean length of completions, as a share of the mean over the first window of the run.
+        max_truncated: Share of completions that ran into the token limit.
+        stop: End the run at the first warning: with a checkpoint, and exit status 3.
+    """
+
+    def __init__(
+        self,
+        window: int = 20,
+        min_entropy: float | None = 0.02,
+        max_equal_groups: float | None = 0.95,
+        min_length: float | None = 0.25,
+        max_truncated: float | None = 0.75,
+        stop: bool = False,
+    ) -> None:
+        if window < 1:
+            raise ValueError(f"health.window={window}: give 1 step or more")
+        for name, share in (("max_equal_groups", max_equal_groups), ("min_length", min_length), ("max_truncated", max_truncated)):
+            if share is not None and not 0 <= share <= 1:
+                raise ValueError(f"health.{name}={share}: is a share, from 0 to 1, or null for no warning")
+        self.window = window
+        self.min_entropy = min_entropy
+        self.max_equal_groups = max_equal_groups
+        self.min_length = min_length
+        self.max_truncated = max_truncated
+        self.stop = stop
+        self._recent: deque[list[float]] = deque(maxlen=window)  # METRICS of each step
+        self._first_length: float | None = None  # mean over the first window, tokens
+        self._warned: set[str] = set()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not all(name in trainer.callback_metrics for name in METRICS):
+            return  # not a run by rollouts
+        warnings = self.check(*(float(trainer.callback_metrics[name]) for name in METRICS))
+        for text in warnings:
+            rank_zero_warn(f"health at step {trainer.global_step}: {text}")
+        if warnings and self.stop:
+            StopRun.request(trainer, f"health.stop, {warnings[0]}", status=STATUS_UNHEALTHY)
+
+    def check(self, entropy: float, live_groups: float, length: float, truncated: float) -> list[str]:
+        """Takes one step's metrics and returns what has just become worrying."""
+        self._recent.append([entropy, live_groups, length, truncated])
+        if len(self._recent) < self.window:
+            return []
+        entropy, live_groups, length, truncated = (sum(values) / self.window for values in zip(*self._recent, strict=True))
+        if self._first_length is None:
+            self._first_length = length
+        found: dict[str, str] = {}
+        over = f"mean of {self.window} steps"
+        if self.min_entropy is not None and entropy < self.min_entropy:
+            found["entropy"] = f"the policy's entropy is {entropy:.4f} nats ({over}; health.min_entropy={self.min_entropy}): it always says the same"
+        if self.max_equal_groups is not None and 1 - live_groups > self.max_equal_groups:
+            found["equal"] = (
+                f"{1 - live_groups:.0%} of the groups have equal rewards ({over}; health.max_equal_groups={self.max_equal_groups}): hardly anything is learned"
+            )
+        if self.min_length is not None and length < self.min_length * self._first_length:
+            found["length"] = (
+                f"completions have {length:.1f} tokens, {self._first_length:.1f} at the start of the run ({over}; health.min_length={self.min_length})"
+            )
+        if self.max_truncated is not None and truncated > self.max_truncated:
+            found["truncated"] = (
+                f"{truncated:.0%} of the completions run into rollout.max_completion_tokens ({over}; health.max_truncated={self.max_truncated})"
+            )
+        new = [text for name, text in found.items() if name not in self._warned]
+        self._warned = set(found)
+        return new
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"recent": list(self._recent), "first_length": self._first_length, "warned": sorted(self._warned)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._recent.extend(state_dict["recent"])
+        self._first_length = state_dict["first_length"]
+        self._warned = set(state_dict["warned"])

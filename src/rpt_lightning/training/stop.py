@@ -1,0 +1,109 @@
+"""A run that is asked to end does so between two steps, with a checkpoint: at a signal, or because another callback asks.
+
+Lightning's own handler for SLURM saves wherever the signal finds the process, also in the middle of an optimizer step, and under a name of its own;
+its handler for SIGTERM takes part in a collective at a moment that the other ranks know nothing of. Here a signal is only noted.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from rpt_lightning.training.checkpoint import RunCheckpoint
+
+# Exit statuses of `rpt fit`, beside 0 (all steps done) and 1 (an error, or Ctrl-C).
+STATUS_SIGNAL = 75  # EX_TEMPFAIL: started again, the run goes on. Not 0, so that a launcher does not take the run for complete
+STATUS_UNHEALTHY = 3  # ended by `health.stop`
+
+
+class RunStopped(SystemExit):
+    """Ends the process with ``code`` once Lightning has closed everything; the checkpoint is written."""
+
+
+class StopRun(Checkpoint):
+    """Ends the run after the current step at SIGTERM (checkpoint, exit status 75), and at ``requeue_signal``, which under SLURM also queues the job again.
+
+    A signal that arrives during a rollout, an optimizer step or a validation waits for the end of that step, or of the step after the validation: give
+    the run that long between the signal and the kill. It is a ``Checkpoint`` so that Lightning calls it last, after the one that saves.
+
+    Args:
+        requeue_signal: What SLURM sends before the time limit (``#SBATCH --signal=SIGUSR1@300``).
+    """
+
+    def __init__(self, requeue_signal: Literal["SIGUSR1", "SIGUSR2"] = "SIGUSR1") -> None:
+        self.requeue_signal = signal.Signals[requeue_signal]
+        self._received = 0  # number of the first signal; 0: none
+        self._request: tuple[str, int] | None = None
+        self._handlers: dict[int, Any] = {}  # that ours replaced
+
+    @staticmethod
+    def request(trainer: Trainer, reason: str, *, status: int) -> None:
+        """Asks for the end of the run after this step. Every rank asks, at the same step."""
+        (stop,) = (callback for callback in trainer.checkpoint_callbacks if isinstance(callback, StopRun))
+        stop._request = (reason, status)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for signum in (signal.SIGTERM, self.requeue_signal):
+            self._handlers[signum] = signal.signal(signum, self._note)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        received = torch.tensor(self._received, device=trainer.strategy.root_device)
+        if trainer.world_size > 1:
+            # A signal reaches one rank, or each at another moment: all stop after the same step.
+            received = trainer.strategy.reduce(received, reduce_op="max")
+        if int(received):
+            signum = signal.Signals(int(received))
+            self._request = self._request or (f"{signum.name} received", STATUS_SIGNAL)
+        if self._request is None or 0 < trainer.max_steps <= trainer.global_step:
+            return
+        reason, status = self._request
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, RunCheckpoint):
+                callback.save(trainer)
+        rank_zero_info(f"the run stops after step {trainer.global_step}: {reason}. Exit status {status}; continue with --ckpt_path last.")
+        if int(received) == self.requeue_signal and trainer.is_global_zero:
+            _requeue(trainer)
+        # Lightning's launcher kills the first process if one of those that it started ends with an error.
+        is_child = isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment) and trainer.local_rank > 0
+        raise RunStopped(0 if is_child else status)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for signum, handler in self._handlers.items():
+            signal.signal(signum, handler)
+        self._handlers = {}
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, stage="")
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        # SIGTERM may follow the requeue signal, which asks for more.
+        self._received = self._received or signum
+
+
+def _requeue(trainer: Trainer) -> None:
+    environment = trainer._accelerator_connector.cluster_environment
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or (isinstance(environment, SLURMEnvironment) and not environment.auto_requeue):
+        return
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    command = ["scontrol", "requeue", job]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        problem = f"exit status {done.returncode} {done.stderr.strip()}" if done.returncode else None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        problem = str(error)
+    if problem is None:
+        rank_zero_info(f"SLURM job {job} is queued again")
+    else:
+        rank_zero_warn(f"`{' '.join(command)}` failed ({problem}): SLURM will not start the run again by itself; submit it once more")

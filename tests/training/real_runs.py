@@ -1,0 +1,176 @@
+"""`rpt fit` as real processes that can be killed, and what a run leaves behind, for comparing two runs bit by bit.
+
+The processes are forked by one that has imported everything and computed nothing: a fresh interpreter would import for seconds each time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+# What the clock, the machine and the number of starts put into the step log.
+UNEQUAL = ("time", "perf/", "run/")
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["rpt_lightning.lightning_cli"])
+
+
+def run_cli(args: list[str], log: str, environment: dict[str, str]) -> None:
+    """In the new process."""
+    os.environ.update(environment)
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    sys.stdout = sys.stderr = os.fdopen(handle, "w", buffering=1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the fork server ignores
+    torch.set_num_threads(1)
+    from rpt_lightning.cli import main
+
+    sys.exit(main(args))
+
+
+class RealRun:
+    """One command in one folder: started, killed, started again."""
+
+    def __init__(self, folder: Path, flags: list[Any]) -> None:
+        self.folder = folder
+        self.args = ["fit", *map(str, flags), "--trainer.default_root_dir", str(folder), "--ckpt_path", "auto"]
+        self.log = folder.parent / f"{folder.name}.log"
+        self.process: Any = None
+
+    def start(self, **environment: str) -> None:
+        self.process = _context.Process(target=run_cli, args=(self.args, str(self.log), environment))
+        self.process.start()
+
+    def send(self, signum: int) -> None:
+        os.kill(self.process.pid, signum)
+
+    def status(self, timeout_s: float = 240) -> int:
+        self.process.join(timeout_s)
+        assert self.process.exitcode is not None, f"still running after {timeout_s} s:\n{self.text()}"
+        return self.process.exitcode
+
+    def finish(self, **environment: str) -> None:
+        self.start(**environment)
+        assert self.status() == 0, self.text()
+
+    def wait_for(self, condition: Callable[[], object], timeout_s: float = 120) -> bool:
+        """False where the process ended first."""
+        end = time.monotonic() + timeout_s
+        while not condition():
+            if not self.process.is_alive():
+                return False
+            assert time.monotonic() < end, f"nothing after {timeout_s} s:\n{self.text()}"
+            time.sleep(0.0005)
+        return True
+
+    def kill_when(self, condition: Callable[[], object], *, after_s: float = 0.0) -> bool:
+        """kill -9; False where the run was done before."""
+        if not self.wait_for(condition):
+            return False
+        time.sleep(after_s)
+        self.process.kill()
+        return self.status() != 0
+
+    def start_command(self) -> subprocess.Popen[bytes]:
+        """By an interpreter of its own, which Lightning needs where it starts further ranks."""
+        with self.log.open("ab") as log:
+            return subprocess.Popen([sys.executable, "-m", "rpt_lightning.cli", *self.args], stdout=log, stderr=log)
+
+    def wait_for_text(self, text: str, process: subprocess.Popen[bytes], timeout_s: float = 180) -> None:
+        end = time.monotonic() + timeout_s
+        while text not in self.text():
+            assert process.poll() is None, self.text()
+            assert time.monotonic() < end, self.text()
+            time.sleep(0.1)
+
+    @staticmethod
+    def ends(pid: int, *, within_s: float, process: subprocess.Popen[bytes]) -> bool:
+        end = time.monotonic() + within_s
+        while time.monotonic() < end:
+            process.poll()  # or it would stay as a zombie
+            stat = Path(f"/proc/{pid}/stat")
+            if not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+                return True
+            time.sleep(0.2)
+        return False
+
+    @staticmethod
+    def end(pid: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+    def text(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def step(self) -> int:
+        path = self.folder / "steps.jsonl"
+        return path.read_text().count("\n") if path.exists() else 0
+
+    def writes_a_checkpoint(self) -> bool:
+        return any((self.folder / "checkpoints").glob("*.partial"))
+
+    def checkpoints(self) -> list[str]:
+        return sorted(path.name for path in (self.folder / "checkpoints").iterdir())
+
+
+def traces(folder: Path) -> dict[str, Any]:
+    """Everything of a run that must not depend on what happened on the way: steps, rollouts, validations, weights, optimizer, place in the data."""
+    steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    newest = sorted((folder / "checkpoints").glob("step-*.ckpt"))[-1]
+    saved = torch.load(newest, weights_only=True)
+    return {
+        "steps": [{name: value for name, value in step.items() if not name.startswith(UNEQUAL)} for step in steps],
+        "rollouts": {path.name: path.read_text() for path in sorted((folder / "rollouts").glob("*"))},
+        "validation": {path.name: path.read_text() for path in sorted((folder / "validation").glob("*"))},
+        "checkpoint": newest.name,
+        "weights": saved["state_dict"],
+        "optimizer": saved["optimizer_states"],
+        "place in the data": {name: value for name, value in saved.items() if name.endswith("DataModule")},
+    }
+
+
+def differences(one: Any, two: Any, where: str = "") -> list[str]:
+    """Paths at which two traces differ in a single bit."""
+    if isinstance(one, dict) and isinstance(two, dict):
+        names = sorted({*one, *two}, key=str)
+        return [
+            found
+            for name in names
+            for found in (
+                [f"{where}/{name} is missing"] if name not in one or name not in two else differences(one[name], two[name], f"{where}/{name}")
+            )
+        ]
+    if isinstance(one, list) and isinstance(two, list) and len(one) == len(two):
+        return [found for index, pair in enumerate(zip(one, two, strict=True)) for found in differences(*pair, f"{where}/{index}")]
+    same = torch.equal(one, two) if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor) else one == two
+    return [] if same else [where]
+
+
+def scripted_flags(model: Path, tasks: Path, *, steps: int, engine: str = "ScriptedEngine") -> list[Any]:
+    """A small run that saves, validates and keeps its rollouts at every second or every step."""
+    from small_run import SCRIPT
+
+    config = yaml.safe_load((CONFIGS / "debug.yaml").read_text())
+    config["trainer"] |= {"max_steps": steps, "val_check_interval": 2}
+    config["model"]["init_args"]["policy"]["init_args"]["path"] = str(model)
+    config["data"]["init_args"] |= {"task_dir": str(tasks), "tasks_per_step": 4, "positions_per_document": 2, "num_eval_tasks": 4}
+    config["rollout"] |= {"max_prompt_tokens": 96, "max_completion_tokens": 24, "dynamic_sampling_from_step": 1, "thought_controls": False}
+    if engine == "ScriptedEngine":
+        config["rollout"]["engine"] = {"class_path": engine, "init_args": {"completions": SCRIPT}}
+    config["checkpoint"] = {"every_n_steps": 1, "keep": 2, "keep_every_n_steps": 4}
+    path = tasks.parent / f"real-run-{engine}-{steps}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return ["--config", path]

@@ -1,0 +1,196 @@
+"""What a cluster does to a run, done to real processes: kill -9, SIGTERM, SLURM's signal, Ctrl-C, a full disk."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from real_runs import RealRun, differences, scripted_flags, traces
+
+STEPS = 6
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tiny_model_dir, tiny_task_dir, tmp_path_factory):
+    """``undisturbed(flags)`` -> traces of a run that nothing happened to."""
+    known = {}
+
+    def run(flags):
+        key = str(flags)
+        if key not in known:
+            whole = RealRun(tmp_path_factory.mktemp("runs") / "whole", flags)
+            whole.finish()
+            known[key] = traces(whole.folder)
+        return known[key]
+
+    return run
+
+
+@pytest.fixture
+def flags(tiny_model_dir, tiny_task_dir):
+    return scripted_flags(tiny_model_dir, tiny_task_dir, steps=STEPS)
+
+
+def check_same(run: RealRun, expected: dict, *, steps: int) -> None:
+    found = traces(run.folder)
+    assert differences(found, expected) == []
+    assert [row["step"] for row in found["steps"]] == list(range(1, steps + 1))  # none lost, none twice
+    assert len(set(found["rollouts"].values())) == steps
+
+
+def test_kill_in_the_middle_of_writing_a_checkpoint(flags, undisturbed, tmp_path):
+    run = RealRun(tmp_path / "run", flags)
+    run.start()
+    assert run.kill_when(lambda: run.step() >= 3 and run.writes_a_checkpoint())
+    run.finish()
+    check_same(run, undisturbed(flags), steps=STEPS)
+    assert run.checkpoints() == ["step-000004.ckpt", "step-000005.ckpt", "step-000006.ckpt"]  # no partial one, keep_every_n_steps=4
+
+
+def test_kill_between_a_checkpoint_and_its_validation(flags, undisturbed, tmp_path):
+    run = RealRun(tmp_path / "run", flags)
+    run.start()
+    assert run.kill_when(lambda: (run.folder / "checkpoints" / "step-000002.ckpt").exists())
+    assert not (run.folder / "validation" / "step-000002.jsonl").exists()
+    run.finish()
+    check_same(run, undisturbed(flags), steps=STEPS)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ["ScriptedEngine", "HFEngine"])
+def test_random_kills(engine, tiny_model_dir, tiny_task_dir, undisturbed, tmp_path):
+    """10 kills an engine, at random points: after so many more steps and so much of a step, or while a checkpoint is being written."""
+    steps, kills, rng = 24, 10, random.Random(engine)
+    flags = scripted_flags(tiny_model_dir, tiny_task_dir, steps=steps, engine=engine)
+    expected = undisturbed(flags)
+    run, points = RealRun(tmp_path / "run", flags), []
+    for number in range(kills):
+        start, more = run.step(), rng.choice([0, 1, 1, 2])
+        target = min(start + more, steps - 1)
+        run.start()
+        if rng.random() < 0.3:
+            where = "in a checkpoint"
+            condition = lambda target=target: run.step() >= target and run.writes_a_checkpoint()  # noqa: E731
+            after_s = rng.uniform(0, 0.01)
+        else:
+            where = "in a step"
+            condition = lambda target=target: run.step() >= target  # noqa: E731
+            after_s = rng.uniform(0, 0.4)
+        if not run.kill_when(condition, after_s=after_s):
+            points.append(f"{number + 1}: the run was done")
+            break
+        points.append(
+            f"{number + 1}: {where}, {run.step()} steps logged, checkpoints {run.checkpoints() if (run.folder / 'checkpoints').exists() else []}"
+        )
+    run.finish() if run.step() < steps or run.status() else None
+    print(f"{engine}: {len(points)} kills", *points, sep="\n  ")
+    assert sum("done" not in point for point in points) == kills
+    check_same(run, expected, steps=steps)
+    print("steps.jsonl, rollouts/, validation/, weights, optimizer and place in the data: equal to the undisturbed run, bit for bit")
+
+
+def test_sigterm_ends_after_the_step_with_a_checkpoint(flags, undisturbed, tmp_path):
+    run = RealRun(tmp_path / "run", [*flags, "--checkpoint.every_n_steps", "100"])
+    run.start()
+    assert run.wait_for(lambda: run.step() >= 2)  # the next thing is a rollout
+    run.send(signal.SIGTERM)
+    assert run.status() == 75, run.text()
+    stopped_at = run.step()
+    assert stopped_at in (2, 3, 4)
+    assert run.checkpoints() == [f"step-{stopped_at:06d}.ckpt"]
+    assert f"the run stops after step {stopped_at}: SIGTERM received. Exit status 75; continue with --ckpt_path last" in run.text()
+    run.finish()
+    check_same(run, undisturbed(flags), steps=STEPS)
+
+
+def test_slurm_requeues_the_job(flags, tmp_path):
+    calls, scontrol = tmp_path / "calls", tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nls {tmp_path}/run/checkpoints >> {calls}\n')
+    scontrol.chmod(0o755)
+    run = RealRun(tmp_path / "run", [*flags, "--checkpoint.every_n_steps", "100", "--stop.requeue_signal", "SIGUSR2"])
+    job = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    run.start(PATH=f"{scontrol.parent}:{os.environ['PATH']}", SLURM_JOB_NAME="rpt", **job)
+    assert run.wait_for(lambda: run.step() >= 1)
+    run.send(signal.SIGUSR2)
+    run.send(signal.SIGTERM)  # as SLURM sends it as well
+    assert run.status() == 75, run.text()
+    assert calls.read_text().splitlines() == ["requeue 4711", f"step-{run.step():06d}.ckpt"]  # asked for once, when the checkpoint was there
+    assert not list(run.folder.glob("hpc_ckpt*"))  # Lightning's own handler did not save in the middle of a step
+    assert "SLURM job 4711 is queued again" in run.text()
+
+
+def test_ctrl_c_says_how_to_go_on(flags, tmp_path):
+    run = RealRun(tmp_path / "run", flags)
+    run.start()
+    assert run.wait_for(lambda: run.step() >= 2)
+    run.send(signal.SIGINT)
+    assert run.status() == 1
+    assert "The last complete checkpoint is" in run.text()
+    assert "continue with --ckpt_path last" in run.text()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=45m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting a file system is not permitted here, so there is no small disk to fill")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk(flags, undisturbed, small_disk):
+    """Room for two checkpoints of 13 MB and not for a third beside them; what fills the disk goes away before the run is started again."""
+    filler = small_disk / "other people's data"
+    filler.write_bytes(bytes(15_000_000))
+    run = RealRun(small_disk / "run", flags)
+    run.log = small_disk.parent / "run.log"
+    run.start()
+    assert run.status() == 1, run.text()
+    written = run.checkpoints()[-1]
+    assert not [name for name in run.checkpoints() if "partial" in name]
+    assert f"rpt: error: cannot write the checkpoint of step {len(run.checkpoints()) + 1}" in run.text()
+    assert f"{written}: continue with --ckpt_path last" in run.text()
+    filler.unlink()
+    subprocess.run(["mount", "-o", "remount,size=200m", small_disk], check=True)
+    run.finish()
+    check_same(run, undisturbed(flags), steps=STEPS)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said(flags, undisturbed, tmp_path):
+    run = RealRun(tmp_path / "run", flags)
+    run.start()
+    assert run.kill_when(lambda: "step-000003.ckpt" in (run.checkpoints() if (run.folder / "checkpoints").exists() else []))
+    newest = run.folder / "checkpoints" / run.checkpoints()[-1].removesuffix(".partial")
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    newest.write_bytes(content)
+    run.finish()
+    assert f"{newest} is damaged: its part" in run.text()
+    assert "The run goes on from the one before" in run.text()
+    assert f"{newest.name}.abandoned" in run.checkpoints()
+    check_same(run, undisturbed(flags), steps=STEPS)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_ends_the_other(victim, flags, tmp_path):
+    """Two gloo ranks; the other one must be gone within a minute and say who died."""
+    launch = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "500"]
+    run = RealRun(tmp_path / "run", [*flags, *launch])
+    process = run.start_command()
+    try:
+        run.wait_for_text("step 2/500:", process)
+        (child,) = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        killed, other = (process.pid, child) if victim == 0 else (child, process.pid)
+        os.kill(killed, signal.SIGKILL)
+        assert run.ends(other, within_s=60, process=process), run.text()
+        assert f"rank {victim}" in run.text().replace("[rank: ", "rank ")
+    finally:
+        for pid in (process.pid, child):
+            run.end(pid)
