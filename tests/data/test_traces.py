@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from rpt_lightning.data.shards import write_split
+from rpt_lightning.data.shards import split_checksums, write_split
 from rpt_lightning.data.task_folder import TaskFolder
 from rpt_lightning.data.text_datamodule import TextDataModule
 from rpt_lightning.data.trace_datamodule import TraceDataModule
@@ -79,6 +79,16 @@ def test_candidates_that_cannot_be_boxed_are_left_out(tiny_tokenizer, token_byte
     assert token_bytes.join(careless.target_ids).startswith(b"{|a</think>")
 
 
+def _store(folder: Path, items: list[Any]) -> Path:
+    """Replaces the split ``train``, and says so in the manifest."""
+    shutil.rmtree(folder / "train")
+    write_split(folder / "train", items, chunk_bytes="64MB")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["sha256"]["train"] = split_checksums(folder / "train")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
 def permute_truths(folder: Path, target: Path) -> Path:
     """The same folder with other true tokens: from the first task of a document on the tokens are shuffled among those that are no context of a task."""
     shutil.copytree(folder, target)
@@ -90,9 +100,7 @@ def permute_truths(folder: Path, target: Path) -> Path:
         item["true_rank"] = rng.integers(0, 500, len(item["true_rank"])).astype(np.int32)
         last = item["positions"].max()
         item["token_ids"] = np.concatenate([item["token_ids"][:last], rng.integers(40, 500, len(item["token_ids"]) - last).astype(np.int32)])
-    shutil.rmtree(target / "train")
-    write_split(target / "train", items, chunk_bytes="64MB")
-    return target
+    return _store(target, items)
 
 
 def last_positions_only(folder: Path, target: Path) -> Path:
@@ -105,9 +113,7 @@ def last_positions_only(folder: Path, target: Path) -> Path:
         columns = ("positions", "entropy", "true_prob", "true_rank", "answerable", "candidate_ids", "candidate_probs")
         middle = len(item["positions"]) // 2
         items.append(dict(item) | {name: item[name][middle : middle + 1] for name in columns})
-    shutil.rmtree(target / "train")
-    write_split(target / "train", items, chunk_bytes="64MB")
-    return target
+    return _store(target, items)
 
 
 def traces_of(folder: Path, **settings: Any) -> list[Any]:

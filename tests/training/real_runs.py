@@ -22,7 +22,7 @@ import yaml
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # What the clock, the machine and the number of starts put into the step log.
-UNEQUAL = ("time", "perf/", "run/")
+UNEQUAL = ("time", "perf/", "run/", "cost/time_s")
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["rpt_lightning.lightning_cli"])
 

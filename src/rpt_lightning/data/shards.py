@@ -69,8 +69,8 @@ def check_split(folder: Path) -> tuple[list[int], NDArray[np.int32]]:
 
 
 def split_checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of a split, by name."""
-    return {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+    """SHA-256 of a split's files by name; not of litdata's index, which is never the same twice and which `check_split` looks at."""
+    return {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.name != INDEX_FILE}
 
 
 def file_sha256(path: Path) -> str:

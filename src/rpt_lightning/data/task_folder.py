@@ -39,9 +39,8 @@ class TaskFolder:
         self.max_context_tokens = max_context_tokens
         self.manifest: dict[str, Any] = read_manifest(self.path)
         self._sha256: dict[str, str] = self.manifest.get("sha256", {}).get(split, {})  # by file; folders of before this was stored have none
-        for name in (INDEX_FILE, NUM_POSITIONS_FILE):
-            if name in self._sha256 and (self.path / split / name).is_file():
-                check_file(self.path / split / name, self._sha256[name])
+        if NUM_POSITIONS_FILE in self._sha256 and (self.path / split / NUM_POSITIONS_FILE).is_file():
+            check_file(self.path / split / NUM_POSITIONS_FILE, self._sha256[NUM_POSITIONS_FILE])
         chunk_sizes, num_positions = check_split(self.path / split)
         self.chunk_sizes = chunk_sizes  # documents of each shard
         self._chunk_ends = np.cumsum(chunk_sizes)  # [C] documents
