@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_run import quiet_trainer
 
 from rpt_lightning.training.checkpoint import RunCheckpoint, checkpoint_steps, last_checkpoint
 from rpt_lightning.training.checkpoint_file import read_checkpoint
+from rpt_lightning.training.checkpoint_io import StreamedCheckpointIO
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ class SavesBytes:
         self.num_bytes = 0
 
     def save_checkpoint(self, path: Path, weights_only: bool) -> None:
-        quiet_trainer(self.default_root_dir, 1, []).strategy.checkpoint_io.save_checkpoint({"x": torch.zeros(self.num_bytes // 4)}, path)
+        StreamedCheckpointIO().save_checkpoint({"x": torch.zeros(self.num_bytes // 4)}, path)
 
 
 def saved(folder: Path) -> list[str]:

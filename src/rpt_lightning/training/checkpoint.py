@@ -14,6 +14,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from rpt_lightning.training.checkpoint_check import checkpoint_damage
 from rpt_lightning.training.checkpoint_io import StreamedCheckpointIO, files_of, flush_to_disk
@@ -79,7 +80,7 @@ class RunCheckpoint(Checkpoint):
             trainer.save_checkpoint(partial, weights_only=False)  # the optimizer too
             if trainer.is_global_zero:
                 flush_to_disk(files_of(partial))
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        except (OSError, CheckpointException) as error:  # not a RuntimeError: a collective that fails because a rank died is one
             if trainer.is_global_zero:
                 _remove(partial)
             raise CheckpointNotWritten(

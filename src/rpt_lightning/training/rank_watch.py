@@ -47,9 +47,18 @@ class RankWatch(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._watch is None:
             return
-        if not isinstance(exception, (SystemExit, KeyboardInterrupt)):  # those end every rank
+        if is_lost_connection(exception):
+            # The error names an address at best: the watch finds out which rank it was, says so and ends the process.
+            print(f"rpt: a connection between ranks broke ({str(exception)[:120]}): looking for the rank that is gone", file=sys.stderr, flush=True)
+            self._watch.join(self.limit_s * 1.5)
+        elif not isinstance(exception, (SystemExit, KeyboardInterrupt)):  # those end every rank
             self._watch.tell(f"ended with {type(exception).__name__}: {exception}")
         self._watch.stop()
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """A collective that failed, mostly because another rank is gone. gloo has no class of its own for it."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
 class _Watch(threading.Thread):
