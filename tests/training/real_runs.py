@@ -6,6 +6,7 @@ The processes are forked by one that has imported everything and computed nothin
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import multiprocessing
 import os
@@ -20,11 +21,23 @@ from typing import Any
 import torch
 import yaml
 
+from rpt_lightning.tasks.reward import Reward
+
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # What the clock, the machine and the number of starts put into the step log.
 UNEQUAL = ("time", "perf/", "run/", "cost/time_s")
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["rpt_lightning.lightning_cli"])
+
+
+class SomeAreRight(Reward):
+    """Half of the completions, whatever they say: with a random model's own answers no group would be live, and every run the same."""
+
+    needs_first_token_probs = False
+
+    def group_rewards(self, predictions, task, first_token_probs=None):
+        seeds = [f"{task.task_id} {index} {prediction!r}".encode() for index, prediction in enumerate(predictions)]
+        return tuple(float(hashlib.sha256(seed).digest()[0] < 128) for seed in seeds)
 
 
 def run_cli(args: list[str], log: str, environment: dict[str, str]) -> None:
@@ -86,8 +99,11 @@ class RealRun:
 
     def start_command(self) -> subprocess.Popen[bytes]:
         """By an interpreter of its own, which Lightning needs where it starts further ranks."""
+        path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
         with self.log.open("ab") as log:
-            return subprocess.Popen([sys.executable, "-m", "rpt_lightning.cli", *self.args], stdout=log, stderr=log)
+            return subprocess.Popen(
+                [sys.executable, "-m", "rpt_lightning.cli", *self.args], stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": path}
+            )
 
     def wait_for_text(self, text: str, process: subprocess.Popen[bytes], timeout_s: float = 180) -> None:
         end = time.monotonic() + timeout_s
@@ -168,6 +184,7 @@ def scripted_flags(model: Path, tasks: Path, *, steps: int, engine: str = "Scrip
     config["model"]["init_args"]["policy"]["init_args"]["path"] = str(model)
     config["data"]["init_args"] |= {"task_dir": str(tasks), "tasks_per_step": 4, "positions_per_document": 2, "num_eval_tasks": 4}
     config["rollout"] |= {"max_prompt_tokens": 96, "max_completion_tokens": 24, "dynamic_sampling_from_step": 1, "thought_controls": False}
+    config["rollout"]["objective"]["init_args"]["reward"] = {"class_path": "real_runs.SomeAreRight"}
     if engine == "ScriptedEngine":
         config["rollout"]["engine"] = {"class_path": engine, "init_args": {"completions": SCRIPT}}
     config["checkpoint"] = {"every_n_steps": 1, "keep": 2, "keep_every_n_steps": 4}

@@ -40,6 +40,7 @@ def check_same(run: RealRun, expected: dict, *, steps: int) -> None:
     assert differences(found, expected) == []
     assert [row["step"] for row in found["steps"]] == list(range(1, steps + 1))  # none lost, none twice
     assert len(set(found["rollouts"].values())) == steps
+    assert sum(row["optim/grad_norm"] > 0 for row in found["steps"]) > steps // 2  # there was something to lose
 
 
 def test_kill_in_the_middle_of_writing_a_checkpoint(flags, undisturbed, tmp_path):
