@@ -45,6 +45,8 @@ class Options:
     lr: float = 1e-3
     micro_batch_tokens: int = 16384
     wrong_normalizer: bool = False
+    tasks_per_step: int = 8
+    optimizer: str = "AdamW"  # of RPT; AdamW hides the gradient's scale, SGD does not
     dynamic_sampling_from_step: int | None = None
     resume: bool = False
     validate: bool = False
@@ -76,7 +78,7 @@ class WrongNormalizer(RPTModule):
 
 
 def parts(options: Options, folder: Path):
-    optimizer = {"rpt": torch.optim.AdamW, "ntp": torch.optim.SGD}[options.kind]
+    optimizer = torch.optim.SGD if options.kind == "ntp" else getattr(torch.optim, options.optimizer)
     policy, make_optimizer = Policy(options.model), lambda parameters: optimizer(parameters, lr=options.lr)
     common = {"micro_batch_tokens": options.micro_batch_tokens}
     callbacks: list[Any] = [RunCheckpoint(every_n_steps=options.steps), StepLog(), ValidationResults(), RolloutSamples(every_n_steps=1)]
@@ -88,9 +90,9 @@ def parts(options: Options, folder: Path):
         )
     else:
         module = (WrongNormalizer if options.wrong_normalizer else RPTModule)(policy, make_optimizer, correction="truncate", **common)
-        data = TokenTaskDataModule(options.tasks, tasks_per_step=8, positions_per_document=2)
+        data = TokenTaskDataModule(options.tasks, tasks_per_step=options.tasks_per_step, positions_per_document=2)
         engine = {
-            "recorded": lambda: Recorded(SCRIPT),
+            "recorded": lambda: Recorded([*SCRIPT, "so?</think>\\boxed{e}"]),  # lengths of more kinds
             "hf": lambda: HFEngine(dtype="float32"),
             "vllm": lambda: VLLMEngine(dtype="float32", kv_cache_gib=0.1, max_num_seqs=16),
         }[options.engine]()
