@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +51,14 @@ def make_run(tiny_model_dir: Path, tiny_task_dir: Path, tmp_path: Path) -> Calla
         return trainer, module, data
 
     return make
+
+
+@pytest.fixture
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A real file system of ``@pytest.mark.parametrize("small_disk", [MEBIBYTES], indirect=True)``."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={request.param}m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting a file system is not permitted here, so there is no small disk to fill")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)

@@ -135,16 +135,7 @@ def test_ctrl_c_says_how_to_go_on(flags, tmp_path):
     assert "continue with --ckpt_path last" in run.text()
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path):
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=45m", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("mounting a file system is not permitted here, so there is no small disk to fill")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
+@pytest.mark.parametrize("small_disk", [45], indirect=True)
 def test_a_full_disk(flags, undisturbed, small_disk):
     """Room for two checkpoints of 13 MB and not for a third beside them; what fills the disk goes away before the run is started again."""
     filler = small_disk / "other people's data"
