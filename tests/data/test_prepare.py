@@ -235,8 +235,12 @@ def test_stopped_it_continues(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The parts that were scored are not scored again, and the folder is the one of a run that was not stopped."""
+    """The parts that were scored are not scored again, and the folder is the one of a run that was not stopped.
+
+    The run that was not stopped has the same batches: with others, scores differ in their last bits on some processors.
+    """
     monkeypatch.setattr("rpt_lightning.data.prepare.BATCHES_PER_PART", 8)
+    expected = stored(prepare_small(tmp_path / "undisturbed", batch_tokens=64))
     output = tmp_path / "tasks"
     settings = {"corpus": str(corpus_path), "output_dir": str(output), "tokenizer": str(tiny_model_dir), "proxy": str(tiny_model_dir)} | {
         "heldout_documents": 4, "min_context": 8, "window": 64, "overlap": 16, "batch_tokens": 64, "precision": "32-true"
@@ -259,9 +263,7 @@ def test_stopped_it_continues(
     prepare_small(output, batch_tokens=64)
     assert 0 < sum(scored) < 18
     assert len(kept) >= 1
-    expected = stored(prepared_dir)
-    result = stored(output)
-    assert result["manifest"] == expected["manifest"]
+    assert stored(output) == expected
     for split in ("train", "heldout"):  # smaller batches: equal up to rounding
         for doc_id, item in items(output, split).items():
             np.testing.assert_allclose(item["entropy"], items(prepared_dir, split)[doc_id]["entropy"], atol=1e-5)
@@ -288,8 +290,10 @@ def test_other_thresholds_do_use_the_scores_again(prepare_small: Prepare, tmp_pa
 
 
 def test_a_full_disk_leaves_nothing_that_is_trusted(
-    prepare_small: Prepare, prepared_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepare_small: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("rpt_lightning.data.prepare.BATCHES_PER_PART", 2)
+    expected = stored(prepare_small(tmp_path / "undisturbed"))
     calls: list[Path] = []
     original = scored_parts._save
 
@@ -301,13 +305,12 @@ def test_a_full_disk_leaves_nothing_that_is_trusted(
         original(path, arrays)
 
     monkeypatch.setattr(scored_parts, "_save", save)
-    monkeypatch.setattr("rpt_lightning.data.prepare.BATCHES_PER_PART", 2)
     with pytest.raises(OSError, match=r"No space left on device: --output_dir .*tasks is not finished. Free some space"):
         prepare_small(tmp_path / "tasks")
     assert not (tmp_path / "tasks").exists()
     assert all(np.load(path) for path in tmp_path.glob("tasks.partial/*/*"))
     monkeypatch.setattr(scored_parts, "_save", original)
-    assert stored(prepare_small(tmp_path / "tasks"))["manifest"] == stored(prepared_dir)["manifest"]
+    assert stored(prepare_small(tmp_path / "tasks")) == expected
 
 
 def test_bad_input(prepare_small: Prepare, tiny_model_dir: Path, tmp_path: Path) -> None:
