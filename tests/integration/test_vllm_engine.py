@@ -204,6 +204,23 @@ def test_completions_do_not_depend_on_the_batch(engine: VLLMEngine) -> None:
     assert len({completion.token_ids for row in together for completion in row}) == 12
 
 
+def test_more_prompt_tokens_than_one_pass_takes(engine: VLLMEngine) -> None:
+    """A prompt that were cut in two would draw twice for its first token; on a CPU vLLM fails where it turns the first draw back."""
+    room = engine._llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    numbers = torch.Generator().manual_seed(2)
+    requests = [
+        GenerationRequest(
+            task_id=f"d:{i}", prompt_ids=tuple(torch.randint(1, 500, (301,), generator=numbers).tolist()), n=1, seed=i, sampling=SAMPLING
+        )
+        for i in range(room // 301 + 2)
+    ]
+    together = engine.generate(requests)
+    if engine.dtype == torch.float32:  # in bf16 another batch may turn a near tie
+        at_the_border = [room // 301 - 1, room // 301, room // 301 + 1]
+        for index in at_the_border:
+            assert engine.generate([requests[index]])[0][0].token_ids == together[index][0].token_ids
+
+
 def test_n_completions_are_n_requests_with_the_next_seeds(engine: VLLMEngine) -> None:
     """`GenerationRequest` promises the seed ``seed + i``; vLLM derives the seeds of n > 1 itself, and a version that does it otherwise fails here."""
     if engine.dtype != torch.float32:

@@ -118,6 +118,9 @@ class VLLMEngine(RolloutEngine):
             block_size=self.block_size if self.block_size is not None or on_gpu else 32,
             logprobs_mode="processed_logprobs",  # after the temperature, as sampled
             gpu_memory_utilization=self.gpu_memory_utilization,
+            # Of a prompt that it takes in two parts vLLM turns the first part's draw back, which a generator on a CPU cannot do (vLLM 0.32: "CPU Generator does
+            # not use offset").
+            enable_chunked_prefill=None if on_gpu else False,
             kv_cache_memory_bytes=None if on_gpu else int(self.kv_cache_gib * 2**30),
             disable_log_stats=True,
             distributed_executor_backend=OwnDeviceExecutor,
