@@ -12,7 +12,6 @@ import pytest
 from rpt_lightning.metrics.results import write_results
 from sample_results import FIRST, SECOND, results
 
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 demo, pipeline, stages = (importlib.import_module(name) for name in ("demo", "pipeline", "stages"))
 FOLDER = Path("marks")
