@@ -70,7 +70,7 @@ def fit_scaling(compute: Sequence[float] | Floats, accuracy: Sequence[float] | F
     best = int(np.argmin(_line(relative, values, grid)[2]))
     bounds = (grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)])
     log_alpha = float(
-        minimize_scalar(lambda point: _line(relative, values, point)[2].item(), bounds=bounds, method="bounded", options={"xatol": 1e-10}).x
+        minimize_scalar(lambda point: _line(relative, values, point)[2].item(), bounds=bounds, method="bounded", options={"xatol": 1e-6}).x
     )
     amplitude, limit, residual = (part.item() for part in _line(relative, values, log_alpha))
     total = float(((values - values.mean()) ** 2).sum())
