@@ -1,6 +1,6 @@
 # Set-up, tests and the demo. `make` alone lists what there is; docs/install.md says what the set-up does and what can go wrong.
 .DEFAULT_GOAL := help
-.PHONY: help venv demo debug test test-long bench bench-short lint clean
+.PHONY: help venv demo reproduction debug test test-long bench bench-short lint clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -35,12 +35,16 @@ PIP_QUIET := --quiet --quiet --disable-pip-version-check
 RPT := $(BIN)/rpt
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
 venv: $(STAMP)  ## make .venv with everything that tests and demo need
 
 demo: $(STAMP)  ## train a real 135M model by next-token reasoning: about 40 minutes on two cores
 	$(BIN)/python scripts/demo.py
+
+reproduction: $(STAMP)  ## one seed of docs/results.md, "Reproduction": make reproduction SEED=0 (takes over the demo's run)
+	$(if $(SEED),,$(error Name a seed: make reproduction SEED=0))
+	$(BIN)/python scripts/reproduction.py run --seed $(SEED)
 
 debug: $(STAMP) models/tiny tasks/debug  ## every part once, on a tiny random model, in a minute
 	rm -rf runs/debug

@@ -1,28 +1,20 @@
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from rpt_lightning.metrics.results import write_results
 from sample_results import FIRST, SECOND, results
 
-
-def load_demo() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("demo", Path(__file__).resolve().parents[1] / "scripts" / "demo.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["demo"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-demo = load_demo()
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+demo, pipeline, stages = (importlib.import_module(name) for name in ("demo", "pipeline", "stages"))
+FOLDER = Path("marks")
 
 
 @pytest.fixture(autouse=True)
@@ -32,77 +24,91 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def stage(name: str, code: str, **options):
     command = (sys.executable, "-c", f"open('log', 'a').write('{name} '); {code}")
-    return demo.Stage(name=name, command=lambda: command, output=Path(name), minutes=1, **options)
+    return pipeline.Stage(name=name, command=lambda: command, output=Path(name), minutes=1, folder=FOLDER, **options)
+
+
+def run(*sequence) -> None:
+    pipeline.run_stages(sequence, program="demo", again="make demo")
+
+
+def demo_fit(**options):
+    return stages.fit("fit", Path("run"), "configs/demo.yaml", folder=FOLDER, minutes=1, **options)
 
 
 def touch(name: str) -> str:
     return f"open('{name}', 'w')"
 
 
-def test_a_failed_demo_continues_with_the_stage_that_failed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(demo, "STAGES", (stage("one", touch("one")), stage("two", "raise SystemExit(3)"), stage("three", touch("three"))))
-    with pytest.raises(SystemExit, match=r"stage 2 of 3: two failed \(exit status 3"):
-        demo.run_stages()
+def test_a_failed_demo_continues_with_the_stage_that_failed(capfd: pytest.CaptureFixture[str]):
+    one, three = stage("one", touch("one")), stage("three", touch("three"))
+    with pytest.raises(SystemExit, match=r"stage 2 of 3: two failed \(exit status 3.*`make demo` tries it again"):
+        run(one, stage("two", "raise SystemExit(3)"), three)
     assert Path("log").read_text() == "one two "
 
-    monkeypatch.setattr(demo, "STAGES", (demo.STAGES[0], stage("two", touch("two")), demo.STAGES[2]))
-    demo.run_stages()
+    two = stage("two", touch("two"))
+    run(one, two, three)
     assert Path("log").read_text() == "one two two three "
     assert "stage 1 of 3: one: finished before, skipped" in capfd.readouterr().out
 
     Path("two").unlink()  # what a finished stage left behind was removed: it is made again, and so is what was made from it
-    demo.run_stages()
+    run(one, two, three)
     assert Path("log").read_text() == "one two two three two three "
 
 
-def test_time_by_stage_counts_every_try_and_forgets_what_is_made_again(monkeypatch: pytest.MonkeyPatch):
+def test_time_by_stage_counts_every_try_and_forgets_what_is_made_again():
     nap = "import time; time.sleep(0.2); "
-    first, third = stage("one", nap + touch("one")), stage("three", touch("three"))
-    monkeypatch.setattr(demo, "STAGES", (first, stage("two", nap + "raise SystemExit(3)"), third))
+    first, second, third = stage("one", nap + touch("one")), stage("two", nap + touch("two")), stage("three", touch("three"))
     with pytest.raises(SystemExit):
-        demo.run_stages()
-    failed = demo.read_times()
+        run(first, stage("two", nap + "raise SystemExit(3)"), third)
+    failed = pipeline.read_times(FOLDER)
     assert list(failed) == ["one", "two"]
     assert min(failed.values()) >= 0.2
 
-    monkeypatch.setattr(demo, "STAGES", (first, stage("two", nap + touch("two")), third))
-    demo.run_stages()
-    done = demo.read_times()
+    run(first, second, third)
+    done = pipeline.read_times(FOLDER)
     assert done["one"] == failed["one"]  # skipped
     assert done["two"] > failed["two"]
-    assert [row.split()[0] for row in demo.time_table().splitlines()] == ["Time", "one", "two", "three", "together"]
+    assert [row.split()[0] for row in pipeline.time_table((first, second, third)).splitlines()] == ["Time", "one", "two", "three", "together"]
 
-    demo.write_times(dict.fromkeys(done, 6000.0))
+    pipeline.write_times(FOLDER, dict.fromkeys(done, 6000.0))
     Path("two").unlink()
-    demo.run_stages()
-    assert demo.read_times()["one"] == 6000.0
-    assert max(demo.read_times()[name] for name in ("two", "three")) < 6000.0
-    assert demo.time_table().splitlines()[-1].split() == ["together", "100.0", "min"]
+    run(first, second, third)
+    times = pipeline.read_times(FOLDER)
+    assert times["one"] == 6000.0
+    assert max(times[name] for name in ("two", "three")) < 6000.0
+    assert pipeline.time_table((first, second, third)).splitlines()[-1].split() == ["together", "100.0", "min"]
 
 
 def test_a_policy_that_is_trained_again_is_evaluated_again_but_not_the_reverse(monkeypatch: pytest.MonkeyPatch):
-    def fit():
-        return demo.fit("fit", Path("run"), "configs/demo.yaml", 1)
-
-    stages = (stage("data", touch("data")), stage("measure", touch("measure"), feeds_later=False), fit(), stage("export", touch("export")))
-    monkeypatch.setattr(demo, "STAGES", stages)
-    monkeypatch.setattr(demo.Stage, "run", run_without_training := fake_fit(demo.Stage.run))
-    demo.run_stages()
-    assert Path("log").read_text() == "data measure export "
+    measure, page = stage("measure", touch("measure"), feeds_later=False), stage("page", touch("page"), feeds_later=False, always=True)
+    sequence = (stage("data", touch("data")), measure, demo_fit(), stage("export", touch("export")), page)
+    monkeypatch.setattr(pipeline.Stage, "run", run_without_training := fake_fit(pipeline.Stage.run))
+    run(*sequence)
+    assert Path("log").read_text() == "data measure export page "
     assert run_without_training.fits == 1
 
     Path("measure").unlink()
-    demo.run_stages()
-    assert Path("log").read_text() == "data measure export measure "
+    run(*sequence)
+    assert Path("log").read_text() == "data measure export page measure page "
     assert run_without_training.fits == 1
 
     Path("data").unlink()
     Path("run/steps.jsonl").write_text("old")
-    demo.run_stages()
-    assert Path("log").read_text() == "data measure export measure data measure export "
+    run(*sequence)
+    assert Path("log").read_text() == "data measure export page measure page data measure export page "
     assert run_without_training.fits == 2
     assert not Path("run/steps.jsonl").exists()
     assert Path("run.old/steps.jsonl").read_text() == "old"
+
+
+def test_a_finished_stage_says_how_it_was_run():
+    one = stage("one", touch("one"))
+    assert one.history() == {"name": "one", "seconds": None, "command": None, "commit": None}
+    run(one)
+    history = one.history()
+    assert shlex.split(history["command"]) == ["python", *one.command()[1:]]
+    assert history["seconds"] == pipeline.read_times(FOLDER)["one"]
+    assert history["commit"] == pipeline.commit()
 
 
 def fake_fit(run):
@@ -121,8 +127,8 @@ def fake_fit(run):
 
 
 def test_a_fit_that_was_killed_behind_its_last_checkpoint_is_finished():
-    run = run_folder("config.yaml", "checkpoints/step-000020.ckpt")
-    fit = demo.fit("fit", run, "configs/demo.yaml", 1)  # trainer.max_steps is 80
+    run_folder("config.yaml", "checkpoints/step-000020.ckpt")
+    fit = demo_fit()  # trainer.max_steps is 80
     assert not fit.is_finished
     run_folder("checkpoints/step-000080.ckpt")
     assert fit.is_finished
@@ -135,9 +141,11 @@ def test_a_fit_that_was_killed_behind_its_last_checkpoint_is_finished():
 def test_engine_and_precision_are_those_of_the_machine(system, options, in_fp32, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr("platform.system", lambda: system)
     monkeypatch.setattr("rpt_lightning.training.cpu_precision.bf16_is_slow", lambda: in_fp32)
-    module = load_demo()
+    for name in ("demo", "stages", "pipeline"):  # what the machine is good at is found out while they are imported
+        monkeypatch.delitem(sys.modules, name)
+    module = importlib.import_module("demo")
     commands = {stage.name: stage.command() for stage in module.STAGES if not stage.name.startswith("export")}
-    monkeypatch.setitem(sys.modules, "demo", demo)
+    module.say_what_is_special("demo")
     for name in ("evaluate start", "evaluate after cold start", "RPT", "evaluate after RPT"):
         assert ("HFEngine" in commands[name]) == bool(options)
         # A class named behind its arguments would drop them.
@@ -145,17 +153,15 @@ def test_engine_and_precision_are_those_of_the_machine(system, options, in_fp32,
         assert ("float32" in commands[name]) == ("32-true" in commands[name]) == in_fp32
     assert "HFEngine" not in commands["cold start"]  # it learns from text
     assert ("32-true" in commands["cold start"]) == ("32-true" in commands["prepare"]) == in_fp32
-    monkeypatch.setattr(module, "STAGES", ())
-    module.run_stages()
     assert (f"no vLLM for {system}" in capsys.readouterr().out) == bool(options)
 
 
 def test_the_report_shows_the_table_and_names_the_plot(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     for name, right in (("start", False), ("after cold start", False), ("after RPT", True)):
-        write_results(results(replace(FIRST, reasoning_correct=right), SECOND), demo.results_of(name))
+        write_results(results(replace(FIRST, reasoning_correct=right), SECOND), demo.results_file(demo.folder_of(name)))
     demo.RPT.mkdir(parents=True)
     (demo.RPT / "steps.jsonl").write_text('{"step": 1, "reward/mean": 0.25}\n')
-    demo.report()
+    demo.show()
     output = capsys.readouterr().out
     row = next(line for line in output.splitlines() if "reasoning accuracy" in line)
     assert row.count("50.0 %") == 2
@@ -176,14 +182,14 @@ def run_folder(*names: str) -> Path:
     ("files", "resumes"), [(("config.yaml", "checkpoints/step-000010.ckpt"), True), (("config.yaml", "checkpoints/x.partial"), False)]
 )
 def test_a_fit_continues_from_its_last_checkpoint_or_starts_over(files: tuple[str, ...], resumes: bool):
-    run = run_folder(*files)
-    command: Callable[[], tuple[str, ...]] = demo.fit("fit", run, "configs/demo.yaml", 1).command
+    run_folder(*files)
+    command: Callable[[], tuple[str, ...]] = demo_fit().command
     assert (command()[-2:] == ("--ckpt_path", "last")) == resumes
 
 
 def test_export_takes_the_newest_checkpoint():
     run = run_folder("checkpoints/step-000010.ckpt", "checkpoints/step-000009.ckpt", "checkpoints/step-000011.ckpt.partial")
-    assert "run/checkpoints/step-000010.ckpt" in demo.export(run).command()
+    assert "run/checkpoints/step-000010.ckpt" in stages.export(run, folder=FOLDER).command()
 
 
 def test_each_stage_leaves_something_of_its_own():

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +14,7 @@ from rpt_lightning import cli
 from rpt_lightning.metrics.results import read_results
 from rpt_lightning.tasks.token_bytes import start_ids
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SMALL = ["--num_tasks", "12", "--max_completion_tokens", "8", "--max_context_tokens", "40", "--accelerator", "cpu"]
 REASONING = ["--engine", "HFEngine", "--engine.dtype", "float32", "--prompt", "ContinuationPrompt", "--k", "4", "--temperature", "1.0"]
 
@@ -74,10 +78,57 @@ def test_bad_flags_are_one_clear_error(rpt, tiny_model_dir, tiny_task_dir, tmp_p
 
 def test_policies_that_cannot_be_read(rpt, tiny_task_dir, tmp_path):
     (tmp_path / "step-000001.ckpt").mkdir()
-    for policy, message in [("step-000001.ckpt", "is sharded"), ("step-000002.ckpt", "does not exist")]:
+    for policy in ("step-000001.ckpt", "step-000002.ckpt"):
         status, output = rpt("evaluate", "next-token", "--policy", tmp_path / policy, "--task_dir", tiny_task_dir, "--output", tmp_path / "new")
         assert status == 1
-        assert message in output
+        assert f"--policy {tmp_path / policy}: no such file" in output
+
+
+def command(*args):
+    done = subprocess.run([sys.executable, "-m", "rpt_lightning.cli", *map(str, args)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model_dir, tiny_task_dir, tmp_path_factory):
+    """Two steps of one run, as a file and in shards, and what is exported of these."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = ["--config", CONFIGS / "debug.yaml", "--model.policy.path", tiny_model_dir, "--data.task_dir", tiny_task_dir, "--data.tasks_per_step", 8]
+    for name, strategy in (("file", []), ("shards", ["--config", CONFIGS / "strategy" / "fsdp2.yaml", "--trainer.devices", 1])):
+        flags = ["--trainer.max_steps", 2, "--trainer.limit_val_batches", 0, "--trainer.default_root_dir", folder / name]
+        command("fit", *config, *strategy, *flags, "--trainer.accelerator", "cpu")
+    file, shards = (folder / name / "checkpoints" / "step-000002.ckpt" for name in ("file", "shards"))
+    assert file.is_file()
+    assert shards.is_dir()
+    command("export", "--ckpt", shards, "--output", folder / "exported")
+    return [file, shards, folder / "exported"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ["HFEngine", pytest.param("VLLMEngine", marks=pytest.mark.vllm)])
+def test_a_folder_a_file_and_shards_in_one_command(engine, trained, tiny_model_dir, tiny_task_dir, tmp_path):
+    if engine == "VLLMEngine" and find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    policies = [tiny_model_dir, *trained]
+    asked = ["--engine", engine, "--engine.dtype", "float32", "--prompt", "ContinuationPrompt", "--k", 2]
+    output = command(
+        "evaluate", "next-token", "--policy", *policies, "--task_dir", tiny_task_dir, *SMALL, *asked, "--output", tmp_path / "evaluation"
+    )  # fmt: skip
+    files = sorted((tmp_path / "evaluation").glob("**/validation/step-*.jsonl"))
+    assert len(files) == 4
+    measured = {path.parent.parent.name: read_results(path) for path in files if "checkpoints" not in path.parts}
+    measured |= {path.parts[-5]: read_results(path) for path in files if "checkpoints" in path.parts}
+    start = measured.pop("tiny")
+    assert {name: results.step for name, results in measured.items()} == {"file": 2, "shards": 2, "exported": 0}
+    logprobs = [[position.ntp_logprob for position in results.positions] for results in measured.values()]
+    assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-3)
+    assert logprobs[0] == pytest.approx(logprobs[2], abs=1e-3)
+    moved = [abs(one - p.ntp_logprob) for one, p in zip(logprobs[0], start.positions, strict=True)]
+    assert max(moved) > 0.01
+    for results in (start, *measured.values()):
+        assert all(position.num_samples == 2 and position.length for position in results.positions)
+    assert "/exported - reasoning " in output
 
 
 def test_an_evaluation_is_not_overwritten(rpt, tmp_path):

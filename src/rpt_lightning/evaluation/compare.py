@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -84,7 +85,7 @@ def paired_bootstrap(
     _, unit_of_position = np.unique(np.asarray(units), return_inverse=True)  # [N]
     gain_sums = np.bincount(unit_of_position, weights=gains)  # [U]
     sizes = np.bincount(unit_of_position)  # [U]
-    means = _resampled_means(gain_sums, sizes, num_resamples, np.random.default_rng(seed))
+    means = _resampled_means(gain_sums, sizes, num_resamples, seed)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Difference(
         first=float(np.mean(first)),
@@ -97,12 +98,26 @@ def paired_bootstrap(
     )
 
 
-def _resampled_means(gain_sums: np.ndarray, sizes: np.ndarray, num_resamples: int, rng: np.random.Generator) -> np.ndarray:
+def _resampled_means(gain_sums: np.ndarray, sizes: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
     """[num_resamples] means. How often each of U units is drawn in U draws is multinomial, so that a resample is one product with the sums."""
     num_units = len(sizes)
+    if num_resamples * num_units <= _MAX_COUNTS:
+        counts = _counts(num_units, num_resamples, seed)
+        return (counts @ gain_sums) / (counts @ sizes)
+    rng = np.random.default_rng(seed)
     block = max(1, _MAX_COUNTS // num_units)
     means = []
     for start in range(0, num_resamples, block):
-        counts = rng.multinomial(num_units, np.full(num_units, 1 / num_units), size=min(block, num_resamples - start))  # [R, U]
+        counts = _draw(num_units, min(block, num_resamples - start), rng)
         means.append((counts @ gain_sums) / (counts @ sizes))
     return np.concatenate(means)
+
+
+@lru_cache(maxsize=2)
+def _counts(num_units: int, num_resamples: int, seed: int) -> np.ndarray:
+    """[R, U] counts: drawing them takes most of the time, and a table makes many comparisons over the same number of documents."""
+    return _draw(num_units, num_resamples, np.random.default_rng(seed))
+
+
+def _draw(num_units: int, num_resamples: int, rng: np.random.Generator) -> np.ndarray:
+    return rng.multinomial(num_units, np.full(num_units, 1 / num_units), size=num_resamples)  # [R, U]

@@ -34,6 +34,7 @@ from rpt_lightning.training.checkpoint_file import read_checkpoint
 from rpt_lightning.training.monitors import ValidationResults
 from rpt_lightning.training.ntp_module import NTPModule
 from rpt_lightning.training.rollout_callback import RolloutCallback
+from rpt_lightning.training.strategy import ShardedStrategy
 
 # Imported so that they may be named by their short names.
 from rpt_lightning.rollout.hf_engine import HFEngine  # isort: skip
@@ -68,7 +69,7 @@ def next_token(
     Writes ``output/summary.md``, and for each policy a folder that `rpt report` and `rpt compare` read as a run's: one record a position.
 
     Args:
-        policy: Hugging Face folders (or hub ids), or checkpoints of `rpt fit`; their tokenizer is the task folder's.
+        policy: Hugging Face folders (or hub ids), or checkpoints of `rpt fit` (a file, or a folder of shards); their tokenizer is the task folder's.
         task_dir: Folder that `rpt prepare` made; its held-out split is used.
         engine: What generates, e.g. VLLMEngine or HFEngine. None measures next-token prediction without reasoning only.
         prompt: The template that the policies are asked with, e.g. ContinuationPrompt; needed with an engine.
@@ -119,6 +120,8 @@ def next_token(
             default_root_dir=output / name,
             accelerator=accelerator,
             devices=1,
+            # Shards are read by the strategy that writes them.
+            strategy=ShardedStrategy() if ckpt_path is not None and Path(ckpt_path).is_dir() else "auto",
             precision=precision,
             callbacks=callbacks,
             logger=False,
@@ -165,10 +168,7 @@ def _check(policies: Sequence[str], engine: RolloutEngine | None, prompt: Prompt
 def _source(policy: str) -> tuple[str, str | None]:
     """The model folder of a policy, and its checkpoint if it is one."""
     path = Path(policy)
-    if not path.is_file():
-        if path.suffix == ".ckpt":
-            what = "is sharded" if path.is_dir() else "does not exist"
-            raise ValueError(f"--policy {policy}: this checkpoint {what}. Sharded ones are made whole by rpt export --ckpt; give the folder it makes")
+    if path.suffix != ".ckpt" and not path.is_file():
         return policy, None
     return str(read_checkpoint(path, flag="--policy").about["policy_path"]), policy
 

@@ -65,25 +65,31 @@ def fit_scaling(compute: Sequence[float] | Floats, accuracy: Sequence[float] | F
         raise ValueError("A scaling fit needs training compute above 0: leave the start of the run (step 0) out.")
     relative = flops / flops.max()
 
-    def solve(log_alpha: float) -> tuple[Floats, float]:
-        basis = np.stack([relative ** -np.exp(log_alpha), np.ones_like(relative)], axis=1)  # [C, 2]
-        coefficients = np.linalg.lstsq(basis, values, rcond=None)[0]
-        return coefficients, float(((basis @ coefficients - values) ** 2).sum())
-
     # The residual may have several dips, so the search begins from the best of a grid.
     grid = np.linspace(math.log(ALPHA_BOUNDS[0]), math.log(ALPHA_BOUNDS[1]), 60)
-    best = int(np.argmin([solve(point)[1] for point in grid]))
+    best = int(np.argmin(_line(relative, values, grid)[2]))
     bounds = (grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)])
-    log_alpha = float(minimize_scalar(lambda point: solve(point)[1], bounds=bounds, method="bounded", options={"xatol": 1e-10}).x)
-    (amplitude, limit), residual = solve(log_alpha)
+    log_alpha = float(
+        minimize_scalar(lambda point: _line(relative, values, point)[2].item(), bounds=bounds, method="bounded", options={"xatol": 1e-6}).x
+    )
+    amplitude, limit, residual = (part.item() for part in _line(relative, values, log_alpha))
     total = float(((values - values.mean()) ** 2).sum())
     return ScalingFit(
-        amplitude=float(amplitude),
-        alpha=float(np.exp(log_alpha)),
-        limit=float(limit),
+        amplitude=amplitude,
+        alpha=math.exp(log_alpha),
+        limit=limit,
         r_squared=1 - residual / total if total else 1.0,
         max_compute=float(flops.max()),
     )
+
+
+def _line(relative: Floats, values: Floats, log_alpha: float | Floats) -> tuple[Floats, Floats, Floats]:
+    """A, P* and the squared residual of the least-squares line through (C^-alpha, accuracy), for each alpha [K]."""
+    basis = relative ** -np.exp(np.atleast_1d(log_alpha))[:, None]  # [K, C]
+    centred = basis - basis.mean(axis=1, keepdims=True)
+    slope = (centred @ (values - values.mean())) / (centred**2).sum(axis=1)  # [K]
+    limit = values.mean() - slope * basis.mean(axis=1)
+    return slope, limit, ((slope[:, None] * basis + limit[:, None] - values) ** 2).sum(axis=1)
 
 
 def bootstrap_scaling(

