@@ -36,8 +36,8 @@ def prepare() -> Stage:
     return Stage(name="prepare", command=lambda: command, output=TASKS, minutes=2, folder=DEMO)
 
 
-def evaluation(name: str, minutes: float) -> Stage:
-    return evaluate(f"evaluate {name}", EVALUATIONS[name], folder_of(name), RPT_CONFIG, folder=DEMO, minutes=minutes)
+def evaluation(name: str, minutes: float, *, controls: bool = True) -> Stage:
+    return evaluate(f"evaluate {name}", EVALUATIONS[name], folder_of(name), RPT_CONFIG, folder=DEMO, minutes=minutes, controls=controls)
 
 
 def report() -> Stage:
@@ -50,7 +50,7 @@ def report() -> Stage:
 COLD_START_STAGES = (
     make_model(),
     prepare(),
-    evaluation("start", 3),
+    evaluation("start", 3, controls=False),  # it has no answers that another thought could change
     fit("cold start", COLD_START, "configs/demo-cold-start.yaml", folder=DEMO, minutes=9),
     export(COLD_START, folder=DEMO),
     evaluation("after cold start", 2.5),

@@ -65,7 +65,17 @@ class Seed:
     def _checkpoint_stages(self) -> tuple[Stage, ...]:
         """For the scaling fit; the last step is what the export holds."""
         return tuple(
-            evaluate(f"evaluate step {step}", START, self.rpt, RPT_CONFIG, folder=self.folder, minutes=2, step=step, ckpt=checkpoint(self.rpt, step))
+            evaluate(
+                f"evaluate step {step}",
+                START,
+                self.rpt,
+                RPT_CONFIG,
+                folder=self.folder,
+                minutes=2,
+                step=step,
+                ckpt=checkpoint(self.rpt, step),
+                controls=False,
+            )
             for step in self.earlier_steps
         )
 

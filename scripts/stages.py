@@ -82,12 +82,14 @@ def export(run: Path, *, folder: Path) -> Stage:
     return Stage(name=f"export {run.name}", command=command, output=output, minutes=0.5, folder=folder)
 
 
-def evaluate(name: str, policy: Path, run: Path, config: str, *, folder: Path, minutes: float, step: int = 0, ckpt: Path | None = None) -> Stage:
+def evaluate(
+    name: str, policy: Path, run: Path, config: str, *, folder: Path, minutes: float, step: int = 0, ckpt: Path | None = None, controls: bool = True
+) -> Stage:
     """By reasoning and without. ``policy`` is a model folder; with ``ckpt`` the weights of that checkpoint (of ``step``) take the place of its own.
 
-    Only a model folder is also asked with thoughts that are not its own.
+    With ``controls`` it is also asked with thoughts that are not its own.
     """
     options: dict[str, object] = {"--model.policy.path": policy, "--trainer.default_root_dir": run, "--trainer.limit_val_batches": 1.0}
-    options |= {"--rollout.thought_controls": True} if ckpt is None else {"--ckpt_path": ckpt}
+    options |= ({"--rollout.thought_controls": True} if controls else {}) | ({"--ckpt_path": ckpt} if ckpt is not None else {})
     command = (EXECUTABLE, "validate", "--config", config, *PRECISION, *ENGINE, *flags(options))
     return Stage(name=name, command=lambda: command, output=results_file(run, step), minutes=minutes, folder=folder, feeds_later=False)
