@@ -24,9 +24,7 @@ from models import SMOLLM2_135M
 from result import alternate, store
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from rpt_lightning.planning.flops import train_flops
-from rpt_lightning.planning.model_shape import model_shape
-from rpt_lightning.planning.workload import packed_tokens, plain_tokens
+from rpt_lightning.policy.flops import add_works, model_size, sequence_work, train_flops, tree_work
 from rpt_lightning.policy.logprobs import chosen_logprobs
 from rpt_lightning.policy.packing import pack
 from rpt_lightning.policy.tree_attention import NAME as TREE_ATTENTION
@@ -140,8 +138,8 @@ class TRLPath:
 
 def flops(model: PreTrainedModel, sequences: list[TrainSequence], *, shared: bool) -> float:
     """Forward and backward of all sequences."""
-    counts = packed_tokens(list(pack(sequences, max_tokens=10**9))) if shared else plain_tokens(sequences)
-    return train_flops(model_shape(model.config), **vars(counts))
+    work = add_works(map(tree_work, pack(sequences, max_tokens=10**9)) if shared else map(sequence_work, sequences))
+    return train_flops(model_size(model), work)
 
 
 def check_gradients(functions: dict[str, Callable[[], None]], models: dict[str, PreTrainedModel]) -> None:

@@ -93,6 +93,7 @@ class RPTCLI(LightningCLI):
         parser.add_lightning_class_args(RolloutSamples, "samples")
         parser.add_lightning_class_args(Health, "health")
         parser.add_lightning_class_args(Budget, "budget")
+        parser.add_lightning_class_args(MachineStats, "machine")
         parser.link_arguments("seed_everything", "rollout.seed")
 
     @staticmethod
@@ -115,8 +116,8 @@ class RPTCLI(LightningCLI):
         # In a file or a pipe a bar is debris; the line a step is there in any case.
         config["enable_progress_bar"] = config.get("enable_progress_bar") is not False and sys.stdout.isatty()
         bar = [StepProgressBar()] if config["enable_progress_bar"] else []
-        # StepCost first: a step's cost begins before its rollouts.
-        return super()._instantiate_trainer(config, [StepCost(), *callbacks, *bar, MachineStats(), StepLog(), ValidationResults()])
+        # StepCost first: a step's cost begins before its rollouts. StepLog behind all that log.
+        return super()._instantiate_trainer(config, [StepCost(), *callbacks, *bar, StepLog(), ValidationResults()])
 
     def fit(self, model: PolicyModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """A run folder holds one run, new or continued; a missing checkpoint is an error, and so is a fit that does no step.

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from rpt_lightning.evaluation.breakdown import cost_table, disjoint_table, further_comparisons, kind_table, length_table, sampling_table
 from rpt_lightning.evaluation.table import Stage
+from rpt_lightning.policy.flops import ModelSize
 from sample_results import FIRST, results
 
 
@@ -56,12 +57,14 @@ def test_samples_give_avg_and_the_unbiased_pass():
     assert sampling_table([stage("none", {})]) is None
 
 
-def test_an_answer_costs_two_flops_a_parameter_and_token():
+def test_what_an_answer_costs_by_hand():
+    size = ModelSize(body_params=1000, head_params=100, attention_width=10)
     read = {"context_tokens": 20, "prompt_tokens": 25, "length": 15}
-    table = cost_table([stage("p", read, read | {"context_tokens": 30, "prompt_tokens": 35, "length": 5}, num_params=1000)])
-    assert cells(table, "FLOPs by reasoning") == ["8e+04"]  # 2 x 1000 x 40
-    assert cells(table, "FLOPs by NTP") == ["5e+04"]
-    assert cells(table, "reasoning / NTP") == ["1.60"]
+    table = cost_table([stage("p", read, read | {"context_tokens": 30, "prompt_tokens": 35, "length": 5}, model_size=size)])
+    # 39 tokens are fed, 780 pairs, and 15 and 5 distributions
+    assert cells(table, "FLOPs by reasoning") == [format(2 * 1000 * 39 + 2 * 100 * 10 + 4 * 10 * 780, ".3g")]
+    assert cells(table, "FLOPs by NTP") == [format(2 * 1000 * 25 + 2 * 100 + 4 * 10 * (210 + 465) / 2, ".3g")]
+    assert cells(table, "reasoning / NTP") == [format(111200 / 63700, ".2f")]
     assert cells(cost_table([stage("old", {})]), "FLOPs by NTP") == ["not measured"]
 
 

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from rpt_lightning.metrics.results import PositionResult, pair_results, read_results, write_results
+from rpt_lightning.policy.flops import ModelSize
 from sample_results import FIRST, SECOND, results
+
+SIZE = ModelSize(body_params=106, head_params=28, attention_width=17)
 
 
 def test_read_gives_back_what_was_written(tmp_path: Path):
@@ -25,10 +28,11 @@ def test_an_interrupted_file_is_refused(tmp_path: Path):
 
 
 def test_the_meta_file_says_whose_weights(tmp_path: Path):
-    written = replace(results(FIRST), ckpt_path="runs/r/checkpoints/step-000007.ckpt", num_params=135, temperature=0.8)
+    written = replace(results(FIRST), ckpt_path="runs/r/checkpoints/step-000007.ckpt", model_size=SIZE, temperature=0.8)
     write_results(written, tmp_path / "v.jsonl")
     meta = json.loads((tmp_path / "v.json").read_text())
-    assert (meta.pop("ckpt_path"), meta.pop("num_params"), meta.pop("temperature")) == ("runs/r/checkpoints/step-000007.ckpt", 135, 0.8)
+    assert (meta.pop("ckpt_path"), meta.pop("temperature")) == ("runs/r/checkpoints/step-000007.ckpt", 0.8)
+    assert meta.pop("model_size") == {"body_params": 106, "head_params": 28, "attention_width": 17}
     assert meta == {"policy_path": "models/p", "step": 7, "num_positions": 1}
     assert read_results(tmp_path / "v.jsonl") == written
 

@@ -20,6 +20,7 @@ from rpt_lightning.planning.memory import (
 from rpt_lightning.planning.model_shape import ModelShape, model_shape
 from rpt_lightning.planning.workload import masked_pairs
 from rpt_lightning.policy.block_mask import BLOCK, tree_block_mask
+from rpt_lightning.policy.flops import ModelSize
 from rpt_lightning.policy.packing import pack
 from rpt_lightning.policy.tree_attention import NAME
 from rpt_lightning.types import TrainSequence
@@ -80,7 +81,7 @@ def test_activations_and_masks_are_what_autograd_saves(config_class, precision, 
 # A layer of 10 weights is easier to add up than a real one.
 SHAPE = ModelShape(
     family="llama", num_layers=2, hidden_size=4, intermediate_size=8, vocab_size=10, num_heads=2, attention_width=4, kv_width=2, has_qk_norm=False,
-    is_tied=False, num_params=2 * 100 + 84, layer_params=100,
+    is_tied=False, num_params=2 * 100 + 84, layer_params=100, size=ModelSize(body_params=204, head_params=40, attention_width=8),
 )  # fmt: skip
 
 

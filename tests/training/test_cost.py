@@ -12,7 +12,7 @@ from small_run import SCRIPT, quiet_trainer
 
 from rpt_lightning.data.datamodule import TokenTaskDataModule
 from rpt_lightning.data.text_datamodule import TextDataModule
-from rpt_lightning.metrics.flops import num_matrix_params
+from rpt_lightning.policy.flops import ModelSize, model_size
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine
 from rpt_lightning.tasks.objective import Objective
@@ -24,6 +24,7 @@ from rpt_lightning.training.module import RPTModule
 from rpt_lightning.training.monitors import StepLog
 from rpt_lightning.training.ntp_module import NTPModule
 from rpt_lightning.training.rollout_callback import RolloutCallback
+from rpt_lightning.types import TrainSequence
 
 
 class Listener(Callback):
@@ -46,7 +47,7 @@ def log(folder):
 
 @pytest.fixture(scope="module")
 def rpt_run(tiny_model_dir, tiny_task_dir, tmp_path_factory):
-    """Two steps by reasoning: (folder, batches, parameters)."""
+    """Two steps by reasoning: (folder, batches, size of the model)."""
     folder, listener = tmp_path_factory.mktemp("runs") / "rpt", Listener()
     rollout = RolloutCallback(
         ScriptedEngine(SCRIPT),
@@ -60,7 +61,7 @@ def rpt_run(tiny_model_dir, tiny_task_dir, tmp_path_factory):
     module = RPTModule(Policy(str(tiny_model_dir)), optimizer)
     data = TokenTaskDataModule(str(tiny_task_dir), tasks_per_step=8)
     quiet_trainer(folder, 2, [StepCost(), rollout, StepLog(), listener]).fit(module, data)
-    return folder, listener.batches, num_matrix_params(module.policy.model)
+    return folder, listener.batches, model_size(module.policy.model)
 
 
 def text_run(model_dir, task_dir, folder, max_steps, budget, ckpt_path=None):
@@ -70,8 +71,21 @@ def text_run(model_dir, task_dir, folder, max_steps, budget, ckpt_path=None):
     return log(folder)
 
 
+def pass_flops(size: ModelSize, tokens: int, scored: int) -> float:
+    """A causal pass over one sequence."""
+    return 2 * size.body_params * tokens + 2 * size.head_params * scored + 4 * size.attention_width * sum(range(1, tokens + 1))
+
+
+def trie_flops(size: ModelSize, sequences: list[TrainSequence]) -> float:
+    """A forward pass over everything that is fed once, and the head at every distinct target; one micro-batch."""
+    whole = [sequence.prompt_ids + sequence.target_ids for sequence in sequences]
+    fed = {ids[:length] for ids in whole for length in range(1, len(ids))}
+    scored = {ids[:length] for ids, one in zip(whole, sequences, strict=True) for length in range(len(one.prompt_ids) + 1, len(ids) + 1)}
+    return sum(2 * size.body_params + 4 * size.attention_width * len(prefix) for prefix in fed) + 2 * size.head_params * len(scored)
+
+
 def test_a_step_by_reasoning_counts_prompts_samples_checks_and_training(rpt_run):
-    folder, batches, params = rpt_run
+    folder, batches, size = rpt_run
     for entry, batch in zip(log(folder), batches, strict=True):
         groups = batch["rollouts"].groups
         sampled = sum(len(completion.token_ids) for group in groups for completion in group.completions)
@@ -84,20 +98,20 @@ def test_a_step_by_reasoning_counts_prompts_samples_checks_and_training(rpt_run)
         assert entry["cost/scored_tokens"] == len(groups[0].prompt_ids) + len(trie)
         assert entry["cost/trained_tokens"] == entry["train/packed_tokens"]
         assert entry["cost/tokens"] == prefill + sampled + entry["cost/scored_tokens"] + entry["cost/trained_tokens"]
-        forward = prefill + sampled + entry["cost/scored_tokens"]
-        assert entry["cost/flops"] == pytest.approx(params * (2 * forward + 6 * entry["cost/trained_tokens"]))
+        read = sum(pass_flops(size, len(group.prompt_ids), 0) for group in groups for _ in group.completions)
+        # The engine feeds all but the last sampled token, each attending to what stands before it and to itself.
+        drawn = sum(
+            2 * size.body_params + 4 * size.attention_width * (len(group.prompt_ids) + place)
+            for group in groups for completion in group.completions for place in range(1, len(completion.token_ids))
+        ) + 2 * size.head_params * sampled  # fmt: skip
+        check = [TrainSequence(prompt_ids=groups[0].prompt_ids, target_ids=completion.token_ids) for completion in checked]
+        train = [
+            TrainSequence(prompt_ids=group.prompt_ids, target_ids=completion.token_ids)
+            for group in groups if group.is_live for completion in group.completions
+        ]  # fmt: skip
+        assert entry["cost/train_flops"] == pytest.approx(3 * trie_flops(size, train), rel=1e-6)
+        assert entry["cost/flops"] == pytest.approx(read + drawn + trie_flops(size, check) + 3 * trie_flops(size, train), rel=1e-6)
         assert entry["cost/time_s"] >= entry["time/rollout_s"]
-
-
-def test_parameters_are_those_of_matrices(tiny_model_dir):
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
-    tied = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    assert num_matrix_params(tied) == sum(parameter.numel() for parameter in tied.parameters())
-    sizes = {"vocab_size": 10, "hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-    untied = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False))
-    # q and o 8 x 8, k and v 8 x 4; three 8 x 6 of the MLP; three norms of 8; the head 10 x 8, and no input embedding.
-    assert num_matrix_params(untied) == 2 * 64 + 2 * 32 + 3 * 48 + 3 * 8 + 80
 
 
 @pytest.mark.parametrize(("by", "metric"), [("flops", "cost/flops"), ("tokens", "cost/tokens"), ("time", "cost/time_s")])

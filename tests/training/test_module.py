@@ -172,6 +172,13 @@ def test_groups_without_any_difference_give_a_zero_gradient_step(tiny_model_dir,
     assert metrics["optim/skipped_steps"] == 0
 
 
+@pytest.mark.parametrize(("options", "groups", "tokens"), [({}, 2, 21), ({"truncated": "mask"}, 1, 10), ({"optimizer_steps_per_batch": 3}, 2, 21)])
+def test_groups_that_are_trained_are_counted(tiny_model_dir, tmp_path, options, groups, tokens):
+    """Without its truncated completion group b has equal rewards."""
+    metrics = train(tiny_model_dir, tmp_path, steps=options.get("optimizer_steps_per_batch", 1), **options)[3]
+    assert (metrics["train/groups"], metrics["train/completion_tokens"]) == (groups, tokens)
+
+
 def test_non_finite_steps_are_skipped_counted_and_stop_the_run(tiny_model_dir, tmp_path):
     class Broken(Policy):
         calls = 0

@@ -159,9 +159,30 @@ def test_step_log_counts_truncated_and_replaced(make_run, tmp_path):
     for line in lines:
         assert line["time/step_s"] > line["time/train_s"]
         trained_and_sampled = line["rollout/tokens"] + line["train/completion_tokens"]
-        assert line["perf/live_groups_per_s"] == pytest.approx(line["rollout/live_groups"] / line["time/step_s"], rel=1e-4)
+        assert line["train/groups"] == line["rollout/live_groups"]
+        assert line["perf/live_groups_per_s"] == pytest.approx(line["train/groups"] / line["time/step_s"], rel=1e-4)
         assert "rollout/cached_prompt_frac" not in line  # this engine has no cache
         assert line["perf/tokens_per_s"] == pytest.approx(trained_and_sampled / line["time/step_s"], rel=1e-4)
+
+
+class PaysWhatHasNoAnswer(Reward):
+    needs_first_token_probs = False
+
+    def group_rewards(self, predictions, task, first_token_probs=None):
+        return tuple(float(prediction is None) for prediction in predictions)
+
+
+def test_groups_that_are_live_by_masked_completions_alone_are_not_counted_as_trained(make_run, tmp_path):
+    script = ["?</think>\\boxed{e}", "abcdefgh " * 20]  # the second never ends in time
+    trainer, module, data = make_run(
+        1, engine=lambda: ScriptedEngine(script), callbacks=[StepLog()], run_dir=tmp_path / "log", module_options={"truncated": "mask"}
+    )
+    rollout = next(callback for callback in trainer.callbacks if isinstance(callback, RolloutCallback))
+    rollout.objective = Objective(ContinuationPrompt(), PaysWhatHasNoAnswer())
+    trainer.fit(module, data)
+    (line,) = step_lines(tmp_path / "log")
+    assert line["rollout/live_groups"] > 0
+    assert line["train/groups"] == line["train/completion_tokens"] == line["perf/live_groups_per_s"] == 0
 
 
 class Slow(ScriptedEngine):

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import fmean
 
 import numpy as np
 
 from rpt_lightning.evaluation.compare import paired_bootstrap
 from rpt_lightning.evaluation.table import Rate, Stage, accuracy_rows, comparison_line, markdown_row, mean_text
 from rpt_lightning.metrics.bands import DISJOINT_BANDS
-from rpt_lightning.metrics.flops import forward_flops
 from rpt_lightning.metrics.results import PositionResult, Results, pair_results
 from rpt_lightning.metrics.sampling import pass_at_k
 from rpt_lightning.metrics.token_kind import TOKEN_KINDS
+from rpt_lightning.policy.flops import Work, add_works, forward_flops, prompt_work, sampling_work
 
 NOT_MEASURED = "not measured"
 NUM_LENGTH_BINS = 4
 COST_NOTE = (
-    "FLOPs of an answer: 2 x parameters x tokens. By reasoning the tokens are the prompt and the completion, by NTP the context, each for one position "
-    "alone: a prefix that several positions or samples share is counted for each. Attention's own products are left out."
+    "FLOPs of an answer: 2 x parameters a token, and attention's products. By reasoning the tokens are the prompt and the completion, by NTP the context, "
+    "each for one position alone: a prefix that several positions or samples share is counted for each."
 )
 
 
@@ -80,8 +79,8 @@ def sampling_table(stages: Sequence[Stage]) -> str | None:
 def cost_table(stages: Sequence[Stage]) -> str:
     """What one greedy answer cost, by reasoning and without (COST_NOTE)."""
     positions = [stage.results.positions for stage in stages]
-    reasoning = [_answer_flops(stage.results, [_sum(p.prompt_tokens, p.length) for p in stage.results.positions]) for stage in stages]
-    ntp = [_answer_flops(stage.results, [p.context_tokens for p in stage.results.positions]) for stage in stages]
+    reasoning = [_answer_flops(stage.results, [_answer_work(p.prompt_tokens, p.length) for p in stage.results.positions]) for stage in stages]
+    ntp = [_answer_flops(stage.results, [_answer_work(p.context_tokens, 1) for p in stage.results.positions]) for stage in stages]
     ratios = [None if one is None or other is None else one / other for one, other in zip(reasoning, ntp, strict=True)]
     rows = [
         markdown_row("prompt (tokens)", [mean_text([p.prompt_tokens for p in rows], ".1f") for rows in positions]),
@@ -140,13 +139,14 @@ def _sampling_settings(results: Results) -> str:
     return f"{results.temperature}; {num_samples}" if num_samples else NOT_MEASURED
 
 
-def _answer_flops(results: Results, tokens: Sequence[int | None]) -> float | None:
-    measured = [number for number in tokens if number is not None]
-    return forward_flops(results.num_params, fmean(measured)) if measured and results.num_params is not None else None
+def _answer_flops(results: Results, works: Sequence[Work | None]) -> float | None:
+    """Mean over the positions where it was measured."""
+    measured = [work for work in works if work is not None]
+    return forward_flops(results.model_size, add_works(measured)) / len(measured) if measured and results.model_size is not None else None
 
 
-def _sum(left: int | None, right: int | None) -> int | None:
-    return None if left is None or right is None else left + right
+def _answer_work(read_tokens: int | None, sampled_tokens: int | None) -> Work | None:
+    return None if read_tokens is None or sampled_tokens is None else prompt_work(read_tokens) + sampling_work(read_tokens, sampled_tokens)
 
 
 def _number(value: float | None, form: str) -> str:

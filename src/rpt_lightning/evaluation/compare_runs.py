@@ -22,7 +22,7 @@ from rpt_lightning.metrics.results import Results, pair_results
 
 COST_NOTE = (
     "Cost up to the validated step, without what was before the run (a cold start) and without validation. Tokens through the model, shared prefixes once; "
-    "FLOPs: 2 x parameters a token forward, 6 forward and backward, attention's own products left out."
+    "FLOPs: 2 x parameters a token forward, 6 forward and backward, and attention's products; what is computed again is not counted."
 )
 
 

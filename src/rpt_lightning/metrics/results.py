@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from rpt_lightning.metrics.token_kind import TokenKind
+from rpt_lightning.policy.flops import ModelSize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,14 +61,14 @@ class Results:
     """All positions of one evaluation, and which weights they belong to: those of ``policy_path`` after ``step`` optimizer steps.
 
     ``ckpt_path`` is the checkpoint they were read from; None for those of ``policy_path`` itself or of a run that validates as it trains.
-    ``num_params`` are the policy's (metrics/flops.py); ``temperature`` is that of the sampled completions. None where unknown.
+    ``model_size`` is the policy's; ``temperature`` is that of the sampled completions. None where unknown, as in files of earlier versions.
     """
 
     positions: tuple[PositionResult, ...]
     policy_path: str
     step: int
     ckpt_path: str | None = None
-    num_params: int | None = None
+    model_size: ModelSize | None = None
     temperature: float | None = None
 
 
@@ -80,7 +81,7 @@ def write_results(results: Results, path: Path) -> None:
         "ckpt_path": results.ckpt_path,
         "step": results.step,
         "num_positions": len(results.positions),
-        "num_params": results.num_params,
+        "model_size": None if results.model_size is None else asdict(results.model_size),
         "temperature": results.temperature,
     }
     path.with_suffix(".json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
@@ -102,8 +103,15 @@ def read_results(path: Path) -> Results:
     positions = tuple(_parse_line(line, f"{path} line {number}") for number, line in enumerate(lines, start=1) if line.strip())
     if len(positions) != meta["num_positions"]:
         raise ValueError(f"{path}: {len(positions)} positions, but {meta_path.name} says {meta['num_positions']}. Run `rpt validate` again.")
-    known = {name: meta.get(name) for name in ("ckpt_path", "num_params", "temperature")}
-    return Results(positions=positions, policy_path=meta["policy_path"], step=meta["step"], **known)
+    size = meta.get("model_size")
+    return Results(
+        positions=positions,
+        policy_path=meta["policy_path"],
+        step=meta["step"],
+        ckpt_path=meta.get("ckpt_path"),
+        model_size=None if size is None else ModelSize(**size),
+        temperature=meta.get("temperature"),
+    )
 
 
 def pair_results(first: Results, second: Results) -> list[tuple[PositionResult, PositionResult]]:

@@ -9,6 +9,8 @@ from typing import Any, cast
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from rpt_lightning.policy.flops import ModelSize, model_size
+
 # What activations take is worked out (and tested) for these; the policy trains no others.
 FAMILIES = ("llama", "qwen2", "qwen3")
 
@@ -29,11 +31,12 @@ class ModelShape:
     is_tied: bool
     num_params: int
     layer_params: int  # of one decoder layer
+    size: ModelSize  # what its operations are counted by
 
     @property
     def head_params(self) -> int:
         """Of the output head's product, tied or not."""
-        return self.vocab_size * self.hidden_size
+        return self.size.head_params
 
     @property
     def outer_params(self) -> int:
@@ -43,7 +46,7 @@ class ModelShape:
     @property
     def body_params(self) -> int:
         """What every token is multiplied with: all but embedding and head."""
-        return self.num_params - (1 if self.is_tied else 2) * self.head_params
+        return self.size.body_params
 
     @property
     def head_dim(self) -> int:
@@ -83,6 +86,7 @@ def model_shape(config: PretrainedConfig) -> ModelShape:
         is_tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         num_params=sum(parameter.numel() for parameter in model.parameters()),
         layer_params=sum(parameter.numel() for parameter in layers[0].parameters()),
+        size=model_size(model),
     )
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rpt_lightning.planning.devices import Device
-from rpt_lightning.planning.flops import forward_flops, train_flops
 from rpt_lightning.planning.memory import (
     AUTOCAST,
     BF16_BYTES,
@@ -26,6 +25,7 @@ from rpt_lightning.planning.memory import (
 from rpt_lightning.planning.model_shape import ModelShape
 from rpt_lightning.planning.workload import StepTokens, step_tokens
 from rpt_lightning.policy.block_mask import bucket_length
+from rpt_lightning.policy.flops import Work, forward_flops, train_flops
 from rpt_lightning.types import TokenIds
 
 EngineKind = Literal["vllm", "transformers", "other"]
@@ -241,19 +241,17 @@ def _concurrent_sequences(settings: RunSettings, shape: ModelShape, engine: Engi
     return max(1, min(tokens.busiest_completions, settings.max_num_seqs, engine.kv_cache_bytes / sequence_bytes))
 
 
-def _prefill_tokens(settings: RunSettings, tokens: StepTokens) -> float:
-    return tokens.prefill_tokens if settings.shares_prefill else tokens.mean_prompt_tokens * tokens.num_completions
+def _prefill(settings: RunSettings, tokens: StepTokens) -> Work:
+    return tokens.prefill if settings.shares_prefill else tokens.prefill_alone
 
 
 def _flops(settings: RunSettings, shape: ModelShape, tokens: StepTokens) -> StepFlops:
     passes = _passes(settings)
-    sampled = round(tokens.num_completions * tokens.completion_tokens)
     return StepFlops(
-        train_shared_flops=passes * train_flops(shape, **vars(tokens.packed)),
-        train_plain_flops=passes * train_flops(shape, **vars(tokens.plain)),
-        # Pairs within prompts, and the head at a prompt's last token, are small beside the rest and left out.
-        prefill_flops=forward_flops(shape, tokens=round(_prefill_tokens(settings, tokens)), scored_tokens=0, pairs=0),
-        decode_flops=forward_flops(shape, tokens=sampled, scored_tokens=sampled, pairs=round(sampled * _mean_depth(tokens))),
+        train_shared_flops=passes * train_flops(shape.size, tokens.packed),
+        train_plain_flops=passes * train_flops(shape.size, tokens.plain),
+        prefill_flops=forward_flops(shape.size, _prefill(settings, tokens)),
+        decode_flops=forward_flops(shape.size, tokens.sampling),
     )
 
 
@@ -298,7 +296,7 @@ def _times(settings: RunSettings, shape: ModelShape, device: Device, rates: Rate
         prefill_s=share * flops.prefill_flops / flops_per_s,
         decode_s=num_passes * max(pass_bytes / bytes_per_s, pass_flops / flops_per_s),
         decode_cache_frac=cached / pass_bytes,
-        train_compute_s=recompute * _passes(settings) * train_flops(shape, **vars(tokens.busiest)) / flops_per_s,
+        train_compute_s=recompute * _passes(settings) * train_flops(shape.size, tokens.busiest) / flops_per_s,
         train_network_s=network[0] / link_bytes_per_s,
         # Every weight is read in fp32 and written in the engine's dtype.
         sync_s=network[1] / link_bytes_per_s + shape.num_params * (FP32_BYTES + settings.engine_dtype_bytes) / bytes_per_s,

@@ -59,13 +59,12 @@ def _tokens(plan: Plan) -> list[str]:
             *(f"{alone / shared:.2f}" for alone, shared in zip(vars(tokens.plain).values(), vars(tokens.packed).values(), strict=True)),
         ]
     )
-    prompts = tokens.mean_prompt_tokens * tokens.num_completions
     sampled = tokens.num_completions * tokens.completion_tokens
     return [
         *_table(rows),
         *_bullets(
             [
-                f"generated: {sampled:,.0f} tokens; prompts read: {tokens.prefill_tokens:,} tokens, of {prompts:,.0f} without a prefix cache",
+                f"generated: {sampled:,.0f} tokens; prompts read: {tokens.prefill.tokens:,} tokens, of {tokens.prefill_alone.tokens:,} without a prefix cache",
                 f"micro-batches: {tokens.micro_batches:,} on the busiest rank, which trains {tokens.busiest.tokens:,} tokens",
             ]
         ),

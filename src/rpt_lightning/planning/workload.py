@@ -9,17 +9,9 @@ from itertools import pairwise
 import numpy as np
 
 from rpt_lightning.data.stream import rank_share
+from rpt_lightning.policy.flops import Work, add_works, prompt_work, sampling_work, sequence_work, tree_work
 from rpt_lightning.policy.packing import PackedTree, common_prefix_length, pack
 from rpt_lightning.types import TokenIds, TrainSequence
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainTokens:
-    """Tokens that a forward and backward pass computes, how many of them are scored, and permitted pairs (a token and one that it attends to)."""
-
-    tokens: int
-    scored_tokens: int
-    pairs: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +21,13 @@ class StepTokens:
     num_prompts: int
     mean_prompt_tokens: float
     completion_tokens: float  # of one completion, mean
-    prefill_tokens: int  # of all prompts, each distinct prefix of a rank's prompts once
+    prefill: Work  # of all prompts, each distinct prefix of a rank's prompts once
+    prefill_alone: Work  # the same without a prefix cache: every completion reads its prompt
+    sampling: Work
     num_completions: int
-    packed: TrainTokens
-    plain: TrainTokens
-    busiest: TrainTokens  # packed, of the rank that has most
+    packed: Work
+    plain: Work
+    busiest: Work  # packed, of the rank that has most
     busiest_completions: int  # of the rank that has most
     micro_batches: int  # of the rank that has most
     busy_ranks: int  # that have anything to train
@@ -61,12 +55,12 @@ def step_tokens(
         num_ranks: Data-parallel ranks.
         on_gpu: Where attention computes no pairs under a mask of its own.
     """
-    ranks: list[TrainTokens] = []
-    plain = TrainTokens(tokens=0, scored_tokens=0, pairs=0)
-    micro_batches = prefill_tokens = most_masked = 0
+    ranks: list[Work] = []
+    plain = prefill = Work()
+    micro_batches = most_masked = 0
     for rank in range(num_ranks):
         share = rank_share(prompts, rank=rank, num_ranks=num_ranks)
-        prefill_tokens += _distinct_tokens(share)
+        prefill += _trie_work(share)
         live = [prompt for i, prompt in enumerate(share) if int((i + 1) * live_frac) > int(i * live_frac)]
         sequences = [
             # The first token makes a completion unlike any other; negative ids belong to nobody.
@@ -78,16 +72,18 @@ def step_tokens(
         micro_batches = max(micro_batches, len(trees))
         if not on_gpu:
             most_masked = max([most_masked, *map(masked_pairs, trees)])
-        ranks.append(packed_tokens(trees))
-        plain = _sum([plain, plain_tokens(sequences)])
+        ranks.append(add_works(map(tree_work, trees)))
+        plain += add_works(map(sequence_work, sequences))
     largest_share = -(-len(prompts) // num_ranks)
     return StepTokens(
         num_prompts=len(prompts),
         mean_prompt_tokens=sum(map(len, prompts)) / len(prompts),
         completion_tokens=completion_tokens,
-        prefill_tokens=prefill_tokens,
+        prefill=prefill,
+        prefill_alone=add_works(group_size * prompt_work(len(prompt)) for prompt in prompts),
+        sampling=add_works(group_size * sampling_work(len(prompt), completion_tokens) for prompt in prompts),
         num_completions=len(prompts) * group_size,
-        packed=_sum(ranks),
+        packed=add_works(ranks),
         plain=plain,
         busiest=max(ranks, key=lambda rank: rank.tokens),
         busiest_completions=largest_share * group_size,
@@ -100,24 +96,6 @@ def step_tokens(
 def masked_pairs(tree: PackedTree) -> int:
     """Pairs of a tree's "masked" calls (policy/segments.py)."""
     return sum(call.num_pairs for call in tree.tree_mask().calls if call.kind == "masked")
-
-
-def packed_tokens(trees: Sequence[PackedTree]) -> TrainTokens:
-    """What packed trees cost; a token's pairs are as many as its depth."""
-    return TrainTokens(
-        tokens=sum(tree.num_tokens for tree in trees),
-        scored_tokens=sum(tree.targets.numel() for tree in trees),
-        pairs=sum(int((tree.position_ids + 1).sum()) for tree in trees),
-    )
-
-
-def plain_tokens(sequences: Sequence[TrainSequence]) -> TrainTokens:
-    """What the same sequences cost one by one, without padding."""
-    return TrainTokens(
-        tokens=sum(sequence.num_tokens for sequence in sequences),
-        scored_tokens=sum(len(sequence.target_ids) for sequence in sequences),
-        pairs=sum(sequence.num_tokens * (sequence.num_tokens + 1) // 2 for sequence in sequences),
-    )
 
 
 def assumed_prompts(*, num_tasks: int, positions_per_document: int, context_tokens: int, template_tokens: int) -> list[TokenIds]:
@@ -141,15 +119,8 @@ def assumed_prompts(*, num_tasks: int, positions_per_document: int, context_toke
     return prompts
 
 
-def _distinct_tokens(prompts: Sequence[TokenIds]) -> int:
-    """Tokens of the trie of the prompts."""
+def _trie_work(prompts: Sequence[TokenIds]) -> Work:
+    """Reading all prompts, each common prefix once."""
     ids = [np.asarray(prompt, dtype=np.int64) for prompt in sorted(prompts)]
-    return sum(map(len, ids)) - sum(common_prefix_length(left, right) for left, right in pairwise(ids))
-
-
-def _sum(parts: Sequence[TrainTokens]) -> TrainTokens:
-    return TrainTokens(
-        tokens=sum(part.tokens for part in parts),
-        scored_tokens=sum(part.scored_tokens for part in parts),
-        pairs=sum(part.pairs for part in parts),
-    )
+    shared = [0, *(common_prefix_length(left, right) for left, right in pairwise(ids))][: len(ids)]
+    return add_works(prompt_work(len(prompt), num_cached=common) for prompt, common in zip(ids, shared, strict=True))

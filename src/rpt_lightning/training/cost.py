@@ -6,12 +6,13 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from rpt_lightning.metrics.flops import forward_flops, num_matrix_params, train_flops
 from rpt_lightning.metrics.run_folder import STEP_LOG
 from rpt_lightning.metrics.step_log import read_step_log
+from rpt_lightning.policy.flops import ModelSize, Work, forward_flops, model_size, train_flops
 from rpt_lightning.training.policy_module import PolicyModule
 
 COSTS = {"flops": "cost/flops", "tokens": "cost/tokens", "time": "cost/time_s"}
@@ -22,39 +23,49 @@ class StepCost(Callback):
 
     Tokens through the model: prompts that the engine computed (`rollout/prefill_tokens`), sampled ones (`rollout/tokens`), those scored without a gradient
     (`cost/scored_tokens`: the check of log-probs, old log-probs, dense rewards) and those trained (`cost/trained_tokens`), shared prefixes counted once.
-    `cost/tokens` is their sum, `cost/flops` weights them (metrics/flops.py). `cost/time_s` is the slowest rank's, without validation and checkpoints.
+    `cost/tokens` is their sum. `cost/flops` are the model's operations on them (policy/flops.py), `cost/train_flops` those of training alone.
+    `cost/time_s` is the slowest rank's, without validation and checkpoints.
     """
 
     def __init__(self) -> None:
         self._start_s = 0.0
-        self._num_params = 0
-        self._before = (0, 0)
+        self._size: ModelSize
+        self._before: tuple[Work, ...] = ()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PolicyModule)
-        self._num_params = num_matrix_params(pl_module.policy.model)
+        self._size = model_size(pl_module.policy.model)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         assert isinstance(pl_module, PolicyModule)
         self._start_s = time.perf_counter()
-        self._before = pl_module.num_scored_tokens, pl_module.num_trained_tokens
+        self._before = _works(pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         assert isinstance(pl_module, PolicyModule)
-        scored = float(pl_module.ranks.sum(pl_module.num_scored_tokens - self._before[0]))
-        trained = float(pl_module.ranks.sum(pl_module.num_trained_tokens - self._before[1]))
-        generated = 0.0
+        step = [work + -1 * before for work, before in zip(_works(pl_module), self._before, strict=True)]
+        counts = torch.tensor([[work.tokens, work.scored_tokens, work.pairs] for work in step], dtype=torch.float64)
+        generated, scored, trained = (
+            Work(tokens=tokens, scored_tokens=scored_tokens, pairs=pairs) for tokens, scored_tokens, pairs in pl_module.ranks.sum(counts).tolist()
+        )
+        generated_tokens = 0.0
         if pl_module.learns_from_rollouts:
-            generated = sum(trainer.callback_metrics[name].item() for name in ("rollout/prefill_tokens", "rollout/tokens"))
+            generated_tokens = sum(trainer.callback_metrics[name].item() for name in ("rollout/prefill_tokens", "rollout/tokens"))
+        trained_flops = train_flops(self._size, trained)
         pl_module.log_step(
             {
-                "cost/scored_tokens": scored,
-                "cost/trained_tokens": trained,
-                "cost/tokens": generated + scored + trained,
-                "cost/flops": forward_flops(self._num_params, generated + scored) + train_flops(self._num_params, trained),
+                "cost/scored_tokens": scored.tokens,
+                "cost/trained_tokens": trained.tokens,
+                "cost/tokens": generated_tokens + scored.tokens + trained.tokens,
+                "cost/train_flops": trained_flops,
+                "cost/flops": forward_flops(self._size, generated + scored) + trained_flops,
                 "cost/time_s": float(pl_module.ranks.max(time.perf_counter() - self._start_s)),
             }
         )
+
+
+def _works(module: PolicyModule) -> tuple[Work, ...]:
+    return module.generated_work, module.scored_work, module.trained_work
 
 
 class Budget(Callback):

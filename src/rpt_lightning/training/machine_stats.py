@@ -1,4 +1,4 @@
-"""What a run costs its machines, as metrics of every step, and how often it was started again."""
+"""What a run makes of its machines, as metrics of every step, and how often it was started again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 
+from rpt_lightning.metrics.device_peaks import peak_flops
 from rpt_lightning.metrics.run_folder import CONFIG_FILE
 from rpt_lightning.training.policy_module import PolicyModule
 
@@ -18,30 +20,57 @@ _GIB = 2**30
 
 
 class MachineStats(Callback):
-    """Logs ``perf/host_memory_gib`` and, on GPUs, ``perf/gpu_memory_gib`` (of the worst rank) and ``run/restarts``.
+    """Logs ``perf/device_tokens_per_s``, ``perf/mfu``, ``perf/host_memory_gib``, ``perf/gpu_memory_gib`` and ``run/restarts`` (docs/performance.md).
 
-    Host memory is the process's own resident memory at the end of the step; GPU memory is the largest that torch held during the step. Engines in other
-    processes are not in it.
+    It stands behind `StepCost`, whose counts it divides by. ``perf/mfu`` is the share of the devices' peak that training reaches: the operations of forward and
+    backward over the seconds of these and of the optimizer. Host memory is the process's own resident memory at the end of the step; GPU memory is the
+    largest that torch held during the step; both of the worst rank. Engines in other processes are not in them.
+
+    Args:
+        peak_flops_per_device: Operations a second that one device could do at most, dense, in the precision of the run. None: known for some GPUs in
+            bf16 (metrics/device_peaks.py); for others, and for CPUs, perf/mfu is left out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, peak_flops_per_device: float | None = None) -> None:
+        if peak_flops_per_device is not None and peak_flops_per_device <= 0:
+            raise ValueError(f"machine.peak_flops_per_device={peak_flops_per_device}: give operations a second, such as 989e12, or null")
+        self.peak_flops_per_device = peak_flops_per_device
+        self._peak_flops: float | None = None
         self._num_restarts = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._num_restarts = max(0, len(start_configs(Path(trainer.default_root_dir))) - 1)
+        name = torch.cuda.get_device_name(pl_module.device) if pl_module.device.type == "cuda" else "a CPU"
+        self._peak_flops = self.peak_flops_per_device or (peak_flops(name) if trainer.precision == "bf16-mixed" else None)
+        if self._peak_flops is None:
+            rank_zero_info(
+                f"perf/mfu is left out: the peak of {name} in {trainer.precision} is not known here; --machine.peak_flops_per_device says it (operations a second)"
+            )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         assert isinstance(pl_module, PolicyModule)
-        metrics = {}
+        memory = {}
         if (resident := _resident_bytes()) is not None:
-            metrics["perf/host_memory_gib"] = resident / _GIB
+            memory["perf/host_memory_gib"] = resident / _GIB
         if pl_module.device.type == "cuda":
-            metrics["perf/gpu_memory_gib"] = torch.cuda.max_memory_reserved(pl_module.device) / _GIB
+            memory["perf/gpu_memory_gib"] = torch.cuda.max_memory_reserved(pl_module.device) / _GIB
             torch.cuda.reset_peak_memory_stats(pl_module.device)
-        if trainer.world_size > 1 and metrics:
-            worst = trainer.strategy.reduce(torch.tensor(list(metrics.values()), device=pl_module.device), reduce_op="max")
-            metrics = dict(zip(metrics, worst.tolist(), strict=True))
-        pl_module.log_step(metrics | {"run/restarts": float(self._num_restarts)})
+        if trainer.world_size > 1 and memory:
+            worst = trainer.strategy.reduce(torch.tensor(list(memory.values()), device=pl_module.device), reduce_op="max")
+            memory = dict(zip(memory, worst.tolist(), strict=True))
+        logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        pl_module.log_step(memory | speed_metrics(logged, self._peak_flops, trainer.world_size) | {"run/restarts": float(self._num_restarts)})
+
+
+def speed_metrics(logged: dict[str, float], peak: float | None, num_devices: int) -> dict[str, float]:
+    """A device's tokens a second and share of its peak (operations a second; None leaves it out), from a step's metrics over all ranks."""
+    if "cost/tokens" not in logged:
+        return {}
+    metrics = {"perf/device_tokens_per_s": logged["cost/tokens"] / logged["cost/time_s"] / num_devices}
+    if peak is not None:
+        seconds = logged["time/forward_backward_s"] + logged["time/optimizer_s"]
+        metrics["perf/mfu"] = logged["cost/train_flops"] / seconds / num_devices / peak
+    return metrics
 
 
 def start_configs(run_folder: Path) -> list[Path]:

@@ -91,12 +91,20 @@ class RPTModule(PolicyModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         rollouts: TrainBatch = batch["rollouts"]
         temperature = rollouts.sampling.temperature
-        mini_batches = [self._samples(groups) for groups in _mini_batches(rollouts.groups, self.optimizer_steps_per_batch)]
+        cut = [[self._samples(group) for group in groups] for groups in _mini_batches(rollouts.groups, self.optimizer_steps_per_batch)]
+        mini_batches = [list(itertools.chain.from_iterable(groups)) for groups in cut]
         # With one optimizer step a batch the policy before the update is the policy itself: the ratio is exactly 1, and there is nothing to compute.
         on_policy = self.optimizer_steps_per_batch == 1
         old_logprobs = [None if on_policy else self._logprobs(_live(samples), temperature) for samples in mini_batches]
         for samples, old in zip(mini_batches, old_logprobs, strict=True):
             self._optimize(samples, old, rollouts.sampling)
+        trained = [_live(samples) for groups in cut for samples in groups]
+        self.log_step(
+            {
+                "train/groups": self.ranks.sum(sum(map(bool, trained))),
+                "train/completion_tokens": self.ranks.sum(sum(len(sample.sequence.target_ids) for samples in trained for sample in samples)),
+            }
+        )
 
     def _optimize(self, samples: Sequence[_Sample], old_logprobs: list[Tensor] | None, sampling: SamplingSettings) -> None:
         """One optimizer step."""
@@ -140,17 +148,14 @@ class RPTModule(PolicyModule):
         metrics |= {"policy/entropy": entropy_sum / num_tokens.clamp(min=1), "train/live_completions": self.ranks.sum(len(live))}
         self.log_step(metrics)
 
-    def _samples(self, groups: Sequence[RolloutGroup]) -> list[_Sample]:
+    def _samples(self, group: RolloutGroup) -> list[_Sample]:
         """Completions with their advantages. The baseline is computed on what is trained, so a masked completion does not move it."""
-        samples = []
-        for group in groups:
-            kept = [(c, r) for c, r in zip(group.completions, group.rewards, strict=True) if not (self.truncated == "mask" and c.is_truncated)]
-            if len(kept) < 2:  # one completion alone has nothing to be compared with
-                continue
-            rewards = torch.tensor([[reward for _, reward in kept]], dtype=torch.float64)
-            advantages = group_advantages(rewards, scale=self.advantage_scale)[0].tolist()
-            samples += [_sample(group, completion, advantage) for (completion, _), advantage in zip(kept, advantages, strict=True)]
-        return samples
+        kept = [(c, r) for c, r in zip(group.completions, group.rewards, strict=True) if not (self.truncated == "mask" and c.is_truncated)]
+        if len(kept) < 2:  # one completion alone has nothing to be compared with
+            return []
+        rewards = torch.tensor([[reward for _, reward in kept]], dtype=torch.float64)
+        advantages = group_advantages(rewards, scale=self.advantage_scale)[0].tolist()
+        return [_sample(group, completion, advantage) for (completion, _), advantage in zip(kept, advantages, strict=True)]
 
     def _normalizer(self, samples: Sequence[_Sample], *, max_tokens: int) -> float:
         """The step's global denominator: tokens, completions, or completions x limit of tokens."""

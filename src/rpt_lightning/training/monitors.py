@@ -16,10 +16,10 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from rpt_lightning.metrics.bands import BANDS
-from rpt_lightning.metrics.flops import num_matrix_params
 from rpt_lightning.metrics.results import Results, write_results
 from rpt_lightning.metrics.rollout_samples import RolloutSample, samples_of, write_samples
 from rpt_lightning.metrics.run_folder import ROLLOUT_FOLDER, STEP_LOG, VALIDATION_FOLDER
+from rpt_lightning.policy.flops import model_size
 from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.training.policy_module import PolicyModule
 from rpt_lightning.training.rollout_callback import RolloutCallback
@@ -177,7 +177,7 @@ class ValidationResults(Callback):
             policy_path=pl_module.policy.path,
             step=pl_module.policy_version,
             ckpt_path=pl_module.evaluated_ckpt_path,
-            num_params=num_matrix_params(pl_module.policy.model),
+            model_size=model_size(pl_module.policy.model),
             temperature=_sampling_temperature(trainer),
         )
         print(validation_text(results), flush=True)

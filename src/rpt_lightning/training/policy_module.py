@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from rpt_lightning.metrics.results import PositionResult
+from rpt_lightning.policy.flops import Work, add_works, tree_work
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.packing import PackedTree
 from rpt_lightning.policy.sharding import materialize_sharded
@@ -70,8 +71,10 @@ class PolicyModule(LightningModule, ABC):
         self.max_skipped_steps = max_skipped_steps
         self.num_skipped_steps = 0
         self._skipped_in_a_row = 0
-        self.num_scored_tokens = 0  # through the model without a gradient, on this rank since the start of the process
-        self.num_trained_tokens = 0  # with one
+        # Of this rank, since the start of the process:
+        self.generated_work = Work()  # by the engine for training
+        self.scored_work = Work()  # through the policy without a gradient
+        self.trained_work = Work()  # with one
         self._loaded_step = 0
         self.clock = StepClock()  # of the step that runs
         self.results: list[PositionResult] = []  # of the last validation pass, of all ranks; while a pass runs, this rank's part
@@ -177,12 +180,12 @@ class PolicyModule(LightningModule, ABC):
                 loss = micro_batch_loss(trees[index].to(self.device)) if index < len(trees) else self._idle_loss()
                 self.manual_backward(loss * self.ranks.num_data)  # gradients are averaged over ranks, the loss is a sum over them
                 loss_sum += loss.detach()
-        packed_tokens = sum(tree.num_tokens for tree in trees)
-        self.num_trained_tokens += packed_tokens
+        work = add_works(map(tree_work, trees))
+        self.trained_work += work
         plain_tokens = sum(sequence.num_tokens for sequence in sequences)
         metrics = {
             "loss/total": self.ranks.sum(loss_sum),
-            "train/packed_tokens": self.ranks.sum(packed_tokens),
+            "train/packed_tokens": self.ranks.sum(work.tokens),
             "train/plain_tokens": self.ranks.sum(plain_tokens),
             "train/micro_batches": torch.tensor(float(num_micro_batches)),
         }
@@ -220,7 +223,7 @@ class PolicyModule(LightningModule, ABC):
         A forward pass of sharded weights is a collective, so a rank with fewer trees, or none, takes part in those of the others.
         """
         trees = list(self.policy.pack(sequences, max_tokens=self.micro_batch_tokens))
-        self.num_scored_tokens += sum(tree.num_tokens for tree in trees)
+        self.scored_work += add_works(map(tree_work, trees))
         for index in range(int(self.ranks.max(len(trees)))):
             if index < len(trees):
                 tree = trees[index].to(self.device)

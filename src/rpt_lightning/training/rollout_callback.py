@@ -27,7 +27,7 @@ from rpt_lightning.training.first_token import first_token_probs
 from rpt_lightning.training.heldout_answers import heldout_answers
 from rpt_lightning.training.policy_module import PolicyModule
 from rpt_lightning.training.prompt_room import check_prompts_fit, longest_context
-from rpt_lightning.training.rollout_metrics import cached_fractions, over_ranks, prompt_metrics, rollout_metrics
+from rpt_lightning.training.rollout_metrics import cached_fractions, over_ranks, prompt_metrics, rollout_metrics, rollout_work
 from rpt_lightning.training.sync_check import LogprobDiff, check_logprobs, check_weights, compare_logprobs, logprob_limits
 from rpt_lightning.types import RolloutGroup, SamplingSettings, TokenTask, TrainBatch, TrainSequence
 
@@ -248,11 +248,11 @@ class RolloutCallback(Callback):
         with pl_module.clock.phase("logprob_check"):
             metrics = self._check_logprobs(trainer, pl_module, filled.groups, temperature=self.temperature)
         metrics |= rollout_metrics(filled, pilot_size=self.pilot_size) | prompt_metrics(filled, prompts_before, self.engine.prompt_tokens)
+        pl_module.generated_work += rollout_work(filled, prefill_tokens=metrics["rollout/prefill_tokens"])
         batch["rollouts"] = TrainBatch(groups=filled.groups, sampling=self._sampling)
         metrics = over_ranks(ranks, metrics, num_groups=len(filled.groups) + len(filled.replaced))
         metrics |= cached_fractions(metrics)
-        self._rollout_tokens, self._train_tokens = metrics["rollout/tokens"], metrics["train/completion_tokens"]
-        self._live_groups = metrics["rollout/live_groups"]  # all of them are trained: a live group is never replaced
+        self._rollout_tokens = metrics["rollout/tokens"]
         pl_module.log_step(metrics)
         self._train_start = time.perf_counter()
 
@@ -265,8 +265,9 @@ class RolloutCallback(Callback):
                 seconds["time/between_steps_s"] = self._step_start - self._step_end
             metrics = over_ranks(pl_module.ranks, seconds | pl_module.clock.take(), num_groups=1)
             metrics["perf/rollout_tokens_per_s"] = self._rollout_tokens / metrics["time/rollout_s"]
-            metrics["perf/tokens_per_s"] = (self._rollout_tokens + self._train_tokens) / metrics["time/step_s"]
-            metrics["perf/live_groups_per_s"] = self._live_groups / metrics["time/step_s"]
+            trained = {name: trainer.callback_metrics[f"train/{name}"].item() for name in ("completion_tokens", "groups")}
+            metrics["perf/tokens_per_s"] = (self._rollout_tokens + trained["completion_tokens"]) / metrics["time/step_s"]
+            metrics["perf/live_groups_per_s"] = trained["groups"] / metrics["time/step_s"]
             pl_module.log_step(metrics)
             self._step_end = now
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from rpt_lightning.metrics.rollout_stats import rollout_statistics
+from rpt_lightning.policy.flops import Work, add_works, prompt_work, sampling_work
 from rpt_lightning.rollout.dynamic_sampling import FilledBatch
 from rpt_lightning.training.ranks import Ranks
 from rpt_lightning.types import PromptTokens
@@ -18,19 +19,17 @@ SUMS = (
     "rollout/dead_groups_kept",
     "rollout/tokens",
     "rollout/prefill_tokens",
-    "train/completion_tokens",
     *PROMPT_SUMS,
 )
 
 
 def rollout_metrics(filled: FilledBatch, *, pilot_size: int | None = None) -> dict[str, float]:
-    """Of one rank: statistics of everything that was rolled out, the sampled tokens, and those of them that are trained (live groups)."""
+    """Of one rank: statistics of everything that was rolled out, and the sampled tokens."""
     groups = [*filled.groups, *filled.replaced]
     metrics = rollout_statistics(groups, pilot_size=pilot_size) | {
         "rollout/replaced_groups": float(len(filled.replaced)),
         "rollout/dead_groups_kept": float(filled.num_dead),
         "rollout/tokens": float(sum(len(completion.token_ids) for group in groups for completion in group.completions)),
-        "train/completion_tokens": float(sum(len(c.token_ids) for group in filled.groups if group.is_live for c in group.completions)),
     }
     if pilot_size is not None:
         metrics["rollout/pilot_filled_frac"] = sum(len(group.completions) > pilot_size for group in groups) / len(groups)
@@ -47,6 +46,17 @@ def prompt_metrics(filled: FilledBatch, before: PromptTokens | None, after: Prom
     return {"rollout/prefill_tokens": float(step.total - step.cached)} | dict(
         zip(PROMPT_SUMS, map(float, (step.total, step.cached, step.shareable)), strict=True)
     )
+
+
+def rollout_work(filled: FilledBatch, *, prefill_tokens: float) -> Work:
+    """What one rank's engine computed for everything that was rolled out.
+
+    Of the prompts only the tokens that were computed are known (`prompt_metrics`), not which: their pairs are taken to be the same share of all pairs.
+    """
+    groups = [*filled.groups, *filled.replaced]
+    prompts = add_works(len(group.completions) * prompt_work(len(group.prompt_ids)) for group in groups)
+    sampling = add_works(sampling_work(len(group.prompt_ids), len(completion.token_ids)) for group in groups for completion in group.completions)
+    return prefill_tokens / prompts.tokens * prompts + sampling
 
 
 def cached_fractions(metrics: Mapping[str, float]) -> dict[str, float]:

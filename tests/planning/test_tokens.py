@@ -4,32 +4,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rpt_lightning.planning.flops import forward_flops, train_flops
-from rpt_lightning.planning.model_shape import ModelShape
-from rpt_lightning.planning.workload import TrainTokens, assumed_prompts, step_tokens
-
-SHAPE = ModelShape(
-    family="llama", num_layers=2, hidden_size=4, intermediate_size=8, vocab_size=10, num_heads=2, attention_width=6, kv_width=2, has_qk_norm=False,
-    is_tied=True, num_params=200 + 40 + 4, layer_params=100,
-)  # fmt: skip
-
-
-def test_flops_by_hand():
-    # body 204, head 40, attention 6 wide in 2 layers
-    assert train_flops(SHAPE, tokens=5, scored_tokens=3, pairs=7) == 6 * (204 * 5 + 40 * 3) + 12 * 6 * 2 * 7
-    assert forward_flops(SHAPE, tokens=5, scored_tokens=3, pairs=7) == 2 * (204 * 5 + 40 * 3) + 4 * 6 * 2 * 7
+from rpt_lightning.planning.workload import assumed_prompts, step_tokens
+from rpt_lightning.policy.flops import Work
 
 
 def test_a_step_by_hand():
     """Two documents with two positions each: prompts of 3 and 5 and of 3 and 4 tokens, two completions of 3 tokens, of which the last is not fed."""
     prompts = [(1, 2, 3), (1, 2, 3, 4, 5), (7, 8, 9), (7, 8, 9, 10)]
     tokens = step_tokens(prompts, group_size=2, completion_tokens=3, live_frac=1.0, micro_batch_tokens=1000, num_ranks=1)
-    assert tokens.prefill_tokens == 5 + 4
+    # 1..5 and 1..4, each attending to what stands before it
+    assert tokens.prefill == Work(tokens=5 + 4, pairs=15 + 10)
+    assert tokens.prefill_alone == Work(tokens=2 * 15, pairs=2 * (6 + 15 + 6 + 10))
+    # Of three sampled tokens two are fed, behind 3, 5, 3 and 4
+    assert tokens.sampling == Work(tokens=2 * 4 * 2, scored_tokens=24, pairs=2 * ((4 + 5) + (6 + 7) + (4 + 5) + (5 + 6)))
     assert tokens.mean_prompt_tokens == 15 / 4
     assert tokens.packed.tokens == 5 + 4 + 8 * 2
     # Prompts: 1..5 and 1..4; completions: two tokens behind 3, 5, 3 and 4
     assert tokens.packed.pairs == 15 + 10 + 2 * ((4 + 5) + (6 + 7) + (4 + 5) + (5 + 6))
-    assert tokens.plain == TrainTokens(tokens=2 * (6 + 8 + 6 + 7), scored_tokens=24, pairs=2 * (21 + 36 + 21 + 28))
+    assert tokens.plain == Work(tokens=2 * (6 + 8 + 6 + 7), scored_tokens=24, pairs=2 * (21 + 36 + 21 + 28))
     assert tokens.packed.scored_tokens == 24
     assert (tokens.micro_batches, tokens.busy_ranks, tokens.busiest_completions) == (1, 1, 8)
 
@@ -65,4 +57,4 @@ def test_assumed_contexts_have_the_assumed_mean(positions):
     assert sum(map(len, prompts)) / 8 == pytest.approx(107)
     tokens = step_tokens(prompts, group_size=2, completion_tokens=1, live_frac=1.0, micro_batch_tokens=10**6, num_ranks=1)
     longest = 200 * positions // (positions + 1)
-    assert tokens.prefill_tokens == pytest.approx(8 // positions * longest + 8 * 7)
+    assert tokens.prefill.tokens == pytest.approx(8 // positions * longest + 8 * 7)

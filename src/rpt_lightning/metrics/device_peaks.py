@@ -1,0 +1,37 @@
+"""How fast GPUs can multiply at most: operations a second in bf16, dense, from NVIDIA's data sheets.
+
+The sheets give the rate with sparsity for all but the A100, which is twice the dense one. Lightning's table
+(`lightning.fabric.utilities.throughput`) has the sparse rate of some of these, and no Blackwell.
+"""
+
+from __future__ import annotations
+
+import re
+
+# By words of the name that torch gives the device; what is more special stands first.
+_PEAK_FLOPS = {
+    ("H100", "PCIe"): 756e12,  # H100 data sheet: 1,513 TFLOPS sparse
+    ("H100", "NVL"): 835e12,  # H100 NVL data sheet: 1,671 TFLOPS sparse
+    ("H100",): 989e12,  # H100 data sheet, SXM: 1,979 TFLOPS sparse
+    ("GH200",): 989e12,  # GH200 data sheet: 1,979 TFLOPS sparse
+    ("H200", "NVL"): 835e12,  # H200 data sheet, NVL: 1,671 TFLOPS sparse
+    ("H200",): 989e12,  # H200 data sheet, SXM: 1,979 TFLOPS sparse
+    ("B200",): 2250e12,  # HGX B200 data sheet: 36 PFLOPS sparse of eight GPUs
+    ("GB200",): 2500e12,  # GB200 NVL72 data sheet: 360 PFLOPS sparse of 72 GPUs
+    ("A100",): 312e12,  # A100 data sheet
+    ("L40S",): 362e12,  # L40S data sheet: 733 TFLOPS sparse
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Of one device, by `torch.cuda.get_device_name`; None where it is not known, and of a part of a device.
+
+    >>> peak_flops("NVIDIA H100 80GB HBM3"), peak_flops("NVIDIA H100 PCIe"), peak_flops("NVIDIA A100-SXM4-80GB")
+    (989000000000000.0, 756000000000000.0, 312000000000000.0)
+    >>> peak_flops("NVIDIA H20"), peak_flops("NVIDIA H100 80GB HBM3 MIG 1g.10gb")
+    (None, None)
+    """
+    words = set(re.split(r"[ -]+", device_name))
+    if "MIG" in words:
+        return None
+    return next((peak for needed, peak in _PEAK_FLOPS.items() if words.issuperset(needed)), None)

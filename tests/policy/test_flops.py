@@ -1,0 +1,80 @@
+"""The one count of operations: by hand, and against torch's own counter on real models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+from rpt_lightning.policy.flops import ModelSize, Work, forward_flops, model_size, prompt_work, sampling_work, sequence_work, train_flops, tree_work
+from rpt_lightning.policy.packing import pack
+from rpt_lightning.types import TrainSequence
+
+SIZES = {
+    "vocab_size": 100, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+}  # fmt: skip
+
+
+def test_flops_by_hand():
+    size = ModelSize(body_params=204, head_params=40, attention_width=12)
+    work = Work(tokens=5, scored_tokens=3, pairs=7)
+    assert forward_flops(size, work) == 2 * (204 * 5 + 40 * 3) + 4 * 12 * 7
+    assert train_flops(size, work) == 6 * (204 * 5 + 40 * 3) + 12 * 12 * 7
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("config_class", [LlamaConfig, Qwen2Config, Qwen3Config])
+def test_flops_are_those_that_torch_counts(config_class, is_tied):
+    """On the matrices of a real forward and backward pass. Eager attention computes the whole square of pairs, the forbidden ones too."""
+    model = AutoModelForCausalLM.from_config(config_class(**SIZES, tie_word_embeddings=is_tied), attn_implementation="eager")
+    size, length = model_size(model), 11
+    work = Work(tokens=length, scored_tokens=length, pairs=length**2)
+    with FlopCounterMode(display=False) as forward:
+        loss = model(input_ids=torch.arange(length)[None]).logits.sum()
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    vectors = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 1)  # norms and biases: no products of matrices
+    assert forward.get_total_flops() == forward_flops(size, work) - 2 * vectors * length
+    assert forward.get_total_flops() + backward.get_total_flops() == train_flops(size, work) - 6 * vectors * length
+
+
+def test_size_by_hand():
+    untied = LlamaConfig(vocab_size=10, hidden_size=8, intermediate_size=6, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    for is_tied in (True, False):
+        untied.tie_word_embeddings = is_tied
+        # A layer: q and o 8 x 8, k and v 8 x 4; three 8 x 6 of the MLP; two norms of 8. The last norm. Heads of 4.
+        body = 2 * (2 * 64 + 2 * 32 + 3 * 48 + 2 * 8) + 8
+        assert model_size(AutoModelForCausalLM.from_config(untied)) == ModelSize(body_params=body, head_params=80, attention_width=2 * 8)
+
+
+def test_layers_that_carry_a_state_have_no_pairs():
+    from transformers import Qwen3NextConfig
+
+    sizes = SIZES | {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    kinds = ["linear_attention", "full_attention", "linear_attention"]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(Qwen3NextConfig(**sizes, layer_types=kinds, num_experts=0, mlp_only_layers=[0, 1, 2]))
+    assert model_size(model).attention_width == 4 * 8
+
+
+def test_work_of_a_tree_and_of_its_sequences():
+    """Prompt 1 2 3 and completions 4 5 and 4 6 7: 4 is shared, 5 and 7 are only targets."""
+    sequences = [TrainSequence(prompt_ids=(1, 2, 3), target_ids=ids) for ids in ((4, 5), (4, 6, 7))]
+    (tree,) = pack(sequences, max_tokens=100)
+    assert tree_work(tree) == Work(tokens=5, scored_tokens=4, pairs=1 + 2 + 3 + 4 + 5)
+    assert [sequence_work(sequence) for sequence in sequences] == [
+        Work(tokens=5, scored_tokens=2, pairs=15),
+        Work(tokens=6, scored_tokens=3, pairs=21),
+    ]
+
+
+def test_work_of_generation():
+    assert prompt_work(4) == Work(tokens=4, pairs=10)
+    assert prompt_work(4, num_cached=2) == Work(tokens=2, pairs=3 + 4)
+    assert sampling_work(4, 1) == Work(scored_tokens=1)  # from the prompt's last token
+    assert sampling_work(4, 3) == Work(tokens=2, scored_tokens=3, pairs=5 + 6)
+    assert sampling_work(4, 0) == Work()
+    # Reading and sampling are one causal pass over all but the last token.
+    whole = prompt_work(4) + sampling_work(4, 3)
+    assert (whole.tokens, whole.pairs) == (prompt_work(6).tokens, prompt_work(6).pairs)
