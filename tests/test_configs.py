@@ -17,6 +17,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RUNS = sorted(CONFIGS.glob("*.yaml"))
 STRATEGIES = sorted((CONFIGS / "strategy").glob("*.yaml"))
 ROLLOUTS = sorted((CONFIGS / "rollout").glob("*.yaml"))
+DATA = sorted((CONFIGS / "data").glob("*.yaml"))
 PREPARE = sorted((CONFIGS / "prepare").glob("*.yaml"))
 
 
@@ -57,6 +58,13 @@ def test_rollouts_elsewhere_over_a_run(run, rollout, offline_policy, monkeypatch
     assert isinstance(engine.transport, SharedFolderTransport)
 
 
+@pytest.mark.parametrize("data", DATA, ids=lambda path: path.stem)
+def test_data_elsewhere_over_the_paper_run(data, offline_policy, monkeypatch, tmp_path):
+    flags = ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path), "--data.task_dir", "s3://bucket/omnimath"]
+    cli = instantiate(monkeypatch, CONFIGS / "14b.yaml", data, flags=flags)
+    assert (cli.datamodule.task_dir, cli.datamodule.items_per_step) == ("s3://bucket/omnimath", 256)
+
+
 def test_paper_run_is_the_papers_table_5():
     config = yaml.safe_load((CONFIGS / "14b.yaml").read_text())
     rollout, data, model = config["rollout"], config["data"]["init_args"], config["model"]["init_args"]
@@ -79,7 +87,7 @@ def test_prepare_config(config):
     assert isinstance(parsed.source, CorpusSource)
 
 
-@pytest.mark.parametrize("config", [*RUNS, *STRATEGIES, *ROLLOUTS, *PREPARE], ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", [*RUNS, *STRATEGIES, *ROLLOUTS, *DATA, *PREPARE], ids=lambda path: path.stem)
 def test_header_says_command_hardware_time_and_result(config):
     header = " ".join(line for line in config.read_text().splitlines() if line.startswith("#"))
     assert "rpt " in header or "make " in header

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from rpt_lightning.data.shards import split_checksums, write_split
+from rpt_lightning.data.shards import folder_checksums, write_split
 from rpt_lightning.data.task_folder import TaskFolder
 from rpt_lightning.data.text_datamodule import TextDataModule
 from rpt_lightning.data.trace_datamodule import TraceDataModule
@@ -84,7 +84,7 @@ def _store(folder: Path, items: list[Any]) -> Path:
     shutil.rmtree(folder / "train")
     write_split(folder / "train", items, chunk_bytes="64MB")
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["sha256"]["train"] = split_checksums(folder / "train")
+    manifest["sha256"]["train"] = folder_checksums(folder / "train")
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 

@@ -99,10 +99,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST_FILE
     if not path.is_file():
         raise ValueError(f"{folder}: not a task folder ({MANIFEST_FILE} is missing); name a folder that `rpt prepare` finished")
+    return parse_manifest(path.read_bytes(), str(path))
+
+
+def parse_manifest(content: bytes, name: str) -> dict[str, Any]:
+    """Raises ValueError, with the manifest's ``name``, where it is damaged or of another version."""
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
+        manifest: dict[str, Any] = json.loads(content)
         if manifest["format"] != FORMAT:
             raise ValueError(f"format {manifest['format']} instead of {FORMAT}")
         return manifest
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a manifest that this version reads ({error}); make the task folder again with `rpt prepare`") from error
+        raise ValueError(f"{name}: not a manifest that this version reads ({error}); make the task folder again with `rpt prepare`") from error

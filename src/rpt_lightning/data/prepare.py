@@ -19,7 +19,7 @@ from rpt_lightning.data.proxy import check_proxy, load_tokenizer, proxy_fingerpr
 from rpt_lightning.data.scored_parts import ScoringSettings, iterate_scores, score_in_parts, scores_key
 from rpt_lightning.data.scoring import DocumentScores
 from rpt_lightning.data.selection import Item, PositionRule
-from rpt_lightning.data.shards import split_checksums, write_split
+from rpt_lightning.data.shards import folder_checksums, write_split
 from rpt_lightning.data.tokenized_corpus import TokenizedCorpus, source_sha256
 from rpt_lightning.tasks.token_bytes import TokenBytes, tokenizer_hash
 
@@ -166,7 +166,7 @@ def prepare(
             "corpus": corpus.counts,
             "shared_spans_between_splits": shared_spans,
             "splits": {"train": train_statistics.summary(), "heldout": heldout_statistics.summary()},
-            "sha256": {split: split_checksums(staging / split) for split in ("train", "heldout")},
+            "sha256": {part: folder_checksums(staging / part) for part in ("train", "heldout", "tokenizer")},
             "scoring_tokens_per_s": round(tokens_per_s, 1),
         }
         write_manifest(staging, manifest)

@@ -38,8 +38,8 @@ def write_split(folder: Path, items: Iterable[Item], *, chunk_bytes: str) -> NDA
     return counts
 
 
-def check_split(folder: Path) -> tuple[list[int], NDArray[np.int32]]:
-    """Documents of each chunk and positions of each document. [C], [D]
+def check_split(folder: Path, *, has_chunks: bool = True) -> tuple[list[int], NDArray[np.int32]]:
+    """Documents of each chunk and positions of each document. [C], [D] Without ``has_chunks`` the chunks are not looked at.
 
     Raises ValueError for a folder that is incomplete, damaged or names a serializer that could run code.
     """
@@ -56,7 +56,7 @@ def check_split(folder: Path) -> tuple[list[int], NDArray[np.int32]]:
         raise ValueError(
             f"{folder / INDEX_FILE} names the serializer {unsafe[0]!r}; only {', '.join(SAFE_FORMATS)} are read, since others can run code"
         )
-    for chunk in chunks:
+    for chunk in chunks if has_chunks else ():
         path = folder / str(chunk["filename"])
         size = path.stat().st_size if path.is_file() else None
         if size != chunk["chunk_bytes"]:
@@ -68,8 +68,8 @@ def check_split(folder: Path) -> tuple[list[int], NDArray[np.int32]]:
     return sizes, num_positions
 
 
-def split_checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of a split's files by name; not of litdata's index, which is never the same twice and which `check_split` looks at."""
+def folder_checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files of a split, or of the tokenizer, by name; not of litdata's index, which is never the same twice and which `check_split` looks at."""
     return {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.name != INDEX_FILE}
 
 

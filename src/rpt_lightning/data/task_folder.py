@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rpt_lightning.data.manifest import read_manifest
 from rpt_lightning.data.proxy import load_tokenizer
+from rpt_lightning.data.remote_folder import RemoteFolder, is_remote
 from rpt_lightning.data.selection import Item
 from rpt_lightning.data.shards import INDEX_FILE, NUM_POSITIONS_FILE, check_file, check_split
 from rpt_lightning.tasks.token_bytes import TokenBytes, tokenizer_hash
@@ -26,7 +27,7 @@ class TaskFolder:
     """One split of a folder that ``rpt prepare`` made, checked when it is opened; documents are read as they are asked for.
 
     Args:
-        path: The task folder.
+        path: The task folder, here or in storage (``s3://bucket/folder``, remote_folder.py).
         split: "train" or "heldout".
         max_context_tokens: Cut longer contexts on the left.
     """
@@ -34,14 +35,17 @@ class TaskFolder:
     def __init__(self, path: str | Path, split: Literal["train", "heldout"], *, max_context_tokens: int | None = None) -> None:
         from litdata import StreamingDataset
 
-        self.path = Path(path)
+        self._remote = RemoteFolder(str(path)) if is_remote(path) else None
+        self.path = Path(path) if self._remote is None else self._remote.path
         self.split = split
         self.max_context_tokens = max_context_tokens
         self.manifest: dict[str, Any] = read_manifest(self.path)
         self._sha256: dict[str, str] = self.manifest.get("sha256", {}).get(split, {})  # by file; folders of before this was stored have none
-        if NUM_POSITIONS_FILE in self._sha256 and (self.path / split / NUM_POSITIONS_FILE).is_file():
+        if self._remote is not None:
+            self._remote.fetch_split(split)
+        elif NUM_POSITIONS_FILE in self._sha256 and (self.path / split / NUM_POSITIONS_FILE).is_file():
             check_file(self.path / split / NUM_POSITIONS_FILE, self._sha256[NUM_POSITIONS_FILE])
-        chunk_sizes, num_positions = check_split(self.path / split)
+        chunk_sizes, num_positions = check_split(self.path / split, has_chunks=self._remote is None)
         self.chunk_sizes = chunk_sizes  # documents of each shard
         self._chunk_ends = np.cumsum(chunk_sizes)  # [C] documents
         self._checked_chunks: set[int] = set()
@@ -84,7 +88,10 @@ class TaskFolder:
         """When the first of its documents is asked for: a corpus that streams is never read as a whole before it is used."""
         if chunk not in self._checked_chunks and self._sha256:
             name = self._chunk_names[chunk]
-            check_file(self.path / self.split / name, self._sha256[name])
+            if self._remote is not None:
+                self._remote.fetch(self.split, name)
+            else:
+                check_file(self.path / self.split / name, self._sha256[name])
             self._checked_chunks.add(chunk)
 
     def _read(self, document_index: int) -> Item:

@@ -1,0 +1,102 @@
+"""A task folder in S3-compatible storage: files come to this machine when they are first asked for, by litdata's client, and are compared with their checksums.
+
+The storage is named as boto3 does: AWS_ENDPOINT_URL_S3 (or AWS_ENDPOINT_URL) for another than Amazon's, AWS_ACCESS_KEY_ID and its kin or a profile for the
+key. So no key is in a configuration. Copies lie in RPT_CACHE_DIR (default ~/.cache/rpt-lightning), where the ranks of a machine share them; none is deleted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rpt_lightning.data.manifest import MANIFEST_FILE, parse_manifest
+from rpt_lightning.data.shards import INDEX_FILE, NUM_POSITIONS_FILE, file_sha256, replace_file
+
+PREFIX = "s3://"
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether it names a folder in storage. Raises ValueError for a storage that is not tried here."""
+    scheme, mark, _ = str(path).partition("://")
+    if mark and scheme + mark != PREFIX:
+        raise ValueError(
+            f"task folder {path}: of remote storage only {PREFIX}bucket/folder is read; copy the folder to this machine, or serve it as S3"
+        )
+    return bool(mark)
+
+
+class RemoteFolder:
+    """``path`` is the local copy: manifest and tokenizer are there from the start, the files of a split by ``fetch_split``, its chunks by ``fetch``.
+
+    A copy belongs to one manifest: a folder that was prepared anew under the same address gets a new one.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        manifest = self._read(MANIFEST_FILE)
+        name = hashlib.sha256(self.url.encode() + manifest).hexdigest()[:16]
+        self.path = Path(os.environ.get("RPT_CACHE_DIR", "~/.cache/rpt-lightning")).expanduser() / "tasks" / name
+        self._sha256: dict[str, dict[str, str]] = parse_manifest(manifest, f"{self.url}/{MANIFEST_FILE}").get("sha256", {})
+        if "tokenizer" not in self._sha256:
+            raise ValueError(
+                f"{self.url} was prepared by an earlier version, without all checksums; make it again with `rpt prepare` and upload that"
+            )
+        for tokenizer_file in self._sha256["tokenizer"]:
+            self.fetch("tokenizer", tokenizer_file)
+        replace_file(self.path / MANIFEST_FILE, lambda path: path.write_bytes(manifest))
+
+    def fetch_split(self, split: str) -> None:
+        """All of a split but its chunks."""
+        self.fetch(split, INDEX_FILE)
+        self.fetch(split, NUM_POSITIONS_FILE)
+
+    def fetch(self, part: str, name: str) -> Path:
+        """A file of the splits or the tokenizer, whole, here: the one of an earlier run, or a fresh one.
+
+        Raises:
+            ValueError: The storage does not give it, or gives another than the manifest says.
+        """
+        from filelock import FileLock
+
+        sha256 = self._sha256[part].get(name)
+        if Path(name).name != name or (sha256 is None and name != INDEX_FILE):  # litdata's index has no checksum, and check_split looks at it
+            raise ValueError(f"{self.url}/{part} names a file {name!r}, which its manifest does not hold; make the folder again with `rpt prepare`")
+        path = self.path / part / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):  # another rank of this machine may be at it
+            if path.is_file() and (sha256 is None or file_sha256(path) == sha256):
+                return path
+            content = self._read(f"{part}/{name}")
+            if sha256 not in (None, hashlib.sha256(content).hexdigest()):
+                raise ValueError(
+                    f"{self.url}/{part}/{name} is damaged: its SHA-256 is not the one that `rpt prepare` wrote into the manifest; upload it anew"
+                )
+            replace_file(path, lambda temporary: temporary.write_bytes(content))
+        return path
+
+    @cached_property
+    def _downloader(self) -> Any:
+        from botocore.config import Config
+        from litdata.streaming.downloader import get_downloader
+
+        # litdata would try a thousand times before it says that a storage is not there; boto3's own rule, AWS_MAX_ATTEMPTS, is a few times.
+        return get_downloader(self.url, "", [], storage_options={"config": Config()})
+
+    def _read(self, name: str) -> bytes:
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        buffer = io.BytesIO()
+        try:
+            # Not download_file: it leaves the file out without a word where another process is at it.
+            self._downloader.download_fileobj(f"{self.url}/{name}", buffer)
+        except (BotoCoreError, ClientError, Boto3Error) as error:
+            raise ValueError(
+                f"{self.url}/{name} cannot be had ({error}); check the address, AWS_ENDPOINT_URL_S3 for a storage that is not Amazon's, and the key "
+                "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE)"
+            ) from error
+        return buffer.getvalue()
