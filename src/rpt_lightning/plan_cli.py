@@ -11,16 +11,20 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
 
 from rpt_lightning.lightning_cli import RPTCLI, make_cli
-from rpt_lightning.planning.devices import DEVICES, Device, measured_cpu
+from rpt_lightning.planning.devices import DEVICES, HOST_BANDWIDTH_BYTES_PER_S, NODE_LINK_BYTES_PER_S, Device, measured_cpu
 from rpt_lightning.planning.memory import Strategy
 from rpt_lightning.planning.model_shape import load_model_config, model_shape
-from rpt_lightning.planning.plan import EngineKind, Rates, RunSettings, make_plan
+from rpt_lightning.planning.plan import Plan, make_plan
 from rpt_lightning.planning.report import report
+from rpt_lightning.planning.settings import EngineKind, Rates, RunSettings
 from rpt_lightning.planning.workload import assumed_prompts
 from rpt_lightning.types import TokenIds
 
 # Of next-token reasoning at the paper's limit of 8,192 tokens, RMT (arXiv:2509.24375) reports a mean of 872 before it shortens them.
 USUAL_COMPLETION_TOKENS = 1024
+
+# What `rpt serve` starts a server with unless told otherwise.
+SERVER_MAX_NUM_SEQS = 256
 
 SHARDED = ("ModelParallelStrategy", "ShardedStrategy")
 
@@ -28,7 +32,9 @@ SHARDED = ("ModelParallelStrategy", "ShardedStrategy")
 class PlanOptions:
     """Args:
     device: h100, h200, a100, l40s or cpu (this machine, measured in a second). None: cpu where trainer.accelerator is cpu, else h100.
-    num_devices: None: trainer.devices x trainer.num_nodes, where "auto" counts as 1.
+    num_devices: That train. None: trainer.devices x trainer.num_nodes, where "auto" counts as 1.
+    num_servers: Devices of their own that generate, with rollout.engine VLLMServerEngine. None: one for each of its urls.
+    gpu_memory_utilization: Share of a server's memory that vLLM takes, as serve.gpu_memory_utilization.
     model_config: Folder or config.json of the policy's model, where model.policy.path cannot be reached. Weights are never read.
     completion_tokens: Assumed mean length of a completion. None: half of rollout.max_completion_tokens, at most 1024.
     context_tokens: Assumed mean length of a context where the task folder is not there. None: half of the longest.
@@ -41,6 +47,8 @@ class PlanOptions:
         self,
         device: str | None = None,
         num_devices: int | None = None,
+        num_servers: int | None = None,
+        gpu_memory_utilization: float = 0.9,
         model_config: str | None = None,
         completion_tokens: int | None = None,
         context_tokens: int | None = None,
@@ -50,14 +58,18 @@ class PlanOptions:
     ) -> None:
         if device is not None and device not in (*DEVICES, "cpu"):
             raise ValueError(f"--plan.device {device}: choose from {', '.join([*DEVICES, 'cpu'])}")
-        for name, number in {"num_devices": num_devices, "completion_tokens": completion_tokens, "context_tokens": context_tokens}.items():
+        numbers = {"num_devices": num_devices, "num_servers": num_servers, "completion_tokens": completion_tokens, "context_tokens": context_tokens}
+        for name, number in numbers.items():
             if number is not None and number < 1:
                 raise ValueError(f"--plan.{name} {number}: must be at least 1")
-        for name, share in {"live_frac": live_frac, "mfu": mfu, "bandwidth_frac": bandwidth_frac}.items():
+        shares = {"live_frac": live_frac, "mfu": mfu, "bandwidth_frac": bandwidth_frac, "gpu_memory_utilization": gpu_memory_utilization}
+        for name, share in shares.items():
             if not 0 < share <= 1:
                 raise ValueError(f"--plan.{name} {share}: give a share above 0, at most 1")
         self.device = device
         self.num_devices = num_devices
+        self.num_servers = num_servers
+        self.gpu_memory_utilization = gpu_memory_utilization
         self.model_config = model_config
         self.completion_tokens = completion_tokens
         self.context_tokens = context_tokens
@@ -89,13 +101,19 @@ def run(args: list[str]) -> None:
 
 def plan_text(args: list[str]) -> str:
     """The plan of what ``rpt fit ARGS`` would run."""
-    return plan_of(make_cli(PlanCLI, run=False, args=args, prog="rpt plan").config)
+    plan, assumptions = plan_of(parse(args))
+    return report(plan, assumptions=assumptions)
 
 
-def plan_of(config: Namespace) -> str:
-    """The plan of a parsed configuration."""
+def parse(args: list[str]) -> Namespace:
+    """The configuration of ``rpt plan ARGS``."""
+    return make_cli(PlanCLI, run=False, args=args, prog="rpt plan").config
+
+
+def plan_of(config: Namespace) -> tuple[Plan, list[str]]:
+    """The plan of a parsed configuration, and what was assumed for it."""
     options = PlanOptions(**config.plan)
-    settings = run_settings(config, num_devices=options.num_devices)
+    settings = run_settings(config, options)
     shape = model_shape(load_model_config(options.model_config or config.model.init_args.policy.init_args.path))
     device = _device(options.device or ("h100" if settings.on_gpu else "cpu"), settings)
     prompts, source = _prompts(config, settings, options.context_tokens)
@@ -116,10 +134,20 @@ def plan_of(config: Namespace) -> str:
             if settings.gathers_bf16
             else "FSDP2 gathers the weights in fp32, and autocast casts them (with checkpointing a layer at a time)"
         )
-    return report(plan, assumptions=assumptions)
+    if settings.num_servers:
+        assumptions.append(
+            f"each of {settings.num_servers:,} servers is one device, whose vLLM takes {options.gpu_memory_utilization:.0%} of it and generates at most "
+            f"{settings.max_num_seqs:,} completions at a time; weights reach the servers by one broadcast at {NODE_LINK_BYTES_PER_S / 1e9:.0f} GB/s"
+        )
+    if settings.cpu_offload:
+        assumptions.append(
+            f"weights and gradients travel between host and device at {device.host_link_bytes_per_s / 1e9:.0f} GB/s, with nothing else at the same time; the host "
+            f"adds and steps at {HOST_BANDWIDTH_BYTES_PER_S / 1e9:.0f} GB/s of memory a device"
+        )
+    return plan, assumptions
 
 
-def run_settings(config: Namespace, *, num_devices: int | None) -> RunSettings:
+def run_settings(config: Namespace, options: PlanOptions) -> RunSettings:
     """What counts of a parsed configuration.
 
     Raises:
@@ -131,8 +159,11 @@ def run_settings(config: Namespace, *, num_devices: int | None) -> RunSettings:
         raise ValueError("rollout.engine is not set, and RPTModule learns from rollouts; give one, e.g. --rollout.engine VLLMEngine")
     model, data, rollout, trainer = config.model.init_args, config.data.init_args, config.rollout, config.trainer
     policy, engine = model.policy.init_args, rollout.engine.get("init_args") or {}
-    kinds: dict[str, EngineKind] = {"VLLMEngine": "vllm", "HFEngine": "transformers"}
+    kinds: dict[str, EngineKind] = {"VLLMEngine": "vllm", "VLLMServerEngine": "servers", "HFEngine": "transformers"}
     kind = kinds.get(rollout.engine.class_path.rpartition(".")[2], "other")
+    num_devices = options.num_devices or _num_devices(trainer)
+    if kind != "servers" and options.num_servers is not None:
+        raise ValueError("--plan.num_servers: only rollout.engine VLLMServerEngine has servers; add --config configs/rollout/servers.yaml")
     return RunSettings(
         tasks_per_step=data.tasks_per_step,
         positions_per_document=data.positions_per_document,
@@ -146,18 +177,20 @@ def run_settings(config: Namespace, *, num_devices: int | None) -> RunSettings:
         optimizer_bytes_per_param=optimizer_bytes_per_param(model.optimizer),
         logprob_chunk_size=policy.logprob_chunk_size,
         is_mixed=trainer.precision == "bf16-mixed",
-        gathers_bf16=_gathers_bf16(trainer.strategy),
+        gathers_bf16=_strategy_option(trainer.strategy, "gather_bf16", default=True),
+        cpu_offload=_strategy_option(trainer.strategy, "cpu_offload", default=False),
         checkpointing=policy.activation_checkpointing,
-        strategy=_strategy(trainer.strategy, num_devices=num_devices or _num_devices(trainer)),
-        num_devices=num_devices or _num_devices(trainer),
+        strategy=_strategy(trainer.strategy, num_devices=num_devices),
+        num_devices=num_devices,
+        num_servers=(options.num_servers or len(engine["urls"])) if kind == "servers" else 0,
         on_gpu=trainer.accelerator != "cpu",
         engine=kind,
         engine_dtype_bytes=getattr(torch, engine.get("dtype", "bfloat16")).itemsize,
-        gpu_memory_utilization=engine.get("gpu_memory_utilization", 0.0),
+        gpu_memory_utilization=options.gpu_memory_utilization if kind == "servers" else engine.get("gpu_memory_utilization", 0.0),
         kv_cache_bytes=engine.get("kv_cache_gib", 0.0) * 2**30,
-        max_num_seqs=engine.get("max_num_seqs", 1),
+        max_num_seqs=SERVER_MAX_NUM_SEQS if kind == "servers" else engine.get("max_num_seqs", 1),
         max_batch_tokens=engine.get("max_batch_tokens", 0),
-        shares_prefill=kind == "vllm" and bool(engine.get("enable_prefix_caching")),
+        shares_prefill=kind == "servers" or (kind == "vllm" and bool(engine.get("enable_prefix_caching"))),
     )
 
 
@@ -194,9 +227,9 @@ def _strategy(strategy: str | Namespace, *, num_devices: int) -> Strategy:
     raise ValueError(f"--trainer.strategy {name}: rpt plan knows one device (auto), ddp, and ModelParallelStrategy (configs/strategy/)")
 
 
-def _gathers_bf16(strategy: str | Namespace) -> bool:
-    """What a sharded strategy does under bf16-mixed where it does not say otherwise."""
-    return True if isinstance(strategy, str) else bool((strategy.get("init_args") or {}).get("gather_bf16", True))
+def _strategy_option(strategy: str | Namespace, name: str, *, default: bool) -> bool:
+    """A flag of a sharded strategy, and what it does where it does not say."""
+    return default if isinstance(strategy, str) else bool((strategy.get("init_args") or {}).get(name, default))
 
 
 def _device(name: str, settings: RunSettings) -> Device:

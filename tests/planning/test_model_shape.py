@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from rpt_lightning.planning.model_shape import load_model_config, model_shape
 
-QWEN2_14B = Path(__file__).with_name("qwen2-14b.json")
+QWEN2_14B = Path(__file__).resolve().parents[2] / "scripts" / "qwen2-14b.json"
 SIZES = {
     "vocab_size": 100, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
 }  # fmt: skip

@@ -9,38 +9,59 @@ from dataclasses import dataclass
 
 import torch
 
+from rpt_lightning.metrics.device_peaks import peak_flops
+
 GIB = 2**30
 DEVICES_PER_NODE = 8
 # Between nodes: one 400 Gb/s adapter a device, as in a DGX H100.
 NODE_LINK_BYTES_PER_S = 50e9
+# A device's share of its host's memory bandwidth: two sockets of eight channels DDR5-4800 for eight devices, as in a DGX H100.
+HOST_BANDWIDTH_BYTES_PER_S = 77e9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """``peak_flops`` are operations a second in bf16, dense; ``link_bytes_per_s`` goes from one device to another of its node, in one direction."""
+    """``peak_flops`` are operations a second in bf16, dense; ``link_bytes_per_s`` goes from one device to another of its node, in one direction.
+
+    ``host_link_bytes_per_s`` goes from the host's memory to the device, or back.
+    """
 
     name: str
     memory_bytes: float
     peak_flops: float
     bandwidth_bytes_per_s: float
     link_bytes_per_s: float
+    host_link_bytes_per_s: float
 
     def network_bytes_per_s(self, num_devices: int) -> float:
         """Of the slowest link among so many devices."""
         return self.link_bytes_per_s if num_devices <= DEVICES_PER_NODE else min(self.link_bytes_per_s, NODE_LINK_BYTES_PER_S)
 
 
-# NVIDIA's data sheets. They give bf16 with sparsity for the H100, H200 and L40S (twice the dense rate), and NVLink and PCIe for both directions together.
+def _gpu(chip: str, name: str, *, memory_gib: float, terabytes_per_s: float, link_gigabytes_per_s: float, host_gigabytes_per_s: float) -> Device:
+    peak = peak_flops(chip)
+    assert peak is not None
+    return Device(
+        name=name,
+        memory_bytes=memory_gib * GIB,
+        peak_flops=peak,
+        bandwidth_bytes_per_s=terabytes_per_s * 1e12,
+        link_bytes_per_s=link_gigabytes_per_s * 1e9,
+        host_link_bytes_per_s=host_gigabytes_per_s * 1e9,
+    )
+
+
+# NVIDIA's data sheets. They give NVLink and PCIe for both directions together; the peak is that of metrics/device_peaks.py.
 # Memory is what torch reports as the device's total, not the sheet's round number: an "80 GB" card has 79.1 GiB, one of 48 GB with error correction 44.4.
 DEVICES = {
-    # H100 Tensor Core GPU data sheet, SXM: 1,979 TFLOPS sparse, 3.35 TB/s, NVLink 900 GB/s
-    "h100": Device(name="H100 SXM", memory_bytes=79.1 * GIB, peak_flops=989e12, bandwidth_bytes_per_s=3.35e12, link_bytes_per_s=450e9),
-    # H200 Tensor Core GPU data sheet, SXM: 1,979 TFLOPS sparse, 4.8 TB/s, NVLink 900 GB/s
-    "h200": Device(name="H200 SXM", memory_bytes=139.8 * GIB, peak_flops=989e12, bandwidth_bytes_per_s=4.8e12, link_bytes_per_s=450e9),
-    # A100 Tensor Core GPU data sheet, 80GB SXM: 312 TFLOPS dense, 2,039 GB/s, NVLink 600 GB/s
-    "a100": Device(name="A100 SXM 80GB", memory_bytes=79.1 * GIB, peak_flops=312e12, bandwidth_bytes_per_s=2.039e12, link_bytes_per_s=300e9),
-    # L40S data sheet: 733 TFLOPS sparse (362 dense), 864 GB/s, PCIe Gen4 x16 64 GB/s
-    "l40s": Device(name="L40S", memory_bytes=44.4 * GIB, peak_flops=362e12, bandwidth_bytes_per_s=0.864e12, link_bytes_per_s=32e9),
+    # H100 Tensor Core GPU data sheet, SXM: 3.35 TB/s, NVLink 900 GB/s, PCIe Gen5 128 GB/s
+    "h100": _gpu("H100", "H100 SXM", memory_gib=79.1, terabytes_per_s=3.35, link_gigabytes_per_s=450, host_gigabytes_per_s=64),
+    # H200 Tensor Core GPU data sheet, SXM: 4.8 TB/s, NVLink 900 GB/s, PCIe Gen5 128 GB/s
+    "h200": _gpu("H200", "H200 SXM", memory_gib=139.8, terabytes_per_s=4.8, link_gigabytes_per_s=450, host_gigabytes_per_s=64),
+    # A100 Tensor Core GPU data sheet, 80GB SXM: 2,039 GB/s, NVLink 600 GB/s, PCIe Gen4 64 GB/s
+    "a100": _gpu("A100", "A100 SXM 80GB", memory_gib=79.1, terabytes_per_s=2.039, link_gigabytes_per_s=300, host_gigabytes_per_s=32),
+    # L40S data sheet: 864 GB/s, PCIe Gen4 x16 64 GB/s
+    "l40s": _gpu("L40S", "L40S", memory_gib=44.4, terabytes_per_s=0.864, link_gigabytes_per_s=32, host_gigabytes_per_s=32),
 }
 
 
@@ -57,6 +78,7 @@ def measured_cpu(dtype: torch.dtype, *, num_processes: int = 1) -> Device:
         peak_flops=peak / num_processes,
         bandwidth_bytes_per_s=bandwidth / num_processes,
         link_bytes_per_s=bandwidth / num_processes,
+        host_link_bytes_per_s=bandwidth / num_processes,
     )
 
 

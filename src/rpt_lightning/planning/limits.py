@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rpt_lightning.planning.plan import Plan
+from rpt_lightning.planning.times import busiest_completions
 
 GB = 1e9
 
@@ -21,7 +22,31 @@ def first_limit(plan: Plan) -> str:
         sentence += (
             f" {idle:,} of {plan.settings.num_ranks:,} ranks have nothing to train: a step of this many tasks is too small for so many devices."
         )
+    if times.longest_decode_s > times.decode_s:
+        sentence += (
+            f" A single completion at the limit of its length decodes for {times.longest_decode_s:.3g} s, longer than all of this step's: where such occur, the "
+            "others wait for it."
+        )
+    idle_servers = plan.settings.num_servers - plan.tokens.num_prompts
+    if idle_servers > 0:
+        sentence += f" {idle_servers:,} of {plan.settings.num_servers:,} servers have nothing to generate."
     return sentence
+
+
+def bottleneck(plan: Plan) -> str:
+    """The same in a few words, for a table."""
+    if not plan.fit.fits:
+        return "memory"
+    times = plan.times
+    phases = {
+        "reading prompts": times.prefill_s,
+        f"decoding, {plan.concurrent_sequences:,.0f} at a time": times.decode_s,
+        "training, computing": times.train_compute_s,
+        "training, network": times.train_network_s,
+        "training, host": times.offload_s,
+        "sync": times.sync_s,
+    }
+    return max(phases, key=lambda name: phases[name])
 
 
 def _memory_limit(plan: Plan) -> str:
@@ -40,7 +65,8 @@ def _memory_limit(plan: Plan) -> str:
 
 def _overflow(plan: Plan) -> str:
     fit = plan.fit
-    parts = {name: getattr(fit.training, f"{field}_bytes") for field, name in _PARTS.items()} | {"the engine": fit.engine.total_bytes}
+    parts = {name: getattr(fit.training, f"{field}_bytes") for field, name in _PARTS.items()}
+    parts["the engine"] = 0.0 if fit.is_apart else fit.engine.total_bytes
     largest = sorted(parts, key=lambda name: -parts[name])[:3]
     named = ", ".join(f"{name} ({parts[name] / GB:.0f} GB)" for name in largest)
     return (
@@ -66,12 +92,14 @@ def _memory_relief(plan: Plan) -> list[str]:
     if fit.training.activations_bytes + fit.training.work_bytes > 0.1 * fit.device_bytes:
         longest_counts = plan.settings.micro_batch_tokens <= plan.settings.longest_sequence  # and it stays whole, however small the budget
         helping.append("a shorter rollout.max_completion_tokens" if longest_counts else "a smaller model.micro_batch_tokens")
-    if fit.engine.total_bytes > 0.1 * fit.device_bytes:
+    if not fit.is_apart and fit.engine.total_bytes > 0.1 * fit.device_bytes:
         helping.append("the engine on devices of its own")
     return [*helping, "more devices" if fit.strategy == "fsdp2" else "devices with more memory"]
 
 
 def _engine_relief(plan: Plan) -> str:
+    if plan.settings.engine == "servers":
+        return "servers with more memory, or a larger --plan.gpu_memory_utilization (and serve.gpu_memory_utilization)"
     if plan.settings.engine == "vllm" and plan.settings.on_gpu:
         return "a larger rollout.engine.gpu_memory_utilization"
     return "a larger rollout.engine.kv_cache_gib" if plan.settings.engine == "vllm" else "a larger rollout.engine.max_batch_tokens"
@@ -95,16 +123,22 @@ def _generation(plan: Plan) -> tuple[str, str]:
     times = plan.times
     if times.prefill_s > times.decode_s:
         return "most of it to read prompts", "several positions a document with prefix caching, or shorter contexts"
-    if plan.concurrent_sequences < plan.tokens.busiest_completions and times.decode_cache_frac < 0.5:
+    if plan.concurrent_sequences < busiest_completions(plan.settings, plan.tokens) and times.decode_cache_frac < 0.5:
         return (
             f"where each pass reads the weights for only {plan.concurrent_sequences:,.0f} sequences at a time",
             "more sequences at once (rollout.engine.max_num_seqs, room for the cache), or shorter completions",
         )
     read = "cached keys and values" if times.decode_cache_frac >= 0.5 else "weights"
-    return f"where most of what decoding reads is {read}", "shorter completions, or more devices for the same step"
+    more = "more servers" if plan.settings.num_servers else "more devices for the same step"
+    return f"where most of what decoding reads is {read}", f"shorter completions, or {more}"
 
 
 def _training(plan: Plan) -> tuple[str, str]:
+    if plan.times.offload_s > max(plan.times.train_network_s, plan.times.train_compute_s):
+        return (
+            "most of it for transfers and the optimizer on the host",
+            "no CPU offload, or fewer and larger micro-batches (model.micro_batch_tokens)",
+        )
     if plan.times.train_network_s > plan.times.train_compute_s:
         return "which waits for the network", "fewer and larger micro-batches (model.micro_batch_tokens), or a faster network"
     recompute = ", a quarter of it to compute activations again" if plan.settings.checkpointing else ""

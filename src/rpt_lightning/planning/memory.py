@@ -69,6 +69,7 @@ def training_memory(
     optimizer_bytes_per_param: float,
     logprob_chunk_size: int,
     on_gpu: bool,
+    cpu_offload: bool = False,
 ) -> TrainingMemory:
     """Args:
     shape: Of the policy, whose weights are fp32.
@@ -81,9 +82,10 @@ def training_memory(
     optimizer_bytes_per_param: Of the optimizer's state; 8 for AdamW.
     logprob_chunk_size: Tokens whose logits exist at the same time.
     on_gpu: Which kernels run.
+    cpu_offload: With "fsdp2": weights, gradients and optimizer are in host memory, and the optimizer steps there.
     """
     is_sharded = strategy == "fsdp2"
-    copy = FP32_BYTES * shape.num_params / (num_ranks if is_sharded else 1)
+    copy = 0.0 if is_sharded and cpu_offload else FP32_BYTES * shape.num_params / (num_ranks if is_sharded else 1)
     gathered = _gathered_bytes(shape, precision) if is_sharded else 0
     activations = activation_bytes(shape, micro_batch_tokens, precision=precision, checkpointing=checkpointing)
     activations += precision.compute_bytes * micro_batch_tokens * shape.hidden_size  # what the head multiplies

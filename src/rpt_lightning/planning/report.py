@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 
 from rpt_lightning.planning.limits import first_limit
+from rpt_lightning.planning.memory import FP32_BYTES
 from rpt_lightning.planning.plan import MemoryFit, Plan
 from rpt_lightning.training.arithmetic import batch_arithmetic
 
@@ -23,10 +24,16 @@ def report(plan: Plan, *, assumptions: Sequence[str]) -> str:
         ("Tokens a step", _tokens(plan)),
         (f"Memory a device, in GB of 10^9 bytes ({plan.device.name}: {plan.device.memory_bytes / _GB:.0f})", _memory(plan)),
         ("Operations a step", _flops(plan)),
-        (f"Time a step ({plan.settings.num_ranks:,} x {plan.device.name}, nothing overlaps)", _times(plan)),
+        (f"Time a step ({_devices(plan)}, nothing overlaps; an estimate)", _times(plan)),
         ("The limit", _wrap(first_limit(plan))),
     ]
     return "\n\n".join("\n".join([title, *(_INDENT + line for line in lines)]) for title, lines in sections)
+
+
+def _devices(plan: Plan) -> str:
+    if not plan.settings.num_servers:
+        return f"{plan.settings.num_ranks:,} x {plan.device.name}"
+    return f"{plan.settings.num_ranks:,} x {plan.device.name} train, {plan.settings.num_servers:,} generate"
 
 
 def _arithmetic(plan: Plan) -> list[str]:
@@ -86,8 +93,9 @@ def _memory(plan: Plan) -> list[str]:
     fits = plan.memory
     rows = [["", *(_COLUMNS[fit.strategy] + (" *" if fit.strategy == plan.settings.strategy else "  ") for fit in fits)]]
     rows += [[label, *(_gb(getattr(fit.training, name)) for fit in fits)] for name, label in labels.items()]
-    rows.append(["engine: weights", *(_gb(fit.engine.weights_bytes) for fit in fits)])
-    rows.append(["engine: KV cache and workspace", *(_gb(max(0.0, fit.engine.kv_cache_bytes) + fit.engine.workspace_bytes) for fit in fits)])
+    if not plan.settings.num_servers:
+        rows.append(["engine: weights", *(_gb(fit.engine.weights_bytes) for fit in fits)])
+        rows.append(["engine: KV cache and workspace", *(_gb(max(0.0, fit.engine.kv_cache_bytes) + fit.engine.workspace_bytes) for fit in fits)])
     rows.append(["context, allocator", *(_gb(fit.overhead_bytes) for fit in fits)])
     rows.append(["together", *(_gb(fit.total_bytes) for fit in fits)])
     rows.append(["does it fit?", *(_verdict(fit) for fit in fits)])
@@ -103,9 +111,24 @@ def _memory(plan: Plan) -> list[str]:
                 f"the engine decodes {plan.concurrent_sequences:,.0f} sequences at a time on a device"
                 if plan.fit.engine_starts
                 else "the engine does not start",
+                *_elsewhere(plan),
             ]
         ),
     ]
+
+
+def _elsewhere(plan: Plan) -> list[str]:
+    """What is in no training device's memory."""
+    lines = []
+    if plan.settings.num_servers:
+        engine = plan.fit.engine
+        lines.append(
+            f"a server holds {engine.weights_bytes / _GB:.2f} GB of weights and {max(0.0, engine.kv_cache_bytes) / _GB:.2f} GB of cached keys and values"
+        )
+    if plan.settings.cpu_offload:
+        offloaded = (2 * FP32_BYTES + plan.settings.optimizer_bytes_per_param) * plan.shape.num_params / plan.settings.num_ranks
+        lines.append(f"weights, gradients and optimizer are in host memory: {offloaded / _GB:,.2f} GB a device")
+    return lines
 
 
 def _verdict(fit: MemoryFit) -> str:
@@ -143,9 +166,15 @@ def _times(plan: Plan) -> list[str]:
         rows.append([name, f"{value:.3g}", f"{value / times.step_s:.0%}"])
     hours = times.step_s * plan.settings.max_steps / plan.settings.optimizer_steps_per_batch / 3600
     notes = [
-        f"training computes {times.train_compute_s:.3g} s and sends for {times.train_network_s:.3g} s at the same time; a device sends "
-        f"{plan.network_bytes / _GB:,.0f} GB a step"
+        f"training computes {times.train_compute_s:.3g} s and sends for {times.train_network_s:.3g} s at the same time"
+        + (f"; {times.offload_s:.3g} s more for transfers and optimizer on the host" if plan.settings.cpu_offload else ""),
+        f"a training device sends {plan.traffic.train_bytes / _GB:,.0f} GB a step, and {plan.traffic.gather_bytes / _GB:,.0f} GB for the sync"
+        + (f"; a server receives {plan.traffic.server_bytes / _GB:,.1f} GB" if plan.settings.num_servers else ""),
+        f"one completion at the limit of {plan.settings.max_completion_tokens:,} tokens decodes for at least {times.longest_decode_s:.3g} s, however many "
+        "devices there are",
     ]
+    if plan.settings.num_servers:
+        notes.append(f"were the next rollouts generated while the policy trains, a step would take {times.overlapped_s:.3g} s")
     if plan.settings.max_steps > 0:
         notes.append(f"{plan.settings.max_steps:,} steps: {hours:,.1f} hours, validation and checkpoints not counted")
     return [*_table(rows), *_bullets(notes)]

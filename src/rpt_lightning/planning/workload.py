@@ -28,7 +28,6 @@ class StepTokens:
     packed: Work
     plain: Work
     busiest: Work  # packed, of the rank that has most
-    busiest_completions: int  # of the rank that has most
     micro_batches: int  # of the rank that has most
     busy_ranks: int  # that have anything to train
     masked_pairs: int  # of the tree that has most: pairs that attention on CPU computes under a mask, which it keeps
@@ -74,7 +73,6 @@ def step_tokens(
             most_masked = max([most_masked, *map(masked_pairs, trees)])
         ranks.append(add_works(map(tree_work, trees)))
         plain += add_works(map(sequence_work, sequences))
-    largest_share = -(-len(prompts) // num_ranks)
     return StepTokens(
         num_prompts=len(prompts),
         mean_prompt_tokens=sum(map(len, prompts)) / len(prompts),
@@ -86,7 +84,6 @@ def step_tokens(
         packed=add_works(ranks),
         plain=plain,
         busiest=max(ranks, key=lambda rank: rank.tokens),
-        busiest_completions=largest_share * group_size,
         micro_batches=micro_batches,
         busy_ranks=sum(rank.tokens > 0 for rank in ranks),
         masked_pairs=most_masked,

@@ -1,0 +1,148 @@
+"""The tables of docs/scaling.md: the plan of the 14B run on 8, 64 and 1,024 H100s, rollouts in the trainer and on servers.
+
+python scripts/scaling_table.py            # writes them there and prints them
+python scripts/scaling_table.py --check    # exit status 1 where the document has others
+
+All of it is `rpt plan`'s arithmetic on the configuration files and the model's sizes; nothing was measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+from rpt_lightning.plan_cli import parse, plan_of
+from rpt_lightning.planning.limits import bottleneck
+from rpt_lightning.planning.plan import Plan
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENT = ROOT / "docs" / "scaling.md"
+BEGIN, END = "<!-- made by scripts/scaling_table.py -->", "<!-- end of tables -->"
+CONFIGS = ROOT / "configs"
+# Sizes of the policy's model; its weights are not needed.
+MODEL_CONFIG = ROOT / "scripts" / "qwen2-14b.json"
+LAYERS = {
+    "in the trainer": ["--config", str(CONFIGS / "14b.yaml"), "--config", str(CONFIGS / "strategy" / "fsdp2.yaml")],
+    "on servers": [
+        *("--config", str(CONFIGS / "14b.yaml")),
+        *("--config", str(CONFIGS / "strategy" / "fsdp2.yaml")),
+        *("--config", str(CONFIGS / "rollout" / "servers.yaml")),
+    ],
+}
+FLAGS = ["--trainer.strategy.gather_bf16", "true", "--plan.device", "h100", "--plan.model_config", str(MODEL_CONFIG), "--plan.context_tokens", "1920"]
+# Devices in all, and how many of them are servers where the trainer does not generate itself.
+SERVERS = {8: 2, 64: 32, 1024: 512}
+GB = 1e9
+
+
+def plans() -> list[tuple[str, Plan, list[str]]]:
+    """``(where rollouts are, plan, what it assumes)`` of every row."""
+    parsed = {name: parse([*layers, *FLAGS]) for name, layers in LAYERS.items()}
+    return [(name, *plan_of(_sized(config.clone(), name, devices))) for devices in SERVERS for name, config in parsed.items()]
+
+
+def _sized(config: Namespace, name: str, devices: int) -> Namespace:
+    servers = SERVERS[devices] if name == "on servers" else 0
+    config.plan.num_devices, config.plan.num_servers = devices - servers, servers or None
+    # Eight devices do not hold the optimizer beside an engine of their own: configs/14b.yaml.
+    config.trainer.strategy.init_args.cpu_offload = devices == 8 and not servers
+    return config
+
+
+def render(rows: list[tuple[str, Plan, list[str]]]) -> str:
+    """Markdown: times, then memory and traffic, then what was assumed."""
+    columns = ["rollouts", "prompts", "decoding", "training", "sync", "**step**", "overlapped", "longest completion", "first bottleneck"]
+    times = [_row(["H100s", *columns]), _row(["---"] * (len(columns) + 1))]
+    columns = [
+        "rollouts",
+        "a training device",
+        "of it free",
+        "on its host",
+        "a server's cache",
+        "sent for training",
+        "sent for sync",
+        "received by a server",
+    ]
+    memory = [_row(["H100s", *columns]), _row(["---"] * (len(columns) + 1))]
+    for name, plan, _ in rows:
+        settings, step, fit = plan.settings, plan.times, plan.fit
+        devices = settings.num_devices + settings.num_servers
+        where = name if not settings.num_servers else f"on {settings.num_servers:,} servers"
+        first = [f"{devices:,}", where]
+        seconds = (step.prefill_s, step.decode_s, step.train_s, step.sync_s)
+        overlapped = _number(step.overlapped_s) if settings.num_servers else "-"
+        cells = [*map(_number, seconds), f"**{_number(step.step_s)}**", overlapped, _number(step.longest_decode_s), bottleneck(plan)]
+        times.append(_row([*first, *cells]))
+        host = (8 + settings.optimizer_bytes_per_param) * plan.shape.num_params / settings.num_ranks if settings.cpu_offload else 0.0
+        sizes = (
+            fit.total_bytes,
+            fit.device_bytes - fit.total_bytes,
+            host,
+            fit.engine.kv_cache_bytes if settings.num_servers else 0.0,
+            plan.traffic.train_bytes,
+            plan.traffic.gather_bytes,
+            plan.traffic.server_bytes,
+        )
+        memory.append(_row([*first, *("-" if size == 0 else _number(size / GB) for size in sizes)]))
+    assumed = dict.fromkeys(text.replace(str(ROOT) + "/", "") for _, _, assumptions in rows for text in assumptions if not text.startswith("each of"))
+    return "\n".join(
+        [
+            "Estimated seconds of a step. Overlapped: the step if the next rollouts were generated while the policy trains. Longest completion: one of 8,192 "
+            "tokens, decoded alone.",
+            "",
+            *times,
+            "",
+            "Estimated GB (10^9 bytes): memory at its fullest, and what one device sends or receives in a step.",
+            "",
+            *memory,
+            "",
+            "Assumed:",
+            *(f"- {text}" for text in assumed),
+        ]
+    )
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float) -> str:
+    """Three digits, so that the last one of a processor's arithmetic does not show.
+
+    >>> [_number(value) for value in (0.01234, 1.0, 87.654, 1234.5)]
+    ['0.0123', '1.00', '87.7', '1,230']
+    """
+    if value >= 100:
+        return f"{float(f'{value:.3g}'):,.0f}"
+    return f"{value:.3g}" if value < 1 else f"{value:.{2 if value < 10 else 1}f}"
+
+
+def with_tables(text: str, tables: str) -> str:
+    """The document with other tables between its markers."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{DOCUMENT} lacks the lines {BEGIN!r} and {END!r} between which the tables belong")
+    return f"{before}{begin}\n{tables}\n{end}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    args = parser.parse_args()
+    sys.argv = sys.argv[:1]  # Lightning's parser warns where the process has arguments of its own
+    tables = render(plans())
+    text = DOCUMENT.read_text()
+    updated = with_tables(text, tables)
+    if args.check and updated != text:
+        sys.exit(f"{DOCUMENT.relative_to(ROOT)}: not the tables of the plan; run python scripts/scaling_table.py")
+    if not args.check:
+        DOCUMENT.write_text(updated)
+        print(tables)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""What a plan needs to know of a run, and what it assumes of the devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rpt_lightning.planning.memory import AUTOCAST, FP32, GATHERED_BF16, Precision, Strategy
+from rpt_lightning.policy.block_mask import bucket_length
+
+EngineKind = Literal["vllm", "servers", "transformers", "other"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What the plan needs of a run's configuration."""
+
+    tasks_per_step: int
+    positions_per_document: int
+    group_size: int
+    max_prompt_tokens: int
+    max_context_tokens: int | None
+    max_completion_tokens: int
+    micro_batch_tokens: int
+    optimizer_steps_per_batch: int
+    max_steps: int
+    optimizer_bytes_per_param: float
+    logprob_chunk_size: int
+    is_mixed: bool  # bf16-mixed
+    gathers_bf16: bool  # FSDP2, under bf16-mixed: weights are gathered in bf16, and the layers compute with those
+    cpu_offload: bool  # FSDP2: weights, gradients and optimizer are in host memory
+    checkpointing: bool
+    strategy: Strategy
+    num_devices: int  # that train
+    num_servers: int  # devices that only generate, each with a whole model; 0: the training devices generate
+    on_gpu: bool
+    engine: EngineKind
+    engine_dtype_bytes: int
+    gpu_memory_utilization: float  # of vLLM, in the trainer or on a server
+    kv_cache_bytes: float  # of vLLM on CPU
+    max_num_seqs: int  # of vLLM
+    max_batch_tokens: int  # of transformers
+    shares_prefill: bool
+
+    @property
+    def num_ranks(self) -> int:
+        return 1 if self.strategy == "single" else self.num_devices
+
+    @property
+    def num_generators(self) -> int:
+        return self.num_servers or self.num_ranks
+
+    @property
+    def longest_sequence(self) -> int:
+        return self.max_prompt_tokens + self.max_completion_tokens
+
+    @property
+    def largest_micro_batch(self) -> int:
+        """The budget, or one sequence that is longer and gets a tree of its own; on GPUs with its padding."""
+        tokens = max(self.micro_batch_tokens, self.longest_sequence)
+        return bucket_length(tokens) if self.on_gpu else tokens
+
+    def precision(self, strategy: Strategy) -> Precision:
+        if not self.is_mixed:
+            return FP32
+        return GATHERED_BF16 if strategy == "fsdp2" and self.gathers_bf16 else AUTOCAST
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What share of a device's peaks is reached: an assumption."""
+
+    mfu: float  # of the operations a second, by training and prefill
+    bandwidth_frac: float  # of the memory bandwidth, by decoding

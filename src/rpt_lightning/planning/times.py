@@ -1,0 +1,129 @@
+"""How long a step takes and what it sends, by simple models of the devices: operations at a share of the peak, bytes at a share of a bandwidth.
+
+These are estimates; nothing here was measured on a GPU. Decoding reads weights and cached keys and values once a pass, or computes, whichever takes longer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rpt_lightning.planning.devices import HOST_BANDWIDTH_BYTES_PER_S, NODE_LINK_BYTES_PER_S, Device
+from rpt_lightning.planning.memory import BF16_BYTES, FP32_BYTES, GATHERED_BF16
+from rpt_lightning.planning.model_shape import ModelShape
+from rpt_lightning.planning.settings import Rates, RunSettings
+from rpt_lightning.planning.workload import StepTokens
+from rpt_lightning.policy.flops import Work, forward_flops, train_flops
+
+# AdamW on a CPU: weight, gradient and two moments are read, weight and moments written.
+_CPU_ADAM_BYTES = 7 * FP32_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTimes:
+    """Of the busiest device. In training, computing and network overlap; phases do not."""
+
+    prefill_s: float
+    decode_s: float
+    decode_cache_frac: float  # of what decoding reads, the keys and values; the rest is weights
+    longest_decode_s: float  # of one completion at the limit of its length, alone on a device: no step that draws one generates faster
+    train_compute_s: float
+    train_network_s: float
+    offload_s: float  # CPU offload: transfers between device and host, and the optimizer's work on the host
+    sync_s: float
+
+    @property
+    def generation_s(self) -> float:
+        return self.prefill_s + self.decode_s
+
+    @property
+    def train_s(self) -> float:
+        return max(self.train_compute_s, self.train_network_s) + self.offload_s
+
+    @property
+    def step_s(self) -> float:
+        return self.generation_s + self.train_s + self.sync_s
+
+    @property
+    def overlapped_s(self) -> float:
+        """Were the next rollouts generated while the policy trains (only on devices of their own)."""
+        return max(self.generation_s, self.train_s) + self.sync_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTraffic:
+    """Bytes that one device sends (or receives) in a step."""
+
+    train_bytes: float  # sent by a training device: weights gathered, gradients scattered
+    gather_bytes: float  # sent by a training device: weights gathered for the sync
+    server_bytes: float  # received by a server: the weights in the engine's dtype
+
+
+def step_traffic(settings: RunSettings, shape: ModelShape, tokens: StepTokens) -> StepTraffic:
+    """Every micro-batch sends its gradients in fp32 and, sharded, gathers the weights twice; the sync gathers them once more, in fp32.
+
+    A ring moves (n - 1) / n of the whole for a gather or a scatter, and twice that to add up gradients that everyone keeps.
+    """
+    ring = shape.num_params * (settings.num_ranks - 1) / settings.num_ranks
+    server = settings.engine_dtype_bytes * shape.num_params if settings.num_servers else 0
+    if settings.strategy == "fsdp2":
+        gather_bytes = BF16_BYTES if settings.precision("fsdp2") == GATHERED_BF16 else FP32_BYTES
+        train = (2 * gather_bytes + FP32_BYTES) * ring * tokens.micro_batches
+        return StepTraffic(train_bytes=train, gather_bytes=FP32_BYTES * ring, server_bytes=server)
+    return StepTraffic(train_bytes=2 * FP32_BYTES * ring * tokens.micro_batches, gather_bytes=0, server_bytes=server)
+
+
+def prefill_work(settings: RunSettings, tokens: StepTokens) -> Work:
+    """Reading the prompts, with or without a prefix cache."""
+    return tokens.prefill if settings.shares_prefill else tokens.prefill_alone
+
+
+def num_passes_of_training(settings: RunSettings) -> float:
+    """In forward and backward passes: with several optimizer steps a batch there is a forward pass more, for the log-probs before the update."""
+    return 1 if settings.optimizer_steps_per_batch == 1 else 4 / 3
+
+
+def busiest_completions(settings: RunSettings, tokens: StepTokens) -> int:
+    """Of the device that generates most. A task's completions stay together."""
+    return -(-tokens.num_prompts // settings.num_generators) * settings.group_size
+
+
+def mean_depth(tokens: StepTokens) -> float:
+    """Tokens that a sampled token attends to."""
+    return tokens.mean_prompt_tokens + tokens.completion_tokens / 2
+
+
+def step_times(settings: RunSettings, shape: ModelShape, device: Device, rates: Rates, tokens: StepTokens, concurrent: float) -> StepTimes:
+    """With ``concurrent`` completions decoded at a time on a device."""
+    flops_per_s = rates.mfu * device.peak_flops
+    bytes_per_s = rates.bandwidth_frac * device.bandwidth_bytes_per_s
+    link_bytes_per_s = device.network_bytes_per_s(settings.num_ranks)
+    completions = busiest_completions(settings, tokens)
+    share = completions / tokens.num_completions
+    traffic = step_traffic(settings, shape, tokens)
+
+    weights = settings.engine_dtype_bytes * (shape.body_params + shape.head_params)
+    cached = concurrent * mean_depth(tokens) * shape.kv_cache_bytes(settings.engine_dtype_bytes)
+    pass_flops = concurrent * forward_flops(shape.size, tokens.sampling) / (tokens.num_completions * tokens.completion_tokens)
+    num_passes = completions * tokens.completion_tokens / concurrent
+
+    recompute = 4 / 3 if settings.checkpointing else 1
+    # Every weight is read in fp32 and written in the engine's dtype, by the trainer and once more by a server that received it.
+    copies = FP32_BYTES + settings.engine_dtype_bytes + (2 * settings.engine_dtype_bytes if settings.num_servers else 0)
+    return StepTimes(
+        prefill_s=share * forward_flops(shape.size, prefill_work(settings, tokens)) / flops_per_s,
+        decode_s=num_passes * max((weights + cached) / bytes_per_s, pass_flops / flops_per_s),
+        decode_cache_frac=cached / (weights + cached),
+        longest_decode_s=settings.max_completion_tokens * weights / bytes_per_s,
+        train_compute_s=recompute * num_passes_of_training(settings) * train_flops(shape.size, tokens.busiest) / flops_per_s,
+        train_network_s=traffic.train_bytes / link_bytes_per_s,
+        offload_s=_offload_s(settings, shape, device, tokens) if settings.cpu_offload else 0,
+        sync_s=traffic.gather_bytes / link_bytes_per_s + traffic.server_bytes / NODE_LINK_BYTES_PER_S + shape.num_params * copies / bytes_per_s,
+    )
+
+
+def _offload_s(settings: RunSettings, shape: ModelShape, device: Device, tokens: StepTokens) -> float:
+    """Every micro-batch brings a rank's fp32 shard to the device twice and takes its gradients back, where the host adds them up; then the optimizer steps."""
+    shard = shape.num_params / settings.num_ranks
+    transfers = 3 * FP32_BYTES * shard / device.host_link_bytes_per_s
+    additions = 3 * FP32_BYTES * shard / HOST_BANDWIDTH_BYTES_PER_S
+    return tokens.micro_batches * (transfers + additions) + _CPU_ADAM_BYTES * shard / HOST_BANDWIDTH_BYTES_PER_S

@@ -1,0 +1,96 @@
+"""Seconds and bytes of a step, worked by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from rpt_lightning.planning.devices import DEVICES, Device
+from rpt_lightning.planning.model_shape import ModelShape
+from rpt_lightning.planning.settings import Rates, RunSettings
+from rpt_lightning.planning.times import busiest_completions, step_times, step_traffic
+from rpt_lightning.planning.workload import step_tokens
+from rpt_lightning.policy.flops import ModelSize
+
+SHAPE = ModelShape(
+    family="llama", num_layers=2, hidden_size=4, intermediate_size=8, vocab_size=10, num_heads=2, attention_width=4, kv_width=2, has_qk_norm=False,
+    is_tied=False, num_params=2 * 100 + 84, layer_params=100, size=ModelSize(body_params=204, head_params=40, attention_width=8),
+)  # fmt: skip
+DEVICE = Device(
+    name="slow", memory_bytes=1e6, peak_flops=1000.0, bandwidth_bytes_per_s=100.0, link_bytes_per_s=50.0, host_link_bytes_per_s=20.0,
+)  # fmt: skip
+RATES = Rates(mfu=0.5, bandwidth_frac=0.5)  # 500 operations and 50 bytes a second
+SETTINGS = RunSettings(
+    tasks_per_step=4, positions_per_document=1, group_size=2, max_prompt_tokens=10, max_context_tokens=None, max_completion_tokens=30, micro_batch_tokens=100,
+    optimizer_steps_per_batch=1, max_steps=10, optimizer_bytes_per_param=8, logprob_chunk_size=8, is_mixed=True, gathers_bf16=True, cpu_offload=False,
+    checkpointing=False, strategy="fsdp2", num_devices=2, num_servers=0, on_gpu=False, engine="vllm", engine_dtype_bytes=2, gpu_memory_utilization=0.5,
+    kv_cache_bytes=0, max_num_seqs=100, max_batch_tokens=0, shares_prefill=True,
+)  # fmt: skip
+# Four prompts of 3 tokens that share nothing; two completions of 5 tokens each.
+PROMPTS = [(1, 2, 3), (4, 5, 6), (7, 8, 9), (10, 11, 12)]
+TOKENS = step_tokens(PROMPTS, group_size=2, completion_tokens=5, live_frac=1.0, micro_batch_tokens=100, num_ranks=2)
+# A sampled token: 2 x (204 + 40) operations at most, and its pairs. In all 8 x (4 tokens fed, 5 scored, 4 + 5 + 6 + 7 pairs).
+SAMPLING_FLOPS = 8 * (2 * (204 * 4 + 40 * 5) + 4 * 8 * 22)
+# A rank trains 2 groups: 3 + 2 x 4 tokens, 10 scored, 6 + 2 x 22 pairs each.
+TRAIN_FLOPS = 2 * 3 * (2 * (204 * 11 + 40 * 10) + 4 * 8 * 50)
+
+
+def times(concurrent=4.0, **changes):
+    return step_times(replace(SETTINGS, **changes), SHAPE, DEVICE, RATES, TOKENS, concurrent)
+
+
+def test_generation_in_the_trainer():
+    step = times()
+    # Each of two ranks reads 2 of 4 prompts: 3 tokens, 6 pairs.
+    assert step.prefill_s == pytest.approx(2 * (2 * 204 * 3 + 4 * 8 * 6) / 500)
+    # A pass reads 488 bytes of weights and 4 x 5.5 cached tokens of 2 x 2 x 2 x 2 bytes; 4 completions, all at once, take 5 passes.
+    read_s, compute_s = (488 + 4 * 5.5 * 16) / 50, 4 * SAMPLING_FLOPS / 40 / 500
+    assert read_s > compute_s
+    assert step.decode_s == pytest.approx(5 * read_s)
+    assert step.decode_cache_frac == pytest.approx(352 / 840)
+    assert step.longest_decode_s == pytest.approx(30 * 488 / 50)
+    # Two at a time take twice as many passes.
+    assert times(concurrent=2.0).decode_s == pytest.approx(10 * (488 + 2 * 5.5 * 16) / 50)
+
+
+def test_training_and_sync():
+    step = times()
+    assert step.train_compute_s == pytest.approx(TRAIN_FLOPS / 500)
+    assert times(checkpointing=True).train_compute_s == pytest.approx(4 / 3 * TRAIN_FLOPS / 500)
+    # One micro-batch: half of the weights twice in bf16, half of the gradients in fp32.
+    traffic = step_traffic(SETTINGS, SHAPE, TOKENS)
+    assert TOKENS.micro_batches == 1
+    assert (traffic.train_bytes, traffic.gather_bytes, traffic.server_bytes) == (142 * (2 * 2 + 4), 142 * 4, 0)
+    assert step.train_network_s == pytest.approx(142 * 8 / 50)
+    # Gathered in fp32, then read in fp32 and written in bf16.
+    assert step.sync_s == pytest.approx(142 * 4 / 50 + 284 * 6 / 50)
+    assert step.offload_s == 0
+    assert step.step_s == pytest.approx(step.prefill_s + step.decode_s + max(step.train_compute_s, step.train_network_s) + step.sync_s)
+
+
+def test_generation_on_servers():
+    on_three = replace(SETTINGS, engine="servers", num_servers=3)
+    assert busiest_completions(on_three, TOKENS) == 4  # two of four tasks
+    assert busiest_completions(replace(on_three, num_servers=9), TOKENS) == 2
+    step = times(engine="servers", num_servers=4, concurrent=2.0)
+    assert step.decode_s == pytest.approx(5 * (488 + 2 * 5.5 * 16) / 50)
+    assert step.train_compute_s == times().train_compute_s
+    # Besides what the trainer does, 568 bytes at 50 GB/s, read and written by the server.
+    assert step.sync_s == pytest.approx(times().sync_s + 568 / 50e9 + 284 * 4 / 50)
+    assert step.overlapped_s == pytest.approx(max(step.generation_s, step.train_s) + step.sync_s)
+
+
+def test_what_offload_costs():
+    step = times(cpu_offload=True)
+    shard = 142
+    transfers = 3 * 4 * shard / 20  # to the device twice, gradients back
+    host = (3 * 4 * shard + 7 * 4 * shard) / 77e9  # two numbers are read and one is written; AdamW reads four and writes three
+    assert step.offload_s == pytest.approx(transfers + host)
+    assert step.train_s == pytest.approx(max(step.train_compute_s, step.train_network_s) + step.offload_s)
+
+
+def test_the_slowest_link_counts():
+    h100 = DEVICES["h100"]
+    assert (h100.network_bytes_per_s(8), h100.network_bytes_per_s(9)) == (450e9, 50e9)
+    assert (h100.peak_flops, h100.bandwidth_bytes_per_s, h100.host_link_bytes_per_s) == (989e12, 3.35e12, 64e9)

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from conftest import load_script
+
+
+def test_the_document_shows_what_the_plan_says(monkeypatch, tmp_path):
+    table = load_script("scaling_table")
+    monkeypatch.setattr(sys, "argv", ["scaling_table.py", "--check"])
+    table.main()
+    stale = tmp_path / "stale.md"
+    stale.write_text(f"text\n{table.BEGIN}\nother tables\n{table.END}\n")
+    monkeypatch.setattr(table, "DOCUMENT", stale)
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    monkeypatch.setattr(table, "plans", list)
+    monkeypatch.setattr(sys, "argv", ["scaling_table.py", "--check"])
+    with pytest.raises(SystemExit, match=r"stale.md: not the tables of the plan"):
+        table.main()
+
+
+def test_a_document_without_marks_is_refused():
+    with pytest.raises(ValueError, match="lacks the lines"):
+        load_script("scaling_table").with_tables("text", "tables")
