@@ -29,7 +29,7 @@ POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One policy: which it is, after how many steps of its own run, what those cost (model FLOPs, metrics/flops.py), and what it did.
+    """One policy: which it is, after how many steps of its own run, what those cost (model FLOPs, policy/flops.py), and what it did.
 
     ``results`` that were read from a file have neither texts nor lengths; ``mean_length`` (tokens of a completion) is None without reasoning.
     """
