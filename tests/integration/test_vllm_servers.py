@@ -19,8 +19,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import free_port
 from safetensors.torch import load_file, save_file
-from server_processes_for_tests import KEY, MAX_MODEL_LEN, ServerUnderTest, free_port
+from server_processes_for_tests import KEY, MAX_MODEL_LEN, ServerUnderTest
 from stand_in_server import say
 
 from rpt_lightning.policy.model import Policy
@@ -61,6 +62,8 @@ def all_servers(request: pytest.FixtureRequest, tiny_model_dir: Path, tmp_path_f
 @pytest.fixture
 def servers(all_servers: list[ServerUnderTest]) -> list[ServerUnderTest]:
     """Both up; a test may break them."""
+    for server in all_servers:
+        server.resume()
     dead = [server for server in all_servers if not server.is_running]
     for server in dead:
         server.start()
