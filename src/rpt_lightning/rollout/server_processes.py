@@ -26,6 +26,7 @@ from rpt_lightning.rollout.server_key import KEY_VARIABLE
 log = logging.getLogger(__name__)
 _STOP_S = 20.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
+_SETTLED_S = 600.0  # a server that ran for so long did not die of how it was started
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +110,7 @@ class Servers:
     Args:
         specs: What to start.
         key: What every request to them must carry.
-        restart: Start a server again that ends without being told to, after a pause that grows with every time.
+        restart: Start a server again that ends without being told to, after a pause that grows while it keeps ending soon.
     """
 
     def __init__(self, specs: Sequence[ServerSpec], *, key: str, restart: bool) -> None:
@@ -117,6 +118,7 @@ class Servers:
         self.restart = restart
         self._key = key
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._started_s: dict[str, float] = {}  # on the clock of time.monotonic
         self._stop = threading.Event()
 
     def run(self, *, ready_timeout_s: float) -> None:
@@ -139,6 +141,7 @@ class Servers:
 
     def _start(self, spec: ServerSpec) -> None:
         spec.log_file.parent.mkdir(parents=True, exist_ok=True)
+        self._started_s[spec.url] = time.monotonic()
         with spec.log_file.open("ab") as output:
             # Its own session: Ctrl-C reaches us alone, and a signal to the group reaches its engine and workers too.
             self._processes[spec.url] = subprocess.Popen(
@@ -184,6 +187,8 @@ class Servers:
                     print(f"the server for {spec.url} ended with status {process.returncode}; see {spec.log_file}", file=sys.stderr, flush=True)
                     if not self.restart:
                         raise RuntimeError(f"the server for {spec.url} ended with status {process.returncode}; see {spec.log_file}")
+                    if time.monotonic() - self._started_s[spec.url] > _SETTLED_S:
+                        pause_s[spec.url] = _FIRST_PAUSE_S
                     due[spec.url] = time.monotonic() + pause_s[spec.url]
                     pause_s[spec.url] = min(2 * pause_s[spec.url], _LONGEST_PAUSE_S)
 
