@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -42,8 +41,7 @@ class Guarded:
 
     def kill(self) -> None:
         """Returns when nothing is left. May be called twice."""
-        with contextlib.suppress(ProcessLookupError):
-            self.signal(signal.SIGKILL)  # at once; the guard takes a moment
+        kill_family(self.pid)
         self.process.wait()
         assert self._guard.stdin is not None
         self._guard.stdin.close()

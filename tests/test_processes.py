@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from processes import Guarded
 
 # A server that is stopped, with an orphan of its own; the middle process has ended.

@@ -12,9 +12,9 @@ import time
 import urllib.request
 from pathlib import Path
 
-from processes import Guarded, free_port
 from transformers import AutoConfig
 
+from processes import Guarded, free_port
 from rpt_lightning.rollout.server_facts import architecture
 from rpt_lightning.rollout.server_processes import server_command
 

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import free_port
 from safetensors.torch import load_file, save_file
 from server_processes_for_tests import KEY, MAX_MODEL_LEN, ServerUnderTest
 from stand_in_server import say
 
+from processes import free_port
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.packing import pack
 from rpt_lightning.policy.weights import named_weights
