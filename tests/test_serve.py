@@ -6,15 +6,16 @@ import importlib.util
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
+from processes import free_port
 
 from rpt_lightning import cli
 from rpt_lightning.rollout.server_access import find_key, make_key
@@ -149,14 +150,49 @@ def spec(tmp_path: Path, script: str, *, url: str = "http://127.0.0.1:1") -> Ser
 
 
 def test_a_server_that_does_not_come_up_is_shown_by_its_last_words(tmp_path: Path) -> None:
-    servers = Servers([spec(tmp_path, "raise SystemExit('no room on this device')")], key=SECRET, restart=True)
+    servers = Servers([spec(tmp_path, "raise SystemExit('no room on this device')")], key=SECRET, restart=True, hung_s=900.0)
     with pytest.raises(RuntimeError, match=r"(?s)ended while it started.*no room on this device"):
         servers.run(ready_timeout_s=60)
     slow = spec(tmp_path, "import time; time.sleep(600)")
-    servers = Servers([slow], key=SECRET, restart=True)
+    servers = Servers([slow], key=SECRET, restart=True, hung_s=900.0)
     with pytest.raises(RuntimeError, match=r"did not answer within 0\.2 s"):
         servers.run(ready_timeout_s=0.2)
     assert all(process.poll() is not None for process in servers._processes.values())
+
+
+ANSWERS = """
+import http.server, os
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def log_message(self, *_):
+        pass
+print("started", os.getpid(), flush=True)
+http.server.HTTPServer(("127.0.0.1", {port}), Handler).serve_forever()
+"""
+
+
+def test_a_server_that_hangs_is_started_again(tmp_path: Path, capfd) -> None:
+    port = free_port()
+    servers = Servers([spec(tmp_path, ANSWERS.format(port=port), url=f"http://127.0.0.1:{port}")], key=SECRET, restart=True, hung_s=1.0)
+
+    def starts() -> list[int]:
+        log = tmp_path / "server.log"
+        return [int(line.split()[1]) for line in log.read_text().splitlines()] if log.exists() else []
+
+    def hang_the_first_and_end_the_second() -> None:
+        wait_for(lambda: starts() and is_up(servers.specs[0].url))
+        os.kill(starts()[0], signal.SIGSTOP)
+        wait_for(lambda: len(starts()) == 2)
+        os.kill(os.getpid(), signal.SIGTERM)  # as `rpt serve` is ended
+
+    thread = threading.Thread(target=hang_the_first_and_end_the_second)
+    thread.start()
+    servers.run(ready_timeout_s=60)
+    thread.join()
+    assert len(starts()) == 2
+    assert "has not answered for 1 s (--serve.hung_s): it is ended" in capfd.readouterr().err
 
 
 def call(url: str, path: str, *, key: str | None = None, body: object = None) -> int:
@@ -188,9 +224,7 @@ def is_up(url: str) -> bool:
 @pytest.mark.vllm
 @pytest.mark.skipif(sys.platform != "linux" or importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
 def test_a_real_server_from_start_to_end(flags, tiny_task_dir: Path, tmp_path: Path) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     environment = {name: value for name, value in os.environ.items() if name != "RPT_SERVER_KEY"} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "rpt_lightning.cli", "serve", *flags, "--rollout.engine.urls", f"[{url}]", "--serve.kv_cache_gib", "0.25"]

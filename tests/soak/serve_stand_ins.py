@@ -28,7 +28,7 @@ def main(model: str, log_folder: str, ports: list[str]) -> None:
         )
         for port in ports
     ]
-    Servers(specs, key=os.environ[KEY_VARIABLE], restart=True).run(ready_timeout_s=120)
+    Servers(specs, key=os.environ[KEY_VARIABLE], restart=True, hung_s=900.0).run(ready_timeout_s=120)
 
 
 if __name__ == "__main__":
