@@ -15,8 +15,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from processes import free_port
 
+from processes import free_port
 from rpt_lightning import cli
 from rpt_lightning.rollout.server_access import find_key, make_key
 from rpt_lightning.rollout.server_key import RequireKey

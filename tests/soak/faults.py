@@ -14,8 +14,11 @@ import psutil
 from schedule import Fault
 from system import Serve, Trainer
 
+from processes import is_alive
+
 STATUS_SIGNAL = 75
 _HANG_S = 20.0
+_OTHERS_END_S = 60.0
 _PATIENCE_S = 150.0  # for a busy machine
 
 
@@ -91,9 +94,15 @@ class Faults:
     # The trainer: it ends, as it should, and is started again
 
     def _kill_ranks(self, fault: Fault) -> str:
-        found = self.trainer.ranks()
+        found, trained = self.trainer.ranks(), self.trainer.trains
         ranks = list(found) if fault.kind == "kill trainer" else [int(fault.draw * len(found))]
         self.trainer.signal(ranks, signal.SIGKILL)
+        end = time.monotonic() + _OTHERS_END_S
+        # Before the first step nothing watches over the ranks yet: the launcher ends those that wait for one that is gone.
+        while trained and (left := [rank for rank, process in found.items() if is_alive(process)]):
+            if time.monotonic() > end:
+                raise FaultFailed(f"rank {left} still runs {_OTHERS_END_S:g} s after kill -9 of rank {ranks}: {self.trainer.text()[-1500:]}")
+            time.sleep(0.1)
         return self._ends(fault, f"kill -9 of rank {ranks}", statuses=None)
 
     def _sigterm(self, fault: Fault) -> str:

@@ -54,7 +54,16 @@ def run(tiny_task_dir, tmp_path):
     (folder / "steps.jsonl").write_text("".join(json.dumps({"step": step, "rollout/replaced_groups": step - 1.0}) + "\n" for step in (1, 2)))
     (folder / "checkpoints" / "step-000002.ckpt").touch()
     for step, tasks in enumerate(steps, start=1):
-        sample = {"context": "", "truth": [], "thought": "", "completion": "", "prediction": None, "reward": 0.0, "finish_reason": "stop", "policy_version": step - 1}
+        sample = {
+            "context": "",
+            "truth": [],
+            "thought": "",
+            "completion": "",
+            "prediction": None,
+            "reward": 0.0,
+            "finish_reason": "stop",
+            "policy_version": step - 1,
+        }
         lines = [json.dumps({"task_id": task, **sample}) + "\n" for task in tasks[-8:] for _ in range(4)]
         (folder / "rollouts" / f"step-{step:06d}.jsonl").write_text("".join(lines))
         # The first life was killed in its second step.
