@@ -166,9 +166,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
+        print(self.path, os.getpid(), flush=True)
     def log_message(self, *_):
         pass
-print("started", os.getpid(), flush=True)
 http.server.HTTPServer(("127.0.0.1", {port}), Handler).serve_forever()
 """
 
@@ -177,21 +177,23 @@ def test_a_server_that_hangs_is_started_again(tmp_path: Path, capfd) -> None:
     port = free_port()
     servers = Servers([spec(tmp_path, ANSWERS.format(port=port), url=f"http://127.0.0.1:{port}")], key=SECRET, restart=True, hung_s=1.0)
 
-    def starts() -> list[int]:
+    def watched() -> list[int]:
+        """Processes that were asked whether they hang, one a start."""
         log = tmp_path / "server.log"
-        return [int(line.split()[1]) for line in log.read_text().splitlines()] if log.exists() else []
+        lines = log.read_text().splitlines() if log.exists() else []
+        return list(dict.fromkeys(int(line.split()[1]) for line in lines if line.startswith("/weight_info")))
 
     def hang_the_first_and_end_the_second() -> None:
-        wait_for(lambda: starts() and is_up(servers.specs[0].url))
-        os.kill(starts()[0], signal.SIGSTOP)
-        wait_for(lambda: len(starts()) == 2)
+        wait_for(watched)
+        os.kill(watched()[0], signal.SIGSTOP)
+        wait_for(lambda: len(watched()) == 2)
         os.kill(os.getpid(), signal.SIGTERM)  # as `rpt serve` is ended
 
     thread = threading.Thread(target=hang_the_first_and_end_the_second)
     thread.start()
     servers.run(ready_timeout_s=60)
     thread.join()
-    assert len(starts()) == 2
+    assert len(watched()) == 2
     assert "has not answered for 1 s (--serve.hung_s): it is ended" in capfd.readouterr().err
 
 
