@@ -175,7 +175,7 @@ http.server.HTTPServer(("127.0.0.1", {port}), Handler).serve_forever()
 
 def test_a_server_that_hangs_is_started_again(tmp_path: Path, capfd) -> None:
     port = free_port()
-    servers = Servers([spec(tmp_path, ANSWERS.format(port=port), url=f"http://127.0.0.1:{port}")], key=SECRET, restart=True, hung_s=1.0)
+    servers = Servers([spec(tmp_path, ANSWERS.format(port=port), url=f"http://127.0.0.1:{port}")], key=SECRET, restart=True, hung_s=4.0)
 
     def watched() -> list[int]:
         """Processes that were asked whether they hang, one a start."""
@@ -194,7 +194,7 @@ def test_a_server_that_hangs_is_started_again(tmp_path: Path, capfd) -> None:
     servers.run(ready_timeout_s=60)
     thread.join()
     assert len(watched()) == 2
-    assert "has not answered for 1 s (--serve.hung_s): it is ended" in capfd.readouterr().err
+    assert "has not answered for 4 s (--serve.hung_s): it is ended" in capfd.readouterr().err
 
 
 def call(url: str, path: str, *, key: str | None = None, body: object = None) -> int:
