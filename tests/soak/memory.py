@@ -6,6 +6,7 @@ import contextlib
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
@@ -35,13 +36,13 @@ class MemoryLog:
         self._rows: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)  # (name, pid): seconds, MiB
         self._last_s = 0.0
 
-    def sample(self, processes: dict[str, psutil.Process]) -> None:
-        """Call it as often as you like."""
+    def sample(self, find: Callable[[], dict[str, psutil.Process]]) -> None:
+        """Call it as often as you like: now and then it asks for the processes, by name, and looks at them."""
         now = time.monotonic()
         if now - self._last_s < _EVERY_S:
             return
         self._last_s = now
-        for name, process in processes.items():
+        for name, process in find().items():
             with contextlib.suppress(psutil.NoSuchProcess):
                 self._rows[name, process.pid].append((now, process.memory_info().rss / _MIB))
 

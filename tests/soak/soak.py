@@ -215,8 +215,8 @@ class Soak:
         while not condition():
             if time.monotonic() > end or not self.trainer.is_running:
                 return bool(condition())
-            self.memory.sample(self._processes())
-            time.sleep(0.1)
+            self.memory.sample(self._processes)
+            time.sleep(0.2)
         return True
 
     def _processes(self) -> dict[str, psutil.Process]:
