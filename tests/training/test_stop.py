@@ -96,7 +96,7 @@ def test_a_collapsed_policy_stops_the_run_until_something_is_changed(tiny_model_
     settings["rollout"]["engine"]["init_args"]["completions"] = ["I do not know"]
     settings["rollout"]["objective"]["init_args"]["reward"] = {"class_path": "rpt_lightning.tasks.reward.PrefixMatchReward"}
     settings["trainer"]["val_check_interval"] = 4
-    settings["health"] = {"window": 2, "min_entropy": None, "stop": True}
+    settings["health"] = {"window": 2, "stop": True}
     config = tmp_path / "collapsed.yaml"
     config.write_text(yaml.safe_dump(settings))
     run = RealRun(tmp_path / "run", ["--config", config])

@@ -83,12 +83,15 @@ class Health(Callback):
         """What is worrying, by name."""
         if len(self._recent) < self.window:
             return {}
-        entropy, live_groups, length, truncated = (sum(values) / len(self._recent) for values in zip(*self._recent, strict=True))
+        _, live_groups, length, truncated = (sum(values) / len(self._recent) for values in zip(*self._recent, strict=True))
+        # A step without a live group trains no token, and its entropy says nothing.
+        entropies = [row[0] for row in self._recent if row[1] != 0]
+        entropy = sum(entropies) / len(entropies) if entropies else None
         if self._first_length is None:
             self._first_length = length
         found: dict[str, str] = {}
         over = f"mean of {self.window} steps"
-        if self.min_entropy is not None and entropy < self.min_entropy:
+        if self.min_entropy is not None and entropy is not None and entropy < self.min_entropy:
             found["entropy"] = f"the policy's entropy is {entropy:.4f} nats ({over}; health.min_entropy={self.min_entropy}): it always says the same"
         if self.max_equal_groups is not None and 1 - live_groups > self.max_equal_groups:
             found["equal"] = (
