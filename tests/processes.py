@@ -39,6 +39,15 @@ class Guarded:
         """To the process and all of its session, such as the engine and the workers of a server."""
         os.killpg(self.pid, number)
 
+    def cpu_s(self) -> float:
+        """Seconds that the process and its present descendants have computed."""
+        total = 0.0
+        for process in [self.pid, *(child.pid for child in _descendants(self.pid))]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = psutil.Process(process).cpu_times()
+                total += times.user + times.system
+        return total
+
     def kill(self) -> None:
         """Returns when nothing is left. May be called twice."""
         kill_family(self.pid)

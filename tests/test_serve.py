@@ -207,7 +207,8 @@ def call(url: str, path: str, *, key: str | None = None, body: object = None) ->
         return error.code
 
 
-def wait_for(condition, seconds: float = 200) -> None:
+def wait_for(condition, seconds: float = 900) -> None:
+    """The limit is for a machine with other work; on one without it a vLLM server is up in half a minute."""
     for _ in range(int(seconds / 0.2)):
         if condition():
             return
@@ -249,7 +250,7 @@ def test_a_real_server_from_start_to_end(flags, tiny_task_dir: Path, tmp_path: P
         # A whole run on it: every update is verified by version, tensors and log-probs.
         fit = [sys.executable, "-m", "rpt_lightning.cli", "fit", *flags, "--rollout.engine.urls", f"[{url}]", "--trainer.max_steps", "2"]
         fit += ["--data.task_dir", str(tiny_task_dir), "--rollout.engine.transport.folder", str(tmp_path / "weights")]
-        done = subprocess.run(fit, capture_output=True, text=True, env=environment, timeout=400)
+        done = subprocess.run(fit, capture_output=True, text=True, env=environment, timeout=900)
         assert done.returncode == 0, done.stdout + done.stderr
         steps = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
         assert max(step["sync/logprob_diff_max"] for step in steps if "sync/logprob_diff_max" in step) < 1e-3
@@ -262,11 +263,11 @@ def test_a_real_server_from_start_to_end(flags, tiny_task_dir: Path, tmp_path: P
         wait_for(lambda: is_up(url))
         assert call(url, "/weight_info", key=key) == 200
         serve.send_signal(signal.SIGTERM)
-        assert serve.wait(60) == 0
+        assert serve.wait(120) == 0
         assert not is_up(url)
         left = subprocess.run(["ps", "-eo", "pid,stat,args"], capture_output=True, text=True, check=True).stdout
         assert str(port) not in left
         assert key not in output.read_text() + (tmp_path / "run" / "servers" / f"server-{port}.log").read_text()
     finally:
         serve.terminate()
-        serve.wait(60)
+        serve.wait(120)

@@ -20,6 +20,8 @@ from rpt_lightning.rollout.server_processes import server_command
 
 KEY = "a key that only tests use"
 MAX_MODEL_LEN = 256
+MAX_START_CPU_S = 300.0  # vLLM: about 30
+MAX_IDLE_S = 120.0
 
 
 class ServerUnderTest:
@@ -55,13 +57,19 @@ class ServerUnderTest:
             self._process = Guarded(self._command, env=os.environ | env, stdout=output, stderr=subprocess.STDOUT)
 
     def wait_until_ready(self) -> None:
+        """The limits are of computing and of idling, not of the clock: beside other work on the same cores a start takes ten times as long."""
         assert self._process is not None
-        for _ in range(8000):
+        computed_s, at_s = 0.0, time.monotonic()
+        while True:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5):
                 return
-            assert self._process.is_running, self._log.read_text()[-3000:]
+            words = f"{self.url} did not come up: {self._log.read_text()[-3000:]}"
+            assert self._process.is_running, words
+            if (now_s := self._process.cpu_s()) > computed_s:
+                computed_s, at_s = now_s, time.monotonic()
+            assert computed_s < MAX_START_CPU_S, words
+            assert time.monotonic() - at_s < MAX_IDLE_S, words
             time.sleep(0.05)
-        raise AssertionError(f"{self.url} did not come up: {self._log.read_text()[-3000:]}")
 
     def signal(self, number: int) -> None:
         """To the whole server: vLLM's front end, engine and worker are processes of their own."""
