@@ -72,7 +72,7 @@ class Soak:
         self.disk = small_disk(self.run_folder / "checkpoints", size_mib=256)
         urls = [f"http://127.0.0.1:{port}" for port in self.ports]
         transport = {"class_path": "SharedFolderTransport", "init_args": {"folder": str(self.weights)}}
-        limits = {"urls": urls, "dtype": "float32", "timeout_s": 10.0, "max_wait_s": 300.0, "transport": transport}
+        limits = {"urls": urls, "dtype": "float32", "timeout_s": 10.0, "max_wait_s": 600.0, "transport": transport}
         recorded = {"class_path": "recorded_servers.RecordedServers", "init_args": {"recordings": str(self.recordings), **limits}}
         self._configure("fit", recorded)
         self._configure("serve", {"class_path": "VLLMServerEngine", "init_args": limits})
@@ -122,16 +122,16 @@ class Soak:
             self._say(f"{fault.kind}: {outcome}")
             self._start_again()
             if fault.kind == "damaged checkpoint":
-                self._wait(lambda: self.trainer.trains, 150)
+                self._wait(lambda: self.trainer.trains, 400)
                 if "is damaged" not in self.trainer.text():
                     self.failures.append(f"nothing was said of a damaged checkpoint: {self.trainer.text()[-1500:]}")
         self._watch_until(duration_s)
 
     def finish(self) -> int:
         """SIGTERM, then a few steps more to an ordinary end. Returns the number of steps."""
-        self._wait(lambda: self.trainer.trains, 150)
+        self._wait(lambda: self.trainer.trains, 400)
         self.trainer.signal([0, 1], signal.SIGTERM)
-        self._wait(lambda: not self.trainer.is_running, 150)
+        self._wait(lambda: not self.trainer.is_running, 400)
         life = self.trainer.ended("end")
         if life.status != 75:
             self.failures.append(f"SIGTERM at the end: status {life.status}: {self.trainer.text()[-1500:]}")
