@@ -89,6 +89,7 @@ def end(run: RealRun, process) -> None:
     run.end(process.pid)
 
 
+@pytest.mark.long
 def test_a_collapsed_policy_stops_the_run_until_something_is_changed(tiny_model_dir, tiny_task_dir, tmp_path):
     """It always says the same, so that all groups have equal rewards. Started again as it was, by a launcher, it does not go on."""
     (_, config) = scripted_flags(tiny_model_dir, tiny_task_dir, steps=4)
