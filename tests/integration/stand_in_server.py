@@ -88,16 +88,18 @@ class StandIn:
     async def collective_rpc(self, request: web.Request) -> web.Response:
         body = await request.json()
         try:
-            return web.json_response({"results": [getattr(self, body["method"])(**body.get("kwargs", {}))]})
+            result = getattr(self, body["method"])(**body.get("kwargs", {}))
+            # As vLLM does.
+            return web.json_response({"results": [result if result is None or isinstance(result, dict | list) else str(result)]})
         except Exception as error:
             return web.json_response({"error": str(error)}, status=500)
 
     def rpt_describe(self) -> dict[str, Any]:
         return self.facts | {"num_loads": self.num_loads}
 
-    def rpt_may_load(self, label: str, for_s: float) -> bool:
+    def rpt_may_load(self, label: str, for_s: float) -> dict[str, bool]:
         is_first, self.loader = self.loader != label, label
-        return is_first
+        return {"may_load": is_first}
 
     def rpt_loaded(self) -> None:
         self.loader = None

@@ -82,7 +82,8 @@ class Server:
 
     async def may_load(self, label: str, *, for_s: float) -> bool:
         """Whether this is the only rank that brings these weights in. Say ``loaded`` afterwards, whatever came of it."""
-        return bool((await self.rpc("rpt_may_load", limit_s=min(_PROBE_S, self._timeout_s), label=label, for_s=for_s))[0])
+        answer = await self.rpc("rpt_may_load", limit_s=min(_PROBE_S, self._timeout_s), label=label, for_s=for_s)
+        return bool(answer[0]["may_load"])
 
     async def loaded(self) -> None:
         await self.rpc("rpt_loaded", limit_s=min(_PROBE_S, self._timeout_s))

@@ -45,13 +45,13 @@ class PolicyWeights:
             "architecture": architecture(model.hf_config),
         }
 
-    def rpt_may_load(self, label: str, for_s: float) -> bool:
+    def rpt_may_load(self, label: str, for_s: float) -> dict[str, bool]:
         """Whether the caller is the one of several ranks that loads the weights of this label; for so many seconds, or until ``rpt_loaded``."""
         now = time.monotonic()
         if self._rpt_loader is not None and self._rpt_loader[0] == label and now < self._rpt_loader[1]:
-            return False
+            return {"may_load": False}  # in a dictionary: /collective_rpc makes a text of everything else
         self._rpt_loader = (label, now + for_s)
-        return True
+        return {"may_load": True}
 
     def rpt_loaded(self) -> None:
         """Whoever may load has done so, or has failed."""
