@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from processes import free_port
+from processes import Guarded, free_port
 from rpt_lightning import cli
 from rpt_lightning.rollout.server_access import find_key, make_key
 from rpt_lightning.rollout.server_key import RequireKey
@@ -233,10 +233,10 @@ def test_a_real_server_from_start_to_end(flags, tiny_task_dir: Path, tmp_path: P
     command = [sys.executable, "-m", "rpt_lightning.cli", "serve", *flags, "--rollout.engine.urls", f"[{url}]", "--serve.kv_cache_gib", "0.25"]
     output = tmp_path / "serve.log"
     with output.open("w") as file:
-        serve = subprocess.Popen([*command, "--serve.max_num_seqs", "8"], stdout=file, stderr=subprocess.STDOUT, env=environment)
+        serve = Guarded([*command, "--serve.max_num_seqs", "8"], stdout=file, stderr=subprocess.STDOUT, env=environment)
     try:
-        wait_for(lambda: "1 servers are ready" in output.read_text() or serve.poll() is not None)
-        assert serve.poll() is None, output.read_text()
+        wait_for(lambda: "1 servers are ready" in output.read_text() or not serve.is_running)
+        assert serve.is_running, output.read_text()
         key = (tmp_path / "server.key").read_text().strip()
         # Every way to the weights needs the key; vLLM's own guard leaves those outside /v1 and /inference open.
         for path in ("/collective_rpc", "/update_weights", "/inference/v1/generate", "/v1/completions", "/update_weight_version", "/pause"):
@@ -262,12 +262,11 @@ def test_a_real_server_from_start_to_end(flags, tiny_task_dir: Path, tmp_path: P
         wait_for(lambda: "ended with status -9" in output.read_text())
         wait_for(lambda: is_up(url))
         assert call(url, "/weight_info", key=key) == 200
-        serve.send_signal(signal.SIGTERM)
-        assert serve.wait(120) == 0
+        serve.process.terminate()
+        assert serve.process.wait(120) == 0
         assert not is_up(url)
         left = subprocess.run(["ps", "-eo", "pid,stat,args"], capture_output=True, text=True, check=True).stdout
         assert str(port) not in left
         assert key not in output.read_text() + (tmp_path / "run" / "servers" / f"server-{port}.log").read_text()
     finally:
-        serve.terminate()
-        serve.wait(120)
+        serve.kill()
