@@ -1,6 +1,6 @@
 # Set-up, tests and the demo. `make` alone lists what there is; docs/install.md says what the set-up does and what can go wrong.
 .DEFAULT_GOAL := help
-.PHONY: help venv demo reproduction debug test test-long bench bench-short lint clean
+.PHONY: help venv demo reproduction debug test test-long soak bench bench-short lint clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -55,6 +55,10 @@ test: lint  ## lint, types, import contract and the default test suite
 
 test-long: $(STAMP)  ## all tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu"
+
+soak: $(STAMP)  ## half an hour of faults on two ranks and two vLLM servers, and what must hold afterwards
+	rm -rf runs/soak
+	$(BIN)/python tests/soak/soak.py --minutes 30
 
 bench: $(BENCH_STAMP)  ## measure speed and memory against named references: two hours alone on two cores
 	$(BIN)/python benchmarks/run_all.py

@@ -33,6 +33,7 @@ class ServeSettings:
         block_size: Tokens of a cache block. null: 32 on CPU, vLLM's choice on GPU.
         restart: Start a server again that died.
         ready_timeout_s: Longest time for the servers to come up, in seconds.
+        hung_s: A server that gave no answer for so long, in seconds, is ended, and started again if one that died is. Longer than it loads weights.
         log_folder: For their output; null: servers/ in the run's folder.
     """
 
@@ -46,6 +47,7 @@ class ServeSettings:
     block_size: int | None = None
     restart: bool = True
     ready_timeout_s: float = 900.0
+    hung_s: float = 900.0
     log_folder: str | None = None
 
 
@@ -69,7 +71,7 @@ def serve(args: list[str]) -> None:
         raise ValueError("rpt serve: rollout.engine is not VLLMServerEngine; add --config configs/rollout/servers.yaml")
     specs = server_specs(config, settings)
     key = _key(engine.init_args)
-    Servers(specs, key=key, restart=settings.restart).run(ready_timeout_s=settings.ready_timeout_s)
+    Servers(specs, key=key, restart=settings.restart, hung_s=settings.hung_s).run(ready_timeout_s=settings.ready_timeout_s)
 
 
 def server_specs(config: Any, settings: ServeSettings) -> list[ServerSpec]:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,17 +14,14 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
+from processes import Guarded, free_port
 from rpt_lightning.rollout.server_facts import architecture
 from rpt_lightning.rollout.server_processes import server_command
 
 KEY = "a key that only tests use"
 MAX_MODEL_LEN = 256
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+MAX_START_CPU_S = 300.0  # vLLM: about 30
+MAX_IDLE_S = 120.0
 
 
 class ServerUnderTest:
@@ -35,7 +31,7 @@ class ServerUnderTest:
         self.url = f"http://127.0.0.1:{self.port}"
         self._command = self._stand_in(model) if kind == "stand-in" else self._vllm(model, num_devices=2 if kind == "vllm-split" else 1)
         self._log = log_folder / f"server-{self.port}.log"
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Guarded | None = None
 
     def _stand_in(self, model: Path) -> tuple[str, ...]:
         script = Path(__file__).with_name("stand_in_server.py")
@@ -58,29 +54,38 @@ class ServerUnderTest:
             "PYTHONSAFEPATH": "1",
         }
         with self._log.open("ab") as output:
-            self._process = subprocess.Popen(self._command, env=os.environ | env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+            self._process = Guarded(self._command, env=os.environ | env, stdout=output, stderr=subprocess.STDOUT)
 
     def wait_until_ready(self) -> None:
+        """The limits are of computing and of idling, not of the clock: beside other work on the same cores a start takes ten times as long."""
         assert self._process is not None
-        for _ in range(8000):
+        computed_s, at_s = 0.0, time.monotonic()
+        while True:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5):
                 return
-            assert self._process.poll() is None, self._log.read_text()[-3000:]
+            words = f"{self.url} did not come up: {self._log.read_text()[-3000:]}"
+            assert self._process.is_running, words
+            if (now_s := self._process.cpu_s()) > computed_s:
+                computed_s, at_s = now_s, time.monotonic()
+            assert computed_s < MAX_START_CPU_S, words
+            assert time.monotonic() - at_s < MAX_IDLE_S, words
             time.sleep(0.05)
-        raise AssertionError(f"{self.url} did not come up: {self._log.read_text()[-3000:]}")
 
     def signal(self, number: int) -> None:
         """To the whole server: vLLM's front end, engine and worker are processes of their own."""
         assert self._process is not None
-        os.killpg(self._process.pid, number)
+        self._process.signal(number)
+
+    def resume(self) -> None:
+        """Of a server that a failed test left stopped."""
+        if self.is_running:
+            self.signal(signal.SIGCONT)
 
     def kill(self) -> None:
         if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self.signal(signal.SIGKILL)
-            self._process.wait()
+            self._process.kill()
             self._process = None
 
     @property
     def is_running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
+        return self._process is not None and self._process.is_running

@@ -41,6 +41,8 @@ class StandIn:
         self.label = FIRST_LABEL
         self.is_paused = False
         self.weights: dict[str, np.ndarray] = {}
+        self.loader: str | None = None
+        self.num_loads = 0
         self.running: set[asyncio.Task[Any]] = set()
 
     def routes(self) -> list[web.RouteDef]:
@@ -86,14 +88,24 @@ class StandIn:
     async def collective_rpc(self, request: web.Request) -> web.Response:
         body = await request.json()
         try:
-            return web.json_response({"results": [getattr(self, body["method"])(**body.get("kwargs", {}))]})
+            result = getattr(self, body["method"])(**body.get("kwargs", {}))
+            # As vLLM does.
+            return web.json_response({"results": [result if result is None or isinstance(result, dict | list) else str(result)]})
         except Exception as error:
             return web.json_response({"error": str(error)}, status=500)
 
     def rpt_describe(self) -> dict[str, Any]:
-        return self.facts
+        return self.facts | {"num_loads": self.num_loads}
+
+    def rpt_may_load(self, label: str, for_s: float) -> dict[str, bool]:
+        is_first, self.loader = self.loader != label, label
+        return {"may_load": is_first}
+
+    def rpt_loaded(self) -> None:
+        self.loader = None
 
     def rpt_load_folder(self, folder: str) -> dict[str, Any]:
+        self.num_loads += 1
         files = sorted(Path(folder).glob("*.safetensors"))
         self.weights = {name: weight for file in files for name, weight in load_file(file).items()}
         return {"num_files": len(files)}

@@ -1,4 +1,4 @@
-"""One rank of two that share servers: python two_rank_servers.py MODEL FOLDER URL..."""
+"""One rank of two that share servers: python two_rank_servers.py MODEL FOLDER MAX_TOKENS URL..."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ def gathered(weights):
         yield name, tensor
 
 
-def main(model: str, folder: str, urls: list[str]) -> None:
+def main(model: str, folder: str, max_tokens: int, urls: list[str]) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     policy = Policy(model)
     policy.materialize()
-    sampling = SamplingSettings(temperature=1.0, max_tokens=8, stop_token_ids=())
+    sampling = SamplingSettings(temperature=1.0, max_tokens=max_tokens, stop_token_ids=())
     requests = [GenerationRequest(task_id=f"r{rank}:{i}", prompt_ids=(rank, i), n=2, seed=100 * rank + i, sampling=sampling) for i in range(4)]
     engine = VLLMServerEngine(urls, SharedFolderTransport(folder, shard_gib=0.0001), dtype="float32")
     engine.start(model, seed=0, max_model_len=64)
     for version in (1, 2):
         engine.update_weights(gathered(named_weights(policy)), version=version)
         check_weights(engine, named_weights(policy), version=version, num_tensors=1000)
+        print(f"generating version {version}", flush=True)
         rows = engine.generate(requests)
     found = {"completions": [[completion.token_ids for completion in row] for row in rows], "version": engine.version, "label": engine._label}
     # A failure on the first rank in the middle of gathering is an error on both, and neither waits for the other.
@@ -51,4 +52,4 @@ def main(model: str, folder: str, urls: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3:])
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4:])

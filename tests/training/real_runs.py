@@ -97,13 +97,12 @@ class RealRun:
         self.process.kill()
         return self.status() != 0
 
-    def start_command(self) -> subprocess.Popen[bytes]:
-        """By an interpreter of its own, which Lightning needs where it starts further ranks."""
+    def start_command(self, *launcher: str) -> subprocess.Popen[bytes]:
+        """By an interpreter of its own, which Lightning needs where it starts further ranks; or by another launcher, such as ``-m torch...run --module``."""
         path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+        command = [sys.executable, *(launcher or ["-m"]), "rpt_lightning.cli", *self.args]
         with self.log.open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "rpt_lightning.cli", *self.args], stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": path}
-            )
+            return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
 
     def wait_for_text(self, text: str, process: subprocess.Popen[bytes], timeout_s: float = 180) -> None:
         end = time.monotonic() + timeout_s

@@ -63,6 +63,13 @@ def test_thresholds_that_a_run_has_unless_told():
         assert len(health._warned) == 1, (signal, found)
 
 
+def test_a_step_without_a_live_group_has_no_entropy():
+    health = Health(window=2, min_entropy=0.1, max_equal_groups=None)
+    assert [health.check(0.0, 0.0, 10.0, 0.0), health.check(0.15, 0.5, 10.0, 0.0)] == [[], []]  # the mean would be 0.075
+    assert [health.check(0.0, 0.0, 10.0, 0.0), health.check(0.0, 0.0, 10.0, 0.0)] == [[], []]
+    assert health.check(0.05, 0.5, 10.0, 0.0) != []
+
+
 def test_a_resumed_run_knows_its_window():
     one, two = Health(window=3, min_entropy=0.1), Health(window=3, min_entropy=0.1)
     for _ in range(2):

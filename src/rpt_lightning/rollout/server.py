@@ -80,6 +80,14 @@ class Server:
         assert [token["token_id"] for token in content] == token_ids
         return Sample(tuple(token_ids), tuple(token["logprob"] if token["logprob"] > _GONE else float("nan") for token in content))
 
+    async def may_load(self, label: str, *, for_s: float) -> bool:
+        """Whether this is the only rank that brings these weights in. Say ``loaded`` afterwards, whatever came of it."""
+        answer = await self.rpc("rpt_may_load", limit_s=min(_PROBE_S, self._timeout_s), label=label, for_s=for_s)
+        return bool(answer[0]["may_load"])
+
+    async def loaded(self) -> None:
+        await self.rpc("rpt_loaded", limit_s=min(_PROBE_S, self._timeout_s))
+
     async def hold(self) -> None:
         """Ends what it generates, takes no more, and has no valid label until ``release``."""
         await self.call("POST", "/update_weight_version", {"new_version": LOADING})

@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +26,7 @@ from rpt_lightning.rollout.server_key import KEY_VARIABLE
 log = logging.getLogger(__name__)
 _STOP_S = 20.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
+_SETTLED_S = 600.0  # a server that ran for so long did not die of how it was started
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,14 +110,18 @@ class Servers:
     Args:
         specs: What to start.
         key: What every request to them must carry.
-        restart: Start a server again that ends without being told to, after a pause that grows with every time.
+        restart: Start a server again that ends without being told to, after a pause that grows while it keeps ending soon.
+        hung_s: A server that has not answered for so many seconds, since it was started or later, is ended like one that died.
     """
 
-    def __init__(self, specs: Sequence[ServerSpec], *, key: str, restart: bool) -> None:
+    def __init__(self, specs: Sequence[ServerSpec], *, key: str, restart: bool, hung_s: float) -> None:
         self.specs = tuple(specs)
         self.restart = restart
+        self.hung_s = hung_s
         self._key = key
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._started_s: dict[str, float] = {}  # on the clock of time.monotonic
+        self._answered_s: dict[str, float] = {}  # the last time, or the start
         self._stop = threading.Event()
 
     def run(self, *, ready_timeout_s: float) -> None:
@@ -139,6 +144,7 @@ class Servers:
 
     def _start(self, spec: ServerSpec) -> None:
         spec.log_file.parent.mkdir(parents=True, exist_ok=True)
+        self._started_s[spec.url] = self._answered_s[spec.url] = time.monotonic()
         with spec.log_file.open("ab") as output:
             # Its own session: Ctrl-C reaches us alone, and a signal to the group reaches its engine and workers too.
             self._processes[spec.url] = subprocess.Popen(
@@ -172,7 +178,11 @@ class Servers:
     def _watch(self) -> None:
         pause_s = dict.fromkeys((spec.url for spec in self.specs), _FIRST_PAUSE_S)
         due: dict[str, float] = {}
+        next_question_s = time.monotonic()
         while not self._stop.wait(0.2):
+            if time.monotonic() >= next_question_s:
+                self._end_hung(spec for spec in self.specs if spec.url not in due)
+                next_question_s = time.monotonic() + self.hung_s / 20
             for spec in self.specs:
                 process = self._processes[spec.url]
                 if spec.url in due:
@@ -184,8 +194,19 @@ class Servers:
                     print(f"the server for {spec.url} ended with status {process.returncode}; see {spec.log_file}", file=sys.stderr, flush=True)
                     if not self.restart:
                         raise RuntimeError(f"the server for {spec.url} ended with status {process.returncode}; see {spec.log_file}")
+                    if time.monotonic() - self._started_s[spec.url] > _SETTLED_S:
+                        pause_s[spec.url] = _FIRST_PAUSE_S
                     due[spec.url] = time.monotonic() + pause_s[spec.url]
                     pause_s[spec.url] = min(2 * pause_s[spec.url], _LONGEST_PAUSE_S)
+
+    def _end_hung(self, specs: Iterable[ServerSpec]) -> None:
+        for spec in specs:
+            if _answers(spec.url, "/weight_info", key=self._key, limit_s=min(5.0, self.hung_s / 4)):  # asks the engine too, unlike /health
+                self._answered_s[spec.url] = time.monotonic()
+            elif time.monotonic() - self._answered_s[spec.url] > self.hung_s:
+                print(f"the server for {spec.url} has not answered for {self.hung_s:g} s (--serve.hung_s): it is ended", file=sys.stderr, flush=True)
+                _signal_group(self._processes[spec.url], signal.SIGKILL)
+                self._processes[spec.url].wait()
 
     def _end(self) -> None:
         for process in self._processes.values():
@@ -212,10 +233,11 @@ def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
         os.killpg(process.pid, number)
 
 
-def _answers(url: str) -> bool:
+def _answers(url: str, path: str = "/health", *, key: str = "", limit_s: float = 5.0) -> bool:
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # not through a proxy that the environment may name
+    question = urllib.request.Request(url + path, headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
-        with direct.open(f"{url}/health", timeout=5) as response:
+        with direct.open(question, timeout=limit_s) as response:
             return bool(response.status == 200)
     except (urllib.error.URLError, OSError):
         return False

@@ -61,6 +61,9 @@ class NCCLTransport(WeightTransport):
         _within(self.timeout_s, send, f"sending the weights of version {version} to {', '.join(members)}")
         self._received = set(members)
 
+    def follow(self, version: int) -> None:
+        """Only the first rank can say to whom it sent them: for the others a server without them is lost."""
+
     async def load(self, server: Server) -> None:
         if server.url not in self._received:
             raise ServerLost(f"{server.url} was not there when the weights were sent; it joins with the next update")

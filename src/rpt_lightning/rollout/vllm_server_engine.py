@@ -15,6 +15,7 @@ In a run of several ranks each rank generates on all servers, and rank 0 alone d
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
@@ -38,6 +39,7 @@ from rpt_lightning.types import GenerationRequest
 
 log = logging.getLogger(__name__)
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
+_LONGEST_LOAD_S = 900.0
 
 
 class NoServerError(RuntimeError):
@@ -120,6 +122,8 @@ class VLLMServerEngine(RolloutEngine):
     def _update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         self._label, self._expected, self._differing = f"{self._run_label}:{version}", {}, None
         self._out = on_first_rank(lambda: self._deliver(weights, version), meanwhile=lambda: _exhaust(weights))
+        if not is_first_rank():
+            self.transport.follow(version)
 
     def _deliver(self, weights: Iterable[tuple[str, Tensor]], version: int) -> dict[str, str]:
         assert self._fleet is not None
@@ -135,14 +139,16 @@ class VLLMServerEngine(RolloutEngine):
 
     def _generate(self, requests: Sequence[GenerationRequest]) -> list[list[Sample]]:
         assert self._fleet is not None
+        is_one_of_several = dist.is_available() and dist.is_initialized()
+        bring_in = self._bring_in_as_one_of_several if is_one_of_several else self._bring_in
 
         async def generate(servers: list[Server]) -> list[list[Sample]]:
-            if dist.is_available() and dist.is_initialized():  # not every rank begins with the same server
+            if is_one_of_several:  # not every rank begins with the same server
                 first = dist.get_rank() % len(servers)
                 servers = servers[first:] + servers[:first]
 
             async def find() -> Sequence[Worker]:
-                held = await self._wait(servers, self._bring_in, first_try=self._usable(servers))
+                held = await self._wait(servers, bring_in, first_try=self._usable(servers))
                 return [_Holder(server, self._label) for server in held]
 
             return await dispatch(requests, find, room=self.max_num_seqs, on_lost=self._lose)
@@ -215,6 +221,18 @@ class VLLMServerEngine(RolloutEngine):
         if self._expected and await server.checksums(list(self._expected)) != self._expected:  # comes after the others were compared
             raise ServerLost(f"{server.url} loaded the weights of {self._label}, and holds others")
         await server.release(self._label)
+
+    async def _bring_in_as_one_of_several(self, server: Server) -> None:
+        """Ranks generate at the same time: one of them loads the weights into a server that came back, the others wait for it."""
+        if await server.label() == self._label:
+            return
+        if not await server.may_load(self._label, for_s=_LONGEST_LOAD_S):
+            raise ServerLost(f"{server.url}: another rank is loading the weights of {self._label} into it")
+        try:
+            await self._bring_in(server)  # looks again: a rank that was faster is done by now
+        finally:
+            with contextlib.suppress(ServerLost):
+                await server.loaded()
 
     async def _wait(
         self, servers: list[Server], prepare: Callable[[Server], Awaitable[None]], *, enough: int = 1, first_try: Sequence[Server] | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ class PolicyWeights:
 
     vllm_config: Any
     rank: int
+    _rpt_loader: tuple[str, float] | None = None  # label of the weights that someone is loading, and until when nobody else may (time.monotonic)
 
     def rpt_describe(self) -> dict[str, Any]:
         """What a trainer has to know before it trusts this server."""
@@ -42,6 +44,18 @@ class PolicyWeights:
             "logprobs_mode": str(getattr(model.logprobs_mode, "value", model.logprobs_mode)),
             "architecture": architecture(model.hf_config),
         }
+
+    def rpt_may_load(self, label: str, for_s: float) -> dict[str, bool]:
+        """Whether the caller is the one of several ranks that loads the weights of this label; for so many seconds, or until ``rpt_loaded``."""
+        now = time.monotonic()
+        if self._rpt_loader is not None and self._rpt_loader[0] == label and now < self._rpt_loader[1]:
+            return {"may_load": False}  # in a dictionary: /collective_rpc makes a text of everything else
+        self._rpt_loader = (label, now + for_s)
+        return {"may_load": True}
+
+    def rpt_loaded(self) -> None:
+        """Whoever may load has done so, or has failed."""
+        self._rpt_loader = None
 
     def rpt_load_folder(self, folder: str) -> dict[str, Any]:
         """Loads every tensor of a folder's safetensors files in place.

@@ -16,7 +16,7 @@ from rpt_lightning.rollout.server import Fleet, Server
 
 
 class WeightTransport(ABC):
-    """A leaf is used by the first rank only. The order of an update: ``publish`` once, ``load`` for every server that answers, ``retire``."""
+    """Used by the first rank, except for ``follow`` and ``load``. The order of an update: ``publish`` once, ``load`` for every server that answers, ``retire``."""
 
     @abstractmethod
     def open(self, fleet: Fleet) -> None:
@@ -25,6 +25,10 @@ class WeightTransport(ABC):
     @abstractmethod
     def publish(self, weights: Iterable[tuple[str, Tensor]], *, version: int, dtype: torch.dtype, shapes: Mapping[str, torch.Size]) -> None:
         """Takes every tensor, under Hugging Face names and a tied head under its own, and offers them in the servers' dtype."""
+
+    @abstractmethod
+    def follow(self, version: int) -> None:
+        """On the other ranks: the first has published this version, and they may be asked to ``load`` it."""
 
     @abstractmethod
     async def load(self, server: Server) -> None:
@@ -57,14 +61,14 @@ class SharedFolderTransport(WeightTransport):
         self.shard_gib = shard_gib
         self.load_timeout_s = load_timeout_s
         self._published: Path | None = None
+        self._root = Path(folder).absolute()
 
     def open(self, fleet: Fleet) -> None:
-        self._root = Path(self.folder).absolute()
         self._root.mkdir(parents=True, exist_ok=True)
         self._remove_all_but(None)
 
     def publish(self, weights: Iterable[tuple[str, Tensor]], *, version: int, dtype: torch.dtype, shapes: Mapping[str, torch.Size]) -> None:
-        target = self._root / f"weights-v{version}"
+        target = self._folder_of(version)
         partial = target.with_suffix(".partial")
         for path in (target, partial):
             if path.exists():  # the same version is published again after an update that failed
@@ -94,6 +98,9 @@ class SharedFolderTransport(WeightTransport):
         partial.rename(target)  # a server never sees half a folder
         self._published = target
 
+    def follow(self, version: int) -> None:
+        self._published = self._folder_of(version)
+
     async def load(self, server: Server) -> None:
         assert self._published is not None
         await server.rpc("rpt_load_folder", limit_s=self.load_timeout_s, folder=str(self._published))
@@ -105,6 +112,9 @@ class SharedFolderTransport(WeightTransport):
         if self._published is not None:
             self._published = None
             self._remove_all_but(None)
+
+    def _folder_of(self, version: int) -> Path:
+        return self._root / f"weights-v{version}"
 
     def _remove_all_but(self, kept: Path | None) -> None:
         for path in self._root.iterdir():

@@ -26,7 +26,7 @@ class Health(Callback):
         max_equal_groups: Share of groups whose rewards are all equal.
         min_length: Mean length of completions, as a share of the mean over the first window of the run.
         max_truncated: Share of completions that ran into the token limit.
-        stop: End the run at the first warning: with a checkpoint, and exit status 3.
+        stop: End the run at the first warning: with a checkpoint, and exit status 3. A launcher that starts it again from there only hears the same.
     """
 
     def __init__(
@@ -53,6 +53,10 @@ class Health(Callback):
         self._first_length: float | None = None  # mean over the first window, tokens
         self._warned: set[str] = set()
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.stop and (found := self._found()):
+            self._ask_to_stop(trainer, next(iter(found.values())))
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not all(name in trainer.callback_metrics for name in METRICS):
             return  # not a run by rollouts
@@ -60,19 +64,34 @@ class Health(Callback):
         for text in warnings:
             rank_zero_warn(f"health at step {trainer.global_step}: {text}")
         if warnings and self.stop:
-            StopRun.request(trainer, f"health.stop, {warnings[0]}", status=STATUS_UNHEALTHY)
+            self._ask_to_stop(trainer, warnings[0])
+
+    @staticmethod
+    def _ask_to_stop(trainer: Trainer, text: str) -> None:
+        way_on = "look at the last samples; then continue with --ckpt_path last and another setting, or --health.stop false"
+        StopRun.request(trainer, f"health.stop, {text}", status=STATUS_UNHEALTHY, way_on=way_on)
 
     def check(self, entropy: float, live_groups: float, length: float, truncated: float) -> list[str]:
         """Takes one step's metrics and returns what has just become worrying."""
         self._recent.append([entropy, live_groups, length, truncated])
+        found = self._found()
+        new = [text for name, text in found.items() if name not in self._warned]
+        self._warned = set(found)
+        return new
+
+    def _found(self) -> dict[str, str]:
+        """What is worrying, by name."""
         if len(self._recent) < self.window:
-            return []
-        entropy, live_groups, length, truncated = (sum(values) / self.window for values in zip(*self._recent, strict=True))
+            return {}
+        _, live_groups, length, truncated = (sum(values) / len(self._recent) for values in zip(*self._recent, strict=True))
+        # A step without a live group trains no token, and its entropy says nothing.
+        entropies = [row[0] for row in self._recent if row[1] != 0]
+        entropy = sum(entropies) / len(entropies) if entropies else None
         if self._first_length is None:
             self._first_length = length
         found: dict[str, str] = {}
         over = f"mean of {self.window} steps"
-        if self.min_entropy is not None and entropy < self.min_entropy:
+        if self.min_entropy is not None and entropy is not None and entropy < self.min_entropy:
             found["entropy"] = f"the policy's entropy is {entropy:.4f} nats ({over}; health.min_entropy={self.min_entropy}): it always says the same"
         if self.max_equal_groups is not None and 1 - live_groups > self.max_equal_groups:
             found["equal"] = (
@@ -86,9 +105,7 @@ class Health(Callback):
             found["truncated"] = (
                 f"{truncated:.0%} of the completions run into rollout.max_completion_tokens ({over}; health.max_truncated={self.max_truncated})"
             )
-        new = [text for name, text in found.items() if name not in self._warned]
-        self._warned = set(found)
-        return new
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         return {"recent": list(self._recent), "first_length": self._first_length, "warned": sorted(self._warned)}

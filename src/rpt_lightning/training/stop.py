@@ -43,18 +43,19 @@ class StopRun(Checkpoint):
     def __init__(self, requeue_signal: Literal["SIGUSR1", "SIGUSR2"] = "SIGUSR1") -> None:
         self.requeue_signal = signal.Signals[requeue_signal]
         self._received = 0  # number of the first signal; 0: none
-        self._request: tuple[str, int] | None = None
+        self._request: tuple[str, int, str] | None = None
         self._handlers: dict[int, Any] = {}  # that ours replaced
 
     @staticmethod
-    def request(trainer: Trainer, reason: str, *, status: int) -> None:
-        """Asks for the end of the run after this step. Every rank asks, at the same step."""
+    def request(trainer: Trainer, reason: str, *, status: int, way_on: str) -> None:
+        """Asks for the end of the run after this step, or before the first. Every rank asks, at the same step; ``way_on`` tells the user how to continue."""
         (stop,) = (callback for callback in trainer.checkpoint_callbacks if isinstance(callback, StopRun))
-        stop._request = (reason, status)
+        stop._request = (reason, status, way_on)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for signum in (signal.SIGTERM, self.requeue_signal):
             self._handlers[signum] = signal.signal(signum, self._note)
+        self._end_if_requested(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         received = torch.tensor(self._received, device=trainer.strategy.root_device)
@@ -63,15 +64,18 @@ class StopRun(Checkpoint):
             received = trainer.strategy.reduce(received, reduce_op="max")
         if int(received):
             signum = signal.Signals(int(received))
-            self._request = self._request or (f"{signum.name} received", STATUS_SIGNAL)
+            self._request = self._request or (f"{signum.name} received", STATUS_SIGNAL, "continue with --ckpt_path last")
+        self._end_if_requested(trainer, requeue=int(received) == self.requeue_signal)
+
+    def _end_if_requested(self, trainer: Trainer, *, requeue: bool = False) -> None:
         if self._request is None or 0 < trainer.max_steps <= trainer.global_step:
             return
-        reason, status = self._request
+        reason, status, way_on = self._request
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, RunCheckpoint):
                 callback.save(trainer)
-        rank_zero_info(f"the run stops after step {trainer.global_step}: {reason}. Exit status {status}; continue with --ckpt_path last.")
-        if int(received) == self.requeue_signal and trainer.is_global_zero:
+        rank_zero_info(f"the run stops after step {trainer.global_step}: {reason}. Exit status {status}; {way_on}.")
+        if requeue and trainer.is_global_zero:
             _requeue(trainer)
         # Lightning's launcher kills the first process if one of those that it started ends with an error.
         is_child = isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment) and trainer.local_rank > 0
