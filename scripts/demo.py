@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from pipeline import EXECUTABLE, Stage, run_stages, time_table
-from stages import ENGINE, PREPARE_PRECISION, evaluate, export, fit, results_file, say_what_is_special
+from stages import ENGINE, PREPARE_PRECISION, evaluate, export, fit, report, results_file, say_what_is_special
 
 MODEL = Path("models/smollm2-135m")
 TASKS = Path("tasks/demo")
@@ -40,13 +40,6 @@ def evaluation(name: str, minutes: float, *, controls: bool = True) -> Stage:
     return evaluate(f"evaluate {name}", EVALUATIONS[name], folder_of(name), RPT_CONFIG, folder=DEMO, minutes=minutes, controls=controls)
 
 
-def report() -> Stage:
-    """Takes seconds, so it is always made, of whatever the other stages left."""
-    runs = (RPT, *map(folder_of, EVALUATIONS))
-    command = (EXECUTABLE, "report", *map(str, runs), "--output", str(REPORT))
-    return Stage(name="report", command=lambda: command, output=REPORT, minutes=0.2, folder=DEMO, always=True, feeds_later=False)
-
-
 COLD_START_STAGES = (
     make_model(),
     prepare(),
@@ -60,7 +53,11 @@ RPT_STAGES = (
     export(RPT, folder=DEMO),
     evaluation("after RPT", 2.5),
 )
-STAGES = (*COLD_START_STAGES, *RPT_STAGES, report())
+STAGES = (
+    *COLD_START_STAGES,
+    *RPT_STAGES,
+    report(RPT, (folder_of("start"),), REPORT, before=folder_of("after cold start"), after=folder_of("after RPT"), folder=DEMO),
+)
 
 
 def show() -> None:

@@ -13,20 +13,19 @@ import argparse
 import json
 import os
 import platform
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from demo import COLD_START, COLD_START_STAGES, RPT, RPT_CONFIG, RPT_STAGES, TASKS, folder_of
 from pipeline import EXECUTABLE, Stage, commit, run_stages, time_table
-from stages import ENGINE, IN_FP32, PRECISION, checkpoint, evaluate, export, fit, flags, results_file, say_what_is_special, settings
+from stages import ENGINE, IN_FP32, PRECISION, checkpoint, evaluate, export, fit, flags, report, results_file, say_what_is_special, settings
 
 from rpt_lightning.evaluation.cost import FLOPS, total
 from rpt_lightning.evaluation.run import Run, read_run
 from rpt_lightning.evaluation.seed_record import Measured, SeedRecord, measured, read_record, write_record
 from rpt_lightning.evaluation.seed_summary import replace_section, seed_summary
-from rpt_lightning.metrics.results import read_results, write_results
+from rpt_lightning.metrics.results import read_results
 
 # The number of positions, the steps and the distance of evaluated checkpoints are those of configs/demo.yaml.
 NTP_CONFIG = "configs/ntp-baseline.yaml"
@@ -42,6 +41,7 @@ class Seed:
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.folder = Path("runs/reproduction") / f"seed-{seed}"
+        self.page = self.folder / "report.html"
         self.record = RECORDS / f"seed-{seed}.json"
         self.rpt = RPT if seed == 0 else self.folder / "rpt"
         self.after = folder_of("after RPT") if seed == 0 else self.folder / "after-RPT"
@@ -49,7 +49,7 @@ class Seed:
         config = settings(RPT_CONFIG)
         self.last_step: int = config["trainer"]["max_steps"]
         self.earlier_steps = range(config["checkpoint"]["keep_every_n_steps"], self.last_step, config["checkpoint"]["keep_every_n_steps"])
-        self.own_stages = (*(RPT_STAGES if seed == 0 else self._rpt_stages()), *self._checkpoint_stages(), *self._ntp_stages())
+        self.own_stages = (*(RPT_STAGES if seed == 0 else self._rpt_stages()), *self._checkpoint_stages(), *self._ntp_stages(), self._report())
         self.stages: tuple[Stage, ...] = (*COLD_START_STAGES, *self.own_stages)
 
     def _flags(self, run: Path) -> tuple[str, ...]:
@@ -98,14 +98,14 @@ class Seed:
             ),
         )
 
+    def _report(self) -> Stage:
+        return report(self.rpt, (self.ntp,), self.page, before=folder_of("after cold start"), after=self.after, folder=self.folder)
+
     def run(self) -> None:
         run_stages(self.stages, program="reproduction", again=f"make reproduction SEED={self.seed}")
 
     def write(self) -> None:
         """The record, of what the stages left."""
-        # What was exported are this step's weights: with their results the run's own folder shows its end to rpt scaling, compare and report.
-        last = read_results(results_file(self.after))
-        write_results(replace(last, step=self.last_step), results_file(self.rpt, self.last_step))
         rpt, ntp = read_run(self.rpt), read_run(self.ntp)
         ntp_step = max(ntp.validations)
         measurements = (
@@ -173,7 +173,7 @@ def main() -> None:
         seed.run()
         seed.write()
         print(time_table(seed.stages))
-        print(f"Record: {seed.record}   run: {seed.rpt}   baseline: {seed.ntp}")
+        print(f"Record: {seed.record}   report: {seed.page}   run: {seed.rpt}   baseline: {seed.ntp}")
     summarise()
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import platform
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pipeline import EXECUTABLE, ROOT, Stage
 
+from rpt_lightning.metrics.results import read_results, write_results
 from rpt_lightning.training.cpu_precision import bf16_is_slow
 
 # There is a vLLM for Linux only; elsewhere transformers makes the rollouts, which is slower.
@@ -93,3 +95,19 @@ def evaluate(
     options |= ({"--rollout.thought_controls": True} if controls else {}) | ({"--ckpt_path": ckpt} if ckpt is not None else {})
     command = (EXECUTABLE, "validate", "--config", config, *PRECISION, *ENGINE, *flags(options))
     return Stage(name=name, command=lambda: command, output=results_file(run, step), minutes=minutes, folder=folder, feeds_later=False)
+
+
+def report(run: Path, others: tuple[Path, ...], output: Path, *, before: Path, after: Path, folder: Path) -> Stage:
+    """A page about ``run`` beside others. Takes seconds, so it is always made, of whatever the other stages left.
+
+    ``before`` and ``after`` are the evaluations of the model folders that the run began with and that its last checkpoint was exported to. In the run's
+    own folder they are its first and its last step, which `rpt compare` and `rpt scaling` need too.
+    """
+
+    def command() -> tuple[str, ...]:
+        last = int(checkpoints(run)[-1].stem.removeprefix("step-"))
+        for evaluation, step in ((before, 0), (after, last)):
+            write_results(replace(read_results(results_file(evaluation)), step=step), results_file(run, step))
+        return (EXECUTABLE, "report", *map(str, (run, *others)), "--output", str(output))
+
+    return Stage(name="report", command=command, output=output, minutes=0.2, folder=folder, always=True, feeds_later=False)

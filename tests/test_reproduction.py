@@ -112,6 +112,8 @@ def test_two_seeds_from_nothing_to_the_summary(project):
     status, output = reproduction(project, "run", "--seed", "0")
     assert status == 0, output
     assert output.count("finished before, skipped") == 14
+    assert "stage 15 of 15: report |" in output
+    assert (project / "runs/reproduction/seed-0/report.html").stat().st_size > 100_000
     text = (project / "docs/results.md").read_text()
     assert f"2 seeds, {NUM_POSITIONS} held-out positions" in text
     assert text.endswith(f"{END}\nAfter it.\n")
