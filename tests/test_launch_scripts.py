@@ -55,7 +55,7 @@ def test_they_start_a_run_that_the_command_line_accepts(script, environment, tmp
     flags = started[started.index("fit") + 1 :]
     assert flags[-6:] == ["--trainer.num_nodes", "3", "--trainer.devices", "8", "--ckpt_path", "auto"]
     assert "a folder" in flags  # quoted
-    # The verb's own --ckpt_path is checked in tests/test_cli.py; here everything else is parsed, for one CPU.
+    # The verb's own --ckpt_path is checked in tests/cli/test_runs.py; here everything else is parsed, for one CPU.
     monkeypatch.chdir(ROOT)
     one = ["--trainer.num_nodes", "1", "--trainer.devices", "1", "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path)]
     cli = make_cli(run=False, args=[*flags[:-6], *one])

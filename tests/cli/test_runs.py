@@ -1,0 +1,153 @@
+"""The command line as a user meets it: a whole run, a resumed one, an interrupted one."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+
+import yaml
+
+COMMAND = [sys.executable, "-m", "rpt_lightning.cli"]
+
+
+def steps_of(run_dir):
+    return [json.loads(line)["step"] for line in (run_dir / "steps.jsonl").read_text().splitlines()]
+
+
+def checkpoints(run_dir):
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def test_run_folder_holds_everything(finished_run):
+    run_dir, output = finished_run
+    assert steps_of(run_dir) == [1, 2, 3, 4]
+    last = json.loads((run_dir / "steps.jsonl").read_text().splitlines()[-1])
+    assert {"reward/mean", "loss/total", "policy/entropy", "optim/grad_norm", "sync/logprob_diff_max"} <= last.keys()
+    assert {"time/rollout_s", "time/train_s", "rollout/truncated_frac"} <= last.keys()
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["trainer"]["max_steps"] == 4
+    assert checkpoints(run_dir) == ["step-000002.ckpt", "step-000004.ckpt"]
+    assert sorted(path.name for path in (run_dir / "validation").glob("*.jsonl")) == ["step-000002.jsonl", "step-000004.jsonl"]
+    positions = [json.loads(line) for line in (run_dir / "validation" / "step-000004.jsonl").read_text().splitlines()]
+    assert len(positions) == 8
+    # null where a position cannot have the control
+    assert all(position["empty_thought_correct"] in (True, False, None) for position in positions)
+    assert any(type(position["empty_thought_correct"]) is bool for position in positions)
+    sample = json.loads((run_dir / "rollouts" / "step-000001.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert sample["completion"].startswith(sample["thought"])
+    assert {"context", "truth", "prediction", "reward", "policy_version"} <= set(sample)
+    assert yaml.safe_load((run_dir / "tensorboard" / "hparams.yaml").read_text())["rollout"]["group_size"] == 4
+    assert "8 contexts (4 from each of 2 documents) x 4 = 32 completions" in output
+    assert "engine: transformers" in output
+    assert "step 4/4:" in output
+
+
+def test_no_debris_where_there_is_no_terminal(finished_run):
+    _, output = finished_run
+    assert "━" not in output
+    assert "\x1b[" not in output
+    assert "weights_only" not in output
+
+
+def test_a_bar_on_a_terminal_only(flags, monkeypatch, tmp_path):
+    from rpt_lightning.lightning_cli import make_cli
+
+    args = [str(flag) for flag in (*flags, "--trainer.default_root_dir", tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["rpt"])
+    for is_terminal, expected in ((True, ["StepProgressBar"]), (False, [])):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        trainer = make_cli(run=False, args=args).trainer
+        assert [type(callback).__name__ for callback in trainer.callbacks if "Bar" in type(callback).__name__] == expected
+
+
+def test_a_run_is_not_overwritten_and_can_be_continued(run_copy, flags, rpt):
+    common = ["fit", *flags, "--trainer.default_root_dir", run_copy]
+    status, output = rpt(*common)
+    assert status == 1
+    assert "holds a run already (its last checkpoint: step 4); continue it with --ckpt_path last" in output
+    assert steps_of(run_copy) == [1, 2, 3, 4]
+    status, output = rpt(*common, "--ckpt_path", "last")
+    assert status == 1
+    assert "did no step" in output
+    assert "max_steps=4" in output
+    status, output = rpt(
+        *common, "--ckpt_path", "last", "--trainer.max_steps", "5", "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", run_copy / "csv"
+    )
+    assert status == 0, output
+    assert steps_of(run_copy) == [1, 2, 3, 4, 5]
+    (metrics,) = (run_copy / "csv").rglob("metrics.csv")
+    rows = list(csv.DictReader(metrics.open()))
+    assert any(row["loss/total"] for row in rows)
+    assert yaml.safe_load((metrics.parent / "hparams.yaml").read_text())["trainer"]["max_steps"] == 5
+
+
+def test_going_on_from_an_earlier_checkpoint(run_copy, flags, rpt):
+    earlier = run_copy / "checkpoints" / "step-000002.ckpt"
+    status, output = rpt("fit", *flags, "--trainer.default_root_dir", run_copy, "--ckpt_path", earlier, "--trainer.max_steps", "3")
+    assert status == 0, output
+    assert "step-000004.ckpt is beyond step 2, from which the run goes on; it is now step-000004.ckpt.abandoned" in output
+    assert checkpoints(run_copy) == ["step-000002.ckpt", "step-000003.ckpt", "step-000004.ckpt.abandoned"]
+    assert steps_of(run_copy) == [1, 2, 3]
+
+
+def test_a_failed_start_does_not_lock_the_folder(flags, rpt, tmp_path):
+    run_dir = tmp_path / "run"
+    common = ["fit", *flags, "--trainer.default_root_dir", run_dir]
+    status, output = rpt(*common, "--rollout.max_prompt_tokens", "4")
+    assert status == 1
+    (run_dir / "config.yaml").touch()  # there already where the check that failed comes late
+    (run_dir / "steps.jsonl").write_text('{"step": 1, "of": "the failed start"}\n')
+    status, output = rpt(*common, "--ckpt_path", "last")
+    assert status == 1
+    assert "leave --ckpt_path out to start this run" in output
+    launcher = [*common, "--ckpt_path", "auto", "--trainer.limit_val_batches", "0"]  # starts the same command again and again
+    status, output = rpt(*launcher, "--trainer.max_steps", "1")
+    assert status == 0, output
+    assert "a start that reached no checkpoint: its files are now in failed-start-1/, and the run starts anew" in output
+    assert steps_of(run_dir) == [1]
+    assert "the failed start" in (run_dir / "failed-start-1" / "steps.jsonl").read_text()
+    assert not (run_dir / "config-2.yaml").exists()
+    status, output = rpt(*common)
+    assert status == 1
+    assert "holds a run already" in output
+    status, output = rpt(*launcher, "--trainer.max_steps", "2")
+    assert status == 0, output
+    assert steps_of(run_dir) == [1, 2]
+
+
+def test_ctrl_c_names_the_last_checkpoint_and_the_way_on(flags, tmp_path):
+    run_dir = tmp_path / "run"
+    options = ["--trainer.default_root_dir", str(run_dir), "--trainer.max_steps", "1000", "--trainer.limit_val_batches", "0"]
+    process = subprocess.Popen(
+        [*COMMAND, "fit", *map(str, flags), *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        shown = ""
+        for line in process.stdout:
+            shown += line
+            if "step 3/1000" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        shown += process.communicate(timeout=120)[0]
+    finally:
+        process.kill()
+    assert process.returncode not in (0, None)
+    last = checkpoints(run_dir)[-1]
+    assert "stopped at step" in shown
+    assert f"{last}: continue with --ckpt_path last" in shown
+    assert "Traceback" not in shown
+
+
+def test_export_and_validate_the_export(finished_run, flags, rpt, tmp_path):
+    run_dir, _ = finished_run
+    checkpoint = sorted((run_dir / "checkpoints").iterdir())[-1]
+    status, output = rpt("export", "--ckpt", checkpoint, "--output", tmp_path / "hf")
+    assert status == 0, output
+    status, output = rpt("validate", *flags, "--model.policy.path", tmp_path / "hf", "--trainer.default_root_dir", tmp_path / "run")
+    assert status == 0, output
+    assert "easy" in output
+    assert "Validate metric" not in output  # Lightning's table of the same numbers
+    assert (tmp_path / "run" / "validation" / "step-000000.jsonl").is_file()
+    assert sorted(path.name for path in (tmp_path / "run").glob("*.yaml")) == ["config-validate.yaml"]
