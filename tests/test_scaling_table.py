@@ -21,6 +21,6 @@ def test_the_document_shows_what_the_plan_says(monkeypatch, tmp_path):
         table.main()
 
 
-def test_a_document_without_marks_is_refused():
+def test_a_document_without_marks_is_refused(table):
     with pytest.raises(ValueError, match="lacks the lines"):
-        load_script("scaling_table").with_tables("text", "tables")
+        table.with_tables("text", "tables")
