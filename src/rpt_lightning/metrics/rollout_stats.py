@@ -8,6 +8,20 @@ from statistics import fmean
 from rpt_lightning.types import RolloutGroup
 
 
+STATISTICS = (
+    "reward/mean",
+    "rollout/boxed_frac",
+    "rollout/truncated_frac",
+    "rollout/length_mean",
+    "rollout/length_max",
+    "rollout/live_groups",
+    "rollout/live_groups_frac",
+    "rollout/all_wrong_frac",
+    "rollout/all_right_frac",
+    "rollout/distinct_predictions",
+)
+
+
 def rollout_statistics(groups: Sequence[RolloutGroup], *, pilot_size: int | None = None) -> dict[str, float]:
     """Means over completions (``reward/mean``, ``rollout/boxed_frac``, ``truncated_frac``, ``length_mean``) and over groups (the rest).
 

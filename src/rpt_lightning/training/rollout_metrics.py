@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from rpt_lightning.metrics.rollout_stats import rollout_statistics
+from rpt_lightning.metrics.rollout_stats import STATISTICS, rollout_statistics
 from rpt_lightning.policy.flops import Work, add_works, prompt_work, sampling_work
 from rpt_lightning.rollout.dynamic_sampling import FilledBatch
 from rpt_lightning.training.ranks import Ranks
@@ -24,15 +24,15 @@ SUMS = (
 
 
 def rollout_metrics(filled: FilledBatch, *, pilot_size: int | None = None) -> dict[str, float]:
-    """Of one rank: statistics of everything that was rolled out, and the sampled tokens."""
+    """Of one rank: statistics of everything that was rolled out, and the sampled tokens. Zeros, which weigh nothing, where a step has fewer tasks than ranks."""
     groups = [*filled.groups, *filled.replaced]
-    metrics = rollout_statistics(groups, pilot_size=pilot_size) | {
+    metrics = (rollout_statistics(groups, pilot_size=pilot_size) if groups else dict.fromkeys(STATISTICS, 0.0)) | {
         "rollout/replaced_groups": float(len(filled.replaced)),
         "rollout/dead_groups_kept": float(filled.num_dead),
         "rollout/tokens": float(sum(len(completion.token_ids) for group in groups for completion in group.completions)),
     }
     if pilot_size is not None:
-        metrics["rollout/pilot_filled_frac"] = sum(len(group.completions) > pilot_size for group in groups) / len(groups)
+        metrics["rollout/pilot_filled_frac"] = sum(len(group.completions) > pilot_size for group in groups) / max(1, len(groups))
     return metrics
 
 
@@ -56,7 +56,7 @@ def rollout_work(filled: FilledBatch, *, prefill_tokens: float) -> Work:
     groups = [*filled.groups, *filled.replaced]
     prompts = add_works(len(group.completions) * prompt_work(len(group.prompt_ids)) for group in groups)
     sampling = add_works(sampling_work(len(group.prompt_ids), len(completion.token_ids)) for group in groups for completion in group.completions)
-    return prefill_tokens / prompts.tokens * prompts + sampling
+    return prefill_tokens / max(1, prompts.tokens) * prompts + sampling
 
 
 def cached_fractions(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -1,0 +1,72 @@
+"""What is logged of a step in which a rank has no task: more ranks than tasks, as on very many devices."""
+
+from __future__ import annotations
+
+import functools
+import json
+from datetime import timedelta
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+
+from rpt_lightning.metrics.rollout_stats import STATISTICS, rollout_statistics
+from rpt_lightning.policy.flops import Work
+from rpt_lightning.rollout.dynamic_sampling import FilledBatch
+from rpt_lightning.training.monitors import StepLog
+from rpt_lightning.training.rollout_metrics import rollout_metrics, rollout_work
+from rpt_lightning.types import Completion, RolloutGroup, TokenTask
+
+TASK = TokenTask(
+    task_id="d:1", doc_id="d", position=1, context_ids=(1,), continuation_ids=(2,), continuation=(b"a",), entropy=1, true_prob=0.5, true_rank=0,
+    answerable=True,
+)  # fmt: skip
+
+
+def group(prompt_tokens: int, *lengths: int) -> RolloutGroup:
+    completions = tuple(
+        Completion(token_ids=(7,) * length, text_bytes=b"", rollout_logprobs=(0.0,) * length, policy_version=0, finish_reason="stop")
+        for length in lengths
+    )
+    return RolloutGroup(
+        task=TASK, prompt_ids=(1,) * prompt_tokens, completions=completions, predictions=(None,) * len(lengths), rewards=(0.0,) * len(lengths)
+    )
+
+
+NOTHING = FilledBatch(groups=(), replaced=(), num_rounds=0)
+SOMETHING = FilledBatch(groups=(group(4, 3, 1),), replaced=(group(2, 2),), num_rounds=1)
+
+
+@pytest.mark.parametrize("pilot_size", [None, 2])
+def test_a_rank_without_tasks_says_the_same_names(pilot_size):
+    empty, full = (rollout_metrics(filled, pilot_size=pilot_size) for filled in (NOTHING, SOMETHING))
+    assert empty.keys() == full.keys()
+    assert set(empty.values()) == {0.0}
+    assert set(rollout_statistics(SOMETHING.groups)) == set(STATISTICS)
+
+
+def test_work_of_rollouts_by_hand():
+    # Prompts: 2 x 4 tokens with 10 pairs each, and 2 with 3. Sampled: 3 (2 fed, at depths 5 and 6), 1 (none), 2 (1, at 3).
+    sampled = Work(tokens=3, scored_tokens=6, pairs=5 + 6 + 3)
+    assert rollout_work(SOMETHING, prefill_tokens=10) == Work(tokens=10, pairs=23) + sampled
+    # Of half of the prompt tokens, half of the pairs.
+    assert rollout_work(SOMETHING, prefill_tokens=5) == Work(tokens=5, pairs=11.5) + sampled
+    assert rollout_work(NOTHING, prefill_tokens=0) == Work()
+
+
+@pytest.mark.long
+def test_a_run_with_more_ranks_than_tasks(make_run, tmp_path):
+    strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo", timeout=timedelta(seconds=60))
+    trainer, module, data = make_run(
+        2,
+        callbacks=[StepLog()],
+        run_dir=tmp_path / "two",
+        devices=2,
+        strategy=strategy,
+        data_options={"tasks_per_step": 1, "positions_per_document": 1},
+    )
+    module.make_optimizer = functools.partial(torch.optim.AdamW, lr=1e-3)  # travels to the other process
+    trainer.fit(module, data)
+    lines = [json.loads(line) for line in (tmp_path / "two" / "steps.jsonl").read_text().splitlines()]
+    assert len(lines) == 2
+    assert all(0 < line["rollout/length_mean"] <= 32 and line["rollout/tokens"] > 0 for line in lines)
