@@ -7,7 +7,6 @@ from statistics import fmean
 
 from rpt_lightning.types import RolloutGroup
 
-
 STATISTICS = (
     "reward/mean",
     "rollout/boxed_frac",
