@@ -9,7 +9,8 @@ No completion from other weights than the trainer's last ones gets through:
 A server that dies, hangs or answers with an error is out until the next update of the weights; its requests go to the others. When none is left, all are
 asked again, less and less often, up to ``max_wait_s``. A server that came back without weights is given them where the transport still has them.
 
-In a run of several ranks each rank generates on all servers, and rank 0 alone delivers weights and compares them.
+In a run of several ranks each rank generates on all servers, and rank 0 alone delivers updates and compares them. A server that comes back between two
+updates is given the weights by the rank that asks it first.
 """
 
 from __future__ import annotations
