@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rpt_lightning.metrics.results import write_results
+from rpt_lightning.metrics.results import read_results, write_results
 from sample_results import FIRST, SECOND, results
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -76,7 +76,9 @@ def test_time_by_stage_counts_every_try_and_forgets_what_is_made_again():
     times = pipeline.read_times(FOLDER)
     assert times["one"] == 6000.0
     assert max(times[name] for name in ("two", "three")) < 6000.0
-    assert pipeline.time_table((first, second, third)).splitlines()[-1].split() == ["together", "100.0", "min"]
+    together = pipeline.time_table((first, second, third)).splitlines()[-1]
+    assert together.split() == ["together", f"{sum(times.values()) / 60:.1f}", "min"]
+    assert sum(times.values()) > 6000.0
 
 
 def test_a_policy_that_is_trained_again_is_evaluated_again_but_not_the_reverse(monkeypatch: pytest.MonkeyPatch):
@@ -144,7 +146,7 @@ def test_engine_and_precision_are_those_of_the_machine(system, options, in_fp32,
     for name in ("demo", "stages", "pipeline"):  # what the machine is good at is found out while they are imported
         monkeypatch.delitem(sys.modules, name)
     module = importlib.import_module("demo")
-    commands = {stage.name: stage.command() for stage in module.STAGES if not stage.name.startswith("export")}
+    commands = {stage.name: stage.command() for stage in module.STAGES if stage.name.split()[0] not in ("export", "report")}
     module.say_what_is_special("demo")
     for name in ("evaluate start", "evaluate after cold start", "RPT", "evaluate after RPT"):
         assert ("HFEngine" in commands[name]) == bool(options)
@@ -190,6 +192,17 @@ def test_a_fit_continues_from_its_last_checkpoint_or_starts_over(files: tuple[st
 def test_export_takes_the_newest_checkpoint():
     run = run_folder("checkpoints/step-000010.ckpt", "checkpoints/step-000009.ckpt", "checkpoints/step-000011.ckpt.partial")
     assert "run/checkpoints/step-000010.ckpt" in stages.export(run, folder=FOLDER).command()
+
+
+def test_the_reports_run_has_the_results_of_its_first_and_last_policy():
+    run_folder("checkpoints/step-000060.ckpt", "checkpoints/step-000080.ckpt")
+    for name, right in (("before", False), ("after", True)):
+        write_results(results(replace(FIRST, reasoning_correct=right), SECOND), stages.results_file(Path(name)))
+    page = stages.report(Path("run"), (Path("other"),), Path("report.html"), before=Path("before"), after=Path("after"), folder=FOLDER)
+    assert page.command()[1:] == ("report", "run", "other", "--output", "report.html")
+    first, last = (read_results(stages.results_file(Path("run"), step)) for step in (0, 80))
+    assert (first.step, first.positions[0].reasoning_correct) == (0, False)
+    assert (last.step, last.positions[0].reasoning_correct) == (80, True)
 
 
 def test_each_stage_leaves_something_of_its_own():
