@@ -1,4 +1,4 @@
-"""Questions with a verifiable answer: reinforcement fine-tuning after RPT (RPT, section 4.3), and the benchmarks."""
+"""Questions with a verifiable answer: reinforcement fine-tuning after RPT (the paper's experiment on RLVR), and the benchmarks."""
 
 from __future__ import annotations
 

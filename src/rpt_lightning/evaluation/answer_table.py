@@ -86,7 +86,7 @@ def differences(stages: Sequence[AnswerStage]) -> list[str]:
 
 
 def before_after_table(runs: Sequence[Sequence[AnswerStage]]) -> str | None:
-    """One row a run that was asked before and after training (the paper's Table 3), and the gains against the first such run's; None where none was.
+    """One row a run that was asked before and after training (the paper's table of RLVR after RPT), and the gains against the first such run's; None where none was.
 
     Each run's stages are of one start, in the order of their steps: the first is before, the last after.
     """

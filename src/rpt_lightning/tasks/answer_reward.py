@@ -1,4 +1,4 @@
-r"""The reward of questions with a verifiable answer: reinforcement fine-tuning after RPT (RPT, section 4.3), and the benchmarks.
+r"""The reward of questions with a verifiable answer: reinforcement fine-tuning after RPT (the paper's experiment on RLVR), and the benchmarks.
 
 Format rule: the answer is the content of the complete ``\boxed{...}`` that begins last, after the thought (`extract_prediction`), of a completion that ended
 by itself. A mathematical answer is right if Math-Verify says that it equals the true one, a choice if it is the right letter.
