@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -95,6 +95,7 @@ def on_rank(data: AnswerTaskDataModule, tokenizer: Any, rank: int, wanted: list[
     return data
 
 
+@settings(max_examples=20)
 @given(wanted=st.lists(st.integers(0, 3), min_size=1, max_size=4), tasks_per_step=st.integers(1, NUM_QUESTIONS))
 def test_ranks_together_see_what_one_would(make: Make, tiny_tokenizer: Any, wanted: list[int], tasks_per_step: int) -> None:
     one = on_rank(make(tasks_per_step=tasks_per_step), tiny_tokenizer, 0, [sum(wanted)])
