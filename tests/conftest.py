@@ -72,3 +72,40 @@ def offline_policy(tiny_model_dir, monkeypatch):
 
     load = model._load
     monkeypatch.setattr(model, "_load", lambda auto_class, path, **kwargs: load(auto_class, str(tiny_model_dir), **kwargs))
+
+
+@pytest.fixture(scope="session")
+def answering_model_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, taught to answer every question of the form "What is a - b?" with a box that holds 4 or 5, each as often. Only read it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rpt_lightning.tasks.prompt import QuestionPrompt
+    from rpt_lightning.tasks.question_text import question_text
+    from rpt_lightning.tasks.token_bytes import TokenBytes
+    from rpt_lightning.types import Question
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    encode, prompt = TokenBytes(tokenizer).encode_plain, QuestionPrompt().bind(tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    rows = []
+    for number in range(4):
+        question = Question(question_id="", text=f"What is {number + 4} - {number}?", answer="")
+        prompt_ids = prompt.prompt_ids(encode(question_text(question)))
+        rows += [(prompt_ids, prompt.completion_ids(encode("?"), encode(answer))) for answer in "45"]
+    width = max(len(prompt_ids) + len(completion_ids) for prompt_ids, completion_ids in rows)
+    input_ids, labels = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), width), -100)
+    for row, (prompt_ids, completion_ids) in enumerate(rows):
+        end = len(prompt_ids) + len(completion_ids)
+        input_ids[row, :end] = torch.tensor(prompt_ids + completion_ids)
+        labels[row, len(prompt_ids) : end] = torch.tensor(completion_ids)
+    for _ in range(60):
+        loss = model(input_ids, labels=labels).loss  # padding stands behind, where causal attention does not look
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    folder = tmp_path_factory.mktemp("models") / "answering"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

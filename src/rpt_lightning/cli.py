@@ -16,6 +16,7 @@ TOOLS = {
     "prepare": "turn a text corpus into a folder of next-token tasks",
     "export": "turn a checkpoint into a Hugging Face folder",
     "evaluate next-token": "next-token accuracy of any policies in depth: samples, kinds of token, controls, cost, differences",
+    "evaluate benchmark": "AIME, MATH-500, MMLU-Pro, SuperGPQA or questions of your own: avg@k, pass@k, with and without a thought",
     "compare": "runs side by side, with what they cost: rpt compare RUN...",
     "scaling": "accuracy against training FLOPs with the fitted law: rpt scaling RUN",
     "report": "make one HTML page about runs: rpt report RUN... [--output report.html]",
@@ -78,17 +79,20 @@ _MODULES = {
     "prepare": "rpt_lightning.data.prepare",
     "export": "rpt_lightning.export",
     "evaluate next-token": "rpt_lightning.evaluation.next_token",
+    "evaluate benchmark": "rpt_lightning.evaluation.benchmark",
     "compare": "rpt_lightning.evaluation.compare_runs",
     "scaling": "rpt_lightning.evaluation.scaling_figure",
     "report": "rpt_lightning.evaluation.report.command",
 }
 # Parameters that are given as plain words: jsonargparse would take a list as one word in JSON.
 _RUNS = ("runs", "run folders (what trainer.default_root_dir was)")
+_POLICIES = ("--policy", "Hugging Face folders (or hub ids), or checkpoints of rpt fit")
 _WORDS = {
     "compare": _RUNS,
     "scaling": _RUNS,
     "report": _RUNS,
-    "evaluate next-token": ("--policy", "Hugging Face folders (or hub ids), or checkpoints of rpt fit"),
+    "evaluate next-token": _POLICIES,
+    "evaluate benchmark": _POLICIES,
 }
 
 

@@ -17,8 +17,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from transformers.utils.logging import disable_progress_bar
 
-from rpt_lightning.data.base_datamodule import TaskFolderDataModule
-from rpt_lightning.metrics.run_folder import CONFIG_FILE, ROLLOUT_FOLDER, STEP_LOG, VALIDATION_FOLDER
+from rpt_lightning.data.base_datamodule import StreamDataModule
+from rpt_lightning.metrics.run_folder import ANSWER_FOLDER, CONFIG_FILE, ROLLOUT_FOLDER, STEP_LOG, VALIDATION_FOLDER
+from rpt_lightning.training.answer_results import AnswerResults
 from rpt_lightning.training.checkpoint import FOLDER, RunCheckpoint, checkpoint_steps, last_checkpoint
 from rpt_lightning.training.checkpoint_check import checkpoint_damage
 from rpt_lightning.training.checkpoint_file import read_checkpoint
@@ -35,8 +36,10 @@ from rpt_lightning.training.rollout_callback import RolloutCallback
 from rpt_lightning.training.stop import StopRun
 
 # Imported so that configs may name them by their short names.
+from rpt_lightning.data.answer_datamodule import AnswerTaskDataModule  # isort: skip
 from rpt_lightning.data.datamodule import TokenTaskDataModule  # isort: skip
 from rpt_lightning.data.mixed_datamodule import MixedDataModule  # isort: skip
+from rpt_lightning.data.questions import HuggingFaceQuestions, JsonlQuestions  # isort: skip
 from rpt_lightning.data.text_datamodule import TextDataModule  # isort: skip
 from rpt_lightning.data.trace_datamodule import TraceDataModule  # isort: skip
 from rpt_lightning.rollout.hf_engine import HFEngine  # isort: skip
@@ -52,9 +55,12 @@ PARTS = (
     RPTModule,
     NTPModule,
     TokenTaskDataModule,
+    AnswerTaskDataModule,
     TextDataModule,
     TraceDataModule,
     MixedDataModule,
+    JsonlQuestions,
+    HuggingFaceQuestions,
     HFEngine,
     ScriptedEngine,
     VLLMEngine,
@@ -63,7 +69,7 @@ PARTS = (
     NCCLTransport,
 )
 # What a fit leaves in the run folder besides checkpoints.
-RUN_FILES = (CONFIG_FILE, "config-[0-9]*.yaml", STEP_LOG, "tensorboard", ROLLOUT_FOLDER, VALIDATION_FOLDER)
+RUN_FILES = (CONFIG_FILE, "config-[0-9]*.yaml", STEP_LOG, "tensorboard", ROLLOUT_FOLDER, VALIDATION_FOLDER, ANSWER_FOLDER)
 _NOISE = ("litlogger", "`Trainer(limit_val_batches=1.0)`")
 
 
@@ -117,7 +123,7 @@ class RPTCLI(LightningCLI):
         config["enable_progress_bar"] = config.get("enable_progress_bar") is not False and sys.stdout.isatty()
         bar = [StepProgressBar()] if config["enable_progress_bar"] else []
         # StepCost first: a step's cost begins before its rollouts. StepLog behind all that log.
-        return super()._instantiate_trainer(config, [StepCost(), *callbacks, *bar, StepLog(), ValidationResults()])
+        return super()._instantiate_trainer(config, [StepCost(), *callbacks, *bar, StepLog(), ValidationResults(), AnswerResults()])
 
     def fit(self, model: PolicyModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """A run folder holds one run, new or continued; a missing checkpoint is an error, and so is a fit that does no step.
@@ -161,9 +167,11 @@ class RPTCLI(LightningCLI):
 
 def _check_pair(module: PolicyModule, data: LightningDataModule) -> None:
     """A user's own data module may make any batch; ours make one kind."""
-    makes_tasks = isinstance(data, TokenTaskDataModule)
-    if isinstance(data, (TaskFolderDataModule, MixedDataModule)) and makes_tasks != module.learns_from_rollouts:
-        fitting = "TokenTaskDataModule" if module.learns_from_rollouts else "TextDataModule, TraceDataModule or MixedDataModule"
+    makes_tasks = isinstance(data, (TokenTaskDataModule, AnswerTaskDataModule))
+    if isinstance(data, (StreamDataModule, MixedDataModule)) and makes_tasks != module.learns_from_rollouts:
+        fitting = (
+            "TokenTaskDataModule or AnswerTaskDataModule" if module.learns_from_rollouts else "TextDataModule, TraceDataModule or MixedDataModule"
+        )
         raise ValueError(
             f"model={type(module).__name__} and data={type(data).__name__} do not fit together: {type(module).__name__} learns from "
             f"{'tasks by reasoning' if module.learns_from_rollouts else 'given sequences'}; give --data {fitting}, or another --model"

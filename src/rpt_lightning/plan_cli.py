@@ -155,6 +155,8 @@ def run_settings(config: Namespace, options: PlanOptions) -> RunSettings:
     """
     if not config.model.class_path.endswith(".RPTModule"):
         raise ValueError(f"--model {config.model.class_path}: rpt plan works out runs that learn by reasoning (RPTModule)")
+    if config.data.class_path.endswith(".AnswerTaskDataModule"):
+        raise ValueError(f"--data {config.data.class_path}: rpt plan works out runs on task folders (TokenTaskDataModule)")
     if config.rollout.engine is None:
         raise ValueError("rollout.engine is not set, and RPTModule learns from rollouts; give one, e.g. --rollout.engine VLLMEngine")
     model, data, rollout, trainer = config.model.init_args, config.data.init_args, config.rollout, config.trainer

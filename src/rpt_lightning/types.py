@@ -62,6 +62,55 @@ class TokenTask:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """A question whose answer can be checked: by Math-Verify, or, where ``choices`` are given, by the letter of the right one.
+
+    >>> Question(question_id="q-1", text="What is 2 + 2?", answer="B", choices=("3", "4"), category="sums").is_choice
+    True
+    """
+
+    question_id: str
+    text: str
+    answer: str
+    choices: tuple[str, ...] = ()
+    category: str | None = None
+
+    @property
+    def is_choice(self) -> bool:
+        return bool(self.choices)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnswerTask:
+    """A question as the policy reads it: ``context_ids`` are the question's text with its choices and the form of the answer, in one model's tokens.
+
+    >>> question = Question(question_id="q-1", text="What is 2 + 2?", answer="4")
+    >>> AnswerTask(question=question, context_ids=(17, 340)).task_id
+    'q-1'
+    """
+
+    question: Question
+    context_ids: TokenIds
+
+    @property
+    def task_id(self) -> str:
+        return self.question.question_id
+
+    # What prompts are ordered by: questions share no text.
+
+    @property
+    def doc_id(self) -> str:
+        return self.question.question_id
+
+    @property
+    def position(self) -> int:
+        return 0
+
+
+Task = TokenTask | AnswerTask
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingSettings:
     """How tokens are drawn. Every field is explicit: what is left unset is filled differently by each engine's own defaults.
 
@@ -144,7 +193,7 @@ class PromptTokens:
 class RolloutGroup:
     """All completions of one task, with what each predicted and what it was paid."""
 
-    task: TokenTask
+    task: Task
     prompt_ids: TokenIds
     completions: tuple[Completion, ...]
     predictions: tuple[bytes | None, ...]

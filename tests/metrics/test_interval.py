@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rpt_lightning.metrics.interval import wilson_interval
+from rpt_lightning.metrics.interval import clustered_interval, wilson_interval
 
 
 def test_wilsons_formula_by_hand() -> None:
@@ -28,3 +29,34 @@ def test_holds_the_share_and_narrows(successes_of: tuple[int, int]) -> None:
 
 def test_nothing_is_known_from_nothing() -> None:
     assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
+@given(outcomes=st.lists(st.booleans(), min_size=1, max_size=60))
+def test_with_one_answer_a_question_it_is_wilsons(outcomes: list[bool]) -> None:
+    assert clustered_interval([float(outcome) for outcome in outcomes]) == pytest.approx(wilson_interval(sum(outcomes), len(outcomes)), abs=1e-12)
+
+
+@given(outcomes=st.lists(st.booleans(), min_size=2, max_size=40), k=st.integers(2, 16))
+def test_answers_to_a_question_that_are_all_alike_count_once(outcomes: list[bool], k: int) -> None:
+    means = [float(outcome) for outcome in outcomes]
+    assert clustered_interval(means, samples_each=k) == clustered_interval(means)
+
+
+def test_answers_that_differ_as_if_of_different_questions_count_one_by_one() -> None:
+    # 12 of 48 right, 2 of 8 in every question: no spread between questions.
+    assert clustered_interval([0.25] * 6, samples_each=8) == pytest.approx(wilson_interval(12, 48), abs=1e-12)
+
+
+def test_it_covers_the_truth_as_often_as_it_says() -> None:
+    """Questions of unequal difficulty (Beta), 8 answers each: the plain Wilson interval over all answers is too narrow, this one is not."""
+    rng = np.random.default_rng(0)
+    hits = {"clustered": 0, "plain": 0}
+    runs = 1000
+    for _ in range(runs):
+        right = rng.binomial(8, rng.beta(0.4, 0.6, size=30))  # mean 0.4
+        low, high = clustered_interval((right / 8).tolist(), samples_each=8)
+        hits["clustered"] += low <= 0.4 <= high
+        low, high = wilson_interval(int(right.sum()), 240)
+        hits["plain"] += low <= 0.4 <= high
+    assert 0.93 <= hits["clustered"] / runs <= 0.98
+    assert hits["plain"] / runs < 0.75

@@ -1,9 +1,9 @@
-"""What all data modules share: one global stream whose place a checkpoint carries, and the same held-out positions."""
+"""What all data modules share: one global stream whose place a checkpoint carries, and the same held-out tasks."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from rpt_lightning.data.heldout import choose_heldout
 from rpt_lightning.data.stream import ShuffledOrder, TaskStream, rank_share
 from rpt_lightning.data.task_folder import TaskFolder
-from rpt_lightning.types import TokenTask
+from rpt_lightning.types import Task, TokenTask
 
 
 class StepLoader:
@@ -45,11 +45,11 @@ class StepLoader:
 
 
 class EvalLoader:
-    """Batches of the held-out tasks; every rank sees the same number of batches, the last of which may be empty on some."""
+    """Batches of the held-out tasks under ``key``; every rank sees the same number of batches, the last of which may be empty on some."""
 
-    def __init__(self, tasks: tuple[TokenTask, ...], *, batch_size: int, rank: int, num_ranks: int) -> None:
+    def __init__(self, tasks: Sequence[Task], *, batch_size: int, rank: int, num_ranks: int, key: str = "tasks") -> None:
         batches = [tasks[start : start + batch_size] for start in range(0, len(tasks), batch_size)]
-        self.batches = [{"tasks": tuple(rank_share(batch, rank=rank, num_ranks=num_ranks))} for batch in batches]
+        self.batches = [{key: tuple(rank_share(batch, rank=rank, num_ranks=num_ranks))} for batch in batches]
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -58,7 +58,78 @@ class EvalLoader:
         return iter(self.batches)
 
 
-class TaskFolderDataModule(LightningDataModule):
+class StreamDataModule(LightningDataModule):
+    """Trains on the items of ``stream``, which ``setup`` makes, and carries its place."""
+
+    stream: TaskStream
+
+    def __init__(self, *, items_per_step: int, flag: str, seed: int, **at_least_one: int | None) -> None:
+        super().__init__()
+        for name, value in {flag: items_per_step, **at_least_one}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"--data.{name} {value}: must be at least 1")
+        self.items_per_step = items_per_step
+        self.flag = flag
+        self.seed = seed
+
+    @abstractmethod
+    def make_batch(self, items: list[tuple[int, int]]) -> dict[str, Any]:
+        """The training batch of some ``(document, k)`` pairs of the order."""
+
+    def check_enough(self, where: str) -> None:
+        """Raises ValueError where a step has more items than there are."""
+        available = self.stream.order.items_per_epoch
+        if self.items_per_step > available:
+            raise ValueError(
+                f"--data.{self.flag} {self.items_per_step}: {where} has only {available} to train on, so a step would repeat some; lower it "
+                "or give more"
+            )
+
+    # Lightning's hooks
+
+    def train_dataloader(self) -> StepLoader:
+        return StepLoader(self._next_batch, num_steps=self.stream.order.items_per_epoch // self.items_per_step)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Records hold no tensors, and Lightning's own walk refuses frozen dataclasses."""
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"stream": self.stream.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            return  # a validation may read another folder than the run that made the checkpoint
+        self.stream.load_state_dict(state_dict["stream"])
+
+    def draw_items(self, num: int) -> list[tuple[int, int]]:
+        """``num`` further items of the same stream for this rank, for dynamic sampling: the next step continues behind them.
+
+        With several ranks a collective: every rank calls it together with the number that it needs itself, 0 included, so that all stay at one place.
+        """
+        rank, num_ranks = self._data_rank()
+        wanted = [num]
+        if num_ranks > 1:
+            assert self.trainer is not None
+            gathered = self.trainer.strategy.all_gather(torch.tensor(num, device=self.trainer.strategy.root_device))
+            # Ranks of one tensor-parallel group ask for the same tasks: one of them speaks for the group.
+            wanted = gathered.flatten().tolist()[:: len(gathered) // num_ranks]
+        drawn = self.stream.next(sum(wanted))
+        start = sum(wanted[:rank])
+        return drawn[start : start + wanted[rank]]
+
+    def _next_batch(self) -> dict[str, Any]:
+        rank, num_ranks = self._data_rank()
+        return self.make_batch(list(rank_share(self.stream.next(self.items_per_step), rank=rank, num_ranks=num_ranks)))
+
+    def _data_rank(self) -> tuple[int, int]:
+        """This process's data-parallel rank and their number: tensor-parallel ranks of one group get identical tasks."""
+        strategy = getattr(self.trainer, "strategy", None)
+        kwargs = getattr(strategy, "distributed_sampler_kwargs", None)
+        return (int(kwargs["rank"]), int(kwargs["num_replicas"])) if kwargs else (0, 1)
+
+
+class TaskFolderDataModule(StreamDataModule):
     """Trains on the ``train`` split of a task folder in the order of ``stream.py`` and validates on fixed held-out positions."""
 
     def __init__(
@@ -73,29 +144,23 @@ class TaskFolderDataModule(LightningDataModule):
         eval_batch_size: int,
         seed: int,
     ) -> None:
-        super().__init__()
-        least = {flag: items_per_step, "num_eval_tasks": num_eval_tasks, "eval_batch_size": eval_batch_size, "max_context_tokens": max_context_tokens}
-        for name, value in least.items():
-            if value is not None and value < 1:
-                raise ValueError(f"--data.{name} {value}: must be at least 1")
+        super().__init__(
+            items_per_step=items_per_step,
+            flag=flag,
+            seed=seed,
+            num_eval_tasks=num_eval_tasks,
+            eval_batch_size=eval_batch_size,
+            max_context_tokens=max_context_tokens,
+        )
         self.task_dir = task_dir
-        self.items_per_step = items_per_step
-        self.flag = flag
         self.max_context_tokens = max_context_tokens
         self.num_eval_tasks = num_eval_tasks
         self.eval_min_entropy = eval_min_entropy
         self.eval_batch_size = eval_batch_size
-        self.seed = seed
-
-    # What the leaves say
 
     @abstractmethod
     def make_order(self) -> ShuffledOrder:
         """The order of this module's items; ``self.train`` is open."""
-
-    @abstractmethod
-    def make_batch(self, items: list[tuple[int, int]]) -> dict[str, Any]:
-        """The training batch of some ``(document, k)`` pairs of the order."""
 
     # Lightning's hooks
 
@@ -107,47 +172,17 @@ class TaskFolderDataModule(LightningDataModule):
         if "sha256" not in self.train.manifest:
             rank_zero_info(f"{self.task_dir} was prepared by an earlier version and has no checksums: damaged shards may go unnoticed")
         self.stream = TaskStream(self.make_order(), corpus=self.train.manifest["corpus"]["sha256"])
-        available = self.stream.order.items_per_epoch
-        if self.items_per_step > available:
-            raise ValueError(
-                f"--data.{self.flag} {self.items_per_step}: {self.task_dir} has only {available} to train on, so a step would repeat some; lower it "
-                "or prepare more text"
-            )
-
-    def train_dataloader(self) -> StepLoader:
-        return StepLoader(self._next_batch, num_steps=self.stream.order.items_per_epoch // self.items_per_step)
+        self.check_enough(self.task_dir)
 
     def val_dataloader(self) -> EvalLoader:
         rank, num_ranks = self._data_rank()
         return EvalLoader(self.eval_tasks(), batch_size=self.eval_batch_size, rank=rank, num_ranks=num_ranks)
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Records hold no tensors, and Lightning's own walk refuses frozen dataclasses."""
-        return batch
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"stream": self.stream.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
-            return  # a validation may read another folder than the run that made the checkpoint
-        self.stream.load_state_dict(state_dict["stream"])
 
     # Also for evaluation outside a Trainer
 
     def eval_tasks(self) -> tuple[TokenTask, ...]:
         """All held-out tasks, of all ranks."""
         return choose_heldout(self.heldout, num_tasks=self.num_eval_tasks, min_entropy=self.eval_min_entropy, seed=self.seed)
-
-    def _next_batch(self) -> dict[str, Any]:
-        rank, num_ranks = self._data_rank()
-        return self.make_batch(list(rank_share(self.stream.next(self.items_per_step), rank=rank, num_ranks=num_ranks)))
-
-    def _data_rank(self) -> tuple[int, int]:
-        """This process's data-parallel rank and their number: tensor-parallel ranks of one group get identical tasks."""
-        strategy = getattr(self.trainer, "strategy", None)
-        kwargs = getattr(strategy, "distributed_sampler_kwargs", None)
-        return (int(kwargs["rank"]), int(kwargs["num_replicas"])) if kwargs else (0, 1)
 
     def _check_tokenizer(self) -> None:
         module = None if self.trainer is None else self.trainer.lightning_module

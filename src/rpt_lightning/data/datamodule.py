@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from rpt_lightning.data.base_datamodule import TaskFolderDataModule
 from rpt_lightning.data.stream import ShuffledOrder
 from rpt_lightning.types import TokenTask
@@ -57,17 +55,5 @@ class TokenTaskDataModule(TaskFolderDataModule):
         return {"tasks": tuple(self.train.task(document, k) for document, k in items)}
 
     def draw(self, num: int) -> tuple[TokenTask, ...]:
-        """``num`` further tasks of the same stream for this rank, for dynamic sampling: the next step continues behind them.
-
-        With several ranks a collective: every rank calls it together with the number that it needs itself, 0 included, so that all stay at one place.
-        """
-        rank, num_ranks = self._data_rank()
-        wanted = [num]
-        if num_ranks > 1:
-            assert self.trainer is not None
-            gathered = self.trainer.strategy.all_gather(torch.tensor(num, device=self.trainer.strategy.root_device))
-            # Ranks of one tensor-parallel group ask for the same tasks: one of them speaks for the group.
-            wanted = gathered.flatten().tolist()[:: len(gathered) // num_ranks]
-        drawn = self.stream.next(sum(wanted))
-        start = sum(wanted[:rank])
-        return tuple(self.train.task(document, k) for document, k in drawn[start : start + wanted[rank]])
+        """``num`` further tasks for this rank (see ``draw_items``: a collective)."""
+        return tuple(self.train.task(document, k) for document, k in self.draw_items(num))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rpt_lightning.evaluation.answer_table import NOTE, AnswerStage, answer_table, before_after_table, category_table, differences
 from rpt_lightning.evaluation.breakdown import NOT_MEASURED, further_comparisons, sampling_table
 from rpt_lightning.evaluation.compare import paired_bootstrap
 from rpt_lightning.evaluation.cost import FLOPS, SECONDS, TOKENS, total
@@ -41,15 +42,28 @@ def compare(runs: list[Path], *, output: Path | None = None) -> None:
 
 
 def comparison(runs: Sequence[Run]) -> str:
-    """The whole text, in Markdown.
+    """The whole text, in Markdown: at held-out positions, or, of runs that were asked questions, at those.
 
     Raises:
-        ValueError: A run was never validated, or two were at different positions.
+        ValueError: A run was never validated, or two were at different positions or questions.
     """
+    if any(run.answers for run in runs):
+        return answer_comparison(runs)
     stages = [Stage(name=run.name, results=_validated(run)) for run in runs]
     parts = [stage_table(stages), sampling_table(stages), difficulty_table(stages), cost_table(runs), COST_NOTE, INTERVAL_NOTE]
     lines = [line for stage in stages[1:] for line in _differences(stages[0], stage)]
     return "\n\n".join(part for part in [*parts, "\n".join(lines)] if part) + "\n"
+
+
+def answer_comparison(runs: Sequence[Run]) -> str:
+    """The same of runs that were asked questions: each as it was last, and before and after its training."""
+    stages = [[AnswerStage(name=run.name, results=results) for results in run.answers.values()] for run in runs]
+    for run in runs:
+        if not run.answers:
+            raise ValueError(f"{run.name}: was asked no questions, and another run was. Compare runs that were validated on the same questions")
+    last = [of_run[-1] for of_run in stages]
+    parts = [before_after_table(stages), answer_table(last), category_table(last), NOTE, "\n".join(differences(last))]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def cost_table(runs: Sequence[Run]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 
 from rpt_lightning.data.datamodule import TokenTaskDataModule
 from rpt_lightning.evaluation.breakdown import (
@@ -22,7 +22,8 @@ from rpt_lightning.evaluation.breakdown import (
     length_table,
     sampling_table,
 )  # fmt: skip
-from rpt_lightning.evaluation.run import read_run, short_names
+from rpt_lightning.evaluation.policies import check_new_output, check_policies, evaluation_trainer, policy_names, policy_source
+from rpt_lightning.evaluation.run import read_run
 from rpt_lightning.evaluation.table import INTERVAL_NOTE, Stage, comparison_lines, difficulty_table, stage_table
 from rpt_lightning.metrics.results import Results, read_results
 from rpt_lightning.policy.model import Policy
@@ -30,11 +31,9 @@ from rpt_lightning.rollout.engine import RolloutEngine
 from rpt_lightning.tasks.objective import Objective
 from rpt_lightning.tasks.prompt import PromptTemplate
 from rpt_lightning.tasks.reward import PrefixMatchReward
-from rpt_lightning.training.checkpoint_file import read_checkpoint
 from rpt_lightning.training.monitors import ValidationResults
 from rpt_lightning.training.ntp_module import NTPModule
 from rpt_lightning.training.rollout_callback import RolloutCallback
-from rpt_lightning.training.strategy import ShardedStrategy
 
 # Imported so that they may be named by their short names.
 from rpt_lightning.rollout.hf_engine import HFEngine  # isort: skip
@@ -87,11 +86,12 @@ def next_token(
         accelerator: Where the policy computes: auto, cpu, gpu.
         seed: Of the choice of positions and of the samples.
     """
-    names = [name.removesuffix(".ckpt") for name in short_names([Path(one).absolute() for one in policy])]
-    _check(policy, engine, prompt, output)
+    check_policies(policy)
+    _check(engine, prompt)
+    check_new_output(output)
     stages = [] if against is None else [Stage(name=str(against), results=_earlier(against))]
-    for one, name in zip(policy, names, strict=True):
-        path, ckpt_path = _source(one)
+    for one, name in zip(policy, policy_names(policy), strict=True):
+        path, ckpt_path = policy_source(one)
         module = NTPModule(Policy(path))
         data = TokenTaskDataModule(
             task_dir,
@@ -116,19 +116,7 @@ def next_token(
                 thought_controls=thought_controls,
             )
             callbacks = [rollout, *callbacks]
-        trainer = Trainer(
-            default_root_dir=output / name,
-            accelerator=accelerator,
-            devices=1,
-            # Shards are read by the strategy that writes them.
-            strategy=ShardedStrategy() if ckpt_path is not None and Path(ckpt_path).is_dir() else "auto",
-            precision=precision,
-            callbacks=callbacks,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        trainer = evaluation_trainer(output / name, callbacks, ckpt_path=ckpt_path, precision=precision, accelerator=accelerator)
         trainer.validate(module, data, ckpt_path=ckpt_path, weights_only=True, verbose=False)
         stages.append(Stage(name=name, results=_last(output / name)))
     text = summary(stages)
@@ -154,23 +142,11 @@ def summary(stages: Sequence[Stage]) -> str:
     return "\n\n".join(part for part in parts if part is not None) + "\n"
 
 
-def _check(policies: Sequence[str], engine: RolloutEngine | None, prompt: PromptTemplate | None, output: Path) -> None:
-    if len(set(policies)) < len(policies):
-        raise ValueError(f"--policy {' '.join(policies)}: one is named twice")
+def _check(engine: RolloutEngine | None, prompt: PromptTemplate | None) -> None:
     if engine is not None and prompt is None:
         raise ValueError("--prompt is not set: say how the policies are asked to reason, as they were in training, e.g. --prompt ContinuationPrompt")
     if engine is None and prompt is not None:
         raise ValueError("--prompt asks for reasoning, and --engine is not set: give one, e.g. --engine VLLMEngine")
-    if output.exists() and any(output.iterdir()):
-        raise ValueError(f"--output {output}: holds an evaluation already. Name a new folder; earlier results can be given with --against")
-
-
-def _source(policy: str) -> tuple[str, str | None]:
-    """The model folder of a policy, and its checkpoint if it is one."""
-    path = Path(policy)
-    if path.suffix != ".ckpt" and not path.is_file():
-        return policy, None
-    return str(read_checkpoint(path, flag="--policy").about["policy_path"]), policy
 
 
 def _earlier(path: Path) -> Results:

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from rpt_lightning.metrics.question_results import QuestionResults, read_question_results
 from rpt_lightning.metrics.results import Results, read_results
 from rpt_lightning.metrics.rollout_samples import sample_files
-from rpt_lightning.metrics.run_folder import ROLLOUT_FOLDER, STEP_LOG, VALIDATION_FOLDER
+from rpt_lightning.metrics.run_folder import ANSWER_FOLDER, ROLLOUT_FOLDER, STEP_LOG, VALIDATION_FOLDER
 from rpt_lightning.metrics.step_log import read_step_log
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What one folder holds, each by optimizer step, ascending: logged metrics, validations, and files of rollouts. Any of the three may be missing."""
+    """What one folder holds, each by optimizer step, ascending: logged metrics, validations at held-out positions, files of rollouts, and answers to
+    questions. Any of them may be missing."""
 
     name: str
     steps: dict[int, dict[str, float]]
     validations: dict[int, Results]
     rollouts: dict[int, Path]
+    answers: dict[int, QuestionResults] = field(default_factory=dict)
 
     @property
     def last_validation(self) -> Results | None:
         return list(self.validations.values())[-1] if self.validations else None
+
+    @property
+    def last_answers(self) -> QuestionResults | None:
+        return list(self.answers.values())[-1] if self.answers else None
 
     def series(self, metric: str) -> tuple[list[int], list[float]]:
         """Steps and values of one metric, where it was logged."""
@@ -52,14 +59,18 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         raise ValueError(f"{folder}: no such run folder. Give what `trainer.default_root_dir` was.")
     log = folder / STEP_LOG
     results = [read_results(path) for path in sorted((folder / VALIDATION_FOLDER).glob("step-*.jsonl"))]
+    answers = [read_question_results(path) for path in sorted((folder / ANSWER_FOLDER).glob("step-*.jsonl"))]
     run = Run(
         name=name or folder.name,
         steps=read_step_log(log) if log.is_file() else {},
         validations={result.step: result for result in sorted(results, key=lambda result: result.step) if result.positions},
         rollouts=sample_files(folder),
+        answers={result.step: result for result in sorted(answers, key=lambda result: result.step)},
     )
-    if not (run.steps or run.validations or run.rollouts):
-        raise ValueError(f"{folder}: holds neither {STEP_LOG} nor {VALIDATION_FOLDER}/ nor {ROLLOUT_FOLDER}/, so there is nothing to report.")
+    if not (run.steps or run.validations or run.rollouts or run.answers):
+        raise ValueError(
+            f"{folder}: holds neither {STEP_LOG} nor {VALIDATION_FOLDER}/ nor {ROLLOUT_FOLDER}/ nor {ANSWER_FOLDER}/, so there is nothing to report."
+        )
     return run
 
 

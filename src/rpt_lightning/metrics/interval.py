@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import sqrt
+from statistics import NormalDist, fmean
+
 from scipy.stats import binomtest
+
+_Z95 = NormalDist().inv_cdf(0.975)
 
 
 def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
@@ -16,3 +22,28 @@ def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float,
         return 0.0, 1.0
     interval = binomtest(successes, n).proportion_ci(confidence_level=level, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def clustered_interval(means: Sequence[float], *, samples_each: int = 1) -> tuple[float, float]:
+    """95 % interval of the mean of ``means`` [N], each the share of right answers among ``samples_each`` to one question: Wilson's with the effective
+    sample size N p (1 - p) / Var(means), so that answers to one question do not count as independent (Korn and Graubard 1998, Survey Methodology 24).
+
+    That size lies between N (answers to a question all alike) and N x ``samples_each`` (as if of different questions); N where every answer is right or
+    every one wrong. With one answer a question this is Wilson's interval. (0, 1) without questions.
+
+    >>> low, high = clustered_interval([0.0] * 30, samples_each=8)
+    >>> low, round(high, 3)
+    (0.0, 0.114)
+    """
+    num = len(means)
+    if num == 0:
+        return 0.0, 1.0
+    p = fmean(means)
+    spread = fmean((mean - p) ** 2 for mean in means)
+    effective = float(num)
+    if 0 < p < 1:
+        effective = num * samples_each if spread == 0 else min(num * samples_each, max(num, num * p * (1 - p) / spread))
+    z2 = _Z95**2
+    centre = (p + z2 / (2 * effective)) / (1 + z2 / effective)
+    half = _Z95 / (1 + z2 / effective) * sqrt(p * (1 - p) / effective + z2 / (4 * effective**2))
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rpt_lightning.metrics.run_folder import ROLLOUT_FOLDER
 from rpt_lightning.tasks.answer import BOX_OPEN
-from rpt_lightning.types import FinishReason, RolloutGroup
+from rpt_lightning.types import FinishReason, RolloutGroup, Task, TokenTask
 
 if TYPE_CHECKING:
     from rpt_lightning.tasks.token_bytes import TokenBytes
@@ -23,7 +23,8 @@ class RolloutSample:
 
     ``context`` is the end of the text before the position, ``truth`` the true continuation a token, ``thought`` what stands before the last box (all
     of it where there is none). ``tokens`` are the completion's tokens as text (see `text_pieces`), the stop token included, and ``logprobs`` the engine's
-    (nats, after the temperature). ``entropy`` is the proxy's, in nats. The fields that files of earlier versions lack are None there.
+    (nats, after the temperature). ``entropy`` is the proxy's, in nats. Of a question ``truth`` is its answer, and it has no entropy. The fields that files
+    of earlier versions lack are None there.
 
     >>> sample = RolloutSample(
     ...     task_id="doc-7:4", context="2 + 2 =", truth=(" 4", "."), thought="hm</think>", completion="hm</think>\\\\boxed{ 4}", prediction=" 4",
@@ -72,7 +73,7 @@ def samples_of(group: RolloutGroup, *, context: str, token_bytes: TokenBytes) ->
         RolloutSample(
             task_id=group.task.task_id,
             context=context,
-            truth=text_pieces(group.task.continuation),
+            truth=_truth(group.task),
             thought=_thought(completion.text_bytes).decode(errors="replace"),
             completion=completion.text_bytes.decode(errors="replace"),
             prediction=None if prediction is None else prediction.decode(errors="replace"),
@@ -81,7 +82,7 @@ def samples_of(group: RolloutGroup, *, context: str, token_bytes: TokenBytes) ->
             policy_version=completion.policy_version,
             tokens=text_pieces(token_bytes.drawn(token_id) for token_id in completion.token_ids),
             logprobs=tuple(round(logprob, 3) for logprob in completion.rollout_logprobs),
-            entropy=round(group.task.entropy, 4),
+            entropy=round(group.task.entropy, 4) if isinstance(group.task, TokenTask) else None,
         )
         for completion, prediction, reward in zip(group.completions, group.predictions, group.rewards, strict=True)
     ]
@@ -116,6 +117,10 @@ def _parse_line(line: str, where: str) -> RolloutSample:
         raise ValueError(f"{where}: not a rollout ({error!r}). Expected one JSON object with {needed}.") from error
     known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
     return RolloutSample(**known)
+
+
+def _truth(task: Task) -> tuple[str, ...]:
+    return text_pieces(task.continuation) if isinstance(task, TokenTask) else (task.question.answer,)
 
 
 def _thought(text: bytes) -> bytes:

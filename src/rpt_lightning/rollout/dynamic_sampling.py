@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rpt_lightning.types import RolloutGroup, TokenTask
+from rpt_lightning.types import RolloutGroup, Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,9 +34,9 @@ class FilledBatch:
 
 
 def fill_batch(
-    rollout: Callable[[Sequence[TokenTask]], Sequence[RolloutGroup]],
-    draw: Callable[[int], Sequence[TokenTask]],
-    tasks: Sequence[TokenTask],
+    rollout: Callable[[Sequence[Task]], Sequence[RolloutGroup]],
+    draw: Callable[[int], Sequence[Task]],
+    tasks: Sequence[Task],
     *,
     max_extra_tasks: int,
     over_ranks: Callable[[int], tuple[Sequence[int], int]] = lambda number: ((number,), 0),

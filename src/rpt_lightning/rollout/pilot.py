@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rpt_lightning.rollout.rollouter import Rollouter
-from rpt_lightning.types import RolloutGroup, TokenTask
+from rpt_lightning.types import RolloutGroup, Task
 
 
 class PilotRollout:
@@ -31,7 +31,7 @@ class PilotRollout:
         self.rollouter = rollouter
         self.pilot_size = pilot_size
 
-    def rollout(self, tasks: Sequence[TokenTask]) -> list[RolloutGroup]:
+    def rollout(self, tasks: Sequence[Task]) -> list[RolloutGroup]:
         """One group a task, in the order of the tasks; with several ranks each calls it equally often, with no tasks where it has none."""
         group_size = self.rollouter.group_size
         # The whole group's completions are set aside, so that neither the same task in a later round nor a resumed run draws others than without pilot.

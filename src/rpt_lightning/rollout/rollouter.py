@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from rpt_lightning.rollout.engine import RolloutEngine
 from rpt_lightning.rollout.seeds import request_seed
 from rpt_lightning.tasks.objective import BoundObjective
-from rpt_lightning.types import Completion, GenerationRequest, RolloutGroup, SamplingSettings, TokenTask
+from rpt_lightning.types import Completion, GenerationRequest, RolloutGroup, SamplingSettings, Task
 
 Generate = Callable[[Sequence[GenerationRequest]], list[list[Completion]]]
-FirstTokenProbs = Callable[[Sequence[TokenTask], Sequence[Sequence[bytes | None]]], Sequence[Sequence[float]]]
+FirstTokenProbs = Callable[[Sequence[Task], Sequence[Sequence[bytes | None]]], Sequence[Sequence[float]]]
 
 
 class Rollouter:
@@ -70,7 +70,7 @@ class Rollouter:
         self._num_drawn: Counter[str] = Counter()  # completions of each task with the weights of this version
         self._version: int | None = None
 
-    def rollout(self, tasks: Sequence[TokenTask], *, n: int | None = None, temperature: float | None = None) -> list[RolloutGroup]:
+    def rollout(self, tasks: Sequence[Task], *, n: int | None = None, temperature: float | None = None) -> list[RolloutGroup]:
         """One group a task, in the order of the tasks.
 
         Args:
@@ -88,7 +88,7 @@ class Rollouter:
         first_indices = self.reserve(tasks, n) if temperature > 0 else [0] * len(tasks)
         return self.groups(tasks, self.complete(tasks, first_indices, n, temperature=temperature))
 
-    def reserve(self, tasks: Sequence[TokenTask], n: int) -> list[int]:
+    def reserve(self, tasks: Sequence[Task], n: int) -> list[int]:
         """For each task the index of the first of ``n`` completions that nobody has drawn with the present weights, nor will."""
         if self.engine.version != self._version:
             self._num_drawn, self._version = Counter(), self.engine.version
@@ -99,7 +99,7 @@ class Rollouter:
         return first_indices
 
     def complete(
-        self, tasks: Sequence[TokenTask], first_indices: Sequence[int], n: int, *, temperature: float | None = None
+        self, tasks: Sequence[Task], first_indices: Sequence[int], n: int, *, temperature: float | None = None
     ) -> list[tuple[Completion, ...]]:
         """For each task its completions ``first_index`` to ``first_index + n - 1``; raises as ``rollout`` does."""
         temperature = self.temperature if temperature is None else temperature
@@ -112,7 +112,7 @@ class Rollouter:
         self._check_versions(tasks, completions)
         return [completions[index] for index in range(len(tasks))]
 
-    def groups(self, tasks: Sequence[TokenTask], completions: Sequence[tuple[Completion, ...]]) -> list[RolloutGroup]:
+    def groups(self, tasks: Sequence[Task], completions: Sequence[tuple[Completion, ...]]) -> list[RolloutGroup]:
         """The groups that given completions make: read and paid. With several ranks the policy may be asked too, so every rank calls it."""
         predictions = [tuple(map(self.objective.prediction, row)) for row in completions]
         probs = self.first_token_probs(tasks, predictions) if self.first_token_probs is not None else [None] * len(tasks)
@@ -127,7 +127,7 @@ class Rollouter:
             for index, task in enumerate(tasks)
         ]
 
-    def _request(self, task: TokenTask, n: int, temperature: float, first_index: int) -> GenerationRequest:
+    def _request(self, task: Task, n: int, temperature: float, first_index: int) -> GenerationRequest:
         prompt_ids = self.objective.prompt.prompt_ids(task.context_ids)
         if self.max_prompt_tokens is not None and len(prompt_ids) > self.max_prompt_tokens:
             raise ValueError(
@@ -148,7 +148,7 @@ class Rollouter:
         seed = request_seed(self.run_seed, version, task.task_id, first_index)
         return GenerationRequest(task_id=task.task_id, prompt_ids=prompt_ids, n=n, seed=seed, sampling=sampling)
 
-    def _check_versions(self, tasks: Sequence[TokenTask], completions: dict[int, tuple[Completion, ...]]) -> None:
+    def _check_versions(self, tasks: Sequence[Task], completions: dict[int, tuple[Completion, ...]]) -> None:
         for index, task in enumerate(tasks):
             versions = {completion.policy_version for completion in completions[index]}
             if versions != {self.engine.version}:

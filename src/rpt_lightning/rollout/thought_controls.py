@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rpt_lightning.rollout.engine import RolloutEngine
+from rpt_lightning.rollout.forced_answer import forced_answers
 from rpt_lightning.tasks.answer import BOX_OPEN
 from rpt_lightning.tasks.objective import BoundObjective
 from rpt_lightning.tasks.reward import prefix_match
-from rpt_lightning.types import Completion, GenerationRequest, RolloutGroup, SamplingSettings, TokenIds
+from rpt_lightning.types import Completion, RolloutGroup, TokenIds, TokenTask
 
 MAX_ANSWER_TOKENS = 16
 
@@ -34,20 +35,16 @@ def thought_controls(engine: RolloutEngine, objective: BoundObjective, groups: S
 def _answers(
     engine: RolloutEngine, objective: BoundObjective, groups: Sequence[RolloutGroup], thoughts: Sequence[TokenIds | None]
 ) -> list[bool | None]:
-    sampling = SamplingSettings(temperature=0.0, max_tokens=MAX_ANSWER_TOKENS, stop_token_ids=objective.prompt.stop_token_ids)
-    requests: dict[int, GenerationRequest] = {}
-    for index, (group, thought) in enumerate(zip(groups, thoughts, strict=True)):
-        if thought is None:
-            continue
-        prompt_ids = group.prompt_ids + objective.prompt.answer_prefix_ids(thought)
-        if len(prompt_ids) + MAX_ANSWER_TOKENS <= engine.max_model_len:
-            requests[index] = GenerationRequest(task_id=group.task.task_id, prompt_ids=prompt_ids, n=1, seed=0, sampling=sampling)
+    answers = forced_answers(engine, objective, [group.task for group in groups], thoughts, max_tokens=MAX_ANSWER_TOKENS)
     # What was forced belongs to the answer: the parser must see the box's beginning.
     opening = (objective.prompt.think_close or b"") + BOX_OPEN
     right: list[bool | None] = [None] * len(groups)
-    for index, (completion,) in zip(requests, engine.generate(list(requests.values())), strict=True):
-        prediction = None if completion.is_truncated else objective.parse(opening + completion.text_bytes)
-        right[index] = prediction is not None and prefix_match(prediction, groups[index].task.continuation) == 1.0
+    for index, completion in enumerate(answers):
+        if completion is not None:
+            task = groups[index].task
+            assert isinstance(task, TokenTask)
+            prediction = None if completion.is_truncated else objective.parse(opening + completion.text_bytes)
+            right[index] = prediction is not None and prefix_match(prediction, task.continuation) == 1.0
     return right
 
 

@@ -49,6 +49,20 @@ def extract_prediction(text: bytes, *, think_close: bytes | None = THINK_CLOSE) 
     return None if found is None else text[found[0] : found[1]]
 
 
+def open_box_content(text: bytes) -> bytes | None:
+    r"""Of a text that goes on inside a box: what stands before the brace that closes it; None where none does.
+
+    >>> open_box_content(b"x_{1}} and more}")
+    b'x_{1}'
+    """
+    depth = 1
+    for match in _BRACES.finditer(text):
+        depth += -1 if match.group() == BOX_CLOSE else 1
+        if depth == 0:
+            return text[: match.start()]
+    return None
+
+
 class FirstBox:
     r"""Reads a completion token by token and says which token completes its first box.
 

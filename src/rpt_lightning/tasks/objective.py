@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from rpt_lightning.tasks.answer import extract_prediction
-from rpt_lightning.tasks.prompt import BoundPrompt, PromptTemplate
+from rpt_lightning.tasks.answer_reward import AnswerReward
+from rpt_lightning.tasks.prompt import BoundPrompt, ChatPrompt, PromptTemplate, QuestionPrompt
 from rpt_lightning.tasks.reward import Reward
-from rpt_lightning.types import Completion, TokenTask
+from rpt_lightning.types import Completion, Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +29,7 @@ class BoundObjective:
         """What a finished answer predicts."""
         return extract_prediction(text, think_close=self.prompt.think_close)
 
-    def rewards(self, task: TokenTask, predictions: Sequence[bytes | None], first_token_probs: Sequence[float] | None = None) -> tuple[float, ...]:
+    def rewards(self, task: Task, predictions: Sequence[bytes | None], first_token_probs: Sequence[float] | None = None) -> tuple[float, ...]:
         """What the predictions of one task's group are paid, in order."""
         return self.reward.group_rewards(predictions, task, first_token_probs)
 
@@ -37,6 +38,13 @@ class Objective:
     """A prompt template and a reward, as configured; ``bind`` ties them to a tokenizer."""
 
     def __init__(self, prompt: PromptTemplate, reward: Reward) -> None:
+        pays_answers = isinstance(reward, AnswerReward)
+        if isinstance(prompt, ChatPrompt if pays_answers else QuestionPrompt):
+            asks, fitting = ("the next token", "QuestionPrompt") if pays_answers else ("a question", "ChatPrompt")
+            raise ValueError(
+                f"the objective's prompt {type(prompt).__name__} asks {asks}, and its reward {type(reward).__name__} pays for something else; "
+                f"give --prompt {fitting} or ContinuationPrompt, or another reward"
+            )
         self.prompt = prompt
         self.reward = reward
 

@@ -99,26 +99,44 @@ class ChatPrompt(PromptTemplate):
         self.think_close = think_close
 
     def bind(self, tokenizer: PreTrainedTokenizerBase) -> BoundPrompt:
-        if not tokenizer.chat_template:
-            raise ValueError(
-                f"tokenizer {tokenizer.name_or_path!r} has no chat template, which ChatPrompt needs; use ContinuationPrompt or a chat model"
-            )
-        token_bytes = TokenBytes(tokenizer)
-        before, after = _render(tokenizer, [{"role": "user", "content": WORDINGS[self.version]}], add_generation_prompt=True)
-        suffix_ids = _template_ids(tokenizer, after)
-        if self.think_open is not None and not after.rstrip().endswith(self.think_open):
-            suffix_ids += _marker_ids(tokenizer, token_bytes, self.think_open)
-        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": CONTEXT_SLOT}]
-        _, after_answer = _render(tokenizer, messages, add_generation_prompt=False)
-        turn_end = [token_id for token_id in _template_ids(tokenizer, after_answer) if token_bytes.is_special(token_id)][:1]
-        return _bound(
-            tokenizer,
-            token_bytes,
-            prefix_ids=_template_ids(tokenizer, before),
-            suffix_ids=suffix_ids,
-            think_close=self.think_close,
-            stop_token_ids=tuple(dict.fromkeys([*turn_end, _eos_id(tokenizer)])),
-        )
+        return _chat(tokenizer, WORDINGS[self.version], self.think_open, self.think_close, name="ChatPrompt")
+
+
+class QuestionPrompt(PromptTemplate):
+    """The context as the user's turn of the model's own chat template: for questions, which say themselves what is asked.
+
+    Thought and end of the turn are those of `ChatPrompt`. A base model is asked questions with `ContinuationPrompt`.
+    """
+
+    def __init__(self, think_open: str | None = "<think>", think_close: str | None = "</think>") -> None:
+        _check_markers(think_open, think_close)
+        self.think_open = think_open
+        self.think_close = think_close
+
+    def bind(self, tokenizer: PreTrainedTokenizerBase) -> BoundPrompt:
+        return _chat(tokenizer, CONTEXT_SLOT, self.think_open, self.think_close, name="QuestionPrompt")
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, wording: str, think_open: str | None, think_close: str | None, *, name: str) -> BoundPrompt:
+    """The wording as the user's turn."""
+    if not tokenizer.chat_template:
+        raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no chat template, which {name} needs; use ContinuationPrompt or a chat model")
+    token_bytes = TokenBytes(tokenizer)
+    before, after = _render(tokenizer, [{"role": "user", "content": wording}], add_generation_prompt=True)
+    suffix_ids = _template_ids(tokenizer, after)
+    if think_open is not None and not after.rstrip().endswith(think_open):
+        suffix_ids += _marker_ids(tokenizer, token_bytes, think_open)
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": CONTEXT_SLOT}]
+    _, after_answer = _render(tokenizer, messages, add_generation_prompt=False)
+    turn_end = [token_id for token_id in _template_ids(tokenizer, after_answer) if token_bytes.is_special(token_id)][:1]
+    return _bound(
+        tokenizer,
+        token_bytes,
+        prefix_ids=_template_ids(tokenizer, before),
+        suffix_ids=suffix_ids,
+        think_close=think_close,
+        stop_token_ids=tuple(dict.fromkeys([*turn_end, _eos_id(tokenizer)])),
+    )
 
 
 def _bound(

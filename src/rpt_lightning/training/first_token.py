@@ -8,12 +8,12 @@ import torch
 
 from rpt_lightning.tasks.token_bytes import TokenBytes, start_ids
 from rpt_lightning.training.policy_module import PolicyModule
-from rpt_lightning.types import TokenTask, TrainSequence
+from rpt_lightning.types import Task, TrainSequence
 
 
 @torch.no_grad()
 def first_token_probs(
-    module: PolicyModule, token_bytes: TokenBytes, tasks: Sequence[TokenTask], predictions: Sequence[Sequence[bytes | None]]
+    module: PolicyModule, token_bytes: TokenBytes, tasks: Sequence[Task], predictions: Sequence[Sequence[bytes | None]]
 ) -> list[list[float]]:
     """P(y_0 | x_<t) without reasoning, at temperature 1, for each prediction of each task's group; 0 where there is none or it is no text.
 

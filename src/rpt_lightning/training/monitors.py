@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rpt_lightning.metrics.bands import BANDS
 from rpt_lightning.metrics.results import Results, write_results
 from rpt_lightning.metrics.rollout_samples import RolloutSample, samples_of, write_samples
-from rpt_lightning.metrics.run_folder import ROLLOUT_FOLDER, STEP_LOG, VALIDATION_FOLDER
+from rpt_lightning.metrics.run_folder import ANSWER_FOLDER, ROLLOUT_FOLDER, STEP_LOG, VALIDATION_FOLDER
 from rpt_lightning.policy.flops import model_size
 from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.training.policy_module import PolicyModule
@@ -160,9 +160,10 @@ class ValidationResults(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A run that was killed after a checkpoint and before the validation that was due there: Lightning takes it for done."""
         epoch_loop = trainer.fit_loop.epoch_loop
-        path = Path(trainer.default_root_dir) / VALIDATION_FOLDER / f"step-{trainer.global_step:06d}.jsonl"
+        folders = (Path(trainer.default_root_dir) / name for name in (VALIDATION_FOLDER, ANSWER_FOLDER))
+        is_done = any((folder / f"step-{trainer.global_step:06d}.jsonl").exists() for folder in folders)
         is_due = trainer.global_step > 0 and trainer.enable_validation and epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
-        if is_due and not trainer.strategy.broadcast(path.exists()):
+        if is_due and not trainer.strategy.broadcast(is_done):
             trainer.validating = True
             epoch_loop.val_loop.run()
             trainer.training = True

@@ -253,7 +253,11 @@ class PolicyModule(LightningModule, ABC):
 
     @torch.no_grad()
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Next-token accuracy at held-out positions: without reasoning always, and by reasoning where the rollout callback put ``answers`` into the batch."""
+        """Next-token accuracy at held-out positions: without reasoning always, and by reasoning where the rollout callback put ``answers`` into the batch.
+
+        Held-out questions are answered and recorded by callbacks (training/answer_results.py)."""
+        if "questions" in batch:
+            return
         tasks: tuple[TokenTask, ...] = batch["tasks"]
         logprobs, likely = self.score_next_tokens(tasks)
         answers: list[HeldoutAnswer] | None = batch.get("answers")

@@ -1,9 +1,15 @@
-"""Whether every prompt of a task folder fits, said before the first step rather than when the longest task is drawn."""
+"""Whether every prompt of the data fits, said before the first step rather than when the longest task is drawn."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+from rpt_lightning.data.answer_datamodule import AnswerTaskDataModule
+from rpt_lightning.data.base_datamodule import TaskFolderDataModule
 from rpt_lightning.data.task_folder import TaskFolder
 from rpt_lightning.tasks.prompt import BoundPrompt
+from rpt_lightning.types import Task
 
 
 def longest_context(folder: TaskFolder) -> int:
@@ -12,11 +18,39 @@ def longest_context(folder: TaskFolder) -> int:
     return longest if folder.max_context_tokens is None else min(longest, folder.max_context_tokens)
 
 
-def check_prompts_fit(context_tokens: int, prompt: BoundPrompt, *, max_prompt_tokens: int, where: str) -> None:
-    """Raises ValueError where the prompt of a context of so many tokens is too long."""
+def check_training_prompts(data: Any, prompt: BoundPrompt, *, max_prompt_tokens: int) -> None:
+    """Raises ValueError where a prompt of the training data is too long."""
+    if isinstance(data, AnswerTaskDataModule):
+        remedy = "leave longer questions out with --data.max_question_tokens {room}"
+        _check(_longest(data.train), prompt, max_prompt_tokens=max_prompt_tokens, where="the questions of --data.train", remedy=remedy)
+    else:
+        _check(longest_context(data.train), prompt, max_prompt_tokens=max_prompt_tokens, where=f"{data.task_dir}, train")
+
+
+def check_validation_prompts(data: Any, prompt: BoundPrompt, *, max_prompt_tokens: int) -> None:
+    """Raises ValueError where a held-out prompt is too long. A user's own data module is not looked at."""
+    if isinstance(data, AnswerTaskDataModule):
+        remedy = "take longer questions out of --data.heldout"
+        _check(_longest(data.heldout), prompt, max_prompt_tokens=max_prompt_tokens, where="the questions of --data.heldout", remedy=remedy)
+    elif isinstance(data, TaskFolderDataModule):
+        _check(_longest(data.eval_tasks()), prompt, max_prompt_tokens=max_prompt_tokens, where=f"{data.task_dir}, heldout")
+
+
+def _longest(tasks: Sequence[Task]) -> int:
+    return max(len(task.context_ids) for task in tasks)
+
+
+def _check(
+    context_tokens: int,
+    prompt: BoundPrompt,
+    *,
+    max_prompt_tokens: int,
+    where: str,
+    remedy: str = "cut contexts with --data.max_context_tokens {room}",
+) -> None:
     overhead = prompt.num_overhead_tokens
     if context_tokens + overhead > max_prompt_tokens:
         raise ValueError(
             f"--rollout.max_prompt_tokens {max_prompt_tokens}: the longest context of {where} has {context_tokens} tokens, and the prompt template adds "
-            f"{overhead}; raise it to {context_tokens + overhead}, or cut contexts with --data.max_context_tokens {max(1, max_prompt_tokens - overhead)}"
+            f"{overhead}; raise it to {context_tokens + overhead}, or {remedy.format(room=max(1, max_prompt_tokens - overhead))}"
         )

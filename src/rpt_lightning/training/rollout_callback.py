@@ -14,24 +14,25 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from rpt_lightning.data.base_datamodule import TaskFolderDataModule
 from rpt_lightning.policy.weights import named_weights
 from rpt_lightning.rollout.dynamic_sampling import fill_batch
 from rpt_lightning.rollout.engine import RolloutEngine
 from rpt_lightning.rollout.pilot import PilotRollout
 from rpt_lightning.rollout.rollouter import FirstTokenProbs, Rollouter
+from rpt_lightning.tasks.answer_reward import CountingReward
 from rpt_lightning.tasks.objective import BoundObjective, Objective
 from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.training.arithmetic import batch_arithmetic
 from rpt_lightning.training.first_token import first_token_probs
 from rpt_lightning.training.heldout_answers import heldout_answers
 from rpt_lightning.training.policy_module import PolicyModule
-from rpt_lightning.training.prompt_room import check_prompts_fit, longest_context
+from rpt_lightning.training.prompt_room import check_training_prompts, check_validation_prompts
+from rpt_lightning.training.question_answers import answer_questions
 from rpt_lightning.training.rollout_metrics import cached_fractions, over_ranks, prompt_metrics, rollout_metrics, rollout_work
 from rpt_lightning.training.sync_check import LogprobDiff, check_logprobs, check_weights, compare_logprobs, logprob_limits
-from rpt_lightning.types import RolloutGroup, SamplingSettings, TokenTask, TrainBatch, TrainSequence
+from rpt_lightning.types import RolloutGroup, SamplingSettings, Task, TrainBatch, TrainSequence
 
-# Room of a forced thought's prompt: the closing marker and the box's beginning, and an answer (rollout/thought_controls.py).
+# Room of a forced thought's prompt: the closing marker and the box's beginning, and an answer (rollout/forced_answer.py).
 CONTROL_TOKENS = 64
 
 
@@ -55,8 +56,9 @@ class RolloutCallback(Callback):
         change of the paper's rule (docs/decisions.md), for validation too.
     verify_sequences: Fresh completions whose log-probs are compared with the policy's after each sync; 0 turns the comparison off.
     logprob_tolerance: Factor on the limits of that comparison, which are those of the coarser dtype of engine and policy.
-    eval_samples: Further completions of each validation position, at ``temperature``, for avg@k and pass@k; 0 draws none.
-    thought_controls: Also answer each validation position after an empty and after a shuffled thought.
+    eval_samples: Further completions of each validation position, at ``temperature``, for avg@k and pass@k; 0 draws none. A held-out question is answered
+        so many times instead of once, greedily.
+    thought_controls: Also answer each validation position after an empty and after a shuffled thought, and each held-out question without a thought.
     """
 
     def __init__(
@@ -107,7 +109,7 @@ class RolloutCallback(Callback):
         self.thought_controls = thought_controls
         self.bound_objective: BoundObjective | None = None
         self.rollouter: Rollouter | None = None
-        self.train_rollout: Callable[[Sequence[TokenTask]], list[RolloutGroup]] | None = None
+        self.train_rollout: Callable[[Sequence[Task]], list[RolloutGroup]] | None = None
         self._num_weight_checks = 0
         self._step_end: float | None = None  # of the step before, on the clock of time.perf_counter
 
@@ -170,7 +172,7 @@ class RolloutCallback(Callback):
     def _first_token_probs(self, trainer: Trainer, module: PolicyModule) -> FirstTokenProbs:
         token_bytes = TokenBytes(module.tokenizer)
 
-        def probs(tasks: Sequence[TokenTask], predictions: Sequence[Sequence[bytes | None]]) -> list[list[float]]:
+        def probs(tasks: Sequence[Task], predictions: Sequence[Sequence[bytes | None]]) -> list[list[float]]:
             with trainer.precision_plugin.forward_context():
                 return first_token_probs(module, token_bytes, tasks, predictions)
 
@@ -210,9 +212,7 @@ class RolloutCallback(Callback):
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         assert self.bound_objective is not None
-        check_prompts_fit(
-            longest_context(data.train), self.bound_objective.prompt, max_prompt_tokens=self.max_prompt_tokens, where=f"{data.task_dir}, train"
-        )
+        check_training_prompts(data, self.bound_objective.prompt, max_prompt_tokens=self.max_prompt_tokens)
         text = batch_arithmetic(
             tasks_per_step=data.items_per_step,
             positions_per_document=data.positions_per_document,
@@ -231,6 +231,7 @@ class RolloutCallback(Callback):
         if not pl_module.learns_from_rollouts:
             return
         assert self.engine is not None
+        assert self.bound_objective is not None
         assert self.train_rollout is not None
         pl_module.clock.take()  # what came after the end of the step before, such as a validation
         self._step_start = time.perf_counter()
@@ -249,6 +250,8 @@ class RolloutCallback(Callback):
             metrics = self._check_logprobs(trainer, pl_module, filled.groups, temperature=self.temperature)
         metrics |= rollout_metrics(filled, pilot_size=self.pilot_size) | prompt_metrics(filled, prompts_before, self.engine.prompt_tokens)
         pl_module.generated_work += rollout_work(filled, prefill_tokens=metrics["rollout/prefill_tokens"])
+        if isinstance(self.bound_objective.reward, CountingReward):
+            metrics |= self.bound_objective.reward.take_metrics()
         batch["rollouts"] = TrainBatch(groups=filled.groups, sampling=self._sampling)
         metrics = over_ranks(ranks, metrics, num_groups=len(filled.groups) + len(filled.replaced))
         metrics |= cached_fractions(metrics)
@@ -317,18 +320,25 @@ class RolloutCallback(Callback):
     # Validation
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if self.engine is not None and isinstance(data, TaskFolderDataModule):
+        if self.engine is not None:
             assert self.bound_objective is not None
-            longest = max(len(task.context_ids) for task in data.eval_tasks())
-            check_prompts_fit(longest, self.bound_objective.prompt, max_prompt_tokens=self.max_prompt_tokens, where=f"{data.task_dir}, heldout")
+            check_validation_prompts(trainer.datamodule, self.bound_objective.prompt, max_prompt_tokens=self.max_prompt_tokens)  # type: ignore[attr-defined]
 
     def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         if self.engine is None:
+            if "questions" in batch:
+                raise ValueError(
+                    "rollout.engine is not set, and held-out questions are answered through one; give one, e.g. --rollout.engine VLLMEngine"
+                )
             return
         assert isinstance(pl_module, PolicyModule)
         assert self.rollouter is not None
         self._sync(trainer, pl_module)
+        if "questions" in batch:
+            groups, answers = answer_questions(self.rollouter, batch["questions"], num_samples=self.eval_samples, directly=self.thought_controls)
+            self._check_logprobs(trainer, pl_module, groups, temperature=self.temperature if self.eval_samples else 1.0)
+            batch["answers"] = answers
+            return
         groups = self.rollouter.rollout(batch["tasks"], n=1, temperature=0.0)
         self._check_logprobs(trainer, pl_module, groups, temperature=1.0)
         batch["answers"] = heldout_answers(self.rollouter, groups, num_samples=self.eval_samples, with_controls=self.thought_controls)

@@ -1,0 +1,183 @@
+"""Tables and differences of answered questions, in Markdown: a benchmark's policies side by side, and fine-tuning runs before and after.
+
+No accuracy stands alone: each has its count and its 95 % interval, in which the completions of a question count as one cluster, and beside it the same
+weights' accuracy without a thought. Differences are paired, question by question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from rpt_lightning.evaluation.compare import Difference, paired_bootstrap
+from rpt_lightning.evaluation.table import Rate, markdown_row
+from rpt_lightning.metrics.interval import clustered_interval
+from rpt_lightning.metrics.question_results import QuestionResult, QuestionResults, pair_questions
+from rpt_lightning.metrics.sampling import pass_at_k
+from rpt_lightning.tasks.answer_reward import Verdict
+
+NOTE = (
+    "Intervals are Wilson's, with the completions of a question as one cluster; differences are paired and resample questions. Without a thought: one greedy "
+    "answer, written into a box that is open already."
+)
+_VERDICT_ROWS: dict[str, Verdict] = {
+    "truncated completions": "truncated",
+    "completions without an answer in a box": "unboxed",
+    "answers that cannot be read": "unreadable",
+    "checks out of time": "timeout",
+    "checks that failed": "error",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerStage:
+    """One column: weights with a name, and what they answered."""
+
+    name: str
+    results: QuestionResults
+
+
+def answer_table(stages: Sequence[AnswerStage]) -> str:
+    """One column a policy: accuracy with and without a thought, pass@k, and what became of the completions."""
+    rows = [_row("questions x completions", stages, lambda results: f"{len(results.questions)} x {results.num_samples}")]
+    rows.append(_row("temperature, token limit", stages, lambda results: f"{results.temperature}, {results.max_completion_tokens}"))
+    most = max(stage.results.num_samples for stage in stages)
+    rows.append(_row(f"accuracy after a thought (avg@{most})" if most > 1 else "accuracy after a thought", stages, _accuracy))
+    for k in (2**power for power in range(1, most.bit_length())):
+        rows.append(_row(f"pass@{k}", stages, lambda results, k=k: _pass_at(results, k)))  # type: ignore[misc]
+    rows.append(_row("accuracy without a thought", stages, lambda results: _direct(results.questions)))
+    for name, verdict in _VERDICT_ROWS.items():
+        rows.append(_row(name, stages, lambda results, verdict=verdict: _share(results, verdict)))  # type: ignore[misc]
+    rows.append(_row("mean length (tokens)", stages, lambda results: f"{fmean(n for q in results.questions for n in q.lengths):.1f}"))
+    return _table(stages[0].results.benchmark, stages, rows)
+
+
+def category_table(stages: Sequence[AnswerStage]) -> str | None:
+    """Accuracy with and without a thought, category by category; None where questions have none."""
+    categories = sorted({question.category for question in stages[0].results.questions if question.category is not None})
+    if not categories:
+        return None
+    rows = []
+    for category in categories:
+        selections = [[question for question in stage.results.questions if question.category == category] for stage in stages]
+        rows.append(markdown_row(f"{category}: after a thought", [_mean(selection) for selection in selections]))
+        rows.append(markdown_row(f"{category}: without", [_direct(selection) for selection in selections]))
+    return _table("by category", stages, rows)
+
+
+def differences(stages: Sequence[AnswerStage]) -> list[str]:
+    """The last policy against each earlier one, with and without a thought, and against its own answers without.
+
+    Raises:
+        ValueError: two were not asked the same questions.
+    """
+    last = stages[-1]
+    lines = []
+    for earlier in reversed(stages[:-1]):
+        lines.append(_line(f"after a thought: {last.name} - {earlier.name}", answer_difference(earlier.results, last.results)))
+        pairs = [(one, other) for one, other in pair_questions(earlier.results, last.results) if one.direct_verdict and other.direct_verdict]
+        if pairs:
+            lines.append(_line(f"without: {last.name} - {earlier.name}", _difference([(_is_direct(a), _is_direct(b), b) for a, b in pairs])))
+    own = [(_is_direct(question), question.right_frac, question) for question in last.results.questions if question.direct_verdict]
+    if own:
+        lines.append(_line(f"{last.name}: after a thought - without", _difference(own)))
+    return lines
+
+
+def before_after_table(runs: Sequence[Sequence[AnswerStage]]) -> str | None:
+    """One row a run that was asked before and after training (the paper's table of RLVR after RPT), and the gains against the first such run's; None where none was.
+
+    Each run's stages are of one start, in the order of their steps: the first is before, the last after.
+    """
+    trained = [stages for stages in runs if stages[-1].results.step > stages[0].results.step]
+    if not trained:
+        return None
+    rows = [markdown_row(stages[-1].name, _before_after(stages)) for stages in trained]
+    table = "\n".join([markdown_row(trained[0][0].results.benchmark, ["before", "after", "after - before"]), markdown_row("---", ["---"] * 3), *rows])
+    lines = []
+    for first, other in ((trained[0], stages) for stages in trained[1:]):
+        for moment, place in (("before", 0), ("after", -1)):
+            lines.append(_line(f"{moment}: {other[-1].name} - {first[-1].name}", answer_difference(first[place].results, other[place].results)))
+        gains = [
+            (one[1].right_frac - one[0].right_frac, two[1].right_frac - two[0].right_frac, two[1])
+            for one, two in zip(_moments(first, like=other), _moments(other, like=other), strict=True)
+        ]
+        lines.append(_line(f"gain: {other[-1].name} - {first[-1].name}", _difference(gains)))
+    return "\n\n".join([table, *(["\n".join(lines)] if lines else [])])
+
+
+def answer_difference(first: QuestionResults, second: QuestionResults) -> Difference:
+    """Accuracy after a thought of ``second`` minus that of ``first``, at the questions that both were asked; raises as `pair_questions`."""
+    return _difference([(one.right_frac, other.right_frac, one) for one, other in pair_questions(first, second)])
+
+
+def _moments(stages: Sequence[AnswerStage], *, like: Sequence[AnswerStage]) -> list[tuple[QuestionResult, QuestionResult]]:
+    """Each question before and after, in the order of ``like``'s first questions."""
+    order = [question.question_id for question in like[0].results.questions]
+    pairs = {before.question_id: (before, after) for before, after in pair_questions(stages[0].results, stages[-1].results)}
+    return [pairs[question_id] for question_id in order]
+
+
+def _before_after(stages: Sequence[AnswerStage]) -> list[str]:
+    change = answer_difference(stages[0].results, stages[-1].results)
+    return [
+        f"{_accuracy(stages[0].results)}",
+        f"{_accuracy(stages[-1].results)} at step {stages[-1].results.step}",
+        f"{100 * change.difference:+.1f} points [{100 * change.low:+.1f}, {100 * change.high:+.1f}]",
+    ]
+
+
+def _difference(pairs: Sequence[tuple[float, float, QuestionResult]]) -> Difference:
+    return paired_bootstrap([one for one, _, _ in pairs], [other for _, other, _ in pairs], units=[question.question_id for _, _, question in pairs])
+
+
+def _line(name: str, difference: Difference) -> str:
+    verdict = "above 0" if difference.is_gain else "below 0" if difference.high < 0 else "contains 0"
+    return (
+        f"- {name}: {100 * difference.difference:+.1f} points, {100 * difference.level:.0f} % interval "
+        f"[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}] {verdict} (paired bootstrap over {difference.num_units} questions)"
+    )
+
+
+def _accuracy(results: QuestionResults) -> str:
+    return _mean(results.questions)
+
+
+def _mean(questions: Sequence[QuestionResult]) -> str:
+    return _interval_text([question.right_frac for question in questions], samples_each=len(questions[0].verdicts)) if questions else "no questions"
+
+
+def _pass_at(results: QuestionResults, k: int) -> str:
+    if k > results.num_samples:
+        return "not measured"
+    return _interval_text([pass_at_k(results.num_samples, question.num_right, k) for question in results.questions], samples_each=1)
+
+
+def _interval_text(values: Sequence[float], *, samples_each: int) -> str:
+    low, high = clustered_interval(values, samples_each=samples_each)
+    count = f"{len(values)} questions" + (f" x {samples_each}" if samples_each > 1 else "")
+    return f"{100 * fmean(values):.1f} % [{100 * low:.1f}, {100 * high:.1f}] {count}"
+
+
+def _direct(questions: Sequence[QuestionResult]) -> str:
+    rate = Rate.of([None if question.direct_verdict is None else _is_direct(question) for question in questions])
+    return f"{rate} (measured at {rate.count} of {len(questions)})" if 0 < rate.count < len(questions) else str(rate)
+
+
+def _is_direct(question: QuestionResult) -> bool:
+    return question.direct_verdict == "right"
+
+
+def _share(results: QuestionResults, verdict: Verdict) -> str:
+    verdicts = [found for question in results.questions for found in question.verdicts]
+    number = verdicts.count(verdict)
+    return f"{100 * number / len(verdicts):.1f} % {number}/{len(verdicts)}"
+
+
+def _row(name: str, stages: Sequence[AnswerStage], cell: Callable[[QuestionResults], str]) -> str:
+    return markdown_row(name, [cell(stage.results) for stage in stages])
+
+
+def _table(title: str, stages: Sequence[AnswerStage], rows: Sequence[str]) -> str:
+    return "\n".join([markdown_row(title, [stage.name for stage in stages]), markdown_row("---", ["---"] * len(stages)), *rows])

@@ -1,0 +1,150 @@
+"""`rpt evaluate benchmark`: questions with a verifiable answer, put to any policies, after a thought and without one.
+
+Like `rpt evaluate next-token` it is a validation, run for each policy in turn: the policy's weights in the engine, verified, and one record a question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from rpt_lightning.data.answer_datamodule import AnswerTaskDataModule, answer_tasks, choose
+from rpt_lightning.data.benchmarks import benchmark_source
+from rpt_lightning.data.questions import QuestionSource, read_all
+from rpt_lightning.evaluation.answer_table import NOTE, AnswerStage, answer_table, before_after_table, category_table, differences
+from rpt_lightning.evaluation.policies import check_new_output, check_policies, evaluation_trainer, policy_names, policy_source
+from rpt_lightning.evaluation.run import read_run
+from rpt_lightning.metrics.question_results import QuestionResults, read_question_results
+from rpt_lightning.policy.model import Policy
+from rpt_lightning.rollout.engine import RolloutEngine
+from rpt_lightning.tasks.answer_reward import AnswerReward
+from rpt_lightning.tasks.objective import Objective
+from rpt_lightning.tasks.prompt import PromptTemplate
+from rpt_lightning.tasks.token_bytes import TokenBytes
+from rpt_lightning.training.answer_results import AnswerResults
+from rpt_lightning.training.ntp_module import NTPModule
+from rpt_lightning.training.rollout_callback import RolloutCallback
+
+# Imported so that they may be named by their short names.
+from rpt_lightning.data.questions import HuggingFaceQuestions, JsonlQuestions  # isort: skip
+from rpt_lightning.rollout.hf_engine import HFEngine  # isort: skip
+from rpt_lightning.rollout.vllm_engine import VLLMEngine  # isort: skip
+from rpt_lightning.tasks.prompt import ContinuationPrompt, QuestionPrompt  # isort: skip
+
+PARTS = (HFEngine, VLLMEngine, JsonlQuestions, HuggingFaceQuestions, ContinuationPrompt, QuestionPrompt)
+SUMMARY = "summary.md"
+
+
+def benchmark(
+    policy: list[str],
+    *,
+    engine: RolloutEngine,
+    prompt: PromptTemplate,
+    benchmark: str | None = None,
+    file: Path | None = None,
+    revision: str | None = None,
+    questions: QuestionSource | None = None,
+    against: Path | None = None,
+    output: Path = Path("benchmark"),
+    num_questions: int | None = None,
+    k: int = 1,
+    temperature: float = 0.8,
+    max_completion_tokens: int = 12288,
+    direct: bool = True,
+    batch_size: int = 256,
+    precision: Literal["32-true", "bf16-mixed"] = "32-true",
+    accelerator: str = "auto",
+    seed: int = 0,
+) -> None:
+    """Accuracy at a benchmark's questions, of each policy; the last is compared with the others.
+
+    Writes ``output/summary.md``, and for each policy a folder that `rpt compare` reads as a run's: one record a question.
+
+    Args:
+        policy: Hugging Face folders (or hub ids), or checkpoints of `rpt fit`.
+        engine: What generates, e.g. VLLMEngine or HFEngine.
+        prompt: How the policies are asked: QuestionPrompt (their chat template) or ContinuationPrompt (base models).
+        benchmark: aime24, aime25, math500, mmlu_pro or supergpqa.
+        file: A JSONL file with the rows of the benchmark's dataset, instead of the hub.
+        revision: Commit of the dataset on the hub.
+        questions: Questions of your own instead of a benchmark, e.g. JsonlQuestions.
+        against: Earlier answers to the same questions to compare with: a records' file (answers/step-N.jsonl) or the folder of a run or evaluation.
+        output: Folder to write; it may not exist yet.
+        num_questions: So many questions, drawn by the seed; None: all.
+        k: Completions a question, for avg@k and pass@k; 0: one greedy completion.
+        temperature: Of those.
+        max_completion_tokens: Longest completion; how many ran into it is shown.
+        direct: Also ask for an answer without a thought.
+        batch_size: Questions at once. Results do not depend on it.
+        precision: Of the policy's own forward pass, with which the engine is compared (the engine has its own dtype).
+        accelerator: Where the policy computes: auto, cpu, gpu.
+        seed: Of the choice of questions and of the samples.
+    """
+    if k < 0:
+        raise ValueError(f"--k {k}: give 1 or more completions a question, or 0 for one greedy completion")
+    check_policies(policy)
+    check_new_output(output)
+    name, source = _questions(benchmark, file, revision, questions)
+    objective = Objective(prompt, AnswerReward())
+    asked = choose(read_all(source, flag="benchmark" if benchmark else "questions"), num_questions, seed=seed)
+    stages = [] if against is None else [AnswerStage(name=str(against), results=_earlier(against))]
+    for one, short_name in zip(policy, policy_names(policy), strict=True):
+        path, ckpt_path = policy_source(one)
+        module = NTPModule(Policy(path))
+        data = AnswerTaskDataModule(heldout=source, num_eval_questions=num_questions, eval_batch_size=batch_size, seed=seed, heldout_name=name)
+        longest = max(len(task.context_ids) for task in answer_tasks(asked, TokenBytes(module.tokenizer)))
+        rollout = RolloutCallback(
+            engine,
+            objective,
+            temperature=temperature,
+            max_prompt_tokens=longest + prompt.bind(module.tokenizer).num_overhead_tokens,
+            max_completion_tokens=max_completion_tokens,
+            seed=seed,
+            eval_samples=k,
+            thought_controls=direct,
+        )
+        trainer = evaluation_trainer(
+            output / short_name, [rollout, AnswerResults()], ckpt_path=ckpt_path, precision=precision, accelerator=accelerator
+        )
+        trainer.validate(module, data, ckpt_path=ckpt_path, weights_only=True, verbose=False)
+        stages.append(AnswerStage(name=short_name, results=_last(output / short_name)))
+    text = summary(stages)
+    (output / SUMMARY).write_text(text, encoding="utf-8")
+    print(f"\n{text}\n{output / SUMMARY}; one record a question beside it, for rpt compare")
+
+
+def summary(stages: Sequence[AnswerStage]) -> str:
+    """All tables and differences, in Markdown. Raises ValueError for stages of different questions."""
+    parts = [answer_table(stages), before_after_table(by_start(stages)), category_table(stages), NOTE, "\n".join(differences(stages))]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def by_start(stages: Sequence[AnswerStage]) -> list[list[AnswerStage]]:
+    """Weights of one start, in the order of their steps: a checkpoint of `rpt fit` is an "after" of the model that it started from."""
+    starts = dict.fromkeys(stage.results.policy_path for stage in stages)
+    return [sorted((stage for stage in stages if stage.results.policy_path == start), key=lambda stage: stage.results.step) for start in starts]
+
+
+def _questions(benchmark: str | None, file: Path | None, revision: str | None, questions: QuestionSource | None) -> tuple[str, QuestionSource]:
+    if (benchmark is None) == (questions is None):
+        raise ValueError("give either --benchmark (aime24, aime25, math500, mmlu_pro, supergpqa) or --questions, e.g. --questions JsonlQuestions")
+    if questions is not None:
+        if file is not None or revision is not None:
+            raise ValueError("--file and --revision go with --benchmark; --questions names its own source")
+        return str(getattr(questions, "path", None) or getattr(questions, "name", "questions")), questions
+    assert benchmark is not None
+    if file is not None and revision is not None:
+        raise ValueError(f"--revision {revision}: is a commit on the hub, and --file {file} is read from the disk; give one of them")
+    return benchmark, benchmark_source(benchmark, file=file, revision=revision)
+
+
+def _earlier(path: Path) -> QuestionResults:
+    return _last(path) if path.is_dir() else read_question_results(path)
+
+
+def _last(folder: Path) -> QuestionResults:
+    results = read_run(folder).last_answers
+    if results is None:
+        raise ValueError(f"{folder}: holds no records of answered questions (answers/step-N.jsonl)")
+    return results

@@ -1,0 +1,57 @@
+"""The policies that an evaluation is asked to measure, the folder that it writes, and the trainer that validates them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from lightning.pytorch import Callback, Trainer
+
+from rpt_lightning.evaluation.run import short_names
+from rpt_lightning.training.checkpoint_file import read_checkpoint
+from rpt_lightning.training.strategy import ShardedStrategy
+
+
+def policy_names(policies: Sequence[str]) -> list[str]:
+    """A short name for each, which is its folder too."""
+    return [name.removesuffix(".ckpt") for name in short_names([Path(one).absolute() for one in policies])]
+
+
+def check_policies(policies: Sequence[str]) -> None:
+    """Raises ValueError where one is named twice."""
+    if len(set(policies)) < len(policies):
+        raise ValueError(f"--policy {' '.join(policies)}: one is named twice")
+
+
+def check_new_output(output: Path) -> None:
+    """Raises ValueError where the folder holds something."""
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"--output {output}: holds an evaluation already. Name a new folder; earlier results can be given with --against")
+
+
+def policy_source(policy: str) -> tuple[str, str | None]:
+    """The model folder of a policy, and its checkpoint if it is one."""
+    path = Path(policy)
+    if path.suffix != ".ckpt" and not path.is_file():
+        return policy, None
+    return str(read_checkpoint(path, flag="--policy").about["policy_path"]), policy
+
+
+def evaluation_trainer(
+    folder: Path, callbacks: list[Callback], *, ckpt_path: str | None, precision: Literal["32-true", "bf16-mixed"], accelerator: str
+) -> Trainer:
+    """A trainer that validates and leaves nothing in the folder but what the callbacks write."""
+    return Trainer(
+        default_root_dir=folder,
+        accelerator=accelerator,
+        devices=1,
+        # Shards are read by the strategy that writes them.
+        strategy=ShardedStrategy() if ckpt_path is not None and Path(ckpt_path).is_dir() else "auto",
+        precision=precision,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )

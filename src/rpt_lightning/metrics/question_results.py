@@ -1,0 +1,129 @@
+"""One record a question, as validations and benchmarks leave them behind: a JSONL file, and beside it a JSON file with what the policy was.
+
+Results are kept a question so that any two policies can be compared in pairs, long after both runs have ended.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from rpt_lightning.tasks.answer_reward import Verdict
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuestionResult:
+    """What one policy answered to one question.
+
+    ``verdicts``, ``predictions`` and ``lengths`` (tokens) have one entry a completion that thinks first. ``direct_verdict`` and ``direct_prediction`` are of
+    one greedy answer without a thought: the policy goes on inside a box; None where it was not asked so.
+
+    >>> result = QuestionResult(
+    ...     question_id="q-1", answer="4", category=None, prompt_tokens=12, verdicts=("right", "truncated"), predictions=("4", None), lengths=(9, 64),
+    ... )
+    >>> result.num_right, result.right_frac
+    (1, 0.5)
+    """
+
+    question_id: str
+    answer: str
+    category: str | None
+    prompt_tokens: int
+    verdicts: tuple[Verdict, ...]
+    predictions: tuple[str | None, ...]
+    lengths: tuple[int, ...]
+    direct_verdict: Verdict | None = None
+    direct_prediction: str | None = None
+
+    @property
+    def num_right(self) -> int:
+        return self.verdicts.count("right")
+
+    @property
+    def right_frac(self) -> float:
+        return self.num_right / len(self.verdicts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionResults:
+    """All questions of one evaluation, and which weights answered: those of ``policy_path`` after ``step`` optimizer steps.
+
+    ``benchmark`` names the questions. ``temperature`` 0 means one greedy completion a question. ``max_completion_tokens`` is their limit, ``seed`` that of
+    the samples, ``ckpt_path`` the checkpoint the weights were read from, if there was one.
+    """
+
+    questions: tuple[QuestionResult, ...]
+    benchmark: str
+    policy_path: str
+    step: int
+    temperature: float
+    max_completion_tokens: int
+    seed: int
+    ckpt_path: str | None = None
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.questions[0].verdicts)
+
+
+def write_question_results(results: QuestionResults, path: Path) -> None:
+    """Write ``path`` (one question a line) and, last, ``path`` with the suffix ``.json``, without which the lines are not trusted."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(asdict(question), ensure_ascii=False) + "\n" for question in results.questions), encoding="utf-8")
+    meta = {field.name: getattr(results, field.name) for field in fields(QuestionResults) if field.name != "questions"}
+    meta["num_questions"] = len(results.questions)
+    path.with_suffix(".json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+def read_question_results(path: Path) -> QuestionResults:
+    """Read what ``write_question_results`` wrote.
+
+    Raises:
+        ValueError: a file is missing, a line is broken, questions have different numbers of completions, or there are fewer lines than the JSON file says
+            (an evaluation that was interrupted).
+    """
+    meta_path = path.with_suffix(".json")
+    for needed in (path, meta_path):
+        if not needed.is_file():
+            raise ValueError(f"{needed}: no such file. `rpt evaluate benchmark` writes both {path.name} and {meta_path.name}; run it again.")
+    meta = json.loads(meta_path.read_text(encoding="utf-8"))
+    # Not splitlines(): texts may hold other line separators, which JSON leaves as they are.
+    lines = path.read_text(encoding="utf-8").split("\n")
+    questions = tuple(_parse_line(line, f"{path} line {number}") for number, line in enumerate(lines, start=1) if line.strip())
+    if not questions or len(questions) != meta.pop("num_questions"):
+        raise ValueError(f"{path}: {len(questions)} questions, which is not what {meta_path.name} says. Run `rpt evaluate benchmark` again.")
+    if len({len(question.verdicts) for question in questions}) > 1:
+        raise ValueError(f"{path}: not every question has as many completions as the others, so they have no common average.")
+    return QuestionResults(questions=questions, **meta)
+
+
+def pair_questions(first: QuestionResults, second: QuestionResults) -> list[tuple[QuestionResult, QuestionResult]]:
+    """The same questions under two policies, in the order of ``first``.
+
+    Raises:
+        ValueError: the two were not asked exactly the same questions.
+    """
+    by_id = {question.question_id: question for question in second.questions}
+    ids = {question.question_id for question in first.questions}
+    if unpaired := sorted(ids ^ by_id.keys()):
+        raise ValueError(
+            f"Answers of {first.policy_path} ({len(ids)} questions of {first.benchmark}) and {second.policy_path} ({len(by_id)} of {second.benchmark}) are to "
+            f"different questions, {unpaired[0]!r} for one. Ask both the same benchmark, with the same number of questions and the same seed."
+        )
+    pairs = [(question, by_id[question.question_id]) for question in first.questions]
+    for one, other in pairs:
+        if one.answer != other.answer:
+            raise ValueError(f"Question {one.question_id!r} has the answer {one.answer!r} in one result and {other.answer!r} in the other.")
+    return pairs
+
+
+def _parse_line(line: str, where: str) -> QuestionResult:
+    try:
+        row: dict[str, Any] = json.loads(line)
+        row |= {name: tuple(value) for name, value in row.items() if isinstance(value, list)}
+        return QuestionResult(**row)
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        names = ", ".join(field.name for field in fields(QuestionResult))
+        raise ValueError(f"{where}: not an answered question ({error}). Expected one JSON object with {names}.") from error

@@ -1,0 +1,71 @@
+"""What the policy answers to held-out questions: through the engine, thinking first and at once, each completion with its verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rpt_lightning.metrics.question_results import QuestionResult
+from rpt_lightning.rollout.forced_answer import forced_answers
+from rpt_lightning.rollout.rollouter import Rollouter
+from rpt_lightning.tasks.answer import open_box_content
+from rpt_lightning.tasks.answer_reward import AnswerReward, Verdict
+from rpt_lightning.types import AnswerTask, Completion, RolloutGroup
+
+DIRECT_TOKENS = 128  # of an answer without a thought, or those of a whole completion where that may have fewer
+
+
+def answer_questions(
+    rollouter: Rollouter, tasks: Sequence[AnswerTask], *, num_samples: int, directly: bool
+) -> tuple[list[RolloutGroup], list[QuestionResult]]:
+    """Completions of each question with what became of them: ``num_samples`` at the rollouter's temperature, or, for 0, one greedy completion.
+
+    ``directly``: also one greedy answer without a thought, which the policy writes into a box that is open already; what stands there when it closes the
+    box is the answer, whatever follows. Raises ValueError where the objective's reward does not check answers.
+    """
+    objective = rollouter.objective
+    reward = objective.reward
+    if not isinstance(reward, AnswerReward):
+        raise ValueError(f"held-out questions are checked by AnswerReward, and the objective's reward is {type(reward).__name__}")
+    first_indices = rollouter.reserve(tasks, num_samples) if num_samples else [0] * len(tasks)
+    rows = rollouter.complete(tasks, first_indices, num_samples or 1, temperature=None if num_samples else 0.0)
+    direct: Sequence[Completion | None] = [None] * len(tasks)
+    if directly:
+        max_tokens = min(DIRECT_TOKENS, rollouter.max_tokens)
+        direct = forced_answers(rollouter.engine, objective, tasks, [()] * len(tasks), max_tokens=max_tokens)
+    groups, results = [], []
+    for task, completions, answer in zip(tasks, rows, direct, strict=True):
+        predictions = tuple(map(objective.prediction, completions))
+        verdicts = _verdicts(reward, task, completions, predictions)
+        prompt_ids = objective.prompt.prompt_ids(task.context_ids)
+        rewards = tuple(float(verdict == "right") for verdict in verdicts)
+        groups.append(RolloutGroup(task=task, prompt_ids=prompt_ids, completions=completions, predictions=predictions, rewards=rewards))
+        content = None if answer is None else open_box_content(answer.text_bytes)
+        results.append(
+            QuestionResult(
+                question_id=task.task_id,
+                answer=task.question.answer,
+                category=task.question.category,
+                prompt_tokens=len(prompt_ids),
+                verdicts=verdicts,
+                predictions=tuple(map(_text, predictions)),
+                lengths=tuple(len(completion.token_ids) for completion in completions),
+                direct_verdict=None if answer is None else _direct_verdict(reward, task, answer, content),
+                direct_prediction=_text(content),
+            )
+        )
+    return groups, results
+
+
+def _verdicts(reward: AnswerReward, task: AnswerTask, completions: Sequence[Completion], predictions: Sequence[bytes | None]) -> tuple[Verdict, ...]:
+    checked = reward.verdicts(task, predictions)
+    return tuple("truncated" if completion.is_truncated else verdict for completion, verdict in zip(completions, checked, strict=True))
+
+
+def _direct_verdict(reward: AnswerReward, task: AnswerTask, completion: Completion, content: bytes | None) -> Verdict:
+    if content is None and completion.is_truncated:
+        return "truncated"
+    return reward.verdicts(task, [content])[0]
+
+
+def _text(prediction: bytes | None) -> str | None:
+    return None if prediction is None else prediction.decode(errors="replace")

@@ -1,0 +1,110 @@
+"""`rpt evaluate benchmark` from the command line, on a small policy that answers 4 or 5, with transformers' engine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from rpt_lightning import cli
+from rpt_lightning.metrics.question_results import read_question_results
+
+ENGINE = ["--engine", "HFEngine", "--engine.dtype", "float32", "--prompt", "QuestionPrompt", "--accelerator", "cpu"]
+
+
+@pytest.fixture
+def rpt(capfd, monkeypatch):
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+
+    def run(*args):
+        capfd.readouterr()
+        try:
+            status = cli.main([str(arg) for arg in args])
+        except SystemExit as end:  # how parsers end
+            status = end.code or 0
+        shown = capfd.readouterr()
+        return status, shown.out + shown.err
+
+    return run
+
+
+@pytest.fixture
+def math500(tmp_path: Path) -> Path:
+    rows = [
+        {
+            "problem": f"What is {number + 4} - {number}?",
+            "solution": "Count.",
+            "answer": "\\frac{8}{2}" if number < 4 else "\\pi",
+            "subject": "Prealgebra" if number < 4 else "Geometry",
+            "level": 1,
+            "unique_id": f"test/{number}.json",
+        }
+        for number in range(6)
+    ]
+    path = tmp_path / "math500.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_one_policy_and_then_others_against_it(rpt, answering_model_dir, tiny_model_dir, math500, tmp_path):
+    common = ["evaluate", "benchmark", "--benchmark", "math500", "--file", math500, "--max_completion_tokens", "32", *ENGINE]
+    status, output = rpt(*common, "--policy", answering_model_dir, "--k", "4", "--temperature", "1.0", "--output", tmp_path / "one")
+    assert status == 0, output
+    path = tmp_path / "one" / "answering" / "answers" / "step-000000.jsonl"
+    results = read_question_results(path)
+    assert (results.benchmark, results.temperature, results.max_completion_tokens) == ("math500", 1.0, 32)
+    assert [question.question_id for question in results.questions] == [f"test/{number}.json" for number in range(6)]
+    for question in results.questions:
+        for verdict, prediction in zip(question.verdicts, question.predictions, strict=True):
+            assert (verdict == "right") == (prediction == "4" and question.category == "Prealgebra")
+            assert (prediction is None) == (verdict in ("truncated", "unboxed"))
+        assert question.direct_verdict is not None
+    assert {"right", "wrong"} <= {verdict for question in results.questions for verdict in question.verdicts}
+    for row in ("accuracy after a thought (avg@4)", "pass@4", "accuracy without a thought", "truncated completions", "Geometry: after a thought"):
+        assert f"| {row} |" in output
+    assert (tmp_path / "one" / "summary.md").read_text() in output
+
+    # Greedily, and a part of the questions; then compared with answers to others, which is refused.
+    flags = ["--k", "0", "--num_questions", "3", "--direct", "false"]
+    status, output = rpt(*common, *flags, "--policy", tiny_model_dir, answering_model_dir, "--output", tmp_path / "two")
+    assert status == 0, output
+    assert "- after a thought: answering - tiny: " in output
+    greedy = read_question_results(tmp_path / "two" / "answering" / "answers" / "step-000000.jsonl")
+    assert (greedy.temperature, greedy.num_samples, len(greedy.questions)) == (0.0, 1, 3)
+    random = read_question_results(tmp_path / "two" / "tiny" / "answers" / "step-000000.jsonl")
+    assert {verdict for question in random.questions for verdict in question.verdicts} <= {"truncated", "unboxed"}
+    status, output = rpt("compare", tmp_path / "two" / "tiny", tmp_path / "two" / "answering")
+    assert status == 0, output
+    assert "| math500 | tiny | answering |" in output
+    status, output = rpt("compare", tmp_path / "one" / "answering", tmp_path / "two" / "answering")
+    assert status == 1
+    assert "are to different questions" in output
+
+
+def test_choices_are_answered_by_letter(rpt, tiny_model_dir, tmp_path):
+    row = {"question_id": 1, "question": "Which?", "options": ["1", "2"], "answer": "B", "answer_index": 1, "category": "math", "src": ""}
+    path = tmp_path / "mmlu_pro.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    flags = ["--benchmark", "mmlu_pro", "--file", path, "--max_completion_tokens", "8", "--output", tmp_path / "out", *ENGINE]
+    status, output = rpt("evaluate", "benchmark", "--policy", tiny_model_dir, *flags)
+    assert status == 0, output
+    assert "| math: after a thought | 0.0 % [0.0, 79.3] 1 questions |" in output
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give either --benchmark"),
+        (["--benchmark", "aime26"], "--benchmark 'aime26': the benchmarks are aime24"),
+        (["--benchmark", "aime24", "--file", "nowhere.jsonl"], "nowhere.jsonl: there is no such file of questions"),
+        (["--benchmark", "aime24", "--k", "-1"], "--k -1: give 1 or more"),
+        (["--benchmark", "aime24", "--file", "nowhere.jsonl", "--prompt", "rpt_lightning.tasks.prompt.ChatPrompt"], "give --prompt QuestionPrompt"),
+    ],
+)
+def test_bad_flags_are_one_clear_error(rpt, tiny_model_dir, tmp_path, flags, message):
+    status, output = rpt("evaluate", "benchmark", "--policy", tiny_model_dir, "--output", tmp_path / "new", *ENGINE, *flags)
+    assert status == 1
+    assert message in output
+    assert not (tmp_path / "new").exists()

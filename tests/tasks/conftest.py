@@ -1,0 +1,11 @@
+from __future__ import annotations
+
+import pytest
+
+from rpt_lightning.tasks.answer_reward import AnswerReward
+
+
+@pytest.fixture(scope="session")
+def answer_reward() -> AnswerReward:
+    """One for all tests: starting Math-Verify's process takes a second or two."""
+    return AnswerReward(cpu_limit_s=1.0, num_workers=1)

@@ -1,0 +1,100 @@
+"""From completions to rewards: the format rule for the final box, choice letters, and counts of what could not be checked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from rpt_lightning.tasks.answer_reward import AnswerReward, choice_letter
+from rpt_lightning.tasks.objective import BoundObjective, Objective
+from rpt_lightning.tasks.prompt import ChatPrompt, ContinuationPrompt, QuestionPrompt
+from rpt_lightning.tasks.question_text import question_text
+from rpt_lightning.tasks.reward import PrefixMatchReward
+from rpt_lightning.types import AnswerTask, Completion, Question, TokenTask
+
+SUM = AnswerTask(question=Question(question_id="sum", text="1/4 + 1/4?", answer=r"\frac{1}{2}"), context_ids=(1,))
+CHOICE = AnswerTask(question=Question(question_id="choice", text="Which?", answer="C", choices=("1", "2", "3", "4")), context_ids=(1,))
+POSITION = TokenTask(
+    task_id="doc:1", doc_id="doc", position=1, context_ids=(1,), continuation_ids=(2,), continuation=(b"a",), entropy=1.0, true_prob=0.5, true_rank=0,
+    answerable=True,
+)  # fmt: skip
+
+
+@pytest.fixture
+def objective(answer_reward: AnswerReward, tiny_tokenizer: Any) -> BoundObjective:
+    return Objective(ContinuationPrompt(), answer_reward).bind(tiny_tokenizer)
+
+
+def completion(text: str, *, finish_reason: Any = "stop") -> Completion:
+    return Completion(token_ids=(1,), text_bytes=text.encode(), rollout_logprobs=(-1.0,), policy_version=0, finish_reason=finish_reason)
+
+
+@pytest.mark.parametrize(
+    ("text", "paid"),
+    [
+        (r"hm</think>\boxed{\frac{1}{2}}", 1.0),
+        (r"hm</think>It is $\boxed{ 0.5 }$.", 1.0),
+        (r"\boxed{3}</think>not \boxed{3} but \boxed{\dfrac12}", 1.0),  # the last box after the thought counts
+        (r"hm</think>\boxed{\frac12} or rather \boxed{3}", 0.0),
+        (r"hm</think>\boxed{\boxed{\frac{1}{2}}}", 1.0),  # nested: the inner one begins last
+        (r"hm</think>\boxed{3 \boxed{\frac{1}{2}}}", 1.0),
+        (r"\boxed{\frac{1}{2}}", 0.0),  # the thought never ended
+        (r"hm</think>\frac{1}{2}", 0.0),  # no box
+        (r"hm</think>\boxed{\frac{1}{2}", 0.0),  # the brace of the box is not closed
+        (r"hm</think>\boxed{}", 0.0),
+        (r"hm</think>\boxed{1}", 0.0),
+    ],
+)
+def test_the_last_box_after_the_thought_is_checked(objective: BoundObjective, text: str, paid: float) -> None:
+    assert objective.rewards(SUM, [objective.prediction(completion(text))]) == (paid,)
+
+
+def test_a_truncated_completion_has_no_answer(objective: BoundObjective) -> None:
+    assert objective.rewards(SUM, [objective.prediction(completion(r"</think>\boxed{0.5}", finish_reason="length"))]) == (0.0,)
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        *((text, "C") for text in ("C", " c. ", "(C)", r"\textbf{(C)}", r"\text{\textbf{C}}", "$C$", "C) three", "C: 3\nindeed")),
+        *((text, None) for text in ("3", "CD", "C or D", "Cat", "", r"\frac{C}{D}")),
+    ],
+)
+def test_letters_of_choices(text: str, letter: str | None) -> None:
+    assert choice_letter(text) == letter
+
+
+def test_choices_are_paid_by_letter_alone(answer_reward: AnswerReward) -> None:
+    assert answer_reward.group_rewards([b"C", b"(c)", b"3", b"B", b"J", None], CHOICE) == (1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+    assert answer_reward.verdicts(CHOICE, [b"3", b"B", None]) == ["unreadable", "wrong", "unboxed"]
+
+
+def test_what_could_not_be_checked_is_counted_once(answer_reward: AnswerReward) -> None:
+    answer_reward.take_metrics()
+    unanswerable = AnswerTask(question=replace(SUM.question, answer=" "), context_ids=(1,))
+    assert answer_reward.group_rewards([b"9^{9^{9^9}}", b"\xff?", None, b"0.5"], SUM) == (0.0, 0.0, 0.0, 1.0)
+    assert answer_reward.group_rewards([b"1", b"2"], unanswerable) == (0.0, 0.0)
+    assert answer_reward.group_rewards([b"the third", b"C"], CHOICE) == (0.0, 1.0)
+    assert answer_reward.take_metrics() == {"answers/timeouts": 1.0, "answers/check_errors": 2.0, "answers/unreadable": 1.0}
+    assert set(answer_reward.take_metrics().values()) == {0.0}
+
+
+def test_prompt_reward_and_task_must_fit(answer_reward: AnswerReward) -> None:
+    with pytest.raises(ValueError, match=r"ChatPrompt asks the next token, .*; give --prompt QuestionPrompt"):
+        Objective(ChatPrompt(), answer_reward)
+    with pytest.raises(ValueError, match=r"QuestionPrompt asks a question, .*; give --prompt ChatPrompt"):
+        Objective(QuestionPrompt(), PrefixMatchReward())
+    with pytest.raises(ValueError, match=r"task 'doc:1' is no question"):
+        answer_reward.group_rewards([b"a"], POSITION)
+    with pytest.raises(ValueError, match=r"task 'sum' is a question"):
+        PrefixMatchReward().group_rewards([b"a"], SUM)
+
+
+def test_a_question_is_the_users_turn(tiny_tokenizer: Any) -> None:
+    prompt = QuestionPrompt().bind(tiny_tokenizer)
+    question_ids = tuple(tiny_tokenizer.encode(question_text(SUM.question)))
+    assert tiny_tokenizer.decode(prompt.prompt_ids(question_ids)) == (
+        "<|im_start|>user\n1/4 + 1/4?\n\nPlease reason step by step, and put your final answer within \\boxed{}.\n<|im_end|>\n<|im_start|>assistant\n<think>"
+    )
