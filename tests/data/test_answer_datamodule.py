@@ -140,13 +140,13 @@ def test_long_questions_are_left_out_of_training_only(make: Make, tiny_tokenizer
 
 
 def test_bad_settings(make: Make, tiny_tokenizer: Any, tmp_path: Path) -> None:
-    for settings, message in [
+    for changes, message in [
         ({"tasks_per_step": 12}, r"--data.tasks_per_step 12: --data.train has only 11 to train on"),
         ({"train": None}, r"--data.train is not set"),
         ({"heldout": make().train_source}, r"--data.heldout: 11 of its questions are in --data.train too \('train:1' for one\)"),
     ]:
         with pytest.raises(ValueError, match=message):
-            on_rank(make(**settings), tiny_tokenizer, 0, [0])
+            on_rank(make(**changes), tiny_tokenizer, 0, [0])
     with pytest.raises(ValueError, match=r"--data.eval_batch_size 0: must be at least 1"):
         make(eval_batch_size=0)
 
