@@ -19,7 +19,7 @@ NUM_POSITIONS = [5, 1, 4, 3, 6, 2, 5]  # 26 positions
 
 
 class Recorder(LightningModule):
-    """Writes down which tasks it sees; draws ``draws[step % len(draws)]`` more in a step, as dynamic sampling does."""
+    """Writes down which tasks it sees; each rank draws ``draws[step % len(draws)]`` more in a step, as dynamic sampling does."""
 
     def __init__(self, log: Path, draws: tuple[int, ...] = (0,)) -> None:
         super().__init__()
@@ -33,10 +33,13 @@ class Recorder(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         step = self.global_step
-        drawn = self.trainer.datamodule.draw(self.draws[step % len(self.draws)])
+        drawn = self.trainer.datamodule.draw(self.wanted(step))
         optimizer: Any = self.optimizers()
         optimizer.step()
         self.write({"step": step, "tasks": [task.task_id for task in batch["tasks"]], "drawn": [task.task_id for task in drawn]})
+
+    def wanted(self, step: int) -> list[int]:
+        return [self.draws[step % len(self.draws)]] * self.trainer.world_size
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.write({"validation": [task.task_id for task in batch["tasks"]]})
@@ -126,9 +129,8 @@ def test_two_ranks_share_the_steps_of_one(write_task_folder: Write, tmp_path: Pa
 
 
 class UnevenRecorder(Recorder):
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self.draws = ((3, 0, 1), (0, 0, 2))[self.global_rank]
-        super().training_step(batch, batch_idx)
+    def wanted(self, step: int) -> list[int]:
+        return [[3, 0], [0, 0], [1, 2]][step]
 
 
 @pytest.mark.long

@@ -12,13 +12,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from rpt_lightning.data.heldout import choose_heldout
-from rpt_lightning.data.stream import ShuffledOrder, TaskStream, rank_share
+from rpt_lightning.data.stream import Place, ShuffledOrder, TaskStream, rank_share
 from rpt_lightning.data.task_folder import TaskFolder
 from rpt_lightning.types import TokenTask
 
 
 class StepLoader:
-    """Makes each training batch when it is asked for, in the main process, so that the stream's place is always that of the last step.
+    """Makes each training batch when it is asked for, in the main process, so that the stream's place is that of the last step.
 
     It never ends by itself. It has a length because Lightning otherwise fetches one batch ahead; and Lightning neither rewinds nor fast-forwards it
     when a run resumes, since the place comes from the data module's own state.
@@ -107,6 +107,7 @@ class TaskFolderDataModule(LightningDataModule):
         if "sha256" not in self.train.manifest:
             rank_zero_info(f"{self.task_dir} was prepared by an earlier version and has no checksums: damaged shards may go unnoticed")
         self.stream = TaskStream(self.make_order(), corpus=self.train.manifest["corpus"]["sha256"])
+        self._trained: Place | None = None  # behind what is trained, where the stream is read ahead of it
         available = self.stream.order.items_per_epoch
         if self.items_per_step > available:
             raise ValueError(
@@ -126,12 +127,26 @@ class TaskFolderDataModule(LightningDataModule):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"stream": self.stream.state_dict()}
+        return {"stream": self.stream.state_dict(self._trained)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return  # a validation may read another folder than the run that made the checkpoint
         self.stream.load_state_dict(state_dict["stream"])
+
+    # For whoever reads ahead of the steps
+
+    def next_batch(self) -> dict[str, Any]:
+        """This rank's part of the step behind everything that was drawn."""
+        rank, num_ranks = self._data_rank()
+        return self.make_batch(list(rank_share(self.stream.next(self.items_per_step), rank=rank, num_ranks=num_ranks)))
+
+    def trained_up_to(self, place: Place) -> None:
+        """The place that a checkpoint holds from now on: what is drawn behind it is not trained yet, so a run that goes on draws it again.
+
+        The first call hands the stream over to the caller, who may then read it in another thread: the loader's own batches are empty.
+        """
+        self._trained = place
 
     # Also for evaluation outside a Trainer
 
@@ -140,8 +155,7 @@ class TaskFolderDataModule(LightningDataModule):
         return choose_heldout(self.heldout, num_tasks=self.num_eval_tasks, min_entropy=self.eval_min_entropy, seed=self.seed)
 
     def _next_batch(self) -> dict[str, Any]:
-        rank, num_ranks = self._data_rank()
-        return self.make_batch(list(rank_share(self.stream.next(self.items_per_step), rank=rank, num_ranks=num_ranks)))
+        return self.next_batch() if self._trained is None else {}
 
     def _data_rank(self) -> tuple[int, int]:
         """This process's data-parallel rank and their number: tensor-parallel ranks of one group get identical tasks."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
-
-import torch
 
 from rpt_lightning.data.base_datamodule import TaskFolderDataModule
 from rpt_lightning.data.stream import ShuffledOrder
@@ -56,18 +55,13 @@ class TokenTaskDataModule(TaskFolderDataModule):
     def make_batch(self, items: list[tuple[int, int]]) -> dict[str, Any]:
         return {"tasks": tuple(self.train.task(document, k) for document, k in items)}
 
-    def draw(self, num: int) -> tuple[TokenTask, ...]:
-        """``num`` further tasks of the same stream for this rank, for dynamic sampling: the next step continues behind them.
+    def draw(self, wanted: Sequence[int]) -> tuple[TokenTask, ...]:
+        """Further tasks of the same stream, for dynamic sampling: ``wanted[r]`` for data-parallel rank r, of which this rank gets its own.
 
-        With several ranks a collective: every rank calls it together with the number that it needs itself, 0 included, so that all stay at one place.
+        The next step continues behind them. Every rank makes the same call, so that all stay at one place.
         """
         rank, num_ranks = self._data_rank()
-        wanted = [num]
-        if num_ranks > 1:
-            assert self.trainer is not None
-            gathered = self.trainer.strategy.all_gather(torch.tensor(num, device=self.trainer.strategy.root_device))
-            # Ranks of one tensor-parallel group ask for the same tasks: one of them speaks for the group.
-            wanted = gathered.flatten().tolist()[:: len(gathered) // num_ranks]
+        assert len(wanted) == num_ranks
         drawn = self.stream.next(sum(wanted))
         start = sum(wanted[:rank])
         return tuple(self.train.task(document, k) for document, k in drawn[start : start + wanted[rank]])

@@ -1,9 +1,16 @@
-"""Whether every prompt of a task folder fits, said before the first step rather than when the longest task is drawn."""
+"""Room for prompts: whether all of a task folder fit, said before the first step rather than when the longest is drawn, and what the engine needs."""
 
 from __future__ import annotations
 
 from rpt_lightning.data.task_folder import TaskFolder
 from rpt_lightning.tasks.prompt import BoundPrompt
+
+CONTROL_TOKENS = 64  # of a forced thought's prompt: the closing marker and the box's beginning, and an answer (rollout/thought_controls.py)
+
+
+def max_model_len(needed: int, *, positions: int, with_controls: bool) -> int:
+    """Tokens of prompt and completion that an engine is started for: ``needed``, and some more for thought controls where the model has the positions."""
+    return max(needed, min(needed + CONTROL_TOKENS, positions)) if with_controls else needed
 
 
 def longest_context(folder: TaskFolder) -> int:
