@@ -23,13 +23,21 @@ class RanksEnded(RuntimeError):
 
 
 class RankExchange:
-    """Built on every rank together. Its methods are collectives, of one thread a rank at a time, and raise RanksEnded once one of the ranks has ended."""
+    """Its methods are collectives of one thread a rank at a time, and raise RanksEnded once one of the ranks has ended."""
 
-    def __init__(self, ranks: Ranks) -> None:
-        data_group, tensor_group = ranks.further_groups()
-        self._data = _Channel(data_group, size=ranks.num_data)
-        self._tensor = _Channel(tensor_group, size=ranks.num_tensor)
-        self.data_rank = ranks.data_rank
+    def __init__(self, data: Channel, tensor: Channel) -> None:
+        self._data = data
+        self._tensor = tensor
+
+    @classmethod
+    def over(cls, ranks: Ranks) -> RankExchange:
+        """Over new process groups of these ranks. A collective."""
+        data, tensor = ranks.further_groups()
+        return cls(Channel.over(data), Channel.over(tensor))
+
+    @property
+    def data_rank(self) -> int:
+        return self._data.rank
 
     def gather(self, value: T) -> list[T]:
         """As ``Ranks.gather``."""
@@ -42,34 +50,46 @@ class RankExchange:
     def end(self, reason: str | None) -> None:
         """Says that this rank takes part in nothing any more, because of an error or (None) because the run stops."""
         for channel in (self._tensor, self._data):
-            channel.end(reason)
+            channel.end(reason or "the run stops")
 
 
-class _Channel:
-    """One process group. Values travel with a note: empty, or why the sender ends."""
+class Channel:
+    """Some ranks. Values travel with a note: empty, or why the sender ends.
 
-    def __init__(self, group: ProcessGroup | None, *, size: int) -> None:
+    Args:
+        all_gather: One object of each rank, in their order.
+        rank: This one's place among them.
+        size: How many they are.
+    """
+
+    def __init__(self, all_gather: Callable[[Any], list[Any]], *, rank: int, size: int) -> None:
+        self.rank = rank
         self.size = size
-        self.rank = 0 if group is None else dist.get_rank(group)
-        self._group = group
-        self._has_ended = group is None
+        self._all_gather = all_gather
+        self._has_ended = False
+
+    @classmethod
+    def over(cls, group: ProcessGroup | None) -> Channel:
+        """Over a process group; None: alone."""
+        if group is None:
+            return cls(lambda value: [value], rank=0, size=1)
+
+        def all_gather(value: Any) -> list[Any]:
+            values: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(values, value, group=group)
+            return values
+
+        return cls(all_gather, rank=dist.get_rank(group), size=dist.get_world_size(group))
 
     def gather(self, value: T) -> list[T]:
-        if self._group is None:
-            return [value]
-        rows = self._exchange(value, note="")
-        notes = [f"rank {dist.get_global_rank(self._group, rank)}: {note}" for rank, (note, _) in enumerate(rows) if note]
+        rows = self._all_gather(("", value))
+        notes = [f"{note} (rank {rank} of {self.size})" for rank, (note, _) in enumerate(rows) if note]
         if notes:
             self._has_ended = True
-            raise RanksEnded("rollouts in the background ended on another rank. " + "; ".join(notes))
+            raise RanksEnded("rollouts in the background ended on another rank: " + "; ".join(notes))
         return [value for _, value in rows]
 
-    def end(self, reason: str | None) -> None:
+    def end(self, reason: str) -> None:
         if not self._has_ended:
             self._has_ended = True
-            self._exchange(None, note=reason or "the run stops")
-
-    def _exchange(self, value: Any, *, note: str) -> list[tuple[str, Any]]:
-        rows: list[Any] = [None] * self.size
-        dist.all_gather_object(rows, (note, value), group=self._group)
-        return rows
+            self._all_gather((reason, None))

@@ -152,7 +152,7 @@ class RolloutCallback(Callback):
         is_async = stage == "fit" and self.max_staleness > 0 and pl_module.learns_from_rollouts
         if is_async:
             check_settings(self.max_staleness, pl_module, self.objective.reward, trainer.datamodule)  # type: ignore[attr-defined]
-        self._exchange = RankExchange(pl_module.ranks) if is_async else None
+        self._exchange = RankExchange.over(pl_module.ranks) if is_async else None
         self.rollouter = Rollouter(
             self.engine,
             self.bound_objective,
