@@ -18,6 +18,7 @@ RUNS = sorted(CONFIGS.glob("*.yaml"))
 STRATEGIES = sorted((CONFIGS / "strategy").glob("*.yaml"))
 ROLLOUTS = sorted((CONFIGS / "rollout").glob("*.yaml"))
 DATA = sorted((CONFIGS / "data").glob("*.yaml"))
+SERVERS = CONFIGS / "rollout" / "servers.yaml"
 PREPARE = sorted((CONFIGS / "prepare").glob("*.yaml"))
 
 
@@ -46,12 +47,16 @@ def test_strategy_over_the_paper_run(strategy, offline_policy, monkeypatch, tmp_
     assert cli.config.model.init_args.optimizer.init_args.lr == 2e-6
 
 
-@pytest.mark.parametrize("rollout", ROLLOUTS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("run", ["debug", "14b"])
-def test_rollouts_elsewhere_over_a_run(run, rollout, offline_policy, monkeypatch, tmp_path):
+def test_rollouts_elsewhere_over_a_run(run, offline_policy, monkeypatch, tmp_path):
     flags = ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path)]
-    cli = instantiate(monkeypatch, CONFIGS / f"{run}.yaml", rollout, flags=flags)
+    cli = instantiate(monkeypatch, CONFIGS / f"{run}.yaml", SERVERS, CONFIGS / "rollout" / "asynchronous.yaml", flags=flags)
     (callback,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, RolloutCallback)]
+    assert (callback.max_staleness, callback.group_size) == (1, yaml.safe_load((CONFIGS / f"{run}.yaml").read_text())["rollout"]["group_size"])
+    assert (cli.model.correction, cli.model.micro_batch_tokens) == (
+        "truncate",
+        yaml.safe_load((CONFIGS / f"{run}.yaml").read_text())["model"]["init_args"]["micro_batch_tokens"],
+    )
     engine = callback.engine
     assert isinstance(engine, VLLMServerEngine)
     assert engine.urls == ["http://127.0.0.1:8000", "http://127.0.0.1:8001"]

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from rpt_lightning.lightning_cli import RPTCLI, make_cli
 from rpt_lightning.rollout.server_access import find_key, make_key
 from rpt_lightning.rollout.server_processes import Servers, ServerSpec, is_loopback, server_command
-from rpt_lightning.training.rollout_callback import CONTROL_TOKENS
+from rpt_lightning.training.prompt_room import max_model_len
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,9 +118,9 @@ def server_specs(config: Any, settings: ServeSettings) -> list[ServerSpec]:
 
 def _max_model_len(config: Any, path: str) -> int:
     """As the run itself will ask for it."""
-    needed = config.rollout.max_prompt_tokens + config.rollout.max_completion_tokens
+    needed = int(config.rollout.max_prompt_tokens + config.rollout.max_completion_tokens)
     positions = int(AutoConfig.from_pretrained(path).max_position_embeddings)
-    return min(needed + CONTROL_TOKENS, positions) if config.rollout.thought_controls else int(needed)
+    return max_model_len(needed, positions=positions, with_controls=config.rollout.thought_controls)
 
 
 def _devices(num_servers: int, per_server: int) -> list[str | None]:

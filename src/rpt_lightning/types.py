@@ -158,7 +158,8 @@ class Completion:
 
     ``token_ids`` includes the stop token where one was sampled (the policy is trained to stop); ``text_bytes`` does not. ``rollout_logprobs`` are the
     engine's log-probs (nats) of ``token_ids`` under the distribution that was sampled from, that is, after the temperature (for greedy decoding: at
-    temperature 1). ``finish_reason`` "length" means truncated by ``max_tokens``; a completion that ended with its first box has "stop", and no stop token.
+    temperature 1). All tokens are of ``policy_version``: an engine takes new weights between completions only. ``finish_reason`` "length" means truncated by
+    ``max_tokens``; a completion that ended with its first box has "stop", and no stop token.
     """
 
     token_ids: TokenIds

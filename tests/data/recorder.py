@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 
 
 class Recorder(LightningModule):
-    """Writes down which tasks it sees; draws ``draws[step % len(draws)]`` more in a step, as dynamic sampling does."""
+    """Writes down which tasks it sees; each rank draws ``draws[step % len(draws)]`` more in a step, as dynamic sampling does."""
 
     def __init__(self, log: Path, draws: tuple[int, ...] = (0,)) -> None:
         super().__init__()
@@ -25,10 +25,13 @@ class Recorder(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         step = self.global_step
-        drawn = self.trainer.datamodule.draw(self.draws[step % len(self.draws)])
+        drawn = self.trainer.datamodule.draw(self.wanted(step))
         optimizer: Any = self.optimizers()
         optimizer.step()
         self.write({"step": step, "tasks": [task.task_id for task in batch["tasks"]], "drawn": [task.task_id for task in drawn]})
+
+    def wanted(self, step: int) -> list[int]:
+        return [self.draws[step % len(self.draws)]] * self.trainer.world_size
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.write({"validation": [task.task_id for task in batch["tasks"]]})

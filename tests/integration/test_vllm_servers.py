@@ -28,6 +28,7 @@ from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.packing import pack
 from rpt_lightning.policy.weights import named_weights
 from rpt_lightning.rollout.checksum import checksum
+from rpt_lightning.rollout.engine import GenerationInterrupted
 from rpt_lightning.rollout.vllm_server_engine import NoServerError, VLLMServerEngine
 from rpt_lightning.rollout.weight_transport import SharedFolderTransport
 from rpt_lightning.training.sync_check import SyncError, check_weights
@@ -200,6 +201,24 @@ def test_a_hung_server_runs_into_the_time_limit(make_engine, policy: Policy, ser
     engine.update_weights(named_weights(policy), version=5)
     assert engine.num_usable == 2
     check_completions(servers, policy, REQUESTS, engine.generate(REQUESTS), version=5)
+
+
+def test_an_interruption_does_not_wait_for_servers(make_engine, policy: Policy, servers: list[ServerUnderTest]) -> None:
+    """Both hang, which alone would take the time limit, and then the wait for one that comes back."""
+    engine = make_engine(timeout_s=120.0)
+    engine.update_weights(named_weights(policy), version=3)
+
+    def fault() -> None:
+        for server in servers:
+            server.signal(signal.SIGSTOP)
+        engine.interrupt()
+
+    try:
+        with pytest.raises(GenerationInterrupted):
+            generate_with_fault(engine, many(LONG_REQUESTS, 3), fault, after_s=0.3)
+    finally:
+        for server in servers:
+            server.signal(signal.SIGCONT)
 
 
 def test_all_servers_gone_is_one_clear_error(make_engine, policy: Policy, servers: list[ServerUnderTest]) -> None:

@@ -37,6 +37,10 @@ class World:
         self.next_number = min(first + num, len(self.liveness))
         return [task(number) for number in range(first, self.next_number)]
 
+    def draw_one(self, wanted: Sequence[int]) -> list[TokenTask]:
+        (num,) = wanted  # of the only rank
+        return self.draw(num)
+
     def rollout(self, tasks: Sequence[TokenTask]) -> list[RolloutGroup]:
         self.calls.append([one.position for one in tasks])
         return [group(one, self.liveness[one.position]) for one in tasks]
@@ -44,7 +48,7 @@ class World:
 
 def test_dead_groups_are_replaced_in_their_places() -> None:
     world = World([True, False, False, False, True, True])
-    filled = fill_batch(world.rollout, world.draw, world.draw(3), max_extra_tasks=10)
+    filled = fill_batch(world.rollout, world.draw_one, world.draw(3), max_extra_tasks=10)
     # Round 1 draws 3 and 4 for the places of 1 and 2; 3 is dead again, round 2 draws 5 for it.
     assert world.calls == [[0, 1, 2], [3, 4], [5]]
     assert [one.task.position for one in filled.groups] == [0, 5, 4]
@@ -54,7 +58,7 @@ def test_dead_groups_are_replaced_in_their_places() -> None:
 
 def test_at_the_limit_the_batch_keeps_its_size_with_dead_groups() -> None:
     world = World([False] * 10)
-    filled = fill_batch(world.rollout, world.draw, world.draw(2), max_extra_tasks=3)
+    filled = fill_batch(world.rollout, world.draw_one, world.draw(2), max_extra_tasks=3)
     assert world.calls == [[0, 1], [2, 3], [4]]
     assert [one.task.position for one in filled.groups] == [4, 3]
     assert filled.num_dead == 2
@@ -62,7 +66,7 @@ def test_at_the_limit_the_batch_keeps_its_size_with_dead_groups() -> None:
 
 def test_a_limit_of_zero_leaves_the_batch_as_it_is() -> None:
     world = World([False, True])
-    filled = fill_batch(world.rollout, world.draw, world.draw(2), max_extra_tasks=0)
+    filled = fill_batch(world.rollout, world.draw_one, world.draw(2), max_extra_tasks=0)
     assert [one.task.position for one in filled.groups] == [0, 1]
     assert (filled.replaced, filled.num_rounds, world.next_number) == ((), 0, 2)
 
@@ -95,9 +99,9 @@ def test_ranks_with_different_numbers_of_dead_groups_draw_together() -> None:
     def run(rank: int) -> None:
         world = World(liveness[rank])
 
-        def draw(num: int) -> list[TokenTask]:
-            drawn[rank].append(ranks.all_gather(rank, num)[rank])
-            return world.draw(num)
+        def draw(wanted: Sequence[int]) -> list[TokenTask]:
+            drawn[rank].append(list(wanted))
+            return world.draw(wanted[rank])
 
         def rollout(tasks: Sequence[TokenTask]) -> list[RolloutGroup]:
             rolled_out[rank].append(ranks.all_gather(rank, len(tasks))[rank])  # a reward may ask the policy, whose weights may be sharded
@@ -106,7 +110,7 @@ def test_ranks_with_different_numbers_of_dead_groups_draw_together() -> None:
         filled[rank] = fill_batch(rollout, draw, world.draw(2), max_extra_tasks=10, over_ranks=lambda number: (ranks.all_gather(rank, number), rank))
 
     ranks.run(run)
-    assert drawn == ([0, 0, 0], [2, 1, 1])
+    assert drawn[0] == drawn[1] == [[0, 2], [0, 1], [0, 1]]
     assert rolled_out == ([2, 0, 0, 0], [2, 2, 1, 1])
     assert (filled[0].num_rounds, filled[1].num_rounds) == (0, 3)
     assert (filled[0].num_dead, filled[1].num_dead) == (0, 0)
@@ -117,16 +121,15 @@ def test_ranks_with_different_numbers_of_dead_groups_draw_together() -> None:
 def test_a_step_is_filled_alike_on_any_number_of_ranks(num_ranks: int, max_extra_tasks: int) -> None:
     liveness = [number % 5 == 3 for number in range(200)]
     alone = World(liveness)
-    expected = fill_batch(alone.rollout, alone.draw, alone.draw(8), max_extra_tasks=max_extra_tasks)
+    expected = fill_batch(alone.rollout, alone.draw_one, alone.draw(8), max_extra_tasks=max_extra_tasks)
 
     ranks, filled, taken = Ranks(num_ranks), {}, [8] * num_ranks  # tasks taken from the stream that all ranks share
 
     def run(rank: int) -> None:
-        def draw(num: int) -> list[TokenTask]:
-            wanted = ranks.all_gather(rank, num)
+        def draw(wanted: Sequence[int]) -> list[TokenTask]:
             first = taken[rank] + sum(wanted[:rank])
             taken[rank] += sum(wanted)
-            return [task(number) for number in range(first, first + num)]
+            return [task(number) for number in range(first, first + wanted[rank])]
 
         own = [task(number) for number in rank_share(range(8), rank=rank, num_ranks=num_ranks)]
         rollout = World(liveness).rollout
@@ -144,7 +147,7 @@ def test_a_step_is_filled_alike_on_any_number_of_ranks(num_ranks: int, max_extra
 def test_no_task_is_lost_or_counted_twice(liveness: list[bool], size: int, max_extra_tasks: int) -> None:
     world = World(liveness)
     tasks = world.draw(size)
-    filled = fill_batch(world.rollout, world.draw, tasks, max_extra_tasks=max_extra_tasks)
+    filled = fill_batch(world.rollout, world.draw_one, tasks, max_extra_tasks=max_extra_tasks)
     counted = Counter(one.task.position for one in (*filled.groups, *filled.replaced))
     assert counted == Counter(range(world.next_number))  # every task that left the stream, exactly once
     assert len(filled.groups) == len(tasks)

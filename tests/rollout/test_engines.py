@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rpt_lightning.rollout.engine import RolloutEngine
+from rpt_lightning.rollout.engine import GenerationInterrupted, RolloutEngine
 from rpt_lightning.rollout.hf_engine import HFEngine
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine
 from rpt_lightning.tasks.answer import extract_prediction
@@ -180,6 +182,36 @@ def test_the_life_of_an_engine(engine: RolloutEngine, policy, tiny_model_dir: Pa
             call()
     engine.start(str(tiny_model_dir), seed=0)
     assert (engine.version, engine.max_model_len) == (None, 1024)
+
+
+def test_weights_do_not_change_under_a_generation_which_can_be_interrupted(engine: RolloutEngine, policy, tiny_model_dir: Path, monkeypatch) -> None:
+    engine.update_weights(named_weights(policy), version=1)
+    began, go, ask = threading.Event(), threading.Event(), engine._check_interrupted
+
+    def ask_slowly() -> None:
+        began.set()
+        assert go.wait(60)
+        ask()
+
+    monkeypatch.setattr(engine, "_check_interrupted", ask_slowly)
+    with ThreadPoolExecutor() as pool:
+        try:
+            rows = pool.submit(engine.generate, [REQUEST])
+            assert began.wait(60)
+            with pytest.raises(RuntimeError, match="update_weights while generate runs in another thread"):
+                engine.update_weights(named_weights(policy), version=2)
+            assert engine.version == 1
+            engine.interrupt()
+        finally:
+            go.set()
+        with pytest.raises(GenerationInterrupted):
+            rows.result()
+    with pytest.raises(GenerationInterrupted):
+        engine.generate([REQUEST])
+    engine.close()
+    engine.start(str(tiny_model_dir), seed=0, max_model_len=64)
+    engine.update_weights(named_weights(policy), version=2)
+    assert len(engine.generate([REQUEST])[0]) == 3
 
 
 def test_a_length_beyond_the_model_is_refused(tiny_model_dir: Path) -> None:

@@ -103,7 +103,7 @@ def test_a_reward_that_looks_at_the_group_pays_the_whole_group(make_rollouter) -
 def test_dead_pilots_give_their_place_to_new_tasks(make_rollouter) -> None:
     stream = iter(TASKS[3:])
     pilot = PilotRollout(make_rollouter(), pilot_size=2)
-    filled = fill_batch(pilot.rollout, lambda num: [next(stream) for _ in range(num)], TASKS[:3], max_extra_tasks=9)
+    filled = fill_batch(pilot.rollout, lambda wanted: [next(stream) for _ in range(*wanted)], TASKS[:3], max_extra_tasks=9)
     assert [len(group.completions) for group in filled.groups] == [6, 6, 6]
     assert {len(group.completions) for group in filled.replaced} == {2}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -92,6 +93,32 @@ def test_random_kills(engine, tiny_model_dir, tiny_task_dir, undisturbed, tmp_pa
     assert sum("done" not in point for point in points) == kills
     check_same(run, expected, steps=steps)
     print("steps.jsonl, rollouts/, validation/, weights, optimizer and place in the data: equal to the undisturbed run, bit for bit")
+
+
+def trained_tasks(found: dict) -> dict[str, list[str]]:
+    """Of each step, in their order."""
+    return {name: list(dict.fromkeys(json.loads(line)["task_id"] for line in text.splitlines())) for name, text in found["rollouts"].items()}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_no_task_is_lost_or_doubled_with_rollouts_ahead(signum, flags, undisturbed, tmp_path):
+    """Ended three times while the next step's rollouts are generated or wait; the same tasks are trained at the same steps, by rollouts of other weights."""
+    flags = [*flags, "--rollout.max_staleness", "1", "--model.correction", "truncate", "--rollout.dynamic_sampling_from_step", "null"]
+    expected = undisturbed(flags)
+    run = RealRun(tmp_path / "run", flags)
+    for step in (1, 3, 4):
+        run.start()
+        assert run.wait_for(lambda step=step: run.step() >= step)
+        run.send(signum)
+        assert run.status() == (75 if signum == signal.SIGTERM else -9), run.text()
+    run.finish()
+    found = traces(run.folder)
+    assert trained_tasks(found) == trained_tasks(expected)
+    assert len({task for tasks in trained_tasks(found).values() for task in tasks}) == 4 * STEPS
+    assert [row["step"] for row in found["steps"]] == list(range(1, STEPS + 1))
+    assert found["place in the data"] == expected["place in the data"]
+    assert {int(state["step"]) for state in found["optimizer"][0]["state"].values()} == {STEPS}
 
 
 def test_sigterm_ends_after_the_step_with_a_checkpoint(flags, undisturbed, tmp_path):

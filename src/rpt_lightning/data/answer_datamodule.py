@@ -89,8 +89,7 @@ class AnswerTaskDataModule(StreamDataModule):
                 "and are left out of training"
             )
         order = ShuffledOrder(np.ones(len(self.train), np.int32), [len(self.train)], bundle_size=1, seed=self.seed)
-        self.stream = TaskStream(order, corpus=_fingerprint(task.question for task in self.train))
-        self.check_enough("--data.train")
+        self.begin_stream(TaskStream(order, corpus=_fingerprint(task.question for task in self.train)), "--data.train")
 
     def val_dataloader(self) -> EvalLoader | list[Any]:
         rank, num_ranks = self._data_rank()
@@ -99,9 +98,9 @@ class AnswerTaskDataModule(StreamDataModule):
     def make_batch(self, items: list[tuple[int, int]]) -> dict[str, Any]:
         return {"tasks": tuple(self.train[question] for question, _ in items)}
 
-    def draw(self, num: int) -> tuple[AnswerTask, ...]:
-        """``num`` further tasks for this rank (see ``draw_items``: a collective)."""
-        return tuple(self.train[question] for question, _ in self.draw_items(num))
+    def draw(self, wanted: Sequence[int]) -> tuple[AnswerTask, ...]:
+        """Further tasks for this rank (see ``draw_items``)."""
+        return tuple(self.train[question] for question, _ in self.draw_items(wanted))
 
 
 def answer_tasks(questions: Iterable[Question], token_bytes: TokenBytes) -> tuple[AnswerTask, ...]:

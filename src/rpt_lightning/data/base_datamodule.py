@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from rpt_lightning.data.heldout import choose_heldout
-from rpt_lightning.data.stream import ShuffledOrder, TaskStream, rank_share
+from rpt_lightning.data.stream import Place, ShuffledOrder, TaskStream, rank_share
 from rpt_lightning.data.task_folder import TaskFolder
 from rpt_lightning.types import Task, TokenTask
 
@@ -71,13 +71,16 @@ class StreamDataModule(LightningDataModule):
         self.items_per_step = items_per_step
         self.flag = flag
         self.seed = seed
+        self._trained: Place | None = None  # behind what is trained, where the stream is read ahead of it
 
     @abstractmethod
     def make_batch(self, items: list[tuple[int, int]]) -> dict[str, Any]:
         """The training batch of some ``(document, k)`` pairs of the order."""
 
-    def check_enough(self, where: str) -> None:
-        """Raises ValueError where a step has more items than there are."""
+    def begin_stream(self, stream: TaskStream, where: str) -> None:
+        """Takes a new stream. Raises ValueError where a step has more items than there are."""
+        self.stream = stream
+        self._trained = None
         available = self.stream.order.items_per_epoch
         if self.items_per_step > available:
             raise ValueError(
@@ -95,32 +98,40 @@ class StreamDataModule(LightningDataModule):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"stream": self.stream.state_dict()}
+        return {"stream": self.stream.state_dict(self._trained)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return  # a validation may read another folder than the run that made the checkpoint
         self.stream.load_state_dict(state_dict["stream"])
 
-    def draw_items(self, num: int) -> list[tuple[int, int]]:
-        """``num`` further items of the same stream for this rank, for dynamic sampling: the next step continues behind them.
+    def draw_items(self, wanted: Sequence[int]) -> list[tuple[int, int]]:
+        """Further items of the same stream, for dynamic sampling: ``wanted[r]`` for data-parallel rank r, of which this rank gets its own.
 
-        With several ranks a collective: every rank calls it together with the number that it needs itself, 0 included, so that all stay at one place.
+        The next step continues behind them. Every rank makes the same call, so that all stay at one place.
         """
         rank, num_ranks = self._data_rank()
-        wanted = [num]
-        if num_ranks > 1:
-            assert self.trainer is not None
-            gathered = self.trainer.strategy.all_gather(torch.tensor(num, device=self.trainer.strategy.root_device))
-            # Ranks of one tensor-parallel group ask for the same tasks: one of them speaks for the group.
-            wanted = gathered.flatten().tolist()[:: len(gathered) // num_ranks]
+        assert len(wanted) == num_ranks
         drawn = self.stream.next(sum(wanted))
         start = sum(wanted[:rank])
         return drawn[start : start + wanted[rank]]
 
-    def _next_batch(self) -> dict[str, Any]:
+    # For whoever reads ahead of the steps
+
+    def next_batch(self) -> dict[str, Any]:
+        """This rank's part of the step behind everything that was drawn."""
         rank, num_ranks = self._data_rank()
         return self.make_batch(list(rank_share(self.stream.next(self.items_per_step), rank=rank, num_ranks=num_ranks)))
+
+    def trained_up_to(self, place: Place) -> None:
+        """The place that a checkpoint holds from now on: what is drawn behind it is not trained yet, so a run that goes on draws it again.
+
+        The first call hands the stream over to the caller, who may then read it in another thread: the loader's own batches are empty.
+        """
+        self._trained = place
+
+    def _next_batch(self) -> dict[str, Any]:
+        return self.next_batch() if self._trained is None else {}
 
     def _data_rank(self) -> tuple[int, int]:
         """This process's data-parallel rank and their number: tensor-parallel ranks of one group get identical tasks."""
@@ -171,8 +182,7 @@ class TaskFolderDataModule(StreamDataModule):
         self._check_tokenizer()
         if "sha256" not in self.train.manifest:
             rank_zero_info(f"{self.task_dir} was prepared by an earlier version and has no checksums: damaged shards may go unnoticed")
-        self.stream = TaskStream(self.make_order(), corpus=self.train.manifest["corpus"]["sha256"])
-        self.check_enough(self.task_dir)
+        self.begin_stream(TaskStream(self.make_order(), corpus=self.train.manifest["corpus"]["sha256"]), self.task_dir)
 
     def val_dataloader(self) -> EvalLoader:
         rank, num_ranks = self._data_rank()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rpt_lightning.data.base_datamodule import TaskFolderDataModule
@@ -54,6 +55,6 @@ class TokenTaskDataModule(TaskFolderDataModule):
     def make_batch(self, items: list[tuple[int, int]]) -> dict[str, Any]:
         return {"tasks": tuple(self.train.task(document, k) for document, k in items)}
 
-    def draw(self, num: int) -> tuple[TokenTask, ...]:
-        """``num`` further tasks for this rank (see ``draw_items``: a collective)."""
-        return tuple(self.train.task(document, k) for document, k in self.draw_items(num))
+    def draw(self, wanted: Sequence[int]) -> tuple[TokenTask, ...]:
+        """Further tasks for this rank (see ``draw_items``)."""
+        return tuple(self.train.task(document, k) for document, k in self.draw_items(wanted))

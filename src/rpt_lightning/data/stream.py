@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 WINDOW_CHUNKS = 8
 T = TypeVar("T")
+Place = tuple[int, int]  # epoch, and index in it of the next item
 
 
 class ShuffledOrder:
@@ -94,8 +95,14 @@ class TaskStream:
                 self.epoch, self.index = self.epoch + 1, 0
         return pairs
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "index": self.index, "made_with": self._settings()}
+    @property
+    def place(self) -> Place:
+        return self.epoch, self.index
+
+    def state_dict(self, place: Place | None = None) -> dict[str, Any]:
+        """Of the present place, or of an earlier one."""
+        epoch, index = self.place if place is None else place
+        return {"epoch": epoch, "index": index, "made_with": self._settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at a stored place. Raises ValueError where it belongs to another order."""

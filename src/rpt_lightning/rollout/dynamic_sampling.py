@@ -35,7 +35,7 @@ class FilledBatch:
 
 def fill_batch(
     rollout: Callable[[Sequence[Task]], Sequence[RolloutGroup]],
-    draw: Callable[[int], Sequence[Task]],
+    draw: Callable[[Sequence[int]], Sequence[Task]],
     tasks: Sequence[Task],
     *,
     max_extra_tasks: int,
@@ -44,12 +44,12 @@ def fill_batch(
     """Rolls out the tasks and replaces dead groups by groups of further tasks.
 
     The ranks' places, one rank after the other, are those of the whole step, and so are their draws: which place gets which task does not depend on the
-    number of ranks. ``draw`` is a collective, and ``rollout`` may be one (a reward may ask the policy): all ranks do as many rounds as the one that needs
-    most, and a rank that needs nothing draws 0 tasks and rolls them out.
+    number of ranks. ``rollout`` may be a collective (a reward may ask the policy): all ranks do as many rounds as the one that needs most, and a rank that
+    needs nothing draws 0 tasks and rolls them out.
 
     Args:
         rollout: Groups for tasks, in their order.
-        draw: The next ``num`` tasks of the stream; fewer, or none, where it ends.
+        draw: Takes the next tasks of the stream, so many for each rank, and returns this rank's; fewer, or none, where it ends.
         tasks: The step's.
         max_extra_tasks: At most so many tasks are drawn in addition by all ranks together; 0 turns dynamic sampling off.
         over_ranks: A number of each rank, in their order, and this rank's place among them. A collective.
@@ -63,13 +63,12 @@ def fill_batch(
         dead = [place for place, group in enumerate(groups) if not group.is_live]
         num_dead, rank = over_ranks(0 if stream_ended else len(dead))
         # What is left is given to the first places of the step.
-        wanted = max(0, min(num_dead[rank], num_left - sum(num_dead[:rank])))
-        num_drawn = min(sum(num_dead), num_left)
-        if num_drawn == 0:
+        wanted = [max(0, min(num, num_left - sum(num_dead[:before]))) for before, num in enumerate(num_dead)]
+        if sum(wanted) == 0:
             break
-        num_left -= num_drawn
+        num_left -= sum(wanted)
         extra = draw(wanted)
-        stream_ended = len(extra) < wanted
+        stream_ended = len(extra) < wanted[rank]
         num_rounds += bool(extra)
         # A dead newcomer takes a place as well, and is replaced in the next round like any other.
         for place, group in zip(dead[: len(extra)], rollout(extra), strict=True):

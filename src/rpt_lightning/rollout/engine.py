@@ -1,11 +1,13 @@
 """The contract of every rollout engine, and the checks that all engines share.
 
 An engine holds its own copy of the policy's weights under a version number and completes prompts with it. It refuses to generate before the first
-update and after an update that failed, so a completion always comes from weights whose version is stamped on it.
+update and after an update that failed, so a completion always comes from weights whose version is stamped on it: weights never change while it
+generates. It may generate in another thread than the one that updates it, one after the other.
 """
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
@@ -21,6 +23,10 @@ from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.types import Completion, GenerationRequest, PromptTokens, SamplingSettings, TokenIds
 
 EngineDtype = Literal["float32", "bfloat16"]
+
+
+class GenerationInterrupted(RuntimeError):
+    """``interrupt`` was called: nobody waits for these completions any more."""
 
 
 class Sample(NamedTuple):
@@ -42,6 +48,9 @@ class RolloutEngine(ABC):
         self._max_model_len = 0
         self._weight_shapes: dict[str, torch.Size] = {}
         self._token_bytes: TokenBytes | None = None
+        # Plain attributes, since a lock cannot travel to another process with the engine; they guard against a mistake, not a race.
+        self._under_way: str | None = None
+        self._is_interrupted = False
         self.prompt_tokens: PromptTokens | None = None
         """Of all requests since the start; None where the engine has no prefix cache."""
 
@@ -88,6 +97,7 @@ class RolloutEngine(ABC):
         with torch.device("meta"):
             skeleton = cast(Any, AutoModelForCausalLM).from_config(config)
         token_bytes = TokenBytes(AutoTokenizer.from_pretrained(model_path))
+        self._is_interrupted = False
         self._start(model_path, seed)
         self._weight_shapes = {name: weight.shape for name, weight in skeleton.named_parameters(remove_duplicate=False)}
         self._token_bytes = token_bytes
@@ -101,6 +111,7 @@ class RolloutEngine(ABC):
         Raises:
             RuntimeError: The engine has no weights.
             ValueError: A request that cannot be served; the message names its task.
+            GenerationInterrupted: Another thread called ``interrupt``.
         """
         version = self._version
         if self._token_bytes is None or version is None:
@@ -108,7 +119,8 @@ class RolloutEngine(ABC):
                 f"{type(self).__name__} has no policy weights (not started, no update yet, or the last one failed): call update_weights first"
             )
         check_requests(requests, max_model_len=self.max_model_len)
-        samples = self._generate(requests)
+        with self._alone("generate"):
+            samples = self._generate(requests)
         return [[self._completion(sample, request.sampling, version) for sample in row] for row, request in zip(samples, requests, strict=True)]
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
@@ -117,13 +129,15 @@ class RolloutEngine(ABC):
         Raises:
             ValueError: A tensor is missing, unknown or of another shape. The engine then has no version and refuses to generate
                 until an update succeeds.
+            RuntimeError: Another thread is generating: its completions would be of two versions.
         """
         self._check_started("update_weights")
         if version < 0:
             raise ValueError(f"version={version} must not be negative")
-        self._version = None
         delivered: set[str] = set()
-        self._update_weights(self._checked(weights, delivered, version), version)
+        with self._alone("update_weights"):
+            self._version = None
+            self._update_weights(self._checked(weights, delivered, version), version)
         missing = [name for name in self._weight_shapes if name not in delivered]
         if missing:
             hint = " (a tied head must be delivered under its own name too)" if "lm_head.weight" in missing else ""
@@ -145,6 +159,10 @@ class RolloutEngine(ABC):
         """
         self._check_started("differing_weights")
         return self._differing_weights(wanted)
+
+    def interrupt(self) -> None:
+        """Ends a ``generate`` that runs in another thread soon, and every later one until the engine is started anew."""
+        self._is_interrupted = True
 
     def close(self) -> None:
         """Frees what the engine holds; it may be started again. May be called twice."""
@@ -176,6 +194,21 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def _close(self) -> None: ...
+
+    @contextlib.contextmanager
+    def _alone(self, method: str) -> Iterator[None]:
+        if self._under_way is not None:
+            raise RuntimeError(f"{type(self).__name__}.{method} while {self._under_way} runs in another thread: wait for its end")
+        self._under_way = method
+        try:
+            yield
+        finally:
+            self._under_way = None
+
+    def _check_interrupted(self) -> None:
+        """A leaf asks this as often as it can while it generates."""
+        if self._is_interrupted:
+            raise GenerationInterrupted(f"{type(self).__name__} was interrupted")
 
     def _check_started(self, method: str) -> None:
         if self._token_bytes is None:

@@ -7,7 +7,7 @@ arXiv:1411.0030, section 2). What still differs between batches is rounding in t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -65,7 +65,7 @@ class HFEngine(RolloutEngine):
         longest = max(map(len, prompts))
         input_ids = torch.tensor([(0,) * (longest - len(prompt)) + prompt for prompt in prompts], device=self.device)  # [N, T], padded on the left
         attention_mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device)  # [N, T]
-        draw = SeededDraw(sampling, seeds, self.device)
+        draw = SeededDraw(sampling, seeds, self.device, before_token=self._check_interrupted)
         settings = cast(Any, GenerationConfig)(
             do_sample=False, max_new_tokens=sampling.max_tokens, eos_token_id=list(sampling.stop_token_ids) or None, pad_token_id=0, use_cache=True
         )
@@ -84,9 +84,13 @@ class SeededDraw(LogitsProcessor):
         sampling: Temperature 0 takes the most likely token, with its log-prob at temperature 1.
         seeds: [N], one generator each, advanced by one draw of the whole vocabulary a step.
         device: Of the logits; noise on a GPU differs from noise on a CPU.
+        before_token: Called before each draw; may raise.
     """
 
-    def __init__(self, sampling: SamplingSettings, seeds: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self, sampling: SamplingSettings, seeds: Sequence[int], device: torch.device, *, before_token: Callable[[], None] = lambda: None
+    ) -> None:
+        self.before_token = before_token
         self.temperature = sampling.temperature
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         # vLLM's order: min-p first.
@@ -100,6 +104,7 @@ class SeededDraw(LogitsProcessor):
         self.logprobs: list[Tensor] = []  # one [N] a step
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.before_token()
         logits = scores.float()  # [N, V]
         if self.temperature > 0:
             logits = self.truncate(input_ids, logits / self.temperature)

@@ -99,11 +99,12 @@ class Rollouter:
         return first_indices
 
     def complete(
-        self, tasks: Sequence[Task], first_indices: Sequence[int], n: int, *, temperature: float | None = None
+        self, tasks: Sequence[Task], first_indices: Sequence[int], n: int, *, temperature: float | None = None, max_tokens: int | None = None
     ) -> list[tuple[Completion, ...]]:
         """For each task its completions ``first_index`` to ``first_index + n - 1``; raises as ``rollout`` does."""
         temperature = self.temperature if temperature is None else temperature
-        requests = [self._request(task, n, temperature, first_index) for task, first_index in zip(tasks, first_indices, strict=True)]
+        max_tokens = self.max_tokens if max_tokens is None else max_tokens
+        requests = [self._request(task, n, temperature, first_index, max_tokens) for task, first_index in zip(tasks, first_indices, strict=True)]
         # Positions of a document next to each other, the shorter context first: each finds the one before it in the prefix cache.
         order = sorted(range(len(tasks)), key=lambda index: (tasks[index].doc_id, tasks[index].position))
         generate = self.engine.generate if self.share_work is None else self.share_work(self.engine.generate)
@@ -127,7 +128,7 @@ class Rollouter:
             for index, task in enumerate(tasks)
         ]
 
-    def _request(self, task: Task, n: int, temperature: float, first_index: int) -> GenerationRequest:
+    def _request(self, task: Task, n: int, temperature: float, first_index: int, max_tokens: int) -> GenerationRequest:
         prompt_ids = self.objective.prompt.prompt_ids(task.context_ids)
         if self.max_prompt_tokens is not None and len(prompt_ids) > self.max_prompt_tokens:
             raise ValueError(
@@ -136,7 +137,7 @@ class Rollouter:
             )
         sampling = SamplingSettings(
             temperature=temperature,
-            max_tokens=self.max_tokens,
+            max_tokens=max_tokens,
             stop_token_ids=self.objective.prompt.stop_token_ids,
             top_p=self.top_p,
             top_k=self.top_k,

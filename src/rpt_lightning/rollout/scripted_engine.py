@@ -76,6 +76,7 @@ class ScriptedEngine(RolloutEngine):
         self._model = None
 
     def _say(self, request: GenerationRequest, seed: int) -> Sample:
+        self._check_interrupted()
         choice = hashlib.sha256(repr((seed, request.prompt_ids)).encode() + self._checksum).digest()
         line = self._lines[int.from_bytes(choice[:8], "big") % len(self._lines)]
         token_ids = (line + request.sampling.stop_token_ids[:1])[: request.sampling.max_tokens]

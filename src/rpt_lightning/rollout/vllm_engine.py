@@ -141,7 +141,7 @@ class VLLMEngine(RolloutEngine):
 
     def _generate(self, requests: Sequence[GenerationRequest]) -> list[list[Sample]]:
         with trainer_state_kept():
-            rows = generate(self._llm.llm_engine, requests, bytes_of=self._bytes_of)
+            rows = generate(self._llm.llm_engine, requests, bytes_of=self._bytes_of, before_step=self._check_interrupted)
         if self.prompt_tokens is not None:
             self.prompt_tokens = PromptTokens(
                 total=self.prompt_tokens.total + sum(request.n * len(request.prompt_ids) for request in requests),

@@ -29,13 +29,16 @@ class Drawn:
         return Sample(tuple(self.token_ids), tuple(self.logprobs))
 
 
-def generate(engine: Any, requests: Sequence[GenerationRequest], *, bytes_of: Callable[[int], bytes]) -> list[list[Drawn]]:
+def generate(
+    engine: Any, requests: Sequence[GenerationRequest], *, bytes_of: Callable[[int], bytes], before_step: Callable[[], None]
+) -> list[list[Drawn]]:
     """All completions of all requests, in their order.
 
     Args:
         engine: vLLM's ``LLMEngine``, idle.
         requests: Served in this order, as far as there is room; what a prompt shares with an earlier one is in the cache by then.
         bytes_of: The bytes of a token id, for completions that end with their first box.
+        before_step: Called before each of the engine's steps; may raise.
     """
     rows = [
         [Drawn(FirstBox(request.sampling.think_close) if request.sampling.stop_after_first_box else None) for _ in range(request.n)]
@@ -53,6 +56,7 @@ def generate(engine: Any, requests: Sequence[GenerationRequest], *, bytes_of: Ca
                 parts[name] = row[first : first + size]
                 engine.add_request(name, prompt, sampling_params(request.sampling, seed=request.seed + first, n=size))
         while engine.has_unfinished_requests():
+            before_step()
             _step(engine, parts, bytes_of)
     except BaseException:
         engine.abort_request(list(parts))  # else the next update could not reset the cache

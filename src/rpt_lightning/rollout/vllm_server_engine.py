@@ -41,6 +41,7 @@ from rpt_lightning.types import GenerationRequest
 log = logging.getLogger(__name__)
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 _LONGEST_LOAD_S = 900.0
+_INTERRUPT_S = 0.2  # between two looks at whether somebody interrupts
 
 
 class NoServerError(RuntimeError):
@@ -152,7 +153,14 @@ class VLLMServerEngine(RolloutEngine):
                 held = await self._wait(servers, bring_in, first_try=self._usable(servers))
                 return [_Holder(server, self._label) for server in held]
 
-            return await dispatch(requests, find, room=self.max_num_seqs, on_lost=self._lose)
+            work = asyncio.ensure_future(dispatch(requests, find, room=self.max_num_seqs, on_lost=self._lose))
+            try:
+                while not (await asyncio.wait([work], timeout=_INTERRUPT_S))[0]:
+                    self._check_interrupted()
+                return work.result()
+            finally:
+                work.cancel()  # requests under way end with their connections
+                await asyncio.gather(work, return_exceptions=True)
 
         return self._fleet.run(generate)
 

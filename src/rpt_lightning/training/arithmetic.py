@@ -14,6 +14,7 @@ def batch_arithmetic(
     max_steps: int,
     world_size: int,
     pilot_size: int | None = None,
+    max_staleness: int = 0,
 ) -> str:
     """One paragraph a user can check against what they meant.
 
@@ -27,7 +28,7 @@ def batch_arithmetic(
     completions = tasks_per_step * group_size
     ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
     if optimizer_steps_per_batch == 1:
-        updates = "1 optimizer step a batch (exactly on-policy)"
+        updates = "1 optimizer step a batch" + ("" if max_staleness else " (exactly on-policy)")
     else:
         updates = f"{optimizer_steps_per_batch} optimizer steps a batch, of {tasks_per_step // optimizer_steps_per_batch} contexts each"
     lines = [
@@ -37,6 +38,8 @@ def batch_arithmetic(
     ]
     if pilot_size is not None:
         lines.append(f"pilot: {pilot_size} completions of each context first, the other {group_size - pilot_size} only where their rewards differ")
+    if max_staleness:
+        lines.append(f"asynchronous: generated while the policy trains, by weights of at most {max_staleness} optimizer steps before")
     if max_steps > 0:
         batches = max_steps // optimizer_steps_per_batch
         lines.append(

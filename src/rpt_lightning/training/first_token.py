@@ -5,10 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from lightning.pytorch import Trainer
 
+from rpt_lightning.rollout.rollouter import FirstTokenProbs
 from rpt_lightning.tasks.token_bytes import TokenBytes, start_ids
 from rpt_lightning.training.policy_module import PolicyModule
 from rpt_lightning.types import Task, TrainSequence
+
+
+def probs_of_policy(trainer: Trainer, module: PolicyModule) -> FirstTokenProbs:
+    """``first_token_probs`` of the module's policy, in the run's precision."""
+    token_bytes = TokenBytes(module.tokenizer)
+
+    def probs(tasks: Sequence[Task], predictions: Sequence[Sequence[bytes | None]]) -> list[list[float]]:
+        with trainer.precision_plugin.forward_context():
+            return first_token_probs(module, token_bytes, tasks, predictions)
+
+    return probs
 
 
 @torch.no_grad()

@@ -65,6 +65,7 @@ class StepLog(Callback):
             "reward": ("reward/mean", "{:.3f}"),
             "live": ("rollout/live_groups_frac", "{:.0%}"),
             "live/s": ("perf/live_groups_per_s", "{:.2f}"),
+            "stale": ("rollout/staleness", "{:.0f}"),
             "boxed": ("rollout/boxed_frac", "{:.0%}"),
             "length": ("rollout/length_mean", "{:.1f}"),
             "entropy": ("policy/entropy", "{:.2f}"),

@@ -1,4 +1,4 @@
-"""Whether every prompt of the data fits, said before the first step rather than when the longest task is drawn."""
+"""Room for prompts: whether all of the data fit, said before the first step rather than when the longest is drawn, and what the engine needs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ from rpt_lightning.data.base_datamodule import TaskFolderDataModule
 from rpt_lightning.data.task_folder import TaskFolder
 from rpt_lightning.tasks.prompt import BoundPrompt
 from rpt_lightning.types import Task
+
+CONTROL_TOKENS = 64  # of a forced thought's prompt: the closing marker and the box's beginning, and an answer (rollout/forced_answer.py)
+
+
+def max_model_len(needed: int, *, positions: int, with_controls: bool) -> int:
+    """Tokens of prompt and completion that an engine is started for: ``needed``, and some more for thought controls where the model has the positions."""
+    return max(needed, min(needed + CONTROL_TOKENS, positions)) if with_controls else needed
 
 
 def longest_context(folder: TaskFolder) -> int:

@@ -59,12 +59,22 @@ class Ranks:
         if self.num_tensor == 1:
             return lambda items: list(work(items))
         rank, group = int(self._mesh["tensor_parallel"].get_local_rank()), self._group("tensor_parallel")
+        return shared_work(work, rank=rank, num_ranks=self.num_tensor, gather=lambda part: self._gathered(part, group, self.num_tensor))
 
-        def work_together(items: Sequence[T]) -> list[R]:
-            part = list(work(rank_share(items, rank=rank, num_ranks=self.num_tensor)))
-            return [result for results in self._gathered(part, group, self.num_tensor) for result in results]
+    def further_groups(self) -> tuple[ProcessGroup | None, ProcessGroup | None]:
+        """New process groups (gloo) of the data-parallel and the tensor-parallel ranks, for another thread than the one that trains; None alone."""
+        if self._world_size == 1:
+            return None, None
+        places = torch.arange(self._world_size)[:, None] if self._mesh is None else self._mesh.mesh  # [data, tensor]
+        divide: Any = torch.distributed.new_subgroups_by_enumeration
+        return divide(places.T.tolist(), backend="gloo")[0], divide(places.tolist(), backend="gloo")[0]
 
-        return work_together
+    def any(self, flag: bool) -> bool:
+        """Over all processes, tensor-parallel ones too."""
+        value = torch.tensor(float(flag), device=self._device)
+        if self._world_size > 1:
+            torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
+        return bool(value)
 
     def _group(self, dimension: str) -> ProcessGroup | None:
         return None if self._mesh is None else self._mesh[dimension].get_group()
@@ -83,3 +93,15 @@ class Ranks:
         values: list[Any] = [None] * size
         torch.distributed.all_gather_object(values, value, group=group)
         return values
+
+
+def shared_work(
+    work: Callable[[Sequence[T]], Sequence[R]], *, rank: int, num_ranks: int, gather: Callable[[list[R]], list[list[R]]]
+) -> Callable[[Sequence[T]], list[R]]:
+    """``work`` divided among ranks that hold the same list, each of which gets all results."""
+
+    def work_together(items: Sequence[T]) -> list[R]:
+        part = list(work(rank_share(items, rank=rank, num_ranks=num_ranks)))
+        return [result for results in gather(part) for result in results]
+
+    return work_together

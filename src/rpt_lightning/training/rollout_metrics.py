@@ -14,14 +14,14 @@ from rpt_lightning.training.ranks import Ranks
 from rpt_lightning.types import PromptTokens
 
 PROMPT_SUMS = ("rollout/prompt_tokens", "rollout/cached_prompt_tokens", "rollout/shareable_prompt_tokens")
+COSTS = ("rollout/tokens", "rollout/prefill_tokens", *PROMPT_SUMS)
 SUMS = (
     "rollout/live_groups",
     "rollout/replaced_groups",
     "rollout/dead_groups_kept",
-    "rollout/tokens",
-    "rollout/prefill_tokens",
+    "rollout/dropped_groups",
     *ANSWER_COUNTS,
-    *PROMPT_SUMS,
+    *COSTS,
 )
 
 

@@ -1,0 +1,76 @@
+"""The rollouts of one step on one rank, and what they were generated with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rpt_lightning.data.stream import Place
+from rpt_lightning.policy.flops import Work
+from rpt_lightning.rollout.dynamic_sampling import FilledBatch, fill_batch
+from rpt_lightning.rollout.engine import RolloutEngine
+from rpt_lightning.tasks.answer_reward import CountingReward
+from rpt_lightning.tasks.reward import Reward
+from rpt_lightning.training.rollout_metrics import prompt_metrics, rollout_metrics, rollout_work
+from rpt_lightning.types import RolloutGroup, Task
+
+Draw = Callable[[Sequence[int]], Sequence[Task]]
+OverRanks = Callable[[int], tuple[Sequence[int], int]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRollouts:
+    """All completions are of ``policy_version``. Where steps are rolled out ahead, ``place`` in the task stream is behind all that was drawn for this one."""
+
+    filled: FilledBatch
+    metrics: dict[str, float]  # of this rank
+    work: Work  # of this rank's engine
+    policy_version: int
+    seconds: float
+    place: Place | None = None
+
+
+class StepRoller:
+    """Args:
+    engine: Holds weights by the time of ``roll_out``.
+    rollout: Groups for tasks, in their order, by this engine.
+    reward: Pays them; where it counts what went wrong, the counts are taken with the step.
+    pilot_size: As ``RolloutCallback``.
+    dynamic_sampling_from_step: Likewise.
+    dynamic_sampling_max_factor: Likewise.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        rollout: Callable[[Sequence[Task]], list[RolloutGroup]],
+        *,
+        reward: Reward,
+        pilot_size: int | None,
+        dynamic_sampling_from_step: int | None,
+        dynamic_sampling_max_factor: float,
+    ) -> None:
+        self.engine = engine
+        self.rollout = rollout
+        self.reward = reward
+        self.pilot_size = pilot_size
+        self.dynamic_sampling_from_step = dynamic_sampling_from_step
+        self.dynamic_sampling_max_factor = dynamic_sampling_max_factor
+
+    def max_extra_tasks(self, *, step: int, tasks_per_step: int) -> int:
+        """How many tasks dynamic sampling may draw beyond a step's own, of all ranks together."""
+        if self.dynamic_sampling_from_step is None or step < self.dynamic_sampling_from_step:
+            return 0
+        return int((self.dynamic_sampling_max_factor - 1) * tasks_per_step)
+
+    def roll_out(self, tasks: Sequence[Task], draw: Draw, *, max_extra_tasks: int, over_ranks: OverRanks) -> StepRollouts:
+        """The groups of a step, with further tasks in the places of dead ones (see ``fill_batch``)."""
+        start, prompts_before, version = time.perf_counter(), self.engine.prompt_tokens, self.engine.version
+        filled = fill_batch(self.rollout, draw, tasks, max_extra_tasks=max_extra_tasks, over_ranks=over_ranks)
+        assert version is not None
+        metrics = rollout_metrics(filled, pilot_size=self.pilot_size) | prompt_metrics(filled, prompts_before, self.engine.prompt_tokens)
+        work = rollout_work(filled, prefill_tokens=metrics["rollout/prefill_tokens"])
+        if isinstance(self.reward, CountingReward):
+            metrics |= self.reward.take_metrics()
+        return StepRollouts(filled=filled, metrics=metrics, work=work, policy_version=version, seconds=time.perf_counter() - start)
