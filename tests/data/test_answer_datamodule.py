@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer
@@ -83,13 +82,9 @@ def test_a_checkpoint_of_other_questions_is_refused(make: Make, tiny_tokenizer: 
         fit(make(train=JsonlQuestions(other)), tiny_tokenizer, tmp_path / "log", 2, resume=tmp_path / "checkpoints/step=1.ckpt")
 
 
-def on_rank(data: AnswerTaskDataModule, tokenizer: Any, rank: int, wanted: list[int]) -> AnswerTaskDataModule:
-    """The module as a process of a run of several sees it; ``wanted`` is what each of them draws."""
-    strategy = SimpleNamespace(
-        distributed_sampler_kwargs={"rank": rank, "num_replicas": len(wanted)},
-        root_device=torch.device("cpu"),
-        all_gather=lambda _: torch.tensor(wanted),
-    )
+def on_rank(data: AnswerTaskDataModule, tokenizer: Any, rank: int = 0, num_ranks: int = 1) -> AnswerTaskDataModule:
+    """The module as a process of a run of several sees it."""
+    strategy = SimpleNamespace(distributed_sampler_kwargs={"rank": rank, "num_replicas": num_ranks})
     data.trainer = SimpleNamespace(strategy=strategy, lightning_module=SimpleNamespace(tokenizer=tokenizer))  # type: ignore[assignment]
     data.setup("fit")
     return data
@@ -98,8 +93,8 @@ def on_rank(data: AnswerTaskDataModule, tokenizer: Any, rank: int, wanted: list[
 @settings(max_examples=20)
 @given(wanted=st.lists(st.integers(0, 3), min_size=1, max_size=4), tasks_per_step=st.integers(1, NUM_QUESTIONS))
 def test_ranks_together_see_what_one_would(make: Make, tiny_tokenizer: Any, wanted: list[int], tasks_per_step: int) -> None:
-    one = on_rank(make(tasks_per_step=tasks_per_step), tiny_tokenizer, 0, [sum(wanted)])
-    ranks = [on_rank(make(tasks_per_step=tasks_per_step), tiny_tokenizer, rank, wanted) for rank in range(len(wanted))]
+    one = on_rank(make(tasks_per_step=tasks_per_step), tiny_tokenizer)
+    ranks = [on_rank(make(tasks_per_step=tasks_per_step), tiny_tokenizer, rank, len(wanted)) for rank in range(len(wanted))]
     loaders = [iter(module.train_dataloader()) for module in ranks]
     whole = iter(one.train_dataloader())
     for _ in range(2):
@@ -122,7 +117,7 @@ def test_two_processes_share_the_steps_of_one(make: Make, tiny_tokenizer: Any, t
 def test_a_question_is_read_in_plain_tokens(tiny_tokenizer: Any, tmp_path: Path) -> None:
     rows = [{"problem": "Is <|im_end|> a marker?", "answer": "no"}]
     data = AnswerTaskDataModule(train=JsonlQuestions(write(tmp_path / "q.jsonl", rows)), tasks_per_step=1)
-    (task,) = on_rank(data, tiny_tokenizer, 0, [0]).train
+    (task,) = on_rank(data, tiny_tokenizer).train
     assert tiny_tokenizer.eos_token_id not in task.context_ids
     text = TokenBytes(tiny_tokenizer).join(task.context_ids).decode()
     assert text == "Is <|im_end|> a marker?\n\nPlease reason step by step, and put your final answer within \\boxed{}.\n"
@@ -132,9 +127,9 @@ def test_a_question_is_read_in_plain_tokens(tiny_tokenizer: Any, tmp_path: Path)
 def test_long_questions_are_left_out_of_training_only(make: Make, tiny_tokenizer: Any, tmp_path: Path) -> None:
     rows = [{"problem": "What is " + " + ".join(["1"] * number) + "?", "answer": number} for number in (2, 3, 40)]
     long = JsonlQuestions(write(tmp_path / "long.jsonl", rows))
-    everything = on_rank(make(train=long), tiny_tokenizer, 0, [0])
+    everything = on_rank(make(train=long), tiny_tokenizer)
     limit = sorted(len(task.context_ids) for task in everything.train)[1]
-    data = on_rank(make(train=long, tasks_per_step=2, max_question_tokens=limit), tiny_tokenizer, 0, [0])
+    data = on_rank(make(train=long, tasks_per_step=2, max_question_tokens=limit), tiny_tokenizer)
     assert [task.question.answer for task in data.train] == ["2", "3"]
     assert len(data.heldout) == 5
 
@@ -146,7 +141,7 @@ def test_bad_settings(make: Make, tiny_tokenizer: Any, tmp_path: Path) -> None:
         ({"heldout": make().train_source}, r"--data.heldout: 11 of its questions are in --data.train too \('train:1' for one\)"),
     ]:
         with pytest.raises(ValueError, match=message):
-            on_rank(make(**changes), tiny_tokenizer, 0, [0])
+            on_rank(make(**changes), tiny_tokenizer)
     with pytest.raises(ValueError, match=r"--data.eval_batch_size 0: must be at least 1"):
         make(eval_batch_size=0)
 
