@@ -328,7 +328,7 @@ class Endless(ScriptedEngine):
 class AsksToStop(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step == 2:
-            StopRun.request(trainer, "enough", status=75)
+            StopRun.request(trainer, "enough", status=75, way_on="go on")
 
 
 def test_a_run_that_stops_does_not_wait_for_rollouts_under_way(make_run, tmp_path):
@@ -417,7 +417,7 @@ def test_what_cannot_be_done_is_said_before_the_first_step(make_run, staleness, 
 
 class StopsAtThree(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        trainer.should_stop = trainer.global_step == 3
+        trainer.should_stop = trainer.should_stop or trainer.global_step >= 3
 
 
 class UnevenReward(SomeAreRight):
@@ -445,7 +445,7 @@ def test_two_ranks_generate_and_stop_together(make_run, tmp_path, staleness):
         rollout_options={"dynamic_sampling_from_step": 0, "dynamic_sampling_max_factor": 3.0},
         devices=2,
         strategy=strategy,
-        min_steps=1,
+        min_epochs=0,
     )
     module.make_optimizer = functools.partial(torch.optim.SGD, lr=0.1)  # travels to the other process
     rollout_of(trainer).objective = Objective(ContinuationPrompt(), UnevenReward())
