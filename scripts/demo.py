@@ -33,7 +33,7 @@ def make_model() -> Stage:
 
 def prepare() -> Stage:
     command = (EXECUTABLE, "prepare", "--config", "configs/prepare/demo.yaml", *PREPARE_PRECISION)
-    return Stage(name="prepare", command=lambda: command, output=TASKS, minutes=2, folder=DEMO)
+    return Stage(name="prepare", command=lambda: command, output=TASKS, minutes=4.4, folder=DEMO)
 
 
 def evaluation(name: str, minutes: float, *, controls: bool = True) -> Stage:
@@ -43,15 +43,15 @@ def evaluation(name: str, minutes: float, *, controls: bool = True) -> Stage:
 COLD_START_STAGES = (
     make_model(),
     prepare(),
-    evaluation("start", 3, controls=False),  # it has no answers that another thought could change
-    fit("cold start", COLD_START, "configs/demo-cold-start.yaml", folder=DEMO, minutes=9),
+    evaluation("start", 4, controls=False),  # it has no answers that another thought could change
+    fit("cold start", COLD_START, "configs/demo-cold-start.yaml", folder=DEMO, minutes=8.5),
     export(COLD_START, folder=DEMO),
-    evaluation("after cold start", 2.5),
+    evaluation("after cold start", 5),
 )
 RPT_STAGES = (
-    fit("RPT", RPT, RPT_CONFIG, folder=DEMO, minutes=17, options=ENGINE),
+    fit("RPT", RPT, RPT_CONFIG, folder=DEMO, minutes=28, options=ENGINE),
     export(RPT, folder=DEMO),
-    evaluation("after RPT", 2.5),
+    evaluation("after RPT", 5),
 )
 STAGES = (
     *COLD_START_STAGES,
