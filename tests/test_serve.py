@@ -244,7 +244,7 @@ def test_a_real_server_from_start_to_end(flags, tiny_task_dir: Path, tmp_path: P
         assert [call(url, "/weight_info"), call(url, "/metrics"), call(url, "/weight_info", key=key)] == [401, 401, 200]
         assert call(url, "/collective_rpc", body={"method": "rpt_describe"}, key=key) == 200
         # The key is in no command line and no log.
-        family = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+        family = subprocess.run(["ps", "-ww", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
         assert "rpt_lightning.rollout.server_key" in family
         assert key not in family
         # A whole run on it: every update is verified by version, tensors and log-probs.
@@ -265,7 +265,7 @@ def test_a_real_server_from_start_to_end(flags, tiny_task_dir: Path, tmp_path: P
         serve.process.terminate()
         assert serve.process.wait(120) == 0
         assert not is_up(url)
-        left = subprocess.run(["ps", "-eo", "pid,stat,args"], capture_output=True, text=True, check=True).stdout
+        left = subprocess.run(["ps", "-ww", "-eo", "pid,stat,args"], capture_output=True, text=True, check=True).stdout
         assert str(port) not in left
         assert key not in output.read_text() + (tmp_path / "run" / "servers" / f"server-{port}.log").read_text()
     finally:

@@ -55,7 +55,8 @@ def losses(folder):
 def test_two_nodes_are_one_run(tiny_model_dir, tiny_task_dir, tmp_path):
     rpt = [sys.executable, "-m", "rpt_lightning.cli", "fit"]
     two = [*rpt, *command(tiny_model_dir, tiny_task_dir, tmp_path / "two", "--config", str(ROOT / "configs/strategy/multi-node.yaml"), num_nodes=2)]
-    nodes = [{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": str(rank), "LOCAL_RANK": "0"} for rank in (0, 1)]
+    port = str(free_port())  # where both meet
+    nodes = [{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": str(rank), "LOCAL_RANK": "0"} for rank in (0, 1)]
     outputs = together([two, two], nodes)
     assert ["step 2/2" in output for output in outputs] == [True, False]  # said once
     together([[*rpt, *command(tiny_model_dir, tiny_task_dir, tmp_path / "one", num_nodes=1)]], [{}])

@@ -326,7 +326,7 @@ def said(ranks: list[subprocess.Popen[str]]) -> list[dict]:
 @pytest.mark.long
 def test_two_ranks_bring_back_servers_that_all_died(two_ranks, tiny_model_dir: Path, servers: list[ServerUnderTest]) -> None:
     """In the middle of a generation, when only ranks can help that did not publish the weights: one of them loads, once."""
-    ranks = two_ranks(400)
+    ranks = two_ranks(240)
     for rank in ranks:
         while rank.stdout.readline() != "generating version 2\n":
             assert rank.poll() is None
@@ -339,7 +339,7 @@ def test_two_ranks_bring_back_servers_that_all_died(two_ranks, tiny_model_dir: P
     found = said(ranks)
     checksums = {name: checksum(weight) for name, weight in named_weights(unchanged(tiny_model_dir))}
     for rank in range(2):
-        assert found[rank]["completions"] == [[say(checksums, [rank, i], 100 * rank + i + index, 400) for index in range(2)] for i in range(4)]
+        assert found[rank]["completions"] == [[say(checksums, [rank, i], 100 * rank + i + index, 240) for index in range(2)] for i in range(4)]
     assert all(num_loads(server) <= 1 for server in servers)
     assert sum(num_loads(server) for server in servers) >= 1
 

@@ -31,7 +31,7 @@ def main(model: str, folder: str, max_tokens: int, urls: list[str]) -> None:
     sampling = SamplingSettings(temperature=1.0, max_tokens=max_tokens, stop_token_ids=())
     requests = [GenerationRequest(task_id=f"r{rank}:{i}", prompt_ids=(rank, i), n=2, seed=100 * rank + i, sampling=sampling) for i in range(4)]
     engine = VLLMServerEngine(urls, SharedFolderTransport(folder, shard_gib=0.0001), dtype="float32")
-    engine.start(model, seed=0, max_model_len=64)
+    engine.start(model, seed=0, max_model_len=256)
     for version in (1, 2):
         engine.update_weights(gathered(named_weights(policy)), version=version)
         check_weights(engine, named_weights(policy), version=version, num_tensors=1000)
