@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from rpt_lightning.metrics.record_file import read_about, read_lines, write_about, write_lines
 from rpt_lightning.tasks.answer_reward import Verdict
 
 
@@ -70,11 +71,9 @@ class QuestionResults:
 
 def write_question_results(results: QuestionResults, path: Path) -> None:
     """Write ``path`` (one question a line) and, last, ``path`` with the suffix ``.json``, without which the lines are not trusted."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(asdict(question), ensure_ascii=False) + "\n" for question in results.questions), encoding="utf-8")
-    meta = {field.name: getattr(results, field.name) for field in fields(QuestionResults) if field.name != "questions"}
-    meta["num_questions"] = len(results.questions)
-    path.with_suffix(".json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    write_lines(map(asdict, results.questions), path)
+    about = {field.name: getattr(results, field.name) for field in fields(QuestionResults) if field.name != "questions"}
+    write_about(about | {"num_questions": len(results.questions)}, path)
 
 
 def read_question_results(path: Path) -> QuestionResults:
@@ -84,19 +83,15 @@ def read_question_results(path: Path) -> QuestionResults:
         ValueError: a file is missing, a line is broken, questions have different numbers of completions, or there are fewer lines than the JSON file says
             (an evaluation that was interrupted).
     """
-    meta_path = path.with_suffix(".json")
-    for needed in (path, meta_path):
-        if not needed.is_file():
-            raise ValueError(f"{needed}: no such file. `rpt evaluate benchmark` writes both {path.name} and {meta_path.name}; run it again.")
-    meta = json.loads(meta_path.read_text(encoding="utf-8"))
-    # Not splitlines(): texts may hold other line separators, which JSON leaves as they are.
-    lines = path.read_text(encoding="utf-8").split("\n")
-    questions = tuple(_parse_line(line, f"{path} line {number}") for number, line in enumerate(lines, start=1) if line.strip())
-    if not questions or len(questions) != meta.pop("num_questions"):
-        raise ValueError(f"{path}: {len(questions)} questions, which is not what {meta_path.name} says. Run `rpt evaluate benchmark` again.")
+    about = read_about(path, command="rpt evaluate benchmark")
+    questions = tuple(read_lines(path, _parse_line))
+    if not questions or len(questions) != about.pop("num_questions"):
+        raise ValueError(
+            f"{path}: {len(questions)} questions, which is not what {path.with_suffix('.json').name} says. Run `rpt evaluate benchmark` again."
+        )
     if len({len(question.verdicts) for question in questions}) > 1:
         raise ValueError(f"{path}: not every question has as many completions as the others, so they have no common average.")
-    return QuestionResults(questions=questions, **meta)
+    return QuestionResults(questions=questions, **about)
 
 
 def pair_questions(first: QuestionResults, second: QuestionResults) -> list[tuple[QuestionResult, QuestionResult]]:

@@ -9,6 +9,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from rpt_lightning.metrics.record_file import read_about, read_lines, write_about, write_lines
 from rpt_lightning.metrics.token_kind import TokenKind
 from rpt_lightning.policy.flops import ModelSize
 
@@ -74,9 +75,8 @@ class Results:
 
 def write_results(results: Results, path: Path) -> None:
     """Write ``path`` (one position a line) and, last, ``path`` with the suffix ``.json``, without which the lines are not trusted."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(asdict(position), ensure_ascii=False) + "\n" for position in results.positions), encoding="utf-8")
-    meta = {
+    write_lines(map(asdict, results.positions), path)
+    about = {
         "policy_path": results.policy_path,
         "ckpt_path": results.ckpt_path,
         "step": results.step,
@@ -84,7 +84,7 @@ def write_results(results: Results, path: Path) -> None:
         "model_size": None if results.model_size is None else asdict(results.model_size),
         "temperature": results.temperature,
     }
-    path.with_suffix(".json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    write_about(about, path)
 
 
 def read_results(path: Path) -> Results:
@@ -93,24 +93,19 @@ def read_results(path: Path) -> Results:
     Raises:
         ValueError: a file is missing, a line is broken, or there are fewer lines than the JSON file says (an evaluation that was interrupted).
     """
-    meta_path = path.with_suffix(".json")
-    for needed in (path, meta_path):
-        if not needed.is_file():
-            raise ValueError(f"{needed}: no such file. `rpt validate` writes both {path.name} and {meta_path.name}; run it again.")
-    meta = json.loads(meta_path.read_text(encoding="utf-8"))
-    # Not splitlines(): texts may hold other line separators, which JSON leaves as they are.
-    lines = path.read_text(encoding="utf-8").split("\n")
-    positions = tuple(_parse_line(line, f"{path} line {number}") for number, line in enumerate(lines, start=1) if line.strip())
-    if len(positions) != meta["num_positions"]:
-        raise ValueError(f"{path}: {len(positions)} positions, but {meta_path.name} says {meta['num_positions']}. Run `rpt validate` again.")
-    size = meta.get("model_size")
+    about = read_about(path, command="rpt validate")
+    positions = tuple(read_lines(path, _parse_line))
+    if len(positions) != about["num_positions"]:
+        says = f"{path.with_suffix('.json').name} says {about['num_positions']}"
+        raise ValueError(f"{path}: {len(positions)} positions, but {says}. Run `rpt validate` again.")
+    size = about.get("model_size")
     return Results(
         positions=positions,
-        policy_path=meta["policy_path"],
-        step=meta["step"],
-        ckpt_path=meta.get("ckpt_path"),
+        policy_path=about["policy_path"],
+        step=about["step"],
+        ckpt_path=about.get("ckpt_path"),
         model_size=None if size is None else ModelSize(**size),
-        temperature=meta.get("temperature"),
+        temperature=about.get("temperature"),
     )
 
 

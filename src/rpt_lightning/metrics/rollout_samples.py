@@ -9,6 +9,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rpt_lightning.metrics.record_file import read_lines, write_lines
 from rpt_lightning.metrics.run_folder import ROLLOUT_FOLDER
 from rpt_lightning.tasks.answer import BOX_OPEN
 from rpt_lightning.types import FinishReason, RolloutGroup, Task, TokenTask
@@ -90,11 +91,9 @@ def samples_of(group: RolloutGroup, *, context: str, token_bytes: TokenBytes) ->
 
 def write_samples(samples: Iterable[RolloutSample], path: Path) -> None:
     """One line a sample; the folder is made where it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     names = [field.name for field in fields(RolloutSample)]
     # Not asdict, which copies every token: seconds at a step of the paper's size.
-    rows = ({name: getattr(sample, name) for name in names} for sample in samples)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_lines(({name: getattr(sample, name) for name in names} for sample in samples), path)
 
 
 def read_samples(path: Path) -> list[RolloutSample]:
@@ -103,9 +102,7 @@ def read_samples(path: Path) -> list[RolloutSample]:
     Raises:
         ValueError: a line is broken or lacks what every version wrote.
     """
-    # Not splitlines(): texts may hold other line separators, which JSON leaves as they are.
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [_parse_line(line, f"{path} line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    return read_lines(path, _parse_line)
 
 
 def _parse_line(line: str, where: str) -> RolloutSample:
