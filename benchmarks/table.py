@@ -12,6 +12,8 @@ from pathlib import Path
 
 from result import MAX_OTHER_LOAD, Result, read_results
 
+from rpt_lightning.evaluation.marked_section import replace_section
+
 ROOT = Path(__file__).resolve().parents[1]
 # Documents, and whether only figures with a target stand in them.
 DOCUMENTS = {ROOT / "docs" / "performance.md": False, ROOT / "README.md": True}
@@ -58,11 +60,7 @@ def number(value: float) -> str:
 
 def with_table(text: str, table: str) -> str:
     """A document with another table between its markers."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the document lacks the lines {BEGIN!r} and {END!r} between which the table belongs")
-    return f"{before}{begin}\n{table}\n{end}{after}"
+    return replace_section(text, f"{table}\n", begin=BEGIN, end=END, where="the document")
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
+from rpt_lightning.evaluation.marked_section import replace_section
 from rpt_lightning.plan_cli import parse, plan_of
 from rpt_lightning.planning.limits import bottleneck
 from rpt_lightning.planning.plan import Plan
@@ -122,11 +123,7 @@ def _number(value: float) -> str:
 
 def with_tables(text: str, tables: str) -> str:
     """The document with other tables between its markers."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{DOCUMENT} lacks the lines {BEGIN!r} and {END!r} between which the tables belong")
-    return f"{before}{begin}\n{tables}\n{end}{after}"
+    return replace_section(text, f"{tables}\n", begin=BEGIN, end=END, where=str(DOCUMENT))
 
 
 def main() -> None:

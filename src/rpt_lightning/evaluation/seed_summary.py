@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from rpt_lightning.evaluation import marked_section
 from rpt_lightning.evaluation.compare import paired_bootstrap
 from rpt_lightning.evaluation.scaling_figure import scaling_curves, scaling_text
 from rpt_lightning.evaluation.seed_record import POLICIES, PolicyName, SeedRecord
@@ -113,16 +114,8 @@ def cost_table(records: Sequence[SeedRecord]) -> str:
 
 
 def replace_section(text: str, section: str, *, where: str) -> str:
-    """``text`` with ``section`` between the markers.
-
-    Raises:
-        ValueError: The markers are not there once each, in order.
-    """
-    head, begin, rest = text.partition(BEGIN)
-    old, end, tail = rest.partition(END)
-    if not begin or not end or BEGIN in tail or END in tail or BEGIN in old:
-        raise ValueError(f"{where}: needs the line {BEGIN} and behind it the line {END}, once each")
-    return f"{head}{begin}\n{section}{end}{tail}"
+    """``text`` with ``section`` between the markers of the summary. Raises ValueError where they are not there once each, in order."""
+    return marked_section.replace_section(text, section, begin=BEGIN, end=END, where=where)
 
 
 def _scaling(record: SeedRecord) -> str:
