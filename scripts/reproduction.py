@@ -57,9 +57,9 @@ class Seed:
 
     def _rpt_stages(self) -> tuple[Stage, ...]:
         return (
-            fit("RPT", self.rpt, RPT_CONFIG, folder=self.folder, minutes=17, options=(*ENGINE, *self._flags(self.rpt))),
+            fit("RPT", self.rpt, RPT_CONFIG, folder=self.folder, minutes=28, options=(*ENGINE, *self._flags(self.rpt))),
             export(self.rpt, folder=self.folder),
-            evaluate("evaluate after RPT", self.rpt / "export", self.after, RPT_CONFIG, folder=self.folder, minutes=2.5),
+            evaluate("evaluate after RPT", self.rpt / "export", self.after, RPT_CONFIG, folder=self.folder, minutes=5),
         )
 
     def _checkpoint_stages(self) -> tuple[Stage, ...]:
@@ -71,7 +71,7 @@ class Seed:
                 self.rpt,
                 RPT_CONFIG,
                 folder=self.folder,
-                minutes=2,
+                minutes=4,
                 step=step,
                 ckpt=checkpoint(self.rpt, step),
                 controls=False,

@@ -21,10 +21,8 @@ from rpt_lightning.data.scoring import ProxyScorer
 
 SCRIPT = """
 import json, sys, time
-from rpt_lightning.data import scored_parts
 from rpt_lightning.data.corpus import JsonlSource
 from rpt_lightning.data.prepare import prepare
-from rpt_lightning.data.prepare import prepare as prepare_function
 from rpt_lightning.data.scoring import ProxyScorer
 
 score = ProxyScorer.score

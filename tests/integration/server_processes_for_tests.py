@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -20,16 +21,17 @@ from rpt_lightning.rollout.server_processes import server_command
 
 KEY = "a key that only tests use"
 MAX_MODEL_LEN = 256
+HAS_VLLM = sys.platform == "linux" and importlib.util.find_spec("vllm") is not None
 MAX_START_CPU_S = 300.0  # vLLM: about 30
 MAX_IDLE_S = 120.0
 
 
 class ServerUnderTest:
-    def __init__(self, kind: str, model: Path, log_folder: Path) -> None:
+    def __init__(self, kind: str, model: Path, log_folder: Path, *, max_num_seqs: int = 8) -> None:
         self.kind = kind
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._command = self._stand_in(model) if kind == "stand-in" else self._vllm(model, num_devices=2 if kind == "vllm-split" else 1)
+        self._command = self._stand_in(model) if kind == "stand-in" else self._vllm(model, 2 if kind == "vllm-split" else 1, max_num_seqs)
         self._log = log_folder / f"server-{self.port}.log"
         self._process: Guarded | None = None
 
@@ -39,10 +41,10 @@ class ServerUnderTest:
         facts["architecture"] = architecture(AutoConfig.from_pretrained(model))
         return (sys.executable, str(script), "--port", str(self.port), "--facts", json.dumps(facts))
 
-    def _vllm(self, model: Path, num_devices: int) -> tuple[str, ...]:
+    def _vllm(self, model: Path, num_devices: int, max_num_seqs: int) -> tuple[str, ...]:
         return server_command(
             model_path=str(model), url=self.url, host="127.0.0.1", dtype="float32", max_model_len=MAX_MODEL_LEN, seed=0, tensor_parallel_size=num_devices,
-            max_num_seqs=8, gpu_memory_utilization=None, kv_cache_gib=0.25, enforce_eager=True, block_size=32, weight_transfer=None,
+            max_num_seqs=max_num_seqs, gpu_memory_utilization=None, kv_cache_gib=0.25, enforce_eager=True, block_size=32, weight_transfer=None,
         )  # fmt: skip
 
     def start(self) -> None:

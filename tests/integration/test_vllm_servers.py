@@ -5,14 +5,8 @@ Each test runs twice: against stand-in servers (real processes, known completion
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
 import signal
-import subprocess
-import sys
 import threading
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,67 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from server_checks import LONG_REQUESTS, REQUESTS, SAMPLING, call, check_completions, many
 from server_processes_for_tests import KEY, MAX_MODEL_LEN, ServerUnderTest
-from stand_in_server import say
 
-from processes import free_port
 from rpt_lightning.policy.model import Policy
-from rpt_lightning.policy.packing import pack
 from rpt_lightning.policy.weights import named_weights
-from rpt_lightning.rollout.checksum import checksum
 from rpt_lightning.rollout.engine import GenerationInterrupted
 from rpt_lightning.rollout.vllm_server_engine import NoServerError, VLLMServerEngine
 from rpt_lightning.rollout.weight_transport import SharedFolderTransport
 from rpt_lightning.training.sync_check import SyncError, check_weights
-from rpt_lightning.types import Completion, GenerationRequest, SamplingSettings, TrainSequence
-
-TEMPERATURE = 0.8
-SAMPLING = SamplingSettings(temperature=TEMPERATURE, max_tokens=24, stop_token_ids=(1,))
-REQUESTS = [
-    GenerationRequest(task_id=f"doc-{i // 2}:{i}", prompt_ids=tuple(range(40 + i, 60 + 3 * i)), n=4, seed=100 * i, sampling=SAMPLING)
-    for i in range(6)
-]
-# Long enough that a fault comes in the middle.
-LONG_REQUESTS = [replace(request, sampling=replace(SAMPLING, max_tokens=160, stop_token_ids=())) for request in REQUESTS]
-HAS_VLLM = sys.platform == "linux" and importlib.util.find_spec("vllm") is not None
-REAL = [pytest.mark.long, pytest.mark.vllm, pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed here")]
-
-
-@pytest.fixture(scope="module", params=["stand-in", pytest.param("vllm", marks=REAL)])
-def all_servers(request: pytest.FixtureRequest, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ServerUnderTest]]:
-    servers = [ServerUnderTest(request.param, tiny_model_dir, tmp_path_factory.mktemp("logs")) for _ in range(2)]
-    try:
-        for server in servers:
-            server.start()
-        for server in servers:
-            server.wait_until_ready()
-        yield servers
-    finally:
-        for server in servers:
-            server.kill()
-
-
-@pytest.fixture
-def servers(all_servers: list[ServerUnderTest]) -> list[ServerUnderTest]:
-    """Both up; a test may break them."""
-    for server in all_servers:
-        server.resume()
-    dead = [server for server in all_servers if not server.is_running]
-    for server in dead:
-        server.start()
-    for server in dead:
-        server.wait_until_ready()
-    return all_servers
-
-
-@pytest.fixture(scope="module")
-def policy(tiny_model_dir: Path) -> Policy:
-    policy = Policy(str(tiny_model_dir))
-    policy.materialize()
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.mul_(3.0)  # away from the uniform distribution
-    return policy
+from rpt_lightning.types import Completion, GenerationRequest
 
 
 @pytest.fixture
@@ -110,29 +53,6 @@ def engine(make_engine: Callable[..., VLLMServerEngine], policy: Policy) -> VLLM
     return engine
 
 
-def call(server: ServerUnderTest, path: str, body: object) -> None:
-    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-    urllib.request.urlopen(urllib.request.Request(server.url + path, data=json.dumps(body).encode(), headers=headers), timeout=30).close()
-
-
-def check_completions(
-    servers: list[ServerUnderTest], policy: Policy, requests: list[GenerationRequest], rows: list[list[Completion]], *, version: int = 3
-) -> None:
-    """Every completion asked for, from this policy's weights: nothing lost, doubled or stale."""
-    checksums = {name: checksum(weight) for name, weight in named_weights(policy)}
-    for request, row in zip(requests, rows, strict=True):
-        assert [completion.policy_version for completion in row] == [version] * request.n
-        for index, completion in enumerate(row):
-            if servers[0].kind == "stand-in":
-                expected = say(checksums, request.prompt_ids, request.seed + index, request.sampling.max_tokens)
-                assert list(completion.token_ids) == expected
-                continue
-            (tree,) = pack([TrainSequence(prompt_ids=request.prompt_ids, target_ids=completion.token_ids)], max_tokens=4096)
-            with torch.no_grad():
-                logprobs, _ = policy(tree, temperature=TEMPERATURE)
-            torch.testing.assert_close(tree.unpack(logprobs)[0], torch.tensor(completion.rollout_logprobs), atol=1e-3, rtol=0)
-
-
 def generate_with_fault(
     engine: VLLMServerEngine, requests: list[GenerationRequest], fault: Callable[[], None], after_s: float
 ) -> list[list[Completion]]:
@@ -142,10 +62,6 @@ def generate_with_fault(
         return engine.generate(requests)
     finally:
         timer.join()
-
-
-def many(requests: list[GenerationRequest], times: int) -> list[GenerationRequest]:
-    return [replace(request, task_id=f"{turn}-{request.task_id}", seed=request.seed + 10_000 * turn) for turn in range(times) for request in requests]
 
 
 def test_weights_go_out_completions_come_back(engine: VLLMServerEngine, policy: Policy, servers: list[ServerUnderTest], tmp_path: Path) -> None:
@@ -295,101 +211,3 @@ def test_servers_that_do_not_fit_the_run_are_refused(make_engine, tiny_model_dir
     ]:
         with pytest.raises(ValueError, match=message):
             make_engine(start=False, **changes).start(str(tiny_model_dir), seed=0, max_model_len=max_model_len)
-
-
-@pytest.fixture
-def two_ranks(servers: list[ServerUnderTest], tiny_model_dir: Path, tmp_path: Path) -> Iterator[Callable[[int], list[subprocess.Popen[str]]]]:
-    """``two_ranks(max_tokens)`` starts them."""
-    if servers[0].kind != "stand-in":
-        pytest.skip("nothing here depends on the server")
-    ranks: list[subprocess.Popen[str]] = []
-
-    def start(max_tokens: int) -> list[subprocess.Popen[str]]:
-        script, port = Path(__file__).with_name("two_rank_servers.py"), free_port()
-        command = [sys.executable, str(script), str(tiny_model_dir), str(tmp_path / "weights"), str(max_tokens), *[server.url for server in servers]]
-        group = {"RPT_SERVER_KEY": KEY, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-        ranks.extend(subprocess.Popen(command, env=os.environ | group | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True) for rank in range(2))
-        return ranks
-
-    yield start
-    for rank in ranks:
-        rank.kill()
-        rank.wait()
-
-
-def said(ranks: list[subprocess.Popen[str]]) -> list[dict]:
-    outputs = [rank.communicate(timeout=180)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0]
-    return [json.loads(output.splitlines()[-1]) for output in outputs]
-
-
-@pytest.mark.long
-def test_two_ranks_bring_back_servers_that_all_died(two_ranks, tiny_model_dir: Path, servers: list[ServerUnderTest]) -> None:
-    """In the middle of a generation, when only ranks can help that did not publish the weights: one of them loads, once."""
-    ranks = two_ranks(240)
-    for rank in ranks:
-        while rank.stdout.readline() != "generating version 2\n":
-            assert rank.poll() is None
-    for server in servers:
-        server.kill()
-    for server in servers:
-        server.start()
-    for server in servers:
-        server.wait_until_ready()
-    found = said(ranks)
-    checksums = {name: checksum(weight) for name, weight in named_weights(unchanged(tiny_model_dir))}
-    for rank in range(2):
-        assert found[rank]["completions"] == [[say(checksums, [rank, i], 100 * rank + i + index, 240) for index in range(2)] for i in range(4)]
-    assert all(num_loads(server) <= 1 for server in servers)
-    assert sum(num_loads(server) for server in servers) >= 1
-
-
-def num_loads(server: ServerUnderTest) -> int:
-    """Of a stand-in, since it was started."""
-    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-    request = urllib.request.Request(server.url + "/collective_rpc", data=b'{"method": "rpt_describe"}', headers=headers)
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.load(answer)["results"][0]["num_loads"]
-
-
-def unchanged(model: Path) -> Policy:
-    policy = Policy(str(model))
-    policy.materialize()
-    return policy
-
-
-@pytest.mark.long
-def test_two_ranks_share_the_servers(two_ranks, tiny_model_dir: Path) -> None:
-    first, second = said(two_ranks(8))
-    checksums = {name: checksum(weight) for name, weight in named_weights(unchanged(tiny_model_dir))}
-    for rank, found in enumerate((first, second)):
-        assert found["completions"] == [[say(checksums, [rank, i], 100 * rank + i + index, 8) for index in range(2)] for i in range(4)]
-    assert (first["version"], first["label"]) == (second["version"], second["label"]) == (2, first["label"])
-    # A failure on the first rank in the middle of gathering is an error on both.
-    assert first["error"].startswith("FileNotFoundError")
-    assert second["error"].startswith("RuntimeError: rank 0: FileNotFoundError")
-    assert first["version after the error"] is second["version after the error"] is None
-
-
-@pytest.mark.long
-@pytest.mark.vllm
-@pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed here")
-def test_a_server_that_is_split_over_devices(tiny_model_dir: Path, tmp_path: Path, policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RPT_SERVER_KEY", KEY)
-    server = ServerUnderTest("vllm-split", tiny_model_dir, tmp_path)
-    server.start()
-    try:
-        server.wait_until_ready()
-        with VLLMServerEngine([server.url], SharedFolderTransport(str(tmp_path / "weights")), dtype="float32") as engine:
-            engine.start(str(tiny_model_dir), seed=0, max_model_len=MAX_MODEL_LEN)
-            engine.update_weights(named_weights(policy), version=3)
-            check_weights(engine, named_weights(policy), version=3, num_tensors=1000)
-            check_completions([server], policy, REQUESTS, engine.generate(REQUESTS))
-            weights = dict(named_weights(policy))
-            held = engine.read_weights(list(weights))
-            assert all(torch.equal(held[name], weights[name]) for name in weights)
-            call(server, "/weight_checker", {"action": "reset"})
-            with pytest.raises(SyncError, match="compared tensors differ"):
-                check_weights(engine, named_weights(policy), version=3)
-    finally:
-        server.kill()

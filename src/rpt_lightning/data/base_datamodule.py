@@ -62,6 +62,7 @@ class StreamDataModule(LightningDataModule):
     """Trains on the items of ``stream``, which ``setup`` makes, and carries its place."""
 
     stream: TaskStream
+    _trained: Place | None  # behind what is trained, where the stream is read ahead of it
 
     def __init__(self, *, items_per_step: int, flag: str, seed: int, **at_least_one: int | None) -> None:
         super().__init__()
@@ -71,7 +72,6 @@ class StreamDataModule(LightningDataModule):
         self.items_per_step = items_per_step
         self.flag = flag
         self.seed = seed
-        self._trained: Place | None = None  # behind what is trained, where the stream is read ahead of it
 
     @abstractmethod
     def make_batch(self, items: list[tuple[int, int]]) -> dict[str, Any]:

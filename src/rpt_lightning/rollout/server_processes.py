@@ -80,6 +80,8 @@ def server_command(
     if weight_transfer is not None:
         flags["weight-transfer-config"] = f'{{"backend": "{weight_transfer}"}}'
     switches = ["--tokens-only", "--disable-uvicorn-access-log", *(["--enforce-eager"] if enforce_eager else [])]
+    if kv_cache_gib is not None:
+        switches.append("--no-enable-chunked-prefill")  # as VLLMEngine on CPUs, which says why
     return (*_launcher(model_path), *(f"--{name}={value}" for name, value in flags.items()), *switches)
 
 

@@ -119,7 +119,7 @@ class VLLMEngine(RolloutEngine):
             logprobs_mode="processed_logprobs",  # after the temperature, as sampled
             gpu_memory_utilization=self.gpu_memory_utilization,
             # Of a prompt that it takes in two parts vLLM turns the first part's draw back, which a generator on a CPU cannot do (vLLM 0.32: "CPU Generator does
-            # not use offset").
+            # not use offset"). rollout/server_processes.py does the same.
             enable_chunked_prefill=None if on_gpu else False,
             kv_cache_memory_bytes=None if on_gpu else int(self.kv_cache_gib * 2**30),
             disable_log_stats=True,
