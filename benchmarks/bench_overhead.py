@@ -101,7 +101,7 @@ def run(folder: Path, args: argparse.Namespace) -> tuple[list[dict[str, float]],
     prepare_tasks(folder / "tasks", model if args.short else make_model_folder(folder / "tiny", short=True), short=args.short)
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(run_config(folder, steps=WARM_UP_STEPS + args.steps, short=args.short)))
-    generations, checkpoints = timed(RolloutEngine, "generate"), timed(RunCheckpoint, "_save")
+    generations, checkpoints = timed(RolloutEngine, "generate"), timed(RunCheckpoint, "save")
     if rpt(["fit", "--config", str(config)]):
         raise SystemExit("the run failed")
     lines = [json.loads(line) for line in (folder / "run" / "steps.jsonl").read_text().splitlines()]

@@ -11,7 +11,6 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 # Whole runs and engines take longer than the default suite allows; `make bench-short` runs them too.
 MARKS = {
-    "bench_overhead": [pytest.mark.long],
     "bench_rollout": [pytest.mark.long, pytest.mark.vllm],
     "bench_sync": [pytest.mark.long, pytest.mark.vllm],
 }

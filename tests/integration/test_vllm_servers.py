@@ -19,8 +19,8 @@ from server_processes_for_tests import KEY, MAX_MODEL_LEN, ServerUnderTest
 
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.weights import named_weights
-from rpt_lightning.rollout.engine import GenerationInterrupted
-from rpt_lightning.rollout.vllm_server_engine import NoServerError, VLLMServerEngine
+from rpt_lightning.rollout.engine import EngineLost, GenerationInterrupted
+from rpt_lightning.rollout.vllm_server_engine import VLLMServerEngine
 from rpt_lightning.rollout.weight_transport import SharedFolderTransport
 from rpt_lightning.training.sync_check import SyncError, check_weights
 from rpt_lightning.types import Completion, GenerationRequest
@@ -145,9 +145,9 @@ def test_all_servers_gone_is_one_clear_error(make_engine, policy: Policy, server
         for server in servers:
             server.kill()
 
-    with pytest.raises(NoServerError, match=r"none of the 2 servers could be used for \d+ s .*max_wait_s=2.*--ckpt_path last"):
+    with pytest.raises(EngineLost, match=r"none of the 2 servers could be used for \d+ s .*max_wait_s=2.*--ckpt_path last"):
         generate_with_fault(engine, many(LONG_REQUESTS, 3), kill_all, after_s=0.3)
-    with pytest.raises(NoServerError):
+    with pytest.raises(EngineLost):
         engine.update_weights(named_weights(policy), version=4)
     assert engine.version is None
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import functools
-import json
 import threading
 import time
-import traceback
-from datetime import timedelta
 
 import pytest
 import torch
+from async_run import OBJECTIVE, TASKS, lines_of, make, rollout_of, task_ids, tasks_in_order, versions
 from lightning.pytorch import Callback
-from lightning.pytorch.strategies import DDPStrategy
 from real_runs import SomeAreRight
-from small_run import SCRIPT, flat_weights
+from small_run import SCRIPT
 
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.weights import named_weights
-from rpt_lightning.rollout.engine import GenerationInterrupted
 from rpt_lightning.rollout.hf_engine import HFEngine
 from rpt_lightning.rollout.rollouter import Rollouter
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine
@@ -26,66 +22,10 @@ from rpt_lightning.rollout.vllm_engine import VLLMEngine
 from rpt_lightning.tasks.objective import Objective
 from rpt_lightning.tasks.prompt import ContinuationPrompt
 from rpt_lightning.tasks.reward import DenseReward
-from rpt_lightning.training.checkpoint import last_checkpoint
 from rpt_lightning.training.module import RPTModule
 from rpt_lightning.training.monitors import StepLog
 from rpt_lightning.training.rollout_callback import RolloutCallback
-from rpt_lightning.training.stop import RunStopped, StopRun
 from rpt_lightning.types import TrainBatch
-
-TASKS = 8  # a step
-OBJECTIVE = Objective(ContinuationPrompt(), SomeAreRight())
-
-
-class Watch(Callback):
-    """Keeps what every step was trained on, and the weights before and after it."""
-
-    def __init__(self):
-        self.batches, self.weights = [], []
-
-    def on_train_start(self, trainer, pl_module):
-        self.weights.append(flat_weights(pl_module))
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.batches.append(batch["rollouts"].groups)
-        self.weights.append(flat_weights(pl_module))
-
-
-def make(make_run, steps, engine, *, staleness=1, more=(), rollout_options=None, module_options=None, **options):
-    watch = Watch()
-    trainer, module, data = make_run(
-        steps,
-        engine=lambda: engine,
-        callbacks=[watch, *more],
-        rollout_options={"max_staleness": staleness} | (rollout_options or {}),
-        module_options={"correction": "truncate"} | (module_options or {}),
-        **options,
-    )
-    rollout_of(trainer).objective = OBJECTIVE
-    return trainer, module, data, watch
-
-
-def rollout_of(trainer):
-    return next(callback for callback in trainer.callbacks if isinstance(callback, RolloutCallback))
-
-
-def lines_of(folder):
-    return [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
-
-
-def task_ids(batches):
-    return [group.task.task_id for groups in batches for group in groups]
-
-
-def versions(batches):
-    return [{completion.policy_version for group in groups for completion in group.completions} for groups in batches]
-
-
-def tasks_in_order(make_run, num_steps):
-    """The tasks of a run's first steps, read straight from the data."""
-    _, _, data = make_run(1)
-    data.setup("fit")
-    return [data.next_batch()["tasks"] for _ in range(num_steps)]
 
 
 class ByHand(Callback):
@@ -237,112 +177,6 @@ def test_rollouts_that_are_too_old_are_dropped_and_counted(make_run, tmp_path):
     assert task_ids(watch.batches) == [task.task_id for tasks in tasks_in_order(make_run, 4) for task in tasks]
 
 
-class EndsInStep(Callback):
-    """Ends the run as a fault would: in a step, with the next one's rollouts under way."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.step:
-            raise OSError("power failure")
-
-
-@pytest.mark.parametrize("dynamic_sampling_from_step", [None, 0])
-def test_a_resumed_run_draws_again_what_was_under_way(make_run, tmp_path, dynamic_sampling_from_step):
-    folder = tmp_path / "run"
-    options = {"run_dir": folder, "rollout_options": {"dynamic_sampling_from_step": dynamic_sampling_from_step}}
-    trainer, module, data, first = make(make_run, 6, ScriptedEngine(SCRIPT), more=[StepLog(), EndsInStep(3)], **options)
-    with pytest.raises(OSError, match="power failure"):
-        trainer.fit(module, data)
-    path = last_checkpoint(folder)
-    saved = torch.load(path, weights_only=True)
-    place, trained = saved["TokenTaskDataModule"]["stream"]["index"], first.weights[3]
-    replaced = sum(line["rollout/replaced_groups"] for line in lines_of(folder))
-    assert path.name == "step-000003.ckpt"
-    assert place == 3 * TASKS + replaced
-    assert data.stream.index > place  # the stream was read ahead of what is trained
-    trainer, module, data, second = make(make_run, 6, ScriptedEngine(SCRIPT), more=[StepLog()], **options)
-    trainer.fit(module, data, ckpt_path=str(path), weights_only=True)
-    assert torch.equal(second.weights[0], trained)
-    replaced = sum(line["rollout/replaced_groups"] for line in lines_of(folder))
-    assert [line["step"] for line in lines_of(folder)] == [1, 2, 3, 4, 5, 6]
-    ids = task_ids([*first.batches[:3], *second.batches])
-    saved = torch.load(last_checkpoint(folder), weights_only=True)
-    assert saved["TokenTaskDataModule"]["stream"]["index"] == 6 * TASKS + replaced
-    assert {int(state["step"]) for state in saved["optimizer_states"][0]["state"].values()} == {6}
-    in_order = [task.task_id for tasks in tasks_in_order(make_run, int(6 + replaced // TASKS + 1)) for task in tasks]
-    if dynamic_sampling_from_step is None:
-        assert ids == in_order[: 6 * TASKS]  # none lost, none doubled, none in another step
-    else:
-        assert replaced > 0
-        assert len(set(ids)) == 6 * TASKS
-        assert set(ids) <= set(in_order[: int(6 * TASKS + replaced)])
-
-
-class Breaks(ScriptedEngine):
-    def _generate(self, requests):
-        if self.version == 2 and len(requests) == TASKS:
-            self.out_of_memory()
-        return super()._generate(requests)
-
-    def out_of_memory(self):
-        raise MemoryError("no room for the cache")
-
-
-def background_threads():
-    return [thread for thread in threading.enumerate() if thread.name == "rollouts"]
-
-
-def test_what_fails_in_the_background_fails_in_the_trainer(make_run, tmp_path):
-    engine, folder = Breaks(SCRIPT), tmp_path / "run"
-    trainer, module, data, watch = make(make_run, 8, engine, run_dir=folder)
-    with pytest.raises(MemoryError, match="no room for the cache") as raised:
-        trainer.fit(module, data)
-    text = "".join(traceback.format_exception(raised.value))
-    assert "in out_of_memory" in text
-    assert "in on_train_batch_start" in text
-    assert len(watch.batches) == 3  # batch 3 was to be generated by version 2
-    assert last_checkpoint(folder).name == "step-000003.ckpt"
-    assert engine.events[-1] == "close"
-    assert not background_threads()
-
-
-class Endless(ScriptedEngine):
-    """From version 1 on a batch would take half a minute."""
-
-    was_interrupted = False
-
-    def _generate(self, requests):
-        if self.version == 1 and len(requests) == TASKS:
-            for _ in range(3000):
-                time.sleep(0.01)
-                try:
-                    self._check_interrupted()
-                except GenerationInterrupted:
-                    self.was_interrupted = True
-                    raise
-        return super()._generate(requests)
-
-
-class AsksToStop(Callback):
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == 2:
-            StopRun.request(trainer, "enough", status=75, way_on="go on")
-
-
-def test_a_run_that_stops_does_not_wait_for_rollouts_under_way(make_run, tmp_path):
-    engine, folder = Endless(SCRIPT), tmp_path / "run"
-    trainer, module, data, _ = make(make_run, 8, engine, more=[StopRun(), AsksToStop()], run_dir=folder)
-    with pytest.raises(RunStopped) as raised:
-        trainer.fit(module, data)
-    assert raised.value.code == 75
-    assert engine.was_interrupted
-    assert engine.events[-1] == "close"
-    assert not background_threads()
-    assert torch.load(last_checkpoint(folder), weights_only=True)["TokenTaskDataModule"]["stream"]["index"] == 2 * TASKS
-
-
 def test_a_validation_in_between_is_of_the_present_weights(make_run, tmp_path):
     engine = ScriptedEngine(SCRIPT)
     options = {"data_options": {"num_eval_tasks": 4, "eval_batch_size": 4}, "limit_val_batches": 1, "val_check_interval": 2}
@@ -413,49 +247,6 @@ def test_what_cannot_be_done_is_said_before_the_first_step(make_run, staleness, 
     assert "start" not in engine.events
     with pytest.raises(ValueError, match=r"--rollout\.max_staleness -1"):
         RolloutCallback(max_staleness=-1)
-
-
-class StopsAtThree(Callback):
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        trainer.should_stop = trainer.should_stop or trainer.global_step >= 3
-
-
-class UnevenReward(SomeAreRight):
-    """Rank 1 has more dead groups than rank 0, so that ranks need rounds of dynamic sampling of their own."""
-
-    def group_rewards(self, predictions, task, first_token_probs=None):
-        if torch.distributed.get_rank() == 1 and task.position % 2:
-            return (0.0,) * len(predictions)
-        return super().group_rewards(predictions, task, first_token_probs)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("staleness", [1, 2])
-def test_two_ranks_generate_and_stop_together(make_run, tmp_path, staleness):
-    """With rounds of dynamic sampling in the background, and an end while the next batches are under way: a rank that went on alone would hang."""
-    strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo", timeout=timedelta(seconds=60))
-    folder = tmp_path / "two"
-    trainer, module, data, _ = make(
-        make_run,
-        10,
-        ScriptedEngine(SCRIPT),
-        staleness=staleness,
-        more=[StepLog(), StopsAtThree()],
-        run_dir=folder,
-        rollout_options={"dynamic_sampling_from_step": 0, "dynamic_sampling_max_factor": 3.0},
-        devices=2,
-        strategy=strategy,
-        min_epochs=0,
-    )
-    module.make_optimizer = functools.partial(torch.optim.SGD, lr=0.1)  # travels to the other process
-    rollout_of(trainer).objective = Objective(ContinuationPrompt(), UnevenReward())
-    trainer.fit(module, data)
-    lines = lines_of(folder)
-    assert [line["step"] for line in lines] == [1, 2, 3]
-    assert max(line["rollout/staleness"] for line in lines) <= staleness
-    replaced = sum(line["rollout/replaced_groups"] for line in lines)
-    assert replaced > 0
-    assert torch.load(last_checkpoint(folder), weights_only=True)["TokenTaskDataModule"]["stream"]["index"] == 3 * TASKS + replaced
 
 
 class Latency(ScriptedEngine):

@@ -1,4 +1,4 @@
-"""The order of a step, and what stops it: an engine that does not hold the policy's weights is found before anything is trained on its completions."""
+"""The order of a step, what is logged of it, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,44 +10,19 @@ from datetime import timedelta
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
-from small_run import SCRIPT, flat_weights
+from small_run import SCRIPT
+from watched_run import Watch, run
 
 from rpt_lightning.data.task_folder import TaskFolder
-from rpt_lightning.rollout.engine import Sample
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine
 from rpt_lightning.tasks.objective import Objective
 from rpt_lightning.tasks.prompt import ContinuationPrompt
 from rpt_lightning.tasks.reward import ConditionalDenseReward, DenseReward, Reward
 from rpt_lightning.training.monitors import StepLog
 from rpt_lightning.training.prompt_room import longest_context
-from rpt_lightning.training.ranks import Ranks
 from rpt_lightning.training.rollout_callback import RolloutCallback
-from rpt_lightning.training.sync_check import SyncError, sampled_names
 from rpt_lightning.types import PromptTokens
-
-
-class Watch(Callback):
-    """Keeps every batch's rollouts and the weights after every step."""
-
-    def __init__(self):
-        self.batches, self.weights = [], []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.batches.append(batch["rollouts"])
-        self.weights.append(flat_weights(pl_module))
-
-
-def run(make_run, steps, engine, more=(), **options):
-    watch = Watch()
-    trainer, module, data = make_run(steps, engine=lambda: engine, callbacks=[watch, *more], **options)
-    error = None
-    try:
-        trainer.fit(module, data)
-    except (SyncError, ValueError) as raised:
-        error = raised
-    return watch, module, data, error
 
 
 def test_weights_go_in_before_every_rollout(make_run):
@@ -59,40 +34,6 @@ def test_weights_go_in_before_every_rollout(make_run):
     for step, batch in enumerate(watch.batches):
         assert len(batch.groups) == 8
         assert {completion.policy_version for group in batch.groups for completion in group.completions} == {step}
-
-
-class StaleAfterFirst(ScriptedEngine):
-    """Acknowledges every update and keeps the weights of the first: one real optimizer step behind from step 2 on."""
-
-    def _update_weights(self, weights, version):
-        if version == 0:
-            super()._update_weights(weights, version)
-        else:
-            for _ in weights:
-                pass
-
-
-class WrongLogprobs(ScriptedEngine):
-    """Holds the right weights and computes something else from step 2 on, as a wrong temperature or a stale cache would."""
-
-    def _generate(self, requests):
-        samples = super()._generate(requests)
-        if self.version == 0:
-            return samples
-        return [[Sample(s.token_ids, tuple(logprob * 1.25 for logprob in s.logprobs)) for s in row] for row in samples]
-
-
-@pytest.mark.parametrize(
-    ("engine_class", "message"), [(StaleAfterFirst, "compared tensors differ"), (WrongLogprobs, "log-probs of engine and policy")]
-)
-def test_engine_that_is_not_the_policy_stops_the_run(make_run, tmp_path, engine_class, message):
-    engine = engine_class(SCRIPT)
-    watch, module, _, error = run(make_run, 5, engine)
-    assert isinstance(error, SyncError)
-    assert message in str(error)
-    assert len(watch.weights) == 1  # step 1 was honest; nothing was trained afterwards
-    assert torch.equal(flat_weights(module), watch.weights[0])
-    assert engine.events[-1] == "close"
 
 
 def num_rolled_out(engine):
@@ -315,35 +256,6 @@ def test_one_callback_trains_and_then_validates(make_run, tmp_path):
     assert "val/boxed_frac" in metrics
 
 
-@pytest.mark.parametrize("truncation", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}])
-def test_log_probs_of_a_truncating_sampler_are_not_compared(make_run, truncation, monkeypatch):
-    said = []
-    monkeypatch.setattr("rpt_lightning.training.rollout_callback.rank_zero_info", said.append)
-    watch, _, _, error = run(make_run, 2, WrongLogprobs(SCRIPT), rollout_options=truncation)
-    assert error is None
-    assert len(watch.batches) == 2
-    assert sum("are not compared" in line for line in said) == 1
-    _, _, _, error = run(make_run, 2, StaleAfterFirst(SCRIPT), rollout_options=truncation)
-    assert "compared tensors differ" in str(error)
-
-
-class Reads(ScriptedEngine):
-    """Keeps which tensors were read back."""
-
-    def _read_weights(self, names):
-        self.__dict__.setdefault("reads", []).append(tuple(names))
-        return super()._read_weights(names)
-
-
-def test_each_check_looks_at_the_next_tensors_however_versions_advance(make_run):
-    engine = Reads(SCRIPT)
-    _, module, _, _ = run(make_run, 20, engine, module_options={"optimizer_steps_per_batch": 4}, rollout_options={"verify_sequences": 0})
-    assert [event for event in engine.events if event.startswith("update")] == [f"update {4 * step}" for step in range(5)]
-    names = tuple(dict(module.policy.model.named_parameters(remove_duplicate=False)))
-    assert engine.reads == [sampled_names(names, turn, 8) for turn in range(5)]
-    assert set().union(*engine.reads) == set(names)
-
-
 def test_prompts_that_cannot_fit_are_found_before_the_first_step(make_run):
     engine = ScriptedEngine(SCRIPT)
     _, _, _, error = run(make_run, 1, engine, rollout_options={"max_prompt_tokens": 40})
@@ -375,15 +287,3 @@ def test_thought_controls_get_room_where_the_model_has_it(make_run):
 def test_a_factor_below_one_is_refused():
     with pytest.raises(ValueError, match=r"--rollout.dynamic_sampling_max_factor 0\.5"):
         RolloutCallback(dynamic_sampling_max_factor=0.5)
-
-
-def test_a_rank_without_completions_takes_part_in_the_policys_passes(make_run, monkeypatch):
-    trainer, module, data = make_run(1)
-    trainer.fit(module, data)
-    rollout = next(callback for callback in trainer.callbacks if isinstance(callback, RolloutCallback))
-    passes = []
-    module.policy.register_forward_hook(lambda *_: passes.append(1))
-    monkeypatch.setattr(Ranks, "max", lambda self, number: torch.tensor(2.0))
-    difference = rollout._sync.check_logprobs(trainer, module, (), temperature=1.0)
-    assert len(passes) == 2  # as many as the rank that needs most
-    assert difference["sync/logprob_diff_max"] == 0

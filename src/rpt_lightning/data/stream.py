@@ -99,6 +99,10 @@ class TaskStream:
     def place(self) -> Place:
         return self.epoch, self.index
 
+    @place.setter
+    def place(self, place: Place) -> None:
+        self.epoch, self.index = place
+
     def state_dict(self, place: Place | None = None) -> dict[str, Any]:
         """Of the present place, or of an earlier one."""
         epoch, index = self.place if place is None else place

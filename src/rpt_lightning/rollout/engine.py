@@ -25,6 +25,10 @@ from rpt_lightning.types import Completion, GenerationRequest, PromptTokens, Sam
 EngineDtype = Literal["float32", "bfloat16"]
 
 
+class EngineLost(RuntimeError):
+    """Nothing can be generated any more, and nothing is wrong with the policy or with what was asked: a run may end and go on later."""
+
+
 class GenerationInterrupted(RuntimeError):
     """``interrupt`` was called: nobody waits for these completions any more."""
 
@@ -112,12 +116,15 @@ class RolloutEngine(ABC):
             RuntimeError: The engine has no weights.
             ValueError: A request that cannot be served; the message names its task.
             GenerationInterrupted: Another thread called ``interrupt``.
+            EngineLost: What the engine generates on is gone.
         """
         version = self._version
         if self._token_bytes is None or version is None:
             raise RuntimeError(
                 f"{type(self).__name__} has no policy weights (not started, no update yet, or the last one failed): call update_weights first"
             )
+        if not requests:
+            return []
         check_requests(requests, max_model_len=self.max_model_len)
         with self._alone("generate"):
             samples = self._generate(requests)

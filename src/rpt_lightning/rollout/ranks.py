@@ -7,13 +7,15 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
+from rpt_lightning.rollout.engine import EngineLost
+
 T = TypeVar("T")
 
 
 def on_first_rank(work: Callable[[], T], *, meanwhile: Callable[[], None] = lambda: None) -> T:
     """Runs ``work`` on rank 0 and returns its result on every rank (a collective).
 
-    An error on rank 0 is raised on every rank: the others must not wait in a later collective for one that gave up.
+    An error on rank 0 is raised on every rank, EngineLost as itself: the others must not wait in a later collective for one that gave up.
 
     Args:
         work: Its result must be a plain Python value.
@@ -22,7 +24,7 @@ def on_first_rank(work: Callable[[], T], *, meanwhile: Callable[[], None] = lamb
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return work()
     error: Exception | None = None
-    outcome: list[Any] = [None, None]  # result, text of the error
+    outcome: list[Any] = [None, None, RuntimeError]  # result, text of the error, what it is to the other ranks
     try:
         if dist.get_rank() == 0:
             outcome[0] = work()
@@ -30,12 +32,12 @@ def on_first_rank(work: Callable[[], T], *, meanwhile: Callable[[], None] = lamb
             meanwhile()
     except Exception as caught:
         error = caught
-        outcome[1] = f"{type(caught).__name__}: {caught}"
+        outcome[1:] = [f"{type(caught).__name__}: {caught}", EngineLost if isinstance(caught, EngineLost) else RuntimeError]
     dist.broadcast_object_list(outcome, src=0)  # type: ignore[no-untyped-call, unused-ignore]
     if error is not None:
         raise error
     if outcome[1] is not None:
-        raise RuntimeError(f"rank 0: {outcome[1]}")
+        raise outcome[2](f"rank 0: {outcome[1]}")
     return cast(T, outcome[0])
 
 

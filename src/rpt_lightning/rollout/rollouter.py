@@ -28,7 +28,8 @@ class Rollouter:
         stop_after_first_box: A completion ends with its first box (a change of the paper's rule, docs/decisions.md).
         max_prompt_tokens: A longer prompt is an error; None leaves the limit to the engine.
         first_token_probs: The policy's probability of each prediction's first token, asked directly; needed by the dense rewards only.
-        share_work: Wraps the engine's ``generate`` where several processes roll out the same tasks, each a part of them.
+        share_work: Wraps the engine's ``generate`` where several processes roll out together. It may be a collective: each calls ``rollout`` and
+            ``complete`` equally often, with no tasks where it has none.
     """
 
     def __init__(
@@ -70,6 +71,19 @@ class Rollouter:
         self._num_drawn: Counter[str] = Counter()  # completions of each task with the weights of this version
         self._version: int | None = None
 
+    def sampling(self, *, temperature: float, max_tokens: int) -> SamplingSettings:
+        """How such completions are drawn."""
+        return SamplingSettings(
+            temperature=temperature,
+            max_tokens=max_tokens,
+            stop_token_ids=self.objective.prompt.stop_token_ids,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            stop_after_first_box=self.stop_after_first_box,
+            think_close=self.objective.prompt.think_close,
+        )
+
     def rollout(self, tasks: Sequence[Task], *, n: int | None = None, temperature: float | None = None) -> list[RolloutGroup]:
         """One group a task, in the order of the tasks.
 
@@ -108,7 +122,7 @@ class Rollouter:
         # Positions of a document next to each other, the shorter context first: each finds the one before it in the prefix cache.
         order = sorted(range(len(tasks)), key=lambda index: (tasks[index].doc_id, tasks[index].position))
         generate = self.engine.generate if self.share_work is None else self.share_work(self.engine.generate)
-        rows = generate([requests[index] for index in order]) if tasks else []
+        rows = generate([requests[index] for index in order])
         completions = dict(zip(order, map(tuple, rows), strict=True))
         self._check_versions(tasks, completions)
         return [completions[index] for index in range(len(tasks))]
@@ -135,16 +149,7 @@ class Rollouter:
                 f"task {task.task_id!r}: its prompt has {len(prompt_ids)} tokens, max_prompt_tokens={self.max_prompt_tokens}; "
                 "raise the limit or cut contexts to it when tasks are made"
             )
-        sampling = SamplingSettings(
-            temperature=temperature,
-            max_tokens=max_tokens,
-            stop_token_ids=self.objective.prompt.stop_token_ids,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            stop_after_first_box=self.stop_after_first_box,
-            think_close=self.objective.prompt.think_close,
-        )
+        sampling = self.sampling(temperature=temperature, max_tokens=max_tokens)
         version = -1 if self.engine.version is None else self.engine.version  # without weights the engine itself refuses
         seed = request_seed(self.run_seed, version, task.task_id, first_index)
         return GenerationRequest(task_id=task.task_id, prompt_ids=prompt_ids, n=n, seed=seed, sampling=sampling)

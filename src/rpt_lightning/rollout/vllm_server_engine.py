@@ -30,7 +30,7 @@ from transformers import AutoConfig
 
 from rpt_lightning.rollout.checksum import checksum
 from rpt_lightning.rollout.dispatch import Worker, dispatch
-from rpt_lightning.rollout.engine import EngineDtype, RolloutEngine, Sample
+from rpt_lightning.rollout.engine import EngineDtype, EngineLost, RolloutEngine, Sample
 from rpt_lightning.rollout.ranks import is_first_rank, on_first_rank
 from rpt_lightning.rollout.server import Fleet, Server, ServerLost
 from rpt_lightning.rollout.server_access import find_key
@@ -44,10 +44,6 @@ _LONGEST_LOAD_S = 900.0
 _INTERRUPT_S = 0.2  # between two looks at whether somebody interrupts
 
 
-class NoServerError(RuntimeError):
-    """No server could be used for ``max_wait_s``."""
-
-
 class VLLMServerEngine(RolloutEngine):
     """Args:
     urls: Of the servers, such as ``[http://10.0.0.5:8000, http://10.0.0.6:8000]``.
@@ -58,8 +54,8 @@ class VLLMServerEngine(RolloutEngine):
     max_num_seqs: Completions that this process has under way on one server.
     timeout_s: Longest silence of a server that works, in seconds. After it the server counts as dead.
     request_timeout_s: Longest time for the completions of one prompt, in seconds; a safeguard beside ``timeout_s``.
-    max_wait_s: With no usable server the run waits so long for one, in seconds, and then ends; at its start it waits so long for all of them. In a run
-        of several ranks it must be less than the time limit of their collectives.
+    max_wait_s: With no usable server the run waits so long for one, in seconds, and then ends with a checkpoint; at its start it waits so long for
+        all of them. In a run of several ranks it must be less than the time limit of their collectives.
     """
 
     def __init__(
@@ -272,7 +268,7 @@ class VLLMServerEngine(RolloutEngine):
                     log.warning("server out until the next update of the weights: %s: %s", url, why)
                 return usable
             if waited_s >= self.max_wait_s:
-                raise NoServerError(
+                raise EngineLost(
                     f"none of the {len(servers)} servers could be used for {waited_s:.0f} s (rollout.engine.max_wait_s={self.max_wait_s:g}). "
                     + "; ".join(f"{url}: {why}" for url, why in self._out.items())
                     + ". Start them again (`rpt serve`) and continue the run with --ckpt_path last"

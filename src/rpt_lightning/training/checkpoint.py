@@ -105,6 +105,21 @@ class RunCheckpoint(Checkpoint):
             _remove(leftover)
 
 
+def save_before_step(trainer: Trainer) -> None:
+    """A checkpoint as of the end of the step before; in ``on_train_batch_start``, on every rank, once the data module's place is that of the step before."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    counts = (progress.total, progress.current)
+    for count in counts:
+        count.ready -= 1  # Lightning has counted the step that begins
+    try:
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, RunCheckpoint):
+                callback.save(trainer)
+    finally:
+        for count in counts:
+            count.ready += 1
+
+
 def checkpoint_steps(folder: Path) -> list[int]:
     """Steps of the complete checkpoints in a folder, ascending."""
     return sorted(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.ckpt"))

@@ -43,6 +43,10 @@ class RankExchange:
         """As ``Ranks.gather``."""
         return self._data.gather(value)
 
+    def any(self, flag: bool) -> bool:
+        """As ``Ranks.any``."""
+        return any(self._tensor.gather(any(self._data.gather(flag))))
+
     def shared(self, work: Callable[[Sequence[T]], Sequence[R]]) -> Callable[[Sequence[T]], list[R]]:
         """As ``Ranks.shared``."""
         return shared_work(work, rank=self._tensor.rank, num_ranks=self._tensor.size, gather=self._tensor.gather)

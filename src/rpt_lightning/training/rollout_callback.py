@@ -13,12 +13,13 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from rpt_lightning.rollout.engine import RolloutEngine
+from rpt_lightning.rollout.engine import EngineLost, RolloutEngine
 from rpt_lightning.rollout.pilot import PilotRollout
 from rpt_lightning.rollout.rollouter import Rollouter
 from rpt_lightning.tasks.objective import BoundObjective, Objective
 from rpt_lightning.training.arithmetic import batch_arithmetic
 from rpt_lightning.training.async_rollouts import AsyncRollouts, check_settings
+from rpt_lightning.training.checkpoint import save_before_step
 from rpt_lightning.training.engine_sync import EngineSync
 from rpt_lightning.training.first_token import probs_of_policy
 from rpt_lightning.training.heldout_answers import heldout_answers
@@ -26,9 +27,10 @@ from rpt_lightning.training.policy_module import PolicyModule
 from rpt_lightning.training.prompt_room import check_training_prompts, check_validation_prompts, max_model_len
 from rpt_lightning.training.question_answers import answer_questions
 from rpt_lightning.training.rank_exchange import RankExchange
-from rpt_lightning.training.rollout_metrics import cached_fractions, over_ranks
+from rpt_lightning.training.rollout_metrics import cached_fractions, over_ranks, throughput
+from rpt_lightning.training.shared_generation import share_generation
 from rpt_lightning.training.step_rollouts import StepRoller, StepRollouts
-from rpt_lightning.types import SamplingSettings, Task, TrainBatch
+from rpt_lightning.types import Task, TrainBatch
 
 
 class RolloutCallback(Callback):
@@ -114,20 +116,6 @@ class RolloutCallback(Callback):
         self._ahead: AsyncRollouts | None = None
         self._step_end: float | None = None  # of the step before, on the clock of time.perf_counter
 
-    @property
-    def _sampling(self) -> SamplingSettings:
-        assert self.bound_objective is not None
-        return SamplingSettings(
-            temperature=self.temperature,
-            max_tokens=self.max_completion_tokens,
-            stop_token_ids=self.bound_objective.prompt.stop_token_ids,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            stop_after_first_box=self.stop_after_first_box,
-            think_close=self.bound_objective.prompt.think_close,
-        )
-
     # Life of the engine
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -140,16 +128,6 @@ class RolloutCallback(Callback):
         if self.objective is None:
             raise ValueError("rollout.objective is not set: say what the policy is asked and paid for, e.g. --rollout.objective Objective")
         self.bound_objective = self.objective.bind(pl_module.tokenizer)
-        if pl_module.corrects_mismatch and self._sampling.is_truncating:
-            raise ValueError(
-                f"rollout.top_p={self.top_p}, top_k={self.top_k}, min_p={self.min_p} truncate the distribution, which makes the importance ratios of "
-                "model.correction biased; sample with temperature alone (top_p 1, top_k 0, min_p 0) or set model.correction=none"
-            )
-        if self._sampling.is_truncating and self.verify_sequences:
-            rank_zero_info(
-                f"rollout.top_p={self.top_p}, top_k={self.top_k}, min_p={self.min_p}: the sampler truncates, so the engine's log-probs are those of another "
-                "distribution than the policy's and are not compared; versions and tensors still are"
-            )
         is_async = stage == "fit" and self.max_staleness > 0 and pl_module.learns_from_rollouts
         if is_async:
             check_settings(self.max_staleness, pl_module, self.objective.reward, trainer.datamodule)  # type: ignore[attr-defined]
@@ -167,8 +145,19 @@ class RolloutCallback(Callback):
             stop_after_first_box=self.stop_after_first_box,
             run_seed=self.seed,
             first_token_probs=probs_of_policy(trainer, pl_module) if self.objective.reward.needs_first_token_probs else None,
-            share_work=pl_module.ranks.shared if self._exchange is None else self._exchange.shared,
+            share_work=lambda generate: share_generation(generate, self._exchange or pl_module.ranks),
         )
+        self._sampling = self.rollouter.sampling(temperature=self.temperature, max_tokens=self.max_completion_tokens)
+        if pl_module.corrects_mismatch and self._sampling.is_truncating:
+            raise ValueError(
+                f"rollout.top_p={self.top_p}, top_k={self.top_k}, min_p={self.min_p} truncate the distribution, which makes the importance ratios of "
+                "model.correction biased; sample with temperature alone (top_p 1, top_k 0, min_p 0) or set model.correction=none"
+            )
+        if self._sampling.is_truncating and self.verify_sequences:
+            rank_zero_info(
+                f"rollout.top_p={self.top_p}, top_k={self.top_k}, min_p={self.min_p}: the sampler truncates, so the engine's log-probs are those of another "
+                "distribution than the policy's and are not compared; versions and tensors still are"
+            )
         self._sync = EngineSync(
             self.rollouter,
             seed=self.seed,
@@ -239,7 +228,12 @@ class RolloutCallback(Callback):
             return
         pl_module.clock.take()  # what came after the end of the step before, such as a validation
         self._step_start = time.perf_counter()
-        rollouts = self._roll_out(trainer, pl_module, batch["tasks"]) if self._ahead is None else self._ahead.next()
+        try:
+            rollouts = self._roll_out(trainer, pl_module, batch["tasks"]) if self._ahead is None else self._ahead.next()
+        except EngineLost:
+            trainer.datamodule.return_step()  # type: ignore[attr-defined]
+            save_before_step(trainer)
+            raise
         filled, metrics = rollouts.filled, rollouts.metrics
         pl_module.generated_work += rollouts.work
         batch["rollouts"] = TrainBatch(groups=filled.groups, sampling=self._sampling)
@@ -258,10 +252,14 @@ class RolloutCallback(Callback):
             if self._step_end is not None:
                 seconds["time/between_steps_s"] = self._step_start - self._step_end
             metrics = over_ranks(pl_module.ranks, seconds | pl_module.clock.take(), num_groups=1)
-            metrics["perf/rollout_tokens_per_s"] = self._rollout_tokens / (self._generation_s or metrics["time/rollout_s"])
             trained = {name: trainer.callback_metrics[f"train/{name}"].item() for name in ("completion_tokens", "groups")}
-            metrics["perf/tokens_per_s"] = (self._rollout_tokens + trained["completion_tokens"]) / metrics["time/step_s"]
-            metrics["perf/live_groups_per_s"] = trained["groups"] / metrics["time/step_s"]
+            metrics |= throughput(
+                metrics,
+                rollout_tokens=self._rollout_tokens,
+                generation_s=self._generation_s,
+                trained_tokens=trained["completion_tokens"],
+                trained_groups=trained["groups"],
+            )
             pl_module.log_step(metrics)
             self._step_end = now
 

@@ -68,6 +68,18 @@ def cached_fractions(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name: cached / tokens for name, tokens in shares.items() if tokens}
 
 
+def throughput(
+    seconds: Mapping[str, float], *, rollout_tokens: float, generation_s: float | None, trained_tokens: float, trained_groups: float
+) -> dict[str, float]:
+    """What a step did in a second; ``generation_s`` where its rollouts were generated beside the training of others, and not within it."""
+    step_s = seconds["time/step_s"]
+    return {
+        "perf/rollout_tokens_per_s": rollout_tokens / (generation_s or seconds["time/rollout_s"]),
+        "perf/tokens_per_s": (rollout_tokens + trained_tokens) / step_s,
+        "perf/live_groups_per_s": trained_groups / step_s,
+    }
+
+
 def over_ranks(ranks: Ranks, metrics: Mapping[str, float], *, num_groups: int) -> dict[str, float]:
     """The same metrics over all ranks: sums add up, times and differences are those of the worst rank, and means weigh every group equally.
 
