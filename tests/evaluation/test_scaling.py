@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -51,6 +53,17 @@ def test_intervals_cover_the_truth_and_follow_the_documents():
     # Ten positions that always agree carry the information of one: the interval is about sqrt(10) as wide.
     ratio = (by_document.curve_high - by_document.curve_low)[-1] / (by_position.curve_high - by_position.curve_low)[-1]
     assert 2.3 < ratio < 4.3
+
+
+def test_what_the_checkpoints_do_not_determine_is_no_law():
+    """A line in log C has no limit, equal accuracies have nothing to explain; an exact law with its bend in the middle is determined."""
+    assert fit_scaling([1, 2, 4, 8], [0.5 - 0.1 / c for c in (1, 2, 4, 8)]).is_determined
+    straight = fit_scaling([1, 10, 100, 1000], [0.1, 0.2, 0.3, 0.4])
+    assert straight.r_squared > 0.999
+    assert not straight.is_determined
+    constant = fit_scaling([1, 2, 4, 8], [0.25] * 4)
+    assert math.isnan(constant.r_squared)
+    assert not constant.is_determined
 
 
 @pytest.mark.parametrize(("compute", "message"), [([1, 2, 2, 3], "got 3"), ([0, 1, 2, 3], "above 0")])

@@ -68,7 +68,8 @@ def test_the_command_writes_picture_and_numbers(folder, tmp_path, capsys):
     assert imread(output).shape[:2] == (600, 840)
     text = output.with_suffix(".md").read_text()
     assert text in capsys.readouterr().out
-    assert "| 12, 1.2e+16 |" in text
+    assert "| 12, 1.2e+16: reasoning |" in text
+    assert "| 12: NTP, same positions | 100.0 % [99.0, 100.0] 400/400 |" in text
     assert "- hard: alpha" in text
     assert "100 documents" in text
 
@@ -76,7 +77,8 @@ def test_the_command_writes_picture_and_numbers(folder, tmp_path, capsys):
 def test_the_report_draws_the_law_or_says_what_it_lacks(folder):
     run = read_run(folder)
     figure = report_figure(run)
-    assert [trace["name"] for trace in figure.spec["data"]][:2] == ["easy, law", "easy (&gt; 0.5 nats)"]
+    assert [trace["name"] for trace in figure.spec["data"]][:3] == ["easy, law", "easy (&gt; 0.5 nats)", "easy, NTP"]
+    assert figure.spec["data"][2]["y"] == [100.0] * len(STEPS)
     assert figure.spec["layout"]["xaxis"]["type"] == "log"
     assert "R2" in figure.note
     few = replace(run, validations={step: run.validations[step] for step in (0, 1, 2)})

@@ -58,6 +58,8 @@ def test_training_and_sync():
     step = times()
     assert step.train_compute_s == pytest.approx(TRAIN_FLOPS / 500)
     assert times(checkpointing=True).train_compute_s == pytest.approx(4 / 3 * TRAIN_FLOPS / 500)
+    # 2 forward, 4 backward, 2 for the log-probs before the update, 2 to compute activations again
+    assert times(checkpointing=True, optimizer_steps_per_batch=2).train_compute_s == pytest.approx(10 / 6 * TRAIN_FLOPS / 500)
     # One micro-batch: half of the weights twice in bf16, half of the gradients in fp32.
     traffic = step_traffic(SETTINGS, SHAPE, TOKENS)
     assert TOKENS.micro_batches == 1

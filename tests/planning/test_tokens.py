@@ -43,11 +43,12 @@ def test_a_small_budget_computes_prompts_again():
     assert tokens.packed.tokens == 2 * (3 + 2 * 2)
 
 
-@given(st.integers(1, 9), st.sampled_from([0.25, 0.5, 1.0]))
-def test_only_live_groups_are_trained(num_tasks, live_frac):
+@given(st.integers(1, 9), st.sampled_from([0.25, 0.5, 1.0]), st.sampled_from([1, 2, 16]))
+def test_only_live_groups_are_trained(num_tasks, live_frac, num_ranks):
+    """One at least, and as many however few tasks a rank has."""
     prompts = assumed_prompts(num_tasks=num_tasks, positions_per_document=1, context_tokens=4, template_tokens=0)
-    tokens = step_tokens(prompts, group_size=2, completion_tokens=2, live_frac=live_frac, micro_batch_tokens=1000, num_ranks=1)
-    assert tokens.packed.scored_tokens == int(num_tasks * live_frac) * 4
+    tokens = step_tokens(prompts, group_size=2, completion_tokens=2, live_frac=live_frac, micro_batch_tokens=1000, num_ranks=num_ranks)
+    assert tokens.packed.scored_tokens == max(1, int(num_tasks * live_frac)) * 4
     assert tokens.num_completions == num_tasks * 2
 
 

@@ -23,13 +23,22 @@ MIN_POINTS = 4  # one more than the law has parameters
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScalingFit:
-    """``amplitude`` is A in units of accuracy at the largest compute: accuracy(C) = amplitude (C / C_max)^-alpha + limit."""
+    """``amplitude`` is A in units of accuracy at the largest compute: accuracy(C) = amplitude (C / C_max)^-alpha + limit.
+
+    ``r_squared`` is NaN where all accuracies are equal: there is nothing to explain.
+    """
 
     amplitude: float
     alpha: float
     limit: float
     r_squared: float
     max_compute: float
+
+    @property
+    def is_determined(self) -> bool:
+        """False where the search for alpha ended at one of its bounds, or where P* is no accuracy: the checkpoints then do not show where the curve bends."""
+        low, high = ALPHA_BOUNDS
+        return 1.01 * low < self.alpha < high / 1.01 and 0 <= self.limit <= 1 and not math.isnan(self.r_squared)
 
     def predict(self, compute: Sequence[float] | Floats) -> Floats:
         """Accuracy at each compute (FLOPs)."""
@@ -78,7 +87,7 @@ def fit_scaling(compute: Sequence[float] | Floats, accuracy: Sequence[float] | F
         amplitude=amplitude,
         alpha=math.exp(log_alpha),
         limit=limit,
-        r_squared=1 - residual / total if total else 1.0,
+        r_squared=1 - residual / total if total else math.nan,
         max_compute=float(flops.max()),
     )
 

@@ -31,6 +31,7 @@ class ScalingCurve:
     steps: tuple[int, ...]
     compute: tuple[float, ...]
     rates: tuple[Rate, ...]
+    ntp_rates: tuple[Rate, ...]  # of the same weights at the same positions
     fit: ScalingFit
     interval: ScalingInterval
 
@@ -42,10 +43,11 @@ class ScalingCurve:
     def text(self) -> str:
         """The law in words, with its intervals."""
         alpha, limit = self.interval.alpha, self.interval.limit
-        return (
+        text = (
             f"{self.band}: alpha {self.fit.alpha:.3g} [{alpha[0]:.3g}, {alpha[1]:.3g}], "
-            f"P* {100 * self.fit.limit:.1f} % [{100 * limit[0]:.1f}, {100 * limit[1]:.1f}], R2 {self.fit.r_squared:.3f}"
+            f"P* {100 * self.fit.limit:.1f} % [{100 * limit[0]:.1f}, {100 * limit[1]:.1f}], R2 {self.fit.r_squared:.3f}, {len(self.compute)} checkpoints"
         )
+        return text if self.fit.is_determined else f"{text}; they do not determine alpha and P*"
 
 
 def scaling(runs: list[Path], *, output: Path = Path("scaling.png")) -> None:
@@ -100,6 +102,7 @@ def _curve(name: str, band: str, steps: Sequence[int], flops: Sequence[float], r
         steps=tuple(steps),
         compute=tuple(flops),
         rates=tuple(Rate(int(row.sum()), len(row)) for row in correct),
+        ntp_rates=tuple(Rate.of([p.ntp_correct for p in row]) for row in rows),
         fit=fit_scaling(flops, correct.mean(axis=1)),
         interval=bootstrap_scaling(flops, correct, [p.doc_id for p in rows[0]], num_resamples=_NUM_RESAMPLES),
     )
@@ -109,7 +112,8 @@ def scaling_text(run: Run, curves: Sequence[ScalingCurve]) -> str:
     """The points and the fits, in Markdown."""
     rows = [markdown_row(f"{run.name}: step, FLOPs", [curve.band for curve in curves]), markdown_row("---", ["---"] * len(curves))]
     for index, (step, flops) in enumerate(zip(curves[0].steps, curves[0].compute, strict=True)):
-        rows.append(markdown_row(f"{step}, {flops:.3g}", [curve.rates[index] for curve in curves]))
+        rows.append(markdown_row(f"{step}, {flops:.3g}: reasoning", [curve.rates[index] for curve in curves]))
+        rows.append(markdown_row(f"{step}: NTP, same positions", [curve.ntp_rates[index] for curve in curves]))
     fits = [f"- {curve.text()}" for curve in curves]
     num_documents = curves[0].interval.num_units
     note = f"P(C) = A / C^alpha + P*, least squares; 95 % intervals by {_NUM_RESAMPLES} resamples of {num_documents} documents."
@@ -117,7 +121,7 @@ def scaling_text(run: Run, curves: Sequence[ScalingCurve]) -> str:
 
 
 def plot_scaling(runs: Sequence[Run], curves: Sequence[Sequence[ScalingCurve]], path: Path) -> None:
-    """Write a PNG with a panel a run: points with intervals, the fitted law, and its interval over documents as a band."""
+    """Write a PNG with a panel a run: points by reasoning and by NTP with intervals, the fitted law, and its interval over documents as a band."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -131,14 +135,15 @@ def plot_scaling(runs: Sequence[Run], curves: Sequence[Sequence[ScalingCurve]], 
 def _panel(panel: Axes, name: str, curves: Sequence[ScalingCurve]) -> None:
     for index, curve in enumerate(curves):
         colour = f"C{index}"
-        means = np.array([100 * rate.mean for rate in curve.rates])
-        ends = np.array([[100 * end for end in rate.interval] for rate in curve.rates])  # [C, 2]
-        panel.errorbar(curve.compute, means, yerr=np.abs(ends.T - means), fmt="o", color=colour, capsize=2, lw=1)
+        for rates, fill in ((curve.rates, colour), (curve.ntp_rates, "none")):
+            means = np.array([100 * rate.mean for rate in rates])
+            ends = np.array([[100 * end for end in rate.interval] for rate in rates])  # [C, 2]
+            panel.errorbar(curve.compute, means, yerr=np.abs(ends.T - means), fmt="o", color=colour, mfc=fill, capsize=2, lw=1)
         compute, accuracy = curve.points()
         panel.plot(compute, 100 * np.array(accuracy), color=colour, label=curve.text())
         panel.fill_between(curve.compute, 100 * curve.interval.curve_low, 100 * curve.interval.curve_high, color=colour, alpha=0.15, lw=0)
     panel.set_xscale("log")
     panel.set_xlabel("model FLOPs of training, rollouts included")
-    panel.set_ylabel("held-out next-token accuracy by reasoning, %")
+    panel.set_ylabel("held-out next-token accuracy, %\nby reasoning (full, with the law) and by NTP (hollow)")
     panel.set_title(name, fontsize=10)
     panel.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)

@@ -141,7 +141,7 @@ def _training(plan: Plan) -> tuple[str, str]:
         )
     if plan.times.train_network_s > plan.times.train_compute_s:
         return "which waits for the network", "fewer and larger micro-batches (model.micro_batch_tokens), or a faster network"
-    recompute = ", a quarter of it to compute activations again" if plan.settings.checkpointing else ""
+    recompute = ", activations computed again among them" if plan.settings.checkpointing else ""
     return (
         f"by the policy's operations{recompute}",
         "several positions a document (data.positions_per_document), larger micro-batches (fewer groups are cut), or more devices",

@@ -106,7 +106,7 @@ def step_times(settings: RunSettings, shape: ModelShape, device: Device, rates: 
     pass_flops = concurrent * forward_flops(shape.size, tokens.sampling) / (tokens.num_completions * tokens.completion_tokens)
     num_passes = completions * tokens.completion_tokens / concurrent
 
-    recompute = 4 / 3 if settings.checkpointing else 1
+    recompute = 1 / 3 if settings.checkpointing else 0  # one more forward pass, where there is a backward one
     # Every weight is read in fp32 and written in the engine's dtype, by the trainer and once more by a server that received it.
     copies = FP32_BYTES + settings.engine_dtype_bytes + (2 * settings.engine_dtype_bytes if settings.num_servers else 0)
     return StepTimes(
@@ -114,7 +114,7 @@ def step_times(settings: RunSettings, shape: ModelShape, device: Device, rates: 
         decode_s=num_passes * max((weights + cached) / bytes_per_s, pass_flops / flops_per_s),
         decode_cache_frac=cached / (weights + cached),
         longest_decode_s=settings.max_completion_tokens * weights / bytes_per_s,
-        train_compute_s=recompute * num_passes_of_training(settings) * train_flops(shape.size, tokens.busiest) / flops_per_s,
+        train_compute_s=(num_passes_of_training(settings) + recompute) * train_flops(shape.size, tokens.busiest) / flops_per_s,
         train_network_s=traffic.train_bytes / link_bytes_per_s,
         offload_s=_offload_s(settings, shape, device, tokens) if settings.cpu_offload else 0,
         sync_s=traffic.gather_bytes / link_bytes_per_s + traffic.server_bytes / NODE_LINK_BYTES_PER_S + shape.num_params * copies / bytes_per_s,

@@ -49,7 +49,7 @@ def step_tokens(
         prompts: Of all tasks of the step, in the order of the step.
         group_size: Completions a prompt.
         completion_tokens: Assumed length of each.
-        live_frac: Share of the groups that are trained: those with unequal rewards. They lie evenly among the others.
+        live_frac: Share of the step's groups that are trained: those with unequal rewards, one at least. They lie evenly among the others.
         micro_batch_tokens: Budget of a tree.
         num_ranks: Data-parallel ranks.
         on_gpu: Where attention computes no pairs under a mask of its own.
@@ -57,10 +57,12 @@ def step_tokens(
     ranks: list[Work] = []
     plain = prefill = Work()
     micro_batches = most_masked = 0
+    is_live = [int((i + 1) * live_frac) > int(i * live_frac) for i in range(len(prompts))]
+    is_live[-1] |= not any(is_live)
     for rank in range(num_ranks):
         share = rank_share(prompts, rank=rank, num_ranks=num_ranks)
         prefill += _trie_work(share)
-        live = [prompt for i, prompt in enumerate(share) if int((i + 1) * live_frac) > int(i * live_frac)]
+        live = [prompt for prompt, trained in zip(share, rank_share(is_live, rank=rank, num_ranks=num_ranks), strict=True) if trained]
         sequences = [
             # The first token makes a completion unlike any other; negative ids belong to nobody.
             TrainSequence(prompt_ids=prompt, target_ids=(-1 - g,) + (-1,) * (completion_tokens - 1))

@@ -14,6 +14,7 @@ from rpt_lightning.evaluation.report.figures import (
     scaling,
     time_by_phase,
 )  # fmt: skip
+from rpt_lightning.evaluation.report.page import json_for_script
 from rpt_lightning.evaluation.report.plot import colour
 from rpt_lightning.metrics.interval import wilson_interval
 from sample_results import results
@@ -63,6 +64,15 @@ def test_few_steps_are_points_and_many_have_a_running_mean():
     faint, mean = traces(many)
     assert faint["y"][-1] == 19.0
     assert (mean["x"][0], mean["y"][0], mean["x"][-1], mean["y"][-1]) == (10, 4.5, 20, 14.5)
+
+
+def test_a_value_that_is_not_finite_has_no_point():
+    """JSON has no NaN, and one would keep a browser from reading anything on the page."""
+    (figure,) = all_figures([logged(policy__entropy=[0.5, float("nan"), float("inf")])], {"<i>r</i>": {}})
+    assert traces(figure)[0]["y"] == [0.5, None, None]
+    assert "NaN" not in json_for_script(figure.spec)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        json_for_script([float("nan")])
 
 
 def test_all_equal_groups_are_those_that_are_not_live():

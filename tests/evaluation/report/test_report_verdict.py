@@ -82,33 +82,45 @@ def test_the_thought_against_an_empty_one():
     assert thought.tone == "gain"
     assert "With the thought 60.0 % [53.1, 66.5] 120/200, with an empty one 0.0 % [0.0, 1.9] 0/200." in thought.numbers
     _, thought = verdicts([run(results(3, 3, empty_thought_correct=True))])["run"]
-    assert (thought.tone, thought.headline) == ("loss", "The thought harms: with an empty one the same weights answer better.")
+    assert (thought.tone, thought.headline) == ("loss", "The thought harms: behind an empty one the same weights answer better.")
 
 
 def test_what_training_changed():
     _, rose = verdicts([run(results(1, 2), results(2, 2, step=30), results(3, 2, step=50))])["run"]
     assert (rose.tone, rose.headline) == ("gain", "From step 0 to step 50 reasoning accuracy rose.")
     assert "At step 0 by reasoning 20.0 %" in rose.numbers
+    assert "Without reasoning, at the same positions: 40.0 % [33.5, 46.9] 80/200 at step 0, 40.0 %" in rose.numbers
     _, fell = verdicts([run(results(3, 2), results(1, 2, step=50))])["run"]
     assert fell.tone == "loss"
     _, one_validation = verdicts([run(results(3, 2, step=50), rewards=[0.1] * 30)])["run"]
     assert one_validation.headline.startswith("What training changed cannot be said")
-    _, changed, short = verdicts([run(results(1, 2), results(1, 2, step=3), rewards=[0.1, 0.2, 0.3])])["run"]
+    _, changed = verdicts([run(results(1, 2), results(1, 2, step=3), rewards=[0.1, 0.2, 0.3])])["run"]
     assert changed.tone == "undecided"
-    assert short.headline == "3 steps are too few to say whether the reward rises."
-    assert "Mean reward: 0.200" in short.numbers
 
 
 def test_other_runs_are_held_against_the_first():
     rpt, ntp = run(results(3, 1), name="rpt"), run(results(None, 4, num_documents=40), name="ntp")
     said = verdicts([rpt, ntp])
     assert len(said["rpt"]) == 1
-    assert (said["ntp"][-1].tone, said["ntp"][-1].headline) == ("gain", "ntp is more accurate than rpt.")
-    assert "rpt by reasoning 60.0 % [53.1, 66.5] 120/200, ntp by NTP 80.0 %" in said["ntp"][-1].numbers
+    own, without = said["ntp"][-2:]
+    assert (own.tone, own.headline) == ("gain", "ntp by NTP is more accurate than rpt by reasoning.")
+    assert "rpt by reasoning 60.0 % [53.1, 66.5] 120/200, ntp by NTP 80.0 %" in own.numbers
+    assert (without.tone, without.headline) == ("gain", "ntp by NTP is more accurate than rpt by NTP.")
+    assert "rpt by NTP 20.0 %" in without.numbers
+    # The same by NTP: what was a gain was one of the way of answering.
+    *_, own, without = verdicts([run(results(1, 4), name="rpt"), ntp])["ntp"]
+    assert (own.tone, without.tone) == ("gain", "undecided")
+    assert len(verdicts([ntp, run(results(None, 4), name="other")])["other"]) == 2  # of its own, and one by NTP
     other = verdicts([rpt, run(results(3, 1, num_documents=39), name="other")])["other"][-1]
-    assert (other.tone, other.headline) == ("unknown", "It cannot be said whether other is better than rpt: the positions differ.")
+    assert (other.tone, other.headline) == ("unknown", "It cannot be said whether other by NTP is better than rpt by NTP: the positions differ.")
     assert "Validate both with the same task folder" in other.numbers
     assert "never validated" in verdicts([rpt, run(name="other")])["other"][-1].headline
+
+
+def test_answers_to_questions_are_not_passed_over():
+    (statement,) = verdicts([replace(run(), answers={0: None})])["run"]
+    assert "was asked questions" in statement.headline
+    assert "rpt compare" in statement.numbers
 
 
 def test_reward_of_first_and_last_steps():

@@ -134,11 +134,16 @@ def _fitted_scaling(run: Run, curves: Sequence[ScalingCurve]) -> Figure:
         traces.append(line(law, [100 * value for value in accuracy], name=f"{curve.band}, law", **style).update(hoverinfo="skip", hovertemplate=None))
         points = line(curve.compute, [], name=f"{curve.band} (> {THRESHOLDS[curve.band]} nats)", symbol=symbol_of(number), **style)
         traces.append(points.update(mode="markers").update(percent(curve.rates)))
-    figure = new_figure(traces, "model FLOPs of training, rollouts included", "held-out accuracy by reasoning, %")
+        without = line(curve.compute, [], name=f"{curve.band}, NTP", symbol=f"{symbol_of(number)}-open", dash="dash", **style)
+        traces.append(without.update(percent(curve.ntp_rates)))
+    figure = new_figure(traces, "model FLOPs of training, rollouts included", "held-out accuracy, %")
     figure.update_layout(showlegend=True)
     figure.update_xaxes(type="log", exponentformat="power")
     fits = ". ".join(curve.text() for curve in curves)
-    note = f"Line: P(C) = A / C^alpha + P*. Brackets: 95 % intervals over documents. {fits}. Bars: 95 % intervals (Wilson)."
+    note = (
+        "Full: by reasoning. Hollow, dashed: the same weights' next token without reasoning. "
+        f"Line: P(C) = A / C^alpha + P*. Brackets: 95 % intervals over documents. {fits}. Bars: 95 % intervals (Wilson)."
+    )
     return finish(figure, "scaling", f"{run.name}: accuracy against training compute", note)
 
 

@@ -77,7 +77,7 @@ def render(page: Page) -> str:
 
 def json_for_script(data: object) -> str:
     r"""JSON that no string in it can end, or turn into a comment: every ``<`` becomes ``\u003c``, which JSON reads as the same character."""
-    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def _security_policy(scripts: Sequence[str]) -> str:

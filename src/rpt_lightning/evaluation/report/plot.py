@@ -7,6 +7,7 @@ in ``meta`` which.
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -118,6 +119,6 @@ def percent(rates: Sequence[Rate]) -> dict[str, Any]:
     }
 
 
-def rounded(values: Any) -> list[float]:
-    """Five digits are more than a picture shows, and lists (unlike arrays) stay readable in the file."""
-    return [float(f"{value:.5g}") for value in values]
+def rounded(values: Any) -> list[float | None]:
+    """Five digits are more than a picture shows, and lists (unlike arrays) stay readable in the file. JSON has no NaN: what is not finite has no point."""
+    return [float(f"{value:.5g}") if math.isfinite(value) else None for value in values]

@@ -17,7 +17,6 @@ Tone = Literal["gain", "loss", "undecided", "unknown"]
 MIN_POSITIONS = 100
 MIN_DOCUMENTS = 20
 """Below these a percentile bootstrap over documents is not to be trusted, and the report judges nothing."""
-MIN_STEPS = 20
 _REWARD_STEPS = 10
 
 
@@ -42,7 +41,7 @@ def verdicts(runs: Sequence[Run]) -> dict[str, list[Statement]]:
         run.name: [
             *_of_policy(run),
             *_of_training(run),
-            *([_against(reference, run)] if run is not reference else []),
+            *(_against(reference, run) if run is not reference else []),
         ]
         for run in runs
     }
@@ -50,6 +49,14 @@ def verdicts(runs: Sequence[Run]) -> dict[str, list[Statement]]:
 
 def _of_policy(run: Run) -> list[Statement]:
     last = run.last_validation
+    if last is None and run.answers:
+        return [
+            Statement(
+                tone="unknown",
+                headline="This run was asked questions, which this page does not judge.",
+                numbers="`rpt compare` shows its accuracy after a thought and without one, before and after training.",
+            )
+        ]
     if last is None:
         return [
             Statement(tone="unknown", headline="No held-out accuracy: this run was never validated.", numbers="Run `rpt validate` on its policy.")
@@ -87,8 +94,8 @@ def _of_policy(run: Run) -> list[Statement]:
                 control,
                 rates,
                 question="whether the thought helps",
-                gain="The thought helps: without it the same weights answer worse.",
-                loss="The thought harms: with an empty one the same weights answer better.",
+                gain="Behind an empty thought, which they were not trained on, the same weights answer worse.",
+                loss="The thought harms: behind an empty one the same weights answer better.",
                 undecided="The thought is not shown to help: the interval against an empty thought contains 0.",
             )
         )
@@ -108,24 +115,18 @@ def _of_training(run: Run) -> list[Statement]:
         )
     elif len(measured) >= 2:
         first, last = measured[0], measured[-1]
+        without = [f"{accuracy_point(results, ALL).ntp} at step {results.step}" for results in (first, last)]
         statements.append(
             _compare(
                 first,
                 last,
+                modes=("reasoning", "reasoning"),
+                further=f" Without reasoning, at the same positions: {', '.join(without)}.",
                 names=(f"At step {first.step}", f"at step {last.step}"),
                 question="whether training raised reasoning accuracy",
                 gain=f"From step {first.step} to step {last.step} reasoning accuracy rose.",
                 loss=f"From step {first.step} to step {last.step} reasoning accuracy fell.",
                 undecided=f"From step {first.step} to step {last.step} reasoning accuracy is not shown to change: the interval contains 0.",
-            )
-        )
-    _, rewards = run.series("reward/mean")
-    if 0 < len(rewards) < MIN_STEPS:
-        statements.append(
-            Statement(
-                tone="unknown",
-                headline=f"{len(rewards)} steps are too few to say whether the reward rises.",
-                numbers=f"{MIN_STEPS} steps are the least that this report judges by. Mean reward: {sum(rewards) / len(rewards):.3f}.",
             )
         )
     return statements
@@ -140,39 +141,58 @@ def reward_ends(run: Run) -> str:
     return f"{sum(rewards[:num]) / num:.3f} in the first {num} steps, {sum(rewards[-num:]) / num:.3f} in the last {num}"
 
 
-def _against(reference: Run, run: Run) -> Statement:
-    """The two runs' last policies, each answering in the way that it was asked to: by reasoning if that was measured, else by NTP."""
+def _against(reference: Run, run: Run) -> list[Statement]:
+    """The two runs' last policies: each answering in the way that it was asked to (by reasoning if that was measured, else by NTP), and both without reasoning."""
     first, second = reference.last_validation, run.last_validation
     if first is None or second is None:
-        return Statement(tone="unknown", headline=f"No comparison with {reference.name}: one of the two was never validated.", numbers="")
-    return _compare(
-        first,
-        second,
-        names=(reference.name, run.name),
-        question=f"whether {run.name} is better than {reference.name}",
-        gain=f"{run.name} is more accurate than {reference.name}.",
-        loss=f"{run.name} is less accurate than {reference.name}.",
-        undecided=f"{run.name} is not shown to differ from {reference.name}: the interval contains 0.",
-    )
+        return [Statement(tone="unknown", headline=f"No comparison with {reference.name}: one of the two was never validated.", numbers="")]
+    own = (_mode(first), _mode(second))
+    statements = []
+    for modes in dict.fromkeys([own, ("ntp", "ntp")]):
+        one, other = f"{reference.name} by {_MODE_NAMES[modes[0]]}", f"{run.name} by {_MODE_NAMES[modes[1]]}"
+        statements.append(
+            _compare(
+                first,
+                second,
+                modes=modes,
+                names=(reference.name, run.name),
+                question=f"whether {other} is better than {one}",
+                gain=f"{other} is more accurate than {one}.",
+                loss=f"{other} is less accurate than {one}.",
+                undecided=f"{other} is not shown to differ from {one}: the interval contains 0.",
+            )
+        )
+    return statements
 
 
-def _compare(first: Results, second: Results, *, names: tuple[str, str], question: str, gain: str, loss: str, undecided: str) -> Statement:
+_Mode = Literal["reasoning", "ntp"]
+_MODE_NAMES = {"reasoning": "reasoning", "ntp": "NTP"}
+
+
+def _mode(results: Results) -> _Mode:
+    return "reasoning" if all(position.reasoning_correct is not None for position in results.positions) else "ntp"
+
+
+def _compare(
+    first: Results,
+    second: Results,
+    *,
+    modes: tuple[_Mode, _Mode],
+    names: tuple[str, str],
+    question: str,
+    gain: str,
+    loss: str,
+    undecided: str,
+    further: str = "",
+) -> Statement:
     try:
         pairs = pair_results(first, second)
     except ValueError as error:
         return Statement(tone="unknown", headline=f"It cannot be said {question}: the positions differ.", numbers=str(error))
-    modes = [_answers(results) for results in (first, second)]
     outcomes = [[bool(getattr(pair[side], f"{mode}_correct")) for pair in pairs] for side, mode in enumerate(modes)]  # [2, positions]
     difference = paired_bootstrap(outcomes[0], outcomes[1], units=[one.doc_id for one, _ in pairs])
     rates = [f"{name} by {_MODE_NAMES[mode]} {Rate.of(right)}" for name, mode, right in zip(names, modes, outcomes, strict=True)]
-    return _judge(difference, f"{', '.join(rates)}.", question=question, gain=gain, loss=loss, undecided=undecided)
-
-
-_MODE_NAMES = {"reasoning": "reasoning", "ntp": "NTP"}
-
-
-def _answers(results: Results) -> str:
-    return "reasoning" if all(position.reasoning_correct is not None for position in results.positions) else "ntp"
+    return _judge(difference, f"{', '.join(rates)}.{further}", question=question, gain=gain, loss=loss, undecided=undecided)
 
 
 def _judge(difference: Difference, numbers: str, *, question: str, gain: str, loss: str, undecided: str) -> Statement:
