@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -91,3 +92,43 @@ class ServerUnderTest:
     @property
     def is_running(self) -> bool:
         return self._process is not None and self._process.is_running
+
+
+class ForeignProgram:
+    """Another program that came up on a server's port: the same JSON to every request, with a status of its own."""
+
+    SCRIPT = """
+import http.server, sys
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        status, _, reason = sys.argv[2].partition(" ")
+        self.send_response(int(status), reason)
+        self.end_headers()
+        self.wfile.write(b'["hello"]')
+
+    do_POST = do_GET
+
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Answers).serve_forever()
+"""
+
+    def __init__(self, port: int, answer: str) -> None:
+        self._url = f"http://127.0.0.1:{port}"
+        self._command = [sys.executable, "-c", self.SCRIPT, str(port), answer]
+
+    def __enter__(self) -> None:
+        self._process = subprocess.Popen(self._command, stderr=subprocess.DEVNULL)
+        end = time.monotonic() + MAX_IDLE_S
+        while True:
+            try:
+                urllib.request.urlopen(self._url, timeout=5).close()
+                return
+            except urllib.error.HTTPError:
+                return
+            except OSError:
+                assert time.monotonic() < end
+                time.sleep(0.05)
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.wait()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from server_checks import LONG_REQUESTS, REQUESTS, SAMPLING, call, check_completions, many
-from server_processes_for_tests import KEY, MAX_MODEL_LEN, ServerUnderTest
+from server_processes_for_tests import KEY, MAX_MODEL_LEN, ForeignProgram, ServerUnderTest
 
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.weights import named_weights
 from rpt_lightning.rollout.engine import EngineLost, GenerationInterrupted
+from rpt_lightning.rollout.server import Server, ServerLost
 from rpt_lightning.rollout.vllm_server_engine import VLLMServerEngine
 from rpt_lightning.rollout.weight_transport import SharedFolderTransport
 from rpt_lightning.training.sync_check import SyncError, check_weights
@@ -185,7 +186,47 @@ def test_a_server_that_comes_later_is_compared_too(engine: VLLMServerEngine, pol
     servers[0].wait_until_ready()
     check_completions(servers, policy, REQUESTS, engine.generate(REQUESTS))
     assert engine.num_usable == 1
-    assert "loaded the weights of" in engine._out[servers[0].url]
+    assert "should hold the weights of" in engine._out[servers[0].url]
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_server_that_could_not_be_compared_is_compared_before_it_generates(
+    engine: VLLMServerEngine, policy: Policy, servers: list[ServerUnderTest], monkeypatch: pytest.MonkeyPatch, wrong: bool
+) -> None:
+    """Else a comparison that fails everywhere would pass for one that found nothing."""
+    checksums, asked = Server.checksums, []
+
+    async def fails_at_first(self: Server, names: Sequence[str]) -> dict[str, str]:
+        asked.append(self.url)
+        if len(asked) <= len(servers):
+            raise ServerLost(f"{self.url}: status 500")
+        return await checksums(self, names)
+
+    monkeypatch.setattr(Server, "checksums", fails_at_first)
+    check_weights(engine, named_weights(policy), version=3)
+    assert engine.num_usable == 0
+    if wrong:
+        call(servers[1], "/weight_checker", {"action": "reset"})  # all zero; version and label stay
+    check_completions(servers, policy, REQUESTS, engine.generate(REQUESTS))
+    assert engine.num_usable == (1 if wrong else 2)
+    assert sorted(asked) == sorted(2 * [server.url for server in servers])
+    engine.generate(REQUESTS)
+    assert len(asked) == 4  # once is enough
+
+
+def test_another_program_on_a_servers_port(engine: VLLMServerEngine, policy: Policy, servers: list[ServerUnderTest]) -> None:
+    """Also one that answers everything, but not what a server would."""
+    for version, answer in ((3, "404 Not Found"), (5, "200 OK")):
+        servers[0].kill()
+        with ForeignProgram(servers[0].port, answer):
+            check_completions(servers, policy, REQUESTS, engine.generate(REQUESTS), version=version)
+            assert engine.num_usable == 1
+            engine.update_weights(named_weights(policy), version=version + 1)
+            check_completions(servers, policy, REQUESTS, engine.generate(REQUESTS), version=version + 1)
+        servers[0].start()
+        servers[0].wait_until_ready()
+        engine.update_weights(named_weights(policy), version=version + 2)
+        assert engine.num_usable == 2
 
 
 def test_weights_that_change_under_a_completion_throw_it_away(engine: VLLMServerEngine, policy: Policy, servers: list[ServerUnderTest]) -> None:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpt_lightning.rollout.dispatch import dispatch
-from rpt_lightning.rollout.engine import Sample
+from rpt_lightning.rollout.dispatch import MOST_TRIES, dispatch
+from rpt_lightning.rollout.engine import EngineLost, Sample
 from rpt_lightning.rollout.server import ServerLost
 from rpt_lightning.types import GenerationRequest, SamplingSettings
 
@@ -96,6 +96,18 @@ def test_one_large_document_is_shared_out() -> None:
     workers = [Scripted(f"w{i}", numbers) for i in range(4)]
     run(make_requests([16], 8), [workers], room=1000, lost=[])
     assert [len(worker.asked) for worker in workers] == [4, 4, 4, 4]
+
+
+def test_a_request_that_every_server_fails_at_is_not_asked_for_ever() -> None:
+    class Failing(Scripted):
+        async def generate(self, request: GenerationRequest) -> list[Sample]:
+            self.asked.append(request.task_id)
+            raise ServerLost("status 500")
+
+    worker = Failing("f", random.Random(0))
+    with pytest.raises(EngineLost, match=rf"doc:0:0: a server failed at each of {MOST_TRIES} tries, the last with: status 500"):
+        run(make_requests([1], 1), [[worker]] * (MOST_TRIES + 1), room=8, lost=[])
+    assert len(worker.asked) == MOST_TRIES
 
 
 def test_another_error_ends_it() -> None:

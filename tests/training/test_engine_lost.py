@@ -16,10 +16,11 @@ from rpt_lightning.rollout.scripted_engine import ScriptedEngine
 from rpt_lightning.tasks.objective import Objective
 from rpt_lightning.tasks.prompt import ContinuationPrompt
 from rpt_lightning.training.checkpoint import RunCheckpoint, last_checkpoint
-from rpt_lightning.training.monitors import RolloutSamples, StepLog
+from rpt_lightning.training.monitors import RolloutSamples, StepLog, ValidationResults
 from rpt_lightning.training.rollout_callback import RolloutCallback
 
 STEPS = 5
+VALIDATES = {"limit_val_batches": 1, "val_check_interval": 2, "data_options": {"num_eval_tasks": 4, "eval_batch_size": 4}}
 
 
 class IsLost(ScriptedEngine):
@@ -39,7 +40,9 @@ class IsLost(ScriptedEngine):
 
 
 def make(make_run, folder, engine, *, every_n_steps=100, **options):
-    trainer, module, data = make_run(STEPS, engine=lambda: engine, run_dir=folder, callbacks=[StepLog(), RolloutSamples(every_n_steps=1)], **options)
+    trainer, module, data = make_run(
+        STEPS, engine=lambda: engine, run_dir=folder, callbacks=[StepLog(), RolloutSamples(every_n_steps=1), ValidationResults()], **options
+    )
     for callback in trainer.callbacks:
         if isinstance(callback, RunCheckpoint):
             callback.every_n_steps = every_n_steps
@@ -84,6 +87,20 @@ def test_in_the_first_step_of_an_epoch(make_run, tmp_path):
     data.setup("fit")
     tasks_per_step = data.stream.order.items_per_epoch // 2  # two steps an epoch
     check_goes_on(make_run, tmp_path, IsLost(2), data_options={"tasks_per_step": tasks_per_step})
+
+
+@pytest.mark.parametrize("in_later_round", [False, True], ids=["in the validation", "in the step behind it"])
+@pytest.mark.parametrize("steps_per_epoch", [None, 3])
+def test_where_a_validation_was_due(make_run, tmp_path, in_later_round, steps_per_epoch):
+    """Lightning's loops then stand elsewhere than after an ordinary step: with 3 steps an epoch, the step behind the validation is its last."""
+    options = dict(VALIDATES)
+    if steps_per_epoch is not None:
+        _, _, data = make_run(1)
+        data.setup("fit")
+        options["data_options"] = options["data_options"] | {"tasks_per_step": data.stream.order.items_per_epoch // steps_per_epoch}
+    engine = IsLost(2, in_later_round=in_later_round)
+    check_goes_on(make_run, tmp_path, engine, **options)
+    assert engine.last_version == 2
 
 
 def test_while_rollouts_are_generated_ahead(make_run, tmp_path):

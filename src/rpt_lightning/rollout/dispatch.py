@@ -8,13 +8,15 @@ beside another's queue. A completion depends on its request's seed, not on the s
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import NoReturn, Protocol, cast
 
-from rpt_lightning.rollout.engine import Sample
+from rpt_lightning.rollout.engine import EngineLost, Sample
 from rpt_lightning.rollout.server import ServerLost
 from rpt_lightning.types import GenerationRequest
+
+MOST_TRIES = 10  # of a request: servers that answer with an error at once could be asked for ever
 
 
 class Worker(Protocol):
@@ -41,8 +43,12 @@ async def dispatch(
         find_workers: Asked at the beginning, and again whenever no worker is left; waits for one, or raises.
         room: Completions that one worker is given at a time (a document that is larger goes to a worker with nothing else to do).
         on_lost: Told of every worker that is lost.
+
+    Raises:
+        EngineLost: A request that no worker completes.
     """
     samples: dict[int, list[Sample]] = {}
+    failures: Counter[int] = Counter()  # of each request's own tries
     load: dict[Worker, int] = {}  # completions under way
     running: dict[asyncio.Task[object], tuple[Worker, int | None]] = {}  # a request's index; None: the watch over the worker
     waiting: deque[list[int]] = deque()
@@ -69,6 +75,10 @@ async def dispatch(
                 error = task.exception()
                 if isinstance(error, ServerLost):
                     on_lost(worker, error)
+                    if done_index is not None:
+                        failures[done_index] += 1
+                        if failures[done_index] == MOST_TRIES:
+                            raise EngineLost(f"{requests[done_index].task_id}: a server failed at each of {MOST_TRIES} tries, the last with: {error}")
                     del load[worker]
                     orphans = [task for task, (owner, _) in running.items() if owner is worker]
                     lost = [done_index, *(running.pop(task)[1] for task in orphans)]

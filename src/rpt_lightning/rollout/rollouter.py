@@ -121,11 +121,15 @@ class Rollouter:
         requests = [self._request(task, n, temperature, first_index, max_tokens) for task, first_index in zip(tasks, first_indices, strict=True)]
         # Positions of a document next to each other, the shorter context first: each finds the one before it in the prefix cache.
         order = sorted(range(len(tasks)), key=lambda index: (tasks[index].doc_id, tasks[index].position))
-        generate = self.engine.generate if self.share_work is None else self.share_work(self.engine.generate)
-        rows = generate([requests[index] for index in order])
+        rows = self.generate([requests[index] for index in order])
         completions = dict(zip(order, map(tuple, rows), strict=True))
         self._check_versions(tasks, completions)
         return [completions[index] for index in range(len(tasks))]
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Completion]]:
+        """The engine's ``generate``, together with the other processes where there are any."""
+        generate = self.engine.generate if self.share_work is None else self.share_work(self.engine.generate)
+        return generate(requests)
 
     def groups(self, tasks: Sequence[Task], completions: Sequence[tuple[Completion, ...]]) -> list[RolloutGroup]:
         """The groups that given completions make: read and paid. With several ranks the policy may be asked too, so every rank calls it."""

@@ -29,6 +29,10 @@ class ServerLost(RuntimeError):
     """This server is gone, hangs, or failed at what it was asked; another one may well do it."""
 
 
+class ServerRefused(ValueError):
+    """It takes no such question from us: another key, or another program than a server that `rpt serve` started."""
+
+
 class Server:
     """Args:
     url: Such as ``http://10.0.0.5:8000``.
@@ -43,9 +47,12 @@ class Server:
         self._timeout_s = timeout_s
         self._request_timeout_s = request_timeout_s
 
-    async def label(self) -> str:
+    async def label(self, *, limit_s: float | None = None) -> str:
         """The weights it holds, as whoever loaded them called them."""
-        return str((await self.call("GET", "/weight_info", limit_s=min(_PROBE_S, self._timeout_s)))["weight_version"])
+        answer = await self.call("GET", "/weight_info", limit_s=min(_PROBE_S, self._timeout_s) if limit_s is None else limit_s)
+        if not isinstance(answer, dict) or "weight_version" not in answer:
+            raise ServerRefused(f"{self.url}/weight_info: not an answer of vLLM: {str(answer)[:100]!r}")
+        return str(answer["weight_version"])
 
     async def describe(self) -> dict[str, Any]:
         return (await self.rpc("rpt_describe", limit_s=min(_PROBE_S, self._timeout_s)))[0]
@@ -57,7 +64,7 @@ class Server:
         """
         while True:
             await asyncio.sleep(every_s)
-            found = (await self.call("GET", "/weight_info", limit_s=self._timeout_s))["weight_version"]
+            found = await self.label(limit_s=self._timeout_s)
             if found != label:
                 raise ServerLost(f"{self.url} holds weights {found!r} now, not {label!r}")
 
@@ -109,14 +116,18 @@ class Server:
 
     async def rpc(self, method: str, *, limit_s: float | None = None, **kwargs: Any) -> list[dict[str, Any]]:
         """Calls a method of the server's workers (rollout/vllm_worker.py); one answer a worker."""
-        return list((await self.call("POST", "/collective_rpc", {"method": method, "kwargs": kwargs}, limit_s=limit_s))["results"])
+        answer = await self.call("POST", "/collective_rpc", {"method": method, "kwargs": kwargs}, limit_s=limit_s)
+        if not isinstance(answer, dict) or "results" not in answer:
+            raise ServerRefused(f"{self.url}/collective_rpc: not an answer of vLLM: {str(answer)[:100]!r}")
+        return list(answer["results"])
 
     async def call(self, verb: str, path: str, body: Any = None, *, limit_s: float | None = None) -> Any:
         """One HTTP request.
 
         Raises:
             ServerLost: No answer within ``limit_s`` seconds (None: the server's ``timeout_s``), or an answer that says it broke down (5xx).
-            ValueError: It refuses what we ask (4xx): a wrong key or flag, which another try would not mend.
+            ServerRefused: Our key is wrong, or it has no such path: another try would not mend it.
+            ValueError: It refuses what we ask for another reason (4xx): a wrong flag.
         """
         limit_s = self._timeout_s if limit_s is None else limit_s
         try:
@@ -129,11 +140,12 @@ class Server:
         if status >= 500:
             raise ServerLost(f"{self.url}{path}: status {status}: {text[:500]}")
         if status == 401:
-            raise ValueError(
+            raise ServerRefused(
                 f"{self.url} refuses our key: rollout.engine.api_key_env or api_key_file must name the key that `rpt serve` was started with"
             )
         if status >= 400:
-            raise ValueError(f"{self.url}{path}: status {status}: {text[:500]} (was this server started by `rpt serve`?)")
+            kind = ServerRefused if status in (403, 404, 405) else ValueError
+            raise kind(f"{self.url}{path}: status {status}: {text[:500]} (was this server started by `rpt serve`?)")
         try:
             return json.loads(text)
         except json.JSONDecodeError as error:

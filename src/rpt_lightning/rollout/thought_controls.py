@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from rpt_lightning.rollout.engine import RolloutEngine
 from rpt_lightning.rollout.forced_answer import forced_answers
+from rpt_lightning.rollout.rollouter import Rollouter
 from rpt_lightning.tasks.answer import BOX_OPEN
 from rpt_lightning.tasks.objective import BoundObjective
 from rpt_lightning.tasks.reward import prefix_match
@@ -17,25 +18,24 @@ from rpt_lightning.types import Completion, RolloutGroup, TokenIds, TokenTask
 MAX_ANSWER_TOKENS = 16
 
 
-def thought_controls(engine: RolloutEngine, objective: BoundObjective, groups: Sequence[RolloutGroup]) -> dict[str, list[bool | None]]:
+def thought_controls(rollouter: Rollouter, groups: Sequence[RolloutGroup]) -> dict[str, list[bool | None]]:
     """Greedy answers of ``groups`` (one completion each) under each control: whether each was right, or None where it could not be measured.
 
     "shuffled_thought" gives group ``i`` the thought of the first group of another document, searching from ``i + len(groups) // 2`` on; where all are
     of one document it is not measured. Neither is a position whose prompt, thought and answer are longer than the engine takes. A completion that
     never closed its thought has none to give, and counts as an empty one.
     """
-    thoughts = [thought_ids(engine, objective, group.completions[0]) or () for group in groups]
+    thoughts = [thought_ids(rollouter.engine, rollouter.objective, group.completions[0]) or () for group in groups]
     forced: dict[str, list[TokenIds | None]] = {
         "empty_thought": [()] * len(groups),
         "shuffled_thought": [None if donor is None else thoughts[donor] for donor in _donors(groups)],
     }
-    return {name: _answers(engine, objective, groups, given) for name, given in forced.items()}
+    return {name: _answers(rollouter, groups, given) for name, given in forced.items()}
 
 
-def _answers(
-    engine: RolloutEngine, objective: BoundObjective, groups: Sequence[RolloutGroup], thoughts: Sequence[TokenIds | None]
-) -> list[bool | None]:
-    answers = forced_answers(engine, objective, [group.task for group in groups], thoughts, max_tokens=MAX_ANSWER_TOKENS)
+def _answers(rollouter: Rollouter, groups: Sequence[RolloutGroup], thoughts: Sequence[TokenIds | None]) -> list[bool | None]:
+    objective = rollouter.objective
+    answers = forced_answers(rollouter, [group.task for group in groups], thoughts, max_tokens=MAX_ANSWER_TOKENS)
     # What was forced belongs to the answer: the parser must see the box's beginning.
     opening = (objective.prompt.think_close or b"") + BOX_OPEN
     right: list[bool | None] = [None] * len(groups)

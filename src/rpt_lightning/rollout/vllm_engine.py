@@ -13,6 +13,7 @@ import logging
 import os
 import random
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
@@ -173,8 +174,10 @@ def trainer_state_kept() -> Iterator[None]:
     """Leaves the process's random number generators and thread settings as they were.
 
     vLLM seeds the global generators when it starts, draws from them in mixed batches, and on CPU replaces
-    ``torch.set_num_threads`` by a function that only warns.
+    ``torch.set_num_threads`` by a function that only warns. While a thread of its own generates, the generators belong to the trainer, which goes on: they
+    are then left to both.
     """
+    is_alone = threading.current_thread() is threading.main_thread()
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
@@ -184,11 +187,12 @@ def trainer_state_kept() -> Iterator[None]:
         torch.set_num_threads = set_num_threads
         if torch.get_num_threads() != num_threads:
             torch.set_num_threads(num_threads)
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)
-        if cuda_state is not None:
-            torch.cuda.set_rng_state(cuda_state)
+        if is_alone:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+            torch.set_rng_state(torch_state)
+            if cuda_state is not None:
+                torch.cuda.set_rng_state(cuda_state)
 
 
 def heap_trimmed(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

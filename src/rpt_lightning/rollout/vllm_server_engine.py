@@ -32,7 +32,7 @@ from rpt_lightning.rollout.checksum import checksum
 from rpt_lightning.rollout.dispatch import Worker, dispatch
 from rpt_lightning.rollout.engine import EngineDtype, EngineLost, RolloutEngine, Sample
 from rpt_lightning.rollout.ranks import is_first_rank, on_first_rank
-from rpt_lightning.rollout.server import Fleet, Server, ServerLost
+from rpt_lightning.rollout.server import Fleet, Server, ServerLost, ServerRefused
 from rpt_lightning.rollout.server_access import find_key
 from rpt_lightning.rollout.server_facts import architecture
 from rpt_lightning.rollout.weight_transport import WeightTransport
@@ -90,6 +90,7 @@ class VLLMServerEngine(RolloutEngine):
         self._label = ""
         self._out: dict[str, str] = {}  # url -> why
         self._expected: dict[str, str] = {}  # checksums of the policy's tensors that were compared last, with these weights
+        self._compared: set[str] = set()  # urls of the servers that were found to hold these
         self._differing: str | None = None  # a server that was found to hold others
         self._facts: dict[str, object] = {}
 
@@ -118,7 +119,7 @@ class VLLMServerEngine(RolloutEngine):
         return secrets.token_hex(4)
 
     def _update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        self._label, self._expected, self._differing = f"{self._run_label}:{version}", {}, None
+        self._label, self._expected, self._compared, self._differing = f"{self._run_label}:{version}", {}, set(), None
         self._out = on_first_rank(lambda: self._deliver(weights, version), meanwhile=lambda: _exhaust(weights))
         if not is_first_rank():
             self.transport.follow(version)
@@ -170,18 +171,19 @@ class VLLMServerEngine(RolloutEngine):
         return self._fleet.run(read)
 
     def _differing_weights(self, wanted: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
-        self._expected, differing = on_first_rank(lambda: self._compare(wanted))
+        self._expected, self._compared, differing = on_first_rank(lambda: self._compare(wanted))
         self._differing = next(iter(differing), None)
         return differing
 
-    def _compare(self, wanted: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
+    def _compare(self, wanted: Mapping[str, Tensor]) -> tuple[dict[str, str], set[str], dict[str, tuple[str, ...]]]:
+        """What the policy has, the servers that have the same, and what others have instead. A server that could not be compared is in neither."""
         assert self._fleet is not None
         expected = {name: checksum(tensor) for name, tensor in wanted.items()}
 
-        async def compare(servers: list[Server]) -> dict[str, tuple[str, ...]]:
+        async def compare(servers: list[Server]) -> tuple[set[str], dict[str, tuple[str, ...]]]:
             usable = self._usable(servers)
             held = await asyncio.gather(*(server.checksums(list(expected)) for server in usable), return_exceptions=True)
-            differing = {}
+            same, differing = set(), {}
             for server, sums in zip(usable, held, strict=True):
                 if isinstance(sums, ServerLost):
                     self._lose(server, sums)
@@ -189,9 +191,11 @@ class VLLMServerEngine(RolloutEngine):
                     raise sums
                 elif wrong := tuple(name for name, value in expected.items() if sums[name] != value):
                     differing[server.url] = wrong
-            return differing
+                else:
+                    same.add(server.url)
+            return same, differing
 
-        return expected, self._fleet.run(compare)
+        return expected, *self._fleet.run(compare)
 
     def _close(self) -> None:
         if is_first_rank():
@@ -217,19 +221,30 @@ class VLLMServerEngine(RolloutEngine):
             raise ServerLost(str(error)) from error
 
     async def _bring_in(self, server: Server) -> None:
-        """Makes sure that the server holds the present weights."""
-        if await server.label() == self._label:
-            return
-        await self._reacquaint(server)
-        await server.hold()
-        await self.transport.load(server)
-        if self._expected and await server.checksums(list(self._expected)) != self._expected:  # comes after the others were compared
-            raise ServerLost(f"{server.url} loaded the weights of {self._label}, and holds others")
-        await server.release(self._label)
+        """Makes sure that the server holds the present weights, and that they were compared with the policy's once those are known."""
+        holds = await self._holds(server)
+        if not holds:
+            self._compared.discard(server.url)
+            await self._reacquaint(server)
+            await server.hold()
+            await self.transport.load(server)
+        if self._expected and server.url not in self._compared:  # came after the others were compared, or could not be
+            if await server.checksums(list(self._expected)) != self._expected:
+                raise ServerLost(f"{server.url} should hold the weights of {self._label}, and holds others")
+            self._compared.add(server.url)
+        if not holds:
+            await server.release(self._label)
+
+    async def _holds(self, server: Server) -> bool:
+        """By its own word. A server that refuses us (another key, another program on its port) is as good as none in the middle of a run."""
+        try:
+            return await server.label() == self._label
+        except ServerRefused as error:
+            raise ServerLost(str(error)) from error
 
     async def _bring_in_as_one_of_several(self, server: Server) -> None:
         """Ranks generate at the same time: one of them loads the weights into a server that came back, the others wait for it."""
-        if await server.label() == self._label:
+        if await self._holds(server) and (not self._expected or server.url in self._compared):
             return
         if not await server.may_load(self._label, for_s=_LONGEST_LOAD_S):
             raise ServerLost(f"{server.url}: another rank is loading the weights of {self._label} into it")
@@ -298,10 +313,16 @@ class _Holder:
         self._label = label
 
     async def generate(self, request: GenerationRequest) -> list[Sample]:
-        return await self.server.generate(request, self._label)
+        try:
+            return await self.server.generate(request, self._label)
+        except ServerRefused as error:
+            raise ServerLost(str(error)) from error
 
     async def watch(self) -> NoReturn:
-        await self.server.watch(self._label)
+        try:
+            await self.server.watch(self._label)
+        except ServerRefused as error:
+            raise ServerLost(str(error)) from error
 
 
 def _exhaust(weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -7,6 +7,7 @@ whenever, the newest name is a whole checkpoint.
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from rpt_lightning.rollout.engine import EngineLost
 from rpt_lightning.training.checkpoint_check import checkpoint_damage
 from rpt_lightning.training.checkpoint_io import StreamedCheckpointIO, files_of, flush_to_disk
 
@@ -45,6 +47,7 @@ class RunCheckpoint(Checkpoint):
         self.keep_every_n_steps = keep_every_n_steps
         self.start_step: int | None = None  # where training began in this process, on every rank; None: not yet
         self._saved_step = 0
+        self._step_end: dict[str, Any] = {}  # where Lightning's loops stood at the end of the last step
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # A strategy that writes shards does not use it.
@@ -52,10 +55,12 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.start_step = self._saved_step = trainer.global_step
+        self._step_end = {}
         if trainer.is_global_zero:
             _abandon_after(trainer.global_step, _folder(trainer))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._step_end = {"epoch": trainer.current_epoch, "fit_loop": copy.deepcopy(trainer.fit_loop.state_dict())}
         if trainer.global_step - self._saved_step >= self.every_n_steps:
             self.save(trainer)
 
@@ -63,12 +68,24 @@ class RunCheckpoint(Checkpoint):
         self.save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        # A run that was asked to stop (SystemExit) says so itself, and nothing is said of one that had not begun.
-        if self.start_step is not None and not isinstance(exception, (SystemExit, CheckpointNotWritten)):
+        if self.start_step is None:  # it had not begun
+            return
+        if isinstance(exception, EngineLost):
+            try:
+                self.save(trainer)
+            except CheckpointNotWritten as failed:
+                rank_zero_info(str(failed))
+        # A run that was asked to stop (SystemExit) says so itself.
+        if not isinstance(exception, (SystemExit, CheckpointNotWritten)):
             rank_zero_info(f"stopped at step {trainer.global_step}. {_way_on(_folder(trainer))}")
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # The next step may have begun, or a validation: neither is in the weights.
+        if self._step_end:
+            checkpoint["epoch"], checkpoint["loops"]["fit_loop"] = self._step_end["epoch"], self._step_end["fit_loop"]
+
     def save(self, trainer: Trainer) -> None:
-        """Between two steps, on every rank. Nothing where this step is saved already."""
+        """The policy as of the end of its last step, on every rank, while no step changes it. Nothing where that step is saved already."""
         if trainer.global_step <= self._saved_step:
             return
         folder = _folder(trainer)
@@ -103,21 +120,6 @@ class RunCheckpoint(Checkpoint):
                 _remove(folder / f"step-{step:06d}.ckpt")
         for leftover in folder.glob(f"*{_PARTIAL}"):
             _remove(leftover)
-
-
-def save_before_step(trainer: Trainer) -> None:
-    """A checkpoint as of the end of the step before; in ``on_train_batch_start``, on every rank, once the data module's place is that of the step before."""
-    progress = trainer.fit_loop.epoch_loop.batch_progress
-    counts = (progress.total, progress.current)
-    for count in counts:
-        count.ready -= 1  # Lightning has counted the step that begins
-    try:
-        for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, RunCheckpoint):
-                callback.save(trainer)
-    finally:
-        for count in counts:
-            count.ready += 1
 
 
 def checkpoint_steps(folder: Path) -> list[int]:

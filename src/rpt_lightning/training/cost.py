@@ -95,7 +95,9 @@ class Budget(Callback):
         if self.like is None:
             return
         self._spent += trainer.callback_metrics[COSTS[self.by]].item()
-        trainer.should_stop = trainer.should_stop or self._spent >= self._limit
+        assert isinstance(pl_module, PolicyModule)
+        # Tensor-parallel ranks' sums differ in the last digits, and all must end with the same step.
+        trainer.should_stop = pl_module.ranks.any(self._spent >= self._limit) or trainer.should_stop
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.like is not None:

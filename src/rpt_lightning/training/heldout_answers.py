@@ -23,7 +23,7 @@ class HeldoutAnswer:
 def heldout_answers(rollouter: Rollouter, greedy: Sequence[RolloutGroup], *, num_samples: int, with_controls: bool) -> list[HeldoutAnswer]:
     """The greedy answers (groups of one) with what goes with them; samples are drawn at the rollouter's temperature."""
     engine, objective = rollouter.engine, rollouter.objective
-    controls = thought_controls(engine, objective, greedy) if with_controls else {}
+    controls = thought_controls(rollouter, greedy) if with_controls else {}
     samples = rollouter.rollout([group.task for group in greedy], n=num_samples) if num_samples else [None] * len(greedy)
     thoughts = [thought_ids(engine, objective, group.completions[0]) for group in greedy]
     return [

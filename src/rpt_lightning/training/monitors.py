@@ -125,7 +125,8 @@ class RolloutSamples(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         rollouts: TrainBatch | None = batch.get("rollouts")
-        if rollouts is None or batch_idx % self.every_n_steps:
+        # Lightning's batch_idx begins anew with each pass over the tasks.
+        if rollouts is None or trainer.fit_loop.epoch_loop.total_batch_idx % self.every_n_steps:
             return
         assert isinstance(pl_module, PolicyModule)
         groups = [group for share in pl_module.ranks.gather(rollouts.groups) for group in share]

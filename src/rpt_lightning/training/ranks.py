@@ -5,7 +5,9 @@ So whatever is counted is counted over data-parallel ranks: over all processes i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +28,7 @@ class Ranks:
         self._device = module.device
         self._world_size, self._global_rank = module.trainer.world_size, module.global_rank
         self._mesh: Any = module.device_mesh
+        self._timeout: timedelta | None = getattr(module.trainer.strategy, "_timeout", None)
 
     @property
     def num_data(self) -> int:
@@ -66,8 +69,8 @@ class Ranks:
         if self._world_size == 1:
             return None, None
         places = torch.arange(self._world_size)[:, None] if self._mesh is None else self._mesh.mesh  # [data, tensor]
-        divide: Any = torch.distributed.new_subgroups_by_enumeration
-        return divide(places.T.tolist(), backend="gloo")[0], divide(places.tolist(), backend="gloo")[0]
+        divide: Any = functools.partial(torch.distributed.new_subgroups_by_enumeration, backend="gloo", timeout=self._timeout)
+        return divide(places.T.tolist())[0], divide(places.tolist())[0]
 
     def any(self, flag: bool) -> bool:
         """Over all processes, tensor-parallel ones too."""

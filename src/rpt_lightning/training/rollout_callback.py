@@ -19,7 +19,6 @@ from rpt_lightning.rollout.rollouter import Rollouter
 from rpt_lightning.tasks.objective import BoundObjective, Objective
 from rpt_lightning.training.arithmetic import batch_arithmetic
 from rpt_lightning.training.async_rollouts import AsyncRollouts, check_settings
-from rpt_lightning.training.checkpoint import save_before_step
 from rpt_lightning.training.engine_sync import EngineSync
 from rpt_lightning.training.first_token import probs_of_policy
 from rpt_lightning.training.heldout_answers import heldout_answers
@@ -232,7 +231,6 @@ class RolloutCallback(Callback):
             rollouts = self._roll_out(trainer, pl_module, batch["tasks"]) if self._ahead is None else self._ahead.next()
         except EngineLost:
             trainer.datamodule.return_step()  # type: ignore[attr-defined]
-            save_before_step(trainer)
             raise
         filled, metrics = rollouts.filled, rollouts.metrics
         pl_module.generated_work += rollouts.work
