@@ -180,6 +180,8 @@ class PromptTokens:
 
     >>> PromptTokens(total=800, cached=640, shareable=704) - PromptTokens(total=100, cached=0, shareable=0)
     PromptTokens(total=700, cached=640, shareable=704)
+    >>> PromptTokens(total=8, cached=4, shareable=6) + PromptTokens(total=2, cached=1, shareable=1)
+    PromptTokens(total=10, cached=5, shareable=7)
     """
 
     total: int
@@ -188,6 +190,9 @@ class PromptTokens:
 
     def __sub__(self, earlier: PromptTokens) -> PromptTokens:
         return PromptTokens(total=self.total - earlier.total, cached=self.cached - earlier.cached, shareable=self.shareable - earlier.shareable)
+
+    def __add__(self, other: PromptTokens) -> PromptTokens:
+        return PromptTokens(total=self.total + other.total, cached=self.cached + other.cached, shareable=self.shareable + other.shareable)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,9 +13,12 @@ from lightning.pytorch.strategies import DDPStrategy
 from rpt_lightning.metrics.rollout_stats import STATISTICS, rollout_statistics
 from rpt_lightning.policy.flops import Work
 from rpt_lightning.rollout.dynamic_sampling import FilledBatch
+from rpt_lightning.rollout.scripted_engine import ScriptedEngine
+from rpt_lightning.tasks.reward import PrefixMatchReward
 from rpt_lightning.training.monitors import StepLog
 from rpt_lightning.training.rollout_metrics import rollout_metrics, rollout_work
-from rpt_lightning.types import Completion, RolloutGroup, TokenTask
+from rpt_lightning.training.step_rollouts import StepRoller
+from rpt_lightning.types import Completion, PromptTokens, RolloutGroup, TokenTask
 
 TASK = TokenTask(
     task_id="d:1", doc_id="d", position=1, context_ids=(1,), continuation_ids=(2,), continuation=(b"a",), entropy=1, true_prob=0.5, true_rank=0,
@@ -52,6 +55,37 @@ def test_work_of_rollouts_by_hand():
     # Of half of the prompt tokens, half of the pairs.
     assert rollout_work(SOMETHING, prefill_tokens=5) == Work(tokens=5, pairs=11.5) + sampled
     assert rollout_work(NOTHING, prefill_tokens=0) == Work()
+
+
+class OneOfTwoParts:
+    """What a tensor-parallel rank sees of its fellow's engine."""
+
+    data_rank = 0
+
+    def gather(self, value):
+        return [value]
+
+    def gather_parts(self, value):
+        return [value, PromptTokens(total=30, cached=20, shareable=25)]
+
+
+@pytest.mark.parametrize(("read", "expected"), [((10, 4, 8), {"rollout/prefill_tokens": 16.0, "rollout/prompt_tokens": 40.0}), (None, None)])
+def test_the_engines_of_tensor_parallel_ranks_add_up(read, expected):
+    engine = ScriptedEngine(["x"])
+    engine._version = 0
+    engine.prompt_tokens = read and PromptTokens(total=0, cached=0, shareable=0)
+
+    def rollout(tasks):
+        engine.prompt_tokens = read and PromptTokens(total=read[0], cached=read[1], shareable=read[2])
+        return [group(4, 3, 1)]
+
+    roller = StepRoller(
+        engine, rollout, reward=PrefixMatchReward(), pilot_size=None, dynamic_sampling_from_step=None, dynamic_sampling_max_factor=1.0
+    )
+    metrics = roller.roll_out([TASK], lambda wanted: [], max_extra_tasks=0, ranks=OneOfTwoParts()).metrics
+    if expected is None:  # each completion's prompt, which all of these ranks know
+        expected = {"rollout/prefill_tokens": 8.0}
+    assert {name: metrics[name] for name in expected} == expected
 
 
 @pytest.mark.long

@@ -153,10 +153,7 @@ class AsyncRollouts:
         return dataclasses.replace(self._roll_out(tasks, max_extra_tasks=extra), place=self.data.stream.place)
 
     def _roll_out(self, tasks: Sequence[Task], *, max_extra_tasks: int) -> StepRollouts:
-        exchange = self.exchange
-        return self.roller.roll_out(
-            tasks, self.data.draw, max_extra_tasks=max_extra_tasks, over_ranks=lambda number: (exchange.gather(number), exchange.data_rank)
-        )
+        return self.roller.roll_out(tasks, self.data.draw, max_extra_tasks=max_extra_tasks, ranks=self.exchange)
 
 
 def check_settings(max_staleness: int, module: PolicyModule, reward: Reward, data: object) -> None:

@@ -43,6 +43,10 @@ class RankExchange:
         """As ``Ranks.gather``."""
         return self._data.gather(value)
 
+    def gather_parts(self, value: T) -> list[T]:
+        """As ``Ranks.gather_parts``."""
+        return self._tensor.gather(value)
+
     def any(self, flag: bool) -> bool:
         """As ``Ranks.any``."""
         return any(self._tensor.gather(any(self._data.gather(flag))))

@@ -54,6 +54,10 @@ class Ranks:
         """One object of each data-parallel rank, in their order."""
         return self._gathered(value, self._group("data_parallel"), self.num_data)
 
+    def gather_parts(self, value: T) -> list[T]:
+        """One object of each tensor-parallel rank of this data-parallel one."""
+        return self._gathered(value, self._group("tensor_parallel"), self.num_tensor)
+
     def shared(self, work: Callable[[Sequence[T]], Sequence[R]]) -> Callable[[Sequence[T]], list[R]]:
         """``work`` on a list that all tensor-parallel ranks hold: each does a part of it, and all get all results.
 
@@ -61,8 +65,8 @@ class Ranks:
         """
         if self.num_tensor == 1:
             return lambda items: list(work(items))
-        rank, group = int(self._mesh["tensor_parallel"].get_local_rank()), self._group("tensor_parallel")
-        return shared_work(work, rank=rank, num_ranks=self.num_tensor, gather=lambda part: self._gathered(part, group, self.num_tensor))
+        rank = int(self._mesh["tensor_parallel"].get_local_rank())
+        return shared_work(work, rank=rank, num_ranks=self.num_tensor, gather=self.gather_parts)
 
     def further_groups(self) -> tuple[ProcessGroup | None, ProcessGroup | None]:
         """New process groups (gloo) of the data-parallel and the tensor-parallel ranks, for another thread than the one that trains; None alone."""

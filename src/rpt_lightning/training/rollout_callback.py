@@ -264,14 +264,13 @@ class RolloutCallback(Callback):
     def _roll_out(self, trainer: Trainer, module: PolicyModule, tasks: tuple[Task, ...]) -> StepRollouts:
         """By the very policy that is trained on them."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        ranks = module.ranks
         self._sync.sync(module)
         with module.clock.phase("rollout"):
             rollouts = self._roller.roll_out(
                 tasks,
                 data.draw,
                 max_extra_tasks=self._roller.max_extra_tasks(step=module.global_step, tasks_per_step=data.items_per_step),
-                over_ranks=lambda number: (ranks.gather(number), ranks.data_rank),
+                ranks=module.ranks,
             )
         with module.clock.phase("logprob_check"):
             compared = self._sync.check_logprobs(trainer, module, rollouts.filled.groups, temperature=self.temperature)

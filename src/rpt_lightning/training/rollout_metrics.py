@@ -38,13 +38,12 @@ def rollout_metrics(filled: FilledBatch, *, pilot_size: int | None = None) -> di
     return metrics
 
 
-def prompt_metrics(filled: FilledBatch, before: PromptTokens | None, after: PromptTokens | None) -> dict[str, float]:
-    """Of one rank: the prompt tokens that the engine computed, and, where it has a prefix cache, what that saved between two readings."""
-    if before is None or after is None:
+def prompt_metrics(filled: FilledBatch, step: PromptTokens | None) -> dict[str, float]:
+    """Of one data-parallel rank: the prompt tokens that the engine computed in a step, and, where it has a prefix cache (not None), what that saved."""
+    if step is None:
         # Without a cache every completion has its prompt computed anew.
         groups = [*filled.groups, *filled.replaced]
         return {"rollout/prefill_tokens": float(sum(len(group.prompt_ids) * len(group.completions) for group in groups))}
-    step = after - before
     return {"rollout/prefill_tokens": float(step.total - step.cached)} | dict(
         zip(PROMPT_SUMS, map(float, (step.total, step.cached, step.shareable)), strict=True)
     )

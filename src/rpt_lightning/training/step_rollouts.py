@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,11 +14,12 @@ from rpt_lightning.rollout.dynamic_sampling import FilledBatch, fill_batch
 from rpt_lightning.rollout.engine import RolloutEngine
 from rpt_lightning.tasks.answer_reward import CountingReward
 from rpt_lightning.tasks.reward import Reward
+from rpt_lightning.training.rank_exchange import RankExchange
+from rpt_lightning.training.ranks import Ranks
 from rpt_lightning.training.rollout_metrics import prompt_metrics, rollout_metrics, rollout_work
-from rpt_lightning.types import RolloutGroup, Task
+from rpt_lightning.types import PromptTokens, RolloutGroup, Task
 
 Draw = Callable[[Sequence[int]], Sequence[Task]]
-OverRanks = Callable[[int], tuple[Sequence[int], int]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,13 +67,22 @@ class StepRoller:
             return 0
         return int((self.dynamic_sampling_max_factor - 1) * tasks_per_step)
 
-    def roll_out(self, tasks: Sequence[Task], draw: Draw, *, max_extra_tasks: int, over_ranks: OverRanks) -> StepRollouts:
-        """The groups of a step, with further tasks in the places of dead ones (see ``fill_batch``)."""
+    def roll_out(self, tasks: Sequence[Task], draw: Draw, *, max_extra_tasks: int, ranks: Ranks | RankExchange) -> StepRollouts:
+        """The groups of a step, with further tasks in the places of dead ones (see ``fill_batch``). A collective."""
         start, prompts_before, version = time.perf_counter(), self.engine.prompt_tokens, self.engine.version
-        filled = fill_batch(self.rollout, draw, tasks, max_extra_tasks=max_extra_tasks, over_ranks=over_ranks)
+        filled = fill_batch(
+            self.rollout, draw, tasks, max_extra_tasks=max_extra_tasks, over_ranks=lambda number: (ranks.gather(number), ranks.data_rank)
+        )
         assert version is not None
-        metrics = rollout_metrics(filled, pilot_size=self.pilot_size) | prompt_metrics(filled, prompts_before, self.engine.prompt_tokens)
+        metrics = rollout_metrics(filled, pilot_size=self.pilot_size) | prompt_metrics(filled, self._read_since(prompts_before, ranks))
         work = rollout_work(filled, prefill_tokens=metrics["rollout/prefill_tokens"])
         if isinstance(self.reward, CountingReward):
             metrics |= self.reward.take_metrics()
         return StepRollouts(filled=filled, metrics=metrics, work=work, policy_version=version, seconds=time.perf_counter() - start)
+
+    def _read_since(self, before: PromptTokens | None, ranks: Ranks | RankExchange) -> PromptTokens | None:
+        """Tensor-parallel ranks divide a step's requests, so their engines' readings add up."""
+        after = self.engine.prompt_tokens
+        if before is None or after is None:
+            return None
+        return functools.reduce(operator.add, ranks.gather_parts(after - before))
