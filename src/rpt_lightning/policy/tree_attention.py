@@ -90,11 +90,16 @@ def tree_attention(
 ) -> tuple[Tensor, None]:
     """Attention of one layer, in the interface of transformers. Query ``[1, H, N, d]``, key and value with as many or fewer heads; -> ``[1, N, H, d]``.
 
-    Raises ValueError for a variant that would silently be left out: capped scores, attention sinks.
+    Raises ValueError for a variant that the kernels do not compute: capped scores, attention sinks, values of another width than queries.
     """
     if any(kwargs.get(name) is not None for name in ("softcap", "s_aux")):
         raise ValueError(
             f"{type(module).__name__} caps its attention scores or has attention sinks, which the attention of packed trees does not compute"
+        )
+    if value.shape[-1] != query.shape[-1]:
+        raise ValueError(
+            f"{type(module).__name__} has heads of {query.shape[-1]} numbers for queries and {value.shape[-1]} for values, which the attention of packed "
+            "trees does not compute"
         )
     device = query.device.type
     if torch.is_autocast_enabled(device):
