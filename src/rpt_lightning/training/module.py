@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -52,7 +52,8 @@ class RPTModule(PolicyModule):
     correction: "truncate" weights each token by min(policy / engine probability, correction_cap), which corrects what the engine computes differently;
         "mask" leaves tokens above the cap out. Raw and used weights are logged in any case.
     correction_cap: Upper bound of those weights.
-    truncated: "zero_reward" trains completions that ran into the token limit with reward 0; "mask" leaves them out of the loss and of the baseline.
+    truncated: "zero_reward" trains completions that ran into the token limit with reward 0; "mask" leaves them out of the loss and of the baseline, and of
+        what makes a group live (for dynamic sampling and pilots).
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class RPTModule(PolicyModule):
         self.correction = correction
         self.corrects_mismatch = correction != "none"
         self.correction_cap = correction_cap
-        self.truncated = truncated
+        self.masks_truncated = truncated == "mask"
 
     learns_from_rollouts = True
 
@@ -153,7 +154,7 @@ class RPTModule(PolicyModule):
 
     def _samples(self, group: RolloutGroup) -> list[_Sample]:
         """Completions with their advantages. The baseline is computed on what is trained, so a masked completion does not move it."""
-        kept = [(c, r) for c, r in zip(group.completions, group.rewards, strict=True) if not (self.truncated == "mask" and c.is_truncated)]
+        kept = replace(group, masks_truncated=self.masks_truncated).trained
         if len(kept) < 2:  # one completion alone has nothing to be compared with
             return []
         rewards = torch.tensor([[reward for _, reward in kept]], dtype=torch.float64)

@@ -47,6 +47,7 @@ class PolicyModule(LightningModule, ABC):
     learns_from_rollouts = False  # whether training batches need the rollout callback's completions
     optimizer_steps_per_batch = 1
     corrects_mismatch = False  # whether it uses importance ratios between policy and engine, which a truncating sampler would bias
+    masks_truncated = False  # whether it leaves truncated completions out, so that a group cannot be live by them
 
     def __init__(
         self,
