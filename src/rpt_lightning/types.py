@@ -197,18 +197,29 @@ class PromptTokens:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutGroup:
-    """All completions of one task, with what each predicted and what it was paid."""
+    """All completions of one task, with what each predicted and what it was paid.
+
+    ``masks_truncated`` says that the truncated ones are not trained, and so cannot make the group live.
+    """
 
     task: Task
     prompt_ids: TokenIds
     completions: tuple[Completion, ...]
     predictions: tuple[bytes | None, ...]
     rewards: tuple[float, ...]
+    masks_truncated: bool = False
+
+    @property
+    def trained(self) -> list[tuple[Completion, float]]:
+        """The completions that are trained and compared with each other, with their rewards."""
+        pairs = zip(self.completions, self.rewards, strict=True)
+        return [(completion, reward) for completion, reward in pairs if not (self.masks_truncated and completion.is_truncated)]
 
     @property
     def is_live(self) -> bool:
-        """Whether the group can teach anything: a group of equal rewards has zero advantages."""
-        return any(reward != self.rewards[0] for reward in self.rewards)
+        """Whether the group can teach anything: equal rewards have zero advantages."""
+        rewards = [reward for _, reward in self.trained]
+        return any(reward != rewards[0] for reward in rewards)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

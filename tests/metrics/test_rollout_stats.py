@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from rpt_lightning.metrics.rollout_stats import rollout_statistics
@@ -53,6 +55,21 @@ def test_with_pilots_means_are_over_what_every_group_has() -> None:
     assert {name: statistics[name] for name in expected} == pytest.approx(expected)
     assert statistics["rollout/length_max"] == 9.0
     assert statistics["rollout/live_groups"] == 1.0
+
+
+def test_masked_completions_make_no_group_live() -> None:
+    """The first of each group is truncated. Trained are rewards of 1, of 0, of 1 and 0, and of nothing."""
+    groups = [
+        group_of((0.0, 1.0, 1.0), (None, b"a", b"a"), (3, 1, 1), truncated=1),
+        group_of((0.5, 0.0, 0.0), (None, b"a", b"a"), (3, 1, 1), truncated=1),
+        group_of((0.0, 1.0, 0.0), (None, b"a", b"b"), (3, 1, 1), truncated=1),
+        group_of((0.0, 0.5), (None, None), (3, 3), truncated=2),
+    ]
+    names = ("rollout/live_groups_frac", "rollout/all_right_frac", "rollout/all_wrong_frac")
+    for masks_truncated, shares in ((False, (1, 0, 0)), (True, (1 / 4, 1 / 4, 2 / 4))):
+        statistics = rollout_statistics([dataclasses.replace(group, masks_truncated=masks_truncated) for group in groups])
+        assert tuple(statistics[name] for name in names) == pytest.approx(shares)
+        assert statistics["reward/mean"] == pytest.approx(4 / 11)  # 2 + 0.5 + 1 + 0.5 of 11 completions
 
 
 def test_no_groups_are_refused() -> None:

@@ -7,8 +7,20 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from rpt_lightning.policy.flops import ModelSize, Work, forward_flops, model_size, prompt_work, sampling_work, sequence_work, train_flops, tree_work
+from rpt_lightning.policy.flops import (
+    ModelSize,
+    Work,
+    add_works,
+    forward_flops,
+    model_size,
+    prompt_work,
+    sampling_work,
+    sequence_work,
+    train_flops,
+    tree_work,
+)
 from rpt_lightning.policy.packing import pack
+from rpt_lightning.policy.row_packing import pack_rows
 from rpt_lightning.types import TrainSequence
 
 SIZES = {
@@ -67,6 +79,19 @@ def test_work_of_a_tree_and_of_its_sequences():
         Work(tokens=5, scored_tokens=2, pairs=15),
         Work(tokens=6, scored_tokens=3, pairs=21),
     ]
+
+
+def test_the_padding_of_rows_is_no_work():
+    """Inputs of 4, 2 and 1 tokens: in rows of 4, or the first by itself and the others in rows of 2."""
+    sequences = [TrainSequence(prompt_ids=prompt, target_ids=ids) for prompt, ids in (((1, 2, 3), (4, 5)), ((1,), (2, 3)), ((6,), (7,)))]
+    (batch,) = pack_rows(sequences, max_tokens=12)
+    assert (batch.num_tokens, batch.row_sizes) == (12, (4, 2, 1))
+    assert tree_work(batch) == Work(tokens=7, scored_tokens=5, pairs=10 + 3 + 1)
+    batches = list(pack_rows(sequences, max_tokens=4))
+    assert [tree.num_tokens for tree in batches] == [4, 4]
+    assert list(map(tree_work, batches)) == [Work(tokens=4, scored_tokens=2, pairs=10), Work(tokens=3, scored_tokens=3, pairs=3 + 1)]
+    # Nothing is shared here, so trees cost the same.
+    assert add_works(map(tree_work, pack(sequences[1:], max_tokens=100))) == tree_work(batches[1])
 
 
 def test_work_of_generation():

@@ -10,18 +10,24 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     Lfm2Config,
     Lfm2ForCausalLM,
+    LlamaConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
+from rpt_lightning.policy.family import choose_packing
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.packing import pack
 from rpt_lightning.policy.weights import named_weights
@@ -78,6 +84,35 @@ def test_scaled_logits_are_refused(tiny_model_dir, tmp_path):
     path = save(GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=8.0)), tiny_model_dir, tmp_path / "granite")
     with pytest.raises(ValueError, match="scales its logits behind the head"):
         Policy(path).materialize()
+
+
+ROPE = {"rope_theta": 10000.0, "factor": 4.0}
+DYNAMIC, YARN = ROPE | {"rope_type": "dynamic"}, ROPE | {"rope_type": "yarn", "original_max_position_embeddings": 512}
+LLAMA3 = ROPE | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 512}
+LONGROPE = ROPE | {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 512}
+LAYERS = {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (LlamaConfig(**SMALL, rope_parameters=dict(DYNAMIC)), "dynamic"),
+        (LlamaConfig(**SMALL, rope_parameters=dict(LONGROPE)), "longrope"),
+        (
+            Gemma3TextConfig(**SMALL, **LAYERS, rope_parameters={"sliding_attention": {"rope_type": "default"}, "full_attention": dict(DYNAMIC)}),
+            "dynamic",
+        ),
+    ],
+    ids=["dynamic", "longrope", "of one type of layers"],
+)
+def test_rotary_frequencies_that_depend_on_the_longest_sequence_are_refused(config, name):
+    with pytest.raises(ValueError, match=rf"policy\.path=some: its rope_type {name} .* default, linear, llama3 or yarn"):
+        choose_packing(config, path="some")
+
+
+@pytest.mark.parametrize("rope", [None, ROPE | {"rope_type": "linear"}, YARN, LLAMA3], ids=["default", "linear", "yarn", "llama3"])
+def test_rotary_frequencies_that_stay_share_prefixes(rope):
+    assert choose_packing(LlamaConfig(**SMALL, rope_parameters=rope and dict(rope)), path="some").shares_prefixes
 
 
 SEQUENCES = [
@@ -142,6 +177,14 @@ def test_capped_attention_gets_rows(tiny_model_dir, tmp_path):
     assert_scores_are_the_models_own(policy, path)
 
 
+def test_values_narrower_than_queries_get_rows():
+    """Latent attention (MLA), whose values the kernels of trees would write into a place of the queries' width."""
+    widths = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    packing = choose_packing(DeepseekV3Config(**SMALL, **widths, first_k_dense_replace=2), path="some")
+    assert packing.attention == "eager"
+    assert "heads of 16 numbers for queries and 8 for values" in packing.reason
+
+
 def test_autocast_computes_in_bf16_and_stays_near(tiny_model_dir):
     policy = Policy(str(tiny_model_dir))
     policy.materialize()
@@ -172,6 +215,17 @@ def test_dropout_is_refused(tiny_model_dir, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
     with pytest.raises(ValueError, match="attention_dropout"):
         Policy(str(folder)).materialize()
+
+
+def test_dropout_of_heads_that_no_language_model_has_is_not_refused(tiny_model_dir, tmp_path):
+    """Pythia's config.json has classifier_dropout 0.1, GPT-2's summary_first_dropout."""
+    neox = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2))
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    assert neox.config.classifier_dropout == gpt2.config.summary_first_dropout == 0.1
+    for model in (neox, gpt2):
+        policy = Policy(save(model, tiny_model_dir, tmp_path / type(model).__name__))
+        policy.materialize()
+        assert policy.packing.startswith(type(model).__name__)
 
 
 def test_folder_without_a_model_is_one_clear_error(tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -69,6 +70,26 @@ def test_a_limit_of_zero_leaves_the_batch_as_it_is() -> None:
     filled = fill_batch(world.rollout, world.draw_one, world.draw(2), max_extra_tasks=0)
     assert [one.task.position for one in filled.groups] == [0, 1]
     assert (filled.replaced, filled.num_rounds, world.next_number) == ((), 0, 2)
+
+
+def test_a_group_that_is_live_by_masked_completions_alone_is_dead() -> None:
+    cut = dataclasses.replace(COMPLETION, finish_reason="length")
+    by_cut = dataclasses.replace(
+        group(task(0), True), completions=(COMPLETION, COMPLETION, cut), predictions=(b"a", b"a", None), rewards=(1.0, 1.0, 0.0)
+    )
+    masked = dataclasses.replace(by_cut, masks_truncated=True)
+    assert (by_cut.is_live, masked.is_live) == (True, False)
+    assert masked.trained == [(COMPLETION, 1.0), (COMPLETION, 1.0)]
+    assert not dataclasses.replace(masked, completions=(cut,) * 3).is_live  # nothing is left
+    assert dataclasses.replace(masked, rewards=(1.0, 0.0, 0.0)).is_live
+    groups = {0: masked, 1: group(task(1), True)}
+
+    def rollout(tasks: Sequence[TokenTask]) -> list[RolloutGroup]:
+        return [groups[one.position] for one in tasks]
+
+    filled = fill_batch(rollout, lambda wanted: [task(1)], [task(0)], max_extra_tasks=1)
+    assert (filled.groups, filled.replaced, filled.num_dead) == ((groups[1],), (masked,), 0)
+    assert fill_batch(rollout, lambda wanted: [], [task(0)], max_extra_tasks=0).num_dead == 1
 
 
 class Ranks:

@@ -14,7 +14,7 @@ from rpt_lightning.rollout.scripted_engine import ScriptedEngine
 from rpt_lightning.tasks.objective import Objective
 from rpt_lightning.tasks.prompt import ContinuationPrompt
 from rpt_lightning.tasks.reward import ConditionalDenseReward, PrefixMatchReward, Reward
-from rpt_lightning.types import RolloutGroup, TokenTask
+from rpt_lightning.types import RolloutGroup, Task, TokenTask
 
 LINES = ["hm</think>\\boxed{ the}", "hm</think>\\boxed{ sum}", "no box", "</think>\\boxed{ a}"]
 
@@ -98,6 +98,26 @@ def test_a_reward_that_looks_at_the_group_pays_the_whole_group(make_rollouter) -
     assert asked == [12, len(filled)]
     assert pilot.rollout([]) == []
     assert asked[2:] == [0, 0]
+
+
+class PaysWhatHasNoAnswer(Reward):
+    needs_first_token_probs = False
+
+    def group_rewards(self, predictions: Sequence[bytes | None], task: Task, first_token_probs: Sequence[float] | None = None) -> tuple[float, ...]:
+        return tuple(float(prediction is None) for prediction in predictions)
+
+
+@pytest.mark.parametrize("masks_truncated", [False, True])
+def test_masked_completions_fill_no_pilot(tiny_model_dir: Path, tiny_tokenizer, masks_truncated: bool) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    with ScriptedEngine(["hm</think>\\boxed{ a}", "abcdefgh " * 20]) as engine:  # the second never ends in time
+        engine.start(str(tiny_model_dir), seed=0)
+        engine.update_weights(model.named_parameters(remove_duplicate=False), version=5)
+        objective = Objective(ContinuationPrompt(), PaysWhatHasNoAnswer()).bind(tiny_tokenizer)
+        rollouter = Rollouter(engine, objective, run_seed=1, group_size=6, max_tokens=32, masks_truncated=masks_truncated)
+        groups = PilotRollout(rollouter, pilot_size=2).rollout(TASKS)
+    assert any(len(set(group.rewards[:2])) == 2 for group in groups)  # one of them truncated
+    assert {len(group.completions) for group in groups} == ({2} if masks_truncated else {2, 6})
 
 
 def test_dead_pilots_give_their_place_to_new_tasks(make_rollouter) -> None:

@@ -47,6 +47,7 @@ class Options:
     wrong_normalizer: bool = False
     tasks_per_step: int = 8
     optimizer: str = "AdamW"  # of RPT; AdamW hides the gradient's scale, SGD does not
+    optimizer_steps_per_batch: int = 1
     dynamic_sampling_from_step: int | None = None
     resume: bool = False
     validate: bool = False
@@ -89,6 +90,7 @@ def parts(options: Options, folder: Path):
             options.tasks, ContinuationPrompt(), traces_per_step=8, positions_per_document=4, num_eval_tasks=13, eval_batch_size=6
         )
     else:
+        common |= {"optimizer_steps_per_batch": options.optimizer_steps_per_batch}
         module = (WrongNormalizer if options.wrong_normalizer else RPTModule)(policy, make_optimizer, correction="truncate", **common)
         data = TokenTaskDataModule(options.tasks, tasks_per_step=options.tasks_per_step, positions_per_document=2)
         engine = {

@@ -8,8 +8,9 @@ from lightning.pytorch import LightningDataModule
 from small_run import flat_weights, quiet_trainer
 
 from rpt_lightning.data.base_datamodule import StepLoader
+from rpt_lightning.data.stream import rank_share
 from rpt_lightning.policy.model import Policy
-from rpt_lightning.training.module import RPTModule
+from rpt_lightning.training.module import RPTModule, mini_batches_of
 from rpt_lightning.types import Completion, RolloutGroup, SamplingSettings, TokenTask, TrainBatch
 
 TEMPERATURE = 0.7
@@ -114,6 +115,30 @@ def test_on_policy_ratio_is_one_and_loss_is_minus_mean_advantage(tiny_model_dir,
     # Group a: rewards 1, 0, 0 -> advantages 1.1547, -0.57735 (twice) on 3, 5 and 2 tokens; group b: 0.57735 on 3 and 2 tokens, -1.1547 on 6.
     advantage_sum = 1.1547 * 3 - 0.57735 * 7 + 0.57735 * 5 - 1.1547 * 6
     assert metrics["loss/total"] == pytest.approx(-advantage_sum / 28, abs=1e-4)  # 10 + 11 + 7 tokens, the dead group's among them
+
+
+class OneOfRanks:
+    """A rank among others, each with its part of a step."""
+
+    def __init__(self, step, rank, num_ranks):
+        self.data_rank, self.num_data = rank, num_ranks
+        self.parts = [rank_share(step, rank=other, num_ranks=num_ranks) for other in range(num_ranks)]
+
+    def gather(self, value):
+        assert value == self.parts[self.data_rank]
+        return self.parts
+
+
+@pytest.mark.parametrize("sizes", [(8,), (4, 4), (3, 2, 3), (2, 3), (2, 1, 2), (0, 1, 0)])
+def test_mini_batches_do_not_depend_on_the_number_of_ranks(sizes):
+    step = tuple(group(str(place), (20,), (completion(place, 0), completion(0)), (1.0, 0.0)) for place in range(sum(sizes)))
+    expected = [step[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes))]
+    for num_ranks in (1, 2, 3, 9):
+        ranks = [OneOfRanks(step, rank, num_ranks) for rank in range(num_ranks)]
+        shares = [mini_batches_of(one.parts[one.data_rank], len(sizes), one) for one in ranks]
+        for mini_batch, of_ranks in zip(expected, zip(*shares, strict=True), strict=True):
+            assert tuple(one for share in of_ranks for one in share) == mini_batch
+            assert max(map(len, of_ranks)) - min(map(len, of_ranks)) <= 1  # no rank waits for another's work
 
 
 def test_second_optimizer_step_of_a_batch_sees_the_ratio(tiny_model_dir, tmp_path):

@@ -105,6 +105,20 @@ def test_rpt_is_the_same_run_on_any_number_of_ranks(tiny_model_dir, tiny_task_di
 
 
 @pytest.mark.long
+def test_mini_batches_are_the_same_on_any_number_of_ranks(tiny_model_dir, tiny_task_dir, tmp_path):
+    """8 groups in 3 mini-batches, so that ranks have unlike numbers of them, and one of 4 has none in some."""
+    options = {"steps": 6, "optimizer": "SGD", "lr": 0.1, "optimizer_steps_per_batch": 3}
+    more = {"one": {}, "two": {"ranks": 2, "strategy": "sharded"}, "four": {"ranks": 4, "strategy": "sharded", "micro_batch_tokens": 100}}
+    for name, of_run in more.items():
+        run(tmp_path / name, tiny_model_dir, tiny_task_dir, **options, **of_run)
+    one, two, four = (Outcome(tmp_path / name, tiny_model_dir) for name in more)
+    assert len(one.lives()) == 2
+    assert any(one.lives()[0])
+    assert_same_run(one, two)
+    assert_same_run(one, four)
+
+
+@pytest.mark.long
 def test_dynamic_sampling_draws_the_same_on_any_number_of_ranks(tiny_model_dir, tiny_task_dir, tmp_path):
     outcomes = []
     for num_ranks in (1, 2):

@@ -113,17 +113,27 @@ class PaysWhatHasNoAnswer(Reward):
         return tuple(float(prediction is None) for prediction in predictions)
 
 
-def test_groups_that_are_live_by_masked_completions_alone_are_not_counted_as_trained(make_run, tmp_path):
+@pytest.mark.parametrize("truncated", ["zero_reward", "mask"])
+def test_groups_that_are_live_by_masked_completions_alone_are_dead(make_run, tmp_path, truncated):
     script = ["?</think>\\boxed{e}", "abcdefgh " * 20]  # the second never ends in time
     trainer, module, data = make_run(
-        1, engine=lambda: ScriptedEngine(script), callbacks=[StepLog()], run_dir=tmp_path / "log", module_options={"truncated": "mask"}
+        1,
+        engine=lambda: ScriptedEngine(script),
+        callbacks=[StepLog()],
+        run_dir=tmp_path / "log",
+        module_options={"truncated": truncated},
+        rollout_options={"dynamic_sampling_from_step": 0, "dynamic_sampling_max_factor": 2.0},
     )
     rollout = next(callback for callback in trainer.callbacks if isinstance(callback, RolloutCallback))
     rollout.objective = Objective(ContinuationPrompt(), PaysWhatHasNoAnswer())
     trainer.fit(module, data)
     (line,) = step_lines(tmp_path / "log")
-    assert line["rollout/live_groups"] > 0
-    assert line["train/groups"] == line["train/completion_tokens"] == line["perf/live_groups_per_s"] == 0
+    assert line["rollout/live_groups"] == line["train/groups"] == 8 - line["rollout/dead_groups_kept"]
+    if truncated == "zero_reward":
+        assert line["train/groups"] > 0
+    else:  # all 8 gave their place to others, which are as dead
+        assert (line["rollout/replaced_groups"], line["rollout/dead_groups_kept"], line["rollout/live_groups_frac"]) == (8, 8, 0)
+        assert line["train/groups"] == line["train/completion_tokens"] == line["perf/live_groups_per_s"] == 0
 
 
 class Slow(ScriptedEngine):

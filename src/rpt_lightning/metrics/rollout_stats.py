@@ -27,7 +27,8 @@ def rollout_statistics(groups: Sequence[RolloutGroup], *, pilot_size: int | None
     With pilots the means are over the first ``pilot_size`` completions of each group: which groups have more was decided by their rewards, so a mean
     over all of them would say little about the policy.
 
-    A group is live if its rewards differ. All right: every reward is positive and they are equal; all wrong: every reward is 0.
+    A group is live if its rewards differ. All right: every reward is positive and they are equal; all wrong: every reward is 0. Rewards of
+    masked completions count in none of the three (`RolloutGroup.trained`); a group that has no others is all wrong.
     ``rollout/distinct_predictions`` counts different predictions a group, a missing one not counted. Lengths are in tokens. Raises ValueError without
     groups.
     """
@@ -35,7 +36,7 @@ def rollout_statistics(groups: Sequence[RolloutGroup], *, pilot_size: int | None
         raise ValueError("rollout_statistics of no groups: a step rolls out at least one task")
     completions = [completion for group in groups for completion in group.completions[:pilot_size]]
     num_live = sum(group.is_live for group in groups)
-    num_wrong = sum(not any(group.rewards) for group in groups)
+    num_wrong = sum(not any(reward for _, reward in group.trained) for group in groups)
     return {
         "reward/mean": fmean(reward for group in groups for reward in group.rewards[:pilot_size]),
         "rollout/boxed_frac": fmean(prediction is not None for group in groups for prediction in group.predictions[:pilot_size]),

@@ -45,8 +45,10 @@ def choose_packing(config: PreTrainedConfig, *, path: str, trust_remote_code: bo
     """Trees where the family's layers can take them, else rows.
 
     Raises:
-        ValueError: Our own head gives other log-probs than the model's, so that neither packing would be right. ``path`` names the model there.
+        ValueError: Our own head gives other log-probs than the model's, or the model's depend on what is computed beside a sequence, so that neither
+            packing would be right. ``path`` names the model there.
     """
+    _check_rotary_frequencies(config, path)
     model = small_copy(config, trust_remote_code=trust_remote_code)
     expected = _alone(model)
     reason = _why_no_trees(model, expected)
@@ -88,6 +90,21 @@ def small_copy(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> 
             if parameter.ndim > 1:
                 parameter.normal_(std=1.5 / math.sqrt(parameter[0].numel()))
     return cast(PreTrainedModel, model.eval())
+
+
+def _check_rotary_frequencies(config: PreTrainedConfig, path: str) -> None:
+    """Refuses the types whose frequencies transformers sets anew in each call, by its longest position (`dynamic_rope_update`): a sequence would get
+    other log-probs beside a long one than beside a short one. The few tokens that are compared here do not reach the length at which that begins.
+    """
+    rope: dict[str, Any] = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    of_layers = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # one dict, or one a type of layers
+    types = {str(part["rope_type"]) for part in of_layers if part.get("rope_type")}
+    by_call = sorted(kind for kind in types if kind == "longrope" or "dynamic" in kind)
+    if by_call:
+        raise ValueError(
+            f"policy.path={path}: its rope_type {', '.join(by_call)} sets the rotary frequencies by the longest sequence of a call, so log-probs would "
+            "depend on what else is in a micro-batch; use a model whose rope_type is default, linear, llama3 or yarn (rope_parameters in its config.json)"
+        )
 
 
 def _why_no_trees(model: PreTrainedModel, expected: Tensor) -> str | None:

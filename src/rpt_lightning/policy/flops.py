@@ -74,8 +74,11 @@ def add_works(works: Iterable[Work]) -> Work:
 
 
 def tree_work(tree: PackedTree) -> Work:
-    """A token's pairs are as many as its depth."""
-    return Work(tokens=tree.num_tokens, scored_tokens=tree.targets.numel(), pairs=int((tree.position_ids + 1).sum()))
+    """A token has as many pairs as ancestors, and one with itself. The padding of rows counts nothing."""
+    scored_tokens = tree.targets.numel()
+    if tree.row_length is not None:
+        return Work(tokens=sum(tree.row_sizes), scored_tokens=scored_tokens, pairs=sum(_pairs(0, size) for size in tree.row_sizes))
+    return Work(tokens=tree.num_tokens, scored_tokens=scored_tokens, pairs=int((tree.position_ids + 1).sum()))
 
 
 def sequence_work(sequence: TrainSequence) -> Work:

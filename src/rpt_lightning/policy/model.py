@@ -21,6 +21,9 @@ from rpt_lightning.policy.row_packing import pack_rows
 from rpt_lightning.policy.scoring import HeadDtype, head_weight, score
 from rpt_lightning.types import TrainSequence
 
+# Rates of heads that a causal language model does not have, though its config.json may name them.
+OTHER_HEADS = ("classifier_", "summary_")
+
 
 class Policy(nn.Module):
     """The model that is trained.
@@ -113,7 +116,9 @@ def _check_no_dropout(model: nn.Module, path: str) -> None:
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
         raise ValueError(f"policy.path={path} has dropout; set its dropout rates to 0 in its config.json")
     rates = {
-        name: value for name, value in vars(model.config).items() if name.endswith(("dropout", "pdrop")) and isinstance(value, float) and value > 0
+        name: value
+        for name, value in vars(model.config).items()
+        if name.endswith(("dropout", "pdrop")) and not name.startswith(OTHER_HEADS) and isinstance(value, float) and value > 0
     }
     if rates:
         raise ValueError(f"policy.path={path} has dropout ({rates}); set it to 0 in its config.json")

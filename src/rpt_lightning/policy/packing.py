@@ -29,7 +29,8 @@ class PackedTree:
 
     ``targets[m]`` is predicted from the hidden state of input token ``parents[m]``. ``rows[s, t]`` is the index into the M scored tokens of the t-th
     target token of the s-th sequence, and ``mask[s, t]`` is False where that sequence is shorter. ``sequence_indices[s]`` is the sequence's place in
-    the list that was packed. With a ``row_length`` the input tokens are rows of that length, one sequence each, and nothing is shared (row_packing.py).
+    the list that was packed. With a ``row_length`` the input tokens are rows of that length, one sequence each, and nothing is shared (row_packing.py);
+    ``row_sizes[s]`` of them are the sequence's own, what is behind them is padding.
     """
 
     token_ids: Tensor  # [N] int64
@@ -41,10 +42,11 @@ class PackedTree:
     mask: Tensor  # [S, T] bool
     sequence_indices: tuple[int, ...]  # [S]
     row_length: int | None = None
+    row_sizes: tuple[int, ...] = ()  # [S] with a row_length
 
     @property
     def num_tokens(self) -> int:
-        """Input tokens that the model computes (N)."""
+        """Input tokens that the model computes (N), the padding of rows among them."""
         return self.token_ids.numel()
 
     def tree_mask(self) -> TreeMask:

@@ -60,4 +60,5 @@ def _build(sequences: Sequence[TrainSequence], batch: Sequence[int], width: int)
         mask=mask,
         sequence_indices=tuple(batch),
         row_length=width,
+        row_sizes=tuple(sequences[index].num_tokens - 1 for index in batch),
     )

@@ -32,6 +32,7 @@ class TreeMask:
         self.subtree_end = subtree_end
         self.depth = depth
         self._additive: dict[torch.dtype, dict[SegmentCall, Tensor]] = {}
+        self._windowed: dict[tuple[int, torch.dtype], Tensor] = {}
         self._block_masks: dict[int | None, Any] = {}
 
     @cached_property
@@ -48,7 +49,10 @@ class TreeMask:
         index = torch.arange(self.subtree_end.numel(), device=self.subtree_end.device)
         query, key = index[queries, None], index[None, keys]
         allowed = (key <= query) & (query < self.subtree_end[None, keys])
-        return allowed if window is None else allowed & (self.depth[queries, None] - self.depth[None, keys] < window)
+        if window is None:
+            return allowed
+        depth = self.depth.int()  # its differences are as many as pairs, at half the memory
+        return allowed & (depth[queries, None] - depth[None, keys] < window)
 
     @cached_property
     def calls(self) -> tuple[SegmentCall, ...]:
@@ -62,8 +66,13 @@ class TreeMask:
 
     def _additive_of(self, call: SegmentCall, dtype: torch.dtype) -> Tensor:
         part = slice(call.query_start, call.query_stop)
-        allowed = self.permitted(part, part)
-        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)[None, None]
+        return _zero_or_inf(self.permitted(part, part), dtype)[None, None]
+
+    def windowed(self, window: int, dtype: torch.dtype) -> Tensor:
+        """0 or -inf for every pair, ``[N, N]``. Of a bool mask sdpa would make such a one in every layer."""
+        if (window, dtype) not in self._windowed:
+            self._windowed[window, dtype] = _zero_or_inf(self.permitted(window=window), dtype)
+        return self._windowed[window, dtype]
 
     def block_mask(self, window: int | None) -> Any:
         if window not in self._block_masks:
@@ -71,6 +80,10 @@ class TreeMask:
 
             self._block_masks[window] = tree_block_mask(self.subtree_end, self.depth, window=window)
         return self._block_masks[window]
+
+
+def _zero_or_inf(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)
 
 
 # Its loops over calls are no graph, and flex_attention is compiled by itself.
@@ -90,11 +103,16 @@ def tree_attention(
 ) -> tuple[Tensor, None]:
     """Attention of one layer, in the interface of transformers. Query ``[1, H, N, d]``, key and value with as many or fewer heads; -> ``[1, N, H, d]``.
 
-    Raises ValueError for a variant that would silently be left out: capped scores, attention sinks.
+    Raises ValueError for a variant that the kernels do not compute: capped scores, attention sinks, values of another width than queries.
     """
     if any(kwargs.get(name) is not None for name in ("softcap", "s_aux")):
         raise ValueError(
             f"{type(module).__name__} caps its attention scores or has attention sinks, which the attention of packed trees does not compute"
+        )
+    if value.shape[-1] != query.shape[-1]:
+        raise ValueError(
+            f"{type(module).__name__} has heads of {query.shape[-1]} numbers for queries and {value.shape[-1]} for values, which the attention of packed "
+            "trees does not compute"
         )
     device = query.device.type
     if torch.is_autocast_enabled(device):
@@ -111,7 +129,7 @@ def tree_attention(
 
         output = flex(query, key, value, block_mask=tree.block_mask(window), scale=scale, enable_gqa=grouped)
     elif window is not None:
-        output = scaled_dot_product_attention(query, key, value, attn_mask=tree.permitted(window=window), scale=scale, enable_gqa=grouped)
+        output = scaled_dot_product_attention(query, key, value, attn_mask=tree.windowed(window, query.dtype), scale=scale, enable_gqa=grouped)
     else:
         output = segment_attention(query, key, value, tree.calls, tree.additive(query.dtype), scale=scale)
     return output.transpose(1, 2).contiguous(), None

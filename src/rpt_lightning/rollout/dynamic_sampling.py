@@ -1,7 +1,7 @@
 """Dynamic sampling (DAPO, arXiv:2503.14476, section 3.2; RPT uses it from step 500 on): groups that teach nothing give their place to new tasks.
 
-A group whose rewards are all equal has zero advantages. It is replaced by the group of a freshly drawn task, until every place
-holds a live group or a limit is reached; the places that are left keep their dead group, so that a step always has the same size.
+A group whose rewards are all equal (those of masked completions do not count) has zero advantages. It is replaced by the group of a freshly drawn task,
+until every place holds a live group or a limit is reached; the places that are left keep their dead group, so that a step always has the same size.
 
 DAPO oversamples and keeps what is too much for the next step. Here every round draws exactly as many tasks as places are still
 dead, so nothing is left over: no group is trained with weights that it was not generated with, and there is no pool to store in

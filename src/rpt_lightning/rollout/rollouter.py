@@ -27,6 +27,7 @@ class Rollouter:
         top_p, top_k, min_p: 1, 0 and 0: pure temperature sampling.
         stop_after_first_box: A completion ends with its first box (a change of the paper's rule, docs/decisions.md).
         max_prompt_tokens: A longer prompt is an error; None leaves the limit to the engine.
+        masks_truncated: Truncated completions are not trained, and so make no group live.
         first_token_probs: The policy's probability of each prediction's first token, asked directly; needed by the dense rewards only.
         share_work: Wraps the engine's ``generate`` where several processes roll out together. It may be a collective: each calls ``rollout`` and
             ``complete`` equally often, with no tasks where it has none.
@@ -46,6 +47,7 @@ class Rollouter:
         min_p: float = 0.0,
         stop_after_first_box: bool = False,
         max_prompt_tokens: int | None = None,
+        masks_truncated: bool = False,
         first_token_probs: FirstTokenProbs | None = None,
         share_work: Callable[[Generate], Generate] | None = None,
     ) -> None:
@@ -66,6 +68,7 @@ class Rollouter:
         self.min_p = min_p
         self.stop_after_first_box = stop_after_first_box
         self.max_prompt_tokens = max_prompt_tokens
+        self.masks_truncated = masks_truncated
         self.first_token_probs = first_token_probs
         self.share_work = share_work
         self._num_drawn: Counter[str] = Counter()  # completions of each task with the weights of this version
@@ -142,6 +145,7 @@ class Rollouter:
                 completions=completions[index],
                 predictions=predictions[index],
                 rewards=self.objective.rewards(task, predictions[index], probs[index]),
+                masks_truncated=self.masks_truncated,
             )
             for index, task in enumerate(tasks)
         ]

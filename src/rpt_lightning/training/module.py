@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -15,9 +15,11 @@ from rpt_lightning.algo.advantage import group_advantages
 from rpt_lightning.algo.correction import correction_metrics, truncated_importance_weights
 from rpt_lightning.algo.loss import policy_loss, step_metrics
 from rpt_lightning.algo.statistics import add_up
+from rpt_lightning.data.stream import rank_share
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.packing import PackedTree
 from rpt_lightning.training.policy_module import PolicyModule
+from rpt_lightning.training.ranks import Ranks
 from rpt_lightning.types import Completion, RolloutGroup, SamplingSettings, TrainBatch, TrainSequence
 
 
@@ -45,11 +47,13 @@ class RPTModule(PolicyModule):
         alike), "constant" (Dr. GRPO: over completions x max_completion_tokens).
     clip_low: The ratio is clipped below 1 - clip_low. Only matters with several optimizer steps a batch or with stale rollouts.
     clip_high: The ratio is clipped above 1 + clip_high.
-    optimizer_steps_per_batch: 1 is exactly on-policy (the paper's batch = mini-batch); more cuts each batch of rollouts into that many mini-batches.
+    optimizer_steps_per_batch: 1 is exactly on-policy (the paper's batch = mini-batch); more cuts each batch of rollouts into that many
+        mini-batches, which are the same on any number of ranks.
     correction: "truncate" weights each token by min(policy / engine probability, correction_cap), which corrects what the engine computes differently;
         "mask" leaves tokens above the cap out. Raw and used weights are logged in any case.
     correction_cap: Upper bound of those weights.
-    truncated: "zero_reward" trains completions that ran into the token limit with reward 0; "mask" leaves them out of the loss and of the baseline.
+    truncated: "zero_reward" trains completions that ran into the token limit with reward 0; "mask" leaves them out of the loss and of the baseline, and of
+        what makes a group live (for dynamic sampling and pilots).
     """
 
     def __init__(
@@ -84,14 +88,14 @@ class RPTModule(PolicyModule):
         self.correction = correction
         self.corrects_mismatch = correction != "none"
         self.correction_cap = correction_cap
-        self.truncated = truncated
+        self.masks_truncated = truncated == "mask"
 
     learns_from_rollouts = True
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         rollouts: TrainBatch = batch["rollouts"]
         temperature = rollouts.sampling.temperature
-        cut = [[self._samples(group) for group in groups] for groups in _mini_batches(rollouts.groups, self.optimizer_steps_per_batch)]
+        cut = [[self._samples(group) for group in groups] for groups in mini_batches_of(rollouts.groups, self.optimizer_steps_per_batch, self.ranks)]
         mini_batches = [list(itertools.chain.from_iterable(groups)) for groups in cut]
         # With one optimizer step a batch the policy before the update is the policy itself: the ratio is exactly 1, and there is nothing to compute.
         on_policy = self.optimizer_steps_per_batch == 1
@@ -150,7 +154,7 @@ class RPTModule(PolicyModule):
 
     def _samples(self, group: RolloutGroup) -> list[_Sample]:
         """Completions with their advantages. The baseline is computed on what is trained, so a masked completion does not move it."""
-        kept = [(c, r) for c, r in zip(group.completions, group.rewards, strict=True) if not (self.truncated == "mask" and c.is_truncated)]
+        kept = replace(group, masks_truncated=self.masks_truncated).trained
         if len(kept) < 2:  # one completion alone has nothing to be compared with
             return []
         rewards = torch.tensor([[reward for _, reward in kept]], dtype=torch.float64)
@@ -183,10 +187,17 @@ def _live(samples: Sequence[_Sample]) -> list[_Sample]:
     return [sample for sample in samples if sample.advantage != 0.0]
 
 
-def _mini_batches(groups: Sequence[RolloutGroup], number: int) -> list[Sequence[RolloutGroup]]:
-    """Cuts groups into ``number`` contiguous parts of nearly equal size."""
-    bounds = [round(i * len(groups) / number) for i in range(number + 1)]
-    return [groups[start:end] for start, end in itertools.pairwise(bounds)]
+def mini_batches_of(groups: Sequence[RolloutGroup], number: int, ranks: Ranks) -> list[Sequence[RolloutGroup]]:
+    """This rank's share of each of ``number`` mini-batches, given its groups. A collective, with more mini-batches than one.
+
+    They are contiguous parts, of nearly equal size, of the groups of all ranks one after the other: which group is in which does not depend on the
+    number of ranks. Each is divided among the ranks anew, since a part of the step would else be the work of a few ranks while the others wait.
+    """
+    if number == 1:
+        return [groups]
+    step = [group for part in ranks.gather(groups) for group in part]
+    bounds = [round(i * len(step) / number) for i in range(number + 1)]
+    return [rank_share(step[start:end], rank=ranks.data_rank, num_ranks=ranks.num_data) for start, end in itertools.pairwise(bounds)]
 
 
 def _sample(group: RolloutGroup, completion: Completion, advantage: float) -> _Sample:

@@ -47,6 +47,7 @@ class PolicyModule(LightningModule, ABC):
     learns_from_rollouts = False  # whether training batches need the rollout callback's completions
     optimizer_steps_per_batch = 1
     corrects_mismatch = False  # whether it uses importance ratios between policy and engine, which a truncating sampler would bias
+    masks_truncated = False  # whether it leaves truncated completions out, so that a group cannot be live by them
 
     def __init__(
         self,
@@ -166,7 +167,7 @@ class PolicyModule(LightningModule, ABC):
         """One optimizer step on a loss that is a sum over the packed trees of ``sequences``.
 
         ``micro_batch_loss(tree)`` returns that tree's share of the loss: the shares of all trees and ranks add up to the step's loss, so that results
-        do not depend on how the step is cut. Returns metrics, among them the tokens computed and the gradient norm before clipping.
+        do not depend on how the step is cut. Returns metrics, among them the tokens computed (no padding) and the gradient norm before clipping.
         """
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()

@@ -143,6 +143,7 @@ class RolloutCallback(Callback):
             min_p=self.min_p,
             stop_after_first_box=self.stop_after_first_box,
             run_seed=self.seed,
+            masks_truncated=pl_module.masks_truncated,
             first_token_probs=probs_of_policy(trainer, pl_module) if self.objective.reward.needs_first_token_probs else None,
             share_work=lambda generate: share_generation(generate, self._exchange or pl_module.ranks),
         )
