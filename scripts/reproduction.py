@@ -10,6 +10,7 @@ the order of tasks and text and in what is sampled. Seed 0 is the demo's own run
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -101,8 +102,24 @@ class Seed:
     def _report(self) -> Stage:
         return report(self.rpt, (self.ntp,), self.page, before=folder_of("after cold start"), after=self.after, folder=self.folder)
 
+    def check_start(self) -> None:
+        """All of a seed is trained from one cold start: stages that are finished are not done again because the demo was made anew."""
+        noted, weights = self.folder / "start.sha256", sorted(START.glob("*.safetensors"))
+        if not weights:
+            return
+        found = " ".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in weights)
+        if noted.exists() and noted.read_text() != found:
+            raise SystemExit(
+                f"{self.folder} was trained from another cold start than what {START} holds now. Move {self.folder} aside and run this again, or put the "
+                "earlier cold start back"
+            )
+        noted.parent.mkdir(parents=True, exist_ok=True)
+        noted.write_text(found)
+
     def run(self) -> None:
+        self.check_start()
         run_stages(self.stages, program="reproduction", again=f"make reproduction SEED={self.seed}")
+        self.check_start()
 
     def write(self) -> None:
         """The record, of what the stages left."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -69,6 +70,18 @@ def reproduction(project, *arguments):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     return done.returncode, done.stdout + done.stderr
+
+
+def test_a_seed_of_another_cold_start_is_not_gone_on_with(project):
+    start = project / "runs/demo/cold-start/export"
+    start.mkdir(parents=True)
+    (start / "model.safetensors").write_bytes(b"these weights")
+    seed = project / "runs/reproduction/seed-1"
+    seed.mkdir(parents=True)
+    (seed / "start.sha256").write_text(hashlib.sha256(b"those weights").hexdigest())
+    status, output = reproduction(project, "run", "--seed", "1")
+    assert status == 1
+    assert "runs/reproduction/seed-1 was trained from another cold start than what runs/demo/cold-start/export holds now" in output
 
 
 @pytest.mark.long
