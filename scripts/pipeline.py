@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -51,8 +51,8 @@ class Stage:
         self._mark.unlink(missing_ok=True)
         forget_time(self.folder, self.name)
         if self.run_folder is not None and self.run_folder.exists():
-            aside = self.run_folder.with_name(self.run_folder.name + ".old")
-            shutil.rmtree(aside, ignore_errors=True)
+            names = (self.run_folder.with_name(f"{self.run_folder.name}.old-{number}") for number in itertools.count(1))
+            aside = next(path for path in names if not path.exists())
             self.run_folder.rename(aside)
             print(f"an earlier stage runs again, so {self.run_folder} is made anew; the run that was there is now {aside}")
 

@@ -100,7 +100,7 @@ def test_a_policy_that_is_trained_again_is_evaluated_again_but_not_the_reverse(m
     assert Path("log").read_text() == "data measure export page measure page data measure export page "
     assert run_without_training.fits == 2
     assert not Path("run/steps.jsonl").exists()
-    assert Path("run.old/steps.jsonl").read_text() == "old"
+    assert Path("run.old-1/steps.jsonl").read_text() == "old"
 
 
 def test_a_finished_stage_says_how_it_was_run():
