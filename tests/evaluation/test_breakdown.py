@@ -68,6 +68,11 @@ def test_what_an_answer_costs_by_hand():
     assert cells(cost_table([stage("old", {})]), "FLOPs by NTP") == ["not measured"]
 
 
+def test_how_long_a_sampled_answer_is():
+    sampled = stage("p", {"num_samples": 4, "sampled_tokens": 30}, {"num_samples": 4, "sampled_tokens": 50})
+    assert cells(cost_table([sampled, stage("none", {})]), "a sampled answer (tokens)") == ["10.0", "not measured"]
+
+
 def test_samples_are_compared_at_the_same_temperature_only():
     one = stage("one", *[{"num_samples": 2, "num_correct": 0, "ntp_correct": False}] * 2, temperature=0.8)
     two = stage("two", {"num_samples": 2, "num_correct": 2}, {"num_samples": 2, "num_correct": 1}, temperature=0.8)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from rpt_lightning.evaluation.compare import Difference, paired_bootstrap
-from rpt_lightning.evaluation.table import Rate, markdown_row
+from rpt_lightning.evaluation.table import Rate, comparison_line, markdown_row, markdown_table
 from rpt_lightning.metrics.interval import clustered_interval
 from rpt_lightning.metrics.question_results import QuestionResult, QuestionResults, pair_questions
 from rpt_lightning.metrics.sampling import pass_at_k
@@ -50,7 +50,7 @@ def answer_table(stages: Sequence[AnswerStage]) -> str:
     for name, verdict in _VERDICT_ROWS.items():
         rows.append(_row(name, stages, lambda results, verdict=verdict: _share(results, verdict)))  # type: ignore[misc]
     rows.append(_row("mean length (tokens)", stages, lambda results: f"{fmean(n for q in results.questions for n in q.lengths):.1f}"))
-    return _table(stages[0].results.benchmark, stages, rows)
+    return markdown_table(stages[0].results.benchmark, [stage.name for stage in stages], rows)
 
 
 def category_table(stages: Sequence[AnswerStage]) -> str | None:
@@ -63,7 +63,7 @@ def category_table(stages: Sequence[AnswerStage]) -> str | None:
         selections = [[question for question in stage.results.questions if question.category == category] for stage in stages]
         rows.append(markdown_row(f"{category}: after a thought", [_mean(selection) for selection in selections]))
         rows.append(markdown_row(f"{category}: without", [_direct(selection) for selection in selections]))
-    return _table("by category", stages, rows)
+    return markdown_table("by category", [stage.name for stage in stages], rows)
 
 
 def differences(stages: Sequence[AnswerStage]) -> list[str]:
@@ -94,7 +94,7 @@ def before_after_table(runs: Sequence[Sequence[AnswerStage]]) -> str | None:
     if not trained:
         return None
     rows = [markdown_row(stages[-1].name, _before_after(stages)) for stages in trained]
-    table = "\n".join([markdown_row(trained[0][0].results.benchmark, ["before", "after", "after - before"]), markdown_row("---", ["---"] * 3), *rows])
+    table = markdown_table(trained[0][0].results.benchmark, ["before", "after", "after - before"], rows)
     lines = []
     for first, other in ((trained[0], stages) for stages in trained[1:]):
         for moment, place in (("before", 0), ("after", -1)):
@@ -133,11 +133,7 @@ def _difference(pairs: Sequence[tuple[float, float, QuestionResult]]) -> Differe
 
 
 def _line(name: str, difference: Difference) -> str:
-    verdict = "above 0" if difference.is_gain else "below 0" if difference.high < 0 else "contains 0"
-    return (
-        f"- {name}: {100 * difference.difference:+.1f} points, {100 * difference.level:.0f} % interval "
-        f"[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}] {verdict} (paired bootstrap over {difference.num_units} questions)"
-    )
+    return comparison_line(name, difference, units=f"{difference.num_units} questions")
 
 
 def _accuracy(results: QuestionResults) -> str:
@@ -177,7 +173,3 @@ def _share(results: QuestionResults, verdict: Verdict) -> str:
 
 def _row(name: str, stages: Sequence[AnswerStage], cell: Callable[[QuestionResults], str]) -> str:
     return markdown_row(name, [cell(stage.results) for stage in stages])
-
-
-def _table(title: str, stages: Sequence[AnswerStage], rows: Sequence[str]) -> str:
-    return "\n".join([markdown_row(title, [stage.name for stage in stages]), markdown_row("---", ["---"] * len(stages)), *rows])

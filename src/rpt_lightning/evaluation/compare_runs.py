@@ -17,6 +17,7 @@ from rpt_lightning.evaluation.table import (
     comparison_lines,
     difficulty_table,
     markdown_row,
+    markdown_table,
     stage_table,
 )  # fmt: skip
 from rpt_lightning.metrics.results import Results, pair_results
@@ -88,7 +89,7 @@ def cost_table(runs: Sequence[Run]) -> str:
         if metric in (FLOPS, SECONDS) and totals[0]:
             ratios = [NOT_MEASURED if value is None else f"{value / totals[0]:.2f}" for value in totals]
             rows.append(markdown_row(f"{name.removesuffix(', all')} / those of {runs[0].name}", ratios))
-    return "\n".join([markdown_row("cost of training", [run.name for run in runs]), markdown_row("---", ["---"] * len(runs)), *rows])
+    return markdown_table("cost of training", [run.name for run in runs], rows)
 
 
 def _cost(run: Run, metric: str) -> float | None:
