@@ -9,6 +9,7 @@ import numpy as np
 from rpt_lightning.evaluation.compare import paired_bootstrap
 from rpt_lightning.evaluation.table import Rate, Stage, accuracy_rows, comparison_line, markdown_row, markdown_table, mean_text
 from rpt_lightning.metrics.bands import DISJOINT_BANDS
+from rpt_lightning.metrics.interval import wilson_interval
 from rpt_lightning.metrics.results import PositionResult, Results, pair_results
 from rpt_lightning.metrics.sampling import pass_at_k
 from rpt_lightning.metrics.token_kind import TOKEN_KINDS
@@ -16,6 +17,7 @@ from rpt_lightning.policy.flops import Work, add_works, forward_flops, prompt_wo
 
 NOT_MEASURED = "not measured"
 NUM_LENGTH_BINS = 4
+SAMPLING_NOTE = "Where no sample counts as right, or every one, the interval is Wilson's of as many documents."
 COST_NOTE = (
     "FLOPs of an answer: 2 x parameters a token, and attention's products. By reasoning the tokens are the prompt and the completion, by NTP the context, "
     "each for one position alone: a prefix that several positions or samples share is counted for each."
@@ -71,7 +73,7 @@ def sampling_table(stages: Sequence[Stage]) -> str | None:
     rows.append(markdown_row("avg@n", [_interval_text(stage.results, avg_outcomes(stage.results)) for stage in stages]))
     for k in [2**power for power in range(num_samples.bit_length())]:
         rows.append(markdown_row(f"pass@{k}", [_interval_text(stage.results, _pass_outcomes(stage.results, k)) for stage in stages]))
-    return markdown_table("sampled answers, intervals over documents", _names(stages), rows)
+    return f"{markdown_table('sampled answers, intervals over documents', _names(stages), rows)}\n\n{SAMPLING_NOTE}"
 
 
 def cost_table(stages: Sequence[Stage]) -> str:
@@ -130,7 +132,10 @@ def _interval_text(results: Results, outcomes: Sequence[float]) -> str:
     if not outcomes:
         return NOT_MEASURED
     mean = paired_bootstrap([0.0] * len(outcomes), outcomes, units=[p.doc_id for p in results.positions])
-    return f"{100 * mean.second:.1f} % [{100 * mean.low:.1f}, {100 * mean.high:.1f}] at {mean.num_positions} positions"
+    low, high = mean.low, mean.high
+    if mean.second in (0.0, 1.0):  # every resample is the same, which would claim certainty
+        low, high = wilson_interval(int(mean.second) * mean.num_units, mean.num_units)
+    return f"{100 * mean.second:.1f} % [{100 * low:.1f}, {100 * high:.1f}] at {mean.num_positions} positions"
 
 
 def _sampling_settings(results: Results) -> str:
