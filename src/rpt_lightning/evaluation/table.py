@@ -40,7 +40,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """``successes`` of ``count``, never shown without its interval.
+    """``successes`` of ``count``, never shown without its interval: ``ends``, or Wilson's where the outcomes are independent and so need no other.
 
     >>> str(Rate(50, 200))
     '25.0 % [19.5, 31.4] 50/200'
@@ -50,6 +50,7 @@ class Rate:
 
     successes: int
     count: int
+    ends: tuple[float, float] | None = None
 
     @classmethod
     def of(cls, outcomes: Sequence[bool | None]) -> Rate:
@@ -63,7 +64,7 @@ class Rate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        return wilson_interval(self.successes, self.count)
+        return wilson_interval(self.successes, self.count) if self.ends is None else self.ends
 
     def __str__(self) -> str:
         if not self.count:
