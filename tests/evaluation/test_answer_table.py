@@ -82,17 +82,56 @@ def test_differences_are_paired_by_question() -> None:
 
 
 def test_before_and_after_training_is_the_papers_table() -> None:
-    base = [stage("base", *(question(str(number), "rwww") for number in range(20)))]
-    base.append(stage("base", *(question(str(number), "rrww") for number in range(20)), step=40, policy_path="base"))
+    base = [stage("base", *(question(str(number), "rwww", direct=number < 5) for number in range(20)))]
+    base.append(stage("base", *(question(str(number), "rrww", direct=number < 10) for number in range(20)), step=40, policy_path="base"))
     rpt = [stage("rpt", *(question(str(number), "rrww") for number in range(20)))]
     rpt.append(stage("rpt", *(question(str(number), "rrrr") for number in reversed(range(20))), step=40, policy_path="rpt"))
     table = before_after_table([base, rpt])
     assert table is not None
-    assert rows(table)["sums"] == ["before", "after", "after - before"]
+    assert rows(table)["sums"] == ["before", "after", "after - before", "before, without a thought", "after, without a thought"]
     assert rows(table)["base"][1].endswith("20 questions x 4 at step 40")
-    assert [cell.split(" [")[0] for cell in rows(table)["base"]] == ["25.0 %", "50.0 %", "+25.0 points"]
-    assert [cell.split(" [")[0] for cell in rows(table)["rpt"]] == ["50.0 %", "100.0 %", "+50.0 points"]
+    assert [cell.split(" [")[0] for cell in rows(table)["base"]] == ["25.0 %", "50.0 %", "+25.0 points", "25.0 %", "50.0 %"]
+    assert rows(table)["base"][3].endswith("5/20")
+    assert [cell.split(" [")[0] for cell in rows(table)["rpt"]] == ["50.0 %", "100.0 %", "+50.0 points", "not measured", "not measured"]
     for line, difference in (("before", "+25.0"), ("after", "+50.0"), ("gain", "+25.0")):
         assert f"- {line}: rpt - base: {difference} points" in table
     assert before_after_table([base[:1], rpt[:1]]) is None
     assert before_after_table([[base[0], replace(base[0], name="again")]]) is None  # the same weights twice
+    halfway = replace(base[1], results=replace(base[1].results, step=20))
+    assert before_after_table([[halfway, base[1]]]) is None  # some of the training is behind both
+
+
+def test_completions_that_were_drawn_otherwise_are_not_compared() -> None:
+    sampled = stage("sampled", *(question(str(number), "rrrw", direct=False) for number in range(20)))
+    greedy = stage("greedy", *(question(str(number), "r", direct=True) for number in range(20)), temperature=0.0)
+    refused, without, own = differences([sampled, greedy])
+    assert refused == (
+        "- after a thought: greedy - sampled: not compared, since completions were drawn otherwise (completions a question 4 and 1; temperature 0.6 and 0.0)"
+    )
+    assert without.startswith("- without: greedy - sampled: +100.0 points")  # greedy in both
+    assert own.startswith("- greedy: after a thought - without: +0.0 points")
+    longer = replace(sampled, results=replace(sampled.results, max_completion_tokens=128))
+    assert "drawn otherwise (token limit 64 and 128)" in differences([sampled, longer])[0]
+    with pytest.raises(ValueError, match="are to different questions"):
+        differences([sampled, stage("other", question("x", "r"), temperature=0.0)])
+
+
+def test_the_row_of_accuracies_is_named_for_every_column() -> None:
+    four, one = stage("four", question("a", "rrrw")), stage("one", question("a", "r"))
+    assert rows(answer_table([four, one]))["accuracy after a thought (mean over completions)"][1].endswith("1 questions")
+    assert rows(answer_table([one, one]))["accuracy after a thought"][0].startswith("100.0 %")
+    assert "accuracy after a thought (avg@4)" in rows(answer_table([four]))
+
+
+def test_a_run_whose_end_was_drawn_otherwise_than_its_start() -> None:
+    runs = []
+    for name, temperature in (("base", 0.6), ("rpt", 1.0)):
+        before = stage(name, *(question(str(number), "rwww") for number in range(20)))
+        after = stage(name, *(question(str(number), "rrww") for number in range(20)), step=40, temperature=temperature)
+        runs.append([before, after])
+    table = before_after_table(runs)
+    assert table is not None
+    assert [rows(table)[name][2].split(" [")[0] for name in ("base", "rpt")] == ["+25.0 points", "not compared: temperature 0.6 and 1.0"]
+    assert "- before: rpt - base: +0.0 points" in table
+    assert "- after: rpt - base: not compared, since completions were drawn otherwise (temperature 0.6 and 1.0)" in table
+    assert "- gain: rpt - base: not compared" in table

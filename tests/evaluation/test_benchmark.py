@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from rpt_lightning import cli
-from rpt_lightning.metrics.question_results import read_question_results
+from rpt_lightning.evaluation.answer_table import AnswerStage, before_after_table
+from rpt_lightning.evaluation.benchmark import by_start
+from rpt_lightning.metrics.question_results import QuestionResult, QuestionResults, read_question_results
 
 ENGINE = ["--engine", "HFEngine", "--engine.dtype", "float32", "--prompt", "QuestionPrompt", "--accelerator", "cpu"]
 
@@ -81,6 +83,45 @@ def test_one_policy_and_then_others_against_it(rpt, answering_model_dir, tiny_mo
     status, output = rpt("compare", tmp_path / "one" / "answering", tmp_path / "two" / "answering")
     assert status == 1
     assert "are to different questions" in output
+
+    # Against earlier answers: at once refused where they are to other questions.
+    greedy_answers = tmp_path / "two" / "answering"
+    status, output = rpt(*common, *flags, "--policy", tiny_model_dir, "--against", greedy_answers, "--output", tmp_path / "three")
+    assert status == 0, output
+    assert f"- after a thought: tiny - {greedy_answers}: " in output
+    status, output = rpt(*common, "--policy", tiny_model_dir, "--against", greedy_answers, "--output", tmp_path / "four")
+    assert status == 1
+    assert "answers to other questions (3 of math500) than the 6 that are asked here, 'test/" in output
+    assert not (tmp_path / "four").exists()
+
+
+def asked(name, *, start, step, ckpt_path=None):
+    question = QuestionResult(question_id="q", answer="4", category=None, prompt_tokens=1, verdicts=("right",), predictions=("4",), lengths=(1,))
+    results = QuestionResults(
+        questions=(question,), benchmark="b", policy_path=start, step=step, temperature=0.0, max_completion_tokens=8, seed=0, ckpt_path=ckpt_path
+    )
+    return AnswerStage(name=name, results=results)
+
+
+def test_checkpoints_stand_behind_their_start_run_by_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "p").mkdir(parents=True)
+    stages = [
+        asked("a-40", start="models/p", step=40, ckpt_path="runs/a/checkpoints/step-000040.ckpt"),
+        asked("b-40", start="./models/p", step=40, ckpt_path="runs/b/checkpoints/step-000040.ckpt"),
+        asked("a-20", start="models/p", step=20, ckpt_path=str(tmp_path / "runs/a/checkpoints/step-000020.ckpt")),
+        asked("p", start=str(tmp_path / "models" / "p"), step=0),
+        asked("c-20", start="org/q", step=20, ckpt_path="runs/c/checkpoints/step-000020.ckpt"),
+        asked("c-40", start="org/q", step=40, ckpt_path="runs/c/checkpoints/step-000040.ckpt"),
+    ]
+    assert [[stage.name for stage in run] for run in by_start(stages)] == [["p", "a-20", "a-40"], ["p", "b-40"]]
+    table = before_after_table(by_start(stages))
+    assert "| a-40 | 100.0 %" in table
+    assert "| b-40 | 100.0 %" in table
+    assert "c-40" not in table  # its start was not asked
+    assert "- before: " not in table  # the same answers
+    assert "- after: b-40 - a-40: +0.0 points" in table
+    assert before_after_table(by_start(stages[:2])) is None
 
 
 def test_choices_are_answered_by_letter(rpt, tiny_model_dir, tmp_path):

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rpt_lightning.evaluation.breakdown import cost_table, disjoint_table, further_comparisons, kind_table, length_table, sampling_table
+from rpt_lightning.evaluation.breakdown import (
+    SAMPLING_NOTE,
+    cost_table,
+    disjoint_table,
+    further_comparisons,
+    kind_table,
+    length_table,
+    sampling_table,
+)
 from rpt_lightning.evaluation.table import Stage
 from rpt_lightning.policy.flops import ModelSize
 from sample_results import FIRST, results
@@ -53,8 +61,17 @@ def test_samples_give_avg_and_the_unbiased_pass():
     assert cells(table, "avg@n")[0].startswith("50.0 %")
     assert cells(table, "pass@1")[0].startswith("50.0 %")
     assert cells(table, "pass@2")[0].startswith("75.0 %")  # (1/2 + 1) / 2
-    assert cells(table, "pass@4") == ["100.0 % [100.0, 100.0] at 2 positions", "not measured"]
+    assert cells(table, "pass@4") == ["100.0 % [34.2, 100.0] at 2 positions", "not measured"]  # Wilson's of 2 of 2 documents
     assert sampling_table([stage("none", {})]) is None
+
+
+def test_no_right_sample_is_not_certainty():
+    none = stage("p", *[{"num_samples": 8, "num_correct": 0}] * 4)
+    three_documents = [replace(p, doc_id=p.doc_id if p.position % 2 else "d0") for p in none.results.positions]
+    table = sampling_table([replace(none, results=replace(none.results, positions=tuple(three_documents)))])
+    # z^2 / (n + z^2) with z = 1.96 and n = 3 documents: d0 (positions 0 and 2), d1 and d3.
+    assert cells(table, "avg@n") == cells(table, "pass@8") == ["0.0 % [0.0, 56.1] at 4 positions"]
+    assert table.endswith(SAMPLING_NOTE)
 
 
 def test_what_an_answer_costs_by_hand():
@@ -66,6 +83,11 @@ def test_what_an_answer_costs_by_hand():
     assert cells(table, "FLOPs by NTP") == [format(2 * 1000 * 25 + 2 * 100 + 4 * 10 * (210 + 465) / 2, ".3g")]
     assert cells(table, "reasoning / NTP") == [format(111200 / 63700, ".2f")]
     assert cells(cost_table([stage("old", {})]), "FLOPs by NTP") == ["not measured"]
+
+
+def test_how_long_a_sampled_answer_is():
+    sampled = stage("p", {"num_samples": 4, "sampled_tokens": 30}, {"num_samples": 4, "sampled_tokens": 50})
+    assert cells(cost_table([sampled, stage("none", {})]), "a sampled answer (tokens)") == ["10.0", "not measured"]
 
 
 def test_samples_are_compared_at_the_same_temperature_only():

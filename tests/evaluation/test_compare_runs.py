@@ -7,6 +7,7 @@ import pytest
 from rpt_lightning.evaluation.compare_runs import comparison
 from rpt_lightning.evaluation.cost import total
 from rpt_lightning.evaluation.run import Run
+from rpt_lightning.metrics.question_results import QuestionResult, QuestionResults
 from sample_results import FIRST, results
 
 
@@ -65,8 +66,46 @@ def test_every_mode_is_compared_in_pairs(runs):
 
 def test_a_cost_with_gaps_and_a_run_without_validation_are_errors(runs):
     del runs[0].steps[1]["cost/flops"]
-    with pytest.raises(ValueError, match="1 of 2 steps"):
+    with pytest.raises(ValueError, match="1 of 2 steps up to 2 logged cost/flops"):
         comparison(runs)
     assert total(runs[0], "no/such") is None
     with pytest.raises(ValueError, match="ntp: was never validated"):
         comparison([runs[0], replace(runs[1], validations={})])
+
+
+def test_names_that_begin_alike_are_not_mixed_up():
+    runs = [run("rpt", {}, right=range(40), ntp=range(30)), run("rpt-2", {}, right=range(50), ntp=range(35))]
+    lines = [line for line in comparison(runs).splitlines() if line.startswith("- ")]
+    assert [line[2:].split(":")[0] for line in lines] == [
+        "reasoning rpt-2 - reasoning rpt",
+        "NTP rpt-2 - NTP rpt",
+        "reasoning rpt-2 - NTP rpt",
+        "NTP rpt-2 - reasoning rpt",
+        "NTP loss rpt-2 - rpt",
+    ]
+    assert "+10.0 points" in lines[0]
+
+
+ANSWERS = QuestionResults(
+    questions=(QuestionResult(question_id="q", answer="4", category=None, prompt_tokens=1, verdicts=("right",), predictions=("4",), lengths=(1,)),),
+    benchmark="sums", policy_path="models/p", step=2, temperature=0.0, max_completion_tokens=8, seed=0,
+)  # fmt: skip
+
+
+def test_what_all_runs_were_asked_is_compared_and_the_rest_is_named(runs):
+    rpt, ntp = runs
+    asked_rpt, asked_ntp = (replace(one, answers={2: ANSWERS}) for one in runs)
+    both = comparison([asked_rpt, asked_ntp])
+    assert "| held-out positions | rpt | ntp |" in both
+    assert "| sums | rpt | ntp |" in both
+    assert "not compared" not in both
+    positions = comparison([asked_rpt, ntp])
+    assert "| held-out positions | rpt | ntp |" in positions
+    assert "Answers to questions are not compared, since some runs were asked none: ntp." in positions
+    answers = comparison([asked_rpt, replace(asked_ntp, validations={})])
+    assert "| sums | rpt | ntp |" in answers
+    assert "Held-out positions are not compared, since some runs were not validated at any: ntp." in answers
+    with pytest.raises(ValueError, match="rpt: was never validated at held-out positions, and ntp was asked no questions"):
+        comparison([replace(asked_rpt, validations={}), ntp])
+    with pytest.raises(ValueError, match="was never validated"):
+        comparison([replace(rpt, validations={}), asked_ntp])

@@ -59,6 +59,13 @@ def test_one_policy_and_then_another_against_it(rpt, tiny_model_dir, tiny_task_d
     assert again.positions[0].reasoning_correct is None
     assert results.model_size == again.model_size is not None
 
+    # Other positions are refused before a policy is asked.
+    few = ["--num_tasks", "6", "--policy", tiny_model_dir, "--against", tmp_path / "one" / "tiny", "--output", tmp_path / "three"]
+    status, output = rpt(*common, *few)
+    assert status == 1
+    assert f"--against {tmp_path / 'one' / 'tiny'}: results at other positions (12) than the 6 that are asked here" in output
+    assert not (tmp_path / "three").exists()
+
 
 @pytest.mark.parametrize(
     ("flags", "message"),

@@ -4,6 +4,7 @@ import pytest
 
 from rpt_lightning.evaluation.patterns import PATTERNS, pattern_shares, patterns_of, relative_change
 from rpt_lightning.evaluation.table import Rate
+from rpt_lightning.metrics.interval import clustered_interval, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,20 @@ def test_shares_count_texts_not_keywords():
     assert shares["hypothesis"] == Rate(1, 3)
     assert shares["deduction"] == Rate(0, 3)
     assert set(pattern_shares([]).values()) == {Rate(0, 0)}
+
+
+def test_texts_of_one_task_are_not_independent():
+    texts = ["wait"] * 8 + ["so"] * 8 + ["wait"] * 8 + ["so"] * 8
+    tasks = [f"t{number // 8}" for number in range(32)]
+    shares = pattern_shares(texts, tasks=tasks)["reflection"]
+    assert (shares.successes, shares.count) == (16, 32)
+    # Every task's texts are alike: as much is known as from 4 texts.
+    assert shares.interval == pytest.approx(wilson_interval(2, 4))
+    assert str(shares) == "50.0 % [15.0, 85.0] 16/32"
+    assert pattern_shares(texts)["reflection"].interval == wilson_interval(16, 32)
+    # In another order, and with unequally many texts a task.
+    mixed = pattern_shares(["wait", "so", "so", "wait", "so"], tasks=["a", "b", "b", "a", "b"])["reflection"]
+    assert mixed.interval == pytest.approx(clustered_interval([1.0, 0.0], samples_each=[2, 3]))
 
 
 def test_relative_change_as_in_the_paper():

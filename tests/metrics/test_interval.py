@@ -60,3 +60,19 @@ def test_it_covers_the_truth_as_often_as_it_says() -> None:
         hits["plain"] += low <= 0.4 <= high
     assert 0.93 <= hits["clustered"] / runs <= 0.98
     assert hits["plain"] / runs < 0.75
+
+
+def test_of_one_question_all_answers_count_once() -> None:
+    # Wilson's formula with n = 1 and p = 1/2: 1/2 +- z / (2 sqrt(1 + z^2)).
+    half = 1.959963984540054 / (2 * math.sqrt(1 + 1.959963984540054**2))
+    assert clustered_interval([0.5], samples_each=64) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-12)
+
+
+def test_questions_of_unequally_many_answers_weigh_by_them() -> None:
+    # 2 of 2 and 0 of 6: p = 1/4, the weighted deviations are 1/2 x 3/4 and 3/2 x -1/4, so n = 2 p (1 - p) / (9/64) = 8/3.
+    z, p, n = 1.959963984540054, 0.25, 8 / 3
+    centre, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    expected = ((centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n))
+    assert clustered_interval([1.0, 0.0], samples_each=[2, 6]) == pytest.approx(expected, abs=1e-12)
+    means = [0.0, 0.25, 1.0, 0.5]
+    assert clustered_interval(means, samples_each=[4] * 4) == clustered_interval(means, samples_each=4)

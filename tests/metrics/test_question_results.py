@@ -40,6 +40,23 @@ def test_files_that_are_not_whole(tmp_path: Path) -> None:
             read_question_results(path)
 
 
+def test_a_json_file_that_is_not_whole_or_not_ours(tmp_path: Path) -> None:
+    path = tmp_path / "step-000003.jsonl"
+    write_question_results(RESULTS, path)
+    about = json.loads(path.with_suffix(".json").read_text())
+    without_seed = {name: value for name, value in about.items() if name != "seed"}
+    for text, message in [
+        (json.dumps(about)[:30], r"step-000003\.json: not JSON .*Run `rpt evaluate benchmark` again"),
+        (json.dumps(without_seed), r"step-000003\.json: not an object with benchmark, policy_path, step, .*seed, num_questions"),
+        (json.dumps(about | {"top_p": 1.0}), r"step-000003\.json: top_p is not known here"),
+    ]:
+        path.with_suffix(".json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_question_results(path)
+    path.with_suffix(".json").write_text(json.dumps({name: value for name, value in about.items() if name != "ckpt_path"}))
+    assert read_question_results(path) == replace(RESULTS, ckpt_path=None)
+
+
 def test_pairs_are_of_the_same_questions() -> None:
     turned = replace(RESULTS, questions=RESULTS.questions[::-1])
     assert pair_questions(RESULTS, turned) == [(question, question) for question in RESULTS.questions]

@@ -81,3 +81,43 @@ def test_files_of_earlier_versions_are_read(tmp_path: Path):
     meta = json.loads(path.with_suffix(".json").read_text())
     path.with_suffix(".json").write_text(json.dumps({name: meta[name] for name in ("policy_path", "step", "num_positions")}))
     assert read_results(path) == results(FIRST)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"policy_path": "mod', r"v\.json: not JSON .*Run `rpt validate` again"),
+        ("", r"v\.json: not JSON"),
+        ("[1]", r"v\.json: not an object with policy_path, step, num_positions\. Run `rpt validate` again"),
+        ('{"policy_path": "p", "step": 1}', r"v\.json: not an object with"),
+        ('{"policy_path": "p", "step": 1, "num_positions": 1, "model_size": {"params": 3}}', r"v\.json: model_size \{'params': 3\} is not a model's"),
+    ],
+)
+def test_a_broken_meta_file_is_named(tmp_path: Path, text: str, message: str):
+    write_results(results(FIRST), tmp_path / "v.jsonl")
+    (tmp_path / "v.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_results(tmp_path / "v.jsonl")
+
+
+def test_a_file_that_ends_inside_a_character_is_named(tmp_path: Path):
+    write_results(results(SECOND), tmp_path / "v.jsonl")
+    whole = (tmp_path / "v.jsonl").read_bytes()
+    (tmp_path / "v.jsonl").write_bytes(whole[: whole.index("é".encode()) + 1])
+    with pytest.raises(ValueError, match=r"v\.jsonl: not UTF-8"):
+        read_results(tmp_path / "v.jsonl")
+
+
+def test_the_meta_file_is_there_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_results(results(FIRST), tmp_path / "v.jsonl")
+    before = (tmp_path / "v.json").read_text()
+
+    def killed(self: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_results(results(FIRST, SECOND), tmp_path / "v.jsonl")
+    assert (tmp_path / "v.json").read_text() == before
+    with pytest.raises(ValueError, match=r"v\.jsonl: 2 positions, but v\.json says 1"):
+        read_results(tmp_path / "v.jsonl")

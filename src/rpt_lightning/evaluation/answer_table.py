@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from rpt_lightning.evaluation.compare import Difference, paired_bootstrap
-from rpt_lightning.evaluation.table import Rate, markdown_row
+from rpt_lightning.evaluation.table import Rate, comparison_line, markdown_row, markdown_table
 from rpt_lightning.metrics.interval import clustered_interval
 from rpt_lightning.metrics.question_results import QuestionResult, QuestionResults, pair_questions
 from rpt_lightning.metrics.sampling import pass_at_k
@@ -42,15 +42,15 @@ def answer_table(stages: Sequence[AnswerStage]) -> str:
     """One column a policy: accuracy with and without a thought, pass@k, and what became of the completions."""
     rows = [_row("questions x completions", stages, lambda results: f"{len(results.questions)} x {results.num_samples}")]
     rows.append(_row("temperature, token limit", stages, lambda results: f"{results.temperature}, {results.max_completion_tokens}"))
+    rows.append(_row(_accuracy_name(stages), stages, _accuracy))
     most = max(stage.results.num_samples for stage in stages)
-    rows.append(_row(f"accuracy after a thought (avg@{most})" if most > 1 else "accuracy after a thought", stages, _accuracy))
     for k in (2**power for power in range(1, most.bit_length())):
         rows.append(_row(f"pass@{k}", stages, lambda results, k=k: _pass_at(results, k)))  # type: ignore[misc]
     rows.append(_row("accuracy without a thought", stages, lambda results: _direct(results.questions)))
     for name, verdict in _VERDICT_ROWS.items():
         rows.append(_row(name, stages, lambda results, verdict=verdict: _share(results, verdict)))  # type: ignore[misc]
     rows.append(_row("mean length (tokens)", stages, lambda results: f"{fmean(n for q in results.questions for n in q.lengths):.1f}"))
-    return _table(stages[0].results.benchmark, stages, rows)
+    return markdown_table(stages[0].results.benchmark, [stage.name for stage in stages], rows)
 
 
 def category_table(stages: Sequence[AnswerStage]) -> str | None:
@@ -63,11 +63,13 @@ def category_table(stages: Sequence[AnswerStage]) -> str | None:
         selections = [[question for question in stage.results.questions if question.category == category] for stage in stages]
         rows.append(markdown_row(f"{category}: after a thought", [_mean(selection) for selection in selections]))
         rows.append(markdown_row(f"{category}: without", [_direct(selection) for selection in selections]))
-    return _table("by category", stages, rows)
+    return markdown_table("by category", [stage.name for stage in stages], rows)
 
 
 def differences(stages: Sequence[AnswerStage]) -> list[str]:
     """The last policy against each earlier one, with and without a thought, and against its own answers without.
+
+    After a thought only where the completions were drawn alike; else the line says what differs.
 
     Raises:
         ValueError: two were not asked the same questions.
@@ -75,7 +77,7 @@ def differences(stages: Sequence[AnswerStage]) -> list[str]:
     last = stages[-1]
     lines = []
     for earlier in reversed(stages[:-1]):
-        lines.append(_line(f"after a thought: {last.name} - {earlier.name}", answer_difference(earlier.results, last.results)))
+        lines.append(_thought_line(f"after a thought: {last.name} - {earlier.name}", earlier.results, last.results))
         pairs = [(one, other) for one, other in pair_questions(earlier.results, last.results) if one.direct_verdict and other.direct_verdict]
         if pairs:
             lines.append(_line(f"without: {last.name} - {earlier.name}", _difference([(_is_direct(a), _is_direct(b), b) for a, b in pairs])))
@@ -88,28 +90,34 @@ def differences(stages: Sequence[AnswerStage]) -> list[str]:
 def before_after_table(runs: Sequence[Sequence[AnswerStage]]) -> str | None:
     """One row a run that was asked before and after training (the paper's table of RLVR after RPT), and the gains against the first such run's; None where none was.
 
-    Each run's stages are of one start, in the order of their steps: the first is before, the last after.
+    Each run's stages are in the order of their steps: the first is before, if no step was trained yet, and the last after. Beside both accuracies stand
+    those of the same weights without a thought.
     """
-    trained = [stages for stages in runs if stages[-1].results.step > stages[0].results.step]
+    trained = [stages for stages in runs if stages[0].results.step == 0 < stages[-1].results.step]
     if not trained:
         return None
-    rows = [markdown_row(stages[-1].name, _before_after(stages)) for stages in trained]
-    table = "\n".join([markdown_row(trained[0][0].results.benchmark, ["before", "after", "after - before"]), markdown_row("---", ["---"] * 3), *rows])
-    lines = []
-    for first, other in ((trained[0], stages) for stages in trained[1:]):
-        for moment, place in (("before", 0), ("after", -1)):
-            lines.append(_line(f"{moment}: {other[-1].name} - {first[-1].name}", answer_difference(first[place].results, other[place].results)))
-        gains = [
-            (one[1].right_frac - one[0].right_frac, two[1].right_frac - two[0].right_frac, two[1])
-            for one, two in zip(_moments(first, like=other), _moments(other, like=other), strict=True)
-        ]
-        lines.append(_line(f"gain: {other[-1].name} - {first[-1].name}", _difference(gains)))
+    columns = ["before", "after", "after - before", "before, without a thought", "after, without a thought"]
+    table = markdown_table(trained[0][0].results.benchmark, columns, [markdown_row(stages[-1].name, _before_after(stages)) for stages in trained])
+    first, *others = trained
+    lines = [line for other in others for line in _gains(first, other)]
     return "\n\n".join([table, *(["\n".join(lines)] if lines else [])])
 
 
-def answer_difference(first: QuestionResults, second: QuestionResults) -> Difference:
-    """Accuracy after a thought of ``second`` minus that of ``first``, at the questions that both were asked; raises as `pair_questions`."""
-    return _difference([(one.right_frac, other.right_frac, one) for one, other in pair_questions(first, second)])
+def _gains(first: Sequence[AnswerStage], other: Sequence[AnswerStage]) -> list[str]:
+    """A run against the first, before and after training, and by how much more it gained."""
+    names = f"{other[-1].name} - {first[-1].name}"
+    lines = [
+        _thought_line(f"{moment}: {names}", first[place].results, other[place].results)
+        for moment, place in (("before", 0), ("after", -1))
+        if first[place] is not other[place]  # two runs of one start
+    ]
+    if differing := _differing_settings(*(stages[place].results for stages in (first, other) for place in (0, -1))):
+        return [*lines, _refusal(f"gain: {names}", differing)]
+    gains = [
+        (one[1].right_frac - one[0].right_frac, two[1].right_frac - two[0].right_frac, two[1])
+        for one, two in zip(_moments(first, like=other), _moments(other, like=other), strict=True)
+    ]
+    return [*lines, _line(f"gain: {names}", _difference(gains))]
 
 
 def _moments(stages: Sequence[AnswerStage], *, like: Sequence[AnswerStage]) -> list[tuple[QuestionResult, QuestionResult]]:
@@ -120,12 +128,36 @@ def _moments(stages: Sequence[AnswerStage], *, like: Sequence[AnswerStage]) -> l
 
 
 def _before_after(stages: Sequence[AnswerStage]) -> list[str]:
-    change = answer_difference(stages[0].results, stages[-1].results)
-    return [
-        f"{_accuracy(stages[0].results)}",
-        f"{_accuracy(stages[-1].results)} at step {stages[-1].results.step}",
-        f"{100 * change.difference:+.1f} points [{100 * change.low:+.1f}, {100 * change.high:+.1f}]",
-    ]
+    before, after = stages[0].results, stages[-1].results
+    pairs = pair_questions(before, after)
+    if differing := _differing_settings(before, after):
+        change = f"not compared: {differing}"
+    else:
+        gain = _difference([(one.right_frac, other.right_frac, one) for one, other in pairs])
+        change = f"{100 * gain.difference:+.1f} points [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
+    return [_accuracy(before), f"{_accuracy(after)} at step {after.step}", change, _direct(before.questions), _direct(after.questions)]
+
+
+def _differing_settings(*evaluations: QuestionResults) -> str:
+    """How completions were drawn, where that is not the same everywhere, in words; empty where it is."""
+    settings: dict[str, list[float]] = {
+        "completions a question": [results.num_samples for results in evaluations],
+        "temperature": [results.temperature for results in evaluations],
+        "token limit": [results.max_completion_tokens for results in evaluations],
+    }
+    return "; ".join(f"{name} {' and '.join(map(str, dict.fromkeys(values)))}" for name, values in settings.items() if len(set(values)) > 1)
+
+
+def _thought_line(name: str, first: QuestionResults, second: QuestionResults) -> str:
+    """Accuracy after a thought of ``second`` minus that of ``first``; raises as `pair_questions`, however the completions were drawn."""
+    pairs = pair_questions(first, second)
+    if differing := _differing_settings(first, second):
+        return _refusal(name, differing)
+    return _line(name, _difference([(one.right_frac, other.right_frac, one) for one, other in pairs]))
+
+
+def _refusal(name: str, differing: str) -> str:
+    return f"- {name}: not compared, since completions were drawn otherwise ({differing})"
 
 
 def _difference(pairs: Sequence[tuple[float, float, QuestionResult]]) -> Difference:
@@ -133,11 +165,15 @@ def _difference(pairs: Sequence[tuple[float, float, QuestionResult]]) -> Differe
 
 
 def _line(name: str, difference: Difference) -> str:
-    verdict = "above 0" if difference.is_gain else "below 0" if difference.high < 0 else "contains 0"
-    return (
-        f"- {name}: {100 * difference.difference:+.1f} points, {100 * difference.level:.0f} % interval "
-        f"[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}] {verdict} (paired bootstrap over {difference.num_units} questions)"
-    )
+    return comparison_line(name, difference, units=f"{difference.num_units} questions")
+
+
+def _accuracy_name(stages: Sequence[AnswerStage]) -> str:
+    """True of every column: avg@k only where all drew as many."""
+    numbers = {stage.results.num_samples for stage in stages}
+    if len(numbers) > 1:
+        return "accuracy after a thought (mean over completions)"
+    return "accuracy after a thought" if numbers == {1} else f"accuracy after a thought (avg@{stages[0].results.num_samples})"
 
 
 def _accuracy(results: QuestionResults) -> str:
@@ -177,7 +213,3 @@ def _share(results: QuestionResults, verdict: Verdict) -> str:
 
 def _row(name: str, stages: Sequence[AnswerStage], cell: Callable[[QuestionResults], str]) -> str:
     return markdown_row(name, [cell(stage.results) for stage in stages])
-
-
-def _table(title: str, stages: Sequence[AnswerStage], rows: Sequence[str]) -> str:
-    return "\n".join([markdown_row(title, [stage.name for stage in stages]), markdown_row("---", ["---"] * len(stages)), *rows])

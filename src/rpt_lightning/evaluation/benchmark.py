@@ -25,6 +25,7 @@ from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.training.answer_results import AnswerResults
 from rpt_lightning.training.ntp_module import NTPModule
 from rpt_lightning.training.rollout_callback import RolloutCallback
+from rpt_lightning.types import Question
 
 # Imported so that they may be named by their short names.
 from rpt_lightning.data.questions import HuggingFaceQuestions, JsonlQuestions  # isort: skip
@@ -88,7 +89,11 @@ def benchmark(
     name, source = _questions(benchmark, file, revision, questions)
     objective = Objective(prompt, AnswerReward())
     asked = choose(read_all(source, flag="benchmark" if benchmark else "questions"), num_questions, seed=seed)
-    stages = [] if against is None else [AnswerStage(name=str(against), results=_earlier(against))]
+    stages: list[AnswerStage] = []
+    if against is not None:
+        earlier = _earlier(against)
+        _check_against(earlier, asked, against)
+        stages.append(AnswerStage(name=str(against), results=earlier))
     for one, short_name in zip(policy, policy_names(policy), strict=True):
         path, ckpt_path = policy_source(one)
         module = NTPModule(Policy(path))
@@ -121,9 +126,25 @@ def summary(stages: Sequence[AnswerStage]) -> str:
 
 
 def by_start(stages: Sequence[AnswerStage]) -> list[list[AnswerStage]]:
-    """Weights of one start, in the order of their steps: a checkpoint of `rpt fit` is an "after" of the model that it started from."""
-    starts = dict.fromkeys(stage.results.policy_path for stage in stages)
-    return [sorted((stage for stage in stages if stage.results.policy_path == start), key=lambda stage: stage.results.step) for start in starts]
+    """Each run's checkpoints in the order of their steps, behind the model that the run started from: before and after.
+
+    A run is the folder that its checkpoints lie in, since all runs of one model carry the same ``policy_path``. One whose start was not asked is left out.
+    """
+    starts = {_model(stage): stage for stage in stages if stage.results.step == 0}
+    runs: dict[tuple[str, str], list[AnswerStage]] = {}
+    for stage in stages:
+        if stage.results.step > 0 and _model(stage) in starts:
+            ckpt_path = stage.results.ckpt_path
+            # Answers of a run that validates as it trains have no checkpoint, and a name of their own.
+            folder = stage.name if ckpt_path is None else str(Path(ckpt_path).resolve().parent)
+            runs.setdefault((_model(stage), folder), []).append(stage)
+    return [[starts[model], *sorted(run, key=lambda stage: stage.results.step)] for (model, _), run in runs.items()]
+
+
+def _model(stage: AnswerStage) -> str:
+    """The start of a stage's training, however its folder was written; a hub id as it is."""
+    path = Path(stage.results.policy_path)
+    return str(path.resolve()) if path.exists() else stage.results.policy_path
 
 
 def _questions(benchmark: str | None, file: Path | None, revision: str | None, questions: QuestionSource | None) -> tuple[str, QuestionSource]:
@@ -137,6 +158,20 @@ def _questions(benchmark: str | None, file: Path | None, revision: str | None, q
     if file is not None and revision is not None:
         raise ValueError(f"--revision {revision}: is a commit on the hub, and --file {file} is read from the disk; give one of them")
     return benchmark, benchmark_source(benchmark, file=file, revision=revision)
+
+
+def _check_against(earlier: QuestionResults, asked: Sequence[Question], against: Path) -> None:
+    """Before any policy is asked, which may take hours. Raises ValueError where the two cannot be paired."""
+    before = {question.question_id: question.answer for question in earlier.questions}
+    now = {question.question_id: question.answer for question in asked}
+    if unpaired := sorted(before.keys() ^ now.keys()):
+        raise ValueError(
+            f"--against {against}: answers to other questions ({len(before)} of {earlier.benchmark}) than the {len(now)} that are asked here, {unpaired[0]!r} "
+            "for one. Give the same benchmark, --num_questions and --seed as there"
+        )
+    for question_id, answer in before.items():
+        if answer != now[question_id]:
+            raise ValueError(f"--against {against}: question {question_id!r} had the answer {answer!r} there, and has {now[question_id]!r} here")
 
 
 def _earlier(path: Path) -> QuestionResults:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from rpt_lightning.evaluation.compare import paired_bootstrap
-from rpt_lightning.evaluation.table import Rate, Stage, accuracy_rows, comparison_line, markdown_row, mean_text
+from rpt_lightning.evaluation.table import Rate, Stage, accuracy_rows, comparison_line, markdown_row, markdown_table, mean_text
 from rpt_lightning.metrics.bands import DISJOINT_BANDS
+from rpt_lightning.metrics.interval import wilson_interval
 from rpt_lightning.metrics.results import PositionResult, Results, pair_results
 from rpt_lightning.metrics.sampling import pass_at_k
 from rpt_lightning.metrics.token_kind import TOKEN_KINDS
@@ -16,6 +17,7 @@ from rpt_lightning.policy.flops import Work, add_works, forward_flops, prompt_wo
 
 NOT_MEASURED = "not measured"
 NUM_LENGTH_BINS = 4
+SAMPLING_NOTE = "Where no sample counts as right, or every one, the interval is Wilson's of as many documents."
 COST_NOTE = (
     "FLOPs of an answer: 2 x parameters a token, and attention's products. By reasoning the tokens are the prompt and the completion, by NTP the context, "
     "each for one position alone: a prefix that several positions or samples share is counted for each."
@@ -28,7 +30,7 @@ def disjoint_table(stages: Sequence[Stage]) -> str:
     for name, (low, high) in DISJOINT_BANDS.items():
         meaning = f"entropy {low} to {high}" if np.isfinite(high) else f"entropy > {low}"
         rows += accuracy_rows(f"{name} only", meaning, [[p for p in stage.results.positions if low < p.entropy <= high] for stage in stages])
-    return _table("by difficulty, without overlap", stages, rows)
+    return markdown_table("by difficulty, without overlap", _names(stages), rows)
 
 
 def kind_table(stages: Sequence[Stage]) -> str:
@@ -38,7 +40,7 @@ def kind_table(stages: Sequence[Stage]) -> str:
         selections = [[p for p in stage.results.positions if p.token_kind == kind] for stage in stages]
         if any(selections):
             rows += accuracy_rows(kind, "true token", selections)
-    return _table("by kind of token", stages, rows)
+    return markdown_table("by kind of token", _names(stages), rows)
 
 
 def length_table(stage: Stage) -> str | None:
@@ -59,13 +61,11 @@ def length_table(stage: Stage) -> str | None:
         low, high = lengths[bins == number].min(), lengths[bins == number].max()
         rows.append(_length_row(f"{low} tokens" if low == high else f"{low} to {high} tokens", inside))
     rows.append(_length_row("no end of thought", [p for p in stage.results.positions if p.thought_length is None and p.length is not None]))
-    return "\n".join(
-        [markdown_row(f"{stage.name}, by length of thought", ["reasoning", "NTP, same positions"]), markdown_row("---", ["---"] * 2), *rows]
-    )
+    return markdown_table(f"{stage.name}, by length of thought", ["reasoning", "NTP, same positions"], rows)
 
 
 def sampling_table(stages: Sequence[Stage]) -> str | None:
-    """avg@n and the unbiased pass@k for k = 1, 2, 4 ... n, with intervals over documents; None where nothing was sampled."""
+    """avg@n and the unbiased pass@k for the powers of two up to n, with intervals over documents; None where nothing was sampled."""
     num_samples = max((n for stage in stages if (n := samples_a_position(stage.results)) is not None), default=0)
     if not num_samples:
         return None
@@ -73,11 +73,11 @@ def sampling_table(stages: Sequence[Stage]) -> str | None:
     rows.append(markdown_row("avg@n", [_interval_text(stage.results, avg_outcomes(stage.results)) for stage in stages]))
     for k in [2**power for power in range(num_samples.bit_length())]:
         rows.append(markdown_row(f"pass@{k}", [_interval_text(stage.results, _pass_outcomes(stage.results, k)) for stage in stages]))
-    return _table("sampled answers, intervals over documents", stages, rows)
+    return f"{markdown_table('sampled answers, intervals over documents', _names(stages), rows)}\n\n{SAMPLING_NOTE}"
 
 
 def cost_table(stages: Sequence[Stage]) -> str:
-    """What one greedy answer cost, by reasoning and without (COST_NOTE)."""
+    """What one greedy answer cost, by reasoning and without (COST_NOTE), and how long a sampled one was."""
     positions = [stage.results.positions for stage in stages]
     reasoning = [_answer_flops(stage.results, [_answer_work(p.prompt_tokens, p.length) for p in stage.results.positions]) for stage in stages]
     ntp = [_answer_flops(stage.results, [_answer_work(p.context_tokens, 1) for p in stage.results.positions]) for stage in stages]
@@ -85,12 +85,13 @@ def cost_table(stages: Sequence[Stage]) -> str:
     rows = [
         markdown_row("prompt (tokens)", [mean_text([p.prompt_tokens for p in rows], ".1f") for rows in positions]),
         markdown_row("completion (tokens)", [mean_text([p.length for p in rows], ".1f") for rows in positions]),
+        markdown_row("a sampled answer (tokens)", [mean_text([_sample_length(p) for p in rows], ".1f") for rows in positions]),
         markdown_row("context alone, for NTP (tokens)", [mean_text([p.context_tokens for p in rows], ".1f") for rows in positions]),
         markdown_row("FLOPs by reasoning", [_number(flops, ".3g") for flops in reasoning]),
         markdown_row("FLOPs by NTP", [_number(flops, ".3g") for flops in ntp]),
         markdown_row("reasoning / NTP", [_number(ratio, ".2f") for ratio in ratios]),
     ]
-    return _table("cost of an answer, mean", stages, rows)
+    return markdown_table("cost of an answer, mean", _names(stages), rows)
 
 
 def further_comparisons(stages: Sequence[Stage]) -> list[str]:
@@ -131,7 +132,10 @@ def _interval_text(results: Results, outcomes: Sequence[float]) -> str:
     if not outcomes:
         return NOT_MEASURED
     mean = paired_bootstrap([0.0] * len(outcomes), outcomes, units=[p.doc_id for p in results.positions])
-    return f"{100 * mean.second:.1f} % [{100 * mean.low:.1f}, {100 * mean.high:.1f}] at {mean.num_positions} positions"
+    low, high = mean.low, mean.high
+    if mean.second in (0.0, 1.0):  # every resample is the same, which would claim certainty
+        low, high = wilson_interval(int(mean.second) * mean.num_units, mean.num_units)
+    return f"{100 * mean.second:.1f} % [{100 * low:.1f}, {100 * high:.1f}] at {mean.num_positions} positions"
 
 
 def _sampling_settings(results: Results) -> str:
@@ -149,6 +153,11 @@ def _answer_work(read_tokens: int | None, sampled_tokens: int | None) -> Work | 
     return None if read_tokens is None or sampled_tokens is None else prompt_work(read_tokens) + sampling_work(read_tokens, sampled_tokens)
 
 
+def _sample_length(position: PositionResult) -> float | None:
+    """Mean over a position's samples."""
+    return position.sampled_tokens / position.num_samples if position.sampled_tokens is not None and position.num_samples else None
+
+
 def _number(value: float | None, form: str) -> str:
     return NOT_MEASURED if value is None else format(value, form)
 
@@ -157,5 +166,5 @@ def _length_row(name: str, positions: Sequence[PositionResult]) -> str:
     return markdown_row(name, [Rate.of([p.reasoning_correct for p in positions]), Rate.of([p.ntp_correct for p in positions])])
 
 
-def _table(title: str, stages: Sequence[Stage], rows: Sequence[str]) -> str:
-    return "\n".join([markdown_row(title, [stage.name for stage in stages]), markdown_row("---", ["---"] * len(stages)), *rows])
+def _names(stages: Sequence[Stage]) -> list[str]:
+    return [stage.name for stage in stages]

@@ -1,4 +1,4 @@
-"""Is one policy better than another at the same positions? A paired bootstrap over documents or over positions.
+"""Is one policy better than another at the same positions? A paired bootstrap over documents.
 
 Positions of one document share its topic and its text, so they are not independent: resampling documents (the cluster bootstrap; Davison and Hinkley,
 Bootstrap Methods, 1997, section 3.8) is the honest unit, and resampling positions gives an interval that is too narrow.
@@ -9,13 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 
 from rpt_lightning.metrics.results import PositionResult, Results, pair_results
-
-Unit = Literal["document", "position"]
 
 # Resamples are drawn in blocks of at most this many counts (8 bytes each), so that memory does not grow with the number of resamples.
 _MAX_COUNTS = 4_000_000
@@ -43,9 +40,7 @@ class Difference:
         return self.low > 0
 
 
-def compare_policies(
-    first: Results, second: Results, *, unit: Unit = "document", num_resamples: int = 10_000, level: float = 0.95, seed: int = 0
-) -> Difference:
+def compare_policies(first: Results, second: Results, *, num_resamples: int = 10_000, level: float = 0.95, seed: int = 0) -> Difference:
     """The reasoning accuracy of ``second`` minus that of ``first``, at the positions that both were asked.
 
     Raises:
@@ -55,7 +50,7 @@ def compare_policies(
     return paired_bootstrap(
         _reasoning(first, [one for one, _ in pairs]),
         _reasoning(second, [other for _, other in pairs]),
-        units=[one.doc_id if unit == "document" else one.task_id for one, _ in pairs],
+        units=[one.doc_id for one, _ in pairs],
         num_resamples=num_resamples,
         level=level,
         seed=seed,

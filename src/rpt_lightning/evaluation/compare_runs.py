@@ -1,4 +1,4 @@
-"""`rpt compare`: runs side by side at the same held-out positions, with all that each cost up to there."""
+"""`rpt compare`: runs side by side at the same held-out positions, with all that each cost up to there, and at the same questions."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from pathlib import Path
 
 from rpt_lightning.evaluation.answer_table import NOTE, AnswerStage, answer_table, before_after_table, category_table, differences
 from rpt_lightning.evaluation.breakdown import NOT_MEASURED, further_comparisons, sampling_table
-from rpt_lightning.evaluation.compare import paired_bootstrap
+from rpt_lightning.evaluation.compare import compare_policies, paired_bootstrap
 from rpt_lightning.evaluation.cost import FLOPS, SECONDS, TOKENS, total
 from rpt_lightning.evaluation.run import Run, read_runs
 from rpt_lightning.evaluation.table import (
     INTERVAL_NOTE,
     Stage,
     comparison_line,
-    comparison_lines,
     difficulty_table,
     markdown_row,
+    markdown_table,
     stage_table,
 )  # fmt: skip
 from rpt_lightning.metrics.results import Results, pair_results
@@ -31,7 +31,7 @@ def compare(runs: list[Path], *, output: Path | None = None) -> None:
     """Set runs side by side: accuracy with and without reasoning at the same positions, cost, and each run's paired differences to the first.
 
     Args:
-        runs: Run folders (what trainer.default_root_dir was), or folders that `rpt evaluate next-token` wrote for a policy.
+        runs: Run folders (what trainer.default_root_dir was), or folders that `rpt evaluate` wrote for a policy.
         output: Also write the text to this file.
     """
     text = comparison(read_runs([Path(run) for run in runs]))
@@ -42,13 +42,32 @@ def compare(runs: list[Path], *, output: Path | None = None) -> None:
 
 
 def comparison(runs: Sequence[Run]) -> str:
-    """The whole text, in Markdown: at held-out positions, or, of runs that were asked questions, at those.
+    """The whole text, in Markdown: at held-out positions and at questions, whichever all runs were asked; what only some were asked is said.
 
     Raises:
-        ValueError: A run was never validated, or two were at different positions or questions.
+        ValueError: Nothing was asked of all runs, or two were at different positions or questions.
     """
-    if any(run.answers for run in runs):
-        return answer_comparison(runs)
+    unvalidated = [run.name for run in runs if not run.validations]
+    unasked = [run.name for run in runs if not run.answers]
+    if unvalidated and unasked:
+        raise ValueError(
+            f"{unvalidated[0]}: was never validated at held-out positions, and {unasked[0]} was asked no questions, so not all runs have one of the two. "
+            "Run `rpt validate ... --ckpt_path last` into each run's folder, on the same positions or questions"
+        )
+    parts = []
+    if not unvalidated:
+        parts.append(position_comparison(runs))
+    elif len(unvalidated) < len(runs):
+        parts.append(f"Held-out positions are not compared, since some runs were not validated at any: {', '.join(unvalidated)}.\n")
+    if not unasked:
+        parts.append(answer_comparison(runs))
+    elif len(unasked) < len(runs):
+        parts.append(f"Answers to questions are not compared, since some runs were asked none: {', '.join(unasked)}.\n")
+    return "\n".join(parts)
+
+
+def position_comparison(runs: Sequence[Run]) -> str:
+    """At the positions of each run's last validation, with cost and paired differences to the first run."""
     stages = [Stage(name=run.name, results=_validated(run)) for run in runs]
     parts = [stage_table(stages), sampling_table(stages), difficulty_table(stages), cost_table(runs), COST_NOTE, INTERVAL_NOTE]
     lines = [line for stage in stages[1:] for line in _differences(stages[0], stage)]
@@ -56,11 +75,8 @@ def comparison(runs: Sequence[Run]) -> str:
 
 
 def answer_comparison(runs: Sequence[Run]) -> str:
-    """The same of runs that were asked questions: each as it was last, and before and after its training."""
+    """At questions: each run as it was last, and before and after its training."""
     stages = [[AnswerStage(name=run.name, results=results) for results in run.answers.values()] for run in runs]
-    for run in runs:
-        if not run.answers:
-            raise ValueError(f"{run.name}: was asked no questions, and another run was. Compare runs that were validated on the same questions")
     last = [of_run[-1] for of_run in stages]
     parts = [before_after_table(stages), answer_table(last), category_table(last), NOTE, "\n".join(differences(last))]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -88,7 +104,7 @@ def cost_table(runs: Sequence[Run]) -> str:
         if metric in (FLOPS, SECONDS) and totals[0]:
             ratios = [NOT_MEASURED if value is None else f"{value / totals[0]:.2f}" for value in totals]
             rows.append(markdown_row(f"{name.removesuffix(', all')} / those of {runs[0].name}", ratios))
-    return "\n".join([markdown_row("cost of training", [run.name for run in runs]), markdown_row("---", ["---"] * len(runs)), *rows])
+    return markdown_table("cost of training", [run.name for run in runs], rows)
 
 
 def _cost(run: Run, metric: str) -> float | None:
@@ -99,7 +115,10 @@ def _cost(run: Run, metric: str) -> float | None:
 
 def _differences(first: Stage, second: Stage) -> list[str]:
     """``second`` against ``first``, each mode against the same and, where one of the two reasons, against the other's next token without reasoning."""
-    lines = [*(line for line in comparison_lines([first, second]) if f"reasoning {first.name}" in line), *further_comparisons([first, second])]
+    lines = []
+    if first.has_reasoning and second.has_reasoning:
+        lines.append(comparison_line(f"reasoning {second.name} - reasoning {first.name}", compare_policies(first.results, second.results)))
+    lines += further_comparisons([first, second])
     pairs = pair_results(first.results, second.results)
     units = [one.doc_id for one, _ in pairs]
     if second.has_reasoning:
@@ -114,6 +133,5 @@ def _differences(first: Stage, second: Stage) -> list[str]:
 
 
 def _validated(run: Run) -> Results:
-    if run.last_validation is None:
-        raise ValueError(f"{run.name}: was never validated. Run `rpt validate ... --ckpt_path last` into its folder, on the same held-out positions")
+    assert run.last_validation is not None
     return run.last_validation

@@ -18,7 +18,6 @@ def total(run: Run, metric: str, *, last_step: int | None = None) -> float | Non
     if not values:
         return None
     if len(values) < len(steps):
-        raise ValueError(
-            f"{run.name}: {len(values)} of {len(steps)} steps up to {max(run.steps)} logged {metric}, so what the run cost cannot be said"
-        )
+        last_step = max(run.steps) if last_step is None else last_step
+        raise ValueError(f"{run.name}: {len(values)} of {len(steps)} steps up to {last_step} logged {metric}, so what the run cost cannot be said")
     return sum(values)

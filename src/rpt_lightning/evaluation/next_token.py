@@ -7,6 +7,7 @@ validation while training does not take the time for.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +35,7 @@ from rpt_lightning.tasks.reward import PrefixMatchReward
 from rpt_lightning.training.monitors import ValidationResults
 from rpt_lightning.training.ntp_module import NTPModule
 from rpt_lightning.training.rollout_callback import RolloutCallback
+from rpt_lightning.types import TokenTask
 
 # Imported so that they may be named by their short names.
 from rpt_lightning.rollout.hf_engine import HFEngine  # isort: skip
@@ -89,19 +91,27 @@ def next_token(
     check_policies(policy)
     _check(engine, prompt)
     check_new_output(output)
-    stages = [] if against is None else [Stage(name=str(against), results=_earlier(against))]
+    make_data = partial(
+        TokenTaskDataModule,
+        task_dir,
+        tasks_per_step=1,
+        max_context_tokens=max_context_tokens,
+        num_eval_tasks=num_tasks,
+        eval_min_entropy=min_entropy,
+        eval_batch_size=batch_size,
+        seed=seed,
+    )
+    stages: list[Stage] = []
+    if against is not None:
+        earlier = _earlier(against)
+        data = make_data()
+        data.setup("validate")
+        _check_against(earlier, data.eval_tasks(), against)
+        stages.append(Stage(name=str(against), results=earlier))
     for one, name in zip(policy, policy_names(policy), strict=True):
         path, ckpt_path = policy_source(one)
         module = NTPModule(Policy(path))
-        data = TokenTaskDataModule(
-            task_dir,
-            tasks_per_step=1,
-            max_context_tokens=max_context_tokens,
-            num_eval_tasks=num_tasks,
-            eval_min_entropy=min_entropy,
-            eval_batch_size=batch_size,
-            seed=seed,
-        )
+        data = make_data()
         callbacks: list[Callback] = [ValidationResults()]
         if engine is not None and prompt is not None:
             data.setup("validate")
@@ -147,6 +157,20 @@ def _check(engine: RolloutEngine | None, prompt: PromptTemplate | None) -> None:
         raise ValueError("--prompt is not set: say how the policies are asked to reason, as they were in training, e.g. --prompt ContinuationPrompt")
     if engine is None and prompt is not None:
         raise ValueError("--prompt asks for reasoning, and --engine is not set: give one, e.g. --engine VLLMEngine")
+
+
+def _check_against(earlier: Results, tasks: Sequence[TokenTask], against: Path) -> None:
+    """Before any policy is asked, which may take hours. Raises ValueError where the two cannot be paired."""
+    before = {position.task_id: position.truth for position in earlier.positions}
+    now = {task.task_id: b"".join(task.continuation).decode(errors="replace") for task in tasks}
+    if unpaired := sorted(before.keys() ^ now.keys()):
+        raise ValueError(
+            f"--against {against}: results at other positions ({len(before)}) than the {len(now)} that are asked here, {unpaired[0]!r} for one. Give the same "
+            "--task_dir, --num_tasks, --min_entropy and --seed as there"
+        )
+    for task_id, truth in before.items():
+        if truth != now[task_id]:
+            raise ValueError(f"--against {against}: position {task_id!r} had the truth {truth!r} there, and has {now[task_id]!r} here")
 
 
 def _earlier(path: Path) -> Results:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 
 from rpt_lightning.evaluation.table import Rate
+from rpt_lightning.metrics.interval import clustered_interval
 
 PATTERNS: dict[str, tuple[str, ...]] = {
     "transition": ("alternatively", "think differently"),
@@ -38,10 +39,24 @@ def patterns_of(text: str) -> frozenset[str]:
     return frozenset(name for name, expression in _EXPRESSIONS.items() if expression.search(text))
 
 
-def pattern_shares(texts: Iterable[str]) -> dict[str, Rate]:
-    """For each pattern the share of texts that show it."""
+def pattern_shares(texts: Iterable[str], *, tasks: Iterable[str] | None = None) -> dict[str, Rate]:
+    """For each pattern the share of texts that show it.
+
+    ``tasks`` names the task that each text answers: the texts of one task do not count as independent (`clustered_interval`). Without it each is of its own.
+    """
     shown = [patterns_of(text) for text in texts]
-    return {name: Rate(sum(name in patterns for patterns in shown), len(shown)) for name in PATTERNS}
+    if tasks is None:
+        return {name: Rate(sum(name in patterns for patterns in shown), len(shown)) for name in PATTERNS}
+    by_task: dict[str, list[frozenset[str]]] = {}
+    for task, patterns in zip(tasks, shown, strict=True):
+        by_task.setdefault(task, []).append(patterns)
+    sizes = [len(group) for group in by_task.values()]
+    rates = {}
+    for name in PATTERNS:
+        numbers = [sum(name in patterns for patterns in group) for group in by_task.values()]
+        ends = clustered_interval([number / size for number, size in zip(numbers, sizes, strict=True)], samples_each=sizes)
+        rates[name] = Rate(sum(numbers), len(shown), ends=ends)
+    return rates
 
 
 def relative_change(before: Rate, after: Rate) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -14,13 +15,17 @@ from rpt_lightning.training.strategy import ShardedStrategy
 
 
 def policy_names(policies: Sequence[str]) -> list[str]:
-    """A short name for each, which is its folder too."""
-    return [name.removesuffix(".ckpt") for name in short_names([Path(one).absolute() for one in policies])]
+    """A short name for each, which is its folder too, below that of the evaluation: it neither begins at the root nor leads upwards."""
+    places = [Path(os.path.abspath(one)) for one in policies]
+    without_suffix = [place.with_suffix("") if place.suffix == ".ckpt" else place for place in places]
+    # A checkpoint and a folder that differ in the suffix alone keep it.
+    return short_names(places if len(set(without_suffix)) < len(policies) else without_suffix)
 
 
 def check_policies(policies: Sequence[str]) -> None:
-    """Raises ValueError where one is named twice."""
-    if len(set(policies)) < len(policies):
+    """Raises ValueError where one is named twice, however it is written."""
+    written, resolved = {os.path.abspath(one) for one in policies}, {Path(one).resolve() for one in policies}
+    if min(len(written), len(resolved)) < len(policies):
         raise ValueError(f"--policy {' '.join(policies)}: one is named twice")
 
 

@@ -75,9 +75,10 @@ def read_run(folder: Path, name: str | None = None) -> Run:
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """The shortest endings of the paths that tell them apart."""
-    for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
-        names = ["/".join(folder.parts[-depth:]) for folder in folders]
+    """The shortest endings of the paths that tell them apart, none of which begins at the root."""
+    parts = [folder.parts[1:] if folder.anchor else folder.parts for folder in folders]
+    for depth in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(own[-depth:]) for own in parts]
         if len(set(names)) == len(names):
-            break
-    return names
+            return names
+    return ["/".join(own) for own in parts]

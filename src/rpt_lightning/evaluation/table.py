@@ -40,7 +40,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """``successes`` of ``count``, never shown without its interval.
+    """``successes`` of ``count``, never shown without its interval: ``ends``, or Wilson's where the outcomes are independent and so need no other.
 
     >>> str(Rate(50, 200))
     '25.0 % [19.5, 31.4] 50/200'
@@ -50,6 +50,7 @@ class Rate:
 
     successes: int
     count: int
+    ends: tuple[float, float] | None = None
 
     @classmethod
     def of(cls, outcomes: Sequence[bool | None]) -> Rate:
@@ -63,7 +64,7 @@ class Rate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        return wilson_interval(self.successes, self.count)
+        return wilson_interval(self.successes, self.count) if self.ends is None else self.ends
 
     def __str__(self) -> str:
         if not self.count:
@@ -91,7 +92,7 @@ def stage_table(stages: Sequence[Stage]) -> str:
         markdown_row("mean length (tokens)", [mean_text([p.length for p in positions], ".1f") for positions in all_positions]),
         markdown_row("ceiling (answerable positions)", [Rate.of([p.answerable for p in positions]) for positions in all_positions]),
     ]
-    return "\n".join([markdown_row("held-out positions", [stage.name for stage in stages]), markdown_row("---", ["---"] * len(stages)), *rows])
+    return markdown_table("held-out positions", [stage.name for stage in stages], rows)
 
 
 def difficulty_table(stages: Sequence[Stage]) -> str:
@@ -99,7 +100,7 @@ def difficulty_table(stages: Sequence[Stage]) -> str:
     rows = []
     for name, threshold in BANDS.items():
         rows += accuracy_rows(name, f"entropy > {threshold}", [above(stage.results.positions, threshold) for stage in stages])
-    return "\n".join([markdown_row("by difficulty", [stage.name for stage in stages]), markdown_row("---", ["---"] * len(stages)), *rows])
+    return markdown_table("by difficulty", [stage.name for stage in stages], rows)
 
 
 def accuracy_rows(name: str, meaning: str, selections: Sequence[Sequence[PositionResult]]) -> list[str]:
@@ -133,13 +134,13 @@ def comparison_lines(stages: Sequence[Stage]) -> list[str]:
     return lines
 
 
-def comparison_line(name: str, difference: Difference) -> str:
-    """One paired difference in words."""
+def comparison_line(name: str, difference: Difference, *, units: str | None = None) -> str:
+    """One paired difference in words. ``units`` says what was resampled; without it, documents and their positions."""
+    units = units or f"{difference.num_units} documents, {difference.num_positions} positions"
     verdict = "above 0" if difference.is_gain else "below 0" if difference.high < 0 else "contains 0"
     return (
         f"- {name}: {100 * difference.difference:+.1f} points, {100 * difference.level:.0f} % interval "
-        f"[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}] {verdict} "
-        f"(paired bootstrap over {difference.num_units} documents, {difference.num_positions} positions)"
+        f"[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}] {verdict} (paired bootstrap over {units})"
     )
 
 
@@ -165,6 +166,11 @@ def mean_text(values: Sequence[float | None], form: str) -> str:
 
 def _measured(values: Sequence[T | None]) -> list[T]:
     return [value for value in values if value is not None]
+
+
+def markdown_table(title: str, columns: Sequence[str], rows: Sequence[str]) -> str:
+    """A head of ``title`` and the columns' names over the rows, which `markdown_row` makes."""
+    return "\n".join([markdown_row(title, columns), markdown_row("---", ["---"] * len(columns)), *rows])
 
 
 def markdown_row(name: str, cells: Sequence[object]) -> str:

@@ -24,12 +24,13 @@ def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float,
     return float(interval.low), float(interval.high)
 
 
-def clustered_interval(means: Sequence[float], *, samples_each: int = 1) -> tuple[float, float]:
-    """95 % interval of the mean of ``means`` [N], each the share of right answers among ``samples_each`` to one question: Wilson's with the effective
-    sample size N p (1 - p) / Var(means), so that answers to one question do not count as independent (Korn and Graubard 1998, Survey Methodology 24).
+def clustered_interval(means: Sequence[float], *, samples_each: int | Sequence[int] = 1) -> tuple[float, float]:
+    """95 % interval of the mean over all answers, of which ``means`` [N] are the shares of right ones among the ``samples_each`` (one number, or [N]) to each
+    question: Wilson's with the effective sample size p (1 - p) / Var(p), so that answers to one question do not count as independent (Korn and Graubard
+    1998, Survey Methodology 24). Var(p) is that of a mean of N questions, weighted by their answers: with as many each, Var(means) / N.
 
-    That size lies between N (answers to a question all alike) and N x ``samples_each`` (as if of different questions); N where every answer is right or
-    every one wrong. With one answer a question this is Wilson's interval. (0, 1) without questions.
+    That size lies between N (answers to a question all alike) and the number of answers (as if of different questions); N where every answer is right or
+    every one wrong, and of one question, which says nothing about others. With one answer a question this is Wilson's interval. (0, 1) without questions.
 
     >>> low, high = clustered_interval([0.0] * 30, samples_each=8)
     >>> low, round(high, 3)
@@ -38,11 +39,13 @@ def clustered_interval(means: Sequence[float], *, samples_each: int = 1) -> tupl
     num = len(means)
     if num == 0:
         return 0.0, 1.0
-    p = fmean(means)
-    spread = fmean((mean - p) ** 2 for mean in means)
+    sizes = [samples_each] * num if isinstance(samples_each, int) else samples_each
+    total = sum(sizes)
+    p = sum(size * mean for size, mean in zip(sizes, means, strict=True)) / total
+    spread = fmean((size * num / total * (mean - p)) ** 2 for size, mean in zip(sizes, means, strict=True))
     effective = float(num)
-    if 0 < p < 1:
-        effective = num * samples_each if spread == 0 else min(num * samples_each, max(num, num * p * (1 - p) / spread))
+    if 0 < p < 1 and num > 1:
+        effective = total if spread == 0 else min(total, max(num, num * p * (1 - p) / spread))
     z2 = _Z95**2
     centre = (p + z2 / (2 * effective)) / (1 + z2 / effective)
     half = _Z95 / (1 + z2 / effective) * sqrt(p * (1 - p) / effective + z2 / (4 * effective**2))

@@ -6,7 +6,7 @@ Results are kept a question so that any two policies can be compared in pairs, l
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +80,20 @@ def read_question_results(path: Path) -> QuestionResults:
     """Read what ``write_question_results`` wrote.
 
     Raises:
-        ValueError: a file is missing, a line is broken, questions have different numbers of completions, or there are fewer lines than the JSON file says
-            (an evaluation that was interrupted).
+        ValueError: a file is missing or broken, the JSON file has a field that is not known, questions have different numbers of completions, or there are
+            fewer lines than the JSON file says (an evaluation that was interrupted).
     """
-    about = read_about(path, command="rpt evaluate benchmark")
+    known = {field.name: field.default is MISSING for field in fields(QuestionResults) if field.name != "questions"}
+    needed = [name for name, is_needed in known.items() if is_needed]
+    about = read_about(path, command="rpt evaluate benchmark", needed=[*needed, "num_questions"])
+    num_questions = about.pop("num_questions")
+    if unknown := sorted(about.keys() - known.keys()):
+        raise ValueError(
+            f"{path.with_suffix('.json')}: {', '.join(unknown)} is not known here. Was it written by a later version? Read it with that one, "
+            "or run `rpt evaluate benchmark` again."
+        )
     questions = tuple(read_lines(path, _parse_line))
-    if not questions or len(questions) != about.pop("num_questions"):
+    if not questions or len(questions) != num_questions:
         raise ValueError(
             f"{path}: {len(questions)} questions, which is not what {path.with_suffix('.json').name} says. Run `rpt evaluate benchmark` again."
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,21 +17,37 @@ def write_lines(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
 
 
 def read_lines(path: Path, parse: Callable[[str, str], T]) -> list[T]:
-    """What ``parse`` makes of each line and of where it stands, in words."""
+    """What ``parse`` makes of each line and of where it stands, in words. Raises ValueError where the file is not text."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error}). Was it cut off while it was written?") from error
     # Not splitlines(): texts may hold other line separators, which JSON leaves as they are.
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = text.split("\n")
     return [parse(line, f"{path} line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def write_about(about: Mapping[str, Any], path: Path) -> None:
-    """``path`` with the suffix ``.json``. Written last, so that it vouches for the lines."""
-    path.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    """``path`` with the suffix ``.json``. Written last, and all at once, so that it vouches for the lines."""
+    target = path.with_suffix(".json")
+    partial = target.with_name(target.name + ".partial")
+    partial.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    partial.replace(target)
 
 
-def read_about(path: Path, *, command: str) -> dict[str, Any]:
-    """What stands beside ``path``. Raises ValueError where one of the two files is missing, with the ``command`` that writes both."""
+def read_about(path: Path, *, command: str, needed: Collection[str]) -> dict[str, Any]:
+    """What stands beside ``path``.
+
+    Raises ValueError, with the ``command`` that writes both, where one of the two files is missing, or the second is not an object with what is needed.
+    """
     about = path.with_suffix(".json")
-    for needed in (path, about):
-        if not needed.is_file():
-            raise ValueError(f"{needed}: no such file. `{command}` writes both {path.name} and {about.name}; run it again.")
-    return dict(json.loads(about.read_text(encoding="utf-8")))
+    for file in (path, about):
+        if not file.is_file():
+            raise ValueError(f"{file}: no such file. `{command}` writes both {path.name} and {about.name}; run it again.")
+    try:
+        content = json.loads(about.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{about}: not JSON ({error}). Was it cut off while it was written? Run `{command}` again.") from error
+    if not isinstance(content, dict) or not content.keys() >= set(needed):
+        raise ValueError(f"{about}: not an object with {', '.join(needed)}. Run `{command}` again.")
+    return content

@@ -91,20 +91,24 @@ def read_results(path: Path) -> Results:
     """Read what ``write_results`` wrote.
 
     Raises:
-        ValueError: a file is missing, a line is broken, or there are fewer lines than the JSON file says (an evaluation that was interrupted).
+        ValueError: a file is missing or broken, or there are fewer lines than the JSON file says (an evaluation that was interrupted).
     """
-    about = read_about(path, command="rpt validate")
+    about = read_about(path, command="rpt validate", needed=("policy_path", "step", "num_positions"))
     positions = tuple(read_lines(path, _parse_line))
     if len(positions) != about["num_positions"]:
         says = f"{path.with_suffix('.json').name} says {about['num_positions']}"
         raise ValueError(f"{path}: {len(positions)} positions, but {says}. Run `rpt validate` again.")
     size = about.get("model_size")
+    try:
+        model_size = None if size is None else ModelSize(**size)
+    except TypeError as error:
+        raise ValueError(f"{path.with_suffix('.json')}: model_size {size!r} is not a model's ({error}). Run `rpt validate` again.") from error
     return Results(
         positions=positions,
         policy_path=about["policy_path"],
         step=about["step"],
         ckpt_path=about.get("ckpt_path"),
-        model_size=None if size is None else ModelSize(**size),
+        model_size=model_size,
         temperature=about.get("temperature"),
     )
 
