@@ -53,7 +53,7 @@ def _rollouts(run: Run, number: int, rollout_steps: int, patterns: PatternsBySte
     held = spread(list(run.rollouts), rollout_steps)
     for step, path in run.rollouts.items():
         samples = read_samples(path)
-        patterns[step] = pattern_shares(sample.completion for sample in samples)
+        patterns[step] = pattern_shares((sample.completion for sample in samples), tasks=(sample.task_id for sample in samples))
         if step in held:
             has_tokens = all(sample.tokens is not None for sample in samples)
             yield RolloutBlock(run=number, step=step, num_rollouts=len(samples), has_tokens=has_tokens, data=compress_json(step_data(samples)))
