@@ -64,13 +64,30 @@ class ShuffledOrder:
             return
         self._window = (epoch, window)
         rng = np.random.default_rng([self.seed, epoch, window + 1])
-        bundles: list[NDArray[np.int64]] = []
-        for chunk in self._chunks[window * WINDOW_CHUNKS : (window + 1) * WINDOW_CHUNKS]:
-            for document in range(self._bounds[chunk], self._bounds[chunk + 1]):
-                items = rng.permutation(int(self.num_items[document]))
-                pairs = np.stack([np.full(len(items), document), items], axis=1)  # [P, 2]
-                bundles += [pairs[start : start + self.bundle_size] for start in range(0, len(pairs), self.bundle_size)]
-        self._pairs = np.concatenate([bundles[index] for index in rng.permutation(len(bundles))])  # [items of the window, 2]
+        chunks = self._chunks[window * WINDOW_CHUNKS : (window + 1) * WINDOW_CHUNKS]
+        documents = _ranges(self._bounds[chunks], self._bounds[chunks + 1] - self._bounds[chunks])  # [D of the window]
+        counts = self.num_items[documents].astype(np.int64)  # [D]
+        items = np.concatenate([rng.permutation(count) for count in counts.tolist()])  # [P]
+        pairs = np.stack([np.repeat(documents, counts), items], axis=1)  # [P, 2]
+        # There may be millions of bundles: only where they start and end is kept.
+        num_bundles = -(-counts // self.bundle_size)  # [D]
+        ends = np.repeat(np.cumsum(counts), num_bundles)  # [B] of each bundle's document
+        starts = _ranges(np.cumsum(counts) - counts, num_bundles, step=self.bundle_size)  # [B]
+        lengths = np.minimum(ends - starts, self.bundle_size)  # [B]
+        order = rng.permutation(len(starts))  # [B]
+        self._pairs = pairs[_ranges(starts[order], lengths[order])]  # [P, 2]
+
+
+def _ranges(starts: NDArray[Any], lengths: NDArray[Any], *, step: int = 1) -> NDArray[Any]:
+    """``lengths[i]`` numbers from ``starts[i]`` on, ``step`` apart, for one ``i`` after the other. [N], [N] -> [sum of lengths]
+
+    >>> _ranges(np.array([5, 0, 8]), np.array([2, 0, 3])).tolist()
+    [5, 6, 8, 9, 10]
+    >>> _ranges(np.array([0, 7]), np.array([3, 1]), step=2).tolist()
+    [0, 2, 4, 7]
+    """
+    places = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # within each range
+    return np.repeat(starts, lengths) + step * places
 
 
 class TaskStream:
