@@ -117,6 +117,17 @@ def test_a_place_in_another_order_is_refused() -> None:
         make(([2, 2], [2], 1, 1)).load_state_dict(state)
 
 
+def test_a_place_in_another_layout_of_the_same_text_is_refused() -> None:
+    order = make(([2, 2], [2], 1, 0)).order
+    state = TaskStream(order, corpus="text", layout="left").state_dict()
+    with pytest.raises(ValueError, match="belongs to documents in the order with the fingerprint left, and this run has right"):
+        TaskStream(order, corpus="text", layout="right").load_state_dict(state)
+    del state["made_with"]["documents in the order with the fingerprint"]  # as checkpoints of earlier versions
+    stream = TaskStream(order, corpus="text", layout="right")
+    stream.load_state_dict(state | {"index": 3})
+    assert stream.place == (0, 3)
+
+
 @given(st.lists(st.integers(), max_size=20), st.integers(1, 7))
 def test_shares_of_all_ranks_are_the_step(items: list[int], num_ranks: int) -> None:
     shares = [rank_share(items, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]

@@ -93,12 +93,14 @@ def _ranges(starts: NDArray[Any], lengths: NDArray[Any], *, step: int = 1) -> ND
 class TaskStream:
     """An endless repetition of a ``ShuffledOrder``, epoch after epoch, and the place in it: what a checkpoint stores.
 
-    ``corpus`` is the fingerprint of the text that the order is of.
+    ``corpus`` is the fingerprint of the text that the order is of, ``layout`` that of how it lies in documents and shards; empty where the text alone
+    says it.
     """
 
-    def __init__(self, order: ShuffledOrder, *, corpus: str) -> None:
+    def __init__(self, order: ShuffledOrder, *, corpus: str, layout: str = "") -> None:
         self.order = order
         self.corpus = corpus
+        self.layout = layout
         self.epoch = 0
         self.index = 0
 
@@ -128,13 +130,14 @@ class TaskStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at a stored place. Raises ValueError where it belongs to another order."""
         settings = self._settings()
-        # A checkpoint of before the corpus was stored names none.
+        # A checkpoint of before corpus or layout were stored does not name them.
         different = [name for name in settings if state["made_with"].get(name, settings[name]) != settings[name]]
         if different:
             name = different[0]
             raise ValueError(
                 f"--ckpt_path: the checkpoint's place in the data belongs to {name} {state['made_with'].get(name)}, and this run has {settings[name]}; "
-                "continue with the same --data settings and task folder, or start a new run from exported weights"
+                "continue with the same --data settings and task folder (one that was made again, with the same settings of `rpt prepare`), or start a "
+                "new run from exported weights"
             )
         self.epoch, self.index = int(state["epoch"]), int(state["index"])
 
@@ -146,6 +149,7 @@ class TaskStream:
             "number of documents": len(order.num_items),
             "number of positions": order.items_per_epoch,
             "text with the fingerprint": self.corpus,
+            "documents in the order with the fingerprint": self.layout,
         }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -21,6 +22,9 @@ from rpt_lightning.types import TokenIds, TokenTask
 
 # Documents that stay in memory: the positions of a document come one after the other.
 CACHED_DOCUMENTS = 64
+# Settings of `rpt prepare` that do not decide which training document has which index and which positions: names, which may be others on another machine, the
+# size of a shard, which the shards themselves say, and what is for held-out positions only.
+NOT_OF_THE_LAYOUT = frozenset({"source", "tokenizer", "proxy", "benchmark_files", "chunk_bytes", "heldout_entropy_threshold"})
 
 
 class TaskFolder:
@@ -79,6 +83,14 @@ class TaskFolder:
         stored = self.manifest.get("splits", {}).get(self.split, {}).get("last_position")
         # Folders of before this was counted are read once as a whole.
         return int(stored) if stored is not None else max(int(self._read(index)["positions"].max()) for index in range(len(self)))
+
+    @cached_property
+    def layout(self) -> str:
+        """Fingerprint of how the text of the corpus lies in documents, positions and shards, as far as it is known without reading them."""
+        settings = {name: value for name, value in self.manifest["settings"].items() if name not in NOT_OF_THE_LAYOUT}
+        digest = hashlib.sha256(json.dumps([self.chunk_sizes, settings], sort_keys=True).encode())
+        digest.update(self.num_positions.astype("<i4").tobytes())
+        return digest.hexdigest()[:16]
 
     @cached_property
     def _chunk_names(self) -> list[str]:
