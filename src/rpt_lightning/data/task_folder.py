@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from rpt_lightning.data.manifest import read_manifest
+from rpt_lightning.data.manifest import MANIFEST_FILE, read_manifest
 from rpt_lightning.data.proxy import load_tokenizer
 from rpt_lightning.data.remote_folder import RemoteFolder, is_remote
 from rpt_lightning.data.selection import Item
@@ -102,6 +102,11 @@ class TaskFolder:
             name = self._chunk_names[chunk]
             if self._remote is not None:
                 self._remote.fetch(self.split, name)
+            elif name not in self._sha256:
+                raise ValueError(
+                    f"{self.path / self.split / INDEX_FILE} names a chunk {name!r}, which {MANIFEST_FILE} does not hold; copy the folder anew from where "
+                    "it came from, or make it again with `rpt prepare`"
+                )
             else:
                 check_file(self.path / self.split / name, self._sha256[name])
             self._checked_chunks.add(chunk)
