@@ -105,6 +105,10 @@ class TokenBytes:
     def __getitem__(self, token_id: int) -> bytes:
         return self._bytes[token_id]
 
+    def __contains__(self, token_id: int) -> bool:
+        """Whether the tokenizer has the id."""
+        return token_id in self._bytes
+
     def drawn(self, token_id: int) -> bytes:
         """The bytes of a token that a model drew. Embeddings are often padded: a weak policy may draw a row that is no token, shown as U+FFFD."""
         return self._bytes.get(token_id, NO_TOKEN)
