@@ -131,7 +131,7 @@ class TokenBytes:
         expected = text.encode()
         ids: TokenIds = tuple(self._plain.encode(text, add_special_tokens=False).ids)
         if self.join(ids) != expected:
-            missing = sorted({character for character in text if self.join(self._plain.encode(character).ids) != character.encode()})
+            missing = sorted(character for character in set(text) if self.join(self._plain.encode(character).ids) != character.encode())
             names = ", ".join(map(ascii, missing[:5]))
             raise ValueError(f"tokenizer {self._name!r} has no tokens for the characters {names}; remove them from the text")
         return ids
