@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rpt_lightning.data.benchmark_overlap import benchmark_spans, overlaps
+from rpt_lightning.data.dedup import span_hashes
 from rpt_lightning.tasks.token_bytes import TokenBytes
 
 QUESTION = "How many of the seventeen green bottles are still hanging on the wall if eleven of them should accidentally fall?"
@@ -55,3 +59,24 @@ def test_bad_files_are_named(token_bytes: TokenBytes, tmp_path: Path, name: str,
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         benchmark_spans([str(tmp_path / name)], token_bytes)
+
+
+@given(st.integers(0, 10_000), st.integers(0, 40), st.integers(0, 30))
+def test_a_document_overlaps_where_any_of_its_spans_is_among_the_others(seed: int, num_spans: int, length: int) -> None:
+    """Also without any span, and with the smallest and the largest hash that there is."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 3, length).astype(np.int32)
+    hashes = span_hashes(ids)
+    largest = np.iinfo(np.uint64).max
+    others = np.concatenate([hashes, rng.integers(0, largest, 40, dtype=np.uint64), np.array([0, largest], dtype=np.uint64)])
+    spans = np.unique(rng.choice(others, num_spans))
+    assert overlaps(ids, spans) == bool(set(hashes.tolist()) & set(spans.tolist()))
+
+
+def test_the_spans_are_not_sorted_again_for_every_document() -> None:
+    rng = np.random.default_rng(0)
+    spans = np.unique(rng.integers(0, np.iinfo(np.uint64).max, 1_000_000, dtype=np.uint64))
+    document = rng.integers(0, 500, 40).astype(np.int32)
+    start = time.process_time()
+    assert not any(overlaps(document, spans) for _ in range(1000))
+    assert time.process_time() - start < 5.0  # sorting them each time would be minutes

@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from recorder import Recorder, read
 
 from rpt_lightning.data.datamodule import TokenTaskDataModule
+from rpt_lightning.data.task_folder import TaskFolder
+from rpt_lightning.data.text_datamodule import TextDataModule
 
 Write = Callable[..., Path]
 NUM_POSITIONS = [5, 1, 4, 3, 6, 2, 5]  # 26 positions
@@ -122,6 +124,47 @@ def test_a_checkpoint_of_other_text_with_equal_counts_is_refused(write_task_fold
     other = write_task_folder(tmp_path / "other", NUM_POSITIONS, corpus={"sha256": "1" * 64})
     with pytest.raises(ValueError, match=r"--ckpt_path: .* text with the fingerprint 0000.*, and this run has 1111"):
         fit(other, tmp_path / "log", 2, resume=tmp_path / "checkpoints/step=1.ckpt")
+
+
+def test_a_checkpoint_of_the_same_documents_in_other_shards_is_refused(write_task_folder: Write, tmp_path: Path) -> None:
+    """Shards are shuffled, so the order is another one, though text and counts are the same."""
+    folder = write_task_folder(tmp_path / "tasks", NUM_POSITIONS, chunk_bytes="2KB")
+    other = write_task_folder(tmp_path / "other", NUM_POSITIONS)
+    assert TaskFolder(folder, "train").chunk_sizes != TaskFolder(other, "train").chunk_sizes
+    fit(folder, tmp_path / "log", 1, checkpoint=tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match=r"--ckpt_path: .* documents in the order with the fingerprint [0-9a-f]{16}, and this run has [0-9a-f]{16};"):
+        fit(other, tmp_path / "log", 2, resume=tmp_path / "checkpoints/step=1.ckpt")
+
+
+def text_module(folder: Path) -> TextDataModule:
+    module = TextDataModule(str(folder), documents_per_step=1)
+    module.setup("fit")
+    return module
+
+
+MADE_WITH = {"tokenizer": "models/tiny", "proxy": "models/tiny", "source": {}, "chunk_bytes": "64MB", "seed": 0, "max_documents": None}
+
+
+@pytest.mark.parametrize(
+    ("num_positions", "settings"), [([1, 2, 2], {"seed": 1}), ([1, 2, 2], {"max_documents": 3}), ([2, 1, 2], {})], ids=["seed", "sample", "positions"]
+)
+def test_a_place_among_documents_that_prepare_chose_otherwise_is_refused(
+    num_positions: list[int], settings: dict[str, Any], write_task_folder: Write, tmp_path: Path
+) -> None:
+    """Whole documents are one item each, so the counts of another split of the same corpus are often the same."""
+    state = text_module(write_task_folder(tmp_path / "tasks", [1, 2, 2], settings=MADE_WITH)).state_dict()
+    other = text_module(write_task_folder(tmp_path / "other", num_positions, settings=MADE_WITH | settings))
+    with pytest.raises(ValueError, match=r"--ckpt_path: .* documents in the order with the fingerprint"):
+        other.load_state_dict(state)
+
+
+def test_a_place_goes_with_the_folder_to_a_machine_where_files_have_other_names(write_task_folder: Write, tmp_path: Path) -> None:
+    before = text_module(write_task_folder(tmp_path / "tasks", [1, 2, 2], settings=MADE_WITH))
+    next(iter(before.train_dataloader()))
+    elsewhere = {"tokenizer": "/data/tiny", "proxy": "/data/tiny", "source": {"path": "/data"}, "chunk_bytes": "1GB"}
+    after = text_module(write_task_folder(tmp_path / "other", [1, 2, 2], settings=MADE_WITH | elsewhere))
+    after.load_state_dict(before.state_dict())
+    assert after.stream.place == (0, 1)
 
 
 def test_validating_a_checkpoint_on_another_folder(write_task_folder: Write, tmp_path: Path) -> None:

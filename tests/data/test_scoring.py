@@ -58,6 +58,28 @@ def test_scores_equal_a_plain_softmax(model) -> None:
         assert scores.entropy[position] == pytest.approx(float(-(share * share.log()).sum()), rel=1e-4)
 
 
+@pytest.mark.parametrize("unused_ids", [tuple(range(448, 512)), (0, 3, 77, *range(450, 512))], ids=["behind", "between"])
+def test_rows_that_are_no_token_cannot_come(model, unused_ids: tuple[int, ...]) -> None:
+    """Scores are those of a softmax over the tokens alone."""
+    ids = (random_documents(30)[0] % 300 + 100).astype(np.int32)
+    (plain,) = scorer(model).score([ids])
+    assert np.isin(plain.candidate_ids[1:], unused_ids).any()
+    (scores,) = scorer(model, unused_ids=unused_ids).score([ids])
+    assert not np.isin(scores.candidate_ids[1:], unused_ids).any()
+    with torch.no_grad():
+        logits = model(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).logits[0].double()
+    logits[:, list(unused_ids)] = -math.inf
+    probs = logits.softmax(-1)
+    for position in range(1, 30):
+        row = probs[position - 1]
+        top = row.sort(descending=True).values[:NUM_CANDIDATES]
+        assert scores.true_prob[position] == pytest.approx(float(row[ids[position]]), rel=1e-4)
+        assert scores.true_rank[position] == int((row > row[ids[position]]).sum())
+        assert scores.candidate_probs[position].tolist() == pytest.approx(top.tolist(), rel=1e-4)
+        share = top / top.sum()
+        assert scores.entropy[position] == pytest.approx(float(-(share * share.log()).sum()), rel=1e-4)
+
+
 def test_scores_under_autocast_are_those_of_the_models_own_logits(model) -> None:
     """Rounded to bf16 many logits are equal: rank and candidates still agree, the lower id first."""
 

@@ -31,6 +31,29 @@ def test_an_epoch_is_every_position_once(layout: Layout, epoch: int) -> None:
     assert Counter(pairs) == Counter((document, k) for document, count in enumerate(layout[0]) for k in range(count))
 
 
+def bundle_by_bundle(layout: Layout, epoch: int) -> list[tuple[int, int]]:
+    """The order of an epoch as it was first written, one list of pairs a bundle. Checkpoints hold places in it, so it may never change."""
+    num_items, chunk_sizes, bundle_size, seed = layout
+    bounds = [0, *itertools.accumulate(chunk_sizes)]
+    chunks = np.random.default_rng([seed, epoch]).permutation(len(chunk_sizes)).tolist()
+    order = []
+    for window, start in enumerate(range(0, len(chunks), WINDOW_CHUNKS)):
+        rng = np.random.default_rng([seed, epoch, window + 1])
+        bundles = []
+        for chunk in chunks[start : start + WINDOW_CHUNKS]:
+            for document in range(bounds[chunk], bounds[chunk + 1]):
+                pairs = [(document, item) for item in rng.permutation(num_items[document]).tolist()]
+                bundles += [pairs[first : first + bundle_size] for first in range(0, len(pairs), bundle_size)]
+        order += [pair for index in rng.permutation(len(bundles)).tolist() for pair in bundles[index]]
+    return order
+
+
+@given(layouts(), st.integers(0, 3))
+def test_the_order_is_the_one_that_checkpoints_were_made_in(layout: Layout, epoch: int) -> None:
+    order = make(layout).order
+    assert [order[epoch, index] for index in range(order.items_per_epoch)] == bundle_by_bundle(layout, epoch)
+
+
 @given(layouts(), st.lists(st.integers(0, 7), max_size=8), st.lists(st.integers(0, 7), max_size=8))
 def test_the_order_does_not_depend_on_how_it_is_taken(layout: Layout, first: list[int], second: list[int]) -> None:
     """Any sizes of steps and draws, with a stop and a resumption between them, give the one sequence."""
@@ -92,6 +115,17 @@ def test_a_place_in_another_order_is_refused() -> None:
         make(([2, 2, 2], [3], 1, 0)).load_state_dict(state)
     with pytest.raises(ValueError, match="seed 0, and this run has 1"):
         make(([2, 2], [2], 1, 1)).load_state_dict(state)
+
+
+def test_a_place_in_another_layout_of_the_same_text_is_refused() -> None:
+    order = make(([2, 2], [2], 1, 0)).order
+    state = TaskStream(order, corpus="text", layout="left").state_dict()
+    with pytest.raises(ValueError, match="belongs to documents in the order with the fingerprint left, and this run has right"):
+        TaskStream(order, corpus="text", layout="right").load_state_dict(state)
+    del state["made_with"]["documents in the order with the fingerprint"]  # as checkpoints of earlier versions
+    stream = TaskStream(order, corpus="text", layout="right")
+    stream.load_state_dict(state | {"index": 3})
+    assert stream.place == (0, 3)
 
 
 @given(st.lists(st.integers(), max_size=20), st.integers(1, 7))

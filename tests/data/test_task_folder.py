@@ -113,3 +113,13 @@ def test_a_damaged_count_of_positions_is_named(tiny_task_dir, tmp_path):
     counts.write_bytes(content)
     with pytest.raises(ValueError, match=r"num_positions.npy is damaged: its SHA-256"):
         TaskFolder(folder, "train")
+
+
+def test_a_shard_that_the_manifest_does_not_hold_is_named(tiny_task_dir, tmp_path):
+    folder = shutil.copytree(tiny_task_dir, tmp_path / "tasks")
+    (shard,) = (folder / "train").glob("*.bin")
+    shard.rename(shard.with_name("other.bin"))
+    index = folder / "train" / "index.json"
+    index.write_text(index.read_text().replace(shard.name, "other.bin"))
+    with pytest.raises(ValueError, match=r"index\.json names a chunk 'other\.bin', which manifest\.json does not hold; .* `rpt prepare`"):
+        TaskFolder(folder, "train").document(0)

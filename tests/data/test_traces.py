@@ -11,7 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from folder_contents import items
 from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM
 
 from rpt_lightning.data.shards import folder_checksums, write_split
 from rpt_lightning.data.task_folder import TaskFolder
@@ -79,6 +82,26 @@ def test_candidates_that_cannot_be_boxed_are_left_out(tiny_tokenizer, token_byte
     assert token_bytes.join(careless.target_ids).startswith(b"{|a</think>")
 
 
+@pytest.mark.parametrize("only_answerable", [True, False])
+def test_candidates_that_are_no_token_are_left_out(tiny_tokenizer, token_bytes: TokenBytes, only_answerable: bool) -> None:
+    """As in folders that were prepared before the scores left them out."""
+    a, b, padding = id_of(token_bytes, "a"), id_of(token_bytes, "b"), len(tiny_tokenizer) + 5
+    assert a in token_bytes
+    assert padding not in token_bytes
+    trace = writer(tiny_tokenizer, token_bytes, only_answerable=only_answerable).write("doc:1", (a,), (padding, a, b), (0.5, 0.3, 0.2))
+    assert trace is not None
+    assert token_bytes.join(trace.target_ids).startswith(b"a|b</think>")
+
+
+def test_the_marker_of_the_prompt_is_what_cannot_be_boxed(tiny_tokenizer, token_bytes: TokenBytes) -> None:
+    a, mark = id_of(token_bytes, "a"), id_of(token_bytes, ">")
+    for prompt, expected in ((ContinuationPrompt(), b">|a</think>"), (ContinuationPrompt("<", ">"), b"a>\\boxed{a}")):
+        write = TraceWriter(prompt.bind(tiny_tokenizer), token_bytes, num_candidates=3, only_answerable=True, seed=0).write
+        trace = write("doc:1", (a,), (mark, a), (0.5, 0.5))
+        assert trace is not None
+        assert token_bytes.join(trace.target_ids).startswith(expected)
+
+
 def _store(folder: Path, items: list[Any]) -> Path:
     """Replaces the split ``train``, and says so in the manifest."""
     shutil.rmtree(folder / "train")
@@ -142,6 +165,32 @@ def test_traces_of_a_real_folder_parse(prepared_dir: Path) -> None:
         assert answer
         assert answer in thought
         assert trace.prompt_ids[-len(folder.token_bytes.encode_plain("<think>")) :] == folder.token_bytes.encode_plain("<think>")
+
+
+def test_a_padded_vocabulary_changes_neither_scores_nor_traces(
+    prepare_small: Callable[..., Path], prepared_dir: Path, tiny_model_dir: Path, tiny_tokenizer, tmp_path: Path
+) -> None:
+    """Rows behind the last token, as Qwen's models have them, here often more likely than any token."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    num_tokens = len(tiny_tokenizer)
+    model.resize_token_embeddings(num_tokens + 64, mean_resizing=False)
+    with torch.no_grad():
+        rows = model.get_input_embeddings().weight
+        rows[num_tokens:] = 3 * rows[:64]
+        likely = model(input_ids=torch.arange(100, 130)[None]).logits[0].topk(16).indices
+    assert (likely >= num_tokens).any()
+    proxy = tmp_path / "padded"
+    model.save_pretrained(proxy)
+    tiny_tokenizer.save_pretrained(proxy)
+    folder = prepare_small(tmp_path / "tasks", proxy=str(proxy))
+    padded, plain = items(folder), items(prepared_dir)
+    assert padded.keys() == plain.keys()
+    for doc_id, item in padded.items():
+        assert item["candidate_ids"].max() < num_tokens
+        np.testing.assert_array_equal(item["positions"], plain[doc_id]["positions"])
+        for name in ("entropy", "true_prob", "candidate_probs"):
+            np.testing.assert_allclose(item[name], plain[doc_id][name], rtol=1e-4)
+    assert len(traces_of(folder)) == 14
 
 
 def test_traces_in_a_chat(prepared_dir: Path, tiny_tokenizer) -> None:

@@ -19,6 +19,9 @@ PIECES = [
     b"</think>",
     b"</thi",
     b"nk>",
+    b"[/T]",
+    b"[/",
+    b"T]",
     b" ",
     b"\n",
     b"4",
@@ -106,15 +109,19 @@ def test_a_megabyte_takes_linear_time(unit: bytes) -> None:
     assert time.process_time() - start < 5.0  # quadratic time would be hours
 
 
-@given(st.lists(st.sampled_from(PIECES), max_size=10))
-@example([b"{", b"x", b"}", b"}", b"y"])
-@example([b"a", b"</thi", b"nk>", b"b"])
-@example([b"\\box", b"ed{", b"}", b"b"])
-@example([b"", b"", b"a", b""])
-def test_answerable_lengths_are_what_survives_the_box(continuation: list[bytes]) -> None:
+@given(st.lists(st.sampled_from(PIECES), max_size=10), st.sampled_from([b"</think>", b"[/T]", None]))
+@example([b"{", b"x", b"}", b"}", b"y"], b"</think>")
+@example([b"a", b"</thi", b"nk>", b"b"], b"</think>")
+@example([b"a", b"</thi", b"nk>", b"b"], None)
+@example([b"a", b"[/", b"T]", b"b"], b"[/T]")
+@example([b"\\box", b"ed{", b"}", b"b"], b"</think>")
+@example([b"", b"", b"a", b""], b"</think>")
+def test_answerable_lengths_are_what_survives_the_box(continuation: list[bytes], think_close: bytes | None) -> None:
     prefixes = [b"".join(continuation[:length]) for length in range(1, len(continuation) + 1)]
-    survivors = [n for n, joined in enumerate(prefixes, 1) if joined and extract_prediction(b"</think>\\boxed{" + joined + b"}") == joined]
-    assert answerable_lengths(continuation) == tuple(survivors)
+    texts = [(think_close or b"") + b"\\boxed{" + joined + b"}" for joined in prefixes]
+    predictions = [extract_prediction(text, think_close=think_close) for text in texts]
+    survivors = [n for n, joined in enumerate(prefixes, 1) if joined and predictions[n - 1] == joined]
+    assert answerable_lengths(continuation, think_close=think_close) == tuple(survivors)
 
 
 def test_answerable_lengths_by_hand() -> None:

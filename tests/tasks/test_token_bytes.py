@@ -133,3 +133,19 @@ def test_hash_survives_saving(tokenizer: PreTrainedTokenizerFast, tmp_path) -> N
 def test_hash_tells_tokenizers_apart() -> None:
     tokenizers = [toys.byte_level(), toys.byte_level(think_tokens=True), toys.with_missing_bytes(), toys.byte_fallback()]
     assert len({tokenizer_hash(tokenizer) for tokenizer in tokenizers}) == 4
+
+
+def test_each_character_of_a_text_that_cannot_be_expressed_is_tried_once() -> None:
+    token_bytes = TokenBytes(toys.with_missing_bytes())
+    encode = token_bytes._plain.encode
+    tried: list[str] = []
+
+    def listening(text: str, **options: bool):
+        tried.append(text)
+        return encode(text, **options)
+
+    token_bytes._plain = SimpleNamespace(encode=listening)  # type: ignore[assignment]
+    text = "the sum of two numbers " * 50 + "\x04"
+    with pytest.raises(ValueError, match=r"no tokens for the characters '\\x04'"):
+        token_bytes.encode_plain(text)
+    assert sorted(tried) == sorted([text, *set(text)])

@@ -191,7 +191,8 @@ class TaskFolderDataModule(StreamDataModule):
         self._check_tokenizer()
         if "sha256" not in self.train.manifest:
             rank_zero_info(f"{self.task_dir} was prepared by an earlier version and has no checksums: damaged shards may go unnoticed")
-        self.begin_stream(TaskStream(self.make_order(), corpus=self.train.manifest["corpus"]["sha256"]), self.task_dir)
+        stream = TaskStream(self.make_order(), corpus=self.train.manifest["corpus"]["sha256"], layout=self.train.layout)
+        self.begin_stream(stream, self.task_dir)
 
     def val_dataloader(self) -> EvalLoader:
         rank, num_ranks = self._data_rank()

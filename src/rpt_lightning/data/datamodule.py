@@ -20,7 +20,7 @@ class TokenTaskDataModule(TaskFolderDataModule):
         max_context_tokens: Cut longer contexts on the left.
         num_eval_tasks: Held-out positions of a validation.
         eval_min_entropy: Validate on positions with more proxy entropy than this, in nats.
-        eval_batch_size: Tasks of one validation batch, of all ranks together. Results do not depend on it.
+        eval_batch_size: Tasks of one validation batch, of all ranks together. Of the results only those after shuffled thoughts depend on it.
         seed: Seed of the order and of the choice of held-out positions.
     """
 

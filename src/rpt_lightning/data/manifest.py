@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
 HISTOGRAM_FILE = "histogram.png"
-# Positions whose entropy exceeds so many nats (paper, section 3.3). The bands are nested.
-BANDS = {"easy": 0.5, "medium": 1.0, "hard": 1.5}
+# Entropy in nats that a position must exceed to belong to the band; so hard positions are medium and easy ones too, as in the paper (section 3.3).
+BANDS: dict[str, float] = {"easy": 0.5, "medium": 1.0, "hard": 1.5}
 BIN_EDGES = np.round(np.arange(0.0, 2.9, 0.1), 1)  # nats; the entropy of 16 tokens is at most ln 16 = 2.77
 
 

@@ -109,7 +109,7 @@ def prepare(
         _accept_finished(output, settings, source)
         return
     policy_tokenizer = load_tokenizer(tokenizer, flag="--tokenizer")
-    start_ids = check_proxy(proxy, policy_tokenizer, tokenizer_name=tokenizer)
+    start_ids, unused_ids = check_proxy(proxy, policy_tokenizer, tokenizer_name=tokenizer)
     token_bytes = TokenBytes(policy_tokenizer)
     corpus = TokenizedCorpus(source, token_bytes, min_context=min_context, max_tokens=max_tokens_per_document)
     corpus.drop_benchmark_overlap(benchmark_files or [], token_bytes)
@@ -117,6 +117,7 @@ def prepare(
     scoring = ScoringSettings(
         proxy=proxy,
         start_ids=start_ids,
+        unused_ids=unused_ids,
         precision=precision,
         window=window,
         overlap=overlap,

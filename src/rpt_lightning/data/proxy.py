@@ -21,10 +21,14 @@ def load_tokenizer(name: str, *, flag: str) -> PreTrainedTokenizerBase:
         raise ValueError(f"{flag} {name!r}: no tokenizer could be loaded from this folder or hub id ({_first_line(error)})") from error
 
 
-def check_proxy(proxy: str, tokenizer: PreTrainedTokenizerBase, *, tokenizer_name: str) -> TokenIds:
-    """What the proxy expects in front of every text. Raises ValueError where its token ids mean something else than the policy's."""
+def check_proxy(proxy: str, tokenizer: PreTrainedTokenizerBase, *, tokenizer_name: str) -> tuple[TokenIds, TokenIds]:
+    """What the proxy expects in front of every text, and the rows of its vocabulary that are no token: vocabularies are padded to round sizes.
+
+    Raises ValueError where its token ids mean something else than the policy's.
+    """
     proxy_tokenizer = load_tokenizer(proxy, flag="--proxy")
-    if proxy_tokenizer.get_vocab() != tokenizer.get_vocab():
+    vocabulary = tokenizer.get_vocab()
+    if proxy_tokenizer.get_vocab() != vocabulary:
         raise ValueError(
             f"--proxy {proxy!r} ({len(proxy_tokenizer)} tokens) has another tokenizer than --tokenizer {tokenizer_name!r} ({len(tokenizer)} tokens): "
             "the same ids mean different text; name a proxy of the same model family"
@@ -37,7 +41,8 @@ def check_proxy(proxy: str, tokenizer: PreTrainedTokenizerBase, *, tokenizer_nam
         raise ValueError(
             f"--proxy {proxy!r} predicts {vocab_size} tokens, but --tokenizer {tokenizer_name!r} has {len(tokenizer)}; name another proxy"
         )
-    return start_ids(proxy_tokenizer)
+    tokens = set(vocabulary.values())
+    return start_ids(proxy_tokenizer), tuple(row for row in range(vocab_size) if row not in tokens)
 
 
 def proxy_fingerprint(proxy: str) -> str:

@@ -25,11 +25,13 @@ TOKENS_FILE = "tokens.npz"
 class ScoringSettings:
     """What the scores of given tokens depend on, and how fast they come. Travels to every scoring process.
 
-    ``precision`` is one of Fabric's names (32-true, bf16-mixed, bf16-true); ``devices`` is the number of processes.
+    ``unused_ids`` are the rows of the proxy's vocabulary that are no token. ``precision`` is one of Fabric's names (32-true, bf16-mixed, bf16-true);
+    ``devices`` is the number of processes.
     """
 
     proxy: str
     start_ids: TokenIds
+    unused_ids: TokenIds
     precision: str
     window: int
     overlap: int
@@ -86,7 +88,8 @@ def scores_key(documents: Sequence[NDArray[np.int32]], settings: ScoringSettings
     digest = hashlib.sha256()
     for ids in documents:
         digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
-    digest.update(repr((settings.proxy, settings.start_ids, settings.precision, settings.window, settings.overlap, settings.part_tokens)).encode())
+    special_ids = (settings.start_ids, settings.unused_ids)
+    digest.update(repr((settings.proxy, special_ids, settings.precision, settings.window, settings.overlap, settings.part_tokens)).encode())
     digest.update(proxy_fingerprint(settings.proxy).encode())
     return digest.hexdigest()[:16]
 
@@ -128,6 +131,7 @@ def _load_scorer(fabric: Any, settings: ScoringSettings) -> ProxyScorer:
         overlap=settings.overlap,
         batch_tokens=settings.batch_tokens,
         start_ids=settings.start_ids,
+        unused_ids=settings.unused_ids,
         autocast=fabric.autocast,
     )
 

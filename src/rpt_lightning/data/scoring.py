@@ -67,6 +67,7 @@ class ProxyScorer:
         overlap: Least number of tokens of context for what a later window scores.
         batch_tokens: Padded tokens of one forward pass.
         start_ids: What the model expects in front of every text, such as a beginning-of-text token.
+        unused_ids: Rows of the model's vocabulary that are no token. Scores are those of a model without them.
         autocast: Gives the context of a forward pass.
     """
 
@@ -78,6 +79,7 @@ class ProxyScorer:
         overlap: int,
         batch_tokens: int,
         start_ids: TokenIds = (),
+        unused_ids: TokenIds = (),
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         if not 1 <= overlap < window:
@@ -92,6 +94,7 @@ class ProxyScorer:
         self.start_ids = start_ids
         self.autocast = autocast
         self.device = next(model.parameters()).device
+        self._unused = torch.tensor(unused_ids, dtype=torch.long, device=self.device)  # [U]
         self._check_head()
 
     def score(self, documents: Sequence[NDArray[np.int32]]) -> list[DocumentScores]:
@@ -134,7 +137,7 @@ class ProxyScorer:
         with self.autocast():  # one context, which casts the head's weight once and not once a chunk
             hidden = self._hidden(ids.to(self.device))[wanted.to(self.device)]  # [M, D]
             chunks = [
-                score_logits(self._logits(rows), true, NUM_CANDIDATES)
+                score_logits(self._token_logits(rows), true, NUM_CANDIDATES)
                 for rows, true in zip(torch.split(hidden, LOGIT_ROWS), torch.split(true_ids, LOGIT_ROWS), strict=True)
             ]
         fields = {name: torch.cat([chunk[name] for chunk in chunks]).cpu().numpy() for name in chunks[0]}
@@ -147,6 +150,13 @@ class ProxyScorer:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.model.get_output_embeddings()(hidden)  # [M, V]
+        return logits
+
+    def _token_logits(self, hidden: Tensor) -> Tensor:
+        """A row that is no token gets a probability of 0."""
+        logits = self._logits(hidden)  # [M, V]
+        if len(self._unused):
+            logits.index_fill_(1, self._unused, float("-inf"))
         return logits
 
     @torch.inference_mode()

@@ -20,6 +20,8 @@ class PositionRule:
     """What a position must have: enough entropy (nats; paper, section 3.3), enough context, a true probability inside the learnability band.
 
     A position is answerable if some prediction that ends on a token boundary within ``answer_reach`` tokens survives the box parser.
+    The box is read as behind ``</think>``, since the prompt is not chosen yet: for a template with another closing marker the flag is wrong where the
+    truth holds either marker.
     """
 
     entropy_threshold: float

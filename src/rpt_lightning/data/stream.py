@@ -64,24 +64,43 @@ class ShuffledOrder:
             return
         self._window = (epoch, window)
         rng = np.random.default_rng([self.seed, epoch, window + 1])
-        bundles: list[NDArray[np.int64]] = []
-        for chunk in self._chunks[window * WINDOW_CHUNKS : (window + 1) * WINDOW_CHUNKS]:
-            for document in range(self._bounds[chunk], self._bounds[chunk + 1]):
-                items = rng.permutation(int(self.num_items[document]))
-                pairs = np.stack([np.full(len(items), document), items], axis=1)  # [P, 2]
-                bundles += [pairs[start : start + self.bundle_size] for start in range(0, len(pairs), self.bundle_size)]
-        self._pairs = np.concatenate([bundles[index] for index in rng.permutation(len(bundles))])  # [items of the window, 2]
+        chunks = self._chunks[window * WINDOW_CHUNKS : (window + 1) * WINDOW_CHUNKS]
+        documents = _ranges(self._bounds[chunks], self._bounds[chunks + 1] - self._bounds[chunks])  # [D of the window]
+        counts = self.num_items[documents].astype(np.int64)  # [D]
+        items = np.concatenate([rng.permutation(count) for count in counts.tolist()])  # [P]
+        pairs = np.stack([np.repeat(documents, counts), items], axis=1)  # [P, 2]
+        # There may be millions of bundles: only where they start and end is kept.
+        num_bundles = -(-counts // self.bundle_size)  # [D]
+        ends = np.repeat(np.cumsum(counts), num_bundles)  # [B] of each bundle's document
+        starts = _ranges(np.cumsum(counts) - counts, num_bundles, step=self.bundle_size)  # [B]
+        lengths = np.minimum(ends - starts, self.bundle_size)  # [B]
+        order = rng.permutation(len(starts))  # [B]
+        self._pairs = pairs[_ranges(starts[order], lengths[order])]  # [P, 2]
+
+
+def _ranges(starts: NDArray[Any], lengths: NDArray[Any], *, step: int = 1) -> NDArray[Any]:
+    """``lengths[i]`` numbers from ``starts[i]`` on, ``step`` apart, for one ``i`` after the other. [N], [N] -> [sum of lengths]
+
+    >>> _ranges(np.array([5, 0, 8]), np.array([2, 0, 3])).tolist()
+    [5, 6, 8, 9, 10]
+    >>> _ranges(np.array([0, 7]), np.array([3, 1]), step=2).tolist()
+    [0, 2, 4, 7]
+    """
+    places = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # within each range
+    return np.repeat(starts, lengths) + step * places
 
 
 class TaskStream:
     """An endless repetition of a ``ShuffledOrder``, epoch after epoch, and the place in it: what a checkpoint stores.
 
-    ``corpus`` is the fingerprint of the text that the order is of.
+    ``corpus`` is the fingerprint of the text that the order is of, ``layout`` that of how it lies in documents and shards; empty where the text alone
+    says it.
     """
 
-    def __init__(self, order: ShuffledOrder, *, corpus: str) -> None:
+    def __init__(self, order: ShuffledOrder, *, corpus: str, layout: str = "") -> None:
         self.order = order
         self.corpus = corpus
+        self.layout = layout
         self.epoch = 0
         self.index = 0
 
@@ -111,13 +130,14 @@ class TaskStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at a stored place. Raises ValueError where it belongs to another order."""
         settings = self._settings()
-        # A checkpoint of before the corpus was stored names none.
+        # A checkpoint of before corpus or layout were stored does not name them.
         different = [name for name in settings if state["made_with"].get(name, settings[name]) != settings[name]]
         if different:
             name = different[0]
             raise ValueError(
                 f"--ckpt_path: the checkpoint's place in the data belongs to {name} {state['made_with'].get(name)}, and this run has {settings[name]}; "
-                "continue with the same --data settings and task folder, or start a new run from exported weights"
+                "continue with the same --data settings and task folder (one that was made again, with the same settings of `rpt prepare`), or start a "
+                "new run from exported weights"
             )
         self.epoch, self.index = int(state["epoch"]), int(state["index"])
 
@@ -129,6 +149,7 @@ class TaskStream:
             "number of documents": len(order.num_items),
             "number of positions": order.items_per_epoch,
             "text with the fingerprint": self.corpus,
+            "documents in the order with the fingerprint": self.layout,
         }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from rpt_lightning.data.manifest import read_manifest
+from rpt_lightning.data.manifest import MANIFEST_FILE, read_manifest
 from rpt_lightning.data.proxy import load_tokenizer
 from rpt_lightning.data.remote_folder import RemoteFolder, is_remote
 from rpt_lightning.data.selection import Item
@@ -21,6 +22,9 @@ from rpt_lightning.types import TokenIds, TokenTask
 
 # Documents that stay in memory: the positions of a document come one after the other.
 CACHED_DOCUMENTS = 64
+# Settings of `rpt prepare` that do not decide which training document has which index and which positions: names, which may be others on another machine, the
+# size of a shard, which the shards themselves say, and what is for held-out positions only.
+NOT_OF_THE_LAYOUT = frozenset({"source", "tokenizer", "proxy", "benchmark_files", "chunk_bytes", "heldout_entropy_threshold"})
 
 
 class TaskFolder:
@@ -81,6 +85,14 @@ class TaskFolder:
         return int(stored) if stored is not None else max(int(self._read(index)["positions"].max()) for index in range(len(self)))
 
     @cached_property
+    def layout(self) -> str:
+        """Fingerprint of how the text of the corpus lies in documents, positions and shards, as far as it is known without reading them."""
+        settings = {name: value for name, value in self.manifest["settings"].items() if name not in NOT_OF_THE_LAYOUT}
+        digest = hashlib.sha256(json.dumps([self.chunk_sizes, settings], sort_keys=True).encode())
+        digest.update(self.num_positions.astype("<i4").tobytes())
+        return digest.hexdigest()[:16]
+
+    @cached_property
     def _chunk_names(self) -> list[str]:
         return [str(chunk["filename"]) for chunk in json.loads((self.path / self.split / INDEX_FILE).read_text())["chunks"]]
 
@@ -90,6 +102,11 @@ class TaskFolder:
             name = self._chunk_names[chunk]
             if self._remote is not None:
                 self._remote.fetch(self.split, name)
+            elif name not in self._sha256:
+                raise ValueError(
+                    f"{self.path / self.split / INDEX_FILE} names a chunk {name!r}, which {MANIFEST_FILE} does not hold; copy the folder anew from where "
+                    "it came from, or make it again with `rpt prepare`"
+                )
             else:
                 check_file(self.path / self.split / name, self._sha256[name])
             self._checked_chunks.add(chunk)

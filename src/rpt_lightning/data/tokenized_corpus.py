@@ -46,11 +46,11 @@ class TokenizedCorpus:
             num_read += 1
             digest.update(_bytes_of(document))
             try:
-                full = np.array(token_bytes.encode_plain(document.text), dtype=np.int32)
+                full = token_bytes.encode_plain(document.text)
             except ValueError:
                 num_inexpressible += 1
                 continue
-            token_ids = full[:max_tokens]
+            token_ids = np.array(full[:max_tokens], dtype=np.int32)
             fingerprint = hashlib.sha256(token_ids.tobytes()).digest()
             if len(token_ids) <= min_context:
                 num_short += 1

@@ -39,10 +39,13 @@ class TraceWriter:
 
     def write(self, task_id: str, context_ids: TokenIds, candidate_ids: TokenIds, candidate_probs: tuple[float, ...]) -> TrainSequence | None:
         """The trace, or None where no candidate can be an answer. Candidates come most likely first; the position's identity seeds the draw."""
+        think_close = self.prompt.think_close
         usable = [
             (token, prob)
             for token, prob in zip(candidate_ids, candidate_probs, strict=True)
-            if not self.token_bytes.is_special(token) and (not self.only_answerable or answerable_lengths([self.token_bytes[token]]))
+            if token in self.token_bytes  # folders of before `rpt prepare` left out rows of the proxy's vocabulary that are no token
+            and not self.token_bytes.is_special(token)
+            and (not self.only_answerable or answerable_lengths([self.token_bytes[token]], think_close=think_close))
         ][: self.num_candidates]
         if not usable:
             return None

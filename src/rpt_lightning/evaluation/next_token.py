@@ -83,7 +83,7 @@ def next_token(
         k: Answers sampled a position for avg@k and pass@k, besides the greedy one; 0 samples none.
         temperature: Of those.
         thought_controls: Also answer after an empty and after another document's thought.
-        batch_size: Positions at once. Results do not depend on it.
+        batch_size: Positions at once. Of the results only those after another document's thought depend on it.
         precision: Of the policy's own forward pass (the engine has its own dtype).
         accelerator: Where the policy computes: auto, cpu, gpu.
         seed: Of the choice of positions and of the samples.

@@ -23,7 +23,8 @@ def thought_controls(rollouter: Rollouter, groups: Sequence[RolloutGroup]) -> di
 
     "shuffled_thought" gives group ``i`` the thought of the first group of another document, searching from ``i + len(groups) // 2`` on; where all are
     of one document it is not measured. Neither is a position whose prompt, thought and answer are longer than the engine takes. A completion that
-    never closed its thought has none to give, and counts as an empty one.
+    never closed its thought has none to give, and counts as an empty one. So "shuffled_thought" depends on what else is in ``groups``; "empty_thought"
+    does not.
     """
     thoughts = [thought_ids(rollouter.engine, rollouter.objective, group.completions[0]) or () for group in groups]
     forced: dict[str, list[TokenIds | None]] = {

@@ -84,18 +84,20 @@ class FirstBox:
         return BOX_CLOSE in token and extract_prediction(bytes(self._text), think_close=self._think_close) is not None
 
 
-def answerable_lengths(continuation: Sequence[bytes]) -> tuple[int, ...]:
-    r"""Token counts ``l`` whose joined bytes survive the box: ``extract_prediction(b"</think>\boxed{" + joined + b"}") == joined``, joined non-empty.
+def answerable_lengths(continuation: Sequence[bytes], *, think_close: bytes | None = THINK_CLOSE) -> tuple[int, ...]:
+    r"""Token counts ``l`` whose joined bytes survive the box: ``extract_prediction(think_close + b"\boxed{" + joined + b"}") == joined``, joined non-empty.
 
-    So the braces of the first ``l`` tokens balance, and neither ``\boxed{`` nor ``</think>`` is inside.
+    So the braces of the first ``l`` tokens balance, and neither ``\boxed{`` nor ``think_close`` is inside (None: thoughts have no marker).
 
     >>> answerable_lengths([b"{", b"x", b"}", b"}"])
     (3,)
+    >>> answerable_lengths([b"[/T]", b"x"]), answerable_lengths([b"[/T]", b"x"], think_close=b"[/T]")
+    ((1, 2), ())
     """
     joined = b"".join(continuation)
     # Prefixes from this length on can never be answered.
     limit = len(joined) + 1
-    for marker in (BOX_OPEN, THINK_CLOSE):
+    for marker in (BOX_OPEN,) if think_close is None else (BOX_OPEN, think_close):
         marker_at = joined.find(marker)
         if marker_at >= 0:
             limit = min(limit, marker_at + len(marker))

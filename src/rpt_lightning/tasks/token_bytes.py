@@ -105,6 +105,10 @@ class TokenBytes:
     def __getitem__(self, token_id: int) -> bytes:
         return self._bytes[token_id]
 
+    def __contains__(self, token_id: int) -> bool:
+        """Whether the tokenizer has the id."""
+        return token_id in self._bytes
+
     def drawn(self, token_id: int) -> bytes:
         """The bytes of a token that a model drew. Embeddings are often padded: a weak policy may draw a row that is no token, shown as U+FFFD."""
         return self._bytes.get(token_id, NO_TOKEN)
@@ -127,7 +131,7 @@ class TokenBytes:
         expected = text.encode()
         ids: TokenIds = tuple(self._plain.encode(text, add_special_tokens=False).ids)
         if self.join(ids) != expected:
-            missing = sorted({character for character in text if self.join(self._plain.encode(character).ids) != character.encode()})
+            missing = sorted(character for character in set(text) if self.join(self._plain.encode(character).ids) != character.encode())
             names = ", ".join(map(ascii, missing[:5]))
             raise ValueError(f"tokenizer {self._name!r} has no tokens for the characters {names}; remove them from the text")
         return ids
