@@ -225,7 +225,12 @@ def pattern_bars(runs: Sequence[Run], patterns: Mapping[str, Mapping[int, Mappin
     figure = new_figure(traces, "", "completions with a keyword, %")
     figure.update_layout(barmode="group", bargap=0.3, bargroupgap=0.08, showlegend=True)
     figure.update_yaxes(rangemode="tozero")
-    return finish(figure, "patterns", "Reasoning patterns, at each run's last recorded step", "Lines: 95 % intervals (Wilson, the completions of a task as one cluster).")
+    return finish(
+        figure,
+        "patterns",
+        "Reasoning patterns, at each run's last recorded step",
+        "Lines: 95 % intervals (Wilson, the completions of a task as one cluster).",
+    )
 
 
 def pattern_curve(run_name: str, shares: Mapping[int, Mapping[str, Rate]]) -> Figure | None:
