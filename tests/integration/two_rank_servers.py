@@ -37,7 +37,7 @@ def main(model: str, folder: str, max_tokens: int, urls: list[str]) -> None:
         check_weights(engine, named_weights(policy), version=version, num_tensors=1000)
         print(f"generating version {version}", flush=True)
         rows = engine.generate(requests)
-    found = {"completions": [[completion.token_ids for completion in row] for row in rows], "version": engine.version, "label": engine._label}
+    found = {"completions": [[completion.token_ids for completion in row] for row in rows], "version": engine.version, "label": engine._weights.label}
     # A failure on the first rank in the middle of gathering is an error on both, and neither waits for the other.
     if rank == 0:
         shutil.rmtree(folder)

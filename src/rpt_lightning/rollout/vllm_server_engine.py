@@ -16,7 +16,6 @@ updates is given the weights by the rank that asks it first.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import time
@@ -34,13 +33,13 @@ from rpt_lightning.rollout.engine import EngineDtype, EngineLost, RolloutEngine,
 from rpt_lightning.rollout.ranks import is_first_rank, on_first_rank
 from rpt_lightning.rollout.server import Fleet, Server, ServerLost, ServerRefused
 from rpt_lightning.rollout.server_access import find_key
-from rpt_lightning.rollout.server_facts import architecture
+from rpt_lightning.rollout.server_facts import architecture, check_facts
+from rpt_lightning.rollout.server_weights import PresentWeights
 from rpt_lightning.rollout.weight_transport import WeightTransport
 from rpt_lightning.types import GenerationRequest
 
 log = logging.getLogger(__name__)
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
-_LONGEST_LOAD_S = 900.0
 _INTERRUPT_S = 0.2  # between two looks at whether somebody interrupts
 
 
@@ -87,12 +86,11 @@ class VLLMServerEngine(RolloutEngine):
         self.num_lost = 0
         """Times that a server was lost, since the engine was made."""
         self._fleet: Fleet | None = None
-        self._label = ""
+        self._run_label = ""
+        self._weights = PresentWeights("", transport, self._reacquaint)
         self._out: dict[str, str] = {}  # url -> why
-        self._expected: dict[str, str] = {}  # checksums of the policy's tensors that were compared last, with these weights
-        self._compared: set[str] = set()  # urls of the servers that were found to hold these
-        self._differing: str | None = None  # a server that was found to hold others
-        self._facts: dict[str, object] = {}
+        self._differing: str | None = None  # a server that was found to hold other weights
+        self._architecture: dict[str, object] = {}
 
     @property
     def description(self) -> str:
@@ -106,7 +104,7 @@ class VLLMServerEngine(RolloutEngine):
     def _start(self, model_path: str, seed: int) -> None:
         key = find_key(self.api_key_env, self.api_key_file)
         self._fleet = Fleet(self.urls, key=key, timeout_s=self.timeout_s, request_timeout_s=self.request_timeout_s)
-        self._facts = architecture(AutoConfig.from_pretrained(model_path))
+        self._architecture = architecture(AutoConfig.from_pretrained(model_path))
         self._out = {}
         # A server that hung through the end of an earlier start must not pass for one of this start: its label has another beginning.
         self._run_label = on_first_rank(self._open)
@@ -119,7 +117,7 @@ class VLLMServerEngine(RolloutEngine):
         return secrets.token_hex(4)
 
     def _update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        self._label, self._expected, self._compared, self._differing = f"{self._run_label}:{version}", {}, set(), None
+        self._weights, self._differing = PresentWeights(f"{self._run_label}:{version}", self.transport, self._reacquaint), None
         self._out = on_first_rank(lambda: self._deliver(weights, version), meanwhile=lambda: _exhaust(weights))
         if not is_first_rank():
             self.transport.follow(version)
@@ -132,14 +130,15 @@ class VLLMServerEngine(RolloutEngine):
             self.transport.publish(weights, version=version, dtype=self.dtype, shapes=self._weight_shapes)
         finally:
             _exhaust(weights)  # gathering sharded weights is a collective: the other ranks go on after an error here
-        self._fleet.run(lambda servers: self._wait(servers, self._bring_in, first_try=self._usable(servers)))
+        self._fleet.run(lambda servers: self._wait(servers, self._weights.bring_in, first_try=self._usable(servers)))
         self.transport.retire()
         return self._out
 
     def _generate(self, requests: Sequence[GenerationRequest]) -> list[list[Sample]]:
         assert self._fleet is not None
         is_one_of_several = dist.is_available() and dist.is_initialized()
-        bring_in = self._bring_in_as_one_of_several if is_one_of_several else self._bring_in
+        held = self._weights
+        bring_in = held.bring_in_as_one_of_several if is_one_of_several else held.bring_in
 
         async def generate(servers: list[Server]) -> list[list[Sample]]:
             if is_one_of_several:  # not every rank begins with the same server
@@ -147,8 +146,8 @@ class VLLMServerEngine(RolloutEngine):
                 servers = servers[first:] + servers[:first]
 
             async def find() -> Sequence[Worker]:
-                held = await self._wait(servers, bring_in, first_try=self._usable(servers))
-                return [_Holder(server, self._label) for server in held]
+                usable = await self._wait(servers, bring_in, first_try=self._usable(servers))
+                return [_Holder(server, held.label) for server in usable]
 
             work = asyncio.ensure_future(dispatch(requests, find, room=self.max_num_seqs, on_lost=self._lose))
             try:
@@ -171,7 +170,7 @@ class VLLMServerEngine(RolloutEngine):
         return self._fleet.run(read)
 
     def _differing_weights(self, wanted: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
-        self._expected, self._compared, differing = on_first_rank(lambda: self._compare(wanted))
+        self._weights.expected, self._weights.compared, differing = on_first_rank(lambda: self._compare(wanted))
         self._differing = next(iter(differing), None)
         return differing
 
@@ -185,7 +184,7 @@ class VLLMServerEngine(RolloutEngine):
             held = await asyncio.gather(*(server.checksums(list(expected)) for server in usable), return_exceptions=True)
             same, differing = set(), {}
             for server, sums in zip(usable, held, strict=True):
-                if isinstance(sums, ServerLost):
+                if isinstance(sums, ServerLost | ServerRefused):
                     self._lose(server, sums)
                 elif isinstance(sums, BaseException):
                     raise sums
@@ -204,14 +203,7 @@ class VLLMServerEngine(RolloutEngine):
 
     async def _acquaint(self, server: Server) -> None:
         """Raises ValueError for a server that cannot serve this run."""
-        facts = await server.describe()
-        dtype = str(self.dtype).removeprefix("torch.")
-        wanted = {"dtype": dtype, "logprobs_mode": "processed_logprobs", "architecture": self._facts}
-        wrong = [f"{name} {facts[name]}, not {value}" for name, value in wanted.items() if facts[name] != value]
-        if facts["max_model_len"] < self.max_model_len:
-            wrong.append(f"max_model_len {facts['max_model_len']}, less than {self.max_model_len}")
-        if wrong:
-            raise ValueError(f"rollout.engine.urls: {server.url} runs with {'; '.join(wrong)}. Start it with `rpt serve` and this run's config")
+        check_facts(server.url, await server.describe(), dtype=self.dtype, model=self._architecture, max_model_len=self.max_model_len)
 
     async def _reacquaint(self, server: Server) -> None:
         """In the middle of a run a server that was started with other flags, or another key, is as good as none."""
@@ -219,40 +211,6 @@ class VLLMServerEngine(RolloutEngine):
             await self._acquaint(server)
         except ValueError as error:
             raise ServerLost(str(error)) from error
-
-    async def _bring_in(self, server: Server) -> None:
-        """Makes sure that the server holds the present weights, and that they were compared with the policy's once those are known."""
-        holds = await self._holds(server)
-        if not holds:
-            self._compared.discard(server.url)
-            await self._reacquaint(server)
-            await server.hold()
-            await self.transport.load(server)
-        if self._expected and server.url not in self._compared:  # came after the others were compared, or could not be
-            if await server.checksums(list(self._expected)) != self._expected:
-                raise ServerLost(f"{server.url} should hold the weights of {self._label}, and holds others")
-            self._compared.add(server.url)
-        if not holds:
-            await server.release(self._label)
-
-    async def _holds(self, server: Server) -> bool:
-        """By its own word. A server that refuses us (another key, another program on its port) is as good as none in the middle of a run."""
-        try:
-            return await server.label() == self._label
-        except ServerRefused as error:
-            raise ServerLost(str(error)) from error
-
-    async def _bring_in_as_one_of_several(self, server: Server) -> None:
-        """Ranks generate at the same time: one of them loads the weights into a server that came back, the others wait for it."""
-        if await self._holds(server) and (not self._expected or server.url in self._compared):
-            return
-        if not await server.may_load(self._label, for_s=_LONGEST_LOAD_S):
-            raise ServerLost(f"{server.url}: another rank is loading the weights of {self._label} into it")
-        try:
-            await self._bring_in(server)  # looks again: a rank that was faster is done by now
-        finally:
-            with contextlib.suppress(ServerLost):
-                await server.loaded()
 
     async def _wait(
         self, servers: list[Server], prepare: Callable[[Server], Awaitable[None]], *, enough: int = 1, first_try: Sequence[Server] | None = None
@@ -297,7 +255,7 @@ class VLLMServerEngine(RolloutEngine):
     def _usable(self, servers: Sequence[Server]) -> list[Server]:
         return [server for server in servers if server.url not in self._out]
 
-    def _lose(self, worker: Worker | Server, error: ServerLost) -> None:
+    def _lose(self, worker: Worker | Server, error: ServerLost | ServerRefused) -> None:
         server = worker.server if isinstance(worker, _Holder) else worker
         assert isinstance(server, Server)
         self.num_lost += 1
