@@ -55,6 +55,8 @@ test: export OMP_NUM_THREADS := 1
 test: lint  ## lint, types, import contract and the default test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long and not gpu"
 
+# One after the other: those marked long start several processes themselves.
+test-long: export OMP_NUM_THREADS := 1
 test-long: $(STAMP)  ## all tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu"
 

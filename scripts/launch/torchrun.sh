@@ -1,9 +1,11 @@
 #!/bin/bash
 # RPT with torchrun, started once on every node:
-#   NUM_NODES=2 GPUS_PER_NODE=8 RDZV_ENDPOINT=node-0:29500 scripts/launch/torchrun.sh --config configs/14b.yaml --trainer.default_root_dir /shared/runs/14b
-# Everything behind the script's name goes to `rpt fit`. RDZV_ENDPOINT names one of the nodes and a free port on it, the same on all nodes. Where a process
-# dies, torchrun starts all of them again, and the run goes on from its last checkpoint (--ckpt_path auto). SIGTERM ends the run after its step, with a
-# checkpoint: give it the time with TORCH_ELASTIC_SHUTDOWN_TIMEOUT (seconds). Untried on several machines.
+#   NUM_NODES=2 GPUS_PER_NODE=8 RDZV_ENDPOINT=node-0:29500 scripts/launch/torchrun.sh --config configs/14b.yaml --trainer.default_root_dir /shared/runs/14b \
+#     --trainer.strategy.gather_bf16 true --trainer.strategy.cpu_offload true
+# Everything behind the script's name goes to `rpt fit`. From 32 GPUs of 80 GB on the 14B run needs no cpu_offload. RDZV_ENDPOINT names one of the nodes and a
+# free port on it, the same on all nodes. Where a process dies, torchrun starts all of them again, and the run goes on from its last checkpoint
+# (--ckpt_path auto). SIGTERM ends the run after its step, with a checkpoint: give it the time with TORCH_ELASTIC_SHUTDOWN_TIMEOUT (seconds). Untried on
+# several machines.
 set -euo pipefail
 
 : "${NUM_NODES:=1}" "${GPUS_PER_NODE:=8}" "${RDZV_ENDPOINT:=localhost:29500}" "${RUN_ID:=rpt}" "${MAX_RESTARTS:=3}"

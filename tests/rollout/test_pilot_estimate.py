@@ -1,4 +1,4 @@
-r"""What pilots do to the estimate, by enumeration: the numbers of docs/decisions.md, "Pilot completions".
+r"""What pilots do to the estimate, by enumeration: the numbers of docs/pilot.md.
 
 Rewards are 0 or 1, a task's completions are right with probability p, independently. Given its reward a completion is drawn as ever, whatever was
 selected by rewards; so with :math:`s_r = E[\\nabla\\log\\pi(y) | r]` and :math:`s_1 - s_0 = \\nabla p / (p (1 - p))` a group with k right ones of m
@@ -52,7 +52,7 @@ def test_a_pilot_of_two_shifts_weight_towards_even_chances(p: float) -> None:
 
 
 def test_the_numbers_of_the_decision() -> None:
-    """docs/decisions.md shows these."""
+    """docs/pilot.md shows these."""
     chances = (0.02, 0.1, 0.3, 0.5)
     table = {
         (scale, n0): [round(pilot_weight(p, scale, n0) / full_weight(p, scale), 2) for p in chances] for scale in ("none", "std") for n0 in (2, 4)
@@ -107,7 +107,7 @@ def gain(p: float, n0: int, hopeless: float) -> float:
 
 
 def test_a_pilot_pays_only_where_many_tasks_are_hopeless() -> None:
-    """docs/decisions.md shows these."""
+    """docs/pilot.md shows these."""
     assert [[round(gain(p, 4, hopeless), 2) for p in (0.1, 0.3, 0.5)] for hopeless in (0.0, 0.5, 0.8)] == GAINS
     # Where every task has the same chance a pilot always loses; what it saves are the completions of tasks that have none.
     assert all(gain(p / 100, n0, 0.0) <= 1 for p in range(1, 51) for n0 in range(2, G))

@@ -1,6 +1,6 @@
 """A small run of two ranks and two servers that something happens to every minute, and what must hold of it afterwards.
 
-    python tests/soak/soak.py --minutes 30                       real vLLM servers, about 40 minutes in all (`make soak`)
+    python tests/soak/soak.py --minutes 30                       real vLLM servers, about 45 minutes in all by estimate (`make soak`)
     python tests/soak/soak.py --minutes 3 --every_s 20 --servers stand-in
 
 Faults come by a schedule of the seed; which step they meet is up to the machine. At the end every task must have been rolled out once, and the whole run, done

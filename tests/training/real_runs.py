@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rpt_lightning.tasks.reward import Reward
 
@@ -38,6 +39,18 @@ class SomeAreRight(Reward):
     def group_rewards(self, predictions, task, first_token_probs=None):
         seeds = [f"{task.task_id} {index} {prediction!r}".encode() for index, prediction in enumerate(predictions)]
         return tuple(float(hashlib.sha256(seed).digest()[0] < 128) for seed in seeds)
+
+
+class HeldValidation(Callback):
+    """No validation begins while the file is there; after ten minutes it begins all the same, so that a test that failed leaves no process behind."""
+
+    def __init__(self, file: str) -> None:
+        self.file = Path(file)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        end = time.monotonic() + 600
+        while self.file.exists() and time.monotonic() < end:
+            time.sleep(0.01)
 
 
 def run_cli(args: list[str], log: str, environment: dict[str, str]) -> None:

@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from real_runs import RealRun, differences, scripted_flags, traces
 
 STEPS = 6
@@ -54,10 +55,15 @@ def test_kill_in_the_middle_of_writing_a_checkpoint(flags, undisturbed, tmp_path
 
 
 def test_kill_between_a_checkpoint_and_its_validation(flags, undisturbed, tmp_path):
-    run = RealRun(tmp_path / "run", flags)
+    hold, config = tmp_path / "hold", tmp_path / "held.yaml"
+    hold.touch()
+    callback = {"class_path": "real_runs.HeldValidation", "init_args": {"file": str(hold)}}
+    config.write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
+    run = RealRun(tmp_path / "run", [*flags, "--config", config])
     run.start()
     assert run.kill_when(lambda: (run.folder / "checkpoints" / "step-000002.ckpt").exists())
     assert not (run.folder / "validation" / "step-000002.jsonl").exists()
+    hold.unlink()
     run.finish()
     check_same(run, undisturbed(flags), steps=STEPS)
 
