@@ -20,7 +20,7 @@ _GIB = 2**30
 
 
 class MachineStats(Callback):
-    """Logs ``perf/device_tokens_per_s``, ``perf/mfu``, ``perf/host_memory_gib``, ``perf/gpu_memory_gib`` and ``run/restarts`` (docs/performance.md).
+    """Logs ``perf/device_tokens_per_s``, ``perf/mfu``, ``perf/host_memory_gib``, ``perf/gpu_memory_gib`` and ``run/restarts`` (docs/metrics.md).
 
     It stands behind `StepCost`, whose counts it divides by. ``perf/mfu`` is the share of the devices' peak that training reaches: the operations of forward and
     backward over the seconds of these and of the optimizer. Host memory is the process's own resident memory at the end of the step; GPU memory is the
