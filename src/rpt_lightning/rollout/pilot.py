@@ -1,7 +1,7 @@
 """Pilot completions: a few of each task first, and the rest of a group only where the few already differ.
 
 Most groups of RPT have equal rewards and teach nothing; whether they do is often seen from a few completions. What this does to the estimate is in
-docs/decisions.md: each task's gradient keeps its direction, but tasks count differently, and `tests/rollout/test_pilot_estimate.py` says by how much.
+docs/pilot.md: each task's gradient keeps its direction, but tasks count differently, and `tests/rollout/test_pilot_estimate.py` says by how much.
 """
 
 from __future__ import annotations
