@@ -47,6 +47,10 @@ def objective(tiny_tokenizer) -> BoundObjective:
     return Objective(ContinuationPrompt(), DenseReward()).bind(tiny_tokenizer)  # the reward must not matter
 
 
+def controls(engine: Any, objective: BoundObjective, groups: Sequence[RolloutGroup]) -> dict[str, list[bool | None]]:
+    return thought_controls(Rollouter(engine, objective, run_seed=0, first_token_probs=lambda tasks, predictions: []), groups)
+
+
 def said(token_bytes: TokenBytes, text: str) -> TokenIds:
     """A byte a token: other tokens than those of the template."""
     return tuple(token_id for character in text for token_id in token_bytes.encode_plain(character))
@@ -83,13 +87,13 @@ def test_forced_thoughts_are_empty_or_of_another_document(engine: Listening, obj
     lines = {"a:1": "one</think>\\boxed{x}", "a:2": "no mark", "a:3": "t</think>hree</think> so \\boxed{y}", "b:1": "four</think>no box"}
     wanted = {"a:1": (b" the",), "a:2": (b" th", b"e"), "a:3": (b" theory",), "b:1": (b"the",)}
     groups = [group(objective, token_bytes, name[0], int(name[2]), text, wanted[name]) for name, text in lines.items()]
-    answers = thought_controls(Rollouter(engine, objective, run_seed=0), groups)
+    answers = controls(engine, objective, groups)
     assert answers == {name: [True, True, False, False] for name in ("empty_thought", "shuffled_thought")}
     assert forced(engine, token_bytes, groups, 0) == [b"</think>\\boxed{"] * 4
     # Half the batch away lies a:3, which is the same document as a:1; and b:1 searches from a:2 on, which never closed its thought.
     assert forced(engine, token_bytes, groups, 1) == [b"four</think>\\boxed{"] * 3 + [b"</think>\\boxed{"]
     groups = [groups[3], groups[2]]
-    thought_controls(Rollouter(engine, objective, run_seed=0), groups)
+    controls(engine, objective, groups)
     assert forced(engine, token_bytes, groups, 3) == [b"t</think>hree</think>\\boxed{", b"four</think>\\boxed{"]
 
 
@@ -98,15 +102,15 @@ def test_a_thought_is_found_in_whatever_tokens_it_was_written(engine: Listening,
     for one in groups:
         open_ids, ids = objective.prompt.answer_open_ids, one.completions[0].token_ids
         assert all(ids[at : at + len(open_ids)] != open_ids for at in range(len(ids)))
-    thought_controls(Rollouter(engine, objective, run_seed=0), groups)
+    controls(engine, objective, groups)
     prompt = len(groups[0].prompt_ids)
     assert engine.heard[1][0].prompt_ids[prompt:] == said(token_bytes, "b says") + objective.prompt.answer_open_ids
 
 
 def test_without_another_document_nothing_is_shuffled(engine: Listening, objective: BoundObjective, token_bytes: TokenBytes) -> None:
     groups = [group(objective, token_bytes, "a", position, "x</think>\\boxed{y}") for position in (1, 2)]
-    assert thought_controls(Rollouter(engine, objective, run_seed=0), groups) == {"empty_thought": [True, True], "shuffled_thought": [None, None]}
-    assert thought_controls(Rollouter(engine, objective, run_seed=0), []) == {"empty_thought": [], "shuffled_thought": []}
+    assert controls(engine, objective, groups) == {"empty_thought": [True, True], "shuffled_thought": [None, None]}
+    assert controls(engine, objective, []) == {"empty_thought": [], "shuffled_thought": []}
 
 
 def test_what_is_too_long_for_the_engine_is_not_measured(tiny_model_dir: Path, objective: BoundObjective, token_bytes: TokenBytes) -> None:
@@ -116,14 +120,14 @@ def test_what_is_too_long_for_the_engine_is_not_measured(tiny_model_dir: Path, o
     for max_model_len, expected in [(length + 39, None), (length + 40, True)]:
         with Listening([" the}"]) as engine:
             start(engine, tiny_model_dir, max_model_len=max_model_len)
-            answers = thought_controls(Rollouter(engine, objective, run_seed=0), groups)
+            answers = controls(engine, objective, groups)
         assert answers == {"empty_thought": [True, True], "shuffled_thought": [expected, True]}
 
 
 def test_an_answer_that_does_not_end_is_none(tiny_model_dir: Path, objective: BoundObjective, token_bytes: TokenBytes) -> None:
     with Listening([" the}" + " and so on" * 20]) as engine:
         start(engine, tiny_model_dir)
-        answers = thought_controls(Rollouter(engine, objective, run_seed=0), [group(objective, token_bytes, doc, 1, "x</think>") for doc in "ab"])
+        answers = controls(engine, objective, [group(objective, token_bytes, doc, 1, "x</think>") for doc in "ab"])
     assert answers == {"empty_thought": [False, False], "shuffled_thought": [False, False]}
 
 
@@ -131,5 +135,5 @@ def test_a_real_engine_continues_the_forced_text(tiny_model_dir: Path, objective
     groups = [group(objective, token_bytes, doc, 1, f"{doc}</think>\\boxed{{y}}") for doc in "ab"]
     with HFEngine(dtype="float32", device="cpu") as engine:
         start(engine, tiny_model_dir)
-        answers = thought_controls(Rollouter(engine, objective, run_seed=0), groups)
+        answers = controls(engine, objective, groups)
     assert answers == {"empty_thought": [False, False], "shuffled_thought": [False, False]}  # random weights say nothing in a box

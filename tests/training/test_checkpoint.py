@@ -18,6 +18,8 @@ class SavesBytes:
 
     is_global_zero = True
     strategy = SimpleNamespace(barrier=lambda name: None)
+    current_epoch = 0
+    fit_loop = SimpleNamespace(state_dict=dict)
 
     def __init__(self, folder: Path) -> None:
         self.default_root_dir = folder

@@ -83,23 +83,15 @@ def test_in_a_later_round_of_dynamic_sampling(make_run, tmp_path):
 
 
 def test_in_the_first_step_of_an_epoch(make_run, tmp_path):
-    _, _, data = make_run(1)
-    data.setup("fit")
-    tasks_per_step = data.stream.order.items_per_epoch // 2  # two steps an epoch
-    check_goes_on(make_run, tmp_path, IsLost(2), data_options={"tasks_per_step": tasks_per_step})
+    check_goes_on(make_run, tmp_path, IsLost(2), limit_train_batches=2)
 
 
 @pytest.mark.parametrize("in_later_round", [False, True], ids=["in the validation", "in the step behind it"])
 @pytest.mark.parametrize("steps_per_epoch", [None, 3])
 def test_where_a_validation_was_due(make_run, tmp_path, in_later_round, steps_per_epoch):
     """Lightning's loops then stand elsewhere than after an ordinary step: with 3 steps an epoch, the step behind the validation is its last."""
-    options = dict(VALIDATES)
-    if steps_per_epoch is not None:
-        _, _, data = make_run(1)
-        data.setup("fit")
-        options["data_options"] = options["data_options"] | {"tasks_per_step": data.stream.order.items_per_epoch // steps_per_epoch}
     engine = IsLost(2, in_later_round=in_later_round)
-    check_goes_on(make_run, tmp_path, engine, **options)
+    check_goes_on(make_run, tmp_path, engine, **VALIDATES, limit_train_batches=steps_per_epoch)
     assert engine.last_version == 2
 
 
