@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from async_run import lines_of
 from real_runs import RealRun, differences, scripted_flags, traces
 from server_processes_for_tests import KEY, ServerUnderTest
 
@@ -70,4 +71,5 @@ def test_all_servers_gone_for_good(
     assert start(run, devices)() == 0, run.text()
     found, expected = traces(run.folder), traces(whole.folder)
     assert differences(found, expected) == []
+    assert all((row["run/usable_servers"], row["run/lost_servers"]) == (2, 0) for row in lines_of(run.folder))
     assert sum(row["optim/grad_norm"] > 0 for row in found["steps"]) > STEPS // 2  # there was something to lose

@@ -16,7 +16,7 @@ from rpt_lightning.rollout.dynamic_sampling import FilledBatch
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine
 from rpt_lightning.tasks.reward import PrefixMatchReward
 from rpt_lightning.training.monitors import StepLog
-from rpt_lightning.training.rollout_metrics import rollout_metrics, rollout_work
+from rpt_lightning.training.rollout_metrics import over_ranks, rollout_metrics, rollout_work, server_metrics
 from rpt_lightning.training.step_rollouts import StepRoller
 from rpt_lightning.types import Completion, PromptTokens, RolloutGroup, TokenTask
 
@@ -86,6 +86,15 @@ def test_the_engines_of_tensor_parallel_ranks_add_up(read, expected):
     if expected is None:  # each completion's prompt, which all of these ranks know
         expected = {"rollout/prefill_tokens": 8.0}
     assert {name: metrics[name] for name in expected} == expected
+
+
+def test_servers_are_those_of_the_rank_that_sees_fewest():
+    class TwoRanks:
+        def gather(self, row):
+            return [row, [0.0, 3.0, 1.0]]  # no groups, three losses, one usable server
+
+    assert server_metrics(None) == {}
+    assert over_ranks(TwoRanks(), server_metrics((2, 0)), num_groups=4) == {"run/lost_servers": 3.0, "run/usable_servers": 1.0}
 
 
 @pytest.mark.long

@@ -64,6 +64,11 @@ class RolloutEngine(ABC):
         return self._version
 
     @property
+    def servers(self) -> tuple[int, int] | None:
+        """How many servers can be used, and how often one was lost since the engine was made. None where it has none."""
+        return None
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the weights."""
         return self._dtype

@@ -97,6 +97,10 @@ class VLLMServerEngine(RolloutEngine):
         return f"{len(self.urls)} vLLM servers ({', '.join(self.urls)}), {self.dtype}, up to {self.max_num_seqs} completions each at once"
 
     @property
+    def servers(self) -> tuple[int, int]:
+        return self.num_usable, self.num_lost
+
+    @property
     def num_usable(self) -> int:
         """Servers that are not out."""
         return len(self.urls) - len(self._out)

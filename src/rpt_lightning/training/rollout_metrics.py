@@ -49,6 +49,11 @@ def prompt_metrics(filled: FilledBatch, step: PromptTokens | None) -> dict[str, 
     )
 
 
+def server_metrics(servers: tuple[int, int] | None) -> dict[str, float]:
+    """Of one rank's engine (`RolloutEngine.servers`)."""
+    return {} if servers is None else {"run/usable_servers": float(servers[0]), "run/lost_servers": float(servers[1])}
+
+
 def rollout_work(filled: FilledBatch, *, prefill_tokens: float) -> Work:
     """What one rank's engine computed for everything that was rolled out.
 
@@ -80,7 +85,7 @@ def throughput(
 
 
 def over_ranks(ranks: Ranks, metrics: Mapping[str, float], *, num_groups: int) -> dict[str, float]:
-    """The same metrics over all ranks: sums add up, times and differences are those of the worst rank, and means weigh every group equally.
+    """The same metrics over all ranks: sums add up, times, differences and servers are those of the worst rank, and means weigh every group equally.
 
     A collective: every rank calls it with the same names and its own ``num_groups``. One process gets its metrics back.
     """
@@ -90,8 +95,10 @@ def over_ranks(ranks: Ranks, metrics: Mapping[str, float], *, num_groups: int) -
     for name, values in zip(names, gathered[:, 1:].unbind(1), strict=True):
         if name in SUMS:
             reduced[name] = values.sum().item()
-        elif name.startswith(("time/", "sync/")) or name.endswith("_max"):
+        elif name.startswith(("time/", "sync/")) or name.endswith("_max") or name == "run/lost_servers":
             reduced[name] = values.max().item()
+        elif name == "run/usable_servers":
+            reduced[name] = values.min().item()
         else:
             reduced[name] = ((values * weights).sum() / weights.sum()).item()
     return reduced

@@ -16,7 +16,7 @@ from rpt_lightning.tasks.answer_reward import CountingReward
 from rpt_lightning.tasks.reward import Reward
 from rpt_lightning.training.rank_exchange import RankExchange
 from rpt_lightning.training.ranks import Ranks
-from rpt_lightning.training.rollout_metrics import prompt_metrics, rollout_metrics, rollout_work
+from rpt_lightning.training.rollout_metrics import prompt_metrics, rollout_metrics, rollout_work, server_metrics
 from rpt_lightning.types import PromptTokens, RolloutGroup, Task
 
 Draw = Callable[[Sequence[int]], Sequence[Task]]
@@ -76,6 +76,7 @@ class StepRoller:
         assert version is not None
         metrics = rollout_metrics(filled, pilot_size=self.pilot_size) | prompt_metrics(filled, self._read_since(prompts_before, ranks))
         work = rollout_work(filled, prefill_tokens=metrics["rollout/prefill_tokens"])
+        metrics |= server_metrics(self.engine.servers)
         if isinstance(self.reward, CountingReward):
             metrics |= self.reward.take_metrics()
         return StepRollouts(filled=filled, metrics=metrics, work=work, policy_version=version, seconds=time.perf_counter() - start)
