@@ -7,13 +7,16 @@ whenever, the newest name is a whole checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -68,15 +71,8 @@ class RunCheckpoint(Checkpoint):
         self.save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self.start_step is None:  # it had not begun
-            return
-        if isinstance(exception, EngineLost):
-            try:
-                self.save(trainer)
-            except CheckpointNotWritten as failed:
-                rank_zero_info(str(failed))
-        # A run that was asked to stop (SystemExit) says so itself.
-        if not isinstance(exception, (SystemExit, CheckpointNotWritten)):
+        # A run that was asked to stop (SystemExit) says so itself, and nothing is said of one that had not begun.
+        if self.start_step is not None and not isinstance(exception, (SystemExit, CheckpointNotWritten)):
             rank_zero_info(f"stopped at step {trainer.global_step}. {_way_on(_folder(trainer))}")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -120,6 +116,24 @@ class RunCheckpoint(Checkpoint):
                 _remove(folder / f"step-{step:06d}.ckpt")
         for leftover in folder.glob(f"*{_PARTIAL}"):
             _remove(leftover)
+
+
+@contextlib.contextmanager
+def saved_when_lost(trainer: Trainer) -> Iterator[None]:
+    """For what needs the engine while a run trains: where that is lost, on every rank, the last step is saved before the error goes on.
+
+    Not in ``on_exception``: Lightning does not call that in processes that it spawned.
+    """
+    try:
+        yield
+    except EngineLost:
+        for callback in trainer.checkpoint_callbacks if trainer.state.fn == TrainerFn.FITTING else ():
+            if isinstance(callback, RunCheckpoint) and callback.start_step is not None:
+                try:
+                    callback.save(trainer)
+                except CheckpointNotWritten as failed:  # why the run ends matters more
+                    rank_zero_info(str(failed))
+        raise
 
 
 def checkpoint_steps(folder: Path) -> list[int]:

@@ -19,6 +19,7 @@ from rpt_lightning.rollout.rollouter import Rollouter
 from rpt_lightning.tasks.objective import BoundObjective, Objective
 from rpt_lightning.training.arithmetic import batch_arithmetic
 from rpt_lightning.training.async_rollouts import AsyncRollouts, check_settings
+from rpt_lightning.training.checkpoint import saved_when_lost
 from rpt_lightning.training.engine_sync import EngineSync
 from rpt_lightning.training.first_token import probs_of_policy
 from rpt_lightning.training.heldout_answers import heldout_answers
@@ -228,11 +229,12 @@ class RolloutCallback(Callback):
             return
         pl_module.clock.take()  # what came after the end of the step before, such as a validation
         self._step_start = time.perf_counter()
-        try:
-            rollouts = self._roll_out(trainer, pl_module, batch["tasks"]) if self._ahead is None else self._ahead.next()
-        except EngineLost:
-            trainer.datamodule.return_step()  # type: ignore[attr-defined]
-            raise
+        with saved_when_lost(trainer):
+            try:
+                rollouts = self._roll_out(trainer, pl_module, batch["tasks"]) if self._ahead is None else self._ahead.next()
+            except EngineLost:
+                trainer.datamodule.return_step()  # type: ignore[attr-defined]
+                raise
         filled, metrics = rollouts.filled, rollouts.metrics
         pl_module.generated_work += rollouts.work
         batch["rollouts"] = TrainBatch(groups=filled.groups, sampling=self._sampling)
@@ -281,7 +283,8 @@ class RolloutCallback(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._ahead is not None:
-            self._ahead.drain()
+            with saved_when_lost(trainer):
+                self._ahead.drain()
         if self.engine is not None:
             assert self.bound_objective is not None
             check_validation_prompts(trainer.datamodule, self.bound_objective.prompt, max_prompt_tokens=self.max_prompt_tokens)  # type: ignore[attr-defined]
@@ -294,13 +297,17 @@ class RolloutCallback(Callback):
                 )
             return
         assert isinstance(pl_module, PolicyModule)
+        with saved_when_lost(trainer):
+            batch["answers"] = self._answers(trainer, pl_module, batch)
+
+    def _answers(self, trainer: Trainer, module: PolicyModule, batch: Any) -> Any:
+        """To the batch's questions, or at its held-out positions."""
         assert self.rollouter is not None
-        self._sync.sync(pl_module)
+        self._sync.sync(module)
         if "questions" in batch:
             groups, answers = answer_questions(self.rollouter, batch["questions"], num_samples=self.eval_samples, directly=self.thought_controls)
-            self._sync.check_logprobs(trainer, pl_module, groups, temperature=self.temperature if self.eval_samples else 1.0)
-            batch["answers"] = answers
-            return
+            self._sync.check_logprobs(trainer, module, groups, temperature=self.temperature if self.eval_samples else 1.0)
+            return answers
         groups = self.rollouter.rollout(batch["tasks"], n=1, temperature=0.0)
-        self._sync.check_logprobs(trainer, pl_module, groups, temperature=1.0)
-        batch["answers"] = heldout_answers(self.rollouter, groups, num_samples=self.eval_samples, with_controls=self.thought_controls)
+        self._sync.check_logprobs(trainer, module, groups, temperature=1.0)
+        return heldout_answers(self.rollouter, groups, num_samples=self.eval_samples, with_controls=self.thought_controls)
