@@ -68,6 +68,8 @@ def test_servers_are_started_as_the_run_will_ask_for_them(flags, started, tiny_m
     # The key reaches the server through its environment only.
     environment = servers._environment(servers.specs[0])
     assert (environment["RPT_SERVER_KEY"], environment["VLLM_SERVER_DEV_MODE"]) == (SECRET, "1")
+    monkeypatch.setenv("VLLM_API_KEY", "another key, before some of the paths")
+    assert "VLLM_API_KEY" not in servers._environment(servers.specs[0])
     shown = capsys.readouterr()
     assert SECRET not in shown.out + shown.err + repr([spec.command for spec in servers.specs])
 

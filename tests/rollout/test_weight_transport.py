@@ -50,10 +50,22 @@ def test_old_versions_go_when_the_new_one_has_arrived(transport: SharedFolderTra
     assert {path.name for path in folder.iterdir()} == {"weights-v2", "a user's own file"}
     publish(transport, 2)  # once more, after an update that failed
     # A run that was killed leaves its weights; the next start removes them.
+    transport._release()  # as the system does when a process ends
     again = SharedFolderTransport(str(folder))
     (folder / "weights-v3.partial").mkdir()
     again.open(Fleet([], key=None, timeout_s=1, request_timeout_s=1))
     assert [path.name for path in folder.iterdir()] == ["a user's own file"]
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(transport: SharedFolderTransport, tmp_path: Path) -> None:
+    publish(transport, 1)
+    second = SharedFolderTransport(str(tmp_path / "weights"))
+    with pytest.raises(ValueError, match=r"transport\.folder=.*weights: another run hands weights over through it"):
+        second.open(Fleet([], key=None, timeout_s=1, request_timeout_s=1))
+    assert [path.name for path in (tmp_path / "weights").iterdir()] == ["weights-v1"]
+    transport.close()
+    second.open(Fleet([], key=None, timeout_s=1, request_timeout_s=1))
+    second.close()
 
 
 def test_a_full_disk_leaves_no_half_version(transport: SharedFolderTransport, tmp_path: Path) -> None:

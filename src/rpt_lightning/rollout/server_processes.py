@@ -155,7 +155,8 @@ class Servers:
             )  # fmt: skip
 
     def _environment(self, spec: ServerSpec) -> Mapping[str, str]:
-        inherited = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+        # VLLM_API_KEY would be another key beside ours, before some paths and not before others.
+        inherited = {name: value for name, value in os.environ.items() if name not in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_API_KEY")}
         defaults = {
             "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several servers, or a trainer beside them, on the same cores

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors.torch import save_file
@@ -49,7 +51,7 @@ class SharedFolderTransport(WeightTransport):
     A server that lost its weights can load them again without the trainer's help.
 
     Args:
-        folder: Belongs to one run: what an earlier start left there is removed.
+        folder: Belongs to one run: what an earlier start left there is removed, and a second run that names it while the first lives is refused.
         shard_gib: Size of a file, in GiB. So much memory holds weights that are on their way to the disk.
         load_timeout_s: Longest time for a server to load, in seconds.
     """
@@ -62,9 +64,22 @@ class SharedFolderTransport(WeightTransport):
         self.load_timeout_s = load_timeout_s
         self._published: Path | None = None
         self._root = Path(folder).absolute()
+        self._lock: IO[str] | None = None
 
     def open(self, fleet: Fleet) -> None:
+        """Raises ValueError where another run uses the folder: each would remove the other's weights, or load them."""
         self._root.mkdir(parents=True, exist_ok=True)
+        if self._lock is None:
+            lock = self._root.with_name(self._root.name + ".lock").open("w")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it does
+            except OSError as error:
+                lock.close()
+                raise ValueError(
+                    f"transport.folder={self.folder}: another run hands weights over through it. Give each run a folder of its own "
+                    "(--rollout.engine.transport.folder), and servers of its own"
+                ) from error
+            self._lock = lock
         self._remove_all_but(None)
 
     def publish(self, weights: Iterable[tuple[str, Tensor]], *, version: int, dtype: torch.dtype, shapes: Mapping[str, torch.Size]) -> None:
@@ -112,6 +127,12 @@ class SharedFolderTransport(WeightTransport):
         if self._published is not None:
             self._published = None
             self._remove_all_but(None)
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def _folder_of(self, version: int) -> Path:
         return self._root / f"weights-v{version}"

@@ -6,7 +6,9 @@ import re
 from typing import Any
 
 REDACTED = "(secret, not saved)"
-_SECRET_NAME = re.compile(r"(^|_)(api_?key|password|passwd|secret(_?key)?|credentials?|(auth|access|hf|api|bearer)_?token)$", re.IGNORECASE)
+_SECRET_NAME = re.compile(
+    r"(^|_)(api_?key|password|passwd|secret(_?(access_?)?key)?|access_?key|credentials?|(auth|access|hf|api|bearer)_?token)$", re.IGNORECASE
+)
 _USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
 
 
@@ -15,6 +17,8 @@ def redact(config: Any) -> Any:
 
     >>> redact({"rollout": {"api_key": "abc", "urls": ["http://me:pw@host:8000"]}})
     {'rollout': {'api_key': '(secret, not saved)', 'urls': ['http://(secret, not saved)@host:8000']}}
+    >>> redact({"aws_secret_access_key": "abc", "access_key": "abc", "tokens_per_step": "abc"})
+    {'aws_secret_access_key': '(secret, not saved)', 'access_key': '(secret, not saved)', 'tokens_per_step': 'abc'}
     """
     if isinstance(config, dict):
         return {

@@ -11,7 +11,7 @@ import pytest
 from hand_made import POLICY, position, run, shares
 
 from rpt_lightning.evaluation.report.accuracy import accuracy_points, reasoning_minus_ntp
-from rpt_lightning.evaluation.report.rollout_data import compress_json, num_thought_tokens, outcome, spread, step_data
+from rpt_lightning.evaluation.report.rollout_data import IMPOSSIBLE, compress_json, num_thought_tokens, outcome, spread, step_data
 from rpt_lightning.evaluation.report.tables import difficulty_table, pattern_tables, run_table
 from rpt_lightning.evaluation.table import Rate
 from rpt_lightning.metrics.rollout_samples import RolloutSample
@@ -106,6 +106,12 @@ def test_outcomes():
 )
 def test_where_the_answer_begins(tokens, thought, expected):
     assert num_thought_tokens(tokens, thought) == expected
+
+
+def test_a_log_prob_that_is_not_finite_is_as_good_as_impossible():
+    """A server says NaN for -inf; neither is JSON, and one would keep the page from being made."""
+    odd = replace(SAMPLE, logprobs=(float("nan"), float("-inf"), -0.006, -2.0, 0.0))
+    assert step_data([odd])["tasks"][0]["r"][0]["l"] == [IMPOSSIBLE, IMPOSSIBLE, 1, 200, 0]
 
 
 def test_rollouts_are_grouped_by_task_and_survive_the_packing():

@@ -6,12 +6,14 @@ import base64
 import gzip
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from rpt_lightning.metrics.rollout_samples import RolloutSample
 
 RIGHT, WRONG, TRUNCATED = 0, 1, 2
+IMPOSSIBLE = 5000  # hundredths of a nat: 0.0 %
 
 
 def spread(steps: Sequence[int], number: int) -> list[int]:
@@ -53,8 +55,13 @@ def _completion(sample: RolloutSample) -> dict[str, Any]:
     completion: dict[str, Any] = {"o": outcome(sample), "p": sample.prediction, "w": sample.reward, "v": sample.policy_version}
     if sample.tokens is None:
         return completion | {"h": sample.thought, "a": sample.completion[len(sample.thought) :]}
-    logprobs = None if sample.logprobs is None else [round(-100 * logprob) for logprob in sample.logprobs]
+    logprobs = None if sample.logprobs is None else [_hundredths(logprob) for logprob in sample.logprobs]
     return completion | {"k": sample.tokens, "l": logprobs, "n": num_thought_tokens(sample.tokens, sample.thought)}
+
+
+def _hundredths(logprob: float) -> int:
+    """Minus a log-prob in hundredths of a nat. What is not finite (a server says NaN for -inf) is as good as impossible."""
+    return round(-100 * logprob) if math.isfinite(logprob) else IMPOSSIBLE
 
 
 def num_thought_tokens(tokens: Sequence[str], thought: str) -> int:
