@@ -117,7 +117,11 @@ class VLLMServerEngine(RolloutEngine):
         assert self._fleet is not None
         self.transport.open(self._fleet)
         log.info("waiting for %d servers", len(self.urls))
-        self._fleet.run(lambda servers: self._wait(servers, self._acquaint, enough=len(servers)))
+        try:
+            self._fleet.run(lambda servers: self._wait(servers, self._acquaint, enough=len(servers)))
+        except BaseException:
+            self.transport.close()
+            raise
         return secrets.token_hex(4)
 
     def _update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
