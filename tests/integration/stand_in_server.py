@@ -111,10 +111,15 @@ class StandIn:
         return {"num_files": len(files)}
 
     def rpt_checksums(self, names: list[str]) -> dict[str, str]:
-        return {name: array_checksum(self.weights[name]) for name in names}
+        return {name: array_checksum(self._weight(name)) for name in names}
 
     def rpt_read(self, names: list[str]) -> dict[str, str]:
-        return {"safetensors": base64.b64encode(save({name: self.weights[name] for name in names})).decode()}
+        return {"safetensors": base64.b64encode(save({name: self._weight(name) for name in names})).decode()}
+
+    def _weight(self, name: str) -> np.ndarray:
+        whole, _, part = name.partition("[:, ")
+        first, _, end = part.removesuffix("]").partition(":")
+        return self.weights[whole][:, int(first) : int(end)].copy() if part else self.weights[whole]
 
     async def generate(self, request: web.Request) -> web.Response:
         body = await request.json()

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, MinPLogitsWarper, Qwen2Config, Qwen3Config, TopKLogitsWarper, TopPLogitsWarper
 
 from rpt_lightning.rollout.vllm_engine import VLLMEngine
+from rpt_lightning.rollout.weight_part import part_name
 from rpt_lightning.tasks.answer import extract_prediction
 from rpt_lightning.training.sync_check import LOGPROB_LIMITS, SyncError, check_logprobs, check_weights, compare_logprobs
 from rpt_lightning.types import Completion, GenerationRequest, SamplingSettings
@@ -158,6 +159,9 @@ def test_every_weight_can_be_read_back(engine: VLLMEngine, policy) -> None:
     for name, weight in weights(policy):
         assert held[name].dtype == engine.dtype
         assert torch.equal(held[name], weight.detach().to(engine.dtype)), name
+    matrices = [name for name in names if held[name].ndim == 2]
+    parts = engine.read_weights([part_name(name, slice(3, 11)) for name in matrices])
+    assert all(torch.equal(part, held[name][:, 3:11]) for name, part in zip(matrices, parts.values(), strict=True))
     check_weights(engine, weights(policy), version=0, num_tensors=1000)
 
 

@@ -9,9 +9,10 @@ from watched_run import run
 
 from rpt_lightning.rollout.engine import Sample
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine
+from rpt_lightning.rollout.weight_part import split_part
 from rpt_lightning.training.ranks import Ranks
 from rpt_lightning.training.rollout_callback import RolloutCallback
-from rpt_lightning.training.sync_check import SyncError, sampled_names
+from rpt_lightning.training.sync_check import SyncError, sampled_columns, sampled_names
 
 
 class StaleAfterFirst(ScriptedEngine):
@@ -73,8 +74,11 @@ def test_each_check_looks_at_the_next_tensors_however_versions_advance(make_run)
     _, module, _, _ = run(make_run, 20, engine, module_options={"optimizer_steps_per_batch": 4}, rollout_options={"verify_sequences": 0})
     assert [event for event in engine.events if event.startswith("update")] == [f"update {4 * step}" for step in range(5)]
     names = tuple(dict(module.policy.model.named_parameters(remove_duplicate=False)))
-    assert engine.reads == [sampled_names(names, turn, 8) for turn in range(5)]
-    assert set().union(*engine.reads) == set(names)
+    reads = [{split_part(name)[0] for name in read} for read in engine.reads]
+    assert reads == [set(sampled_names(names, turn, 8)) for turn in range(5)]
+    assert set().union(*reads) == set(names)
+    columns = [split_part(name)[1] for read in engine.reads for name in read if name.startswith("lm_head")]
+    assert columns == [sampled_columns(module.policy.head_weight.shape[1], turn, 8) for turn in range(5)]
 
 
 def test_a_rank_without_completions_takes_part_in_the_policys_passes(make_run, monkeypatch):

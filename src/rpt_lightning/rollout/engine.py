@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typing_extensions import Self
 
 from rpt_lightning.rollout.requests import check_requests
+from rpt_lightning.rollout.weight_part import split_part
 from rpt_lightning.tasks.answer import FirstBox
 from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.types import Completion, GenerationRequest, PromptTokens, SamplingSettings, TokenIds
@@ -157,9 +158,9 @@ class RolloutEngine(ABC):
         self._version = version
 
     def read_weights(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Copies on the CPU of the weights that the engine computes with, in its dtype, under their Hugging Face names."""
+        """Copies on the CPU of the weights that the engine computes with, in its dtype, under their Hugging Face names or names of their parts."""
         self._check_started("read_weights")
-        unknown = [name for name in names if name not in self._weight_shapes]
+        unknown = [name for name in names if split_part(name)[0] not in self._weight_shapes]
         if unknown:
             raise ValueError(f"the engine's model has no weight {_some(unknown)}")
         return self._read_weights(names)

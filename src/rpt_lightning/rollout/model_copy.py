@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from rpt_lightning.rollout.weight_part import split_part, take
+
 
 def build_model(model_path: str, dtype: torch.dtype, device: torch.device) -> Any:
     """The architecture of a Hugging Face folder with random weights, in evaluation mode and without the folder's generation defaults."""
@@ -28,6 +30,7 @@ def load_weights(model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]]) 
 
 
 def read_weights(model: PreTrainedModel, names: Sequence[str]) -> dict[str, Tensor]:
-    """Copies on the CPU."""
+    """Copies on the CPU of weights or parts of them."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    return {name: parameters[name].detach().to("cpu", copy=True) for name in names}
+    parts = {name: split_part(name) for name in names}
+    return {name: take(parameters[whole].detach(), columns).to("cpu", copy=True) for name, (whole, columns) in parts.items()}

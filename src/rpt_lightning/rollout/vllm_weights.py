@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rpt_lightning.rollout.weight_part import split_part, take
+
 
 @torch.no_grad()
 def read_weights(model: nn.Module, names: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -21,7 +23,7 @@ def read_weights(model: nn.Module, names: Sequence[str], dtype: torch.dtype) -> 
 
     Args:
         model: vLLM's model. Where it is split over devices (tensor parallelism, not pipelines), every worker must call this.
-        names: Hugging Face names, such as ``model.layers.0.self_attn.q_proj.weight``.
+        names: Hugging Face names, such as ``model.layers.0.self_attn.q_proj.weight``, or names of parts (rollout/weight_part.py).
         dtype: Of the engine.
 
     Raises ValueError for a tensor that cannot be found or read.
@@ -30,32 +32,37 @@ def read_weights(model: nn.Module, names: Sequence[str], dtype: torch.dtype) -> 
 
 
 def _read(model: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
+    name, columns = split_part(name)
     path, _, kind = name.rpartition(".")
     parent, _, leaf = path.rpartition(".")
     modules = dict(model.named_modules())
     if path in modules:
-        return _whole(modules[path], _own_part(modules[path], kind, name, dtype), kind)
+        layer: Any = modules[path]
+        if hasattr(layer, "embedding_dim"):  # embedding or head: devices share its rows, so that each has a part of every column
+            return _whole(layer, _own_part(layer, kind, name, dtype, columns), kind)
+        return take(_whole(layer, _own_part(layer, kind, name, dtype), kind), columns)
     for fused, parts in getattr(model, "packed_modules_mapping", {}).items():
-        layer: Any = modules.get(f"{parent}.{fused}" if parent else fused)
+        layer = modules.get(f"{parent}.{fused}" if parent else fused)
         if layer is not None and leaf in parts:
             pieces = _own_part(layer, kind, name, dtype).split_with_sizes(list(layer.output_partition_sizes))
             index = parts.index(leaf)
             # Where there are more devices than key-value heads, several hold the same one.
-            return _whole(layer, pieces[index], kind, num_replicas=getattr(layer, "num_kv_head_replicas", 1) if index > 0 else 1)
+            num_replicas = getattr(layer, "num_kv_head_replicas", 1) if index > 0 else 1
+            return take(_whole(layer, pieces[index], kind, num_replicas=num_replicas), columns)
     raise ValueError(f"vLLM's {type(model).__name__} has no layer that holds {name}")
 
 
-def _own_part(layer: Any, kind: str, name: str, dtype: torch.dtype) -> Tensor:
-    """What this device holds of the layer's weight or bias."""
+def _own_part(layer: Any, kind: str, name: str, dtype: torch.dtype, columns: slice | None = None) -> Tensor:
+    """What this device holds of the layer's weight or bias, or of some columns of it."""
     tensor: Tensor | None = getattr(layer, kind, None)
     if tensor is None:
         raise ValueError(f"vLLM's layer for {name} ({type(layer).__name__}) has no {kind}")
     is_lookup = hasattr(layer, "org_vocab_size") and not type(layer).__name__.startswith("ParallelLMHead")
     if kind == "weight" and hasattr(layer, "cpu_linear") and not is_lookup:
-        tensor = _through_kernel(layer, dtype)
+        return _through_kernel(layer, dtype, columns)
     if tensor.ndim == 0 or tensor.numel() == 0:
         raise ValueError(f"vLLM's layer for {name} ({type(layer).__name__}) keeps no readable {kind}")
-    return tensor
+    return take(tensor, columns)
 
 
 def _whole(layer: Any, part: Tensor, kind: str, *, num_replicas: int = 1) -> Tensor:
@@ -72,8 +79,9 @@ def _whole(layer: Any, part: Tensor, kind: str, *, num_replicas: int = 1) -> Ten
     return part[: layer.org_vocab_size] if hasattr(layer, "org_vocab_size") else part
 
 
-def _through_kernel(layer: Any, dtype: torch.dtype) -> Tensor:
-    """The layer's matrix [out, in], as its CPU kernel multiplies it."""
+def _through_kernel(layer: Any, dtype: torch.dtype, columns: slice | None) -> Tensor:
+    """The layer's matrix [out, in], or some columns of it, as its CPU kernel multiplies it."""
     num_inputs = layer.embedding_dim if hasattr(layer, "embedding_dim") else layer.input_size_per_partition
-    outputs: Tensor = layer.cpu_linear(torch.eye(num_inputs, dtype=dtype), layer.weight, None)  # [in, out]
+    inputs = torch.eye(num_inputs, dtype=dtype)
+    outputs: Tensor = layer.cpu_linear(inputs if columns is None else inputs[columns], layer.weight, None)  # [in, out]
     return outputs.t()

@@ -5,6 +5,7 @@
    optimizer step at a learning rate of 1e-6 is far below what log-probs in bf16 can show. Rounding to bf16 hides most of such a
    step too: of a tiny model 4 % of the matrices' entries move and no norm does. Tensors that are equal after rounding are
    genuinely what the engine should compute with, whichever step they come from; the version still tells the steps apart.
+   Of embedding and head some columns: read whole, they took a third of a hand-over (rollout/weight_part.py).
 3. Log-probs: the engine's of its own completions against the policy's. This sees what a tensor cannot: another rotary base, a
    wrong temperature, a stale prefix cache, a kernel that computes something else.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rpt_lightning.rollout.engine import RolloutEngine
+from rpt_lightning.rollout.weight_part import part_name, take
 
 
 class SyncError(RuntimeError):
@@ -47,13 +49,22 @@ def sampled_names(names: Sequence[str], turn: int, num_tensors: int) -> tuple[st
 
     So ``len(names) / num_tensors`` turns in a row look at every tensor.
     """
-    ends = [name for name in names if "embed" in name or "lm_head" in name]
+    ends = [name for name in names if _is_end(name)]
     others = [name for name in names if name not in ends]
     first = turn * num_tensors
     return (*ends, *[others[(first + place) % len(others)] for place in range(min(num_tensors, len(others)))])
 
 
-def check_weights(engine: RolloutEngine, weights: Iterable[tuple[str, Tensor]], *, version: int, turn: int = 0, num_tensors: int = 8) -> None:
+def sampled_columns(width: int, turn: int, num_slices: int) -> slice:
+    """Which columns of embedding and head to look at, the next ones with each turn: all of them in ``num_slices`` turns in a row."""
+    size = -(-width // num_slices)
+    first = turn % -(-width // size) * size
+    return slice(first, min(first + size, width))
+
+
+def check_weights(
+    engine: RolloutEngine, weights: Iterable[tuple[str, Tensor]], *, version: int, turn: int = 0, num_tensors: int = 8, num_slices: int = 8
+) -> None:
     """Questions 1 and 2.
 
     Args:
@@ -62,19 +73,26 @@ def check_weights(engine: RolloutEngine, weights: Iterable[tuple[str, Tensor]], 
         version: The policy's.
         turn: Number of checks before this one. Not the version, which may advance in strides that skip some tensors forever.
         num_tensors: How many are compared besides embedding and head.
+        num_slices: Embedding and head are compared in one of so many slices of their columns.
 
     Raises SyncError.
     """
     names = sampled_names(engine.weight_names, turn, num_tensors)
-    wanted = {name: tensor.detach().to("cpu", engine.dtype, copy=True) for name, tensor in weights if name in names}
+    wanted, found = {}, set()
+    for name, tensor in weights:
+        if name in names:
+            found.add(name)
+            columns = sampled_columns(tensor.shape[1], turn, num_slices) if _is_end(name) and tensor.ndim == 2 else None
+            part = name if columns is None else part_name(name, columns)
+            wanted[part] = take(tensor.detach(), columns).to("cpu", engine.dtype, copy=True)
     if engine.version != version:
         raise SyncError(
             f"the policy is at version {version}, the engine at {engine.version}: the last update of the engine's weights is missing or failed"
         )
-    differing = engine.differing_weights({name: wanted[name] for name in names if name in wanted})
+    differing = engine.differing_weights(wanted)
     copy, wrong = next(iter(differing.items()), ("", ()))
     held = engine.read_weights(wrong[:3]) if wrong else {}
-    missing = [f"{name} (the policy has no such weight)" for name in names if name not in wanted]
+    missing = [f"{name} (the policy has no such weight)" for name in names if name not in found]
     if wrong or missing:
         raise SyncError(
             f"version {version}: {len(wrong) + len(missing)} of {len(names)} compared tensors differ between engine and policy ({engine.dtype})"
@@ -111,6 +129,10 @@ def check_logprobs(diff: LogprobDiff, limits: LogprobDiff, *, version: int) -> N
             f"version {version}: log-probs of engine and policy differ too much, in nats: {', '.join(over)}. Either the engine computes "
             "with other weights, another temperature or a stale cache, or the limits are too tight for this model: raise them only after looking"
         )
+
+
+def _is_end(name: str) -> bool:
+    return "embed" in name or "lm_head" in name
 
 
 def _difference(name: str, held: Tensor, wanted: Tensor) -> str:
