@@ -73,6 +73,16 @@ def test_the_tokenizer_and_the_end_tokens_come_along(checkpoint, tiny_model_dir:
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").generation_config.eos_token_id == [0, 1]
 
 
+def test_sampling_defaults_that_contradict_themselves_are_kept_as_they_are(checkpoint, tiny_model_dir: Path, tmp_path: Path):
+    source = tmp_path / "source"
+    shutil.copytree(tiny_model_dir, source)
+    (source / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": false, "eos_token_id": 1}')
+    checkpoint["rpt"]["policy_path"] = str(source)
+    export(save(checkpoint, tmp_path / "last.ckpt"), str(tmp_path / "hf"))
+    written = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert (written["temperature"], written["eos_token_id"]) == (0.6, 1)
+
+
 def test_a_tied_head_may_be_absent(checkpoint, trained, tmp_path: Path):
     del checkpoint["state_dict"]["policy.model.lm_head.weight"]
     export(save(checkpoint, tmp_path / "last.ckpt"), str(tmp_path / "hf"))

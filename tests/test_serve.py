@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from rpt_lightning import cli
 from rpt_lightning.rollout.server_access import find_key, make_key
 from rpt_lightning.rollout.server_key import RequireKey
 from rpt_lightning.rollout.server_processes import Servers, ServerSpec, is_loopback
+from rpt_lightning.serve import ServeSettings
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SECRET = "5ecret-of-this-test"
@@ -160,6 +162,21 @@ def test_a_server_that_does_not_come_up_is_shown_by_its_last_words(tmp_path: Pat
     with pytest.raises(RuntimeError, match=r"did not answer within 0\.2 s"):
         servers.run(ready_timeout_s=0.2)
     assert all(process.poll() is not None for process in servers._processes.values())
+
+
+def test_a_port_on_which_another_process_answers_is_refused(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        url = f"http://127.0.0.1:{other.getsockname()[1]}"
+        servers = Servers([spec(tmp_path, "import time; time.sleep(600)", url=url)], key=SECRET, restart=True, hung_s=900.0)
+        with pytest.raises(ValueError, match=f"another process answers at {url}"):
+            servers.run(ready_timeout_s=60)
+    assert servers._processes == {}
+
+
+@pytest.mark.parametrize(("name", "value"), [("hung_s", 0.0), ("tensor_parallel_size", 0), ("gpu_memory_utilization", 1.5), ("kv_cache_gib", -1.0)])
+def test_settings_that_cannot_be_are_named(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"--serve.{name} {value} must be"):
+        ServeSettings(**{name: value})
 
 
 ANSWERS = """

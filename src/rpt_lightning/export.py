@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from rpt_lightning.tasks.token_bytes import tokenizer_hash
 from rpt_lightning.training.checkpoint_file import SavedPolicy, read_checkpoint
@@ -49,6 +49,7 @@ def export(ckpt: str, output: str, dtype: Literal["float32", "bfloat16", "float1
             _save_converted(model, saved, unfinished)
         else:
             _save_streamed(model, saved, unfinished)
+        _save_generation_config(model, saved, unfinished)
         tokenizer.save_pretrained(unfinished)
         os.chmod(unfinished, 0o755)
         os.rename(unfinished, folder)
@@ -72,9 +73,6 @@ def _skeleton(saved: SavedPolicy, ckpt: str, dtype: torch.dtype) -> PreTrainedMo
     misshapen = [name for name, parameter in own.items() if saved.shapes[name] != parameter.shape]
     if misshapen:
         raise ValueError(f"--ckpt {ckpt}: its weights do not have the shapes of its own config: {', '.join(misshapen[:3])}")
-    # A chat model's several end tokens stand only here. Many models have no such file; the one made from the config is right for them.
-    with suppress(OSError):
-        model.generation_config = GenerationConfig.from_pretrained(saved.about["policy_path"])
     return model
 
 
@@ -91,8 +89,6 @@ def _save_streamed(model: PreTrainedModel, saved: SavedPolicy, folder: Path) -> 
     model.config.architectures = [type(model).__name__]
     model.config.dtype = model.dtype
     model.config.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
 
 
 def _save_converted(model: PreTrainedModel, saved: SavedPolicy, folder: Path) -> None:
@@ -101,6 +97,17 @@ def _save_converted(model: PreTrainedModel, saved: SavedPolicy, folder: Path) ->
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     model.save_pretrained(folder, max_shard_size=MAX_FILE_SIZE)
+
+
+def _save_generation_config(model: PreTrainedModel, saved: SavedPolicy, folder: Path) -> None:
+    """As it is in the model's folder: a chat model's several end tokens stand only there. Not by its ``save_pretrained``, which refuses files that contradict
+    themselves, as those of some models do (a temperature without ``do_sample``).
+    """
+    config = model.generation_config  # made from the model's config: right for the many models without such a file
+    with suppress(OSError):
+        config = GenerationConfig.from_pretrained(saved.about["policy_path"])
+    if config is not None:
+        (folder / GENERATION_CONFIG_NAME).write_text(config.to_json_string())
 
 
 def _load_tokenizer(saved: dict[str, Any], ckpt: str) -> Any:

@@ -24,6 +24,7 @@ from rpt_lightning.training.checkpoint import FOLDER, RunCheckpoint, checkpoint_
 from rpt_lightning.training.checkpoint_check import checkpoint_damage
 from rpt_lightning.training.checkpoint_file import read_checkpoint
 from rpt_lightning.training.cost import Budget, StepCost
+from rpt_lightning.training.error_file import traceback_kept
 from rpt_lightning.training.health import Health
 from rpt_lightning.training.machine_stats import MachineStats
 from rpt_lightning.training.module import RPTModule
@@ -69,7 +70,7 @@ PARTS = (
     NCCLTransport,
 )
 # What a fit leaves in the run folder besides checkpoints.
-RUN_FILES = (CONFIG_FILE, "config-[0-9]*.yaml", STEP_LOG, "tensorboard", ROLLOUT_FOLDER, VALIDATION_FOLDER, ANSWER_FOLDER)
+RUN_FILES = (CONFIG_FILE, "config-[0-9]*.yaml", STEP_LOG, "error-*.txt", "tensorboard", ROLLOUT_FOLDER, VALIDATION_FOLDER, ANSWER_FOLDER)
 _NOISE = ("litlogger", "`Trainer(limit_val_batches=1.0)`")
 
 
@@ -134,10 +135,14 @@ class RPTCLI(LightningCLI):
         path = self._checkpoint(ckpt_path)
         if path is None:
             _start_anew(Path(self.trainer.default_root_dir), is_global_zero=self.trainer.is_global_zero)
-        self.trainer.fit(model, ckpt_path=path, weights_only=True, **kwargs)
+        with traceback_kept(Path(self.trainer.default_root_dir), rank=self.trainer.global_rank):
+            self.trainer.fit(model, ckpt_path=path, weights_only=True, **kwargs)
         # Counted by the callback on every rank: the step at which a resumed run begins is known only inside fit.
         checkpoint = next(callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint))
         if checkpoint.start_step in (None, self.trainer.global_step):
+            if ckpt_path == "auto" and path is not None:  # a chain of jobs ends with this, and must not take it for a failure
+                rank_zero_info(f"the run is complete: it is at step {self.trainer.global_step} of trainer.max_steps={self.trainer.max_steps} already")
+                return
             raise ValueError(
                 f"the run did no step: it is at step {self.trainer.global_step} of trainer.max_steps={self.trainer.max_steps} already; "
                 "raise trainer.max_steps"

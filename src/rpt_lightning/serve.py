@@ -50,6 +50,13 @@ class ServeSettings:
     hung_s: float = 900.0
     log_folder: str | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("tensor_parallel_size", "kv_cache_gib", "max_num_seqs", "ready_timeout_s", "hung_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"rpt serve: --serve.{name} {getattr(self, name)} must be positive")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"rpt serve: --serve.gpu_memory_utilization {self.gpu_memory_utilization} must be above 0 and at most 1")
+
 
 class ServeCLI(RPTCLI):
     """Reads a run's configuration without building anything of it."""

@@ -58,6 +58,8 @@ def test_all_servers_gone_for_good(
     for server in servers:
         server.kill()
     assert status() not in (0, 75), run.text()
+    for rank in range(devices):  # on the terminal it is one line
+        assert "EngineLost: none of the" in (run.folder / f"error-{rank}.txt").read_text()
     done = run.step()
     assert 2 <= done < STEPS
     assert "none of the 2 servers could be used" in run.text()

@@ -113,7 +113,7 @@ def test_a_hung_server_runs_into_the_time_limit(make_engine, policy: Policy, ser
     check_completions(servers, policy, requests, rows)
     assert (engine.num_lost, engine.num_usable) == (1, 1)
     engine.update_weights(named_weights(policy), version=4)  # goes on without it
-    assert (engine.version, engine.num_usable) == (4, 1)
+    assert (engine.version, engine.num_lost, engine.num_usable) == (4, 1, 1)
     servers[1].signal(signal.SIGCONT)  # awake, with weights of version 3
     engine.update_weights(named_weights(policy), version=5)
     assert engine.num_usable == 2
@@ -212,6 +212,16 @@ def test_a_server_that_could_not_be_compared_is_compared_before_it_generates(
     assert sorted(asked) == sorted(2 * [server.url for server in servers])
     engine.generate(REQUESTS)
     assert len(asked) == 4  # once is enough
+
+
+def test_a_server_that_is_found_gone_between_two_generations_counts_as_lost(
+    engine: VLLMServerEngine, policy: Policy, servers: list[ServerUnderTest]
+) -> None:
+    engine.generate(REQUESTS)
+    servers[0].kill()
+    for version in (4, 5):  # once, however many updates it is out for
+        engine.update_weights(named_weights(policy), version=version)
+        assert (engine.num_lost, engine.num_usable) == (1, 1)
 
 
 def test_another_program_on_a_servers_port(engine: VLLMServerEngine, policy: Policy, servers: list[ServerUnderTest]) -> None:

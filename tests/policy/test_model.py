@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3TextConfig,
@@ -215,6 +216,17 @@ def test_dropout_is_refused(tiny_model_dir, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
     with pytest.raises(ValueError, match="attention_dropout"):
         Policy(str(folder)).materialize()
+
+
+def test_weights_outside_of_the_parameters_are_refused(tiny_model_dir, tmp_path):
+    config = DeepseekV3Config(
+        vocab_size=512, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2, first_k_dense_replace=1,
+        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+        kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+    )  # fmt: skip
+    path = save(DeepseekV3ForCausalLM(config), tiny_model_dir, tmp_path / "deepseek")
+    with pytest.raises(ValueError, match=r"1 of its weights are no parameters \(model.layers.1.mlp.gate.e_score_correction_bias\)"):
+        Policy(path).materialize()
 
 
 def test_dropout_of_heads_that_no_language_model_has_is_not_refused(tiny_model_dir, tmp_path):

@@ -4,14 +4,33 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import yaml
 from real_runs import RealRun, scripted_flags
 
+from rpt_lightning.training.stop import STATUS_SIGNAL, RunStopped, StopRun
+
 TWO_RANKS = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--checkpoint.every_n_steps", "1000"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.mark.parametrize("is_global_zero", [True, False])
+def test_no_rank_ends_before_the_job_is_queued_again(is_global_zero, monkeypatch):
+    """SLURM may kill the others of a job when one of its processes ends with an error, and 75 is one."""
+    events = []
+    monkeypatch.setattr("rpt_lightning.training.stop._requeue", lambda trainer: events.append("queued"))
+    trainer = SimpleNamespace(
+        max_steps=10, global_step=4, checkpoint_callbacks=[], is_global_zero=is_global_zero, local_rank=0,
+        strategy=SimpleNamespace(barrier=lambda name: events.append("barrier")), _accelerator_connector=SimpleNamespace(cluster_environment=None),
+    )  # fmt: skip
+    stop = StopRun()
+    stop._request = ("SIGUSR1 received", STATUS_SIGNAL, "")
+    with pytest.raises(RunStopped):
+        stop._end_if_requested(trainer, requeue=True)
+    assert events == (["queued", "barrier"] if is_global_zero else ["barrier"])
 
 
 @pytest.fixture

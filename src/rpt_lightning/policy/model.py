@@ -75,6 +75,7 @@ class Policy(nn.Module):
 
     def _adopt(self, model: PreTrainedModel) -> None:
         _check_no_dropout(model, self.path)
+        _check_no_saved_buffers(model, self.path)
         packing = choose_packing(self.config, path=self.path, trust_remote_code=self.trust_remote_code)
         model.set_attn_implementation(packing.attention)
         self.shares_prefixes = packing.shares_prefixes
@@ -122,6 +123,17 @@ def _check_no_dropout(model: nn.Module, path: str) -> None:
     }
     if rates:
         raise ValueError(f"policy.path={path} has dropout ({rates}); set it to 0 in its config.json")
+
+
+def _check_no_saved_buffers(model: nn.Module, path: str) -> None:
+    """Such weights, which a family changes outside of the optimizer (the expert biases of DeepSeek-V3), would reach neither engine nor exported folder."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = [name for name in model.state_dict() if name not in parameters]
+    if buffers:
+        raise ValueError(
+            f"policy.path={path}: {len(buffers)} of its weights are no parameters ({', '.join(buffers[:3])}), so they would reach neither the engine nor an "
+            "exported folder; use a model without, such as the Llama, Qwen2 and Qwen3 families"
+        )
 
 
 def _load(auto_class: Any, path: str, **kwargs: Any) -> Any:

@@ -129,8 +129,11 @@ class Servers:
     def run(self, *, ready_timeout_s: float) -> None:
         """Starts all, waits until they answer, then watches until SIGTERM or SIGINT.
 
-        Raises RuntimeError for a server that does not come up, or that ends later and is not to be restarted.
+        Raises ValueError for a port that another process answers on, and RuntimeError for a server that does not come up, or that ends later and is not
+        to be restarted.
         """
+        for spec in self.specs:
+            _check_free(spec.url)
         previous = {number: signal.signal(number, lambda *_: self._stop.set()) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             for spec in self.specs:
@@ -234,6 +237,17 @@ def _die_with_parent() -> None:
 def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
+
+
+def _check_free(url: str) -> None:
+    """What answers there already would pass for the server that could not take the port."""
+    place = urlsplit(url)
+    assert place.hostname is not None
+    assert place.port is not None
+    with contextlib.suppress(OSError), socket.create_connection((place.hostname, place.port), timeout=2.0):
+        raise ValueError(
+            f"rpt serve: another process answers at {url}; end it (an earlier `rpt serve`?), or name another port in rollout.engine.urls"
+        )
 
 
 def _answers(url: str, path: str = "/health", *, key: str = "", limit_s: float = 5.0) -> bool:

@@ -89,6 +89,7 @@ class VLLMServerEngine(RolloutEngine):
         self._run_label = ""
         self._weights = PresentWeights("", transport, self._reacquaint)
         self._out: dict[str, str] = {}  # url -> why
+        self._was_in: set[str] = set()  # urls of servers that were usable when they were last asked
         self._differing: str | None = None  # a server that was found to hold other weights
         self._architecture: dict[str, object] = {}
 
@@ -237,11 +238,12 @@ class VLLMServerEngine(RolloutEngine):
             usable = []
             for server, outcome in zip(candidates, outcomes, strict=True):
                 if isinstance(outcome, ServerLost):
-                    self._out[server.url] = str(outcome)
+                    self._put_out(server, outcome)
                 elif outcome is not None:
                     raise outcome
                 else:
                     self._out.pop(server.url, None)
+                    self._was_in.add(server.url)
                     usable.append(server)
             waited_s = time.monotonic() - start
             if len(usable) >= enough or (usable and waited_s >= self.max_wait_s):
@@ -266,9 +268,13 @@ class VLLMServerEngine(RolloutEngine):
     def _lose(self, worker: Worker | Server, error: ServerLost | ServerRefused) -> None:
         server = worker.server if isinstance(worker, _Holder) else worker
         assert isinstance(server, Server)
-        self.num_lost += 1
-        self._out[server.url] = str(error)
+        self._put_out(server, error)
         log.warning("lost a server, its requests go to the others: %s", error)
+
+    def _put_out(self, server: Server, error: ServerLost | ServerRefused) -> None:
+        self.num_lost += server.url in self._was_in  # not one that has not come up yet, nor one that is out already
+        self._was_in.discard(server.url)
+        self._out[server.url] = str(error)
 
 
 class _Holder:

@@ -75,8 +75,10 @@ class StopRun(Checkpoint):
             if isinstance(callback, RunCheckpoint):
                 callback.save(trainer)
         rank_zero_info(f"the run stops after step {trainer.global_step}: {reason}. Exit status {status}; {way_on}.")
-        if requeue and trainer.is_global_zero:
-            _requeue(trainer)
+        if requeue:
+            if trainer.is_global_zero:
+                _requeue(trainer)
+            trainer.strategy.barrier("requeued")  # a rank that ends first with this status may make SLURM kill the one that asks it
         # Lightning's launcher kills the first process if one of those that it started ends with an error.
         is_child = isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment) and trainer.local_rank > 0
         raise RunStopped(0 if is_child else status)
