@@ -22,7 +22,7 @@ from rpt_lightning import cli
 from rpt_lightning.rollout.server_access import find_key, make_key
 from rpt_lightning.rollout.server_key import RequireKey
 from rpt_lightning.rollout.server_processes import Servers, ServerSpec, is_loopback
-from rpt_lightning.serve import ServeSettings
+from rpt_lightning.serve import ServeSettings, _log_name
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SECRET = "5ecret-of-this-test"
@@ -109,6 +109,12 @@ def test_what_is_refused(flags, started, more, message, monkeypatch, capsys) -> 
     assert cli.main(["serve", *flags, *more]) == 1
     assert message in capsys.readouterr().err
     assert started == []
+
+
+def test_nodes_that_share_a_folder_have_logs_of_their_own() -> None:
+    urls = ["http://127.0.0.1:8000", "http://10.1.2.3:8000", "http://10.1.2.4:8000", "http://[fd00::1]:8000"]
+    names = [_log_name(url) for url in urls]
+    assert names == ["server-8000.log", "server-10.1.2.3-8000.log", "server-10.1.2.4-8000.log", "server-fd00__1-8000.log"]
 
 
 def test_which_addresses_only_this_machine_reaches() -> None:

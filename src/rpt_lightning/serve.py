@@ -117,10 +117,17 @@ def server_specs(config: Any, settings: ServeSettings) -> list[ServerSpec]:
                 weight_transfer="nccl" if engine.transport.class_path.endswith(".NCCLTransport") else None,
             ),
             devices=own_devices,
-            log_file=folder / f"server-{urlsplit(url).port}.log",
+            log_file=folder / _log_name(url),
         )
         for url, own_devices in zip(here, devices, strict=True)
     ]
+
+
+def _log_name(url: str) -> str:
+    """Several nodes may have one folder, and servers of the same port."""
+    place = urlsplit(url)
+    host = place.hostname or ""
+    return f"server-{place.port}.log" if is_loopback(host) else f"server-{host.replace(':', '_')}-{place.port}.log"
 
 
 def _max_model_len(config: Any, path: str) -> int:
