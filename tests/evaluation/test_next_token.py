@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ from rpt_lightning.metrics.results import read_results
 from rpt_lightning.tasks.token_bytes import start_ids
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+TRAINING = Path(__file__).resolve().parents[1] / "training"
 SMALL = ["--num_tasks", "12", "--max_completion_tokens", "8", "--max_context_tokens", "40", "--accelerator", "cpu"]
 REASONING = ["--engine", "HFEngine", "--engine.dtype", "float32", "--prompt", "ContinuationPrompt", "--k", "4", "--temperature", "1.0"]
 
@@ -91,7 +93,8 @@ def test_policies_that_cannot_be_read(rpt, tiny_task_dir, tmp_path):
 
 
 def command(*args):
-    done = subprocess.run([sys.executable, "-m", "rpt_lightning.cli", *map(str, args)], capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(TRAINING)}
+    done = subprocess.run([sys.executable, "-m", "rpt_lightning.cli", *map(str, args)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -101,6 +104,7 @@ def trained(tiny_model_dir, tiny_task_dir, tmp_path_factory):
     """Two steps of one run, as a file and in shards, and what is exported of these."""
     folder = tmp_path_factory.mktemp("trained")
     config = ["--config", CONFIGS / "debug.yaml", "--model.policy.path", tiny_model_dir, "--data.task_dir", tiny_task_dir, "--data.tasks_per_step", 8]
+    config += ["--rollout.objective.reward", "real_runs.SomeAreRight"]  # a random model is never right, and without a reward no weight moves
     for name, strategy in (("file", []), ("shards", ["--config", CONFIGS / "strategy" / "fsdp2.yaml", "--trainer.devices", 1])):
         flags = ["--trainer.max_steps", 2, "--trainer.limit_val_batches", 0, "--trainer.default_root_dir", folder / name]
         command("fit", *config, *strategy, *flags, "--trainer.accelerator", "cpu")
