@@ -99,3 +99,11 @@ def test_header_says_command_hardware_time_and_result(config):
     assert "Hardware:" in header
     assert "ime:" in header or "ime and result:" in header
     assert "Expected" in header or "esult:" in header
+
+
+def test_the_baseline_has_the_learning_rate_of_the_run_that_it_is_set_against():
+    """As docs/decisions.md says, "Seeds of the reproduction"."""
+    rates = [
+        yaml.safe_load((CONFIGS / name).read_text())["model"]["init_args"]["optimizer"]["init_args"] for name in ("demo.yaml", "ntp-baseline.yaml")
+    ]
+    assert rates[0] == rates[1]

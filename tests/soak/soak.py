@@ -80,7 +80,8 @@ class Soak:
         key = {"RPT_SERVER_KEY": secrets.token_hex(16)}
         os.environ |= key
         if self.servers == "vllm":
-            flags = ["--serve.kv_cache_gib", "0.25", "--serve.max_num_seqs", "16", "--serve.log_folder", str(logs)]
+            # A cache on the CPU becomes resident block by block, as it is first used, for minutes: a small one cannot be taken for a leak, nor hide one.
+            flags = ["--serve.kv_cache_gib", "0.03", "--serve.max_num_seqs", "16", "--serve.log_folder", str(logs)]
             command = [sys.executable, "-m", "rpt_lightning.cli", "serve", "--config", str(self.folder / "serve.yaml"), *flags]
         else:
             command = [sys.executable, str(HERE / "serve_stand_ins.py"), str(model), str(logs), *map(str, self.ports)]
