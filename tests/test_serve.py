@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -112,9 +111,14 @@ def test_what_is_refused(flags, started, more, message, monkeypatch, capsys) -> 
 
 
 def test_nodes_that_share_a_folder_have_logs_of_their_own() -> None:
-    urls = ["http://127.0.0.1:8000", "http://10.1.2.3:8000", "http://10.1.2.4:8000", "http://[fd00::1]:8000"]
-    names = [_log_name(url) for url in urls]
-    assert names == ["server-8000.log", "server-10.1.2.3-8000.log", "server-10.1.2.4-8000.log", "server-fd00__1-8000.log"]
+    logs = {
+        "http://127.0.0.1:8000": "server-8000.log",
+        "http://localhost:8000": "server-8000.log",
+        "http://10.1.2.3:8000": "server-10.1.2.3-8000.log",
+        "http://[fd00::1]:8000": "server-fd00__1-8000.log",
+        "http://node-a:8000": "server-node-a-8000.log",
+    }
+    assert {url: _log_name(url) for url in logs} == logs
 
 
 def test_which_addresses_only_this_machine_reaches() -> None:
@@ -171,11 +175,15 @@ def test_a_server_that_does_not_come_up_is_shown_by_its_last_words(tmp_path: Pat
 
 
 def test_a_port_on_which_another_process_answers_is_refused(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        url = f"http://127.0.0.1:{other.getsockname()[1]}"
+    url = f"http://127.0.0.1:{free_port()}"
+    other = Guarded([sys.executable, "-c", ANSWERS.format(port=url.rpartition(":")[2])], stdout=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: is_up(url))
         servers = Servers([spec(tmp_path, "import time; time.sleep(600)", url=url)], key=SECRET, restart=True, hung_s=900.0)
         with pytest.raises(ValueError, match=f"another process answers at {url}"):
             servers.run(ready_timeout_s=60)
+    finally:
+        other.kill()
     assert servers._processes == {}
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +40,7 @@ def export(ckpt: str, output: str, dtype: Literal["float32", "bfloat16", "float1
     saved = read_checkpoint(Path(ckpt), flag="--ckpt")
     model = _skeleton(saved, ckpt, getattr(torch, dtype))
     tokenizer = _load_tokenizer(saved.about, ckpt)
+    generation_config = _generation_config(model, saved, ckpt)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -49,7 +49,9 @@ def export(ckpt: str, output: str, dtype: Literal["float32", "bfloat16", "float1
             _save_converted(model, saved, unfinished)
         else:
             _save_streamed(model, saved, unfinished)
-        _save_generation_config(model, saved, unfinished)
+        if generation_config is not None:
+            # Not its `save_pretrained`, which refuses files that contradict themselves, as those of some models do (a temperature without `do_sample`).
+            (unfinished / GENERATION_CONFIG_NAME).write_text(generation_config.to_json_string())
         tokenizer.save_pretrained(unfinished)
         os.chmod(unfinished, 0o755)
         os.rename(unfinished, folder)
@@ -99,15 +101,17 @@ def _save_converted(model: PreTrainedModel, saved: SavedPolicy, folder: Path) ->
     model.save_pretrained(folder, max_shard_size=MAX_FILE_SIZE)
 
 
-def _save_generation_config(model: PreTrainedModel, saved: SavedPolicy, folder: Path) -> None:
-    """As it is in the model's folder: a chat model's several end tokens stand only there. Not by its ``save_pretrained``, which refuses files that contradict
-    themselves, as those of some models do (a temperature without ``do_sample``).
-    """
-    config = model.generation_config  # made from the model's config: right for the many models without such a file
-    with suppress(OSError):
-        config = GenerationConfig.from_pretrained(saved.about["policy_path"])
-    if config is not None:
-        (folder / GENERATION_CONFIG_NAME).write_text(config.to_json_string())
+def _generation_config(model: PreTrainedModel, saved: SavedPolicy, ckpt: str) -> GenerationConfig | None:
+    """That of the model's folder: a chat model's several end tokens stand only there. The one made from its config is right for the many models without."""
+    path = saved.about["policy_path"]
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except OSError:
+        return model.generation_config
+    except ValueError as error:
+        raise ValueError(
+            f"--ckpt {ckpt}: {GENERATION_CONFIG_NAME} of the model it was trained from, {path}, cannot be: {error}. Mend that file."
+        ) from error
 
 
 def _load_tokenizer(saved: dict[str, Any], ckpt: str) -> Any:

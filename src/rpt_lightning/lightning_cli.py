@@ -140,8 +140,10 @@ class RPTCLI(LightningCLI):
         # Counted by the callback on every rank: the step at which a resumed run begins is known only inside fit.
         checkpoint = next(callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint))
         if checkpoint.start_step in (None, self.trainer.global_step):
-            if ckpt_path == "auto" and path is not None:  # a chain of jobs ends with this, and must not take it for a failure
-                rank_zero_info(f"the run is complete: it is at step {self.trainer.global_step} of trainer.max_steps={self.trainer.max_steps} already")
+            budget = next(callback for callback in self.trainer.callbacks if isinstance(callback, Budget))  # type: ignore[attr-defined]
+            is_complete = 0 < self.trainer.max_steps <= self.trainer.global_step or budget.is_spent
+            if ckpt_path == "auto" and is_complete:  # a chain of jobs ends with this, and must not take it for a failure
+                rank_zero_info(f"the run is complete: it is at step {self.trainer.global_step}, and nothing is left to do")
                 return
             raise ValueError(
                 f"the run did no step: it is at step {self.trainer.global_step} of trainer.max_steps={self.trainer.max_steps} already; "

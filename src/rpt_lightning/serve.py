@@ -127,7 +127,8 @@ def _log_name(url: str) -> str:
     """Several nodes may have one folder, and servers of the same port."""
     place = urlsplit(url)
     host = place.hostname or ""
-    return f"server-{place.port}.log" if is_loopback(host) else f"server-{host.replace(':', '_')}-{place.port}.log"
+    # Not `is_loopback`: a machine's own name may well mean its loopback address, on each node.
+    return f"server-{place.port}.log" if host in ("127.0.0.1", "::1", "localhost") else f"server-{host.replace(':', '_')}-{place.port}.log"
 
 
 def _max_model_len(config: Any, path: str) -> int:

@@ -57,13 +57,25 @@ def test_intervals_cover_the_truth_and_follow_the_documents():
 
 def test_what_the_checkpoints_do_not_determine_is_no_law():
     """A line in log C has no limit, equal accuracies have nothing to explain; an exact law with its bend in the middle is determined."""
-    assert fit_scaling([1, 2, 4, 8], [0.5 - 0.1 / c for c in (1, 2, 4, 8)]).is_determined
+    assert fit_scaling([1, 2, 4, 8], [0.5 - 0.1 / c for c in (1, 2, 4, 8)]).doubt is None
+    assert fit_scaling([1, 2, 4, 8], [0.4 + 0.1 / c for c in (1, 2, 4, 8)]).doubt == "accuracy falls"
     straight = fit_scaling([1, 10, 100, 1000], [0.1, 0.2, 0.3, 0.4])
     assert straight.r_squared > 0.999
-    assert not straight.is_determined
+    assert straight.doubt == "alpha is at an end of the search"
     constant = fit_scaling([1, 2, 4, 8], [0.25] * 4)
     assert math.isnan(constant.r_squared)
-    assert not constant.is_determined
+    assert constant.doubt == "all accuracies are equal"
+
+
+def test_a_law_that_other_documents_would_not_show_is_doubted():
+    """Four checkpoints that rise by chance: the best fit looks like a law, the resampled ones are all over the place."""
+    rng = np.random.default_rng(1)
+    correct = rng.random((4, 400)) < np.array([0.26, 0.271, 0.276, 0.279])[:, None]
+    interval = bootstrap_scaling([1, 2, 3, 4], correct, [str(number // 10) for number in range(400)], num_resamples=200)
+    assert interval.doubt is not None
+    steep = np.arange(4000) / 4000 < (0.5 - 0.2 * np.array([1.0, 2, 4, 8, 16, 32]) ** -1.5)[:, None]
+    interval = bootstrap_scaling([1, 2, 4, 8, 16, 32], steep, [str(number) for number in rng.permutation(4000)], num_resamples=200)
+    assert interval.doubt is None
 
 
 @pytest.mark.parametrize(("compute", "message"), [([1, 2, 2, 3], "got 3"), ([0, 1, 2, 3], "above 0")])

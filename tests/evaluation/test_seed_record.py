@@ -13,7 +13,17 @@ from rpt_lightning.evaluation.seed_summary import BEGIN, END, band_table, replac
 from rpt_lightning.metrics.results import Results
 from sample_results import FIRST
 
-ABOUT = {"commit": "abc", "machine": "a CPU", "precision": "fp32", "ntp_passes": 2.5, "stages": [{"name": "RPT", "seconds": 90.0}]}
+ABOUT = {
+    "machine": "a CPU",
+    "precision": "fp32",
+    "cold_start_sha256": "f00",
+    "cold_start_flops": 3e12,
+    "learning_rates": [2e-5, 1e-5],
+    "ntp_passes": 2.5,
+    "shared_stages": [{"name": "cold start", "seconds": 60.0, "commit": "abc"}],
+    "stages": [{"name": "RPT", "seconds": 90.0, "commit": "def"}, {"name": "NTP", "seconds": 30.0, "commit": "abc"}],
+}
+CONTINUAL = "NTP after continual NTP from the cold start, at RPT's FLOPs"
 # Four documents of ten positions; the first two documents are hard, the others easy only.
 ENTROPY = (2.0, 1.75, 0.7, 0.500001)
 
@@ -119,31 +129,41 @@ def rows(table: str) -> dict[str, list[str]]:
 
 def test_one_seed_by_hand():
     table = rows(band_table([record(0)], "hard"))
-    assert table["hard: entropy > 1.5, 20 positions"] == ["seed 0"]
+    assert table["hard: entropy > 1.5, 20 positions of 2 documents"] == ["seed 0"]
     assert table["reasoning before RPT"] == ["20.0 % [8.1, 41.6] 4/20"]
     assert table["reasoning after RPT"][0].startswith("50.0 % ")
     assert table["NTP of the untrained model"][0].startswith("40.0 % ")
     assert table["NTP before RPT"][0].startswith("30.0 % ")
-    assert table["NTP after continual NTP at RPT's FLOPs"][0].startswith("60.0 % ")
+    assert table[CONTINUAL][0].startswith("60.0 % ")
     # Every document gains as much, so no resample differs.
-    assert table["reasoning after RPT - reasoning before RPT"] == ["+30.0 [+30.0, +30.0]"]
-    assert table["reasoning after RPT - NTP after continual NTP at RPT's FLOPs"] == ["-10.0 [-10.0, -10.0]"]
+    assert table["reasoning after RPT - reasoning before RPT"] == ["+30.0 [+30.0, +30.0] above 0"]
+    assert table[f"reasoning after RPT - {CONTINUAL}"] == ["-10.0 [-10.0, -10.0] below 0"]
     # A position at 0.500001 nats is easy.
-    assert "easy: entropy > 0.5, 40 positions" in rows(band_table([record(0)], "easy"))
+    assert "easy: entropy > 0.5, 40 positions of 4 documents" in rows(band_table([record(0)], "easy"))
 
 
 def test_seeds_are_averaged_a_position_and_their_spread_is_shown():
+    """Gains of 30 and 60 points: Student's interval of two is 45 +- 12.706 * 21.21 / sqrt(2)."""
     table = rows(band_table([record(0, after=5), record(1, after=8)], "medium"))
-    assert table["medium: entropy > 1.0, 20 positions"] == ["seed 0", "seed 1", "mean; lowest to highest seed"]
-    assert table["reasoning after RPT"][2] == "65.0 %; 50.0 % to 80.0 %"
+    assert table["medium: entropy > 1.0, 20 positions of 2 documents"] == ["seed 0", "seed 1", "over seeds"]
+    assert table["reasoning after RPT"][2] == "mean 65.0 %, from 50.0 to 80.0"
+    assert table["reasoning before RPT"][2] == "one measurement"
     assert table["reasoning after RPT - reasoning before RPT"] == [
-        "+30.0 [+30.0, +30.0]",
-        "+60.0 [+60.0, +60.0]",
-        "+45.0 [+45.0, +45.0]; +30.0 to +60.0",
+        "+30.0 [+30.0, +30.0] above 0",
+        "+60.0 [+60.0, +60.0] above 0",
+        "+45.0; documents [+45.0, +45.0] above 0; runs [-145.6, +235.6] contains 0",
     ]
 
 
-def test_the_interval_over_seeds_is_that_of_the_averaged_outcomes():
+def test_accuracies_take_the_positions_of_a_document_together():
+    """All of one document right, none of another: what two documents say, not twenty positions (Wilson of 1 of 2: 9.5 to 90.5 %)."""
+    base = record(0)
+    split = tuple(replace(p, reasoning_correct=p.doc_id == "doc-0") for p in base.measured[0].results.positions)
+    halves = replace(base, measured=tuple(replace(one, results=replace(one.results, positions=split)) for one in base.measured))
+    assert rows(band_table([halves], "hard"))["reasoning after RPT"] == ["50.0 % [9.5, 90.5] 10/20"]
+
+
+def test_the_interval_over_documents_is_that_of_the_averaged_outcomes():
     """One document of 10 gains all in both seeds: the mean gain is 10 points, and a resample holds it 0, 1, 2 ... times."""
 
     def lucky(seed):
@@ -162,7 +182,8 @@ def test_the_interval_over_seeds_is_that_of_the_averaged_outcomes():
         )
 
     row = rows(band_table([lucky(0), lucky(1)], "hard"))["reasoning after RPT - reasoning before RPT"]
-    assert row == ["+10.0 [+0.0, +30.0]", "+10.0 [+0.0, +30.0]", "+10.0 [+0.0, +30.0]; +10.0 to +10.0"]
+    alone = "+10.0 [+0.0, +30.0] contains 0"
+    assert row == [alone, alone, "+10.0; documents [+0.0, +30.0] contains 0; runs [+10.0, +10.0] above 0"]
 
 
 def test_the_whole_summary(monkeypatch):
@@ -174,6 +195,9 @@ def test_the_whole_summary(monkeypatch):
     assert "| RPT: model FLOPs, rollouts included | 8e+12 | 8e+12 |" in text
     assert "| continual NTP: passes over the training text | 2.5 | 2.5 |" in text
     assert "| minutes of this seed alone | 2 | 2 |" in text
+    assert "| commits of the stages | abc, def | abc, def |" in text
+    assert "| learning rate: RPT, continual NTP | 2e-05, 1e-05 | 2e-05, 1e-05 |" in text
+    assert "| cold start, before both: model FLOPs | 3e+12 | 3e+12 |" in text
     for curve in scaling_curves(record(0).as_run()):
         assert curve.compute == (1e12, 2e12, 4e12, 8e12)
         assert [rate.mean for rate in curve.rates] == [0.1, 0.2, 0.4, 0.5]
@@ -188,6 +212,21 @@ def test_seeds_of_other_positions_are_refused():
     )
     with pytest.raises(ValueError, match="seeds 0 and 1 were measured at different positions"):
         seed_summary([record(0), replace(other, measured=moved)])
+
+
+def test_seeds_of_another_cold_start_or_length_are_refused():
+    with pytest.raises(ValueError, match=r"seeds 0 and 1 have another cold start \(f00 and f11\)"):
+        seed_summary([record(0), replace(record(1), about=ABOUT | {"cold_start_sha256": "f11"})])
+    shorter = tuple(one for one in record(1).measured if one.step != 8)
+    with pytest.raises(ValueError, match=r"seeds 0 and 1 have another number of steps \(8 and 4\)"):
+        seed_summary([record(0), replace(record(1), measured=shorter)])
+
+
+def test_what_was_not_measured_is_not_wrong():
+    base = record(0)
+    without = tuple(replace(one, results=answers(reasoning=None, ntp=4)) if (one.policy, one.step) == ("RPT", 8) else one for one in base.measured)
+    with pytest.raises(ValueError, match="seed 0: reasoning after RPT was not measured at 20 of 20 positions"):
+        band_table([replace(base, measured=without)], "hard")
 
 
 def test_only_the_section_between_the_markers_changes():

@@ -17,7 +17,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from processes import Guarded, free_port
-from rpt_lightning.rollout.server_facts import architecture
+from rpt_lightning.rollout.server_facts import PROTOCOL, architecture
 from rpt_lightning.rollout.server_processes import server_command
 
 KEY = "a key that only tests use"
@@ -38,7 +38,7 @@ class ServerUnderTest:
 
     def _stand_in(self, model: Path) -> tuple[str, ...]:
         script = Path(__file__).with_name("stand_in_server.py")
-        facts = {"dtype": "float32", "max_model_len": MAX_MODEL_LEN, "logprobs_mode": "processed_logprobs"}
+        facts = {"protocol": PROTOCOL, "dtype": "float32", "max_model_len": MAX_MODEL_LEN, "logprobs_mode": "processed_logprobs"}
         facts["architecture"] = architecture(AutoConfig.from_pretrained(model))
         return (sys.executable, str(script), "--port", str(self.port), "--facts", json.dumps(facts))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from rpt_lightning.rollout.server_facts import architecture
+from rpt_lightning.rollout.server_facts import PROTOCOL, architecture
 from rpt_lightning.rollout.server_key import KEY_VARIABLE
 from rpt_lightning.rollout.server_processes import Servers, ServerSpec
 
@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "integration" / "stand_in_server.
 
 
 def main(model: str, log_folder: str, ports: list[str]) -> None:
-    facts = {"dtype": "float32", "max_model_len": 256, "logprobs_mode": "processed_logprobs"}
+    facts = {"protocol": PROTOCOL, "dtype": "float32", "max_model_len": 256, "logprobs_mode": "processed_logprobs"}
     facts["architecture"] = architecture(AutoConfig.from_pretrained(model))
     specs = [
         ServerSpec(

@@ -134,6 +134,8 @@ def test_a_resumed_baseline_knows_what_it_spent(rpt_run, tiny_model_dir, tiny_ta
     assert "NOT used up" in caplog.text
     parts = text_run(tiny_model_dir, tiny_task_dir, tmp_path / "parts", 500, Budget(like), ckpt_path=str(last_checkpoint(tmp_path / "parts")))
     assert [entry["cost/flops"] for entry in parts] == [entry["cost/flops"] for entry in whole]
+    again = text_run(tiny_model_dir, tiny_task_dir, tmp_path / "parts", 500, Budget(like), ckpt_path=str(last_checkpoint(tmp_path / "parts")))
+    assert len(again) == len(whole)  # started again at its end it costs no more
 
 
 def test_a_run_that_does_not_say_what_it_cost_is_no_budget(tiny_model_dir, tiny_task_dir, tmp_path):

@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import sqrt
+from statistics import fmean, stdev
 
 import numpy as np
+from scipy.stats import t as student_t
 
 from rpt_lightning.metrics.results import PositionResult, Results, pair_results
 
@@ -91,6 +94,22 @@ def paired_bootstrap(
         num_positions=len(gains),
         num_units=len(sizes),
     )
+
+
+def interval_over_runs(gains: Sequence[float], *, level: float = 0.95) -> tuple[float, float]:
+    """Student's interval of the mean of what each run gained: how far other runs of the same experiment, at the same positions, would move it.
+
+    >>> low, high = interval_over_runs([0.045, 0.017, 0.005])
+    >>> round(low, 3), round(high, 3)
+    (-0.029, 0.073)
+
+    Raises:
+        ValueError: fewer than two runs, which say nothing about others.
+    """
+    if len(gains) < 2:
+        raise ValueError(f"{len(gains)} run: an interval over runs needs two.")
+    half = float(student_t.ppf((1 + level) / 2, len(gains) - 1)) * stdev(gains) / sqrt(len(gains))
+    return fmean(gains) - half, fmean(gains) + half
 
 
 def _resampled_means(gain_sums: np.ndarray, sizes: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:

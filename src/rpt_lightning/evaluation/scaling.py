@@ -35,10 +35,15 @@ class ScalingFit:
     max_compute: float
 
     @property
-    def is_determined(self) -> bool:
-        """False where the search for alpha ended at one of its bounds, or where P* is no accuracy: the checkpoints then do not show where the curve bends."""
-        low, high = ALPHA_BOUNDS
-        return 1.01 * low < self.alpha < high / 1.01 and 0 <= self.limit <= 1 and not math.isnan(self.r_squared)
+    def doubt(self) -> str | None:
+        """Why the checkpoints do not show where the curve bends; None where they do."""
+        if math.isnan(self.r_squared):
+            return "all accuracies are equal"
+        if self.amplitude >= 0:
+            return "accuracy falls"
+        if _at_a_bound(self.alpha):
+            return "alpha is at an end of the search"
+        return None if 0 <= self.limit <= 1 else f"P* would be {100 * self.limit:.0f} %"
 
     def predict(self, compute: Sequence[float] | Floats) -> Floats:
         """Accuracy at each compute (FLOPs)."""
@@ -56,6 +61,20 @@ class ScalingInterval:
     curve_high: Floats
     level: float
     num_units: int
+
+    @property
+    def doubt(self) -> str | None:
+        """Why other documents would show another law; None where they would not."""
+        if any(_at_a_bound(end) for end in self.alpha):
+            return f"with other documents alpha is anything from {self.alpha[0]:.3g} to {self.alpha[1]:.3g}, the ends of the search"
+        if self.limit[0] < 0 or self.limit[1] > 1:
+            return f"with other documents P* is anything from {100 * self.limit[0]:.0f} to {100 * self.limit[1]:.0f} %"
+        return None
+
+
+def _at_a_bound(alpha: float) -> bool:
+    low, high = ALPHA_BOUNDS
+    return not 1.01 * low < alpha < high / 1.01
 
 
 def fit_scaling(compute: Sequence[float] | Floats, accuracy: Sequence[float] | Floats) -> ScalingFit:

@@ -41,13 +41,16 @@ class ScalingCurve:
         return compute.tolist(), self.fit.predict(compute).tolist()
 
     def text(self) -> str:
-        """The law in words, with its intervals."""
+        """The law in words, with its intervals; or why there is none, so that nobody quotes the parameters of one."""
+        number = len(self.compute)
+        if doubt := self.fit.doubt or self.interval.doubt:
+            return f"{self.band}: {number} checkpoints do not determine the law ({doubt})"
         alpha, limit = self.interval.alpha, self.interval.limit
-        text = (
+        return (
             f"{self.band}: alpha {self.fit.alpha:.3g} [{alpha[0]:.3g}, {alpha[1]:.3g}], "
-            f"P* {100 * self.fit.limit:.1f} % [{100 * limit[0]:.1f}, {100 * limit[1]:.1f}], R2 {self.fit.r_squared:.3f}, {len(self.compute)} checkpoints"
+            f"P* {100 * self.fit.limit:.1f} % [{100 * limit[0]:.1f}, {100 * limit[1]:.1f}], A {100 * self.fit.amplitude:.3g} points at the largest compute, "
+            f"R2 {self.fit.r_squared:.3f} of {number} checkpoints, which leave {number - 3} degrees of freedom"
         )
-        return text if self.fit.is_determined else f"{text}; they do not determine alpha and P*"
 
 
 def scaling(runs: list[Path], *, output: Path = Path("scaling.png")) -> None:

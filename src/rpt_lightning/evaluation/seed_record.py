@@ -87,8 +87,8 @@ def write_record(record: SeedRecord, path: Path) -> None:
         "documents": documents,
         "document": [places[p.doc_id] for p in first.positions],
         "position": [p.position for p in first.positions],
-        # Seven digits are those of float32, so that no position changes its band.
-        "entropy": [float(f"{p.entropy:.7g}") for p in first.positions],
+        # Nine digits tell every float32 apart, so that no position changes its band.
+        "entropy": [float(f"{p.entropy:.9g}") for p in first.positions],
         "answerable": _encode([p.answerable for p in first.positions]),
         "kind": "".join(_KIND_CODES[p.token_kind] for p in first.positions),
         "policies": [_policy_parts(one, [other for _, other in pair_results(first, one.results)]) for one in record.measured],

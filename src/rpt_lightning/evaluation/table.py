@@ -137,11 +137,19 @@ def comparison_lines(stages: Sequence[Stage]) -> list[str]:
 def comparison_line(name: str, difference: Difference, *, units: str | None = None) -> str:
     """One paired difference in words. ``units`` says what was resampled; without it, documents and their positions."""
     units = units or f"{difference.num_units} documents, {difference.num_positions} positions"
-    verdict = "above 0" if difference.is_gain else "below 0" if difference.high < 0 else "contains 0"
     return (
         f"- {name}: {100 * difference.difference:+.1f} points, {100 * difference.level:.0f} % interval "
-        f"[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}] {verdict} (paired bootstrap over {units})"
+        f"{interval_text(difference.low, difference.high)} (paired bootstrap over {units})"
     )
+
+
+def interval_text(low: float, high: float) -> str:
+    """Of a difference, in points. Where it lies is said of the unrounded ends.
+
+    >>> interval_text(-0.0004, 0.02), interval_text(0.0004, 0.02)
+    ('[-0.0, +2.0] contains 0', '[+0.0, +2.0] above 0')
+    """
+    return f"[{100 * low:+.1f}, {100 * high:+.1f}] {'above 0' if low > 0 else 'below 0' if high < 0 else 'contains 0'}"
 
 
 def _control(outcomes: Sequence[bool | None]) -> str:

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+# What a trainer may ask of the methods in vllm_worker.py; another number with every change of them.
+PROTOCOL = 2
+
 
 def architecture(config: Any) -> dict[str, Any]:
     """What two model configurations must share for one model to take the other's weights."""
@@ -15,6 +18,8 @@ def architecture(config: Any) -> dict[str, Any]:
 
 def check_facts(url: str, facts: Mapping[str, Any], *, dtype: torch.dtype, model: Mapping[str, object], max_model_len: int) -> None:
     """Raises ValueError where the server at ``url`` cannot serve the run, whose model has the architecture ``model``."""
+    if facts.get("protocol") != PROTOCOL:
+        raise ValueError(f"rollout.engine.urls: {url} runs with another version of rpt-lightning than this run. Install one version for both")
     wanted = {"dtype": str(dtype).removeprefix("torch."), "logprobs_mode": "processed_logprobs", "architecture": model}
     wrong = [f"{name} {facts[name]}, not {value}" for name, value in wanted.items() if facts[name] != value]
     if facts["max_model_len"] < max_model_len:

@@ -241,10 +241,7 @@ def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
 
 def _check_free(url: str) -> None:
     """What answers there already would pass for the server that could not take the port."""
-    place = urlsplit(url)
-    assert place.hostname is not None
-    assert place.port is not None
-    with contextlib.suppress(OSError), socket.create_connection((place.hostname, place.port), timeout=2.0):
+    if _answers(url, limit_s=2.0):
         raise ValueError(
             f"rpt serve: another process answers at {url}; end it (an earlier `rpt serve`?), or name another port in rollout.engine.urls"
         )

@@ -89,7 +89,7 @@ class VLLMServerEngine(RolloutEngine):
         self._run_label = ""
         self._weights = PresentWeights("", transport, self._reacquaint)
         self._out: dict[str, str] = {}  # url -> why
-        self._was_in: set[str] = set()  # urls of servers that were usable when they were last asked
+        self._was_in: set[str] = set()  # urls of servers that held the weights when they were last asked
         self._differing: str | None = None  # a server that was found to hold other weights
         self._architecture: dict[str, object] = {}
 
@@ -139,7 +139,8 @@ class VLLMServerEngine(RolloutEngine):
             self.transport.publish(weights, version=version, dtype=self.dtype, shapes=self._weight_shapes)
         finally:
             _exhaust(weights)  # gathering sharded weights is a collective: the other ranks go on after an error here
-        self._fleet.run(lambda servers: self._wait(servers, self._weights.bring_in, first_try=self._usable(servers)))
+        usable = self._fleet.run(lambda servers: self._wait(servers, self._weights.bring_in, first_try=self._usable(servers)))
+        self._was_in.update(server.url for server in usable)
         self.transport.retire()
         return self._out
 
@@ -156,6 +157,7 @@ class VLLMServerEngine(RolloutEngine):
 
             async def find() -> Sequence[Worker]:
                 usable = await self._wait(servers, bring_in, first_try=self._usable(servers))
+                self._was_in.update(server.url for server in usable)
                 return [_Holder(server, held.label) for server in usable]
 
             work = asyncio.ensure_future(dispatch(requests, find, room=self.max_num_seqs, on_lost=self._lose))
@@ -243,7 +245,6 @@ class VLLMServerEngine(RolloutEngine):
                     raise outcome
                 else:
                     self._out.pop(server.url, None)
-                    self._was_in.add(server.url)
                     usable.append(server)
             waited_s = time.monotonic() - start
             if len(usable) >= enough or (usable and waited_s >= self.max_wait_s):
@@ -272,7 +273,7 @@ class VLLMServerEngine(RolloutEngine):
         log.warning("lost a server, its requests go to the others: %s", error)
 
     def _put_out(self, server: Server, error: ServerLost | ServerRefused) -> None:
-        self.num_lost += server.url in self._was_in  # not one that has not come up yet, nor one that is out already
+        self.num_lost += server.url in self._was_in  # not one that has held no weights yet, nor one that is out already
         self._was_in.discard(server.url)
         self._out[server.url] = str(error)
 

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rpt_lightning.rollout.checksum import checksum
-from rpt_lightning.rollout.server_facts import architecture
+from rpt_lightning.rollout.server_facts import PROTOCOL, architecture
 from rpt_lightning.rollout.vllm_weights import read_weights
 
 _START = secrets.token_hex(8)  # another one with every start of the process
@@ -37,6 +37,7 @@ class PolicyWeights:
 
         model = self.vllm_config.model_config
         return {
+            "protocol": PROTOCOL,
             "vllm": __version__,
             "start": _START,
             "dtype": str(model.dtype).removeprefix("torch."),

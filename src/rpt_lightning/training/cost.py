@@ -82,6 +82,10 @@ class Budget(Callback):
         self._limit = float("inf")
         self._spent = 0.0
 
+    @property
+    def is_spent(self) -> bool:
+        return self._spent >= self._limit
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.like is None:
             return
@@ -90,6 +94,8 @@ class Budget(Callback):
         own = Path(trainer.default_root_dir) / STEP_LOG
         self._spent = _spent(own, self.by, last_step=trainer.global_step) if trainer.global_step else 0.0
         rank_zero_info(f"budget: {self._limit:.4g} {self.by}, what {self.like} cost" + (f"; {self._spent:.4g} are spent" if self._spent else ""))
+        assert isinstance(pl_module, PolicyModule)
+        trainer.should_stop = pl_module.ranks.any(self.is_spent) or trainer.should_stop  # a run that is started again though it had ended
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.like is None:
@@ -97,12 +103,12 @@ class Budget(Callback):
         self._spent += trainer.callback_metrics[COSTS[self.by]].item()
         assert isinstance(pl_module, PolicyModule)
         # Tensor-parallel ranks' sums differ in the last digits, and all must end with the same step.
-        trainer.should_stop = pl_module.ranks.any(self._spent >= self._limit) or trainer.should_stop
+        trainer.should_stop = pl_module.ranks.any(self.is_spent) or trainer.should_stop
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.like is not None:
             rank_zero_info(f"budget: {self._spent:.4g} of {self._limit:.4g} {self.by} spent in {trainer.global_step} steps")
-            if self._spent < self._limit:
+            if not self.is_spent:
                 rank_zero_info(
                     "budget: NOT used up, so this run is no baseline at equal cost; raise --trainer.max_steps and go on with --ckpt_path last"
                 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -16,9 +16,11 @@ def traceback_kept(folder: Path, *, rank: int) -> Iterator[None]:
     try:
         yield
     except Exception:
-        if folder.is_dir():
-            file = folder / f"error-{rank}.txt"
-            with file.open("a") as output:
-                output.write(f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC\n{traceback.format_exc()}\n")
-            print(f"rpt: the traceback is in {file}", file=sys.stderr)
+        # The error that counts may be a full disk: it must not be hidden behind one of its own kind.
+        with suppress(OSError):
+            if folder.is_dir():
+                file = folder / f"error-{rank}.txt"
+                with file.open("a", encoding="utf-8", errors="backslashreplace") as output:
+                    output.write(f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC\n{traceback.format_exc()}\n")
+                print(f"rpt: the traceback is in {file}", file=sys.stderr)
         raise
