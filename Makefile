@@ -39,7 +39,7 @@ help:  ## this list
 
 venv: $(STAMP)  ## make .venv with everything that tests and demo need
 
-demo: $(STAMP)  ## train a real 135M model by next-token reasoning: about an hour on two cores, less with bf16 instructions
+demo: $(STAMP)  ## train a real 135M model by next-token reasoning: half an hour on two cores with bf16 instructions, an hour without
 	$(BIN)/python scripts/demo.py
 
 reproduction: $(STAMP)  ## one seed of docs/results.md, "Reproduction": make reproduction SEED=0 (takes over the demo's run)
