@@ -61,12 +61,18 @@ def test_the_folder_computes_what_the_policy_computed(checkpoint, trained, tiny_
     assert (exported(TOKENS).logits - start(TOKENS).logits).abs().max() > 0.1
 
 
-def test_the_tokenizer_and_the_end_tokens_come_along(checkpoint, tiny_model_dir: Path, tmp_path: Path):
+def export_with_generation_config(text: str, checkpoint, tiny_model_dir: Path, tmp_path: Path) -> Path:
+    """Of a policy whose start has this generation_config.json; returns that start."""
     source = tmp_path / "source"
     shutil.copytree(tiny_model_dir, source)
-    (source / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
+    (source / "generation_config.json").write_text(text)
     checkpoint["rpt"]["policy_path"] = str(source)
     export(save(checkpoint, tmp_path / "last.ckpt"), str(tmp_path / "hf"))
+    return source
+
+
+def test_the_tokenizer_and_the_end_tokens_come_along(checkpoint, tiny_model_dir: Path, tmp_path: Path):
+    source = export_with_generation_config('{"eos_token_id": [0, 1]}', checkpoint, tiny_model_dir, tmp_path)
     ours, theirs = AutoTokenizer.from_pretrained(tmp_path / "hf"), AutoTokenizer.from_pretrained(source)
     assert ours("Sum of x_{2} </think>é\n")["input_ids"] == theirs("Sum of x_{2} </think>é\n")["input_ids"]
     assert ours.chat_template == theirs.chat_template
@@ -74,11 +80,7 @@ def test_the_tokenizer_and_the_end_tokens_come_along(checkpoint, tiny_model_dir:
 
 
 def test_sampling_defaults_that_contradict_themselves_are_kept_as_they_are(checkpoint, tiny_model_dir: Path, tmp_path: Path):
-    source = tmp_path / "source"
-    shutil.copytree(tiny_model_dir, source)
-    (source / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": false, "eos_token_id": 1}')
-    checkpoint["rpt"]["policy_path"] = str(source)
-    export(save(checkpoint, tmp_path / "last.ckpt"), str(tmp_path / "hf"))
+    export_with_generation_config('{"temperature": 0.6, "do_sample": false, "eos_token_id": 1}', checkpoint, tiny_model_dir, tmp_path)
     written = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert (written["temperature"], written["eos_token_id"]) == (0.6, 1)
 

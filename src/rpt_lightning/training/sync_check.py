@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rpt_lightning.rollout.engine import RolloutEngine
-from rpt_lightning.rollout.weight_part import part_name, take
+from rpt_lightning.rollout.weight_part import part_name, split_part, take
 
 
 class SyncError(RuntimeError):
@@ -78,13 +78,13 @@ def check_weights(
     Raises SyncError.
     """
     names = sampled_names(engine.weight_names, turn, num_tensors)
-    wanted, found = {}, set()
+    wanted = {}
     for name, tensor in weights:
         if name in names:
-            found.add(name)
             columns = sampled_columns(tensor.shape[1], turn, num_slices) if _is_end(name) and tensor.ndim == 2 else None
             part = name if columns is None else part_name(name, columns)
             wanted[part] = take(tensor.detach(), columns).to("cpu", engine.dtype, copy=True)
+    found = {split_part(part)[0] for part in wanted}
     if engine.version != version:
         raise SyncError(
             f"the policy is at version {version}, the engine at {engine.version}: the last update of the engine's weights is missing or failed"
