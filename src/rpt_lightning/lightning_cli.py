@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from transformers.utils.logging import disable_progress_bar
 
 from rpt_lightning.data.base_datamodule import StreamDataModule
 from rpt_lightning.metrics.run_folder import ANSWER_FOLDER, CONFIG_FILE, ROLLOUT_FOLDER, STEP_LOG, VALIDATION_FOLDER
@@ -31,6 +28,7 @@ from rpt_lightning.training.module import RPTModule
 from rpt_lightning.training.monitors import RolloutSamples, StepLog, StepProgressBar, ValidationResults
 from rpt_lightning.training.ntp_module import NTPModule
 from rpt_lightning.training.policy_module import PolicyModule
+from rpt_lightning.training.quiet import quieten_libraries
 from rpt_lightning.training.rank_watch import RankWatch
 from rpt_lightning.training.redact import redact
 from rpt_lightning.training.rollout_callback import RolloutCallback
@@ -71,7 +69,6 @@ PARTS = (
 )
 # What a fit leaves in the run folder besides checkpoints.
 RUN_FILES = (CONFIG_FILE, "config-[0-9]*.yaml", STEP_LOG, "error-*.txt", "tensorboard", ROLLOUT_FOLDER, VALIDATION_FOLDER, ANSWER_FOLDER)
-_NOISE = ("litlogger", "`Trainer(limit_val_batches=1.0)`")
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -204,17 +201,6 @@ def _start_anew(folder: Path, *, is_global_zero: bool) -> None:
     rank_zero_info(f"{folder} holds a start that reached no checkpoint: its files are now in {aside.name}/, and the run starts anew")
 
 
-def _quieten() -> None:
-    """Drops what says nothing about the run: deprecations between libraries, an advertisement, bars of a second."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # vLLM initialises torch.distributed even in a single process; what is logged here is reduced over ranks before.
-    warnings.filterwarnings("ignore", message=".*It is recommended to use .self.log.*sync_dist=True.*")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: not any(text in record.getMessage() for text in _NOISE))
-    disable_progress_bar()  # type: ignore[no-untyped-call]
-
-
 def make_cli(cli: type[RPTCLI] = RPTCLI, *, run: bool = True, args: list[str] | None = None, prog: str = "rpt") -> RPTCLI:
     """The command line, run or (``run=False``, without a verb in ``args``) only built."""
     return cli(
@@ -237,5 +223,5 @@ def run(args: list[str]) -> None:
     """Parses ``[verb, ...]`` and runs it."""
     # LightningCLI warns where both its args and the process's own are given.
     sys.argv = ["rpt", *args]
-    _quieten()
+    quieten_libraries()
     make_cli()

@@ -71,13 +71,38 @@ def test_choices_are_paid_by_letter_alone(answer_reward: AnswerReward) -> None:
     assert answer_reward.verdicts(CHOICE, [b"3", b"B", None]) == ["unreadable", "wrong", "unboxed"]
 
 
+@pytest.mark.parametrize(
+    ("question", "answer", "prediction", "verdict"),
+    [
+        ("What is 29 - 14?", "15", "29-14", "quoted"),
+        ("What is $30/2$?", "15", " 30 / 2 ", "quoted"),
+        (r"Compute $\dfrac{30}{2}$.", "15", r"\frac{30}{2}", "quoted"),
+        (r"Compute $\left(2^4\right)$.", "16", "2^4", "quoted"),
+        ("Factor $x^2 + 2x + 1$.", "(x+1)^2", "x^2+2x+1", "quoted"),
+        ("What is 29 - 14?", "15", "15", "right"),
+        ("What is 29 - 14?", "15", "30 - 15", "right"),  # worked out, if not to the end; as Math-Verify takes it
+        ("What is 29 - 14?", "16", "29 - 14", "wrong"),
+        (r"Which is larger, $\dfrac{1}{2}$ or $0.4$?", r"\frac{1}{2}", r"\dfrac{1}{2}", "right"),  # the true answer stands in the question
+        ("Which is larger, -3 or -5?", "-3.0", "-3", "right"),  # a sign is no operation
+        (r"An angle of $90^\circ$, or a larger one?", "90", r"90^{\circ}", "right"),
+        (r"Is it $2\pi$ or 3?", r"\pi \cdot 2", r"2\pi", "right"),
+    ],
+)
+def test_an_expression_of_the_question_is_no_answer(answer_reward: AnswerReward, question: str, answer: str, prediction: str, verdict: str) -> None:
+    task = AnswerTask(question=Question(question_id="q", text=question, answer=answer), context_ids=(1,))
+    answer_reward.take_metrics()
+    assert answer_reward.verdicts(task, [prediction.encode()]) == [verdict]
+    assert answer_reward.group_rewards([prediction.encode()], task) == (float(verdict == "right"),)
+    assert answer_reward.take_metrics()["answers/quoted"] == (verdict == "quoted")
+
+
 def test_what_could_not_be_checked_is_counted_once(answer_reward: AnswerReward) -> None:
     answer_reward.take_metrics()
     unanswerable = AnswerTask(question=replace(SUM.question, answer=" "), context_ids=(1,))
     assert answer_reward.group_rewards([b"9^{9^{9^9}}", b"\xff?", None, b"0.5"], SUM) == (0.0, 0.0, 0.0, 1.0)
     assert answer_reward.group_rewards([b"1", b"2"], unanswerable) == (0.0, 0.0)
     assert answer_reward.group_rewards([b"the third", b"C"], CHOICE) == (0.0, 1.0)
-    assert answer_reward.take_metrics() == {"answers/timeouts": 1.0, "answers/check_errors": 2.0, "answers/unreadable": 1.0}
+    assert answer_reward.take_metrics() == {"answers/quoted": 0.0, "answers/timeouts": 1.0, "answers/check_errors": 2.0, "answers/unreadable": 1.0}
     assert set(answer_reward.take_metrics().values()) == {0.0}
 
 

@@ -24,6 +24,7 @@ NOTE = (
 _VERDICT_ROWS: dict[str, Verdict] = {
     "truncated completions": "truncated",
     "completions without an answer in a box": "unboxed",
+    "answers that repeat the question": "quoted",
     "answers that cannot be read": "unreadable",
     "checks out of time": "timeout",
     "checks that failed": "error",

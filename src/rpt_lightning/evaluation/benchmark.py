@@ -24,6 +24,7 @@ from rpt_lightning.tasks.prompt import PromptTemplate
 from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.training.answer_results import AnswerResults
 from rpt_lightning.training.ntp_module import NTPModule
+from rpt_lightning.training.quiet import quieten_libraries
 from rpt_lightning.training.rollout_callback import RolloutCallback
 from rpt_lightning.types import Question
 
@@ -85,6 +86,7 @@ def benchmark(
     if k < 0:
         raise ValueError(f"--k {k}: give 1 or more completions a question, or 0 for one greedy completion")
     check_policies(policy)
+    quieten_libraries()
     check_new_output(output)
     name, source = _questions(benchmark, file, revision, questions)
     objective = Objective(prompt, AnswerReward())

@@ -34,6 +34,7 @@ from rpt_lightning.tasks.prompt import PromptTemplate
 from rpt_lightning.tasks.reward import PrefixMatchReward
 from rpt_lightning.training.monitors import ValidationResults
 from rpt_lightning.training.ntp_module import NTPModule
+from rpt_lightning.training.quiet import quieten_libraries
 from rpt_lightning.training.rollout_callback import RolloutCallback
 from rpt_lightning.types import TokenTask
 
@@ -90,6 +91,7 @@ def next_token(
     """
     check_policies(policy)
     _check(engine, prompt)
+    quieten_libraries()
     check_new_output(output)
     make_data = partial(
         TokenTaskDataModule,

@@ -1,7 +1,8 @@
 r"""The reward of questions with a verifiable answer: reinforcement fine-tuning after RPT (the paper's experiment on RLVR), and the benchmarks.
 
 Format rule: the answer is the content of the complete ``\boxed{...}`` that begins last, after the thought (`extract_prediction`), of a completion that ended
-by itself. A mathematical answer is right if Math-Verify says that it equals the true one, a choice if it is the right letter.
+by itself. A mathematical answer is right if Math-Verify says that it equals the true one and it is no expression of the question's own, a choice if it is
+the right letter.
 """
 
 from __future__ import annotations
@@ -15,12 +16,18 @@ from typing import Literal
 
 from rpt_lightning.tasks.math_verifier import MathVerdict, MathVerifier
 from rpt_lightning.tasks.reward import Reward
-from rpt_lightning.types import AnswerTask, Task
+from rpt_lightning.types import AnswerTask, Question, Task
 
-Verdict = MathVerdict | Literal["unboxed", "truncated"]
-"""What became of one completion. ``unboxed``: it ended without an answer in the asked form. ``truncated``: it ran into the token limit."""
+Verdict = MathVerdict | Literal["quoted", "unboxed", "truncated"]
+"""What became of one completion. ``quoted``: it repeats an expression of the question that has the true value. ``unboxed``: it ended without an answer in
+the asked form. ``truncated``: it ran into the token limit."""
 
-METRICS: dict[str, Verdict] = {"answers/unreadable": "unreadable", "answers/timeouts": "timeout", "answers/check_errors": "error"}
+METRICS: dict[str, Verdict] = {
+    "answers/quoted": "quoted",
+    "answers/unreadable": "unreadable",
+    "answers/timeouts": "timeout",
+    "answers/check_errors": "error",
+}
 
 _MACRO = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mathsf|boldsymbol)\s*\{([^{}]*)\}")
 _LETTER = re.compile(r"\(?([A-Za-z])\)?(?:[.:)](?:\s.*)?)?", re.DOTALL)
@@ -32,11 +39,38 @@ def choice_letter(prediction: str) -> str | None:
     >>> [choice_letter(text) for text in (" B ", "(c)", r"\text{(D)}", "A. a long text", "B: 4", "4", "AB", "A or B", "")]
     ['B', 'C', 'D', 'A', 'B', None, None, None, None]
     """
-    text = prediction
+    match = _LETTER.fullmatch(_without_fonts(prediction).strip().strip("$").strip())
+    return match.group(1).upper() if match else None
+
+
+# What leaves something to work out: an operator that is no sign, or a command (fraction, root, function, ...) that is no constant.
+_OPERATION = re.compile(r"(?<=.)[-+*/^!]|\\(?!(?:pi|infty)(?![A-Za-z]))[A-Za-z]+")
+_LAYOUT = re.compile(r"\s|\$|\\[,;:! ]|\\(?:left|right)(?![A-Za-z])|\^?\{?\\circ\}?")
+
+
+def quotes_question(prediction: str, question: Question) -> bool:
+    r"""Whether the answer is an expression that stands in the question, and not the true answer as it is written: nothing was worked out.
+
+    Math-Verify compares values, so "What is 29 - 14?" could be answered by ``29 - 14``, and "Factor x^2 + 2x + 1" by its own polynomial.
+
+    >>> difference = Question(question_id="q", text="What is 29 - 14?", answer="15")
+    >>> [quotes_question(text, difference) for text in ("29-14", "$29 - 14$", "15", "29", "30 - 15")]
+    [True, True, False, False, False]
+    """
+    text = _plain(prediction)
+    return text != _plain(question.answer) and _OPERATION.search(text) is not None and text in _plain(question.text)
+
+
+def _plain(text: str) -> str:
+    """Without layout, fonts and signs of degrees."""
+    text = _without_fonts(_LAYOUT.sub("", text))
+    return text.replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
+
+
+def _without_fonts(text: str) -> str:
     while (plain := _MACRO.sub(r"\1", text)) != text:
         text = plain
-    match = _LETTER.fullmatch(text.strip().strip("$").strip())
-    return match.group(1).upper() if match else None
+    return text
 
 
 class CountingReward(Reward):
@@ -48,7 +82,8 @@ class CountingReward(Reward):
 
 
 class AnswerReward(CountingReward):
-    """1 if the answer is right, else 0; what cannot be checked is paid 0 and counted (``answers/unreadable``, ``timeouts``, ``check_errors``).
+    """1 if the answer is right, else 0; what cannot be checked is paid 0 and counted (``answers/unreadable``, ``timeouts``, ``check_errors``), and so is an
+    expression of the question (``answers/quoted``).
 
     Args:
         cpu_limit_s: Seconds of CPU that Math-Verify may take for one answer.
@@ -88,5 +123,6 @@ class AnswerReward(CountingReward):
                 for text in texts
             ]
         asked = [text for text in texts if text.strip()]
-        found = dict(zip(asked, self.verifier.verdicts([(question.answer, text) for text in asked]), strict=True))
-        return [found.get(text, "unboxed") for text in texts]
+        found: dict[str, Verdict] = dict(zip(asked, self.verifier.verdicts([(question.answer, text) for text in asked]), strict=True))
+        quoted = {text for text, verdict in found.items() if verdict == "right" and quotes_question(text, question)}
+        return ["quoted" if text in quoted else found.get(text, "unboxed") for text in texts]
