@@ -25,13 +25,13 @@ BEGIN, END = "<!-- made by scripts/scaling_table.py -->", "<!-- end of tables --
 CONFIGS = ROOT / "configs"
 # Sizes of the policy's model; its weights are not needed.
 MODEL_CONFIG = ROOT / "scripts" / "qwen2-14b.json"
+IN_TRAINER = ["--config", str(CONFIGS / "14b.yaml"), "--config", str(CONFIGS / "strategy" / "fsdp2.yaml")]
+ON_SERVERS = [*IN_TRAINER, "--config", str(CONFIGS / "rollout" / "servers.yaml")]
 LAYERS = {
-    "in the trainer": ["--config", str(CONFIGS / "14b.yaml"), "--config", str(CONFIGS / "strategy" / "fsdp2.yaml")],
-    "on servers": [
-        *("--config", str(CONFIGS / "14b.yaml")),
-        *("--config", str(CONFIGS / "strategy" / "fsdp2.yaml")),
-        *("--config", str(CONFIGS / "rollout" / "servers.yaml")),
-    ],
+    "in the trainer": IN_TRAINER,
+    "in the trainer, asleep in training": IN_TRAINER,  # only where memory is short
+    "servers, folder": ON_SERVERS,
+    "servers, NCCL": ON_SERVERS,
 }
 FLAGS = ["--trainer.strategy.gather_bf16", "true", "--plan.device", "h100", "--plan.model_config", str(MODEL_CONFIG), "--plan.context_tokens", "1920"]
 # Devices in all, and how many of them are servers where the trainer does not generate itself.
@@ -42,14 +42,21 @@ GB = 1e9
 def plans() -> list[tuple[str, Plan, list[str]]]:
     """``(where rollouts are, plan, what it assumes)`` of every row."""
     parsed = {name: parse([*layers, *FLAGS]) for name, layers in LAYERS.items()}
-    return [(name, *plan_of(_sized(config.clone(), name, devices))) for devices in SERVERS for name, config in parsed.items()]
+    rows = [(name, devices) for devices in SERVERS for name in parsed if devices == 8 or "asleep" not in name]
+    return [(name, *plan_of(_sized(parsed[name].clone(), name, devices))) for name, devices in rows]
 
 
 def _sized(config: Namespace, name: str, devices: int) -> Namespace:
-    servers = SERVERS[devices] if name == "on servers" else 0
+    servers = SERVERS[devices] if name.startswith("servers") else 0
+    sleeps = name == "in the trainer, asleep in training"
+    if sleeps:
+        config.rollout.engine.init_args.sleep_in_training = True
+        config.rollout.engine.init_args.gpu_memory_utilization = 0.55
+    if name == "servers, NCCL":
+        config.rollout.engine.init_args.transport = Namespace(class_path="NCCLTransport")
     config.plan.num_devices, config.plan.num_servers = devices - servers, servers or None
-    # Eight devices do not hold the optimizer beside an engine of their own: configs/14b.yaml.
-    config.trainer.strategy.init_args.cpu_offload = devices == 8 and not servers
+    # Eight devices do not hold the optimizer beside an engine of their own that stays awake: configs/14b.yaml.
+    config.trainer.strategy.init_args.cpu_offload = devices == 8 and not servers and not sleeps
     return config
 
 
@@ -71,7 +78,7 @@ def render(rows: list[tuple[str, Plan, list[str]]]) -> str:
     for name, plan, _ in rows:
         settings, step, fit = plan.settings, plan.times, plan.fit
         devices = settings.num_devices + settings.num_servers
-        where = name if not settings.num_servers else f"on {settings.num_servers:,} servers"
+        where = name if not settings.num_servers else f"{settings.num_servers:,} {name}"
         first = [f"{devices:,}", where]
         seconds = (step.prefill_s, step.decode_s, step.train_s, step.sync_s)
         overlapped = _number(step.overlapped_s) if settings.num_servers else "-"
@@ -88,7 +95,7 @@ def render(rows: list[tuple[str, Plan, list[str]]]) -> str:
             plan.traffic.server_bytes,
         )
         memory.append(_row([*first, *("-" if size == 0 else _number(size / GB) for size in sizes)]))
-    assumed = dict.fromkeys(text.replace(str(ROOT) + "/", "") for _, _, assumptions in rows for text in assumptions if not text.startswith("each of"))
+    assumed = dict.fromkeys(text.replace(str(ROOT) + "/", "") for _, _, assumptions in rows for text in assumptions)
     return "\n".join(
         [
             "Estimated seconds of a step. Overlapped: the step if the next rollouts were generated while the policy trains. Longest completion: one of 8,192 "

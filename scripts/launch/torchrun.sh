@@ -13,6 +13,8 @@ set -euo pipefail
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 # torchrun's own 30 seconds are shorter than a step of a large model.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}"
+# A new store for each start: in torchrun's own, which lives on, ranks that start again find the addresses of those before them.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 exec "$TORCHRUN" \
   --nnodes "$NUM_NODES" \

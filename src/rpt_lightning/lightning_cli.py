@@ -24,6 +24,7 @@ from rpt_lightning.training.cost import Budget, StepCost
 from rpt_lightning.training.error_file import traceback_kept
 from rpt_lightning.training.health import Health
 from rpt_lightning.training.machine_stats import MachineStats
+from rpt_lightning.training.missed_validation import MissedValidation
 from rpt_lightning.training.module import RPTModule
 from rpt_lightning.training.monitors import RolloutSamples, StepLog, StepProgressBar, ValidationResults
 from rpt_lightning.training.ntp_module import NTPModule
@@ -121,7 +122,9 @@ class RPTCLI(LightningCLI):
         config["enable_progress_bar"] = config.get("enable_progress_bar") is not False and sys.stdout.isatty()
         bar = [StepProgressBar()] if config["enable_progress_bar"] else []
         # StepCost first: a step's cost begins before its rollouts. StepLog behind all that log.
-        return super()._instantiate_trainer(config, [StepCost(), *callbacks, *bar, StepLog(), ValidationResults(), AnswerResults()])
+        return super()._instantiate_trainer(
+            config, [StepCost(), *callbacks, *bar, StepLog(), ValidationResults(), AnswerResults(), MissedValidation()]
+        )
 
     def fit(self, model: PolicyModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """A run folder holds one run, new or continued; a missing checkpoint is an error, and so is a fit that does no step.
@@ -132,10 +135,11 @@ class RPTCLI(LightningCLI):
         path = self._checkpoint(ckpt_path)
         if path is None:
             _start_anew(Path(self.trainer.default_root_dir), is_global_zero=self.trainer.is_global_zero)
+        checkpoint = next(callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint))
+        checkpoint.resumes_from = path
         with traceback_kept(Path(self.trainer.default_root_dir), rank=self.trainer.global_rank):
             self.trainer.fit(model, ckpt_path=path, weights_only=True, **kwargs)
         # Counted by the callback on every rank: the step at which a resumed run begins is known only inside fit.
-        checkpoint = next(callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint))
         if checkpoint.start_step in (None, self.trainer.global_step):
             budget = next(callback for callback in self.trainer.callbacks if isinstance(callback, Budget))  # type: ignore[attr-defined]
             is_complete = 0 < self.trainer.max_steps <= self.trainer.global_step or budget.is_spent
@@ -212,7 +216,8 @@ def make_cli(cli: type[RPTCLI] = RPTCLI, *, run: bool = True, args: list[str] | 
         save_config_kwargs={"save_to_log_dir": False},
         seed_everything_default=0,
         auto_configure_optimizers=False,
-        trainer_defaults={"logger": None, "num_sanity_val_steps": 0, "log_every_n_steps": 1, "enable_model_summary": False},
+        # Inference tensors cannot be gathered from shards; gloo alone is spared them by Lightning, so that CPUs do not show it.
+        trainer_defaults={"inference_mode": False, "logger": None, "num_sanity_val_steps": 0, "log_every_n_steps": 1, "enable_model_summary": False},
         parser_kwargs={"prog": prog},
         run=run,
         args=args,
@@ -221,7 +226,7 @@ def make_cli(cli: type[RPTCLI] = RPTCLI, *, run: bool = True, args: list[str] | 
 
 def run(args: list[str]) -> None:
     """Parses ``[verb, ...]`` and runs it."""
-    # LightningCLI warns where both its args and the process's own are given.
-    sys.argv = ["rpt", *args]
+    # LightningCLI warns where both its args and the process's own are given. The first word stays: Lightning starts further ranks by it.
+    sys.argv[1:] = args
     quieten_libraries()
     make_cli()

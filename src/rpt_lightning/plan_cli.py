@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
 
 from rpt_lightning.lightning_cli import RPTCLI, make_cli
-from rpt_lightning.planning.devices import DEVICES, HOST_BANDWIDTH_BYTES_PER_S, NODE_LINK_BYTES_PER_S, Device, measured_cpu
+from rpt_lightning.planning.devices import DEVICES, DEVICES_PER_NODE, HOST_BANDWIDTH_BYTES_PER_S, NODE_LINK_BYTES_PER_S, Device, measured_cpu
 from rpt_lightning.planning.memory import Strategy
 from rpt_lightning.planning.model_shape import load_model_config, model_shape
 from rpt_lightning.planning.plan import Plan, make_plan
@@ -39,8 +39,10 @@ class PlanOptions:
     completion_tokens: Assumed mean length of a completion. None: half of rollout.max_completion_tokens, at most 1024.
     context_tokens: Assumed mean length of a context where the task folder is not there. None: half of the longest.
     live_frac: Assumed share of groups with unequal rewards, which alone are trained.
-    mfu: Assumed share of the device's peak that training and prefill reach, counting needed operations only.
+    mfu: Assumed share of the device's peak that training and prefill reach, counting needed operations only, as perf/mfu does: not layers that are
+        computed again.
     bandwidth_frac: Assumed share of the device's memory bandwidth that decoding reaches.
+    shared_storage_gb_per_s: Assumed GB (10^9 bytes) a second of the folder of a SharedFolderTransport, all its readers together.
     """
 
     def __init__(
@@ -53,8 +55,9 @@ class PlanOptions:
         completion_tokens: int | None = None,
         context_tokens: int | None = None,
         live_frac: float = 1.0,
-        mfu: float = 0.4,
+        mfu: float = 0.3,
         bandwidth_frac: float = 0.7,
+        shared_storage_gb_per_s: float = 10.0,
     ) -> None:
         if device is not None and device not in (*DEVICES, "cpu"):
             raise ValueError(f"--plan.device {device}: choose from {', '.join([*DEVICES, 'cpu'])}")
@@ -66,6 +69,8 @@ class PlanOptions:
         for name, share in shares.items():
             if not 0 < share <= 1:
                 raise ValueError(f"--plan.{name} {share}: give a share above 0, at most 1")
+        if shared_storage_gb_per_s <= 0:
+            raise ValueError(f"--plan.shared_storage_gb_per_s {shared_storage_gb_per_s}: must be positive")
         self.device = device
         self.num_devices = num_devices
         self.num_servers = num_servers
@@ -76,6 +81,7 @@ class PlanOptions:
         self.live_frac = live_frac
         self.mfu = mfu
         self.bandwidth_frac = bandwidth_frac
+        self.shared_storage_gb_per_s = shared_storage_gb_per_s
 
 
 class PlanCLI(RPTCLI):
@@ -118,7 +124,7 @@ def plan_of(config: Namespace) -> tuple[Plan, list[str]]:
     device = _device(options.device or ("h100" if settings.on_gpu else "cpu"), settings)
     prompts, source = _prompts(config, settings, options.context_tokens)
     completion_tokens = options.completion_tokens or min(USUAL_COMPLETION_TOKENS, -(-settings.max_completion_tokens // 2))
-    rates = Rates(mfu=options.mfu, bandwidth_frac=options.bandwidth_frac)
+    rates = Rates(mfu=options.mfu, bandwidth_frac=options.bandwidth_frac, storage_bytes_per_s=options.shared_storage_gb_per_s * 1e9)
     plan = make_plan(settings, shape, device, rates, prompts, completion_tokens=completion_tokens, live_frac=options.live_frac)
     assumptions = [
         source,
@@ -135,10 +141,16 @@ def plan_of(config: Namespace) -> tuple[Plan, list[str]]:
             else "FSDP2 gathers the weights in fp32, and autocast casts them (with checkpointing a layer at a time)"
         )
     if settings.num_servers:
-        assumptions.append(
-            f"each of {settings.num_servers:,} servers is one device, whose vLLM takes {options.gpu_memory_utilization:.0%} of it and generates at most "
-            f"{settings.max_num_seqs:,} completions at a time; weights reach the servers by one broadcast at {NODE_LINK_BYTES_PER_S / 1e9:.0f} GB/s"
-        )
+        assumptions += [
+            f"a server is one device, whose vLLM takes {options.gpu_memory_utilization:.0%} of it and generates at most {settings.max_num_seqs:,} "
+            "completions at a time",
+            f"weights reach the servers by one broadcast at {NODE_LINK_BYTES_PER_S / 1e9:.0f} GB/s (NCCLTransport)"
+            if settings.transport == "nccl"
+            else f"weights reach the servers through a folder, written once and read once by every node of {DEVICES_PER_NODE} servers, at "
+            f"{options.shared_storage_gb_per_s:g} GB/s in all (SharedFolderTransport, --plan.shared_storage_gb_per_s)",
+        ]
+    if settings.engine_sleeps:
+        assumptions.append("the engine sleeps while the policy trains, so that the two need their memory in turn")
     if settings.cpu_offload:
         assumptions.append(
             f"weights and gradients travel between host and device at {device.host_link_bytes_per_s / 1e9:.0f} GB/s, with nothing else at the same time; the host "
@@ -187,8 +199,10 @@ def run_settings(config: Namespace, options: PlanOptions) -> RunSettings:
         num_servers=(options.num_servers or len(engine["urls"])) if kind == "servers" else 0,
         on_gpu=trainer.accelerator != "cpu",
         engine=kind,
+        transport="nccl" if kind == "servers" and engine["transport"]["class_path"].endswith("NCCLTransport") else "folder",
         engine_dtype_bytes=getattr(torch, engine.get("dtype", "bfloat16")).itemsize,
         gpu_memory_utilization=options.gpu_memory_utilization if kind == "servers" else engine.get("gpu_memory_utilization", 0.0),
+        engine_sleeps=kind == "vllm" and bool(engine.get("sleep_in_training")),
         kv_cache_bytes=engine.get("kv_cache_gib", 0.0) * 2**30,
         max_num_seqs=SERVER_MAX_NUM_SEQS if kind == "servers" else engine.get("max_num_seqs", 1),
         max_batch_tokens=engine.get("max_batch_tokens", 0),

@@ -13,7 +13,6 @@ import pytest
 from rpt_lightning import cli
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-COMMAND = [sys.executable, "-m", "rpt_lightning.cli"]
 
 
 @pytest.fixture
@@ -36,16 +35,22 @@ def rpt(capfd, caplog, monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def installed():
+    """The console script."""
+    return str(Path(sys.executable).with_name("rpt"))
+
+
+@pytest.fixture(scope="session")
 def flags(tiny_model_dir, tiny_task_dir):
     small = ["--data.tasks_per_step", "8", "--data.num_eval_tasks", "8"]
     return ["--config", CONFIGS / "debug.yaml", "--model.policy.path", tiny_model_dir, "--data.task_dir", tiny_task_dir, *small]
 
 
 @pytest.fixture(scope="session")
-def finished_run(flags, tmp_path_factory):
+def finished_run(flags, installed, tmp_path_factory):
     """By a process of its own, exactly as a user runs it."""
     run_dir = tmp_path_factory.mktemp("runs") / "debug"
-    command = [*COMMAND, "fit", *map(str, flags), "--trainer.default_root_dir", str(run_dir)]
+    command = [installed, "fit", *map(str, flags), "--trainer.default_root_dir", str(run_dir)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return run_dir, done.stdout + done.stderr

@@ -51,6 +51,15 @@ def test_no_debris_where_there_is_no_terminal(finished_run):
     assert "weights_only" not in output
 
 
+def test_further_ranks_are_started_by_the_installed_command(flags, installed, tmp_path):
+    """Lightning starts them by what stands in ``sys.argv``; every other test with ranks goes by ``python -m`` or torchrun."""
+    devices = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "1"]
+    command = [installed, "fit", *map(str, flags), *devices, "--trainer.default_root_dir", str(tmp_path), "--trainer.limit_val_batches", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert steps_of(tmp_path) == [1]
+
+
 def test_a_bar_on_a_terminal_only(flags, monkeypatch, tmp_path):
     from rpt_lightning.lightning_cli import make_cli
 

@@ -94,7 +94,8 @@ def test_without_offload_eight_devices_have_no_margin(paper_run):
 
 
 def test_rollouts_on_servers(paper_run):
-    servers = Namespace(class_path="VLLMServerEngine", init_args=Namespace(urls=["http://a:1", "http://b:1"], dtype="bfloat16"))
+    transport = Namespace(class_path="SharedFolderTransport", init_args=Namespace(folder="shared"))
+    servers = Namespace(class_path="VLLMServerEngine", init_args=Namespace(urls=["http://a:1", "http://b:1"], dtype="bfloat16", transport=transport))
     text = text_of(changed(paper_run[1], rollout__engine=servers, plan__num_devices=6, trainer__strategy__init_args__cpu_offload=False))
     assert "6 x H100 SXM train, 2 generate" in text
     assert row(text, "weights, fp32")[2] == "9.85"
@@ -104,11 +105,26 @@ def test_rollouts_on_servers(paper_run):
     # 0.9 of 84.9 GB, without 29.54 of weights and 2.15 of workspace
     assert "a server holds 29.54 GB of weights and 44.75 GB of cached keys and values" in flat
     assert "a server receives 29.5 GB" in flat
-    assert "one broadcast at 50 GB/s" in flat
+    assert "through a folder, written once and read once by every node of 8 servers, at 10 GB/s in all" in flat
+    transport.class_path = "rpt_lightning.rollout.vllm_nccl_transport.NCCLTransport"
+    nccl = text_of(changed(paper_run[1], rollout__engine=servers, plan__num_devices=6, trainer__strategy__init_args__cpu_offload=False))
+    assert "one broadcast at 50 GB/s (NCCLTransport)" in " ".join(nccl.split())
+    # Written and read at 10 GB/s instead of sent at 50.
+    assert number(text, "sync of the weights") - number(nccl, "sync of the weights") == pytest.approx(29.54 * (2 / 10 - 1 / 50), rel=0.01)
     many = text_of(changed(paper_run[1], rollout__engine=servers, plan__num_devices=64, plan__num_servers=300))
     assert "44 of 300 servers have nothing to generate" in " ".join(many.split())
     with pytest.raises(ValueError, match=r"--plan.num_servers: only rollout.engine VLLMServerEngine"):
         plan_of(changed(paper_run[1], plan__num_servers=2))
+
+
+def test_an_engine_that_sleeps_shares_its_memory_with_training(paper_run):
+    given = {"trainer__strategy__init_args__cpu_offload": False, "rollout__engine__init_args__gpu_memory_utilization": 0.55}
+    awake = text_of(changed(paper_run[1], **given))
+    asleep = text_of(changed(paper_run[1], **given, rollout__engine__init_args__sleep_in_training=True))
+    assert row(awake, "does it fit?")[2] == "NO"
+    assert row(asleep, "does it fit?")[2] == "yes"
+    # While it generates: an eighth of 16 bytes for each of 14.77e9 parameters, 0.55 of 79.1 GiB, and what the engine and torch need besides.
+    assert float(row(asleep, "at most, in turn")[2]) == pytest.approx(14.770e9 * 16 / 8 / 1e9 + (0.55 * 79.1 + 2) * 2**30 / 1e9, abs=0.01)
 
 
 def test_an_engine_that_does_not_start_has_no_times(paper_run):

@@ -11,6 +11,7 @@ import threading
 import pytest
 import torch
 
+from rpt_lightning.rollout.engine import EngineLost
 from rpt_lightning.rollout.vllm_nccl_transport import FleetClient, NCCLTransport, _within, make_source
 
 needs_vllm = pytest.mark.skipif(sys.platform != "linux" or importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
@@ -43,7 +44,7 @@ def test_the_source_declares_what_it_yields_in_the_servers_dtype() -> None:
     weights = {"a": torch.ones(2, 3), "lm_head.weight": torch.zeros(3, 4).t()}
     source = make_source()
     for _ in range(2):  # one after the other, as updates come
-        source.fill(iter(weights.items()), torch.bfloat16, {name: weight.shape for name, weight in weights.items()})
+        source.fill(iter(weights.items()), torch.bfloat16, {name: weight.shape for name, weight in weights.items()}, torch.device("cpu"))
         metas = source.metadata if isinstance(inspect.getattr_static(type(source), "metadata"), property) else source.metadata()
         sent = dict(NCCLTrainerWeightTransferEngine._checked_iter(source, metas))  # vLLM's own check of the two
         assert all(torch.equal(sent[name], weights[name].bfloat16()) and sent[name].is_contiguous() for name in weights)
@@ -87,9 +88,9 @@ def test_each_server_has_its_own_ranks_in_the_group() -> None:
 
 def test_a_transfer_that_hangs_or_fails_is_an_error_with_a_way_out() -> None:
     never = threading.Event()
-    with pytest.raises(RuntimeError, match=r"version 3.*not done within 0.05 s .transport.timeout_s.*--ckpt_path last"):
+    with pytest.raises(EngineLost, match=r"version 3.*not done within 0.05 s .transport.timeout_s.*--ckpt_path last"):
         _within(0.05, never.wait, "sending version 3")
-    with pytest.raises(RuntimeError, match="KeyError: 'x'"):
+    with pytest.raises(EngineLost, match="KeyError: 'x'"):
         _within(5, lambda: {}["x"], "sending")
 
 

@@ -42,15 +42,31 @@ class SomeAreRight(Reward):
 
 
 class HeldValidation(Callback):
-    """No validation begins while the file is there; after ten minutes it begins all the same, so that a test that failed leaves no process behind."""
+    """No validation begins while the file is there (another, ``.begun``, says that one would). After ten minutes it begins all the same, so that a test that
+    failed leaves no process behind.
+    """
 
     def __init__(self, file: str) -> None:
         self.file = Path(file)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         end = time.monotonic() + 600
+        self.file.with_suffix(".begun").touch()
         while self.file.exists() and time.monotonic() < end:
             time.sleep(0.01)
+
+
+class KilledOnce(Callback):
+    """The last rank kills itself after step 2, unless the file says that it did so before; a step takes a second at least."""
+
+    def __init__(self, file: str) -> None:
+        self.file = Path(file)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        time.sleep(1)
+        if trainer.global_step == 2 and trainer.global_rank == trainer.world_size - 1 and not self.file.exists():
+            self.file.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run_cli(args: list[str], log: str, environment: dict[str, str]) -> None:

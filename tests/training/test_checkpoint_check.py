@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,14 +45,34 @@ def test_damaged_shards(shards: Path, damage: str):
     assert checkpoint_damage(shards) is not None
 
 
-def test_an_index_that_would_run_code_is_refused_and_not_run(shards: Path, tmp_path: Path):
-    class Evil:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path}/ran",)
+class Call:
+    """Unpickled, it calls a function."""
 
-    (shards / ".metadata").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(ValueError, match=r"--ckpt .*index names posix\.system"):
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        self._call = function, args
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self._call
+
+
+@pytest.mark.parametrize("name", [("posix", "system"), ("torch.distributed.checkpoint.filesystem", "os.system")])
+def test_an_index_that_would_run_code_is_refused_and_not_run(shards: Path, tmp_path: Path, name: tuple[str, str]):
+    """The second is reached through a module that an index names for its own records."""
+    index = pickle.dumps(Call(os.system, f"touch {tmp_path}/ran"), protocol=4)
+    module, function = (pickle.SHORT_BINUNICODE + bytes([len(part)]) + part.encode() for part in name)
+    (shards / ".metadata").write_bytes(index.replace(b"\x8c\x05posix", module).replace(b"\x8c\x06system", function).replace(index[2:11], b"", 1))
+    with pytest.raises(ValueError, match=rf"--ckpt .*index names {name[0]}\.{name[1]}"):
         read_checkpoint(shards, flag="--ckpt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_number_in_a_shard_that_would_run_code_is_refused_and_not_run(tmp_path: Path):
+    """torch.distributed.checkpoint unpickles what is no tensor."""
+    folder = tmp_path / "step-000001.ckpt"
+    save({"optimizer_0": {"lr": Call(os.system, f"touch {tmp_path}/ran")}}, checkpoint_id=folder, no_dist=True)
+    torch.save({"rpt": {"global_step": 1}}, folder / "meta.pt")
+    with pytest.raises(ValueError, match=r"--ckpt .*it cannot be read \(UnpicklingError"):
+        read_checkpoint(folder, flag="--ckpt")
     assert not (tmp_path / "ran").exists()
 
 

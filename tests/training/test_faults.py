@@ -13,6 +13,8 @@ import pytest
 import yaml
 from real_runs import RealRun, differences, scripted_flags, traces
 
+from rpt_lightning.training.stop import STATUS_SIGNAL
+
 STEPS = 6
 
 
@@ -54,7 +56,7 @@ def test_kill_in_the_middle_of_writing_a_checkpoint(flags, undisturbed, tmp_path
     assert run.checkpoints() == ["step-000004.ckpt", "step-000005.ckpt", "step-000006.ckpt"]  # no partial one, keep_every_n_steps=4
 
 
-def test_kill_between_a_checkpoint_and_its_validation(flags, undisturbed, tmp_path):
+def test_kill_and_stop_between_a_checkpoint_and_its_validation(flags, undisturbed, tmp_path):
     hold, config = tmp_path / "hold", tmp_path / "held.yaml"
     hold.touch()
     callback = {"class_path": "real_runs.HeldValidation", "init_args": {"file": str(hold)}}
@@ -63,7 +65,14 @@ def test_kill_between_a_checkpoint_and_its_validation(flags, undisturbed, tmp_pa
     run.start()
     assert run.kill_when(lambda: (run.folder / "checkpoints" / "step-000002.ckpt").exists())
     assert not (run.folder / "validation" / "step-000002.jsonl").exists()
+    begun = hold.with_suffix(".begun")
+    begun.unlink(missing_ok=True)
+    run.start()  # the validation is made up for before the first step, and a signal in it waits for the end of that
+    assert run.wait_for(begun.exists)
+    run.send(signal.SIGTERM)
     hold.unlink()
+    assert run.status() == STATUS_SIGNAL, run.text()
+    assert run.step() == 3
     run.finish()
     check_same(run, undisturbed(flags), steps=STEPS)
 
@@ -204,8 +213,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(flags, undisturbed, tmp_pa
 
 @pytest.mark.long
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_is_killed_ends_the_other(victim, flags, tmp_path):
-    """Two gloo ranks; the other one must be gone within a minute and say who died."""
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_is_killed_or_hangs_ends_the_other(fault, victim, flags, tmp_path):
+    """Two gloo ranks; the other one must be gone within a minute and say who is lost. A stopped process keeps its connections open and answers nothing."""
     launch = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "500"]
     run = RealRun(tmp_path / "run", [*flags, *launch])
     process = run.start_command()
@@ -213,7 +223,7 @@ def test_a_rank_that_is_killed_ends_the_other(victim, flags, tmp_path):
         run.wait_for_text("step 2/500:", process)
         (child,) = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
         killed, other = (process.pid, child) if victim == 0 else (child, process.pid)
-        os.kill(killed, signal.SIGKILL)
+        os.kill(killed, fault)
         assert run.ends(other, within_s=60, process=process), run.text()
         # By the watch, or by Lightning's launcher where it started the dead rank and kills the first.
         assert f"rpt: error: rank {victim}" in run.text() or f"[rank: {victim}] Child process with PID {killed} terminated with code -9" in run.text()

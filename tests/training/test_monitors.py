@@ -4,9 +4,10 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
-from rpt_lightning.training.monitors import RolloutSamples, StepLog
+from rpt_lightning.training.monitors import RolloutSamples, StepLog, sample_text
 
 
 def start(tmp_path, text, step):
@@ -65,3 +66,28 @@ def test_loggers_that_take_text_are_shown_samples_and_others_are_named(make_run,
     assert all(len(row) == len(columns) for row in rows)
     assert sum("CSVLogger is shown no text" in message for message in caplog.messages) == 1
     assert len(list((tmp_path / "run" / "rollouts").iterdir())) == 2
+
+
+def test_a_line_holds_what_its_step_logged(make_run, tmp_path):
+    """Lightning shows the last value of everything that was ever logged."""
+
+    class Sometimes(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            pl_module.log_step({"time/always_s": 1.0} | ({"time/sometimes_s": 2.0} if trainer.global_step % 2 else {}))
+
+    trainer, module, data = make_run(3, callbacks=[Sometimes(), StepLog()])
+    trainer.fit(module, data)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
+    assert [("time/always_s" in row, "time/sometimes_s" in row) for row in rows] == [(True, True), (True, False), (True, True)]
+
+
+def test_a_completion_stays_text_in_tensorboard():
+    from tensorboard.plugin_util import markdown_to_safe_html
+
+    hostile = "a ` ![x](http://evil.example/p.png) [click](http://evil.example)\n\n<img src='http://evil.example'>\n\n# heading"
+    html = markdown_to_safe_html(sample_text({"thought": hostile, "prediction": "b"}))
+    assert "<img" not in html
+    assert "<a " not in html
+    assert "<h1" not in html
+    assert html.count("<strong>") == 2
+    assert "![x](http://evil.example/p.png)" in html

@@ -36,6 +36,24 @@ def test_weights_go_in_before_every_rollout(make_run):
         assert {completion.policy_version for group in batch.groups for completion in group.completions} == {step}
 
 
+class SleepyEngine(ScriptedEngine):
+    """Gives its memory back whenever it may."""
+
+    sleeps = True
+
+    def _sleep(self) -> None:
+        self.events.append("sleep")
+
+
+def test_an_engine_sleeps_while_the_policy_trains_and_wakes_with_its_weights(make_run):
+    awake, asleep = ScriptedEngine(SCRIPT), SleepyEngine(SCRIPT)
+    _, trained, *_ = run(make_run, 2, awake)
+    _, slept, *_ = run(make_run, 2, asleep)
+    assert asleep.events == ["start", "update 0", "generate 8 requests", "sleep", "update 1", "generate 8 requests", "sleep", "close"]
+    for name, weight in trained.policy.named_parameters():
+        assert torch.equal(weight, slept.policy.get_parameter(name))
+
+
 def num_rolled_out(engine):
     return sum(int(event.split()[1]) for event in engine.events if event.startswith("generate"))
 

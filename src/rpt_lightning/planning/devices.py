@@ -34,8 +34,10 @@ class Device:
     host_link_bytes_per_s: float
 
     def network_bytes_per_s(self, num_devices: int) -> float:
-        """Of the slowest link among so many devices."""
-        return self.link_bytes_per_s if num_devices <= DEVICES_PER_NODE else min(self.link_bytes_per_s, NODE_LINK_BYTES_PER_S)
+        """Of rings through so many devices. Between nodes there are as many rings as adapters, and each leaves a node through one: a node sends at the
+        speed of all of them.
+        """
+        return self.link_bytes_per_s if num_devices <= DEVICES_PER_NODE else min(self.link_bytes_per_s, DEVICES_PER_NODE * NODE_LINK_BYTES_PER_S)
 
 
 def _gpu(chip: str, name: str, *, memory_gib: float, terabytes_per_s: float, link_gigabytes_per_s: float, host_gigabytes_per_s: float) -> Device:

@@ -149,4 +149,6 @@ def _training(plan: Plan) -> tuple[str, str]:
 
 
 def _sync(plan: Plan) -> tuple[str, str]:
+    if plan.settings.num_servers and plan.settings.transport == "folder":
+        return "to hand the weights over through a folder", "NCCLTransport, faster storage, or more tasks a step"
     return "to hand the weights over", "more tasks a step"

@@ -53,6 +53,11 @@ class TrainingMemory:
     work_bytes: float  # beside all that, while a layer or the head is differentiated or the optimizer steps: the largest of them
 
     @property
+    def lasting_bytes(self) -> float:
+        """Between two trainings too."""
+        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.buckets_bytes
+
+    @property
     def total_bytes(self) -> float:
         return float(sum(vars(self).values()))
 

@@ -41,13 +41,17 @@ class MemoryFit:
     training: TrainingMemory
     engine: EngineMemory
     is_apart: bool  # the engine is a server's
+    sleeps: bool  # the engine gives its memory back while the policy trains
     sequence_cache_bytes: float  # of the longest prompt and completion: an engine whose cache holds less refuses to start
     overhead_bytes: float
     device_bytes: float
 
     @property
     def total_bytes(self) -> float:
-        return self.training.total_bytes + (0 if self.is_apart else self.engine.total_bytes) + self.overhead_bytes
+        """At the fullest moment: of training, or of generation where the engine sleeps meanwhile."""
+        training, engine = self.training.total_bytes, 0 if self.is_apart else self.engine.total_bytes
+        together = max(training, self.training.lasting_bytes + engine) if self.sleeps else training + engine
+        return together + self.overhead_bytes
 
     @property
     def engine_starts(self) -> bool:
@@ -138,6 +142,7 @@ def _memory(
             ),
             engine=engine,
             is_apart=settings.num_servers > 0,
+            sleeps=settings.engine_sleeps,
             sequence_cache_bytes=settings.longest_sequence * shape.kv_cache_bytes(settings.engine_dtype_bytes),
             overhead_bytes=GPU_OVERHEAD_BYTES if settings.on_gpu else 0,
             device_bytes=device.memory_bytes,

@@ -97,7 +97,7 @@ def _memory(plan: Plan) -> list[str]:
         rows.append(["engine: weights", *(_gb(fit.engine.weights_bytes) for fit in fits)])
         rows.append(["engine: KV cache and workspace", *(_gb(max(0.0, fit.engine.kv_cache_bytes) + fit.engine.workspace_bytes) for fit in fits)])
     rows.append(["context, allocator", *(_gb(fit.overhead_bytes) for fit in fits)])
-    rows.append(["together", *(_gb(fit.total_bytes) for fit in fits)])
+    rows.append(["at most, in turn" if plan.settings.engine_sleeps else "together", *(_gb(fit.total_bytes) for fit in fits)])
     rows.append(["does it fit?", *(_verdict(fit) for fit in fits)])
     other = "without" if plan.settings.checkpointing else "with"
     rows.append([f"{other} activation checkpointing", *(_gb(fit.total_bytes) for fit in plan.memory_other)])

@@ -9,6 +9,7 @@ from rpt_lightning.planning.memory import AUTOCAST, FP32, GATHERED_BF16, Precisi
 from rpt_lightning.policy.block_mask import bucket_length
 
 EngineKind = Literal["vllm", "servers", "transformers", "other"]
+TransportKind = Literal["nccl", "folder"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +36,10 @@ class RunSettings:
     num_servers: int  # devices that only generate, each with a whole model; 0: the training devices generate
     on_gpu: bool
     engine: EngineKind
+    transport: TransportKind  # how weights get to servers
     engine_dtype_bytes: int
     gpu_memory_utilization: float  # of vLLM, in the trainer or on a server
+    engine_sleeps: bool  # vLLM in the trainer, on GPU: training and engine have their memory in turn
     kv_cache_bytes: float  # of vLLM on CPU
     max_num_seqs: int  # of vLLM
     max_batch_tokens: int  # of transformers
@@ -70,5 +73,6 @@ class RunSettings:
 class Rates:
     """What share of a device's peaks is reached: an assumption."""
 
-    mfu: float  # of the operations a second, by training and prefill
+    mfu: float  # of the operations a second, by training and prefill; layers that are computed again do not count as operations
     bandwidth_frac: float  # of the memory bandwidth, by decoding
+    storage_bytes_per_s: float = 10e9  # of the folder through which servers get weights, all its readers together

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rpt_lightning.planning.devices import HOST_BANDWIDTH_BYTES_PER_S, NODE_LINK_BYTES_PER_S, Device
+from rpt_lightning.planning.devices import DEVICES_PER_NODE, HOST_BANDWIDTH_BYTES_PER_S, NODE_LINK_BYTES_PER_S, Device
 from rpt_lightning.planning.memory import BF16_BYTES, FP32_BYTES, GATHERED_BF16
 from rpt_lightning.planning.model_shape import ModelShape
 from rpt_lightning.planning.settings import Rates, RunSettings
@@ -54,12 +54,13 @@ class StepTraffic:
     """Bytes that one device sends (or receives) in a step."""
 
     train_bytes: float  # sent by a training device: weights gathered, gradients scattered
-    gather_bytes: float  # sent by a training device: weights gathered for the sync
+    gather_bytes: float  # sent by a training device: weights gathered for the sync and for the comparison after it
     server_bytes: float  # received by a server: the weights in the engine's dtype
 
 
 def step_traffic(settings: RunSettings, shape: ModelShape, tokens: StepTokens) -> StepTraffic:
-    """Every micro-batch sends its gradients in fp32 and, sharded, gathers the weights twice; the sync gathers them once more, in fp32.
+    """Every micro-batch sends its gradients in fp32 and, sharded, gathers the weights twice; the sync gathers them once more, in fp32, and of what it
+    compares then embedding and head (the few other tensors are not counted).
 
     A ring moves (n - 1) / n of the whole for a gather or a scatter, and twice that to add up gradients that everyone keeps.
     """
@@ -68,8 +69,13 @@ def step_traffic(settings: RunSettings, shape: ModelShape, tokens: StepTokens) -
     if settings.strategy == "fsdp2":
         gather_bytes = BF16_BYTES if settings.precision("fsdp2") == GATHERED_BF16 else FP32_BYTES
         train = (2 * gather_bytes + FP32_BYTES) * ring * tokens.micro_batches
-        return StepTraffic(train_bytes=train, gather_bytes=FP32_BYTES * ring, server_bytes=server)
+        return StepTraffic(train_bytes=train, gather_bytes=FP32_BYTES * ring * _gathered_for_sync(shape), server_bytes=server)
     return StepTraffic(train_bytes=2 * FP32_BYTES * ring * tokens.micro_batches, gather_bytes=0, server_bytes=server)
+
+
+def _gathered_for_sync(shape: ModelShape) -> float:
+    """In whole models."""
+    return 1 + shape.outer_params / shape.num_params
 
 
 def prefill_work(settings: RunSettings, tokens: StepTokens) -> Work:
@@ -106,7 +112,6 @@ def step_times(settings: RunSettings, shape: ModelShape, device: Device, rates: 
     pass_flops = concurrent * forward_flops(shape.size, tokens.sampling) / (tokens.num_completions * tokens.completion_tokens)
     num_passes = completions * tokens.completion_tokens / concurrent
 
-    recompute = 1 / 3 if settings.checkpointing else 0  # one more forward pass, where there is a backward one
     # Every weight is read in fp32 and written in the engine's dtype, by the trainer and once more by a server that received it.
     copies = FP32_BYTES + settings.engine_dtype_bytes + (2 * settings.engine_dtype_bytes if settings.num_servers else 0)
     return StepTimes(
@@ -114,11 +119,25 @@ def step_times(settings: RunSettings, shape: ModelShape, device: Device, rates: 
         decode_s=num_passes * max((weights + cached) / bytes_per_s, pass_flops / flops_per_s),
         decode_cache_frac=cached / (weights + cached),
         longest_decode_s=settings.max_completion_tokens * weights / bytes_per_s,
-        train_compute_s=(num_passes_of_training(settings) + recompute) * train_flops(shape.size, tokens.busiest) / flops_per_s,
+        train_compute_s=num_passes_of_training(settings) * train_flops(shape.size, tokens.busiest) / flops_per_s,
         train_network_s=traffic.train_bytes / link_bytes_per_s,
         offload_s=_offload_s(settings, shape, device, tokens) if settings.cpu_offload else 0,
-        sync_s=traffic.gather_bytes / link_bytes_per_s + traffic.server_bytes / NODE_LINK_BYTES_PER_S + shape.num_params * copies / bytes_per_s,
+        sync_s=_gather_s(settings, shape, device, traffic) + _delivery_s(settings, rates, traffic) + shape.num_params * copies / bytes_per_s,
     )
+
+
+def _gather_s(settings: RunSettings, shape: ModelShape, device: Device, traffic: StepTraffic) -> float:
+    """With CPU offload a rank's shard is brought to the device first."""
+    shard = FP32_BYTES * shape.num_params / settings.num_ranks * _gathered_for_sync(shape) if settings.cpu_offload else 0
+    return shard / device.host_link_bytes_per_s + traffic.gather_bytes / device.network_bytes_per_s(settings.num_ranks)
+
+
+def _delivery_s(settings: RunSettings, rates: Rates, traffic: StepTraffic) -> float:
+    """From the trainer to the servers: one broadcast, or a folder, which the trainer writes once and every node of servers reads once."""
+    if settings.transport == "nccl":
+        return traffic.server_bytes / NODE_LINK_BYTES_PER_S
+    nodes = -(-settings.num_servers // DEVICES_PER_NODE)
+    return (1 + nodes) * traffic.server_bytes / rates.storage_bytes_per_s
 
 
 def _offload_s(settings: RunSettings, shape: ModelShape, device: Device, tokens: StepTokens) -> float:

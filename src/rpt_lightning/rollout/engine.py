@@ -173,6 +173,18 @@ class RolloutEngine(ABC):
         self._check_started("differing_weights")
         return self._differing_weights(wanted)
 
+    @property
+    def sleeps(self) -> bool:
+        """Whether ``sleep`` does anything."""
+        return False
+
+    def sleep(self) -> None:
+        """Nothing is generated for a while: an engine that ``sleeps`` gives back its memory, and has no weights until the next update."""
+        if self.sleeps and self._token_bytes is not None:
+            with self._alone("sleep"):
+                self._version = None
+                self._sleep()
+
     def interrupt(self) -> None:
         """Ends a ``generate`` that runs in another thread soon, and every later one until the engine is started anew."""
         self._is_interrupted = True
@@ -204,6 +216,10 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def _differing_weights(self, wanted: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]: ...
+
+    def _sleep(self) -> None:
+        """Of an engine that ``sleeps``; it may be asleep already. The next ``_update_weights`` wakes it."""
+        raise NotImplementedError
 
     @abstractmethod
     def _close(self) -> None: ...

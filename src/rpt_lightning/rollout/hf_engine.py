@@ -31,7 +31,7 @@ class HFEngine(RolloutEngine):
         if max_batch_tokens < 1:
             raise ValueError(f"max_batch_tokens={max_batch_tokens} must be at least 1")
         self.max_batch_tokens = max_batch_tokens
-        self.device = torch.device(_best_device() if device == "auto" else device)
+        self.device = device
         self._model: Any = None
 
     @property
@@ -39,7 +39,9 @@ class HFEngine(RolloutEngine):
         return f"transformers generate, {self.dtype}, on {self.device}, batches of up to {self.max_batch_tokens} tokens"
 
     def _start(self, model_path: str, seed: int) -> None:
-        self._model = model_copy.build_model(model_path, self.dtype, self.device)
+        if self.device == "auto":  # known only now: the strategy gives each rank its GPU when the run starts
+            self.device = _best_device()
+        self._model = model_copy.build_model(model_path, self.dtype, torch.device(self.device))
 
     def _update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         model_copy.load_weights(self._model, weights)
@@ -65,7 +67,7 @@ class HFEngine(RolloutEngine):
         longest = max(map(len, prompts))
         input_ids = torch.tensor([(0,) * (longest - len(prompt)) + prompt for prompt in prompts], device=self.device)  # [N, T], padded on the left
         attention_mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device)  # [N, T]
-        draw = SeededDraw(sampling, seeds, self.device, before_token=self._check_interrupted)
+        draw = SeededDraw(sampling, seeds, torch.device(self.device), before_token=self._check_interrupted)
         settings = cast(Any, GenerationConfig)(
             do_sample=False, max_new_tokens=sampling.max_tokens, eos_token_id=list(sampling.stop_token_ids) or None, pad_token_id=0, use_cache=True
         )

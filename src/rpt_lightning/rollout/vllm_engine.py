@@ -49,6 +49,9 @@ class VLLMEngine(RolloutEngine):
     enable_prefix_caching: Compute the shared beginning of prompts once. It is forgotten with every update of the weights.
     block_size: Tokens of a cache block; only whole blocks of a prefix are shared. None: 32 on CPU (vLLM's own 128 would share next to nothing of short
         contexts), vLLM's choice on GPU.
+    sleep_in_training: Give the GPU's memory back while the policy trains (vLLM's sleep mode, level 2: weights and cache are dropped, since new weights come
+        anyway). Training and engine then need their memory in turn. Only on GPU, and with rollouts of the present policy; not together with
+        PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.
     """
 
     _running: ClassVar[VLLMEngine | None] = None
@@ -62,6 +65,7 @@ class VLLMEngine(RolloutEngine):
         enforce_eager: bool | None = None,
         enable_prefix_caching: bool = True,
         block_size: int | None = None,
+        sleep_in_training: bool = False,
     ) -> None:
         super().__init__(dtype)
         if not 0 < gpu_memory_utilization < 1:
@@ -74,6 +78,8 @@ class VLLMEngine(RolloutEngine):
         self.enforce_eager = enforce_eager
         self.enable_prefix_caching = enable_prefix_caching
         self.block_size = block_size
+        self.sleep_in_training = sleep_in_training
+        self._is_asleep = False
         self._llm: Any = None
         self._is_trainers_group = False
 
@@ -83,10 +89,17 @@ class VLLMEngine(RolloutEngine):
         caching = "with" if self.enable_prefix_caching else "without"
         return (
             f"vLLM {_vllm_version()} in this process, {self.dtype}, on {where}, up to {self.max_num_seqs} sequences at once, {caching} prefix cache"
+            + (", asleep while the policy trains" if self.sleep_in_training else "")
         )
+
+    @property
+    def sleeps(self) -> bool:
+        return self.sleep_in_training
 
     def _start(self, model_path: str, seed: int) -> None:
         _prepare_environment()
+        if self.sleep_in_training and not torch.cuda.is_available():
+            raise ValueError("rollout.engine.sleep_in_training: vLLM sleeps on GPUs only; leave it out on a CPU")
         if VLLMEngine._running is not None:
             raise RuntimeError("a VLLMEngine runs in this process already, and vLLM's groups and settings belong to the process: close it first")
         self._is_trainers_group = torch.distributed.is_initialized()
@@ -124,6 +137,7 @@ class VLLMEngine(RolloutEngine):
             enable_chunked_prefill=None if on_gpu else False,
             kv_cache_memory_bytes=None if on_gpu else int(self.kv_cache_gib * 2**30),
             disable_log_stats=True,
+            enable_sleep_mode=self.sleep_in_training,
             distributed_executor_backend=OwnDeviceExecutor,
         )
 
@@ -131,11 +145,23 @@ class VLLMEngine(RolloutEngine):
         if not torch.cuda.is_available():
             weights = heap_trimmed(weights)
         with trainer_state_kept():
+            if self._is_asleep:
+                torch.cuda.empty_cache()  # what the trainer's allocator holds free would not be there for vLLM's
+                self._llm.wake_up(tags=["weights"])
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            if self._is_asleep:  # the cache last: its memory is free for what loading needs
+                self._llm.wake_up(tags=["kv_cache"])
+                self._is_asleep = False
             # Cached keys and values belong to the old weights.
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError("vLLM did not reset its prefix cache: a request is still running")
         self._forget_prompts()
+
+    def _sleep(self) -> None:
+        if not self._is_asleep:
+            with trainer_state_kept():
+                self._llm.sleep(level=2)
+            self._is_asleep = True
 
     def _forget_prompts(self) -> None:
         self._best_cache = UnlimitedPrefixCache(self._llm.llm_engine.vllm_config.cache_config.block_size)
@@ -152,6 +178,8 @@ class VLLMEngine(RolloutEngine):
         return [[drawn.sample for drawn in row] for row in rows]
 
     def _read_weights(self, names: Sequence[str]) -> dict[str, Tensor]:
+        if self._is_asleep:
+            raise RuntimeError("the engine sleeps and has no weights; update them first")
         with trainer_state_kept():
             (weights,) = self._llm.apply_model(lambda model: read_weights(model, names, self.dtype))
         return cast(dict[str, Tensor], weights)
@@ -165,7 +193,7 @@ class VLLMEngine(RolloutEngine):
         with trainer_state_kept(), trainers_group_kept(self._is_trainers_group):
             if self._llm is not None:
                 self._llm.llm_engine.engine_core.shutdown()
-            self._llm, VLLMEngine._running, self.prompt_tokens = None, None, None
+            self._llm, VLLMEngine._running, self.prompt_tokens, self._is_asleep = None, None, None, False
             cleanup_dist_env_and_memory()
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rpt_lightning.rollout.engine import EngineLost
 from rpt_lightning.rollout.server import Fleet, Server, ServerLost
 from rpt_lightning.rollout.weight_transport import WeightTransport
 
@@ -49,8 +50,8 @@ class NCCLTransport(WeightTransport):
         members = self._fleet.run(_hold_all)
         if not members:  # whoever comes later is told to wait for the next update
             return
-        self._source.fill(weights, dtype, shapes)
-        device = torch.cuda.current_device()
+        device = torch.device("cuda", torch.cuda.current_device())
+        self._source.fill(weights, dtype, shapes, device)
 
         def send() -> None:
             torch.cuda.set_device(device)  # belongs to the thread
@@ -113,13 +114,13 @@ def make_source() -> Any:
     class Stream(WeightSource):  # type: ignore[misc, unused-ignore]
         metadata: Any = property(metas) if is_property else metas
 
-        def fill(self, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, shapes: Mapping[str, torch.Size]) -> None:
-            self.weights, self.dtype = weights, dtype
+        def fill(self, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, shapes: Mapping[str, torch.Size], device: torch.device) -> None:
+            self.weights, self.dtype, self.device = weights, dtype, device
             self.metas = [ParamMeta(name, dtype, tuple(shape)) for name, shape in shapes.items()]
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
             for name, tensor in self.weights:
-                yield name, tensor.detach().to(self.dtype).contiguous()
+                yield name, tensor.detach().to(self.device, self.dtype).contiguous()  # with CPU offload it was gathered on the host
 
     return Stream()
 
@@ -176,7 +177,9 @@ async def _hold_all(servers: list[Server]) -> dict[str, tuple[str, int]]:
 
 
 def _within(limit_s: float, work: Any, what: str) -> None:
-    """Runs ``work`` in a thread that does not keep the process alive. After an error the NCCL group is unusable, so there is no second try."""
+    """Runs ``work`` in a thread that does not keep the process alive. Raises EngineLost: after an error the NCCL group is unusable, and the run ends with a
+    checkpoint.
+    """
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -190,7 +193,7 @@ def _within(limit_s: float, work: Any, what: str) -> None:
     thread.join(limit_s)
     if thread.is_alive() or errors:
         why = f"not done within {limit_s:g} s (transport.timeout_s)" if not errors else f"{type(errors[0]).__name__}: {errors[0]}"
-        raise RuntimeError(f"NCCLTransport, {what}: {why}. Continue the run with --ckpt_path last") from (errors[0] if errors else None)
+        raise EngineLost(f"NCCLTransport, {what}: {why}. Continue the run with --ckpt_path last") from (errors[0] if errors else None)
 
 
 def _free_port() -> int:

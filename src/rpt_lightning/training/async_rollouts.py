@@ -24,6 +24,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from rpt_lightning.data.answer_datamodule import AnswerTaskDataModule
 from rpt_lightning.data.datamodule import TokenTaskDataModule
+from rpt_lightning.rollout.engine import RolloutEngine
 from rpt_lightning.tasks.reward import Reward
 from rpt_lightning.training.background import Background
 from rpt_lightning.training.engine_sync import EngineSync
@@ -67,7 +68,6 @@ class AsyncRollouts:
         self.trainer = trainer
         self.module = module
         self.max_staleness = max_staleness
-        self._compared: dict[str, float] = {}  # what the last comparison of log-probs said
         self._temperature = sync.rollouter.temperature
         self._ahead: deque[Future[StepRollouts]] = deque()  # begun and not trained, in the order of the steps
         data.trained_up_to(data.stream.place)
@@ -83,14 +83,15 @@ class AsyncRollouts:
         if version - rollouts.policy_version > self.max_staleness:
             rollouts = self._again(rollouts)
         tasks = [group.task for group in rollouts.filled.groups]
+        compared = {}
         if rollouts.policy_version == version:
             with clock.phase("logprob_check"):
-                self._compared = self.sync.check_logprobs(self.trainer, self.module, rollouts.filled.groups, temperature=self._temperature)
-        self._begin(first=version + self.module.optimizer_steps_per_batch, try_on=tasks)
+                compared = self.sync.check_logprobs(self.trainer, self.module, rollouts.filled.groups, temperature=self._temperature)
+        compared |= self._begin(first=version + self.module.optimizer_steps_per_batch, try_on=tasks)
         assert rollouts.place is not None
         self.data.trained_up_to(rollouts.place)
         own = {"rollout/staleness": float(version - rollouts.policy_version), "rollout/dropped_groups": 0.0, "time/generation_s": rollouts.seconds}
-        return dataclasses.replace(rollouts, metrics=self._compared | own | rollouts.metrics)
+        return dataclasses.replace(rollouts, metrics=compared | own | rollouts.metrics)
 
     def drain(self) -> None:
         """Returns when nothing is generated on any rank: until ``next`` is called the trainer's thread may use the engine."""
@@ -108,8 +109,9 @@ class AsyncRollouts:
             )
         return has_stopped
 
-    def _begin(self, *, first: int, try_on: Sequence[Task] | None) -> None:
-        """Unless something is generated still: the policy's weights into the engine, and as many batches begun as the rule allows.
+    def _begin(self, *, first: int, try_on: Sequence[Task] | None) -> dict[str, float]:
+        """Unless something is generated still: the policy's weights into the engine, and as many batches begun as the rule allows. Returns what the
+        comparison of log-probs said, where there was one.
 
         Args:
             first: The version at which the first of all batches ahead is trained.
@@ -122,12 +124,14 @@ class AsyncRollouts:
             if end < 0 or trained_at < end  # the run's last steps need none ahead
         ]
         if not versions or self.module.ranks.any(not all(batch.done() for batch in self._ahead)):
-            return
+            return {}
         self.sync.sync(self.module)
+        compared = {}
         if try_on is not None:
             with self.module.clock.phase("logprob_check"):
-                self._compared = self.sync.try_out(self.trainer, self.module, try_on)
+                compared = self.sync.try_out(self.trainer, self.module, try_on)
         self._ahead.extend(self._background.submit(functools.partial(self._roll_out_next, trained_at)) for trained_at in versions)
+        return compared
 
     def _again(self, stale: StepRollouts) -> StepRollouts:
         """The same tasks with the present weights; those that dynamic sampling replaced stay replaced."""
@@ -156,13 +160,17 @@ class AsyncRollouts:
         return self.roller.roll_out(tasks, self.data.draw, max_extra_tasks=max_extra_tasks, ranks=self.exchange)
 
 
-def check_settings(max_staleness: int, module: PolicyModule, reward: Reward, data: object) -> None:
+def check_settings(max_staleness: int, engine: RolloutEngine, module: PolicyModule, reward: Reward, data: object) -> None:
     """Raises ValueError for what asynchronous rollouts cannot do, or must not."""
     flag = f"--rollout.max_staleness {max_staleness}"
     if not module.corrects_mismatch:
         raise ValueError(
             f"{flag}: the policy is trained on completions of its earlier weights, which biases the loss unless it is corrected; set --model.correction "
             "truncate (or mask), or --rollout.max_staleness 0"
+        )
+    if engine.sleeps:
+        raise ValueError(
+            f"{flag}: the engine generates while the policy trains; set --rollout.engine.sleep_in_training false, or --rollout.max_staleness 0"
         )
     if max_staleness < module.optimizer_steps_per_batch:
         raise ValueError(

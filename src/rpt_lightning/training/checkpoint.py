@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
@@ -48,6 +49,7 @@ class RunCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.keep = keep
         self.keep_every_n_steps = keep_every_n_steps
+        self.resumes_from: str | None = None  # the checkpoint that this rank found; None: a new run
         self.start_step: int | None = None  # where training began in this process, on every rank; None: not yet
         self._saved_step = 0
         self._step_end: dict[str, Any] = {}  # where Lightning's loops stood at the end of the last step
@@ -55,6 +57,23 @@ class RunCheckpoint(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # A strategy that writes shards does not use it.
         trainer.strategy.checkpoint_io = StreamedCheckpointIO()
+        if stage == TrainerFn.FITTING:
+            self._check_same_start(trainer)
+
+    def _check_same_start(self, trainer: Trainer) -> None:
+        """Each rank has looked for the last checkpoint by itself, before the ranks met. Raises ValueError, on all of them, where they found different ones."""
+        if trainer.world_size == 1:
+            return
+        found: list[str | None] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(found, self.resumes_from and Path(self.resumes_from).name)
+        if len(set(found)) > 1:
+            ranks = "; ".join(
+                f"{name or 'none'}: rank {', '.join(str(rank) for rank, other in enumerate(found) if other == name)}" for name in dict.fromkeys(found)
+            )
+            raise ValueError(
+                f"the ranks would start from different checkpoints of {_folder(trainer)} ({ranks}). The run folder must be the same one on every node, and "
+                "readable: look at it from each; a network file system may show a new checkpoint half a minute late, then start the run again"
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.start_step = self._saved_step = trainer.global_step

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from rpt_lightning.policy.weights import named_weights
 from rpt_lightning.rollout.rollouter import Rollouter
 from rpt_lightning.training.policy_module import PolicyModule
-from rpt_lightning.training.sync_check import LogprobDiff, check_logprobs, check_weights, compare_logprobs, logprob_limits
+from rpt_lightning.training.sync_check import LogprobDiff, check_logprobs, check_weights, compare_logprobs, logprob_limits, sampled_names
 from rpt_lightning.types import RolloutGroup, Task, TrainSequence
 
 # Of a completion that is drawn only to compare its log-probs.
@@ -49,7 +49,9 @@ class EngineSync:
         with module.clock.phase("sync"):
             if self.engine.version != module.policy_version:
                 self.engine.update_weights(named_weights(module.policy), version=module.policy_version)
-                check_weights(self.engine, named_weights(module.policy), version=module.policy_version, turn=self._num_weight_checks)
+                # Gathered once more, but only what is compared.
+                sampled = named_weights(module.policy, sampled_names(self.engine.weight_names, self._num_weight_checks))
+                check_weights(self.engine, sampled, version=module.policy_version, turn=self._num_weight_checks)
                 self._num_weight_checks += 1
 
     def try_out(self, trainer: Trainer, module: PolicyModule, tasks: Sequence[Task]) -> dict[str, float]:

@@ -45,7 +45,8 @@ class RPTModule(PolicyModule):
     advantage_scale: "std" divides a group's advantages by its standard deviation (GRPO), "none" does not (Dr. GRPO).
     aggregation: How tokens become one loss, always over the step's global counts: "token_mean" (all tokens alike), "sequence_mean" (all completions
         alike), "constant" (Dr. GRPO: over completions x max_completion_tokens).
-    clip_low: The ratio is clipped below 1 - clip_low. Only matters with several optimizer steps a batch or with stale rollouts.
+    clip_low: The ratio is clipped below 1 - clip_low. Only matters with several optimizer steps a batch; against stale rollouts
+        stands `correction_cap`.
     clip_high: The ratio is clipped above 1 + clip_high.
     optimizer_steps_per_batch: 1 is exactly on-policy (the paper's batch = mini-batch); more cuts each batch of rollouts into that many
         mini-batches, which are the same on any number of ranks.

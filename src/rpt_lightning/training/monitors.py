@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rpt_lightning.metrics.bands import BANDS
 from rpt_lightning.metrics.results import Results, write_results
 from rpt_lightning.metrics.rollout_samples import RolloutSample, samples_of, write_samples
-from rpt_lightning.metrics.run_folder import ANSWER_FOLDER, ROLLOUT_FOLDER, STEP_LOG, VALIDATION_FOLDER
+from rpt_lightning.metrics.run_folder import ROLLOUT_FOLDER, STEP_LOG, VALIDATION_FOLDER
 from rpt_lightning.policy.flops import model_size
 from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.training.policy_module import PolicyModule
@@ -52,7 +52,9 @@ class StepLog(Callback):
     @rank_zero_only
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.num_steps = trainer.global_step - self._start_step
-        metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if not name.startswith("val/")}
+        assert isinstance(pl_module, PolicyModule)
+        stale = pl_module.take_stale_metrics()
+        metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if not name.startswith("val/") and name not in stale}
         with (Path(trainer.default_root_dir) / STEP_LOG).open("a") as file:
             file.write(json.dumps({"step": trainer.global_step, "time": time.time(), **metrics}) + "\n")
         print(self._line(trainer, metrics), flush=True)
@@ -149,26 +151,19 @@ class RolloutSamples(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for number, row in enumerate(rows):
-                    text = "\n\n".join(f"**{name}** `{value!r}`" for name, value in row.items())
-                    logger.experiment.add_text(f"sample/{number}", text, trainer.global_step)
+                    logger.experiment.add_text(f"sample/{number}", sample_text(row), trainer.global_step)
             elif isinstance(logger, WandbLogger) and rows:
                 data = [[repr(value) for value in row.values()] for row in rows]
                 logger.log_text("samples", columns=list(rows[0]), data=data, step=trainer.global_step)
 
 
+def sample_text(row: Mapping[str, object]) -> str:
+    """Markdown, as TensorBoard renders it. Values are blocks of code, which nothing within a line can close: no completion becomes a link or an image."""
+    return "\n\n".join(f"**{name}**\n\n    {value!r}" for name, value in row.items())
+
+
 class ValidationResults(Callback):
     """Every validation pass leaves one record a position in ``validation/step-N.jsonl``, so that any two policies can be compared in pairs."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A run that was killed after a checkpoint and before the validation that was due there: Lightning takes it for done."""
-        epoch_loop = trainer.fit_loop.epoch_loop
-        folders = (Path(trainer.default_root_dir) / name for name in (VALIDATION_FOLDER, ANSWER_FOLDER))
-        is_done = any((folder / f"step-{trainer.global_step:06d}.jsonl").exists() for folder in folders)
-        is_due = trainer.global_step > 0 and trainer.enable_validation and epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
-        if is_due and not trainer.strategy.broadcast(is_done):
-            trainer.validating = True
-            epoch_loop.val_loop.run()
-            trainer.training = True
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -78,6 +78,8 @@ class PolicyModule(LightningModule, ABC):
         self.trained_work = Work()  # with one
         self._loaded_step = 0
         self.clock = StepClock()  # of the step that runs
+        self._logged: set[str] = set()  # metrics of the step that runs
+        self._logged_before: set[str] = set()  # of all steps before
         self.results: list[PositionResult] = []  # of the last validation pass, of all ranks; while a pass runs, this rank's part
         self.tokenizer = policy.tokenizer
         self.tokenizer_hash = tokenizer_hash(policy.tokenizer)
@@ -242,6 +244,14 @@ class PolicyModule(LightningModule, ABC):
         with self.clock.phase("log"):
             for name, value in metrics.items():
                 self.log(name, float(value), on_step=True, on_epoch=False, prog_bar=name in PROGRESS_BAR_METRICS)
+        self._logged.update(metrics)
+
+    def take_stale_metrics(self) -> set[str]:
+        """What earlier steps logged and this one did not, such as a phase that it did not have: Lightning's ``callback_metrics`` still holds it."""
+        stale = self._logged_before - self._logged
+        self._logged_before |= self._logged
+        self._logged = set()
+        return stale
 
     @abstractmethod
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:

@@ -7,6 +7,7 @@ rank tells a small shared counter that it lives, and a thread of its own watches
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -37,7 +38,9 @@ class RankWatch(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1 and self.limit_s:
-            self._watch = _Watch(trainer.global_rank, trainer.world_size, self.limit_s)
+            # A name of its own for each start: torchrun's store may outlive the ranks, and each of its nodes counts restarts by itself.
+            name = trainer.strategy.broadcast(f"rank-watch-{secrets.token_hex(8)}")
+            self._watch = _Watch(name, trainer.global_rank, trainer.world_size, self.limit_s)
             self._watch.start()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -62,57 +65,43 @@ def is_lost_connection(error: BaseException) -> bool:
 
 
 class _Watch(threading.Thread):
-    """The first rank looks at all counters, the others at the first rank's and at the news: the number of requests grows only with the number of ranks.
+    """Judges by what `_Signs` last saw, and ends the process; it never waits for the store itself, which may hang with the process that keeps it."""
 
-    The counters are kept by the store at which the ranks met (in the first rank's process, or torchrun's), over a connection of our own: that of
-    torch is locked while it waits.
-    """
-
-    def __init__(self, rank: int, num_ranks: int, limit_s: float) -> None:
+    def __init__(self, name: str, rank: int, num_ranks: int, limit_s: float) -> None:
         super().__init__(daemon=True, name="rank-watch")
         self.rank = rank
-        self.num_ranks = num_ranks
         self.limit_s = limit_s
         self.period_s = limit_s / 10
         self._stopped = threading.Event()
-        self._store = self._connect()
-
-    def _connect(self) -> Any:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=self.limit_s))
-        # torchrun's store outlives a restart of the ranks.
-        return PrefixStore(f"rank-watch-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        self._signs = _Signs(name, rank, num_ranks, limit_s, self._stopped)
 
     def tell(self, what: str) -> None:
-        """To all ranks, of this one. The first news stay."""
-        try:
-            self._store.compare_set(_NEWS, "", f"rank {self.rank} (process {os.getpid()} on {socket.gethostname()}) {what}")
-        except dist.DistError:
-            return  # the rank that keeps the news is gone, which the others see as well
+        """To all ranks, of this one."""
+        self._signs.tell(f"rank {self.rank} (process {os.getpid()} on {socket.gethostname()}) {what}")
 
     def stop(self) -> None:
         self._stopped.set()
 
     def run(self) -> None:
-        watched = range(self.num_ranks) if self.rank == 0 else (0,)
-        beats = dict.fromkeys(watched, 0)
-        seen_s = dict.fromkeys(watched, time.monotonic())
+        self._signs.start()
         while not self._stopped.wait(self.period_s):
-            try:
-                self._store.add(f"beat-{self.rank}", 1)
-                if self._store.check([_NEWS]):
-                    self._leave(self._store.get(_NEWS).decode())
-                now = time.monotonic()
-                for rank in watched:
-                    if (beat := self._store.add(f"beat-{rank}", 0)) != beats[rank]:
-                        beats[rank], seen_s[rank] = beat, now
-                for rank in watched:
-                    if now - seen_s[rank] > self.limit_s:
-                        news = f"rank {rank} has given no sign of life for {now - seen_s[rank]:.0f} s (ranks.limit_s={self.limit_s:g}): its process is dead or hangs"
-                        self._store.compare_set(_NEWS, "", news)
-                        self._leave(news)
-            except dist.DistError as error:
-                self._leave(f"rank 0, which keeps the ranks together, cannot be reached any more ({type(error).__name__}): its process is dead")
+            now = time.monotonic()
+            silences = {rank: now - seen_s for rank, seen_s in self._signs.seen_s.items()}
+            lost = [rank for rank, silence in silences.items() if silence > self.limit_s]
+            if self._signs.news is not None:
+                self._leave(self._signs.news)
+            elif (silence := now - self._signs.answered_s) > self.limit_s:
+                self._leave(
+                    f"rank 0, which keeps the ranks together, has not answered for {silence:.0f} s ({self._limit}): its process is dead or hangs"
+                )
+            elif lost:
+                news = f"rank {lost[0]} has given no sign of life for {silences[lost[0]]:.0f} s ({self._limit}): its process is dead or hangs"
+                self._signs.tell(news)
+                self._leave(news)
+
+    @property
+    def _limit(self) -> str:
+        return f"ranks.limit_s={self.limit_s:g}"
 
     def _leave(self, news: str) -> None:
         # A rank that is about to end by itself, with the same error or because all is done, may do so.
@@ -120,3 +109,46 @@ class _Watch(threading.Thread):
             return
         print(f"rpt: error: {news}. Rank {self.rank} ends too; continue with --ckpt_path last", file=sys.stderr, flush=True)
         os._exit(STATUS_LOST_RANK)  # the main thread may hang in a collective, from which no exception wakes it
+
+
+class _Signs(threading.Thread):
+    """Signs of life, given and seen. The first rank looks at all counters, the others at the first rank's and at the news: the number of requests grows
+    only with the number of ranks.
+
+    The counters are kept by the store at which the ranks met (in the first rank's process, or torchrun's), over a connection of our own: that of
+    torch is locked while it waits. A request to a store whose process hangs is never answered.
+    """
+
+    def __init__(self, name: str, rank: int, num_ranks: int, limit_s: float, stopped: threading.Event) -> None:
+        super().__init__(daemon=True, name="rank-signs")
+        self.news: str | None = None
+        self.answered_s = time.monotonic()
+        self.seen_s = dict.fromkeys(range(num_ranks) if rank == 0 else (0,), self.answered_s)
+        self._rank = rank
+        self._period_s = limit_s / 10
+        self._stopped = stopped
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=limit_s))
+        self._store: Any = PrefixStore(name, store)
+
+    def tell(self, news: str) -> None:
+        """The first news stay."""
+        try:
+            self._store.compare_set(_NEWS, "", news)
+        except dist.DistError:
+            return  # the rank that keeps the news is gone, which the others see as well
+
+    def run(self) -> None:
+        beats = dict.fromkeys(self.seen_s, 0)
+        while not self._stopped.wait(self._period_s):
+            try:
+                self._store.add(f"beat-{self._rank}", 1)
+                for rank in beats:
+                    if (beat := self._store.add(f"beat-{rank}", 0)) != beats[rank]:
+                        beats[rank], self.seen_s[rank] = beat, time.monotonic()
+                if self._store.check([_NEWS]):
+                    self.news = self._store.get(_NEWS).decode()
+            except dist.DistError as error:
+                self.news = f"rank 0, which keeps the ranks together, cannot be reached any more ({type(error).__name__}): its process is dead"
+                return
+            self.answered_s = time.monotonic()

@@ -130,7 +130,7 @@ class RolloutCallback(Callback):
         self.bound_objective = self.objective.bind(pl_module.tokenizer)
         is_async = stage == "fit" and self.max_staleness > 0 and pl_module.learns_from_rollouts
         if is_async:
-            check_settings(self.max_staleness, pl_module, self.objective.reward, trainer.datamodule)  # type: ignore[attr-defined]
+            check_settings(self.max_staleness, self.engine, pl_module, self.objective.reward, trainer.datamodule)  # type: ignore[attr-defined]
         self._exchange = RankExchange.over(pl_module.ranks) if is_async else None
         self.rollouter = Rollouter(
             self.engine,
@@ -275,6 +275,8 @@ class RolloutCallback(Callback):
                 max_extra_tasks=self._roller.max_extra_tasks(step=module.global_step, tasks_per_step=data.items_per_step),
                 ranks=module.ranks,
             )
+        with module.clock.phase("sync"):
+            self._sync.engine.sleep()
         with module.clock.phase("logprob_check"):
             compared = self._sync.check_logprobs(trainer, module, rollouts.filled.groups, temperature=self.temperature)
         return dataclasses.replace(rollouts, metrics=compared | rollouts.metrics)
@@ -299,6 +301,10 @@ class RolloutCallback(Callback):
         assert isinstance(pl_module, PolicyModule)
         with saved_when_lost(trainer):
             batch["answers"] = self._answers(trainer, pl_module, batch)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.engine is not None and self._ahead is None:
+            self.engine.sleep()
 
     def _answers(self, trainer: Trainer, module: PolicyModule, batch: Any) -> Any:
         """To the batch's questions, or at its held-out positions."""

@@ -43,8 +43,10 @@ LOGPROB_LIMITS = {
     torch.bfloat16: LogprobDiff(mean=0.12, p99=0.8, max=3.0),
 }
 
+NUM_TENSORS = 8  # that are compared at a time, besides embedding and head
 
-def sampled_names(names: Sequence[str], turn: int, num_tensors: int) -> tuple[str, ...]:
+
+def sampled_names(names: Sequence[str], turn: int, num_tensors: int = NUM_TENSORS) -> tuple[str, ...]:
     """Which tensors to look at: always embedding and head, and ``num_tensors`` of the others, the next ones with each turn.
 
     So ``len(names) / num_tensors`` turns in a row look at every tensor.
@@ -63,13 +65,14 @@ def sampled_columns(width: int, turn: int, num_slices: int) -> slice:
 
 
 def check_weights(
-    engine: RolloutEngine, weights: Iterable[tuple[str, Tensor]], *, version: int, turn: int = 0, num_tensors: int = 8, num_slices: int = 8
+    engine: RolloutEngine, weights: Iterable[tuple[str, Tensor]], *, version: int, turn: int = 0, num_tensors: int = NUM_TENSORS, num_slices: int = 8
 ) -> None:
     """Questions 1 and 2.
 
     Args:
         engine: After the update.
-        weights: The policy's, under Hugging Face names. Read to the end, since gathering sharded weights is a collective.
+        weights: The policy's, under Hugging Face names; those of ``sampled_names`` are enough. Read to the end, since gathering sharded weights is a
+            collective.
         version: The policy's.
         turn: Number of checks before this one. Not the version, which may advance in strides that skip some tensors forever.
         num_tensors: How many are compared besides embedding and head.

@@ -1,0 +1,27 @@
+"""The validation that a killed run did not get to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from rpt_lightning.metrics.run_folder import ANSWER_FOLDER, VALIDATION_FOLDER
+
+
+class MissedValidation(Checkpoint):
+    """A run that was killed after a checkpoint and before the validation that was due there makes up for it when it goes on: Lightning takes it for done.
+
+    It is a ``Checkpoint``, which Lightning calls last, to come behind `StopRun`: a signal in this validation must not find Lightning's own handlers.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        epoch_loop = trainer.fit_loop.epoch_loop
+        folders = (Path(trainer.default_root_dir) / name for name in (VALIDATION_FOLDER, ANSWER_FOLDER))
+        is_done = any((folder / f"step-{trainer.global_step:06d}.jsonl").exists() for folder in folders)
+        is_due = trainer.global_step > 0 and trainer.enable_validation and epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+        if is_due and not trainer.strategy.broadcast(is_done):
+            trainer.validating = True
+            epoch_loop.val_loop.run()
+            trainer.training = True
