@@ -60,6 +60,16 @@ def test_further_ranks_are_started_by_the_installed_command(flags, installed, tm
     assert steps_of(tmp_path) == [1]
 
 
+def test_no_pass_makes_inference_tensors(flags, tmp_path):
+    """Which cannot be gathered from shards. Lightning spares gloo them, so that no run on a CPU would show it."""
+    from rpt_lightning.evaluation.policies import evaluation_trainer
+    from rpt_lightning.lightning_cli import make_cli
+
+    args = [str(flag) for flag in (*flags, "--trainer.default_root_dir", tmp_path)]
+    evaluation = evaluation_trainer(tmp_path, [], ckpt_path=None, precision="32-true", accelerator="cpu")
+    assert [trainer.validate_loop.inference_mode for trainer in (make_cli(run=False, args=args).trainer, evaluation)] == [False, False]
+
+
 def test_a_bar_on_a_terminal_only(flags, monkeypatch, tmp_path):
     from rpt_lightning.lightning_cli import make_cli
 

@@ -59,4 +59,5 @@ def evaluation_trainer(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        inference_mode=False,  # its tensors cannot be gathered from shards
     )
