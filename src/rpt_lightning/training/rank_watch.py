@@ -96,7 +96,7 @@ class _Watch(threading.Thread):
                 )
             elif lost:
                 news = f"rank {lost[0]} has given no sign of life for {silences[lost[0]]:.0f} s ({self._limit}): its process is dead or hangs"
-                self._signs.tell(news)
+                threading.Thread(target=self._signs.tell, args=(news,), daemon=True).start()  # the store may hang with the rank that is lost
                 self._leave(news)
 
     @property
