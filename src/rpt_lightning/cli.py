@@ -119,7 +119,7 @@ def _help() -> str:
     lines = ["usage: rpt COMMAND [--config FILE ...] [--KEY VALUE ...]", "", "Reinforcement Pre-Training (arXiv:2506.08007) on Lightning.", ""]
     for title, commands in (("training and validation", LIGHTNING_VERBS), ("tools", TOOLS)):
         lines += [f"{title}:", *(f"  {name:<19} {text}" for name, text in commands.items()), ""]
-    lines.append("rpt COMMAND --help lists what can be set; rpt COMMAND --config FILE --print_config prints the whole configuration.")
+    lines.append("rpt COMMAND --help lists what can be set; rpt fit --config FILE --print_config prints the whole configuration.")
     return "\n".join(lines)
 
 

@@ -24,7 +24,7 @@ from rpt_lightning.training.cost import Budget, StepCost
 from rpt_lightning.training.error_file import traceback_kept
 from rpt_lightning.training.health import Health
 from rpt_lightning.training.machine_stats import MachineStats
-from rpt_lightning.training.missed_validation import MissedValidation
+from rpt_lightning.training.missed_validation import MissedValidation, is_missed
 from rpt_lightning.training.module import RPTModule
 from rpt_lightning.training.monitors import RolloutSamples, StepLog, StepProgressBar, ValidationResults
 from rpt_lightning.training.ntp_module import NTPModule
@@ -69,7 +69,11 @@ PARTS = (
     NCCLTransport,
 )
 # What a fit leaves in the run folder besides checkpoints.
-RUN_FILES = (CONFIG_FILE, "config-[0-9]*.yaml", STEP_LOG, "error-*.txt", "tensorboard", ROLLOUT_FOLDER, VALIDATION_FOLDER, ANSWER_FOLDER)
+RUN_FILES = (
+    *(CONFIG_FILE, "config-[0-9]*.yaml", STEP_LOG, "error-*.txt", "tensorboard", ROLLOUT_FOLDER),
+    *(f"{folder}/step-*" for folder in (VALIDATION_FOLDER, ANSWER_FOLDER)),
+)
+_BEFORE = "step-000000."  # records of the weights that a run begins with: a start that failed has not changed them
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -143,6 +147,10 @@ class RPTCLI(LightningCLI):
         if checkpoint.start_step in (None, self.trainer.global_step):
             budget = next(callback for callback in self.trainer.callbacks if isinstance(callback, Budget))  # type: ignore[attr-defined]
             is_complete = 0 < self.trainer.max_steps <= self.trainer.global_step or budget.is_spent
+            if is_complete and is_missed(self.trainer):  # killed in it; there is no further step that would make up for it
+                rank_zero_info(f"the run is complete but for the validation at its last step, {self.trainer.global_step}, which is made up for")
+                self.trainer.validate(model, ckpt_path=path, weights_only=True, verbose=False, datamodule=self.datamodule)
+                return
             if ckpt_path == "auto" and is_complete:  # a chain of jobs ends with this, and must not take it for a failure
                 rank_zero_info(f"the run is complete: it is at step {self.trainer.global_step}, and nothing is left to do")
                 return
@@ -200,8 +208,10 @@ def _start_anew(folder: Path, *, is_global_zero: bool) -> None:
     while (aside := folder / f"failed-start-{number}").exists():
         number += 1
     aside.mkdir()
-    for path in sorted(path for pattern in RUN_FILES for path in folder.glob(pattern)):
-        path.rename(aside / path.name)
+    for path in sorted(path for pattern in RUN_FILES for path in folder.glob(pattern) if not path.name.startswith(_BEFORE)):
+        target = aside / path.relative_to(folder)
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
     rank_zero_info(f"{folder} holds a start that reached no checkpoint: its files are now in {aside.name}/, and the run starts anew")
 
 

@@ -88,7 +88,8 @@ def server_specs(config: Any, settings: ServeSettings) -> list[ServerSpec]:
     here = [url for url in urls if is_loopback(urlsplit(url).hostname or "")] if settings.urls is None else [url.rstrip("/") for url in settings.urls]
     if not here or not set(here) <= set(urls):
         raise ValueError(
-            f"rpt serve: none of rollout.engine.urls={urls} is to be started here (--serve.urls {here}); name some of them in --serve.urls"
+            f"rpt serve: none of rollout.engine.urls={urls} is to be started here (--serve.urls {here}); name some of them in --serve.urls, "
+            "or others in --rollout.engine.urls"
         )
     outside = [url for url in here if not is_loopback(urlsplit(url).hostname or "")]
     if outside and is_loopback(settings.host):

@@ -150,6 +150,7 @@ class GenerationRequest:
     n: int
     seed: int
     sampling: SamplingSettings
+    doc_id: str | None = None  # requests of one document share a beginning; None: this one shares nothing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import pytest
 import yaml
 
 COMMAND = [sys.executable, "-m", "rpt_lightning.cli"]
@@ -105,13 +106,23 @@ def test_a_run_is_not_overwritten_and_can_be_continued(run_copy, flags, rpt):
     assert yaml.safe_load((metrics.parent / "hparams.yaml").read_text())["trainer"]["max_steps"] == 5
 
 
+def records_of_validation(run_dir):
+    return {path.name for path in (run_dir / "validation").iterdir()}
+
+
 def test_going_on_from_an_earlier_checkpoint(run_copy, flags, rpt):
-    earlier = run_copy / "checkpoints" / "step-000002.ckpt"
-    status, output = rpt("fit", *flags, "--trainer.default_root_dir", run_copy, "--ckpt_path", earlier, "--trainer.max_steps", "3")
+    earlier, lower = run_copy / "checkpoints" / "step-000002.ckpt", ["--model.optimizer.lr", "1e-5"]
+    status, output = rpt("fit", *flags, "--trainer.default_root_dir", run_copy, "--ckpt_path", earlier, "--trainer.max_steps", "3", *lower)
     assert status == 0, output
-    assert "step-000004.ckpt is beyond step 2, from which the run goes on; it is now step-000004.ckpt.abandoned" in output
+    assert "optimizer, from here on as given: lr 1e-05" in output
+    assert json.loads((run_copy / "steps.jsonl").read_text().splitlines()[-1])["optim/lr"] == pytest.approx(1e-5)
+    assert "beyond step 2, from which the run goes on, and therefore now named *.abandoned: checkpoints/step-000004.ckpt, validation/step-" in output
     assert checkpoints(run_copy) == ["step-000002.ckpt", "step-000003.ckpt", "step-000004.ckpt.abandoned"]
     assert steps_of(run_copy) == [1, 2, 3]
+    for name in ("validation", "rollouts"):  # of steps that are made anew
+        records = {path.name for path in (run_copy / name).iterdir()}
+        assert not any(record.startswith("step-000004") and not record.endswith(".abandoned") for record in records)
+    assert "step-000004.jsonl.abandoned" in records_of_validation(run_copy)
 
 
 def test_a_failed_start_does_not_lock_the_folder(flags, rpt, tmp_path):
@@ -121,6 +132,9 @@ def test_a_failed_start_does_not_lock_the_folder(flags, rpt, tmp_path):
     assert status == 1
     (run_dir / "config.yaml").touch()  # there already where the check that failed comes late
     (run_dir / "steps.jsonl").write_text('{"step": 1, "of": "the failed start"}\n')
+    (run_dir / "validation").mkdir()
+    for step in (0, 2):  # of `rpt validate` before the run, and of the failed start
+        (run_dir / "validation" / f"step-{step:06d}.jsonl").write_text("{}\n")
     status, output = rpt(*common, "--ckpt_path", "last")
     assert status == 1
     assert "leave --ckpt_path out to start this run" in output
@@ -130,6 +144,8 @@ def test_a_failed_start_does_not_lock_the_folder(flags, rpt, tmp_path):
     assert "a start that reached no checkpoint: its files are now in failed-start-1/, and the run starts anew" in output
     assert steps_of(run_dir) == [1]
     assert "the failed start" in (run_dir / "failed-start-1" / "steps.jsonl").read_text()
+    assert (run_dir / "validation" / "step-000000.jsonl").read_text() == "{}\n"
+    assert [path.name for path in (run_dir / "failed-start-1" / "validation").iterdir()] == ["step-000002.jsonl"]
     assert not (run_dir / "config-2.yaml").exists()
     status, output = rpt(*common)
     assert status == 1

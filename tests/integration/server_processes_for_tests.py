@@ -38,7 +38,13 @@ class ServerUnderTest:
 
     def _stand_in(self, model: Path) -> tuple[str, ...]:
         script = Path(__file__).with_name("stand_in_server.py")
-        facts = {"protocol": PROTOCOL, "dtype": "float32", "max_model_len": MAX_MODEL_LEN, "logprobs_mode": "processed_logprobs"}
+        facts = {
+            "protocol": PROTOCOL,
+            "dtype": "float32",
+            "max_model_len": MAX_MODEL_LEN,
+            "logprobs_mode": "processed_logprobs",
+            "prefix_block_size": 16,
+        }
         facts["architecture"] = architecture(AutoConfig.from_pretrained(model))
         return (sys.executable, str(script), "--port", str(self.port), "--facts", json.dumps(facts))
 

@@ -89,6 +89,21 @@ def test_weights_go_out_completions_come_back(engine: VLLMServerEngine, policy: 
     assert list((tmp_path / "weights").iterdir()) == []
 
 
+def test_prompts_are_counted_as_servers_share_them(engine: VLLMServerEngine) -> None:
+    """A prompt of 20 and more tokens has a block of 16 that its other three completions get from the cache, and a document's next position too."""
+    before = engine.prompt_tokens
+    assert before is not None
+    engine.generate(REQUESTS[:1])
+    assert engine.prompt_tokens is not None
+    once = engine.prompt_tokens - before
+    length = len(REQUESTS[0].prompt_ids)
+    assert once.total == 4 * length
+    assert 0 < once.cached < 3 * length
+    engine.generate(REQUESTS[:1])  # all four now
+    assert (engine.prompt_tokens - before).cached == once.cached + 4 * once.cached // 3
+    assert once.shareable == 0
+
+
 def test_a_server_killed_in_the_middle_of_generation(engine: VLLMServerEngine, policy: Policy, servers: list[ServerUnderTest]) -> None:
     requests = many(LONG_REQUESTS, 3)
     rows = generate_with_fault(engine, requests, servers[0].kill, after_s=0.3)

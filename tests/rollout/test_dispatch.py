@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
+from dataclasses import replace
 from typing import NoReturn
 
 import pytest
@@ -47,7 +48,14 @@ class Scripted:
 
 def make_requests(documents: list[int], n: int) -> list[GenerationRequest]:
     return [
-        GenerationRequest(task_id=f"doc:{document}:{position}", prompt_ids=(1,), n=n, seed=1000 * document + 10 * position, sampling=SAMPLING)
+        GenerationRequest(
+            task_id=f"doc:{document}:{position}",
+            doc_id=f"doc:{document}",
+            prompt_ids=(1,),
+            n=n,
+            seed=1000 * document + 10 * position,
+            sampling=SAMPLING,
+        )
         for document, num_positions in enumerate(documents)
         for position in range(num_positions)
     ]
@@ -117,3 +125,12 @@ def test_another_error_ends_it() -> None:
 
     with pytest.raises(ValueError, match="too large"):
         run(make_requests([2], 1), [[Refusing("r", random.Random(0))]], room=8, lost=[])
+
+
+def test_requests_of_no_document_are_divided_one_by_one() -> None:
+    numbers = random.Random(0)
+    workers = [Scripted(f"w{i}", numbers) for i in range(3)]
+    requests = [replace(request, doc_id=None) for request in make_requests([12], 2)]
+    run(requests, [workers], room=2, lost=[])
+    assert all(worker.most_under_way <= 2 for worker in workers)
+    assert all(worker.asked for worker in workers)

@@ -124,11 +124,15 @@ def test_what_is_too_long_for_the_engine_is_not_measured(tiny_model_dir: Path, o
         assert answers == {"empty_thought": [True, True], "shuffled_thought": [expected, True]}
 
 
-def test_an_answer_that_does_not_end_is_none(tiny_model_dir: Path, objective: BoundObjective, token_bytes: TokenBytes) -> None:
-    with Listening([" the}" + " and so on" * 20]) as engine:
+@pytest.mark.parametrize(("said", "is_right"), [(" the}" + " and so on" * 20, True), (" the" + " and so on" * 20, False), (" the{}}!", False)])
+def test_what_stands_in_the_box_counts_whatever_follows(
+    said: str, is_right: bool, tiny_model_dir: Path, objective: BoundObjective, token_bytes: TokenBytes
+) -> None:
+    """An ordinary answer has thousands of tokens to end in; the box is all that is asked for here."""
+    with Listening([said]) as engine:
         start(engine, tiny_model_dir)
         answers = controls(engine, objective, [group(objective, token_bytes, doc, 1, "x</think>") for doc in "ab"])
-    assert answers == {"empty_thought": [False, False], "shuffled_thought": [False, False]}
+    assert answers == {"empty_thought": [is_right] * 2, "shuffled_thought": [is_right] * 2}
 
 
 def test_a_real_engine_continues_the_forced_text(tiny_model_dir: Path, objective: BoundObjective, token_bytes: TokenBytes) -> None:

@@ -12,7 +12,7 @@ from rpt_lightning.tasks.objective import BoundObjective, Objective
 from rpt_lightning.tasks.prompt import ChatPrompt, ContinuationPrompt, QuestionPrompt
 from rpt_lightning.tasks.question_text import question_text
 from rpt_lightning.tasks.reward import PrefixMatchReward
-from rpt_lightning.types import AnswerTask, Completion, Question, TokenTask
+from rpt_lightning.types import AnswerTask, Completion, Question, RolloutGroup, TokenTask
 
 SUM = AnswerTask(question=Question(question_id="sum", text="1/4 + 1/4?", answer=r"\frac{1}{2}"), context_ids=(1,))
 CHOICE = AnswerTask(question=Question(question_id="choice", text="Which?", answer="C", choices=("1", "2", "3", "4")), context_ids=(1,))
@@ -90,20 +90,26 @@ def test_choices_are_paid_by_letter_alone(answer_reward: AnswerReward) -> None:
 )
 def test_an_expression_of_the_question_is_no_answer(answer_reward: AnswerReward, question: str, answer: str, prediction: str, verdict: str) -> None:
     task = AnswerTask(question=Question(question_id="q", text=question, answer=answer), context_ids=(1,))
-    answer_reward.take_metrics()
     assert answer_reward.verdicts(task, [prediction.encode()]) == [verdict]
     assert answer_reward.group_rewards([prediction.encode()], task) == (float(verdict == "right"),)
-    assert answer_reward.take_metrics()["answers/quoted"] == (verdict == "quoted")
+    assert answer_reward.take_metrics([group(task, [prediction.encode()])])["answers/quoted"] == (verdict == "quoted")
+
+
+def group(task: AnswerTask, predictions: list[bytes | None]) -> RolloutGroup:
+    completions = tuple(completion("") for _ in predictions)
+    return RolloutGroup(task=task, prompt_ids=(1,), completions=completions, predictions=tuple(predictions), rewards=(0.0,) * len(predictions))
 
 
 def test_what_could_not_be_checked_is_counted_once(answer_reward: AnswerReward) -> None:
-    answer_reward.take_metrics()
-    unanswerable = AnswerTask(question=replace(SUM.question, answer=" "), context_ids=(1,))
-    assert answer_reward.group_rewards([b"9^{9^{9^9}}", b"\xff?", None, b"0.5"], SUM) == (0.0, 0.0, 0.0, 1.0)
-    assert answer_reward.group_rewards([b"1", b"2"], unanswerable) == (0.0, 0.0)
-    assert answer_reward.group_rewards([b"the third", b"C"], CHOICE) == (0.0, 1.0)
-    assert answer_reward.take_metrics() == {"answers/quoted": 0.0, "answers/timeouts": 1.0, "answers/check_errors": 2.0, "answers/unreadable": 1.0}
-    assert set(answer_reward.take_metrics().values()) == {0.0}
+    unanswerable = AnswerTask(question=replace(SUM.question, question_id="none", answer=" "), context_ids=(1,))
+    predictions = {SUM: [b"9^{9^{9^9}}", b"\xff?", None, b"0.5"], unanswerable: [b"1", b"2"], CHOICE: [b"the third", b"C"]}
+    assert answer_reward.group_rewards(predictions[SUM][:2], SUM) == (0.0, 0.0)  # pilots, which are paid again with their group
+    assert answer_reward.group_rewards([b"7"], SUM) == (0.0,)  # a trial, which no step trains
+    paid = {task: answer_reward.group_rewards(given, task) for task, given in predictions.items()}
+    assert list(paid.values()) == [(0.0, 0.0, 0.0, 1.0), (0.0, 0.0), (0.0, 1.0)]
+    metrics = answer_reward.take_metrics([group(task, given) for task, given in predictions.items()])
+    assert metrics == {"answers/quoted": 0.0, "answers/timeouts": 1.0, "answers/check_errors": 2.0, "answers/unreadable": 1.0}
+    assert set(answer_reward.take_metrics([]).values()) == {0.0}
 
 
 def test_prompt_reward_and_task_must_fit(answer_reward: AnswerReward) -> None:

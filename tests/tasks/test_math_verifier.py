@@ -105,5 +105,5 @@ def test_bad_settings_and_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ValueError, match=r"cpu_limit_s=0"):
         MathVerifier(cpu_limit_s=0)
     monkeypatch.setattr("rpt_lightning.tasks.math_verifier.find_spec", lambda _: None)
-    with pytest.raises(ValueError, match=r"pip install 'rpt-lightning\[math\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'math-verify"):
         MathVerifier()

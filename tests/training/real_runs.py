@@ -177,8 +177,8 @@ def traces(folder: Path) -> dict[str, Any]:
     saved = torch.load(newest, weights_only=True)
     return {
         "steps": [{name: value for name, value in step.items() if not name.startswith(UNEQUAL)} for step in steps],
-        "rollouts": {path.name: path.read_text() for path in sorted((folder / "rollouts").glob("*"))},
-        "validation": {path.name: path.read_text() for path in sorted((folder / "validation").glob("*"))},
+        "rollouts": {path.name: path.read_text() for path in sorted((folder / "rollouts").glob("*.jsonl"))},
+        "validation": {path.name: path.read_text() for path in sorted((folder / "validation").glob("*.json*")) if path.suffix != ".abandoned"},
         "checkpoint": newest.name,
         "weights": saved["state_dict"],
         "optimizer": saved["optimizer_states"],

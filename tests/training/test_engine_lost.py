@@ -16,6 +16,7 @@ from rpt_lightning.rollout.scripted_engine import ScriptedEngine
 from rpt_lightning.tasks.objective import Objective
 from rpt_lightning.tasks.prompt import ContinuationPrompt
 from rpt_lightning.training.checkpoint import RunCheckpoint, last_checkpoint
+from rpt_lightning.training.missed_validation import MissedValidation
 from rpt_lightning.training.monitors import RolloutSamples, StepLog, ValidationResults
 from rpt_lightning.training.rollout_callback import RolloutCallback
 
@@ -40,9 +41,8 @@ class IsLost(ScriptedEngine):
 
 
 def make(make_run, folder, engine, *, every_n_steps=100, **options):
-    trainer, module, data = make_run(
-        STEPS, engine=lambda: engine, run_dir=folder, callbacks=[StepLog(), RolloutSamples(every_n_steps=1), ValidationResults()], **options
-    )
+    callbacks = [StepLog(), RolloutSamples(every_n_steps=1), ValidationResults(), MissedValidation()]
+    trainer, module, data = make_run(STEPS, engine=lambda: engine, run_dir=folder, callbacks=callbacks, **options)
     for callback in trainer.callbacks:
         if isinstance(callback, RunCheckpoint):
             callback.every_n_steps = every_n_steps

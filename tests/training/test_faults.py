@@ -77,6 +77,25 @@ def test_kill_and_stop_between_a_checkpoint_and_its_validation(flags, undisturbe
     check_same(run, undisturbed(flags), steps=STEPS)
 
 
+def test_kill_in_the_last_validation(flags, undisturbed, tmp_path):
+    """No further step will make up for it, and the launcher only starts the same command again."""
+    hold, config = tmp_path / "hold", tmp_path / "held.yaml"
+    config.write_text(yaml.safe_dump({"trainer": {"callbacks": [{"class_path": "real_runs.HeldValidation", "init_args": {"file": str(hold)}}]}}))
+    run = RealRun(tmp_path / "run", [*flags, "--config", config])
+    run.start()
+    assert run.wait_for(lambda: run.step() >= STEPS - 1)
+    hold.touch()
+    assert run.kill_when(lambda: (run.folder / "checkpoints" / f"step-{STEPS:06d}.ckpt").exists())
+    assert not (run.folder / "validation" / f"step-{STEPS:06d}.jsonl").exists()
+    hold.unlink()
+    run.finish()
+    assert "complete but for the validation at its last step" in run.text()
+    # The same answers; only that they are of the checkpoint is said as well.
+    assert differences(traces(run.folder), undisturbed(flags)) == [f"/validation/step-{STEPS:06d}.json"]
+    run.finish()
+    assert "nothing is left to do" in run.text()
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("engine", ["ScriptedEngine", "HFEngine"])
 def test_random_kills(engine, tiny_model_dir, tiny_task_dir, undisturbed, tmp_path):

@@ -134,7 +134,7 @@ class HuggingFaceSource(CorpusSource):
         try:
             from datasets import load_dataset
         except ImportError as error:
-            raise ValueError("HuggingFaceSource needs the datasets package: pip install 'rpt-lightning[datasets]'") from error
+            raise ValueError("HuggingFaceSource needs the datasets package: pip install 'datasets>=3'") from error
         for number, row in enumerate(load_dataset(self.name, self.config_name, split=self.split, revision=self.revision)):
             where = f"dataset {self.name}, split {self.split}, row {number} (from 0)"
             yield Document(doc_id=f"{self.name}/{self.split}:{number}", text=fill_template(self.template, row, where=where))

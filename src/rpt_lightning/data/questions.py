@@ -88,7 +88,7 @@ class HuggingFaceQuestions(QuestionSource):
         try:
             from datasets import load_dataset
         except ImportError as error:
-            raise ValueError("HuggingFaceQuestions needs the datasets package: pip install 'rpt-lightning[datasets]'") from error
+            raise ValueError("HuggingFaceQuestions needs the datasets package: pip install 'datasets>=3'") from error
         for number, row in enumerate(load_dataset(self.name, self.config_name, split=self.split, revision=self.revision)):
             where = f"dataset {self.name}, split {self.split}, row {number} (from 0)"
             yield read_question(row, self.fields, name=f"{self.name}/{self.split}:{number}", where=where)

@@ -83,7 +83,7 @@ class TokenizedCorpus:
         kept = [index for index, ids in enumerate(self.token_ids) if not overlaps(ids, spans)]
         self.counts["overlap_with_benchmark_files"] = len(self.token_ids) - len(kept)
         if not kept:
-            raise ValueError(f"--benchmark_files {' '.join(paths)}: every document overlaps with them, so nothing is left; check the files")
+            raise ValueError(f"--benchmark_files [{','.join(paths)}]: every document overlaps with them, so nothing is left; check the files")
         self.doc_ids = [self.doc_ids[index] for index in kept]
         self.token_ids = [self.token_ids[index] for index in kept]
         self.is_cut = [self.is_cut[index] for index in kept]

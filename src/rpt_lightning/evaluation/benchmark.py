@@ -53,6 +53,7 @@ def benchmark(
     k: int = 1,
     temperature: float = 0.8,
     max_completion_tokens: int = 12288,
+    stop_after_first_box: bool = False,
     direct: bool = True,
     batch_size: int = 256,
     precision: Literal["32-true", "bf16-mixed"] = "32-true",
@@ -77,6 +78,7 @@ def benchmark(
         k: Completions a question, for avg@k and pass@k; 0: one greedy completion.
         temperature: Of those.
         max_completion_tokens: Longest completion; how many ran into it is shown.
+        stop_after_first_box: End a completion with its first box, as the policies were trained (rollout.stop_after_first_box).
         direct: Also ask for an answer without a thought.
         batch_size: Questions at once. Results do not depend on it.
         precision: Of the policy's own forward pass, with which the engine is compared (the engine has its own dtype).
@@ -107,6 +109,7 @@ def benchmark(
             temperature=temperature,
             max_prompt_tokens=longest + prompt.bind(module.tokenizer).num_overhead_tokens,
             max_completion_tokens=max_completion_tokens,
+            stop_after_first_box=stop_after_first_box,
             seed=seed,
             eval_samples=k,
             thought_controls=direct,

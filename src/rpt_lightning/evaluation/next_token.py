@@ -58,6 +58,7 @@ def next_token(
     min_entropy: float = 0.5,
     max_context_tokens: int | None = None,
     max_completion_tokens: int = 1024,
+    stop_after_first_box: bool = False,
     k: int = 8,
     temperature: float = 0.8,
     thought_controls: bool = True,
@@ -81,6 +82,7 @@ def next_token(
         min_entropy: Positions with more proxy entropy than this, in nats.
         max_context_tokens: Cut longer contexts on the left.
         max_completion_tokens: Longest completion.
+        stop_after_first_box: End a completion with its first box, as the policies were trained (rollout.stop_after_first_box).
         k: Answers sampled a position for avg@k and pass@k, besides the greedy one; 0 samples none.
         temperature: Of those.
         thought_controls: Also answer after an empty and after another document's thought.
@@ -123,6 +125,7 @@ def next_token(
                 temperature=temperature,
                 max_prompt_tokens=max(len(task.context_ids) for task in data.eval_tasks()) + prompt.bind(module.tokenizer).num_overhead_tokens,
                 max_completion_tokens=max_completion_tokens,
+                stop_after_first_box=stop_after_first_box,
                 seed=seed,
                 eval_samples=k,
                 thought_controls=thought_controls,

@@ -97,9 +97,10 @@ async def dispatch(
 
 def _bundles(requests: Sequence[GenerationRequest], indices: Iterable[int], num_workers: int) -> Iterable[list[int]]:
     """Requests of the same document together, split where they are more than a worker's share."""
-    documents: dict[str, list[int]] = {}
+    documents: dict[str | int, list[int]] = {}
     for index in indices:
-        documents.setdefault(requests[index].task_id.rpartition(":")[0], []).append(index)
+        doc_id = requests[index].doc_id
+        documents.setdefault(index if doc_id is None else doc_id, []).append(index)
     share = -(-sum(requests[index].n for document in documents.values() for index in document) // num_workers)
     for document in documents.values():
         bundle: list[int] = []

@@ -21,7 +21,7 @@ def forced_answers(rollouter: Rollouter, tasks: Sequence[Task], thoughts: Sequen
             continue
         prompt_ids = objective.prompt.prompt_ids(task.context_ids) + objective.prompt.answer_prefix_ids(thought)
         if len(prompt_ids) + max_tokens <= engine.max_model_len:
-            requests[index] = GenerationRequest(task_id=task.task_id, prompt_ids=prompt_ids, n=1, seed=0, sampling=sampling)
+            requests[index] = GenerationRequest(task_id=task.task_id, prompt_ids=prompt_ids, n=1, seed=0, sampling=sampling, doc_id=task.doc_id)
     answers: list[Completion | None] = [None] * len(tasks)
     for index, (completion,) in zip(requests, rollouter.generate(list(requests.values())), strict=True):
         answers[index] = completion

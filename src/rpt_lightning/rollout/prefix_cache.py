@@ -19,7 +19,7 @@ class UnlimitedPrefixCache:
     def __init__(self, block_size: int) -> None:
         if block_size < 1:
             raise ValueError(f"block_size={block_size} must be at least 1")
-        self._block_size = block_size
+        self.block_size = block_size
         self._blocks: dict[tuple[int, TokenIds], int] = {}  # (number of the block before it, its tokens) -> its number
 
     def serve(self, prompt_ids: TokenIds, n: int = 1) -> int:
@@ -31,7 +31,7 @@ class UnlimitedPrefixCache:
         >>> cache.serve((1, 2, 3, 9))
         2
         """
-        size = self._block_size
+        size = self.block_size
         most = (len(prompt_ids) - 1) // size * size
         first = previous = 0
         for start in range(0, len(prompt_ids) - size + 1, size):

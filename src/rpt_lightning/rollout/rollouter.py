@@ -160,7 +160,7 @@ class Rollouter:
         sampling = self.sampling(temperature=temperature, max_tokens=max_tokens)
         version = -1 if self.engine.version is None else self.engine.version  # without weights the engine itself refuses
         seed = request_seed(self.run_seed, version, task.task_id, first_index)
-        return GenerationRequest(task_id=task.task_id, prompt_ids=prompt_ids, n=n, seed=seed, sampling=sampling)
+        return GenerationRequest(task_id=task.task_id, prompt_ids=prompt_ids, n=n, seed=seed, sampling=sampling, doc_id=task.doc_id)
 
     def _check_versions(self, tasks: Sequence[Task], completions: dict[int, tuple[Completion, ...]]) -> None:
         for index, task in enumerate(tasks):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 # What a trainer may ask of the methods in vllm_worker.py; another number with every change of them.
-PROTOCOL = 2
+PROTOCOL = 3
 
 
 def architecture(config: Any) -> dict[str, Any]:

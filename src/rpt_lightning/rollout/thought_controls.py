@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from rpt_lightning.rollout.engine import RolloutEngine
 from rpt_lightning.rollout.forced_answer import forced_answers
 from rpt_lightning.rollout.rollouter import Rollouter
-from rpt_lightning.tasks.answer import BOX_OPEN
+from rpt_lightning.tasks.answer import BOX_OPEN, open_box_content
 from rpt_lightning.tasks.objective import BoundObjective
 from rpt_lightning.tasks.reward import prefix_match
 from rpt_lightning.types import Completion, RolloutGroup, TokenIds, TokenTask
@@ -35,16 +35,13 @@ def thought_controls(rollouter: Rollouter, groups: Sequence[RolloutGroup]) -> di
 
 
 def _answers(rollouter: Rollouter, groups: Sequence[RolloutGroup], thoughts: Sequence[TokenIds | None]) -> list[bool | None]:
-    objective = rollouter.objective
     answers = forced_answers(rollouter, [group.task for group in groups], thoughts, max_tokens=MAX_ANSWER_TOKENS)
-    # What was forced belongs to the answer: the parser must see the box's beginning.
-    opening = (objective.prompt.think_close or b"") + BOX_OPEN
     right: list[bool | None] = [None] * len(groups)
     for index, completion in enumerate(answers):
         if completion is not None:
             task = groups[index].task
             assert isinstance(task, TokenTask)
-            prediction = None if completion.is_truncated else objective.parse(opening + completion.text_bytes)
+            prediction = open_box_content(completion.text_bytes)  # whatever follows: the box is all that was asked for
             right[index] = prediction is not None and prefix_match(prediction, task.continuation) == 1.0
     return right
 

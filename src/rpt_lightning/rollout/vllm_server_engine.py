@@ -30,13 +30,14 @@ from transformers import AutoConfig
 from rpt_lightning.rollout.checksum import checksum
 from rpt_lightning.rollout.dispatch import Worker, dispatch
 from rpt_lightning.rollout.engine import EngineDtype, EngineLost, RolloutEngine, Sample
+from rpt_lightning.rollout.prefix_cache import UnlimitedPrefixCache
 from rpt_lightning.rollout.ranks import is_first_rank, on_first_rank
 from rpt_lightning.rollout.server import Fleet, Server, ServerLost, ServerRefused
 from rpt_lightning.rollout.server_access import find_key
 from rpt_lightning.rollout.server_facts import architecture, check_facts
 from rpt_lightning.rollout.server_weights import PresentWeights
 from rpt_lightning.rollout.weight_transport import WeightTransport
-from rpt_lightning.types import GenerationRequest
+from rpt_lightning.types import GenerationRequest, PromptTokens
 
 log = logging.getLogger(__name__)
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
@@ -87,6 +88,8 @@ class VLLMServerEngine(RolloutEngine):
         """Times that a server was lost, since the engine was made."""
         self._fleet: Fleet | None = None
         self._run_label = ""
+        self._block_sizes: set[int] = set()  # of the servers' prefix caches; 0: a server without one
+        self._prefixes: UnlimitedPrefixCache | None = None  # since the last update
         self._weights = PresentWeights("", transport, self._reacquaint)
         self._out: dict[str, str] = {}  # url -> why
         self._was_in: set[str] = set()  # urls of servers that held the weights when they were last asked
@@ -112,9 +115,12 @@ class VLLMServerEngine(RolloutEngine):
         self._architecture = architecture(AutoConfig.from_pretrained(model_path))
         self._out = {}
         # A server that hung through the end of an earlier start must not pass for one of this start: its label has another beginning.
-        self._run_label = on_first_rank(self._open)
+        self._run_label, block_size = on_first_rank(self._open)
+        self.prompt_tokens = PromptTokens(total=0, cached=0, shareable=0) if block_size else None
+        self._prefixes = UnlimitedPrefixCache(block_size) if block_size else None
 
-    def _open(self) -> str:
+    def _open(self) -> tuple[str, int]:
+        """The beginning of this start's labels, and the size of a block that servers share of prompts; 0: not all of them share."""
         assert self._fleet is not None
         self.transport.open(self._fleet)
         log.info("waiting for %d servers", len(self.urls))
@@ -123,10 +129,12 @@ class VLLMServerEngine(RolloutEngine):
         except BaseException:
             self.transport.close()
             raise
-        return secrets.token_hex(4)
+        return secrets.token_hex(4), max(self._block_sizes) if all(self._block_sizes) else 0
 
     def _update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         self._weights, self._differing = PresentWeights(f"{self._run_label}:{version}", self.transport, self._reacquaint), None
+        if self._prefixes is not None:
+            self._prefixes = UnlimitedPrefixCache(self._prefixes.block_size)
         self._out = on_first_rank(lambda: self._deliver(weights, version), meanwhile=lambda: _exhaust(weights))
         if not is_first_rank():
             self.transport.follow(version)
@@ -169,7 +177,16 @@ class VLLMServerEngine(RolloutEngine):
                 work.cancel()  # requests under way end with their connections
                 await asyncio.gather(work, return_exceptions=True)
 
-        return self._fleet.run(generate)
+        samples = self._fleet.run(generate)
+        self._count_prompts(requests)
+        return samples
+
+    def _count_prompts(self, requests: Sequence[GenerationRequest]) -> None:
+        """As if no server's cache were too small, and a document's positions were on one server: what their caches served they do not say."""
+        if self.prompt_tokens is not None and self._prefixes is not None:
+            total = sum(request.n * len(request.prompt_ids) for request in requests)
+            cached = sum(self._prefixes.serve(request.prompt_ids, request.n) for request in requests)
+            self.prompt_tokens += PromptTokens(total=total, cached=cached, shareable=0)  # 0: no share of what was possible is measured
 
     def _read_weights(self, names: Sequence[str]) -> dict[str, Tensor]:
         """From a server that differed, where the last comparison found one."""
@@ -214,7 +231,9 @@ class VLLMServerEngine(RolloutEngine):
 
     async def _acquaint(self, server: Server) -> None:
         """Raises ValueError for a server that cannot serve this run."""
-        check_facts(server.url, await server.describe(), dtype=self.dtype, model=self._architecture, max_model_len=self.max_model_len)
+        facts = await server.describe()
+        check_facts(server.url, facts, dtype=self.dtype, model=self._architecture, max_model_len=self.max_model_len)
+        self._block_sizes.add(facts["prefix_block_size"])
 
     async def _reacquaint(self, server: Server) -> None:
         """In the middle of a run a server that was started with other flags, or another key, is as good as none."""

@@ -35,13 +35,14 @@ class PolicyWeights:
         """What a trainer has to know before it trusts this server."""
         from vllm import __version__
 
-        model = self.vllm_config.model_config
+        model, cache = self.vllm_config.model_config, self.vllm_config.cache_config
         return {
             "protocol": PROTOCOL,
             "vllm": __version__,
             "start": _START,
             "dtype": str(model.dtype).removeprefix("torch."),
             "max_model_len": model.max_model_len,
+            "prefix_block_size": cache.block_size if cache.enable_prefix_caching else 0,
             "logprobs_mode": str(getattr(model.logprobs_mode, "value", model.logprobs_mode)),
             "architecture": architecture(model.hf_config),
         }

@@ -16,7 +16,7 @@ from typing import Literal
 
 from rpt_lightning.tasks.math_verifier import MathVerdict, MathVerifier
 from rpt_lightning.tasks.reward import Reward
-from rpt_lightning.types import AnswerTask, Question, Task
+from rpt_lightning.types import AnswerTask, Question, RolloutGroup, Task
 
 Verdict = MathVerdict | Literal["quoted", "unboxed", "truncated"]
 """What became of one completion. ``quoted``: it repeats an expression of the question that has the true value. ``unboxed``: it ended without an answer in
@@ -77,8 +77,8 @@ class CountingReward(Reward):
     """A reward that asks something which may fail, and says how often it did."""
 
     @abstractmethod
-    def take_metrics(self) -> dict[str, float]:
-        """Counts since they were last taken, always under the same names."""
+    def take_metrics(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        """Counts over a step's groups, which it has paid, always under the same names. Each completion counts once, however often it was paid."""
 
 
 class AnswerReward(CountingReward):
@@ -94,7 +94,7 @@ class AnswerReward(CountingReward):
 
     def __init__(self, cpu_limit_s: float = 5.0, num_workers: int = 2) -> None:
         self.verifier = MathVerifier(cpu_limit_s, num_workers)
-        self._counts: Counter[Verdict] = Counter()
+        self._known: dict[tuple[str, bytes | None], Verdict] = {}  # (question, prediction), of the step that runs
         self._lock = threading.Lock()  # rollouts may be paid in another thread than the one that logs
 
     def group_rewards(self, predictions: Sequence[bytes | None], task: Task, first_token_probs: Sequence[float] | None = None) -> tuple[float, ...]:
@@ -102,15 +102,25 @@ class AnswerReward(CountingReward):
             raise ValueError(
                 f"task {task.task_id!r} is no question: AnswerReward pays for answers of an AnswerTaskDataModule; give another reward or --data"
             )
-        verdicts = self.verdicts(task, predictions)
-        with self._lock:
-            self._counts.update(verdicts)
-        return tuple(float(verdict == "right") for verdict in verdicts)
+        return tuple(float(verdict == "right") for verdict in self._known_verdicts(task, predictions))
 
-    def take_metrics(self) -> dict[str, float]:
+    def take_metrics(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        counts = Counter(
+            verdict for group in groups if isinstance(group.task, AnswerTask) for verdict in self._known_verdicts(group.task, group.predictions)
+        )
         with self._lock:
-            counts, self._counts = self._counts, Counter()
+            self._known = {}
         return {name: float(counts[verdict]) for name, verdict in METRICS.items()}
+
+    def _known_verdicts(self, task: AnswerTask, predictions: Sequence[bytes | None]) -> list[Verdict]:
+        """As ``verdicts``; what was checked since the last ``take_metrics`` is not checked again."""
+        question_id = task.question.question_id
+        new = [prediction for prediction in dict.fromkeys(predictions) if (question_id, prediction) not in self._known]
+        found = {(question_id, prediction): verdict for prediction, verdict in zip(new, self.verdicts(task, new), strict=True)}
+        with self._lock:
+            self._known |= found
+            known = self._known
+        return [found.get((question_id, prediction)) or known[question_id, prediction] for prediction in predictions]
 
     def verdicts(self, task: AnswerTask, predictions: Sequence[bytes | None]) -> list[Verdict]:
         """What became of each prediction; a missing one is ``unboxed``, and so is an empty one."""

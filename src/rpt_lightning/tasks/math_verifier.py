@@ -38,7 +38,7 @@ class MathVerifier:
         if cpu_limit_s <= 0 or num_workers < 1:
             raise ValueError(f"cpu_limit_s={cpu_limit_s}, num_workers={num_workers}: give more than 0 seconds, and at least 1 process")
         if find_spec("math_verify") is None:
-            raise ValueError("checking mathematical answers needs the package math-verify: pip install 'rpt-lightning[math]'")
+            raise ValueError("checking mathematical answers needs the package math-verify: pip install 'math-verify>=0.9,<0.10'")
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="math-verify")
         self._workers: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for _ in range(num_workers):

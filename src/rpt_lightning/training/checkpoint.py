@@ -21,6 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from rpt_lightning.metrics.run_folder import ANSWER_FOLDER, ROLLOUT_FOLDER, VALIDATION_FOLDER
 from rpt_lightning.rollout.engine import EngineLost
 from rpt_lightning.training.checkpoint_check import checkpoint_damage
 from rpt_lightning.training.checkpoint_io import StreamedCheckpointIO, files_of, flush_to_disk
@@ -79,7 +80,7 @@ class RunCheckpoint(Checkpoint):
         self.start_step = self._saved_step = trainer.global_step
         self._step_end = {}
         if trainer.is_global_zero:
-            _abandon_after(trainer.global_step, _folder(trainer))
+            _abandon_after(trainer.global_step, Path(trainer.default_root_dir))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._step_end = {"epoch": trainer.current_epoch, "fit_loop": copy.deepcopy(trainer.fit_loop.state_dict())}
@@ -198,16 +199,28 @@ def _way_on(folder: Path) -> str:
     return f"The last complete checkpoint is {folder / f'step-{steps[-1]:06d}.ckpt'}: continue with --ckpt_path last."
 
 
-def _abandon_after(step: int, folder: Path) -> None:
-    """A run that goes on from an earlier checkpoint makes its later ones anew: the old ones must be neither the run's last nor pruned against the new."""
-    for later in checkpoint_steps(folder):
-        if later > step:
-            path = folder / f"step-{later:06d}.ckpt"
-            number, target = 2, path.with_name(path.name + _ABANDONED)
-            while target.exists():
-                number, target = number + 1, path.with_name(f"{path.name}.{number}{_ABANDONED}")
-            path.rename(target)
-            rank_zero_info(f"checkpoint: {path} is beyond step {step}, from which the run goes on; it is now {target.name}")
+def _abandon_after(step: int, run_folder: Path) -> None:
+    """A run that goes on from an earlier checkpoint makes its later ones anew, and what was recorded of later steps: the old ones must be neither the run's
+    last nor pruned against the new, nor be read as its results.
+    """
+    named = [
+        run_folder / FOLDER / "step-*.ckpt",
+        *(run_folder / name / "step-*.json*" for name in (VALIDATION_FOLDER, ANSWER_FOLDER, ROLLOUT_FOLDER)),
+    ]
+    files = [path for pattern in named for path in sorted(pattern.parent.glob(pattern.name)) if path.suffix != _ABANDONED]
+    later = [path for path in files if _step_of(path) > step]
+    for path in later:
+        number, target = 2, path.with_name(path.name + _ABANDONED)
+        while target.exists():
+            number, target = number + 1, path.with_name(f"{path.name}.{number}{_ABANDONED}")
+        path.rename(target)
+    if later:
+        names = ", ".join(str(path.relative_to(run_folder)) for path in later)
+        rank_zero_info(f"beyond step {step}, from which the run goes on, and therefore now named *{_ABANDONED}: {names}")
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-").split(".")[0])
 
 
 def _remove(path: Path) -> None:

@@ -17,11 +17,16 @@ class MissedValidation(Checkpoint):
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        epoch_loop = trainer.fit_loop.epoch_loop
-        folders = (Path(trainer.default_root_dir) / name for name in (VALIDATION_FOLDER, ANSWER_FOLDER))
-        is_done = any((folder / f"step-{trainer.global_step:06d}.jsonl").exists() for folder in folders)
-        is_due = trainer.global_step > 0 and trainer.enable_validation and epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
-        if is_due and not trainer.strategy.broadcast(is_done):
+        if is_missed(trainer):
             trainer.validating = True
-            epoch_loop.val_loop.run()
+            trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
+
+
+def is_missed(trainer: Trainer) -> bool:
+    """Whether a validation was due at the step that was loaded, and left no record. A collective; once the fit has begun."""
+    folders = (Path(trainer.default_root_dir) / name for name in (VALIDATION_FOLDER, ANSWER_FOLDER))
+    is_done = any((folder / f"step-{trainer.global_step:06d}.jsonl").exists() for folder in folders)
+    fetcher = trainer.fit_loop._data_fetcher
+    is_due = trainer.global_step > 0 and trainer.enable_validation and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)  # type: ignore[arg-type]
+    return is_due and not trainer.strategy.broadcast(is_done)

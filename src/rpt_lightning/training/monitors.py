@@ -105,7 +105,8 @@ class StepProgressBar(RichProgressBar):
 
 
 class RolloutSamples(Callback):
-    """Every ``every_n_steps`` steps: all of the step's completions to ``rollouts/step-N.jsonl``, and a few of them as text to the loggers that take text.
+    """Every ``every_n_steps`` steps: all completions that the step trained on (not those of groups that dynamic sampling replaced) to
+    ``rollouts/step-N.jsonl``, and a few of them as text to the loggers that take text.
 
     Args:
         every_n_steps: Optimizer steps between samples.

@@ -22,6 +22,7 @@ from rpt_lightning.policy.sharding import materialize_sharded
 from rpt_lightning.tasks.token_bytes import start_ids, tokenizer_hash
 from rpt_lightning.training.cpu_precision import bf16_is_slow
 from rpt_lightning.training.heldout_answers import HeldoutAnswer
+from rpt_lightning.training.optimizer_settings import apply_settings, settings_of
 from rpt_lightning.training.ranks import Ranks
 from rpt_lightning.training.step_clock import StepClock
 from rpt_lightning.training.validation import position_result, unique_results, validation_metrics
@@ -117,7 +118,11 @@ class PolicyModule(LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self.policy.parameters())
+        self._given_settings = settings_of(optimizer)
         return optimizer if self.make_lr_scheduler is None else ([optimizer], [self.make_lr_scheduler(optimizer)])
+
+    def on_train_start(self) -> None:
+        apply_settings(self.optimizers(use_pl_optimizer=False), self._given_settings, is_scheduled=self.make_lr_scheduler is not None)  # type: ignore[arg-type]
 
     @property
     def policy_version(self) -> int:

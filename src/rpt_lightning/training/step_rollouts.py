@@ -78,7 +78,7 @@ class StepRoller:
         work = rollout_work(filled, prefill_tokens=metrics["rollout/prefill_tokens"])
         metrics |= server_metrics(self.engine.servers)
         if isinstance(self.reward, CountingReward):
-            metrics |= self.reward.take_metrics()
+            metrics |= self.reward.take_metrics([*filled.groups, *filled.replaced])
         return StepRollouts(filled=filled, metrics=metrics, work=work, policy_version=version, seconds=time.perf_counter() - start)
 
     def _read_since(self, before: PromptTokens | None, ranks: Ranks | RankExchange) -> PromptTokens | None:

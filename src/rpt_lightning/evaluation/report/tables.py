@@ -58,7 +58,7 @@ def run_table(runs: Sequence[Run]) -> Table:
         "mean reward": reward_ends,
         "groups with a gradient": lambda run: _mean_percent(run, "rollout/live_groups_frac"),
         "tokens sampled": lambda run: _total(run, "rollout/tokens"),
-        "tokens trained": lambda run: _total(run, "train/packed_tokens"),
+        "tokens trained": lambda run: _total(run, "cost/trained_tokens"),
         "time of all steps": _hours,
         "last validation": lambda run: f"step {run.last_validation.step}" if run.last_validation else NOT_MEASURED,
         "accuracy by reasoning": lambda run: _rate(run, "reasoning_correct"),
