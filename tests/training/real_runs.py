@@ -56,6 +56,14 @@ class HeldValidation(Callback):
             time.sleep(0.01)
 
 
+class FailsAtStepTwo(Callback):
+    """On the last rank."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 2 and trainer.global_rank == trainer.world_size - 1:
+            raise ValueError("a shard is damaged")
+
+
 class KilledOnce(Callback):
     """The last rank kills itself after step 2, unless the file says that it did so before; a step takes a second at least."""
 

@@ -231,6 +231,16 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(flags, undisturbed, tmp_pa
 
 
 @pytest.mark.long
+def test_an_error_of_another_rank_is_the_errors_text_and_status_1(flags, tmp_path):
+    """Not 137: Lightning's launcher would kill the first rank before it had heard why."""
+    launch = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.callbacks+=real_runs.FailsAtStepTwo", "--ranks.limit_s", "10"]
+    run = RealRun(tmp_path / "run", [*flags, *launch])
+    assert run.start_command().wait(timeout=180) == 1, run.text()
+    assert "ended with ValueError: a shard is damaged. Rank 0 ends too; continue with --ckpt_path last" in run.text()
+    assert "a shard is damaged" in (run.folder / "error-1.txt").read_text()
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_is_killed_or_hangs_ends_the_other(fault, victim, flags, tmp_path):

@@ -16,6 +16,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
@@ -56,12 +57,27 @@ class RankWatch(Callback):
             self._watch.join(self.limit_s * 1.5)
         elif not isinstance(exception, (SystemExit, KeyboardInterrupt)):  # those end every rank
             self._watch.tell(f"ended with {type(exception).__name__}: {exception}")
+            if is_lightnings_child(trainer):
+                self._watch.stop()  # it would end this process before the traceback is kept
+                _wait_for_the_end_of(os.getppid(), limit_s=self.limit_s)
         self._watch.stop()
 
 
 def is_lost_connection(error: BaseException) -> bool:
     """A collective that failed, mostly because another rank is gone. gloo has no class of its own for it."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+
+
+def is_lightnings_child(trainer: Trainer) -> bool:
+    """Whether Lightning's launcher started this process: it kills the first one, without a word, as soon as one of those that it started ends with an error."""
+    return isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment) and trainer.local_rank > 0
+
+
+def _wait_for_the_end_of(parent: int, *, limit_s: float) -> None:
+    """The first process has heard the news, says them and ends with an error of its own."""
+    end = time.monotonic() + limit_s
+    while os.getppid() == parent and time.monotonic() < end:
+        time.sleep(0.1)
 
 
 class _Watch(threading.Thread):

@@ -13,13 +13,13 @@ from types import FrameType
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from rpt_lightning.training.checkpoint import RunCheckpoint
+from rpt_lightning.training.rank_watch import is_lightnings_child
 
 # Exit statuses of `rpt fit`, beside 0 (all steps done) and 1 (an error, or Ctrl-C).
 STATUS_SIGNAL = 75  # EX_TEMPFAIL: started again, the run goes on. Not 0, so that a launcher does not take the run for complete
@@ -79,9 +79,7 @@ class StopRun(Checkpoint):
             if trainer.is_global_zero:
                 _requeue(trainer)
             trainer.strategy.barrier("requeued")  # a rank that ends first with this status may make SLURM kill the one that asks it
-        # Lightning's launcher kills the first process if one of those that it started ends with an error.
-        is_child = isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment) and trainer.local_rank > 0
-        raise RunStopped(0 if is_child else status)
+        raise RunStopped(0 if is_lightnings_child(trainer) else status)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for signum, handler in self._handlers.items():
