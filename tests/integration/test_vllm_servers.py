@@ -24,7 +24,7 @@ from rpt_lightning.rollout.server import Server, ServerLost
 from rpt_lightning.rollout.vllm_server_engine import VLLMServerEngine
 from rpt_lightning.rollout.weight_transport import SharedFolderTransport
 from rpt_lightning.training.sync_check import SyncError, check_weights
-from rpt_lightning.types import Completion, GenerationRequest
+from rpt_lightning.types import Completion, GenerationRequest, PromptTokens
 
 
 @pytest.fixture
@@ -90,18 +90,15 @@ def test_weights_go_out_completions_come_back(engine: VLLMServerEngine, policy: 
 
 
 def test_prompts_are_counted_as_servers_share_them(engine: VLLMServerEngine) -> None:
-    """A prompt of 20 and more tokens has a block of 16 that its other three completions get from the cache, and a document's next position too."""
+    """Of 70 tokens 64 are whole blocks (of 16, or of 32), which all completions but the very first find in the cache."""
     before = engine.prompt_tokens
     assert before is not None
-    engine.generate(REQUESTS[:1])
-    assert engine.prompt_tokens is not None
-    once = engine.prompt_tokens - before
-    length = len(REQUESTS[0].prompt_ids)
-    assert once.total == 4 * length
-    assert 0 < once.cached < 3 * length
-    engine.generate(REQUESTS[:1])  # all four now
-    assert (engine.prompt_tokens - before).cached == once.cached + 4 * once.cached // 3
-    assert once.shareable == 0
+    request = replace(REQUESTS[0], prompt_ids=tuple(range(40, 110)))
+    for cached in (3 * 64, 3 * 64 + 4 * 64):
+        engine.generate([request])
+        assert engine.prompt_tokens is not None
+        assert (engine.prompt_tokens - before).cached == cached
+    assert engine.prompt_tokens - before == PromptTokens(total=2 * 4 * 70, cached=7 * 64, shareable=0)
 
 
 def test_a_server_killed_in_the_middle_of_generation(engine: VLLMServerEngine, policy: Policy, servers: list[ServerUnderTest]) -> None:
