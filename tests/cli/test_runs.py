@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -159,8 +160,9 @@ def test_ctrl_c_names_the_last_checkpoint_and_the_way_on(flags, tmp_path):
     run_dir = tmp_path / "run"
     options = ["--trainer.default_root_dir", str(run_dir), "--trainer.max_steps", "1000", "--trainer.limit_val_batches", "0"]
     process = subprocess.Popen(
-        [*COMMAND, "fit", *map(str, flags), *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+        [*COMMAND, "fit", *map(str, flags), *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env=os.environ | {"PYTHONFAULTHANDLER": "1"},
+    )  # fmt: skip
     try:
         shown = ""
         for line in process.stdout:
@@ -168,7 +170,11 @@ def test_ctrl_c_names_the_last_checkpoint_and_the_way_on(flags, tmp_path):
             if "step 3/1000" in line:
                 break
         process.send_signal(signal.SIGINT)
-        shown += process.communicate(timeout=120)[0]
+        try:
+            shown += process.communicate(timeout=120)[0]
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)  # it says where each thread stands
+            pytest.fail(shown + process.communicate(timeout=20)[0])
     finally:
         process.kill()
     assert process.returncode not in (0, None)

@@ -168,8 +168,11 @@ class RealRun:
         return self.log.read_text() if self.log.exists() else ""
 
     def step(self) -> int:
-        path = self.folder / "steps.jsonl"
-        return path.read_text().count("\n") if path.exists() else 0
+        """Steps logged; a start that follows one without a checkpoint moves that one's log aside."""
+        try:
+            return (self.folder / "steps.jsonl").read_text().count("\n")
+        except FileNotFoundError:
+            return 0
 
     def writes_a_checkpoint(self) -> bool:
         return any((self.folder / "checkpoints").glob("*.partial"))
