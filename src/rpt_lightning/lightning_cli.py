@@ -119,7 +119,8 @@ class RPTCLI(LightningCLI):
         if not folder:
             raise ValueError("trainer.default_root_dir is not set: name the run's folder, e.g. --trainer.default_root_dir runs/my-run")
         if config.get("logger") in (None, True):
-            config["logger"] = TensorBoardLogger(save_dir=str(Path(folder) / "tensorboard"), name="", version="")
+            # Ctrl-C in the middle of TensorBoard's queue can leave its thread asleep until its next flush, for which the end of the run waits: 120 s by default.
+            config["logger"] = TensorBoardLogger(save_dir=str(Path(folder) / "tensorboard"), name="", version="", flush_secs=5)
         # Lightning's own checkpoint callback would be added beside ours.
         config["enable_checkpointing"] = True
         # In a file or a pipe a bar is debris; the line a step is there in any case.
