@@ -115,12 +115,12 @@ class AnswerReward(CountingReward):
     def _known_verdicts(self, task: AnswerTask, predictions: Sequence[bytes | None]) -> list[Verdict]:
         """As ``verdicts``; what was checked since the last ``take_metrics`` is not checked again."""
         question_id = task.question.question_id
-        new = [prediction for prediction in dict.fromkeys(predictions) if (question_id, prediction) not in self._known]
+        known = self._known  # another thread may begin a new one meanwhile
+        new = [prediction for prediction in dict.fromkeys(predictions) if (question_id, prediction) not in known]
         found = {(question_id, prediction): verdict for prediction, verdict in zip(new, self.verdicts(task, new), strict=True)}
         with self._lock:
             self._known |= found
-            known = self._known
-        return [found.get((question_id, prediction)) or known[question_id, prediction] for prediction in predictions]
+        return [(found if (question_id, prediction) in found else known)[question_id, prediction] for prediction in predictions]
 
     def verdicts(self, task: AnswerTask, predictions: Sequence[bytes | None]) -> list[Verdict]:
         """What became of each prediction; a missing one is ``unboxed``, and so is an empty one."""
