@@ -20,23 +20,48 @@ False
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 TokenIds = tuple[int, ...]
+FieldValue = str | int | float
+Fields = Mapping[str, FieldValue]
 FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Document:
-    """One text of a corpus.
+class Mark:
+    """A stretch of a document's text that its source knows something about: characters ``start`` to ``end`` (exclusive).
 
-    >>> Document(doc_id="sympy.Add", text="Expression representing addition.")
-    Document(doc_id='sympy.Add', text='Expression representing addition.')
+    ``fields`` describe what stands there, such as its serial depth. ``thought`` is text that works it out from what stands before, where the source
+    has one.
+
+    >>> text = "One cup holds a ball: cup 3."
+    >>> mark = Mark(start=25, end=27, fields={"depth": 0}, thought=" cup 3")
+    >>> text[mark.start : mark.end]
+    ' 3'
+    """
+
+    start: int
+    end: int
+    fields: Fields = field(default_factory=dict, hash=False)
+    thought: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Document:
+    """One text of a corpus, with what its source knows about the whole of it (``fields``) and about places in it (``marks``).
+
+    >>> document = Document(doc_id="sympy.Add", text="Expression representing addition.", fields={"module": "core"})
+    >>> document.fields["module"], document.marks
+    ('core', ())
     """
 
     doc_id: str
     text: str
+    fields: Fields = field(default_factory=dict, hash=False)
+    marks: tuple[Mark, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
