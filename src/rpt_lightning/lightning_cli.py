@@ -37,6 +37,7 @@ from rpt_lightning.training.stop import StopRun
 
 # Imported so that configs may name them by their short names.
 from rpt_lightning.data.answer_datamodule import AnswerTaskDataModule  # isort: skip
+from rpt_lightning.data.corpus_datamodule import CorpusDataModule  # isort: skip
 from rpt_lightning.data.datamodule import TokenTaskDataModule  # isort: skip
 from rpt_lightning.data.mixed_datamodule import MixedDataModule  # isort: skip
 from rpt_lightning.data.questions import HuggingFaceQuestions, JsonlQuestions  # isort: skip
@@ -56,6 +57,7 @@ PARTS = (
     NTPModule,
     TokenTaskDataModule,
     AnswerTaskDataModule,
+    CorpusDataModule,
     TextDataModule,
     TraceDataModule,
     MixedDataModule,

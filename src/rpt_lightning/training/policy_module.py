@@ -118,8 +118,9 @@ class PolicyModule(LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self.policy.parameters())
+        schedulers = [] if self.make_lr_scheduler is None else [self.make_lr_scheduler(optimizer)]
         self._given_settings = settings_of(optimizer)
-        return optimizer if self.make_lr_scheduler is None else ([optimizer], [self.make_lr_scheduler(optimizer)])
+        return ([optimizer], schedulers) if schedulers else optimizer
 
     def on_train_start(self) -> None:
         apply_settings(self.optimizers(use_pl_optimizer=False), self._given_settings, is_scheduled=self.make_lr_scheduler is not None)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""`make demo`: text in, a policy trained by next-token reasoning out, then a table, a plot and a report. Interrupted, it continues where it stopped.
+"""`make demo-text`: text in, a policy trained by next-token reasoning out, then a table, a plot and a report. Interrupted, it continues where it stopped.
 
 Every stage is one command that a user could type; the demo only runs them in order and keeps the time.
 """
@@ -12,11 +12,11 @@ from pipeline import EXECUTABLE, Stage, run_stages, time_table
 from stages import ENGINE, PREPARE_PRECISION, evaluate, export, fit, report, results_file, say_what_is_special
 
 MODEL = Path("models/smollm2-135m")
-TASKS = Path("tasks/demo")
-DEMO = Path("runs/demo")
+TASKS = Path("tasks/demo-text")
+DEMO = Path("runs/demo-text")
 COLD_START = DEMO / "cold-start"
 RPT = DEMO / "rpt"
-RPT_CONFIG = "configs/demo.yaml"
+RPT_CONFIG = "configs/demo-text.yaml"
 REPORT = DEMO / "report.html"
 # Name of each evaluation, and the policy that is evaluated.
 EVALUATIONS = {"start": MODEL, "after cold start": COLD_START / "export", "after RPT": RPT / "export"}
@@ -32,7 +32,7 @@ def make_model() -> Stage:
 
 
 def prepare() -> Stage:
-    command = (EXECUTABLE, "prepare", "--config", "configs/prepare/demo.yaml", *PREPARE_PRECISION)
+    command = (EXECUTABLE, "prepare", "--config", "configs/prepare/demo-text.yaml", *PREPARE_PRECISION)
     return Stage(name="prepare", command=lambda: command, output=TASKS, minutes=4.4, folder=DEMO)
 
 
@@ -44,7 +44,7 @@ COLD_START_STAGES = (
     make_model(),
     prepare(),
     evaluation("start", 4, controls=False),  # it has no answers that another thought could change
-    fit("cold start", COLD_START, "configs/demo-cold-start.yaml", folder=DEMO, minutes=8.5),
+    fit("cold start", COLD_START, "configs/demo-text-cold-start.yaml", folder=DEMO, minutes=8.5),
     export(COLD_START, folder=DEMO),
     evaluation("after cold start", 5),
 )
@@ -77,6 +77,6 @@ def show() -> None:
 
 
 if __name__ == "__main__":
-    say_what_is_special("demo")
-    run_stages(STAGES, program="demo", again="make demo")
+    say_what_is_special("demo-text")
+    run_stages(STAGES, program="demo-text", again="make demo-text")
     show()

@@ -13,7 +13,7 @@ from rpt_lightning.metrics.results import read_results, write_results
 from sample_results import FIRST, SECOND, results
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-demo, pipeline, stages = (importlib.import_module(name) for name in ("demo", "pipeline", "stages"))
+demo, pipeline, stages = (importlib.import_module(name) for name in ("demo_text", "pipeline", "stages"))
 FOLDER = Path("marks")
 
 
@@ -28,11 +28,11 @@ def stage(name: str, code: str, **options):
 
 
 def run(*sequence) -> None:
-    pipeline.run_stages(sequence, program="demo", again="make demo")
+    pipeline.run_stages(sequence, program="demo-text", again="make demo-text")
 
 
 def demo_fit(**options):
-    return stages.fit("fit", Path("run"), "configs/demo.yaml", folder=FOLDER, minutes=1, **options)
+    return stages.fit("fit", Path("run"), "configs/demo-text.yaml", folder=FOLDER, minutes=1, **options)
 
 
 def touch(name: str) -> str:
@@ -41,7 +41,7 @@ def touch(name: str) -> str:
 
 def test_a_failed_demo_continues_with_the_stage_that_failed(capfd: pytest.CaptureFixture[str]):
     one, three = stage("one", touch("one")), stage("three", touch("three"))
-    with pytest.raises(SystemExit, match=r"stage 2 of 3: two failed \(exit status 3.*`make demo` tries it again"):
+    with pytest.raises(SystemExit, match=r"stage 2 of 3: two failed \(exit status 3.*`make demo-text` tries it again"):
         run(one, stage("two", "raise SystemExit(3)"), three)
     assert Path("log").read_text() == "one two "
 
@@ -143,11 +143,11 @@ def test_a_fit_that_was_killed_behind_its_last_checkpoint_is_finished():
 def test_engine_and_precision_are_those_of_the_machine(system, options, in_fp32, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr("platform.system", lambda: system)
     monkeypatch.setattr("rpt_lightning.training.cpu_precision.bf16_is_slow", lambda: in_fp32)
-    for name in ("demo", "stages", "pipeline"):  # what the machine is good at is found out while they are imported
+    for name in ("demo_text", "stages", "pipeline"):  # what the machine is good at is found out while they are imported
         monkeypatch.delitem(sys.modules, name)
-    module = importlib.import_module("demo")
+    module = importlib.import_module("demo_text")
     commands = {stage.name: stage.command() for stage in module.STAGES if stage.name.split()[0] not in ("export", "report")}
-    module.say_what_is_special("demo")
+    module.say_what_is_special("demo-text")
     for name in ("evaluate start", "evaluate after cold start", "RPT", "evaluate after RPT"):
         assert ("HFEngine" in commands[name]) == bool(options)
         # A class named behind its arguments would drop them.
@@ -168,7 +168,7 @@ def test_the_report_shows_the_table_and_names_the_plot(monkeypatch: pytest.Monke
     row = next(line for line in output.splitlines() if "reasoning accuracy" in line)
     assert row.count("50.0 %") == 2
     assert "100.0 %" in row
-    assert "runs/demo/summary.png" in output
+    assert "runs/demo-text/summary.png" in output
     assert (demo.DEMO / "summary.png").stat().st_size > 1000
 
 
