@@ -22,7 +22,7 @@ def answer(document: Document) -> str:
 
 def cups_by_hand(text: str) -> str:
     """With eight real cups: a move is a way to lay them out anew, and the ball lies in one of them."""
-    before, *_ = text.split(". The ball is under cup") if text.count("under") == 1 else text.rsplit(". The ball", 1)
+    before, _ = text.rsplit(". The ball", 1)
     start, *moves = re.findall(r"cup (\d)|\d+ ([a-z]+)", before)
     cups = ["ball" if place == int(start[0]) else "" for place in range(1, 9)]
     for _, move in moves:
@@ -98,9 +98,9 @@ def test_noise_is_a_share_of_the_documents_and_nobody_can_work_it_out():
     documents = list(Cups(num_documents=2000, noise=0.5, seed=1).documents())
     noisy = [document for document in documents if document.marks[0].fields["noise"]]
     assert 0.45 < len(noisy) / 2000 < 0.55
-    assert all(document.marks[0].thought is None and "hidden anew" in document.text for document in noisy)
+    assert all(document.marks[0].thought is None for document in noisy)
     # Chance agrees with the game in one of eight.
-    agrees = sum(answer(document) == cups_by_hand(document.text.split(". Then")[0] + ". The ball is under cup") for document in noisy)
+    agrees = sum(answer(document) == cups_by_hand(document.text) for document in noisy)
     assert 0.09 < agrees / len(noisy) < 0.16
 
 

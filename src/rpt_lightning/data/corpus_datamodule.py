@@ -21,12 +21,11 @@ from rpt_lightning.types import Document, TrainSequence
 class CorpusDataModule(StreamDataModule):
     """Training batches ``{"sequences": ...}`` hold this rank's share of a step: documents, and worked examples of their marked places.
 
-    The documents are kept in memory and tokenized when they are used.
+    The documents are kept in memory and tokenized when they are used. Of a document each token is a target but the first.
 
     Args:
         source: Where the text comes from.
         documents_per_step: Documents of one step, of all ranks together.
-        text: Whether the documents themselves are trained, each token a target but the first.
         prompt: The template of the worked examples; null: there are none.
         phases: The curriculum of the worked examples: how many think, and over which depths.
         max_tokens: Cut documents after so many tokens; null: nothing is cut.
@@ -41,7 +40,6 @@ class CorpusDataModule(StreamDataModule):
         self,
         source: CorpusSource,
         documents_per_step: int = 64,
-        text: bool = True,
         prompt: PromptTemplate | None = None,
         phases: list[Phase] | None = None,
         max_tokens: int | None = None,
@@ -54,8 +52,6 @@ class CorpusDataModule(StreamDataModule):
         super().__init__(
             items_per_step=documents_per_step, flag="documents_per_step", seed=seed, num_eval_tasks=num_eval_tasks, eval_batch_size=eval_batch_size
         )
-        if not text and prompt is None:
-            raise ValueError("--data.text false, --data.prompt null: there is nothing to train on; set one of them")
         if phases is not None and prompt is None:
             raise ValueError("--data.phases says how worked examples think, and --data.prompt is null, so there are none; give a prompt")
         if phases is not None and not phases:
@@ -63,7 +59,6 @@ class CorpusDataModule(StreamDataModule):
         if max_tokens is not None and max_tokens < 2:
             raise ValueError(f"--data.max_tokens {max_tokens}: must be at least 2, since the first token is not a target")
         self.source = source
-        self.text = text
         self.prompt = prompt
         self.phases = phases or [Phase()]
         self.max_tokens = max_tokens
@@ -103,7 +98,7 @@ class CorpusDataModule(StreamDataModule):
         sequences: list[TrainSequence] = []
         for number, _ in items:
             document = self.documents[number]
-            if self.text:
+            if self.writer is None or self.writer.phase(step).text:
                 ids = (self.start_ids + self.token_bytes.encode_plain(document.text))[: self.max_tokens]
                 sequences.append(TrainSequence(prompt_ids=ids[:1], target_ids=ids[1:]))
             if self.writer is not None:

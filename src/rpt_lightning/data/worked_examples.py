@@ -26,6 +26,7 @@ class Phase:
         min_depth: Examples of smaller depth never think.
         max_depth: Examples of greater depth never think; null: all may.
         guesses: Whether examples that do not think are given at all.
+        text: Whether the documents themselves are trained too.
     """
 
     steps: int = 1
@@ -33,12 +34,15 @@ class Phase:
     min_depth: int = 0
     max_depth: int | None = None
     guesses: bool = True
+    text: bool = True
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"phases: steps={self.steps}: a phase lasts at least 1 step")
         if not 0 <= self.p_cot <= 1:
             raise ValueError(f"phases: p_cot={self.p_cot}: give a share from 0 to 1")
+        if not (self.p_cot or self.guesses or self.text):
+            raise ValueError("phases: p_cot=0, guesses=False, text=False: nothing would be trained; set one of them")
 
     def may_think(self, mark: Mark) -> bool:
         """Whether the curriculum lets an example of this mark think."""

@@ -27,7 +27,8 @@ class Cups(World):
         num_documents: How many documents there are.
         min_depth: Least number of moves.
         max_depth: Greatest number of moves.
-        noise: Share of the documents at whose end somebody hides the ball anew, so that nobody can tell where it is.
+        noise: Share of the documents whose last sentence names any cup, as a text that is wrong does. Nothing says which documents these are, so that nobody
+            can predict them; their field ``noise`` is 1.
         seed: Worlds of different seeds write different documents.
     """
 
@@ -49,7 +50,7 @@ class Cups(World):
             game += f" {step} {move}"
             thought += f" {step} {move} {cup}"
         if rng.random() < self.noise:
-            hidden = Answer(text=f" {rng.randint(1, 8)}", depth=depth, thought=None, fields={"noise": 1})
-            return [f"{game}. Then it is hidden anew. The ball is under cup", hidden, "."]
+            anything = Answer(text=f" {rng.randint(1, 8)}", depth=depth, thought=None, fields={"noise": 1})
+            return [f"{game}. The ball is under cup", anything, "."]
         fields = {"noise": 0} if self.noise else {}
         return [f"{game}. The ball is under cup", Answer(text=f" {cup}", depth=depth, thought=f"{thought}.", fields=fields), "."]
