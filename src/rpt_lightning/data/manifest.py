@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
 HISTOGRAM_FILE = "histogram.png"
+# Settings of `rpt prepare` that are younger than some folders, with what those were made with.
+LATER_SETTINGS: dict[str, Any] = {"dedup_span": 13}
 # Entropy in nats that a position must exceed to belong to the band; so hard positions are medium and easy ones too, as in the paper (section 3.3).
 BANDS: dict[str, float] = {"easy": 0.5, "medium": 1.0, "hard": 1.5}
 BIN_EDGES = np.round(np.arange(0.0, 2.9, 0.1), 1)  # nats; the entropy of 16 tokens is at most ln 16 = 2.77

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from rpt_lightning.data.manifest import MANIFEST_FILE, read_manifest
+from rpt_lightning.data.manifest import LATER_SETTINGS, MANIFEST_FILE, read_manifest
 from rpt_lightning.data.proxy import load_tokenizer
 from rpt_lightning.data.remote_folder import RemoteFolder, is_remote
 from rpt_lightning.data.selection import Item
@@ -87,7 +87,11 @@ class TaskFolder:
     @cached_property
     def layout(self) -> str:
         """Fingerprint of how the text of the corpus lies in documents, positions and shards, as far as it is known without reading them."""
-        settings = {name: value for name, value in self.manifest["settings"].items() if name not in NOT_OF_THE_LAYOUT}
+        settings = {
+            name: value
+            for name, value in self.manifest["settings"].items()
+            if name not in NOT_OF_THE_LAYOUT and not (name in LATER_SETTINGS and value == LATER_SETTINGS[name])  # as if the setting did not exist yet
+        }
         digest = hashlib.sha256(json.dumps([self.chunk_sizes, settings], sort_keys=True).encode())
         digest.update(self.num_positions.astype("<i4").tobytes())
         return digest.hexdigest()[:16]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from rpt_lightning.data.benchmark_overlap import benchmark_spans, overlaps
 from rpt_lightning.data.corpus import CorpusSource
-from rpt_lightning.data.dedup import SPAN, components, split_components
+from rpt_lightning.data.dedup import check_span, components, span_words, split_components
 from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.types import Document
 
@@ -88,9 +88,13 @@ class TokenizedCorpus:
         self.token_ids = [self.token_ids[index] for index in kept]
         self.is_cut = [self.is_cut[index] for index in kept]
 
-    def split(self, *, num_heldout: int, max_documents: int | None, seed: int) -> tuple[list[int], list[int]]:
-        """Indices of the held-out and of the training documents, each shuffled: shards in corpus order would make batches of one topic."""
-        split = split_components(components(self.token_ids), num_heldout=num_heldout, seed=seed)
+    def split(self, *, num_heldout: int, max_documents: int | None, span: int | None, seed: int) -> tuple[list[int], list[int]]:
+        """Indices of the held-out and of the training documents, each shuffled: shards in corpus order would make batches of one topic.
+
+        Documents that share ``span`` tokens in a row are on one side (dedup.py).
+        """
+        check_span(span, longest=max(map(len, self.token_ids)))
+        split = split_components(components(self.token_ids, span), num_heldout=num_heldout, seed=seed, span=span)
         rng = np.random.default_rng([seed, 1])
         heldout, train = rng.permutation(split.heldout).tolist(), rng.permutation(split.train).tolist()
         if max_documents is not None:
@@ -101,9 +105,10 @@ class TokenizedCorpus:
             "siblings_of_heldout_documents": split.num_heldout_siblings,
             "not_sampled": len(split.train) - len(train),
         }
+        largest = "" if span is None else f" (the largest, of {split.largest_component:,} documents, is kept for training)"
         print(
-            f"{len(self.token_ids):,} documents in {split.num_components:,} components that share no {SPAN} tokens in a row (the largest, of "
-            f"{split.largest_component:,} documents, is kept for training); using {len(train):,} for training and {len(heldout):,} held out",
+            f"{len(self.token_ids):,} documents in {split.num_components:,} {span_words(span)}{largest}; using {len(train):,} for training and "
+            f"{len(heldout):,} held out",
             flush=True,
         )
         return heldout, train
