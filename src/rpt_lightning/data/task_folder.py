@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from rpt_lightning.data.item_format import Item, decode_item
 from rpt_lightning.data.manifest import LATER_SETTINGS, MANIFEST_FILE, read_manifest
 from rpt_lightning.data.proxy import load_tokenizer
 from rpt_lightning.data.remote_folder import RemoteFolder, is_remote
-from rpt_lightning.data.selection import Item
 from rpt_lightning.data.shards import INDEX_FILE, NUM_POSITIONS_FILE, check_file, check_split
 from rpt_lightning.tasks.token_bytes import TokenBytes, tokenizer_hash
 from rpt_lightning.types import TokenIds, TokenTask
@@ -118,8 +118,7 @@ class TaskFolder:
     def _read(self, document_index: int) -> Item:
         """One stored item (docs/architecture.md): ``document(i)`` keeps the last ones in memory."""
         self._check_chunk(int(np.searchsorted(self._chunk_ends, document_index, side="right")))
-        item: Item = self._dataset[document_index]
-        return item
+        return decode_item(self._dataset[document_index])
 
     def token_ids(self, document_index: int) -> TokenIds:
         """All tokens of a document."""

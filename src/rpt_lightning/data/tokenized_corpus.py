@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rpt_lightning.data.benchmark_overlap import benchmark_spans, overlaps
 from rpt_lightning.data.corpus import CorpusSource
 from rpt_lightning.data.dedup import check_span, components, span_words, split_components
+from rpt_lightning.data.item_format import text_array
 from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.types import Document
 
@@ -44,6 +45,7 @@ class TokenizedCorpus:
         num_read = num_short = num_duplicates = num_inexpressible = 0
         for document in source.documents():
             num_read += 1
+            text_array(document.doc_id, what=f"--source: the id of document {num_read}, {document.doc_id!r},")  # before hours of scoring
             digest.update(_bytes_of(document))
             try:
                 full = token_bytes.encode_plain(document.text)
