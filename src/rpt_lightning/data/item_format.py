@@ -7,6 +7,7 @@ bytes before litdata sees it, and nothing is left to be guessed.
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Any
 
 import numpy as np
@@ -27,25 +28,40 @@ ITEM_TYPES: dict[str, tuple[type, int]] = {
     "candidate_ids": (np.int32, 2),
     "candidate_probs": (np.float32, 2),
 }
+# In folders whose source knows fields: JSON text, a list with one object a stored position, or null where the document has none.
+FIELDS = "fields"
 
 
 def encode_item(item: Item) -> dict[str, NDArray[Any]]:
     """An item as it is stored. Raises ValueError for an id that is no text, and for values of other types."""
     stored = dict(item) | {"doc_id": text_array(item["doc_id"], what=f"the id of document {item['doc_id']!r}")}
-    if stored.keys() != ITEM_TYPES.keys():
-        raise ValueError(f"an item of a task folder holds {', '.join(ITEM_TYPES)}, and not {', '.join(stored)}")
-    for name, (dtype, ndim) in ITEM_TYPES.items():
+    types = dict(ITEM_TYPES)
+    if FIELDS in item:
+        types[FIELDS] = TEXT_TYPE
+        stored[FIELDS] = text_array(json.dumps(item[FIELDS], sort_keys=True, allow_nan=False), what=FIELDS)
+    if stored.keys() != types.keys():
+        raise ValueError(f"an item of a task folder holds {', '.join(types)}, and not {', '.join(stored)}")
+    for name, (dtype, ndim) in types.items():
         value = stored[name]
         if not isinstance(value, np.ndarray) or value.dtype != dtype or value.ndim != ndim:
             found = f"{value.dtype} [{value.ndim} dimensions]" if isinstance(value, np.ndarray) else type(value).__name__
             raise ValueError(f"document {item['doc_id']!r}: {name} is {found} where an array of {dtype.__name__} [{ndim} dimensions] is stored")
-    return {name: stored[name] for name in ITEM_TYPES}
+    return {name: stored[name] for name in types}
 
 
 def decode_item(stored: dict[str, Any]) -> Item:
-    """The item again. Folders of format 1 hold the id as text."""
+    """The item again. Folders of format 1 hold the id as text. Raises ValueError for fields that are not those of the positions."""
     doc_id = stored["doc_id"]
-    return stored | {"doc_id": doc_id if isinstance(doc_id, str) else array_text(doc_id)}
+    item = stored | {"doc_id": doc_id if isinstance(doc_id, str) else array_text(doc_id)}
+    if FIELDS in stored:
+        item[FIELDS] = rows = json.loads(array_text(stored[FIELDS]))
+        if rows is not None and (
+            not isinstance(rows, list) or len(rows) != len(stored["positions"]) or not all(isinstance(row, dict) for row in rows)
+        ):
+            raise ValueError(
+                f"document {item['doc_id']!r}: its stored fields are not one object a position; make the task folder again with `rpt prepare`"
+            )
+    return item
 
 
 def item_digest(item: Item) -> bytes:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rpt_lightning.data.item_format import item_digest
+from rpt_lightning.data.item_format import FIELDS, item_digest
 
 MANIFEST_FILE = "manifest.json"
 # 2: a document's id is stored as bytes (item_format.py). Folders of format 1, with text, are still read.
@@ -33,6 +34,7 @@ class SplitStatistics:
         self.num_unanswerable = 0
         self.last_position = 0
         self.positions: list[dict[str, NDArray[Any]]] = []
+        self.fields: Counter[str] = Counter()  # how many positions have each
         self.digests: list[bytes] = []  # of the items, in their order
         self.histogram = np.zeros(len(BIN_EDGES) - 1, dtype=np.int64)
 
@@ -46,6 +48,7 @@ class SplitStatistics:
         """Count a document that is written."""
         self.num_documents += 1
         self.digests.append(item_digest(item))
+        self.fields.update(name for row in item.get(FIELDS) or () for name in row)
         self.num_tokens += len(item["token_ids"])
         self.num_unanswerable += num_unanswerable
         self.last_position = max(self.last_position, int(item["positions"].max()))
@@ -54,7 +57,8 @@ class SplitStatistics:
     def summary(self) -> dict[str, Any]:
         """Counts of stored positions, over all and above each band's threshold, with the proxy's own next-token accuracy there."""
         columns = {name: np.concatenate([row[name] for row in self.positions] or [np.zeros(0)]) for name in ("entropy", "true_rank", "answerable")}
-        return {
+        fields = {"fields": dict(sorted(self.fields.items()))} if self.fields else {}
+        return fields | {
             "documents": self.num_documents,
             "tokens": self.num_tokens,
             "scored_positions": self.num_scored,

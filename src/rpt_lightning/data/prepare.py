@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from rpt_lightning.data.corpus import CorpusSource
 from rpt_lightning.data.dedup import LEAST_SPAN, SPAN, count_shared_spans
-from rpt_lightning.data.item_format import Item, item_digest
+from rpt_lightning.data.item_format import FIELDS, Item, item_digest
 from rpt_lightning.data.manifest import (
     FORMAT,
     HISTOGRAM_FILE,
@@ -210,6 +210,9 @@ def _write_split(
             item, num_unanswerable = rule.item(
                 corpus.doc_ids[index], corpus.token_ids[index], document_scores, is_cut=corpus.is_cut[index], token_bytes=token_bytes
             )
+            if corpus.has_fields:
+                fields = corpus.fields[index]
+                item[FIELDS] = None if fields is None else fields.at(item["positions"])
             if len(item["positions"]):
                 statistics.add_item(item, num_unanswerable)
                 yield item
@@ -313,4 +316,12 @@ def _closing_words(output: Path, manifest: dict[str, Any]) -> str:
     }
     words.append(_shared_words(manifest["shared_spans_between_splits"], manifest["settings"]["dedup_span"]))
     words += [f"left out {count:,} {what}" for what, count in left_out.items() if count]
+    for what, why in (
+        ("marks_in_which_no_token_begins", "no token begins in them, so their fields are those of no position"),
+        ("marks_behind_the_cut", f"they lie behind --max_tokens_per_document {manifest['settings']['max_tokens_per_document']}"),
+    ):
+        if counts.get(what):
+            words.append(f"{counts[what]:,} of {counts['marks']:,} marks have no effect: {why}")
+    if names := sorted(train.get("fields", {}).keys() | heldout.get("fields", {}).keys()):
+        words.append(f"fields kept at positions: {', '.join(names)}")
     return f"{output}: {'; '.join(words)}"

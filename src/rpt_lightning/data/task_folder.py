@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from rpt_lightning.data.item_format import Item, decode_item
+from rpt_lightning.data.item_format import FIELDS, Item, decode_item
 from rpt_lightning.data.manifest import LATER_SETTINGS, MANIFEST_FILE, read_manifest
 from rpt_lightning.data.proxy import load_tokenizer
 from rpt_lightning.data.remote_folder import RemoteFolder, is_remote
@@ -128,7 +128,7 @@ class TaskFolder:
         """The task at the ``k``-th stored position of a document."""
         item = self.document(document_index)
         position = int(item["positions"][k])
-        token_ids = item["token_ids"]
+        token_ids, rows = item["token_ids"], item.get(FIELDS)
         start = 0 if self.max_context_tokens is None else max(0, position - self.max_context_tokens)
         continuation_ids = tuple(token_ids[position : position + self.manifest["answer_reach"]].tolist())
         return TokenTask(
@@ -142,6 +142,7 @@ class TaskFolder:
             true_prob=float(item["true_prob"][k]),
             true_rank=int(item["true_rank"][k]),
             answerable=bool(item["answerable"][k]),
+            fields={} if rows is None else rows[k],
         )
 
     def candidates(self, document_index: int, k: int) -> tuple[TokenIds, tuple[float, ...]]:
