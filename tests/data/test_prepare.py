@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 from folder_contents import Prepare, items, stored
 from transformers import AutoTokenizer
 
+from rpt_lightning.data import shards
 from rpt_lightning.data.corpus import CorpusSource, JsonlSource, TextFilesSource
 from rpt_lightning.data.prepare import prepare as prepare_function
 from rpt_lightning.data.task_folder import TaskFolder
 from rpt_lightning.tasks.answer import extract_prediction
+from rpt_lightning.types import Document
 
 
 def test_the_folder_holds_what_the_manifest_says(prepared_dir: Path, corpus_path: Path) -> None:
@@ -123,6 +126,28 @@ def test_benchmark_overlap_is_removed(prepared_dir: Path, prepare_small: Prepare
     assert len(everything) == 17
     with pytest.raises(ValueError, match=r"--benchmark_files .*nowhere: there is no such file"):
         prepare_small(tmp_path / "other", benchmark_files=[str(tmp_path / "nowhere")])
+
+
+def test_what_cannot_be_read_back_is_not_published(prepare_small: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that exchanges two values, as one that guesses formats might."""
+    original = shards.encode_item
+    monkeypatch.setattr(shards, "encode_item", lambda item: original(item) | {"entropy": item["true_prob"]})
+    with pytest.raises(RuntimeError, match=r"--output_dir .*out: what was written is not what is read back.*train/ holds other documents"):
+        prepare_small(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(shards, "encode_item", original)
+    assert items(prepare_small(tmp_path / "out"))
+
+
+def test_a_document_whose_id_is_no_text_is_refused_before_anything_is_scored(
+    prepare_small: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Odd(TextFilesSource):
+        def documents(self) -> Iterator[Document]:
+            yield Document(doc_id=7, text="some text")  # type: ignore[arg-type]
+
+    with pytest.raises(ValueError, match="--source: the id of document 1, 7, is a int, where text belongs"):
+        prepare_small(tmp_path / "out", source=Odd("*"))
 
 
 @pytest.fixture

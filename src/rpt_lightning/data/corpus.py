@@ -12,12 +12,13 @@ import string
 import types
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rpt_lightning.data.fields import value_problem
 from rpt_lightning.data.jsonl import read_jsonl
-from rpt_lightning.types import Document
+from rpt_lightning.types import Document, FieldValue
 
 DEFAULT_TEMPLATE = "{problem}\n\n{solution}"
 
@@ -50,12 +51,39 @@ def fill_template(template: str, row: Mapping[str, Any], *, where: str) -> str:
     return template.format_map(row)
 
 
-class JsonlSource(CorpusSource):
-    """One JSON object a line; ``template`` says how its fields become the text."""
+def row_fields(names: Sequence[str], row: Mapping[str, Any], *, where: str) -> dict[str, FieldValue]:
+    """The columns of one record that are kept as fields of the document. Raises ValueError that begins with ``where``.
 
-    def __init__(self, path: str, template: str = DEFAULT_TEMPLATE) -> None:
+    >>> row_fields(["depth"], {"text": "...", "depth": 3}, where="a.jsonl, line 1")
+    {'depth': 3}
+    """
+    for name in names:
+        if row.get(name) is None:
+            raise ValueError(
+                f"{where}: the field {name!r} is to be kept, and is missing or null there (fields: {', '.join(map(str, row))}); correct "
+                "--source.init_args.fields or the data"
+            )
+        problem = value_problem(row[name])
+        if problem:
+            raise ValueError(
+                f"{where}: the field {name!r} is to be kept, so it must be text or a finite number, and {problem}; correct --source.init_args.fields or "
+                "the data"
+            )
+    return {name: row[name] for name in names}
+
+
+def _kept(fields: Sequence[str]) -> dict[str, list[str]]:
+    """What a description says of them: nothing where there are none, as before there could be any."""
+    return {"fields": list(fields)} if fields else {}
+
+
+class JsonlSource(CorpusSource):
+    """One JSON object a line; ``template`` says how its fields become the text, and ``fields`` which of them are kept beside it."""
+
+    def __init__(self, path: str, template: str = DEFAULT_TEMPLATE, fields: list[str] = []) -> None:  # noqa: B006, is never changed
         self.path = Path(path)
         self.template = template
+        self.fields = fields
 
     def documents(self) -> Iterator[Document]:
         _require_file(self.path)
@@ -63,18 +91,20 @@ class JsonlSource(CorpusSource):
             where = f"{self.path}, line {number}"
             if not isinstance(row, dict):
                 raise ValueError(f"{where}: a {type(row).__name__} where an object with the template's fields belongs")
-            yield Document(doc_id=f"{self.path.name}:{number}", text=fill_template(self.template, row, where=where))
+            text, fields = fill_template(self.template, row, where=where), row_fields(self.fields, row, where=where)
+            yield Document(doc_id=f"{self.path.name}:{number}", text=text, fields=fields)
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "jsonl", "path": str(self.path), "template": self.template}
+        return {"kind": "jsonl", "path": str(self.path), "template": self.template} | _kept(self.fields)
 
 
 class ParquetSource(CorpusSource):
-    """The rows of a Parquet file."""
+    """The rows of a Parquet file; columns named by ``fields`` are kept beside the text."""
 
-    def __init__(self, path: str, template: str = DEFAULT_TEMPLATE) -> None:
+    def __init__(self, path: str, template: str = DEFAULT_TEMPLATE, fields: list[str] = []) -> None:  # noqa: B006, is never changed
         self.path = Path(path)
         self.template = template
+        self.fields = fields
 
     def documents(self) -> Iterator[Document]:
         from pyarrow import ArrowInvalid
@@ -88,13 +118,13 @@ class ParquetSource(CorpusSource):
         number = 0
         for batch in file.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
-                yield Document(
-                    doc_id=f"{self.path.name}:{number}", text=fill_template(self.template, row, where=f"{self.path}, row {number} (from 0)")
-                )
+                where = f"{self.path}, row {number} (from 0)"
+                text, fields = fill_template(self.template, row, where=where), row_fields(self.fields, row, where=where)
+                yield Document(doc_id=f"{self.path.name}:{number}", text=text, fields=fields)
                 number += 1
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "parquet", "path": str(self.path), "template": self.template}
+        return {"kind": "parquet", "path": str(self.path), "template": self.template} | _kept(self.fields)
 
 
 class TextFilesSource(CorpusSource):
@@ -119,16 +149,24 @@ class TextFilesSource(CorpusSource):
 
 
 class HuggingFaceSource(CorpusSource):
-    """A split of a Hugging Face dataset (``pip install 'rpt-lightning[datasets]'``). ``revision`` pins a commit."""
+    """A split of a Hugging Face dataset (``pip install 'rpt-lightning[datasets]'``). ``revision`` pins a commit; columns named by ``fields`` are kept
+    beside the text."""
 
     def __init__(
-        self, name: str, split: str = "train", template: str = DEFAULT_TEMPLATE, config_name: str | None = None, revision: str | None = None
+        self,
+        name: str,
+        split: str = "train",
+        template: str = DEFAULT_TEMPLATE,
+        config_name: str | None = None,
+        revision: str | None = None,
+        fields: list[str] = [],  # noqa: B006, is never changed
     ) -> None:
         self.name = name
         self.split = split
         self.template = template
         self.config_name = config_name
         self.revision = revision
+        self.fields = fields
 
     def documents(self) -> Iterator[Document]:
         try:
@@ -137,12 +175,12 @@ class HuggingFaceSource(CorpusSource):
             raise ValueError("HuggingFaceSource needs the datasets package: pip install 'datasets>=3'") from error
         for number, row in enumerate(load_dataset(self.name, self.config_name, split=self.split, revision=self.revision)):
             where = f"dataset {self.name}, split {self.split}, row {number} (from 0)"
-            yield Document(doc_id=f"{self.name}/{self.split}:{number}", text=fill_template(self.template, row, where=where))
+            text, fields = fill_template(self.template, row, where=where), row_fields(self.fields, row, where=where)
+            yield Document(doc_id=f"{self.name}/{self.split}:{number}", text=text, fields=fields)
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "hugging_face", "name": self.name, "config_name": self.config_name, "split": self.split, "revision": self.revision} | {
-            "template": self.template
-        }
+        settings = {"name": self.name, "config_name": self.config_name, "split": self.split, "revision": self.revision, "template": self.template}
+        return {"kind": "hugging_face"} | settings | _kept(self.fields)
 
 
 class DocstringSource(CorpusSource):

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rpt_lightning.data.item_format import FIELDS, item_digest
+
 MANIFEST_FILE = "manifest.json"
-FORMAT = 1
+# 2: a document's id is stored as bytes (item_format.py). Folders of format 1, with text, are still read.
+FORMAT = 2
+READABLE_FORMATS = (1, 2)
 HISTOGRAM_FILE = "histogram.png"
 # Settings of `rpt prepare` that are younger than some folders, with what those were made with.
 LATER_SETTINGS: dict[str, Any] = {"dedup_span": 13}
@@ -29,6 +34,8 @@ class SplitStatistics:
         self.num_unanswerable = 0
         self.last_position = 0
         self.positions: list[dict[str, NDArray[Any]]] = []
+        self.fields: Counter[str] = Counter()  # how many positions have each
+        self.digests: list[bytes] = []  # of the items, in their order
         self.histogram = np.zeros(len(BIN_EDGES) - 1, dtype=np.int64)
 
     def add_scores(self, entropy: NDArray[np.float32]) -> None:
@@ -40,6 +47,8 @@ class SplitStatistics:
     def add_item(self, item: dict[str, Any], num_unanswerable: int) -> None:
         """Count a document that is written."""
         self.num_documents += 1
+        self.digests.append(item_digest(item))
+        self.fields.update(name for row in item.get(FIELDS) or () for name in row)
         self.num_tokens += len(item["token_ids"])
         self.num_unanswerable += num_unanswerable
         self.last_position = max(self.last_position, int(item["positions"].max()))
@@ -48,7 +57,8 @@ class SplitStatistics:
     def summary(self) -> dict[str, Any]:
         """Counts of stored positions, over all and above each band's threshold, with the proxy's own next-token accuracy there."""
         columns = {name: np.concatenate([row[name] for row in self.positions] or [np.zeros(0)]) for name in ("entropy", "true_rank", "answerable")}
-        return {
+        fields = {"fields": dict(sorted(self.fields.items()))} if self.fields else {}
+        return fields | {
             "documents": self.num_documents,
             "tokens": self.num_tokens,
             "scored_positions": self.num_scored,
@@ -108,8 +118,8 @@ def parse_manifest(content: bytes, name: str) -> dict[str, Any]:
     """Raises ValueError, with the manifest's ``name``, where it is damaged or of another version."""
     try:
         manifest: dict[str, Any] = json.loads(content)
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"format {manifest['format']} instead of {FORMAT}")
+        if manifest["format"] not in READABLE_FORMATS:
+            raise ValueError(f"format {manifest['format']}, not one of {READABLE_FORMATS}")
         return manifest
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{name}: not a manifest that this version reads ({error}); make the task folder again with `rpt prepare`") from error

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from rpt_lightning.data.corpus import CorpusSource
 from rpt_lightning.data.dedup import LEAST_SPAN, SPAN, count_shared_spans
+from rpt_lightning.data.item_format import FIELDS, Item, item_digest
 from rpt_lightning.data.manifest import (
     FORMAT,
     HISTOGRAM_FILE,
@@ -27,8 +28,9 @@ from rpt_lightning.data.manifest import (
 from rpt_lightning.data.proxy import check_proxy, load_tokenizer, proxy_fingerprint
 from rpt_lightning.data.scored_parts import ScoringSettings, iterate_scores, score_in_parts, scores_key
 from rpt_lightning.data.scoring import DocumentScores
-from rpt_lightning.data.selection import Item, PositionRule
+from rpt_lightning.data.selection import PositionRule
 from rpt_lightning.data.shards import folder_checksums, write_split
+from rpt_lightning.data.task_folder import TaskFolder
 from rpt_lightning.data.tokenized_corpus import TokenizedCorpus, source_sha256
 from rpt_lightning.tasks.token_bytes import TokenBytes, tokenizer_hash
 
@@ -184,6 +186,7 @@ def prepare(
             "scoring_tokens_per_s": round(tokens_per_s, 1),
         }
         write_manifest(staging, manifest)
+        _read_back(staging, {"train": train_statistics.digests, "heldout": heldout_statistics.digests}, output)
         os.replace(staging, output)
     shutil.rmtree(partial, ignore_errors=True)
     print(_closing_words(output, manifest), flush=True)
@@ -207,6 +210,9 @@ def _write_split(
             item, num_unanswerable = rule.item(
                 corpus.doc_ids[index], corpus.token_ids[index], document_scores, is_cut=corpus.is_cut[index], token_bytes=token_bytes
             )
+            if corpus.has_fields:
+                fields = corpus.fields[index]
+                item[FIELDS] = None if fields is None else fields.at(item["positions"])
             if len(item["positions"]):
                 statistics.add_item(item, num_unanswerable)
                 yield item
@@ -216,6 +222,19 @@ def _write_split(
         flag = "--entropy_threshold" if folder.name == "train" else "--heldout_entropy_threshold"
         raise ValueError(f"{flag} {rule.entropy_threshold}: no position of the {folder.name} documents passes it and the other limits; lower it")
     return statistics
+
+
+def _read_back(staging: Path, digests: dict[str, list[bytes]], output: Path) -> None:
+    """Opens the folder as a run does and compares every document with what was written. Raises RuntimeError where they differ: nothing is published."""
+    try:
+        for split, expected in digests.items():
+            folder = TaskFolder(staging, "train" if split == "train" else "heldout")
+            folder.tokenizer_hash  # noqa: B018, raises where the stored tokenizer is another
+            if [item_digest(folder.document(index)) for index in range(len(folder))] != expected:
+                raise ValueError(f"{split}/ holds other documents than were written")
+            folder.task(0, 0)
+    except ValueError as error:
+        raise RuntimeError(f"--output_dir {output}: what was written is not what is read back, so nothing was published ({error})") from error
 
 
 @contextmanager
@@ -297,4 +316,12 @@ def _closing_words(output: Path, manifest: dict[str, Any]) -> str:
     }
     words.append(_shared_words(manifest["shared_spans_between_splits"], manifest["settings"]["dedup_span"]))
     words += [f"left out {count:,} {what}" for what, count in left_out.items() if count]
+    for what, why in (
+        ("marks_in_which_no_token_begins", "no token begins in them, so their fields are those of no position"),
+        ("marks_behind_the_cut", f"they lie behind --max_tokens_per_document {manifest['settings']['max_tokens_per_document']}"),
+    ):
+        if counts.get(what):
+            words.append(f"{counts[what]:,} of {counts['marks']:,} marks have no effect: {why}")
+    if names := sorted(train.get("fields", {}).keys() | heldout.get("fields", {}).keys()):
+        words.append(f"fields kept at positions: {', '.join(names)}")
     return f"{output}: {'; '.join(words)}"

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from rpt_lightning.data.item_format import FIELDS, Item, decode_item
 from rpt_lightning.data.manifest import LATER_SETTINGS, MANIFEST_FILE, read_manifest
 from rpt_lightning.data.proxy import load_tokenizer
 from rpt_lightning.data.remote_folder import RemoteFolder, is_remote
-from rpt_lightning.data.selection import Item
 from rpt_lightning.data.shards import INDEX_FILE, NUM_POSITIONS_FILE, check_file, check_split
 from rpt_lightning.tasks.token_bytes import TokenBytes, tokenizer_hash
 from rpt_lightning.types import TokenIds, TokenTask
@@ -118,8 +118,7 @@ class TaskFolder:
     def _read(self, document_index: int) -> Item:
         """One stored item (docs/architecture.md): ``document(i)`` keeps the last ones in memory."""
         self._check_chunk(int(np.searchsorted(self._chunk_ends, document_index, side="right")))
-        item: Item = self._dataset[document_index]
-        return item
+        return decode_item(self._dataset[document_index])
 
     def token_ids(self, document_index: int) -> TokenIds:
         """All tokens of a document."""
@@ -129,7 +128,7 @@ class TaskFolder:
         """The task at the ``k``-th stored position of a document."""
         item = self.document(document_index)
         position = int(item["positions"][k])
-        token_ids = item["token_ids"]
+        token_ids, rows = item["token_ids"], item.get(FIELDS)
         start = 0 if self.max_context_tokens is None else max(0, position - self.max_context_tokens)
         continuation_ids = tuple(token_ids[position : position + self.manifest["answer_reach"]].tolist())
         return TokenTask(
@@ -143,6 +142,7 @@ class TaskFolder:
             true_prob=float(item["true_prob"][k]),
             true_rank=int(item["true_rank"][k]),
             answerable=bool(item["answerable"][k]),
+            fields={} if rows is None else rows[k],
         )
 
     def candidates(self, document_index: int, k: int) -> tuple[TokenIds, tuple[float, ...]]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rpt_lightning.data.benchmark_overlap import benchmark_spans, overlaps
 from rpt_lightning.data.corpus import CorpusSource
 from rpt_lightning.data.dedup import check_span, components, span_words, split_components
+from rpt_lightning.data.fields import TokenFields, check_document, knowledge_bytes, token_fields
 from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.types import Document
 
@@ -19,13 +20,14 @@ from rpt_lightning.types import Document
 def source_sha256(source: CorpusSource) -> str:
     """Fingerprint of all documents of a source, in their order: ``counts["sha256"]`` of the corpus that is made of it."""
     digest = hashlib.sha256()
-    for document in source.documents():
+    for number, document in enumerate(source.documents(), start=1):
+        check_document(document, number=number)
         digest.update(_bytes_of(document))
     return digest.hexdigest()
 
 
 def _bytes_of(document: Document) -> bytes:
-    return f"{document.doc_id}\0{document.text}\0".encode(errors="surrogatepass")
+    return f"{document.doc_id}\0{document.text}\0".encode(errors="surrogatepass") + knowledge_bytes(document)
 
 
 class TokenizedCorpus:
@@ -39,11 +41,13 @@ class TokenizedCorpus:
         self.doc_ids: list[str] = []
         self.token_ids: list[NDArray[np.int32]] = []
         self.is_cut: list[bool] = []
+        self.fields: list[TokenFields | None] = []
         digest = hashlib.sha256()
         seen: set[bytes] = set()
         num_read = num_short = num_duplicates = num_inexpressible = 0
         for document in source.documents():
             num_read += 1
+            check_document(document, number=num_read)  # before hours of scoring
             digest.update(_bytes_of(document))
             try:
                 full = token_bytes.encode_plain(document.text)
@@ -61,6 +65,7 @@ class TokenizedCorpus:
                 self.doc_ids.append(document.doc_id)
                 self.token_ids.append(token_ids)
                 self.is_cut.append(len(full) > len(token_ids))
+                self.fields.append(token_fields(document, full, token_bytes, num_kept=len(token_ids)))
         if num_read == 0:
             raise ValueError(f"--source: the corpus is empty ({json.dumps(source.describe())}); check its path, pattern or split")
         if not self.token_ids:
@@ -87,6 +92,12 @@ class TokenizedCorpus:
         self.doc_ids = [self.doc_ids[index] for index in kept]
         self.token_ids = [self.token_ids[index] for index in kept]
         self.is_cut = [self.is_cut[index] for index in kept]
+        self.fields = [self.fields[index] for index in kept]
+
+    @property
+    def has_fields(self) -> bool:
+        """Whether the source knows a field of any token."""
+        return any(fields is not None and not fields.is_empty for fields in self.fields)
 
     def split(self, *, num_heldout: int, max_documents: int | None, span: int | None, seed: int) -> tuple[list[int], list[int]]:
         """Indices of the held-out and of the training documents, each shuffled: shards in corpus order would make batches of one topic.
@@ -105,6 +116,7 @@ class TokenizedCorpus:
             "siblings_of_heldout_documents": split.num_heldout_siblings,
             "not_sampled": len(split.train) - len(train),
         }
+        self._count_marks([*heldout, *train])
         largest = "" if span is None else f" (the largest, of {split.largest_component:,} documents, is kept for training)"
         print(
             f"{len(self.token_ids):,} documents in {split.num_components:,} {span_words(span)}{largest}; using {len(train):,} for training and "
@@ -112,3 +124,13 @@ class TokenizedCorpus:
             flush=True,
         )
         return heldout, train
+
+    def _count_marks(self, indices: list[int]) -> None:
+        """Of the documents that are used; nothing where the source has no marks."""
+        marked = [fields for index in indices if (fields := self.fields[index]) is not None and fields.num_marks]
+        if marked:
+            self.counts |= {
+                "marks": sum(fields.num_marks for fields in marked),
+                "marks_in_which_no_token_begins": sum(fields.num_without_token for fields in marked),
+                "marks_behind_the_cut": sum(fields.num_behind_cut for fields in marked),
+            }

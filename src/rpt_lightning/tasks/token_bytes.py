@@ -121,13 +121,17 @@ class TokenBytes:
         """Whether the id is a marker that plain text never contains: an added token, declared special or not."""
         return token_id in self._special_ids
 
+    def plain_text(self, text: str) -> str:
+        """The text as its tokens have it, character by character: with byte fallback a U+2581 is a space."""
+        return text if self._is_byte_level else text.replace(SPACE_MARK, " ")
+
     def encode_plain(self, text: str) -> TokenIds:
         """Token ids of a text in which ``</think>`` or ``<|im_end|>`` are characters like any others.
 
         Raises ValueError for a text that the tokenizer cannot express: some vocabularies lack a few bytes (SmolLM2 has no U+0004), and a Tokenizer
         would drop them without a word. A lone surrogate raises UnicodeEncodeError, which is a ValueError too.
         """
-        text = text if self._is_byte_level else text.replace(SPACE_MARK, " ")
+        text = self.plain_text(text)
         expected = text.encode()
         ids: TokenIds = tuple(self._plain.encode(text, add_special_tokens=False).ids)
         if self.join(ids) != expected:
