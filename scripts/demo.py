@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from pipeline import run_stages, time_table
+from stages import checkpoints, results_file
 from testbed import Testbed
 
 from rpt_lightning.evaluation.compare import Difference, paired_bootstrap
@@ -21,7 +22,6 @@ from rpt_lightning.evaluation.depth_figure import plot_depth, reasoning, without
 from rpt_lightning.evaluation.run import read_run
 from rpt_lightning.evaluation.table import INTERVAL_NOTE, Rate, Stage, stage_table
 from rpt_lightning.metrics.results import Results, pair_results, read_results
-from stages import checkpoints, results_file
 
 LEAST_GAIN = 0.50  # what the whole interval of (reasoning after RPT - NTP at RPT's FLOPs) must exceed
 CHANCE = 1 / 8  # eight cups

@@ -10,7 +10,6 @@ side, with one thread each.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import subprocess
@@ -21,12 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from evidence_arms import ARMS, STARTS, STEPS, Arm, Start
+from evidence_arms import ARMS, FIRST_STEPS, LAST_STEP, STARTS, STEPS, Arm, Start
+from evidence_records import measure, read_records, write_record
 from pipeline import EXECUTABLE, commit, run_stages
 from stages import checkpoint, flags
 from testbed import ENGINE, NTP_CONFIG, PREPARE_CONFIG, RPT_CONFIG, START_CONFIG, Testbed
-
-from rpt_lightning.evaluation.evidence import ArmRecord, measure, read_records, write_record
 
 RECORDS = Path("docs/evidence")
 SEEDS = (0, 1, 2)
@@ -63,13 +61,13 @@ class Seed:
         run = self.folder / f"start-{start.name}"
         if (run / "export").exists():
             return
-        shared = checkpoint(self.testbed.start, 200)
+        shared = checkpoint(self.testbed.start, FIRST_STEPS)
         begun = any((run / "checkpoints").glob("step-*.ckpt"))
         resume = ("--ckpt_path", "last") if begun else (("--ckpt_path", str(shared)) if start.branches else ())
         own = self.testbed.run_flags(run, policy=self.testbed.model)
         games = flags({"--data.source.seed": 2 * self.testbed.seed + 1, "--data.phases": f"[{', '.join(start.phases)}]"})
         self._run(start.name, (EXECUTABLE, "fit", "--config", START_CONFIG, *own, *games, *resume))
-        self._export(start.name, checkpoint(run, 400), run / "export")
+        self._export(start.name, checkpoint(run, LAST_STEP), run / "export")
 
     def make_tasks(self, name: str) -> None:
         own: dict[str, object] = {"--source.seed": 2 * self.testbed.seed + 2, "--output_dir": self.tasks(name)}

@@ -7,7 +7,8 @@ from typing import Literal
 
 STEPS = 24  # of RPT in every arm: the base arm has risen by then
 
-FIRST_PHASE = "{steps: 200, p_cot: 1.0, text: false}"
+FIRST_STEPS, LAST_STEP = 300, 500  # of configs/demo/start.yaml: where its first phase ends, and its end
+FIRST_PHASE = f"{{steps: {FIRST_STEPS}, p_cot: 1.0, text: false}}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ def _p_cot(share: float) -> Start:
 
 def _depths(name: str, low: int, high: int) -> Start:
     span = f"min_depth: {low}, max_depth: {high}"
-    first = f"{{steps: 200, p_cot: 1.0, {span}, guesses: false, text: false}}"
+    first = f"{{steps: {FIRST_STEPS}, p_cot: 1.0, {span}, guesses: false, text: false}}"
     return Start(name=name, phases=(first, f"{{steps: 200, p_cot: 0.12, {span}}}"), branches=False)
 
 
@@ -55,7 +56,7 @@ STARTS = (
     *(_p_cot(share) for share in (0, 0.01, 0.03, 0.5)),
     _depths("depth-1-4", 1, 4),
     _depths("depth-8-12", 8, 12),
-    Start(name="never-taught", phases=("{steps: 200, p_cot: 0.0, text: false}", "{steps: 200, p_cot: 0.0}"), branches=False),
+    Start(name="never-taught", phases=(f"{{steps: {FIRST_STEPS}, p_cot: 0.0, text: false}}", "{steps: 200, p_cot: 0.0}"), branches=False),
 )
 
 SHARE, DEPTH, REWARD, STEP, RIVAL, SAMPLING, NOISE = (

@@ -125,5 +125,3 @@ class Testbed:
     @property
     def last_step(self) -> int:
         return int(settings(RPT_CONFIG)["trainer"]["max_steps"])
-
-

@@ -104,6 +104,7 @@ def test_header_says_command_hardware_time_and_result(config):
 def test_the_baseline_has_the_learning_rate_of_the_run_that_it_is_set_against():
     """As docs/decisions.md says, "Seeds of the reproduction"."""
     rates = [
-        yaml.safe_load((CONFIGS / name).read_text())["model"]["init_args"]["optimizer"]["init_args"] for name in ("demo-text.yaml", "ntp-baseline.yaml")
+        yaml.safe_load((CONFIGS / name).read_text())["model"]["init_args"]["optimizer"]["init_args"]
+        for name in ("demo-text.yaml", "ntp-baseline.yaml")
     ]
     assert rates[0] == rates[1]

@@ -83,7 +83,9 @@ def test_the_same_seed_writes_the_same_documents_in_another_process(world):
     code = f"from rpt_lightning.worlds import {world.__name__} as W; print([d.text for d in W(num_documents=5, seed=7).documents()])"
     texts = [document.text for document in world(num_documents=5, seed=7).documents()]
     for hash_seed in ("0", "1"):
-        printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": hash_seed, **_path()})
+        printed = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": hash_seed, **_path()}
+        )
         assert printed.stdout.strip() == str(texts)
     assert texts != [document.text for document in world(num_documents=5, seed=8).documents()]
     # A longer corpus begins with the shorter one.

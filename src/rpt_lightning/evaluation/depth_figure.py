@@ -71,7 +71,10 @@ def _accuracy(panel: Axes, curves: Sequence[Curve], chance: float | None) -> Non
         shift = 0.08 * (number - (len(curves) - 1) / 2)  # so that intervals do not hide each other
         means = [100 * rate.mean for rate in rates.values()]
         ends = [[100 * end for end in rate.interval] for rate in rates.values()]
-        errors = [[mean - low for mean, (low, _) in zip(means, ends, strict=True)], [high - mean for mean, (_, high) in zip(means, ends, strict=True)]]
+        errors = [
+            [mean - low for mean, (low, _) in zip(means, ends, strict=True)],
+            [high - mean for mean, (_, high) in zip(means, ends, strict=True)],
+        ]
         total = Rate.of([right for _, right in curve.outcomes])
         label = f"{curve.name}: {100 * total.mean:.1f} % of {total.count}"
         panel.errorbar([depth + shift for depth in rates], means, yerr=errors, fmt=curve.style, capsize=2, markersize=4, linewidth=1.5, label=label)

@@ -22,9 +22,9 @@ class PositionResult:
 
     ``ntp_correct`` is the greedy next token without reasoning, at the same position by the same weights, and ``ntp_logprob`` (nats) what they gave
     the true token. ``length`` counts the completion's tokens, ``thought_length`` those before the thought's end (None: it never ended). The thought
-    controls (the answer forced after an empty thought, and after the thought of another document's position) are None where they were not run, or could
-    not be at this position. ``num_correct`` of ``num_samples`` further completions, drawn at the evaluation's temperature, were right; together they have
-    ``sampled_tokens``. ``context_tokens`` and ``prompt_tokens`` are what the policy read without reasoning and with it. ``token_kind`` is that of the true
+    controls (the answer forced after an empty thought, after the thought of another document's position, and after filler as long as the position's own) are
+    None where they were not run, or could not be at this position. ``num_correct`` of ``num_samples`` further completions, drawn at the evaluation's
+    temperature, were right; together they have ``sampled_tokens``. ``context_tokens`` and ``prompt_tokens`` are what the policy read without reasoning and with it. ``token_kind`` is that of the true
     token (metrics/token_kind.py). ``fields`` are what the corpus knows about the position, None where it knows nothing. Files of earlier versions lack what
     stands from ``token_kind`` on, which is then None.
 
@@ -58,6 +58,7 @@ class PositionResult:
     num_samples: int | None = None
     num_correct: int | None = None
     sampled_tokens: int | None = None
+    filler_thought_correct: bool | None = None
     fields: Fields | None = dataclasses.field(default=None, hash=False)
 
 

@@ -32,9 +32,7 @@ class Cups(World):
         seed: Worlds of different seeds write different documents.
     """
 
-    def __init__(
-        self, num_documents: int = 10_000, min_depth: int = 1, max_depth: int = 12, noise: float = 0.0, seed: int = 0
-    ) -> None:
+    def __init__(self, num_documents: int = 10_000, min_depth: int = 1, max_depth: int = 12, noise: float = 0.0, seed: int = 0) -> None:
         super().__init__(num_documents, min_depth, max_depth, seed)
         if not 0 <= noise <= 1:
             raise ValueError(f"Cups: noise={noise}: give a share from 0 to 1")

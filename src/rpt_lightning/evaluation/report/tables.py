@@ -83,6 +83,7 @@ def run_table(runs: Sequence[Run]) -> Table:
         "NTP loss": _ntp_loss,
         "with an empty thought": lambda run: _rate(run, "empty_thought_correct"),
         "with a shuffled thought": lambda run: _rate(run, "shuffled_thought_correct"),
+        "with filler of equal length": lambda run: _rate(run, "filler_thought_correct"),
         "completions with a box": lambda run: _rate(run, "boxed"),
         "truncated completions": lambda run: _rate(run, "truncated"),
         "completion length": _length,
