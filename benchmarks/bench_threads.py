@@ -1,4 +1,4 @@
-"""How OpenMP's threads should wait for each other: steps of three kinds under four settings, alone and beside one busy process.
+"""How OpenMP's threads should wait for each other: steps of three kinds under five settings, alone and beside one busy process.
 
     python benchmarks/bench_threads.py                      # writes benchmarks/results/threads-*.json
     python benchmarks/bench_threads.py --work tiny --rounds 9
@@ -12,14 +12,14 @@ vLLM in the process, with scripts/make_model.py's tiny model. What `rpt` sets of
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "default": {},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
     "no-spin": {"GOMP_SPINCOUNT": "0"},
+    "short-spin": {"GOMP_SPINCOUNT": "10000"},  # a thirtieth of GNU's own: some 0.1 ms
     "one-thread": {"OMP_NUM_THREADS": "1"},
 }
 TINY = {
@@ -42,7 +43,8 @@ TINY = {
 # Model and batch [sequences, tokens]; more layers of the large one only take longer.
 TRAINING = {"tiny": (TINY, (64, 48)), "135m": (SMOLLM2_135M | {"num_hidden_layers": 4}, (4, 64))}
 GENERATION = "generate"
-BUSY = "while True: pass"
+# It ends with the benchmark, however that ends.
+BUSY = "import os\nparent = os.getppid()\nprint('busy', flush=True)\nwhile os.getppid() == parent:\n    for _ in range(10**6): pass"
 LOADS = ("alone", "busy")
 QUIET = 0.05  # of the machine's CPU time in others' hands
 
@@ -138,6 +140,19 @@ def ask(worker: Worker) -> Sample:
     return Sample(time.perf_counter() - start, load.share())
 
 
+@contextlib.contextmanager
+def busy_process() -> Iterator[None]:
+    """Another process, of this one's priority, that computes all the time."""
+    process = subprocess.Popen([sys.executable, "-S", "-c", BUSY], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()  # it has begun
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
 def wait_for_quiet(until_s: float) -> None:
     """Returns when others have left the machine alone for a moment, or at ``until_s`` of the monotonic clock."""
     while time.monotonic() < until_s:
@@ -149,8 +164,6 @@ def wait_for_quiet(until_s: float) -> None:
 
 def sample_all(work: str, names: list[str], *, rounds: int, steps: int, patience_s: float) -> tuple[dict[str, list[Sample]], dict[str, int]]:
     """Samples of each setting alone and busy, ``rounds`` of each behind one that warms up; and the number of threads of each setting."""
-    busy = subprocess.Popen([sys.executable, "-c", BUSY])
-    busy.send_signal(signal.SIGSTOP)
     workers = {name: Worker(work, SETTINGS[name], steps=steps) for name in names}
     samples: dict[str, list[Sample]] = {f"{name} {load}": [] for load in LOADS for name in names}
     try:
@@ -163,15 +176,12 @@ def sample_all(work: str, names: list[str], *, rounds: int, steps: int, patience
                         wait_for_quiet(until_s)
                         sample = ask(worker)
                     else:
-                        busy.send_signal(signal.SIGCONT)
-                        sample = ask(worker)
-                        busy.send_signal(signal.SIGSTOP)
+                        with busy_process():
+                            sample = ask(worker)
                     print(f"  round {number} {name} {load}: {sample.seconds:.3g} s, others {sample.others:.0%}", flush=True)
                     if number:
                         samples[f"{name} {load}"].append(sample)
     finally:
-        busy.kill()
-        busy.wait()
         for worker in workers.values():
             worker.end()
     return samples, threads
@@ -198,7 +208,7 @@ def measure(work: str, names: list[str], *, keep: bool, **options: Any) -> None:
     store(f"threads-passive-alone-{work}", seconds["default alone"] / seconds["passive alone"], limit=1.0, unit=unit, **details)
     # The scheduler gives each thread the same time: with one more on the machine ours have cores / (cores + 1) of it.
     cores = os.cpu_count() or 1
-    for name in names:
+    for name in ("default", "passive"):
         share = min(seconds["default alone"], seconds["passive alone"]) / seconds[f"{name} busy"]
         unit = "of the speed alone is left beside one busy process"
         store(f"threads-{name}-busy-{work}", share, limit=cores / (cores + 1), unit=unit, **details)
@@ -231,6 +241,7 @@ def table(samples: dict[str, list[Sample]], names: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", nargs="+", choices=[*TRAINING, GENERATION], default=[*TRAINING, GENERATION])
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), help="default and passive are always among them")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=1, help="steps of a process each time that it is asked")
     parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait for moments without other processes, in all, for each work")
@@ -240,7 +251,7 @@ def main() -> None:
     if args.worker:
         work_when_asked(args.work[0], steps=args.steps)
         return
-    names = list(SETTINGS)
+    names = [name for name in SETTINGS if name in ("default", "passive", *args.settings)]
     if args.short:
         args.work, args.rounds, args.patience, names = ["tiny"], 1, 0.0, ["default", "passive"]
     print(f"machine: {machine.description()}")
