@@ -1,12 +1,12 @@
-"""How OpenMP's threads should wait for each other: steps of three kinds under five settings, alone and beside one busy process.
+"""How OpenMP's threads should wait for each other: steps of two models under five settings, alone and beside one busy process.
 
     python benchmarks/bench_threads.py                      # writes benchmarks/results/threads-*.json
     python benchmarks/bench_threads.py --work tiny --rounds 9
 
 Each setting has a process of its own, since OpenMP reads its variables when it is loaded. The processes wait while they are not asked, and all are asked in
 turn, alone and beside the busy process, so that what else the machine does falls on all of them alike. The work: forward and backward of a Llama of 0.7M
-parameters on 64 x 48 tokens; of four layers of SmolLM2-135M with its embedding and head on 4 x 64 tokens; and 64 completions of 16 tokens by the engine of
-vLLM in the process, with scripts/make_model.py's tiny model. What `rpt` sets of this is in src/rpt_lightning/openmp.py.
+parameters on 64 x 48 tokens; and of four layers of SmolLM2-135M with its embedding and head on 4 x 64 tokens. What `rpt` sets of this is in
+src/rpt_lightning/openmp.py.
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import machine
@@ -42,7 +40,6 @@ TINY = {
 }  # fmt: skip
 # Model and batch [sequences, tokens]; more layers of the large one only take longer.
 TRAINING = {"tiny": (TINY, (64, 48)), "135m": (SMOLLM2_135M | {"num_hidden_layers": 4}, (4, 64))}
-GENERATION = "generate"
 # It ends with the benchmark, however that ends.
 BUSY = "import os\nparent = os.getppid()\nprint('busy', flush=True)\nwhile os.getppid() == parent:\n    for _ in range(10**6): pass"
 LOADS = ("alone", "busy")
@@ -91,39 +88,16 @@ def training_step(work: str) -> Callable[[], object]:
     return step
 
 
-def generation_step(folder: Path) -> Callable[[], object]:
-    from model_folder import make_model_folder
-    from transformers import AutoModelForCausalLM
-
-    from rpt_lightning.rollout.vllm_engine import VLLMEngine
-    from rpt_lightning.types import GenerationRequest, SamplingSettings
-
-    model_path = make_model_folder(folder / "tiny", short=True)
-    engine = VLLMEngine(dtype="float32", kv_cache_gib=0.25)
-    engine.start(str(model_path), seed=0, max_model_len=128)
-    engine.update_weights(AutoModelForCausalLM.from_pretrained(model_path).named_parameters(), version=0)
-    generator = torch.Generator().manual_seed(0)
-    sampling = SamplingSettings(temperature=1.0, max_tokens=16, stop_token_ids=())
-    requests = [
-        GenerationRequest(
-            task_id=f"{index}", prompt_ids=tuple(torch.randint(3, 500, (40,), generator=generator).tolist()), n=8, seed=index, sampling=sampling
-        )
-        for index in range(8)
-    ]
-    return lambda: engine.generate(requests)
-
-
 def work_when_asked(work: str, *, steps: int) -> None:
     """The worker's side: a line in, steps, a line out."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
-    with tempfile.TemporaryDirectory(prefix="bench-threads-") as folder:
-        step = generation_step(Path(folder)) if work == GENERATION else training_step(work)
-        answers.write(f"{torch.get_num_threads()}\n")
-        for _ in sys.stdin:
-            for _ in range(steps):
-                step()
-            answers.write("done\n")
+    step = training_step(work)
+    answers.write(f"{torch.get_num_threads()}\n")
+    for _ in sys.stdin:
+        for _ in range(steps):
+            step()
+        answers.write("done\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +214,7 @@ def table(samples: dict[str, list[Sample]], names: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", nargs="+", choices=[*TRAINING, GENERATION], default=[*TRAINING, GENERATION])
+    parser.add_argument("--work", nargs="+", choices=list(TRAINING), default=list(TRAINING))
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), help="default and passive are always among them")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=1, help="steps of a process each time that it is asked")
