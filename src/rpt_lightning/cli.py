@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from rpt_lightning.openmp import let_threads_sleep
+
 LIGHTNING_VERBS = {
     "fit": "train a policy (by reasoning: RPTModule; by standard next-token prediction: NTPModule)",
     "validate": "next-token accuracy on held-out positions, by reasoning and without, at the same positions",
@@ -22,6 +24,8 @@ TOOLS = {
     "report": "make one HTML page about runs: rpt report RUN... [--output report.html]",
     "serve": "start the vLLM servers that a run's configuration names",
 }
+# What multiplies matrices; the other commands read files.
+_COMPUTING = {*LIGHTNING_VERBS, "prepare", "evaluate", "serve"}
 # Errors of Lightning, torch and safetensors that a file or a flag caused.
 _LIBRARY_ERRORS = {"MisconfigurationException", "UnpicklingError", "SafetensorError"}
 _MEANING = {
@@ -35,6 +39,8 @@ def main(args: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     command = args[0] if args else "--help"
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
+    if command in _COMPUTING and not any(arg in ("-h", "--help") or arg.startswith("--print_config") for arg in args):
+        let_threads_sleep(os.environ)
     try:
         if command in ("-h", "--help"):
             print(_help())
