@@ -139,6 +139,18 @@ def test_what_cannot_be_read_back_is_not_published(prepare_small: Prepare, tmp_p
     assert items(prepare_small(tmp_path / "out"))
 
 
+def test_a_finished_folder_that_cannot_be_read_is_not_accepted(prepared_dir: Path, prepare_small: Prepare, tmp_path: Path) -> None:
+    """As earlier versions made them of text files: with pickles."""
+    folder = shutil.copytree(prepared_dir, tmp_path / "old")
+    index = folder / "heldout/index.json"
+    config = json.loads(index.read_text())
+    config["config"]["data_format"][0] = "pickle"
+    index.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"--output_dir .*old: a task folder .* cannot be read: remove it .*names the serializer 'pickle'"):
+        prepare_small(folder)
+    assert index.is_file()
+
+
 def test_a_document_whose_id_is_no_text_is_refused_before_anything_is_scored(
     prepare_small: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +22,7 @@ from rpt_lightning.data.task_folder import TaskFolder
 from rpt_lightning.data.text_datamodule import TextDataModule
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.training.ntp_module import NTPModule
+from rpt_lightning.types import Document
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RNG = random.Random(0)
@@ -58,6 +62,19 @@ SOURCES = {
     HuggingFaceSource: hugging_face_source,
     DocstringSource: docstring_source,
 }
+
+
+class WithFields(CorpusSource):
+    """Another source's documents, with their files' names as a field."""
+
+    def __init__(self, source: CorpusSource) -> None:
+        self.source = source
+
+    def documents(self) -> Iterator[Document]:
+        return (replace(document, fields={"name": Path(document.doc_id).name}) for document in self.source.documents())
+
+    def describe(self) -> dict[str, Any]:
+        return self.source.describe()
 
 
 def leaves(base: type) -> set[type]:
@@ -106,7 +123,7 @@ def test_a_source_reaches_a_step(kind: type, tiny_model_dir: Path, tmp_path: Pat
 def test_a_folder_of_text_files_reaches_a_step_of_the_command(tiny_model_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The ids are paths of files that exist, as own-text.yaml makes them."""
     (tmp_path / "corpus").mkdir()
-    folder = prepared(text_files_source(tmp_path / "corpus"), tmp_path / "tasks", tiny_model_dir)
+    folder = prepared(WithFields(text_files_source(tmp_path / "corpus")), tmp_path / "tasks", tiny_model_dir)
     flags = {
         "--config": CONFIGS / "debug.yaml", "--model.policy.path": tiny_model_dir, "--data.task_dir": folder, "--data.tasks_per_step": 2,
         "--data.num_eval_tasks": 2, "--trainer.max_steps": 1, "--trainer.val_check_interval": 1, "--trainer.default_root_dir": tmp_path / "run",
@@ -114,4 +131,6 @@ def test_a_folder_of_text_files_reaches_a_step_of_the_command(tiny_model_dir: Pa
     status = cli.main(["fit", *(str(word) for flag in flags.items() for word in flag)])
     assert status == 0, capfd.readouterr()
     (records,) = (tmp_path / "run" / "validation").glob("*.jsonl")
-    assert all(Path(json.loads(line)["doc_id"]).is_file() for line in records.read_text(encoding="utf-8").splitlines())
+    rows = [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines()]
+    assert rows
+    assert all(Path(row["doc_id"]).is_file() and row["fields"] == {"name": Path(row["doc_id"]).name} for row in rows)

@@ -89,8 +89,8 @@ class TokenFields:
 
 def token_fields(document: Document, token_ids: Sequence[int], token_bytes: TokenBytes, *, num_kept: int) -> TokenFields | None:
     """The fields of a document of which the first ``num_kept`` of its ``token_ids`` are used; None where its source knows nothing."""
-    if not document.fields and not document.marks:
-        return None
+    if not document.marks:
+        return TokenFields(fields=document.fields, spans=(), num_marks=0, num_without_token=0, num_behind_cut=0) if document.fields else None
     ends = np.cumsum([len(token_bytes[token]) for token in token_ids])  # [L] bytes
     starts = np.concatenate([[0], ends])[:-1]  # [L]
     offsets = _byte_offsets(token_bytes.plain_text(document.text))  # [characters + 1]

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from rpt_lightning.data.closing_words import closing_words, shared_words
 from rpt_lightning.data.corpus import CorpusSource
 from rpt_lightning.data.dedup import LEAST_SPAN, SPAN, count_shared_spans
 from rpt_lightning.data.item_format import FIELDS, Item, item_digest
@@ -29,7 +30,7 @@ from rpt_lightning.data.proxy import check_proxy, load_tokenizer, proxy_fingerpr
 from rpt_lightning.data.scored_parts import ScoringSettings, iterate_scores, score_in_parts, scores_key
 from rpt_lightning.data.scoring import DocumentScores
 from rpt_lightning.data.selection import PositionRule
-from rpt_lightning.data.shards import folder_checksums, write_split
+from rpt_lightning.data.shards import check_split, folder_checksums, write_split
 from rpt_lightning.data.task_folder import TaskFolder
 from rpt_lightning.data.tokenized_corpus import TokenizedCorpus, source_sha256
 from rpt_lightning.tasks.token_bytes import TokenBytes, tokenizer_hash
@@ -171,7 +172,7 @@ def prepare(
         )
         shared_spans = count_shared_spans([corpus.token_ids[i] for i in train], [corpus.token_ids[i] for i in heldout], dedup_span)
         if shared_spans:
-            raise RuntimeError(f"{_shared_words(shared_spans, dedup_span)}: the split is wrong, and nothing was published")
+            raise RuntimeError(f"{shared_words(shared_spans, dedup_span)}: the split is wrong, and nothing was published")
         manifest = {
             "format": FORMAT,
             "settings": settings,
@@ -189,7 +190,7 @@ def prepare(
         _read_back(staging, {"train": train_statistics.digests, "heldout": heldout_statistics.digests}, output)
         os.replace(staging, output)
     shutil.rmtree(partial, ignore_errors=True)
-    print(_closing_words(output, manifest), flush=True)
+    print(closing_words(output, manifest), flush=True)
 
 
 def _write_split(
@@ -291,37 +292,12 @@ def _accept_finished(output: Path, settings: dict[str, Any], source: CorpusSourc
     ]:
         if not is_same:
             raise ValueError(f"--output_dir {output}: a task folder made when the {what} was another; remove it or name another folder")
+    try:
+        for split in ("train", "heldout"):
+            check_split(output / split)
+    except ValueError as error:
+        raise ValueError(
+            f"--output_dir {output}: a task folder with the same settings, which cannot be read: remove it or name another folder ({error})"
+        ) from error
     shutil.rmtree(output.with_name(output.name + ".partial"), ignore_errors=True)  # a run that was stopped at its very end
     print(f"{output} is finished already, with the same settings: nothing to do", flush=True)
-
-
-def _shared_words(number: int, span: int | None) -> str:
-    """What the splits share."""
-    if span is None:
-        return f"{number} documents in both splits (--dedup_span null: documents were compared as a whole only)"
-    return f"{number} spans of {span} tokens (--dedup_span) in both splits"
-
-
-def _closing_words(output: Path, manifest: dict[str, Any]) -> str:
-    train, heldout = manifest["splits"]["train"], manifest["splits"]["heldout"]
-    words = [
-        f"{split['positions']:,} {name} positions in {split['documents']:,} documents ({split['unanswerable']:,} unanswerable)"
-        for name, split in (("training", train), ("held-out", heldout))
-    ]
-    counts = manifest["corpus"]
-    left_out = {
-        f"documents of at most --min_context {manifest['settings']['min_context']} tokens": counts["too_short"],
-        "documents with characters that the tokenizer has no tokens for": counts["inexpressible"],
-        "benchmark texts with such characters (no document can hold them)": counts.get("inexpressible_benchmark_texts", 0),
-    }
-    words.append(_shared_words(manifest["shared_spans_between_splits"], manifest["settings"]["dedup_span"]))
-    words += [f"left out {count:,} {what}" for what, count in left_out.items() if count]
-    for what, why in (
-        ("marks_in_which_no_token_begins", "no token begins in them, so their fields are those of no position"),
-        ("marks_behind_the_cut", f"they lie behind --max_tokens_per_document {manifest['settings']['max_tokens_per_document']}"),
-    ):
-        if counts.get(what):
-            words.append(f"{counts[what]:,} of {counts['marks']:,} marks have no effect: {why}")
-    if names := sorted(train.get("fields", {}).keys() | heldout.get("fields", {}).keys()):
-        words.append(f"fields kept at positions: {', '.join(names)}")
-    return f"{output}: {'; '.join(words)}"

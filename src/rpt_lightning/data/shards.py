@@ -55,7 +55,7 @@ def check_split(folder: Path, *, has_chunks: bool = True) -> tuple[list[int], ND
     unsafe = [name for name in formats if name not in SAFE_FORMATS]
     if unsafe:
         raise ValueError(
-            f"{folder / INDEX_FILE} names the serializer {unsafe[0]!r}; only {', '.join(SAFE_FORMATS)} are read, since others can run code"
+            f"{folder / INDEX_FILE} names the serializer {unsafe[0]!r}; only {', '.join(SAFE_FORMATS)} are read, since others can run code; {way_out}"
         )
     for chunk in chunks if has_chunks else ():
         path = folder / str(chunk["filename"])
