@@ -91,9 +91,12 @@ class Seed:
 
     def _rpt(self, arm: Arm, run: Path) -> list[tuple[str, ...]]:
         own = self.testbed.run_flags(run, policy=self.start_model(arm.start))
-        steps = flags({"--trainer.max_steps": STEPS, "--trainer.limit_val_batches": 0, "--checkpoint.every_n_steps": STEPS})
-        fit = (EXECUTABLE, "fit", "--config", RPT_CONFIG, *ENGINE, *own, "--data.task_dir", str(self.tasks(arm.tasks)), *steps, *arm.options)
-        return [(*fit, "--ckpt_path", "auto"), self._validate(run, self.start_model(arm.start), checkpoint(run, STEPS))]
+        validates = arm.tasks == "base"  # the fit itself, at its last step: other tasks have other held-out positions
+        steps: dict[str, object] = {"--trainer.max_steps": STEPS, "--trainer.val_check_interval": STEPS, "--checkpoint.every_n_steps": STEPS}
+        steps |= {} if validates else {"--trainer.limit_val_batches": 0}
+        tasks = str(self.tasks(arm.tasks))
+        fit = (EXECUTABLE, "fit", "--config", RPT_CONFIG, *ENGINE, *own, "--data.task_dir", tasks, *flags(steps), *arm.options, "--ckpt_path", "auto")
+        return [fit] if validates else [fit, self._validate(run, self.start_model(arm.start), checkpoint(run, STEPS))]
 
     def _ntp(self, arm: Arm, run: Path) -> list[tuple[str, ...]]:
         own = (*self.testbed.run_flags(run), "--data.task_dir", str(self.testbed.tasks))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-STEPS = 24  # of RPT in every arm: the base arm has risen by then
+STEPS = 16  # of RPT in every arm: the base arm has risen by then
 
 FIRST_STEPS, LAST_STEP = 300, 500  # of configs/demo/start.yaml: where its first phase ends, and its end
 FIRST_PHASE = f"{{steps: {FIRST_STEPS}, p_cot: 1.0, text: false}}"
@@ -56,7 +56,6 @@ STARTS = (
     *(_p_cot(share) for share in (0, 0.01, 0.03, 0.5)),
     _depths("depth-1-4", 1, 4),
     _depths("depth-8-12", 8, 12),
-    Start(name="never-taught", phases=(f"{{steps: {FIRST_STEPS}, p_cot: 0.0, text: false}}", "{steps: 200, p_cot: 0.0}"), branches=False),
 )
 
 SHARE, DEPTH, REWARD, STEP, RIVAL, SAMPLING, NOISE = (
@@ -76,7 +75,7 @@ def _reward(name: str) -> tuple[str, ...]:
 
 
 ARMS = (
-    Arm(name="base", group=SHARE, what="12 % of the start's examples think", expected="above 95 % after 24 steps; the length doubles"),
+    Arm(name="base", group=SHARE, what="12 % of the start's examples think", expected="above 95 % after 16 steps; the length doubles"),
     Arm(
         name="p_cot-0.5",
         group=SHARE,
@@ -90,7 +89,7 @@ ARMS = (
         group=SHARE,
         what="1 % think",
         start="p_cot-0.01",
-        expected="found in some seeds and not in others within 24 steps: one group of 8 in 12 holds a thought",
+        expected="found in some seeds and not in others within 16 steps: one group of 8 in 12 holds a thought",
     ),
     Arm(
         name="p_cot-0",
@@ -98,13 +97,6 @@ ARMS = (
         what="thinking was taught and then no longer shown (0 %)",
         start="p_cot-0",
         expected="not found: below 40 %, as before",
-    ),
-    Arm(
-        name="never-taught",
-        group=SHARE,
-        what="thinking was never taught",
-        start="never-taught",
-        expected="not found: below 40 %; nothing can be reinforced that is never sampled",
     ),
     Arm(
         name="depth-1-4",
