@@ -16,9 +16,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from evidence_arms import ARMS, FIRST_STEPS, LAST_STEP, STARTS, STEPS, Arm, Start
 from evidence_records import measure, read_records, write_record
@@ -136,22 +137,22 @@ def _shown(command: tuple[str, ...]) -> str:
 
 
 def run(seeds: list[int], jobs: int, names: list[str]) -> None:
-    """First every seed's start models and tasks, then its arms; the base arm comes before its rivals, whose budget it is."""
+    """One seed after the other, so that an interruption leaves whole ones. The base arm comes before its rivals, whose budget it is."""
     arms = [arm for arm in ARMS if not names or arm.name in names or arm.name == "base"]
-    own = [Seed(seed) for seed in seeds]
     starts = [start for start in STARTS if start.name in {arm.start for arm in arms} - {"base"}]
     tasks = [name for name in TASKS if name in {arm.tasks for arm in arms}]
-    rounds: list[list[Any]] = [
-        [seed.make_base for seed in own],
-        [lambda seed=seed, start=start: seed.make_start(start) for seed in own for start in starts]
-        + [lambda seed=seed, name=name: seed.make_tasks(name) for seed in own for name in tasks],
-        [lambda seed=seed: seed.run_arm(ARMS[0]) for seed in own],
-        [lambda seed=seed, arm=arm: seed.run_arm(arm) for arm in arms[1:] for seed in own],
-    ]
-    for work in rounds:
-        with ThreadPoolExecutor(jobs) as pool:
-            for result in [pool.submit(one) for one in work]:
-                result.result()
+    for seed in map(Seed, seeds):
+        seed.make_base()
+        seed.run_arm(ARMS[0])
+        # Arms that need nothing but the base come first, beside the start models and tasks of the others.
+        ready = [arm for arm in arms[1:] if arm.start == arm.tasks == "base"]
+        waiting = [arm for arm in arms if arm not in ready and arm.name != "base"]
+        first: list[Callable[[], None]] = [partial(seed.make_start, start) for start in starts]
+        first += [partial(seed.make_tasks, name) for name in tasks]
+        for work in (first + [partial(seed.run_arm, arm) for arm in ready], [partial(seed.run_arm, arm) for arm in waiting]):
+            with ThreadPoolExecutor(jobs) as pool:
+                for result in [pool.submit(one) for one in work]:
+                    result.result()
 
 
 def main() -> None:
