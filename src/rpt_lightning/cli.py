@@ -90,6 +90,8 @@ _MODULES = {
     "scaling": "rpt_lightning.evaluation.scaling_figure",
     "report": "rpt_lightning.evaluation.report.command",
 }
+# Imported besides, so that their classes can be named by their short names.
+_PARTS = {"prepare": "rpt_lightning.worlds"}
 # Parameters that are given as plain words: jsonargparse would take a list as one word in JSON.
 _RUNS = ("runs", "run folders (what trainer.default_root_dir was)")
 _POLICIES = ("--policy", "Hugging Face folders (or hub ids), or checkpoints of rpt fit")
@@ -106,6 +108,8 @@ def _run_tool(tool: str, args: list[str]) -> None:
     from jsonargparse import ArgumentParser, auto_cli
 
     function = getattr(importlib.import_module(_MODULES[tool]), tool.split()[-1].replace("-", "_"))
+    if tool in _PARTS:
+        importlib.import_module(_PARTS[tool])
     if tool not in _WORDS:
         auto_cli(function, args=args, as_positional=False, prog=f"rpt {tool}")
         return

@@ -50,6 +50,7 @@ from rpt_lightning.rollout.vllm_nccl_transport import NCCLTransport  # isort: sk
 from rpt_lightning.rollout.vllm_server_engine import VLLMServerEngine  # isort: skip
 from rpt_lightning.rollout.weight_transport import SharedFolderTransport  # isort: skip
 from rpt_lightning.training.strategy import ShardedStrategy  # isort: skip
+from rpt_lightning.worlds import Boxes, Cups, People  # isort: skip
 
 PARTS = (
     ShardedStrategy,
@@ -69,6 +70,9 @@ PARTS = (
     VLLMServerEngine,
     SharedFolderTransport,
     NCCLTransport,
+    Cups,
+    People,
+    Boxes,
 )
 # What a fit leaves in the run folder besides checkpoints.
 RUN_FILES = (
@@ -189,7 +193,9 @@ def _check_pair(module: PolicyModule, data: LightningDataModule) -> None:
     makes_tasks = isinstance(data, (TokenTaskDataModule, AnswerTaskDataModule))
     if isinstance(data, (StreamDataModule, MixedDataModule)) and makes_tasks != module.learns_from_rollouts:
         fitting = (
-            "TokenTaskDataModule or AnswerTaskDataModule" if module.learns_from_rollouts else "TextDataModule, TraceDataModule or MixedDataModule"
+            "TokenTaskDataModule or AnswerTaskDataModule"
+            if module.learns_from_rollouts
+            else "TextDataModule, TraceDataModule, CorpusDataModule or MixedDataModule"
         )
         raise ValueError(
             f"model={type(module).__name__} and data={type(data).__name__} do not fit together: {type(module).__name__} learns from "

@@ -24,9 +24,9 @@ class PositionResult:
     the true token. ``length`` counts the completion's tokens, ``thought_length`` those before the thought's end (None: it never ended). The thought
     controls (the answer forced after an empty thought, after the thought of another document's position, and after filler as long as the position's own) are
     None where they were not run, or could not be at this position. ``num_correct`` of ``num_samples`` further completions, drawn at the evaluation's
-    temperature, were right; together they have ``sampled_tokens``. ``context_tokens`` and ``prompt_tokens`` are what the policy read without reasoning and with it. ``token_kind`` is that of the true
-    token (metrics/token_kind.py). ``fields`` are what the corpus knows about the position, None where it knows nothing. Files of earlier versions lack what
-    stands from ``token_kind`` on, which is then None.
+    temperature, were right; together they have ``sampled_tokens``. ``context_tokens`` and ``prompt_tokens`` are what the policy read without reasoning and
+    with it. ``token_kind`` is that of the true token (metrics/token_kind.py). ``fields`` are what the corpus knows about the position, None where it knows
+    nothing. Files of earlier versions lack what stands from ``token_kind`` on, which is then None.
 
     >>> result = PositionResult(
     ...     task_id="doc-7:4", doc_id="doc-7", position=4, entropy=1.2, answerable=True, truth=" 4", prediction=" 4", reasoning_correct=True,

@@ -23,9 +23,9 @@ def thought_controls(rollouter: Rollouter, groups: Sequence[RolloutGroup]) -> di
     """Greedy answers of ``groups`` (one completion each) under each control: whether each was right, or None where it could not be measured.
 
     "shuffled_thought" gives group ``i`` the thought of the first group of another document, searching from ``i + len(groups) // 2`` on; where all are
-    of one document it is not measured. "filler_thought" has a full stop for each token of the position's own thought. Not measured is a position whose prompt, thought and answer are longer than the engine takes. A completion that
-    never closed its thought has none to give, and counts as an empty one. So "shuffled_thought" depends on what else is in ``groups``; "empty_thought"
-    does not.
+    of one document it is not measured. "filler_thought" has a full stop for each token of the position's own thought. Not measured is a position whose
+    prompt, thought and answer are longer than the engine takes. A completion that never closed its thought has none to give, and counts as an empty one.
+    So "shuffled_thought" depends on what else is in ``groups``; the others do not.
     """
     thoughts = [thought_ids(rollouter.engine, rollouter.objective, group.completions[0]) or () for group in groups]
     forced: dict[str, list[TokenIds | None]] = {

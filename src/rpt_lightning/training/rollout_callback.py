@@ -57,7 +57,8 @@ class RolloutCallback(Callback):
         policy trains, by weights that are at most so many optimizer steps behind it when they are trained; this needs ``model.correction``.
     eval_samples: Further completions of each validation position, at ``temperature``, for avg@k and pass@k; 0 draws none. A held-out question is answered
         so many times instead of once, greedily.
-    thought_controls: Also answer each validation position after an empty thought, a shuffled one and filler of equal length, and each held-out question without a thought.
+    thought_controls: Also answer each validation position after an empty thought, a shuffled one and filler of equal length, and each held-out question
+        without a thought.
     """
 
     def __init__(
