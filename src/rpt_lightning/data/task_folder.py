@@ -54,7 +54,8 @@ class TaskFolder:
         self._chunk_ends = np.cumsum(chunk_sizes)  # [C] documents
         self._checked_chunks: set[int] = set()
         self.num_positions: NDArray[np.int32] = num_positions  # [D]
-        self._dataset = StreamingDataset(str(self.path / split))
+        # Documents are read in a random order: litdata's own choice would decode 256 neighbours for each of them.
+        self._dataset = StreamingDataset(str(self.path / split), batch_decode=0)
         self.document = lru_cache(maxsize=CACHED_DOCUMENTS)(self._read)
 
     def __len__(self) -> int:
