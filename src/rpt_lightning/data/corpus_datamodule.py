@@ -69,8 +69,9 @@ class CorpusDataModule(StreamDataModule):
 
     def setup(self, stage: str) -> None:
         """Read the corpus. Raises ValueError where there is none, or where nothing is marked that could be worked out."""
-        assert self.trainer is not None
-        tokenizer = self.trainer.lightning_module.tokenizer  # type: ignore[union-attr]
+        module: Any = None if self.trainer is None else self.trainer.lightning_module
+        assert module is not None, "the tokenizer is that of the model being trained"
+        tokenizer = module.tokenizer
         self.token_bytes = TokenBytes(tokenizer)
         self.start_ids = start_ids(tokenizer)
         self.documents: list[Document] = list(self.source.documents())
