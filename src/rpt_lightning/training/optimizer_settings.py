@@ -22,6 +22,11 @@ def apply_settings(optimizer: Optimizer, given: Sequence[Settings], *, is_schedu
     Raises ValueError for another lr where a scheduler drives it: the scheduler's state is that of the old one.
     """
     for group, wanted in zip(optimizer.param_groups, given, strict=True):
+        if lacking := sorted(wanted.keys() - group.keys() - {"initial_lr"}):
+            raise ValueError(
+                f"--model.optimizer {type(optimizer).__name__}: the checkpoint is of another optimizer, without {', '.join(lacking)}; give the one that "
+                "the run began with, or start a new run from what `rpt export` makes of the checkpoint"
+            )
         if is_scheduled and group.get("initial_lr", wanted["lr"]) != wanted["lr"]:
             raise ValueError(
                 f"model.optimizer: the checkpoint's lr scheduler goes from lr {group['initial_lr']:g}, and lr {wanted['lr']:g} is given. Give the former, or "
