@@ -63,7 +63,6 @@ class StreamDataModule(LightningDataModule):
 
     stream: TaskStream
     _trained: Place | None  # behind what is trained, where the stream is read ahead of it
-    _step_start: Place  # before what was drawn for the last step
 
     def __init__(self, *, items_per_step: int, flag: str, seed: int, **at_least_one: int | None) -> None:
         super().__init__()
@@ -117,11 +116,6 @@ class StreamDataModule(LightningDataModule):
         start = sum(wanted[:rank])
         return drawn[start : start + wanted[rank]]
 
-    def return_step(self) -> None:
-        """Puts back what was drawn for the present step, of which nothing was trained: a run that goes on draws it again."""
-        if self._trained is None:
-            self.stream.place = self._step_start
-
     # For whoever reads ahead of the steps
 
     def next_batch(self) -> dict[str, Any]:
@@ -139,7 +133,6 @@ class StreamDataModule(LightningDataModule):
     def _next_batch(self) -> dict[str, Any]:
         if self._trained is not None:
             return {}
-        self._step_start = self.stream.place
         return self.next_batch()
 
     def _data_rank(self) -> tuple[int, int]:

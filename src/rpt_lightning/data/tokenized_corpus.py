@@ -13,6 +13,7 @@ from rpt_lightning.data.benchmark_overlap import benchmark_spans, overlaps
 from rpt_lightning.data.corpus import CorpusSource
 from rpt_lightning.data.dedup import check_span, components, span_words, split_components
 from rpt_lightning.data.fields import TokenFields, check_document, knowledge_bytes, token_fields
+from rpt_lightning.data.own_source import checked_documents
 from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.types import Document
 
@@ -20,7 +21,7 @@ from rpt_lightning.types import Document
 def source_sha256(source: CorpusSource) -> str:
     """Fingerprint of all documents of a source, in their order: ``counts["sha256"]`` of the corpus that is made of it."""
     digest = hashlib.sha256()
-    for number, document in enumerate(source.documents(), start=1):
+    for number, document in enumerate(checked_documents(source), start=1):
         check_document(document, number=number)
         digest.update(_bytes_of(document))
     return digest.hexdigest()
@@ -45,7 +46,7 @@ class TokenizedCorpus:
         digest = hashlib.sha256()
         seen: set[bytes] = set()
         num_read = num_short = num_duplicates = num_inexpressible = 0
-        for document in source.documents():
+        for document in checked_documents(source):
             num_read += 1
             check_document(document, number=num_read)  # before hours of scoring
             digest.update(_bytes_of(document))

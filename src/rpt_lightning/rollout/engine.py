@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typing_extensions import Self
 
+from rpt_lightning.rollout.own_engine import check_samples
 from rpt_lightning.rollout.requests import check_requests
 from rpt_lightning.rollout.weight_part import split_part
 from rpt_lightning.tasks.answer import FirstBox
@@ -134,6 +135,7 @@ class RolloutEngine(ABC):
         check_requests(requests, max_model_len=self.max_model_len)
         with self._alone("generate"):
             samples = self._generate(requests)
+        check_samples(type(self).__name__, samples, requests)
         return [[self._completion(sample, request.sampling, version) for sample in row] for row, request in zip(samples, requests, strict=True)]
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:

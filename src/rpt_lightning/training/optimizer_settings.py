@@ -23,6 +23,11 @@ def apply_settings(optimizer: Optimizer, given: Sequence[Settings], *, is_schedu
     another lr where a scheduler drives it: the scheduler's state is that of the old one.
     """
     for group, wanted in zip(optimizer.param_groups, given, strict=True):
+        if lacking := sorted(wanted.keys() - group.keys() - {"initial_lr"}):
+            raise ValueError(
+                f"--model.optimizer {type(optimizer).__name__}: the checkpoint is of another optimizer, without {', '.join(lacking)}; give the one that "
+                "the run began with, or start a new run from what `rpt export` makes of the checkpoint"
+            )
         wanted_lr = wanted.get("initial_lr", wanted["lr"])
         if is_scheduled and group.get("initial_lr", wanted_lr) != wanted_lr:
             raise ValueError(

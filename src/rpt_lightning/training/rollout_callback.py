@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from rpt_lightning.rollout.engine import EngineLost, RolloutEngine
+from rpt_lightning.rollout.engine import RolloutEngine
 from rpt_lightning.rollout.pilot import PilotRollout
 from rpt_lightning.rollout.rollouter import Rollouter
 from rpt_lightning.tasks.objective import BoundObjective, Objective
@@ -51,7 +51,8 @@ class RolloutCallback(Callback):
         short and dead. None: every task gets a whole group. It changes how much tasks count (docs/decisions.md).
     stop_after_first_box: A completion ends with the token that completes its first box behind the thought, instead of with the policy's own end. A
         change of the paper's rule (docs/decisions.md), for validation too.
-    verify_sequences: Fresh completions whose log-probs are compared with the policy's after each sync; 0 turns the comparison off.
+    verify_sequences: Fresh completions whose log-probs are compared with the policy's after each sync; 0 turns the comparison off. Where they seem to
+        disagree, 16 times as many are compared, also with transformers' own, before the run is ended.
     logprob_tolerance: Factor on the limits of that comparison, which are those of the coarser dtype of engine and policy.
     max_staleness: 0: a step's rollouts come from the very policy that they train (the paper). Otherwise the rollouts of the next steps are generated while the
         policy trains, by weights that are at most so many optimizer steps behind it when they are trained; this needs ``model.correction``.
@@ -92,6 +93,12 @@ class RolloutCallback(Callback):
             raise ValueError(f"--rollout.max_staleness {max_staleness}: give 0 (rollouts of the present policy) or more")
         if eval_samples < 0:
             raise ValueError(f"--rollout.eval_samples {eval_samples}: give 0 (none) or more")
+        if verify_sequences < 0:
+            raise ValueError(f"--rollout.verify_sequences {verify_sequences}: give 0 (log-probs are not compared) or more")
+        if not logprob_tolerance > 0:
+            raise ValueError(
+                f"--rollout.logprob_tolerance {logprob_tolerance}: is a factor on limits, above 0; to turn them off set verify_sequences 0"
+            )
         self.engine = engine
         self.objective = objective
         self.group_size = group_size
@@ -231,11 +238,7 @@ class RolloutCallback(Callback):
         pl_module.clock.take()  # what came after the end of the step before, such as a validation
         self._step_start = time.perf_counter()
         with saved_when_lost(trainer):
-            try:
-                rollouts = self._roll_out(trainer, pl_module, batch["tasks"]) if self._ahead is None else self._ahead.next()
-            except EngineLost:
-                trainer.datamodule.return_step()  # type: ignore[attr-defined]
-                raise
+            rollouts = self._roll_out(trainer, pl_module, batch["tasks"]) if self._ahead is None else self._ahead.next()
         filled, metrics = rollouts.filled, rollouts.metrics
         pl_module.generated_work += rollouts.work
         batch["rollouts"] = TrainBatch(groups=filled.groups, sampling=self._sampling)
