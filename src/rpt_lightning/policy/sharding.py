@@ -35,7 +35,8 @@ def materialize_sharded(policy: Policy, mesh: DeviceMesh, *, device: torch.devic
         gather_bf16: Layers are gathered and computed in bf16: half the traffic. Shards stay fp32, and gradients are added up over ranks in fp32.
 
     Raises:
-        ValueError: The model's folder has no safetensors, or holds other tensors than the model's, or some that are not finite; or tensor parallelism does not fit the model.
+        ValueError: The model's folder has no safetensors, or holds other tensors than the model's, or some that are not finite; or tensor parallelism does
+            not fit the model.
     """
     if hasattr(policy, "model"):
         return

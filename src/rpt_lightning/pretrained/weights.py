@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from rpt_lightning.pretrained.tokenizer import first_line
+
 WAY_OUT = "copy or download the model anew, or mend its config.json"
 
 
@@ -33,7 +35,7 @@ def load_causal_lm(path: str, *, where: str, dtype: torch.dtype, trust_remote_co
     except Exception as error:
         if not (isinstance(error, (OSError, RuntimeError)) or type(error).__name__ == "SafetensorError"):
             raise
-        raise ValueError(f"{where}: its weights cannot be loaded ({_first_line(error)}); {WAY_OUT}") from error
+        raise ValueError(f"{where}: its weights cannot be loaded ({first_line(error)}); {WAY_OUT}") from error
     finally:
         logging.set_verbosity(verbosity)
     check_names(
@@ -92,6 +94,7 @@ def check_tied(model: PreTrainedModel, *, where: str) -> None:
 
 
 def tied_message(*, where: str) -> str:
+    """For a head and an embedding that the config ties and that differ."""
     return (
         f"{where}: its config.json ties the output head to the embedding (tie_word_embeddings), and its weights hold two that differ: an engine would compute "
         "with one of them, the policy with both. Set tie_word_embeddings to false in its config.json, or copy the model anew"
@@ -99,6 +102,7 @@ def tied_message(*, where: str) -> str:
 
 
 def not_finite_message(names: Collection[str], *, where: str) -> str:
+    """For weights with a NaN or an infinity."""
     return f"{where}: {some(names)} of its weights hold NaN or infinity; {WAY_OUT}"
 
 
@@ -120,7 +124,3 @@ def some(names: Collection[str]) -> str:
     """
     first = sorted(names)[:3]
     return f"{len(names)} ({', '.join(first)}{', ...' if len(names) > len(first) else ''})"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
