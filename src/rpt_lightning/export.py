@@ -15,7 +15,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from rpt_lightning.pretrained.older_readers import GENERIC_CLASS, older_tokenizer_config, with_older_rope
@@ -60,7 +60,7 @@ def export(ckpt: str, output: str, dtype: Literal["float32", "bfloat16", "float1
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        if get_checkpoint_conversion_mapping(model.config.model_type):  # type: ignore[no-untyped-call]
+        if get_model_conversion_mapping(model, add_legacy=False):  # by model type or class
             _save_converted(model, saved, unfinished, ckpt)
         else:
             _save_streamed(model, saved, unfinished, ckpt)
@@ -111,7 +111,7 @@ def _save_streamed(model: PreTrainedModel, saved: SavedPolicy, folder: Path, ckp
 
 
 def _save_converted(model: PreTrainedModel, saved: SavedPolicy, folder: Path, ckpt: str) -> None:
-    """Families whose files hold other tensors than the model (experts apart, say): transformers converts them back, of the whole model in memory."""
+    """Families whose files hold other tensors or names than the model (experts apart, say): transformers converts them back, of the whole model in memory."""
     weights = {name: tensor.to(model.dtype) for name, tensor in saved.read([name for name, _ in model.named_parameters()]).items()}
     _check_finite(weights, ckpt, model.dtype)
     model.load_state_dict(weights, strict=False, assign=True)

@@ -224,9 +224,10 @@ class TaskFolderDataModule(StreamDataModule):
         Its tokenizer was written by the class that transformers made of it, which may say the same in other words. The last tokens of a document that
         was cut may be another's beginning.
         """
-        if is_whole(self.train.manifest["tokenizer_hash"]) or not has_hash(module.tokenizer, self.train.manifest["tokenizer_hash"]):
+        stored_hash, tokenizer = self.train.manifest["tokenizer_hash"], getattr(module, "tokenizer", None)
+        if is_whole(stored_hash) or tokenizer is None or not has_hash(tokenizer, stored_hash):
             return False
-        encode, join = TokenBytes(module.tokenizer).encode_plain, self.train.token_bytes.join
+        encode, join = TokenBytes(tokenizer).encode_plain, self.train.token_bytes.join
         for index in range(min(len(self.train), NUM_COMPARED_DOCUMENTS)):
             stored = self.train.token_ids(index)
             text = join(stored).decode("utf-8", errors="ignore")
