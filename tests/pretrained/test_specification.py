@@ -77,7 +77,17 @@ def test_the_earlier_hash_is_what_it_was() -> None:
     """Of a tokenizer that is written out here: worked out by the code of before."""
     content = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
     backend = Tokenizer.from_str(
-        json.dumps({"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": None, "post_processor": None, "decoder": None, "model": content})
+        json.dumps(
+            {
+                "version": "1.0",
+                "added_tokens": [],
+                "normalizer": None,
+                "pre_tokenizer": None,
+                "post_processor": None,
+                "decoder": None,
+                "model": content,
+            }
+        )
     )
     tokenizer = type(BASE)(tokenizer_object=backend)
     tokenizer._tokenizer = backend
@@ -98,8 +108,13 @@ def test_canonical_form_by_hand() -> None:
         "pre_tokenizer": [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}],
         "decoder": [{"type": "ByteLevel"}],
         "model": {
-            "type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]], "dropout": None, "unk_token": None,
-            "continuing_subword_prefix": None, "end_of_word_suffix": None,
+            "type": "BPE",
+            "vocab": {"a": 0, "b": 1, "ab": 2},
+            "merges": [["a", "b"]],
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
         },
         "added_tokens": [],
     }
