@@ -51,7 +51,8 @@ def choose_packing(config: PreTrainedConfig, *, path: str, trust_remote_code: bo
             neither packing would be right. ``path`` names the model there.
     """
     _check_rotary_frequencies(config, path)
-    with torch.random.fork_rng(devices=[]):  # the trainer's generator must not notice what a model draws
+    # Lightning builds models with the accelerator as the default device.
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # the trainer's generator must not notice what a model draws
         model = small_copy(config, trust_remote_code=trust_remote_code)
         expected = own_logprobs(model)
         model.train()
@@ -167,7 +168,7 @@ def own_logprobs(model: PreTrainedModel) -> Tensor:
     """Log-probs of each sequence's targets from the model's own logits, one sequence a call, [2, 3]."""
     rows = []
     for sequence in SEQUENCES:
-        ids = torch.tensor([sequence.prompt_ids + sequence.target_ids])
+        ids = torch.tensor([sequence.prompt_ids + sequence.target_ids], device=model.device)
         logprobs = model(input_ids=ids, use_cache=False).logits[0, 1:-1].float().log_softmax(-1)
         rows.append(logprobs.gather(-1, ids[0, 2:, None])[:, 0])
     return torch.stack(rows)
@@ -176,6 +177,8 @@ def own_logprobs(model: PreTrainedModel) -> Tensor:
 @torch.no_grad()
 def _largest_difference(model: PreTrainedModel, packed: Callable[..., Iterator[PackedTree]], expected: Tensor) -> float:
     """Of two calls, in nats; the second may find what the first left behind."""
-    (tree,) = packed(SEQUENCES, max_tokens=16)
+    with torch.device("cpu"):
+        (tree,) = packed(SEQUENCES, max_tokens=16)
+    tree = tree.to(model.device)
     wanted = expected[list(tree.sequence_indices)]
     return max((tree.unpack(score(model, tree)[0]) - wanted).abs().max().item() for _ in range(2))
