@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from rpt_lightning.tasks.answer import extract_prediction
 from rpt_lightning.tasks.objective import Objective
-from rpt_lightning.tasks.prompt import BoundPrompt, ChatPrompt, ContinuationPrompt, PromptTemplate
+from rpt_lightning.tasks.prompt import BoundPrompt, ChatPrompt, ContinuationPrompt, PromptTemplate, QuestionPrompt
 from rpt_lightning.tasks.reward import PrefixMatchReward
 from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.tasks.wordings import CONTEXT_SLOT, WORDINGS
@@ -140,3 +140,31 @@ def test_a_tokenizer_without_an_end_is_refused() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=toys.byte_level().backend_tokenizer)
     with pytest.raises(ValueError, match="eos_token"):
         ContinuationPrompt().bind(tokenizer)
+
+
+def test_a_template_that_writes_the_date_gives_the_same_prompt_on_every_day() -> None:
+    template = "{{ strftime_now('%d %b %Y') }} " + toys.CHAT_TEMPLATE
+    tokenizer = toys.byte_level(chat_template=template)
+    prefix_ids = QuestionPrompt().bind(tokenizer).prefix_ids
+    assert TokenBytes(tokenizer).join(prefix_ids).startswith(b"26 Jul 2024 <|im_start|>user")
+
+
+@pytest.mark.parametrize(
+    ("template", "cause"),
+    [
+        ("{{ raise_exception('only for pictures') }}", "TemplateError: only for pictures"),
+        ("{% for m in messages %}", "TemplateSyntaxError: "),
+        ("{{ messages[7]['content'] }}", "UndefinedError: "),
+        ("{{ 1 / 0 }}", "ZeroDivisionError: "),
+    ],
+    ids=["raises", "does not parse", "undefined", "division"],
+)
+def test_a_template_that_cannot_be_used_is_one_error(template: str, cause: str) -> None:
+    with pytest.raises(ValueError, match=f"^the chat template of .* cannot be used \\({cause}"):
+        QuestionPrompt().bind(toys.byte_level(chat_template=template))
+
+
+def test_a_template_that_draws_is_refused() -> None:
+    template = "{{ range(100000) | random }}" + toys.CHAT_TEMPLATE
+    with pytest.raises(ValueError, match="gives another text in every call"):
+        QuestionPrompt().bind(toys.byte_level(chat_template=template))

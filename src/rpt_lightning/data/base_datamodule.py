@@ -14,7 +14,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from rpt_lightning.data.heldout import choose_heldout
 from rpt_lightning.data.stream import Place, ShuffledOrder, TaskStream, rank_share
 from rpt_lightning.data.task_folder import TaskFolder
+from rpt_lightning.pretrained.specification import has_hash, is_whole
+from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.types import Task, TokenTask
+
+NUM_COMPARED_DOCUMENTS, NUM_CUT_TOKENS = 64, 16  # of a folder from before its hash was of the whole tokenizer
 
 
 class StepLoader:
@@ -200,9 +204,27 @@ class TaskFolderDataModule(StreamDataModule):
     def _check_tokenizer(self) -> None:
         module = None if self.trainer is None else self.trainer.lightning_module
         wanted = getattr(module, "tokenizer_hash", None)
-        if wanted is not None and wanted != self.train.tokenizer_hash:
+        if wanted is not None and wanted != self.train.tokenizer_hash and not self._tokenizes_alike(module):
             made_with = self.train.manifest["settings"]["tokenizer"]
             raise ValueError(
                 f"--data.task_dir {self.task_dir}: prepared with the tokenizer of {made_with!r}, which is not that of the model being trained; "
                 "prepare the folder with this model's tokenizer or train that model"
             )
+
+    def _tokenizes_alike(self, module: Any) -> bool:
+        """Whether a folder whose hash is of before holds its documents as the module's tokenizer would write them.
+
+        Its tokenizer was written by the class that transformers made of it, which may say the same in other words. The last tokens of a document that
+        was cut may be another's beginning.
+        """
+        stored_hash, tokenizer = self.train.manifest["tokenizer_hash"], getattr(module, "tokenizer", None)
+        if is_whole(stored_hash) or tokenizer is None or not has_hash(tokenizer, stored_hash):
+            return False
+        encode, join = TokenBytes(tokenizer).encode_plain, self.train.token_bytes.join
+        for index in range(min(len(self.train), NUM_COMPARED_DOCUMENTS)):
+            stored = self.train.token_ids(index)
+            text = join(stored).decode("utf-8", errors="ignore")
+            sure = max(1, len(stored) - NUM_CUT_TOKENS)
+            if encode(text)[:sure] != stored[:sure]:
+                return False
+        return True

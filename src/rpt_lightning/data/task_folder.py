@@ -17,7 +17,8 @@ from rpt_lightning.data.manifest import LATER_SETTINGS, MANIFEST_FILE, read_mani
 from rpt_lightning.data.proxy import load_tokenizer
 from rpt_lightning.data.remote_folder import RemoteFolder, is_remote
 from rpt_lightning.data.shards import INDEX_FILE, NUM_POSITIONS_FILE, check_file, check_split
-from rpt_lightning.tasks.token_bytes import TokenBytes, tokenizer_hash
+from rpt_lightning.pretrained.specification import has_hash, tokenizer_hash
+from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.types import TokenIds, TokenTask
 
 # Documents that stay in memory: the positions of a document come one after the other.
@@ -73,10 +74,9 @@ class TaskFolder:
     @cached_property
     def tokenizer_hash(self) -> str:
         """What a policy's tokenizer must match. Raises ValueError where the folder's tokenizer is not the one of its manifest."""
-        found = tokenizer_hash(self.tokenizer)
-        if found != self.manifest["tokenizer_hash"]:
+        if not has_hash(self.tokenizer, self.manifest["tokenizer_hash"]):
             raise ValueError(f"{self.path}: tokenizer/ is not the tokenizer that the manifest names; make the task folder again with `rpt prepare`")
-        return found
+        return tokenizer_hash(self.tokenizer)
 
     @cached_property
     def last_position(self) -> int:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from datetime import datetime
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rpt_lightning.tasks.answer import BOX_CLOSE, BOX_OPEN
@@ -16,6 +18,8 @@ from rpt_lightning.tasks.wordings import CONTEXT_SLOT, WORDINGS
 from rpt_lightning.types import TokenIds
 
 FILLER = "."
+# What the templates of Llama 3.1 and later write where they are told no date.
+TEMPLATE_DATE = datetime(2024, 7, 26)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,10 +202,25 @@ def _template_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> TokenIds:
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> tuple[str, str]:
     """What the chat template puts before and after the slot."""
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    before, *after = str(rendered).split(CONTEXT_SLOT)
+    rendered, again = (_rendered(tokenizer, messages, add_generation_prompt=add_generation_prompt) for _ in range(2))
+    if rendered != again:
+        raise ValueError(f"the chat template of {tokenizer.name_or_path!r} gives another text in every call; take out what is random in it")
+    before, *after = rendered.split(CONTEXT_SLOT)
     if len(after) != 1:
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path!r} shows a message {len(after)} times instead of once; use ContinuationPrompt"
         )
     return before, after[0]
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    """On every day the same: a template that writes the date (Llama 3.1 and later) gets `TEMPLATE_DATE`, so that a run that is resumed asks as before."""
+    try:
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt, strftime_now=TEMPLATE_DATE.strftime)
+        )
+    except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path!r} cannot be used ({type(error).__name__}: {error}); mend chat_template.jinja, or chat_template in "
+            "tokenizer_config.json, or use ContinuationPrompt"
+        ) from error

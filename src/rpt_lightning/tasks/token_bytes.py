@@ -10,7 +10,6 @@ tokens.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -18,6 +17,8 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from rpt_lightning.pretrained.specification import specification as read_specification
+from rpt_lightning.pretrained.specification import tokenizer_hash as tokenizer_hash
 from rpt_lightning.types import TokenIds
 
 SPACE_MARK = "▁"  # U+2581, sentencepiece's visible space
@@ -39,29 +40,6 @@ def _steps(component: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
     return list(component[key]) if component["type"] == "Sequence" else [component]
 
 
-def _specification(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(backend, Tokenizer):
-        raise ValueError(
-            f"tokenizer {tokenizer.name_or_path!r} ({type(tokenizer).__name__}) is not a fast tokenizer (tokenizer.json); use a model that has one"
-        )
-    specification: dict[str, Any] = json.loads(backend.to_str())
-    return specification
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Sixteen hex digits over vocabulary, merges and added tokens: equal for equal tokenizers, wherever they were loaded from.
-
-    Raises ValueError for a tokenizer without a ``tokenizer.json`` backend.
-    """
-    specification = _specification(tokenizer)
-    model = specification["model"]
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
-    added = sorted((token["id"], token["content"]) for token in specification["added_tokens"])
-    canonical = json.dumps([model["type"], model["vocab"], merges, added], sort_keys=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-
 def start_ids(tokenizer: PreTrainedTokenizerBase) -> TokenIds:
     """What the tokenizer puts in front of every text: a begin-of-text token (Llama 3), or nothing (Qwen, SmolLM2)."""
     bos_id, first_ids = tokenizer.bos_token_id, tokenizer("").input_ids[:1]
@@ -79,7 +57,7 @@ class TokenBytes:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        specification = _specification(tokenizer)
+        specification = read_specification(tokenizer)
         self._name = tokenizer.name_or_path
         model = specification["model"]
         pre_tokenizers = _steps(specification["pre_tokenizer"], "pretokenizers")

@@ -20,7 +20,8 @@ from rpt_lightning.policy.flops import Work, add_works, tree_work
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.packing import PackedTree
 from rpt_lightning.policy.sharding import materialize_sharded
-from rpt_lightning.tasks.token_bytes import start_ids, tokenizer_hash
+from rpt_lightning.pretrained.specification import has_hash, tokenizer_hash
+from rpt_lightning.tasks.token_bytes import start_ids
 from rpt_lightning.training.checkpoint import save_last_step
 from rpt_lightning.training.cpu_precision import bf16_is_slow
 from rpt_lightning.training.heldout_answers import HeldoutAnswer
@@ -168,7 +169,7 @@ class PolicyModule(LightningModule, ABC):
         if saved is None:
             raise ValueError("ckpt_path: this is not a checkpoint of rpt-lightning; give a file from a run folder's checkpoints/")
         # Not the checkpoint's "state_dict": a strategy with sharded weights takes it out before it calls this.
-        if saved["tokenizer_hash"] != self.tokenizer_hash or saved["weight_shapes"] != self._weight_shapes:
+        if not has_hash(self.tokenizer, saved["tokenizer_hash"]) or saved["weight_shapes"] != self._weight_shapes:
             raise ValueError(
                 f"ckpt_path: the checkpoint holds the model of {saved['policy_path']}, the config has model.policy.path={self.policy.path}, and their "
                 "tokenizers or weight shapes differ; give the checkpoint's own model, or another checkpoint"

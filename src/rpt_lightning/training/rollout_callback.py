@@ -136,6 +136,8 @@ class RolloutCallback(Callback):
         if self.objective is None:
             raise ValueError("rollout.objective is not set: say what the policy is asked and paid for, e.g. --rollout.objective Objective")
         self.bound_objective = self.objective.bind(pl_module.tokenizer)
+        prompt = self.bound_objective.prompt
+        pl_module.policy.check_ids(prompt.prompt_ids(()) + prompt.answer_open_ids + prompt.answer_close_ids + prompt.stop_token_ids)
         is_async = stage == "fit" and self.max_staleness > 0 and pl_module.learns_from_rollouts
         if is_async:
             check_settings(self.max_staleness, self.engine, pl_module, self.objective.reward, trainer.datamodule)  # type: ignore[attr-defined]
