@@ -1,0 +1,123 @@
+"""`make evidence`: what is kept of an arm, and what the page makes of it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rpt_lightning.metrics.results import Results, write_results
+from sample_results import FIRST
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+arms, records, page, evidence = (importlib.import_module(name) for name in ("evidence_arms", "evidence_records", "evidence_page", "evidence"))
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def leave_run(folder: Path, reasoning: str, ntp: str) -> Path:
+    """A run of two steps whose last validation has a position for each character, at depth 2, 3, 4, ..."""
+    positions = tuple(
+        replace(FIRST, task_id=f"g{number}:9", doc_id=f"g{number}", fields={"depth": 2 + number}, reasoning_correct=one == "1", ntp_correct=two == "1",
+                length=10 + number)
+        for number, (one, two) in enumerate(zip(reasoning, ntp, strict=True))
+    )  # fmt: skip
+    write_results(Results(positions=positions, policy_path="p", step=2), folder / "validation" / "step-000002.jsonl")
+    steps = [
+        {
+            "step": step,
+            "reward/mean": step / 4,
+            "rollout/length_mean": 10.0 * step,
+            "rollout/live_groups_frac": 0.5,
+            "rollout/tokens": 100.0,
+            "cost/flops": 1e9,
+        }
+        for step in (1, 2)
+    ]
+    (folder / "steps.jsonl").write_text("".join(f"{json.dumps(step)}\n" for step in steps))
+    return folder
+
+
+def record(reasoning: str, ntp: str) -> object:
+    return records.measure(leave_run(Path("run"), reasoning, ntp), about={"commands": ["rpt fit"], "commit": "abc", "seconds": 3})
+
+
+def test_an_arm_is_kept_as_it_was() -> None:
+    kept = record("1101", "0100")
+    assert kept.right == {"reasoning": "1101", "ntp": "0100"}  # the controls were not asked
+    assert kept.depths == (2, 3, 4, 5)
+    assert kept.curves == {"reward": (0.25, 0.5), "length": (10.0, 20.0), "live": (0.5, 0.5)}
+    assert (kept.flops, kept.sampled_tokens, kept.mean_length) == (2e9, 200, 11.5)
+    assert str(kept.rate("reasoning")).endswith("3/4")
+    assert str(kept.rate("reasoning", range(4, 6))).endswith("1/2")
+    file = Path("seed-0.json")
+    records.write_record(file, "base", kept)
+    records.write_record(file, "ntp", replace(kept, flops=1.0))
+    again = records.read_records(file)
+    assert again["base"] == kept
+    assert again["ntp"].flops == 1.0
+
+
+def test_the_page_shows_every_arm_beside_what_was_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path("docs/evidence")
+    for seed, right in ((0, "1111"), (1, "1110")):
+        records.write_record(folder / f"seed-{seed}.json", "base", record(right, "0001"))
+        records.write_record(folder / f"seed-{seed}.json", "p_cot-0", record("1000", "1000"))
+        records.write_record(folder / f"seed-{seed}.json", "ntp", record("0000", "0100"))
+    text = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    Path("docs/evidence.md").write_text(text, encoding="utf-8")
+    page.write_page()
+    made = Path("docs/evidence.md").read_text(encoding="utf-8")
+    lines = made.splitlines()
+    (base,) = [line for line in lines if line.startswith("| **base**")]
+    assert "100.0 %, 75.0 %" in base
+    assert "7/8" in base
+    assert "2/8" in base  # the next token at once
+    (found,) = [line for line in lines if line.startswith("| **p_cot-0**")]
+    assert "not found: below 40 %, as before" in found
+    assert "-62.5 [" in found  # 2 of 8 against 7 of 8
+    (rival,) = [line for line in lines if line.startswith("| **ntp**")]
+    assert "the same" in rival
+    assert "25.0 %, 25.0 %" in rival
+    assert all((folder / name).stat().st_size > 5000 for name in ("rewards.png", "depths.png"))
+    page.write_page()
+    assert Path("docs/evidence.md").read_text(encoding="utf-8") == made
+
+
+def test_arms_have_names_of_their_own_and_say_what_is_expected() -> None:
+    names = [arm.name for arm in arms.ARMS]
+    assert len(set(names)) == len(names)
+    assert names[0] == "base"  # whose cost is its rivals' budget
+    assert all(len(arm.expected) > 5 and arm.group in page.GROUPS for arm in arms.ARMS)
+    assert {arm.start for arm in arms.ARMS} == {start.name for start in arms.STARTS}
+    assert {arm.tasks for arm in arms.ARMS} == {"base", *evidence.TASKS}
+
+
+def test_the_arms_phases_are_those_of_the_start_models_configuration() -> None:
+    """Start models that branch off go on behind the first phase of the base's."""
+    import yaml
+
+    config = yaml.safe_load((ROOT / "configs" / "demo" / "start.yaml").read_text())
+    phases = config["data"]["init_args"]["phases"]
+    assert [yaml.safe_load(phase) for phase in arms.BASE_START.phases] == phases
+    assert phases[0]["steps"] == arms.FIRST_STEPS
+    assert config["trainer"]["max_steps"] == arms.LAST_STEP == sum(phase["steps"] for phase in phases)
+    assert arms.FIRST_STEPS % config["checkpoint"]["keep_every_n_steps"] == 0
+
+
+def test_commands_of_an_arm_are_those_of_its_seed() -> None:
+    seed = evidence.Seed(1)
+    for arm in arms.ARMS:
+        make = {"rpt": seed._rpt, "ntp": seed._ntp, "sft": seed._sft}[arm.kind]
+        commands = [" ".join(command) for command in make(arm, seed.folder / arm.name)]
+        assert all("--seed_everything 1" in command for command in commands)
+        assert "tasks/demo-seed-1" in commands[-1]  # all are measured at the base's positions
+        assert all(str(seed.folder / arm.name) in command for command in commands)
