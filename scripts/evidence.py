@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from evidence_arms import ARMS, FIRST_STEPS, LAST_STEP, STARTS, STEPS, Arm, Start
+from evidence_arms import ARMS, FIRST_STEPS, LAST_STEP, STARTS, STEPS, TASKS_PER_STEP, Arm, Start
 from evidence_records import measure, read_records, write_record
 from pipeline import EXECUTABLE, commit, run_stages
 from stages import checkpoint, flags
@@ -94,6 +94,7 @@ class Seed:
         own = self.testbed.run_flags(run, policy=self.start_model(arm.start))
         validates = arm.tasks == "base"  # the fit itself, at its last step: other tasks have other held-out positions
         steps: dict[str, object] = {"--trainer.max_steps": STEPS, "--trainer.val_check_interval": STEPS, "--checkpoint.every_n_steps": STEPS}
+        steps |= {"--data.tasks_per_step": TASKS_PER_STEP}
         steps |= {} if validates else {"--trainer.limit_val_batches": 0}
         tasks = str(self.tasks(arm.tasks))
         fit = (EXECUTABLE, "fit", "--config", RPT_CONFIG, *ENGINE, *own, "--data.task_dir", tasks, *flags(steps), *arm.options, "--ckpt_path", "auto")
