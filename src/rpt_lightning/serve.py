@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig
 
 from rpt_lightning.lightning_cli import RPTCLI, make_cli
+from rpt_lightning.pretrained.text_shape import longest_context
 from rpt_lightning.rollout.server_access import find_key, make_key
 from rpt_lightning.rollout.server_processes import Servers, ServerSpec, is_loopback, server_command
 from rpt_lightning.training.prompt_room import max_model_len
@@ -135,7 +136,7 @@ def _log_name(url: str) -> str:
 def _max_model_len(config: Any, path: str) -> int:
     """As the run itself will ask for it."""
     needed = int(config.rollout.max_prompt_tokens + config.rollout.max_completion_tokens)
-    positions = int(AutoConfig.from_pretrained(path).max_position_embeddings)
+    positions = longest_context(AutoConfig.from_pretrained(path))
     return max_model_len(needed, positions=positions, with_controls=config.rollout.thought_controls)
 
 

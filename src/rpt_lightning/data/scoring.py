@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rpt_lightning.data.token_scores import score_logits
+from rpt_lightning.pretrained.text_shape import longest_context
 from rpt_lightning.types import TokenIds
 
 NUM_CANDIDATES = 16
@@ -84,7 +85,7 @@ class ProxyScorer:
     ) -> None:
         if not 1 <= overlap < window:
             raise ValueError(f"--overlap {overlap}: must be at least 1 and less than --window {window}")
-        limit = getattr(model.config, "max_position_embeddings", None)
+        limit = longest_context(model.config)
         if limit is not None and window + len(start_ids) > limit:
             raise ValueError(f"--window {window}: the proxy reads at most {limit} tokens; set --window {limit - len(start_ids)} or less")
         self.model = model

@@ -8,6 +8,7 @@ import numpy as np
 
 from rpt_lightning.data.base_datamodule import TaskFolderDataModule
 from rpt_lightning.data.stream import ShuffledOrder
+from rpt_lightning.pretrained.text_shape import longest_context
 from rpt_lightning.tasks.token_bytes import start_ids
 from rpt_lightning.types import TrainSequence
 
@@ -67,4 +68,4 @@ class TextDataModule(TaskFolderDataModule):
     def _num_positions(self) -> int | None:
         """Tokens that the model being trained can read at once; None outside a Trainer."""
         policy = None if self.trainer is None else getattr(self.trainer.lightning_module, "policy", None)
-        return None if policy is None else int(policy.config.max_position_embeddings)
+        return None if policy is None else longest_context(policy.config)

@@ -19,6 +19,7 @@ from rpt_lightning.policy.family import check_loaded, choose_packing
 from rpt_lightning.policy.packing import PackedTree, pack
 from rpt_lightning.policy.row_packing import pack_rows
 from rpt_lightning.policy.scoring import HeadDtype, head_weight, score
+from rpt_lightning.pretrained.text_shape import check_not_quantized
 from rpt_lightning.pretrained.tokenizer import as_in_folder, check_vocabulary, read_tokenizer
 from rpt_lightning.pretrained.weights import load_causal_lm
 from rpt_lightning.types import TokenIds, TrainSequence
@@ -64,6 +65,7 @@ class Policy(nn.Module):
         tokenizer = _load(read_tokenizer, path, trust_remote_code=trust_remote_code)
         self.tokenizer: PreTrainedTokenizerBase = as_in_folder(tokenizer, where=where)
         self.config = _load(AutoConfig.from_pretrained, path, trust_remote_code=trust_remote_code)
+        check_not_quantized(self.config, where=where)
         self.num_tokens: int = self.config.get_text_config().vocab_size  # rows of the embedding
         check_vocabulary(self.tokenizer, self.num_tokens, where=where)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from typing_extensions import Self
 
+from rpt_lightning.pretrained.text_shape import longest_context
 from rpt_lightning.pretrained.tokenizer import as_in_folder, read_tokenizer
 from rpt_lightning.rollout.own_engine import check_samples
 from rpt_lightning.rollout.requests import check_requests
@@ -26,6 +27,8 @@ from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.types import Completion, GenerationRequest, PromptTokens, SamplingSettings, TokenIds
 
 EngineDtype = Literal["float32", "bfloat16"]
+# Tokens that an engine takes of a model without a limit where nobody says how many, as vLLM does.
+DEFAULT_MODEL_LEN = 2048
 
 
 class EngineLost(RuntimeError):
@@ -102,10 +105,10 @@ class RolloutEngine(ABC):
         if self._token_bytes is not None:
             raise RuntimeError(f"{type(self).__name__} is already started; close it first")
         config = AutoConfig.from_pretrained(model_path)
-        longest = int(config.max_position_embeddings)
-        if max_model_len is not None and not 1 <= max_model_len <= longest:
-            raise ValueError(f"max_model_len={max_model_len} must lie between 1 and the {longest} positions of {model_path}")
-        self._max_model_len = longest if max_model_len is None else max_model_len
+        longest = longest_context(config)
+        if max_model_len is not None and not 1 <= max_model_len <= (longest or max_model_len):
+            raise ValueError(f"max_model_len={max_model_len} must lie between 1 and the {longest or 'unlimited'} positions of {model_path}")
+        self._max_model_len = max_model_len or longest or DEFAULT_MODEL_LEN
         with torch.device("meta"):
             skeleton = cast(Any, AutoModelForCausalLM).from_config(config)
         token_bytes = TokenBytes(as_in_folder(read_tokenizer(model_path), where=f"tokenizer of {model_path}"))

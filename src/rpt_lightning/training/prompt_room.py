@@ -14,9 +14,13 @@ from rpt_lightning.types import Task
 CONTROL_TOKENS = 64  # of a forced thought's prompt: the closing marker and the box's beginning, and an answer (rollout/forced_answer.py)
 
 
-def max_model_len(needed: int, *, positions: int, with_controls: bool) -> int:
-    """Tokens of prompt and completion that an engine is started for: ``needed``, and some more for thought controls where the model has the positions."""
-    return max(needed, min(needed + CONTROL_TOKENS, positions)) if with_controls else needed
+def max_model_len(needed: int, *, positions: int | None, with_controls: bool) -> int:
+    """Tokens of prompt and completion that an engine is started for: ``needed``, and some more for thought controls where the model has the positions.
+
+    ``positions`` is None for models without a limit.
+    """
+    wanted = needed + CONTROL_TOKENS if with_controls else needed
+    return wanted if positions is None else max(needed, min(wanted, positions))
 
 
 def longest_context(folder: TaskFolder) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from rpt_lightning.pretrained.text_shape import longest_context
 from rpt_lightning.rollout.engine import RolloutEngine
 from rpt_lightning.rollout.pilot import PilotRollout
 from rpt_lightning.rollout.rollouter import Rollouter
@@ -174,7 +175,7 @@ class RolloutCallback(Callback):
             seed=self.seed,
             max_model_len=max_model_len(
                 self.max_prompt_tokens + self.max_completion_tokens,
-                positions=int(pl_module.policy.config.max_position_embeddings),
+                positions=longest_context(pl_module.policy.config),
                 with_controls=self.thought_controls,
             ),
             verify_sequences=0 if self._sampling.is_truncating else self.verify_sequences,  # its log-probs are of what is left, renormalised
