@@ -47,9 +47,10 @@ def _p_cot(share: float) -> Start:
 
 
 def _depths(name: str, low: int, high: int) -> Start:
-    span = f"min_depth: {low}, max_depth: {high}"
+    """Only these depths think, and so much more often that 12 % of all examples do."""
+    span, share = f"min_depth: {low}, max_depth: {high}", 0.12 * 12 / (high - low + 1)
     first = f"{{steps: {FIRST_STEPS}, p_cot: 1.0, {span}, guesses: false, text: false}}"
-    return Start(name=name, phases=(first, f"{{steps: 200, p_cot: 0.12, {span}}}"), branches=False)
+    return Start(name=name, phases=(first, f"{{steps: 200, p_cot: {share:.3f}, {span}}}"), branches=False)
 
 
 STARTS = (
