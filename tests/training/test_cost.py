@@ -142,3 +142,15 @@ def test_a_run_that_does_not_say_what_it_cost_is_no_budget(tiny_model_dir, tiny_
     (tmp_path / "steps.jsonl").write_text('{"step": 1, "cost/flops": 1.0}\n{"step": 2}\n')
     with pytest.raises(ValueError, match="not every step says what it cost"):
         text_run(tiny_model_dir, tiny_task_dir, tmp_path / "ntp", 2, Budget(str(tmp_path)))
+
+
+def test_the_time_left_is_that_of_the_budget():
+    """A quarter is spent, 5 of its 25 by an earlier start: 20 took 10 seconds, so the other 75 take 37.5."""
+    budget = Budget("run")
+    budget._limit, budget._spent, budget._spent_before = 100.0, 25.0, 5.0
+    assert budget.share_spent == 0.25
+    assert budget.seconds_left(10.0) == pytest.approx(37.5)
+    budget._spent = 120.0  # the step that reached it
+    assert (budget.share_spent, budget.seconds_left(10.0)) == (1.0, 0.0)
+    without = Budget()
+    assert (without.share_spent, without.seconds_left(10.0)) == (None, float("inf"))

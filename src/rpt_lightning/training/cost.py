@@ -81,10 +81,21 @@ class Budget(Callback):
         self.by = by
         self._limit = float("inf")
         self._spent = 0.0
+        self._spent_before = 0.0  # by earlier starts of this run
 
     @property
     def is_spent(self) -> bool:
         return self._spent >= self._limit
+
+    @property
+    def share_spent(self) -> float | None:
+        """Of the budget; None where there is none."""
+        return None if self.like is None else min(1.0, self._spent / self._limit)
+
+    def seconds_left(self, elapsed_s: float) -> float:
+        """At the pace of this start, which began ``elapsed_s`` seconds ago; infinite where there is no budget, or nothing is spent yet."""
+        spent = self._spent - self._spent_before
+        return float("inf") if self.like is None or spent <= 0 else elapsed_s * max(0.0, self._limit - self._spent) / spent
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.like is None:
@@ -93,6 +104,7 @@ class Budget(Callback):
         self._limit = _spent(log, self.by)
         own = Path(trainer.default_root_dir) / STEP_LOG
         self._spent = _spent(own, self.by, last_step=trainer.global_step) if trainer.global_step else 0.0
+        self._spent_before = self._spent
         rank_zero_info(f"budget: {self._limit:.4g} {self.by}, what {self.like} cost" + (f"; {self._spent:.4g} are spent" if self._spent else ""))
         assert isinstance(pl_module, PolicyModule)
         trainer.should_stop = pl_module.ranks.any(self.is_spent) or trainer.should_stop  # a run that is started again though it had ended

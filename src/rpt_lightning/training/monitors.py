@@ -21,6 +21,7 @@ from rpt_lightning.metrics.rollout_samples import RolloutSample, samples_of, wri
 from rpt_lightning.metrics.run_folder import ROLLOUT_FOLDER, STEP_LOG, VALIDATION_FOLDER
 from rpt_lightning.policy.flops import model_size
 from rpt_lightning.tasks.token_bytes import TokenBytes
+from rpt_lightning.training.cost import Budget
 from rpt_lightning.training.policy_module import PolicyModule
 from rpt_lightning.training.rollout_callback import RolloutCallback
 from rpt_lightning.training.validation import ntp_accuracy, reasoning_accuracy
@@ -78,8 +79,13 @@ class StepLog(Callback):
             "train s": ("time/train_s", "{:.1f}"),
         }
         parts = [f"{label} {form.format(metrics[name])}" for label, (name, form) in shown.items() if name in metrics]
+        budget = next((callback for callback in trainer.callbacks if isinstance(callback, Budget)), None)  # type: ignore[attr-defined]
+        seconds_left = seconds_a_step * (trainer.max_steps - trainer.global_step) if trainer.max_steps > 0 else float("inf")
         total = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
-        left = f", {seconds_a_step * (trainer.max_steps - trainer.global_step) / 60:.1f} min left" if trainer.max_steps > 0 else ""
+        if budget is not None and budget.share_spent is not None:  # its steps are as many as they cost, and --trainer.max_steps is out of reach
+            total = f", {budget.share_spent:.0%} of the budget"
+            seconds_left = min(seconds_left, budget.seconds_left(elapsed))
+        left = f", {seconds_left / 60:.1f} min left" if seconds_left < float("inf") else ""
         return f"step {trainer.global_step}{total}: {', '.join(parts)}, {seconds_a_step:.1f} s a step{left}"
 
 
