@@ -83,7 +83,7 @@ def _accuracy(panel: Axes, curves: Sequence[Curve], chance: float | None) -> Non
     panel.set_xlabel("serial depth: steps that have to be made one after the other")
     panel.set_ylabel("held-out accuracy, % (95 % intervals)")
     panel.set_ylim(-3, 103)
-    panel.legend(fontsize=8, loc="center right", frameon=False)
+    panel.legend(fontsize=8, loc="center", bbox_to_anchor=(0.5, 0.62), frameon=False)  # between those who think and those who guess
     panel.set_title("Who can say what comes next", fontsize=10)
 
 
