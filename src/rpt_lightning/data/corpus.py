@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import importlib
 import inspect
 import io
 import pkgutil
-import string
 import types
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-from rpt_lightning.data.jsonl import read_jsonl
+from rpt_lightning.data.data_files import find_files, read_text
+from rpt_lightning.data.hub_rows import read_dataset
+from rpt_lightning.data.jsonl import read_records
+from rpt_lightning.data.parquet_rows import read_parquet
+from rpt_lightning.data.row_text import DEFAULT_SEPARATOR, fill_template
 from rpt_lightning.types import Document
 
 DEFAULT_TEMPLATE = "{problem}\n\n{solution}"
@@ -34,115 +35,103 @@ class CorpusSource(ABC):
         """What the manifest says about the source: its kind and settings, in JSON types."""
 
 
-def fill_template(template: str, row: Mapping[str, Any], *, where: str) -> str:
-    """The text of one record.
-
-    >>> fill_template("{problem} = {solution}", {"problem": "1 + 1", "solution": 2}, where="a.jsonl, line 1")
-    '1 + 1 = 2'
-    """
-    fields = [name for _, name, _, _ in string.Formatter().parse(template) if name]
-    missing = [name for name in fields if row.get(name) is None]
-    if missing:
-        raise ValueError(
-            f"{where}: the template {template!r} needs the field {missing[0]!r}, missing or null there (fields: {', '.join(map(str, row))}); "
-            "correct --source.init_args.template or the data"
-        )
-    return template.format_map(row)
-
-
 class JsonlSource(CorpusSource):
-    """One JSON object a line; ``template`` says how its fields become the text."""
+    """One JSON object a line; ``template`` says how its fields become the text.
 
-    def __init__(self, path: str, template: str = DEFAULT_TEMPLATE) -> None:
-        self.path = Path(path)
+    Args:
+        path: A file, a folder of them, or a pattern; compressed or not. A ``.json`` file may hold one list of objects.
+        template: Its braces are fields; a dot leads into nested values: ``{messages.0.content}``.
+        separator: What stands between the texts of a field that is a list of them.
+    """
+
+    def __init__(self, path: str, template: str = DEFAULT_TEMPLATE, separator: str = DEFAULT_SEPARATOR) -> None:
+        self.path = path
         self.template = template
+        self.separator = separator
 
     def documents(self) -> Iterator[Document]:
-        _require_file(self.path)
-        for number, row in read_jsonl(self.path, name=str(self.path)):
-            where = f"{self.path}, line {number}"
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: a {type(row).__name__} where an object with the template's fields belongs")
-            yield Document(doc_id=f"{self.path.name}:{number}", text=fill_template(self.template, row, where=where))
+        for record in read_records(self.path, name=_path_flag(self.path)):
+            text = fill_template(self.template, record.value, where=record.where, separator=self.separator)
+            yield Document(doc_id=f"{record.file.name}:{record.number}", text=text)
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "jsonl", "path": str(self.path), "template": self.template}
+        return {"kind": "jsonl", "path": str(self.path), "template": self.template} | _told(self.separator)
 
 
 class ParquetSource(CorpusSource):
-    """The rows of a Parquet file."""
+    """The rows of Parquet files.
 
-    def __init__(self, path: str, template: str = DEFAULT_TEMPLATE) -> None:
-        self.path = Path(path)
+    Args:
+        path: A file, a folder of them, or a pattern.
+        template: Its braces are columns; a dot leads into nested values: ``{messages.0.content}``.
+        separator: What stands between the texts of a column that holds lists of them.
+    """
+
+    def __init__(self, path: str, template: str = DEFAULT_TEMPLATE, separator: str = DEFAULT_SEPARATOR) -> None:
+        self.path = path
         self.template = template
+        self.separator = separator
 
     def documents(self) -> Iterator[Document]:
-        from pyarrow import ArrowInvalid
-        from pyarrow.parquet import ParquetFile
-
-        _require_file(self.path)
-        try:
-            file = ParquetFile(self.path)
-        except ArrowInvalid as error:
-            raise ValueError(f"{self.path}: not a readable Parquet file ({error})") from error
-        number = 0
-        for batch in file.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                yield Document(
-                    doc_id=f"{self.path.name}:{number}", text=fill_template(self.template, row, where=f"{self.path}, row {number} (from 0)")
-                )
-                number += 1
+        for file, number, row in read_parquet(self.path, name=_path_flag(self.path)):
+            where = f"{file.path}, row {number} (from 0)"
+            yield Document(doc_id=f"{file.name}:{number}", text=fill_template(self.template, row, where=where, separator=self.separator))
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "parquet", "path": str(self.path), "template": self.template}
+        return {"kind": "parquet", "path": str(self.path), "template": self.template} | _told(self.separator)
 
 
 class TextFilesSource(CorpusSource):
-    """Every file that matches ``pattern`` (``**`` allowed) is a document, in the order of the paths."""
+    """Every file that matches ``pattern`` (``**`` allowed) is a document, in the order of the paths. A folder means all files in it, at any depth."""
 
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern
 
     def documents(self) -> Iterator[Document]:
-        paths = sorted(path for path in glob.glob(self.pattern, recursive=True) if Path(path).is_file())
-        if not paths:
-            raise ValueError(f"--source.init_args.pattern {self.pattern!r} matches no file")
-        for path in paths:
-            try:
-                text = Path(path).read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}: not UTF-8 (byte {error.start}); convert the file or narrow --source.init_args.pattern") from error
-            yield Document(doc_id=path, text=text)
+        for file in find_files(self.pattern, name=f"--source.init_args.pattern {self.pattern!r}", endings=()):
+            yield Document(doc_id=str(file.path), text=read_text(file.path, name=str(file.path)))
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "text_files", "pattern": self.pattern}
 
 
 class HuggingFaceSource(CorpusSource):
-    """A split of a Hugging Face dataset (``pip install 'rpt-lightning[datasets]'``). ``revision`` pins a commit."""
+    """A split of a Hugging Face dataset (``pip install 'rpt-lightning[datasets]'``).
+
+    Args:
+        name: Hub id, or a folder that `datasets` reads.
+        split: Of the dataset.
+        template: Its braces are fields; a dot leads into nested values: ``{messages.0.content}``.
+        config_name: The dataset's configuration, where it has several.
+        revision: Pins a commit.
+        separator: What stands between the texts of a field that is a list of them.
+    """
 
     def __init__(
-        self, name: str, split: str = "train", template: str = DEFAULT_TEMPLATE, config_name: str | None = None, revision: str | None = None
+        self,
+        name: str,
+        split: str = "train",
+        template: str = DEFAULT_TEMPLATE,
+        config_name: str | None = None,
+        revision: str | None = None,
+        separator: str = DEFAULT_SEPARATOR,
     ) -> None:
         self.name = name
         self.split = split
         self.template = template
         self.config_name = config_name
         self.revision = revision
+        self.separator = separator
 
     def documents(self) -> Iterator[Document]:
-        try:
-            from datasets import load_dataset
-        except ImportError as error:
-            raise ValueError("HuggingFaceSource needs the datasets package: pip install 'datasets>=3'") from error
-        for number, row in enumerate(load_dataset(self.name, self.config_name, split=self.split, revision=self.revision)):
+        for number, row in enumerate(read_dataset(self.name, self.config_name, split=self.split, revision=self.revision)):
             where = f"dataset {self.name}, split {self.split}, row {number} (from 0)"
-            yield Document(doc_id=f"{self.name}/{self.split}:{number}", text=fill_template(self.template, row, where=where))
+            text = fill_template(self.template, row, where=where, separator=self.separator)
+            yield Document(doc_id=f"{self.name}/{self.split}:{number}", text=text)
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "hugging_face", "name": self.name, "config_name": self.config_name, "split": self.split, "revision": self.revision} | {
-            "template": self.template
-        }
+        described = {"kind": "hugging_face", "name": self.name, "config_name": self.config_name, "split": self.split, "revision": self.revision}
+        return described | {"template": self.template} | _told(self.separator)
 
 
 class DocstringSource(CorpusSource):
@@ -231,6 +220,10 @@ def _unwrapped(member: object) -> object:
         return member
 
 
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        raise ValueError(f"--source.init_args.path {str(path)!r}: there is no such file")
+def _path_flag(path: str) -> str:
+    return f"--source.init_args.path {str(path)!r}"
+
+
+def _told(separator: str) -> dict[str, str]:
+    """Where it is the usual one, a folder of before there was a choice is the same as one of today."""
+    return {} if separator == DEFAULT_SEPARATOR else {"separator": separator}
