@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 LIGHTNING_VERBS = {
     "fit": "train a policy (by reasoning: RPTModule; by standard next-token prediction: NTPModule)",
@@ -97,14 +98,21 @@ _WORDS = {
 
 
 def _run_tool(tool: str, args: list[str]) -> None:
-    from jsonargparse import ArgumentParser, auto_cli
+    from jsonargparse import ArgumentParser, Namespace, auto_cli
+
+    from rpt_lightning.home_paths import with_home
+
+    class HomeParser(ArgumentParser):
+        def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+            parsed: Namespace = with_home(super().parse_args(*args, **kwargs))
+            return parsed
 
     function = getattr(importlib.import_module(_MODULES[tool]), tool.split()[-1].replace("-", "_"))
     if tool not in _WORDS:
-        auto_cli(function, args=args, as_positional=False, prog=f"rpt {tool}")
+        auto_cli(function, args=args, as_positional=False, prog=f"rpt {tool}", parser_class=HomeParser)
         return
     words, meaning = _WORDS[tool]
-    parser = ArgumentParser(prog=f"rpt {tool}", description=(function.__doc__ or "").split("\n", 1)[0])
+    parser = HomeParser(prog=f"rpt {tool}", description=(function.__doc__ or "").split("\n", 1)[0])
     if words.startswith("--"):
         parser.add_argument("--config", action="config", help="a YAML file of these parameters")
         parser.add_argument(words, nargs="+", required=True, help=meaning)

@@ -18,7 +18,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from rpt_lightning.tasks.token_bytes import tokenizer_hash
-from rpt_lightning.training.checkpoint_file import SavedPolicy, read_checkpoint
+from rpt_lightning.training.checkpoint_file import SavedPolicy, check_about, read_checkpoint
 
 MAX_FILE_SIZE = "5GB"
 
@@ -38,6 +38,7 @@ def export(ckpt: str, output: str, dtype: Literal["float32", "bfloat16", "float1
     if folder.exists():
         raise ValueError(f"--output {output}: exists already. Name a new folder, or remove this one.")
     saved = read_checkpoint(Path(ckpt), flag="--ckpt")
+    check_about(saved.about, f"--ckpt {ckpt}")
     model = _skeleton(saved, ckpt, getattr(torch, dtype))
     tokenizer = _load_tokenizer(saved.about, ckpt)
     generation_config = _generation_config(model, saved, ckpt)

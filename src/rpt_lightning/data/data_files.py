@@ -181,7 +181,7 @@ def _decompressed(file: io.BufferedReader, beginning: bytes, stack: contextlib.E
     elif magic == b"BZh":
         stream = bz2.BZ2File(file)
     elif magic == b"\xfd7zXZ\0":
-        stream = lzma.LZMAFile(file)
+        stream = lzma.LZMAFile(file)  # noqa: SIM115 (closed by the stack)
     else:
         from pyarrow import CompressedInputStream, PythonFile
 

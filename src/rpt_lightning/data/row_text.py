@@ -20,10 +20,9 @@ def look_up(row: Any, path: str) -> Any:
     if isinstance(row, Mapping) and path in row:
         return row[path]
     first, dot, rest = path.partition(".")
+    value = row.get(first) if isinstance(row, Mapping) else None
     if isinstance(row, list) and first.isdecimal() and int(first) < len(row):
         value = row[int(first)]
-    else:
-        value = row.get(first) if isinstance(row, Mapping) else None
     return look_up(value, rest) if dot and value is not None else value
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from rpt_lightning.metrics.record_file import read_about, read_lines, write_about, write_lines
+from rpt_lightning.metrics.record_types import check_types
 from rpt_lightning.metrics.token_kind import TokenKind
 from rpt_lightning.policy.flops import ModelSize
 
@@ -98,6 +99,7 @@ def read_results(path: Path) -> Results:
     if len(positions) != about["num_positions"]:
         says = f"{path.with_suffix('.json').name} says {about['num_positions']}"
         raise ValueError(f"{path}: {len(positions)} positions, but {says}. Run `rpt validate` again.")
+    check_types(about, Results, str(path.with_suffix(".json")))
     size = about.get("model_size")
     try:
         model_size = None if size is None else ModelSize(**size)
@@ -137,7 +139,9 @@ def pair_results(first: Results, second: Results) -> list[tuple[PositionResult, 
 
 def _parse_line(line: str, where: str) -> PositionResult:
     try:
-        return PositionResult(**json.loads(line))
+        result = PositionResult(**json.loads(line))
     except (json.JSONDecodeError, TypeError) as error:
         names = ", ".join(field.name for field in fields(PositionResult))
         raise ValueError(f"{where}: not a position result ({error}). Expected one JSON object with {names}.") from error
+    check_types(asdict(result), PositionResult, where)
+    return result
