@@ -117,7 +117,7 @@ def parse_manifest(content: bytes, name: str) -> dict[str, Any]:
             raise ValueError(f"format {manifest['format']} instead of {FORMAT}")
         _check_entries(manifest)
         return manifest
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         found = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{name}: not a manifest that this version reads ({found}); make the task folder again with `rpt prepare`") from error
 

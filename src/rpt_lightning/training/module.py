@@ -83,7 +83,6 @@ class RPTModule(PolicyModule):
         if not 0 <= clip_low <= 1 or clip_high < 0:
             raise ValueError(f"model.clip_low={clip_low}, model.clip_high={clip_high}: ratios are clipped to [1 - clip_low, 1 + clip_high]")
         check_number("model.correction_cap", correction_cap, least=1)
-        check_number("model.clip_low", clip_low, least=0, most=1)
         check_number("model.clip_high", clip_high, least=0)
         self.advantage_scale = advantage_scale
         self.aggregation = aggregation
