@@ -101,6 +101,13 @@ def test_a_name_with_brackets_is_a_name_first(folder: Path) -> None:
     assert len(list(TextFilesSource("~/data [v2]").documents())) == 4
 
 
+def test_a_link_that_leads_nowhere_is_not_passed_over(folder: Path) -> None:
+    (folder / "c" / "gone.jsonl").symlink_to("blob")
+    for path in ("~/data [v2]", "~/data ?v2?/*/*.jsonl"):
+        with pytest.raises(ValueError, match=r"c/gone\.jsonl leads to no file"):
+            list(JsonlSource(path, "{problem}").documents())
+
+
 def test_files_that_are_not_there(folder: Path) -> None:
     (folder / "b.jsonl.gz").write_bytes((folder / "a/x.jsonl.gz").read_bytes())
     (folder / "only").mkdir()
@@ -109,6 +116,7 @@ def test_files_that_are_not_there(folder: Path) -> None:
         str(folder): r"--source\.init_args\.path .*b\.jsonl and b\.jsonl\.gz are one file twice",
         f"{folder}/only": r"holds no file named \*\.jsonl or \*\.ndjson or \*\.json \(it holds notes\.docx\)",
         "~/nowhere/*.jsonl": "matches no file",
+        "": "path '': empty; name a file, a folder or a pattern",
         "~/nowhere.jsonl": r"'~/nowhere\.jsonl': there is no such file",
         "~/data [v2]/only/notes.docx": "a zip archive, and text belongs there",
     }.items():

@@ -97,6 +97,7 @@ def test_choices_are_paid_by_letter_alone(answer_reward: AnswerReward) -> None:
         (r"Is it $3 \cdot x + 1$ or $x$?", "1+3x", r"3\times x+1", "quoted"),
         (r"Is it $x^2 \cdot 3$ or $x$?", r"x^{2}\times 3", r"x^2 \cdot 3", "right"),  # the true answer in another notation
         (r"Is it $y = 2x + 1$ or $y = x$?", "2x+1", "y=2x+1", "right"),
+        (r"What is $17 \div 5$?", "3.4", r"17\div 5", "quoted"),
         ("What is 12/16?", r"\frac{3}{4}", "12/16", "quoted"),
         (r"Simplify $\sqrt{8}$.", r"2\sqrt{2}", r"\sqrt{8}", "quoted"),
         ("What is x if x = 29 - 14?", "15", "x = 29 - 14", "quoted"),

@@ -69,18 +69,20 @@ def find_files(path: str | Path, *, name: str, endings: Sequence[str], what: str
     A folder is searched at every depth, but for hidden files; endings may be followed by one of a compression. No ``endings``: all files. Raises
     ValueError that begins with ``name`` where there is none, or where a file lies there twice, compressed and not.
     """
+    if not str(path):
+        raise ValueError(f"{name}: empty; name a {what}, a folder or a pattern")
     whole = expand_home(path)
     if whole.is_file():
         return [DataFile(path=whole, name=whole.name)]
     if whole.is_dir():
-        found = sorted(file for file in whole.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(whole)))
+        found = sorted(file for file in whole.rglob("*") if not file.is_dir() and not _is_hidden(file.relative_to(whole)))
         files = [file for file in found if not endings or without_compression(file.name).lower().endswith(tuple(endings))]
         if not files:
             held = f"it holds {found[0].relative_to(whole)}" + (f" and {len(found) - 1} more" if len(found) > 1 else "") if found else "it is empty"
             raise ValueError(f"{name}: the folder holds no {what} named *{' or *'.join(endings)} ({held}); name the files by a pattern")
         root = whole
     elif glob.has_magic(str(whole)):
-        files = [Path(match) for match in sorted(glob.glob(str(whole), recursive=True)) if Path(match).is_file()]
+        files = [Path(match) for match in sorted(glob.glob(str(whole), recursive=True)) if not Path(match).is_dir()]
         if not files:
             raise ValueError(f"{name}: the pattern matches no file")
         root = _fixed_part(whole)
@@ -88,6 +90,8 @@ def find_files(path: str | Path, *, name: str, endings: Sequence[str], what: str
         raise ValueError(f"{name}: there is no such {what}")
     seen: dict[str, Path] = {}
     for file in files:
+        if not file.is_file():  # a link of a hub's cache, say, whose file was deleted
+            raise ValueError(f"{name}: {file} leads to no file; restore or remove it")
         other = seen.setdefault(without_compression(str(file)), file)
         if other is not file:
             raise ValueError(f"{name}: {other} and {file.name} are one file twice, compressed and not; remove one of the two or name the other")

@@ -14,15 +14,15 @@ from rpt_lightning.types import Question
 _MACRO = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mathsf|boldsymbol|mbox)\s*\{([^{}]*)\}")
 _LAYOUT = re.compile(r"\s|\$|\\[,;:! ]|\{,\}|\\(?:left|right|displaystyle)(?![A-Za-z])|\^?\{?\\circ\}?|°")
 # One character for each relation, sign and symbol that has several spellings.
-_SPELLINGS = [
-    *((rf"\\(?:{names})(?![A-Za-z])", one) for names, one in {"cdot|times": "*", "div": "/", "leq?": "≤", "geq?": "≥", "neq?": "≠"}.items()),
+_SPELLINGS: list[tuple[str, str]] = [
+    *((rf"\\(?:{names})(?![A-Za-z])", one) for names, one in {"cdot|times": "*", "div": "÷", "leq?": "≤", "geq?": "≥", "neq?": "≠"}.items()),
     *((rf"\\{name}(?![A-Za-z])", one) for name, one in {"lt": "<", "gt": ">", "in": "∈", "cup": "∪", "cap": "∩", "pi": "π", "infty": "∞"}.items()),
     *((rf"\\{name}(?![A-Za-z])", one) for name, one in {"emptyset": "∅", "varnothing": "∅", "approx": "≈", "lbrace": "⦃", "rbrace": "⦄"}.items()),
     (r"\\\{", "⦃"),
     (r"\\\}", "⦄"),
     (r"\\%", "%"),
-    (r"[·×⋅]|\*\*?(?!\*)", lambda match: "^" if match[0] == "**" else "*"),
-    ("÷", "/"),
+    (r"\*\*", "^"),
+    ("[·×⋅]", "*"),
     ("[−–]", "-"),
     ("<=", "≤"),
     (">=", "≥"),
