@@ -105,5 +105,5 @@ def _read_sharded(path: Path, *, flag: str) -> SavedPolicy:
         return {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
 
     rest = torch.load(path / _SHARDED_REST, map_location="cpu", weights_only=True)
-    about = rest.get("rpt") if isinstance(rest, dict) else None
+    about: Any = rest.get("rpt") if isinstance(rest, dict) else None  # looked at by check_about
     return SavedPolicy(about=about, shapes={name: entry.size for name, entry in entries.items()}, read=read)
