@@ -1,6 +1,6 @@
 # Set-up, tests and the demo. `make` alone lists what there is; docs/install.md says what the set-up does and what can go wrong.
 .DEFAULT_GOAL := help
-.PHONY: help venv demo reproduction debug test test-long soak bench bench-short lint clean
+.PHONY: help venv demo demo-text evidence reproduction debug test test-long soak bench bench-short lint clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -39,10 +39,16 @@ help:  ## this list
 
 venv: $(STAMP)  ## make .venv with everything that tests and demo need
 
-demo: $(STAMP)  ## train a real 135M model by next-token reasoning: half an hour on two cores with bf16 instructions, an hour without
-	$(BIN)/python scripts/demo.py
+demo: $(STAMP)  ## from random weights to a model that predicts by thinking, in a small world, beside next-token training: ten minutes on two cores
+	$(BIN)/python scripts/demo.py $(if $(SEED),--seed $(SEED))
 
-reproduction: $(STAMP)  ## one seed of docs/results.md, "Reproduction": make reproduction SEED=0 (takes over the demo's run)
+demo-text: $(STAMP)  ## a real 135M model on real text: half an hour on two cores with bf16 instructions, an hour without
+	$(BIN)/python scripts/demo_text.py
+
+evidence: $(STAMP)  ## every arm of docs/evidence.md, three seeds each: a few hours on two cores; continues where it was interrupted
+	$(BIN)/python scripts/evidence.py run
+
+reproduction: $(STAMP)  ## one seed of docs/results.md, "Reproduction": make reproduction SEED=0 (takes over demo-text's run)
 	$(if $(SEED),,$(error Name a seed: make reproduction SEED=0))
 	$(BIN)/python scripts/reproduction.py run --seed $(SEED)
 

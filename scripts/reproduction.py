@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from demo import COLD_START, COLD_START_STAGES, RPT, RPT_CONFIG, RPT_STAGES, TASKS, folder_of
+from demo_text import COLD_START, COLD_START_STAGES, RPT, RPT_CONFIG, RPT_STAGES, TASKS, folder_of
 from pipeline import EXECUTABLE, Stage, commit, run_stages, time_table
 from stages import ENGINE, IN_FP32, PRECISION, checkpoint, evaluate, export, fit, flags, report, results_file, say_what_is_special, settings
 
@@ -28,7 +28,7 @@ from rpt_lightning.evaluation.seed_record import Measured, SeedRecord, measured,
 from rpt_lightning.evaluation.seed_summary import replace_section, seed_summary
 from rpt_lightning.metrics.results import read_results
 
-# The number of positions, the steps and the distance of evaluated checkpoints are those of configs/demo.yaml.
+# The number of positions, the steps and the distance of evaluated checkpoints are those of configs/demo-text.yaml.
 NTP_CONFIG = "configs/ntp-baseline.yaml"
 NTP_CHECKPOINT_EVERY = 50  # steps; less often than in the configuration, since the run is longer
 RECORDS = Path("docs/reproduction")

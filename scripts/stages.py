@@ -85,28 +85,40 @@ def export(run: Path, *, folder: Path) -> Stage:
 
 
 def evaluate(
-    name: str, policy: Path, run: Path, config: str, *, folder: Path, minutes: float, step: int = 0, ckpt: Path | None = None, controls: bool = True
+    name: str,
+    policy: Path,
+    run: Path,
+    config: str,
+    *,
+    folder: Path,
+    minutes: float,
+    step: int = 0,
+    ckpt: Path | None = None,
+    controls: bool = True,
+    options: tuple[str, ...] = (*PRECISION, *ENGINE),
 ) -> Stage:
     """By reasoning and without. ``policy`` is a model folder; with ``ckpt`` the weights of that checkpoint (of ``step``) take the place of its own.
 
-    With ``controls`` it is also asked with thoughts that are not its own.
+    With ``controls`` it is also asked with thoughts that are not its own. ``options`` are flags besides, by default those of this machine.
     """
-    options: dict[str, object] = {"--model.policy.path": policy, "--trainer.default_root_dir": run, "--trainer.limit_val_batches": 1.0}
-    options |= ({"--rollout.thought_controls": True} if controls else {}) | ({"--ckpt_path": ckpt} if ckpt is not None else {})
-    command = (EXECUTABLE, "validate", "--config", config, *PRECISION, *ENGINE, *flags(options))
+    own: dict[str, object] = {"--model.policy.path": policy, "--trainer.default_root_dir": run, "--trainer.limit_val_batches": 1.0}
+    own |= ({"--rollout.thought_controls": True} if controls else {}) | ({"--ckpt_path": ckpt} if ckpt is not None else {})
+    command = (EXECUTABLE, "validate", "--config", config, *options, *flags(own))
     return Stage(name=name, command=lambda: command, output=results_file(run, step), minutes=minutes, folder=folder, feeds_later=False)
 
 
-def report(run: Path, others: tuple[Path, ...], output: Path, *, before: Path, after: Path, folder: Path) -> Stage:
+def report(run: Path, others: tuple[Path, ...], output: Path, *, before: Path, after: Path | None, folder: Path) -> Stage:
     """A page about ``run`` beside others. Takes seconds, so it is always made, of whatever the other stages left.
 
-    ``before`` and ``after`` are the evaluations of the model folders that the run began with and that its last checkpoint was exported to. In the run's
-    own folder they are its first and its last step, which `rpt compare` and `rpt scaling` need too.
+    ``before`` and ``after`` are the evaluations of the model folders that the run began with and that its last checkpoint was exported to; None where the
+    run validates its last step itself. In the run's own folder they are its first and its last step, which `rpt compare` and `rpt scaling` need too.
     """
 
     def command() -> tuple[str, ...]:
         last = int(checkpoints(run)[-1].stem.removeprefix("step-"))
         for evaluation, step in ((before, 0), (after, last)):
+            if evaluation is None:
+                continue
             write_results(replace(read_results(results_file(evaluation)), step=step), results_file(run, step))
         return (EXECUTABLE, "report", *map(str, (run, *others)), "--output", str(output))
 

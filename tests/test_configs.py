@@ -14,7 +14,7 @@ from rpt_lightning.rollout.weight_transport import SharedFolderTransport
 from rpt_lightning.training.rollout_callback import RolloutCallback
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-RUNS = sorted(CONFIGS.glob("*.yaml"))
+RUNS = sorted([*CONFIGS.glob("*.yaml"), *(CONFIGS / "demo").glob("*.yaml")])
 STRATEGIES = sorted((CONFIGS / "strategy").glob("*.yaml"))
 ROLLOUTS = sorted((CONFIGS / "rollout").glob("*.yaml"))
 DATA = sorted((CONFIGS / "data").glob("*.yaml"))
@@ -104,6 +104,7 @@ def test_header_says_command_hardware_time_and_result(config):
 def test_the_baseline_has_the_learning_rate_of_the_run_that_it_is_set_against():
     """As docs/decisions.md says, "Seeds of the reproduction"."""
     rates = [
-        yaml.safe_load((CONFIGS / name).read_text())["model"]["init_args"]["optimizer"]["init_args"] for name in ("demo.yaml", "ntp-baseline.yaml")
+        yaml.safe_load((CONFIGS / name).read_text())["model"]["init_args"]["optimizer"]["init_args"]
+        for name in ("demo-text.yaml", "ntp-baseline.yaml")
     ]
     assert rates[0] == rates[1]

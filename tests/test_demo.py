@@ -1,7 +1,8 @@
+"""`make demo`: what its last lines say of results that are given, and that its commands are those of one seed."""
+
 from __future__ import annotations
 
 import importlib
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from rpt_lightning.metrics.results import read_results, write_results
-from sample_results import FIRST, SECOND, results
+from rpt_lightning.metrics.results import Results, write_results
+from sample_results import FIRST
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-demo, pipeline, stages = (importlib.import_module(name) for name in ("demo", "pipeline", "stages"))
-FOLDER = Path("marks")
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+demo, testbed, stages, pipeline = (importlib.import_module(name) for name in ("demo", "testbed", "stages", "pipeline"))
+NUM_POSITIONS = 120
 
 
 @pytest.fixture(autouse=True)
@@ -22,188 +24,90 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def stage(name: str, code: str, **options):
-    command = (sys.executable, "-c", f"open('log', 'a').write('{name} '); {code}")
-    return pipeline.Stage(name=name, command=lambda: command, output=Path(name), minutes=1, folder=FOLDER, **options)
+def results(reasoning: Callable[[int], bool | None], ntp: Callable[[int], bool], step: int = 0) -> Results:
+    positions = tuple(
+        replace(
+            FIRST,
+            task_id=f"game-{number}:20",
+            doc_id=f"game-{number}",
+            fields={"depth": 2 + number % 11},
+            reasoning_correct=reasoning(number),
+            ntp_correct=ntp(number),
+        )
+        for number in range(NUM_POSITIONS)
+    )
+    return Results(positions=positions, policy_path="p", step=step)
 
 
-def run(*sequence) -> None:
-    pipeline.run_stages(sequence, program="demo", again="make demo")
+def leave(after: Callable[[int], bool]) -> object:
+    """What the stages leave: one in six is right at once; RPT is right where ``after`` says."""
+    bed = testbed.Testbed.of(0)
+
+    def sixth(number: int) -> bool:
+        return number % 6 == 0
+
+    write_results(results(sixth, sixth), stages.results_file(bed.before))
+    write_results(results(after, sixth, bed.last_step), stages.results_file(bed.rpt, bed.last_step))
+    write_results(results(lambda number: None, sixth, 140), stages.results_file(bed.ntp, 140))
+    stages.checkpoint(bed.rpt, bed.last_step).parent.mkdir(parents=True)
+    stages.checkpoint(bed.rpt, bed.last_step).touch()
+    (bed.rpt / "steps.jsonl").write_text(
+        '{"step": 1, "reward/mean": 0.2, "rollout/length_mean": 10.0}\n{"step": 2, "reward/mean": 0.9, "rollout/length_mean": 30.0}\n'
+    )
+    return bed
 
 
-def demo_fit(**options):
-    return stages.fit("fit", Path("run"), "configs/demo.yaml", folder=FOLDER, minutes=1, **options)
-
-
-def touch(name: str) -> str:
-    return f"open('{name}', 'w')"
-
-
-def test_a_failed_demo_continues_with_the_stage_that_failed(capfd: pytest.CaptureFixture[str]):
-    one, three = stage("one", touch("one")), stage("three", touch("three"))
-    with pytest.raises(SystemExit, match=r"stage 2 of 3: two failed \(exit status 3.*`make demo` tries it again"):
-        run(one, stage("two", "raise SystemExit(3)"), three)
-    assert Path("log").read_text() == "one two "
-
-    two = stage("two", touch("two"))
-    run(one, two, three)
-    assert Path("log").read_text() == "one two two three "
-    assert "stage 1 of 3: one: finished before, skipped" in capfd.readouterr().out
-
-    Path("two").unlink()  # what a finished stage left behind was removed: it is made again, and so is what was made from it
-    run(one, two, three)
-    assert Path("log").read_text() == "one two two three two three "
-
-
-def test_time_by_stage_counts_every_try_and_forgets_what_is_made_again():
-    nap = "import time; time.sleep(0.2); "
-    first, second, third = stage("one", nap + touch("one")), stage("two", nap + touch("two")), stage("three", touch("three"))
-    with pytest.raises(SystemExit):
-        run(first, stage("two", nap + "raise SystemExit(3)"), third)
-    failed = pipeline.read_times(FOLDER)
-    assert list(failed) == ["one", "two"]
-    assert min(failed.values()) >= 0.2
-
-    run(first, second, third)
-    done = pipeline.read_times(FOLDER)
-    assert done["one"] == failed["one"]  # skipped
-    assert done["two"] > failed["two"]
-    assert [row.split()[0] for row in pipeline.time_table((first, second, third)).splitlines()] == ["Time", "one", "two", "three", "together"]
-
-    pipeline.write_times(FOLDER, dict.fromkeys(done, 6000.0))
-    Path("two").unlink()
-    run(first, second, third)
-    times = pipeline.read_times(FOLDER)
-    assert times["one"] == 6000.0
-    assert max(times[name] for name in ("two", "three")) < 6000.0
-    together = pipeline.time_table((first, second, third)).splitlines()[-1]
-    assert together.split() == ["together", f"{sum(times.values()) / 60:.1f}", "min"]
-    assert sum(times.values()) > 6000.0
-
-
-def test_a_policy_that_is_trained_again_is_evaluated_again_but_not_the_reverse(monkeypatch: pytest.MonkeyPatch):
-    measure, page = stage("measure", touch("measure"), feeds_later=False), stage("page", touch("page"), feeds_later=False, always=True)
-    sequence = (stage("data", touch("data")), measure, demo_fit(), stage("export", touch("export")), page)
-    monkeypatch.setattr(pipeline.Stage, "run", run_without_training := fake_fit(pipeline.Stage.run))
-    run(*sequence)
-    assert Path("log").read_text() == "data measure export page "
-    assert run_without_training.fits == 1
-
-    Path("measure").unlink()
-    run(*sequence)
-    assert Path("log").read_text() == "data measure export page measure page "
-    assert run_without_training.fits == 1
-
-    Path("data").unlink()
-    Path("run/steps.jsonl").write_text("old")
-    run(*sequence)
-    assert Path("log").read_text() == "data measure export page measure page data measure export page "
-    assert run_without_training.fits == 2
-    assert not Path("run/steps.jsonl").exists()
-    assert Path("run.old-1/steps.jsonl").read_text() == "old"
-
-
-def test_a_finished_stage_says_how_it_was_run():
-    one = stage("one", touch("one"))
-    assert one.history() == {"name": "one", "seconds": None, "command": None, "commit": None}
-    run(one)
-    history = one.history()
-    assert shlex.split(history["command"]) == ["python", *one.command()[1:]]
-    assert history["seconds"] == pipeline.read_times(FOLDER)["one"]
-    assert history["commit"] == pipeline.commit()
-
-
-def fake_fit(run):
-    """Runs every stage but the fit, of which it leaves what a fit leaves."""
-
-    def fake(self):
-        if self.run_folder is None:
-            run(self)
-        else:
-            fake.fits += 1
-            self.output.parent.mkdir(parents=True)
-            self.output.touch()
-
-    fake.fits = 0
-    return fake
-
-
-def test_a_fit_that_was_killed_behind_its_last_checkpoint_is_finished():
-    run_folder("config.yaml", "checkpoints/step-000010.ckpt")
-    fit = demo_fit()
-    assert not fit.is_finished
-    run_folder("checkpoints/step-000040.ckpt")  # trainer.max_steps
-    assert fit.is_finished
-
-
-@pytest.mark.parametrize("in_fp32", [False, True])
-@pytest.mark.parametrize(
-    ("system", "options"), [("Linux", ()), ("Darwin", ("--rollout.engine", "HFEngine")), ("Windows", ("--rollout.engine", "HFEngine"))]
-)
-def test_engine_and_precision_are_those_of_the_machine(system, options, in_fp32, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr("platform.system", lambda: system)
-    monkeypatch.setattr("rpt_lightning.training.cpu_precision.bf16_is_slow", lambda: in_fp32)
-    for name in ("demo", "stages", "pipeline"):  # what the machine is good at is found out while they are imported
-        monkeypatch.delitem(sys.modules, name)
-    module = importlib.import_module("demo")
-    commands = {stage.name: stage.command() for stage in module.STAGES if stage.name.split()[0] not in ("export", "report")}
-    module.say_what_is_special("demo")
-    for name in ("evaluate start", "evaluate after cold start", "RPT", "evaluate after RPT"):
-        assert ("HFEngine" in commands[name]) == bool(options)
-        # A class named behind its arguments would drop them.
-        assert " ".join((*options, *(("--rollout.engine.dtype", "float32") if in_fp32 else ()))) in " ".join(commands[name])
-        assert ("float32" in commands[name]) == ("32-true" in commands[name]) == in_fp32
-    assert "HFEngine" not in commands["cold start"]  # it learns from text
-    assert ("32-true" in commands["cold start"]) == ("32-true" in commands["prepare"]) == in_fp32
-    assert (f"no vLLM for {system}" in capsys.readouterr().out) == bool(options)
-
-
-def test_the_report_shows_the_table_and_names_the_plot(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    for name, right in (("start", False), ("after cold start", False), ("after RPT", True)):
-        write_results(results(replace(FIRST, reasoning_correct=right), SECOND), demo.results_file(demo.folder_of(name)))
-    demo.RPT.mkdir(parents=True)
-    (demo.RPT / "steps.jsonl").write_text('{"step": 1, "reward/mean": 0.25}\n')
-    demo.show()
+def test_a_demo_that_works_says_so_with_counts_and_intervals(capsys: pytest.CaptureFixture[str]) -> None:
+    bed = leave(lambda number: number % 20 != 1)  # 114 of 120
+    assert demo.show(bed)
     output = capsys.readouterr().out
-    row = next(line for line in output.splitlines() if "reasoning accuracy" in line)
-    assert row.count("50.0 %") == 2
-    assert "100.0 %" in row
-    assert "runs/demo/summary.png" in output
-    assert (demo.DEMO / "summary.png").stat().st_size > 1000
+    assert "After RPT the model is right at 95.0 % [89.5, 97.7] of 120 held-out positions by reasoning; before it was 16.7 % [11.1, 24.3]." in output
+    assert "Next-token training at the same FLOPs reaches 16.7 % [11.1, 24.3] at the same positions: RPT is 78.3 points [" in output
+    assert "FAILED" not in output
+    assert (bed.folder / "summary.png").stat().st_size > 10_000
+    assert "78.3 points" in (bed.folder / "summary.md").read_text()
 
 
-def run_folder(*names: str) -> Path:
-    for name in names:
-        path = Path("run") / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    return Path("run")
+def test_a_demo_that_shows_too_little_fails_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    """+52.5 points, but the interval begins below 50."""
+    bed = leave(lambda number: number % 6 == 0 or number % 8 < 5)
+    assert not demo.show(bed)
+    assert "demo: FAILED. The interval of RPT's lead should lie above 50 points and begins at 4" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("files", "resumes"), [(("config.yaml", "checkpoints/step-000010.ckpt"), True), (("config.yaml", "checkpoints/x.partial"), False)]
-)
-def test_a_fit_continues_from_its_last_checkpoint_or_starts_over(files: tuple[str, ...], resumes: bool):
-    run_folder(*files)
-    command: Callable[[], tuple[str, ...]] = demo_fit().command
-    assert (command()[-2:] == ("--ckpt_path", "last")) == resumes
+def test_commands_of_a_seed_do_not_touch_another_seeds_folders() -> None:
+    def commands(seed: int) -> list[str]:
+        return [" ".join(stage.command()) for stage in testbed.Testbed.of(seed).stages() if stage.name not in ("export start", "report")]
+
+    first, second = commands(0), commands(1)
+    assert len(first) == len(second) == 7
+    for one, other in zip(first, second, strict=True):
+        assert "runs/demo-seed-1" in other or "models/cups-seed-1" in other
+        assert "seed-1" not in one
+    names = [stage.name for stage in testbed.Testbed.of(0).stages()]
+    assert names == ["model", "start model", "export start", "prepare", "evaluate before", "RPT", "continual NTP", "evaluate continual NTP", "report"]
 
 
-def test_export_takes_the_newest_checkpoint():
-    run = run_folder("checkpoints/step-000010.ckpt", "checkpoints/step-000009.ckpt", "checkpoints/step-000011.ckpt.partial")
-    assert "run/checkpoints/step-000010.ckpt" in stages.export(run, folder=FOLDER).command()
-
-
-def test_the_reports_run_has_the_results_of_its_first_and_last_policy():
-    run_folder("checkpoints/step-000060.ckpt", "checkpoints/step-000080.ckpt")
-    for name, right in (("before", False), ("after", True)):
-        write_results(results(replace(FIRST, reasoning_correct=right), SECOND), stages.results_file(Path(name)))
-    page = stages.report(Path("run"), (Path("other"),), Path("report.html"), before=Path("before"), after=Path("after"), folder=FOLDER)
-    assert page.command()[1:] == ("report", "run", "other", "--output", "report.html")
-    first, last = (read_results(stages.results_file(Path("run"), step)) for step in (0, 80))
-    assert (first.step, first.positions[0].reasoning_correct) == (0, False)
-    assert (last.step, last.positions[0].reasoning_correct) == (80, True)
-
-
-def test_each_stage_leaves_something_of_its_own():
-    assert len({stage.name for stage in demo.STAGES}) == len({stage.output for stage in demo.STAGES}) == len(demo.STAGES)
+def test_seed_0_is_what_the_configurations_name() -> None:
+    """A user who types the commands of the headers gets the demo's own run."""
+    bed = testbed.Testbed.of(0)
+    start, rpt, ntp, prepare = (
+        stages.settings(config) for config in (testbed.START_CONFIG, testbed.RPT_CONFIG, testbed.NTP_CONFIG, testbed.PREPARE_CONFIG)
+    )
+    assert [Path(run["trainer"]["default_root_dir"]) for run in (start, rpt, ntp)] == [bed.start, bed.rpt, bed.ntp]
+    assert [Path(run["model"]["init_args"]["policy"]["init_args"]["path"]) for run in (start, rpt, ntp)] == [
+        bed.model,
+        bed.start_model,
+        bed.start_model,
+    ]
+    assert [Path(run["data"]["init_args"]["task_dir"]) for run in (rpt, ntp)] == [bed.tasks] * 2
+    assert Path(prepare["output_dir"]) == bed.tasks
+    games = [config["init_args"]["seed"] for config in (start["data"]["init_args"]["source"], prepare["source"])]
+    assert games == [1, 2]
+    # The last step is validated, which is what the verdict rests on.
+    assert rpt["trainer"]["max_steps"] % rpt["trainer"]["val_check_interval"] == 0
+    # The rival has the same rate and reads the same positions.
+    rates = [run["model"]["init_args"]["optimizer"]["init_args"] for run in (rpt, ntp)]
+    assert rates[0] == rates[1]
+    held_out = [{name: run["data"]["init_args"][name] for name in ("num_eval_tasks", "eval_min_entropy")} for run in (rpt, ntp)]
+    assert held_out[0] == held_out[1]

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rpt_lightning.export import export
 from rpt_lightning.policy.model import Policy
+from rpt_lightning.pretrained.specification import earlier_tokenizer_hash
 from rpt_lightning.training import checkpoint_file
 from rpt_lightning.training.ntp_module import NTPModule
 
@@ -179,6 +180,77 @@ def test_another_tokenizer_in_the_models_folder_is_refused(checkpoint, tiny_mode
     tokenizer.save_pretrained(source)
     with pytest.raises(ValueError, match="source, has another tokenizer now than in training"):
         export(save(checkpoint, tmp_path / "last.ckpt"), str(tmp_path / "hf"))
+    assert not (tmp_path / "hf").exists()
+
+
+def test_the_tokenizers_own_files_are_copied(checkpoint, tiny_model_dir: Path, tmp_path: Path):
+    """Byte for byte, but for the class's name, which transformers 4 does not know."""
+    source = Path(shutil.copytree(tiny_model_dir, tmp_path / "source"))
+    (source / "special_tokens_map.json").write_text('{"eos_token": "<|im_end|>"}')
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "TokenizersBackend"
+    checkpoint["rpt"]["policy_path"] = str(source)
+    export(save(checkpoint, tmp_path / "last.ckpt"), str(tmp_path / "hf"))
+    for name in ("tokenizer.json", "special_tokens_map.json", "chat_template.jinja"):
+        assert (tmp_path / "hf" / name).read_bytes() == (source / name).read_bytes()
+    written = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert written == settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+def test_a_tokenizer_that_was_repaired_is_exported_right_for_all_readers(checkpoint, tiny_model_dir: Path, tmp_path: Path):
+    """The class that the folder names is another family's: AutoTokenizer loses the spaces of the source's texts, not of the exported folder's."""
+    source = Path(shutil.copytree(tiny_model_dir, tmp_path / "source"))
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "LlamaTokenizerFast"}))
+    broken = AutoTokenizer.from_pretrained(source)
+    assert broken.decode(broken.encode("hello world  1")) == "helloworld1"
+    checkpoint["rpt"]["policy_path"] = str(source)
+    export(save(checkpoint, tmp_path / "last.ckpt"), str(tmp_path / "hf"))
+    exported = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert exported.decode(exported.encode("hello world  1")) == "hello world  1"
+
+
+def test_a_checkpoint_of_before_is_exported_by_its_earlier_hash(checkpoint, module, tmp_path: Path):
+    checkpoint["rpt"]["tokenizer_hash"] = earlier_tokenizer_hash(module.tokenizer)
+    export(save(checkpoint, tmp_path / "last.ckpt"), str(tmp_path / "hf"))
+    module.on_load_checkpoint({"rpt": checkpoint["rpt"]})  # and resumed
+
+
+def test_rotary_frequencies_stand_under_their_older_names_too(checkpoint, tmp_path: Path):
+    """transformers 4.57 knows no rope_parameters and would compute with 10,000."""
+    config = json.loads(checkpoint["rpt"]["policy_config"])
+    config["rope_parameters"]["rope_theta"] = 1000000.0
+    checkpoint["rpt"]["policy_config"] = json.dumps(config)
+    export(save(checkpoint, tmp_path / "last.ckpt"), str(tmp_path / "hf"))
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 1000000.0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.rope_parameters["rope_theta"] == 1000000.0
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(checkpoint, tmp_path: Path):
+    weights = checkpoint["state_dict"]
+    norm, query = "policy.model.model.norm.weight", "policy.model.model.layers.1.self_attn.q_proj.weight"
+    for name, dtype, value, message in [
+        (norm, "float32", float("nan"), r"as float32, 1 \(model\.norm\.weight\) of its weights hold NaN or infinity; export an earlier checkpoint"),
+        (query, "bfloat16", float("inf"), r"as bfloat16, 1 \(model\.layers\.1\.self_attn\.q_proj\.weight\) "),
+        (norm, "float16", 70000.0, r"as float16, 1 \(model\.norm\.weight\) .*give --dtype float32 or bfloat16"),
+    ]:
+        damaged = weights[name].clone()
+        damaged.view(-1)[3] = value
+        path = save({**checkpoint, "state_dict": {**weights, name: damaged}}, tmp_path / "damaged.ckpt")
+        with pytest.raises(ValueError, match=rf"^--ckpt {path}: {message}"):
+            export(path, str(tmp_path / "hf"), dtype=dtype)
+        assert not (tmp_path / "hf").exists()
+
+
+def test_a_flipped_bit_is_refused(checkpoint, tmp_path: Path):
+    path = Path(save(checkpoint, tmp_path / "last.ckpt"))
+    content = bytearray(path.read_bytes())
+    weight = checkpoint["state_dict"]["policy.model.model.layers.1.mlp.up_proj.weight"]
+    content[content.index(weight.numpy().tobytes()) + 1000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^--ckpt {path} is not a whole checkpoint: its part .* does not have its checksum"):
+        export(str(path), str(tmp_path / "hf"))
     assert not (tmp_path / "hf").exists()
 
 

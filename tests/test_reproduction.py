@@ -29,17 +29,17 @@ LAST_STEP, EVERY = 4, 1
 def project(tiny_model_dir, tiny_task_dir, tmp_path):
     """The project's scripts and configurations, these made small; model and tasks are there already."""
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
-    for folder, source in (("models/smollm2-135m", tiny_model_dir), ("tasks/demo", tiny_task_dir)):
+    for folder, source in (("models/smollm2-135m", tiny_model_dir), ("tasks/demo-text", tiny_task_dir)):
         (tmp_path / folder).parent.mkdir(parents=True)
         (tmp_path / folder).symlink_to(source)
-    marks = tmp_path / "runs/demo/finished"
+    marks = tmp_path / "runs/demo-text/finished"
     marks.mkdir(parents=True)
     for stage in ("model", "prepare"):
         (marks / stage).touch()
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs/results.md").write_text(f"# Results\n{BEGIN}\n{END}\nAfter it.\n")
     (tmp_path / "configs").mkdir()
-    for name in ("demo", "demo-cold-start", "ntp-baseline"):
+    for name in ("demo-text", "demo-text-cold-start", "ntp-baseline"):
         config = yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())
         make_small(config)
         (tmp_path / f"configs/{name}.yaml").write_text(yaml.safe_dump(config))
@@ -73,7 +73,7 @@ def reproduction(project, *arguments):
 
 
 def test_a_seed_of_another_cold_start_is_not_gone_on_with(project):
-    start = project / "runs/demo/cold-start/export"
+    start = project / "runs/demo-text/cold-start/export"
     start.mkdir(parents=True)
     (start / "model.safetensors").write_bytes(b"these weights")
     seed = project / "runs/reproduction/seed-1"
@@ -81,7 +81,7 @@ def test_a_seed_of_another_cold_start_is_not_gone_on_with(project):
     (seed / "start.sha256").write_text(hashlib.sha256(b"those weights").hexdigest())
     status, output = reproduction(project, "run", "--seed", "1")
     assert status == 1
-    assert "runs/reproduction/seed-1 was trained from another cold start than what runs/demo/cold-start/export holds now" in output
+    assert "runs/reproduction/seed-1 was trained from another cold start than what runs/demo-text/cold-start/export holds now" in output
 
 
 @pytest.mark.long
@@ -121,7 +121,7 @@ def test_two_seeds_from_nothing_to_the_summary(project):
     status, output = reproduction(project, "run", "--seed", "0")
     assert status == 0, output
     assert "cold start: finished before, skipped" in output
-    assert (project / "runs/demo/rpt/checkpoints/step-000004.ckpt").is_file()
+    assert (project / "runs/demo-text/rpt/checkpoints/step-000004.ckpt").is_file()
     status, output = reproduction(project, "run", "--seed", "0")
     assert status == 0, output
     assert output.count("finished before, skipped") == 14

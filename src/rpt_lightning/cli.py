@@ -5,8 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import sysconfig
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from rpt_lightning.openmp import let_threads_sleep
 
 LIGHTNING_VERBS = {
     "fit": "train a policy (by reasoning: RPTModule; by standard next-token prediction: NTPModule)",
@@ -23,6 +28,8 @@ TOOLS = {
     "report": "make one HTML page about runs: rpt report RUN... [--output report.html]",
     "serve": "start the vLLM servers that a run's configuration names",
 }
+# What multiplies matrices; the other commands read files.
+_COMPUTING = {*LIGHTNING_VERBS, "prepare", "evaluate", "serve"}
 # Errors of Lightning, torch and safetensors that a file or a flag caused.
 _LIBRARY_ERRORS = {"MisconfigurationException", "UnpicklingError", "SafetensorError"}
 _MEANING = {
@@ -34,8 +41,12 @@ _MEANING = {
 def main(args: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status. Errors that a user can mend are one message, without a traceback (RPT_TRACEBACK=1 shows it)."""
     args = list(sys.argv[1:] if args is None else args)
+    # Closed by who started the process: what would be shown goes nowhere, and the work goes on.
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     command = args[0] if args else "--help"
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
+    if command in _COMPUTING and not any(arg in ("-h", "--help") or arg.startswith("--print_config") for arg in args):
+        let_threads_sleep(os.environ)
     try:
         if command in ("-h", "--help"):
             print(_help())
@@ -63,7 +74,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print("rpt: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if not _is_mendable(error) or os.environ.get("RPT_TRACEBACK") == "1":
+        if not _is_mendable(error) or _is_of_own_code(error) or os.environ.get("RPT_TRACEBACK") == "1":
             raise
         print(f"rpt: error: {_MEANING.get(type(error).__name__, '')}{error}", file=sys.stderr)
         return 1
@@ -73,6 +84,25 @@ def main(args: Sequence[str] | None = None) -> int:
 def _is_mendable(error: Exception) -> bool:
     """Libraries' own classes go by their names: importing them would make every command slow."""
     return isinstance(error, (ValueError, OSError, RuntimeError)) or not _LIBRARY_ERRORS.isdisjoint(cls.__name__ for cls in type(error).__mro__)
+
+
+def _is_of_own_code(error: Exception) -> bool:
+    """Whether a class of the user's own raised it, or something that it called: only a traceback says where.
+
+    That is a frame of a file that is neither this package's, nor an installed library's, nor Python's.
+    """
+    known = [str(Path(__file__).parent), *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}]
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(
+        os.path.isabs(file) and "site-packages" not in file and not file.startswith(tuple(folder + os.sep for folder in known))
+        for file in (frame.f_code.co_filename for frame, _ in frames)
+    )
+
+
+def _no_progress_bars() -> None:
+    """In a file or a pipe a bar is debris. Both are read when their libraries are imported; what is set already stays."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 # Imported by name, so that one tool does not pay for another's libraries.
@@ -85,6 +115,8 @@ _MODULES = {
     "scaling": "rpt_lightning.evaluation.scaling_figure",
     "report": "rpt_lightning.evaluation.report.command",
 }
+# Imported besides, so that their classes can be named by their short names.
+_PARTS = {"prepare": "rpt_lightning.worlds"}
 # Parameters that are given as plain words: jsonargparse would take a list as one word in JSON.
 _RUNS = ("runs", "run folders (what trainer.default_root_dir was)")
 _POLICIES = ("--policy", "Hugging Face folders (or hub ids), or checkpoints of rpt fit")
@@ -101,25 +133,30 @@ def _run_tool(tool: str, args: list[str]) -> None:
     from jsonargparse import ArgumentParser, Namespace, auto_cli
 
     from rpt_lightning.home_paths import with_home
+    from rpt_lightning.short_errors import ShortErrors
 
-    class HomeParser(ArgumentParser):
+    class Parser(ShortErrors, ArgumentParser):
         def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
             parsed: Namespace = with_home(super().parse_args(*args, **kwargs))
             return parsed
 
+    if not sys.stderr.isatty():
+        _no_progress_bars()
     function = getattr(importlib.import_module(_MODULES[tool]), tool.split()[-1].replace("-", "_"))
+    if tool in _PARTS:
+        importlib.import_module(_PARTS[tool])
     if tool not in _WORDS:
-        auto_cli(function, args=args, as_positional=False, prog=f"rpt {tool}", parser_class=HomeParser)
+        auto_cli(function, args=args, as_positional=False, prog=f"rpt {tool}", parser_class=Parser)
         return
     words, meaning = _WORDS[tool]
-    parser = HomeParser(prog=f"rpt {tool}", description=(function.__doc__ or "").split("\n", 1)[0])
+    parser = Parser(prog=f"rpt {tool}", description=(function.__doc__ or "").split("\n", 1)[0])
     if words.startswith("--"):
         parser.add_argument("--config", action="config", help="a YAML file of these parameters")
         parser.add_argument(words, nargs="+", required=True, help=meaning)
     else:
         parser.add_argument(words, nargs="+", metavar=words.removesuffix("s").upper(), help=meaning)
     parser.add_function_arguments(function, skip={words.removeprefix("--")})
-    values = parser.instantiate_classes(parser.parse_args(args)).as_dict()
+    values = parser.instantiate(parser.parse_args(args)).as_dict()
     function(**{name: value for name, value in values.items() if name != "config"})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from rpt_lightning.data.base_datamodule import StreamDataModule
 from rpt_lightning.home_paths import with_home
 from rpt_lightning.metrics.run_folder import ANSWER_FOLDER, CONFIG_FILE, ROLLOUT_FOLDER, STEP_LOG, VALIDATION_FOLDER
+from rpt_lightning.short_errors import ShortErrors
 from rpt_lightning.training.answer_results import AnswerResults
 from rpt_lightning.training.checkpoint import FOLDER, RunCheckpoint, checkpoint_steps, last_checkpoint
 from rpt_lightning.training.checkpoint_check import checkpoint_damage
@@ -38,6 +40,7 @@ from rpt_lightning.training.stop import StopRun
 
 # Imported so that configs may name them by their short names.
 from rpt_lightning.data.answer_datamodule import AnswerTaskDataModule  # isort: skip
+from rpt_lightning.data.corpus_datamodule import CorpusDataModule  # isort: skip
 from rpt_lightning.data.datamodule import TokenTaskDataModule  # isort: skip
 from rpt_lightning.data.mixed_datamodule import MixedDataModule  # isort: skip
 from rpt_lightning.data.questions import HuggingFaceQuestions, JsonlQuestions  # isort: skip
@@ -50,6 +53,7 @@ from rpt_lightning.rollout.vllm_nccl_transport import NCCLTransport  # isort: sk
 from rpt_lightning.rollout.vllm_server_engine import VLLMServerEngine  # isort: skip
 from rpt_lightning.rollout.weight_transport import SharedFolderTransport  # isort: skip
 from rpt_lightning.training.strategy import ShardedStrategy  # isort: skip
+from rpt_lightning.worlds import Boxes, Cups, People  # isort: skip
 
 PARTS = (
     ShardedStrategy,
@@ -57,6 +61,7 @@ PARTS = (
     NTPModule,
     TokenTaskDataModule,
     AnswerTaskDataModule,
+    CorpusDataModule,
     TextDataModule,
     TraceDataModule,
     MixedDataModule,
@@ -68,6 +73,9 @@ PARTS = (
     VLLMServerEngine,
     SharedFolderTransport,
     NCCLTransport,
+    Cups,
+    People,
+    Boxes,
 )
 # What a fit leaves in the run folder besides checkpoints.
 RUN_FILES = (
@@ -82,6 +90,14 @@ class SaveRunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         folder = Path(trainer.default_root_dir)
+        try:
+            self._save(trainer, folder, stage)
+        except OSError as error:
+            raise ValueError(
+                f"trainer.default_root_dir={folder}: the run's configuration cannot be written there: {error}. Is the disk full? Make room, or name another folder"
+            ) from error
+
+    def _save(self, trainer: Trainer, folder: Path, stage: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path, number = folder / (CONFIG_FILE if stage == "fit" else f"config-{TrainerFn(stage).value}.yaml"), 2
         while stage == "fit" and path.exists():
@@ -90,6 +106,10 @@ class SaveRunConfig(SaveConfigCallback):
         path.write_text(yaml.safe_dump(redact(config), sort_keys=False))
         for logger in trainer.loggers:
             logger.log_hyperparams(redact(config))
+
+
+class RunParser(ShortErrors, LightningArgumentParser):
+    """Of `rpt fit` and `rpt validate`."""
 
 
 class RPTCLI(LightningCLI):
@@ -123,6 +143,7 @@ class RPTCLI(LightningCLI):
         folder = config["default_root_dir"]
         if not folder:
             raise ValueError("trainer.default_root_dir is not set: name the run's folder, e.g. --trainer.default_root_dir runs/my-run")
+        _check_trainer(config)
         if config.get("logger") in (None, True):
             # Ctrl-C in the middle of TensorBoard's queue can leave its thread asleep until its next flush, for which the end of the run waits: 120 s by default.
             config["logger"] = TensorBoardLogger(save_dir=str(Path(folder) / "tensorboard"), name="", version="", flush_secs=5)
@@ -187,12 +208,29 @@ class RPTCLI(LightningCLI):
         return str(path)
 
 
+def _check_trainer(config: Mapping[str, Any]) -> None:
+    """What Lightning would meet later, or not at all. Raises ValueError."""
+    for name, lowest in (("val_check_interval", "above 0"), ("check_val_every_n_epoch", "1 or more"), ("num_nodes", "1 or more")):
+        value = config.get(name)
+        if isinstance(value, (int, float)) and value <= 0:
+            raise ValueError(
+                f"--trainer.{name} {value}: give a number {lowest}"
+                + ("; for no validation give --trainer.limit_val_batches 0" if "val_" in name else "")
+            )
+    devices = config.get("devices")
+    number = int(devices) if isinstance(devices, str) and devices.lstrip("-").isdigit() else devices
+    if isinstance(number, int) and (number == 0 or number < -1):
+        raise ValueError(f"--trainer.devices {devices}: give how many, 1 or more, or -1 for all GPUs")
+
+
 def _check_pair(module: PolicyModule, data: LightningDataModule) -> None:
     """A user's own data module may make any batch; ours make one kind."""
     makes_tasks = isinstance(data, (TokenTaskDataModule, AnswerTaskDataModule))
     if isinstance(data, (StreamDataModule, MixedDataModule)) and makes_tasks != module.learns_from_rollouts:
         fitting = (
-            "TokenTaskDataModule or AnswerTaskDataModule" if module.learns_from_rollouts else "TextDataModule, TraceDataModule or MixedDataModule"
+            "TokenTaskDataModule or AnswerTaskDataModule"
+            if module.learns_from_rollouts
+            else "TextDataModule, TraceDataModule, CorpusDataModule or MixedDataModule"
         )
         raise ValueError(
             f"model={type(module).__name__} and data={type(data).__name__} do not fit together: {type(module).__name__} learns from "
@@ -228,6 +266,7 @@ def make_cli(cli: type[RPTCLI] = RPTCLI, *, run: bool = True, args: list[str] | 
         subclass_mode_model=True,
         datamodule_class=LightningDataModule,
         subclass_mode_data=True,
+        parser_class=RunParser,
         save_config_callback=SaveRunConfig,
         save_config_kwargs={"save_to_log_dir": False},
         seed_everything_default=0,

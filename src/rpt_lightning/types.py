@@ -71,7 +71,8 @@ class TokenTask:
     ``task_id`` is ``f"{doc_id}:{position}"``; ``position`` is the 0-based index of the first token to predict, so ``len(context_ids) == position``
     unless the context was cut on the left to fit a prompt limit. ``continuation`` holds the bytes of each ground-truth token (``continuation_ids``), in order.
     ``entropy`` (nats), ``true_prob`` and ``true_rank`` (0 = most likely) are the proxy model's scores of the position. ``answerable`` says whether any
-    prediction that ends on a token boundary within ``continuation`` survives the box parser at all.
+    prediction that ends on a token boundary within ``continuation`` survives the box parser at all. ``fields`` are what the corpus knows about the position
+    (``Document.fields``, overlaid by those of marks).
     """
 
     task_id: str
@@ -84,6 +85,7 @@ class TokenTask:
     true_prob: float
     true_rank: int
     answerable: bool
+    fields: Fields = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -68,9 +68,10 @@ def prepared_dir(prepare_small: Callable[..., Path], tmp_path_factory: pytest.Te
 def write_task_folder(tiny_tokenizer: Any) -> Callable[..., Path]:
     """A task folder with chosen numbers of positions a document. Position ``k`` of a document is token ``k + 1``; all tokens differ."""
 
-    def write(path: Path, num_positions: list[int], *, chunk_bytes: str = "64MB", **manifest: Any) -> Path:
+    def write(path: Path, num_positions: list[int], *, chunk_bytes: str = "64MB", doc_ids: list[str] | None = None, **manifest: Any) -> Path:
         for split in ("train", "heldout"):
-            write_split(path / split, (_item(f"{split}-{index}", count) for index, count in enumerate(num_positions)), chunk_bytes=chunk_bytes)
+            ids = doc_ids or [f"{split}-{index}" for index in range(len(num_positions))]
+            write_split(path / split, map(_item, ids, num_positions), chunk_bytes=chunk_bytes)
         tiny_tokenizer.save_pretrained(path / "tokenizer")
         defaults = {
             "format": FORMAT,

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from recorder import Recorder, read
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from rpt_lightning.data.datamodule import TokenTaskDataModule
 from rpt_lightning.data.task_folder import TaskFolder
 from rpt_lightning.data.text_datamodule import TextDataModule
+from rpt_lightning.pretrained.specification import earlier_tokenizer_hash, tokenizer_hash
+from rpt_lightning.tasks.token_bytes import TokenBytes
 
 Write = Callable[..., Path]
 NUM_POSITIONS = [5, 1, 4, 3, 6, 2, 5]  # 26 positions
@@ -232,3 +237,26 @@ def test_a_model_with_another_tokenizer_is_refused(write_task_folder: Write, tmp
     module.tokenizer_hash = "1" * 16  # type: ignore[assignment]
     with pytest.raises(ValueError, match=r"prepared with the tokenizer of 'models/tiny', which is not that of the model being trained"):
         Trainer(accelerator="cpu", logger=False, enable_progress_bar=False).fit(module, datamodule=TokenTaskDataModule(str(folder), tasks_per_step=4))
+
+
+@pytest.mark.parametrize("change", [None, "same ids", "other ids"])
+def test_a_folder_of_before_is_taken_where_it_is_right(change, write_task_folder: Write, tiny_tokenizer, tmp_path: Path) -> None:
+    """Its hash did not know the pre-tokeniser: the module's tokenizer must write the folder's documents as the folder does."""
+    backend = Tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str())
+    if change == "same ids":
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=False), backend.pre_tokenizer])
+    elif change == "other ids":  # every character alone
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex("."), "isolated"), backend.pre_tokenizer])
+    other = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=tiny_tokenizer.eos_token, pad_token=tiny_tokenizer.pad_token)
+    folder = write_task_folder(tmp_path / "tasks", [30, 30], tokenizer_hash=earlier_tokenizer_hash(tiny_tokenizer))
+    text = "the sum of the numbers and the length of the string"  # of letters that merge
+    data = TokenTaskDataModule(str(folder), tasks_per_step=4)
+    data.train = TaskFolder(folder, "train")
+    data.train.token_ids = lambda index: TokenBytes(tiny_tokenizer).encode_plain(text * 3)  # type: ignore[method-assign]
+    module = SimpleNamespace(tokenizer=other, tokenizer_hash=tokenizer_hash(other))
+    data.trainer = SimpleNamespace(lightning_module=module)  # type: ignore[assignment]
+    if change == "other ids":
+        with pytest.raises(ValueError, match="which is not that of the model being trained"):
+            data._check_tokenizer()
+    else:
+        data._check_tokenizer()

@@ -77,8 +77,30 @@ def test_the_split_is_clean(assignment: list[int], seed: int) -> None:
 
 
 def test_too_few_components() -> None:
-    with pytest.raises(ValueError, match="--heldout_documents 2: the corpus has only 2 components"):
+    with pytest.raises(
+        ValueError, match=r"--heldout_documents 2: .* only 2 components that share no 13 tokens .*logs.*--dedup_span, which is 13.*null"
+    ):
         split_components(np.array([0, 0, 1], dtype=np.int32), num_heldout=2, seed=0)
+    with pytest.raises(ValueError, match=r"share no 40 tokens in a row.*--dedup_span, which is 40"):
+        split_components(np.array([0, 0, 1], dtype=np.int32), num_heldout=2, seed=0, span=40)
+    with pytest.raises(ValueError, match=r"only 3 components of one document each \(--dedup_span null\).*give more text$"):
+        split_components(np.arange(3, dtype=np.int32), num_heldout=3, seed=0, span=None)
+
+
+def test_without_a_span_no_documents_link() -> None:
+    """Text made from a template: all but two tokens are the same in every document."""
+    template = list(range(100, 200))
+    documents = [tokens(*template, number) for number in range(6)]
+    assert components(documents).tolist() == [0] * 6
+    assert components(documents, span=100).tolist() == [0] * 6
+    assert components(documents, span=101).tolist() == list(range(6))
+    assert components(documents, span=None).tolist() == list(range(6))
+    split = split_components(components(documents, span=None), num_heldout=2, seed=0, span=None)
+    assert (len(split.train), len(split.heldout), split.num_heldout_siblings) == (4, 2, 0)
+    assert count_shared_spans(documents[:4], documents[4:], None) == 0
+    assert count_shared_spans(documents[:4], [*documents[3:], documents[3]], None) == 1
+    assert count_shared_spans(documents[:4], documents[4:], 101) == 0
+    assert count_shared_spans(documents[:4], documents[4:], 100) == 1
 
 
 def test_shared_spans_are_counted_on_the_tokens() -> None:

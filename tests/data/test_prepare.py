@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 from folder_contents import Prepare, items, stored
 from transformers import AutoTokenizer
 
+from rpt_lightning.data import shards
 from rpt_lightning.data.corpus import CorpusSource, JsonlSource, TextFilesSource
 from rpt_lightning.data.prepare import prepare as prepare_function
 from rpt_lightning.data.task_folder import TaskFolder
 from rpt_lightning.tasks.answer import extract_prediction
+from rpt_lightning.types import Document
 
 
 def test_the_folder_holds_what_the_manifest_says(prepared_dir: Path, corpus_path: Path) -> None:
@@ -123,6 +126,100 @@ def test_benchmark_overlap_is_removed(prepared_dir: Path, prepare_small: Prepare
     assert len(everything) == 17
     with pytest.raises(ValueError, match=r"--benchmark_files .*nowhere: there is no such file"):
         prepare_small(tmp_path / "other", benchmark_files=[str(tmp_path / "nowhere")])
+
+
+def test_what_cannot_be_read_back_is_not_published(prepare_small: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that exchanges two values, as one that guesses formats might."""
+    original = shards.encode_item
+    monkeypatch.setattr(shards, "encode_item", lambda item: original(item) | {"entropy": item["true_prob"]})
+    with pytest.raises(RuntimeError, match=r"--output_dir .*out: what was written is not what is read back.*train/ holds other documents"):
+        prepare_small(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(shards, "encode_item", original)
+    assert items(prepare_small(tmp_path / "out"))
+
+
+def test_a_finished_folder_that_cannot_be_read_is_not_accepted(prepared_dir: Path, prepare_small: Prepare, tmp_path: Path) -> None:
+    """As earlier versions made them of text files: with pickles."""
+    folder = shutil.copytree(prepared_dir, tmp_path / "old")
+    index = folder / "heldout/index.json"
+    config = json.loads(index.read_text())
+    config["config"]["data_format"][0] = "pickle"
+    index.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"--output_dir .*old: a task folder .* cannot be read: remove it .*names the serializer 'pickle'"):
+        prepare_small(folder)
+    assert index.is_file()
+
+
+def test_a_document_whose_id_is_no_text_is_refused_before_anything_is_scored(
+    prepare_small: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Odd(TextFilesSource):
+        def documents(self) -> Iterator[Document]:
+            yield Document(doc_id=7, text="some text")  # type: ignore[arg-type]
+
+    with pytest.raises(ValueError, match="--source: the id of document 1, 7, is a int, where text belongs"):
+        prepare_small(tmp_path / "out", source=Odd("*"))
+
+
+@pytest.fixture
+def templated_corpus(tmp_path: Path) -> JsonlSource:
+    """A log: every line of it is one template, filled in differently; and one exact duplicate."""
+    lines = [f"2026-11-30 worker {number} of the pool took the next job from the queue and finished it without any error" for number in range(9)]
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in [*lines, lines[0]]))
+    return JsonlSource(str(path), template="{text}")
+
+
+def test_templated_text_needs_another_span(
+    templated_corpus: JsonlSource, prepare_small: Prepare, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match=r"--heldout_documents 4: the corpus has only 1 components .*--dedup_span, which is 13.*null"):
+        prepare_small(tmp_path / "one", source=templated_corpus)
+    folder = prepare_small(tmp_path / "null", source=templated_corpus, dedup_span=None)
+    said = capsys.readouterr().out
+    assert "9 documents in 9 components of one document each (--dedup_span null); using 5 for training and 4 held out" in said
+    assert "0 documents in both splits (--dedup_span null" in said
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["settings"]["dedup_span"], manifest["shared_spans_between_splits"]) == (None, 0)
+    assert (manifest["corpus"]["exact_duplicates"], manifest["corpus"]["components"]) == (1, 9)
+    assert not items(folder).keys() & items(folder, "heldout").keys()
+    with pytest.raises(ValueError, match=r"made with other settings \(dedup_span None instead of 13\)"):
+        prepare_small(folder, source=templated_corpus)
+
+
+def test_the_span_is_what_is_compared_and_counted(prepare_small: Prepare, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All but the near duplicates are unrelated words, which still share two tokens in a row somewhere."""
+    folder = prepare_small(tmp_path / "long", dedup_span=60)
+    assert "0 spans of 60 tokens (--dedup_span) in both splits" in capsys.readouterr().out
+    assert json.loads((folder / "manifest.json").read_text())["settings"]["dedup_span"] == 60
+    with pytest.raises(ValueError, match=r"--heldout_documents 4: .*share no 2 tokens in a row.*--dedup_span, which is 2"):
+        prepare_small(tmp_path / "short", dedup_span=2)
+
+
+@pytest.mark.parametrize("span", [0, -13, 1, True, 2.5])
+def test_a_span_that_is_none(span: object, prepare_small: Prepare, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"--dedup_span {span}: must be at least 2 tokens, or null"):
+        prepare_small(tmp_path / "out", dedup_span=span)
+
+
+def test_a_span_that_is_longer_than_every_document(prepare_small: Prepare, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--dedup_span 41: no document is so long \(the longest has 40 tokens\).*null"):
+        prepare_small(tmp_path / "out", dedup_span=41, max_tokens_per_document=40)
+
+
+def test_a_folder_of_before_the_span_could_be_set_counts_as_13(
+    prepared_dir: Path, prepare_small: Prepare, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(prepared_dir, tmp_path / "old")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["settings"].pop("dedup_span") == 13
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert TaskFolder(folder, "train").layout == TaskFolder(prepared_dir, "train").layout  # a run on the one goes on with the other
+    prepare_small(folder)
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"\(dedup_span 13 instead of None\)"):
+        prepare_small(folder, dedup_span=None)
 
 
 def test_two_processes_give_the_same_folder(prepared_dir: Path, prepare_small: Prepare, tmp_path: Path) -> None:

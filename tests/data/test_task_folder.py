@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rpt_lightning.data.shards import folder_checksums
+from rpt_lightning.data.shards import folder_checksums, write_split
 from rpt_lightning.data.task_folder import TaskFolder
 
 Write = Callable[..., Path]
@@ -80,6 +80,53 @@ def test_pickle_is_never_read(write_task_folder: Write, tmp_path: Path) -> None:
         (path / "train/index.json").write_text(json.dumps(index))
         with pytest.raises(ValueError, match=f"index.json names the serializer '{name.split(':')[0]}'; only str, numpy"):
             TaskFolder(path, "train")
+
+
+def test_every_item_is_arrays_even_where_its_text_names_a_file(write_task_folder: Write, tmp_path: Path) -> None:
+    """litdata declines to store the path of an existing file as text, and would pickle it."""
+    ids = [str(Path(__file__)), "", "a\u2028é \U0001f600", "no file", str(tmp_path), "picture.png"]
+    path = write_task_folder(tmp_path / "t", [2] * len(ids), doc_ids=ids)
+    formats = json.loads((path / "train/index.json").read_text())["config"]["data_format"]
+    assert {name.split(":")[0] for name in formats} == {"numpy", "no_header_numpy"}
+    folder = TaskFolder(path, "train")
+    assert [folder.document(index)["doc_id"] for index in range(len(ids))] == ids
+    assert folder.task(0, 1).task_id == f"{ids[0]}:2"
+
+
+def test_folders_of_the_earlier_format_are_read_and_have_the_same_chunks(write_task_folder: Write, tmp_path: Path) -> None:
+    from litdata.streaming.writer import BinaryWriter
+
+    new = TaskFolder(write_task_folder(tmp_path / "new", [2, 3]), "train")
+    path = write_task_folder(tmp_path / "old", [2, 3], format=1)
+    (path / "train/chunk-0-0.bin").unlink()
+    (path / "train/index.json").unlink()
+    writer = BinaryWriter(str(path / "train"), chunk_bytes="64MB")
+    for index in range(2):
+        writer.add_item(index, dict(new.document(index)))  # the id as text
+    writer.done()
+    writer.merge()
+    assert json.loads((path / "train/index.json").read_text())["config"]["data_format"][0] == "str"
+    assert (path / "train/chunk-0-0.bin").read_bytes() == (new.path / "train/chunk-0-0.bin").read_bytes()
+    old = TaskFolder(path, "train")
+    assert [old.task(1, k) for k in range(3)] == [new.task(1, k) for k in range(3)]
+    assert old.layout == new.layout
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"doc_id": b"bytes"}, "the id of document b'bytes' is a bytes, where text belongs"),
+        ({"doc_id": "caf\udce9.txt"}, r"is not Unicode at character 3; a file whose name is in another encoding must be renamed"),
+        ({"entropy": np.zeros(2)}, r"document 'd': entropy is float64 \[1 dimensions\] where an array of float32"),
+        ({"positions": [1, 2]}, r"document 'd': positions is list where an array of int32"),
+        ({"true_prob": np.array([None, None])}, "true_prob is object"),
+        ({"more": np.zeros(2)}, "holds doc_id, .*, and not .*more"),
+    ],
+)
+def test_what_is_not_an_item_is_not_stored(write_task_folder: Write, tmp_path: Path, change: dict[str, object], message: str) -> None:
+    item = TaskFolder(write_task_folder(tmp_path / "t", [2]), "train").document(0) | {"doc_id": "d"}
+    with pytest.raises(ValueError, match=message):
+        write_split(tmp_path / "split", [item | change], chunk_bytes="64MB")
 
 
 def test_pickled_counts_are_never_read(write_task_folder: Write, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.packing import pack
 from rpt_lightning.policy.weights import named_weights
 from rpt_lightning.rollout.vllm_engine import VLLMEngine
-from rpt_lightning.training.sync_check import SyncError, check_logprobs, check_weights, compare_logprobs, logprob_limits
+from rpt_lightning.training.logprob_diff import compare_logprobs, logprob_limits
+from rpt_lightning.training.sync_check import SyncError, check_logprobs, check_weights
 from rpt_lightning.types import GenerationRequest, SamplingSettings, TrainSequence
 
 pytestmark = [

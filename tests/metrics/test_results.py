@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -37,7 +37,18 @@ def test_the_meta_file_says_whose_weights(tmp_path: Path):
     assert read_results(tmp_path / "v.jsonl") == written
 
 
-@pytest.mark.parametrize("line", ["{", json.dumps({"task_id": "a:3"}), json.dumps({"unknown": 1}), "[]"])
+def test_fields_of_the_corpus_come_last_and_are_read_again(tmp_path: Path):
+    written = results(replace(FIRST, fields={"depth": 3, "share": 0.1, "world": "é"}), SECOND)
+    write_results(written, tmp_path / "v.jsonl")
+    assert read_results(tmp_path / "v.jsonl") == written
+    assert [list(json.loads(line))[-1] for line in (tmp_path / "v.jsonl").read_text().split("\n")[:2]] == ["fields", "fields"]
+    assert hash(written.positions[0]) == hash(FIRST)
+
+
+FIELDS_OF_NO_KIND = [json.dumps(asdict(FIRST) | {"fields": wrong}) for wrong in ([1], "x", {"depth": [1]}, {"depth": True}, {"depth": None})]
+
+
+@pytest.mark.parametrize("line", ["{", json.dumps({"task_id": "a:3"}), json.dumps({"unknown": 1}), "[]", *FIELDS_OF_NO_KIND])
 def test_a_broken_line_is_named(tmp_path: Path, line: str):
     path = tmp_path / "v.jsonl"
     write_results(results(FIRST, SECOND), path)
@@ -76,7 +87,7 @@ def test_other_positions_cannot_be_paired(other: tuple[PositionResult, ...], mes
 def test_files_of_earlier_versions_are_read(tmp_path: Path):
     path = tmp_path / "v.jsonl"
     write_results(results(FIRST), path)
-    new = ("token_kind", "context_tokens", "prompt_tokens", "thought_length", "num_samples", "num_correct", "sampled_tokens")
+    new = ("token_kind", "context_tokens", "prompt_tokens", "thought_length", "num_samples", "num_correct", "sampled_tokens", "fields")
     path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name not in new}) + "\n")
     meta = json.loads(path.with_suffix(".json").read_text())
     path.with_suffix(".json").write_text(json.dumps({name: meta[name] for name in ("policy_path", "step", "num_positions")}))

@@ -9,8 +9,8 @@ from rpt_lightning.policy import logprobs as module
 from rpt_lightning.policy.logprobs import chosen_logprobs, most_likely
 
 
-def plain(hidden, weight, targets, temperature):
-    logp = (hidden @ weight.T / temperature).log_softmax(-1)
+def plain(hidden, weight, targets, temperature, bias=0.0):
+    logp = ((hidden @ weight.T + bias) / temperature).log_softmax(-1)
     return logp.gather(-1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
@@ -33,6 +33,21 @@ def test_values_and_gradients(chunk_size, vocab_chunk, temperature, monkeypatch)
         theirs = torch.autograd.grad(sum(upstream[i] @ reference[i] for i in which), (hidden, weight), retain_graph=True)
         for a, b in zip(mine, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("vocab_chunk", [4, 100])
+def test_a_heads_bias_is_in_values_and_gradients(vocab_chunk, monkeypatch):
+    monkeypatch.setattr(module, "CPU_VOCAB_CHUNK", vocab_chunk)
+    torch.manual_seed(0)
+    hidden, weight, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((7, 5), (13, 5), (13,)))
+    targets, upstream = torch.randint(13, (7,)), torch.randn(2, 7, dtype=torch.float64)
+    ours = chosen_logprobs(hidden, weight, targets, bias=bias, temperature=0.8, chunk_size=3)
+    reference = plain(hidden, weight, targets, 0.8, bias)
+    mine = torch.autograd.grad(sum(upstream[i] @ ours[i] for i in (0, 1)), (hidden, weight, bias))
+    theirs = torch.autograd.grad(sum(upstream[i] @ reference[i] for i in (0, 1)), (hidden, weight, bias))
+    for a, b in zip((*ours, *mine), (*reference, *theirs), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    assert torch.equal(most_likely(hidden, weight, bias=bias, chunk_size=2), (hidden @ weight.T + bias).argmax(-1))
 
 
 def test_hand_computed():

@@ -243,3 +243,21 @@ def test_dropout_of_heads_that_no_language_model_has_is_not_refused(tiny_model_d
 def test_folder_without_a_model_is_one_clear_error(tmp_path):
     with pytest.raises(ValueError, match=r"no config\.json"):
         Policy(str(tmp_path))
+
+
+def test_tokens_without_an_embedding_are_refused_before_the_start(tiny_model_dir, tmp_path):
+    path = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.save_pretrained(path)
+    with pytest.raises(
+        ValueError, match=r"policy\.path=.*model: its tokenizer has 2 tokens .*'<think>', '</think>', id 512 .*resize_token_embeddings"
+    ):
+        Policy(str(path))
+
+
+def test_a_sequence_with_a_token_without_an_embedding_is_refused(tiny_model_dir):
+    policy = Policy(str(tiny_model_dir))
+    with pytest.raises(ValueError, match=r"has the id 512, and the model's embedding has 512 rows"):
+        policy.pack([TrainSequence(prompt_ids=(5,), target_ids=(511,)), TrainSequence(prompt_ids=(5, 512), target_ids=(6,))], max_tokens=8)

@@ -88,13 +88,16 @@ def test_forced_thoughts_are_empty_or_of_another_document(engine: Listening, obj
     wanted = {"a:1": (b" the",), "a:2": (b" th", b"e"), "a:3": (b" theory",), "b:1": (b"the",)}
     groups = [group(objective, token_bytes, name[0], int(name[2]), text, wanted[name]) for name, text in lines.items()]
     answers = controls(engine, objective, groups)
-    assert answers == {name: [True, True, False, False] for name in ("empty_thought", "shuffled_thought")}
+    assert answers == {name: [True, True, False, False] for name in ("empty_thought", "shuffled_thought", "filler_thought")}
     assert forced(engine, token_bytes, groups, 0) == [b"</think>\\boxed{"] * 4
     # Half the batch away lies a:3, which is the same document as a:1; and b:1 searches from a:2 on, which never closed its thought.
     assert forced(engine, token_bytes, groups, 1) == [b"four</think>\\boxed{"] * 3 + [b"</think>\\boxed{"]
+    # A byte a token, so a full stop a byte.
+    own = [b"...", b"", b"." * len("t</think>hree"), b"...."]
+    assert forced(engine, token_bytes, groups, 2) == [thought + b"</think>\\boxed{" for thought in own]
     groups = [groups[3], groups[2]]
     controls(engine, objective, groups)
-    assert forced(engine, token_bytes, groups, 3) == [b"t</think>hree</think>\\boxed{", b"four</think>\\boxed{"]
+    assert forced(engine, token_bytes, groups, 4) == [b"t</think>hree</think>\\boxed{", b"four</think>\\boxed{"]
 
 
 def test_a_thought_is_found_in_whatever_tokens_it_was_written(engine: Listening, objective: BoundObjective, token_bytes: TokenBytes) -> None:
@@ -109,8 +112,8 @@ def test_a_thought_is_found_in_whatever_tokens_it_was_written(engine: Listening,
 
 def test_without_another_document_nothing_is_shuffled(engine: Listening, objective: BoundObjective, token_bytes: TokenBytes) -> None:
     groups = [group(objective, token_bytes, "a", position, "x</think>\\boxed{y}") for position in (1, 2)]
-    assert controls(engine, objective, groups) == {"empty_thought": [True, True], "shuffled_thought": [None, None]}
-    assert controls(engine, objective, []) == {"empty_thought": [], "shuffled_thought": []}
+    assert controls(engine, objective, groups) == {"empty_thought": [True, True], "shuffled_thought": [None, None], "filler_thought": [True, True]}
+    assert controls(engine, objective, []) == {"empty_thought": [], "shuffled_thought": [], "filler_thought": []}
 
 
 def test_what_is_too_long_for_the_engine_is_not_measured(tiny_model_dir: Path, objective: BoundObjective, token_bytes: TokenBytes) -> None:
@@ -121,7 +124,7 @@ def test_what_is_too_long_for_the_engine_is_not_measured(tiny_model_dir: Path, o
         with Listening([" the}"]) as engine:
             start(engine, tiny_model_dir, max_model_len=max_model_len)
             answers = controls(engine, objective, groups)
-        assert answers == {"empty_thought": [True, True], "shuffled_thought": [expected, True]}
+        assert answers == {"empty_thought": [True, True], "shuffled_thought": [expected, True], "filler_thought": [True, expected]}
 
 
 @pytest.mark.parametrize(("said", "is_right"), [(" the}" + " and so on" * 20, True), (" the" + " and so on" * 20, False), (" the{}}!", False)])
@@ -132,7 +135,7 @@ def test_what_stands_in_the_box_counts_whatever_follows(
     with Listening([said]) as engine:
         start(engine, tiny_model_dir)
         answers = controls(engine, objective, [group(objective, token_bytes, doc, 1, "x</think>") for doc in "ab"])
-    assert answers == {"empty_thought": [is_right] * 2, "shuffled_thought": [is_right] * 2}
+    assert answers == {"empty_thought": [is_right] * 2, "shuffled_thought": [is_right] * 2, "filler_thought": [is_right] * 2}
 
 
 def test_a_real_engine_continues_the_forced_text(tiny_model_dir: Path, objective: BoundObjective, token_bytes: TokenBytes) -> None:
@@ -140,4 +143,8 @@ def test_a_real_engine_continues_the_forced_text(tiny_model_dir: Path, objective
     with HFEngine(dtype="float32", device="cpu") as engine:
         start(engine, tiny_model_dir)
         answers = controls(engine, objective, groups)
-    assert answers == {"empty_thought": [False, False], "shuffled_thought": [False, False]}  # random weights say nothing in a box
+    assert answers == {
+        "empty_thought": [False, False],
+        "shuffled_thought": [False, False],
+        "filler_thought": [False, False],
+    }  # random weights say nothing in a box

@@ -196,8 +196,8 @@ def test_template_args_reach_the_template() -> None:
         (SWITCHED, {"enable_thinkng": True}, r"template_args: the chat template of .* knows no 'enable_thinkng'"),
         (SWITCHED, {"add_generation_prompt": False}, r"template_args: add_generation_prompt is set by ChatPrompt itself"),
         (template("<think></think>Answer: "), None, r"closes the thought and goes on behind it"),
-        ("{{ raise_exception('only with a system message') }}", None, r"cannot be filled in \(TemplateError: only with a system message\)"),
-        ("{% if %}", None, r"cannot be filled in \(TemplateSyntaxError"),
+        ("{{ raise_exception('only with a system message') }}", None, r"cannot be used \(TemplateError: only with a system message\)"),
+        ("{% if %}", None, r"cannot be used \(TemplateSyntaxError"),
     ],
 )
 def test_templates_that_are_refused(chat_template: str, args: dict[str, bool] | None, named: str) -> None:
@@ -243,3 +243,31 @@ def test_a_damaged_generation_config_is_named(tmp_path: Path) -> None:
         (tmp_path / "generation_config.json").write_text(content)
         with pytest.raises(ValueError, match=r"generation_config\.json: "):
             ContinuationPrompt().bind(PreTrainedTokenizerFast.from_pretrained(tmp_path))
+
+
+def test_a_template_that_writes_the_date_gives_the_same_prompt_on_every_day() -> None:
+    template = "{{ strftime_now('%d %b %Y') }} " + toys.CHAT_TEMPLATE
+    tokenizer = toys.byte_level(chat_template=template)
+    prefix_ids = QuestionPrompt().bind(tokenizer).prefix_ids
+    assert TokenBytes(tokenizer).join(prefix_ids).startswith(b"26 Jul 2024 <|im_start|>user")
+
+
+@pytest.mark.parametrize(
+    ("template", "cause"),
+    [
+        ("{{ raise_exception('only for pictures') }}", "TemplateError: only for pictures"),
+        ("{% for m in messages %}", "TemplateSyntaxError: "),
+        ("{{ messages[7]['content'] }}", "UndefinedError: "),
+        ("{{ 1 / 0 }}", "ZeroDivisionError: "),
+    ],
+    ids=["raises", "does not parse", "undefined", "division"],
+)
+def test_a_template_that_cannot_be_used_is_one_error(template: str, cause: str) -> None:
+    with pytest.raises(ValueError, match=f"^the chat template of .* cannot be used \\({cause}"):
+        QuestionPrompt().bind(toys.byte_level(chat_template=template))
+
+
+def test_a_template_that_draws_is_refused() -> None:
+    template = "{{ range(100000) | random }}" + toys.CHAT_TEMPLATE
+    with pytest.raises(ValueError, match="gives another text in every call"):
+        QuestionPrompt().bind(toys.byte_level(chat_template=template))

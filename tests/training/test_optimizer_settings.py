@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LinearLR
+from torch.optim.lr_scheduler import LinearLR, OneCycleLR
 
 from rpt_lightning.training.optimizer_settings import apply_settings, settings_of
 
@@ -54,3 +54,23 @@ def test_a_schedule_goes_on_where_it_is_and_not_with_another_lr():
     assert (new.param_groups[0]["lr"], new.param_groups[0]["weight_decay"]) == (reached, 0.1)
     with pytest.raises(ValueError, match=r"lr scheduler goes from lr 0\.001, and lr 0\.0001 is given"):
         going_on(old, adamw(lr=1e-4), is_scheduled=True)
+
+
+def test_a_schedule_that_sets_its_own_first_lr_starts_and_goes_on():
+    """OneCycleLR begins at max_lr / 25, whatever lr the optimizer was given, and moves the first beta."""
+
+    def scheduled() -> tuple[AdamW, OneCycleLR]:
+        optimizer = adamw(lr=2e-3)
+        return optimizer, OneCycleLR(optimizer, max_lr=2e-3, total_steps=10)
+
+    old, schedule = scheduled()
+    apply_settings(old, settings_of(old), is_scheduled=True)  # a start
+    assert old.param_groups[0]["lr"] == pytest.approx(2e-3 / 25)
+    for _ in range(3):
+        old.step()
+        schedule.step()
+    reached = {name: old.param_groups[0][name] for name in ("lr", "betas")}
+    assert reached["lr"] != pytest.approx(2e-3 / 25)
+    assert reached["betas"] != scheduled()[0].param_groups[0]["betas"]
+    new = going_on(old, scheduled()[0], is_scheduled=True)
+    assert {name: new.param_groups[0][name] for name in reached} == reached

@@ -7,17 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rpt_lightning.rollout.hf_engine import HFEngine
-from rpt_lightning.training.sync_check import (
-    LOGPROB_LIMITS,
-    LogprobDiff,
-    SyncError,
-    check_logprobs,
-    check_weights,
-    compare_logprobs,
-    logprob_limits,
-    sampled_columns,
-    sampled_names,
-)
+from rpt_lightning.training.sync_check import SyncError, check_weights, sampled_columns, sampled_names
 
 NAMES = ["model.embed_tokens.weight", *[f"w{index}" for index in range(7)], "lm_head.weight"]
 
@@ -98,44 +88,3 @@ def test_a_policy_with_other_names_is_an_error(engine: HFEngine, policy) -> None
     without_head = [(name, weight) for name, weight in weights(policy) if name != "lm_head.weight"]
     with pytest.raises(SyncError, match=r"lm_head.weight \(the policy has no such weight\)"):
         check_weights(engine, without_head, version=0)
-
-
-def test_logprob_differences_by_hand() -> None:
-    rollout = torch.tensor([[-1.0, -2.0, -9.0], [-0.5, -0.5, -0.5]])
-    policy = torch.tensor([[-1.1, -2.0, 0.0], [-0.5, -0.2, 0.0]])
-    mask = torch.tensor([[1, 1, 0], [1, 1, 0]])
-    diff = compare_logprobs(rollout, policy, mask)  # 0.1, 0, 0, 0.3
-    assert (diff.mean, diff.p99, diff.max) == pytest.approx((0.1, 0.3, 0.3), abs=1e-6)
-
-
-def test_p99_leaves_out_the_largest_hundredth() -> None:
-    policy = torch.zeros(1, 1000)
-    policy[0, :10] = 1.0
-    policy[0, 10] = 0.5
-    diff = compare_logprobs(torch.zeros(1, 1000), policy, torch.ones(1, 1000))
-    assert (diff.p99, diff.max) == (0.5, 1.0)
-    assert diff.mean == pytest.approx(0.0105)
-
-
-def test_nan_never_passes() -> None:
-    diff = compare_logprobs(torch.tensor([[torch.nan, 0.0]]), torch.zeros(1, 2), torch.ones(1, 2))
-    with pytest.raises(SyncError, match="max inf"):
-        check_logprobs(diff, LOGPROB_LIMITS[torch.bfloat16], version=3)
-
-
-def test_nothing_to_compare_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no token"):
-        compare_logprobs(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2))
-
-
-def test_the_error_names_every_limit_that_is_exceeded() -> None:
-    limits = LogprobDiff(mean=0.01, p99=0.1, max=1.0)
-    check_logprobs(LogprobDiff(mean=0.01, p99=0.1, max=1.0), limits, version=3)
-    with pytest.raises(SyncError, match=r"version 3: .* mean 0.02 > 0.01, max 2 > 1\."):
-        check_logprobs(LogprobDiff(mean=0.02, p99=0.1, max=2.0), limits, version=3)
-
-
-def test_the_coarser_dtype_sets_the_limits() -> None:
-    assert logprob_limits(torch.float32, torch.float32).max == 1e-3
-    for pair in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)):
-        assert logprob_limits(*pair) == LOGPROB_LIMITS[torch.bfloat16]

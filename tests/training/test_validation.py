@@ -22,8 +22,15 @@ from rpt_lightning.training.checkpoint import last_checkpoint
 from rpt_lightning.training.monitors import ValidationResults
 from rpt_lightning.training.ntp_module import NTPModule
 from rpt_lightning.training.rollout_callback import RolloutCallback
-from rpt_lightning.training.validation import unique_results
+from rpt_lightning.training.validation import position_result, unique_results
 from rpt_lightning.types import TokenTask
+
+
+def test_what_the_corpus_knows_is_in_the_record():
+    task = task_at("d", (40, 41, 42), 2)
+    measured = {"ntp_correct": True, "ntp_logprob": -0.5, "context_tokens": 2, "answer": None}
+    assert position_result(replace(task, fields={"depth": 3}), **measured).fields == {"depth": 3}
+    assert position_result(task, **measured).fields is None
 
 
 class Heldout(LightningDataModule):

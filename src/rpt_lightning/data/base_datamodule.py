@@ -13,7 +13,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rpt_lightning.data.heldout import choose_heldout
 from rpt_lightning.data.stream import Place, ShuffledOrder, TaskStream, rank_share
 from rpt_lightning.data.task_folder import TaskFolder
+from rpt_lightning.pretrained.specification import has_hash, is_whole
+from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.types import Task, TokenTask
+
+NUM_COMPARED_DOCUMENTS, NUM_CUT_TOKENS = 64, 16  # of a folder from before its hash was of the whole tokenizer
 
 
 class StepLoader:
@@ -62,7 +66,6 @@ class StreamDataModule(LightningDataModule):
 
     stream: TaskStream
     _trained: Place | None  # behind what is trained, where the stream is read ahead of it
-    _step_start: Place  # before what was drawn for the last step
 
     def __init__(self, *, items_per_step: int, flag: str, seed: int, **at_least_one: int | None) -> None:
         super().__init__()
@@ -116,11 +119,6 @@ class StreamDataModule(LightningDataModule):
         start = sum(wanted[:rank])
         return drawn[start : start + wanted[rank]]
 
-    def return_step(self) -> None:
-        """Puts back what was drawn for the present step, of which nothing was trained: a run that goes on draws it again."""
-        if self._trained is None:
-            self.stream.place = self._step_start
-
     # For whoever reads ahead of the steps
 
     def next_batch(self) -> dict[str, Any]:
@@ -138,7 +136,6 @@ class StreamDataModule(LightningDataModule):
     def _next_batch(self) -> dict[str, Any]:
         if self._trained is not None:
             return {}
-        self._step_start = self.stream.place
         return self.next_batch()
 
     def _data_rank(self) -> tuple[int, int]:
@@ -204,9 +201,27 @@ class TaskFolderDataModule(StreamDataModule):
     def _check_tokenizer(self) -> None:
         module = None if self.trainer is None else self.trainer.lightning_module
         wanted = getattr(module, "tokenizer_hash", None)
-        if wanted is not None and wanted != self.train.tokenizer_hash:
+        if wanted is not None and wanted != self.train.tokenizer_hash and not self._tokenizes_alike(module):
             made_with = self.train.manifest["settings"]["tokenizer"]
             raise ValueError(
                 f"--data.task_dir {self.task_dir}: prepared with the tokenizer of {made_with!r}, which is not that of the model being trained; "
                 "prepare the folder with this model's tokenizer or train that model"
             )
+
+    def _tokenizes_alike(self, module: Any) -> bool:
+        """Whether a folder whose hash is of before holds its documents as the module's tokenizer would write them.
+
+        Its tokenizer was written by the class that transformers made of it, which may say the same in other words. The last tokens of a document that
+        was cut may be another's beginning.
+        """
+        stored_hash, tokenizer = self.train.manifest["tokenizer_hash"], getattr(module, "tokenizer", None)
+        if is_whole(stored_hash) or tokenizer is None or not has_hash(tokenizer, stored_hash):
+            return False
+        encode, join = TokenBytes(tokenizer).encode_plain, self.train.token_bytes.join
+        for index in range(min(len(self.train), NUM_COMPARED_DOCUMENTS)):
+            stored = self.train.token_ids(index)
+            text = join(stored).decode("utf-8", errors="ignore")
+            sure = max(1, len(stored) - NUM_CUT_TOKENS)
+            if encode(text)[:sure] != stored[:sure]:
+                return False
+        return True

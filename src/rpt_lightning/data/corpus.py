@@ -10,10 +10,11 @@ import pkgutil
 import types
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rpt_lightning.data.data_files import find_files, read_text
+from rpt_lightning.data.fields import row_fields
 from rpt_lightning.data.hub_rows import read_dataset
 from rpt_lightning.data.jsonl import read_records
 from rpt_lightning.data.parquet_rows import read_parquet
@@ -36,49 +37,67 @@ class CorpusSource(ABC):
 
 
 class JsonlSource(CorpusSource):
-    """One JSON object a line; ``template`` says how its fields become the text.
+    """One JSON object a line; ``template`` says how its fields become the text, and ``fields`` which of them are kept beside it.
 
     Args:
         path: A file, a folder of them, or a pattern; compressed or not. A ``.json`` file may hold one list of objects.
         template: Its braces are fields; a dot leads into nested values: ``{messages.0.content}``.
+        fields: Names of what is kept of a line, to break accuracy down by it; a dot leads into nested values.
         separator: What stands between the texts of a field that is a list of them.
     """
 
-    def __init__(self, path: str, template: str = DEFAULT_TEMPLATE, separator: str = DEFAULT_SEPARATOR) -> None:
+    def __init__(
+        self,
+        path: str,
+        template: str = DEFAULT_TEMPLATE,
+        fields: list[str] = [],  # noqa: B006, is never changed
+        separator: str = DEFAULT_SEPARATOR,
+    ) -> None:
         self.path = path
         self.template = template
+        self.fields = fields
         self.separator = separator
 
     def documents(self) -> Iterator[Document]:
         for record in read_records(self.path, name=_path_flag(self.path)):
             text = fill_template(self.template, record.value, where=record.where, separator=self.separator)
-            yield Document(doc_id=f"{record.file.name}:{record.number}", text=text)
+            fields = row_fields(self.fields, record.value, where=record.where)
+            yield Document(doc_id=f"{record.file.name}:{record.number}", text=text, fields=fields)
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "jsonl", "path": str(self.path), "template": self.template} | _told(self.separator)
+        return {"kind": "jsonl", "path": str(self.path), "template": self.template} | _told(self.fields, self.separator)
 
 
 class ParquetSource(CorpusSource):
-    """The rows of Parquet files.
+    """The rows of Parquet files; columns named by ``fields`` are kept beside the text.
 
     Args:
         path: A file, a folder of them, or a pattern.
         template: Its braces are columns; a dot leads into nested values: ``{messages.0.content}``.
+        fields: Columns that are kept, to break accuracy down by them; a dot leads into nested values.
         separator: What stands between the texts of a column that holds lists of them.
     """
 
-    def __init__(self, path: str, template: str = DEFAULT_TEMPLATE, separator: str = DEFAULT_SEPARATOR) -> None:
+    def __init__(
+        self,
+        path: str,
+        template: str = DEFAULT_TEMPLATE,
+        fields: list[str] = [],  # noqa: B006, is never changed
+        separator: str = DEFAULT_SEPARATOR,
+    ) -> None:
         self.path = path
         self.template = template
+        self.fields = fields
         self.separator = separator
 
     def documents(self) -> Iterator[Document]:
         for file, number, row in read_parquet(self.path, name=_path_flag(self.path)):
             where = f"{file.path}, row {number} (from 0)"
-            yield Document(doc_id=f"{file.name}:{number}", text=fill_template(self.template, row, where=where, separator=self.separator))
+            text = fill_template(self.template, row, where=where, separator=self.separator)
+            yield Document(doc_id=f"{file.name}:{number}", text=text, fields=row_fields(self.fields, row, where=where))
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "parquet", "path": str(self.path), "template": self.template} | _told(self.separator)
+        return {"kind": "parquet", "path": str(self.path), "template": self.template} | _told(self.fields, self.separator)
 
 
 class TextFilesSource(CorpusSource):
@@ -96,7 +115,7 @@ class TextFilesSource(CorpusSource):
 
 
 class HuggingFaceSource(CorpusSource):
-    """A split of a Hugging Face dataset (``pip install 'rpt-lightning[datasets]'``).
+    """A split of a Hugging Face dataset (``pip install 'rpt-lightning[datasets]'``); columns named by ``fields`` are kept beside the text.
 
     Args:
         name: Hub id, or a folder that `datasets` reads.
@@ -104,6 +123,7 @@ class HuggingFaceSource(CorpusSource):
         template: Its braces are fields; a dot leads into nested values: ``{messages.0.content}``.
         config_name: The dataset's configuration, where it has several.
         revision: Pins a commit.
+        fields: Columns that are kept, to break accuracy down by them; a dot leads into nested values.
         separator: What stands between the texts of a field that is a list of them.
     """
 
@@ -114,6 +134,7 @@ class HuggingFaceSource(CorpusSource):
         template: str = DEFAULT_TEMPLATE,
         config_name: str | None = None,
         revision: str | None = None,
+        fields: list[str] = [],  # noqa: B006, is never changed
         separator: str = DEFAULT_SEPARATOR,
     ) -> None:
         self.name = name
@@ -121,17 +142,18 @@ class HuggingFaceSource(CorpusSource):
         self.template = template
         self.config_name = config_name
         self.revision = revision
+        self.fields = fields
         self.separator = separator
 
     def documents(self) -> Iterator[Document]:
         for number, row in enumerate(read_dataset(self.name, self.config_name, split=self.split, revision=self.revision)):
             where = f"dataset {self.name}, split {self.split}, row {number} (from 0)"
             text = fill_template(self.template, row, where=where, separator=self.separator)
-            yield Document(doc_id=f"{self.name}/{self.split}:{number}", text=text)
+            yield Document(doc_id=f"{self.name}/{self.split}:{number}", text=text, fields=row_fields(self.fields, row, where=where))
 
     def describe(self) -> dict[str, Any]:
         described = {"kind": "hugging_face", "name": self.name, "config_name": self.config_name, "split": self.split, "revision": self.revision}
-        return described | {"template": self.template} | _told(self.separator)
+        return described | {"template": self.template} | _told(self.fields, self.separator)
 
 
 class DocstringSource(CorpusSource):
@@ -224,6 +246,6 @@ def _path_flag(path: str) -> str:
     return f"--source.init_args.path {str(path)!r}"
 
 
-def _told(separator: str) -> dict[str, str]:
-    """Where it is the usual one, a folder of before there was a choice is the same as one of today."""
-    return {} if separator == DEFAULT_SEPARATOR else {"separator": separator}
+def _told(fields: Sequence[str], separator: str) -> dict[str, Any]:
+    """What a description says of them: nothing where they are the usual ones, as before there was a choice."""
+    return ({"fields": list(fields)} if fields else {}) | ({} if separator == DEFAULT_SEPARATOR else {"separator": separator})

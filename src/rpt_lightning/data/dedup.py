@@ -1,7 +1,9 @@
 """Near-duplicate components and a split that no component straddles.
 
 In a corpus of docstrings 19 of 40 validation documents shared 13 tokens in a row with the training text although no document stood in both, so
-splitting by document is not enough. Two documents that share any span of ``SPAN`` tokens are linked; linked documents form components; components are split.
+splitting by document is not enough. Two documents that share any span of ``span`` tokens are linked; linked documents form components; components are
+split. Templated text (logs, code, generated text) is one component that way, so a user may set another span, or None: every document is a component
+of its own then, and only exact duplicates, which are left out before, count as the same text.
 
 The spans are compared by 64-bit hashes (a collision can only merge two components, never hide an overlap). Memory: about 50 bytes a token.
 """
@@ -17,6 +19,25 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 SPAN = 13
+LEAST_SPAN = 2
+
+
+def span_words(span: int | None) -> str:
+    """What a component of documents is, in words.
+
+    >>> span_words(13), span_words(None)
+    ('components that share no 13 tokens in a row', 'components of one document each (--dedup_span null)')
+    """
+    return "components of one document each (--dedup_span null)" if span is None else f"components that share no {span} tokens in a row"
+
+
+def check_span(span: int | None, *, longest: int) -> None:
+    """Raises ValueError for a span that no two documents can share: ``longest`` is the number of tokens of the longest document."""
+    if span is not None and span > longest:
+        raise ValueError(
+            f"--dedup_span {span}: no document is so long (the longest has {longest} tokens), so nothing would be compared; give a smaller number, or "
+            "null where only exact duplicates are to be left out"
+        )
 
 
 def span_hashes(token_ids: NDArray[np.int32], span: int = SPAN) -> NDArray[np.uint64]:
@@ -43,13 +64,13 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
         return values ^ (values >> np.uint64(31))
 
 
-def components(documents: Sequence[NDArray[np.int32]], span: int = SPAN) -> NDArray[np.int32]:
+def components(documents: Sequence[NDArray[np.int32]], span: int | None = SPAN) -> NDArray[np.int32]:
     """The component of each document, numbered by first appearance. [D] documents -> [D]
 
-    Documents shorter than ``span`` link only to documents with the very same tokens.
+    Documents shorter than ``span`` link only to documents with the very same tokens. With a ``span`` of None no documents link.
     """
-    if not documents:
-        return np.zeros(0, np.int32)
+    if span is None or not documents:
+        return np.arange(len(documents), dtype=np.int32)
     # The length keeps a short document's hash apart from the spans of longer ones.
     hashes = [span_hashes(ids, span) if len(ids) >= span else _mix(span_hashes(ids, max(1, len(ids))) + np.uint64(len(ids))) for ids in documents]
     owner = np.repeat(np.arange(len(documents)), [len(part) for part in hashes])  # [S]
@@ -74,20 +95,25 @@ class Split:
     largest_component: int
 
 
-def split_components(component: NDArray[np.int32], *, num_heldout: int, seed: int) -> Split:
+def split_components(component: NDArray[np.int32], *, num_heldout: int, seed: int, span: int | None = SPAN) -> Split:
     """Hold out ``num_heldout`` documents from as many components; the other documents of those components are left out of both splits.
 
     One document a component makes held-out documents independent of each other. The largest component always trains: boilerplate may link a good part
-    of a corpus. Raises ValueError where there are too few components.
+    of a corpus. Raises ValueError, which names the ``span`` that the components were made with, where there are too few.
     """
     sizes = np.bincount(component)
     order = np.random.default_rng(seed).permutation(len(sizes))
     if sizes.max() > 1:
         order = order[order != sizes.argmax()]
     if num_heldout >= len(sizes):
+        way_out = "hold out fewer documents or give more text"
+        if span is not None:
+            way_out += (
+                f"; or, where the text is made from templates (logs, code, generated text), set --dedup_span, which is {span}, to more tokens than "
+                "its templates have in a row, or to null: then only exact duplicates count as the same text"
+            )
         raise ValueError(
-            f"--heldout_documents {num_heldout}: the corpus has only {len(sizes)} components that share no {SPAN} tokens in a row, and at least one must "
-            "train; hold out fewer documents or give more text"
+            f"--heldout_documents {num_heldout}: the corpus has only {len(sizes)} {span_words(span)}, and at least one must train; {way_out}"
         )
     chosen = np.zeros(len(sizes), bool)
     chosen[order[:num_heldout]] = True
@@ -103,11 +129,13 @@ def split_components(component: NDArray[np.int32], *, num_heldout: int, seed: in
     )
 
 
-def count_shared_spans(train: Sequence[NDArray[np.int32]], heldout: Sequence[NDArray[np.int32]], span: int = SPAN) -> int:
-    """How many held-out spans of ``span`` tokens stand in train too: the number that the manifest reports.
+def count_shared_spans(train: Sequence[NDArray[np.int32]], heldout: Sequence[NDArray[np.int32]], span: int | None = SPAN) -> int:
+    """How many held-out spans of ``span`` tokens stand in train too: the number that the manifest reports. With None: how many held-out documents do.
 
     Compares the tokens themselves and shares no code with the split, so that it can find a mistake there. Memory: the held-out spans.
     """
+    if span is None:
+        return len({ids.tobytes() for ids in heldout} & {ids.tobytes() for ids in train})
     width = 4 * span
 
     def spans(token_ids: NDArray[np.int32]) -> set[bytes]:

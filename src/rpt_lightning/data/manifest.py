@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rpt_lightning.data.item_format import FIELDS, item_digest
+
 MANIFEST_FILE = "manifest.json"
-FORMAT = 1
+# 2: a document's id is stored as bytes (item_format.py). Folders of format 1, with text, are still read.
+FORMAT = 2
+READABLE_FORMATS = (1, 2)
 # What readers need of a manifest.
 _ENTRIES: dict[str, type] = {
     **{"settings": dict, "settings.tokenizer": str, "tokenizer_hash": str, "proxy": str, "answer_reach": int, "corpus": dict, "corpus.sha256": str},
@@ -19,6 +24,8 @@ _ENTRIES: dict[str, type] = {
 }
 _WORDS = {dict: "an object", str: "a text", int: "a whole number"}
 HISTOGRAM_FILE = "histogram.png"
+# Settings of `rpt prepare` that are younger than some folders, with what those were made with.
+LATER_SETTINGS: dict[str, Any] = {"dedup_span": 13}
 # Entropy in nats that a position must exceed to belong to the band; so hard positions are medium and easy ones too, as in the paper (section 3.3).
 BANDS: dict[str, float] = {"easy": 0.5, "medium": 1.0, "hard": 1.5}
 BIN_EDGES = np.round(np.arange(0.0, 2.9, 0.1), 1)  # nats; the entropy of 16 tokens is at most ln 16 = 2.77
@@ -34,6 +41,8 @@ class SplitStatistics:
         self.num_unanswerable = 0
         self.last_position = 0
         self.positions: list[dict[str, NDArray[Any]]] = []
+        self.fields: Counter[str] = Counter()  # how many positions have each
+        self.digests: list[bytes] = []  # of the items, in their order
         self.histogram = np.zeros(len(BIN_EDGES) - 1, dtype=np.int64)
 
     def add_scores(self, entropy: NDArray[np.float32]) -> None:
@@ -45,6 +54,8 @@ class SplitStatistics:
     def add_item(self, item: dict[str, Any], num_unanswerable: int) -> None:
         """Count a document that is written."""
         self.num_documents += 1
+        self.digests.append(item_digest(item))
+        self.fields.update(name for row in item.get(FIELDS) or () for name in row)
         self.num_tokens += len(item["token_ids"])
         self.num_unanswerable += num_unanswerable
         self.last_position = max(self.last_position, int(item["positions"].max()))
@@ -53,7 +64,8 @@ class SplitStatistics:
     def summary(self) -> dict[str, Any]:
         """Counts of stored positions, over all and above each band's threshold, with the proxy's own next-token accuracy there."""
         columns = {name: np.concatenate([row[name] for row in self.positions] or [np.zeros(0)]) for name in ("entropy", "true_rank", "answerable")}
-        return {
+        fields = {"fields": dict(sorted(self.fields.items()))} if self.fields else {}
+        return fields | {
             "documents": self.num_documents,
             "tokens": self.num_tokens,
             "scored_positions": self.num_scored,
@@ -113,8 +125,8 @@ def parse_manifest(content: bytes, name: str) -> dict[str, Any]:
     """Raises ValueError, with the manifest's ``name``, where it is damaged or of another version."""
     try:
         manifest: dict[str, Any] = json.loads(content)
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"format {manifest['format']} instead of {FORMAT}")
+        if manifest["format"] not in READABLE_FORMATS:
+            raise ValueError(f"format {manifest['format']}, not one of {READABLE_FORMATS}")
         _check_entries(manifest)
         return manifest
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -12,14 +12,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from rpt_lightning.data.closing_words import closing_words, shared_words
 from rpt_lightning.data.corpus import CorpusSource
-from rpt_lightning.data.dedup import SPAN, count_shared_spans
-from rpt_lightning.data.manifest import FORMAT, HISTOGRAM_FILE, MANIFEST_FILE, SplitStatistics, plot_histogram, read_manifest, write_manifest
+from rpt_lightning.data.dedup import LEAST_SPAN, SPAN, count_shared_spans
+from rpt_lightning.data.item_format import FIELDS, Item, item_digest
+from rpt_lightning.data.manifest import (
+    FORMAT,
+    HISTOGRAM_FILE,
+    LATER_SETTINGS,
+    MANIFEST_FILE,
+    SplitStatistics,
+    plot_histogram,
+    read_manifest,
+    write_manifest,
+)
 from rpt_lightning.data.proxy import check_proxy, load_tokenizer, proxy_fingerprint
 from rpt_lightning.data.scored_parts import ScoringSettings, iterate_scores, score_in_parts, scores_key
 from rpt_lightning.data.scoring import DocumentScores
-from rpt_lightning.data.selection import Item, PositionRule
-from rpt_lightning.data.shards import folder_checksums, write_split
+from rpt_lightning.data.selection import PositionRule
+from rpt_lightning.data.shards import check_split, folder_checksums, write_split
+from rpt_lightning.data.task_folder import TaskFolder
 from rpt_lightning.data.tokenized_corpus import TokenizedCorpus, source_sha256
 from rpt_lightning.tasks.token_bytes import TokenBytes, tokenizer_hash
 
@@ -43,6 +55,7 @@ def prepare(
     max_tokens_per_document: int | None = None,
     max_documents: int | None = None,
     heldout_documents: int = 200,
+    dedup_span: int | None = SPAN,
     benchmark_files: list[str] | None = None,
     window: int = 2048,
     overlap: int = 512,
@@ -71,7 +84,9 @@ def prepare(
         answer_reach: Longest right answer in tokens.
         max_tokens_per_document: Cut documents after so many tokens.
         max_documents: Use a random sample of so many documents, held-out ones included.
-        heldout_documents: How many documents to hold out, no two of which share 13 tokens in a row with each other or with the training documents.
+        heldout_documents: How many documents to hold out, no two of which share dedup_span tokens in a row with each other or with the training documents.
+        dedup_span: Documents that share so many tokens in a row are kept on one side of the split. null: only exact duplicates are left out, which is right
+            for text made from templates (logs, code, generated text), where every document shares long spans with every other.
         benchmark_files: Text or JSONL files; documents that share 13 tokens in a row with one are left out.
         window: Longest input of the proxy in tokens; longer documents are scored in overlapping windows.
         overlap: Least context in tokens of a position in a later window.
@@ -96,6 +111,7 @@ def prepare(
         "max_tokens_per_document": max_tokens_per_document,
         "max_documents": max_documents,
         "heldout_documents": heldout_documents,
+        "dedup_span": dedup_span,
         "benchmark_files": benchmark_files,
         "window": window,
         "overlap": overlap,
@@ -113,7 +129,7 @@ def prepare(
     token_bytes = TokenBytes(policy_tokenizer)
     corpus = TokenizedCorpus(source, token_bytes, min_context=min_context, max_tokens=max_tokens_per_document)
     corpus.drop_benchmark_overlap(benchmark_files or [], token_bytes)
-    heldout, train = corpus.split(num_heldout=heldout_documents, max_documents=max_documents, seed=seed)
+    heldout, train = corpus.split(num_heldout=heldout_documents, max_documents=max_documents, span=dedup_span, seed=seed)
     scoring = ScoringSettings(
         proxy=proxy,
         start_ids=start_ids,
@@ -154,9 +170,9 @@ def prepare(
             {"train": train_statistics.histogram, "held out": heldout_statistics.histogram},
             {"train": entropy_threshold, "held out": heldout_entropy_threshold},
         )
-        shared_spans = count_shared_spans([corpus.token_ids[i] for i in train], [corpus.token_ids[i] for i in heldout])
+        shared_spans = count_shared_spans([corpus.token_ids[i] for i in train], [corpus.token_ids[i] for i in heldout], dedup_span)
         if shared_spans:
-            raise RuntimeError(f"{shared_spans} spans of {SPAN} tokens stand in both splits: the split is wrong, and nothing was published")
+            raise RuntimeError(f"{shared_words(shared_spans, dedup_span)}: the split is wrong, and nothing was published")
         manifest = {
             "format": FORMAT,
             "settings": settings,
@@ -171,9 +187,10 @@ def prepare(
             "scoring_tokens_per_s": round(tokens_per_s, 1),
         }
         write_manifest(staging, manifest)
+        _read_back(staging, {"train": train_statistics.digests, "heldout": heldout_statistics.digests}, output)
         os.replace(staging, output)
     shutil.rmtree(partial, ignore_errors=True)
-    print(_closing_words(output, manifest), flush=True)
+    print(closing_words(output, manifest), flush=True)
 
 
 def _write_split(
@@ -194,6 +211,9 @@ def _write_split(
             item, num_unanswerable = rule.item(
                 corpus.doc_ids[index], corpus.token_ids[index], document_scores, is_cut=corpus.is_cut[index], token_bytes=token_bytes
             )
+            if corpus.has_fields:
+                fields = corpus.fields[index]
+                item[FIELDS] = None if fields is None else fields.at(item["positions"])
             if len(item["positions"]):
                 statistics.add_item(item, num_unanswerable)
                 yield item
@@ -203,6 +223,19 @@ def _write_split(
         flag = "--entropy_threshold" if folder.name == "train" else "--heldout_entropy_threshold"
         raise ValueError(f"{flag} {rule.entropy_threshold}: no position of the {folder.name} documents passes it and the other limits; lower it")
     return statistics
+
+
+def _read_back(staging: Path, digests: dict[str, list[bytes]], output: Path) -> None:
+    """Opens the folder as a run does and compares every document with what was written. Raises RuntimeError where they differ: nothing is published."""
+    try:
+        for split, expected in digests.items():
+            folder = TaskFolder(staging, "train" if split == "train" else "heldout")
+            folder.tokenizer_hash  # noqa: B018, raises where the stored tokenizer is another
+            if [item_digest(folder.document(index)) for index in range(len(folder))] != expected:
+                raise ValueError(f"{split}/ holds other documents than were written")
+            folder.task(0, 0)
+    except ValueError as error:
+        raise RuntimeError(f"--output_dir {output}: what was written is not what is read back, so nothing was published ({error})") from error
 
 
 @contextmanager
@@ -227,6 +260,9 @@ def _check_settings(settings: dict[str, Any]) -> None:
     for name, least in [("min_context", 1), ("answer_reach", 1), ("heldout_documents", 1)]:
         if settings[name] < least:
             raise ValueError(f"--{name} {settings[name]}: must be at least {least}")
+    span = settings["dedup_span"]
+    if span is not None and (isinstance(span, bool) or not isinstance(span, int) or span < LEAST_SPAN):
+        raise ValueError(f"--dedup_span {span}: must be at least {LEAST_SPAN} tokens, or null (only exact duplicates are left out)")
     limit = settings["max_tokens_per_document"]
     if limit is not None and limit <= settings["min_context"]:
         raise ValueError(f"--max_tokens_per_document {limit}: leaves nothing after --min_context {settings['min_context']}")
@@ -241,7 +277,7 @@ def _accept_finished(output: Path, settings: dict[str, Any], source: CorpusSourc
     if not (output / MANIFEST_FILE).is_file():
         raise ValueError(f"--output_dir {output}: exists and is not a task folder; name another folder or remove it")
     manifest = read_manifest(output)
-    made_with = manifest["settings"]
+    made_with = LATER_SETTINGS | manifest["settings"]
     different = [name for name in settings if made_with.get(name) != json.loads(json.dumps(settings[name]))]
     if different:
         name = different[0]
@@ -256,22 +292,12 @@ def _accept_finished(output: Path, settings: dict[str, Any], source: CorpusSourc
     ]:
         if not is_same:
             raise ValueError(f"--output_dir {output}: a task folder made when the {what} was another; remove it or name another folder")
+    try:
+        for split in ("train", "heldout"):
+            check_split(output / split)
+    except ValueError as error:
+        raise ValueError(
+            f"--output_dir {output}: a task folder with the same settings, which cannot be read: remove it or name another folder ({error})"
+        ) from error
     shutil.rmtree(output.with_name(output.name + ".partial"), ignore_errors=True)  # a run that was stopped at its very end
     print(f"{output} is finished already, with the same settings: nothing to do", flush=True)
-
-
-def _closing_words(output: Path, manifest: dict[str, Any]) -> str:
-    train, heldout = manifest["splits"]["train"], manifest["splits"]["heldout"]
-    words = [
-        f"{split['positions']:,} {name} positions in {split['documents']:,} documents ({split['unanswerable']:,} unanswerable)"
-        for name, split in (("training", train), ("held-out", heldout))
-    ]
-    counts = manifest["corpus"]
-    left_out = {
-        f"documents of at most --min_context {manifest['settings']['min_context']} tokens": counts["too_short"],
-        "documents with characters that the tokenizer has no tokens for": counts["inexpressible"],
-        "benchmark texts with such characters (no document can hold them)": counts.get("inexpressible_benchmark_texts", 0),
-    }
-    words.append(f"{manifest['shared_spans_between_splits']} spans of {SPAN} tokens in both splits")
-    words += [f"left out {count:,} {what}" for what, count in left_out.items() if count]
-    return f"{output}: {'; '.join(words)}"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from rpt_lightning.pretrained.tokenizer import as_in_folder, first_line, read_tokenizer
 from rpt_lightning.tasks.token_bytes import start_ids
 from rpt_lightning.types import TokenIds
 
@@ -16,9 +17,10 @@ _MIB = 2**20
 def load_tokenizer(name: str, *, flag: str) -> PreTrainedTokenizerBase:
     """A tokenizer from a folder or hub id. Raises ValueError that names ``flag``."""
     try:
-        return AutoTokenizer.from_pretrained(name)
+        tokenizer = read_tokenizer(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{flag} {name!r}: no tokenizer could be loaded from this folder or hub id ({_first_line(error)})") from error
+        raise ValueError(f"{flag} {name!r}: no tokenizer could be loaded from this folder or hub id ({first_line(error)})") from error
+    return as_in_folder(tokenizer, where=f"{flag} {name!r}")
 
 
 def check_proxy(proxy: str, tokenizer: PreTrainedTokenizerBase, *, tokenizer_name: str) -> tuple[TokenIds, TokenIds]:
@@ -36,7 +38,7 @@ def check_proxy(proxy: str, tokenizer: PreTrainedTokenizerBase, *, tokenizer_nam
     try:
         vocab_size = AutoConfig.from_pretrained(proxy).get_text_config().vocab_size
     except (OSError, ValueError) as error:
-        raise ValueError(f"--proxy {proxy!r}: no model could be loaded from this folder or hub id ({_first_line(error)})") from error
+        raise ValueError(f"--proxy {proxy!r}: no model could be loaded from this folder or hub id ({first_line(error)})") from error
     if vocab_size < len(tokenizer):
         raise ValueError(
             f"--proxy {proxy!r} predicts {vocab_size} tokens, but --tokenizer {tokenizer_name!r} has {len(tokenizer)}; name another proxy"
@@ -59,7 +61,3 @@ def proxy_fingerprint(proxy: str) -> str:
             file.seek(max(0, size - _MIB))
             digest.update(file.read())
     return digest.hexdigest()[:16]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -135,10 +135,11 @@ def _score_process(fabric: Any, folder: Path, settings: ScoringSettings, todo: l
 
 def _load_scorer(fabric: Any, settings: ScoringSettings) -> ProxyScorer:
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from rpt_lightning.pretrained.weights import load_causal_lm
 
     dtype = torch.bfloat16 if settings.precision == "bf16-true" else torch.float32
-    model: Any = AutoModelForCausalLM.from_pretrained(settings.proxy, dtype=dtype)
+    model: Any = load_causal_lm(settings.proxy, where=f"--proxy {settings.proxy!r}", dtype=dtype)
     fabric.to_device(model.eval())
     return ProxyScorer(
         model,

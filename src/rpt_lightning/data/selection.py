@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rpt_lightning.data.item_format import Item
 from rpt_lightning.data.scoring import DocumentScores
 from rpt_lightning.tasks.answer import answerable_lengths
 from rpt_lightning.tasks.token_bytes import TokenBytes
-
-Item = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)

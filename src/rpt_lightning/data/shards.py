@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rpt_lightning.data.selection import Item
+from rpt_lightning.data.item_format import Item, encode_item
 
 INDEX_FILE = "index.json"
 NUM_POSITIONS_FILE = "num_positions.npy"
-# What the writer below produces: text and plain arrays. Anything else, pickle above all, can run code when it is read.
+# Plain arrays, which are all that the writer below hands over, and the text of folders of format 1. Anything else, pickle above all, can run code when it is
+# read.
 SAFE_FORMATS = ("str", "numpy", "no_header_numpy")
 
 
@@ -28,7 +29,7 @@ def write_split(folder: Path, items: Iterable[Item], *, chunk_bytes: str) -> NDA
     writer = BinaryWriter(str(folder), chunk_bytes=chunk_bytes)
     num_positions: list[int] = []
     for index, item in enumerate(items):
-        writer.add_item(index, item)
+        writer.add_item(index, encode_item(item))
         num_positions.append(len(item["positions"]))
     if num_positions:  # litdata's merge waits forever for the index of a writer that wrote nothing
         writer.done()
@@ -54,7 +55,7 @@ def check_split(folder: Path, *, has_chunks: bool = True) -> tuple[list[int], ND
     unsafe = [name for name in formats if name not in SAFE_FORMATS]
     if unsafe:
         raise ValueError(
-            f"{folder / INDEX_FILE} names the serializer {unsafe[0]!r}; only {', '.join(SAFE_FORMATS)} are read, since others can run code"
+            f"{folder / INDEX_FILE} names the serializer {unsafe[0]!r}; only {', '.join(SAFE_FORMATS)} are read, since others can run code; {way_out}"
         )
     for chunk in chunks if has_chunks else ():
         path = folder / str(chunk["filename"])

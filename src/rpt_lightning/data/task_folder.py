@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from rpt_lightning.data.data_files import expand_home
-from rpt_lightning.data.manifest import MANIFEST_FILE, read_manifest
+from rpt_lightning.data.item_format import FIELDS, Item, decode_item
+from rpt_lightning.data.manifest import LATER_SETTINGS, MANIFEST_FILE, read_manifest
 from rpt_lightning.data.proxy import load_tokenizer
 from rpt_lightning.data.remote_folder import RemoteFolder, is_remote
-from rpt_lightning.data.selection import Item
 from rpt_lightning.data.shards import INDEX_FILE, NUM_POSITIONS_FILE, check_file, check_split
-from rpt_lightning.tasks.token_bytes import TokenBytes, tokenizer_hash
+from rpt_lightning.pretrained.specification import has_hash, tokenizer_hash
+from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.types import TokenIds, TokenTask
 
 # Documents that stay in memory: the positions of a document come one after the other.
@@ -59,7 +60,8 @@ class TaskFolder:
         self._chunk_ends = np.cumsum(chunk_sizes)  # [C] documents
         self._checked_chunks: set[int] = set()
         self.num_positions: NDArray[np.int32] = num_positions  # [D]
-        self._dataset = StreamingDataset(str(self.path / split))
+        # Documents are read in a random order: litdata's own choice would decode 256 neighbours for each of them.
+        self._dataset = StreamingDataset(str(self.path / split), batch_decode=0)
         self.document = lru_cache(maxsize=CACHED_DOCUMENTS)(self._read)
 
     def __len__(self) -> int:
@@ -77,10 +79,9 @@ class TaskFolder:
     @cached_property
     def tokenizer_hash(self) -> str:
         """What a policy's tokenizer must match. Raises ValueError where the folder's tokenizer is not the one of its manifest."""
-        found = tokenizer_hash(self.tokenizer)
-        if found != self.manifest["tokenizer_hash"]:
+        if not has_hash(self.tokenizer, self.manifest["tokenizer_hash"]):
             raise ValueError(f"{self.path}: tokenizer/ is not the tokenizer that the manifest names; make the task folder again with `rpt prepare`")
-        return found
+        return tokenizer_hash(self.tokenizer)
 
     @cached_property
     def last_position(self) -> int:
@@ -92,7 +93,11 @@ class TaskFolder:
     @cached_property
     def layout(self) -> str:
         """Fingerprint of how the text of the corpus lies in documents, positions and shards, as far as it is known without reading them."""
-        settings = {name: value for name, value in self.manifest["settings"].items() if name not in NOT_OF_THE_LAYOUT}
+        settings = {
+            name: value
+            for name, value in self.manifest["settings"].items()
+            if name not in NOT_OF_THE_LAYOUT and not (name in LATER_SETTINGS and value == LATER_SETTINGS[name])  # as if the setting did not exist yet
+        }
         digest = hashlib.sha256(json.dumps([self.chunk_sizes, settings], sort_keys=True).encode())
         digest.update(self.num_positions.astype("<i4").tobytes())
         return digest.hexdigest()[:16]
@@ -119,8 +124,7 @@ class TaskFolder:
     def _read(self, document_index: int) -> Item:
         """One stored item (docs/architecture.md): ``document(i)`` keeps the last ones in memory."""
         self._check_chunk(int(np.searchsorted(self._chunk_ends, document_index, side="right")))
-        item: Item = self._dataset[document_index]
-        return item
+        return decode_item(self._dataset[document_index])
 
     def token_ids(self, document_index: int) -> TokenIds:
         """All tokens of a document."""
@@ -130,7 +134,7 @@ class TaskFolder:
         """The task at the ``k``-th stored position of a document."""
         item = self.document(document_index)
         position = int(item["positions"][k])
-        token_ids = item["token_ids"]
+        token_ids, rows = item["token_ids"], item.get(FIELDS)
         start = 0 if self.max_context_tokens is None else max(0, position - self.max_context_tokens)
         continuation_ids = tuple(token_ids[position : position + self.manifest["answer_reach"]].tolist())
         return TokenTask(
@@ -144,6 +148,7 @@ class TaskFolder:
             true_prob=float(item["true_prob"][k]),
             true_rank=int(item["true_rank"][k]),
             answerable=bool(item["answerable"][k]),
+            fields={} if rows is None else rows[k],
         )
 
     def candidates(self, document_index: int, k: int) -> tuple[TokenIds, tuple[float, ...]]:

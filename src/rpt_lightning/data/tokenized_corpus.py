@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 from rpt_lightning.data.benchmark_overlap import benchmark_spans, overlaps
 from rpt_lightning.data.corpus import CorpusSource
-from rpt_lightning.data.dedup import SPAN, components, split_components
+from rpt_lightning.data.dedup import check_span, components, span_words, split_components
+from rpt_lightning.data.fields import TokenFields, check_document, knowledge_bytes, token_fields
+from rpt_lightning.data.own_source import checked_documents
 from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.types import Document
 
@@ -19,13 +21,14 @@ from rpt_lightning.types import Document
 def source_sha256(source: CorpusSource) -> str:
     """Fingerprint of all documents of a source, in their order: ``counts["sha256"]`` of the corpus that is made of it."""
     digest = hashlib.sha256()
-    for document in source.documents():
+    for number, document in enumerate(checked_documents(source), start=1):
+        check_document(document, number=number)
         digest.update(_bytes_of(document))
     return digest.hexdigest()
 
 
 def _bytes_of(document: Document) -> bytes:
-    return f"{document.doc_id}\0{document.text}\0".encode(errors="surrogatepass")
+    return f"{document.doc_id}\0{document.text}\0".encode(errors="surrogatepass") + knowledge_bytes(document)
 
 
 class TokenizedCorpus:
@@ -39,11 +42,13 @@ class TokenizedCorpus:
         self.doc_ids: list[str] = []
         self.token_ids: list[NDArray[np.int32]] = []
         self.is_cut: list[bool] = []
+        self.fields: list[TokenFields | None] = []
         digest = hashlib.sha256()
         seen: set[bytes] = set()
         num_read = num_short = num_duplicates = num_inexpressible = 0
-        for document in source.documents():
+        for document in checked_documents(source):
             num_read += 1
+            check_document(document, number=num_read)  # before hours of scoring
             digest.update(_bytes_of(document))
             try:
                 full = token_bytes.encode_plain(document.text)
@@ -61,6 +66,7 @@ class TokenizedCorpus:
                 self.doc_ids.append(document.doc_id)
                 self.token_ids.append(token_ids)
                 self.is_cut.append(len(full) > len(token_ids))
+                self.fields.append(token_fields(document, full, token_bytes, num_kept=len(token_ids)))
         if num_read == 0:
             raise ValueError(f"--source: the corpus is empty ({json.dumps(source.describe())}); check its path, pattern or split")
         if not self.token_ids:
@@ -87,10 +93,20 @@ class TokenizedCorpus:
         self.doc_ids = [self.doc_ids[index] for index in kept]
         self.token_ids = [self.token_ids[index] for index in kept]
         self.is_cut = [self.is_cut[index] for index in kept]
+        self.fields = [self.fields[index] for index in kept]
 
-    def split(self, *, num_heldout: int, max_documents: int | None, seed: int) -> tuple[list[int], list[int]]:
-        """Indices of the held-out and of the training documents, each shuffled: shards in corpus order would make batches of one topic."""
-        split = split_components(components(self.token_ids), num_heldout=num_heldout, seed=seed)
+    @property
+    def has_fields(self) -> bool:
+        """Whether the source knows a field of any token."""
+        return any(fields is not None and not fields.is_empty for fields in self.fields)
+
+    def split(self, *, num_heldout: int, max_documents: int | None, span: int | None, seed: int) -> tuple[list[int], list[int]]:
+        """Indices of the held-out and of the training documents, each shuffled: shards in corpus order would make batches of one topic.
+
+        Documents that share ``span`` tokens in a row are on one side (dedup.py).
+        """
+        check_span(span, longest=max(map(len, self.token_ids)))
+        split = split_components(components(self.token_ids, span), num_heldout=num_heldout, seed=seed, span=span)
         rng = np.random.default_rng([seed, 1])
         heldout, train = rng.permutation(split.heldout).tolist(), rng.permutation(split.train).tolist()
         if max_documents is not None:
@@ -101,9 +117,21 @@ class TokenizedCorpus:
             "siblings_of_heldout_documents": split.num_heldout_siblings,
             "not_sampled": len(split.train) - len(train),
         }
+        self._count_marks([*heldout, *train])
+        largest = "" if span is None else f" (the largest, of {split.largest_component:,} documents, is kept for training)"
         print(
-            f"{len(self.token_ids):,} documents in {split.num_components:,} components that share no {SPAN} tokens in a row (the largest, of "
-            f"{split.largest_component:,} documents, is kept for training); using {len(train):,} for training and {len(heldout):,} held out",
+            f"{len(self.token_ids):,} documents in {split.num_components:,} {span_words(span)}{largest}; using {len(train):,} for training and "
+            f"{len(heldout):,} held out",
             flush=True,
         )
         return heldout, train
+
+    def _count_marks(self, indices: list[int]) -> None:
+        """Of the documents that are used; nothing where the source has no marks."""
+        marked = [fields for index in indices if (fields := self.fields[index]) is not None and fields.num_marks]
+        if marked:
+            self.counts |= {
+                "marks": sum(fields.num_marks for fields in marked),
+                "marks_in_which_no_token_begins": sum(fields.num_without_token for fields in marked),
+                "marks_behind_the_cut": sum(fields.num_behind_cut for fields in marked),
+            }

@@ -9,6 +9,7 @@ from rpt_lightning.evaluation.answer_table import NOTE, AnswerStage, answer_tabl
 from rpt_lightning.evaluation.breakdown import NOT_MEASURED, further_comparisons, sampling_table
 from rpt_lightning.evaluation.compare import compare_policies, paired_bootstrap
 from rpt_lightning.evaluation.cost import FLOPS, SECONDS, TOKENS, total
+from rpt_lightning.evaluation.field_tables import field_tables
 from rpt_lightning.evaluation.run import Run, read_runs
 from rpt_lightning.evaluation.table import (
     INTERVAL_NOTE,
@@ -69,7 +70,8 @@ def comparison(runs: Sequence[Run]) -> str:
 def position_comparison(runs: Sequence[Run]) -> str:
     """At the positions of each run's last validation, with cost and paired differences to the first run."""
     stages = [Stage(name=run.name, results=_validated(run)) for run in runs]
-    parts = [stage_table(stages), sampling_table(stages), difficulty_table(stages), cost_table(runs), COST_NOTE, INTERVAL_NOTE]
+    tables = [stage_table(stages), sampling_table(stages), difficulty_table(stages), *field_tables(stages)]
+    parts = [*tables, cost_table(runs), COST_NOTE, INTERVAL_NOTE]
     lines = [line for stage in stages[1:] for line in _differences(stages[0], stage)]
     return "\n\n".join(part for part in [*parts, "\n".join(lines)] if part) + "\n"
 

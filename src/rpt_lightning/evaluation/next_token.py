@@ -23,6 +23,7 @@ from rpt_lightning.evaluation.breakdown import (
     length_table,
     sampling_table,
 )  # fmt: skip
+from rpt_lightning.evaluation.field_tables import field_tables
 from rpt_lightning.evaluation.policies import check_new_output, check_policies, evaluation_trainer, policy_names, policy_source
 from rpt_lightning.evaluation.run import read_run
 from rpt_lightning.evaluation.table import INTERVAL_NOTE, Stage, comparison_lines, difficulty_table, stage_table
@@ -148,6 +149,7 @@ def summary(stages: Sequence[Stage]) -> str:
         difficulty_table(stages),
         disjoint_table(stages),
         kind_table(stages),
+        *field_tables(stages),
         *map(length_table, stages),
         cost_table(stages),
         COST_NOTE,

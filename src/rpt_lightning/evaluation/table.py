@@ -87,6 +87,7 @@ def stage_table(stages: Sequence[Stage]) -> str:
         markdown_row("NTP loss (nats)", [mean_text([-p.ntp_logprob for p in positions], ".3f") for positions in all_positions]),
         markdown_row("with an empty thought", [_control([p.empty_thought_correct for p in positions]) for positions in all_positions]),
         markdown_row("with a shuffled thought", [_control([p.shuffled_thought_correct for p in positions]) for positions in all_positions]),
+        markdown_row("with filler of equal length", [_control([p.filler_thought_correct for p in positions]) for positions in all_positions]),
         markdown_row("completions with a box", [Rate.of([p.boxed for p in positions]) for positions in all_positions]),
         markdown_row("truncated completions", [Rate.of([p.truncated for p in positions]) for positions in all_positions]),
         markdown_row("mean length (tokens)", [mean_text([p.length for p in positions], ".1f") for positions in all_positions]),

@@ -32,6 +32,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in args
     if origin is tuple:
         return isinstance(value, (tuple, list)) and all(_fits(part, args[0]) for part in value)
+    if origin is Mapping:
+        return isinstance(value, dict) and all(_fits(part, args[1]) for part in value.values())
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint in (int, str, bool):
@@ -47,4 +49,6 @@ def _words(hint: Any) -> str:
         return " or ".join(map(repr, args))
     if origin is tuple:
         return f"a list, each entry of it {_words(args[0])},"
+    if origin is Mapping:
+        return f"an object, each value of it {_words(args[1])},"
     return "null" if hint is type(None) else _NAMES.get(hint, "an object")

@@ -5,14 +5,16 @@ Results are kept a position so that any two policies can be compared in pairs, l
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rpt_lightning.metrics.record_file import read_about, read_lines, write_about, write_lines
 from rpt_lightning.metrics.record_types import check_types
 from rpt_lightning.metrics.token_kind import TokenKind
 from rpt_lightning.policy.flops import ModelSize
+from rpt_lightning.types import Fields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,10 +23,11 @@ class PositionResult:
 
     ``ntp_correct`` is the greedy next token without reasoning, at the same position by the same weights, and ``ntp_logprob`` (nats) what they gave
     the true token. ``length`` counts the completion's tokens, ``thought_length`` those before the thought's end (None: it never ended). The thought
-    controls (the answer forced after an empty thought, and after the thought of another document's position) are None where they were not run, or could
-    not be at this position. ``num_correct`` of ``num_samples`` further completions, drawn at the evaluation's temperature, were right; together they have
-    ``sampled_tokens``. ``context_tokens`` and ``prompt_tokens`` are what the policy read without reasoning and with it. ``token_kind`` is that of the true
-    token (metrics/token_kind.py). Files of earlier versions lack the fields from ``token_kind`` on, which are then None.
+    controls (the answer forced after an empty thought, after the thought of another document's position, and after filler as long as the position's own) are
+    None where they were not run, or could not be at this position. ``num_correct`` of ``num_samples`` further completions, drawn at the evaluation's
+    temperature, were right; together they have ``sampled_tokens``. ``context_tokens`` and ``prompt_tokens`` are what the policy read without reasoning and
+    with it. ``token_kind`` is that of the true token (metrics/token_kind.py). ``fields`` are what the corpus knows about the position, None where it knows
+    nothing. Files of earlier versions lack what stands from ``token_kind`` on, which is then None.
 
     >>> result = PositionResult(
     ...     task_id="doc-7:4", doc_id="doc-7", position=4, entropy=1.2, answerable=True, truth=" 4", prediction=" 4", reasoning_correct=True,
@@ -56,6 +59,8 @@ class PositionResult:
     num_samples: int | None = None
     num_correct: int | None = None
     sampled_tokens: int | None = None
+    filler_thought_correct: bool | None = None
+    fields: Fields | None = dataclasses.field(default=None, hash=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +146,7 @@ def _parse_line(line: str, where: str) -> PositionResult:
     try:
         result = PositionResult(**json.loads(line))
     except (json.JSONDecodeError, TypeError) as error:
-        names = ", ".join(field.name for field in fields(PositionResult))
+        names = ", ".join(field.name for field in dataclasses.fields(PositionResult))
         raise ValueError(f"{where}: not a position result ({error}). Expected one JSON object with {names}.") from error
     check_types(asdict(result), PositionResult, where)
     return result

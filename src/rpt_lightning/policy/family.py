@@ -1,14 +1,15 @@
 """Which packing a model family can take, found out by comparing with the model's own separate log-probs rather than by a list of names.
 
-The comparison is made on a small copy of the model: one layer of each kind, few units between layers, a small vocabulary, and random weights. So it is
-the same whether a process will hold all of the weights, a shard of them, or has not read any yet.
+The comparison is made on a small copy of the model: one layer of each kind, few units between layers, a small vocabulary, and every parameter random. So
+it is the same whether a process will hold all of the weights, a shard of them, or has not read any yet. The copy computes in training mode, as the policy
+does, and twice, because the engine computes as in evaluation: noise, dropped layers and states that a call leaves behind would set the two apart.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,6 +26,8 @@ from rpt_lightning.types import TrainSequence
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 SEQUENCES = (TrainSequence(prompt_ids=(3, 4), target_ids=(5, 6, 7)), TrainSequence(prompt_ids=(3, 4), target_ids=(8, 9, 7)))
 TOLERANCE = 1e-3  # nats; a wrong mask or a scaled head is off by far more
+MODE_TOLERANCE = 1e-5  # nats; the same operations on the same weights, in training and in evaluation, give the same bits on a CPU
+LOADED_TOLERANCE = 1e-2  # nats; trained models have activations of some thousands, which round more in fp32
 WINDOW = 2  # tokens; a window as in the configuration would not be noticed on a few tokens
 
 
@@ -40,29 +43,52 @@ class Packing:
         return self.reason is None
 
 
-@torch.no_grad()
 def choose_packing(config: PreTrainedConfig, *, path: str, trust_remote_code: bool = False) -> Packing:
     """Trees where the family's layers can take them, else rows.
 
     Raises:
-        ValueError: Our own head gives other log-probs than the model's, or the model's depend on what is computed beside a sequence, so that neither
-            packing would be right. ``path`` names the model there.
+        ValueError: Our log-probs would not be the model's own, in training mode or at all, or they depend on what is computed beside a sequence, so that
+            neither packing would be right. ``path`` names the model there.
     """
     _check_rotary_frequencies(config, path)
-    model = small_copy(config, trust_remote_code=trust_remote_code)
-    expected = _alone(model)
-    reason = _why_no_trees(model, expected)
-    if reason is None:
-        return Packing(attention=NAME, reason=None)
-    # sdpa leaves out what the attention of trees refuses as well (capped scores, sinks); linear attention has few layers that would gain by it.
-    model.set_attn_implementation("eager")
-    difference = _largest_difference(model, pack_rows(SEQUENCES, max_tokens=16), expected)
-    if difference > TOLERANCE:
+    # Lightning builds models with the accelerator as the default device.
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # the trainer's generator must not notice what a model draws
+        model = small_copy(config, trust_remote_code=trust_remote_code)
+        expected = own_logprobs(model)
+        model.train()
+        _check_training_mode(model, expected, path)
+        reason = _why_no_trees(model, expected)
+        if reason is None:
+            return Packing(attention=NAME, reason=None)
+        # sdpa leaves out what the attention of trees refuses as well (capped scores, sinks); linear attention has few layers that would gain by it.
+        model.set_attn_implementation("eager")
+        difference = _largest_difference(model, pack_rows, expected)
+    if not difference <= TOLERANCE:
         raise ValueError(
             f"policy.path={path}: {type(model).__name__} gives other log-probs than its hidden states and output head (difference {difference:.2g} "
             f"nats; {reason}): it scales its logits behind the head, say; use a model of the Llama, Qwen2 or Qwen3 family"
         )
     return Packing(attention="eager", reason=reason)
+
+
+def check_loaded(model: PreTrainedModel, packing: Packing, *, path: str) -> None:
+    """Compares the log-probs that training will compute with the model's own logits, on the weights that were loaded.
+
+    Raises:
+        ValueError: They differ. ``path`` names the model there.
+    """
+    was_training, was_attention = model.training, model.config._attn_implementation
+    with torch.random.fork_rng(devices=[]):
+        model.train(False).set_attn_implementation("eager")
+        expected = own_logprobs(model)
+        model.train().set_attn_implementation(packing.attention)
+        difference = _largest_difference(model, pack if packing.shares_prefixes else pack_rows, expected)
+    model.train(was_training).set_attn_implementation(was_attention)
+    if not difference <= LOADED_TOLERANCE:
+        raise ValueError(
+            f"policy.path={path}: with the folder's weights, {type(model).__name__} gives other log-probs than its own logits say (difference "
+            f"{difference:.2g} nats, at most {LOADED_TOLERANCE:g} is rounding); use a model of the Llama, Qwen2 or Qwen3 family"
+        )
 
 
 def small_copy(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -80,16 +106,34 @@ def small_copy(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> 
         text.intermediate_size = min(text.intermediate_size, 64)
     if isinstance(getattr(text, "sliding_window", None), int):
         text.sliding_window = WINDOW
-    # The trainer's generator must not notice.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = cast(Any, AutoModelForCausalLM).from_config(
             small, dtype=torch.float32, attn_implementation="eager", trust_remote_code=trust_remote_code
         )
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=1.5 / math.sqrt(parameter[0].numel()))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(std=1.5 / math.sqrt(parameter[0].numel()))
+                else:  # biases around 0, norms around 1, rates of a state around what they begin with
+                    parameter.add_(torch.randn_like(parameter), alpha=0.3)
     return cast(PreTrainedModel, model.eval())
+
+
+def _check_training_mode(model: PreTrainedModel, expected: Tensor, path: str) -> None:
+    """Raises ValueError where the model computes otherwise in training mode than in evaluation, in which engines compute."""
+    difference = max((own_logprobs(model) - expected).abs().max().item() for _ in range(2))
+    if not difference <= MODE_TOLERANCE:
+        noise = {
+            name: value
+            for name, value in vars(model.config.get_text_config()).items()
+            if name.endswith(("drop", "dropout", "noise", "epsilon")) and isinstance(value, float) and value > 0
+        }
+        raise ValueError(
+            f"policy.path={path}: {type(model).__name__} gives other log-probs in training mode than in evaluation, in which engines compute (difference "
+            f"{difference:.2g} nats){f'; {noise} in its config.json may be why: set to 0 what adds noise' if noise else ''}; or use a model of the Llama, "
+            "Qwen2 or Qwen3 family"
+        )
 
 
 def _check_rotary_frequencies(config: PreTrainedConfig, path: str) -> None:
@@ -113,23 +157,28 @@ def _why_no_trees(model: PreTrainedModel, expected: Tensor) -> str | None:
         return f"it has layers with {', '.join(sorted(kinds - ATTENTION_LAYERS))}"
     try:
         model.set_attn_implementation(NAME)
-        difference = _largest_difference(model, pack(SEQUENCES, max_tokens=16), expected)
+        difference = _largest_difference(model, pack, expected)
     except (ValueError, TypeError) as error:
         return str(error)
-    return f"packed as a tree its log-probs differ by {difference:.2g} nats" if difference > TOLERANCE else None
+    return None if difference <= TOLERANCE else f"packed as a tree its log-probs differ by {difference:.2g} nats"
 
 
-def _alone(model: PreTrainedModel) -> Tensor:
-    """Log-probs of each sequence's targets from the model's own logits, [2, 3]."""
+@torch.no_grad()
+def own_logprobs(model: PreTrainedModel) -> Tensor:
+    """Log-probs of each sequence's targets from the model's own logits, one sequence a call, [2, 3]."""
     rows = []
     for sequence in SEQUENCES:
-        ids = torch.tensor([sequence.prompt_ids + sequence.target_ids])
+        ids = torch.tensor([sequence.prompt_ids + sequence.target_ids], device=model.device)
         logprobs = model(input_ids=ids, use_cache=False).logits[0, 1:-1].float().log_softmax(-1)
         rows.append(logprobs.gather(-1, ids[0, 2:, None])[:, 0])
     return torch.stack(rows)
 
 
-def _largest_difference(model: PreTrainedModel, trees: Iterator[PackedTree], expected: Tensor) -> float:
-    (tree,) = trees
-    rows = tree.unpack(score(model, tree)[0])
-    return (rows - expected[list(tree.sequence_indices)]).abs().max().item()
+@torch.no_grad()
+def _largest_difference(model: PreTrainedModel, packed: Callable[..., Iterator[PackedTree]], expected: Tensor) -> float:
+    """Of two calls, in nats; the second may find what the first left behind."""
+    with torch.device("cpu"):
+        (tree,) = packed(SEQUENCES, max_tokens=16)
+    tree = tree.to(model.device)
+    wanted = expected[list(tree.sequence_indices)]
+    return max((tree.unpack(score(model, tree)[0]) - wanted).abs().max().item() for _ in range(2))

@@ -21,36 +21,40 @@ CPU_VOCAB_CHUNK = 2048
 VOCAB_CHUNK = 32768
 
 
-def chosen_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, chunk_size: int = 512) -> tuple[Tensor, Tensor]:
+def chosen_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, temperature: float = 1.0, chunk_size: int = 512
+) -> tuple[Tensor, Tensor]:
     """Log-prob of each target token and the entropy of the distribution it is drawn from, both of the tempered distribution.
 
     Args:
         hidden: ``[N, D]`` final hidden states, in the dtype that the product is to run in.
         weight: ``[V, D]`` output embedding. One of another dtype is cast tile by tile, which saves a cast copy of it and of its gradient.
         targets: ``[N]`` int64 token ids.
+        bias: ``[V]`` of the output head, where it has one (Phi, GPT-J). It is added in the dtype of the softmax.
         temperature: Divides the logits; must be above 0.
         chunk_size: Tokens whose logits exist at the same time (for a chunk of the vocabulary).
 
     Returns:
-        ``(logprobs [N], entropy [N])`` in nats, differentiable in ``hidden`` and ``weight``.
+        ``(logprobs [N], entropy [N])`` in nats, differentiable in ``hidden``, ``weight`` and ``bias``.
     """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; log-probs need a temperature above 0 (score greedy completions at 1.0)")
     logprobs, entropy = _ChosenLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, targets, temperature, chunk_size
+        hidden, weight, bias, targets, temperature, chunk_size
     )
     return logprobs, entropy
 
 
 @torch.no_grad()
-def most_likely(hidden: Tensor, weight: Tensor, *, chunk_size: int = 512) -> Tensor:
+def most_likely(hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, chunk_size: int = 512) -> Tensor:
     """The most likely next token after each hidden state ``[N, D]``, of equal ones the first: ids ``[N]``."""
     ids = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
     highest = torch.full(hidden.shape[:1], -torch.inf, dtype=hidden.dtype, device=hidden.device)
     for columns in _vocab_chunks(weight):
         weight_part = weight[columns].to(hidden.dtype)
         for rows in _chunks(hidden.shape[0], chunk_size):
-            values, indices = (hidden[rows] @ weight_part.T).max(-1)
+            logits = hidden[rows] @ weight_part.T
+            values, indices = (logits if bias is None else logits + bias[columns].to(logits.dtype)).max(-1)
             ids[rows] = torch.where(values > highest[rows], indices + columns.start, ids[rows])
             highest[rows] = torch.maximum(highest[rows], values)
     return ids
@@ -67,6 +71,12 @@ def _chunks(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: slice, dtype: torch.dtype) -> Tensor:
+    """One tile of them, ``[C, V']``: ``weight`` is cut to the columns already, ``bias`` is not."""
+    logits = (hidden @ weight.T).to(dtype)
+    return logits if bias is None else logits.add_(bias[columns])
+
+
 def _within(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     """Index of each target inside a tile, and whether it lies there at all (the index of one that does not means nothing)."""
     return (targets - columns.start).clamp(0, columns.stop - columns.start - 1), (targets >= columns.start) & (targets < columns.stop)
@@ -81,10 +91,12 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 class _ChosenLogprobs(torch.autograd.Function):
-    """With z = h W^T / T, p = softmax(z), H = entropy(p): d log p_y / dz = 1_y - p and dH / dz = -p (log p + H)."""
+    """With z = (h W^T + b) / T, p = softmax(z), H = entropy(p): d log p_y / dz = 1_y - p and dH / dz = -p (log p + H)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_size: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, chunk_size: int
+    ) -> tuple[Tensor, Tensor]:
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         # Of the tiles so far, [N] each: the highest logit m, the sums of exp(z - m) and of exp(z - m) (z - m), the target's logit (0 before its tile).
         highest = torch.full(hidden.shape[:1], torch.finfo(dtype).min, dtype=dtype, device=hidden.device)
@@ -94,7 +106,7 @@ class _ChosenLogprobs(torch.autograd.Function):
             for columns in _vocab_chunks(weight):
                 weight_part = weight[columns].to(hidden.dtype)  # [V', D]
                 for rows in _chunks(hidden.shape[0], chunk_size):
-                    logits = (hidden[rows] @ weight_part.T).to(dtype).div_(temperature)  # [C, V']
+                    logits = _logits(hidden[rows], weight_part, bias, columns, dtype).div_(temperature)  # [C, V']
                     index, is_inside = _within(targets[rows], columns)
                     chosen[rows] += logits.gather(-1, index[:, None])[:, 0] * is_inside
                     new_highest = torch.maximum(highest[rows], logits.amax(-1))
@@ -107,22 +119,23 @@ class _ChosenLogprobs(torch.autograd.Function):
                     sum_exp[rows] = sum_exp[rows] * decay + exp.sum(-1)
         logsumexp = highest + sum_exp.log()
         entropy = sum_exp.log() - sum_exp_shifted / sum_exp
-        ctx.save_for_backward(hidden, weight, targets, logsumexp, entropy)
+        ctx.save_for_backward(hidden, weight, bias, targets, logsumexp, entropy)
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
         ctx.set_materialize_grads(False)
         return chosen - highest - sum_exp.log(), entropy
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         if grads[0] is None and grads[1] is None:
-            return None, None, None, None, None
-        # [N], with respect to h W^T. Without an entropy gradient a pass over each tile is saved.
+            return None, None, None, None, None, None
+        # [N], with respect to h W^T + b. Without an entropy gradient a pass over each tile is saved.
         grad_logprobs = torch.zeros_like(grads[1]) if grads[0] is None else grads[0] / ctx.temperature
         grad_entropy = None if grads[1] is None else grads[1] / ctx.temperature
-        hidden, weight, targets, logsumexp, entropy = ctx.saved_tensors
+        hidden, weight, bias, targets, logsumexp, entropy = ctx.saved_tensors
         dtype = logsumexp.dtype
         grad_hidden = torch.zeros_like(hidden, dtype=dtype) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=dtype) if ctx.needs_input_grad[2] else None
         # Backward runs inside the autocast of the training step.
         with torch.autocast(hidden.device.type, enabled=False):
             for columns in _vocab_chunks(weight):
@@ -130,7 +143,8 @@ class _ChosenLogprobs(torch.autograd.Function):
                 # In the dtype of the sum this is grad_weight's own memory.
                 grad_weight_part = None if grad_weight is None else grad_weight[columns].to(dtype)  # [V', D]
                 for rows in _chunks(hidden.shape[0], ctx.chunk_size):
-                    logp = (hidden[rows] @ weight_part.T).to(dtype).div_(ctx.temperature).sub_(logsumexp[rows, None])  # [C, V']
+                    logits = _logits(hidden[rows], weight_part, bias, columns, dtype)  # [C, V']
+                    logp = logits.div_(ctx.temperature).sub_(logsumexp[rows, None])
                     if grad_entropy is None:
                         grad = logp.exp_().mul_(-grad_logprobs[rows, None])
                     else:
@@ -139,6 +153,8 @@ class _ChosenLogprobs(torch.autograd.Function):
                         del probs  # one tile less when the next one is made
                     index, is_inside = _within(targets[rows], columns)
                     grad.scatter_add_(-1, index[:, None], (grad_logprobs[rows] * is_inside)[:, None])
+                    if grad_bias is not None:
+                        grad_bias[columns] += grad.sum(0)
                     grad = grad.to(hidden.dtype)
                     if grad_hidden is not None:
                         _add_product(grad_hidden[rows], grad, weight_part)
@@ -146,4 +162,11 @@ class _ChosenLogprobs(torch.autograd.Function):
                         _add_product(grad_weight_part, grad.T, hidden[rows])
                 if grad_weight is not None and grad_weight_part is not None:
                     grad_weight[columns] = grad_weight_part
-        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, None, None, None
+        return (
+            None if grad_hidden is None else grad_hidden.to(hidden.dtype),
+            grad_weight,
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+        )

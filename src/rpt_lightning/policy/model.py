@@ -6,20 +6,22 @@ DTensors).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from rpt_lightning.policy.family import choose_packing
+from rpt_lightning.policy.family import check_loaded, choose_packing
 from rpt_lightning.policy.packing import PackedTree, pack
 from rpt_lightning.policy.row_packing import pack_rows
 from rpt_lightning.policy.scoring import HeadDtype, head_weight, score
-from rpt_lightning.types import TrainSequence
+from rpt_lightning.pretrained.tokenizer import as_in_folder, check_vocabulary, read_tokenizer
+from rpt_lightning.pretrained.weights import load_causal_lm
+from rpt_lightning.types import TokenIds, TrainSequence
 
 # Rates of heads that a causal language model does not have, though its config.json may name them.
 OTHER_HEADS = ("classifier_", "summary_")
@@ -58,25 +60,32 @@ class Policy(nn.Module):
         self.compile_layers = compile_layers
         self.shares_prefixes = True
         self.trust_remote_code = trust_remote_code
-        self.tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, path, trust_remote_code=trust_remote_code)
-        self.config = _load(AutoConfig, path, trust_remote_code=trust_remote_code)
+        where = f"policy.path={path}"
+        tokenizer = _load(read_tokenizer, path, trust_remote_code=trust_remote_code)
+        self.tokenizer: PreTrainedTokenizerBase = as_in_folder(tokenizer, where=where)
+        self.config = _load(AutoConfig.from_pretrained, path, trust_remote_code=trust_remote_code)
+        self.num_tokens: int = self.config.get_text_config().vocab_size  # rows of the embedding
+        check_vocabulary(self.tokenizer, self.num_tokens, where=where)
 
     def materialize(self) -> None:
         """Loads the weights, in fp32 (at RPT's learning rate of 1e-6 a bf16 master weight does not move). Does nothing when they are loaded."""
         if not hasattr(self, "model"):
-            self._adopt(_load(AutoModelForCausalLM, self.path, dtype=torch.float32, trust_remote_code=self.trust_remote_code))
+            model = _load(load_causal_lm, self.path, where=f"policy.path={self.path}", dtype=torch.float32, trust_remote_code=self.trust_remote_code)
+            self._adopt(model, has_weights=True)
 
     def materialize_on_meta(self) -> None:
         """Builds the model without its weights, which sharding.py reads into the shards. Buffers (rotary frequencies) are computed as ever."""
         with init_empty_weights(include_buffers=False):
             model = cast(Any, AutoModelForCausalLM).from_config(self.config, dtype=torch.float32, trust_remote_code=self.trust_remote_code)
         model.tie_weights()  # the context makes two tensors of one
-        self._adopt(model)
+        self._adopt(model, has_weights=False)
 
-    def _adopt(self, model: PreTrainedModel) -> None:
+    def _adopt(self, model: PreTrainedModel, *, has_weights: bool) -> None:
         _check_no_dropout(model, self.path)
         _check_no_saved_buffers(model, self.path)
         packing = choose_packing(self.config, path=self.path, trust_remote_code=self.trust_remote_code)
+        if has_weights:
+            check_loaded(model, packing, path=self.path)
         model.set_attn_implementation(packing.attention)
         self.shares_prefixes = packing.shares_prefixes
         kind = "common prefixes are computed once" if packing.reason is None else f"every completion with its whole prompt, because {packing.reason}"
@@ -101,7 +110,18 @@ class Policy(nn.Module):
 
     def pack(self, sequences: Sequence[TrainSequence], *, max_tokens: int) -> Iterator[PackedTree]:
         """Micro-batches of at most ``max_tokens`` input tokens, in the form that this model's layers take."""
+        for sequence in sequences:
+            self.check_ids(sequence.prompt_ids + sequence.target_ids)
         return (pack if self.shares_prefixes else pack_rows)(sequences, max_tokens=max_tokens)
+
+    def check_ids(self, token_ids: TokenIds) -> None:
+        """Raises ValueError for a token that the embedding has no row for: computing it would end with an IndexError, or on a GPU end the process."""
+        if token_ids and max(token_ids) >= self.num_tokens:
+            token_id = max(token_ids)
+            raise ValueError(
+                f"policy.path={self.path}: the token {self.tokenizer.convert_ids_to_tokens(token_id)!r} has the id {token_id}, and the model's embedding has "
+                f"{self.num_tokens} rows; save the model after model.resize_token_embeddings(len(tokenizer)), or use other markers"
+            )
 
     def forward(self, tree: PackedTree, *, temperature: float = 1.0, predict: bool = False) -> tuple[Tensor, Tensor]:
         """Scores the M target tokens of a packed tree.
@@ -136,13 +156,13 @@ def _check_no_saved_buffers(model: nn.Module, path: str) -> None:
         )
 
 
-def _load(auto_class: Any, path: str, **kwargs: Any) -> Any:
+def _load(load: Callable[..., Any], path: str, **kwargs: Any) -> Any:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).parent.is_dir()
     if looks_local and not (Path(path).expanduser() / "config.json").is_file():
         raise ValueError(
             f"policy.path={path}: there is no Hugging Face model folder (no config.json). Give a folder made by save_pretrained, or a hub id"
         )
     try:
-        return auto_class.from_pretrained(path, **kwargs)
+        return load(str(Path(path).expanduser()) if path.startswith("~") else path, **kwargs)
     except OSError as error:
         raise ValueError(f"policy.path={path} cannot be loaded: {error}") from error

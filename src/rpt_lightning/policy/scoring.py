@@ -32,19 +32,28 @@ def score(
     """
     hidden = _hidden(model, tree)[tree.parents]  # [M, D]
     dtype = torch.float32 if head_dtype == "float32" else _compute_dtype(hidden)
-    weight = head_weight(model)
-    if isinstance(weight, DTensor):  # whole on every tensor-parallel rank
-        weight = weight.to_local()
+    weight, bias = _local(head_weight(model)), _local(head_bias(model))
     hidden = hidden.to(dtype)  # the weight is cast tile by tile
     # Autocast would cast the fp32 product back to bf16.
     with torch.autocast(hidden.device.type, enabled=False):
-        logprobs, entropy = chosen_logprobs(hidden, weight, tree.targets, temperature=temperature, chunk_size=chunk_size)
-        return (logprobs, most_likely(hidden, weight, chunk_size=chunk_size)) if predict else (logprobs, entropy)
+        logprobs, entropy = chosen_logprobs(hidden, weight, tree.targets, bias=bias, temperature=temperature, chunk_size=chunk_size)
+        return (logprobs, most_likely(hidden, weight, bias=bias, chunk_size=chunk_size)) if predict else (logprobs, entropy)
 
 
 def head_weight(model: PreTrainedModel) -> Tensor:
     """The output embedding, ``[V, D]``."""
     return cast(Tensor, model.get_output_embeddings().weight)  # type: ignore[no-untyped-call]
+
+
+def head_bias(model: PreTrainedModel) -> Tensor | None:
+    """What the output head adds to its logits, ``[V]`` (Phi, GPT-J); None for the many models whose head adds nothing."""
+    bias: Tensor | None = getattr(model.get_output_embeddings(), "bias", None)  # type: ignore[no-untyped-call]
+    return bias
+
+
+def _local(tensor: Tensor | None) -> Any:
+    """A head is whole on every tensor-parallel rank."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _hidden(model: PreTrainedModel, tree: PackedTree) -> Tensor:

@@ -16,10 +16,12 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.tensor_parallel import parallelize
+from rpt_lightning.pretrained.weights import check_names, not_finite, not_finite_message, own_names, tied_message
 
 
 def materialize_sharded(policy: Policy, mesh: DeviceMesh, *, device: torch.device, cpu_offload: bool = False, gather_bf16: bool = False) -> None:
@@ -33,7 +35,8 @@ def materialize_sharded(policy: Policy, mesh: DeviceMesh, *, device: torch.devic
         gather_bf16: Layers are gathered and computed in bf16: half the traffic. Shards stay fp32, and gradients are added up over ranks in fp32.
 
     Raises:
-        ValueError: The model's folder has no safetensors, or holds other tensors than the model's; or tensor parallelism does not fit the model.
+        ValueError: The model's folder has no safetensors, or holds other tensors than the model's, or some that are not finite; or tensor parallelism does
+            not fit the model.
     """
     if hasattr(policy, "model"):
         return
@@ -76,4 +79,34 @@ def _read_shards(policy: Policy) -> None:
             f"policy.path={policy.path}: a sharded policy is read from safetensors files that hold the model's own tensors, and this folder {what}; save the "
             "model with save_pretrained(..., safe_serialization=True), or use a strategy without shards (configs/strategy/single.yaml, ddp.yaml)"
         )
+    where = f"policy.path={policy.path}"
+    copies = dict(policy.model.named_parameters(remove_duplicate=False)).keys() - wanted.keys()  # a tied head under its own name
+    check_names(missing=(), unknown=own_names(policy.model, held.keys() - wanted.keys() - copies), misshapen={}, where=where)
     load(wanted, storage_reader=reader)
+    bad = not_finite((name, _own_part(tensor)) for name, tensor in wanted.items())
+    differing = [name for name in copies & held.keys() if not _is_copy(name, policy.model.get_parameter(name), reader)]
+    # Each rank looks at its own part, and all of them end together.
+    bad, differing = ([name for names in _of_all_ranks(part) for name in names] for part in (bad, differing))
+    if bad:
+        raise ValueError(not_finite_message(set(bad), where=where))
+    if differing:
+        raise ValueError(tied_message(where=where))
+
+
+def _is_copy(name: str, parameter: Tensor, reader: HuggingFaceStorageReader) -> bool:
+    """Whether the files hold under this name what the parameter is."""
+    stored = torch.empty_like(parameter, requires_grad=False)
+    load({name: stored}, storage_reader=reader)
+    return torch.equal(_own_part(stored), _own_part(parameter))
+
+
+def _own_part(tensor: Tensor) -> Tensor:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def _of_all_ranks(names: list[str]) -> list[list[str]]:
+    if not torch.distributed.is_initialized():
+        return [names]
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, names)
+    return parts

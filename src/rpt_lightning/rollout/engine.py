@@ -14,9 +14,11 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from typing_extensions import Self
 
+from rpt_lightning.pretrained.tokenizer import as_in_folder, read_tokenizer
+from rpt_lightning.rollout.own_engine import check_samples
 from rpt_lightning.rollout.requests import check_requests
 from rpt_lightning.rollout.weight_part import split_part
 from rpt_lightning.tasks.answer import FirstBox
@@ -106,7 +108,7 @@ class RolloutEngine(ABC):
         self._max_model_len = longest if max_model_len is None else max_model_len
         with torch.device("meta"):
             skeleton = cast(Any, AutoModelForCausalLM).from_config(config)
-        token_bytes = TokenBytes(AutoTokenizer.from_pretrained(model_path))
+        token_bytes = TokenBytes(as_in_folder(read_tokenizer(model_path), where=f"tokenizer of {model_path}"))
         self._is_interrupted = False
         self._start(model_path, seed)
         self._weight_shapes = {name: weight.shape for name, weight in skeleton.named_parameters(remove_duplicate=False)}
@@ -134,6 +136,7 @@ class RolloutEngine(ABC):
         check_requests(requests, max_model_len=self.max_model_len)
         with self._alone("generate"):
             samples = self._generate(requests)
+        check_samples(type(self).__name__, samples, requests)
         return [[self._completion(sample, request.sampling, version) for sample in row] for row, request in zip(samples, requests, strict=True)]
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:

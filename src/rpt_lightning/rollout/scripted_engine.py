@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
+from rpt_lightning.pretrained.tokenizer import as_in_folder, read_tokenizer
 from rpt_lightning.rollout import model_copy
 from rpt_lightning.rollout.engine import EngineDtype, RolloutEngine, Sample, compare_own_copy
 from rpt_lightning.tasks.token_bytes import TokenBytes
@@ -50,7 +50,7 @@ class ScriptedEngine(RolloutEngine):
     def _start(self, model_path: str, seed: int) -> None:
         self.events.append("start")
         self._model = model_copy.build_model(model_path, self.dtype, torch.device("cpu"))
-        token_bytes = TokenBytes(AutoTokenizer.from_pretrained(model_path))
+        token_bytes = TokenBytes(as_in_folder(read_tokenizer(model_path), where=f"tokenizer of {model_path}"))
         self._lines = [token_bytes.encode_plain(text) for text in self.completions]
 
     def _update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:

@@ -1,6 +1,7 @@
-"""Does the thought do anything? The same position is answered after an empty thought and after the thought of another document's position.
+"""Does the thought do anything? The same position is answered after an empty thought, another document's thought, and filler of the same length.
 
-Both force the thought and let the policy go on inside the box, so what differs from the ordinary answer is the thought alone.
+All force the thought and let the policy go on inside the box, so what differs from the ordinary answer is the thought alone. Filler tells what the thought says
+from the further computation that its tokens allow (arXiv:2404.15758).
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ def thought_controls(rollouter: Rollouter, groups: Sequence[RolloutGroup]) -> di
     """Greedy answers of ``groups`` (one completion each) under each control: whether each was right, or None where it could not be measured.
 
     "shuffled_thought" gives group ``i`` the thought of the first group of another document, searching from ``i + len(groups) // 2`` on; where all are
-    of one document it is not measured. Neither is a position whose prompt, thought and answer are longer than the engine takes. A completion that
-    never closed its thought has none to give, and counts as an empty one. So "shuffled_thought" depends on what else is in ``groups``; "empty_thought"
-    does not.
+    of one document it is not measured. "filler_thought" has a full stop for each token of the position's own thought. Not measured is a position whose
+    prompt, thought and answer are longer than the engine takes. A completion that never closed its thought has none to give, and counts as an empty one.
+    So "shuffled_thought" depends on what else is in ``groups``; the others do not.
     """
     thoughts = [thought_ids(rollouter.engine, rollouter.objective, group.completions[0]) or () for group in groups]
     forced: dict[str, list[TokenIds | None]] = {
         "empty_thought": [()] * len(groups),
         "shuffled_thought": [None if donor is None else thoughts[donor] for donor in _donors(groups)],
+        "filler_thought": [(rollouter.objective.prompt.filler_id,) * len(thought) for thought in thoughts],
     }
     return {name: _answers(rollouter, groups, given) for name, given in forced.items()}
 

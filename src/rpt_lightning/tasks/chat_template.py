@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
-from jinja2.exceptions import TemplateError
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rpt_lightning.tasks.wordings import CONTEXT_SLOT
 
+# What the templates of Llama 3.1 and later write where they are told no date.
+TEMPLATE_DATE = datetime(2024, 7, 26)
 # What the template is given in any case.
-_RESERVED = {"messages", "conversation", "add_generation_prompt", "tokenize", "continue_final_message", "return_dict", "return_tensors"}
+_RESERVED = {
+    *("messages", "conversation", "add_generation_prompt", "tokenize", "continue_final_message", "return_dict", "return_tensors"),
+    "strftime_now",
+}
 
 
 class ChatTemplate:
@@ -52,16 +58,24 @@ class ChatTemplate:
 
     def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> tuple[str, str]:
         """What the chat template puts before and after the slot."""
-        try:
-            rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self._arguments)
-        except (TemplateError, TypeError, AttributeError, KeyError, IndexError) as error:
-            raise ValueError(
-                f"the chat template of {self.name!r} cannot be filled in ({type(error).__name__}: {error}); correct it, or use ContinuationPrompt"
-            ) from error
-        before, *after = str(rendered).split(CONTEXT_SLOT)
+        rendered, again = (self._rendered(messages, add_generation_prompt=add_generation_prompt) for _ in range(2))
+        if rendered != again:
+            raise ValueError(f"the chat template of {self.name!r} gives another text in every call; take out what is random in it")
+        before, *after = rendered.split(CONTEXT_SLOT)
         if len(after) != 1:
             raise ValueError(f"the chat template of {self.name!r} shows a message {len(after)} times instead of once; use ContinuationPrompt")
         return before, after[0]
+
+    def _rendered(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        """On every day the same: a template that writes the date gets `TEMPLATE_DATE`, so that a run that is resumed asks as before."""
+        given = {"add_generation_prompt": add_generation_prompt, "strftime_now": TEMPLATE_DATE.strftime, **self._arguments}
+        try:
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **given))
+        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+            raise ValueError(
+                f"the chat template of {self.name!r} cannot be used ({type(error).__name__}: {error}); mend chat_template.jinja, or chat_template in "
+                "tokenizer_config.json, or use ContinuationPrompt"
+            ) from error
 
 
 def open_thought(opening: str, think_open: str, think_close: str, *, template: str = "") -> tuple[str, bool]:

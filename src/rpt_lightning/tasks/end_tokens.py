@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.types import TokenIds

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rpt_lightning.tasks.answer import extract_prediction
 from rpt_lightning.tasks.answer_reward import AnswerReward
+from rpt_lightning.tasks.own_reward import check_reward, checked_rewards
 from rpt_lightning.tasks.prompt import BoundPrompt, ChatPrompt, PromptTemplate, QuestionPrompt
 from rpt_lightning.tasks.reward import Reward
 from rpt_lightning.types import Completion, Task
@@ -31,7 +32,8 @@ class BoundObjective:
 
     def rewards(self, task: Task, predictions: Sequence[bytes | None], first_token_probs: Sequence[float] | None = None) -> tuple[float, ...]:
         """What the predictions of one task's group are paid, in order."""
-        return self.reward.group_rewards(predictions, task, first_token_probs)
+        returned = self.reward.group_rewards(predictions, task, first_token_probs)
+        return checked_rewards(self.reward, returned, num=len(predictions), task_id=task.task_id)
 
 
 class Objective:
@@ -45,6 +47,7 @@ class Objective:
                 f"the objective's prompt {type(prompt).__name__} asks {asks}, and its reward {type(reward).__name__} pays for something else; "
                 f"give --prompt {fitting} or ContinuationPrompt, or another reward"
             )
+        check_reward(reward)
         self.prompt = prompt
         self.reward = reward
 

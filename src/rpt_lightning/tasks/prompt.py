@@ -18,6 +18,8 @@ from rpt_lightning.tasks.token_bytes import TokenBytes, start_ids
 from rpt_lightning.tasks.wordings import CONTEXT_SLOT, WORDINGS
 from rpt_lightning.types import TokenIds
 
+FILLER = "."
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BoundPrompt:
@@ -25,7 +27,7 @@ class BoundPrompt:
 
     A whole sequence is ``prefix_ids + context + suffix_ids`` (the prompt) and ``thought + answer_open_ids + answer + answer_close_ids`` (the
     completion), where ``answer_open_ids`` is the closing thought marker and ``\boxed{``, and ``answer_close_ids`` the closing brace and the token
-    that ends the turn. ``think_close`` is None where the policy is not asked for a marked thought.
+    that ends the turn. ``think_close`` is None where the policy is not asked for a marked thought. ``filler_id`` is a token that says nothing, a full stop.
     """
 
     prefix_ids: TokenIds
@@ -34,6 +36,7 @@ class BoundPrompt:
     answer_close_ids: TokenIds
     stop_token_ids: TokenIds
     think_close: bytes | None
+    filler_id: int
 
     @property
     def num_overhead_tokens(self) -> int:
@@ -178,6 +181,7 @@ def _bound(
         answer_close_ids=(*token_bytes.encode_plain(BOX_CLOSE.decode()), stop_token_ids[0]),
         stop_token_ids=stop_token_ids,
         think_close=None if think_close is None else think_close.encode(),
+        filler_id=token_bytes.encode_plain(FILLER)[0],
     )
 
 

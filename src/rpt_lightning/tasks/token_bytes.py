@@ -10,7 +10,6 @@ tokens.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -18,6 +17,8 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from rpt_lightning.pretrained.specification import specification as read_specification
+from rpt_lightning.pretrained.specification import tokenizer_hash as tokenizer_hash
 from rpt_lightning.types import TokenIds
 
 SPACE_MARK = "▁"  # U+2581, sentencepiece's visible space
@@ -39,29 +40,6 @@ def _steps(component: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
     return list(component[key]) if component["type"] == "Sequence" else [component]
 
 
-def _specification(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(backend, Tokenizer):
-        raise ValueError(
-            f"tokenizer {tokenizer.name_or_path!r} ({type(tokenizer).__name__}) is not a fast tokenizer (tokenizer.json); use a model that has one"
-        )
-    specification: dict[str, Any] = json.loads(backend.to_str())
-    return specification
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Sixteen hex digits over vocabulary, merges and added tokens: equal for equal tokenizers, wherever they were loaded from.
-
-    Raises ValueError for a tokenizer without a ``tokenizer.json`` backend.
-    """
-    specification = _specification(tokenizer)
-    model = specification["model"]
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
-    added = sorted((token["id"], token["content"]) for token in specification["added_tokens"])
-    canonical = json.dumps([model["type"], model["vocab"], merges, added], sort_keys=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-
 def start_ids(tokenizer: PreTrainedTokenizerBase) -> TokenIds:
     """What the tokenizer puts in front of every text: a begin-of-text token (Llama 3), or nothing (Qwen, SmolLM2)."""
     bos_id, first_ids = tokenizer.bos_token_id, tokenizer("").input_ids[:1]
@@ -79,7 +57,7 @@ class TokenBytes:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        specification = _specification(tokenizer)
+        specification = read_specification(tokenizer)
         self._name = tokenizer.name_or_path
         model = specification["model"]
         pre_tokenizers = _steps(specification["pre_tokenizer"], "pretokenizers")
@@ -121,13 +99,17 @@ class TokenBytes:
         """Whether the id is a marker that plain text never contains: an added token, declared special or not."""
         return token_id in self._special_ids
 
+    def plain_text(self, text: str) -> str:
+        """The text as its tokens have it, character by character: with byte fallback a U+2581 is a space."""
+        return text if self._is_byte_level else text.replace(SPACE_MARK, " ")
+
     def encode_plain(self, text: str) -> TokenIds:
         """Token ids of a text in which ``</think>`` or ``<|im_end|>`` are characters like any others.
 
         Raises ValueError for a text that the tokenizer cannot express: some vocabularies lack a few bytes (SmolLM2 has no U+0004), and a Tokenizer
         would drop them without a word. A lone surrogate raises UnicodeEncodeError, which is a ValueError too.
         """
-        text = text if self._is_byte_level else text.replace(SPACE_MARK, " ")
+        text = self.plain_text(text)
         expected = text.encode()
         ids: TokenIds = tuple(self._plain.encode(text, add_special_tokens=False).ids)
         if self.join(ids) != expected:

@@ -25,6 +25,7 @@ from rpt_lightning.metrics.run_folder import ANSWER_FOLDER, ROLLOUT_FOLDER, VALI
 from rpt_lightning.rollout.engine import EngineLost
 from rpt_lightning.training.checkpoint_check import checkpoint_damage
 from rpt_lightning.training.checkpoint_io import StreamedCheckpointIO, files_of, flush_to_disk
+from rpt_lightning.training.sync_check import SyncError
 
 FOLDER = "checkpoints"
 _PARTIAL = ".partial"
@@ -53,7 +54,8 @@ class RunCheckpoint(Checkpoint):
         self.resumes_from: str | None = None  # the checkpoint that this rank found; None: a new run
         self.start_step: int | None = None  # where training began in this process, on every rank; None: not yet
         self._saved_step = 0
-        self._step_end: dict[str, Any] = {}  # where Lightning's loops stood at the end of the last step
+        self._step_end: dict[str, Any] = {}  # where Lightning's loops and the data stood at the end of the last step
+        self._is_as_at_step_end = False  # whether the policy is still what it was then
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # A strategy that writes shards does not use it.
@@ -84,13 +86,23 @@ class RunCheckpoint(Checkpoint):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._step_end = {"epoch": trainer.current_epoch, "fit_loop": copy.deepcopy(trainer.fit_loop.state_dict())}
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if data is not None and (state := data.state_dict()):
+            self._step_end["data"] = {type(data).__qualname__: copy.deepcopy(state)}
+        self._is_as_at_step_end = True
         if trainer.global_step - self._saved_step >= self.every_n_steps:
             self.save(trainer)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self._is_as_at_step_end = False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # Saving is a collective: several ranks save only what ends all of them at one place (`saved_when_lost`).
+        if trainer.world_size == 1 and trainer.state.fn == TrainerFn.FITTING and not isinstance(exception, (SystemExit, CheckpointNotWritten)):
+            self.save_last_step(trainer)
         # A run that was asked to stop (SystemExit) says so itself, and nothing is said of one that had not begun.
         if self.start_step is not None and not isinstance(exception, (SystemExit, CheckpointNotWritten)):
             rank_zero_info(f"stopped at step {trainer.global_step}. {_way_on(_folder(trainer))}")
@@ -99,6 +111,7 @@ class RunCheckpoint(Checkpoint):
         # The next step may have begun, or a validation: neither is in the weights.
         if self._step_end:
             checkpoint["epoch"], checkpoint["loops"]["fit_loop"] = self._step_end["epoch"], self._step_end["fit_loop"]
+            checkpoint |= self._step_end.get("data", {})
 
     def save(self, trainer: Trainer) -> None:
         """The policy as of the end of its last step, on every rank, while no step changes it. Nothing where that step is saved already."""
@@ -109,6 +122,7 @@ class RunCheckpoint(Checkpoint):
         partial = path.with_name(path.name + _PARTIAL)
         try:
             if trainer.is_global_zero:
+                folder.mkdir(parents=True, exist_ok=True)  # it may have been deleted since
                 _remove(partial)  # of a run that was killed
             trainer.save_checkpoint(partial, weights_only=False)  # the optimizer too
             if trainer.is_global_zero:
@@ -129,6 +143,15 @@ class RunCheckpoint(Checkpoint):
         self._saved_step = trainer.global_step
         rank_zero_info(f"checkpoint: {path}")
 
+    def save_last_step(self, trainer: Trainer) -> None:
+        """As ``save``, for a run that ends in the middle of a step: nothing once that step has begun to change the policy, and no error."""
+        if self.start_step is None or not self._is_as_at_step_end:
+            return
+        try:
+            self.save(trainer)
+        except Exception as failed:  # why the run ends matters more
+            rank_zero_info(str(failed))
+
     def _prune(self, folder: Path) -> None:
         steps = checkpoint_steps(folder)
         for step in steps[: -self.keep]:
@@ -140,20 +163,22 @@ class RunCheckpoint(Checkpoint):
 
 @contextlib.contextmanager
 def saved_when_lost(trainer: Trainer) -> Iterator[None]:
-    """For what needs the engine while a run trains: where that is lost, on every rank, the last step is saved before the error goes on.
+    """For what needs the engine while a run trains: where that is lost or not the policy, on every rank, the last step is saved before the error goes on.
 
     Not in ``on_exception``: Lightning does not call that in processes that it spawned.
     """
     try:
         yield
-    except EngineLost:
-        for callback in trainer.checkpoint_callbacks if trainer.state.fn == TrainerFn.FITTING else ():
-            if isinstance(callback, RunCheckpoint) and callback.start_step is not None:
-                try:
-                    callback.save(trainer)
-                except CheckpointNotWritten as failed:  # why the run ends matters more
-                    rank_zero_info(str(failed))
+    except (EngineLost, SyncError):
+        save_last_step(trainer)
         raise
+
+
+def save_last_step(trainer: Trainer) -> None:
+    """What a run that is about to end with an error has done, where it trains. A collective, and no error."""
+    for callback in trainer.checkpoint_callbacks if trainer.state.fn == TrainerFn.FITTING else ():
+        if isinstance(callback, RunCheckpoint):
+            callback.save_last_step(trainer)
 
 
 def checkpoint_steps(folder: Path) -> list[int]:

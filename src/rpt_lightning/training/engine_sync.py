@@ -7,21 +7,34 @@ from collections.abc import Sequence
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from rpt_lightning.policy.weights import named_weights
 from rpt_lightning.rollout.rollouter import Rollouter
+from rpt_lightning.training.closer_look import CloserLook, folder_contradiction
+from rpt_lightning.training.logprob_diff import LogprobDiff, exceeded, has_heavy_tail, logprob_limits
+from rpt_lightning.training.logprob_samples import Scored, drawn_completions, drawn_tokens, score_samples
 from rpt_lightning.training.policy_module import PolicyModule
-from rpt_lightning.training.sync_check import LogprobDiff, check_logprobs, check_weights, compare_logprobs, logprob_limits, sampled_names
-from rpt_lightning.types import RolloutGroup, Task, TrainSequence
+from rpt_lightning.training.sync_check import SyncError, check_weights, sampled_names
+from rpt_lightning.types import RolloutGroup, Task
 
 # Of a completion that is drawn only to compare its log-probs.
 TRIAL_TOKENS = 32
+# Tokens of a rank that are compared after each sync, drawn from all tokens of `verify_sequences` completions: limits mean the same for any length.
+MAX_TOKENS = 4096
+# How many times as many completions a closer look takes.
+CLOSER_LOOK = 16
+METRICS = (
+    *(f"sync/logprob_diff_{name}" for name in ("mean", "median", "p99", "max")),
+    "sync/logprob_outlier_frac",
+    "sync/compared_tokens",
+    "sync/closer_looks",
+)
 
 
 class EngineSync:
     """An engine whose weights are not the policy's is found by the version that it acknowledges, by tensors that are read back from it, and by its
-    log-probs; each raises SyncError.
+    log-probs; each raises SyncError, on every rank where one of them finds it, so that a checkpoint can still be written.
 
     Args:
         rollouter: Holds the engine.
@@ -39,6 +52,8 @@ class EngineSync:
         self.verify_sequences = verify_sequences
         self.logprob_tolerance = logprob_tolerance
         self._num_weight_checks = 0
+        self._num_closer_looks = 0
+        self._has_warned_of_tail = False
 
     def sync(self, module: PolicyModule) -> None:
         """Starts the engine where it is not started, and brings it to the policy's version. A collective."""
@@ -49,10 +64,29 @@ class EngineSync:
         with module.clock.phase("sync"):
             if self.engine.version != module.policy_version:
                 self.engine.update_weights(named_weights(module.policy), version=module.policy_version)
-                # Gathered once more, but only what is compared.
-                sampled = named_weights(module.policy, sampled_names(self.engine.weight_names, self._num_weight_checks))
-                check_weights(self.engine, sampled, version=module.policy_version, turn=self._num_weight_checks)
+                self._check_weights(module)
                 self._num_weight_checks += 1
+
+    def _check_weights(self, module: PolicyModule) -> None:
+        """Raises SyncError. A collective."""
+        found: SyncError | None = None
+        # Gathered once more, but only what is compared.
+        sampled = named_weights(module.policy, sampled_names(self.engine.weight_names, self._num_weight_checks))
+        try:
+            check_weights(self.engine, sampled, version=module.policy_version, turn=self._num_weight_checks)
+        except SyncError as error:
+            found, contradiction = error, folder_contradiction(module.policy)
+            if contradiction is not None:
+                found = SyncError(f"{contradiction}. Found at {error}", culprit="folder")
+        self._end_together(module, found)
+
+    @staticmethod
+    def _end_together(module: PolicyModule, found: SyncError | None) -> None:
+        """Raises SyncError on every rank where one of them found something. A collective."""
+        if module.ranks.any(found is not None):
+            reports = [report for report in module.ranks.gather(found and (str(found), found.culprit)) if report]
+            message, culprit = reports[0] if reports else ("another rank says what", "engine")
+            raise found or SyncError(f"on another rank: {message}", culprit=culprit)
 
     def try_out(self, trainer: Trainer, module: PolicyModule, tasks: Sequence[Task]) -> dict[str, float]:
         """As ``check_logprobs``, of the beginnings of completions that are drawn for this only: where those that are trained are of earlier weights."""
@@ -62,31 +96,53 @@ class EngineSync:
 
     @torch.no_grad()
     def check_logprobs(self, trainer: Trainer, module: PolicyModule, groups: Sequence[RolloutGroup], *, temperature: float) -> dict[str, float]:
-        """Compares the engine's log-probs of a few completions of the present weights with the policy's. A collective."""
+        """Compares the engine's log-probs of a few completions of the present weights with the policy's. A collective.
+
+        Where they disagree, more of the completions are looked at, also by transformers itself (closer_look.py), before SyncError is raised.
+        """
         if self.verify_sequences == 0:
             return {}
-        fresh = [(group, completion) for group in groups for completion in group.completions][: self.verify_sequences]
-        sequences = [TrainSequence(prompt_ids=group.prompt_ids, target_ids=completion.token_ids) for group, completion in fresh]
-        width = max((len(sequence.target_ids) for sequence in sequences), default=0)
-        ours, theirs, mask = torch.zeros(len(fresh), width), torch.zeros(len(fresh), width), torch.zeros(len(fresh), width, dtype=torch.bool)
-        with trainer.precision_plugin.forward_context():
-            device = module.device.type
-            policy_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-            for tree, logprobs, _ in module.score_packed(sequences, temperature=temperature):
-                rows = tree.unpack(logprobs).cpu()
-                for row, index in enumerate(tree.sequence_indices):
-                    length = len(sequences[index].target_ids)
-                    ours[index, :length] = rows[row, :length]
-                    theirs[index, :length] = torch.tensor(fresh[index][1].rollout_logprobs)
-                    mask[index, :length] = True
-        difference = compare_logprobs(theirs, ours, mask) if fresh else LogprobDiff(mean=0.0, p99=0.0, max=0.0)
-        check_logprobs(difference, self._limits(policy_dtype), version=module.policy_version)
+        version = module.policy_version
+        few = drawn_completions(groups, self.verify_sequences, seed=(self.seed, version))
+        scored, policy_dtype = score_samples(trainer, module, few, temperature=temperature)
+        difference = self._difference(scored, version)
+        limits = logprob_limits(self.engine.dtype, policy_dtype).times(self.logprob_tolerance)
+        if module.ranks.any(difference is not None and bool(exceeded(difference, limits))):
+            self._look_closer(trainer, module, groups, temperature=temperature)
+        elif difference is not None and has_heavy_tail(difference, limits) and not self._has_warned_of_tail:
+            self._has_warned_of_tail = True
+            rank_zero_warn(
+                f"version {version}: single tokens' log-probs differ much between engine and policy (of {difference.num_tokens} the largest by "
+                f"{difference.max:.2g} nats), the mean does not ({difference.mean:.2g}). In bf16 rare tokens may; sync/logprob_outlier_frac counts them, "
+                "and this is said once"
+            )
+        if difference is None:
+            return dict.fromkeys(METRICS, 0.0) | {"sync/closer_looks": float(self._num_closer_looks)}
         return {
             "sync/logprob_diff_mean": difference.mean,
+            "sync/logprob_diff_median": difference.median,
             "sync/logprob_diff_p99": difference.p99,
             "sync/logprob_diff_max": difference.max,
+            "sync/logprob_outlier_frac": difference.num_above(limits.p99) / difference.num_tokens,
+            "sync/compared_tokens": float(difference.num_tokens),
+            "sync/closer_looks": float(self._num_closer_looks),
         }
 
-    def _limits(self, policy_dtype: torch.dtype) -> LogprobDiff:
-        limits, factor = logprob_limits(self.engine.dtype, policy_dtype), self.logprob_tolerance
-        return LogprobDiff(mean=limits.mean * factor, p99=limits.p99 * factor, max=limits.max * factor)
+    def _difference(self, scored: Scored, version: int) -> LogprobDiff | None:
+        """None where there is nothing to compare."""
+        values = (scored.engine - scored.policy).abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
+        if values.isfinite().all():  # else the draw might leave out what is not
+            values = values[drawn_tokens(values.numel(), MAX_TOKENS, seed=(self.seed, version))]
+        return LogprobDiff(values) if values.numel() else None
+
+    def _look_closer(self, trainer: Trainer, module: PolicyModule, groups: Sequence[RolloutGroup], *, temperature: float) -> None:
+        """Raises SyncError unless more tokens, at higher precision, say that all is well. A collective."""
+        self._num_closer_looks += 1
+        more = drawn_completions(groups, CLOSER_LOOK * self.verify_sequences, seed=(self.seed, module.policy_version))
+        look = CloserLook.at(trainer, module, more, temperature=temperature, seed=self.seed)
+        found = look.error(module, engine_dtype=self.engine.dtype, tolerance=self.logprob_tolerance)
+        self._end_together(module, found)
+        rank_zero_warn(
+            f"version {module.policy_version}: log-probs of engine and policy seemed to differ too much; over more tokens both agree with transformers' own "
+            f"({look.summary()}), so the run goes on. Where this comes often, look at sync/logprob_diff_mean"
+        )

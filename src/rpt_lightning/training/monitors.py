@@ -56,7 +56,8 @@ class StepLog(Callback):
         assert isinstance(pl_module, PolicyModule)
         stale = pl_module.take_stale_metrics()
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if not name.startswith("val/") and name not in stale}
-        with (Path(trainer.default_root_dir) / STEP_LOG).open("a") as file:
+        path = Path(trainer.default_root_dir) / STEP_LOG
+        with pl_module.written_or_ended(str(path)), path.open("a") as file:
             file.write(json.dumps({"step": trainer.global_step, "time": time.time(), **metrics}) + "\n")
         print(self._line(trainer, metrics), flush=True)
 
@@ -145,7 +146,8 @@ class RolloutSamples(Callback):
             for group in groups
         ]
         path = Path(trainer.default_root_dir) / ROLLOUT_FOLDER / f"step-{trainer.global_step:06d}.jsonl"
-        write_samples(itertools.chain.from_iterable(samples), path)
+        with pl_module.written_or_ended(str(path)):
+            write_samples(itertools.chain.from_iterable(samples), path)
         self._show([group_samples[0] for group_samples in samples[: self.num_samples]], trainer)
 
     def _show(self, samples: list[RolloutSample], trainer: Trainer) -> None:

@@ -19,19 +19,24 @@ def settings_of(optimizer: Optimizer) -> list[Settings]:
 def apply_settings(optimizer: Optimizer, given: Sequence[Settings], *, is_scheduled: bool) -> None:
     """Puts the given settings in the place of those that a checkpoint has brought, and says what changes.
 
-    Raises ValueError for another lr where a scheduler drives it: the scheduler's state is that of the old one.
+    With a scheduler ``given`` are the settings after it was made, since some schedulers (OneCycleLR) set the lr that they begin with. Raises ValueError for
+    another lr where a scheduler drives it: the scheduler's state is that of the old one.
     """
     for group, wanted in zip(optimizer.param_groups, given, strict=True):
-        if is_scheduled and group.get("initial_lr", wanted["lr"]) != wanted["lr"]:
+        if lacking := sorted(wanted.keys() - group.keys() - {"initial_lr"}):
             raise ValueError(
-                f"model.optimizer: the checkpoint's lr scheduler goes from lr {group['initial_lr']:g}, and lr {wanted['lr']:g} is given. Give the former, or "
+                f"--model.optimizer {type(optimizer).__name__}: the checkpoint is of another optimizer, without {', '.join(lacking)}; give the one that "
+                "the run began with, or start a new run from what `rpt export` makes of the checkpoint"
+            )
+        wanted_lr = wanted.get("initial_lr", wanted["lr"])
+        if is_scheduled and group.get("initial_lr", wanted_lr) != wanted_lr:
+            raise ValueError(
+                f"model.optimizer: the checkpoint's lr scheduler goes from lr {group['initial_lr']:g}, and lr {wanted_lr:g} is given. Give the former, or "
                 "start a new run from what `rpt export` makes of the checkpoint"
             )
-        changed = {
-            name: value
-            for name, value in wanted.items()
-            if name in group and not _equal(group[name], value) and not (is_scheduled and name == "lr")  # which is where the schedule has come to
-        }
+        # What a schedule moves is where the schedule has come to. OneCycleLR and CyclicLR may move the momentum, and mark groups where they do.
+        driven = {"lr", *(("momentum", "betas") if "base_momentum" in group else ())} if is_scheduled else set()
+        changed = {name: value for name, value in wanted.items() if name in group and not _equal(group[name], value) and name not in driven}
         if changed:
             rank_zero_info("optimizer, from here on as given: " + ", ".join(f"{name} {value} (was {group[name]})" for name, value in changed.items()))
             group.update(changed)

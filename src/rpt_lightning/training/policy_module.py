@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -19,11 +20,14 @@ from rpt_lightning.policy.flops import Work, add_works, tree_work
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.packing import PackedTree
 from rpt_lightning.policy.sharding import materialize_sharded
-from rpt_lightning.tasks.token_bytes import start_ids, tokenizer_hash
+from rpt_lightning.pretrained.specification import has_hash, tokenizer_hash
+from rpt_lightning.tasks.token_bytes import start_ids
+from rpt_lightning.training.checkpoint import save_last_step
 from rpt_lightning.training.checkpoint_file import check_about
 from rpt_lightning.training.cpu_precision import bf16_is_slow
 from rpt_lightning.training.heldout_answers import HeldoutAnswer
 from rpt_lightning.training.limits import check_number
+from rpt_lightning.training.optimizer_kinds import check_kinds, check_same_kinds, kinds_of
 from rpt_lightning.training.optimizer_settings import apply_settings, settings_of
 from rpt_lightning.training.ranks import Ranks
 from rpt_lightning.training.step_clock import StepClock
@@ -77,6 +81,10 @@ class PolicyModule(LightningModule, ABC):
         self.max_skipped_steps = max_skipped_steps
         self.num_skipped_steps = 0
         self._skipped_in_a_row = 0
+        self._last_not_finite = ""
+        self._not_written: RuntimeError | None = None
+        self._kinds: dict[str, str | None] | None = None  # of optimizer and scheduler
+        self._saved_kinds: dict[str, str | None] | None = None  # those of the checkpoint that this run goes on from
         # Of this rank, since the start of the process:
         self.generated_work = Work()  # by the engine for training
         self.scored_work = Work()  # through the policy without a gradient
@@ -122,8 +130,13 @@ class PolicyModule(LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self.policy.parameters())
+        scheduler = None if self.make_lr_scheduler is None else self.make_lr_scheduler(optimizer)
+        check_kinds(optimizer, scheduler)
         self._given_settings = settings_of(optimizer)
-        return optimizer if self.make_lr_scheduler is None else ([optimizer], [self.make_lr_scheduler(optimizer)])
+        self._kinds = kinds_of(optimizer, scheduler)
+        if self._saved_kinds is not None:
+            check_same_kinds(self._kinds, self._saved_kinds)
+        return optimizer if scheduler is None else ([optimizer], [scheduler])
 
     def on_train_start(self) -> None:
         apply_settings(self.optimizers(use_pl_optimizer=False), self._given_settings, is_scheduled=self.make_lr_scheduler is not None)  # type: ignore[arg-type]
@@ -152,6 +165,7 @@ class PolicyModule(LightningModule, ABC):
             "global_step": self.global_step,
             "num_skipped_steps": self.num_skipped_steps,
             "skipped_in_a_row": self._skipped_in_a_row,
+            "kinds": self._kinds,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -160,7 +174,7 @@ class PolicyModule(LightningModule, ABC):
             raise ValueError("ckpt_path: this is not a checkpoint of rpt-lightning; give a file from a run folder's checkpoints/")
         check_about(saved, "ckpt_path", resumes=True)
         # Not the checkpoint's "state_dict": a strategy with sharded weights takes it out before it calls this.
-        if saved["tokenizer_hash"] != self.tokenizer_hash or saved["weight_shapes"] != self._weight_shapes:
+        if not has_hash(self.tokenizer, saved["tokenizer_hash"]) or saved["weight_shapes"] != self._weight_shapes:
             raise ValueError(
                 f"ckpt_path: the checkpoint holds the model of {saved['policy_path']}, the config has model.policy.path={self.policy.path}, and their "
                 "tokenizers or weight shapes differ; give the checkpoint's own model, or another checkpoint"
@@ -168,6 +182,10 @@ class PolicyModule(LightningModule, ABC):
         self._loaded_step = saved["global_step"]
         self.num_skipped_steps = saved["num_skipped_steps"]
         self._skipped_in_a_row = saved["skipped_in_a_row"]
+        is_training = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        self._saved_kinds = saved.get("kinds") if is_training else None  # not in a checkpoint of an earlier version
+        if self._saved_kinds is not None and self._kinds is not None:  # with shards the optimizer comes first
+            check_same_kinds(self._kinds, self._saved_kinds)
 
     @property
     def ranks(self) -> Ranks:
@@ -221,14 +239,22 @@ class PolicyModule(LightningModule, ABC):
             optimizer.zero_grad(set_to_none=True)
             self.num_skipped_steps += 1
             self._skipped_in_a_row += 1
-            if self._skipped_in_a_row >= self.max_skipped_steps:
-                raise RuntimeError(
-                    f"loss {loss.item()} and gradient norm {norm.item()} at step {self.global_step}: {self._skipped_in_a_row} steps in a row were not finite, "
-                    "so the run stops; the last checkpoint is from before them. Lower model.optimizer.lr, or look at the samples of these steps"
-                )
+            self._last_not_finite = f"loss {loss.item()} and gradient norm {norm.item()}"
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Behind all callbacks, and behind the last of a batch's optimizer steps: what is saved here can be resumed."""
+        if self.ranks.any(self._not_written is not None):
+            save_last_step(self.trainer)
+            raise self._not_written or RuntimeError("another rank cannot write into the run folder, and says why")
+        if self._skipped_in_a_row >= self.max_skipped_steps:
+            save_last_step(self.trainer)
+            raise RuntimeError(
+                f"{self._last_not_finite} at step {self.global_step}: {self._skipped_in_a_row} steps in a row were not finite, so the run stops; they "
+                "changed no weight. Go on from the last checkpoint with a lower model.optimizer.lr, or look at the samples of these steps"
+            )
 
     def score_packed(self, sequences: Sequence[TrainSequence], **options: Any) -> Iterator[tuple[PackedTree, Tensor, Tensor]]:
         """Each packed tree with what the policy's ``forward`` gives for it; ``options`` go to ``forward``. Take all of it.
@@ -255,6 +281,16 @@ class PolicyModule(LightningModule, ABC):
             for name, value in metrics.items():
                 self.log(name, float(value), on_step=True, on_epoch=False, prog_bar=name in PROGRESS_BAR_METRICS)
         self._logged.update(metrics)
+
+    @contextmanager
+    def written_or_ended(self, what: str) -> Iterator[None]:
+        """For a callback that writes at the end of a step: where it cannot, the run ends behind all callbacks, with a checkpoint."""
+        try:
+            yield
+        except OSError as error:
+            self._not_written = self._not_written or RuntimeError(
+                f"cannot write {what} at step {self.global_step}: {error}. Is the disk full, or was the run folder deleted or moved while the run went on?"
+            )
 
     def take_stale_metrics(self) -> set[str]:
         """What earlier steps logged and this one did not, such as a phase that it did not have: Lightning's ``callback_metrics`` still holds it."""

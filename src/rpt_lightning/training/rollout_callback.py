@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from rpt_lightning.rollout.engine import EngineLost, RolloutEngine
+from rpt_lightning.rollout.engine import RolloutEngine
 from rpt_lightning.rollout.pilot import PilotRollout
 from rpt_lightning.rollout.rollouter import Rollouter
 from rpt_lightning.tasks.objective import BoundObjective, Objective
@@ -53,13 +53,15 @@ class RolloutCallback(Callback):
         short and dead. None: every task gets a whole group. It changes how much tasks count (docs/decisions.md).
     stop_after_first_box: A completion ends with the token that completes its first box behind the thought, instead of with the policy's own end. A
         change of the paper's rule (docs/decisions.md), for validation too.
-    verify_sequences: Fresh completions whose log-probs are compared with the policy's after each sync; 0 turns the comparison off.
+    verify_sequences: Fresh completions whose log-probs are compared with the policy's after each sync; 0 turns the comparison off. Where they seem to
+        disagree, 16 times as many are compared, also with transformers' own, before the run is ended.
     logprob_tolerance: Factor on the limits of that comparison, which are those of the coarser dtype of engine and policy.
     max_staleness: 0: a step's rollouts come from the very policy that they train (the paper). Otherwise the rollouts of the next steps are generated while the
         policy trains, by weights that are at most so many optimizer steps behind it when they are trained; this needs ``model.correction``.
     eval_samples: Further completions of each validation position, at ``temperature``, for avg@k and pass@k; 0 draws none. A held-out question is answered
         so many times instead of once, greedily.
-    thought_controls: Also answer each validation position after an empty and after a shuffled thought, and each held-out question without a thought.
+    thought_controls: Also answer each validation position after an empty thought, a shuffled one and filler of equal length, and each held-out question
+        without a thought.
     """
 
     def __init__(
@@ -102,7 +104,7 @@ class RolloutCallback(Callback):
         check_number("rollout.dynamic_sampling_from_step", dynamic_sampling_from_step, least=0, hint=", or null for no dynamic sampling")
         check_number("rollout.dynamic_sampling_max_factor", dynamic_sampling_max_factor, least=1)
         check_number("rollout.verify_sequences", verify_sequences, least=0, hint="; 0 compares no log-probs")
-        check_number("rollout.logprob_tolerance", logprob_tolerance, above=0)
+        check_number("rollout.logprob_tolerance", logprob_tolerance, above=0, hint=", a factor on limits; verify_sequences 0 turns them off")
         self.engine = engine
         self.objective = objective
         self.group_size = group_size
@@ -140,6 +142,8 @@ class RolloutCallback(Callback):
         if self.objective is None:
             raise ValueError("rollout.objective is not set: say what the policy is asked and paid for, e.g. --rollout.objective Objective")
         self.bound_objective = self.objective.bind(pl_module.tokenizer)
+        prompt = self.bound_objective.prompt
+        pl_module.policy.check_ids(prompt.prompt_ids(()) + prompt.answer_open_ids + prompt.answer_close_ids + prompt.stop_token_ids)
         say_unlike_answers(getattr(trainer, "datamodule", None), self.objective.reward)
         is_async = stage == "fit" and self.max_staleness > 0 and pl_module.learns_from_rollouts
         if is_async:
@@ -243,11 +247,7 @@ class RolloutCallback(Callback):
         pl_module.clock.take()  # what came after the end of the step before, such as a validation
         self._step_start = time.perf_counter()
         with saved_when_lost(trainer):
-            try:
-                rollouts = self._roll_out(trainer, pl_module, batch["tasks"]) if self._ahead is None else self._ahead.next()
-            except EngineLost:
-                trainer.datamodule.return_step()  # type: ignore[attr-defined]
-                raise
+            rollouts = self._roll_out(trainer, pl_module, batch["tasks"]) if self._ahead is None else self._ahead.next()
         filled, metrics = rollouts.filled, rollouts.metrics
         pl_module.generated_work += rollouts.work
         batch["rollouts"] = TrainBatch(groups=filled.groups, sampling=self._sampling)

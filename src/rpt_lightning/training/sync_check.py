@@ -6,42 +6,34 @@
    step too: of a tiny model 4 % of the matrices' entries move and no norm does. Tensors that are equal after rounding are
    genuinely what the engine should compute with, whichever step they come from; the version still tells the steps apart.
    Of embedding and head some columns: read whole, they took a third of a hand-over (rollout/weight_part.py).
-3. Log-probs: the engine's of its own completions against the policy's. This sees what a tensor cannot: another rotary base, a
-   wrong temperature, a stale prefix cache, a kernel that computes something else.
+3. Log-probs: the engine's of its own completions against the policy's (logprob_diff.py). This sees what a tensor cannot: another
+   rotary base, a wrong temperature, a stale prefix cache, a kernel that computes something else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from rpt_lightning.rollout.engine import RolloutEngine
 from rpt_lightning.rollout.weight_part import part_name, split_part, take
+from rpt_lightning.training.logprob_diff import LogprobDiff, LogprobLimits, exceeded
+
+Culprit = Literal["engine", "policy", "folder"]
 
 
 class SyncError(RuntimeError):
-    """Engine and policy disagree: what the engine generates would be trained as if the policy had said it."""
+    """Engine and policy disagree: what the engine generates would be trained as if the policy had said it.
 
+    ``culprit`` is what computes or says something else: the engine, the policy's own way of computing, or the model's folder.
+    """
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LogprobDiff:
-    """Absolute differences of log-probs, in nats, or limits for them."""
+    def __init__(self, message: str, *, culprit: Culprit = "engine") -> None:
+        super().__init__(message)
+        self.culprit = culprit
 
-    mean: float
-    p99: float
-    max: float
-
-
-# Baselines, measured with vLLM on CPU and SmolLM2-135M over 400 tokens (mean / p99 / max): fp32 against fp32 7e-6 / 3e-5 / 5e-5;
-# bf16 against bf16 autocast 0.045 / 0.26 / 0.37; one side bf16, the other fp32 0.03 / 0.18 / 0.25 and 0.04 / 0.19 / 0.35. That noise does
-# not shrink with the size of an update; a stale head differed by 0.27 and more. The largest of many tokens is the loosest witness.
-LOGPROB_LIMITS = {
-    torch.float32: LogprobDiff(mean=1e-4, p99=5e-4, max=1e-3),
-    torch.bfloat16: LogprobDiff(mean=0.12, p99=0.8, max=3.0),
-}
 
 NUM_TENSORS = 8  # that are compared at a time, besides embedding and head
 
@@ -106,28 +98,9 @@ def check_weights(
         )
 
 
-def compare_logprobs(rollout_logprobs: Tensor, policy_logprobs: Tensor, mask: Tensor) -> LogprobDiff:
-    """``|rollout - policy|`` over the tokens of the mask. All [N, T]; both of the tempered distribution. Raises ValueError for an empty mask."""
-    diff = (rollout_logprobs.double() - policy_logprobs.double()).abs()[mask.bool()]
-    if diff.numel() == 0:
-        raise ValueError("no token to compare log-probs of")
-    # NaN (a policy or an engine that broke down) must not slip through a comparison with a limit.
-    diff = diff.nan_to_num(nan=torch.inf, posinf=torch.inf)
-    # kthvalue, not quantile, which refuses more than 16 million elements.
-    p99 = diff.kthvalue(max(1, round(0.99 * diff.numel()))).values
-    return LogprobDiff(mean=diff.mean().item(), p99=p99.item(), max=diff.max().item())
-
-
-def logprob_limits(engine_dtype: torch.dtype, policy_dtype: torch.dtype) -> LogprobDiff:
-    """The limits of the coarser of the two dtypes."""
-    return max(LOGPROB_LIMITS[engine_dtype], LOGPROB_LIMITS[policy_dtype], key=lambda limits: limits.max)
-
-
-def check_logprobs(diff: LogprobDiff, limits: LogprobDiff, *, version: int) -> None:
+def check_logprobs(diff: LogprobDiff, limits: LogprobLimits, *, version: int) -> None:
     """Question 3. Raises SyncError."""
-    pairs = [("mean", diff.mean, limits.mean), ("p99", diff.p99, limits.p99), ("max", diff.max, limits.max)]
-    over = [f"{name} {value:.2g} > {limit:.2g}" for name, value, limit in pairs if not value <= limit]
-    if over:
+    if over := exceeded(diff, limits):
         raise SyncError(
             f"version {version}: log-probs of engine and policy differ too much, in nats: {', '.join(over)}. Either the engine computes "
             "with other weights, another temperature or a stale cache, or the limits are too tight for this model: raise them only after looking"

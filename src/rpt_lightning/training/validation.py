@@ -51,6 +51,7 @@ def position_result(task: TokenTask, *, ntp_correct: bool, ntp_logprob: float, c
         ntp_logprob=ntp_logprob,
         token_kind=token_kind(task.continuation[0]),
         context_tokens=context_tokens,
+        fields=dict(task.fields) or None,
         **measured,
     )
 

@@ -94,6 +94,7 @@ def results(accuracy: float, ntp_accuracy: float, num_documents: int, step: int,
                     length=draw.randint(8, 30),
                     empty_thought_correct=draw.random() < ntp_accuracy * harder,
                     shuffled_thought_correct=draw.random() < 0.2 * harder,
+                    fields={"depth": 1 + document % 4},
                 )
             )
     return Results(positions=tuple(positions), policy_path="models/synthetic", step=step)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rpt_lightning.evaluation.compare import Difference, paired_bootstrap
 from rpt_lightning.evaluation.table import Rate, above
 from rpt_lightning.metrics.bands import BANDS
-from rpt_lightning.metrics.results import Results
+from rpt_lightning.metrics.results import PositionResult, Results
 
 ALL = "all"
 THRESHOLDS: dict[str, float] = {ALL: float("-inf"), **BANDS}
@@ -43,16 +43,20 @@ def accuracy_points(validations: Mapping[int, Results], band: str) -> list[Accur
 
 def reasoning_minus_ntp(results: Results, band: str = ALL) -> Difference | None:
     """The paired difference of the same weights at the same positions; None where reasoning was not measured there."""
-    return _paired(results, band, "ntp_correct")
+    return _paired(above(results.positions, THRESHOLDS[band]), "ntp_correct")
+
+
+def reasoning_minus_ntp_at(positions: Sequence[PositionResult]) -> Difference | None:
+    """The same at some positions of one evaluation."""
+    return _paired(positions, "ntp_correct")
 
 
 def reasoning_minus_empty_thought(results: Results) -> Difference | None:
     """What the thought is worth: against the same weights' answer after an empty thought, where that control was measured."""
-    return _paired(results, ALL, "empty_thought_correct")
+    return _paired(results.positions, "empty_thought_correct")
 
 
-def _paired(results: Results, band: str, without: str) -> Difference | None:
-    positions = above(results.positions, THRESHOLDS[band])
+def _paired(positions: Sequence[PositionResult], without: str) -> Difference | None:
     pairs = [(getattr(p, without), p.reasoning_correct, p.doc_id) for p in positions if None not in (getattr(p, without), p.reasoning_correct)]
     if not pairs:
         return None

@@ -9,7 +9,7 @@ from rpt_lightning.evaluation.patterns import pattern_shares
 from rpt_lightning.evaluation.report.figures import all_figures
 from rpt_lightning.evaluation.report.page import Page, RolloutBlock, render
 from rpt_lightning.evaluation.report.rollout_data import compress_json, spread, step_data
-from rpt_lightning.evaluation.report.tables import difficulty_table, pattern_tables, run_table
+from rpt_lightning.evaluation.report.tables import difficulty_table, field_tables, pattern_tables, run_table
 from rpt_lightning.evaluation.report.verdict import verdicts
 from rpt_lightning.evaluation.run import Run, read_runs
 from rpt_lightning.evaluation.table import Rate
@@ -38,6 +38,7 @@ def report(runs: list[Path], *, output: Path = Path("report.html"), rollout_step
         runs=read,
         verdicts=verdicts(read),
         difficulty_tables=[table for run in read if (table := difficulty_table(run))],
+        field_tables=[table for run in read for table in field_tables(run)],
         run_table=run_table(read),
         pattern_tables=pattern_tables(patterns),
         figures=all_figures(read, patterns),

@@ -9,6 +9,7 @@ import numpy as np
 
 from rpt_lightning.evaluation.patterns import PATTERNS
 from rpt_lightning.evaluation.report.accuracy import ALL, THRESHOLDS, AccuracyPoint, accuracy_point, accuracy_points
+from rpt_lightning.evaluation.report.field_figures import field_curves
 from rpt_lightning.evaluation.report.plot import (
     COLOURS,
     SMOOTHING_STEPS,
@@ -39,6 +40,7 @@ def all_figures(runs: Sequence[Run], patterns: Mapping[str, Mapping[int, Mapping
     """Those for which the runs hold data."""
     figures = [
         accuracy_bars(runs),
+        *field_curves(runs),
         _curve(runs, "Reward", "mean reward of a completion", "reward/mean"),
         heldout_curve(runs),
         _curve(runs, "Completion length", "tokens, mean of a step", "rollout/length_mean"),

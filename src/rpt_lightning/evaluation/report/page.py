@@ -43,6 +43,7 @@ class Page:
     runs: Sequence[Run]
     verdicts: dict[str, list[Statement]]
     difficulty_tables: Sequence[Table]
+    field_tables: Sequence[Table]
     run_table: Table
     pattern_tables: Sequence[Table]
     figures: Sequence[Figure]

@@ -74,9 +74,16 @@ def finish(figure: go.Figure, section: str, title: str, note: str) -> Figure:
 
 
 def line(
-    steps: Sequence[float], values: Any, *, name: str, run: int | None, dash: str = "solid", shade: str | None = None, symbol: str | None = None
+    steps: Sequence[float | str],
+    values: Any,
+    *,
+    name: str,
+    run: int | None,
+    dash: str = "solid",
+    shade: str | None = None,
+    symbol: str | None = None,
 ) -> go.Scatter:
-    """One series over optimizer steps (or FLOPs), in the colour of its run or in ``shade``."""
+    """One series over optimizer steps (or FLOPs, or a field's values), in the colour of its run or in ``shade``."""
     import plotly.graph_objects as go
 
     return go.Scatter(

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from rpt_lightning.evaluation.patterns import PATTERNS, relative_change
-from rpt_lightning.evaluation.report.accuracy import ALL, THRESHOLDS, accuracy_point, reasoning_minus_ntp
+from rpt_lightning.evaluation.report.accuracy import ALL, THRESHOLDS, reasoning_minus_ntp, reasoning_minus_ntp_at
 from rpt_lightning.evaluation.report.verdict import points, reward_ends
 from rpt_lightning.evaluation.run import Run
 from rpt_lightning.evaluation.table import Rate, above
+from rpt_lightning.metrics.field_groups import field_groups, field_names
+from rpt_lightning.metrics.results import PositionResult
 
 NOT_MEASURED = "not measured"
+_ACCURACY_COLUMNS = ("positions", "by reasoning", "by NTP, same positions", "difference, 95 % interval", "ceiling")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,23 +34,36 @@ def difficulty_table(run: Run) -> Table | None:
         return None
     rows = []
     for band, threshold in THRESHOLDS.items():
-        positions = above(results.positions, threshold)
-        if not positions:
-            continue
-        point, difference = accuracy_point(results, band), reasoning_minus_ntp(results, band)
-        answerable = Rate.of([position.answerable for position in positions])
-        rows.append(
-            [
-                "all positions" if band == ALL else f"{band} (entropy > {threshold} nats)",
-                f"{len(positions):,}",
-                str(point.reasoning),
-                str(point.ntp),
-                points(difference) if difference else NOT_MEASURED,
-                f"{100 * answerable.mean:.1f} %",
-            ]
-        )
-    columns = ["difficulty", "positions", "by reasoning", "by NTP, same positions", "difference, 95 % interval", "ceiling"]
-    return Table(caption=f"{run.name} at step {results.step}", columns=columns, rows=rows)
+        if positions := above(results.positions, threshold):
+            rows.append(_accuracy_row("all positions" if band == ALL else f"{band} (entropy > {threshold} nats)", positions))
+    return Table(caption=f"{run.name} at step {results.step}", columns=["difficulty", *_ACCURACY_COLUMNS], rows=rows)
+
+
+def field_tables(run: Run) -> list[Table]:
+    """The last validation by each field that the corpus knows: a row a value, or a range of values."""
+    results = run.last_validation
+    if results is None:
+        return []
+    tables = []
+    for name in field_names(results.positions):
+        groups = field_groups(results.positions, name)
+        rows = [_accuracy_row(label, positions) for label, positions in groups]
+        having = "" if (num := sum(len(positions) for _, positions in groups)) == len(results.positions) else f", {num:,} positions that have it"
+        tables.append(Table(caption=f"{run.name} at step {results.step}, by {name}{having}", columns=[name, *_ACCURACY_COLUMNS], rows=rows))
+    return tables
+
+
+def _accuracy_row(name: str, positions: Sequence[PositionResult]) -> list[str]:
+    difference = reasoning_minus_ntp_at(positions)
+    answerable = Rate.of([position.answerable for position in positions])
+    return [
+        name,
+        f"{len(positions):,}",
+        str(Rate.of([position.reasoning_correct for position in positions])),
+        str(Rate.of([position.ntp_correct for position in positions])),
+        points(difference) if difference else NOT_MEASURED,
+        f"{100 * answerable.mean:.1f} %",
+    ]
 
 
 def run_table(runs: Sequence[Run]) -> Table:
@@ -67,6 +83,7 @@ def run_table(runs: Sequence[Run]) -> Table:
         "NTP loss": _ntp_loss,
         "with an empty thought": lambda run: _rate(run, "empty_thought_correct"),
         "with a shuffled thought": lambda run: _rate(run, "shuffled_thought_correct"),
+        "with filler of equal length": lambda run: _rate(run, "filler_thought_correct"),
         "completions with a box": lambda run: _rate(run, "boxed"),
         "truncated completions": lambda run: _rate(run, "truncated"),
         "completion length": _length,

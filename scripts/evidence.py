@@ -1,0 +1,175 @@
+"""`make evidence`: every arm of scripts/evidence_arms.py on the testbed, three seeds each, and the page that shows what came out.
+
+    python scripts/evidence.py run [--seeds 0 1 2] [--jobs 2] [--arms NAME ...]     what has no record yet, then the page
+    python scripts/evidence.py page                                                 the tables and figures of docs/evidence.md, from the records
+
+Each arm is a few commands that a user could type; they stand in its record. A run that was interrupted goes on at its last checkpoint. Two arms run side by
+side, with one thread each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from evidence_arms import ARMS, FIRST_STEPS, LAST_STEP, STARTS, STEPS, Arm, Start
+from evidence_records import measure, read_records, write_record
+from pipeline import EXECUTABLE, commit, run_stages
+from stages import checkpoint, flags
+from testbed import ENGINE, NTP_CONFIG, PREPARE_CONFIG, RPT_CONFIG, START_CONFIG, Testbed
+
+RECORDS = Path("docs/evidence")
+SEEDS = (0, 1, 2)
+TASKS: dict[str, dict[str, object]] = {
+    "short": {"--source.max_depth": 6},
+    "noise-50": {"--source.noise": 0.5},
+    "noise-90": {"--source.noise": 0.9, "--source.num_documents": 12_000},
+}
+MAX_RIVAL_STEPS = 100_000
+_lock = threading.Lock()
+
+
+class Seed:
+    """Folders and commands of one seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.testbed = Testbed.of(seed)
+        self.folder = Path("runs/evidence") / f"seed-{seed}"
+        self.record = RECORDS / f"seed-{seed}.json"
+
+    def make_base(self) -> None:
+        """The demo's start model and tasks: taken over where the demo ran."""
+        stages = (*self.testbed.start_stages(), self.testbed.before_stage())
+        run_stages(stages, program="evidence", again="make evidence")
+
+    def start_model(self, name: str) -> Path:
+        return self.testbed.start_model if name == "base" else self.folder / f"start-{name}" / "export"
+
+    def tasks(self, name: str) -> Path:
+        return self.testbed.tasks if name == "base" else Path(f"tasks/evidence-seed-{self.testbed.seed}-{name}")
+
+    def make_start(self, start: Start) -> None:
+        """Another start model: the base's first phase is shared where the curriculum is the same up to there."""
+        run = self.folder / f"start-{start.name}"
+        if (run / "export").exists():
+            return
+        shared = checkpoint(self.testbed.start, FIRST_STEPS)
+        begun = any((run / "checkpoints").glob("step-*.ckpt"))
+        resume = ("--ckpt_path", "last") if begun else (("--ckpt_path", str(shared)) if start.branches else ())
+        own = self.testbed.run_flags(run, policy=self.testbed.model)
+        games = flags({"--data.source.seed": 2 * self.testbed.seed + 1, "--data.phases": f"[{', '.join(start.phases)}]"})
+        self._run(start.name, (EXECUTABLE, "fit", "--config", START_CONFIG, *own, *games, *resume))
+        self._export(start.name, checkpoint(run, LAST_STEP), run / "export")
+
+    def make_tasks(self, name: str) -> None:
+        own: dict[str, object] = {"--source.seed": 2 * self.testbed.seed + 2, "--output_dir": self.tasks(name)}
+        own |= {"--tokenizer": self.testbed.start_model, "--proxy": self.testbed.start_model} | TASKS[name]
+        self._run(f"prepare-{name}", (EXECUTABLE, "prepare", "--config", PREPARE_CONFIG, *flags(own)))
+
+    def run_arm(self, arm: Arm) -> None:
+        """Train, validate at the base's held-out positions, and write the record."""
+        records = read_records(self.record)
+        if arm.name in records:
+            return
+        begin, run = time.monotonic(), self.folder / arm.name
+        commands = {"rpt": self._rpt, "ntp": self._ntp, "sft": self._sft}[arm.kind](arm, run)
+        for command in commands:
+            self._run(arm.name, command)
+        seconds = round(time.monotonic() - begin)
+        about = {"commands": [_shown(command) for command in commands], "commit": commit(), "seconds": seconds}
+        with _lock:
+            write_record(self.record, arm.name, measure(run, about=about))
+        print(f"evidence: seed {self.testbed.seed}, {arm.name}: {read_records(self.record)[arm.name].headline}, {seconds} s", flush=True)
+
+    def _rpt(self, arm: Arm, run: Path) -> list[tuple[str, ...]]:
+        own = self.testbed.run_flags(run, policy=self.start_model(arm.start))
+        validates = arm.tasks == "base"  # the fit itself, at its last step: other tasks have other held-out positions
+        steps: dict[str, object] = {"--trainer.max_steps": STEPS, "--trainer.val_check_interval": STEPS, "--checkpoint.every_n_steps": STEPS}
+        steps |= {} if validates else {"--trainer.limit_val_batches": 0}
+        tasks = str(self.tasks(arm.tasks))
+        fit = (EXECUTABLE, "fit", "--config", RPT_CONFIG, *ENGINE, *own, "--data.task_dir", tasks, *flags(steps), *arm.options, "--ckpt_path", "auto")
+        return [fit] if validates else [fit, self._validate(run, self.start_model(arm.start), checkpoint(run, STEPS))]
+
+    def _ntp(self, arm: Arm, run: Path) -> list[tuple[str, ...]]:
+        own = (*self.testbed.run_flags(run), "--data.task_dir", str(self.testbed.tasks))
+        budget = flags({"--budget.like": self.folder / "base", "--budget.by": "flops", "--trainer.max_steps": MAX_RIVAL_STEPS})
+        fit = (EXECUTABLE, "fit", "--config", NTP_CONFIG, *own, *budget, "--ckpt_path", "auto")
+        return [fit, self._validate(run, self.testbed.start_model, "last")]
+
+    def _sft(self, arm: Arm, run: Path) -> list[tuple[str, ...]]:
+        """On the games that RPT's tasks are of."""
+        games: dict[str, object] = {"--data.source.seed": 2 * self.testbed.seed + 2, "--data.source.num_documents": 6000}
+        games |= {"--data.phases": "[{p_cot: 1.0, text: false}]", "--model.optimizer.lr": 3e-4, "--model.lr_scheduler": "null"}
+        budget = flags({"--budget.like": self.folder / "base", "--budget.by": "flops", "--trainer.max_steps": MAX_RIVAL_STEPS})
+        own = self.testbed.run_flags(run)
+        fit = (EXECUTABLE, "fit", "--config", START_CONFIG, *own, *flags(games), *budget, "--ckpt_path", "auto")
+        return [fit, self._validate(run, self.testbed.start_model, "last")]
+
+    def _validate(self, run: Path, policy: Path, ckpt: Path | str) -> tuple[str, ...]:
+        own = (*self.testbed.run_flags(run, policy=policy), "--data.task_dir", str(self.testbed.tasks))
+        rest = flags({"--trainer.limit_val_batches": 1.0, "--rollout.thought_controls": True, "--ckpt_path": ckpt})
+        return (EXECUTABLE, "validate", "--config", RPT_CONFIG, *ENGINE, *own, *rest)
+
+    def _export(self, name: str, ckpt: Path, output: Path) -> None:
+        self._run(name, (EXECUTABLE, "export", "--ckpt", str(ckpt), "--output", str(output)))
+
+    def _run(self, name: str, command: tuple[str, ...]) -> None:
+        """With its output in a file of the arm's name."""
+        log = self.folder / "logs" / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            print("$", _shown(command), file=file, flush=True)
+            if subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode:
+                raise SystemExit(f"evidence: seed {self.testbed.seed}, {name} failed; {log} ends with why. `make evidence` tries it again")
+
+
+def _shown(command: tuple[str, ...]) -> str:
+    return shlex.join(command).replace(EXECUTABLE, "rpt").replace(sys.executable, "python")
+
+
+def run(seeds: list[int], jobs: int, names: list[str]) -> None:
+    """One seed after the other, so that an interruption leaves whole ones. The base arm comes before its rivals, whose budget it is."""
+    arms = [arm for arm in ARMS if not names or arm.name in names or arm.name == "base"]
+    starts = [start for start in STARTS if start.name in {arm.start for arm in arms} - {"base"}]
+    tasks = [name for name in TASKS if name in {arm.tasks for arm in arms}]
+    for seed in map(Seed, seeds):
+        seed.make_base()
+        seed.run_arm(ARMS[0])
+        # Arms that need nothing but the base come first, beside the start models and tasks of the others.
+        ready = [arm for arm in arms[1:] if arm.start == arm.tasks == "base"]
+        waiting = [arm for arm in arms if arm not in ready and arm.name != "base"]
+        first: list[Callable[[], None]] = [partial(seed.make_start, start) for start in starts]
+        first += [partial(seed.make_tasks, name) for name in tasks]
+        for work in (first + [partial(seed.run_arm, arm) for arm in ready], [partial(seed.run_arm, arm) for arm in waiting]):
+            with ThreadPoolExecutor(jobs) as pool:
+                for result in [pool.submit(one) for one in work]:
+                    result.result()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    run_parser = verbs.add_parser("run", help="what has no record yet")
+    run_parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    run_parser.add_argument("--jobs", type=int, default=2, help="arms side by side, with one thread each")
+    run_parser.add_argument("--arms", nargs="+", default=[], help="only these, and the base arm")
+    verbs.add_parser("page", help="the tables and figures of docs/evidence.md")
+    arguments = parser.parse_args()
+    if arguments.verb == "run":
+        run(arguments.seeds, arguments.jobs, arguments.arms)
+    from evidence_page import write_page
+
+    write_page()
+
+
+if __name__ == "__main__":
+    main()

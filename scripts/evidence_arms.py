@@ -1,0 +1,195 @@
+"""The arms of `make evidence`: what each changes, which question it answers, and what was expected before it ran."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+STEPS = 16  # of RPT in every arm: the base arm has risen by then
+
+FIRST_STEPS, LAST_STEP = 300, 500  # of configs/demo/start.yaml: where its first phase ends, and its end
+FIRST_PHASE = f"{{steps: {FIRST_STEPS}, p_cot: 1.0, text: false}}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A start model: the phases of its curriculum. ``branches`` continues the base start behind its first phase instead of beginning anew."""
+
+    name: str
+    phases: tuple[str, ...]
+    branches: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One run of the evidence.
+
+    ``kind`` says what is trained: "rpt", or one of the rivals at the FLOPs of the base arm. ``start`` and ``tasks`` name the start model and the task
+    folder; ``options`` are flags of `rpt fit` besides. ``expected`` was written down before the arm ran.
+    """
+
+    name: str
+    group: str
+    what: str
+    expected: str
+    kind: Literal["rpt", "ntp", "sft"] = "rpt"
+    start: str = "base"
+    tasks: str = "base"
+    options: tuple[str, ...] = field(default_factory=tuple)
+
+
+BASE_START = Start(name="base", phases=(FIRST_PHASE, "{steps: 200, p_cot: 0.12}"))
+
+
+def _p_cot(share: float) -> Start:
+    return Start(name=f"p_cot-{share:g}", phases=(FIRST_PHASE, f"{{steps: 200, p_cot: {share:g}}}"))
+
+
+def _depths(name: str, low: int, high: int) -> Start:
+    span = f"min_depth: {low}, max_depth: {high}"
+    first = f"{{steps: {FIRST_STEPS}, p_cot: 1.0, {span}, guesses: false, text: false}}"
+    return Start(name=name, phases=(first, f"{{steps: 200, p_cot: 0.12, {span}}}"), branches=False)
+
+
+STARTS = (
+    BASE_START,
+    *(_p_cot(share) for share in (0, 0.01, 0.03, 0.5)),
+    _depths("depth-1-4", 1, 4),
+    _depths("depth-8-12", 8, 12),
+)
+
+SHARE, DEPTH, REWARD, STEP, RIVAL, SAMPLING, NOISE = (
+    "the share of worked examples that think",
+    "the depth of the examples that think",
+    "the reward",
+    "the step",
+    "the rivals at equal FLOPs",
+    "sampling",
+    "noise",
+)
+_REWARDS = "rpt_lightning.tasks.reward"
+
+
+def _reward(name: str) -> tuple[str, ...]:
+    return ("--rollout.objective.reward", f"{_REWARDS}.{name}")
+
+
+ARMS = (
+    Arm(name="base", group=SHARE, what="12 % of the start's examples think", expected="above 95 % after 16 steps; the length doubles"),
+    Arm(
+        name="p_cot-0.5",
+        group=SHARE,
+        what="50 % think",
+        start="p_cot-0.5",
+        expected="above 95 %, and sooner than the base: every group holds thoughts",
+    ),
+    Arm(name="p_cot-0.03", group=SHARE, what="3 % think", start="p_cot-0.03", expected="above 90 %, later than the base"),
+    Arm(
+        name="p_cot-0.01",
+        group=SHARE,
+        what="1 % think",
+        start="p_cot-0.01",
+        expected="found in some seeds and not in others within 16 steps: one group of 8 in 12 holds a thought",
+    ),
+    Arm(
+        name="p_cot-0",
+        group=SHARE,
+        what="thinking was taught and then no longer shown (0 %)",
+        start="p_cot-0",
+        expected="not found: below 40 %, as before",
+    ),
+    Arm(
+        name="depth-1-4",
+        group=DEPTH,
+        what="examples of depth 1 to 4 think; tested at 1 to 12",
+        start="depth-1-4",
+        expected="right at depth 1 to 4, and a step or two beyond; near chance at 8 to 12",
+    ),
+    Arm(
+        name="depth-8-12",
+        group=DEPTH,
+        what="examples of depth 8 to 12 think; tested at 1 to 12",
+        start="depth-8-12",
+        expected="above 90 % at all depths: a long chain holds the short ones",
+    ),
+    Arm(
+        name="trained-short",
+        group=DEPTH,
+        what="RPT on depth 1 to 6 alone, from the base start; tested at 1 to 12",
+        tasks="short",
+        expected="above 90 % at 8 to 12 too: RPT teaches whether to think, and how to was there",
+    ),
+    Arm(name="first-token", group=REWARD, what="first token", options=_reward("FirstTokenReward"), expected="as the base: answers are one token"),
+    Arm(name="dense", group=REWARD, what="dense", options=_reward("DenseReward"), expected="as the base, within 3 points (the paper: comparable)"),
+    Arm(
+        name="conditional-dense",
+        group=REWARD,
+        what="conditional dense",
+        options=_reward("ConditionalDenseReward"),
+        expected="as the base, within 3 points (the paper: comparable)",
+    ),
+    Arm(
+        name="no-std",
+        group=STEP,
+        what="advantages are not divided by their standard deviation",
+        options=("--model.advantage_scale", "none"),
+        expected="above 90 %, a little later: advantages are smaller",
+    ),
+    Arm(
+        name="dynamic-sampling",
+        group=STEP,
+        what="dynamic sampling from step 10 on",
+        options=("--rollout.dynamic_sampling_from_step", "10"),
+        expected="as the base, at more rollouts: there is little left to learn when it begins to matter",
+    ),
+    Arm(
+        name="pilots",
+        group=STEP,
+        what="pilots of 2 completions",
+        options=("--rollout.pilot_size", "2"),
+        expected="above 90 % at fewer completions; later, since 2 guesses that agree end a group",
+    ),
+    Arm(name="ntp", group=RIVAL, what="continual next-token training", kind="ntp", expected="below 30 %: one pass cannot follow the ball"),
+    Arm(
+        name="sft",
+        group=RIVAL,
+        what="supervised training on worked examples that all think",
+        kind="sft",
+        expected="above 95 %: it is shown the thoughts that RPT has to find",
+    ),
+    Arm(
+        name="temperature-0.6",
+        group=SAMPLING,
+        what="temperature 0.6",
+        options=("--rollout.temperature", "0.6"),
+        expected="later than at 1.0: thoughts begin with a token of 12 %, which 0.6 makes 3 %",
+    ),
+    Arm(
+        name="group-4",
+        group=SAMPLING,
+        what="128 tasks x 4 completions",
+        options=("--data.tasks_per_step", "128", "--rollout.group_size", "4"),
+        expected="above 90 %, a little later: fewer groups hold a thought and a guess",
+    ),
+    Arm(
+        name="group-16",
+        group=SAMPLING,
+        what="32 tasks x 16 completions",
+        options=("--data.tasks_per_step", "32", "--rollout.group_size", "16"),
+        expected="as the base",
+    ),
+    Arm(
+        name="noise-50",
+        group=NOISE,
+        what="in half of the texts the last sentence names any cup",
+        tasks="noise-50",
+        expected="above 90 % on clean held-out text: noise rewards guesses and thoughts alike",
+    ),
+    Arm(
+        name="noise-90",
+        group=NOISE,
+        what="in 90 % of the texts the last sentence names any cup",
+        tasks="noise-90",
+        expected="later, and not in every seed: one text in ten says which answers are right",
+    ),
+)

@@ -1,0 +1,117 @@
+"""Next-token training straight from a corpus: no scored task folder is needed."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from rpt_lightning.data.base_datamodule import EvalLoader, StreamDataModule
+from rpt_lightning.data.corpus import CorpusSource
+from rpt_lightning.data.heldout import choose_heldout
+from rpt_lightning.data.own_source import checked_documents
+from rpt_lightning.data.stream import ShuffledOrder, TaskStream
+from rpt_lightning.data.task_folder import TaskFolder
+from rpt_lightning.data.worked_examples import ExampleWriter, Phase
+from rpt_lightning.tasks.prompt import PromptTemplate
+from rpt_lightning.tasks.token_bytes import TokenBytes, start_ids
+from rpt_lightning.types import Document, TrainSequence
+
+
+class CorpusDataModule(StreamDataModule):
+    """Training batches ``{"sequences": ...}`` hold this rank's share of a step: documents, and worked examples of their marked places.
+
+    The documents are kept in memory and tokenized when they are used. Of a document each token is a target but the first.
+
+    Args:
+        source: Where the text comes from.
+        documents_per_step: Documents of one step, of all ranks together.
+        prompt: The template of the worked examples; null: there are none.
+        phases: The curriculum of the worked examples: how many think, and over which depths.
+        max_tokens: Cut documents after so many tokens; null: nothing is cut.
+        task_dir: Folder that ``rpt prepare`` made, to validate on its held-out positions; null: there is no validation.
+        num_eval_tasks: Held-out positions of a validation.
+        eval_min_entropy: Validate on positions with more proxy entropy than this, in nats.
+        eval_batch_size: Tasks of one validation batch, of all ranks together.
+        seed: Seed of the order and of which worked examples think.
+    """
+
+    def __init__(
+        self,
+        source: CorpusSource,
+        documents_per_step: int = 64,
+        prompt: PromptTemplate | None = None,
+        phases: list[Phase] | None = None,
+        max_tokens: int | None = None,
+        task_dir: str | None = None,
+        num_eval_tasks: int = 1024,
+        eval_min_entropy: float = 0.5,
+        eval_batch_size: int = 256,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            items_per_step=documents_per_step, flag="documents_per_step", seed=seed, num_eval_tasks=num_eval_tasks, eval_batch_size=eval_batch_size
+        )
+        if phases is not None and prompt is None:
+            raise ValueError("--data.phases says how worked examples think, and --data.prompt is null, so there are none; give a prompt")
+        if phases is not None and not phases:
+            raise ValueError("--data.phases []: give at least one phase, or null for worked examples that all think")
+        if max_tokens is not None and max_tokens < 2:
+            raise ValueError(f"--data.max_tokens {max_tokens}: must be at least 2, since the first token is not a target")
+        self.source = source
+        self.prompt = prompt
+        self.phases = phases or [Phase()]
+        self.max_tokens = max_tokens
+        self.task_dir = task_dir
+        self.num_eval_tasks = num_eval_tasks
+        self.eval_min_entropy = eval_min_entropy
+        self.eval_batch_size = eval_batch_size
+
+    def setup(self, stage: str) -> None:
+        """Read the corpus. Raises ValueError where there is none, or where nothing is marked that could be worked out."""
+        module: Any = None if self.trainer is None else self.trainer.lightning_module
+        assert module is not None, "the tokenizer is that of the model being trained"
+        tokenizer = module.tokenizer
+        self.token_bytes = TokenBytes(tokenizer)
+        self.start_ids = start_ids(tokenizer)
+        self.documents: list[Document] = list(checked_documents(self.source))
+        if not self.documents:
+            raise ValueError(f"--data.source: the corpus is empty ({self.source.describe()})")
+        self.writer = None
+        if self.prompt is not None:
+            self.writer = ExampleWriter(self.prompt.bind(tokenizer), self.token_bytes, self.phases, seed=self.seed)
+            if not any(mark.thought is not None for document in self.documents for mark in document.marks):
+                raise ValueError(
+                    f"--data.prompt: worked examples need marks with thoughts, and no document of {type(self.source).__name__} has one; set "
+                    "--data.prompt null or name a source that has"
+                )
+        digest = hashlib.sha256()
+        for document in self.documents:
+            digest.update(repr(document).encode())
+        order = ShuffledOrder(np.ones(len(self.documents), np.int32), [len(self.documents)], bundle_size=1, seed=self.seed)
+        self.begin_stream(TaskStream(order, corpus=digest.hexdigest()), f"the corpus ({type(self.source).__name__})")
+        self.heldout = None if self.task_dir is None else TaskFolder(self.task_dir, "heldout")
+
+    def make_batch(self, items: list[tuple[int, int]]) -> dict[str, Any]:
+        """A document's worked examples stand behind it, so that they share their beginning."""
+        epoch, index = self.stream.place
+        step = (epoch * self.stream.order.items_per_epoch + index) // self.items_per_step - 1
+        sequences: list[TrainSequence] = []
+        for number, _ in items:
+            document = self.documents[number]
+            if self.writer is None or self.writer.phase(step).text:
+                ids = (self.start_ids + self.token_bytes.encode_plain(document.text))[: self.max_tokens]
+                sequences.append(TrainSequence(prompt_ids=ids[:1], target_ids=ids[1:]))
+            if self.writer is not None:
+                sequences += self.writer.write(document, step=step)
+        return {"sequences": tuple(sequences)}
+
+    def val_dataloader(self) -> EvalLoader:
+        rank, num_ranks = self._data_rank()
+        tasks = (
+            ()
+            if self.heldout is None
+            else choose_heldout(self.heldout, num_tasks=self.num_eval_tasks, min_entropy=self.eval_min_entropy, seed=self.seed)
+        )
+        return EvalLoader(tasks, batch_size=self.eval_batch_size, rank=rank, num_ranks=num_ranks)

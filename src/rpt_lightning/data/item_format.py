@@ -1,0 +1,87 @@
+"""What a task folder stores of a document (docs/architecture.md): every value is an array of a type that stands here.
+
+litdata chooses a serializer by what a value looks like: text that happens to be the path of an existing file is pickled, for one. So text becomes its UTF-8
+bytes before litdata sees it, and nothing is left to be guessed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Item = dict[str, Any]
+
+TEXT_TYPE = (np.uint8, 1)  # UTF-8
+# Type and number of dimensions: [L] tokens of the document, [P] stored positions, [P, 16] candidates at each.
+ITEM_TYPES: dict[str, tuple[type, int]] = {
+    "doc_id": TEXT_TYPE,
+    "token_ids": (np.int32, 1),
+    "positions": (np.int32, 1),
+    "entropy": (np.float32, 1),
+    "true_prob": (np.float32, 1),
+    "true_rank": (np.int32, 1),
+    "answerable": (np.uint8, 1),
+    "candidate_ids": (np.int32, 2),
+    "candidate_probs": (np.float32, 2),
+}
+# In folders whose source knows fields: JSON text, a list with one object a stored position, or null where the document has none.
+FIELDS = "fields"
+
+
+def encode_item(item: Item) -> dict[str, NDArray[Any]]:
+    """An item as it is stored. Raises ValueError for an id that is no text, and for values of other types."""
+    stored = dict(item) | {"doc_id": text_array(item["doc_id"], what=f"the id of document {item['doc_id']!r}")}
+    types = dict(ITEM_TYPES)
+    if FIELDS in item:
+        types[FIELDS] = TEXT_TYPE
+        stored[FIELDS] = text_array(json.dumps(item[FIELDS], sort_keys=True, allow_nan=False), what=FIELDS)
+    if stored.keys() != types.keys():
+        raise ValueError(f"an item of a task folder holds {', '.join(types)}, and not {', '.join(stored)}")
+    for name, (dtype, ndim) in types.items():
+        value = stored[name]
+        if not isinstance(value, np.ndarray) or value.dtype != dtype or value.ndim != ndim:
+            found = f"{value.dtype} [{value.ndim} dimensions]" if isinstance(value, np.ndarray) else type(value).__name__
+            raise ValueError(f"document {item['doc_id']!r}: {name} is {found} where an array of {dtype.__name__} [{ndim} dimensions] is stored")
+    return {name: stored[name] for name in types}
+
+
+def decode_item(stored: dict[str, Any]) -> Item:
+    """The item again. Folders of format 1 hold the id as text. Raises ValueError for fields that are not those of the positions."""
+    doc_id = stored["doc_id"]
+    item = stored | {"doc_id": doc_id if isinstance(doc_id, str) else array_text(doc_id)}
+    if FIELDS in stored:
+        item[FIELDS] = rows = json.loads(array_text(stored[FIELDS]))
+        if rows is not None and (
+            not isinstance(rows, list) or len(rows) != len(stored["positions"]) or not all(isinstance(row, dict) for row in rows)
+        ):
+            raise ValueError(
+                f"document {item['doc_id']!r}: its stored fields are not one object a position; make the task folder again with `rpt prepare`"
+            )
+    return item
+
+
+def item_digest(item: Item) -> bytes:
+    """SHA-256 of all that is stored of an item, names, types and shapes included."""
+    digest = hashlib.sha256()
+    for name, values in encode_item(item).items():
+        digest.update(f"{name} {values.dtype.str} {values.shape} ".encode() + values.tobytes())
+    return digest.digest()
+
+
+def text_array(text: Any, *, what: str) -> NDArray[np.uint8]:
+    """Its UTF-8 bytes. Raises ValueError, which begins with ``what``, where it is no text or has no UTF-8 (a file's name in another encoding)."""
+    if not isinstance(text, str):
+        raise ValueError(f"{what} is a {type(text).__name__}, where text belongs")
+    try:
+        return np.frombuffer(text.encode(), dtype=np.uint8)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} is not Unicode at character {error.start}; a file whose name is in another encoding must be renamed") from error
+
+
+def array_text(array: NDArray[np.uint8]) -> str:
+    """The text of its UTF-8 bytes."""
+    return array.tobytes().decode()

@@ -1,0 +1,190 @@
+"""Engine and policy seem to disagree: who is right? transformers itself, asked for the same tokens with the policy's weights in fp32, says it.
+
+A run is ended by what more tokens show against that witness, each side by the limits of its own dtype. Rounding of both sides together,
+which is what the first comparison saw, then ends nothing. And the error says which of three is wrong:
+
+- the engine: transformers agrees with the policy and not with the engine;
+- the policy: transformers agrees with the engine, or with neither and less with the policy. Its own way of computing is wrong for this model;
+- the folder: its files and its config.json describe two models, so that policy (built from both) and engine (built from config.json) cannot agree;
+  or it holds weights that are not numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from lightning.pytorch import Trainer
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rpt_lightning.policy.model import Policy
+from rpt_lightning.policy.plain import plain_logprobs
+from rpt_lightning.training.logprob_diff import CAP, LogprobDiff, LogprobLimits, exceeded, logprob_limits
+from rpt_lightning.training.logprob_samples import Sample, drawn_tokens, score_samples
+from rpt_lightning.training.policy_module import PolicyModule
+from rpt_lightning.training.sync_check import Culprit, SyncError
+from rpt_lightning.types import TrainSequence
+
+# Tokens of a completion that are asked for: their logits exist at the same time.
+TOKENS_OF_A_COMPLETION = 256
+# What a config says of how it was read, not of the model.
+_NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "_attn_implementation", "architectures")
+
+
+@dataclass(frozen=True)
+class CloserLook:
+    """Log-probs of the same tokens of this rank, each [N] in fp64. ``plain`` is None where transformers could not be asked, for ``reason``."""
+
+    engine: Tensor
+    policy: Tensor
+    plain: Tensor | None
+    policy_dtype: torch.dtype
+    plain_dtype: torch.dtype = torch.float32
+    reason: str = ""
+
+    @classmethod
+    def at(cls, trainer: Trainer, module: PolicyModule, samples: Sequence[Sample], *, temperature: float, seed: int) -> CloserLook:
+        """Computes them. A collective."""
+        scored, policy_dtype = score_samples(trainer, module, samples, temperature=temperature)
+        lengths = [len(sample.completion.token_ids) for sample in samples]
+        starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
+        broken = ~(scored.engine.isfinite() & scored.policy.isfinite())  # are looked at in any case
+        places = [
+            torch.cat([drawn_tokens(length, TOKENS_OF_A_COMPLETION, seed=(seed, index)), broken[start : start + length].nonzero()[:, 0]]).unique()  # type: ignore[no-untyped-call]
+            for index, (start, length) in enumerate(zip(starts, lengths, strict=False))
+        ]
+        kept = torch.cat([torch.empty(0, dtype=torch.int64), *(start + place for start, place in zip(starts, places, strict=False))])
+        engine, policy = scored.engine[kept], scored.policy[kept]
+        if module.ranks.num_tensor > 1:  # their head is no module's own any more
+            return cls(engine, policy, None, policy_dtype, reason="the policy is tensor-parallel")
+        rows: list[Tensor] = []
+        try:
+            for index in range(int(module.ranks.max(len(samples)))):
+                own = index < len(samples)  # else this rank takes part in the gathering of weights only
+                sequence = samples[index].sequence if own else TrainSequence(prompt_ids=(0,), target_ids=(0,))
+                place = places[index] if own else torch.tensor([0])
+                rows += [plain_logprobs(module.policy, sequence, place, temperature=temperature, device=module.device)][: int(own)]
+        except Exception as error:  # whatever a model's own code raises: it must not hide what is looked for
+            return cls(engine, policy, None, policy_dtype, reason=f"{type(error).__name__}: {error}")
+        dtype = rows[0].dtype if rows else torch.float32
+        return cls(engine, policy, torch.cat([torch.empty(0, dtype=torch.float64), *(row.double().cpu() for row in rows)]), policy_dtype, dtype)
+
+    def error(self, module: PolicyModule, *, engine_dtype: torch.dtype, tolerance: float) -> SyncError | None:
+        """What is wrong and with which of the three; None where all is well. Of this rank alone."""
+        if self.engine.numel() == 0:
+            return None
+        start = f"version {module.policy_version}: log-probs of engine and policy differ too much, in nats"
+        if not self.policy.isfinite().all():
+            return _not_finite(module)
+        own_limits = logprob_limits(engine_dtype, self.policy_dtype).times(tolerance)
+        if self.plain is None:
+            over = exceeded(_diff(self.engine, self.policy), own_limits)
+            if not over:
+                return None
+            return SyncError(
+                f"{start}: {', '.join(over)}. Which of them is wrong is not known, since transformers could not be asked ({self.reason}). {_ENGINE}"
+            )
+        of_engine, engine_limits = _diff(self.engine, self.plain), logprob_limits(engine_dtype, self.plain_dtype).times(tolerance)
+        of_policy, policy_limits = _diff(self.policy, self.plain), logprob_limits(self.policy_dtype, self.plain_dtype).times(tolerance)
+        engine_over, policy_over = exceeded(of_engine, engine_limits), exceeded(of_policy, policy_limits)
+        if not engine_over and not policy_over:
+            return None
+        is_policy = not engine_over or (policy_over and _excess(of_policy, policy_limits) > _excess(of_engine, engine_limits))
+        culprit: Culprit = "policy" if is_policy else "engine"
+        facts = (
+            f"compared with transformers' own of the policy's weights ({str(self.plain_dtype).removeprefix('torch.')}, {of_engine.num_tokens} tokens) "
+            f"the engine's differ by {of_engine.mean:.2g} in the mean, the policy's by {of_policy.mean:.2g}"
+        )
+        exceeded_limits = ", ".join(policy_over if culprit == "policy" else engine_over)
+        contradiction = folder_contradiction(module.policy)
+        if contradiction is not None:
+            return SyncError(f"{start}: {exceeded_limits}; {facts}. The folder is what is wrong: {contradiction}", culprit="folder")
+        return SyncError(f"{start}: {exceeded_limits}; {facts}. {_POLICY if culprit == 'policy' else _ENGINE}", culprit=culprit)
+
+    def summary(self) -> str:
+        """Mean differences from transformers' own, of this rank."""
+        if self.engine.numel() == 0:
+            return "another rank's"
+        if self.plain is None:
+            return f"not asked: {self.reason}"
+        of_engine, of_policy = _diff(self.engine, self.plain), _diff(self.policy, self.plain)
+        return f"{of_engine.num_tokens} tokens, mean difference of the engine {of_engine.mean:.2g} nats, of the policy {of_policy.mean:.2g}"
+
+
+_ENGINE = (
+    "The engine is what is wrong: it computes with other weights, another temperature or a stale cache, or rollout.logprob_tolerance is too small for "
+    "this model: raise it only after looking"
+)
+_POLICY = (
+    "The policy is what is wrong: this package's own way of computing gives this model other log-probs than transformers, so it must not be trained "
+    "with it; use a model of the Llama, Qwen2 or Qwen3 family, and report this one"
+)
+
+
+def folder_contradiction(policy: Policy) -> str | None:
+    """In what the model that was loaded from the folder is another one than its config.json describes, from which engines build theirs."""
+    path = policy.path
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=policy.trust_remote_code)
+    except (OSError, ValueError) as error:
+        return f"{path}: its config.json, which was read at the start of the run, cannot be read any more: {error}"
+    loaded, now = _said(policy.config), _said(config)
+    changed = sorted(name for name in loaded.keys() | now.keys() if loaded.get(name) != now.get(name))
+    if changed:
+        return f"{path}: its config.json was changed after the policy was loaded ({', '.join(changed[:3])}); put it back, or start the run again"
+    with init_empty_weights(include_buffers=False):
+        model = cast(Any, AutoModelForCausalLM).from_config(config, trust_remote_code=policy.trust_remote_code)
+    model.tie_weights()
+    described, held = _shared_names(model), _shared_names(policy.model)
+    names, held_names = set().union(*described), set().union(*held)
+    if other := sorted(names ^ held_names):
+        whose = "config.json" if other[0] in names else "weights"
+        return f"{path}: only its {whose} know of {other[0]} ({len(other)} weights are in one of the two alone); make the folder again with save_pretrained"
+    for group in sorted(described, key=sorted):
+        if group not in held:
+            return (
+                f"{path}: its config.json says that {' and '.join(sorted(group))} are one tensor (tie_word_embeddings), and its weights hold different "
+                "ones; set tie_word_embeddings to false there, or save the weights of one of them only"
+                if len(group) > 1
+                else f"{path}: its config.json says that {next(iter(group))} is a tensor of its own, and it shares one with others; save the model again"
+            )
+    return None
+
+
+def _shared_names(model: Any) -> set[frozenset[str]]:
+    """Names of the parameters, those that are one tensor together."""
+    names: dict[int, set[str]] = defaultdict(set)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].add(name)
+    return {frozenset(group) for group in names.values()}
+
+
+def _said(config: Any) -> dict[str, Any]:
+    said = cast(dict[str, Any], json.loads(config.to_json_string(use_diff=False)))
+    return {name: value for name, value in said.items() if name not in _NOT_OF_THE_MODEL}
+
+
+def _not_finite(module: PolicyModule) -> SyncError:
+    broken = [name for name, weight in module.policy.model.named_parameters() if not getattr(weight, "_local_tensor", weight).isfinite().all()]
+    start = f"version {module.policy_version}: log-probs of the policy are not finite"
+    if not broken:
+        return SyncError(f"{start}, and its weights are: the model overflows in this precision; try --trainer.precision 32-true", culprit="policy")
+    what = f"{len(broken)} of its weights hold values that are not finite ({', '.join(broken[:3])})"
+    if module.policy_version == 0:
+        return SyncError(f"{start}: {what}, as loaded from policy.path={module.policy.path}; make or download the model again", culprit="folder")
+    return SyncError(f"{start}: {what}; go on from an earlier checkpoint, with a lower model.optimizer.lr", culprit="policy")
+
+
+def _diff(one: Tensor, other: Tensor) -> LogprobDiff:
+    return LogprobDiff((one - other).abs().nan_to_num(nan=torch.inf, posinf=torch.inf))
+
+
+def _excess(diff: LogprobDiff, limits: LogprobLimits) -> float:
+    """How far the mean is from its limit, as a factor."""
+    return diff.values.clamp(max=CAP * limits.mean).mean().item() / limits.mean

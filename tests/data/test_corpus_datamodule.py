@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rpt_lightning.data.corpus import CorpusSource
+from rpt_lightning.data.corpus_datamodule import CorpusDataModule
+from rpt_lightning.data.worked_examples import Phase
+from rpt_lightning.tasks.prompt import ContinuationPrompt
+from rpt_lightning.tasks.token_bytes import TokenBytes
+from rpt_lightning.types import Document, Mark
+
+
+class Numbers(CorpusSource):
+    def __init__(self, count: int = 7) -> None:
+        self.count = count
+
+    def documents(self) -> Iterator[Document]:
+        for number in range(self.count):
+            text = f"{number} and one more is {number + 1}."
+            mark = Mark(start=len(text) - 3, end=len(text) - 1, fields={"depth": number}, thought=f" {number} +")
+            yield Document(doc_id=f"n{number}", text=text, marks=(mark,))
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "numbers", "count": self.count}
+
+
+def attached(data: CorpusDataModule, tokenizer, *, rank: int = 0, num_ranks: int = 1) -> CorpusDataModule:
+    strategy = SimpleNamespace(distributed_sampler_kwargs={"rank": rank, "num_replicas": num_ranks})
+    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(tokenizer=tokenizer), strategy=strategy, state=SimpleNamespace(fn="fit"))
+    data.setup("fit")
+    return data
+
+
+def texts(batch: dict[str, Any], tokenizer) -> list[bytes]:
+    token_bytes = TokenBytes(tokenizer)
+    return [token_bytes.join(sequence.prompt_ids) + b"|" + token_bytes.join(sequence.target_ids) for sequence in batch["sequences"]]
+
+
+def make(tokenizer, **settings: Any) -> CorpusDataModule:
+    settings = {"source": Numbers(), "documents_per_step": 3, "prompt": ContinuationPrompt()} | settings
+    return attached(CorpusDataModule(**settings), tokenizer)
+
+
+def test_plain_text_needs_neither_marks_nor_a_task_folder(tiny_tokenizer) -> None:
+    data = make(tiny_tokenizer, prompt=None, documents_per_step=7)
+    wanted = {f"{number} and one more is {number + 1}." for number in range(7)}
+    assert {text.replace(b"|", b"", 1).decode() for text in texts(data.next_batch(), tiny_tokenizer)} == wanted
+    assert len(data.val_dataloader()) == 0
+
+
+def test_each_document_comes_with_its_worked_example(tiny_tokenizer) -> None:
+    data = make(tiny_tokenizer, documents_per_step=1)
+    document, example = texts(data.next_batch(), tiny_tokenizer)
+    assert document.replace(b"|", b"", 1).endswith(b".")
+    number = int(document[:1])
+    assert example.startswith(f"{number} and one more is<think>| {number} +</think>\\boxed{{ {number + 1}}}".encode())
+
+
+def test_phases_go_by_step_and_a_resumed_run_is_in_the_same_one(tiny_tokenizer) -> None:
+    settings = {"phases": [Phase(steps=2, text=False), Phase(p_cot=0.0)]}
+    whole = make(tiny_tokenizer, **settings)
+    batches = []
+    for step in range(5):
+        if step == 3:
+            state = whole.state_dict()
+        batches.append(texts(whole._next_batch(), tiny_tokenizer))
+    assert [len(batch) for batch in batches] == [3, 3, 6, 6, 6]
+    assert all(b"+</think>" in text for batch in batches[:2] for text in batch)
+    assert not any(b"+</think>" in text for batch in batches[2:] for text in batch)
+    resumed = make(tiny_tokenizer, **settings)
+    resumed.load_state_dict(state)
+    assert [texts(resumed._next_batch(), tiny_tokenizer) for _ in range(2)] == batches[3:]
+
+
+def test_ranks_share_a_step(tiny_tokenizer) -> None:
+    settings = {"source": Numbers(), "documents_per_step": 4, "prompt": ContinuationPrompt(), "phases": [Phase(p_cot=0.5)]}
+    alone = texts(make(tiny_tokenizer, **settings).next_batch(), tiny_tokenizer)
+    parts = [texts(attached(CorpusDataModule(**settings), tiny_tokenizer, rank=rank, num_ranks=2).next_batch(), tiny_tokenizer) for rank in range(2)]
+    assert parts[0] + parts[1] == alone
+
+
+def test_another_corpus_is_no_place_to_go_on_in(tiny_tokenizer) -> None:
+    state = make(tiny_tokenizer).state_dict()
+    with pytest.raises(ValueError, match="number of documents 7, and this run has 6"):
+        make(tiny_tokenizer, source=Numbers(6)).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"prompt": None, "phases": [Phase()]}, "--data.prompt is null"),
+        ({"phases": []}, r"--data.phases \[\]"),
+        ({"max_tokens": 1}, "--data.max_tokens 1"),
+        ({"source": Numbers(0)}, "--data.source: the corpus is empty"),
+        ({"documents_per_step": 8}, "--data.documents_per_step 8"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(tiny_tokenizer, settings, says) -> None:
+    with pytest.raises(ValueError, match=says):
+        make(tiny_tokenizer, **settings)
+
+
+def test_worked_examples_need_thoughts(tiny_tokenizer) -> None:
+    class Plain(Numbers):
+        def documents(self) -> Iterator[Document]:
+            return (Document(doc_id=document.doc_id, text=document.text) for document in super().documents())
+
+    with pytest.raises(ValueError, match=r"--data.prompt: worked examples need marks with thoughts, and no document of Plain has one"):
+        make(tiny_tokenizer, source=Plain())
