@@ -44,7 +44,7 @@ def _fits(value: Any, hint: Any) -> bool:
 def _words(hint: Any) -> str:
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(map(_words, args))
+        return " or ".join(_words(arg) for arg in args if not (arg is int and float in args))
     if origin is Literal:
         return " or ".join(map(repr, args))
     if origin is tuple:
