@@ -9,6 +9,7 @@ import sysconfig
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rpt_lightning.openmp import let_threads_sleep
 
@@ -129,12 +130,15 @@ _WORDS = {
 
 
 def _run_tool(tool: str, args: list[str]) -> None:
-    from jsonargparse import ArgumentParser, auto_cli
+    from jsonargparse import ArgumentParser, Namespace, auto_cli
 
+    from rpt_lightning.home_paths import with_home
     from rpt_lightning.short_errors import ShortErrors
 
     class Parser(ShortErrors, ArgumentParser):
-        pass
+        def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+            parsed: Namespace = with_home(super().parse_args(*args, **kwargs))
+            return parsed
 
     if not sys.stderr.isatty():
         _no_progress_bars()

@@ -25,7 +25,7 @@ from rpt_lightning.pretrained.tokenizer import FILE as TOKENIZER_FILE
 from rpt_lightning.pretrained.tokenizer import as_in_folder, folder_file, is_repaired, read_tokenizer
 from rpt_lightning.pretrained.weights import not_finite, some
 from rpt_lightning.training.checkpoint_check import checkpoint_damage
-from rpt_lightning.training.checkpoint_file import SavedPolicy, read_checkpoint
+from rpt_lightning.training.checkpoint_file import SavedPolicy, check_about, read_checkpoint
 
 MAX_FILE_SIZE = "5GB"
 # All that a tokenizer is read from. A chat template may lie in a file of its own.
@@ -53,6 +53,7 @@ def export(ckpt: str, output: str, dtype: Literal["float32", "bfloat16", "float1
     saved = read_checkpoint(Path(ckpt), flag="--ckpt")
     if damage := checkpoint_damage(Path(ckpt)):
         raise ValueError(f"--ckpt {ckpt} is not a whole checkpoint: {damage}; name another of its folder")
+    check_about(saved.about, f"--ckpt {ckpt}")
     model = _skeleton(saved, ckpt, getattr(torch, dtype))
     tokenizer = _load_tokenizer(saved.about, ckpt)
     generation_config = _generation_config(model, saved, ckpt)

@@ -16,12 +16,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from rpt_lightning.data.base_datamodule import StreamDataModule
+from rpt_lightning.home_paths import with_home
 from rpt_lightning.metrics.run_folder import ANSWER_FOLDER, CONFIG_FILE, ROLLOUT_FOLDER, STEP_LOG, VALIDATION_FOLDER
 from rpt_lightning.short_errors import ShortErrors
 from rpt_lightning.training.answer_results import AnswerResults
 from rpt_lightning.training.checkpoint import FOLDER, RunCheckpoint, checkpoint_steps, last_checkpoint
 from rpt_lightning.training.checkpoint_check import checkpoint_damage
-from rpt_lightning.training.checkpoint_file import read_checkpoint
+from rpt_lightning.training.checkpoint_file import check_about, read_checkpoint
 from rpt_lightning.training.cost import Budget, StepCost
 from rpt_lightning.training.error_file import traceback_kept
 from rpt_lightning.training.health import Health
@@ -131,6 +132,10 @@ class RPTCLI(LightningCLI):
         # Checkpoints never run code: weights_only is always on. Our own text shows a validation's numbers: verbose is always off.
         return {"fit": verbs["fit"] | {"weights_only"}, "validate": verbs["validate"] | {"weights_only", "verbose"}}
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        with_home(self.config)
+
     def _parse_ckpt_path(self) -> None:
         """Lightning reads the whole checkpoint here for hyper-parameters. Ours hold none: the configuration is the run folder's."""
 
@@ -192,7 +197,7 @@ class RPTCLI(LightningCLI):
         if ckpt_path is None:
             return None
         path = last_checkpoint(Path(self.trainer.default_root_dir)) if ckpt_path in ("last", "auto") else Path(ckpt_path)
-        read_checkpoint(path, flag="--ckpt_path")
+        check_about(read_checkpoint(path, flag="--ckpt_path").about, f"--ckpt_path {path}", resumes=True)
         if ckpt_path not in ("last", "auto") and (damage := checkpoint_damage(path)):
             raise ValueError(f"--ckpt_path {path} is not a whole checkpoint: {damage}; name another of its folder, or --ckpt_path last")
         if path.is_dir() and not isinstance(self.trainer.strategy, ModelParallelStrategy):

@@ -14,7 +14,7 @@ import pytest
 from rpt_lightning.data.corpus import JsonlSource
 from rpt_lightning.data.manifest import FORMAT, write_manifest
 from rpt_lightning.data.prepare import prepare
-from rpt_lightning.data.shards import write_split
+from rpt_lightning.data.shards import folder_checksums, write_split
 from rpt_lightning.tasks.token_bytes import tokenizer_hash
 
 FORMULAS = ["{x}", "\\frac{1}{2}", "x_{i}", "} else {"]
@@ -81,7 +81,8 @@ def write_task_folder(tiny_tokenizer: Any) -> Callable[..., Path]:
             "answer_reach": 3,
             "corpus": {"sha256": "0" * 64},
         }
-        write_manifest(path, defaults | manifest)
+        checksums = {part: folder_checksums(path / part) for part in ("train", "heldout", "tokenizer")}
+        write_manifest(path, defaults | {"sha256": checksums} | manifest)
         return path
 
     return write

@@ -111,3 +111,21 @@ def test_worked_examples_need_thoughts(tiny_tokenizer) -> None:
 
     with pytest.raises(ValueError, match=r"--data.prompt: worked examples need marks with thoughts, and no document of Plain has one"):
         make(tiny_tokenizer, source=Plain())
+
+
+@pytest.mark.parametrize(
+    ("yielded", "named"),
+    [
+        ("just text", "the source Own yielded str 'just text' as document 2; wanted: "),
+        (Document(doc_id="d", text=b"bytes"), "the source Own yielded bytes b'bytes' as text of document 2; wanted: "),  # type: ignore[arg-type]
+        (Document(doc_id="d", text="abc", marks=(Mark(start=1, end=9),)), r"document 'd', mark 0 \(characters 1 to 9\): is empty, or not inside"),
+    ],
+)
+def test_what_a_source_must_not_yield(tiny_tokenizer, yielded: Any, named: str) -> None:
+    class Own(Numbers):
+        def documents(self) -> Iterator[Document]:
+            yield Document(doc_id="first", text="is one")
+            yield yielded
+
+    with pytest.raises(ValueError, match=named):
+        make(tiny_tokenizer, source=Own(), prompt=None)

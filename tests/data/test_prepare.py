@@ -158,7 +158,7 @@ def test_a_document_whose_id_is_no_text_is_refused_before_anything_is_scored(
         def documents(self) -> Iterator[Document]:
             yield Document(doc_id=7, text="some text")  # type: ignore[arg-type]
 
-    with pytest.raises(ValueError, match="--source: the id of document 1, 7, is a int, where text belongs"):
+    with pytest.raises(ValueError, match="the source Odd yielded int 7 as doc_id of document 1; wanted: "):
         prepare_small(tmp_path / "out", source=Odd("*"))
 
 

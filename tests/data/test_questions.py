@@ -102,6 +102,18 @@ def test_nested_fields_and_answers_in_a_list(tmp_path: Path) -> None:
         (QuestionFields(), {"problem": "?", "answer": " "}, r"line 1, field answer: ' ' is no answer"),
         (QuestionFields(), {"problem": "?", "answer": ["1", "2"]}, r"line 1, field answer: 2 answers"),
         (QuestionFields(), ["?"], r"line 1: no field 'problem'"),
+        (QuestionFields(), {"problem": ["?"], "answer": "1"}, r"line 1, field problem: \['\?'\] is no question, which is a text"),
+        (QuestionFields(), {"problem": 7, "answer": "1"}, r"line 1, field problem: 7 is no question"),
+        (QuestionFields(), {"problem": {"text": "?"}, "answer": "1"}, r"line 1, field problem: \{'text': '\?'\} is no question"),
+        (QuestionFields(), {"problem": " ", "answer": "1"}, r"line 1, field problem: ' ' is no question"),
+        (QuestionFields(), {"problem": "?", "answer": float("nan")}, r"line 1, field answer: the number nan"),
+        (QuestionFields(), {"problem": "?", "answer": float("-inf")}, r"line 1, field answer: the number -inf"),
+        (QuestionFields(), {"problem": "?", "answer": " NaN "}, r"line 1, field answer: 'NaN' is what programs write for a missing value"),
+        (QuestionFields(), {"problem": "?", "answer": "-inf"}, r"line 1, field answer: '-inf' is what programs write"),
+        (QuestionFields(), {"problem": "?", "answer": True}, r"line 1, field answer: True is no answer"),
+        (QuestionFields(), {"problem": "?", "answer": {"value": 1}}, r"line 1, field answer: \{'value': 1\} is no answer"),
+        (QuestionFields(category="tags"), {"problem": "?", "answer": 1, "tags": ["a"]}, r"line 1, field tags: \['a'\] \(list\) is no text"),
+        (QuestionFields(id="key"), {"problem": "?", "answer": 1, "key": {"n": 1}}, r"line 1, field key: .*\(dict\) is no text"),
         (
             QuestionFields(choices="options"),
             {"problem": "?", "answer": "C", "options": ["1", "2"]},
@@ -117,6 +129,25 @@ def test_nested_fields_and_answers_in_a_list(tmp_path: Path) -> None:
 def test_broken_rows(fields: QuestionFields, row: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         list(JsonlQuestions(str(write(tmp_path / "q.jsonl", row)), fields).questions())
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (0.00001, "0.00001"),
+        ("1e-05", "0.00001"),
+        (1e22, "1" + 22 * "0"),
+        (2.5, "2.5"),
+        (["7"], "7"),
+        ("e-5", "e-5"),
+        (r"\infty", r"\infty"),
+        (0, "0"),
+    ],
+)
+def test_answers_in_digits(answer: Any, text: str, tmp_path: Path) -> None:
+    """Math-Verify reads 1e-05 as e - 5."""
+    (question,) = JsonlQuestions(str(write(tmp_path / "q.jsonl", {"problem": "?", "answer": answer}))).questions()
+    assert question.answer == text
 
 
 def test_broken_sources(tmp_path: Path) -> None:

@@ -4,11 +4,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from rpt_lightning.data.shards import write_split
+from rpt_lightning.data.shards import folder_checksums, write_split
 from rpt_lightning.data.task_folder import TaskFolder
 
 Write = Callable[..., Path]
@@ -63,7 +64,7 @@ def test_damage_is_found_when_the_folder_is_opened(write_task_folder: Write, tmp
         opened(lambda path: (path / "train/chunk-0-0.bin").write_bytes(b"12345"), "short")
     with pytest.raises(ValueError, match="not a readable split"):
         opened(lambda path: (path / "train/num_positions.npy").unlink(), "counts")
-    with pytest.raises(ValueError, match=r"20 documents in the shards but 3 in num_positions\.npy"):
+    with pytest.raises(ValueError, match=r"num_positions\.npy is damaged: its SHA-256"):
         opened(lambda path: np.save(path / "train/num_positions.npy", np.ones(3, np.int32)), "other_counts")
     with pytest.raises(ValueError, match="not a readable split"):
         opened(lambda path: (path / "train/index.json").write_text("{"), "index")
@@ -131,7 +132,52 @@ def test_what_is_not_an_item_is_not_stored(write_task_folder: Write, tmp_path: P
 def test_pickled_counts_are_never_read(write_task_folder: Write, tmp_path: Path) -> None:
     path = write_task_folder(tmp_path / "t", [2])
     np.save(path / "train/num_positions.npy", np.array([object()], dtype=object), allow_pickle=True)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["sha256"]["train"] = folder_checksums(path / "train")
+    (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="not a readable split"):
+        TaskFolder(path, "train")
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        ("settings", None, r"\(settings: there is no such entry\); make the task folder again with `rpt prepare`"),
+        ("settings", [], r"settings is \[\], where an object belongs"),
+        ("settings.tokenizer", 7, r"settings\.tokenizer is 7, where a text belongs"),
+        ("corpus.sha256", None, r"corpus\.sha256: there is no such entry"),
+        ("answer_reach", "3", r"answer_reach is '3', where a whole number belongs"),
+        ("answer_reach", 0, r"answer_reach is 0"),
+        ("proxy", ["models/tiny"], r"proxy is \['models/tiny'\], where a text belongs"),
+        ("sha256", None, r"sha256: there is no such entry; without checksums damage would go unnoticed"),
+        ("sha256", "null", r"sha256 is 'null', where an object belongs"),
+        ("sha256.train", None, r"sha256\.train: there is no such entry; without checksums"),
+        ("sha256.train", {"num_positions.npy": None}, r"sha256\.train\.num_positions\.npy is None, where a SHA-256 belongs"),
+        ("sha256.train", {}, r"no checksum of train/num_positions\.npy"),
+        ("splits", {"train": {"last_position": "9"}}, r"splits\.train\.last_position is '9', where a position belongs"),
+    ],
+)
+def test_a_manifest_that_was_edited_is_named(entry: str, value: Any, message: str, write_task_folder: Write, tmp_path: Path) -> None:
+    path = write_task_folder(tmp_path / "t", [2])
+    manifest = json.loads((path / "manifest.json").read_text())
+    place = manifest
+    *outer, last = entry.split(".")
+    for name in outer:
+        place = place[name]
+    if value is None:
+        del place[last]
+    else:
+        place[last] = value
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=rf"manifest\.json: .*{message}"):
+        TaskFolder(path, "train")
+
+
+@pytest.mark.parametrize("content", ["[]", "7", '{"format": 1, "settings": null}', '{"format": 1, "sha256": null}', '"text"'])
+def test_what_is_no_manifest_is_named(content: str, write_task_folder: Write, tmp_path: Path) -> None:
+    path = write_task_folder(tmp_path / "t", [2])
+    (path / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match=r"manifest\.json: not a manifest that this version reads"):
         TaskFolder(path, "train")
 
 

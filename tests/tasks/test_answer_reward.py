@@ -86,6 +86,22 @@ def test_choices_are_paid_by_letter_alone(answer_reward: AnswerReward) -> None:
         ("Which is larger, -3 or -5?", "-3.0", "-3", "right"),  # a sign is no operation
         (r"An angle of $90^\circ$, or a larger one?", "90", r"90^{\circ}", "right"),
         (r"Is it $2\pi$ or 3?", r"\pi \cdot 2", r"2\pi", "right"),
+        # Nothing is left to work out in what follows, though it stands in the question in another form than the true answer's.
+        ("Which solves it, x=-2 or x=3?", "-2", "x=-2", "right"),
+        ("Which solves it, $x = -2$ or $x = 3$?", "x = -2.0", "x=-2", "right"),
+        ("Is it (0,-3) or (1,2)?", r"\left(0, \frac{-6}{2}\right)", "(0,-3)", "right"),
+        (r"Which is larger, $\frac{3}{4}$ or $\frac{2}{3}$?", "0.75", r"\frac{3}{4}", "right"),
+        ("Which is larger, 3/4 or 2/3?", r"\dfrac{3}{4}", "3/4", "right"),
+        (r"Is the angle $\frac{\pi}{2}$ or $\pi$?", r"\pi/2", r"\frac{\pi}{2}", "right"),
+        (r"Is it $[2, \infty)$ or $x \le 1$?", r"x \ge 2", r"[2,\infty)", "right"),
+        (r"Is it $3 \cdot x + 1$ or $x$?", "1+3x", r"3\times x+1", "quoted"),
+        (r"Is it $x^2 \cdot 3$ or $x$?", r"x^{2}\times 3", r"x^2 \cdot 3", "right"),  # the true answer in another notation
+        (r"Is it $y = 2x + 1$ or $y = x$?", "2x+1", "y=2x+1", "right"),
+        (r"What is $17 \div 5$?", "3.4", r"17\div 5", "quoted"),
+        ("What is 12/16?", r"\frac{3}{4}", "12/16", "quoted"),
+        (r"Simplify $\sqrt{8}$.", r"2\sqrt{2}", r"\sqrt{8}", "quoted"),
+        ("What is x if x = 29 - 14?", "15", "x = 29 - 14", "quoted"),
+        ("What is (29-14, 2)?", "(15,2)", "(29-14, 2)", "quoted"),
     ],
 )
 def test_an_expression_of_the_question_is_no_answer(answer_reward: AnswerReward, question: str, answer: str, prediction: str, verdict: str) -> None:

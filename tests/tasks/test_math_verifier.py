@@ -33,6 +33,11 @@ EQUAL = [
     ("4", r"4\text{ cm}"),
     (r"\text{Evelyn}", r"\text{Evelyn}"),
     ("4", r"\boxed{4}"),
+    # As programs write numbers, on either side; Math-Verify alone reads the e as Euler's number.
+    ("0.00001", "1e-05"),
+    ("1e-05", r"10^{-5}"),
+    ("1500", "1.5e3"),
+    ("2e-1", "-1+2e"),
 ]
 DIFFERENT = [
     (r"\frac{1}{2}", "0.51"),
@@ -44,6 +49,8 @@ DIFFERENT = [
     (r"\sqrt{2}", "1.4"),
     (r"\text{even}", r"\text{odd}"),
     ("4", "4, 5"),
+    ("1e-05", "e-5"),
+    ("2e-1", "0.2"),
 ]
 
 

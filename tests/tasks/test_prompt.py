@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import toy_tokenizers as toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from rpt_lightning.tasks.answer import extract_prediction
 from rpt_lightning.tasks.objective import Objective
@@ -135,11 +140,109 @@ def test_refused(make, named: str) -> None:
 
 
 def test_a_tokenizer_without_an_end_is_refused() -> None:
-    from transformers import PreTrainedTokenizerFast
-
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=toys.byte_level().backend_tokenizer)
     with pytest.raises(ValueError, match="eos_token"):
         ContinuationPrompt().bind(tokenizer)
+
+
+def template(opening: str) -> str:
+    return toys.CHAT_TEMPLATE.replace("<|im_start|>assistant\n' }}", f"<|im_start|>assistant\n{opening}' }}}}")
+
+
+SWITCHED = toys.CHAT_TEMPLATE.replace(  # Qwen 3.5's small models: closed unless it is asked for
+    "<|im_start|>assistant\n' }}",
+    "<|im_start|>assistant\n' }}{% if enable_thinking is defined and enable_thinking %}{{ '<think>\n' }}{% else %}{{ '<think>\n\n</think>\n\n' }}{% endif %}",
+)
+
+
+@pytest.mark.parametrize("think", [False, True])
+@pytest.mark.parametrize(
+    ("opening", "shown"),
+    [
+        ("", "<think>"),  # absent
+        ("<think>\n", "<think>\n"),  # opened
+        ("<think>\nOkay, ", "<think>\nOkay, "),  # begun
+        ("<think>\n\n</think>\n\n", "<think>"),  # closed at once
+        ("<think>I thought.</think>\n\n", "<think>"),
+        ("</think>", "<think>"),  # DeepSeek V3.1
+        ("<think></think><think>\n", "<think></think><think>\n"),
+    ],
+)
+def test_forms_of_the_thought(opening: str, shown: str, think: bool) -> None:
+    tokenizer = toys.byte_level(think_tokens=think, chat_template=template(opening))
+    for prompt in (ChatPrompt(), QuestionPrompt()):
+        assert rendered(prompt.bind(tokenizer), tokenizer).endswith(f"<|im_end|>\n<|im_start|>assistant\n{shown}")
+    # Whoever asks for no marked thought gets the template as it is.
+    assert rendered(ChatPrompt("v0", None, None).bind(tokenizer), tokenizer).endswith(f"<|im_start|>assistant\n{opening}")
+
+
+def test_a_template_that_only_speaks_of_the_markers() -> None:
+    mention = toys.CHAT_TEMPLATE.replace("m['content'] | trim + '<|im_end|>'", "m['content'] | trim + ' Think in <think>.<|im_end|>'")
+    tokenizer = toys.byte_level(chat_template=mention)
+    assert rendered(ChatPrompt().bind(tokenizer), tokenizer).endswith("Think in <think>.<|im_end|>\n<|im_start|>assistant\n<think>")
+
+
+def test_template_args_reach_the_template() -> None:
+    tokenizer = toys.byte_level(chat_template=SWITCHED)
+    for args, shown in ((None, "<think>"), ({"enable_thinking": True}, "<think>\n"), ({"enable_thinking": False}, "<think>")):
+        assert rendered(QuestionPrompt(template_args=args).bind(tokenizer), tokenizer).endswith(f"assistant\n{shown}")
+    off = QuestionPrompt(None, None, {"enable_thinking": False}).bind(tokenizer)
+    assert rendered(off, tokenizer).endswith("assistant\n<think>\n\n</think>\n\n")
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "args", "named"),
+    [
+        (SWITCHED, {"enable_thinkng": True}, r"template_args: the chat template of .* knows no 'enable_thinkng'"),
+        (SWITCHED, {"add_generation_prompt": False}, r"template_args: add_generation_prompt is set by ChatPrompt itself"),
+        (template("<think></think>Answer: "), None, r"closes the thought and goes on behind it"),
+        ("{{ raise_exception('only with a system message') }}", None, r"cannot be used \(TemplateError: only with a system message\)"),
+        ("{% if %}", None, r"cannot be used \(TemplateSyntaxError"),
+    ],
+)
+def test_templates_that_are_refused(chat_template: str, args: dict[str, bool] | None, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        ChatPrompt(template_args=args).bind(toys.byte_level(chat_template=chat_template))
+
+
+@pytest.mark.parametrize(
+    ("files", "more"),
+    [
+        ({"generation_config.json": {"eos_token_id": ["<|endoftext|>", "<|im_end|>"]}}, ["<|im_end|>"]),
+        ({"generation_config.json": {"eos_token_id": ["<|im_end|>", "<|endoftext|>", "<|im_start|>"]}}, ["<|im_end|>", "<|im_start|>"]),
+        ({"generation_config.json": {"eos_token_id": ["a"]}}, ["a"]),  # a list is nobody's default
+        ({"generation_config.json": {"eos_token_id": "<|im_end|>"}}, ["<|im_end|>"]),
+        ({"generation_config.json": {"eos_token_id": "a"}}, []),  # such as the 2 of a small Llama
+        ({"generation_config.json": {}, "config.json": {"eos_token_id": ["<|im_end|>"]}}, ["<|im_end|>"]),
+        ({"config.json": {"text_config": {"eos_token_id": ["<|im_end|>"]}}}, ["<|im_end|>"]),
+        ({"generation_config.json": {"eos_token_id": ["<|im_end|>"]}, "config.json": {"eos_token_id": ["<|im_start|>"]}}, ["<|im_end|>"]),
+        ({}, []),
+    ],
+)
+def test_every_end_that_the_models_folder_names(files: dict[str, dict[str, Any]], more: list[str], tmp_path: Path) -> None:
+    saved = toys.byte_level()
+    saved.save_pretrained(tmp_path)
+
+    def ids(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: ids(part) for key, part in value.items()}
+        return [ids(part) for part in value] if isinstance(value, list) else saved.convert_tokens_to_ids(value)
+
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(ids(content)))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    end, turn = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")
+    wanted = [tokenizer.convert_tokens_to_ids(token) for token in more]
+    assert ContinuationPrompt().bind(tokenizer).stop_token_ids == tuple(dict.fromkeys([end, *wanted]))
+    assert ChatPrompt().bind(tokenizer).stop_token_ids == tuple(dict.fromkeys([turn, end, *wanted]))
+
+
+def test_a_damaged_generation_config_is_named(tmp_path: Path) -> None:
+    toys.byte_level().save_pretrained(tmp_path)
+    for content in ('{"eos_token_id": "x"}', '{"eos_token_id": [1, null]}', "{", "[]"):
+        (tmp_path / "generation_config.json").write_text(content)
+        with pytest.raises(ValueError, match=r"generation_config\.json: "):
+            ContinuationPrompt().bind(PreTrainedTokenizerFast.from_pretrained(tmp_path))
 
 
 def test_a_template_that_writes_the_date_gives_the_same_prompt_on_every_day() -> None:

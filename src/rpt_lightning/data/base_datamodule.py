@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 
 from rpt_lightning.data.heldout import choose_heldout
 from rpt_lightning.data.stream import Place, ShuffledOrder, TaskStream, rank_share
@@ -186,8 +185,6 @@ class TaskFolderDataModule(StreamDataModule):
         self.train = TaskFolder(self.task_dir, "train", max_context_tokens=self.max_context_tokens)
         self.heldout = TaskFolder(self.task_dir, "heldout", max_context_tokens=self.max_context_tokens)
         self._check_tokenizer()
-        if "sha256" not in self.train.manifest:
-            rank_zero_info(f"{self.task_dir} was prepared by an earlier version and has no checksums: damaged shards may go unnoticed")
         stream = TaskStream(self.make_order(), corpus=self.train.manifest["corpus"]["sha256"], layout=self.train.layout)
         self.begin_stream(stream, self.task_dir)
 

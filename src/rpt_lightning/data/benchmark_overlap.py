@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rpt_lightning.data.data_files import DataFile, find_files, read_text, without_compression
 from rpt_lightning.data.dedup import span_hashes
-from rpt_lightning.data.jsonl import read_jsonl
+from rpt_lightning.data.jsonl import read_json, read_jsonl
 from rpt_lightning.tasks.token_bytes import TokenBytes
 
 # Its own constant: --dedup_span says what holds for the split, and a template that is shared with no benchmark needs no other number here.
@@ -21,14 +20,13 @@ BENCHMARK_SPAN = 13
 def benchmark_spans(paths: list[str], token_bytes: TokenBytes) -> tuple[NDArray[np.uint64], int]:
     """Sorted hashes of all 13-token spans of the files [S], and the number of texts that the tokenizer cannot express: no document holds those.
 
-    A text is every string inside JSON or JSONL records, or a whole file of another kind. Raises ValueError that names ``--benchmark_files`` and the
-    file.
+    A text is every string inside JSON or JSONL records, or a whole file of another kind; a path may be a folder or a pattern. Raises ValueError that
+    names ``--benchmark_files`` and the file.
     """
     parts, num_skipped = [], 0
-    for path in paths:
-        if not Path(path).is_file():
-            raise ValueError(f"--benchmark_files {path}: there is no such file")
-        for text in _texts(Path(path)):
+    files = [file for path in paths for file in find_files(path, name=f"--benchmark_files {path}", endings=())]
+    for file in files:
+        for text in _texts(file):
             try:
                 token_ids = token_bytes.encode_plain(text)
             except ValueError:
@@ -47,22 +45,16 @@ def overlaps(token_ids: NDArray[np.int32], spans: NDArray[np.uint64]) -> bool:
     return bool((spans[np.minimum(places, len(spans) - 1)] == hashes).any())
 
 
-def _texts(path: Path) -> Iterator[str]:
-    name = f"--benchmark_files {path}"
-    if path.suffix == ".jsonl":
-        for _, value in read_jsonl(path, name=name):
+def _texts(file: DataFile) -> Iterator[str]:
+    name = f"--benchmark_files {file.path}"
+    kind = without_compression(file.name).lower()
+    if kind.endswith((".jsonl", ".ndjson")):
+        for _, value in read_jsonl(file.path, name=name):
             yield from _strings(value)
-        return
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            yield from _strings(json.loads(text))
-        else:
-            yield text
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: not UTF-8 (byte {error.start}); convert the file") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}, line {error.lineno}: broken JSON ({error.msg}); name a file of one object a line .jsonl") from error
+    elif kind.endswith(".json"):
+        yield from _strings(read_json(file.path, name=name))
+    else:
+        yield read_text(file.path, name=name)
 
 
 def _strings(value: Any) -> Iterator[str]:

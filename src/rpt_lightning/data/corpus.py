@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import importlib
 import inspect
 import io
 import pkgutil
-import string
 import types
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rpt_lightning.data.fields import value_problem
-from rpt_lightning.data.jsonl import read_jsonl
-from rpt_lightning.types import Document, FieldValue
+from rpt_lightning.data.data_files import find_files, read_text
+from rpt_lightning.data.fields import row_fields
+from rpt_lightning.data.hub_rows import read_dataset
+from rpt_lightning.data.jsonl import read_records
+from rpt_lightning.data.parquet_rows import read_parquet
+from rpt_lightning.data.row_text import DEFAULT_SEPARATOR, fill_template
+from rpt_lightning.types import Document
 
 DEFAULT_TEMPLATE = "{problem}\n\n{solution}"
 
@@ -35,122 +36,96 @@ class CorpusSource(ABC):
         """What the manifest says about the source: its kind and settings, in JSON types."""
 
 
-def fill_template(template: str, row: Mapping[str, Any], *, where: str) -> str:
-    """The text of one record.
-
-    >>> fill_template("{problem} = {solution}", {"problem": "1 + 1", "solution": 2}, where="a.jsonl, line 1")
-    '1 + 1 = 2'
-    """
-    fields = [name for _, name, _, _ in string.Formatter().parse(template) if name]
-    missing = [name for name in fields if row.get(name) is None]
-    if missing:
-        raise ValueError(
-            f"{where}: the template {template!r} needs the field {missing[0]!r}, missing or null there (fields: {', '.join(map(str, row))}); "
-            "correct --source.init_args.template or the data"
-        )
-    return template.format_map(row)
-
-
-def row_fields(names: Sequence[str], row: Mapping[str, Any], *, where: str) -> dict[str, FieldValue]:
-    """The columns of one record that are kept as fields of the document. Raises ValueError that begins with ``where``.
-
-    >>> row_fields(["depth"], {"text": "...", "depth": 3}, where="a.jsonl, line 1")
-    {'depth': 3}
-    """
-    for name in names:
-        if row.get(name) is None:
-            raise ValueError(
-                f"{where}: the field {name!r} is to be kept, and is missing or null there (fields: {', '.join(map(str, row))}); correct "
-                "--source.init_args.fields or the data"
-            )
-        problem = value_problem(row[name])
-        if problem:
-            raise ValueError(
-                f"{where}: the field {name!r} is to be kept, so it must be text or a finite number, and {problem}; correct --source.init_args.fields or "
-                "the data"
-            )
-    return {name: row[name] for name in names}
-
-
-def _kept(fields: Sequence[str]) -> dict[str, list[str]]:
-    """What a description says of them: nothing where there are none, as before there could be any."""
-    return {"fields": list(fields)} if fields else {}
-
-
 class JsonlSource(CorpusSource):
-    """One JSON object a line; ``template`` says how its fields become the text, and ``fields`` which of them are kept beside it."""
+    """One JSON object a line; ``template`` says how its fields become the text, and ``fields`` which of them are kept beside it.
 
-    def __init__(self, path: str, template: str = DEFAULT_TEMPLATE, fields: list[str] = []) -> None:  # noqa: B006, is never changed
-        self.path = Path(path)
+    Args:
+        path: A file, a folder of them, or a pattern; compressed or not. A ``.json`` file may hold one list of objects.
+        template: Its braces are fields; a dot leads into nested values: ``{messages.0.content}``.
+        fields: Names of what is kept of a line, to break accuracy down by it; a dot leads into nested values.
+        separator: What stands between the texts of a field that is a list of them.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        template: str = DEFAULT_TEMPLATE,
+        fields: list[str] = [],  # noqa: B006, is never changed
+        separator: str = DEFAULT_SEPARATOR,
+    ) -> None:
+        self.path = path
         self.template = template
         self.fields = fields
+        self.separator = separator
 
     def documents(self) -> Iterator[Document]:
-        _require_file(self.path)
-        for number, row in read_jsonl(self.path, name=str(self.path)):
-            where = f"{self.path}, line {number}"
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: a {type(row).__name__} where an object with the template's fields belongs")
-            text, fields = fill_template(self.template, row, where=where), row_fields(self.fields, row, where=where)
-            yield Document(doc_id=f"{self.path.name}:{number}", text=text, fields=fields)
+        for record in read_records(self.path, name=_path_flag(self.path)):
+            text = fill_template(self.template, record.value, where=record.where, separator=self.separator)
+            fields = row_fields(self.fields, record.value, where=record.where)
+            yield Document(doc_id=f"{record.file.name}:{record.number}", text=text, fields=fields)
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "jsonl", "path": str(self.path), "template": self.template} | _kept(self.fields)
+        return {"kind": "jsonl", "path": str(self.path), "template": self.template} | _told(self.fields, self.separator)
 
 
 class ParquetSource(CorpusSource):
-    """The rows of a Parquet file; columns named by ``fields`` are kept beside the text."""
+    """The rows of Parquet files; columns named by ``fields`` are kept beside the text.
 
-    def __init__(self, path: str, template: str = DEFAULT_TEMPLATE, fields: list[str] = []) -> None:  # noqa: B006, is never changed
-        self.path = Path(path)
+    Args:
+        path: A file, a folder of them, or a pattern.
+        template: Its braces are columns; a dot leads into nested values: ``{messages.0.content}``.
+        fields: Columns that are kept, to break accuracy down by them; a dot leads into nested values.
+        separator: What stands between the texts of a column that holds lists of them.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        template: str = DEFAULT_TEMPLATE,
+        fields: list[str] = [],  # noqa: B006, is never changed
+        separator: str = DEFAULT_SEPARATOR,
+    ) -> None:
+        self.path = path
         self.template = template
         self.fields = fields
+        self.separator = separator
 
     def documents(self) -> Iterator[Document]:
-        from pyarrow import ArrowInvalid
-        from pyarrow.parquet import ParquetFile
-
-        _require_file(self.path)
-        try:
-            file = ParquetFile(self.path)
-        except ArrowInvalid as error:
-            raise ValueError(f"{self.path}: not a readable Parquet file ({error})") from error
-        number = 0
-        for batch in file.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                where = f"{self.path}, row {number} (from 0)"
-                text, fields = fill_template(self.template, row, where=where), row_fields(self.fields, row, where=where)
-                yield Document(doc_id=f"{self.path.name}:{number}", text=text, fields=fields)
-                number += 1
+        for file, number, row in read_parquet(self.path, name=_path_flag(self.path)):
+            where = f"{file.path}, row {number} (from 0)"
+            text = fill_template(self.template, row, where=where, separator=self.separator)
+            yield Document(doc_id=f"{file.name}:{number}", text=text, fields=row_fields(self.fields, row, where=where))
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "parquet", "path": str(self.path), "template": self.template} | _kept(self.fields)
+        return {"kind": "parquet", "path": str(self.path), "template": self.template} | _told(self.fields, self.separator)
 
 
 class TextFilesSource(CorpusSource):
-    """Every file that matches ``pattern`` (``**`` allowed) is a document, in the order of the paths."""
+    """Every file that matches ``pattern`` (``**`` allowed) is a document, in the order of the paths. A folder means all files in it, at any depth."""
 
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern
 
     def documents(self) -> Iterator[Document]:
-        paths = sorted(path for path in glob.glob(self.pattern, recursive=True) if Path(path).is_file())
-        if not paths:
-            raise ValueError(f"--source.init_args.pattern {self.pattern!r} matches no file")
-        for path in paths:
-            try:
-                text = Path(path).read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}: not UTF-8 (byte {error.start}); convert the file or narrow --source.init_args.pattern") from error
-            yield Document(doc_id=path, text=text)
+        for file in find_files(self.pattern, name=f"--source.init_args.pattern {self.pattern!r}", endings=()):
+            yield Document(doc_id=str(file.path), text=read_text(file.path, name=str(file.path)))
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "text_files", "pattern": self.pattern}
 
 
 class HuggingFaceSource(CorpusSource):
-    """A split of a Hugging Face dataset (``pip install 'rpt-lightning[datasets]'``). ``revision`` pins a commit; columns named by ``fields`` are kept
-    beside the text."""
+    """A split of a Hugging Face dataset (``pip install 'rpt-lightning[datasets]'``); columns named by ``fields`` are kept beside the text.
+
+    Args:
+        name: Hub id, or a folder that `datasets` reads.
+        split: Of the dataset.
+        template: Its braces are fields; a dot leads into nested values: ``{messages.0.content}``.
+        config_name: The dataset's configuration, where it has several.
+        revision: Pins a commit.
+        fields: Columns that are kept, to break accuracy down by them; a dot leads into nested values.
+        separator: What stands between the texts of a field that is a list of them.
+    """
 
     def __init__(
         self,
@@ -160,6 +135,7 @@ class HuggingFaceSource(CorpusSource):
         config_name: str | None = None,
         revision: str | None = None,
         fields: list[str] = [],  # noqa: B006, is never changed
+        separator: str = DEFAULT_SEPARATOR,
     ) -> None:
         self.name = name
         self.split = split
@@ -167,20 +143,17 @@ class HuggingFaceSource(CorpusSource):
         self.config_name = config_name
         self.revision = revision
         self.fields = fields
+        self.separator = separator
 
     def documents(self) -> Iterator[Document]:
-        try:
-            from datasets import load_dataset
-        except ImportError as error:
-            raise ValueError("HuggingFaceSource needs the datasets package: pip install 'datasets>=3'") from error
-        for number, row in enumerate(load_dataset(self.name, self.config_name, split=self.split, revision=self.revision)):
+        for number, row in enumerate(read_dataset(self.name, self.config_name, split=self.split, revision=self.revision)):
             where = f"dataset {self.name}, split {self.split}, row {number} (from 0)"
-            text, fields = fill_template(self.template, row, where=where), row_fields(self.fields, row, where=where)
-            yield Document(doc_id=f"{self.name}/{self.split}:{number}", text=text, fields=fields)
+            text = fill_template(self.template, row, where=where, separator=self.separator)
+            yield Document(doc_id=f"{self.name}/{self.split}:{number}", text=text, fields=row_fields(self.fields, row, where=where))
 
     def describe(self) -> dict[str, Any]:
-        settings = {"name": self.name, "config_name": self.config_name, "split": self.split, "revision": self.revision, "template": self.template}
-        return {"kind": "hugging_face"} | settings | _kept(self.fields)
+        described = {"kind": "hugging_face", "name": self.name, "config_name": self.config_name, "split": self.split, "revision": self.revision}
+        return described | {"template": self.template} | _told(self.fields, self.separator)
 
 
 class DocstringSource(CorpusSource):
@@ -269,6 +242,10 @@ def _unwrapped(member: object) -> object:
         return member
 
 
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        raise ValueError(f"--source.init_args.path {str(path)!r}: there is no such file")
+def _path_flag(path: str) -> str:
+    return f"--source.init_args.path {str(path)!r}"
+
+
+def _told(fields: Sequence[str], separator: str) -> dict[str, Any]:
+    """What a description says of them: nothing where they are the usual ones, as before there was a choice."""
+    return ({"fields": list(fields)} if fields else {}) | ({} if separator == DEFAULT_SEPARATOR else {"separator": separator})

@@ -9,7 +9,9 @@ import numpy as np
 
 from rpt_lightning.data.base_datamodule import EvalLoader, StreamDataModule
 from rpt_lightning.data.corpus import CorpusSource
+from rpt_lightning.data.fields import check_document
 from rpt_lightning.data.heldout import choose_heldout
+from rpt_lightning.data.own_source import checked_documents
 from rpt_lightning.data.stream import ShuffledOrder, TaskStream
 from rpt_lightning.data.task_folder import TaskFolder
 from rpt_lightning.data.worked_examples import ExampleWriter, Phase
@@ -74,7 +76,9 @@ class CorpusDataModule(StreamDataModule):
         tokenizer = module.tokenizer
         self.token_bytes = TokenBytes(tokenizer)
         self.start_ids = start_ids(tokenizer)
-        self.documents: list[Document] = list(self.source.documents())
+        self.documents: list[Document] = list(checked_documents(self.source))
+        for number, document in enumerate(self.documents, start=1):
+            check_document(document, number=number)
         if not self.documents:
             raise ValueError(f"--data.source: the corpus is empty ({self.source.describe()})")
         self.writer = None

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rpt_lightning.data.item_format import text_array
+from rpt_lightning.data.row_text import look_up
 from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.types import Document, Fields, FieldValue
 
@@ -33,6 +34,29 @@ def value_problem(value: Any) -> str | None:
     if isinstance(value, str) and not _is_unicode(value):
         return f"{shown} is not Unicode"
     return None
+
+
+def row_fields(names: Sequence[str], row: Mapping[str, Any], *, where: str) -> dict[str, FieldValue]:
+    """The values of one record that are kept as fields of its document; a dot in a name leads into nested values (`look_up`).
+
+    Raises ValueError that begins with ``where``.
+
+    >>> row_fields(["depth", "about.subject"], {"text": "...", "depth": 3, "about": {"subject": "cups"}}, where="a.jsonl, line 1")
+    {'depth': 3, 'about.subject': 'cups'}
+    """
+    kept = {name: look_up(row, name) for name in names}
+    for name, value in kept.items():
+        if value is None:
+            raise ValueError(
+                f"{where}: the field {name!r} is to be kept, and is missing or null there (fields: {', '.join(map(str, row))}); correct "
+                "--source.init_args.fields or the data"
+            )
+        if problem := value_problem(value):
+            raise ValueError(
+                f"{where}: the field {name!r} is to be kept, so it must be text or a finite number, and {problem}; correct "
+                "--source.init_args.fields or the data"
+            )
+    return kept
 
 
 def check_document(document: Document, *, number: int) -> None:

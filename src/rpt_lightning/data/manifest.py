@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,12 @@ MANIFEST_FILE = "manifest.json"
 # 2: a document's id is stored as bytes (item_format.py). Folders of format 1, with text, are still read.
 FORMAT = 2
 READABLE_FORMATS = (1, 2)
+# What readers need of a manifest.
+_ENTRIES: dict[str, type] = {
+    **{"settings": dict, "settings.tokenizer": str, "tokenizer_hash": str, "proxy": str, "answer_reach": int, "corpus": dict, "corpus.sha256": str},
+    **{"sha256": dict, "sha256.train": dict, "sha256.heldout": dict, "sha256.tokenizer": dict},
+}
+_WORDS = {dict: "an object", str: "a text", int: "a whole number"}
 HISTOGRAM_FILE = "histogram.png"
 # Settings of `rpt prepare` that are younger than some folders, with what those were made with.
 LATER_SETTINGS: dict[str, Any] = {"dedup_span": 13}
@@ -120,6 +127,31 @@ def parse_manifest(content: bytes, name: str) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(content)
         if manifest["format"] not in READABLE_FORMATS:
             raise ValueError(f"format {manifest['format']}, not one of {READABLE_FORMATS}")
+        _check_entries(manifest)
         return manifest
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{name}: not a manifest that this version reads ({error}); make the task folder again with `rpt prepare`") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        found = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{name}: not a manifest that this version reads ({found}); make the task folder again with `rpt prepare`") from error
+
+
+def _check_entries(manifest: dict[str, Any]) -> None:
+    """Raises ValueError for an entry that is missing or of another type, as in a file that was edited."""
+    for path, kind in _ENTRIES.items():
+        value: Any = manifest
+        for name in path.split("."):
+            if name not in value:
+                why = "; without checksums damage would go unnoticed" if path.startswith("sha256") else ""
+                raise ValueError(f"{path}: there is no such entry{why}")
+            value = value[name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{path} is {value!r}, where {_WORDS[kind]} belongs")
+    for part, files in manifest["sha256"].items():
+        for name, checksum in files.items():
+            if not isinstance(checksum, str) or not re.fullmatch("[0-9a-f]{64}", checksum):
+                raise ValueError(f"sha256.{part}.{name} is {checksum!r}, where a SHA-256 belongs")
+    if manifest["answer_reach"] < 1:
+        raise ValueError(f"answer_reach is {manifest['answer_reach']}, where a number of tokens belongs")
+    for split, counts in manifest.get("splits", {}).items():
+        last = counts.get("last_position", 0)
+        if not isinstance(last, int) or isinstance(last, bool) or last < 0:
+            raise ValueError(f"splits.{split}.last_position is {last!r}, where a position belongs")

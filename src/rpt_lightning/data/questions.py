@@ -7,12 +7,17 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from decimal import Decimal
 from typing import Any
 
-from rpt_lightning.data.jsonl import read_jsonl
-from rpt_lightning.tasks.question_text import LETTERS
+from rpt_lightning.data.choices import AnswerForm, read_choices, right_letter
+from rpt_lightning.data.hub_rows import read_dataset
+from rpt_lightning.data.jsonl import read_records
+from rpt_lightning.data.row_text import as_text, look_up, short
+from rpt_lightning.tasks.number_text import plain_number
 from rpt_lightning.types import Question
+
+_NO_ANSWERS = ("nan", "inf", "#n/a")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,15 +26,20 @@ class QuestionFields:
 
     Args:
         question: Its text.
-        answer: The true answer, as text or number; a list of one, also written as JSON, is that one. With choices the letter of the right one.
-        choices: A list of texts, lettered from A; None for questions that Math-Verify checks.
+        answer: The true answer, as text or number; a list of one, also written as JSON, is that one. With choices it says which is right.
+        choices: A list of texts, lettered from A, or an object of them by label; several names: one choice each. None for questions that
+            Math-Verify checks.
+        labels: The choices' own names, a list as long as theirs, where the answer is one of those.
+        answer_is: How the answer says which choice is right: by its label, else its letter; by its place, counted from 0 or from 1; or by its text.
         category: What results are grouped by; None: not grouped.
         id: Tells questions apart; None: the row's number.
     """
 
     question: str = "problem"
     answer: str = "answer"
-    choices: str | None = None
+    choices: str | list[str] | None = None
+    labels: str | None = None
+    answer_is: AnswerForm = "letter"
     category: str | None = None
     id: str | None = None
 
@@ -44,19 +54,17 @@ class QuestionSource(ABC):
 
 class JsonlQuestions(QuestionSource):
     """Args:
-    path: One JSON object a line.
+    path: One JSON object a line: a file, a folder of them, or a pattern; compressed or not. A ``.json`` file may hold one list of objects.
     fields: Which of its fields make a question.
     """
 
     def __init__(self, path: str, fields: QuestionFields = QuestionFields()) -> None:
-        self.path = Path(path)
+        self.path = path
         self.fields = fields
 
     def questions(self) -> Iterator[Question]:
-        if not self.path.is_file():
-            raise ValueError(f"{self.path}: there is no such file of questions")
-        for number, row in read_jsonl(self.path, name=str(self.path)):
-            yield read_question(row, self.fields, name=f"{self.path.stem}:{number}", where=f"{self.path}, line {number}")
+        for record in read_records(self.path, name=str(self.path), what="file of questions"):
+            yield read_question(record.value, self.fields, name=f"{record.file.stem}:{record.number}", where=record.where)
 
 
 class HuggingFaceQuestions(QuestionSource):
@@ -85,11 +93,7 @@ class HuggingFaceQuestions(QuestionSource):
         self.revision = revision
 
     def questions(self) -> Iterator[Question]:
-        try:
-            from datasets import load_dataset
-        except ImportError as error:
-            raise ValueError("HuggingFaceQuestions needs the datasets package: pip install 'datasets>=3'") from error
-        for number, row in enumerate(load_dataset(self.name, self.config_name, split=self.split, revision=self.revision)):
+        for number, row in enumerate(read_dataset(self.name, self.config_name, split=self.split, revision=self.revision)):
             where = f"dataset {self.name}, split {self.split}, row {number} (from 0)"
             yield read_question(row, self.fields, name=f"{self.name}/{self.split}:{number}", where=where)
 
@@ -111,54 +115,58 @@ def read_all(source: QuestionSource, *, flag: str) -> tuple[Question, ...]:
 
 def read_question(row: Any, fields: QuestionFields, *, name: str, where: str) -> Question:
     """One row as a question; ``name`` is its id where no field holds one. Raises ValueError that begins with ``where``."""
-    text, answer = _value(row, fields.question, where), _answer(_value(row, fields.answer, where), f"{where}, field {fields.answer}")
+    text = _value(row, fields.question, where)
+    answer = _single(_value(row, fields.answer, where), f"{where}, field {fields.answer}")
     choices: tuple[str, ...] = ()
-    if fields.choices is not None:
-        listed = _value(row, fields.choices, where)
-        if not isinstance(listed, list) or not 2 <= len(listed) <= len(LETTERS):
-            raise ValueError(f"{where}, field {fields.choices}: {_short(listed)} where a list of 2 to {len(LETTERS)} choices belongs")
-        choices = tuple(map(str, listed))
-        if answer not in LETTERS[: len(choices)]:
-            raise ValueError(
-                f"{where}, field {fields.answer}: the answer {answer!r} is not a letter of the {len(choices)} choices (A to {LETTERS[len(choices) - 1]})"
-            )
+    if fields.choices is None:
+        true_answer = _answer(answer, f"{where}, field {fields.answer}")
+    else:
+        choices, labels = read_choices(row, fields.choices, fields.labels, where=where)
+        true_answer = right_letter(answer, choices, labels, fields.answer_is, where=f"{where}, field {fields.answer}")
+    if not isinstance(text, (str, bytes)) or not text.strip():
+        raise ValueError(
+            f"{where}, field {fields.question}: {short(text)} is no question, which is a text; name its field with fields.question (a dot leads into "
+            "nested values)"
+        )
     return Question(
-        question_id=name if fields.id is None else str(_value(row, fields.id, where)),
-        text=str(text).strip(),
-        answer=answer,
+        question_id=name if fields.id is None else _name(row, fields.id, where),
+        text=as_text(text, where=f"{where}, field {fields.question}").strip(),
+        answer=true_answer,
         choices=choices,
-        category=None if fields.category is None else str(_value(row, fields.category, where)),
+        category=None if fields.category is None else _name(row, fields.category, where),
     )
 
 
+def _name(row: Any, path: str, where: str) -> str:
+    return as_text(_value(row, path, where), where=f"{where}, field {path}", separator=None)
+
+
 def _value(row: Any, path: str, where: str) -> Any:
-    value = row
-    for part in path.split("."):
-        if isinstance(value, list) and part.isdecimal() and int(part) < len(value):
-            value = value[int(part)]
-        else:
-            value = value.get(part) if isinstance(value, Mapping) else None
-        if value is None:
-            names = ", ".join(map(str, row)) if isinstance(row, Mapping) else _short(row)
-            raise ValueError(
-                f"{where}: no field {path!r} (there is: {names}); say with fields.question, fields.answer and so on which fields to read"
-            )
+    value = look_up(row, path)
+    if value is None:
+        names = ", ".join(map(str, row)) if isinstance(row, Mapping) else short(row)
+        raise ValueError(f"{where}: no field {path!r} (there is: {names}); say with fields.question, fields.answer and so on which fields to read")
     return value
 
 
-def _answer(value: Any, where: str) -> str:
+def _single(value: Any, where: str) -> Any:
+    """The answer of a list that holds nothing else."""
     if isinstance(value, str) and value.lstrip().startswith('["'):  # Skywork-OR1 writes a list of one answer as JSON
         with contextlib.suppress(json.JSONDecodeError):  # an answer that only begins like one
             value = json.loads(value)
     if isinstance(value, list):
         if len(value) != 1:
-            raise ValueError(f"{where}: {len(value)} answers ({_short(value)}), and a question needs exactly one")
+            raise ValueError(f"{where}: {len(value)} answers ({short(value)}), and a question needs exactly one")
         (value,) = value
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or not str(value).strip():
-        raise ValueError(f"{where}: {_short(value)} is no answer; a text or a number belongs there")
-    return str(value).strip()
+    return value
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + "..."
+def _answer(value: Any, where: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, (str, bytes, int, float, Decimal)):
+        raise ValueError(f"{where}: {short(value)} is no answer; a text or a number belongs there")
+    text = as_text(value, where=where).strip()
+    if not text:
+        raise ValueError(f"{where}: {short(value)} is no answer; a text or a number belongs there")
+    if text.lower().lstrip("+-") in _NO_ANSWERS:
+        raise ValueError(rf"{where}: {text!r} is what programs write for a missing value; correct it or leave out the row (infinity is \infty)")
+    return plain_number(text)

@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import hashlib
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,8 +99,21 @@ def scores_key(documents: Sequence[NDArray[np.int32]], settings: ScoringSettings
 def read_scores(folder: Path, part: int, lengths: Sequence[int]) -> list[DocumentScores]:
     """The scores of the documents of one part, of ``lengths`` tokens."""
     cuts = np.cumsum(lengths)[:-1]
-    with np.load(_part_file(folder, part), allow_pickle=False) as arrays:
-        fields = {field.name: np.split(arrays[field.name], cuts) for field in dataclasses.fields(DocumentScores)}
+    path = _part_file(folder, part)
+    names = [field.name for field in dataclasses.fields(DocumentScores)]
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            columns = {name: arrays[name] for name in names}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"{path}: not readable scores of `rpt prepare` ({error}); remove the file, and the same command scores that part again"
+        ) from error
+    wrong = [name for name, values in columns.items() if len(values) != sum(lengths)]
+    if wrong:
+        raise ValueError(
+            f"{path}: {len(columns[wrong[0]])} entries of {wrong[0]} for {sum(lengths)} tokens; remove the file, and the same command scores that part again"
+        )
+    fields = {name: np.split(values, cuts) for name, values in columns.items()}
     return [DocumentScores(**{name: rows[index] for name, rows in fields.items()}) for index in range(len(lengths))]
 
 

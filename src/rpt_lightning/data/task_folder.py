@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from rpt_lightning.data.data_files import expand_home
 from rpt_lightning.data.item_format import FIELDS, Item, decode_item
 from rpt_lightning.data.manifest import LATER_SETTINGS, MANIFEST_FILE, read_manifest
 from rpt_lightning.data.proxy import load_tokenizer
@@ -41,14 +42,18 @@ class TaskFolder:
         from litdata import StreamingDataset
 
         self._remote = RemoteFolder(str(path)) if is_remote(path) else None
-        self.path = Path(path) if self._remote is None else self._remote.path
+        self.path = expand_home(path) if self._remote is None else self._remote.path
         self.split = split
         self.max_context_tokens = max_context_tokens
         self.manifest: dict[str, Any] = read_manifest(self.path)
-        self._sha256: dict[str, str] = self.manifest.get("sha256", {}).get(split, {})  # by file; folders of before this was stored have none
+        self._sha256: dict[str, str] = self.manifest["sha256"][split]  # by file
         if self._remote is not None:
             self._remote.fetch_split(split)
-        elif NUM_POSITIONS_FILE in self._sha256 and (self.path / split / NUM_POSITIONS_FILE).is_file():
+        elif NUM_POSITIONS_FILE not in self._sha256:
+            raise ValueError(
+                f"{self.path / MANIFEST_FILE}: no checksum of {split}/{NUM_POSITIONS_FILE}; make the task folder again with `rpt prepare`"
+            )
+        elif (self.path / split / NUM_POSITIONS_FILE).is_file():
             check_file(self.path / split / NUM_POSITIONS_FILE, self._sha256[NUM_POSITIONS_FILE])
         chunk_sizes, num_positions = check_split(self.path / split, has_chunks=self._remote is None)
         self.chunk_sizes = chunk_sizes  # documents of each shard
@@ -103,7 +108,7 @@ class TaskFolder:
 
     def _check_chunk(self, chunk: int) -> None:
         """When the first of its documents is asked for: a corpus that streams is never read as a whole before it is used."""
-        if chunk not in self._checked_chunks and self._sha256:
+        if chunk not in self._checked_chunks:
             name = self._chunk_names[chunk]
             if self._remote is not None:
                 self._remote.fetch(self.split, name)

@@ -10,7 +10,7 @@ from typing import Literal
 from lightning.pytorch import Callback, Trainer
 
 from rpt_lightning.evaluation.run import short_names
-from rpt_lightning.training.checkpoint_file import read_checkpoint
+from rpt_lightning.training.checkpoint_file import check_about, read_checkpoint
 from rpt_lightning.training.strategy import ShardedStrategy
 
 
@@ -40,7 +40,9 @@ def policy_source(policy: str) -> tuple[str, str | None]:
     path = Path(policy)
     if path.suffix != ".ckpt" and not path.is_file():
         return policy, None
-    return str(read_checkpoint(path, flag="--policy").about["policy_path"]), policy
+    about = read_checkpoint(path, flag="--policy").about
+    check_about(about, f"--policy {path}")
+    return str(about["policy_path"]), policy
 
 
 def evaluation_trainer(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rpt_lightning.metrics.record_file import read_about, read_lines, write_about, write_lines
+from rpt_lightning.metrics.record_types import check_types
 from rpt_lightning.tasks.answer_reward import Verdict
 
 
@@ -86,6 +87,7 @@ def read_question_results(path: Path) -> QuestionResults:
     known = {field.name: field.default is MISSING for field in fields(QuestionResults) if field.name != "questions"}
     needed = [name for name, is_needed in known.items() if is_needed]
     about = read_about(path, command="rpt evaluate benchmark", needed=[*needed, "num_questions"])
+    check_types(about, QuestionResults, str(path.with_suffix(".json")))
     num_questions = about.pop("num_questions")
     if unknown := sorted(about.keys() - known.keys()):
         raise ValueError(
@@ -126,7 +128,9 @@ def _parse_line(line: str, where: str) -> QuestionResult:
     try:
         row: dict[str, Any] = json.loads(line)
         row |= {name: tuple(value) for name, value in row.items() if isinstance(value, list)}
-        return QuestionResult(**row)
+        result = QuestionResult(**row)
     except (json.JSONDecodeError, TypeError, AttributeError) as error:
         names = ", ".join(field.name for field in fields(QuestionResult))
         raise ValueError(f"{where}: not an answered question ({error}). Expected one JSON object with {names}.") from error
+    check_types(row, QuestionResult, where)
+    return result

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rpt_lightning.metrics.record_file import read_about, read_lines, write_about, write_lines
+from rpt_lightning.metrics.record_types import check_types
 from rpt_lightning.metrics.token_kind import TokenKind
 from rpt_lightning.policy.flops import ModelSize
 from rpt_lightning.types import Fields
@@ -103,6 +104,7 @@ def read_results(path: Path) -> Results:
     if len(positions) != about["num_positions"]:
         says = f"{path.with_suffix('.json').name} says {about['num_positions']}"
         raise ValueError(f"{path}: {len(positions)} positions, but {says}. Run `rpt validate` again.")
+    check_types(about, Results, str(path.with_suffix(".json")))
     size = about.get("model_size")
     try:
         model_size = None if size is None else ModelSize(**size)
@@ -143,13 +145,8 @@ def pair_results(first: Results, second: Results) -> list[tuple[PositionResult, 
 def _parse_line(line: str, where: str) -> PositionResult:
     try:
         result = PositionResult(**json.loads(line))
-        if result.fields is not None and not _are_fields(result.fields):
-            raise TypeError(f"fields {result.fields!r} are not texts and numbers by name")
-        return result
     except (json.JSONDecodeError, TypeError) as error:
         names = ", ".join(field.name for field in dataclasses.fields(PositionResult))
         raise ValueError(f"{where}: not a position result ({error}). Expected one JSON object with {names}.") from error
-
-
-def _are_fields(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(one, (str, int, float)) and not isinstance(one, bool) for one in value.values())
+    check_types(asdict(result), PositionResult, where)
+    return result

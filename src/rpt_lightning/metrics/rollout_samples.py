@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rpt_lightning.metrics.record_file import read_lines, write_lines
+from rpt_lightning.metrics.record_types import check_types
 from rpt_lightning.metrics.run_folder import ROLLOUT_FOLDER
 from rpt_lightning.tasks.answer import BOX_OPEN
 from rpt_lightning.types import FinishReason, RolloutGroup, Task, TokenTask
@@ -112,6 +113,7 @@ def _parse_line(line: str, where: str) -> RolloutSample:
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         needed = ", ".join(field.name for field in fields(RolloutSample) if field.default is MISSING)
         raise ValueError(f"{where}: not a rollout ({error!r}). Expected one JSON object with {needed}.") from error
+    check_types(known, RolloutSample, where)
     known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
     return RolloutSample(**known)
 

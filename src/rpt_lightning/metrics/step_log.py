@@ -12,19 +12,26 @@ def read_step_log(path: Path) -> dict[int, dict[str, float]]:
     A last line without its end is not read: the run is just writing it, or was killed there.
 
     Raises:
-        ValueError: the file is missing, or a line is not a JSON object with a step.
+        ValueError: the file is missing or not UTF-8, or a line is not a JSON object of numbers with a step.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such run log. It is written by `rpt fit` into the run's folder.")
     metrics: dict[int, dict[str, float]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error}). Was it damaged when it was copied?") from error
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-            metrics.setdefault(int(entry["step"]), {}).update(entry)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} line {number}: not JSON ({error}).") from error
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} line {number}: not an object with a step ({error!r}).") from error
+        if not isinstance(entry, dict) or type(entry.get("step")) is not int or entry["step"] < 0:
+            raise ValueError(f"{path} line {number}: not an object with a step, which is a whole number; mend or remove the line.")
+        for name, value in entry.items():
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise ValueError(f"{path} line {number}: {name} is {value!r}, where a number belongs; mend or remove the line.")
+        metrics.setdefault(entry["step"], {}).update(entry)
     return dict(sorted(metrics.items()))

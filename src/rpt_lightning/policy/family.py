@@ -79,7 +79,7 @@ def check_loaded(model: PreTrainedModel, packing: Packing, *, path: str) -> None
     """
     was_training, was_attention = model.training, model.config._attn_implementation
     with torch.random.fork_rng(devices=[]):
-        model.eval().set_attn_implementation("eager")
+        model.train(False).set_attn_implementation("eager")
         expected = own_logprobs(model)
         model.train().set_attn_implementation(packing.attention)
         difference = _largest_difference(model, pack if packing.shares_prefixes else pack_rows, expected)

@@ -101,7 +101,7 @@ def _is_copy(name: str, parameter: Tensor, reader: HuggingFaceStorageReader) -> 
 
 
 def _own_part(tensor: Tensor) -> Tensor:
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _of_all_ranks(names: list[str]) -> list[list[str]]:

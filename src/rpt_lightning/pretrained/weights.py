@@ -27,7 +27,7 @@ def load_causal_lm(path: str, *, where: str, dtype: torch.dtype, trust_remote_co
     """
     # The table would say in a hundred lines what the error says in one.
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         model, found = cast(Any, AutoModelForCausalLM).from_pretrained(
             path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True
@@ -113,7 +113,7 @@ def not_finite(weights: Iterable[tuple[str, Tensor]]) -> list[str]:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether every number is: looked at in parts, because a mask of a whole embedding would take a gigabyte."""
-    return all(bool(part.isfinite().all()) for part in tensor.detach().flatten().split(2**24))
+    return all(bool(part.isfinite().all()) for part in torch.split(tensor.detach().flatten(), 2**24))
 
 
 def some(names: Collection[str]) -> str:

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 from rpt_lightning.tasks.math_verifier import MathVerdict, MathVerifier
+from rpt_lightning.tasks.quoted_answer import quotes_question, without_fonts
 from rpt_lightning.tasks.reward import Reward
-from rpt_lightning.types import AnswerTask, Question, RolloutGroup, Task
+from rpt_lightning.types import AnswerTask, RolloutGroup, Task
 
 Verdict = MathVerdict | Literal["quoted", "unboxed", "truncated"]
 """What became of one completion. ``quoted``: it repeats an expression of the question that has the true value. ``unboxed``: it ended without an answer in
@@ -29,7 +30,6 @@ METRICS: dict[str, Verdict] = {
     "answers/check_errors": "error",
 }
 
-_MACRO = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mathsf|boldsymbol)\s*\{([^{}]*)\}")
 _LETTER = re.compile(r"\(?([A-Za-z])\)?(?:[.:)](?:\s.*)?)?", re.DOTALL)
 
 
@@ -39,38 +39,8 @@ def choice_letter(prediction: str) -> str | None:
     >>> [choice_letter(text) for text in (" B ", "(c)", r"\text{(D)}", "A. a long text", "B: 4", "4", "AB", "A or B", "")]
     ['B', 'C', 'D', 'A', 'B', None, None, None, None]
     """
-    match = _LETTER.fullmatch(_without_fonts(prediction).strip().strip("$").strip())
+    match = _LETTER.fullmatch(without_fonts(prediction).strip().strip("$").strip())
     return match.group(1).upper() if match else None
-
-
-# What leaves something to work out: an operator that is no sign, or a command (fraction, root, function, ...) that is no constant.
-_OPERATION = re.compile(r"(?<=.)[-+*/^!]|\\(?!(?:pi|infty)(?![A-Za-z]))[A-Za-z]+")
-_LAYOUT = re.compile(r"\s|\$|\\[,;:! ]|\\(?:left|right)(?![A-Za-z])|\^?\{?\\circ\}?")
-
-
-def quotes_question(prediction: str, question: Question) -> bool:
-    r"""Whether the answer is an expression that stands in the question, and not the true answer as it is written: nothing was worked out.
-
-    Math-Verify compares values, so "What is 29 - 14?" could be answered by ``29 - 14``, and "Factor x^2 + 2x + 1" by its own polynomial.
-
-    >>> difference = Question(question_id="q", text="What is 29 - 14?", answer="15")
-    >>> [quotes_question(text, difference) for text in ("29-14", "$29 - 14$", "15", "29", "30 - 15")]
-    [True, True, False, False, False]
-    """
-    text = _plain(prediction)
-    return text != _plain(question.answer) and _OPERATION.search(text) is not None and text in _plain(question.text)
-
-
-def _plain(text: str) -> str:
-    """Without layout, fonts and signs of degrees."""
-    text = _without_fonts(_LAYOUT.sub("", text))
-    return text.replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
-
-
-def _without_fonts(text: str) -> str:
-    while (plain := _MACRO.sub(r"\1", text)) != text:
-        text = plain
-    return text
 
 
 class CountingReward(Reward):
@@ -94,6 +64,8 @@ class AnswerReward(CountingReward):
 
     def __init__(self, cpu_limit_s: float = 5.0, num_workers: int = 2) -> None:
         self.verifier = MathVerifier(cpu_limit_s, num_workers)
+        self.checked_answers: set[str] = set()
+        """True answers that were compared with themselves (training/unlike_answers.py)."""
         self._known: dict[tuple[str, bytes | None], Verdict] = {}  # (question, prediction), of the step that runs
         self._lock = threading.Lock()  # rollouts may be paid in another thread than the one that logs
 

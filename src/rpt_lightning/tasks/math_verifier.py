@@ -19,6 +19,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from rpt_lightning.tasks.number_text import plain_number
+
 MathVerdict = Literal["right", "wrong", "unreadable", "timeout", "error"]
 """``unreadable``: Math-Verify finds nothing in the prediction. ``timeout``: it used up its time. ``error``: Math-Verify failed, or its process died."""
 
@@ -45,10 +47,14 @@ class MathVerifier:
             self._workers.put(_Worker(cpu_limit_s))
 
     def verdicts(self, pairs: Sequence[tuple[str, str]]) -> list[MathVerdict]:
-        """One verdict for each (true answer, prediction), both as contents of a box; equal pairs are compared once."""
-        unique = list(dict.fromkeys(pairs))
+        """One verdict for each (true answer, prediction), both as contents of a box; equal pairs are compared once.
+
+        A number as programs write it (``1e-05``) is compared in digits.
+        """
+        plain = [(plain_number(answer), plain_number(prediction)) for answer, prediction in pairs]
+        unique = list(dict.fromkeys(plain))
         found = dict(zip(unique, self._threads.map(self._verdict, unique), strict=True))
-        return [found[pair] for pair in pairs]
+        return [found[pair] for pair in plain]
 
     def _verdict(self, pair: tuple[str, str]) -> MathVerdict:
         worker = self._workers.get()

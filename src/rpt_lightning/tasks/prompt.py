@@ -7,19 +7,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from datetime import datetime
+from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rpt_lightning.tasks.answer import BOX_CLOSE, BOX_OPEN
+from rpt_lightning.tasks.chat_template import ChatTemplate
+from rpt_lightning.tasks.end_tokens import end_ids
 from rpt_lightning.tasks.token_bytes import TokenBytes, start_ids
 from rpt_lightning.tasks.wordings import CONTEXT_SLOT, WORDINGS
 from rpt_lightning.types import TokenIds
 
 FILLER = "."
-# What the templates of Llama 3.1 and later write where they are told no date.
-TEMPLATE_DATE = datetime(2024, 7, 26)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +77,6 @@ class ContinuationPrompt(PromptTemplate):
         self.think_close = think_close
 
     def bind(self, tokenizer: PreTrainedTokenizerBase) -> BoundPrompt:
-        eos_id = _eos_id(tokenizer)
         token_bytes = TokenBytes(tokenizer)
         return _bound(
             tokenizer,
@@ -86,63 +84,78 @@ class ContinuationPrompt(PromptTemplate):
             prefix_ids=start_ids(tokenizer),
             suffix_ids=_marker_ids(tokenizer, token_bytes, self.think_open),
             think_close=self.think_close,
-            stop_token_ids=(eos_id,),
+            stop_token_ids=end_ids(tokenizer, token_bytes),
         )
 
 
 class ChatPrompt(PromptTemplate):
     r"""The paper's question inside the model's own chat template, in the wordings ``v0`` (main runs) to ``v6`` of its Table 10.
 
-    The thought is opened after the template's generation prompt unless the template does so itself (the R1 distillations do). The turn ends with the
-    token that the template puts after an assistant's message.
+    The thought is opened after the template's generation prompt unless the template does so itself (the R1 distillations do); a thought that the
+    template closes again at once is taken out. The turn ends with the token that the template puts after an assistant's message.
+
+    Args:
+        version: v0 to v6.
+        think_open: What opens the thought; null, like think_close, for no marked thought.
+        think_close: What closes it.
+        template_args: What the chat template is given besides the messages, such as ``enable_thinking: true``.
     """
 
-    def __init__(self, version: str = "v0", think_open: str | None = "<think>", think_close: str | None = "</think>") -> None:
+    def __init__(
+        self,
+        version: str = "v0",
+        think_open: str | None = "<think>",
+        think_close: str | None = "</think>",
+        template_args: dict[str, Any] | None = None,
+    ) -> None:
         if version not in WORDINGS:
             raise ValueError(f"version={version!r}: the prompt versions are {', '.join(WORDINGS)}")
         _check_markers(think_open, think_close)
         self.version = version
         self.think_open = think_open
         self.think_close = think_close
+        self.template_args = template_args
 
     def bind(self, tokenizer: PreTrainedTokenizerBase) -> BoundPrompt:
-        return _chat(tokenizer, WORDINGS[self.version], self.think_open, self.think_close, name="ChatPrompt")
+        template = ChatTemplate(tokenizer, self.template_args, prompt="ChatPrompt")
+        return _chat(tokenizer, template, WORDINGS[self.version], self.think_open, self.think_close)
 
 
 class QuestionPrompt(PromptTemplate):
     """The context as the user's turn of the model's own chat template: for questions, which say themselves what is asked.
 
     Thought and end of the turn are those of `ChatPrompt`. A base model is asked questions with `ContinuationPrompt`.
+
+    Args:
+        think_open: What opens the thought; null, like think_close, for no marked thought.
+        think_close: What closes it.
+        template_args: What the chat template is given besides the messages, such as ``enable_thinking: true``.
     """
 
-    def __init__(self, think_open: str | None = "<think>", think_close: str | None = "</think>") -> None:
+    def __init__(self, think_open: str | None = "<think>", think_close: str | None = "</think>", template_args: dict[str, Any] | None = None) -> None:
         _check_markers(think_open, think_close)
         self.think_open = think_open
         self.think_close = think_close
+        self.template_args = template_args
 
     def bind(self, tokenizer: PreTrainedTokenizerBase) -> BoundPrompt:
-        return _chat(tokenizer, CONTEXT_SLOT, self.think_open, self.think_close, name="QuestionPrompt")
+        template = ChatTemplate(tokenizer, self.template_args, prompt="QuestionPrompt")
+        return _chat(tokenizer, template, CONTEXT_SLOT, self.think_open, self.think_close)
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase, wording: str, think_open: str | None, think_close: str | None, *, name: str) -> BoundPrompt:
+def _chat(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, wording: str, think_open: str | None, think_close: str | None) -> BoundPrompt:
     """The wording as the user's turn."""
-    if not tokenizer.chat_template:
-        raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no chat template, which {name} needs; use ContinuationPrompt or a chat model")
     token_bytes = TokenBytes(tokenizer)
-    before, after = _render(tokenizer, [{"role": "user", "content": wording}], add_generation_prompt=True)
-    suffix_ids = _template_ids(tokenizer, after)
-    if think_open is not None and not after.rstrip().endswith(think_open):
-        suffix_ids += _marker_ids(tokenizer, token_bytes, think_open)
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": CONTEXT_SLOT}]
-    _, after_answer = _render(tokenizer, messages, add_generation_prompt=False)
-    turn_end = [token_id for token_id in _template_ids(tokenizer, after_answer) if token_bytes.is_special(token_id)][:1]
+    before, after, opens = template.around_question(wording, think_open, think_close)
+    suffix_ids = _template_ids(tokenizer, after) + (_marker_ids(tokenizer, token_bytes, think_open) if opens else ())
+    turn_end = [token_id for token_id in _template_ids(tokenizer, template.behind_answer()) if token_bytes.is_special(token_id)][:1]
     return _bound(
         tokenizer,
         token_bytes,
         prefix_ids=_template_ids(tokenizer, before),
         suffix_ids=suffix_ids,
         think_close=think_close,
-        stop_token_ids=tuple(dict.fromkeys([*turn_end, _eos_id(tokenizer)])),
+        stop_token_ids=tuple(dict.fromkeys([*turn_end, *end_ids(tokenizer, token_bytes)])),
     )
 
 
@@ -179,13 +192,6 @@ def _check_markers(think_open: str | None, think_close: str | None) -> None:
         raise ValueError(f"think_open={think_open!r}, think_close={think_close!r}: give both thought markers, or null for both")
 
 
-def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    eos_id = tokenizer.eos_token_id
-    if not isinstance(eos_id, int):
-        raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no end-of-text token (eos_token), so a completion could never stop; set one")
-    return eos_id
-
-
 def _marker_ids(tokenizer: PreTrainedTokenizerBase, token_bytes: TokenBytes, marker: str | None) -> TokenIds:
     """One id where the tokenizer has the marker as a token of its own (Qwen 3, R1), else the marker's text."""
     if marker is None:
@@ -198,29 +204,3 @@ def _template_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> TokenIds:
     """Ids of the template's own text, in which the markers of the chat are tokens."""
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     return tuple(ids)
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> tuple[str, str]:
-    """What the chat template puts before and after the slot."""
-    rendered, again = (_rendered(tokenizer, messages, add_generation_prompt=add_generation_prompt) for _ in range(2))
-    if rendered != again:
-        raise ValueError(f"the chat template of {tokenizer.name_or_path!r} gives another text in every call; take out what is random in it")
-    before, *after = rendered.split(CONTEXT_SLOT)
-    if len(after) != 1:
-        raise ValueError(
-            f"the chat template of {tokenizer.name_or_path!r} shows a message {len(after)} times instead of once; use ContinuationPrompt"
-        )
-    return before, after[0]
-
-
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-    """On every day the same: a template that writes the date (Llama 3.1 and later) gets `TEMPLATE_DATE`, so that a run that is resumed asks as before."""
-    try:
-        return str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt, strftime_now=TEMPLATE_DATE.strftime)
-        )
-    except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-        raise ValueError(
-            f"the chat template of {tokenizer.name_or_path!r} cannot be used ({type(error).__name__}: {error}); mend chat_template.jinja, or chat_template in "
-            "tokenizer_config.json, or use ContinuationPrompt"
-        ) from error

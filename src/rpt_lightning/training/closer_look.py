@@ -56,7 +56,7 @@ class CloserLook:
         starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
         broken = ~(scored.engine.isfinite() & scored.policy.isfinite())  # are looked at in any case
         places = [
-            torch.cat([drawn_tokens(length, TOKENS_OF_A_COMPLETION, seed=(seed, index)), broken[start : start + length].nonzero()[:, 0]]).unique()
+            torch.cat([drawn_tokens(length, TOKENS_OF_A_COMPLETION, seed=(seed, index)), broken[start : start + length].nonzero()[:, 0]]).unique()  # type: ignore[no-untyped-call]
             for index, (start, length) in enumerate(zip(starts, lengths, strict=False))
         ]
         kept = torch.cat([torch.empty(0, dtype=torch.int64), *(start + place for start, place in zip(starts, places, strict=False))])
@@ -101,11 +101,11 @@ class CloserLook:
             f"compared with transformers' own of the policy's weights ({str(self.plain_dtype).removeprefix('torch.')}, {of_engine.num_tokens} tokens) "
             f"the engine's differ by {of_engine.mean:.2g} in the mean, the policy's by {of_policy.mean:.2g}"
         )
-        over = ", ".join(policy_over if culprit == "policy" else engine_over)
+        exceeded_limits = ", ".join(policy_over if culprit == "policy" else engine_over)
         contradiction = folder_contradiction(module.policy)
         if contradiction is not None:
-            return SyncError(f"{start}: {over}; {facts}. The folder is what is wrong: {contradiction}", culprit="folder")
-        return SyncError(f"{start}: {over}; {facts}. {_POLICY if culprit == 'policy' else _ENGINE}", culprit=culprit)
+            return SyncError(f"{start}: {exceeded_limits}; {facts}. The folder is what is wrong: {contradiction}", culprit="folder")
+        return SyncError(f"{start}: {exceeded_limits}; {facts}. {_POLICY if culprit == 'policy' else _ENGINE}", culprit=culprit)
 
     def summary(self) -> str:
         """Mean differences from transformers' own, of this rank."""

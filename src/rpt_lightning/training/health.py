@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from rpt_lightning.training.limits import check_number
 from rpt_lightning.training.stop import STATUS_UNHEALTHY, StopRun
 
 METRICS = ("policy/entropy", "rollout/live_groups_frac", "rollout/length_mean", "rollout/truncated_frac")
@@ -43,6 +44,7 @@ class Health(Callback):
         for name, share in (("max_equal_groups", max_equal_groups), ("min_length", min_length), ("max_truncated", max_truncated)):
             if share is not None and not 0 <= share <= 1:
                 raise ValueError(f"health.{name}={share}: is a share, from 0 to 1, or null for no warning")
+        check_number("health.min_entropy", min_entropy, least=0, hint=" (nats), or null for no warning")
         self.window = window
         self.min_entropy = min_entropy
         self.max_equal_groups = max_equal_groups

@@ -18,6 +18,7 @@ from rpt_lightning.algo.statistics import add_up
 from rpt_lightning.data.stream import rank_share
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.packing import PackedTree
+from rpt_lightning.training.limits import check_number
 from rpt_lightning.training.policy_module import PolicyModule
 from rpt_lightning.training.ranks import Ranks
 from rpt_lightning.types import Completion, RolloutGroup, SamplingSettings, TrainBatch, TrainSequence
@@ -81,6 +82,8 @@ class RPTModule(PolicyModule):
             raise ValueError(f"model.correction_cap={correction_cap}: weights are capped at 1 or above; 2 is a usual value")
         if not 0 <= clip_low <= 1 or clip_high < 0:
             raise ValueError(f"model.clip_low={clip_low}, model.clip_high={clip_high}: ratios are clipped to [1 - clip_low, 1 + clip_high]")
+        check_number("model.correction_cap", correction_cap, least=1)
+        check_number("model.clip_high", clip_high, least=0)
         self.advantage_scale = advantage_scale
         self.aggregation = aggregation
         self.clip_low = clip_low

@@ -22,6 +22,7 @@ from rpt_lightning.metrics.run_folder import ROLLOUT_FOLDER, STEP_LOG, VALIDATIO
 from rpt_lightning.policy.flops import model_size
 from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.training.cost import Budget
+from rpt_lightning.training.limits import check_number
 from rpt_lightning.training.policy_module import PolicyModule
 from rpt_lightning.training.rollout_callback import RolloutCallback
 from rpt_lightning.training.validation import ntp_accuracy, reasoning_accuracy
@@ -96,10 +97,10 @@ def _logged_steps(path: Path) -> list[tuple[str, int]]:
     for number, line in enumerate(lines, start=1):
         try:
             logged.append((line, int(json.loads(line)["step"])))
-        except json.JSONDecodeError as error:
+        except (ValueError, KeyError, TypeError) as error:
             if number < len(lines):
                 raise ValueError(
-                    f"{path} line {number}: not JSON ({error}), so the run cannot be continued in this log; mend or remove the line"
+                    f"{path} line {number}: not a step's metrics ({error!r}), so the run cannot be continued in this log; mend or remove the line"
                 ) from error
     return logged
 
@@ -123,6 +124,7 @@ class RolloutSamples(Callback):
     def __init__(self, every_n_steps: int = 10, num_samples: int = 4) -> None:
         if every_n_steps < 1:
             raise ValueError(f"samples.every_n_steps={every_n_steps}: give 1 (every step) or more")
+        check_number("samples.num_samples", num_samples, least=0, hint="; 0 shows loggers none")
         self.every_n_steps = every_n_steps
         self.num_samples = num_samples
         self._token_bytes: TokenBytes | None = None

@@ -23,8 +23,10 @@ from rpt_lightning.policy.sharding import materialize_sharded
 from rpt_lightning.pretrained.specification import has_hash, tokenizer_hash
 from rpt_lightning.tasks.token_bytes import start_ids
 from rpt_lightning.training.checkpoint import save_last_step
+from rpt_lightning.training.checkpoint_file import check_about
 from rpt_lightning.training.cpu_precision import bf16_is_slow
 from rpt_lightning.training.heldout_answers import HeldoutAnswer
+from rpt_lightning.training.limits import check_number
 from rpt_lightning.training.optimizer_kinds import check_kinds, check_same_kinds, kinds_of
 from rpt_lightning.training.optimizer_settings import apply_settings, settings_of
 from rpt_lightning.training.ranks import Ranks
@@ -68,6 +70,8 @@ class PolicyModule(LightningModule, ABC):
             raise ValueError(f"model.micro_batch_tokens={micro_batch_tokens}: a micro-batch needs at least 1 token")
         if gradient_clip < 0:
             raise ValueError(f"model.gradient_clip={gradient_clip}: give a norm above 0, or 0 for no clipping")
+        check_number("model.gradient_clip", gradient_clip, least=0)
+        check_number("model.max_skipped_steps", max_skipped_steps, least=0)
         self.automatic_optimization = False
         self.policy = policy
         self.make_optimizer = optimizer
@@ -168,6 +172,7 @@ class PolicyModule(LightningModule, ABC):
         saved = checkpoint.get(CHECKPOINT_KEY)
         if saved is None:
             raise ValueError("ckpt_path: this is not a checkpoint of rpt-lightning; give a file from a run folder's checkpoints/")
+        check_about(saved, "ckpt_path", resumes=True)
         # Not the checkpoint's "state_dict": a strategy with sharded weights takes it out before it calls this.
         if not has_hash(self.tokenizer, saved["tokenizer_hash"]) or saved["weight_shapes"] != self._weight_shapes:
             raise ValueError(

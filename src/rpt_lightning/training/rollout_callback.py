@@ -24,6 +24,7 @@ from rpt_lightning.training.checkpoint import saved_when_lost
 from rpt_lightning.training.engine_sync import EngineSync
 from rpt_lightning.training.first_token import probs_of_policy
 from rpt_lightning.training.heldout_answers import heldout_answers
+from rpt_lightning.training.limits import check_number
 from rpt_lightning.training.policy_module import PolicyModule
 from rpt_lightning.training.prompt_room import check_training_prompts, check_validation_prompts, max_model_len
 from rpt_lightning.training.question_answers import answer_questions
@@ -31,6 +32,7 @@ from rpt_lightning.training.rank_exchange import RankExchange
 from rpt_lightning.training.rollout_metrics import cached_fractions, over_ranks, throughput
 from rpt_lightning.training.shared_generation import share_generation
 from rpt_lightning.training.step_rollouts import StepRoller, StepRollouts
+from rpt_lightning.training.unlike_answers import say_unlike_answers
 from rpt_lightning.types import Task, TrainBatch
 
 
@@ -94,12 +96,16 @@ class RolloutCallback(Callback):
             raise ValueError(f"--rollout.max_staleness {max_staleness}: give 0 (rollouts of the present policy) or more")
         if eval_samples < 0:
             raise ValueError(f"--rollout.eval_samples {eval_samples}: give 0 (none) or more")
-        if verify_sequences < 0:
-            raise ValueError(f"--rollout.verify_sequences {verify_sequences}: give 0 (log-probs are not compared) or more")
-        if not logprob_tolerance > 0:
-            raise ValueError(
-                f"--rollout.logprob_tolerance {logprob_tolerance}: is a factor on limits, above 0; to turn them off set verify_sequences 0"
-            )
+        check_number("rollout.temperature", temperature, least=0)
+        check_number("rollout.max_prompt_tokens", max_prompt_tokens, least=1)
+        check_number("rollout.max_completion_tokens", max_completion_tokens, least=1)
+        check_number("rollout.top_p", top_p, above=0, most=1)
+        check_number("rollout.top_k", top_k, least=0)
+        check_number("rollout.min_p", min_p, least=0, below=1)
+        check_number("rollout.dynamic_sampling_from_step", dynamic_sampling_from_step, least=0, hint=", or null for no dynamic sampling")
+        check_number("rollout.dynamic_sampling_max_factor", dynamic_sampling_max_factor, least=1)
+        check_number("rollout.verify_sequences", verify_sequences, least=0, hint="; 0 compares no log-probs")
+        check_number("rollout.logprob_tolerance", logprob_tolerance, above=0, hint=", a factor on limits; verify_sequences 0 turns them off")
         self.engine = engine
         self.objective = objective
         self.group_size = group_size
@@ -139,6 +145,7 @@ class RolloutCallback(Callback):
         self.bound_objective = self.objective.bind(pl_module.tokenizer)
         prompt = self.bound_objective.prompt
         pl_module.policy.check_ids(prompt.prompt_ids(()) + prompt.answer_open_ids + prompt.answer_close_ids + prompt.stop_token_ids)
+        say_unlike_answers(getattr(trainer, "datamodule", None), self.objective.reward)
         is_async = stage == "fit" and self.max_staleness > 0 and pl_module.learns_from_rollouts
         if is_async:
             check_settings(self.max_staleness, self.engine, pl_module, self.objective.reward, trainer.datamodule)  # type: ignore[attr-defined]

@@ -1,0 +1,71 @@
+"""The tokens that end a model's text: its tokenizer names one, its generation_config.json often several (Phi 3.5, Gemma 3, Llama 3)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
+
+from rpt_lightning.tasks.token_bytes import TokenBytes
+from rpt_lightning.types import TokenIds
+
+_FILES = ("generation_config.json", "config.json")
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, token_bytes: TokenBytes) -> TokenIds:
+    """The tokenizer's own end of text first, then the others that the model's folder names, in the order of the first file that names some.
+
+    A single id is taken only if it is a marker: configurations of small models carry their class's default, which is any piece of text. Raises
+    ValueError for a tokenizer without an end, and for a file in which none can be read.
+    """
+    eos_id = tokenizer.eos_token_id
+    if not isinstance(eos_id, int):
+        raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no end-of-text token (eos_token), so a completion could never stop; set one")
+    named = _named(tokenizer.name_or_path)
+    others = named if isinstance(named, list) else [token_id for token_id in (named,) if token_id is not None and token_bytes.is_special(token_id)]
+    return tuple(dict.fromkeys([eos_id, *(token_id for token_id in others if token_id in token_bytes)]))
+
+
+def _named(model: str) -> int | list[int] | None:
+    for name in _FILES:
+        path = _file(model, name)
+        if path is None:
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
+            ids = _eos_of(content)
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path}: not a readable configuration ({error}); download or export the model again") from error
+        if ids is not None:
+            wanted = ids if isinstance(ids, list) else [ids]
+            if not all(type(token_id) is int for token_id in wanted):
+                raise ValueError(f"{path}: eos_token_id is {ids!r}, where an id or a list of ids belongs; correct the file")
+            return ids
+    return None
+
+
+def _eos_of(content: Any) -> Any:
+    """Models of images and text keep the text's settings apart."""
+    ids = content.get("eos_token_id")
+    return ids if ids is not None else (content.get("text_config") or {}).get("eos_token_id")
+
+
+def _file(model: str, name: str) -> Path | None:
+    """Of a folder, or of a hub id whose tokenizer has just been read."""
+    if not model or Path(model).exists():
+        path = Path(model) / name
+        return path if model and path.is_file() else None
+    try:
+        found = cached_file(
+            model,
+            name,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except (OSError, ValueError):  # a name of neither kind: a tokenizer that was made in memory
+        return None
+    return None if found is None else Path(found)

@@ -1,0 +1,26 @@
+"""Numbers as programs write them, in digits."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+ANY_EXPONENT = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)[eE][+-]?\d{1,3}")
+# Only a program writes it so: 2e-1 may be 2e - 1 with Euler's number, which has neither a capital nor a zero in front of the 1.
+_EXPONENT = re.compile(r"[+-]?(?:(?:\d+\.\d*|\.\d+)[eE][+-]?\d{1,3}|\d+E[+-]?\d{1,3}|\d+e[+-]?0\d{1,2})")
+
+
+def plain_number(text: str) -> str:
+    """A number with an exponent (``1e-05``) in digits; any other text as it is, and so is ``2e-1``, which may hold Euler's number.
+
+    Math-Verify always takes the ``e`` for that, so that ``1e-05`` would equal ``e - 5`` and not ``0.00001``.
+
+    >>> [plain_number(text) for text in ("1e-05", "-2.5e+3", "1E5", "2e-1", "e-5", "2e", "1.50")]
+    ['0.00001', '-2500', '100000', '2e-1', 'e-5', '2e', '1.50']
+    """
+    return digits(text) if _EXPONENT.fullmatch(text.strip()) else text
+
+
+def digits(number: str) -> str:
+    """A number with an exponent in digits."""
+    return format(Decimal(number.strip()), "f")

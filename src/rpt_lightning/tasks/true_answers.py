@@ -1,0 +1,67 @@
+"""Whether true answers can be recognised: each must equal itself written in other ways, else right answers count as wrong."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+
+from rpt_lightning.tasks.math_verifier import MathVerifier
+from rpt_lightning.tasks.number_text import ANY_EXPONENT, digits
+
+MAX_PLAIN = 500  # answers that nothing speaks against and that are compared all the same; each takes some hundredths of a second
+
+# Math-Verify reads these in any form.
+_SIMPLE = re.compile(r"-?(?:\d+(?:\.\d+)?|\d+/\d+|\\d?frac\{-?\d+\}\{\d+\})")
+_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:(?P<mark>[,.' _\u00a0\u2009\u202f]|\\,|\\ |\{,\})\d{3})(?:(?P=mark)\d{3})*")
+_MIXED = re.compile(r"(-?\d+) +(\d+)/(\d+)")
+_ROOT = re.compile(r"√\s*(\d+|\w|\([^()]*\)|\{[^{}]*\})")
+_LATEX = {
+    **{"·": r"\cdot ", "⋅": r"\cdot ", "×": r"\times ", "÷": r"\div ", "−": "-", "–": "-", "±": r"\pm "},
+    **{"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset "},
+    **{"π": r"\pi ", "∞": r"\infty ", "°": r"^{\circ}", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta "},
+    **{mark: f"^{{{digit}}}" for digit, mark in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
+    **{mark: f"_{{{digit}}}" for digit, mark in enumerate("₀₁₂₃₄₅₆₇₈₉")},
+}
+
+
+def other_ways(answer: str) -> list[str]:
+    r"""The same answer as a policy would write it: in LaTeX, in digits.
+
+    >>> [other_ways(text) for text in ("2√3", "1e-5", "12 500", "3 1/2", "x+1")]
+    [['2\\sqrt{3}'], ['0.00001'], ['12500'], ['3\\frac{1}{2}'], []]
+    """
+    ways = [_in_latex(answer)]
+    if ANY_EXPONENT.fullmatch(answer):
+        ways.append(digits(answer))
+    if (match := _THOUSANDS.fullmatch(answer)) and not (match["mark"] == "." and answer.count(".") == 1):
+        ways.append(re.sub(r"[^\d+-]", "", answer))
+    if match := _MIXED.fullmatch(answer):
+        ways.append(rf"{match[1]}\frac{{{match[2]}}}{{{match[3]}}}")
+    if answer in ("True", "False", "TRUE", "FALSE"):
+        ways.append(answer.lower())
+    return [way for way in ways if way != answer]
+
+
+def _in_latex(answer: str) -> str:
+    text = _ROOT.sub(lambda match: rf"\sqrt{{{match[1].strip('(){}')}}}", answer)
+    for character in set(text):
+        if unicodedata.decomposition(character).startswith("<fraction>"):  # ½
+            above, below = unicodedata.normalize("NFKC", character).split("⁄")
+            text = text.replace(character, rf"\frac{{{above}}}{{{below}}}")
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def unlike_themselves(answers: Iterable[str], verifier: MathVerifier) -> tuple[dict[str, str], int]:
+    """True answers that Math-Verify does not find equal to themselves, each with the other way of writing it; and how many it was not asked about.
+
+    All are asked about that other writings are known of, and the first ``MAX_PLAIN`` of the others but for plain numbers.
+    """
+    ways = {answer: other_ways(answer) for answer in dict.fromkeys(answers) if not _SIMPLE.fullmatch(answer)}
+    plain = [answer for answer, others in ways.items() if not others]
+    pairs = [(answer, other) for answer, others in ways.items() for other in others] + [(answer, answer) for answer in plain[:MAX_PLAIN]]
+    unlike: dict[str, str] = {}
+    for (answer, other), verdict in zip(pairs, verifier.verdicts(pairs), strict=True):
+        if verdict != "right":
+            unlike.setdefault(answer, other)
+    return unlike, len(plain[MAX_PLAIN:])

@@ -1,0 +1,76 @@
+"""Flags whose numbers are out of bounds, NaN among them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from rpt_lightning.training.checkpoint_file import check_about
+from rpt_lightning.training.health import Health
+from rpt_lightning.training.monitors import RolloutSamples
+from rpt_lightning.training.rollout_callback import RolloutCallback
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("make", "flag", "value"),
+    [
+        *((RolloutCallback, "verify_sequences", value) for value in (-1, -4)),
+        *((RolloutCallback, "logprob_tolerance", value) for value in (0.0, -1.0, NAN)),
+        *((RolloutCallback, "top_p", value) for value in (0.0, 1.5, -0.1, NAN)),
+        *((RolloutCallback, "min_p", value) for value in (-0.1, 1.0, NAN)),
+        *((RolloutCallback, name, -1) for name in ("top_k", "temperature", "max_prompt_tokens", "dynamic_sampling_from_step")),
+        (RolloutCallback, "max_completion_tokens", 0),
+        (RolloutCallback, "temperature", NAN),
+        (RolloutCallback, "dynamic_sampling_max_factor", NAN),
+        (RolloutSamples, "num_samples", -1),
+        *((RolloutSamples, "every_n_steps", value) for value in (0, -10)),
+        (Health, "min_entropy", -0.1),
+        (Health, "min_entropy", NAN),
+        (Health, "max_truncated", NAN),
+    ],
+)
+def test_flags(make: Any, flag: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"\.{flag}={value}: "):
+        make(**{flag: value})
+
+
+def test_a_module_refuses_negative_numbers(tiny_model_dir: Any) -> None:
+    from rpt_lightning.policy.model import Policy
+    from rpt_lightning.training.module import RPTModule
+
+    policy = Policy(str(tiny_model_dir))
+    flags = {"max_skipped_steps": -1, "gradient_clip": NAN, "correction_cap": NAN, "clip_high": NAN}
+    for flag, value in flags.items():
+        with pytest.raises(ValueError, match=rf"model\.{flag}={value}: "):
+            RPTModule(policy, **{flag: value})  # type: ignore[arg-type]
+
+
+GOOD: dict[str, Any] = {
+    "policy_path": "m",
+    "policy_config": '{"model_type": "llama"}',
+    "tokenizer_hash": "0" * 16,
+    "weight_shapes": {},
+    "global_step": 3,
+    "num_skipped_steps": 0,
+    "skipped_in_a_row": 0,
+}
+
+
+def test_what_a_checkpoint_must_say_of_its_policy() -> None:
+    check_about(GOOD, "--ckpt x", resumes=True)
+    for name in GOOD:
+        with pytest.raises(ValueError, match=rf"--ckpt x: its entry 'rpt\.{name}' is missing"):
+            check_about({key: value for key, value in GOOD.items() if key != name}, "--ckpt x", resumes=True)
+        with pytest.raises(ValueError, match=rf"--ckpt x: its entry 'rpt\.{name}' is a Tensor"):
+            check_about(GOOD | {name: torch.zeros(1)}, "--ckpt x", resumes=True)
+    check_about({name: GOOD[name] for name in ("policy_path", "policy_config", "tokenizer_hash")}, "--ckpt x")
+    for about in (None, [], "text"):
+        with pytest.raises(ValueError, match=r"--ckpt x: not a checkpoint of `rpt fit`"):
+            check_about(about, "--ckpt x")
+    for config in ("{", "[]", "{}"):
+        with pytest.raises(ValueError, match=r"'rpt\.policy_config'"):
+            check_about(GOOD | {"policy_config": config}, "--ckpt x")
