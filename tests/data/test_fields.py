@@ -240,6 +240,17 @@ def test_columns_are_kept_as_fields(tmp_path: Path) -> None:
     assert "fields" not in JsonlSource("a.jsonl").describe()  # as in folders of before
 
 
+def test_a_dot_leads_into_nested_columns(tmp_path: Path) -> None:
+    rows = [{"text": "one", "depth": 1, "world": "cups", "about": {"levels": [3, 4]}}]
+    for source in write_rows(tmp_path / "rows", rows):
+        source.fields = ["about.levels.1"]  # type: ignore[attr-defined]
+        assert [document.fields for document in source.documents()] == [{"about.levels.1": 4}]
+        for name, problem in (("about.levels.2", "missing or null there"), ("about.levels", r"\[3, 4\] is a list")):
+            source.fields = [name]  # type: ignore[attr-defined]
+            with pytest.raises(ValueError, match=f"the field '{name}' is to be kept, .*{problem}"):
+                list(source.documents())
+
+
 def test_columns_of_a_dataset_are_kept_as_fields(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     (tmp_path / "train.jsonl").write_text(json.dumps({"text": "one", "depth": 1.5}) + "\n")
