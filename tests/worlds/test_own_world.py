@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from conftest import load_script
 from rpt_lightning.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+make_model = importlib.import_module("make_model")
 PAGE = ROOT / "docs" / "evidence.md"
 CONFIGS = ROOT / "configs"
 
@@ -34,7 +35,7 @@ def rpt(command: str) -> None:
 
 def test_the_pages_world_goes_through_every_command(countdown: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["rpt"])
-    load_script("make_model").make("world", Path("models/countdown"), world="countdown.Countdown", seed=0)
+    make_model.make("world", Path("models/countdown"), world="countdown.Countdown", seed=0)
     short = "--data.documents_per_step 8 --trainer.max_steps 2 --checkpoint.every_n_steps 2 --checkpoint.keep_every_n_steps null"
     start = f"fit --config {CONFIGS}/demo/start.yaml --data.source countdown.Countdown --model.policy.path models/countdown"
     rpt(f"{start} --trainer.default_root_dir runs/start {short}")
