@@ -74,7 +74,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print("rpt: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if not _is_mendable(error) or _is_of_own_code(error) or os.environ.get("RPT_TRACEBACK") == "1":
+        if not _is_mendable(error) or os.environ.get("RPT_TRACEBACK") == "1":
             raise
         print(f"rpt: error: {_MEANING.get(type(error).__name__, '')}{error}", file=sys.stderr)
         return 1
@@ -83,7 +83,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _is_mendable(error: Exception) -> bool:
     """Libraries' own classes go by their names: importing them would make every command slow."""
-    return isinstance(error, (ValueError, OSError, RuntimeError)) or not _LIBRARY_ERRORS.isdisjoint(cls.__name__ for cls in type(error).__mro__)
+    if not _LIBRARY_ERRORS.isdisjoint(cls.__name__ for cls in type(error).__mro__):
+        return True
+    return isinstance(error, (ValueError, OSError, RuntimeError)) and not _is_of_own_code(error)
 
 
 def _is_of_own_code(error: Exception) -> bool:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from folder_contents import items
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rpt_lightning.data.shards import folder_checksums, write_split
 from rpt_lightning.data.task_folder import TaskFolder
@@ -252,6 +252,6 @@ def test_text_begins_as_the_tokenizer_begins_it_and_is_cut(write_task_folder: Ca
 def test_text_is_cut_to_the_positions_of_the_model(write_task_folder: Callable[..., Path], tmp_path: Path) -> None:
     module = TextDataModule(str(write_task_folder(tmp_path / "t", [9, 2])), documents_per_step=2)
     module.setup("fit")
-    policy = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=4))
+    policy = SimpleNamespace(config=LlamaConfig(max_position_embeddings=4))
     module.trainer = SimpleNamespace(lightning_module=SimpleNamespace(policy=policy))  # type: ignore[assignment]
     assert [sequence.num_tokens for sequence in module.make_batch([(0, 0), (1, 0)])["sequences"]] == [4, 3]

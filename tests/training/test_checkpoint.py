@@ -20,6 +20,7 @@ class SavesBytes:
     strategy = SimpleNamespace(barrier=lambda name: None)
     current_epoch = 0
     fit_loop = SimpleNamespace(state_dict=dict)
+    datamodule = None
 
     def __init__(self, folder: Path) -> None:
         self.default_root_dir = folder

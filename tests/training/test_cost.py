@@ -20,6 +20,7 @@ from rpt_lightning.tasks.prompt import ContinuationPrompt
 from rpt_lightning.tasks.reward import PrefixMatchReward
 from rpt_lightning.training.checkpoint import RunCheckpoint, last_checkpoint
 from rpt_lightning.training.cost import Budget, StepCost
+from rpt_lightning.training.logprob_samples import drawn_completions
 from rpt_lightning.training.module import RPTModule
 from rpt_lightning.training.monitors import StepLog
 from rpt_lightning.training.ntp_module import NTPModule
@@ -91,11 +92,10 @@ def test_a_step_by_reasoning_counts_prompts_samples_checks_and_training(rpt_run)
         sampled = sum(len(completion.token_ids) for group in groups for completion in group.completions)
         prefill = 4 * sum(len(group.prompt_ids) for group in groups)  # this engine has no prefix cache
         assert (entry["rollout/tokens"], entry["rollout/prefill_tokens"]) == (sampled, prefill)
-        # The check of log-probs reads one prompt and three completions, whose last tokens are only targets.
-        checked = groups[0].completions[:3]
-        trie = {completion.token_ids[:length] for completion in checked for length in range(1, len(completion.token_ids))}
-        trie -= {completion.token_ids for completion in checked if not any(completion.token_ids == prefix for prefix in trie)}
-        assert entry["cost/scored_tokens"] == len(groups[0].prompt_ids) + len(trie)
+        # The check of log-probs reads three completions of all groups behind their prompts; what they share is read once, and last tokens are only targets.
+        check = [sample.sequence for sample in drawn_completions(groups, 3, seed=(0, entry["step"] - 1))]
+        whole = [sequence.prompt_ids + sequence.target_ids for sequence in check]
+        assert entry["cost/scored_tokens"] == len({ids[:length] for ids in whole for length in range(1, len(ids))})
         assert entry["cost/trained_tokens"] == entry["train/packed_tokens"]
         assert entry["cost/tokens"] == prefill + sampled + entry["cost/scored_tokens"] + entry["cost/trained_tokens"]
         read = sum(pass_flops(size, len(group.prompt_ids), 0) for group in groups for _ in group.completions)
@@ -104,7 +104,6 @@ def test_a_step_by_reasoning_counts_prompts_samples_checks_and_training(rpt_run)
             2 * size.body_params + 4 * size.attention_width * (len(group.prompt_ids) + place)
             for group in groups for completion in group.completions for place in range(1, len(completion.token_ids))
         ) + 2 * size.head_params * sampled  # fmt: skip
-        check = [TrainSequence(prompt_ids=groups[0].prompt_ids, target_ids=completion.token_ids) for completion in checked]
         train = [
             TrainSequence(prompt_ids=group.prompt_ids, target_ids=completion.token_ids)
             for group in groups if group.is_live for completion in group.completions

@@ -23,7 +23,7 @@ def test_half_a_line_at_the_end_of_the_step_log_is_dropped(tmp_path):
 
 
 def test_a_broken_line_within_the_step_log_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"steps\.jsonl line 1: not JSON"):
+    with pytest.raises(ValueError, match=r"steps\.jsonl line 1: not a step's metrics"):
         start(tmp_path, '{"ste\n{"step": 2}\n', 2)
     assert (tmp_path / "steps.jsonl").read_text() == '{"ste\n{"step": 2}\n'
 

@@ -134,7 +134,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == "rpt: error: nowhere: no such run folder. Give what `trainer.default_root_dir` was.\n"
     with pytest.raises(SystemExit):
         cli.main(["report"])
-    assert "RUN [RUN ...]" in capsys.readouterr().err
+    assert capsys.readouterr().err == "rpt: error: the following arguments are required: runs\nWhat can be set: rpt report --help\n"
 
 
 @pytest.mark.long
