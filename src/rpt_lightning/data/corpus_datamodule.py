@@ -9,11 +9,10 @@ import numpy as np
 
 from rpt_lightning.data.base_datamodule import EvalLoader, StreamDataModule
 from rpt_lightning.data.corpus import CorpusSource
-from rpt_lightning.data.fields import check_document
 from rpt_lightning.data.heldout import choose_heldout
-from rpt_lightning.data.own_source import checked_documents
 from rpt_lightning.data.stream import ShuffledOrder, TaskStream
 from rpt_lightning.data.task_folder import TaskFolder
+from rpt_lightning.data.tokenized_corpus import document_bytes, read_documents
 from rpt_lightning.data.worked_examples import ExampleWriter, Phase
 from rpt_lightning.tasks.prompt import PromptTemplate
 from rpt_lightning.tasks.token_bytes import TokenBytes, start_ids
@@ -76,9 +75,7 @@ class CorpusDataModule(StreamDataModule):
         tokenizer = module.tokenizer
         self.token_bytes = TokenBytes(tokenizer)
         self.start_ids = start_ids(tokenizer)
-        self.documents: list[Document] = list(checked_documents(self.source))
-        for number, document in enumerate(self.documents, start=1):
-            check_document(document, number=number)
+        self.documents: list[Document] = list(read_documents(self.source))
         if not self.documents:
             raise ValueError(f"--data.source: the corpus is empty ({self.source.describe()})")
         self.writer = None
@@ -91,7 +88,7 @@ class CorpusDataModule(StreamDataModule):
                 )
         digest = hashlib.sha256()
         for document in self.documents:
-            digest.update(repr(document).encode())
+            digest.update(document_bytes(document))
         order = ShuffledOrder(np.ones(len(self.documents), np.int32), [len(self.documents)], bundle_size=1, seed=self.seed)
         self.begin_stream(TaskStream(order, corpus=digest.hexdigest()), f"the corpus ({type(self.source).__name__})")
         self.heldout = None if self.task_dir is None else TaskFolder(self.task_dir, "heldout")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,20 @@ from rpt_lightning.types import Document
 def source_sha256(source: CorpusSource) -> str:
     """Fingerprint of all documents of a source, in their order: ``counts["sha256"]`` of the corpus that is made of it."""
     digest = hashlib.sha256()
-    for number, document in enumerate(checked_documents(source), start=1):
-        check_document(document, number=number)
-        digest.update(_bytes_of(document))
+    for document in read_documents(source):
+        digest.update(document_bytes(document))
     return digest.hexdigest()
 
 
-def _bytes_of(document: Document) -> bytes:
+def read_documents(source: CorpusSource) -> Iterator[Document]:
+    """The documents of a source. Raises ValueError at one that is no document, or that cannot be stored."""
+    for number, document in enumerate(checked_documents(source), start=1):
+        check_document(document, number=number)
+        yield document
+
+
+def document_bytes(document: Document) -> bytes:
+    """What a fingerprint of a corpus is made of: id, text, fields and marks."""
     return f"{document.doc_id}\0{document.text}\0".encode(errors="surrogatepass") + knowledge_bytes(document)
 
 
@@ -46,10 +54,9 @@ class TokenizedCorpus:
         digest = hashlib.sha256()
         seen: set[bytes] = set()
         num_read = num_short = num_duplicates = num_inexpressible = 0
-        for document in checked_documents(source):
+        for document in read_documents(source):
             num_read += 1
-            check_document(document, number=num_read)  # before hours of scoring
-            digest.update(_bytes_of(document))
+            digest.update(document_bytes(document))
             try:
                 full = token_bytes.encode_plain(document.text)
             except ValueError:
