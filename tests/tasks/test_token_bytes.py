@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import unicodedata
 from types import SimpleNamespace
 
@@ -85,7 +86,7 @@ def test_ordinary_text_gets_the_tokens_that_the_model_knows() -> None:
 
 
 def test_the_last_usual_call_does_not_change_the_plain_encoder() -> None:
-    tokenizer = toys.byte_level()
+    tokenizer = copy.deepcopy(toys.byte_level())  # which other tests share: the call leaves its truncation behind
     token_bytes = TokenBytes(tokenizer)
     before = token_bytes.encode_plain("x<|im_end|>")
     tokenizer("x<|im_end|>", truncation=True, max_length=1)
