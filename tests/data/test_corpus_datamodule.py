@@ -129,3 +129,12 @@ def test_what_a_source_must_not_yield(tiny_tokenizer, yielded: Any, named: str) 
 
     with pytest.raises(ValueError, match=named):
         make(tiny_tokenizer, source=Own(), prompt=None)
+
+
+def test_held_out_positions_of_another_tokenizer_are_refused(tiny_tokenizer, tiny_task_dir) -> None:
+    """Their ids would be other words to this model, and the accuracy would be of something else."""
+    data = make(tiny_tokenizer, task_dir=str(tiny_task_dir), eval_min_entropy=0.1)
+    assert len(data.val_dataloader()) > 0
+    data.trainer.lightning_module.tokenizer_hash = "2:another"
+    with pytest.raises(ValueError, match=r"--data.task_dir .*: prepared with the tokenizer of .*, which is not that of the model being trained"):
+        data.setup("fit")

@@ -199,29 +199,34 @@ class TaskFolderDataModule(StreamDataModule):
         return choose_heldout(self.heldout, num_tasks=self.num_eval_tasks, min_entropy=self.eval_min_entropy, seed=self.seed)
 
     def _check_tokenizer(self) -> None:
-        module = None if self.trainer is None else self.trainer.lightning_module
-        wanted = getattr(module, "tokenizer_hash", None)
-        if wanted is not None and wanted != self.train.tokenizer_hash and not self._tokenizes_alike(module):
-            made_with = self.train.manifest["settings"]["tokenizer"]
-            raise ValueError(
-                f"--data.task_dir {self.task_dir}: prepared with the tokenizer of {made_with!r}, which is not that of the model being trained; "
-                "prepare the folder with this model's tokenizer or train that model"
-            )
+        check_tokenizer(self.train, None if self.trainer is None else self.trainer.lightning_module, task_dir=self.task_dir)
 
-    def _tokenizes_alike(self, module: Any) -> bool:
-        """Whether a folder whose hash is of before holds its documents as the module's tokenizer would write them.
 
-        Its tokenizer was written by the class that transformers made of it, which may say the same in other words. The last tokens of a document that
-        was cut may be another's beginning.
-        """
-        stored_hash, tokenizer = self.train.manifest["tokenizer_hash"], getattr(module, "tokenizer", None)
-        if is_whole(stored_hash) or tokenizer is None or not has_hash(tokenizer, stored_hash):
+def check_tokenizer(folder: TaskFolder, module: Any, *, task_dir: str) -> None:
+    """Raises ValueError where the model being trained has another tokenizer than the task folder. A module of the user's own may have none."""
+    wanted = getattr(module, "tokenizer_hash", None)
+    if wanted is not None and wanted != folder.tokenizer_hash and not _tokenizes_alike(folder, module):
+        made_with = folder.manifest["settings"]["tokenizer"]
+        raise ValueError(
+            f"--data.task_dir {task_dir}: prepared with the tokenizer of {made_with!r}, which is not that of the model being trained; "
+            "prepare the folder with this model's tokenizer or train that model"
+        )
+
+
+def _tokenizes_alike(folder: TaskFolder, module: Any) -> bool:
+    """Whether a folder whose hash is of before holds its documents as the module's tokenizer would write them.
+
+    Its tokenizer was written by the class that transformers made of it, which may say the same in other words. The last tokens of a document that
+    was cut may be another's beginning.
+    """
+    stored_hash, tokenizer = folder.manifest["tokenizer_hash"], getattr(module, "tokenizer", None)
+    if is_whole(stored_hash) or tokenizer is None or not has_hash(tokenizer, stored_hash):
+        return False
+    encode, join = TokenBytes(tokenizer).encode_plain, folder.token_bytes.join
+    for index in range(min(len(folder), NUM_COMPARED_DOCUMENTS)):
+        stored = folder.token_ids(index)
+        text = join(stored).decode("utf-8", errors="ignore")
+        sure = max(1, len(stored) - NUM_CUT_TOKENS)
+        if encode(text)[:sure] != stored[:sure]:
             return False
-        encode, join = TokenBytes(tokenizer).encode_plain, self.train.token_bytes.join
-        for index in range(min(len(self.train), NUM_COMPARED_DOCUMENTS)):
-            stored = self.train.token_ids(index)
-            text = join(stored).decode("utf-8", errors="ignore")
-            sure = max(1, len(stored) - NUM_CUT_TOKENS)
-            if encode(text)[:sure] != stored[:sure]:
-                return False
-        return True
+    return True

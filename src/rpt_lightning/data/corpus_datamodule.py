@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rpt_lightning.data.base_datamodule import EvalLoader, StreamDataModule
+from rpt_lightning.data.base_datamodule import EvalLoader, StreamDataModule, check_tokenizer
 from rpt_lightning.data.corpus import CorpusSource
 from rpt_lightning.data.heldout import choose_heldout
 from rpt_lightning.data.stream import ShuffledOrder, TaskStream
@@ -69,7 +69,8 @@ class CorpusDataModule(StreamDataModule):
         self.eval_batch_size = eval_batch_size
 
     def setup(self, stage: str) -> None:
-        """Read the corpus. Raises ValueError where there is none, or where nothing is marked that could be worked out."""
+        """Read the corpus. Raises ValueError where there is none, where nothing is marked that could be worked out, or where the model being trained has
+        another tokenizer than the task folder."""
         module: Any = None if self.trainer is None else self.trainer.lightning_module
         assert module is not None, "the tokenizer is that of the model being trained"
         tokenizer = module.tokenizer
@@ -92,6 +93,8 @@ class CorpusDataModule(StreamDataModule):
         order = ShuffledOrder(np.ones(len(self.documents), np.int32), [len(self.documents)], bundle_size=1, seed=self.seed)
         self.begin_stream(TaskStream(order, corpus=digest.hexdigest()), f"the corpus ({type(self.source).__name__})")
         self.heldout = None if self.task_dir is None else TaskFolder(self.task_dir, "heldout")
+        if self.heldout is not None:
+            check_tokenizer(self.heldout, module, task_dir=str(self.task_dir))
 
     def make_batch(self, items: list[tuple[int, int]]) -> dict[str, Any]:
         """A document's worked examples stand behind it, so that they share their beginning."""
