@@ -65,31 +65,15 @@ def download_gguf(folder: Path) -> Path:
 
 def make_tiny(output: Path) -> None:
     """A random Llama whose shapes vLLM accepts on CPU, with a byte-level BPE tokenizer trained on the standard library's docstrings."""
-    from transformers import LlamaConfig
-
     tokenizer = train_tokenizer(standard_library_docstrings(), [TINY_EOS, TINY_BOS], vocab_size=TINY_VOCAB_SIZE)
     tokenizer.chat_template = TINY_CHAT_TEMPLATE
-    config = LlamaConfig(
-        vocab_size=TINY_VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=448,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    save_model(random_llama(config, seed=0), tokenizer, output)
+    model = random_llama(tokenizer, num_hidden_layers=4, num_key_value_heads=2, intermediate_size=448, seed=0)
+    save_model(model, tokenizer, output)
 
 
 def make_world(output: Path, world: str, seed: int) -> None:
     """A random Llama of 3 layers, and a tokenizer for a world's text and thoughts, in which the markers of a thought are tokens."""
     from tokenizers import AddedToken
-    from transformers import LlamaConfig
 
     from rpt_lightning import worlds
     from rpt_lightning.tasks.answer import BOX_CLOSE, BOX_OPEN
@@ -106,21 +90,8 @@ def make_world(output: Path, world: str, seed: int) -> None:
 
     tokenizer = train_tokenizer(texts(), [WORLD_EOS], vocab_size=WORLD_VOCAB_SIZE)
     tokenizer.add_tokens([AddedToken(marker, normalized=False) for marker in ("<think>", "</think>")])
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=32,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    save_model(random_llama(config, seed=seed), tokenizer, output)
+    model = random_llama(tokenizer, num_hidden_layers=3, num_key_value_heads=4, intermediate_size=384, seed=seed)
+    save_model(model, tokenizer, output)
 
 
 def train_tokenizer(texts: Iterator[str], special_tokens: list[str], *, vocab_size: int):
@@ -138,10 +109,23 @@ def train_tokenizer(texts: Iterator[str], special_tokens: list[str], *, vocab_si
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=special_tokens[0], pad_token=special_tokens[0], model_max_length=1024)
 
 
-def random_llama(config, *, seed: int):
+def random_llama(tokenizer, *, seed: int, **sizes: int):
+    """Of width 128, in 4 heads of 32, with random weights; ``sizes`` are the config's other ones."""
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        num_attention_heads=4,
+        head_dim=32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **sizes,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)

@@ -6,10 +6,9 @@ not an input of anything in this file: a policy that is taught the format must n
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 
+from rpt_lightning.data.draw import uniform
 from rpt_lightning.tasks.answer import answerable_lengths
 from rpt_lightning.tasks.prompt import BoundPrompt
 from rpt_lightning.tasks.token_bytes import TokenBytes
@@ -53,10 +52,5 @@ class TraceWriter:
         for place, (token, _) in enumerate(usable):
             thought_ids += [*(self.separator_ids if place else ()), token]
         weights = np.cumsum([prob for _, prob in usable])
-        answer, _ = usable[int(np.searchsorted(weights, self._uniform(task_id) * weights[-1], side="right"))]
+        answer, _ = usable[int(np.searchsorted(weights, uniform(self.seed, task_id) * weights[-1], side="right"))]
         return TrainSequence(prompt_ids=self.prompt.prompt_ids(context_ids), target_ids=self.prompt.completion_ids(tuple(thought_ids), (answer,)))
-
-    def _uniform(self, task_id: str) -> float:
-        """A number in [0, 1) that depends on the seed and the position only: neither on the order of positions nor on ranks."""
-        digest = hashlib.sha256(f"{self.seed}:{task_id}".encode()).digest()
-        return int.from_bytes(digest[:6], "little") / 2**48

@@ -5,10 +5,10 @@ Some examples think and the others guess at once (arXiv:2510.11495 mixes the two
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rpt_lightning.data.draw import uniform
 from rpt_lightning.tasks.prompt import BoundPrompt
 from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.types import Document, Mark, TokenIds, TrainSequence
@@ -79,7 +79,7 @@ class ExampleWriter:
         """One example for each mark that ends at a token boundary, as the phase of ``step`` wants it."""
         phase, examples = self.phase(step), []
         for number, mark in enumerate(document.marks):
-            thinks = phase.may_think(mark) and self._uniform(f"{document.doc_id}:{number}:{step}") < phase.p_cot
+            thinks = phase.may_think(mark) and uniform(self.seed, f"{document.doc_id}:{number}:{step}") < phase.p_cot
             if thinks or phase.guesses:
                 examples.append(self._example(document, mark, thinks=thinks))
         return examples
@@ -103,7 +103,3 @@ class ExampleWriter:
                 "policy's tokenizer; mark whole tokens (a word with the space before it), or train another tokenizer"
             )
         return token_ids[:first], token_ids[first:last]
-
-    def _uniform(self, key: str) -> float:
-        """A number in [0, 1) that depends on the seed and the key alone: neither on ranks nor on what was drawn before."""
-        return int.from_bytes(hashlib.sha256(f"{self.seed}:{key}".encode()).digest()[:6], "little") / 2**48
