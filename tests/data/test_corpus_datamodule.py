@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
 from rpt_lightning.data.corpus import CorpusSource
 from rpt_lightning.data.corpus_datamodule import CorpusDataModule
@@ -138,3 +139,12 @@ def test_held_out_positions_of_another_tokenizer_are_refused(tiny_tokenizer, tin
     data.trainer.lightning_module.tokenizer_hash = "2:another"
     with pytest.raises(ValueError, match=r"--data.task_dir .*: prepared with the tokenizer of .*, which is not that of the model being trained"):
         data.setup("fit")
+
+
+def test_text_is_cut_to_the_positions_of_the_model(tiny_tokenizer) -> None:
+    """As `TextDataModule` does: behind its positions a model would be trained on what it cannot read."""
+    data = make(tiny_tokenizer, prompt=None)
+    data.trainer.lightning_module.policy = SimpleNamespace(config=LlamaConfig(max_position_embeddings=4))
+    assert [sequence.num_tokens for sequence in data.next_batch()["sequences"]] == [4, 4, 4]
+    data.max_tokens = 3
+    assert [sequence.num_tokens for sequence in data.next_batch()["sequences"]] == [3, 3, 3]

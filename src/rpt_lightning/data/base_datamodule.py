@@ -14,6 +14,7 @@ from rpt_lightning.data.heldout import choose_heldout
 from rpt_lightning.data.stream import Place, ShuffledOrder, TaskStream, rank_share
 from rpt_lightning.data.task_folder import TaskFolder
 from rpt_lightning.pretrained.specification import has_hash, is_whole
+from rpt_lightning.pretrained.text_shape import longest_context
 from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.types import Task, TokenTask
 
@@ -137,6 +138,11 @@ class StreamDataModule(LightningDataModule):
         if self._trained is not None:
             return {}
         return self.next_batch()
+
+    def _num_positions(self) -> int | None:
+        """Tokens that the model being trained can read at once; None where it has no limit, and outside a Trainer."""
+        policy = None if self.trainer is None else getattr(self.trainer.lightning_module, "policy", None)
+        return None if policy is None else longest_context(policy.config)
 
     def _data_rank(self) -> tuple[int, int]:
         """This process's data-parallel rank and their number: tensor-parallel ranks of one group get identical tasks."""

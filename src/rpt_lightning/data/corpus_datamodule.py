@@ -29,7 +29,7 @@ class CorpusDataModule(StreamDataModule):
         documents_per_step: Documents of one step, of all ranks together.
         prompt: The template of the worked examples; null: there are none.
         phases: The curriculum of the worked examples: how many think, and over which depths.
-        max_tokens: Cut documents after so many tokens; null: nothing is cut.
+        max_tokens: Cut documents after so many tokens; null: after the positions that the model has.
         task_dir: Folder that ``rpt prepare`` made, to validate on its held-out positions; null: there is no validation.
         num_eval_tasks: Held-out positions of a validation.
         eval_min_entropy: Validate on positions with more proxy entropy than this, in nats.
@@ -100,11 +100,11 @@ class CorpusDataModule(StreamDataModule):
         """A document's worked examples stand behind it, so that they share their beginning."""
         epoch, index = self.stream.place
         step = (epoch * self.stream.order.items_per_epoch + index) // self.items_per_step - 1
-        sequences: list[TrainSequence] = []
+        limit, sequences = self.max_tokens or self._num_positions(), list[TrainSequence]()
         for number, _ in items:
             document = self.documents[number]
             if self.writer is None or self.writer.phase(step).text:
-                ids = (self.start_ids + self.token_bytes.encode_plain(document.text))[: self.max_tokens]
+                ids = (self.start_ids + self.token_bytes.encode_plain(document.text))[:limit]
                 sequences.append(TrainSequence(prompt_ids=ids[:1], target_ids=ids[1:]))
             if self.writer is not None:
                 sequences += self.writer.write(document, step=step)

@@ -8,7 +8,6 @@ import numpy as np
 
 from rpt_lightning.data.base_datamodule import TaskFolderDataModule
 from rpt_lightning.data.stream import ShuffledOrder
-from rpt_lightning.pretrained.text_shape import longest_context
 from rpt_lightning.tasks.token_bytes import start_ids
 from rpt_lightning.types import TrainSequence
 
@@ -64,8 +63,3 @@ class TextDataModule(TaskFolderDataModule):
         limit = self.max_tokens or self._num_positions()
         token_ids = [(self.start_ids + self.train.token_ids(document))[:limit] for document, _ in items]
         return {"sequences": tuple(TrainSequence(prompt_ids=ids[:1], target_ids=ids[1:]) for ids in token_ids)}
-
-    def _num_positions(self) -> int | None:
-        """Tokens that the model being trained can read at once; None outside a Trainer."""
-        policy = None if self.trainer is None else getattr(self.trainer.lightning_module, "policy", None)
-        return None if policy is None else longest_context(policy.config)

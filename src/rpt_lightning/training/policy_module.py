@@ -68,9 +68,7 @@ class PolicyModule(LightningModule, ABC):
         super().__init__()
         if micro_batch_tokens < 1:
             raise ValueError(f"model.micro_batch_tokens={micro_batch_tokens}: a micro-batch needs at least 1 token")
-        if gradient_clip < 0:
-            raise ValueError(f"model.gradient_clip={gradient_clip}: give a norm above 0, or 0 for no clipping")
-        check_number("model.gradient_clip", gradient_clip, least=0)
+        check_number("model.gradient_clip", gradient_clip, least=0, hint="; 0 turns clipping off")
         check_number("model.max_skipped_steps", max_skipped_steps, least=0)
         self.automatic_optimization = False
         self.policy = policy
