@@ -46,6 +46,13 @@ class Seed:
         self.folder = Path("runs/evidence") / f"seed-{seed}"
         self.record = RECORDS / f"seed-{seed}.json"
 
+    def arms_to_run(self, names: list[str]) -> list[Arm]:
+        """Those that have no record yet, all or the named ones. The base comes first; it runs again where a rival needs its run and a clone has none."""
+        records = read_records(self.record)
+        arms = [arm for arm in ARMS if arm.name not in records and (not names or arm.name in names or arm.name == "base")]
+        needs_run = any(arm.kind != "rpt" for arm in arms) and not (self.folder / "base" / "steps.jsonl").exists()
+        return [ARMS[0], *arms] if needs_run and ARMS[0] not in arms else arms
+
     def make_base(self) -> None:
         """The demo's start model and tasks: taken over where the demo ran."""
         stages = (*self.testbed.start_stages(), self.testbed.before_stage())
@@ -77,9 +84,6 @@ class Seed:
 
     def run_arm(self, arm: Arm) -> None:
         """Train, validate at the base's held-out positions, and write the record."""
-        records = read_records(self.record)
-        if arm.name in records:
-            return
         begin, run = time.monotonic(), self.folder / arm.name
         commands = {"rpt": self._rpt, "ntp": self._ntp, "sft": self._sft}[arm.kind](arm, run)
         for command in commands:
@@ -140,15 +144,18 @@ def _shown(command: tuple[str, ...]) -> str:
 
 def run(seeds: list[int], jobs: int, names: list[str]) -> None:
     """One seed after the other, so that an interruption leaves whole ones. The base arm comes before its rivals, whose budget it is."""
-    arms = [arm for arm in ARMS if not names or arm.name in names or arm.name == "base"]
-    starts = [start for start in STARTS if start.name in {arm.start for arm in arms} - {"base"}]
-    tasks = [name for name in TASKS if name in {arm.tasks for arm in arms}]
     for seed in map(Seed, seeds):
+        arms = seed.arms_to_run(names)
+        if not arms:
+            continue  # nothing that its start models are needed for
+        starts = [start for start in STARTS if start.name in {arm.start for arm in arms} - {"base"}]
+        tasks = [name for name in TASKS if name in {arm.tasks for arm in arms}]
         seed.make_base()
-        seed.run_arm(ARMS[0])
+        if arms[0].name == "base":
+            seed.run_arm(arms.pop(0))
         # Arms that need nothing but the base come first, beside the start models and tasks of the others.
-        ready = [arm for arm in arms[1:] if arm.start == arm.tasks == "base"]
-        waiting = [arm for arm in arms if arm not in ready and arm.name != "base"]
+        ready = [arm for arm in arms if arm.start == arm.tasks == "base"]
+        waiting = [arm for arm in arms if arm not in ready]
         first: list[Callable[[], None]] = [partial(seed.make_start, start) for start in starts]
         first += [partial(seed.make_tasks, name) for name in tasks]
         for work in (first + [partial(seed.run_arm, arm) for arm in ready], [partial(seed.run_arm, arm) for arm in waiting]):

@@ -121,3 +121,20 @@ def test_commands_of_an_arm_are_those_of_its_seed() -> None:
         assert all("--seed_everything 1" in command for command in commands)
         assert "tasks/demo-seed-1" in commands[-1]  # all are measured at the base's positions
         assert all(str(seed.folder / arm.name) in command for command in commands)
+
+
+def test_only_what_has_no_record_is_run_and_a_rival_has_its_budget() -> None:
+    seed = evidence.Seed(4)
+    assert seed.arms_to_run([]) == list(arms.ARMS)
+    kept = record("1101", "0100")
+    for arm in arms.ARMS:
+        if arm.name not in ("sft", "dense"):
+            records.write_record(seed.record, arm.name, kept)
+    # The record of the base is there; its run, whose cost is the budget of "sft", is not.
+    assert [arm.name for arm in seed.arms_to_run([])] == ["base", "dense", "sft"]
+    assert [arm.name for arm in seed.arms_to_run(["dense"])] == ["dense"]
+    leave_run(seed.folder / "base", "1", "0")
+    assert [arm.name for arm in seed.arms_to_run([])] == ["dense", "sft"]
+    for name in ("sft", "dense"):
+        records.write_record(seed.record, name, kept)
+    assert seed.arms_to_run([]) == []
