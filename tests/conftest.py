@@ -26,6 +26,11 @@ def load_script(name: str) -> ModuleType:
     return module
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes are named by their argument: a time stamp in them (gzip writes one) gave each of two workers other tests to run, and the run ended there."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved random Llama (1M parameters, vocabulary 512, tied embeddings) with byte-level tokenizer, eos and chat template. Only read it."""
