@@ -98,8 +98,7 @@ class Seed:
         own = self.testbed.run_flags(run, policy=self.start_model(arm.start))
         validates = arm.tasks == "base"  # the fit itself, at its last step: other tasks have other held-out positions
         steps: dict[str, object] = {"--trainer.max_steps": STEPS, "--trainer.val_check_interval": STEPS, "--checkpoint.every_n_steps": STEPS}
-        # The demo's rate falls over its 30 steps; the arms' is constant.
-        steps |= {"--data.tasks_per_step": TASKS_PER_STEP, "--model.lr_scheduler": "null"}
+        steps |= {"--data.tasks_per_step": TASKS_PER_STEP}  # the rest is as in the demo, which has as many steps
         steps |= {} if validates else {"--trainer.limit_val_batches": 0}
         tasks = str(self.tasks(arm.tasks))
         fit = (EXECUTABLE, "fit", "--config", RPT_CONFIG, *ENGINE, *own, "--data.task_dir", tasks, *flags(steps), *arm.options, "--ckpt_path", "auto")

@@ -8,7 +8,8 @@ from typing import Literal
 # Of RPT in every arm: the base arm has risen by then. Half the demo's tasks a step, so that three seeds of all arms take an afternoon.
 STEPS, TASKS_PER_STEP = 20, 32
 
-FIRST_STEPS, LAST_STEP = 300, 500  # of configs/demo/start.yaml: where its first phase ends, and its end
+FIRST_STEPS, LAST_STEP = 240, 360  # of configs/demo/start.yaml: where its first phase ends, and its end
+SECOND_STEPS = LAST_STEP - FIRST_STEPS
 FIRST_PHASE = f"{{steps: {FIRST_STEPS}, p_cot: 1.0, text: false}}"
 
 
@@ -39,18 +40,18 @@ class Arm:
     options: tuple[str, ...] = field(default_factory=tuple)
 
 
-BASE_START = Start(name="base", phases=(FIRST_PHASE, "{steps: 200, p_cot: 0.12}"))
+BASE_START = Start(name="base", phases=(FIRST_PHASE, f"{{steps: {SECOND_STEPS}, p_cot: 0.12}}"))
 
 
 def _p_cot(share: float) -> Start:
-    return Start(name=f"p_cot-{share:g}", phases=(FIRST_PHASE, f"{{steps: 200, p_cot: {share:g}}}"))
+    return Start(name=f"p_cot-{share:g}", phases=(FIRST_PHASE, f"{{steps: {SECOND_STEPS}, p_cot: {share:g}}}"))
 
 
 def _depths(name: str, low: int, high: int) -> Start:
     """Only these depths think, and so much more often that 12 % of all examples do."""
     span, share = f"min_depth: {low}, max_depth: {high}", 0.12 * 12 / (high - low + 1)
     first = f"{{steps: {FIRST_STEPS}, p_cot: 1.0, {span}, guesses: false, text: false}}"
-    return Start(name=name, phases=(first, f"{{steps: 200, p_cot: {share:.3f}, {span}}}"), branches=False)
+    return Start(name=name, phases=(first, f"{{steps: {SECOND_STEPS}, p_cot: {share:.3f}, {span}}}"), branches=False)
 
 
 STARTS = (
