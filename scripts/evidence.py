@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from evidence_arms import ARMS, FIRST_STEPS, LAST_STEP, STARTS, STEPS, TASKS_PER_STEP, Arm, Start
+from evidence_arms import ARMS, BRANCH_STEP, LAST_STEP, STARTS, STEPS, TASKS_PER_STEP, Arm, Start
 from evidence_records import measure, read_records, write_record
 from pipeline import EXECUTABLE, commit, run_stages
 from stages import checkpoint, flags
@@ -65,11 +65,11 @@ class Seed:
         return self.testbed.tasks if name == "base" else Path(f"tasks/evidence-seed-{self.testbed.seed}-{name}")
 
     def make_start(self, start: Start) -> None:
-        """Another start model: the base's first phase is shared where the curriculum is the same up to there."""
+        """Another start model: the base's first phases are shared where the curriculum is the same up to there."""
         run = self.folder / f"start-{start.name}"
         if (run / "export").exists():
             return
-        shared = checkpoint(self.testbed.start, FIRST_STEPS)
+        shared = checkpoint(self.testbed.start, BRANCH_STEP)
         begun = any((run / "checkpoints").glob("step-*.ckpt"))
         resume = ("--ckpt_path", "last") if begun else (("--ckpt_path", str(shared)) if start.branches else ())
         own = self.testbed.run_flags(run, policy=self.testbed.model)
@@ -100,6 +100,7 @@ class Seed:
         steps: dict[str, object] = {"--trainer.max_steps": STEPS, "--trainer.val_check_interval": STEPS, "--checkpoint.every_n_steps": STEPS}
         steps |= {"--data.tasks_per_step": TASKS_PER_STEP}  # the rest is as in the demo, which has as many steps
         steps |= {} if validates else {"--trainer.limit_val_batches": 0}
+        steps |= {} if arm.name == "base" else {"--rollout.thought_controls": False}  # the page shows the base's
         tasks = str(self.tasks(arm.tasks))
         fit = (EXECUTABLE, "fit", "--config", RPT_CONFIG, *ENGINE, *own, "--data.task_dir", tasks, *flags(steps), *arm.options, "--ckpt_path", "auto")
         return [fit] if validates else [fit, self._validate(run, self.start_model(arm.start), checkpoint(run, STEPS))]
@@ -121,7 +122,7 @@ class Seed:
 
     def _validate(self, run: Path, policy: Path, ckpt: Path | str) -> tuple[str, ...]:
         own = (*self.testbed.run_flags(run, policy=policy), "--data.task_dir", str(self.testbed.tasks))
-        rest = flags({"--trainer.limit_val_batches": 1.0, "--rollout.thought_controls": True, "--ckpt_path": ckpt})
+        rest = flags({"--trainer.limit_val_batches": 1.0, "--rollout.thought_controls": False, "--ckpt_path": ckpt})
         return (EXECUTABLE, "validate", "--config", RPT_CONFIG, *ENGINE, *own, *rest)
 
     def _export(self, name: str, ckpt: Path, output: Path) -> None:

@@ -8,14 +8,15 @@ from typing import Literal
 # Of RPT in every arm: the base arm has risen by then. Half the demo's tasks a step, so that three seeds of all arms take an afternoon.
 STEPS, TASKS_PER_STEP = 20, 32
 
-FIRST_STEPS, LAST_STEP = 240, 360  # of configs/demo/start.yaml: where its first phase ends, and its end
-SECOND_STEPS = LAST_STEP - FIRST_STEPS
-FIRST_PHASE = f"{{steps: {FIRST_STEPS}, p_cot: 1.0, text: false}}"
+# Of configs/demo/start.yaml: its first two phases, where start models with other shares branch off, and its end.
+TAUGHT_STEPS, MIXED_STEPS, LAST_STEP = 200, 80, 380
+BRANCH_STEP = TAUGHT_STEPS + MIXED_STEPS
+TAUGHT = (f"{{steps: {TAUGHT_STEPS}, p_cot: 1.0, text: false}}", f"{{steps: {MIXED_STEPS}, p_cot: 1.0}}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """A start model: the phases of its curriculum. ``branches`` continues the base start behind its first phase instead of beginning anew."""
+    """A start model: the phases of its curriculum. ``branches`` continues the base start behind its second phase instead of beginning anew."""
 
     name: str
     phases: tuple[str, ...]
@@ -40,23 +41,25 @@ class Arm:
     options: tuple[str, ...] = field(default_factory=tuple)
 
 
-BASE_START = Start(name="base", phases=(FIRST_PHASE, f"{{steps: {SECOND_STEPS}, p_cot: 0.12}}"))
-
-
-def _p_cot(share: float) -> Start:
-    return Start(name=f"p_cot-{share:g}", phases=(FIRST_PHASE, f"{{steps: {SECOND_STEPS}, p_cot: {share:g}}}"))
+def _p_cot(name: str, share: float) -> Start:
+    return Start(name=name, phases=(*TAUGHT, f"{{steps: {LAST_STEP - BRANCH_STEP}, p_cot: {share:g}}}"))
 
 
 def _depths(name: str, low: int, high: int) -> Start:
     """Only these depths think, and so much more often that 12 % of all examples do."""
     span, share = f"min_depth: {low}, max_depth: {high}", 0.12 * 12 / (high - low + 1)
-    first = f"{{steps: {FIRST_STEPS}, p_cot: 1.0, {span}, guesses: false, text: false}}"
-    return Start(name=name, phases=(first, f"{{steps: {SECOND_STEPS}, p_cot: {share:.3f}, {span}}}"), branches=False)
+    phases = (
+        f"{{steps: {TAUGHT_STEPS}, p_cot: 1.0, {span}, guesses: false, text: false}}",
+        f"{{steps: {MIXED_STEPS}, p_cot: 1.0, {span}, guesses: false}}",
+        f"{{steps: {LAST_STEP - BRANCH_STEP}, p_cot: {share:.3f}, {span}}}",
+    )
+    return Start(name=name, phases=phases, branches=False)
 
 
+BASE_START = _p_cot("base", 0.12)
 STARTS = (
     BASE_START,
-    *(_p_cot(share) for share in (0, 0.01, 0.03, 0.5)),
+    *(_p_cot(f"p_cot-{share:g}", share) for share in (0, 0.01, 0.03, 0.5)),
     _depths("depth-1-4", 1, 4),
     _depths("depth-8-12", 8, 12),
 )

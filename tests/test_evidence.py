@@ -102,15 +102,15 @@ def test_arms_have_names_of_their_own_and_say_what_is_expected() -> None:
 
 
 def test_the_arms_phases_are_those_of_the_start_models_configuration() -> None:
-    """Start models that branch off go on behind the first phase of the base's."""
+    """Start models that branch off go on behind the second phase of the base's."""
     import yaml
 
     config = yaml.safe_load((ROOT / "configs" / "demo" / "start.yaml").read_text())
     phases = config["data"]["init_args"]["phases"]
     assert [yaml.safe_load(phase) for phase in arms.BASE_START.phases] == phases
-    assert phases[0]["steps"] == arms.FIRST_STEPS
+    assert phases[0]["steps"] + phases[1]["steps"] == arms.BRANCH_STEP
     assert config["trainer"]["max_steps"] == arms.LAST_STEP == sum(phase["steps"] for phase in phases)
-    assert arms.FIRST_STEPS % config["checkpoint"]["keep_every_n_steps"] == 0
+    assert arms.BRANCH_STEP % config["checkpoint"]["keep_every_n_steps"] == 0
 
 
 def test_commands_of_an_arm_are_those_of_its_seed() -> None:

@@ -20,11 +20,13 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
-from rpt_lightning.rollout.engine import EngineDtype, RolloutEngine, Sample, compare_own_copy
+from rpt_lightning.rollout.engine import EngineDtype, GenerationInterrupted, RolloutEngine, Sample, compare_own_copy
+from rpt_lightning.rollout.file_names import as_in_files
 from rpt_lightning.rollout.prefix_cache import UnlimitedPrefixCache
 from rpt_lightning.rollout.vllm_generation import generate
-from rpt_lightning.rollout.vllm_weights import read_weights
+from rpt_lightning.rollout.vllm_weights import expect_experts, read_weights
 from rpt_lightning.types import GenerationRequest, PromptTokens
 
 log = logging.getLogger(__name__)
@@ -37,6 +39,8 @@ ENVIRONMENT = {
 }
 # A tensor that is worth a look at what the heap holds free: a millisecond, against a tenth of a second to copy it.
 LARGE_TENSOR_BYTES = 64 * 2**20
+# What a library raises where it cannot do something; memory that runs out is none of it.
+FAMILY_ERRORS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 class VLLMEngine(RolloutEngine):
@@ -104,8 +108,10 @@ class VLLMEngine(RolloutEngine):
             raise RuntimeError("a VLLMEngine runs in this process already, and vLLM's groups and settings belong to the process: close it first")
         self._is_trainers_group = torch.distributed.is_initialized()
         VLLMEngine._running = self
+        self._config = AutoConfig.from_pretrained(model_path)
+        self._has_served = False
         try:
-            with trainer_state_kept(), trainers_group_kept(self._is_trainers_group):
+            with trainer_state_kept(), trainers_group_kept(self._is_trainers_group), policys_class_kept(), self._family_named("start"):
                 self._llm = self._build(model_path, seed, on_gpu=torch.cuda.is_available())
             self.prompt_tokens = PromptTokens(total=0, cached=0, shareable=0) if self.enable_prefix_caching else None
             self._forget_prompts()
@@ -144,11 +150,12 @@ class VLLMEngine(RolloutEngine):
     def _update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         if not torch.cuda.is_available():
             weights = heap_trimmed(weights)
-        with trainer_state_kept():
+        with trainer_state_kept(), self._family_named("load the weights of"):
             if self._is_asleep:
                 torch.cuda.empty_cache()  # what the trainer's allocator holds free would not be there for vLLM's
                 self._llm.wake_up(tags=["weights"])
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            self._llm.apply_model(expect_experts)
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": as_in_files(weights, self._config)})
             if self._is_asleep:  # the cache last: its memory is free for what loading needs
                 self._llm.wake_up(tags=["kv_cache"])
                 self._is_asleep = False
@@ -167,8 +174,9 @@ class VLLMEngine(RolloutEngine):
         self._best_cache = UnlimitedPrefixCache(self._llm.llm_engine.vllm_config.cache_config.block_size)
 
     def _generate(self, requests: Sequence[GenerationRequest]) -> list[list[Sample]]:
-        with trainer_state_kept():
+        with trainer_state_kept(), self._family_named("generate with"):
             rows = generate(self._llm.llm_engine, requests, bytes_of=self._bytes_of, before_step=self._check_interrupted)
+        self._has_served = True
         if self.prompt_tokens is not None:
             self.prompt_tokens = PromptTokens(
                 total=self.prompt_tokens.total + sum(request.n * len(request.prompt_ids) for request in requests),
@@ -180,9 +188,23 @@ class VLLMEngine(RolloutEngine):
     def _read_weights(self, names: Sequence[str]) -> dict[str, Tensor]:
         if self._is_asleep:
             raise RuntimeError("the engine sleeps and has no weights; update them first")
-        with trainer_state_kept():
+        with trainer_state_kept(), self._family_named("read the weights of"):
             (weights,) = self._llm.apply_model(lambda model: read_weights(model, names, self.dtype))
         return cast(dict[str, Tensor], weights)
+
+    @contextlib.contextmanager
+    def _family_named(self, what: str) -> Iterator[None]:
+        """Before the first completion: what vLLM cannot do with a model family fails somewhere inside of it, so one error says what was being done."""
+        try:
+            yield
+        except FAMILY_ERRORS as error:
+            if self._has_served or isinstance(error, GenerationInterrupted | torch.OutOfMemoryError):
+                raise
+            family = ", ".join(self._config.architectures or [self._config.model_type])
+            raise ValueError(
+                f"engine VLLMEngine: vLLM {_vllm_version()} could not {what} {family} ({type(error).__name__}: {error}). Where the model family is the "
+                "cause (docs/families.md lists those that were tried), use the engine rpt_lightning.rollout.hf_engine.HFEngine"
+            ) from error
 
     def _differing_weights(self, wanted: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
         return compare_own_copy(self._read_weights(tuple(wanted)), wanted)
@@ -234,6 +256,23 @@ def heap_trimmed(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, T
         if trim is not None and tensor.nbytes >= LARGE_TENSOR_BYTES:
             trim(0)
         yield name, tensor
+
+
+@contextlib.contextmanager
+def policys_class_kept() -> Iterator[None]:
+    """Protects the transformers class that policy and engine share.
+
+    Families that vLLM runs with transformers' own layers (Phi, OLMo 2, GPT-NeoX) are prepared for compilation by changing the class, and models of that
+    class that exist already could not be called any more. Without the change such a family runs uncompiled.
+    """
+    from vllm.model_executor.models.transformers.base import Base
+
+    decorate = Base._decorate_cls_for_torch_compile
+    Base._decorate_cls_for_torch_compile = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Base._decorate_cls_for_torch_compile = decorate  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

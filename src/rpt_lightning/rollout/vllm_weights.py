@@ -8,13 +8,16 @@ better than one: it sees what is really multiplied, such as a packed head that s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from rpt_lightning.rollout.file_names import names_in_files
 from rpt_lightning.rollout.weight_part import split_part, take
+
+_SHARDS = {"q": 0, "k": 1, "v": 2}  # what vLLM calls the parts of a fused attention projection
 
 
 @torch.no_grad()
@@ -31,25 +34,106 @@ def read_weights(model: nn.Module, names: Sequence[str], dtype: torch.dtype) -> 
     return {name: _read(model, name, dtype).to("cpu", dtype, copy=True).contiguous() for name in names}
 
 
+def expect_experts(model: nn.Module) -> None:
+    """Call it before new weights are loaded into a model that holds some already.
+
+    vLLM's CPU kernel wants experts packed, and vLLM 0.32 packs them once only, when a layer's kernel is made: an update would be multiplied as if it were
+    packed. A layer without its kernel makes it anew.
+    """
+    for layer in model.modules():
+        method: Any = getattr(layer, "quant_method", None)
+        if hasattr(layer, "w13_weight") and hasattr(getattr(method, "experts_cls", None), "isa"):
+            method.moe_kernel = None
+
+
 def _read(model: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
     name, columns = split_part(name)
-    path, _, kind = name.rpartition(".")
-    parent, _, leaf = path.rpartition(".")
     modules = dict(model.named_modules())
+    in_files = _names_in_files(model).get(name, [name])
+    if len(in_files) > 1:  # one tensor of the policy, one an expert in files, and one again here
+        return take(_experts(modules, name, in_files[0]), columns)
+    path, kind, index = _place(model, in_files[0], modules)
+    layer: Any = modules[path]
+    if hasattr(layer, "embedding_dim"):  # embedding or head: devices share its rows, so that each has a part of every column
+        return _whole(layer, _own_part(layer, kind, name, dtype, columns), kind)
+    part = _own_part(layer, kind, name, dtype)
+    num_replicas = 1
+    if index is not None:
+        part = part.split_with_sizes(list(layer.output_partition_sizes))[index]
+        # Where there are more devices than key-value heads, several hold the same one.
+        num_replicas = getattr(layer, "num_kv_head_replicas", 1) if index > 0 else 1
+    whole = _whole(layer, part, kind, num_replicas=num_replicas)
+    return take(whole.t() if kind == "weight" and _is_transposed(modules, path) else whole, columns)
+
+
+def _names_in_files(model: nn.Module) -> dict[str, list[str]]:
+    """Kept with the model, since it takes a moment and is the same for every weight."""
+    if not hasattr(model, "_rpt_names_in_files"):
+        model._rpt_names_in_files = names_in_files(cast(Any, model).config)  # type: ignore[assignment]
+    return cast(dict[str, list[str]], model._rpt_names_in_files)
+
+
+def _place(model: nn.Module, name: str, modules: Mapping[str, nn.Module]) -> tuple[str, str, int | None]:
+    """The layer that holds a tensor of the family's files, what it calls the tensor, and which part of a fused layer it is.
+
+    Some of vLLM's models say it in a mapping of names, the others in one of layers.
+    """
+    path, _, kind = name.rpartition(".")
     if path in modules:
-        layer: Any = modules[path]
-        if hasattr(layer, "embedding_dim"):  # embedding or head: devices share its rows, so that each has a part of every column
-            return _whole(layer, _own_part(layer, kind, name, dtype, columns), kind)
-        return take(_whole(layer, _own_part(layer, kind, name, dtype), kind), columns)
+        return path, kind, None
+    mapper: Any = getattr(model, "hf_to_vllm_mapper", None)
+    mapped, shard = (mapper._map_name_with_shard(name) if mapper is not None else None) or (name, None)
+    mapped_path, _, mapped_kind = mapped.rpartition(".")
+    if mapped_path in modules:
+        return mapped_path, mapped_kind, None if shard is None else _SHARDS.get(shard, shard)
+    parent, _, leaf = path.rpartition(".")
     for fused, parts in getattr(model, "packed_modules_mapping", {}).items():
-        layer = modules.get(f"{parent}.{fused}" if parent else fused)
-        if layer is not None and leaf in parts:
-            pieces = _own_part(layer, kind, name, dtype).split_with_sizes(list(layer.output_partition_sizes))
-            index = parts.index(leaf)
-            # Where there are more devices than key-value heads, several hold the same one.
-            num_replicas = getattr(layer, "num_kv_head_replicas", 1) if index > 0 else 1
-            return take(_whole(layer, pieces[index], kind, num_replicas=num_replicas), columns)
+        layer = f"{parent}.{fused}" if parent else fused
+        if layer in modules and leaf in parts:
+            return layer, kind, parts.index(leaf)
     raise ValueError(f"vLLM's {type(model).__name__} has no layer that holds {name}")
+
+
+def _experts(modules: Mapping[str, nn.Module], name: str, in_file: str) -> Tensor:
+    """All experts' gate and up projections [E, 2 I, H], or down projections [E, H, I]."""
+    path = f"{in_file.split('.experts.')[0]}.experts"
+    layer: Any = getattr(modules.get(path), "routed_experts", None)
+    kinds = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}
+    if layer is None or name.rpartition(".")[2] not in kinds:
+        raise ValueError(f"vLLM has no layer of experts that holds {name}")
+    if layer.moe_config.tp_size > 1 or layer.moe_config.ep_size > 1:
+        raise ValueError(f"the experts of {name} are divided over devices, which cannot be compared: use one device a server")
+    tensor: Tensor = getattr(layer, kinds[name.rpartition(".")[2]])
+    kernel = layer.quant_method.experts_cls
+    if hasattr(kernel, "isa"):  # packed for a CPU's kernel
+        tensor = _unpacked(tensor, kernel.isa)
+    size = layer.moe_config.intermediate_size_per_partition_unpadded
+    if name.endswith("down_proj"):
+        return tensor[..., :size]
+    gate, up = tensor.chunk(2, dim=1)  # each with padding of its own
+    return torch.cat([gate[:, :size], up[:, :size]], dim=1)
+
+
+def _unpacked(packed: Tensor, isa: str) -> Tensor:
+    """The matrices [E, out, in] as they were before vLLM's CPU kernel reordered the entries of each.
+
+    Where each entry went is found by reordering its own number, digit by digit, since bf16 counts to 256 only.
+    """
+    from vllm._custom_ops import cpu_prepack_moe_weight
+
+    shape = packed.shape[1:]
+    numbers = torch.arange(shape.numel())
+    places = torch.zeros_like(numbers)
+    for digit in range(4):  # up to 2^32 entries
+        digits = (numbers >> 8 * digit & 255).to(packed.dtype).view(1, *shape)
+        places += cpu_prepack_moe_weight(digits, isa).flatten().long() << 8 * digit
+    return torch.empty_like(packed).flatten(1).index_copy_(1, places, packed.flatten(1)).view_as(packed)
+
+
+def _is_transposed(modules: Mapping[str, nn.Module], path: str) -> bool:
+    """GPT-2's files hold some matrices as [in, out]; vLLM turns them while it loads them."""
+    turned: Any = [module for at, module in modules.items() if hasattr(module, "_transpose_conv1d") and path.startswith(at)]
+    return bool(turned) and path.rpartition(".")[2] in ("c_attn", "c_proj", "c_fc")
 
 
 def _own_part(layer: Any, kind: str, name: str, dtype: torch.dtype, columns: slice | None = None) -> Tensor:
@@ -81,7 +165,8 @@ def _whole(layer: Any, part: Tensor, kind: str, *, num_replicas: int = 1) -> Ten
 
 def _through_kernel(layer: Any, dtype: torch.dtype, columns: slice | None) -> Tensor:
     """The layer's matrix [out, in], or some columns of it, as its CPU kernel multiplies it."""
-    num_inputs = layer.embedding_dim if hasattr(layer, "embedding_dim") else layer.input_size_per_partition
+    # A layer that is whole on every device, such as a router, has no part of its own.
+    num_inputs = layer.embedding_dim if hasattr(layer, "embedding_dim") else getattr(layer, "input_size_per_partition", layer.input_size)
     inputs = torch.eye(num_inputs, dtype=dtype)
     outputs: Tensor = layer.cpu_linear(inputs if columns is None else inputs[columns], layer.weight, None)  # [in, out]
     return outputs.t()

@@ -18,8 +18,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rpt_lightning.rollout.checksum import checksum
+from rpt_lightning.rollout.file_names import as_in_files
 from rpt_lightning.rollout.server_facts import PROTOCOL, architecture
-from rpt_lightning.rollout.vllm_weights import read_weights
+from rpt_lightning.rollout.vllm_weights import expect_experts, read_weights
 
 _START = secrets.token_hex(8)  # another one with every start of the process
 
@@ -67,7 +68,9 @@ class PolicyWeights:
         files = sorted(Path(folder).glob("*.safetensors"))
         if not files:
             raise ValueError(f"{folder} holds no .safetensors file; is it on a disk that the server sees under the same path?")
-        self.reload_weights(weights_iterator=_tensors(files))  # type: ignore[attr-defined]
+        expect_experts(self.get_model())  # type: ignore[attr-defined]
+        weights = as_in_files(_tensors(files), self.vllm_config.model_config.hf_config)
+        self.reload_weights(weights_iterator=weights)  # type: ignore[attr-defined]
         return {"num_files": len(files)}
 
     def rpt_checksums(self, names: list[str]) -> dict[str, str]:
