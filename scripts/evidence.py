@@ -1,6 +1,7 @@
 """`make evidence`: every arm of scripts/evidence_arms.py on the testbed, three seeds each, and the page that shows what came out.
 
     python scripts/evidence.py run [--seeds 0 1 2] [--jobs 2] [--arms NAME ...]     what has no record yet, then the page
+    python scripts/evidence.py scaling [--seeds 0 1 2] [--jobs 2]                   the scaling curves that have no record yet, then the page
     python scripts/evidence.py page                                                 the tables and figures of docs/evidence.md, from the records
 
 Each arm is a few commands that a user could type; they stand in its record. A run that was interrupted goes on at its last checkpoint. Two arms run side by
@@ -23,6 +24,8 @@ from pathlib import Path
 
 from evidence_arms import ARMS, BRANCH_STEP, LAST_STEP, STARTS, STEPS, TASKS_PER_STEP, Arm, Start
 from evidence_records import measure, read_records, write_record
+from evidence_scaling import EVERY, FIRST_EVERY, FIRST_STEPS, RPT_SETTINGS, START_STEPS, measure_curve, write_curve
+from evidence_scaling import LAST_STEP as LAST_CURVE_STEP
 from pipeline import EXECUTABLE, commit, run_stages
 from stages import checkpoint, flags
 from testbed import ENGINE, NTP_CONFIG, PREPARE_CONFIG, RPT_CONFIG, START_CONFIG, Testbed
@@ -45,6 +48,7 @@ class Seed:
         self.testbed = Testbed.of(seed)
         self.folder = Path("runs/evidence") / f"seed-{seed}"
         self.record = RECORDS / f"seed-{seed}.json"
+        self.curve = RECORDS / f"scaling-{seed}.json"
 
     def arms_to_run(self, names: list[str]) -> list[Arm]:
         """Those that have no record yet, all or the named ones. The base comes first; it runs again where a rival needs its run and a clone has none."""
@@ -93,6 +97,38 @@ class Seed:
         with _lock:
             write_record(self.record, arm.name, measure(run, about=about))
         print(f"evidence: seed {self.testbed.seed}, {arm.name}: {read_records(self.record)[arm.name].headline}, {seconds} s", flush=True)
+
+    def run_curve(self) -> None:
+        """A start that always thinks and errs, RPT with validations at logarithmic steps, and the record."""
+        begin, start, run = time.monotonic(), self.folder / "start-scaling", self.folder / "scaling"
+        games = flags(
+            {"--data.source.seed": 2 * self.testbed.seed + 1, "--trainer.max_steps": START_STEPS, "--checkpoint.keep_every_n_steps": "null"}
+        )
+        teach = (
+            EXECUTABLE,
+            "fit",
+            "--config",
+            START_CONFIG,
+            *self.testbed.run_flags(start, policy=self.testbed.model),
+            *games,
+            "--ckpt_path",
+            "auto",
+        )
+        export = (EXECUTABLE, "export", "--ckpt", str(checkpoint(start, START_STEPS)), "--output", str(start / "export"))
+        own = (*ENGINE, *self.testbed.run_flags(run, policy=start / "export"), "--data.task_dir", str(self.testbed.tasks), *flags(RPT_SETTINGS))
+        parts = [
+            (EXECUTABLE, "fit", "--config", RPT_CONFIG, *own, *flags(steps), "--ckpt_path", "auto")
+            for steps in (
+                {"--trainer.max_steps": FIRST_STEPS, "--trainer.val_check_interval": FIRST_EVERY, "--checkpoint.every_n_steps": FIRST_STEPS},
+                {"--trainer.max_steps": LAST_CURVE_STEP, "--trainer.val_check_interval": EVERY, "--checkpoint.every_n_steps": 5 * EVERY},
+            )
+        ]
+        commands = [*([] if (start / "export").exists() else [teach, export]), *parts]
+        for command in commands:
+            self._run("scaling", command)
+        about = {"commands": [_shown(command) for command in (teach, export, *parts)], "commit": commit(), "seconds": round(time.monotonic() - begin)}
+        write_curve(self.curve, measure_curve(run, about=about))
+        print(f"evidence: seed {self.testbed.seed}, scaling: {about['seconds']} s", flush=True)
 
     def _rpt(self, arm: Arm, run: Path) -> list[tuple[str, ...]]:
         own = self.testbed.run_flags(run, policy=self.start_model(arm.start))
@@ -164,17 +200,30 @@ def run(seeds: list[int], jobs: int, names: list[str]) -> None:
                     result.result()
 
 
+def run_curves(seeds: list[int], jobs: int) -> None:
+    """Those that have no record, side by side."""
+    wanted = [seed for seed in map(Seed, seeds) if not seed.curve.exists()]
+    for seed in wanted:
+        seed.make_base()
+    with ThreadPoolExecutor(jobs) as pool:
+        for result in [pool.submit(seed.run_curve) for seed in wanted]:
+            result.result()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     run_parser = verbs.add_parser("run", help="what has no record yet")
-    run_parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    run_parser.add_argument("--jobs", type=int, default=2, help="arms side by side, with one thread each")
+    for runs in (run_parser, verbs.add_parser("scaling", help="the scaling curves that have no record yet")):
+        runs.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+        runs.add_argument("--jobs", type=int, default=2, help="runs side by side, with one thread each")
     run_parser.add_argument("--arms", nargs="+", default=[], help="only these, and the base arm")
     verbs.add_parser("page", help="the tables and figures of docs/evidence.md")
     arguments = parser.parse_args()
     if arguments.verb == "run":
         run(arguments.seeds, arguments.jobs, arguments.arms)
+    elif arguments.verb == "scaling":
+        run_curves(arguments.seeds, arguments.jobs)
     from evidence_page import write_page
 
     write_page()

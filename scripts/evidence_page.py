@@ -8,6 +8,7 @@ from statistics import fmean
 
 from evidence_arms import ARMS, DEPTH, NOISE, REWARD, RIVAL, SAMPLING, SHARE, STEP, Arm
 from evidence_records import QUESTIONS, ArmRecord, read_records
+from evidence_scaling import law_table, plot_laws, read_curves
 
 from rpt_lightning.evaluation.compare import paired_bootstrap
 from rpt_lightning.evaluation.marked_section import replace_section
@@ -174,6 +175,10 @@ def write_page() -> None:
     text = PAGE.read_text(encoding="utf-8")
     sections = {group: group_table(records, group) for group in GROUPS}
     sections |= {"thought controls": control_table(records), "by depth": depth_table(records)}
+    curves = read_curves(RECORDS)
+    if curves:
+        sections["scaling"] = law_table(curves)
+        plot_laws(curves, RECORDS / "scaling.png")
     for name, table in sections.items():
         text = replace_section(text, f"{table}\n", begin=f"<!-- {name} -->", end=f"<!-- end of {name} -->", where=str(PAGE))
     PAGE.write_text(text, encoding="utf-8")

@@ -15,7 +15,9 @@ from sample_results import FIRST
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
-arms, records, page, evidence = (importlib.import_module(name) for name in ("evidence_arms", "evidence_records", "evidence_page", "evidence"))
+arms, records, page, evidence, scaling = (
+    importlib.import_module(name) for name in ("evidence_arms", "evidence_records", "evidence_page", "evidence", "evidence_scaling")
+)
 
 
 @pytest.fixture(autouse=True)
@@ -138,3 +140,30 @@ def test_only_what_has_no_record_is_run_and_a_rival_has_its_budget() -> None:
     for name in ("sft", "dense"):
         records.write_record(seed.record, name, kept)
     assert seed.arms_to_run([]) == []
+
+
+def test_a_scaling_curve_is_measured_kept_and_shown() -> None:
+    """Of 400 positions as many are right at step k as 0.9 - 0.5 / sqrt(k) says."""
+    run, steps = Path("run"), (2, 4, 8, 16, 32, 64, 128)
+    leave_run(run, "1", "0")
+    log = [{"step": step, "cost/flops": 1e9, "reward/mean": 0.5} for step in range(1, steps[-1] + 1)]
+    (run / "steps.jsonl").write_text("".join(f"{json.dumps(step)}\n" for step in log))
+    for step in steps:
+        num_right = round(400 * (0.9 - 0.5 / step**0.5))
+        positions = tuple(
+            replace(FIRST, task_id=f"g{number:03}:9", doc_id=f"g{number}", reasoning_correct=number < num_right, ntp_correct=number < 40)
+            for number in range(400)
+        )
+        write_results(Results(positions=positions, policy_path="p", step=step), run / "validation" / f"step-{step:06d}.jsonl")
+    curve = scaling.measure_curve(run, about={"commands": ["rpt fit"], "seconds": 3})
+    assert curve.steps == steps
+    assert curve.flops == tuple(1e9 * step for step in steps)
+    assert [rate.successes for rate in curve.rates("ntp")] == [40] * 7
+    scaling.write_curve(Path("scaling-2.json"), curve)
+    assert scaling.read_curves(Path()) == {2: curve}
+    row = scaling.law_table({2: curve}).splitlines()[-1]
+    assert "| 0.50 [" in row  # alpha
+    assert "| 90.0 % [" in row  # P*
+    assert "| power (" in row
+    scaling.plot_laws({2: curve}, Path("scaling.png"))
+    assert Path("scaling.png").stat().st_size > 5000

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpt_lightning.evaluation.scaling import bootstrap_scaling, fit_scaling
+from rpt_lightning.evaluation.scaling import bootstrap_scaling, compare_laws, fit_scaling
 
 STEPS = np.array([100, 200, 400, 800, 1000, 1200])  # the paper's checkpoints
 
@@ -82,3 +82,24 @@ def test_a_law_that_other_documents_would_not_show_is_doubted():
 def test_too_little_to_fit_is_one_clear_error(compute, message):
     with pytest.raises(ValueError, match=message):
         fit_scaling(compute, [0.1, 0.2, 0.3, 0.4])
+
+
+def test_the_law_that_made_the_points_is_found():
+    """Each law's own points, with the noise of a few hundred positions."""
+    compute = np.geomspace(1e10, 1e12, 16)
+    relative = compute / compute.max()
+    noise = np.random.default_rng(0).normal(scale=0.01, size=16)
+    made = {"power": 0.9 - 0.1 * relative**-0.5, "exponential": 0.9 - 0.6 * np.exp(-relative / 0.2), "logarithm": 0.6 + 0.1 * np.log(relative)}
+    for name, accuracy in made.items():
+        criteria = compare_laws(compute, accuracy + noise)
+        assert min(criteria, key=criteria.__getitem__) == name, criteria
+
+
+def test_akaike_hand_computed():
+    """The line 0, 0.1, 0.2, 0.4 in log2 C: slope 0.13, offset -0.02, squared residual 0.003 of 4 points, so too few for 3 parameters and the noise."""
+    criteria = compare_laws([1, 2, 4, 8], [0.0, 0.1, 0.2, 0.4])
+    assert criteria["power"] == criteria["exponential"] == math.inf
+    assert criteria["logarithm"] == math.inf  # 2 parameters and the noise need 5 points
+    six = compare_laws([1, 2, 4, 8, 16, 32], [0.0, 0.1, 0.2, 0.3, 0.4, 0.6])
+    residual = sum((value - (0.11428571 * k - 0.01904762)) ** 2 for k, value in enumerate([0.0, 0.1, 0.2, 0.3, 0.4, 0.6]))
+    assert six["logarithm"] == pytest.approx(6 * math.log(residual / 6) + 2 * 3 + 2 * 3 * 4 / 2, abs=1e-4)

@@ -48,8 +48,8 @@ def folder(tmp_path):
 
 def test_the_law_is_found_again(folder):
     curves = {curve.band: curve for curve in scaling_curves(read_run(folder))}
-    assert set(curves) == {"easy", "medium", "hard"}
-    easy, hard = curves["easy"], curves["hard"]
+    assert set(curves) == {"easy", "medium, hard"}  # of those positions that the medium band holds none is easier than hard
+    easy, hard = curves["easy"], curves["medium, hard"]
     assert easy.steps == STEPS
     assert easy.compute == tuple(step * FLOPS for step in STEPS)
     assert [rate.count for rate in (easy.rates[0], hard.rates[0])] == [400, 200]
@@ -70,7 +70,8 @@ def test_the_command_writes_picture_and_numbers(folder, tmp_path, capsys):
     assert text in capsys.readouterr().out
     assert "| 12, 1.2e+16: reasoning |" in text
     assert "| 12: NTP, same positions | 100.0 % [99.0, 100.0] 400/400 |" in text
-    assert "- hard: alpha" in text
+    assert "- medium, hard: alpha" in text
+    assert "- easy: the power law describes the checkpoints best" in text
     assert "100 documents" in text
 
 

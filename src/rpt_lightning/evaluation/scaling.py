@@ -55,6 +55,7 @@ class ScalingFit:
 class ScalingInterval:
     """Percentile intervals of a fit over resampled documents, and of the curve itself at the compute of each checkpoint, [C]."""
 
+    amplitude: tuple[float, float]
     alpha: tuple[float, float]
     limit: tuple[float, float]
     curve_low: Floats
@@ -67,6 +68,8 @@ class ScalingInterval:
         """Why other documents would show another law; None where they would not."""
         if any(_at_a_bound(end) for end in self.alpha):
             return f"with other documents alpha is anything from {self.alpha[0]:.3g} to {self.alpha[1]:.3g}, the ends of the search"
+        if self.amplitude[1] >= 0:
+            return "with other documents accuracy would not rise"
         if self.limit[0] < 0 or self.limit[1] > 1:
             return f"with other documents P* is anything from {100 * self.limit[0]:.0f} to {100 * self.limit[1]:.0f} %"
         return None
@@ -113,11 +116,44 @@ def fit_scaling(compute: Sequence[float] | Floats, accuracy: Sequence[float] | F
 
 def _line(relative: Floats, values: Floats, log_alpha: float | Floats) -> tuple[Floats, Floats, Floats]:
     """A, P* and the squared residual of the least-squares line through (C^-alpha, accuracy), for each alpha [K]."""
-    basis = relative ** -np.exp(np.atleast_1d(log_alpha))[:, None]  # [K, C]
+    return _least_squares(relative ** -np.exp(np.atleast_1d(log_alpha))[:, None], values)
+
+
+def _residuals(basis: Floats, values: Floats) -> Floats:
+    return _least_squares(basis, values)[2]
+
+
+def _least_squares(basis: Floats, values: Floats) -> tuple[Floats, Floats, Floats]:
+    """Slope, offset and squared residual of the line through (basis, values), for each of K bases [K, C]."""
     centred = basis - basis.mean(axis=1, keepdims=True)
     slope = (centred @ (values - values.mean())) / (centred**2).sum(axis=1)  # [K]
-    limit = values.mean() - slope * basis.mean(axis=1)
-    return slope, limit, ((slope[:, None] * basis + limit[:, None] - values) ** 2).sum(axis=1)
+    offset = values.mean() - slope * basis.mean(axis=1)
+    return slope, offset, ((slope[:, None] * basis + offset[:, None] - values) ** 2).sum(axis=1)
+
+
+def compare_laws(compute: Sequence[float] | Floats, accuracy: Sequence[float] | Floats) -> dict[str, float]:
+    """Akaike's criterion of the paper's law and of two others through the same points [C], corrected for their number: the lowest describes them best.
+
+    "power": A / C^alpha + P*; "exponential": A exp(-C / C0) + P*, which reaches its limit sooner; "logarithm": A log C + B, which has none. All by least
+    squares. A difference below 2 is none (Burnham and Anderson 2002, section 2.6). Infinite where there are too few points for a law's parameters.
+    """
+    flops, values = np.asarray(compute, dtype=np.float64), np.asarray(accuracy, dtype=np.float64)
+    relative = flops / flops.max()
+    scales = np.geomspace(relative.min() / 10, 10, 2000)
+    residuals = {
+        "power": (float(((fit_scaling(flops, values).predict(flops) - values) ** 2).sum()), 3),
+        "exponential": (float(_residuals(np.exp(-relative / scales[:, None]), values).min()), 3),
+        "logarithm": (float(_residuals(np.log(relative)[None], values)[0]), 2),
+    }
+    return {name: _akaike(residual, len(values), num) for name, (residual, num) in residuals.items()}
+
+
+def _akaike(residual: float, num_points: int, num_parameters: int) -> float:
+    num_parameters += 1  # the size of the noise
+    if num_points <= num_parameters + 1:
+        return math.inf
+    log_likelihood = -num_points / 2 * math.log(max(residual, 1e-300) / num_points)
+    return -2 * log_likelihood + 2 * num_parameters + 2 * num_parameters * (num_parameters + 1) / (num_points - num_parameters - 1)
 
 
 def bootstrap_scaling(
@@ -139,9 +175,10 @@ def bootstrap_scaling(
     counts = np.random.default_rng(seed).multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=num_resamples)  # [R, U]
     fits = [fit_scaling(compute, (sums @ row) / (sizes @ row)) for row in counts]
     ends = [(1 - level) / 2, (1 + level) / 2]
-    alpha, limit = (np.quantile([getattr(fit, name) for fit in fits], ends) for name in ("alpha", "limit"))
+    amplitude, alpha, limit = (np.quantile([getattr(fit, name) for fit in fits], ends) for name in ("amplitude", "alpha", "limit"))
     low, high = np.quantile([fit.predict(compute) for fit in fits], ends, axis=0)
     return ScalingInterval(
+        amplitude=(float(amplitude[0]), float(amplitude[1])),
         alpha=(float(alpha[0]), float(alpha[1])),
         limit=(float(limit[0]), float(limit[1])),
         curve_low=low,

@@ -11,7 +11,7 @@ import numpy as np
 
 from rpt_lightning.evaluation.cost import FLOPS, total
 from rpt_lightning.evaluation.run import Run, read_runs
-from rpt_lightning.evaluation.scaling import MIN_POINTS, ScalingFit, ScalingInterval, bootstrap_scaling, fit_scaling
+from rpt_lightning.evaluation.scaling import MIN_POINTS, ScalingFit, ScalingInterval, bootstrap_scaling, compare_laws, fit_scaling
 from rpt_lightning.evaluation.table import Rate, above, markdown_row
 from rpt_lightning.metrics.bands import BANDS
 from rpt_lightning.metrics.results import PositionResult, pair_results
@@ -25,9 +25,13 @@ _NUM_RESAMPLES = 300
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingCurve:
-    """One band of one run: its checkpoints [C] and the law through them, with intervals over documents."""
+    """One band of one run: its checkpoints [C] and the law through them, with intervals over documents.
+
+    ``band`` names several difficulties where they hold the same positions, ``threshold`` is the lowest of theirs, in nats.
+    """
 
     band: str
+    threshold: float
     steps: tuple[int, ...]
     compute: tuple[float, ...]
     rates: tuple[Rate, ...]
@@ -45,12 +49,19 @@ class ScalingCurve:
         number = len(self.compute)
         if doubt := self.fit.doubt or self.interval.doubt:
             return f"{self.band}: {number} checkpoints do not determine the law ({doubt})"
-        alpha, limit = self.interval.alpha, self.interval.limit
+        amplitude, alpha, limit = self.interval.amplitude, self.interval.alpha, self.interval.limit
         return (
             f"{self.band}: alpha {self.fit.alpha:.3g} [{alpha[0]:.3g}, {alpha[1]:.3g}], "
-            f"P* {100 * self.fit.limit:.1f} % [{100 * limit[0]:.1f}, {100 * limit[1]:.1f}], A {100 * self.fit.amplitude:.3g} points at the largest compute, "
+            f"P* {100 * self.fit.limit:.1f} % [{100 * limit[0]:.1f}, {100 * limit[1]:.1f}], "
+            f"A {100 * self.fit.amplitude:.3g} [{100 * amplitude[0]:.3g}, {100 * amplitude[1]:.3g}] points at the largest compute, "
             f"R2 {self.fit.r_squared:.3f} of {number} checkpoints, which leave {number - 3} degrees of freedom"
         )
+
+    def rivals_text(self) -> str:
+        """Which law describes the checkpoints best, and by how much."""
+        best, *others = sorted(compare_laws(self.compute, [rate.mean for rate in self.rates]).items(), key=lambda law: law[1])
+        behind = ", ".join(f"{name} +{value - best[1]:.1f}" for name, value in others)
+        return f"{self.band}: the {best[0]} law describes the checkpoints best; Akaike's criterion of the others: {behind} (below 2 is no difference)"
 
 
 def scaling(runs: list[Path], *, output: Path = Path("scaling.png")) -> None:
@@ -87,21 +98,30 @@ def scaling_curves(run: Run) -> list[ScalingCurve]:
     flops = [value for value in compute if value is not None]
     rows = [[other for _, other in pair_results(validations[0], results)] for results in validations]  # [C][N], positions in one order
     curves = []
-    for band, threshold in BANDS.items():
-        inside = [above(row, threshold) for row in rows]
-        if inside[0]:
-            curves.append(_curve(run.name, band, [results.step for results in validations], flops, inside))
+    for bands, inside in _bands(rows):
+        curves.append(_curve(run.name, bands, [results.step for results in validations], flops, inside))
     if not curves:
         raise ValueError(f"{run.name}: no validated position has an entropy above {min(BANDS.values())}, so there is nothing to fit")
     return curves
 
 
-def _curve(name: str, band: str, steps: Sequence[int], flops: Sequence[float], rows: Sequence[Sequence[PositionResult]]) -> ScalingCurve:
+def _bands(rows: Sequence[Sequence[PositionResult]]) -> list[tuple[list[str], list[Sequence[PositionResult]]]]:
+    """The paper's difficulties with their positions at each checkpoint; those that hold the same positions are one, under all their names."""
+    found: dict[int, tuple[list[str], list[Sequence[PositionResult]]]] = {}  # by number of positions: a harder band is a part of an easier one
+    for band, threshold in BANDS.items():
+        inside: list[Sequence[PositionResult]] = [above(row, threshold) for row in rows]
+        if inside[0]:
+            found.setdefault(len(inside[0]), ([], inside))[0].append(band)
+    return list(found.values())
+
+
+def _curve(name: str, bands: Sequence[str], steps: Sequence[int], flops: Sequence[float], rows: Sequence[Sequence[PositionResult]]) -> ScalingCurve:
     if any(p.reasoning_correct is None for row in rows for p in row):
         raise ValueError(f"{name}: a validation without reasoning accuracy cannot be on its scaling curve; validate with a config that has an engine")
     correct = np.array([[bool(p.reasoning_correct) for p in row] for row in rows])  # [C, N]
     return ScalingCurve(
-        band=band,
+        band=", ".join(bands),
+        threshold=BANDS[bands[0]],
         steps=tuple(steps),
         compute=tuple(flops),
         rates=tuple(Rate(int(row.sum()), len(row)) for row in correct),
@@ -117,7 +137,7 @@ def scaling_text(run: Run, curves: Sequence[ScalingCurve]) -> str:
     for index, (step, flops) in enumerate(zip(curves[0].steps, curves[0].compute, strict=True)):
         rows.append(markdown_row(f"{step}, {flops:.3g}: reasoning", [curve.rates[index] for curve in curves]))
         rows.append(markdown_row(f"{step}: NTP, same positions", [curve.ntp_rates[index] for curve in curves]))
-    fits = [f"- {curve.text()}" for curve in curves]
+    fits = [f"- {text}" for curve in curves for text in (curve.text(), curve.rivals_text())]
     num_documents = curves[0].interval.num_units
     note = f"P(C) = A / C^alpha + P*, least squares; 95 % intervals by {_NUM_RESAMPLES} resamples of {num_documents} documents."
     return "\n".join([*rows, "", note, *fits])

@@ -134,7 +134,7 @@ def _fitted_scaling(run: Run, curves: Sequence[ScalingCurve]) -> Figure:
         style: dict[str, Any] = {"run": None, "shade": colour(number)}
         law, accuracy = curve.points()
         traces.append(line(law, [100 * value for value in accuracy], name=f"{curve.band}, law", **style).update(hoverinfo="skip", hovertemplate=None))
-        points = line(curve.compute, [], name=f"{curve.band} (> {THRESHOLDS[curve.band]} nats)", symbol=symbol_of(number), **style)
+        points = line(curve.compute, [], name=f"{curve.band} (> {curve.threshold} nats)", symbol=symbol_of(number), **style)
         traces.append(points.update(mode="markers").update(percent(curve.rates)))
         without = line(curve.compute, [], name=f"{curve.band}, NTP", symbol=f"{symbol_of(number)}-open", dash="dash", **style)
         traces.append(without.update(percent(curve.ntp_rates)))
