@@ -21,7 +21,7 @@ from rpt_lightning.evaluation.marked_section import replace_section
 from rpt_lightning.evaluation.table import markdown_row, markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE, SECTION = ROOT / "docs" / "families.md", "family"
+PAGE, BEGIN, END = ROOT / "docs" / "families.md", "<!-- made by scripts/family_table.py -->", "<!-- end of families -->"
 WIDTH = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 512, "max_position_embeddings": 256}
 GROUPED = WIDTH | {"intermediate_size": 96, "num_key_value_heads": 1}
 HEADS = GROUPED | {"head_dim": 32}
@@ -167,12 +167,8 @@ def write_page(rows: dict[str, dict[str, str]]) -> None:
     """Into docs/families.md, between its marks."""
     lines = [markdown_row(f"`{family}`", [row.get(column, "-") for column in COLUMNS]) for family, row in rows.items()]
     table = markdown_table("family (`model_type`)", list(COLUMNS), lines)
-    PAGE.write_text(replace_section(PAGE.read_text(encoding="utf-8"), table, *marks()), encoding="utf-8")
-
-
-def marks() -> tuple[str, str]:
-    """Of the table in the page."""
-    return "<!-- made by scripts/family_table.py -->", "<!-- end of families -->"
+    text = replace_section(PAGE.read_text(encoding="utf-8"), f"{table}\n", begin=BEGIN, end=END, where=str(PAGE))
+    PAGE.write_text(text, encoding="utf-8")
 
 
 def main() -> None:

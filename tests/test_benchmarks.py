@@ -13,6 +13,10 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 MARKS = {
     "bench_rollout": [pytest.mark.long, pytest.mark.vllm],
     "bench_sync": [pytest.mark.long, pytest.mark.vllm],
+    "bench_threads": [pytest.mark.long],
+    "bench_overhead": [pytest.mark.long],
+    "bench_prepare": [pytest.mark.long],
+    "bench_memory": [pytest.mark.long],
 }
 NAMES = sorted(path.stem for path in BENCHMARKS.glob("bench_*.py"))
 

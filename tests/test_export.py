@@ -264,6 +264,7 @@ print("RESULT", token, logprob.logprob)
 """
 
 
+@pytest.mark.long
 @pytest.mark.vllm
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 def test_vllm_loads_the_folder(checkpoint, trained, tmp_path: Path):

@@ -53,6 +53,7 @@ def test_no_debris_where_there_is_no_terminal(finished_run):
     assert "weights_only" not in output
 
 
+@pytest.mark.long
 def test_further_ranks_are_started_by_the_installed_command(flags, installed, tmp_path):
     """Lightning starts them by what stands in ``sys.argv``; every other test with ranks goes by ``python -m`` or torchrun."""
     devices = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "1"]

@@ -54,7 +54,11 @@ def make_policy(config, seed: int):
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=["llama-tied float32", "llama-untied bfloat16", "qwen2 float32", "qwen3 bfloat16"])
+FURTHER = [pytest.param(kind, marks=pytest.mark.long) for kind in ("llama-untied bfloat16", "qwen2 float32")]
+KINDS = ["llama-tied float32", "qwen3 bfloat16", *FURTHER]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def world(request: pytest.FixtureRequest, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory):
     """A running engine and a policy of the same architecture. Four starts in one process: closing must leave room for the next."""
     kind, dtype = request.param.split()

@@ -39,6 +39,7 @@ def test_vllms_own_worker_process_is_refused(monkeypatch: pytest.MonkeyPatch, ti
         VLLMEngine().start(str(tiny_model_dir), seed=0)
 
 
+@pytest.mark.long
 def test_the_trainers_generators_and_threads_are_left_alone_and_a_second_engine_is_refused(tiny_model_dir: Path) -> None:
     random.seed(1)
     np.random.seed(1)

@@ -87,7 +87,7 @@ def test_in_the_first_step_of_an_epoch(make_run, tmp_path):
 
 
 @pytest.mark.parametrize("in_later_round", [False, True], ids=["in the validation", "in the step behind it"])
-@pytest.mark.parametrize("steps_per_epoch", [None, 3])
+@pytest.mark.parametrize("steps_per_epoch", [None, pytest.param(3, marks=pytest.mark.long)])
 def test_where_a_validation_was_due(make_run, tmp_path, in_later_round, steps_per_epoch):
     """Lightning's loops then stand elsewhere than after an ordinary step: with 3 steps an epoch, the step behind the validation is its last."""
     engine = IsLost(2, in_later_round=in_later_round)

@@ -240,6 +240,7 @@ class CountsPrompts(ScriptedEngine):
         self.prompt_tokens = PromptTokens(total=0, cached=0, shareable=0)
 
 
+@pytest.mark.long
 def test_two_ranks_draw_together_and_log_what_both_did(make_run, tmp_path):
     """Rank 0 needs no further task, rank 1 four rounds of 4: all that the step may draw. One that draws alone waits for the other until the timeout.
 
