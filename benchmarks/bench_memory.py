@@ -36,7 +36,9 @@ def trl(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
     """As `trl.trainer.utils.add_fused_lm_head` calls it."""
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
 
-    outputs = _ChunkedLogProbFunction.apply(hidden, weight, None, targets, TEMPERATURE, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("entropy",))
+    outputs = _ChunkedLogProbFunction.apply(
+        hidden, weight, None, targets, TEMPERATURE, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("entropy",)
+    )
     return outputs[0], outputs[1]
 
 
@@ -45,7 +47,11 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tens
     return logp.gather(-1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
-PATHS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {"ours": ours, "trl": trl, "plain": plain}
+PATHS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "ours": ours,
+    "trl": trl,
+    "plain": plain,
+}
 
 
 def loss_and_gradients(path: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
@@ -77,7 +83,18 @@ def peak_bytes(path: str, tokens: int, vocabulary: int, width: int) -> int:
 
 def measure(path: str, tokens: int, vocabulary: int, width: int) -> int:
     """``peak_bytes`` in a process of its own."""
-    command = [sys.executable, __file__, "--tokens", str(tokens), "--vocabulary", str(vocabulary), "--width", str(width), "--path", path]
+    command = [
+        sys.executable,
+        __file__,
+        "--tokens",
+        str(tokens),
+        "--vocabulary",
+        str(vocabulary),
+        "--width",
+        str(width),
+        "--path",
+        path,
+    ]
     peak = int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
     print(f"  {path}, {tokens:,} tokens: {peak / 1e6:,.0f} MB", flush=True)
     return peak
@@ -98,7 +115,9 @@ def main() -> None:
         return
     logits = 4 * args.tokens * args.vocabulary
     gradients = 4 * args.width * (args.tokens + args.vocabulary)
-    print(f"full fp32 logits of {args.tokens:,} tokens, once: {logits / 1e6:,.0f} MB; the gradients that are returned: {gradients / 1e6:,.0f} MB")
+    print(
+        f"full fp32 logits of {args.tokens:,} tokens, once: {logits / 1e6:,.0f} MB; the gradients that are returned: {gradients / 1e6:,.0f} MB"
+    )
     measure("plain", args.tokens // 8, *shape)
     peak = measure("ours", args.tokens, *shape)
     name = f"n{args.tokens}-v{args.vocabulary}-d{args.width}"
@@ -110,7 +129,9 @@ def main() -> None:
         print("trl is not installed: it takes no part")
         return
     peak_trl = measure("trl", args.tokens, *shape)
-    print(f"  beside the gradients: ours {(peak - gradients) / 1e6:,.0f} MB, TRL {(peak_trl - gradients) / 1e6:,.0f} MB")
+    print(
+        f"  beside the gradients: ours {(peak - gradients) / 1e6:,.0f} MB, TRL {(peak_trl - gradients) / 1e6:,.0f} MB"
+    )
     store(
         f"logprob-memory-vs-trl-{name}", peak / peak_trl, limit=gradients / peak_trl, target=1.0,
         unit="of the peak of TRL 1.16's chunked function", keep=not args.short,

@@ -30,7 +30,13 @@ from rpt_lightning.types import TokenTask
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP_STEPS = 2
-OUR_PART = ("sync", "logprob_check", "pack", "log", "between_steps")  # phases that are named; the rest of the overhead is not
+OUR_PART = (
+    "sync",
+    "logprob_check",
+    "pack",
+    "log",
+    "between_steps",
+)  # phases that are named; the rest of the overhead is not
 
 
 class EveryOther(Reward):
@@ -39,7 +45,10 @@ class EveryOther(Reward):
     needs_first_token_probs = False
 
     def group_rewards(
-        self, predictions: Sequence[bytes | None], task: TokenTask, first_token_probs: Sequence[float] | None = None
+        self,
+        predictions: Sequence[bytes | None],
+        task: TokenTask,
+        first_token_probs: Sequence[float] | None = None,
     ) -> tuple[float, ...]:
         is_live = zlib.crc32(task.task_id.encode()) % 2
         return tuple(float(is_live and index % 2) for index in range(len(predictions)))
@@ -71,7 +80,11 @@ def run_config(folder: Path, *, steps: int, short: bool) -> dict[str, Any]:
         config["rollout"]["engine"]["init_args"]["dtype"] = "float32"
     if short:
         config["data"]["init_args"]["tasks_per_step"] = 8
-        config["rollout"] |= {"engine": {"class_path": "HFEngine", "init_args": {"dtype": "float32"}}, "group_size": 4, "max_completion_tokens": 4}
+        config["rollout"] |= {
+            "engine": {"class_path": "HFEngine", "init_args": {"dtype": "float32"}},
+            "group_size": 4,
+            "max_completion_tokens": 4,
+        }
     return config
 
 
@@ -98,7 +111,11 @@ def run(folder: Path, args: argparse.Namespace) -> tuple[list[dict[str, float]],
 
     model = make_model_folder(folder / "model", short=args.short)
     # The tasks need the tokenizer only, so the tiny model scores them.
-    prepare_tasks(folder / "tasks", model if args.short else make_model_folder(folder / "tiny", short=True), short=args.short)
+    prepare_tasks(
+        folder / "tasks",
+        model if args.short else make_model_folder(folder / "tiny", short=True),
+        short=args.short,
+    )
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(run_config(folder, steps=WARM_UP_STEPS + args.steps, short=args.short)))
     generations, checkpoints = timed(RolloutEngine, "generate"), timed(RunCheckpoint, "save")
@@ -106,14 +123,22 @@ def run(folder: Path, args: argparse.Namespace) -> tuple[list[dict[str, float]],
         raise SystemExit("the run failed")
     lines = [json.loads(line) for line in (folder / "run" / "steps.jsonl").read_text().splitlines()]
     if len(generations) != len(lines):
-        raise SystemExit(f"{len(lines)} steps asked the engine {len(generations)} times: which call belongs to which step?")
+        raise SystemExit(
+            f"{len(lines)} steps asked the engine {len(generations)} times: which call belongs to which step?"
+        )
     return lines, generations, checkpoints
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5, help=f"measured steps, after {WARM_UP_STEPS} that are not")
-    parser.add_argument("--short", action="store_true", help="a tiny model and transformers as engine, nothing stored")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--steps", type=int, default=5, help=f"measured steps, after {WARM_UP_STEPS} that are not"
+    )
+    parser.add_argument(
+        "--short", action="store_true", help="a tiny model and transformers as engine, nothing stored"
+    )
     args = parser.parse_args()
     if args.short:
         args.steps = 1
@@ -121,11 +146,17 @@ def main() -> None:
         lines, generations, checkpoints = run(Path(temporary), args)
 
     lines, generations = lines[WARM_UP_STEPS:], generations[WARM_UP_STEPS:]
-    checkpoint_s = checkpoints[-1] / yaml.safe_load((ROOT / "configs" / "demo-text.yaml").read_text())["checkpoint"]["every_n_steps"]
+    checkpoint_s = (
+        checkpoints[-1]
+        / yaml.safe_load((ROOT / "configs" / "demo-text.yaml").read_text())["checkpoint"]["every_n_steps"]
+    )
     # No checkpoint falls between the measured steps: the run's only one is at its end.
     assert len(checkpoints) == 1
     num = len(lines)
-    seconds = {name: sum(line[f"time/{name}_s"] for line in lines) / num for name in (*OUR_PART, "rollout", "forward_backward", "optimizer", "step")}
+    seconds = {
+        name: sum(line[f"time/{name}_s"] for line in lines) / num
+        for name in (*OUR_PART, "rollout", "forward_backward", "optimizer", "step")
+    }
     seconds |= {"generate": sum(generations) / num, "checkpoint": checkpoint_s}
     whole = seconds["step"] + seconds["between_steps"] + checkpoint_s
     seconds["rest of rollout"] = seconds["rollout"] - seconds["generate"]
@@ -139,13 +170,27 @@ def main() -> None:
     )
     if not args.short and whole < 10:
         print("note: the target speaks of steps of 10 s or more")
-    if any(line["optim/grad_norm"] == 0 for line in lines) or abs(seconds["not named"]) > max(0.01 * whole, 0.05):
+    if any(line["optim/grad_norm"] == 0 for line in lines) or abs(seconds["not named"]) > max(
+        0.01 * whole, 0.05
+    ):
         raise SystemExit("nothing was trained, or more than 1 % of the step has no name")
     overhead = whole - seconds["generate"] - seconds["forward_backward"] - seconds["optimizer"]
     phases = {name: round(value, 4) for name, value in seconds.items()}
     options = {"limit": 0.0, "keep": not args.short, "steps": num, "phases_s": phases}
-    store("step-overhead", overhead / whole, target=0.05, unit="of a step is neither generation, forward and backward nor optimizer", **options)
-    store("step-sync", seconds["sync"] / whole, target=0.02, unit="of a step is hand-over of weights and its verification", **options)
+    store(
+        "step-overhead",
+        overhead / whole,
+        target=0.05,
+        unit="of a step is neither generation, forward and backward nor optimizer",
+        **options,
+    )
+    store(
+        "step-sync",
+        seconds["sync"] / whole,
+        target=0.02,
+        unit="of a step is hand-over of weights and its verification",
+        **options,
+    )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,14 @@ AUTOCAST: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "32-true": nullcontext,
     "bf16-mixed": partial(torch.autocast, "cpu", dtype=torch.bfloat16),
 }
-TINY = {"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+TINY = {
+    "vocab_size": 2048,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 
 
 def make_documents(kind: str, num: int, vocabulary: int) -> list[NDArray[np.int32]]:
@@ -46,13 +53,17 @@ def padded_batches(scorer: ProxyScorer, documents: list[NDArray[np.int32]]) -> l
     for batch in scorer._batches(documents):
         ids = torch.zeros(len(batch), max(window.stop - window.start for window in batch), dtype=torch.int64)
         for row, window in enumerate(batch):
-            ids[row, : window.stop - window.start] = torch.from_numpy(documents[window.document][window.start : window.stop].astype(np.int64))
+            ids[row, : window.stop - window.start] = torch.from_numpy(
+                documents[window.document][window.start : window.stop].astype(np.int64)
+            )
         batches.append(ids)
     return batches
 
 
 @torch.inference_mode()
-def bare_forward(model: PreTrainedModel, batches: list[torch.Tensor], autocast: Callable[[], AbstractContextManager[Any]]) -> None:
+def bare_forward(
+    model: PreTrainedModel, batches: list[torch.Tensor], autocast: Callable[[], AbstractContextManager[Any]]
+) -> None:
     for ids in batches:
         with autocast():
             model(input_ids=ids, use_cache=False)
@@ -70,28 +81,43 @@ def check(model: PreTrainedModel, scorer: ProxyScorer, document: NDArray[np.int3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--documents", type=int, default=48, help="As many docstrings, and an eighth as many windows.")
-    parser.add_argument("--batch-tokens", type=int, default=2048, help="As in configs/prepare/demo-text.yaml.")
+    parser.add_argument(
+        "--documents", type=int, default=48, help="As many docstrings, and an eighth as many windows."
+    )
+    parser.add_argument(
+        "--batch-tokens", type=int, default=2048, help="As in configs/prepare/demo-text.yaml."
+    )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--precisions", nargs="+", choices=AUTOCAST, default=["32-true"] if bf16_is_slow() else list(AUTOCAST))
+    parser.add_argument(
+        "--precisions", nargs="+", choices=AUTOCAST, default=["32-true"] if bf16_is_slow() else list(AUTOCAST)
+    )
     parser.add_argument("--short", action="store_true", help="A tiny model, nothing stored.")
     args = parser.parse_args()
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**(TINY if args.short else SMOLLM2_135M), attn_implementation="sdpa")).eval()
+    model = LlamaForCausalLM(
+        LlamaConfig(**(TINY if args.short else SMOLLM2_135M), attn_implementation="sdpa")
+    ).eval()
     head = model.lm_head.weight.numel()
     body = model.num_parameters() - head  # the input embedding multiplies nothing
     if not model.config.tie_word_embeddings:
         body -= head
     if "bf16-mixed" not in args.precisions:
-        print("bf16-mixed takes no part: this CPU has no fast bf16 products (--precisions bf16-mixed measures it all the same)")
+        print(
+            "bf16-mixed takes no part: this CPU has no fast bf16 products (--precisions bf16-mixed measures it all the same)"
+        )
     for precision in args.precisions:
-        scorer = ProxyScorer(model, window=WINDOW, overlap=128, batch_tokens=args.batch_tokens, autocast=AUTOCAST[precision])
+        scorer = ProxyScorer(
+            model, window=WINDOW, overlap=128, batch_tokens=args.batch_tokens, autocast=AUTOCAST[precision]
+        )
         for kind in ("docstrings", "windows"):
             documents = make_documents(kind, args.documents, model.config.vocab_size)
             check(model, scorer, documents[0])
             batches = padded_batches(scorer, documents)
             padded, scored = sum(ids.numel() for ids in batches), sum(len(ids) - 1 for ids in documents)
-            print(f"{kind}, {precision}: {scored:,} positions in {len(batches)} batches, {1 - scored / padded:.1%} padding", flush=True)
+            print(
+                f"{kind}, {precision}: {scored:,} positions in {len(batches)} batches, {1 - scored / padded:.1%} padding",
+                flush=True,
+            )
             seconds = alternate(
                 {
                     "scoring": partial(scorer.score, documents),
@@ -99,7 +125,9 @@ def main() -> None:
                 },
                 args.repeats,
             )
-            print("  " + ", ".join(f"{name}: {scored / value:,.0f} tokens/s" for name, value in seconds.items()))
+            print(
+                "  " + ", ".join(f"{name}: {scored / value:,.0f} tokens/s" for name, value in seconds.items())
+            )
             store(
                 f"prepare-vs-forward-{kind}-{precision}", seconds["bare forward"] / seconds["scoring"],
                 limit=(body + head) * padded / (body * padded + head * scored), target=0.8,

@@ -38,7 +38,11 @@ TEMPERATURE = 0.8
 def make_policy(folder: Path, *, short: bool) -> LlamaForCausalLM:
     """A random policy, and the folder of its configuration and tokenizer that an engine starts from."""
     make_model.make("tiny", folder)
-    config = LlamaConfig.from_pretrained(folder) if short else LlamaConfig(**SMOLLM2_135M, architectures=["LlamaForCausalLM"])
+    config = (
+        LlamaConfig.from_pretrained(folder)
+        if short
+        else LlamaConfig(**SMOLLM2_135M, architectures=["LlamaForCausalLM"])
+    )
     config.save_pretrained(folder)
     torch.manual_seed(0)
     return LlamaForCausalLM(config)
@@ -63,7 +67,9 @@ def make_tasks(args: argparse.Namespace) -> list[TokenTask]:
 class Paths:
     """Ours and the bare one, on one engine; each keeps what it generated last."""
 
-    def __init__(self, engine: VLLMEngine, objective: BoundObjective, tasks: list[TokenTask], args: argparse.Namespace) -> None:
+    def __init__(
+        self, engine: VLLMEngine, objective: BoundObjective, tasks: list[TokenTask], args: argparse.Namespace
+    ) -> None:
         self.engine, self.objective, self.tasks, self.args = engine, objective, tasks, args
         self.requests: Sequence[GenerationRequest] = ()
         self.groups: list[RolloutGroup] = []
@@ -72,7 +78,12 @@ class Paths:
     def _rollouter(self) -> Rollouter:
         """A new one each time: it has drawn nothing yet, so that every round has the same seeds."""
         return Rollouter(
-            self.engine, self.objective, run_seed=0, group_size=self.args.group, temperature=TEMPERATURE, max_tokens=self.args.completion
+            self.engine,
+            self.objective,
+            run_seed=0,
+            group_size=self.args.group,
+            temperature=TEMPERATURE,
+            max_tokens=self.args.completion,
         )
 
     def _empty_cache(self) -> None:
@@ -111,19 +122,34 @@ class Paths:
 
     def check(self) -> int:
         """That both generated the same tokens; how many."""
-        ours = {group.task.task_id: [completion.token_ids for completion in group.completions] for group in self.groups}
+        ours = {
+            group.task.task_id: [completion.token_ids for completion in group.completions]
+            for group in self.groups
+        }
         bare = {
-            request.task_id: [tuple(part.token_ids) for part in output.outputs] for request, output in zip(self.requests, self.outputs, strict=True)
+            request.task_id: [tuple(part.token_ids) for part in output.outputs]
+            for request, output in zip(self.requests, self.outputs, strict=True)
         }
         assert ours == bare
         return sum(len(token_ids) for row in ours.values() for token_ids in row)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"context": 250, "completion": 24, "group": 8, "positions": 4, "tasks": 32, "repeats": 5}.items():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in {
+        "context": 250,
+        "completion": 24,
+        "group": 8,
+        "positions": 4,
+        "tasks": 32,
+        "repeats": 5,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--short", action="store_true", help="a tiny model and small shapes for a few seconds, nothing stored")
+    parser.add_argument(
+        "--short", action="store_true", help="a tiny model and small shapes for a few seconds, nothing stored"
+    )
     args = parser.parse_args()
     if args.short:
         args.completion, args.tasks, args.repeats = 8, 8, 2
@@ -131,9 +157,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-rollout-") as temporary:
         folder = Path(temporary) / "model"
         policy = make_policy(folder, short=args.short)
-        objective = Objective(ContinuationPrompt(), PrefixMatchReward()).bind(AutoTokenizer.from_pretrained(folder))
+        objective = Objective(ContinuationPrompt(), PrefixMatchReward()).bind(
+            AutoTokenizer.from_pretrained(folder)
+        )
         length = args.context + objective.prompt.num_overhead_tokens + args.completion
-        with VLLMEngine(dtype="float32" if args.short or bf16_is_slow() else "bfloat16", kv_cache_gib=0.25 if args.short else 1.0) as engine:
+        with VLLMEngine(
+            dtype="float32" if args.short or bf16_is_slow() else "bfloat16",
+            kv_cache_gib=0.25 if args.short else 1.0,
+        ) as engine:
             engine.start(str(folder), seed=0, max_model_len=length)
             engine.update_weights(policy.named_parameters(remove_duplicate=False), version=0)
             paths = Paths(engine, objective, make_tasks(args), args)
@@ -144,8 +175,12 @@ def main() -> None:
             num_tokens = paths.check()
             print(engine.description)
 
-    print(f"{num_tokens:,} tokens a round: ours {num_tokens / seconds['ours']:,.0f} tokens/s, bare {num_tokens / seconds['bare']:,.0f} tokens/s")
-    print(f"prompt tokens of all completions: {prompts.total:,}, shareable in whole blocks {prompts.shareable:,}, from the cache {prompts.cached:,}")
+    print(
+        f"{num_tokens:,} tokens a round: ours {num_tokens / seconds['ours']:,.0f} tokens/s, bare {num_tokens / seconds['bare']:,.0f} tokens/s"
+    )
+    print(
+        f"prompt tokens of all completions: {prompts.total:,}, shareable in whole blocks {prompts.shareable:,}, from the cache {prompts.cached:,}"
+    )
     shape = f"p{args.context}-c{args.completion}-g{args.group}-k{args.positions}"
     store(
         f"rollout-vs-llm-generate-{shape}", seconds["bare"] / seconds["ours"], limit=1.0, target=0.95,

@@ -49,17 +49,26 @@ class Paths:
 
     def check(self) -> None:
         assert self.engine.version is not None
-        check_weights(self.engine, named_weights(self.policy), version=self.engine.version, turn=next(self.turns))
+        check_weights(
+            self.engine, named_weights(self.policy), version=self.engine.version, turn=next(self.turns)
+        )
 
     def copy(self) -> None:
-        copies = [torch.empty_like(tensor, dtype=self.engine.dtype).copy_(tensor) for _, tensor in named_weights(self.policy)]
+        copies = [
+            torch.empty_like(tensor, dtype=self.engine.dtype).copy_(tensor)
+            for _, tensor in named_weights(self.policy)
+        ]
         del copies
 
     def check_all(self) -> None:
         """That every weight arrived."""
         weights = dict(named_weights(self.policy))
         held = self.engine.read_weights(tuple(weights))
-        wrong = [name for name, tensor in weights.items() if not torch.equal(held[name], tensor.to(self.engine.dtype))]
+        wrong = [
+            name
+            for name, tensor in weights.items()
+            if not torch.equal(held[name], tensor.to(self.engine.dtype))
+        ]
         if wrong:
             raise SystemExit(f"the engine does not hold the policy's {', '.join(wrong)}")
 
@@ -78,7 +87,9 @@ def measure(policy: Policy, dtype: str, args: argparse.Namespace) -> None:
         engine.start(policy.path, seed=0, max_model_len=256)
         paths = Paths(policy, engine)
         print(f"--- {engine.description}", flush=True)
-        seconds = alternate({"hand-over": paths.hand_over, "check": paths.check, "copy": paths.copy}, args.repeats)
+        seconds = alternate(
+            {"hand-over": paths.hand_over, "check": paths.check, "copy": paths.copy}, args.repeats
+        )
         paths.check_all()
         growth = paths.growth()
         if args.profile:
@@ -87,7 +98,9 @@ def measure(policy: Policy, dtype: str, args: argparse.Namespace) -> None:
             pstats.Stats(profile).sort_stats("tottime").print_stats(15)
         num_bytes = sum(parameter.numel() for parameter in policy.model.parameters()) * engine.dtype.itemsize
     keep = not args.short
-    print(f"  weights {num_bytes / 1e6:,.0f} MB, grew by {growth / 1e6:,.0f} MB; verification {seconds['check']:.2f} s")
+    print(
+        f"  weights {num_bytes / 1e6:,.0f} MB, grew by {growth / 1e6:,.0f} MB; verification {seconds['check']:.2f} s"
+    )
     store(
         f"sync-vs-copy-{dtype}", seconds["copy"] / seconds["hand-over"], limit=1.0, target=None, unit="of the speed of a plain copy of the weights",
         keep=keep, weight_bytes=num_bytes,
@@ -99,11 +112,18 @@ def measure(policy: Policy, dtype: str, args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="print where the time of a hand-over goes")
     parser.add_argument("--short", action="store_true", help="a tiny model for a few seconds, nothing stored")
-    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32"] if bf16_is_slow() else ["float32", "bfloat16"])
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=("float32", "bfloat16"),
+        default=["float32"] if bf16_is_slow() else ["float32", "bfloat16"],
+    )
     args = parser.parse_args()
     if args.short:
         args.repeats, args.dtypes = 1, ["float32"]

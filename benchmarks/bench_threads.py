@@ -50,7 +50,11 @@ class Worker:
     """A process that does a number of steps whenever it is asked, with OpenMP set as given."""
 
     def __init__(self, work: str, environment: dict[str, str], *, steps: int) -> None:
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("OMP_", "GOMP_", "KMP_"))
+        }
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--worker", "--work", work, "--steps", str(steps)],
             env=inherited | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
@@ -136,7 +140,9 @@ def wait_for_quiet(until_s: float) -> None:
             return
 
 
-def sample_all(work: str, names: list[str], *, rounds: int, steps: int, patience_s: float) -> tuple[dict[str, list[Sample]], dict[str, int]]:
+def sample_all(
+    work: str, names: list[str], *, rounds: int, steps: int, patience_s: float
+) -> tuple[dict[str, list[Sample]], dict[str, int]]:
     """Samples of each setting alone and busy, ``rounds`` of each behind one that warms up; and the number of threads of each setting."""
     workers = {name: Worker(work, SETTINGS[name], steps=steps) for name in names}
     samples: dict[str, list[Sample]] = {f"{name} {load}": [] for load in LOADS for name in names}
@@ -152,7 +158,10 @@ def sample_all(work: str, names: list[str], *, rounds: int, steps: int, patience
                     else:
                         with busy_process():
                             sample = ask(worker)
-                    print(f"  round {number} {name} {load}: {sample.seconds:.3g} s, others {sample.others:.0%}", flush=True)
+                    print(
+                        f"  round {number} {name} {load}: {sample.seconds:.3g} s, others {sample.others:.0%}",
+                        flush=True,
+                    )
                     if number:
                         samples[f"{name} {load}"].append(sample)
     finally:
@@ -168,7 +177,11 @@ def measure(work: str, names: list[str], *, keep: bool, **options: Any) -> None:
     print(f"{work}: seconds of {options['steps']} steps, {options['rounds']} rounds\n{table(samples, names)}")
     # Alone means alone: where there were quiet moments enough, the others are left out.
     seconds = keep_rounds(
-        {name: [sample.seconds for sample in undisturbed(values) or values] for name, values in samples.items()}, other_load=load.share()
+        {
+            name: [sample.seconds for sample in undisturbed(values) or values]
+            for name, values in samples.items()
+        },
+        other_load=load.share(),
     )
     details: dict[str, Any] = {
         "keep": keep,
@@ -176,10 +189,19 @@ def measure(work: str, names: list[str], *, keep: bool, **options: Any) -> None:
         "steps": options["steps"],
         "work_threads": threads,
         "undisturbed": {name: len(undisturbed(values)) for name, values in samples.items()},
-        "samples": {name: [(round(sample.seconds, 4), round(sample.others, 3)) for sample in values] for name, values in samples.items()},
+        "samples": {
+            name: [(round(sample.seconds, 4), round(sample.others, 3)) for sample in values]
+            for name, values in samples.items()
+        },
     }
     unit = "of the speed of threads that spin while they wait, where nothing else is to run"
-    store(f"threads-passive-alone-{work}", seconds["default alone"] / seconds["passive alone"], limit=1.0, unit=unit, **details)
+    store(
+        f"threads-passive-alone-{work}",
+        seconds["default alone"] / seconds["passive alone"],
+        limit=1.0,
+        unit=unit,
+        **details,
+    )
     # The scheduler gives each thread the same time: with one more on the machine ours have cores / (cores + 1) of it.
     cores = os.cpu_count() or 1
     for name in ("default", "passive"):
@@ -195,31 +217,57 @@ def undisturbed(samples: list[Sample]) -> list[Sample]:
 
 def table(samples: dict[str, list[Sample]], names: list[str]) -> str:
     """Markdown: a row a setting. Undisturbed are samples during which others left the machine alone."""
-    heads = [f"{load}{part}" for load in LOADS for part in (": least", ", median", ", median undisturbed (samples)")]
+    heads = [
+        f"{load}{part}"
+        for load in LOADS
+        for part in (": least", ", median", ", median undisturbed (samples)")
+    ]
     lines = [f"| setting | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for name in names:
         cells = []
         for load in LOADS:
             values = samples[f"{name} {load}"]
-            seconds, quiet = [sample.seconds for sample in values], [sample.seconds for sample in undisturbed(values)]
+            seconds, quiet = (
+                [sample.seconds for sample in values],
+                [sample.seconds for sample in undisturbed(values)],
+            )
             cells += [
                 f"{min(seconds):.3f}",
                 f"{statistics.median(seconds):.3f}",
                 f"{statistics.median(quiet):.3f} ({len(quiet)})" if quiet else "none",
             ]
-        setting = " ".join(f"{variable}={value}" for variable, value in SETTINGS[name].items()) or "nothing set"
+        setting = (
+            " ".join(f"{variable}={value}" for variable, value in SETTINGS[name].items()) or "nothing set"
+        )
         lines.append(f"| {setting} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", nargs="+", choices=list(TRAINING), default=list(TRAINING))
-    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), help="default and passive are always among them")
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        choices=list(SETTINGS),
+        default=list(SETTINGS),
+        help="default and passive are always among them",
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=1, help="steps of a process each time that it is asked")
-    parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait for moments without other processes, in all, for each work")
-    parser.add_argument("--short", action="store_true", help="one round of the tiny model under two of the settings, nothing stored")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=0.0,
+        help="seconds to wait for moments without other processes, in all, for each work",
+    )
+    parser.add_argument(
+        "--short",
+        action="store_true",
+        help="one round of the tiny model under two of the settings, nothing stored",
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -230,7 +278,9 @@ def main() -> None:
         args.work, args.rounds, args.patience, names = ["tiny"], 1, 0.0, ["default", "passive"]
     print(f"machine: {machine.description()}")
     for work in args.work:
-        measure(work, names, keep=not args.short, rounds=args.rounds, steps=args.steps, patience_s=args.patience)
+        measure(
+            work, names, keep=not args.short, rounds=args.rounds, steps=args.steps, patience_s=args.patience
+        )
 
 
 if __name__ == "__main__":

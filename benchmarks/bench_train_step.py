@@ -31,7 +31,14 @@ from rpt_lightning.policy.tree_attention import NAME as TREE_ATTENTION
 from rpt_lightning.types import TrainSequence
 
 TEMPERATURE = 0.8
-TINY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+TINY = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 # Shares of the FLOP limit's ratio that we want to reach against the plain step, by positions a document.
 TARGET_SHARES = {1: 0.85, 4: 0.7}
 # TRL's path: 6 times as fast at (prompt, completion, group) of this shape.
@@ -39,7 +46,9 @@ TRL_TARGETS = {(1024, 128, 8): 6.0}
 ROUNDS, FEWER_ROUNDS, LONG_ROUND_S = 5, 3, 100.0
 
 
-def make_rollouts(args: argparse.Namespace, *, share_document: bool = True) -> tuple[list[TrainSequence], torch.Tensor]:
+def make_rollouts(
+    args: argparse.Namespace, *, share_document: bool = True
+) -> tuple[list[TrainSequence], torch.Tensor]:
     """``positions`` prompts that end 16 tokens apart, on one document or on one each, with ``group`` completions that share nothing by chance.
 
     Advantages of mean 0.
@@ -54,25 +63,36 @@ def make_rollouts(args: argparse.Namespace, *, share_document: bool = True) -> t
     for position in range(args.positions):
         length = args.prompt - 16 * (args.positions - 1 - position)
         prompt = document[:length] if share_document else draw(length)
-        sequences += [TrainSequence(prompt_ids=prompt, target_ids=draw(args.completion)) for _ in range(args.group)]
+        sequences += [
+            TrainSequence(prompt_ids=prompt, target_ids=draw(args.completion)) for _ in range(args.group)
+        ]
     advantages = torch.randn(len(sequences), generator=generator)
     return sequences, advantages - advantages.mean()
 
 
-def ours(model: PreTrainedModel, sequences: list[TrainSequence], advantages: torch.Tensor, budget: int) -> None:
+def ours(
+    model: PreTrainedModel, sequences: list[TrainSequence], advantages: torch.Tensor, budget: int
+) -> None:
     model.zero_grad()
     model.set_attn_implementation(TREE_ATTENTION)
     num_tokens = sum(len(sequence.target_ids) for sequence in sequences)
     for tree in pack(sequences, max_tokens=budget):
         hidden = model.base_model(
-            input_ids=tree.token_ids[None], position_ids=tree.position_ids[None], tree=tree.tree_mask(), use_cache=False
+            input_ids=tree.token_ids[None],
+            position_ids=tree.position_ids[None],
+            tree=tree.tree_mask(),
+            use_cache=False,
         ).last_hidden_state[0]
-        logprobs, _ = chosen_logprobs(hidden[tree.parents], model.lm_head.weight, tree.targets, temperature=TEMPERATURE)
+        logprobs, _ = chosen_logprobs(
+            hidden[tree.parents], model.lm_head.weight, tree.targets, temperature=TEMPERATURE
+        )
         rows = tree.unpack(logprobs)
         (-(rows.sum(1) * advantages[list(tree.sequence_indices)]).sum() / num_tokens).backward()
 
 
-def plain(model: PreTrainedModel, sequences: list[TrainSequence], advantages: torch.Tensor, rows_at_once: int = 2) -> None:
+def plain(
+    model: PreTrainedModel, sequences: list[TrainSequence], advantages: torch.Tensor, rows_at_once: int = 2
+) -> None:
     """The same loss, each completion with its whole prompt; the head on completion tokens only."""
     model.zero_grad()
     model.set_attn_implementation("sdpa")
@@ -82,17 +102,25 @@ def plain(model: PreTrainedModel, sequences: list[TrainSequence], advantages: to
         ids, mask = left_padded(batch)
         length = len(batch[0].target_ids)
         hidden = model.base_model(
-            input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            use_cache=False,
         ).last_hidden_state
         part = hidden[:, -length - 1 : -1].flatten(0, 1)
-        logprobs, _ = chosen_logprobs(part, model.lm_head.weight, ids[:, -length:].flatten(), temperature=TEMPERATURE)
+        logprobs, _ = chosen_logprobs(
+            part, model.lm_head.weight, ids[:, -length:].flatten(), temperature=TEMPERATURE
+        )
         weights = advantages[start : start + rows_at_once].repeat_interleave(length)
         (-(logprobs * weights).sum() / num_tokens).backward()
 
 
 def left_padded(batch: list[TrainSequence]) -> tuple[torch.Tensor, torch.Tensor]:
     width = max(sequence.num_tokens for sequence in batch)
-    ids, mask = torch.zeros(len(batch), width, dtype=torch.int64), torch.zeros(len(batch), width, dtype=torch.int64)
+    ids, mask = (
+        torch.zeros(len(batch), width, dtype=torch.int64),
+        torch.zeros(len(batch), width, dtype=torch.int64),
+    )
     for row, sequence in enumerate(batch):
         ids[row, width - sequence.num_tokens :] = torch.tensor(sequence.prompt_ids + sequence.target_ids)
         mask[row, width - sequence.num_tokens :] = 1
@@ -120,7 +148,9 @@ class TRLPath:
             "vllm_importance_sampling_correction": False, "current_gradient_accumulation_steps": 1, "_entropy_bonus_enabled": False,
         }  # fmt: skip
 
-    def __call__(self, sequences: list[TrainSequence], advantages: torch.Tensor, rows_at_once: int = 2) -> None:
+    def __call__(
+        self, sequences: list[TrainSequence], advantages: torch.Tensor, rows_at_once: int = 2
+    ) -> None:
         self.model.zero_grad()
         num_tokens = torch.tensor(sum(len(sequence.target_ids) for sequence in sequences))
         for start in range(0, len(sequences), rows_at_once):
@@ -138,7 +168,9 @@ class TRLPath:
 
 def flops(model: PreTrainedModel, sequences: list[TrainSequence], *, shared: bool) -> float:
     """Forward and backward of all sequences."""
-    work = add_works(map(tree_work, pack(sequences, max_tokens=10**9)) if shared else map(sequence_work, sequences))
+    work = add_works(
+        map(tree_work, pack(sequences, max_tokens=10**9)) if shared else map(sequence_work, sequences)
+    )
     return train_flops(model_size(model), work)
 
 
@@ -160,7 +192,10 @@ def measure(model: PreTrainedModel, args: argparse.Namespace) -> None:
     shape = f"p{args.prompt}-c{args.completion}-g{args.group}-k{args.positions}"
     print(f"--- {shape}", flush=True)
     sequences, advantages = make_rollouts(args)
-    functions = {"ours": lambda: ours(model, sequences, advantages, args.budget), "plain": lambda: plain(model, sequences, advantages)}
+    functions = {
+        "ours": lambda: ours(model, sequences, advantages, args.budget),
+        "plain": lambda: plain(model, sequences, advantages),
+    }
     models = {"ours": model, "plain": model}
     if args.positions == 1 and importlib.util.find_spec("trl") is not None:
         trl = TRLPath(model)
@@ -199,9 +234,15 @@ def measure(model: PreTrainedModel, args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt", type=int, nargs="+", default=[256, 1024], help="tokens of the longest prompt")
-    parser.add_argument("--completion", type=int, nargs="+", default=[24, 128], help="tokens of each completion")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--prompt", type=int, nargs="+", default=[256, 1024], help="tokens of the longest prompt"
+    )
+    parser.add_argument(
+        "--completion", type=int, nargs="+", default=[24, 128], help="tokens of each completion"
+    )
     parser.add_argument("--positions", type=int, nargs="+", default=[1, 4], help="positions a document")
     parser.add_argument("--group", type=int, default=8, help="completions a position")
     parser.add_argument("--budget", type=int, default=4096, help="tokens of a packed tree")
@@ -210,7 +251,9 @@ def main() -> None:
         type=int,
         help=f"rounds; left out: {ROUNDS}, or {FEWER_ROUNDS} where one takes longer than {LONG_ROUND_S:.0f} s (the record says so)",
     )
-    parser.add_argument("--short", action="store_true", help="a tiny model and shape for a few seconds, nothing stored")
+    parser.add_argument(
+        "--short", action="store_true", help="a tiny model and shape for a few seconds, nothing stored"
+    )
     args = parser.parse_args()
     if args.short:
         args.prompt, args.completion, args.group, args.repeats = [96], [8], 4, 1
@@ -220,7 +263,12 @@ def main() -> None:
     config = LlamaConfig(**(TINY if args.short else SMOLLM2_135M), attn_implementation="sdpa")
     model = LlamaForCausalLM(config).train()
     for prompt, completion, positions in itertools.product(args.prompt, args.completion, args.positions):
-        shape = {"prompt": prompt, "completion": completion, "positions": positions, "vocabulary": config.vocab_size}
+        shape = {
+            "prompt": prompt,
+            "completion": completion,
+            "positions": positions,
+            "vocabulary": config.vocab_size,
+        }
         measure(model, argparse.Namespace(**(vars(args) | shape)))
 
 

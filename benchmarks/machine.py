@@ -47,7 +47,11 @@ class OtherLoad:
 
     def share(self) -> float:
         """Of all cores' time, 0 to 1. What a hypervisor takes away counts as others'."""
-        elapsed, machine, own = time.monotonic() - self._start[0], _machine_seconds() - self._start[1], _own_seconds() - self._start[2]
+        elapsed, machine, own = (
+            time.monotonic() - self._start[0],
+            _machine_seconds() - self._start[1],
+            _own_seconds() - self._start[2],
+        )
         return min(1.0, max(0.0, (machine - own) / (elapsed * (os.cpu_count() or 1)))) if elapsed else 0.0
 
 

@@ -23,6 +23,10 @@ def make_model_folder(folder: Path, *, short: bool) -> Path:
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(**SMOLLM2_135M))
         ids = LlamaConfig.from_pretrained(folder)
-        model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id = ids.bos_token_id, ids.eos_token_id, ids.pad_token_id
+        model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id = (
+            ids.bos_token_id,
+            ids.eos_token_id,
+            ids.pad_token_id,
+        )
         model.save_pretrained(folder)
     return folder

@@ -62,7 +62,9 @@ class _Run:
 _run = _Run()
 
 
-def alternate(functions: dict[str, Callable[[], object]], repeats: int = 5, *, warm_up: bool = True) -> dict[str, float]:
+def alternate(
+    functions: dict[str, Callable[[], object]], repeats: int = 5, *, warm_up: bool = True
+) -> dict[str, float]:
     """Median seconds of each function, run in turn so that what else the machine does falls on all of them alike; the first round warms up.
 
     ``warm_up=False`` is for functions that have just run.
@@ -82,13 +84,24 @@ def alternate(functions: dict[str, Callable[[], object]], repeats: int = 5, *, w
 
 def keep_rounds(seconds: dict[str, list[float]], *, other_load: float) -> dict[str, float]:
     """Median seconds of each side, which the next figures are stored with; for benchmarks that time their rounds themselves."""
-    _run.rounds, _run.seconds = max(map(len, seconds.values())), {name: statistics.median(values) for name, values in seconds.items()}
+    _run.rounds, _run.seconds = (
+        max(map(len, seconds.values())),
+        {name: statistics.median(values) for name, values in seconds.items()},
+    )
     _run.other_load = other_load
     return dict(_run.seconds)
 
 
 def store(
-    name: str, value: float, *, limit: float, target: float | None, unit: str, lower_is_better: bool | None = None, keep: bool = True, **details: Any
+    name: str,
+    value: float,
+    *,
+    limit: float,
+    target: float | None,
+    unit: str,
+    lower_is_better: bool | None = None,
+    keep: bool = True,
+    **details: Any,
 ) -> None:
     """Prints a figure and keeps it in ``benchmarks/results/NAME.json``, together with the seconds of the process's last alternation.
 
@@ -123,7 +136,10 @@ def store(
     aim = "" if target is None else f", target {target:.3g}: {'met' if result.is_met else 'not met'}"
     print(f"{name}: {value:.3g} {unit} (limit {limit:.3g}{aim})", flush=True)
     if keep and result.other_load > MAX_OTHER_LOAD:
-        print(f"warning: {name}: other processes took {result.other_load:.0%} of the machine's CPU time; measure again alone", flush=True)
+        print(
+            f"warning: {name}: other processes took {result.other_load:.0%} of the machine's CPU time; measure again alone",
+            flush=True,
+        )
     if keep:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps(asdict(result), indent=2) + "\n")
@@ -140,5 +156,7 @@ def _commit() -> str:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **options)
     if commit.returncode:
         return "unknown"
-    changes = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no", "--", "../src", "*.py"], **options)
+    changes = subprocess.run(
+        ["git", "status", "--porcelain", "--untracked-files=no", "--", "../src", "*.py"], **options
+    )
     return commit.stdout.strip() + (" with changes" if changes.stdout.strip() else "")

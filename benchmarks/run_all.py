@@ -15,8 +15,14 @@ FOLDER = Path(__file__).parent
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="tiny shapes, nothing stored: do they still run, and do both sides compute the same?")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--short",
+        action="store_true",
+        help="tiny shapes, nothing stored: do they still run, and do both sides compute the same?",
+    )
     options = ["--short"] if parser.parse_args().short else []
     failed = []
     for path in sorted(FOLDER.glob("bench_*.py")):

@@ -25,17 +25,26 @@ def render(results: list[Result]) -> str:
     if not results:
         return "Nothing is measured yet: `make bench`."
     lines = ["| figure | value | limit | target | met |", "|---|---|---|---|---|", *map(_row, results), ""]
-    machines = dict.fromkeys(f"{result.machine} ({result.device}, {result.threads} threads, torch {result.torch})" for result in results)
+    machines = dict.fromkeys(
+        f"{result.machine} ({result.device}, {result.threads} threads, torch {result.torch})"
+        for result in results
+    )
     commits = dict.fromkeys(result.commit for result in results)
     dates = sorted(result.date[:10] for result in results)
     when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-    lines.append(f"Machine: {'; '.join(machines)}. {'Commit' if len(commits) == 1 else 'Commits'} {', '.join(commits)}; {when}.")
+    lines.append(
+        f"Machine: {'; '.join(machines)}. {'Commit' if len(commits) == 1 else 'Commits'} {', '.join(commits)}; {when}."
+    )
     return "\n".join(lines)
 
 
 def _row(result: Result) -> str:
     met = {True: "yes", False: "**no**", None: ""}[result.is_met]
-    disturbed = f" (other processes took {result.other_load:.0%} of the CPU time)" if result.other_load > MAX_OTHER_LOAD else ""
+    disturbed = (
+        f" (other processes took {result.other_load:.0%} of the CPU time)"
+        if result.other_load > MAX_OTHER_LOAD
+        else ""
+    )
     return f"| `{result.name}` | {number(result.value)} {result.unit}{disturbed} | {number(result.limit)} | {_target(result)} | {met} |"
 
 
@@ -44,7 +53,11 @@ def _target(result: Result) -> str:
         return ""
     bound = f"{'at most' if result.lower_is_better else 'at least'} {number(result.target)}"
     share = result.details.get("target_share_of_limit")
-    return bound if share is None else f"{bound} ({share:.0%} of the limit; reached: {result.value / result.limit:.0%})"
+    return (
+        bound
+        if share is None
+        else f"{bound} ({share:.0%} of the limit; reached: {result.value / result.limit:.0%})"
+    )
 
 
 def number(value: float) -> str:
@@ -64,7 +77,9 @@ def with_table(text: str, table: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args()
     results = read_results()

@@ -36,7 +36,9 @@ def gain(after: Results, ntp: Results) -> Difference:
     """Reasoning after RPT minus next-token prediction of the rival, at the same positions."""
     pairs = pair_results(ntp, after)
     return paired_bootstrap(
-        [rival.ntp_correct for rival, _ in pairs], [bool(own.reasoning_correct) for _, own in pairs], units=[own.doc_id for _, own in pairs]
+        [rival.ntp_correct for rival, _ in pairs],
+        [bool(own.reasoning_correct) for _, own in pairs],
+        units=[own.doc_id for _, own in pairs],
     )
 
 
@@ -52,7 +54,11 @@ def show(testbed: Testbed) -> bool:
 
     before = read_results(results_file(testbed.before))
     after, ntp = read_results(results_file(testbed.rpt, testbed.last_step)), last_results(testbed.ntp)
-    columns = [Stage(name="start model", results=before), Stage(name="RPT", results=after), Stage(name="continual NTP", results=ntp)]
+    columns = [
+        Stage(name="start model", results=before),
+        Stage(name="RPT", results=after),
+        Stage(name="continual NTP", results=ntp),
+    ]
     table = f"{stage_table(columns)}\n\n{INTERVAL_NOTE}\n"
     picture, summary = testbed.folder / "summary.png", testbed.folder / "summary.md"
     curves = [
@@ -64,7 +70,9 @@ def show(testbed: Testbed) -> bool:
     difference = gain(after, ntp)
     rates = [Rate.of([p.reasoning_correct for p in results.positions]) for results in (after, before)]
     rival = Rate.of([p.ntp_correct for p in ntp.positions])
-    points = f"{100 * difference.difference:.1f} points [{100 * difference.low:.1f}, {100 * difference.high:.1f}]"
+    points = (
+        f"{100 * difference.difference:.1f} points [{100 * difference.low:.1f}, {100 * difference.high:.1f}]"
+    )
     sentences = (
         f"After RPT the model is right at {percent(rates[0])} of {rates[0].count} held-out positions by reasoning; before it was {percent(rates[1])}.\n"
         f"Next-token training at the same FLOPs reaches {percent(rival)} at the same positions: RPT is {points} ahead (paired over "
@@ -72,7 +80,9 @@ def show(testbed: Testbed) -> bool:
     )
     summary.write_text(f"{table}\n{sentences}\n", encoding="utf-8")
     Console().print(Markdown(table))
-    print(f"Picture: {picture}   table: {summary}   report: {testbed.folder / 'report.html'}   trained policy: {checkpoints(testbed.rpt)[-1]}")
+    print(
+        f"Picture: {picture}   table: {summary}   report: {testbed.folder / 'report.html'}   trained policy: {checkpoints(testbed.rpt)[-1]}"
+    )
     print(time_table(testbed.stages()))
     print(f"To start over: rm -r {testbed.folder} {testbed.tasks} {testbed.model}\n\n{sentences}")
     if difference.low > LEAST_GAIN:
@@ -85,7 +95,9 @@ def show(testbed: Testbed) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=0, help="other weights, games, order and samples")
     testbed = Testbed.of(parser.parse_args().seed)
     again = "make demo" if testbed.seed == 0 else f"make demo SEED={testbed.seed}"

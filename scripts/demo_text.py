@@ -37,7 +37,15 @@ def prepare() -> Stage:
 
 
 def evaluation(name: str, minutes: float, *, controls: bool = True) -> Stage:
-    return evaluate(f"evaluate {name}", EVALUATIONS[name], folder_of(name), RPT_CONFIG, folder=DEMO, minutes=minutes, controls=controls)
+    return evaluate(
+        f"evaluate {name}",
+        EVALUATIONS[name],
+        folder_of(name),
+        RPT_CONFIG,
+        folder=DEMO,
+        minutes=minutes,
+        controls=controls,
+    )
 
 
 COLD_START_STAGES = (
@@ -56,7 +64,14 @@ RPT_STAGES = (
 STAGES = (
     *COLD_START_STAGES,
     *RPT_STAGES,
-    report(RPT, (folder_of("start"),), REPORT, before=folder_of("after cold start"), after=folder_of("after RPT"), folder=DEMO),
+    report(
+        RPT,
+        (folder_of("start"),),
+        REPORT,
+        before=folder_of("after cold start"),
+        after=folder_of("after RPT"),
+        folder=DEMO,
+    ),
 )
 
 
@@ -71,7 +86,9 @@ def show() -> None:
 
     columns = [Column(name=name, results=read_results(results_file(folder_of(name)))) for name in EVALUATIONS]
     Console().print(Markdown(summarise(columns, RPT / "steps.jsonl", DEMO)))
-    print(f"Table: {DEMO / 'summary.md'}   plot: {DEMO / 'summary.png'}   report: {REPORT}   trained policy: {RPT / 'export'}")
+    print(
+        f"Table: {DEMO / 'summary.md'}   plot: {DEMO / 'summary.png'}   report: {REPORT}   trained policy: {RPT / 'export'}"
+    )
     print(time_table(STAGES))
     print(f"To start over: rm -r {DEMO} {TASKS}")
 

@@ -24,7 +24,15 @@ from pathlib import Path
 
 from evidence_arms import ARMS, BRANCH_STEP, LAST_STEP, STARTS, STEPS, TASKS_PER_STEP, Arm, Start
 from evidence_records import measure, read_records, write_record
-from evidence_scaling import EVERY, FIRST_EVERY, FIRST_STEPS, RPT_SETTINGS, START_STEPS, measure_curve, write_curve
+from evidence_scaling import (
+    EVERY,
+    FIRST_EVERY,
+    FIRST_STEPS,
+    RPT_SETTINGS,
+    START_STEPS,
+    measure_curve,
+    write_curve,
+)
 from evidence_scaling import LAST_STEP as LAST_CURVE_STEP
 from pipeline import EXECUTABLE, commit, run_stages
 from stages import checkpoint, flags
@@ -53,8 +61,14 @@ class Seed:
     def arms_to_run(self, names: list[str]) -> list[Arm]:
         """Those that have no record yet, all or the named ones. The base comes first; it runs again where a rival needs its run and a clone has none."""
         records = read_records(self.record)
-        arms = [arm for arm in ARMS if arm.name not in records and (not names or arm.name in names or arm.name == "base")]
-        needs_run = any(arm.kind != "rpt" for arm in arms) and not (self.folder / "base" / "steps.jsonl").exists()
+        arms = [
+            arm
+            for arm in ARMS
+            if arm.name not in records and (not names or arm.name in names or arm.name == "base")
+        ]
+        needs_run = (
+            any(arm.kind != "rpt" for arm in arms) and not (self.folder / "base" / "steps.jsonl").exists()
+        )
         return [ARMS[0], *arms] if needs_run and ARMS[0] not in arms else arms
 
     def make_base(self) -> None:
@@ -66,7 +80,9 @@ class Seed:
         return self.testbed.start_model if name == "base" else self.folder / f"start-{name}" / "export"
 
     def tasks(self, name: str) -> Path:
-        return self.testbed.tasks if name == "base" else Path(f"tasks/evidence-seed-{self.testbed.seed}-{name}")
+        return (
+            self.testbed.tasks if name == "base" else Path(f"tasks/evidence-seed-{self.testbed.seed}-{name}")
+        )
 
     def make_start(self, start: Start) -> None:
         """Another start model: the base's first phases are shared where the curriculum is the same up to there."""
@@ -75,14 +91,21 @@ class Seed:
             return
         shared = checkpoint(self.testbed.start, BRANCH_STEP)
         begun = any((run / "checkpoints").glob("step-*.ckpt"))
-        resume = ("--ckpt_path", "last") if begun else (("--ckpt_path", str(shared)) if start.branches else ())
+        resume = (
+            ("--ckpt_path", "last") if begun else (("--ckpt_path", str(shared)) if start.branches else ())
+        )
         own = self.testbed.run_flags(run, policy=self.testbed.model)
-        games = flags({"--data.source.seed": 2 * self.testbed.seed + 1, "--data.phases": f"[{', '.join(start.phases)}]"})
+        games = flags(
+            {"--data.source.seed": 2 * self.testbed.seed + 1, "--data.phases": f"[{', '.join(start.phases)}]"}
+        )
         self._run(start.name, (EXECUTABLE, "fit", "--config", START_CONFIG, *own, *games, *resume))
         self._export(start.name, checkpoint(run, LAST_STEP), run / "export")
 
     def make_tasks(self, name: str) -> None:
-        own: dict[str, object] = {"--source.seed": 2 * self.testbed.seed + 2, "--output_dir": self.tasks(name)}
+        own: dict[str, object] = {
+            "--source.seed": 2 * self.testbed.seed + 2,
+            "--output_dir": self.tasks(name),
+        }
         own |= {"--tokenizer": self.testbed.start_model, "--proxy": self.testbed.start_model} | TASKS[name]
         self._run(f"prepare-{name}", (EXECUTABLE, "prepare", "--config", PREPARE_CONFIG, *flags(own)))
 
@@ -93,16 +116,27 @@ class Seed:
         for command in commands:
             self._run(arm.name, command)
         seconds = round(time.monotonic() - begin)
-        about = {"commands": [_shown(command) for command in commands], "commit": commit(), "seconds": seconds}
+        about = {
+            "commands": [_shown(command) for command in commands],
+            "commit": commit(),
+            "seconds": seconds,
+        }
         with _lock:
             write_record(self.record, arm.name, measure(run, about=about))
-        print(f"evidence: seed {self.testbed.seed}, {arm.name}: {read_records(self.record)[arm.name].headline}, {seconds} s", flush=True)
+        print(
+            f"evidence: seed {self.testbed.seed}, {arm.name}: {read_records(self.record)[arm.name].headline}, {seconds} s",
+            flush=True,
+        )
 
     def run_curve(self) -> None:
         """A start that always thinks and errs, RPT with validations at logarithmic steps, and the record."""
         begin, start, run = time.monotonic(), self.folder / "start-scaling", self.folder / "scaling"
         games = flags(
-            {"--data.source.seed": 2 * self.testbed.seed + 1, "--trainer.max_steps": START_STEPS, "--checkpoint.keep_every_n_steps": "null"}
+            {
+                "--data.source.seed": 2 * self.testbed.seed + 1,
+                "--trainer.max_steps": START_STEPS,
+                "--checkpoint.keep_every_n_steps": "null",
+            }
         )
         teach = (
             EXECUTABLE,
@@ -114,51 +148,134 @@ class Seed:
             "--ckpt_path",
             "auto",
         )
-        export = (EXECUTABLE, "export", "--ckpt", str(checkpoint(start, START_STEPS)), "--output", str(start / "export"))
-        own = (*ENGINE, *self.testbed.run_flags(run, policy=start / "export"), "--data.task_dir", str(self.testbed.tasks), *flags(RPT_SETTINGS))
+        export = (
+            EXECUTABLE,
+            "export",
+            "--ckpt",
+            str(checkpoint(start, START_STEPS)),
+            "--output",
+            str(start / "export"),
+        )
+        own = (
+            *ENGINE,
+            *self.testbed.run_flags(run, policy=start / "export"),
+            "--data.task_dir",
+            str(self.testbed.tasks),
+            *flags(RPT_SETTINGS),
+        )
         parts = [
             (EXECUTABLE, "fit", "--config", RPT_CONFIG, *own, *flags(steps), "--ckpt_path", "auto")
             for steps in (
-                {"--trainer.max_steps": FIRST_STEPS, "--trainer.val_check_interval": FIRST_EVERY, "--checkpoint.every_n_steps": FIRST_STEPS},
-                {"--trainer.max_steps": LAST_CURVE_STEP, "--trainer.val_check_interval": EVERY, "--checkpoint.every_n_steps": 5 * EVERY},
+                {
+                    "--trainer.max_steps": FIRST_STEPS,
+                    "--trainer.val_check_interval": FIRST_EVERY,
+                    "--checkpoint.every_n_steps": FIRST_STEPS,
+                },
+                {
+                    "--trainer.max_steps": LAST_CURVE_STEP,
+                    "--trainer.val_check_interval": EVERY,
+                    "--checkpoint.every_n_steps": 5 * EVERY,
+                },
             )
         ]
         commands = [*([] if (start / "export").exists() else [teach, export]), *parts]
         for command in commands:
             self._run("scaling", command)
-        about = {"commands": [_shown(command) for command in (teach, export, *parts)], "commit": commit(), "seconds": round(time.monotonic() - begin)}
+        about = {
+            "commands": [_shown(command) for command in (teach, export, *parts)],
+            "commit": commit(),
+            "seconds": round(time.monotonic() - begin),
+        }
         write_curve(self.curve, measure_curve(run, about=about))
         print(f"evidence: seed {self.testbed.seed}, scaling: {about['seconds']} s", flush=True)
 
     def _rpt(self, arm: Arm, run: Path) -> list[tuple[str, ...]]:
         own = self.testbed.run_flags(run, policy=self.start_model(arm.start))
-        validates = arm.tasks == "base"  # the fit itself, at its last step: other tasks have other held-out positions
-        steps: dict[str, object] = {"--trainer.max_steps": STEPS, "--trainer.val_check_interval": STEPS, "--checkpoint.every_n_steps": STEPS}
-        steps |= {"--data.tasks_per_step": TASKS_PER_STEP}  # the rest is as in the demo, which has as many steps
+        validates = (
+            arm.tasks == "base"
+        )  # the fit itself, at its last step: other tasks have other held-out positions
+        steps: dict[str, object] = {
+            "--trainer.max_steps": STEPS,
+            "--trainer.val_check_interval": STEPS,
+            "--checkpoint.every_n_steps": STEPS,
+        }
+        steps |= {
+            "--data.tasks_per_step": TASKS_PER_STEP
+        }  # the rest is as in the demo, which has as many steps
         steps |= {} if validates else {"--trainer.limit_val_batches": 0}
-        steps |= {} if arm.name == "base" else {"--rollout.thought_controls": False}  # the page shows the base's
+        steps |= (
+            {} if arm.name == "base" else {"--rollout.thought_controls": False}
+        )  # the page shows the base's
         tasks = str(self.tasks(arm.tasks))
-        fit = (EXECUTABLE, "fit", "--config", RPT_CONFIG, *ENGINE, *own, "--data.task_dir", tasks, *flags(steps), *arm.options, "--ckpt_path", "auto")
-        return [fit] if validates else [fit, self._validate(run, self.start_model(arm.start), checkpoint(run, STEPS))]
+        fit = (
+            EXECUTABLE,
+            "fit",
+            "--config",
+            RPT_CONFIG,
+            *ENGINE,
+            *own,
+            "--data.task_dir",
+            tasks,
+            *flags(steps),
+            *arm.options,
+            "--ckpt_path",
+            "auto",
+        )
+        return (
+            [fit]
+            if validates
+            else [fit, self._validate(run, self.start_model(arm.start), checkpoint(run, STEPS))]
+        )
 
     def _ntp(self, arm: Arm, run: Path) -> list[tuple[str, ...]]:
         own = (*self.testbed.run_flags(run), "--data.task_dir", str(self.testbed.tasks))
-        budget = flags({"--budget.like": self.folder / "base", "--budget.by": "flops", "--trainer.max_steps": MAX_RIVAL_STEPS})
+        budget = flags(
+            {
+                "--budget.like": self.folder / "base",
+                "--budget.by": "flops",
+                "--trainer.max_steps": MAX_RIVAL_STEPS,
+            }
+        )
         fit = (EXECUTABLE, "fit", "--config", NTP_CONFIG, *own, *budget, "--ckpt_path", "auto")
         return [fit, self._validate(run, self.testbed.start_model, "last")]
 
     def _sft(self, arm: Arm, run: Path) -> list[tuple[str, ...]]:
         """On the games that RPT's tasks are of."""
-        games: dict[str, object] = {"--data.source.seed": 2 * self.testbed.seed + 2, "--data.source.num_documents": 6000}
-        games |= {"--data.phases": "[{p_cot: 1.0, text: false}]", "--model.optimizer.lr": 3e-4, "--model.lr_scheduler": "null"}
-        budget = flags({"--budget.like": self.folder / "base", "--budget.by": "flops", "--trainer.max_steps": MAX_RIVAL_STEPS})
+        games: dict[str, object] = {
+            "--data.source.seed": 2 * self.testbed.seed + 2,
+            "--data.source.num_documents": 6000,
+        }
+        games |= {
+            "--data.phases": "[{p_cot: 1.0, text: false}]",
+            "--model.optimizer.lr": 3e-4,
+            "--model.lr_scheduler": "null",
+        }
+        budget = flags(
+            {
+                "--budget.like": self.folder / "base",
+                "--budget.by": "flops",
+                "--trainer.max_steps": MAX_RIVAL_STEPS,
+            }
+        )
         own = self.testbed.run_flags(run)
-        fit = (EXECUTABLE, "fit", "--config", START_CONFIG, *own, *flags(games), *budget, "--ckpt_path", "auto")
+        fit = (
+            EXECUTABLE,
+            "fit",
+            "--config",
+            START_CONFIG,
+            *own,
+            *flags(games),
+            *budget,
+            "--ckpt_path",
+            "auto",
+        )
         return [fit, self._validate(run, self.testbed.start_model, "last")]
 
     def _validate(self, run: Path, policy: Path, ckpt: Path | str) -> tuple[str, ...]:
         own = (*self.testbed.run_flags(run, policy=policy), "--data.task_dir", str(self.testbed.tasks))
-        rest = flags({"--trainer.limit_val_batches": 1.0, "--rollout.thought_controls": False, "--ckpt_path": ckpt})
+        rest = flags(
+            {"--trainer.limit_val_batches": 1.0, "--rollout.thought_controls": False, "--ckpt_path": ckpt}
+        )
         return (EXECUTABLE, "validate", "--config", RPT_CONFIG, *ENGINE, *own, *rest)
 
     def _export(self, name: str, ckpt: Path, output: Path) -> None:
@@ -170,8 +287,12 @@ class Seed:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as file:
             print("$", _shown(command), file=file, flush=True)
-            if subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode:
-                raise SystemExit(f"evidence: seed {self.testbed.seed}, {name} failed; {log} ends with why. `make evidence` tries it again")
+            if subprocess.run(
+                command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            ).returncode:
+                raise SystemExit(
+                    f"evidence: seed {self.testbed.seed}, {name} failed; {log} ends with why. `make evidence` tries it again"
+                )
 
 
 def _shown(command: tuple[str, ...]) -> str:
@@ -194,7 +315,10 @@ def run(seeds: list[int], jobs: int, names: list[str]) -> None:
         waiting = [arm for arm in arms if arm not in ready]
         first: list[Callable[[], None]] = [partial(seed.make_start, start) for start in starts]
         first += [partial(seed.make_tasks, name) for name in tasks]
-        for work in (first + [partial(seed.run_arm, arm) for arm in ready], [partial(seed.run_arm, arm) for arm in waiting]):
+        for work in (
+            first + [partial(seed.run_arm, arm) for arm in ready],
+            [partial(seed.run_arm, arm) for arm in waiting],
+        ):
             with ThreadPoolExecutor(jobs) as pool:
                 for result in [pool.submit(one) for one in work]:
                     result.result()
@@ -211,7 +335,9 @@ def run_curves(seeds: list[int], jobs: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     run_parser = verbs.add_parser("run", help="what has no record yet")
     for runs in (run_parser, verbs.add_parser("scaling", help="the scaling curves that have no record yet")):

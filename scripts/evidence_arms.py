@@ -81,7 +81,12 @@ def _reward(name: str) -> tuple[str, ...]:
 
 
 ARMS = (
-    Arm(name="base", group=SHARE, what="12 % of the start's examples think", expected="above 95 % after 20 steps; the length doubles"),
+    Arm(
+        name="base",
+        group=SHARE,
+        what="12 % of the start's examples think",
+        expected="above 95 % after 20 steps; the length doubles",
+    ),
     Arm(
         name="p_cot-0.5",
         group=SHARE,
@@ -89,7 +94,13 @@ ARMS = (
         start="p_cot-0.5",
         expected="above 95 %, and sooner than the base: every group holds thoughts",
     ),
-    Arm(name="p_cot-0.03", group=SHARE, what="3 % think", start="p_cot-0.03", expected="above 90 %, later than the base"),
+    Arm(
+        name="p_cot-0.03",
+        group=SHARE,
+        what="3 % think",
+        start="p_cot-0.03",
+        expected="above 90 %, later than the base",
+    ),
     Arm(
         name="p_cot-0.01",
         group=SHARE,
@@ -125,8 +136,20 @@ ARMS = (
         tasks="short",
         expected="above 90 % at 8 to 12 too: RPT teaches whether to think, and how to was there",
     ),
-    Arm(name="first-token", group=REWARD, what="first token", options=_reward("FirstTokenReward"), expected="as the base: answers are one token"),
-    Arm(name="dense", group=REWARD, what="dense", options=_reward("DenseReward"), expected="as the base, within 3 points (the paper: comparable)"),
+    Arm(
+        name="first-token",
+        group=REWARD,
+        what="first token",
+        options=_reward("FirstTokenReward"),
+        expected="as the base: answers are one token",
+    ),
+    Arm(
+        name="dense",
+        group=REWARD,
+        what="dense",
+        options=_reward("DenseReward"),
+        expected="as the base, within 3 points (the paper: comparable)",
+    ),
     Arm(
         name="conditional-dense",
         group=REWARD,
@@ -155,7 +178,13 @@ ARMS = (
         options=("--rollout.pilot_size", "2"),
         expected="above 90 % at fewer completions; later, since 2 guesses that agree end a group",
     ),
-    Arm(name="ntp", group=RIVAL, what="continual next-token training", kind="ntp", expected="below 30 %: one pass cannot follow the ball"),
+    Arm(
+        name="ntp",
+        group=RIVAL,
+        what="continual next-token training",
+        kind="ntp",
+        expected="below 30 %: one pass cannot follow the ball",
+    ),
     Arm(
         name="sft",
         group=RIVAL,

@@ -52,11 +52,27 @@ def group_table(records: Records, group: str) -> str:
         if arm.group != group or not found:
             continue
         name = question_of(arm)
-        cells = [arm.expected, ", ".join(_short(record.rate(name)) for record in found.values()), pooled(found, name), _ntp(arm, found)]
+        cells = [
+            arm.expected,
+            ", ".join(_short(record.rate(name)) for record in found.values()),
+            pooled(found, name),
+            _ntp(arm, found),
+        ]
         rows.append(
-            markdown_row(f"**{arm.name}**: {arm.what}", [*cells, _against_base(records, arm), _change(found, "reward"), _change(found, "length")])
+            markdown_row(
+                f"**{arm.name}**: {arm.what}",
+                [*cells, _against_base(records, arm), _change(found, "reward"), _change(found, "length")],
+            )
         )
-    columns = ["expected", "each seed", "all seeds", "next token at once, same positions", "minus base (points)", "mean reward", "length"]
+    columns = [
+        "expected",
+        "each seed",
+        "all seeds",
+        "next token at once, same positions",
+        "minus base (points)",
+        "mean reward",
+        "length",
+    ]
     return markdown_table(group, columns, rows)
 
 
@@ -108,7 +124,11 @@ def depth_table(records: Records) -> str:
     for arm in ARMS:
         found = of_arm(records, arm.name)
         if arm.name in DEPTH_ARMS and found:
-            rows.append(markdown_row(arm.name, [pooled(found, question_of(arm), depths) for depths in DEPTHS.values()]))
+            rows.append(
+                markdown_row(
+                    arm.name, [pooled(found, question_of(arm), depths) for depths in DEPTHS.values()]
+                )
+            )
     return markdown_table("accuracy by serial depth", list(DEPTHS), rows)
 
 
@@ -117,7 +137,11 @@ def plot_curves(records: Records, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    groups = [group for group in GROUPS if any(arm.group == group and arm.kind == "rpt" and of_arm(records, arm.name) for arm in ARMS)]
+    groups = [
+        group
+        for group in GROUPS
+        if any(arm.group == group and arm.kind == "rpt" and of_arm(records, arm.name) for arm in ARMS)
+    ]
     figure = Figure(figsize=(13, 3.2 * -(-len(groups) // 3)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(-(-len(groups) // 3), 3, squeeze=False).flat
@@ -125,7 +149,9 @@ def plot_curves(records: Records, path: Path) -> None:
         for arm in (arm for arm in ARMS if arm.kind == "rpt" and (arm.group == group or arm.name == "base")):
             curves = [record.curves["reward"] for record in of_arm(records, arm.name).values()]
             if curves:
-                _band(panel, curves, arm.name, colour="0.5" if arm.name == "base" and group != SHARE else None)
+                _band(
+                    panel, curves, arm.name, colour="0.5" if arm.name == "base" and group != SHARE else None
+                )
         panel.set_title(group, fontsize=10)
         panel.set_xlabel("step")
         panel.set_ylabel("mean reward")
@@ -141,7 +167,14 @@ def _band(panel, curves: Sequence[Sequence[float]], name: str, *, colour: str | 
     steps = range(1, length + 1)
     values = [[curve[step - 1] for curve in curves] for step in steps]
     (line,) = panel.plot(steps, [fmean(value) for value in values], label=name, linewidth=1.5, color=colour)
-    panel.fill_between(steps, [min(value) for value in values], [max(value) for value in values], alpha=0.15, color=line.get_color(), linewidth=0)
+    panel.fill_between(
+        steps,
+        [min(value) for value in values],
+        [max(value) for value in values],
+        alpha=0.15,
+        color=line.get_color(),
+        linewidth=0,
+    )
 
 
 def plot_depths(records: Records, path: Path) -> None:
@@ -160,7 +193,16 @@ def plot_depths(records: Records, path: Path) -> None:
         errors = [[mean - 100 * rate.interval[0] for mean, rate in zip(means, rates, strict=True)]]
         errors.append([100 * rate.interval[1] - mean for mean, rate in zip(means, rates, strict=True)])
         places = [depth + 0.06 * (number - 2) for depth in depths]
-        panel.errorbar(places, means, yerr=errors, fmt="o-", capsize=2, markersize=3, linewidth=1.3, label=f"{arm.name}: {arm.what}")
+        panel.errorbar(
+            places,
+            means,
+            yerr=errors,
+            fmt="o-",
+            capsize=2,
+            markersize=3,
+            linewidth=1.3,
+            label=f"{arm.name}: {arm.what}",
+        )
     panel.axhline(12.5, color="0.6", linestyle=":", linewidth=1)
     panel.set_xlabel("serial depth (moves)")
     panel.set_ylabel("held-out accuracy, % (95 % intervals)")
@@ -180,7 +222,9 @@ def write_page() -> None:
         sections["scaling"] = law_table(curves)
         plot_laws(curves, RECORDS / "scaling.png")
     for name, table in sections.items():
-        text = replace_section(text, f"{table}\n", begin=f"<!-- {name} -->", end=f"<!-- end of {name} -->", where=str(PAGE))
+        text = replace_section(
+            text, f"{table}\n", begin=f"<!-- {name} -->", end=f"<!-- end of {name} -->", where=str(PAGE)
+        )
     PAGE.write_text(text, encoding="utf-8")
     plot_curves(records, RECORDS / "rewards.png")
     plot_depths(records, RECORDS / "depths.png")

@@ -43,7 +43,13 @@ class ArmRecord:
     def rate(self, question: str, depths: range | None = None) -> Rate:
         """How many answers were right, over all depths or some."""
         marks = self.right.get(question, "")
-        return Rate.of([mark == "1" for mark, depth in zip(marks, self.depths, strict=False) if depths is None or depth in depths])
+        return Rate.of(
+            [
+                mark == "1"
+                for mark, depth in zip(marks, self.depths, strict=False)
+                if depths is None or depth in depths
+            ]
+        )
 
     @property
     def headline(self) -> str:
@@ -59,11 +65,18 @@ def measure(run: Path, *, about: dict[str, Any]) -> ArmRecord:
     lengths = [position.length for position in positions if position.length is not None]
     flops = total(read, FLOPS)
     assert flops is not None
-    right = {question: text for question, name in QUESTIONS.items() if (text := _marks(positions, name)) is not None}
+    right = {
+        question: text
+        for question, name in QUESTIONS.items()
+        if (text := _marks(positions, name)) is not None
+    }
     return ArmRecord(
         right=right,
         depths=tuple(_depth(position) for position in positions),
-        curves={name: tuple(round(value, 4) for value in read.series(metric)[1]) for name, metric in CURVES.items()},
+        curves={
+            name: tuple(round(value, 4) for value in read.series(metric)[1])
+            for name, metric in CURVES.items()
+        },
         mean_length=sum(lengths) / len(lengths) if lengths else None,
         flops=flops,
         sampled_tokens=int(sum(read.series("rollout/tokens")[1])),
@@ -73,7 +86,11 @@ def measure(run: Path, *, about: dict[str, Any]) -> ArmRecord:
 
 def _marks(positions: list[PositionResult], name: str) -> str | None:
     outcomes = [getattr(position, name) for position in positions]
-    return None if any(outcome is None for outcome in outcomes) else "".join(str(int(outcome)) for outcome in outcomes)
+    return (
+        None
+        if any(outcome is None for outcome in outcomes)
+        else "".join(str(int(outcome)) for outcome in outcomes)
+    )
 
 
 def _depth(position: PositionResult) -> int:

@@ -59,7 +59,9 @@ def measure_curve(run: Path, *, about: dict[str, Any]) -> CurveRecord:
         flops.append(cost)
         reasoning.append("".join(str(int(bool(position.reasoning_correct))) for position in positions))
         ntp.append("".join(str(int(position.ntp_correct)) for position in positions))
-    return CurveRecord(steps=tuple(steps), flops=tuple(flops), reasoning=tuple(reasoning), ntp=tuple(ntp), about=about)
+    return CurveRecord(
+        steps=tuple(steps), flops=tuple(flops), reasoning=tuple(reasoning), ntp=tuple(ntp), about=about
+    )
 
 
 def write_curve(path: Path, record: CurveRecord) -> None:
@@ -83,7 +85,17 @@ def read_curves(folder: Path) -> dict[int, CurveRecord]:
 def law_table(curves: dict[int, CurveRecord]) -> str:
     """The paper's law of each seed, and which law describes its checkpoints best."""
     rows = [markdown_row(f"seed {seed}", _law_cells(curve)) for seed, curve in curves.items()]
-    columns = ["checkpoints", "FLOPs", "accuracy, first to last", "next token at once, last", "A (points)", "alpha", "P*", "R2", "law that fits best"]
+    columns = [
+        "checkpoints",
+        "FLOPs",
+        "accuracy, first to last",
+        "next token at once, last",
+        "A (points)",
+        "alpha",
+        "P*",
+        "R2",
+        "law that fits best",
+    ]
     return markdown_table("P(C) = A / C^alpha + P*", columns, rows)
 
 
@@ -93,7 +105,12 @@ def _law_cells(curve: CurveRecord) -> list[object]:
     interval = bootstrap_scaling(curve.flops, correct, [str(number) for number in range(correct.shape[1])])
     doubt = fit.doubt or interval.doubt
     reasoning, ntp = curve.rates("reasoning"), curve.rates("ntp")
-    cells: list[object] = [len(curve.steps), f"{curve.flops[0]:.2g} to {curve.flops[-1]:.2g}", f"{reasoning[0]} to {reasoning[-1]}", ntp[-1]]
+    cells: list[object] = [
+        len(curve.steps),
+        f"{curve.flops[0]:.2g} to {curve.flops[-1]:.2g}",
+        f"{reasoning[0]} to {reasoning[-1]}",
+        ntp[-1],
+    ]
     if doubt:
         cells += [f"not determined: {doubt}", "-", "-", "-"]
     else:
@@ -114,18 +131,38 @@ def plot_laws(curves: dict[int, CurveRecord], path: Path) -> None:
 
     figure = Figure(figsize=(4.4 * len(curves), 3.8), layout="constrained")
     FigureCanvasAgg(figure)
-    for panel, (seed, curve) in zip(figure.subplots(1, len(curves), squeeze=False, sharey=True)[0], curves.items(), strict=True):
+    for panel, (seed, curve) in zip(
+        figure.subplots(1, len(curves), squeeze=False, sharey=True)[0], curves.items(), strict=True
+    ):
         correct = np.array([[mark == "1" for mark in marks] for marks in curve.reasoning])
         fit = fit_scaling(curve.flops, correct.mean(axis=1))
-        interval = bootstrap_scaling(curve.flops, correct, [str(number) for number in range(correct.shape[1])])
+        interval = bootstrap_scaling(
+            curve.flops, correct, [str(number) for number in range(correct.shape[1])]
+        )
         for question, style in (("reasoning", "o"), ("ntp", "^")):
             rates = curve.rates(question)
             means = np.array([100 * rate.mean for rate in rates])
             ends = np.array([[100 * end for end in rate.interval] for rate in rates])
-            panel.errorbar(curve.flops, means, yerr=np.abs(ends.T - means), fmt=style, markersize=3, capsize=1.5, linewidth=0.8, label=question)
+            panel.errorbar(
+                curve.flops,
+                means,
+                yerr=np.abs(ends.T - means),
+                fmt=style,
+                markersize=3,
+                capsize=1.5,
+                linewidth=0.8,
+                label=question,
+            )
         dense = np.geomspace(curve.flops[0], curve.flops[-1], 80)
         panel.plot(dense, 100 * fit.predict(dense), color="C0", linewidth=1.2, label="law")
-        panel.fill_between(curve.flops, 100 * interval.curve_low, 100 * interval.curve_high, color="C0", alpha=0.15, linewidth=0)
+        panel.fill_between(
+            curve.flops,
+            100 * interval.curve_low,
+            100 * interval.curve_high,
+            color="C0",
+            alpha=0.15,
+            linewidth=0,
+        )
         panel.axhline(100 * CHANCE, color="0.6", linestyle=":", linewidth=1)
         panel.set_xscale("log")
         panel.set_title(f"seed {seed}", fontsize=10)

@@ -21,8 +21,18 @@ from rpt_lightning.evaluation.marked_section import replace_section
 from rpt_lightning.evaluation.table import markdown_row, markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE, BEGIN, END = ROOT / "docs" / "families.md", "<!-- made by scripts/family_table.py -->", "<!-- end of families -->"
-WIDTH = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 512, "max_position_embeddings": 256}
+PAGE, BEGIN, END = (
+    ROOT / "docs" / "families.md",
+    "<!-- made by scripts/family_table.py -->",
+    "<!-- end of families -->",
+)
+WIDTH = {
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 256,
+}
 GROUPED = WIDTH | {"intermediate_size": 96, "num_key_value_heads": 1}
 HEADS = GROUPED | {"head_dim": 32}
 GPT = {"vocab_size": 512, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256}
@@ -61,7 +71,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bloom": {"vocab_size": 512, "hidden_size": 64, "n_layer": 2, "n_head": 2},
     "mpt": {"vocab_size": 512, "d_model": 64, "n_layers": 2, "n_heads": 2, "max_seq_len": 256},
     "mixtral": GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2_moe": GROUPED | EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 64, "decoder_sparse_step": 1},
+    "qwen2_moe": GROUPED
+    | EXPERTS
+    | {"num_experts": 4, "shared_expert_intermediate_size": 64, "decoder_sparse_step": 1},
     "qwen3_moe": HEADS | EXPERTS | {"num_experts": 4, "decoder_sparse_step": 1},
     "olmoe": GROUPED | {"num_experts": 4, "num_experts_per_tok": 2},
 }
@@ -110,7 +122,10 @@ def try_family(family: str) -> dict[str, str]:
             row["policy"] = "shares prefixes" if policy.shares_prefixes else "works, without sharing prefixes"
         except ValueError as error:
             return {"policy": _short(error, folder)}
-        for engine in (VLLMEngine(dtype="float32", kv_cache_gib=0.1), HFEngine(dtype="float32", device="cpu")):
+        for engine in (
+            VLLMEngine(dtype="float32", kv_cache_gib=0.1),
+            HFEngine(dtype="float32", device="cpu"),
+        ):
             try:
                 row[type(engine).__name__] = _run(engine, policy, folder)
             except ValueError as error:
@@ -127,7 +142,14 @@ def _run(engine: Any, policy: Any, folder: Path) -> str:
 
     sampling = SamplingSettings(temperature=0.8, max_tokens=24, stop_token_ids=(1,))
     requests = [
-        GenerationRequest(task_id=f"d:{i}", prompt_ids=tuple(range(40 + i, 60 + 3 * i)), n=2, seed=100 * i, sampling=sampling) for i in range(3)
+        GenerationRequest(
+            task_id=f"d:{i}",
+            prompt_ids=tuple(range(40 + i, 60 + 3 * i)),
+            n=2,
+            seed=100 * i,
+            sampling=sampling,
+        )
+        for i in range(3)
     ]
     largest = 0.0
     with engine:
@@ -143,7 +165,9 @@ def _run(engine: Any, policy: Any, folder: Path) -> str:
                     (tree,) = policy.pack([sequence], max_tokens=4096)
                     with torch.no_grad():
                         (logprobs,) = tree.unpack(policy(tree, temperature=0.8)[0])
-                    largest = max(largest, (logprobs - torch.tensor(completion.rollout_logprobs)).abs().max().item())
+                    largest = max(
+                        largest, (logprobs - torch.tensor(completion.rollout_logprobs)).abs().max().item()
+                    )
             with torch.no_grad():
                 for parameter in policy.parameters():
                     parameter.add_(torch.randn_like(parameter), alpha=0.02)
@@ -165,17 +189,26 @@ def row_of(family: str) -> dict[str, str]:
 
 def write_page(rows: dict[str, dict[str, str]]) -> None:
     """Into docs/families.md, between its marks."""
-    lines = [markdown_row(f"`{family}`", [row.get(column, "-") for column in COLUMNS]) for family, row in rows.items()]
+    lines = [
+        markdown_row(f"`{family}`", [row.get(column, "-") for column in COLUMNS])
+        for family, row in rows.items()
+    ]
     table = markdown_table("family (`model_type`)", list(COLUMNS), lines)
-    text = replace_section(PAGE.read_text(encoding="utf-8"), f"{table}\n", begin=BEGIN, end=END, where=str(PAGE))
+    text = replace_section(
+        PAGE.read_text(encoding="utf-8"), f"{table}\n", begin=BEGIN, end=END, where=str(PAGE)
+    )
     PAGE.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("try", help="one family").add_argument("family", choices=list(FAMILIES))
-    verbs.add_parser("run", help="all").add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
+    verbs.add_parser("run", help="all").add_argument(
+        "--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES)
+    )
     arguments = parser.parse_args()
     if arguments.verb == "try":
         print(json.dumps(try_family(arguments.family)))

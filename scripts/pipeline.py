@@ -51,10 +51,15 @@ class Stage:
         self._mark.unlink(missing_ok=True)
         forget_time(self.folder, self.name)
         if self.run_folder is not None and self.run_folder.exists():
-            names = (self.run_folder.with_name(f"{self.run_folder.name}.old-{number}") for number in itertools.count(1))
+            names = (
+                self.run_folder.with_name(f"{self.run_folder.name}.old-{number}")
+                for number in itertools.count(1)
+            )
             aside = next(path for path in names if not path.exists())
             self.run_folder.rename(aside)
-            print(f"an earlier stage runs again, so {self.run_folder} is made anew; the run that was there is now {aside}")
+            print(
+                f"an earlier stage runs again, so {self.run_folder} is made anew; the run that was there is now {aside}"
+            )
 
     def run(self) -> None:
         command = self.command()
@@ -84,8 +89,15 @@ def commit() -> str | None:
     """The commit of this program, "+" behind it where files differ from it; None outside of git."""
     git = ("git", "-C", str(ROOT))
     try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-        changes = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], check=True, capture_output=True, text=True).stdout
+        head = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+" if changes.strip() else "")
@@ -115,7 +127,11 @@ def forget_time(folder: Path, name: str) -> None:
 
 def time_table(stages: Sequence[Stage]) -> str:
     """Minutes of each stage, the installation not counted."""
-    times = {stage.name: seconds for stage in stages if (seconds := read_times(stage.folder).get(stage.name)) is not None}
+    times = {
+        stage.name: seconds
+        for stage in stages
+        if (seconds := read_times(stage.folder).get(stage.name)) is not None
+    }
     rows = [f"  {name:<26}{seconds / 60:6.1f} min" for name, seconds in times.items()]
     return "\n".join(["Time by stage:", *rows, f"  {'together':<26}{sum(times.values()) / 60:6.1f} min"])
 
@@ -137,12 +153,16 @@ def run_stages(stages: Sequence[Stage], *, program: str, again: str) -> None:
             continue
         elapsed = (time.monotonic() - start) / 60
         # What is planned for the rest, scaled by how much slower or faster than planned this machine was so far.
-        left = sum(other.minutes for other in stages[number - 1 :] if other in todo) * (elapsed / planned if planned else 1)
+        left = sum(other.minutes for other in stages[number - 1 :] if other in todo) * (
+            elapsed / planned if planned else 1
+        )
         print(f"=== {title} | {elapsed:.0f} min elapsed, about {left:.0f} min left", flush=True)
         try:
             stage.run()
         except subprocess.CalledProcessError as error:
-            raise SystemExit(f"{program}: {title} failed (exit status {error.returncode}, message above). `{again}` tries it again.") from error
+            raise SystemExit(
+                f"{program}: {title} failed (exit status {error.returncode}, message above). `{again}` tries it again."
+            ) from error
         except KeyboardInterrupt:
             raise SystemExit(f"\n{program}: interrupted in {title}. `{again}` continues there.") from None
         planned += stage.minutes

@@ -20,7 +20,20 @@ from typing import Any
 
 from demo_text import COLD_START, COLD_START_STAGES, RPT, RPT_CONFIG, RPT_STAGES, TASKS, folder_of
 from pipeline import EXECUTABLE, Stage, commit, run_stages, time_table
-from stages import ENGINE, IN_FP32, PRECISION, checkpoint, evaluate, export, fit, flags, report, results_file, say_what_is_special, settings
+from stages import (
+    ENGINE,
+    IN_FP32,
+    PRECISION,
+    checkpoint,
+    evaluate,
+    export,
+    fit,
+    flags,
+    report,
+    results_file,
+    say_what_is_special,
+    settings,
+)
 
 from rpt_lightning.evaluation.cost import FLOPS, total
 from rpt_lightning.evaluation.run import Run, read_run
@@ -49,18 +62,48 @@ class Seed:
         self.ntp = self.folder / "ntp"
         config = settings(RPT_CONFIG)
         self.last_step: int = config["trainer"]["max_steps"]
-        self.earlier_steps = range(config["checkpoint"]["keep_every_n_steps"], self.last_step, config["checkpoint"]["keep_every_n_steps"])
-        self.own_stages = (*(RPT_STAGES if seed == 0 else self._rpt_stages()), *self._checkpoint_stages(), *self._ntp_stages(), self._report())
+        self.earlier_steps = range(
+            config["checkpoint"]["keep_every_n_steps"],
+            self.last_step,
+            config["checkpoint"]["keep_every_n_steps"],
+        )
+        self.own_stages = (
+            *(RPT_STAGES if seed == 0 else self._rpt_stages()),
+            *self._checkpoint_stages(),
+            *self._ntp_stages(),
+            self._report(),
+        )
         self.stages: tuple[Stage, ...] = (*COLD_START_STAGES, *self.own_stages)
 
     def _flags(self, run: Path) -> tuple[str, ...]:
-        return flags({"--seed_everything": self.seed, "--data.seed": self.seed, "--trainer.default_root_dir": run, "--model.policy.path": START})
+        return flags(
+            {
+                "--seed_everything": self.seed,
+                "--data.seed": self.seed,
+                "--trainer.default_root_dir": run,
+                "--model.policy.path": START,
+            }
+        )
 
     def _rpt_stages(self) -> tuple[Stage, ...]:
         return (
-            fit("RPT", self.rpt, RPT_CONFIG, folder=self.folder, minutes=28, options=(*ENGINE, *self._flags(self.rpt))),
+            fit(
+                "RPT",
+                self.rpt,
+                RPT_CONFIG,
+                folder=self.folder,
+                minutes=28,
+                options=(*ENGINE, *self._flags(self.rpt)),
+            ),
             export(self.rpt, folder=self.folder),
-            evaluate("evaluate after RPT", self.rpt / "export", self.after, RPT_CONFIG, folder=self.folder, minutes=5),
+            evaluate(
+                "evaluate after RPT",
+                self.rpt / "export",
+                self.after,
+                RPT_CONFIG,
+                folder=self.folder,
+                minutes=5,
+            ),
         )
 
     def _checkpoint_stages(self) -> tuple[Stage, ...]:
@@ -81,14 +124,33 @@ class Seed:
         )
 
     def _ntp_stages(self) -> tuple[Stage, ...]:
-        options = (*self._flags(self.ntp), *flags({"--trainer.limit_val_batches": 0, "--checkpoint.every_n_steps": NTP_CHECKPOINT_EVERY}))
+        options = (
+            *self._flags(self.ntp),
+            *flags({"--trainer.limit_val_batches": 0, "--checkpoint.every_n_steps": NTP_CHECKPOINT_EVERY}),
+        )
         # Validated apart, at the positions of RPT's validations: the seed of a run is that of its held-out positions too.
         data = settings(RPT_CONFIG)["data"]["init_args"]
         positions = flags({f"--data.{name}": data[name] for name in ("num_eval_tasks", "eval_batch_size")})
-        validate = ("--trainer.default_root_dir", str(self.ntp), "--model.policy.path", str(START), *positions, "--ckpt_path", "last")
+        validate = (
+            "--trainer.default_root_dir",
+            str(self.ntp),
+            "--model.policy.path",
+            str(START),
+            *positions,
+            "--ckpt_path",
+            "last",
+        )
         command = (EXECUTABLE, "validate", "--config", NTP_CONFIG, *PRECISION, *validate)
         return (
-            fit("continual NTP", self.ntp, NTP_CONFIG, folder=self.folder, minutes=12, options=options, budget_like=self.rpt),
+            fit(
+                "continual NTP",
+                self.ntp,
+                NTP_CONFIG,
+                folder=self.folder,
+                minutes=12,
+                options=options,
+                budget_like=self.rpt,
+            ),
             Stage(
                 name="evaluate continual NTP",
                 command=lambda: command,
@@ -100,7 +162,14 @@ class Seed:
         )
 
     def _report(self) -> Stage:
-        return report(self.rpt, (self.ntp,), self.page, before=folder_of("after cold start"), after=self.after, folder=self.folder)
+        return report(
+            self.rpt,
+            (self.ntp,),
+            self.page,
+            before=folder_of("after cold start"),
+            after=self.after,
+            folder=self.folder,
+        )
 
     def check_start(self) -> None:
         """All of a seed is trained from one cold start: stages that are finished are not done again because the demo was made anew."""
@@ -128,11 +197,15 @@ class Seed:
         self._check_cost(rpt, ntp)
         measurements = (
             measured("start", read_results(results_file(folder_of("start"))), step=0, flops=0.0),
-            measured("cold start", read_results(results_file(folder_of("after cold start"))), step=0, flops=0.0),
+            measured(
+                "cold start", read_results(results_file(folder_of("after cold start"))), step=0, flops=0.0
+            ),
             *(self._of_training("RPT", rpt, step) for step in (*self.earlier_steps, self.last_step)),
             self._of_training("continual NTP", ntp, ntp_step),
         )
-        write_record(SeedRecord(seed=self.seed, about=self._about(ntp, ntp_step), measured=measurements), self.record)
+        write_record(
+            SeedRecord(seed=self.seed, about=self._about(ntp, ntp_step), measured=measurements), self.record
+        )
 
     @staticmethod
     def _check_cost(rpt: Run, ntp: Run) -> None:
@@ -162,8 +235,13 @@ class Seed:
             "versions": versions(),
             "cold_start_sha256": (self.folder / "start.sha256").read_text(),
             "cold_start_flops": total(read_run(COLD_START), FLOPS),
-            "learning_rates": [settings(config)["model"]["init_args"]["optimizer"]["init_args"]["lr"] for config in (RPT_CONFIG, NTP_CONFIG)],
-            "ntp_passes": round(ntp_step * settings(NTP_CONFIG)["data"]["init_args"]["documents_per_step"] / documents, 2),
+            "learning_rates": [
+                settings(config)["model"]["init_args"]["optimizer"]["init_args"]["lr"]
+                for config in (RPT_CONFIG, NTP_CONFIG)
+            ],
+            "ntp_passes": round(
+                ntp_step * settings(NTP_CONFIG)["data"]["init_args"]["documents_per_step"] / documents, 2
+            ),
             "shared_stages": [stage.history() for stage in COLD_START_STAGES],
             "stages": [stage.history() for stage in self.own_stages],
         }
@@ -172,9 +250,21 @@ class Seed:
 def machine() -> str:
     """Processor, cores and memory."""
     cpuinfo = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    names = (
+        [
+            line.partition(":")[2].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if cpuinfo.exists()
+        else []
+    )
     name = names[0] if names else platform.processor() or platform.machine()
-    memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB" if hasattr(os, "sysconf") else ""
+    memory = (
+        f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+        if hasattr(os, "sysconf")
+        else ""
+    )
     return f"{name}, {os.cpu_count()} cores{memory}"
 
 
@@ -191,12 +281,17 @@ def versions() -> dict[str, str]:
 def summarise() -> None:
     """All records there are, into docs/results.md."""
     records = [read_record(path) for path in sorted(RECORDS.glob("seed-*.json"))]
-    RESULTS.write_text(replace_section(RESULTS.read_text(encoding="utf-8"), seed_summary(records), where=str(RESULTS)), encoding="utf-8")
+    RESULTS.write_text(
+        replace_section(RESULTS.read_text(encoding="utf-8"), seed_summary(records), where=str(RESULTS)),
+        encoding="utf-8",
+    )
     print(f"{RESULTS}: {len(records)} seeds")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("run", help="one seed").add_argument("--seed", type=int, required=True)
     verbs.add_parser("summary", help="renew the section of docs/results.md")

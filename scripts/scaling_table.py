@@ -33,7 +33,16 @@ LAYERS = {
     "servers, folder": ON_SERVERS,
     "servers, NCCL": ON_SERVERS,
 }
-FLAGS = ["--trainer.strategy.gather_bf16", "true", "--plan.device", "h100", "--plan.model_config", str(MODEL_CONFIG), "--plan.context_tokens", "1920"]
+FLAGS = [
+    "--trainer.strategy.gather_bf16",
+    "true",
+    "--plan.device",
+    "h100",
+    "--plan.model_config",
+    str(MODEL_CONFIG),
+    "--plan.context_tokens",
+    "1920",
+]
 # Devices in all, and how many of them are servers where the trainer does not generate itself.
 SERVERS = {8: 2, 64: 32, 1024: 512}
 GB = 1e9
@@ -62,7 +71,17 @@ def _sized(config: Namespace, name: str, devices: int) -> Namespace:
 
 def render(rows: list[tuple[str, Plan, list[str]]]) -> str:
     """Markdown: times, then memory and traffic, then what was assumed."""
-    columns = ["rollouts", "prompts", "decoding", "training", "sync", "**step**", "overlapped", "longest completion", "first bottleneck"]
+    columns = [
+        "rollouts",
+        "prompts",
+        "decoding",
+        "training",
+        "sync",
+        "**step**",
+        "overlapped",
+        "longest completion",
+        "first bottleneck",
+    ]
     times = [_row(["H100s", *columns]), _row(["---"] * (len(columns) + 1))]
     columns = [
         "rollouts",
@@ -82,9 +101,19 @@ def render(rows: list[tuple[str, Plan, list[str]]]) -> str:
         first = [f"{devices:,}", where]
         seconds = (step.prefill_s, step.decode_s, step.train_s, step.sync_s)
         overlapped = _number(step.overlapped_s) if settings.num_servers else "-"
-        cells = [*map(_number, seconds), f"**{_number(step.step_s)}**", overlapped, _number(step.longest_decode_s), bottleneck(plan)]
+        cells = [
+            *map(_number, seconds),
+            f"**{_number(step.step_s)}**",
+            overlapped,
+            _number(step.longest_decode_s),
+            bottleneck(plan),
+        ]
         times.append(_row([*first, *cells]))
-        host = (8 + settings.optimizer_bytes_per_param) * plan.shape.num_params / settings.num_ranks if settings.cpu_offload else 0.0
+        host = (
+            (8 + settings.optimizer_bytes_per_param) * plan.shape.num_params / settings.num_ranks
+            if settings.cpu_offload
+            else 0.0
+        )
         sizes = (
             fit.total_bytes,
             fit.device_bytes - fit.total_bytes,
@@ -95,7 +124,9 @@ def render(rows: list[tuple[str, Plan, list[str]]]) -> str:
             plan.traffic.server_bytes,
         )
         memory.append(_row([*first, *("-" if size == 0 else _number(size / GB) for size in sizes)]))
-    assumed = dict.fromkeys(text.replace(str(ROOT) + "/", "") for _, _, assumptions in rows for text in assumptions)
+    assumed = dict.fromkeys(
+        text.replace(str(ROOT) + "/", "") for _, _, assumptions in rows for text in assumptions
+    )
     return "\n".join(
         [
             "Estimated seconds of a step. Overlapped: the step if the next rollouts were generated while the policy trains. Longest completion: one of 8,192 "
@@ -134,7 +165,9 @@ def with_tables(text: str, tables: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args()
     sys.argv = sys.argv[:1]  # Lightning's parser warns where the process has arguments of its own
@@ -142,7 +175,9 @@ def main() -> None:
     text = DOCUMENT.read_text()
     updated = with_tables(text, tables)
     if args.check and updated != text:
-        sys.exit(f"{DOCUMENT.relative_to(ROOT)}: not the tables of the plan; run python scripts/scaling_table.py")
+        sys.exit(
+            f"{DOCUMENT.relative_to(ROOT)}: not the tables of the plan; run python scripts/scaling_table.py"
+        )
     if not args.check:
         DOCUMENT.write_text(updated)
         print(tables)

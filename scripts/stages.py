@@ -20,15 +20,22 @@ HAS_VLLM = platform.system() == "Linux"
 IN_FP32 = bf16_is_slow()
 PRECISION = ("--trainer.precision", "32-true") if IN_FP32 else ()
 PREPARE_PRECISION = ("--precision", "32-true") if IN_FP32 else ()
-ENGINE = (*(() if HAS_VLLM else ("--rollout.engine", "HFEngine")), *(("--rollout.engine.dtype", "float32") if IN_FP32 else ()))
+ENGINE = (
+    *(() if HAS_VLLM else ("--rollout.engine", "HFEngine")),
+    *(("--rollout.engine.dtype", "float32") if IN_FP32 else ()),
+)
 
 
 def say_what_is_special(program: str) -> None:
     """What this machine does otherwise than the configurations say."""
     if not HAS_VLLM:
-        print(f"{program}: there is no vLLM for {platform.system()}; transformers makes the rollouts, which takes longer than the times below")
+        print(
+            f"{program}: there is no vLLM for {platform.system()}; transformers makes the rollouts, which takes longer than the times below"
+        )
     if IN_FP32:
-        print(f"{program}: this CPU has no instructions for bf16; everything is computed in fp32, which is faster here")
+        print(
+            f"{program}: this CPU has no instructions for bf16; everything is computed in fp32, which is faster here"
+        )
 
 
 def settings(config: str) -> dict[str, Any]:
@@ -53,9 +60,22 @@ def results_file(run: Path, step: int = 0) -> Path:
     return run / "validation" / f"step-{step:06d}.jsonl"
 
 
-def fit(name: str, run: Path, config: str, *, folder: Path, minutes: float, options: tuple[str, ...] = (), budget_like: Path | None = None) -> Stage:
+def fit(
+    name: str,
+    run: Path,
+    config: str,
+    *,
+    folder: Path,
+    minutes: float,
+    options: tuple[str, ...] = (),
+    budget_like: Path | None = None,
+) -> Stage:
     """Train into ``run`` up to the configuration's last step, or until it has cost as many FLOPs as the run ``budget_like``."""
-    budget = () if budget_like is None else flags({"--budget.like": budget_like, "--budget.by": "flops", "--trainer.max_steps": 100_000})
+    budget = (
+        ()
+        if budget_like is None
+        else flags({"--budget.like": budget_like, "--budget.by": "flops", "--trainer.max_steps": 100_000})
+    )
 
     def command() -> tuple[str, ...]:
         # Stopped before its first checkpoint there is nothing to continue: it starts anew.
@@ -101,13 +121,28 @@ def evaluate(
 
     With ``controls`` it is also asked with thoughts that are not its own. ``options`` are flags besides, by default those of this machine.
     """
-    own: dict[str, object] = {"--model.policy.path": policy, "--trainer.default_root_dir": run, "--trainer.limit_val_batches": 1.0}
-    own |= ({"--rollout.thought_controls": True} if controls else {}) | ({"--ckpt_path": ckpt} if ckpt is not None else {})
+    own: dict[str, object] = {
+        "--model.policy.path": policy,
+        "--trainer.default_root_dir": run,
+        "--trainer.limit_val_batches": 1.0,
+    }
+    own |= ({"--rollout.thought_controls": True} if controls else {}) | (
+        {"--ckpt_path": ckpt} if ckpt is not None else {}
+    )
     command = (EXECUTABLE, "validate", "--config", config, *options, *flags(own))
-    return Stage(name=name, command=lambda: command, output=results_file(run, step), minutes=minutes, folder=folder, feeds_later=False)
+    return Stage(
+        name=name,
+        command=lambda: command,
+        output=results_file(run, step),
+        minutes=minutes,
+        folder=folder,
+        feeds_later=False,
+    )
 
 
-def report(run: Path, others: tuple[Path, ...], output: Path, *, before: Path, after: Path | None, folder: Path) -> Stage:
+def report(
+    run: Path, others: tuple[Path, ...], output: Path, *, before: Path, after: Path | None, folder: Path
+) -> Stage:
     """A page about ``run`` beside others. Takes seconds, so it is always made, of whatever the other stages left.
 
     ``before`` and ``after`` are the evaluations of the model folders that the run began with and that its last checkpoint was exported to; None where the
@@ -122,4 +157,12 @@ def report(run: Path, others: tuple[Path, ...], output: Path, *, before: Path, a
             write_results(replace(read_results(results_file(evaluation)), step=step), results_file(run, step))
         return (EXECUTABLE, "report", *map(str, (run, *others)), "--output", str(output))
 
-    return Stage(name="report", command=command, output=output, minutes=0.2, folder=folder, always=True, feeds_later=False)
+    return Stage(
+        name="report",
+        command=command,
+        output=output,
+        minutes=0.2,
+        folder=folder,
+        always=True,
+        feeds_later=False,
+    )

@@ -30,7 +30,12 @@ class Testbed:
     def of(cls, seed: int) -> Testbed:
         """Seed 0 is the demo's, in the folders that its configurations name; the others have folders of their own."""
         suffix = "" if seed == 0 else f"-seed-{seed}"
-        return cls(seed=seed, folder=Path(f"runs/demo{suffix}"), model=Path(f"models/cups{suffix}"), tasks=Path(f"tasks/demo{suffix}"))
+        return cls(
+            seed=seed,
+            folder=Path(f"runs/demo{suffix}"),
+            model=Path(f"models/cups{suffix}"),
+            tasks=Path(f"tasks/demo{suffix}"),
+        )
 
     @property
     def start(self) -> Path:
@@ -55,15 +60,35 @@ class Testbed:
     def run_flags(self, run: Path, *, policy: Path | None = None) -> tuple[str, ...]:
         """What a run of this seed gives besides its configuration."""
         policy = policy or self.start_model
-        own = {"--seed_everything": self.seed, "--trainer.default_root_dir": run, "--model.policy.path": policy, "--data.seed": self.seed}
+        own = {
+            "--seed_everything": self.seed,
+            "--trainer.default_root_dir": run,
+            "--model.policy.path": policy,
+            "--data.seed": self.seed,
+        }
         return flags(own)
 
     def start_stages(self) -> tuple[Stage, ...]:
         """From nothing to a model that can think and seldom does, and its tasks."""
-        make = (sys.executable, "scripts/make_model.py", "world", "--world", "Cups", "--seed", str(self.seed), "--output", str(self.model))
+        make = (
+            sys.executable,
+            "scripts/make_model.py",
+            "world",
+            "--world",
+            "Cups",
+            "--seed",
+            str(self.seed),
+            "--output",
+            str(self.model),
+        )
         # Each seed has games of its own; those of the start model and those of the tasks have different seeds too.
         games = flags({"--data.source.seed": 2 * self.seed + 1})
-        prepare = {"--source.seed": 2 * self.seed + 2, "--output_dir": self.tasks, "--tokenizer": self.start_model, "--proxy": self.start_model}
+        prepare = {
+            "--source.seed": 2 * self.seed + 2,
+            "--output_dir": self.tasks,
+            "--tokenizer": self.start_model,
+            "--proxy": self.start_model,
+        }
         prepare_command = (EXECUTABLE, "prepare", "--config", PREPARE_CONFIG, *flags(prepare))
         return (
             Stage(name="model", command=lambda: make, output=self.model, minutes=0.1, folder=self.folder),
@@ -76,7 +101,13 @@ class Testbed:
                 options=(*self.run_flags(self.start, policy=self.model), *games),
             ),
             export(self.start, folder=self.folder),
-            Stage(name="prepare", command=lambda: prepare_command, output=self.tasks, minutes=0.4, folder=self.folder),
+            Stage(
+                name="prepare",
+                command=lambda: prepare_command,
+                output=self.tasks,
+                minutes=0.4,
+                folder=self.folder,
+            ),
         )
 
     def before_stage(self) -> Stage:
@@ -94,7 +125,9 @@ class Testbed:
     def data_flags(self) -> tuple[str, ...]:
         return flags({"--data.task_dir": self.tasks, "--data.seed": self.seed})
 
-    def rpt_stage(self, name: str = "RPT", run: Path | None = None, options: tuple[str, ...] = (), minutes: float = 2) -> Stage:
+    def rpt_stage(
+        self, name: str = "RPT", run: Path | None = None, options: tuple[str, ...] = (), minutes: float = 2
+    ) -> Stage:
         run = run or self.rpt
         own = (*ENGINE, *self.run_flags(run), "--data.task_dir", str(self.tasks), *options)
         return fit(name, run, RPT_CONFIG, folder=self.folder, minutes=minutes, options=own)
@@ -102,9 +135,27 @@ class Testbed:
     def ntp_stages(self) -> tuple[Stage, ...]:
         """As many FLOPs as RPT, rollouts included, then the same held-out positions."""
         own = (*self.run_flags(self.ntp), "--data.task_dir", str(self.tasks))
-        validate = (EXECUTABLE, "validate", "--config", NTP_CONFIG, *own, "--trainer.limit_val_batches", "1.0", "--ckpt_path", "last")
+        validate = (
+            EXECUTABLE,
+            "validate",
+            "--config",
+            NTP_CONFIG,
+            *own,
+            "--trainer.limit_val_batches",
+            "1.0",
+            "--ckpt_path",
+            "last",
+        )
         return (
-            fit("continual NTP", self.ntp, NTP_CONFIG, folder=self.folder, minutes=1.2, options=own, budget_like=self.rpt),
+            fit(
+                "continual NTP",
+                self.ntp,
+                NTP_CONFIG,
+                folder=self.folder,
+                minutes=1.2,
+                options=own,
+                budget_like=self.rpt,
+            ),
             Stage(
                 name="evaluate continual NTP",
                 command=lambda: validate,
@@ -116,11 +167,24 @@ class Testbed:
         )
 
     def report_stage(self) -> Stage:
-        return report(self.rpt, (self.ntp,), self.folder / "report.html", before=self.before, after=None, folder=self.folder)
+        return report(
+            self.rpt,
+            (self.ntp,),
+            self.folder / "report.html",
+            before=self.before,
+            after=None,
+            folder=self.folder,
+        )
 
     def stages(self) -> tuple[Stage, ...]:
         """Everything, in order."""
-        return (*self.start_stages(), self.before_stage(), self.rpt_stage(), *self.ntp_stages(), self.report_stage())
+        return (
+            *self.start_stages(),
+            self.before_stage(),
+            self.rpt_stage(),
+            *self.ntp_stages(),
+            self.report_stage(),
+        )
 
     @property
     def last_step(self) -> int:

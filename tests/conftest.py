@@ -76,7 +76,9 @@ def offline_policy(tiny_model_dir, monkeypatch):
     from rpt_lightning.policy import model
 
     load = model._load
-    monkeypatch.setattr(model, "_load", lambda auto_class, path, **kwargs: load(auto_class, str(tiny_model_dir), **kwargs))
+    monkeypatch.setattr(
+        model, "_load", lambda auto_class, path, **kwargs: load(auto_class, str(tiny_model_dir), **kwargs)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -106,7 +108,9 @@ def answering_model_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathF
         input_ids[row, :end] = torch.tensor(prompt_ids + completion_ids)
         labels[row, len(prompt_ids) : end] = torch.tensor(completion_ids)
     for _ in range(60):
-        loss = model(input_ids, labels=labels).loss  # padding stands behind, where causal attention does not look
+        loss = model(
+            input_ids, labels=labels
+        ).loss  # padding stands behind, where causal attention does not look
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -61,7 +61,9 @@ def kill_family(pid: int) -> None:
     """kill -9 for a process, its descendants, and whatever else runs in their sessions: an orphan's parent is no longer known, its session is."""
     sessions = {pid, *(_session(process) for process in _descendants(pid))} - {None, os.getsid(0)}
     end = time.monotonic() + 30
-    while members := [process for process in psutil.process_iter() if _session(process) in sessions and is_alive(process)]:
+    while members := [
+        process for process in psutil.process_iter() if _session(process) in sessions and is_alive(process)
+    ]:
         assert time.monotonic() < end, f"still there: {members}"
         for process in members:
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -21,7 +21,15 @@ FIRST = PositionResult(
     truncated=True,
     length=16,
 )
-SECOND = replace(FIRST, task_id="b:9", doc_id="b", position=9, prediction="é", reasoning_correct=True, empty_thought_correct=False)
+SECOND = replace(
+    FIRST,
+    task_id="b:9",
+    doc_id="b",
+    position=9,
+    prediction="é",
+    reasoning_correct=True,
+    empty_thought_correct=False,
+)
 
 
 def results(*positions: PositionResult) -> Results:

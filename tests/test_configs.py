@@ -32,15 +32,31 @@ def instantiate(monkeypatch, *configs, flags=()):
 
 @pytest.mark.parametrize("config", RUNS, ids=lambda path: path.stem)
 def test_run_config(config, offline_policy, monkeypatch, tmp_path):
-    cli = instantiate(monkeypatch, config, flags=["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path)])
+    cli = instantiate(
+        monkeypatch,
+        config,
+        flags=["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path)],
+    )
     assert cli.trainer.max_steps == yaml.safe_load(config.read_text())["trainer"]["max_steps"]
     optimizer = cli.model.make_optimizer([torch.nn.Parameter(torch.zeros(1))])
-    assert optimizer.param_groups[0]["lr"] == yaml.safe_load(config.read_text())["model"]["init_args"]["optimizer"]["init_args"]["lr"]
+    assert (
+        optimizer.param_groups[0]["lr"]
+        == yaml.safe_load(config.read_text())["model"]["init_args"]["optimizer"]["init_args"]["lr"]
+    )
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda path: path.stem)
 def test_strategy_over_the_paper_run(strategy, offline_policy, monkeypatch, tmp_path):
-    flags = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.default_root_dir", str(tmp_path), "--model.optimizer.lr", "2e-6"]
+    flags = [
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.devices",
+        "1",
+        "--trainer.default_root_dir",
+        str(tmp_path),
+        "--model.optimizer.lr",
+        "2e-6",
+    ]
     cli = instantiate(monkeypatch, CONFIGS / "14b.yaml", strategy, flags=flags)
     expected = {"ddp": "DDPStrategy", "single": "SingleDeviceStrategy"}
     assert type(cli.trainer.strategy).__name__ == expected.get(strategy.stem, "ShardedStrategy")
@@ -50,9 +66,14 @@ def test_strategy_over_the_paper_run(strategy, offline_policy, monkeypatch, tmp_
 @pytest.mark.parametrize("run", ["debug", "14b"])
 def test_rollouts_elsewhere_over_a_run(run, offline_policy, monkeypatch, tmp_path):
     flags = ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path)]
-    cli = instantiate(monkeypatch, CONFIGS / f"{run}.yaml", SERVERS, CONFIGS / "rollout" / "asynchronous.yaml", flags=flags)
+    cli = instantiate(
+        monkeypatch, CONFIGS / f"{run}.yaml", SERVERS, CONFIGS / "rollout" / "asynchronous.yaml", flags=flags
+    )
     (callback,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, RolloutCallback)]
-    assert (callback.max_staleness, callback.group_size) == (1, yaml.safe_load((CONFIGS / f"{run}.yaml").read_text())["rollout"]["group_size"])
+    assert (callback.max_staleness, callback.group_size) == (
+        1,
+        yaml.safe_load((CONFIGS / f"{run}.yaml").read_text())["rollout"]["group_size"],
+    )
     assert (cli.model.correction, cli.model.micro_batch_tokens) == (
         "truncate",
         yaml.safe_load((CONFIGS / f"{run}.yaml").read_text())["model"]["init_args"]["micro_batch_tokens"],
@@ -65,7 +86,14 @@ def test_rollouts_elsewhere_over_a_run(run, offline_policy, monkeypatch, tmp_pat
 
 @pytest.mark.parametrize("data", DATA, ids=lambda path: path.stem)
 def test_data_elsewhere_over_the_paper_run(data, offline_policy, monkeypatch, tmp_path):
-    flags = ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path), "--data.task_dir", "s3://bucket/omnimath"]
+    flags = [
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.default_root_dir",
+        str(tmp_path),
+        "--data.task_dir",
+        "s3://bucket/omnimath",
+    ]
     cli = instantiate(monkeypatch, CONFIGS / "14b.yaml", data, flags=flags)
     assert (cli.datamodule.task_dir, cli.datamodule.items_per_step) == ("s3://bucket/omnimath", 256)
 
@@ -75,7 +103,11 @@ def test_paper_run_is_the_papers_table_5():
     rollout, data, model = config["rollout"], config["data"]["init_args"], config["model"]["init_args"]
     assert (data["tasks_per_step"], rollout["group_size"], rollout["temperature"]) == (256, 8, 0.8)
     assert model["optimizer"]["init_args"] == {"lr": 1e-6, "betas": [0.9, 0.999], "weight_decay": 0.01}
-    assert (rollout["max_prompt_tokens"], rollout["max_completion_tokens"], model["gradient_clip"]) == (4096, 8192, 0.2)
+    assert (rollout["max_prompt_tokens"], rollout["max_completion_tokens"], model["gradient_clip"]) == (
+        4096,
+        8192,
+        0.2,
+    )
     assert (config["trainer"]["max_steps"], rollout["dynamic_sampling_from_step"]) == (1000, 500)
 
 
@@ -92,7 +124,9 @@ def test_prepare_config(config):
     assert isinstance(parsed.source, CorpusSource)
 
 
-@pytest.mark.parametrize("config", [*RUNS, *STRATEGIES, *ROLLOUTS, *DATA, *PREPARE], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "config", [*RUNS, *STRATEGIES, *ROLLOUTS, *DATA, *PREPARE], ids=lambda path: path.stem
+)
 def test_header_says_command_hardware_time_and_result(config):
     header = " ".join(line for line in config.read_text().splitlines() if line.startswith("#"))
     assert "rpt " in header or "make " in header

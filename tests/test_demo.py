@@ -15,7 +15,9 @@ from sample_results import FIRST
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
-demo, testbed, stages, pipeline = (importlib.import_module(name) for name in ("demo", "testbed", "stages", "pipeline"))
+demo, testbed, stages, pipeline = (
+    importlib.import_module(name) for name in ("demo", "testbed", "stages", "pipeline")
+)
 NUM_POSITIONS = 120
 
 
@@ -61,8 +63,14 @@ def test_a_demo_that_works_says_so_with_counts_and_intervals(capsys: pytest.Capt
     bed = leave(lambda number: number % 20 != 1)  # 114 of 120
     assert demo.show(bed)
     output = capsys.readouterr().out
-    assert "After RPT the model is right at 95.0 % [89.5, 97.7] of 120 held-out positions by reasoning; before it was 16.7 % [11.1, 24.3]." in output
-    assert "Next-token training at the same FLOPs reaches 16.7 % [11.1, 24.3] at the same positions: RPT is 78.3 points [" in output
+    assert (
+        "After RPT the model is right at 95.0 % [89.5, 97.7] of 120 held-out positions by reasoning; before it was 16.7 % [11.1, 24.3]."
+        in output
+    )
+    assert (
+        "Next-token training at the same FLOPs reaches 16.7 % [11.1, 24.3] at the same positions: RPT is 78.3 points ["
+        in output
+    )
     assert "FAILED" not in output
     assert (bed.folder / "summary.png").stat().st_size > 10_000
     assert "78.3 points" in (bed.folder / "summary.md").read_text()
@@ -72,12 +80,19 @@ def test_a_demo_that_shows_too_little_fails_and_says_why(capsys: pytest.CaptureF
     """+52.5 points, but the interval begins below 50."""
     bed = leave(lambda number: number % 6 == 0 or number % 8 < 5)
     assert not demo.show(bed)
-    assert "demo: FAILED. The interval of RPT's lead should lie above 50 points and begins at 4" in capsys.readouterr().out
+    assert (
+        "demo: FAILED. The interval of RPT's lead should lie above 50 points and begins at 4"
+        in capsys.readouterr().out
+    )
 
 
 def test_commands_of_a_seed_do_not_touch_another_seeds_folders() -> None:
     def commands(seed: int) -> list[str]:
-        return [" ".join(stage.command()) for stage in testbed.Testbed.of(seed).stages() if stage.name not in ("export start", "report")]
+        return [
+            " ".join(stage.command())
+            for stage in testbed.Testbed.of(seed).stages()
+            if stage.name not in ("export start", "report")
+        ]
 
     first, second = commands(0), commands(1)
     assert len(first) == len(second) == 7
@@ -85,16 +100,31 @@ def test_commands_of_a_seed_do_not_touch_another_seeds_folders() -> None:
         assert "runs/demo-seed-1" in other or "models/cups-seed-1" in other
         assert "seed-1" not in one
     names = [stage.name for stage in testbed.Testbed.of(0).stages()]
-    assert names == ["model", "start model", "export start", "prepare", "evaluate before", "RPT", "continual NTP", "evaluate continual NTP", "report"]
+    assert names == [
+        "model",
+        "start model",
+        "export start",
+        "prepare",
+        "evaluate before",
+        "RPT",
+        "continual NTP",
+        "evaluate continual NTP",
+        "report",
+    ]
 
 
 def test_seed_0_is_what_the_configurations_name() -> None:
     """A user who types the commands of the headers gets the demo's own run."""
     bed = testbed.Testbed.of(0)
     start, rpt, ntp, prepare = (
-        stages.settings(config) for config in (testbed.START_CONFIG, testbed.RPT_CONFIG, testbed.NTP_CONFIG, testbed.PREPARE_CONFIG)
+        stages.settings(config)
+        for config in (testbed.START_CONFIG, testbed.RPT_CONFIG, testbed.NTP_CONFIG, testbed.PREPARE_CONFIG)
     )
-    assert [Path(run["trainer"]["default_root_dir"]) for run in (start, rpt, ntp)] == [bed.start, bed.rpt, bed.ntp]
+    assert [Path(run["trainer"]["default_root_dir"]) for run in (start, rpt, ntp)] == [
+        bed.start,
+        bed.rpt,
+        bed.ntp,
+    ]
     assert [Path(run["model"]["init_args"]["policy"]["init_args"]["path"]) for run in (start, rpt, ntp)] == [
         bed.model,
         bed.start_model,
@@ -102,12 +132,17 @@ def test_seed_0_is_what_the_configurations_name() -> None:
     ]
     assert [Path(run["data"]["init_args"]["task_dir"]) for run in (rpt, ntp)] == [bed.tasks] * 2
     assert Path(prepare["output_dir"]) == bed.tasks
-    games = [config["init_args"]["seed"] for config in (start["data"]["init_args"]["source"], prepare["source"])]
+    games = [
+        config["init_args"]["seed"] for config in (start["data"]["init_args"]["source"], prepare["source"])
+    ]
     assert games == [1, 2]
     # The last step is validated, which is what the verdict rests on.
     assert rpt["trainer"]["max_steps"] % rpt["trainer"]["val_check_interval"] == 0
     # The rival has the same rate and reads the same positions.
     rates = [run["model"]["init_args"]["optimizer"]["init_args"] for run in (rpt, ntp)]
     assert rates[0] == rates[1]
-    held_out = [{name: run["data"]["init_args"][name] for name in ("num_eval_tasks", "eval_min_entropy")} for run in (rpt, ntp)]
+    held_out = [
+        {name: run["data"]["init_args"][name] for name in ("num_eval_tasks", "eval_min_entropy")}
+        for run in (rpt, ntp)
+    ]
     assert held_out[0] == held_out[1]

@@ -24,7 +24,9 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def stage(name: str, code: str, **options):
     command = (sys.executable, "-c", f"open('log', 'a').write('{name} '); {code}")
-    return pipeline.Stage(name=name, command=lambda: command, output=Path(name), minutes=1, folder=FOLDER, **options)
+    return pipeline.Stage(
+        name=name, command=lambda: command, output=Path(name), minutes=1, folder=FOLDER, **options
+    )
 
 
 def run(*sequence) -> None:
@@ -41,7 +43,9 @@ def touch(name: str) -> str:
 
 def test_a_failed_demo_continues_with_the_stage_that_failed(capfd: pytest.CaptureFixture[str]):
     one, three = stage("one", touch("one")), stage("three", touch("three"))
-    with pytest.raises(SystemExit, match=r"stage 2 of 3: two failed \(exit status 3.*`make demo-text` tries it again"):
+    with pytest.raises(
+        SystemExit, match=r"stage 2 of 3: two failed \(exit status 3.*`make demo-text` tries it again"
+    ):
         run(one, stage("two", "raise SystemExit(3)"), three)
     assert Path("log").read_text() == "one two "
 
@@ -50,14 +54,20 @@ def test_a_failed_demo_continues_with_the_stage_that_failed(capfd: pytest.Captur
     assert Path("log").read_text() == "one two two three "
     assert "stage 1 of 3: one: finished before, skipped" in capfd.readouterr().out
 
-    Path("two").unlink()  # what a finished stage left behind was removed: it is made again, and so is what was made from it
+    Path(
+        "two"
+    ).unlink()  # what a finished stage left behind was removed: it is made again, and so is what was made from it
     run(one, two, three)
     assert Path("log").read_text() == "one two two three two three "
 
 
 def test_time_by_stage_counts_every_try_and_forgets_what_is_made_again():
     nap = "import time; time.sleep(0.2); "
-    first, second, third = stage("one", nap + touch("one")), stage("two", nap + touch("two")), stage("three", touch("three"))
+    first, second, third = (
+        stage("one", nap + touch("one")),
+        stage("two", nap + touch("two")),
+        stage("three", touch("three")),
+    )
     with pytest.raises(SystemExit):
         run(first, stage("two", nap + "raise SystemExit(3)"), third)
     failed = pipeline.read_times(FOLDER)
@@ -68,7 +78,13 @@ def test_time_by_stage_counts_every_try_and_forgets_what_is_made_again():
     done = pipeline.read_times(FOLDER)
     assert done["one"] == failed["one"]  # skipped
     assert done["two"] > failed["two"]
-    assert [row.split()[0] for row in pipeline.time_table((first, second, third)).splitlines()] == ["Time", "one", "two", "three", "together"]
+    assert [row.split()[0] for row in pipeline.time_table((first, second, third)).splitlines()] == [
+        "Time",
+        "one",
+        "two",
+        "three",
+        "together",
+    ]
 
     pipeline.write_times(FOLDER, dict.fromkeys(done, 6000.0))
     Path("two").unlink()
@@ -81,8 +97,13 @@ def test_time_by_stage_counts_every_try_and_forgets_what_is_made_again():
     assert sum(times.values()) > 6000.0
 
 
-def test_a_policy_that_is_trained_again_is_evaluated_again_but_not_the_reverse(monkeypatch: pytest.MonkeyPatch):
-    measure, page = stage("measure", touch("measure"), feeds_later=False), stage("page", touch("page"), feeds_later=False, always=True)
+def test_a_policy_that_is_trained_again_is_evaluated_again_but_not_the_reverse(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    measure, page = (
+        stage("measure", touch("measure"), feeds_later=False),
+        stage("page", touch("page"), feeds_later=False, always=True),
+    )
     sequence = (stage("data", touch("data")), measure, demo_fit(), stage("export", touch("export")), page)
     monkeypatch.setattr(pipeline.Stage, "run", run_without_training := fake_fit(pipeline.Stage.run))
     run(*sequence)
@@ -138,29 +159,50 @@ def test_a_fit_that_was_killed_behind_its_last_checkpoint_is_finished():
 
 @pytest.mark.parametrize("in_fp32", [False, True])
 @pytest.mark.parametrize(
-    ("system", "options"), [("Linux", ()), ("Darwin", ("--rollout.engine", "HFEngine")), ("Windows", ("--rollout.engine", "HFEngine"))]
+    ("system", "options"),
+    [
+        ("Linux", ()),
+        ("Darwin", ("--rollout.engine", "HFEngine")),
+        ("Windows", ("--rollout.engine", "HFEngine")),
+    ],
 )
-def test_engine_and_precision_are_those_of_the_machine(system, options, in_fp32, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_engine_and_precision_are_those_of_the_machine(
+    system, options, in_fp32, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.setattr("platform.system", lambda: system)
     monkeypatch.setattr("rpt_lightning.training.cpu_precision.bf16_is_slow", lambda: in_fp32)
-    for name in ("demo_text", "stages", "pipeline"):  # what the machine is good at is found out while they are imported
+    for name in (
+        "demo_text",
+        "stages",
+        "pipeline",
+    ):  # what the machine is good at is found out while they are imported
         monkeypatch.delitem(sys.modules, name)
     module = importlib.import_module("demo_text")
-    commands = {stage.name: stage.command() for stage in module.STAGES if stage.name.split()[0] not in ("export", "report")}
+    commands = {
+        stage.name: stage.command()
+        for stage in module.STAGES
+        if stage.name.split()[0] not in ("export", "report")
+    }
     module.say_what_is_special("demo-text")
     for name in ("evaluate start", "evaluate after cold start", "RPT", "evaluate after RPT"):
         assert ("HFEngine" in commands[name]) == bool(options)
         # A class named behind its arguments would drop them.
-        assert " ".join((*options, *(("--rollout.engine.dtype", "float32") if in_fp32 else ()))) in " ".join(commands[name])
+        assert " ".join((*options, *(("--rollout.engine.dtype", "float32") if in_fp32 else ()))) in " ".join(
+            commands[name]
+        )
         assert ("float32" in commands[name]) == ("32-true" in commands[name]) == in_fp32
     assert "HFEngine" not in commands["cold start"]  # it learns from text
     assert ("32-true" in commands["cold start"]) == ("32-true" in commands["prepare"]) == in_fp32
     assert (f"no vLLM for {system}" in capsys.readouterr().out) == bool(options)
 
 
-def test_the_report_shows_the_table_and_names_the_plot(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_the_report_shows_the_table_and_names_the_plot(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     for name, right in (("start", False), ("after cold start", False), ("after RPT", True)):
-        write_results(results(replace(FIRST, reasoning_correct=right), SECOND), demo.results_file(demo.folder_of(name)))
+        write_results(
+            results(replace(FIRST, reasoning_correct=right), SECOND), demo.results_file(demo.folder_of(name))
+        )
     demo.RPT.mkdir(parents=True)
     (demo.RPT / "steps.jsonl").write_text('{"step": 1, "reward/mean": 0.25}\n')
     demo.show()
@@ -181,7 +223,11 @@ def run_folder(*names: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("files", "resumes"), [(("config.yaml", "checkpoints/step-000010.ckpt"), True), (("config.yaml", "checkpoints/x.partial"), False)]
+    ("files", "resumes"),
+    [
+        (("config.yaml", "checkpoints/step-000010.ckpt"), True),
+        (("config.yaml", "checkpoints/x.partial"), False),
+    ],
 )
 def test_a_fit_continues_from_its_last_checkpoint_or_starts_over(files: tuple[str, ...], resumes: bool):
     run_folder(*files)
@@ -190,15 +236,26 @@ def test_a_fit_continues_from_its_last_checkpoint_or_starts_over(files: tuple[st
 
 
 def test_export_takes_the_newest_checkpoint():
-    run = run_folder("checkpoints/step-000010.ckpt", "checkpoints/step-000009.ckpt", "checkpoints/step-000011.ckpt.partial")
+    run = run_folder(
+        "checkpoints/step-000010.ckpt", "checkpoints/step-000009.ckpt", "checkpoints/step-000011.ckpt.partial"
+    )
     assert "run/checkpoints/step-000010.ckpt" in stages.export(run, folder=FOLDER).command()
 
 
 def test_the_reports_run_has_the_results_of_its_first_and_last_policy():
     run_folder("checkpoints/step-000060.ckpt", "checkpoints/step-000080.ckpt")
     for name, right in (("before", False), ("after", True)):
-        write_results(results(replace(FIRST, reasoning_correct=right), SECOND), stages.results_file(Path(name)))
-    page = stages.report(Path("run"), (Path("other"),), Path("report.html"), before=Path("before"), after=Path("after"), folder=FOLDER)
+        write_results(
+            results(replace(FIRST, reasoning_correct=right), SECOND), stages.results_file(Path(name))
+        )
+    page = stages.report(
+        Path("run"),
+        (Path("other"),),
+        Path("report.html"),
+        before=Path("before"),
+        after=Path("after"),
+        folder=FOLDER,
+    )
     assert page.command()[1:] == ("report", "run", "other", "--output", "report.html")
     first, last = (read_results(stages.results_file(Path("run"), step)) for step in (0, 80))
     assert (first.step, first.positions[0].reasoning_correct) == (0, False)
@@ -206,4 +263,8 @@ def test_the_reports_run_has_the_results_of_its_first_and_last_policy():
 
 
 def test_each_stage_leaves_something_of_its_own():
-    assert len({stage.name for stage in demo.STAGES}) == len({stage.output for stage in demo.STAGES}) == len(demo.STAGES)
+    assert (
+        len({stage.name for stage in demo.STAGES})
+        == len({stage.output for stage in demo.STAGES})
+        == len(demo.STAGES)
+    )

@@ -16,7 +16,8 @@ from sample_results import FIRST
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 arms, records, page, evidence, scaling = (
-    importlib.import_module(name) for name in ("evidence_arms", "evidence_records", "evidence_page", "evidence", "evidence_scaling")
+    importlib.import_module(name)
+    for name in ("evidence_arms", "evidence_records", "evidence_page", "evidence", "evidence_scaling")
 )
 
 
@@ -32,7 +33,9 @@ def leave_run(folder: Path, reasoning: str, ntp: str) -> Path:
                 length=10 + number)
         for number, (one, two) in enumerate(zip(reasoning, ntp, strict=True))
     )  # fmt: skip
-    write_results(Results(positions=positions, policy_path="p", step=2), folder / "validation" / "step-000002.jsonl")
+    write_results(
+        Results(positions=positions, policy_path="p", step=2), folder / "validation" / "step-000002.jsonl"
+    )
     steps = [
         {
             "step": step,
@@ -49,7 +52,9 @@ def leave_run(folder: Path, reasoning: str, ntp: str) -> Path:
 
 
 def record(reasoning: str, ntp: str) -> object:
-    return records.measure(leave_run(Path("run"), reasoning, ntp), about={"commands": ["rpt fit"], "commit": "abc", "seconds": 3})
+    return records.measure(
+        leave_run(Path("run"), reasoning, ntp), about={"commands": ["rpt fit"], "commit": "abc", "seconds": 3}
+    )
 
 
 def test_an_arm_is_kept_as_it_was() -> None:
@@ -151,10 +156,19 @@ def test_a_scaling_curve_is_measured_kept_and_shown() -> None:
     for step in steps:
         num_right = round(400 * (0.9 - 0.5 / step**0.5))
         positions = tuple(
-            replace(FIRST, task_id=f"g{number:03}:9", doc_id=f"g{number}", reasoning_correct=number < num_right, ntp_correct=number < 40)
+            replace(
+                FIRST,
+                task_id=f"g{number:03}:9",
+                doc_id=f"g{number}",
+                reasoning_correct=number < num_right,
+                ntp_correct=number < 40,
+            )
             for number in range(400)
         )
-        write_results(Results(positions=positions, policy_path="p", step=step), run / "validation" / f"step-{step:06d}.jsonl")
+        write_results(
+            Results(positions=positions, policy_path="p", step=step),
+            run / "validation" / f"step-{step:06d}.jsonl",
+        )
     curve = scaling.measure_curve(run, about={"commands": ["rpt fit"], "seconds": 3})
     assert curve.steps == steps
     assert curve.flops == tuple(1e9 * step for step in steps)

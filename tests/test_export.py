@@ -43,7 +43,10 @@ def trained(module: NTPModule):
 @pytest.fixture
 def checkpoint(module: NTPModule) -> dict[str, Any]:
     """What Lightning puts into a file, as far as export sees it."""
-    content: dict[str, Any] = {"state_dict": module.state_dict(), "optimizer_states": [{"unused": torch.zeros(3)}]}
+    content: dict[str, Any] = {
+        "state_dict": module.state_dict(),
+        "optimizer_states": [{"unused": torch.zeros(3)}],
+    }
     module.on_save_checkpoint(content)
     return content
 
@@ -53,7 +56,9 @@ def save(content: object, path: Path) -> str:
     return str(path)
 
 
-def test_the_folder_computes_what_the_policy_computed(checkpoint, trained, tiny_model_dir: Path, tmp_path: Path):
+def test_the_folder_computes_what_the_policy_computed(
+    checkpoint, trained, tiny_model_dir: Path, tmp_path: Path
+):
     export(save(checkpoint, tmp_path / "last.ckpt"), str(tmp_path / "new" / "hf"))
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "hf")
     torch.testing.assert_close(exported(TOKENS).logits, trained(TOKENS).logits, rtol=0, atol=0)
@@ -80,8 +85,12 @@ def test_the_tokenizer_and_the_end_tokens_come_along(checkpoint, tiny_model_dir:
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").generation_config.eos_token_id == [0, 1]
 
 
-def test_sampling_defaults_that_contradict_themselves_are_kept_as_they_are(checkpoint, tiny_model_dir: Path, tmp_path: Path):
-    export_with_generation_config('{"temperature": 0.6, "do_sample": false, "eos_token_id": 1}', checkpoint, tiny_model_dir, tmp_path)
+def test_sampling_defaults_that_contradict_themselves_are_kept_as_they_are(
+    checkpoint, tiny_model_dir: Path, tmp_path: Path
+):
+    export_with_generation_config(
+        '{"temperature": 0.6, "do_sample": false, "eos_token_id": 1}', checkpoint, tiny_model_dir, tmp_path
+    )
     written = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert (written["temperature"], written["eos_token_id"]) == (0.6, 1)
 
@@ -89,7 +98,12 @@ def test_sampling_defaults_that_contradict_themselves_are_kept_as_they_are(check
 def test_a_tied_head_may_be_absent(checkpoint, trained, tmp_path: Path):
     del checkpoint["state_dict"]["policy.model.lm_head.weight"]
     export(save(checkpoint, tmp_path / "last.ckpt"), str(tmp_path / "hf"))
-    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(TOKENS).logits, trained(TOKENS).logits, rtol=0, atol=0)
+    torch.testing.assert_close(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(TOKENS).logits,
+        trained(TOKENS).logits,
+        rtol=0,
+        atol=0,
+    )
 
 
 def test_dtype_is_what_was_asked_for(checkpoint, trained, tmp_path: Path):
@@ -115,9 +129,15 @@ def test_what_is_not_our_checkpoint_is_named(checkpoint, tmp_path: Path):
     save(Path, tmp_path / "class.ckpt")  # would be unpickled by code: refused by weights_only
     norm = "policy.model.model.norm.weight"
     weights = checkpoint["state_dict"]
-    save({**checkpoint, "state_dict": {name: tensor for name, tensor in weights.items() if name != norm}}, tmp_path / "short.ckpt")
+    save(
+        {**checkpoint, "state_dict": {name: tensor for name, tensor in weights.items() if name != norm}},
+        tmp_path / "short.ckpt",
+    )
     save({**checkpoint, "state_dict": {**weights, norm: torch.zeros(3)}}, tmp_path / "misshapen.ckpt")
-    save({**checkpoint, "rpt": {**checkpoint["rpt"], "policy_path": str(tmp_path / "gone")}}, tmp_path / "moved.ckpt")
+    save(
+        {**checkpoint, "rpt": {**checkpoint["rpt"], "policy_path": str(tmp_path / "gone")}},
+        tmp_path / "moved.ckpt",
+    )
 
     for name, message in {
         "missing.ckpt": "no such file",
@@ -142,7 +162,9 @@ def test_shards_are_put_together(checkpoint, trained, tmp_path: Path):
     folder = tmp_path / "step-000001.ckpt"
     weights = checkpoint.pop("state_dict")
     optimizer = {"exp_avg": torch.zeros(3)}
-    torch.distributed.checkpoint.save({"state_dict": weights, "optimizer_0": optimizer}, checkpoint_id=folder, no_dist=True)
+    torch.distributed.checkpoint.save(
+        {"state_dict": weights, "optimizer_0": optimizer}, checkpoint_id=folder, no_dist=True
+    )
     save(checkpoint, folder / "meta.pt")
     export(str(folder), str(tmp_path / "hf"))
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
@@ -152,7 +174,9 @@ def test_shards_are_put_together(checkpoint, trained, tmp_path: Path):
 def test_never_more_than_one_file_is_in_memory(checkpoint, trained, tmp_path: Path, monkeypatch):
     """Shards of an untied, bf16 export, in files of at most 200 kB."""
     folder = tmp_path / "step-000001.ckpt"
-    torch.distributed.checkpoint.save({"state_dict": checkpoint.pop("state_dict")}, checkpoint_id=folder, no_dist=True)
+    torch.distributed.checkpoint.save(
+        {"state_dict": checkpoint.pop("state_dict")}, checkpoint_id=folder, no_dist=True
+    )
     save(checkpoint, folder / "meta.pt")
     loaded, load = [], checkpoint_file.load
 
@@ -197,11 +221,15 @@ def test_the_tokenizers_own_files_are_copied(checkpoint, tiny_model_dir: Path, t
     assert written == settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
-def test_a_tokenizer_that_was_repaired_is_exported_right_for_all_readers(checkpoint, tiny_model_dir: Path, tmp_path: Path):
+def test_a_tokenizer_that_was_repaired_is_exported_right_for_all_readers(
+    checkpoint, tiny_model_dir: Path, tmp_path: Path
+):
     """The class that the folder names is another family's: AutoTokenizer loses the spaces of the source's texts, not of the exported folder's."""
     source = Path(shutil.copytree(tiny_model_dir, tmp_path / "source"))
     settings = json.loads((source / "tokenizer_config.json").read_text())
-    (source / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "LlamaTokenizerFast"}))
+    (source / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"tokenizer_class": "LlamaTokenizerFast"})
+    )
     broken = AutoTokenizer.from_pretrained(source)
     assert broken.decode(broken.encode("hello world  1")) == "helloworld1"
     checkpoint["rpt"]["policy_path"] = str(source)
@@ -224,16 +252,29 @@ def test_rotary_frequencies_stand_under_their_older_names_too(checkpoint, tmp_pa
     export(save(checkpoint, tmp_path / "last.ckpt"), str(tmp_path / "hf"))
     written = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 1000000.0
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.rope_parameters["rope_theta"] == 1000000.0
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.rope_parameters["rope_theta"]
+        == 1000000.0
+    )
 
 
 def test_weights_that_are_not_finite_are_refused_by_name(checkpoint, tmp_path: Path):
     weights = checkpoint["state_dict"]
     norm, query = "policy.model.model.norm.weight", "policy.model.model.layers.1.self_attn.q_proj.weight"
     for name, dtype, value, message in [
-        (norm, "float32", float("nan"), r"as float32, 1 \(model\.norm\.weight\) of its weights hold NaN or infinity; export an earlier checkpoint"),
+        (
+            norm,
+            "float32",
+            float("nan"),
+            r"as float32, 1 \(model\.norm\.weight\) of its weights hold NaN or infinity; export an earlier checkpoint",
+        ),
         (query, "bfloat16", float("inf"), r"as bfloat16, 1 \(model\.layers\.1\.self_attn\.q_proj\.weight\) "),
-        (norm, "float16", 70000.0, r"as float16, 1 \(model\.norm\.weight\) .*give --dtype float32 or bfloat16"),
+        (
+            norm,
+            "float16",
+            70000.0,
+            r"as float16, 1 \(model\.norm\.weight\) .*give --dtype float32 or bfloat16",
+        ),
     ]:
         damaged = weights[name].clone()
         damaged.view(-1)[3] = value
@@ -249,7 +290,9 @@ def test_a_flipped_bit_is_refused(checkpoint, tmp_path: Path):
     weight = checkpoint["state_dict"]["policy.model.model.layers.1.mlp.up_proj.weight"]
     content[content.index(weight.numpy().tobytes()) + 1000] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"^--ckpt {path} is not a whole checkpoint: its part .* does not have its checksum"):
+    with pytest.raises(
+        ValueError, match=rf"^--ckpt {path} is not a whole checkpoint: its part .* does not have its checksum"
+    ):
         export(str(path), str(tmp_path / "hf"))
     assert not (tmp_path / "hf").exists()
 
@@ -270,7 +313,12 @@ print("RESULT", token, logprob.logprob)
 def test_vllm_loads_the_folder(checkpoint, trained, tmp_path: Path):
     export(save(checkpoint, tmp_path / "last.ckpt"), str(tmp_path / "hf"))
     # A process of its own: vLLM takes over the threads and the seeds of the one it runs in.
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     command = [sys.executable, "-c", VLLM_LOGPROBS, str(tmp_path / "hf"), json.dumps(TOKENS[0].tolist())]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -18,10 +18,16 @@ def test_imports_go_one_way():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", ["types", "cli", "evaluation.summary", "evaluation.report.command", "export"])
+@pytest.mark.parametrize(
+    "name", ["types", "cli", "evaluation.summary", "evaluation.report.command", "export"]
+)
 def test_heavy_libraries_stay_in_their_adapters(name: str):
     """Only their users pay for what these cost to import (lightning takes seconds) and do to a process (vllm takes over its threads)."""
     heavy = {"vllm", "litdata", "lightning", "datasets"}
-    done = run(sys.executable, "-c", f"import sys, rpt_lightning.{name}; print(*sorted({heavy} & sys.modules.keys()))")
+    done = run(
+        sys.executable,
+        "-c",
+        f"import sys, rpt_lightning.{name}; print(*sorted({heavy} & sys.modules.keys()))",
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""

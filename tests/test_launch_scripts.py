@@ -29,9 +29,17 @@ def arguments(script, folder, given, **environment):
     for name in ("srun", "torchrun"):
         (folder / name).write_text('#!/bin/bash\nprintf "%s\\n" "$0" "$@"\n')
         (folder / name).chmod(0o755)
-    variables = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "TORCHRUN": str(folder / "torchrun")} | environment
+    variables = (
+        os.environ
+        | {"PATH": f"{folder}:{os.environ['PATH']}", "TORCHRUN": str(folder / "torchrun")}
+        | environment
+    )
     done = subprocess.run(
-        [script, *given] if script.suffix == ".sh" else ["bash", script, *given], env=variables, text=True, capture_output=True, timeout=20
+        [script, *given] if script.suffix == ".sh" else ["bash", script, *given],
+        env=variables,
+        text=True,
+        capture_output=True,
+        timeout=20,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -50,7 +58,9 @@ GIVEN = ["--config", "configs/14b.yaml", "--trainer.default_root_dir", "a folder
     ],
     ids=["slurm", "torchrun"],
 )
-def test_they_start_a_run_that_the_command_line_accepts(script, environment, tmp_path, offline_policy, monkeypatch):
+def test_they_start_a_run_that_the_command_line_accepts(
+    script, environment, tmp_path, offline_policy, monkeypatch
+):
     from rpt_lightning.lightning_cli import make_cli
 
     started = arguments(script, tmp_path, GIVEN, **environment)
@@ -59,7 +69,16 @@ def test_they_start_a_run_that_the_command_line_accepts(script, environment, tmp
     assert "a folder" in flags  # quoted
     # The verb's own --ckpt_path is checked in tests/cli/test_runs.py; here everything else is parsed, for one CPU.
     monkeypatch.chdir(ROOT)
-    one = ["--trainer.num_nodes", "1", "--trainer.devices", "1", "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path)]
+    one = [
+        "--trainer.num_nodes",
+        "1",
+        "--trainer.devices",
+        "1",
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.default_root_dir",
+        str(tmp_path),
+    ]
     cli = make_cli(run=False, args=[*flags[:-6], *one])
     assert type(cli.trainer.strategy).__name__ == "ShardedStrategy"
     assert (cli.trainer.strategy.gather_bf16, cli.trainer.strategy.cpu_offload) == (True, True)
@@ -83,4 +102,6 @@ def test_kubernetes_job_is_whole():
     assert int(port) == service["spec"]["ports"][0]["port"]
     assert service["spec"]["selector"] == pod["metadata"]["labels"]
     assert (ROOT / container["command"][0]).stat().st_mode & 0o100
-    assert all(variable in (LAUNCH / "torchrun.sh").read_text() for variable in environment.keys() - {"HF_HOME"})
+    assert all(
+        variable in (LAUNCH / "torchrun.sh").read_text() for variable in environment.keys() - {"HF_HOME"}
+    )

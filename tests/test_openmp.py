@@ -28,7 +28,11 @@ def environment(**variables: str) -> dict[str, str]:
     """As of a user who has set nothing, on a machine that computes on its CPU."""
     # vLLM on a CPU preloads OpenMP's runtime into the processes that follow; an earlier test may have started it in this one.
     set_here = ("OMP_", "GOMP_", "KMP_", "LD_PRELOAD")
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(set_here) and name not in RANKS}
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(set_here) and name not in RANKS
+    }
     return inherited | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT / "src")} | variables
 
 
@@ -51,13 +55,21 @@ def test_where_nothing_is_set_threads_sleep_and_it_is_said_once():
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_a_users_own_choice_stays_and_nothing_is_said(name: str):
-    own = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "200", "KMP_LIBRARY": "turnaround"}[name]
+    own = {
+        "OMP_WAIT_POLICY": "ACTIVE",
+        "GOMP_SPINCOUNT": "1000",
+        "KMP_BLOCKTIME": "200",
+        "KMP_LIBRARY": "turnaround",
+    }[name]
     done = run(COMMAND, "prepare", **{name: own})
     assert done.stdout == ("ACTIVE\n" if name == VARIABLE else "None\n")
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize(("num_threads", "policy"), [("1", "None"), (" 1 ", "None"), ("2", "PASSIVE"), ("16", "PASSIVE"), ("4,1", "PASSIVE")])
+@pytest.mark.parametrize(
+    ("num_threads", "policy"),
+    [("1", "None"), (" 1 ", "None"), ("2", "PASSIVE"), ("16", "PASSIVE"), ("4,1", "PASSIVE")],
+)
 def test_one_thread_waits_for_none(num_threads: str, policy: str):
     assert is_to_be_set({"OMP_NUM_THREADS": num_threads}, computes_on_cpu=True) is (policy == "PASSIVE")
 
@@ -78,9 +90,16 @@ def test_with_a_gpu_nothing_is_set(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("rank", "says"),
-    [({}, True), ({"RANK": "0", "LOCAL_RANK": "0"}, True), ({"RANK": "3", "LOCAL_RANK": "0"}, False), ({"SLURM_PROCID": "1"}, False)],
+    [
+        ({}, True),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, True),
+        ({"RANK": "3", "LOCAL_RANK": "0"}, False),
+        ({"SLURM_PROCID": "1"}, False),
+    ],
 )
-def test_of_several_ranks_the_first_says_it_and_all_have_it(rank: dict[str, str], says: bool, monkeypatch, capsys):
+def test_of_several_ranks_the_first_says_it_and_all_have_it(
+    rank: dict[str, str], says: bool, monkeypatch, capsys
+):
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     variables = {"CUDA_VISIBLE_DEVICES": "", **rank}
     let_threads_sleep(variables)
@@ -96,9 +115,19 @@ def test_after_torch_it_would_be_too_late(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("args", [["compare"], ["prepare", "--help"], ["prepare", "--print_config"], ["prepare", "--print_config=comments"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["compare"],
+        ["prepare", "--help"],
+        ["prepare", "--print_config"],
+        ["prepare", "--print_config=comments"],
+    ],
+)
 def test_commands_that_only_read_or_show_say_nothing(args: list[str]):
-    assert run(COMMAND.replace("CHILD], check", "CHILD], stderr=subprocess.DEVNULL, check"), *args).stderr == ""
+    assert (
+        run(COMMAND.replace("CHILD], check", "CHILD], stderr=subprocess.DEVNULL, check"), *args).stderr == ""
+    )
 
 
 def test_the_runtime_that_torch_loads_obeys():

@@ -47,7 +47,9 @@ def is_gone(pid: int) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_test_leaves_nothing(number):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    with subprocess.Popen([sys.executable, "-c", TEST], stdout=subprocess.PIPE, text=True, env=environment) as test:
+    with subprocess.Popen(
+        [sys.executable, "-c", TEST], stdout=subprocess.PIPE, text=True, env=environment
+    ) as test:
         server, orphan = map(int, test.stdout.readline().split())
         wait_until(lambda: status(server) == psutil.STATUS_STOPPED)
         assert not is_gone(orphan)

@@ -53,12 +53,23 @@ def make_small(config):
     data = config["data"]["init_args"]
     data |= {name: value for name, value in SMALL_DATA.items() if name in data}
     if "rollout" in config:
-        config["rollout"] |= {"group_size": 4, "max_prompt_tokens": 100, "max_completion_tokens": 6, "temperature": 1.0}
+        config["rollout"] |= {
+            "group_size": 4,
+            "max_prompt_tokens": 100,
+            "max_completion_tokens": 6,
+            "temperature": 1.0,
+        }
         config["rollout"]["engine"] = {"class_path": "HFEngine", "init_args": {"dtype": "float32"}}
         config["checkpoint"] = {"every_n_steps": EVERY, "keep_every_n_steps": EVERY}
 
 
-SMALL_DATA = {"tasks_per_step": 4, "num_eval_tasks": NUM_POSITIONS, "eval_batch_size": 12, "traces_per_step": 8, "documents_per_step": 1}
+SMALL_DATA = {
+    "tasks_per_step": 4,
+    "num_eval_tasks": NUM_POSITIONS,
+    "eval_batch_size": 12,
+    "traces_per_step": 8,
+    "documents_per_step": 1,
+}
 
 
 def reproduction(project, *arguments):
@@ -81,7 +92,10 @@ def test_a_seed_of_another_cold_start_is_not_gone_on_with(project):
     (seed / "start.sha256").write_text(hashlib.sha256(b"those weights").hexdigest())
     status, output = reproduction(project, "run", "--seed", "1")
     assert status == 1
-    assert "runs/reproduction/seed-1 was trained from another cold start than what runs/demo-text/cold-start/export holds now" in output
+    assert (
+        "runs/reproduction/seed-1 was trained from another cold start than what runs/demo-text/cold-start/export holds now"
+        in output
+    )
 
 
 @pytest.mark.long
@@ -107,7 +121,10 @@ def test_two_seeds_from_nothing_to_the_summary(project):
     file = project / "runs/reproduction/seed-1/after-RPT/validation/step-000000.jsonl"
     for one, path in (
         (record.last("RPT"), file),
-        (record.last("continual NTP"), next((project / "runs/reproduction/seed-1/ntp/validation").glob("*.jsonl"))),
+        (
+            record.last("continual NTP"),
+            next((project / "runs/reproduction/seed-1/ntp/validation").glob("*.jsonl")),
+        ),
     ):
         truth = read_results(path).positions
         assert len(truth) == NUM_POSITIONS
@@ -115,7 +132,9 @@ def test_two_seeds_from_nothing_to_the_summary(project):
             (p.task_id, p.reasoning_correct, p.ntp_correct) for p in truth
         ]
     # rpt scaling, of the run's folder, has the record's points.
-    assert [curve.compute for curve in scaling_curves(rpt)] == [curve.compute for curve in scaling_curves(record.as_run())]
+    assert [curve.compute for curve in scaling_curves(rpt)] == [
+        curve.compute for curve in scaling_curves(record.as_run())
+    ]
 
     # Seed 0 takes over what the demo makes, here the cold start; a finished seed has nothing left to do.
     status, output = reproduction(project, "run", "--seed", "0")

@@ -16,7 +16,10 @@ CONFIG = Path(__file__).resolve().parents[1] / "configs" / "rlvr.yaml"
 
 
 def write_questions(path: Path, number: int, offset: int = 0) -> Path:
-    rows = [{"problem": f"What is {offset + index + 4} - {offset + index}?", "answer": "\\frac{8}{2}"} for index in range(number)]
+    rows = [
+        {"problem": f"What is {offset + index + 4} - {offset + index}?", "answer": "\\frac{8}{2}"}
+        for index in range(number)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -25,7 +28,13 @@ def write_questions(path: Path, number: int, offset: int = 0) -> Path:
 def config(answering_model_dir, tmp_path):
     """The config itself, with a model, questions and an engine of this machine's size."""
     values = yaml.safe_load(CONFIG.read_text())
-    values["trainer"] |= {"accelerator": "cpu", "devices": 1, "precision": "32-true", "max_steps": 4, "val_check_interval": 4}
+    values["trainer"] |= {
+        "accelerator": "cpu",
+        "devices": 1,
+        "precision": "32-true",
+        "max_steps": 4,
+        "val_check_interval": 4,
+    }
     values["trainer"]["default_root_dir"] = str(tmp_path / "run")
     values["model"]["init_args"]["policy"]["init_args"] = {"path": str(answering_model_dir)}
     values["model"]["init_args"]["optimizer"]["init_args"]["lr"] = 1e-3
@@ -33,7 +42,12 @@ def config(answering_model_dir, tmp_path):
         path = write_questions(tmp_path / f"{part}.jsonl", number, offset)
         values["data"]["init_args"][part] = {"class_path": "JsonlQuestions", "init_args": {"path": str(path)}}
     values["data"]["init_args"] |= {"tasks_per_step": 4}
-    values["rollout"] |= {"max_prompt_tokens": 128, "max_completion_tokens": 32, "temperature": 1.0, "eval_samples": 4}
+    values["rollout"] |= {
+        "max_prompt_tokens": 128,
+        "max_completion_tokens": 32,
+        "temperature": 1.0,
+        "eval_samples": 4,
+    }
     values["rollout"]["engine"] = {"class_path": "HFEngine", "init_args": {"dtype": "float32"}}
     values["rollout"]["objective"]["init_args"]["reward"]["init_args"] = {"num_workers": 1}
     values["samples"] = {"every_n_steps": 1}
@@ -64,7 +78,11 @@ def test_a_run_learns_from_checked_answers_and_is_compared_with_its_start(config
     steps = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2, 3, 4]
     assert {"answers/timeouts", "answers/check_errors", "answers/unreadable"} <= steps[0].keys()
-    rollouts = [json.loads(line) for path in sorted((run / "rollouts").glob("*.jsonl")) for line in path.read_text().splitlines()]
+    rollouts = [
+        json.loads(line)
+        for path in sorted((run / "rollouts").glob("*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
     for rollout in rollouts:
         assert rollout["truth"] == ["\\frac{8}{2}"]
         assert rollout["reward"] == float(rollout["prediction"] == "4")
@@ -72,9 +90,13 @@ def test_a_run_learns_from_checked_answers_and_is_compared_with_its_start(config
     assert steps[-1]["reward/mean"] > steps[0]["reward/mean"]
 
     before, after = (read_question_results(run / "answers" / f"step-{step:06d}.jsonl") for step in (0, 4))
-    assert [question.question_id for question in after.questions] == [f"heldout:{number}" for number in (1, 2, 3, 4)]
+    assert [question.question_id for question in after.questions] == [
+        f"heldout:{number}" for number in (1, 2, 3, 4)
+    ]
     assert (after.benchmark, after.step, after.temperature, after.num_samples) == ("Skywork-OR1", 4, 1.0, 4)
-    assert sum(question.num_right for question in after.questions) > sum(question.num_right for question in before.questions)
+    assert sum(question.num_right for question in after.questions) > sum(
+        question.num_right for question in before.questions
+    )
     assert all(question.direct_prediction in ("4", "5") for question in before.questions)
 
     status, output = rpt("compare", run)
@@ -92,4 +114,7 @@ def test_questions_and_an_objective_for_positions_do_not_fit(config, rpt):
     config.write_text(yaml.safe_dump(values))
     status, output = rpt("validate", "--config", config)
     assert status == 1
-    assert "held-out questions are checked by AnswerReward, and the objective's reward is PrefixMatchReward" in output
+    assert (
+        "held-out questions are checked by AnswerReward, and the objective's reward is PrefixMatchReward"
+        in output
+    )

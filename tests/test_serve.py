@@ -32,7 +32,12 @@ def flags(tiny_model_dir: Path, tmp_path: Path) -> list[str]:
     return [
         *("--config", str(CONFIGS / "debug.yaml"), "--config", str(CONFIGS / "rollout" / "servers.yaml")),
         *("--model.policy.path", str(tiny_model_dir), "--rollout.engine.dtype", "float32"),
-        *("--trainer.default_root_dir", str(tmp_path / "run"), "--rollout.engine.api_key_file", str(tmp_path / "server.key")),
+        *(
+            "--trainer.default_root_dir",
+            str(tmp_path / "run"),
+            "--rollout.engine.api_key_file",
+            str(tmp_path / "server.key"),
+        ),
     ]
 
 
@@ -45,7 +50,9 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Servers]:
     return found
 
 
-def test_servers_are_started_as_the_run_will_ask_for_them(flags, started, tiny_model_dir: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_servers_are_started_as_the_run_will_ask_for_them(
+    flags, started, tiny_model_dir: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
     monkeypatch.setenv("RPT_SERVER_KEY", SECRET)
     assert cli.main(["serve", *flags, "--seed_everything", "7", "--serve.max_num_seqs", "16"]) == 0
     (servers,) = started
@@ -75,7 +82,9 @@ def test_servers_are_started_as_the_run_will_ask_for_them(flags, started, tiny_m
     assert SECRET not in shown.out + shown.err + repr([spec.command for spec in servers.specs])
 
 
-def test_a_missing_key_is_made_once_and_only_its_owner_can_read_it(flags, started, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_missing_key_is_made_once_and_only_its_owner_can_read_it(
+    flags, started, tmp_path: Path, monkeypatch, capsys
+) -> None:
     monkeypatch.delenv("RPT_SERVER_KEY", raising=False)
     assert cli.main(["serve", *flags]) == 0
     file = tmp_path / "server.key"
@@ -94,11 +103,17 @@ def test_a_missing_key_is_made_once_and_only_its_owner_can_read_it(flags, starte
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--rollout.engine.api_key_file", "null"], "there is no key. Set the environment variable RPT_SERVER_KEY"),
+        (
+            ["--rollout.engine.api_key_file", "null"],
+            "there is no key. Set the environment variable RPT_SERVER_KEY",
+        ),
         (["--rollout.engine.api_key_file", "null", "--serve.host", "0.0.0.0"], "there is no key"),
         (["--serve.urls", "[http://127.0.0.1:9]"], "none of rollout.engine.urls="),
         (["--rollout.engine.urls", "[http://10.1.2.3:8000]"], r"none of rollout.engine.urls="),
-        (["--rollout.engine.urls", "[http://10.1.2.3:8000]", "--serve.urls", "[http://10.1.2.3:8000]"], "nobody would reach http://10.1.2.3:8000"),
+        (
+            ["--rollout.engine.urls", "[http://10.1.2.3:8000]", "--serve.urls", "[http://10.1.2.3:8000]"],
+            "nobody would reach http://10.1.2.3:8000",
+        ),
         (["--rollout.engine.urls", "[http://127.0.0.1]"], "names no port"),
         (["--rollout.engine", "HFEngine"], "rollout.engine is not VLLMServerEngine"),
     ],
@@ -123,7 +138,9 @@ def test_nodes_that_share_a_folder_have_logs_of_their_own() -> None:
 
 def test_which_addresses_only_this_machine_reaches() -> None:
     assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "127.8.9.1")] == [True] * 4
-    assert [is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.5", "no-such-host.invalid")] == [False] * 4
+    assert [is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.5", "no-such-host.invalid")] == [
+        False
+    ] * 4
 
 
 @pytest.mark.parametrize(
@@ -131,12 +148,36 @@ def test_which_addresses_only_this_machine_reaches() -> None:
     [
         ({"type": "http", "method": "GET", "path": "/health", "headers": []}, True),
         ({"type": "lifespan"}, True),
-        ({"type": "http", "method": "POST", "path": "/collective_rpc", "headers": [(b"authorization", f"Bearer {SECRET}".encode())]}, True),
+        (
+            {
+                "type": "http",
+                "method": "POST",
+                "path": "/collective_rpc",
+                "headers": [(b"authorization", f"Bearer {SECRET}".encode())],
+            },
+            True,
+        ),
         ({"type": "http", "method": "POST", "path": "/collective_rpc", "headers": []}, False),
         ({"type": "http", "method": "POST", "path": "/health", "headers": []}, False),
         ({"type": "http", "method": "OPTIONS", "path": "/collective_rpc", "headers": []}, False),
-        ({"type": "http", "method": "POST", "path": "/collective_rpc", "headers": [(b"authorization", b"Bearer x")]}, False),
-        ({"type": "http", "method": "POST", "path": "/collective_rpc", "headers": [(b"authorization", SECRET.encode())]}, False),
+        (
+            {
+                "type": "http",
+                "method": "POST",
+                "path": "/collective_rpc",
+                "headers": [(b"authorization", b"Bearer x")],
+            },
+            False,
+        ),
+        (
+            {
+                "type": "http",
+                "method": "POST",
+                "path": "/collective_rpc",
+                "headers": [(b"authorization", SECRET.encode())],
+            },
+            False,
+        ),
         ({"type": "websocket", "path": "/v1/realtime", "headers": []}, False),
     ],
 )
@@ -160,11 +201,15 @@ def test_the_guard(scope, is_let_through, monkeypatch) -> None:
 
 
 def spec(tmp_path: Path, script: str, *, url: str = "http://127.0.0.1:1") -> ServerSpec:
-    return ServerSpec(url=url, command=(sys.executable, "-c", script), devices=None, log_file=tmp_path / "server.log")
+    return ServerSpec(
+        url=url, command=(sys.executable, "-c", script), devices=None, log_file=tmp_path / "server.log"
+    )
 
 
 def test_a_server_that_does_not_come_up_is_shown_by_its_last_words(tmp_path: Path) -> None:
-    servers = Servers([spec(tmp_path, "raise SystemExit('no room on this device')")], key=SECRET, restart=True, hung_s=900.0)
+    servers = Servers(
+        [spec(tmp_path, "raise SystemExit('no room on this device')")], key=SECRET, restart=True, hung_s=900.0
+    )
     with pytest.raises(RuntimeError, match=r"(?s)ended while it started.*no room on this device"):
         servers.run(ready_timeout_s=60)
     slow = spec(tmp_path, "import time; time.sleep(600)")
@@ -176,10 +221,14 @@ def test_a_server_that_does_not_come_up_is_shown_by_its_last_words(tmp_path: Pat
 
 def test_a_port_on_which_another_process_answers_is_refused(tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{free_port()}"
-    other = Guarded([sys.executable, "-c", ANSWERS.format(port=url.rpartition(":")[2])], stdout=subprocess.DEVNULL)
+    other = Guarded(
+        [sys.executable, "-c", ANSWERS.format(port=url.rpartition(":")[2])], stdout=subprocess.DEVNULL
+    )
     try:
         wait_for(lambda: is_up(url))
-        servers = Servers([spec(tmp_path, "import time; time.sleep(600)", url=url)], key=SECRET, restart=True, hung_s=900.0)
+        servers = Servers(
+            [spec(tmp_path, "import time; time.sleep(600)", url=url)], key=SECRET, restart=True, hung_s=900.0
+        )
         with pytest.raises(ValueError, match=f"another process answers at {url}"):
             servers.run(ready_timeout_s=60)
     finally:
@@ -187,7 +236,10 @@ def test_a_port_on_which_another_process_answers_is_refused(tmp_path: Path) -> N
     assert servers._processes == {}
 
 
-@pytest.mark.parametrize(("name", "value"), [("hung_s", 0.0), ("tensor_parallel_size", 0), ("gpu_memory_utilization", 1.5), ("kv_cache_gib", -1.0)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("hung_s", 0.0), ("tensor_parallel_size", 0), ("gpu_memory_utilization", 1.5), ("kv_cache_gib", -1.0)],
+)
 def test_settings_that_cannot_be_are_named(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"--serve.{name} {value} must be"):
         ServeSettings(**{name: value})
@@ -208,7 +260,12 @@ http.server.HTTPServer(("127.0.0.1", {port}), Handler).serve_forever()
 
 def test_a_server_that_hangs_is_started_again(tmp_path: Path, capfd) -> None:
     port = free_port()
-    servers = Servers([spec(tmp_path, ANSWERS.format(port=port), url=f"http://127.0.0.1:{port}")], key=SECRET, restart=True, hung_s=4.0)
+    servers = Servers(
+        [spec(tmp_path, ANSWERS.format(port=port), url=f"http://127.0.0.1:{port}")],
+        key=SECRET,
+        restart=True,
+        hung_s=4.0,
+    )
 
     def watched() -> list[int]:
         """Processes that were asked whether they hang, one a start."""
@@ -232,7 +289,9 @@ def test_a_server_that_hangs_is_started_again(tmp_path: Path, capfd) -> None:
 
 def call(url: str, path: str, *, key: str | None = None, body: object = None) -> int:
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    request = urllib.request.Request(url + path, data=None if body is None else json.dumps(body).encode(), headers=headers)
+    request = urllib.request.Request(
+        url + path, data=None if body is None else json.dumps(body).encode(), headers=headers
+    )
     try:
         with urllib.request.urlopen(request, timeout=30) as response:
             return response.status
@@ -258,31 +317,75 @@ def is_up(url: str) -> bool:
 
 @pytest.mark.long
 @pytest.mark.vllm
-@pytest.mark.skipif(sys.platform != "linux" or importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
+@pytest.mark.skipif(
+    sys.platform != "linux" or importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here"
+)
 def test_a_real_server_from_start_to_end(flags, tiny_task_dir: Path, tmp_path: Path) -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    environment = {name: value for name, value in os.environ.items() if name != "RPT_SERVER_KEY"} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "rpt_lightning.cli", "serve", *flags, "--rollout.engine.urls", f"[{url}]", "--serve.kv_cache_gib", "0.25"]
+    environment = {name: value for name, value in os.environ.items() if name != "RPT_SERVER_KEY"} | {
+        "OMP_NUM_THREADS": "1"
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "rpt_lightning.cli",
+        "serve",
+        *flags,
+        "--rollout.engine.urls",
+        f"[{url}]",
+        "--serve.kv_cache_gib",
+        "0.25",
+    ]
     output = tmp_path / "serve.log"
     with output.open("w") as file:
-        serve = Guarded([*command, "--serve.max_num_seqs", "8"], stdout=file, stderr=subprocess.STDOUT, env=environment)
+        serve = Guarded(
+            [*command, "--serve.max_num_seqs", "8"], stdout=file, stderr=subprocess.STDOUT, env=environment
+        )
     try:
         wait_for(lambda: "1 servers are ready" in output.read_text() or not serve.is_running)
         assert serve.is_running, output.read_text()
         key = (tmp_path / "server.key").read_text().strip()
         # Every way to the weights needs the key; vLLM's own guard leaves those outside /v1 and /inference open.
-        for path in ("/collective_rpc", "/update_weights", "/inference/v1/generate", "/v1/completions", "/update_weight_version", "/pause"):
+        for path in (
+            "/collective_rpc",
+            "/update_weights",
+            "/inference/v1/generate",
+            "/v1/completions",
+            "/update_weight_version",
+            "/pause",
+        ):
             assert [call(url, path, body={}), call(url, path, body={}, key="wrong")] == [401, 401], path
-        assert [call(url, "/weight_info"), call(url, "/metrics"), call(url, "/weight_info", key=key)] == [401, 401, 200]
+        assert [call(url, "/weight_info"), call(url, "/metrics"), call(url, "/weight_info", key=key)] == [
+            401,
+            401,
+            200,
+        ]
         assert call(url, "/collective_rpc", body={"method": "rpt_describe"}, key=key) == 200
         # The key is in no command line and no log.
-        family = subprocess.run(["ps", "-ww", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+        family = subprocess.run(
+            ["ps", "-ww", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True
+        ).stdout
         assert "rpt_lightning.rollout.server_key" in family
         assert key not in family
         # A whole run on it: every update is verified by version, tensors and log-probs.
-        fit = [sys.executable, "-m", "rpt_lightning.cli", "fit", *flags, "--rollout.engine.urls", f"[{url}]", "--trainer.max_steps", "2"]
-        fit += ["--data.task_dir", str(tiny_task_dir), "--rollout.engine.transport.folder", str(tmp_path / "weights")]
+        fit = [
+            sys.executable,
+            "-m",
+            "rpt_lightning.cli",
+            "fit",
+            *flags,
+            "--rollout.engine.urls",
+            f"[{url}]",
+            "--trainer.max_steps",
+            "2",
+        ]
+        fit += [
+            "--data.task_dir",
+            str(tiny_task_dir),
+            "--rollout.engine.transport.folder",
+            str(tmp_path / "weights"),
+        ]
         done = subprocess.run(fit, capture_output=True, text=True, env=environment, timeout=900)
         assert done.returncode == 0, done.stdout + done.stderr
         steps = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
@@ -298,8 +401,12 @@ def test_a_real_server_from_start_to_end(flags, tiny_task_dir: Path, tmp_path: P
         serve.process.terminate()
         assert serve.process.wait(120) == 0
         assert not is_up(url)
-        left = subprocess.run(["ps", "-ww", "-eo", "pid,stat,args"], capture_output=True, text=True, check=True).stdout
+        left = subprocess.run(
+            ["ps", "-ww", "-eo", "pid,stat,args"], capture_output=True, text=True, check=True
+        ).stdout
         assert str(port) not in left
-        assert key not in output.read_text() + (tmp_path / "run" / "servers" / f"server-{port}.log").read_text()
+        assert (
+            key not in output.read_text() + (tmp_path / "run" / "servers" / f"server-{port}.log").read_text()
+        )
     finally:
         serve.kill()

@@ -45,7 +45,9 @@ def main(args: Sequence[str] | None = None) -> int:
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     command = args[0] if args else "--help"
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
-    if command in _COMPUTING and not any(arg in ("-h", "--help") or arg.startswith("--print_config") for arg in args):
+    if command in _COMPUTING and not any(
+        arg in ("-h", "--help") or arg.startswith("--print_config") for arg in args
+    ):
         let_threads_sleep(os.environ)
     try:
         if command in ("-h", "--help"):
@@ -69,7 +71,9 @@ def main(args: Sequence[str] | None = None) -> int:
         elif (tool := " ".join(args[:2])) in TOOLS or (tool := command) in TOOLS:
             _run_tool(tool, args[len(tool.split()) :])
         else:
-            raise ValueError(f"'{command}' is not a command of rpt; choose from {', '.join([*LIGHTNING_VERBS, *TOOLS])}, or see rpt --help")
+            raise ValueError(
+                f"'{command}' is not a command of rpt; choose from {', '.join([*LIGHTNING_VERBS, *TOOLS])}, or see rpt --help"
+            )
     except KeyboardInterrupt:
         print("rpt: interrupted", file=sys.stderr)
         return 130
@@ -93,10 +97,15 @@ def _is_of_own_code(error: Exception) -> bool:
 
     That is a frame of a file that is neither this package's, nor an installed library's, nor Python's.
     """
-    known = [str(Path(__file__).parent), *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}]
+    known = [
+        str(Path(__file__).parent),
+        *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")},
+    ]
     frames = traceback.walk_tb(error.__traceback__)
     return any(
-        os.path.isabs(file) and "site-packages" not in file and not file.startswith(tuple(folder + os.sep for folder in known))
+        os.path.isabs(file)
+        and "site-packages" not in file
+        and not file.startswith(tuple(folder + os.sep for folder in known))
         for file in (frame.f_code.co_filename for frame, _ in frames)
     )
 
@@ -163,10 +172,17 @@ def _run_tool(tool: str, args: list[str]) -> None:
 
 
 def _help() -> str:
-    lines = ["usage: rpt COMMAND [--config FILE ...] [--KEY VALUE ...]", "", "Reinforcement Pre-Training (arXiv:2506.08007) on Lightning.", ""]
+    lines = [
+        "usage: rpt COMMAND [--config FILE ...] [--KEY VALUE ...]",
+        "",
+        "Reinforcement Pre-Training (arXiv:2506.08007) on Lightning.",
+        "",
+    ]
     for title, commands in (("training and validation", LIGHTNING_VERBS), ("tools", TOOLS)):
         lines += [f"{title}:", *(f"  {name:<19} {text}" for name, text in commands.items()), ""]
-    lines.append("rpt COMMAND --help lists what can be set; rpt fit --config FILE --print_config prints the whole configuration.")
+    lines.append(
+        "rpt COMMAND --help lists what can be set; rpt fit --config FILE --print_config prints the whole configuration."
+    )
     return "\n".join(lines)
 
 

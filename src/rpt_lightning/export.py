@@ -14,7 +14,13 @@ import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
@@ -30,7 +36,14 @@ from rpt_lightning.training.checkpoint_file import SavedPolicy, check_about, rea
 MAX_FILE_SIZE = "5GB"
 # All that a tokenizer is read from. A chat template may lie in a file of its own.
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
+    *(
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+        "chat_template.json",
+    ),
     *("vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "tokenizer.model.v3", "tekken.json"),
 )
 
@@ -82,7 +95,9 @@ def _skeleton(saved: SavedPolicy, ckpt: str, dtype: torch.dtype) -> PreTrainedMo
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config).to(dtype)  # type: ignore[no-untyped-call]
     model.tie_weights()
-    own = dict(model.named_parameters())  # a tied head under one of its names, the other may or may not be in the checkpoint
+    own = dict(
+        model.named_parameters()
+    )  # a tied head under one of its names, the other may or may not be in the checkpoint
     absent = [name for name in own if name not in saved.shapes]
     unexpected = [name for name in saved.shapes if name not in model.state_dict()]
     if absent or unexpected:
@@ -91,7 +106,9 @@ def _skeleton(saved: SavedPolicy, ckpt: str, dtype: torch.dtype) -> PreTrainedMo
         )
     misshapen = [name for name, parameter in own.items() if saved.shapes[name] != parameter.shape]
     if misshapen:
-        raise ValueError(f"--ckpt {ckpt}: its weights do not have the shapes of its own config: {', '.join(misshapen[:3])}")
+        raise ValueError(
+            f"--ckpt {ckpt}: its weights do not have the shapes of its own config: {', '.join(misshapen[:3])}"
+        )
     return model
 
 
@@ -100,7 +117,9 @@ def _save_streamed(model: PreTrainedModel, saved: SavedPolicy, folder: Path, ckp
     skeleton: dict[str, Tensor] = dict(model.named_parameters())
     split = split_torch_state_dict_into_shards(skeleton, max_shard_size=MAX_FILE_SIZE)
     for file, names in split.filename_to_tensors.items():
-        tensors = {name: tensor.to(skeleton[name].dtype).contiguous() for name, tensor in saved.read(names).items()}
+        tensors = {
+            name: tensor.to(skeleton[name].dtype).contiguous() for name, tensor in saved.read(names).items()
+        }
         _check_finite(tensors, ckpt, model.dtype)
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
@@ -113,7 +132,10 @@ def _save_streamed(model: PreTrainedModel, saved: SavedPolicy, folder: Path, ckp
 
 def _save_converted(model: PreTrainedModel, saved: SavedPolicy, folder: Path, ckpt: str) -> None:
     """Families whose files hold other tensors or names than the model (experts apart, say): transformers converts them back, of the whole model in memory."""
-    weights = {name: tensor.to(model.dtype) for name, tensor in saved.read([name for name, _ in model.named_parameters()]).items()}
+    weights = {
+        name: tensor.to(model.dtype)
+        for name, tensor in saved.read([name for name, _ in model.named_parameters()]).items()
+    }
     _check_finite(weights, ckpt, model.dtype)
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
@@ -138,16 +160,25 @@ def _check_finite(weights: dict[str, Tensor], ckpt: str, dtype: torch.dtype) -> 
         way_out = "export an earlier checkpoint"
         if dtype == torch.float16:  # which ends at 65,504
             way_out = f"give --dtype float32 or bfloat16, or {way_out}"
-        raise ValueError(f"--ckpt {ckpt}: as {str(dtype).removeprefix('torch.')}, {some(bad)} of its weights hold NaN or infinity; {way_out}")
+        raise ValueError(
+            f"--ckpt {ckpt}: as {str(dtype).removeprefix('torch.')}, {some(bad)} of its weights hold NaN or infinity; {way_out}"
+        )
 
 
 def _write_config(folder: Path, model: PreTrainedModel) -> None:
     """Adds what older readers need to the config.json that transformers wrote, and reads it back: it must still say the same here."""
     path = folder / CONFIG_NAME
-    path.write_text(json.dumps(with_older_rope(json.loads(path.read_text())), indent=2, sort_keys=True) + "\n")
-    ours, theirs = (getattr(config.get_text_config(), "rope_parameters", None) for config in (model.config, AutoConfig.from_pretrained(folder)))
+    path.write_text(
+        json.dumps(with_older_rope(json.loads(path.read_text())), indent=2, sort_keys=True) + "\n"
+    )
+    ours, theirs = (
+        getattr(config.get_text_config(), "rope_parameters", None)
+        for config in (model.config, AutoConfig.from_pretrained(folder))
+    )
     if ours != theirs:
-        raise RuntimeError(f"the exported {CONFIG_NAME} would be read with the rotary frequencies {theirs} instead of {ours}: nothing was published")
+        raise RuntimeError(
+            f"the exported {CONFIG_NAME} would be read with the rotary frequencies {theirs} instead of {ours}: nothing was published"
+        )
 
 
 def _load_tokenizer(saved: dict[str, Any], ckpt: str) -> PreTrainedTokenizerBase:
@@ -185,8 +216,12 @@ def _copy_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         config_path.write_text(json.dumps(older, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     exported = read_tokenizer(str(folder))
     if tokenizer_hash(as_in_folder(exported, where=str(folder))) != tokenizer_hash(tokenizer):
-        raise RuntimeError(f"the exported tokenizer would read text otherwise than that of {path}: nothing was published")
-    if tokenizer_hash(exported) != tokenizer_hash(tokenizer):  # transformers 5 takes the class of some model types, whatever the folder says
+        raise RuntimeError(
+            f"the exported tokenizer would read text otherwise than that of {path}: nothing was published"
+        )
+    if tokenizer_hash(exported) != tokenizer_hash(
+        tokenizer
+    ):  # transformers 5 takes the class of some model types, whatever the folder says
         print(
             f"note: AutoTokenizer of transformers {transformers.__version__} builds a {type(exported).__name__} of this model type, which reads text otherwise "
             f"than {TOKENIZER_FILE}; with it, load the folder's tokenizer by {GENERIC_CLASS}.from_pretrained",

@@ -17,7 +17,13 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from rpt_lightning.data.base_datamodule import StreamDataModule
 from rpt_lightning.home_paths import with_home
-from rpt_lightning.metrics.run_folder import ANSWER_FOLDER, CONFIG_FILE, ROLLOUT_FOLDER, STEP_LOG, VALIDATION_FOLDER
+from rpt_lightning.metrics.run_folder import (
+    ANSWER_FOLDER,
+    CONFIG_FILE,
+    ROLLOUT_FOLDER,
+    STEP_LOG,
+    VALIDATION_FOLDER,
+)
 from rpt_lightning.short_errors import ShortErrors
 from rpt_lightning.training.answer_results import AnswerResults
 from rpt_lightning.training.checkpoint import FOLDER, RunCheckpoint, checkpoint_steps, last_checkpoint
@@ -82,7 +88,9 @@ RUN_FILES = (
     *(CONFIG_FILE, "config-[0-9]*.yaml", STEP_LOG, "error-*.txt", "tensorboard", ROLLOUT_FOLDER),
     *(f"{folder}/step-*" for folder in (VALIDATION_FOLDER, ANSWER_FOLDER)),
 )
-_BEFORE = "step-000000."  # records of the weights that a run begins with: a start that failed has not changed them
+_BEFORE = (
+    "step-000000."  # records of the weights that a run begins with: a start that failed has not changed them
+)
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -99,7 +107,10 @@ class SaveRunConfig(SaveConfigCallback):
 
     def _save(self, trainer: Trainer, folder: Path, stage: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        path, number = folder / (CONFIG_FILE if stage == "fit" else f"config-{TrainerFn(stage).value}.yaml"), 2
+        path, number = (
+            folder / (CONFIG_FILE if stage == "fit" else f"config-{TrainerFn(stage).value}.yaml"),
+            2,
+        )
         while stage == "fit" and path.exists():
             path, number = folder / f"config-{number}.yaml", number + 1
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
@@ -130,7 +141,10 @@ class RPTCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         verbs = LightningCLI.subcommands()
         # Checkpoints never run code: weights_only is always on. Our own text shows a validation's numbers: verbose is always off.
-        return {"fit": verbs["fit"] | {"weights_only"}, "validate": verbs["validate"] | {"weights_only", "verbose"}}
+        return {
+            "fit": verbs["fit"] | {"weights_only"},
+            "validate": verbs["validate"] | {"weights_only", "verbose"},
+        }
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
@@ -142,11 +156,15 @@ class RPTCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         folder = config["default_root_dir"]
         if not folder:
-            raise ValueError("trainer.default_root_dir is not set: name the run's folder, e.g. --trainer.default_root_dir runs/my-run")
+            raise ValueError(
+                "trainer.default_root_dir is not set: name the run's folder, e.g. --trainer.default_root_dir runs/my-run"
+            )
         _check_trainer(config)
         if config.get("logger") in (None, True):
             # Ctrl-C in the middle of TensorBoard's queue can leave its thread asleep until its next flush, for which the end of the run waits: 120 s by default.
-            config["logger"] = TensorBoardLogger(save_dir=str(Path(folder) / "tensorboard"), name="", version="", flush_secs=5)
+            config["logger"] = TensorBoardLogger(
+                save_dir=str(Path(folder) / "tensorboard"), name="", version="", flush_secs=5
+            )
         # Lightning's own checkpoint callback would be added beside ours.
         config["enable_checkpointing"] = True
         # In a file or a pipe a bar is debris; the line a step is there in any case.
@@ -154,7 +172,16 @@ class RPTCLI(LightningCLI):
         bar = [StepProgressBar()] if config["enable_progress_bar"] else []
         # StepCost first: a step's cost begins before its rollouts. StepLog behind all that log.
         return super()._instantiate_trainer(
-            config, [StepCost(), *callbacks, *bar, StepLog(), ValidationResults(), AnswerResults(), MissedValidation()]
+            config,
+            [
+                StepCost(),
+                *callbacks,
+                *bar,
+                StepLog(),
+                ValidationResults(),
+                AnswerResults(),
+                MissedValidation(),
+            ],
         )
 
     def fit(self, model: PolicyModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
@@ -166,7 +193,9 @@ class RPTCLI(LightningCLI):
         path = self._checkpoint(ckpt_path)
         if path is None:
             _start_anew(Path(self.trainer.default_root_dir), is_global_zero=self.trainer.is_global_zero)
-        checkpoint = next(callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint))
+        checkpoint = next(
+            callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint)
+        )
         checkpoint.resumes_from = path
         with traceback_kept(Path(self.trainer.default_root_dir), rank=self.trainer.global_rank):
             self.trainer.fit(model, ckpt_path=path, weights_only=True, **kwargs)
@@ -174,12 +203,22 @@ class RPTCLI(LightningCLI):
         if checkpoint.start_step in (None, self.trainer.global_step):
             budget = next(callback for callback in self.trainer.callbacks if isinstance(callback, Budget))  # type: ignore[attr-defined]
             is_complete = 0 < self.trainer.max_steps <= self.trainer.global_step or budget.is_spent
-            if is_complete and is_missed(self.trainer):  # killed in it; there is no further step that would make up for it
-                rank_zero_info(f"the run is complete but for the validation at its last step, {self.trainer.global_step}, which is made up for")
-                self.trainer.validate(model, ckpt_path=path, weights_only=True, verbose=False, datamodule=self.datamodule)
+            if is_complete and is_missed(
+                self.trainer
+            ):  # killed in it; there is no further step that would make up for it
+                rank_zero_info(
+                    f"the run is complete but for the validation at its last step, {self.trainer.global_step}, which is made up for"
+                )
+                self.trainer.validate(
+                    model, ckpt_path=path, weights_only=True, verbose=False, datamodule=self.datamodule
+                )
                 return
-            if ckpt_path == "auto" and is_complete:  # a chain of jobs ends with this, and must not take it for a failure
-                rank_zero_info(f"the run is complete: it is at step {self.trainer.global_step}, and nothing is left to do")
+            if (
+                ckpt_path == "auto" and is_complete
+            ):  # a chain of jobs ends with this, and must not take it for a failure
+                rank_zero_info(
+                    f"the run is complete: it is at step {self.trainer.global_step}, and nothing is left to do"
+                )
                 return
             raise ValueError(
                 f"the run did no step: it is at step {self.trainer.global_step} of trainer.max_steps={self.trainer.max_steps} already; "
@@ -188,7 +227,9 @@ class RPTCLI(LightningCLI):
 
     def validate(self, model: PolicyModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """Of the weights that model.policy.path names, or of a checkpoint of them."""
-        self.trainer.validate(model, ckpt_path=self._checkpoint(ckpt_path), weights_only=True, verbose=False, **kwargs)
+        self.trainer.validate(
+            model, ckpt_path=self._checkpoint(ckpt_path), weights_only=True, verbose=False, **kwargs
+        )
 
     def _checkpoint(self, ckpt_path: str | None) -> str | None:
         """The checkpoint that is meant, looked at before the run starts, so that a file that cannot be used is one clear error."""
@@ -196,10 +237,16 @@ class RPTCLI(LightningCLI):
             return None
         if ckpt_path is None:
             return None
-        path = last_checkpoint(Path(self.trainer.default_root_dir)) if ckpt_path in ("last", "auto") else Path(ckpt_path)
+        path = (
+            last_checkpoint(Path(self.trainer.default_root_dir))
+            if ckpt_path in ("last", "auto")
+            else Path(ckpt_path)
+        )
         check_about(read_checkpoint(path, flag="--ckpt_path").about, f"--ckpt_path {path}", resumes=True)
         if ckpt_path not in ("last", "auto") and (damage := checkpoint_damage(path)):
-            raise ValueError(f"--ckpt_path {path} is not a whole checkpoint: {damage}; name another of its folder, or --ckpt_path last")
+            raise ValueError(
+                f"--ckpt_path {path} is not a whole checkpoint: {damage}; name another of its folder, or --ckpt_path last"
+            )
         if path.is_dir() and not isinstance(self.trainer.strategy, ModelParallelStrategy):
             raise ValueError(
                 f"--ckpt_path {path}: it lies in shards, which a strategy without shards does not read; add --config configs/strategy/fsdp2.yaml (any number "
@@ -210,7 +257,11 @@ class RPTCLI(LightningCLI):
 
 def _check_trainer(config: Mapping[str, Any]) -> None:
     """What Lightning would meet later, or not at all. Raises ValueError."""
-    for name, lowest in (("val_check_interval", "above 0"), ("check_val_every_n_epoch", "1 or more"), ("num_nodes", "1 or more")):
+    for name, lowest in (
+        ("val_check_interval", "above 0"),
+        ("check_val_every_n_epoch", "1 or more"),
+        ("num_nodes", "1 or more"),
+    ):
         value = config.get(name)
         if isinstance(value, (int, float)) and value <= 0:
             raise ValueError(
@@ -252,14 +303,20 @@ def _start_anew(folder: Path, *, is_global_zero: bool) -> None:
     while (aside := folder / f"failed-start-{number}").exists():
         number += 1
     aside.mkdir()
-    for path in sorted(path for pattern in RUN_FILES for path in folder.glob(pattern) if not path.name.startswith(_BEFORE)):
+    for path in sorted(
+        path for pattern in RUN_FILES for path in folder.glob(pattern) if not path.name.startswith(_BEFORE)
+    ):
         target = aside / path.relative_to(folder)
         target.parent.mkdir(exist_ok=True)
         path.rename(target)
-    rank_zero_info(f"{folder} holds a start that reached no checkpoint: its files are now in {aside.name}/, and the run starts anew")
+    rank_zero_info(
+        f"{folder} holds a start that reached no checkpoint: its files are now in {aside.name}/, and the run starts anew"
+    )
 
 
-def make_cli(cli: type[RPTCLI] = RPTCLI, *, run: bool = True, args: list[str] | None = None, prog: str = "rpt") -> RPTCLI:
+def make_cli(
+    cli: type[RPTCLI] = RPTCLI, *, run: bool = True, args: list[str] | None = None, prog: str = "rpt"
+) -> RPTCLI:
     """The command line, run or (``run=False``, without a verb in ``args``) only built."""
     return cli(
         model_class=PolicyModule,
@@ -272,7 +329,13 @@ def make_cli(cli: type[RPTCLI] = RPTCLI, *, run: bool = True, args: list[str] | 
         seed_everything_default=0,
         auto_configure_optimizers=False,
         # Inference tensors cannot be gathered from shards; gloo alone is spared them by Lightning, so that CPUs do not show it.
-        trainer_defaults={"inference_mode": False, "logger": None, "num_sanity_val_steps": 0, "log_every_n_steps": 1, "enable_model_summary": False},
+        trainer_defaults={
+            "inference_mode": False,
+            "logger": None,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            "enable_model_summary": False,
+        },
         parser_kwargs={"prog": prog},
         run=run,
         args=args,

@@ -47,7 +47,11 @@ def is_to_be_set(environment: Mapping[str, str], *, computes_on_cpu: bool) -> bo
     >>> is_to_be_set({"GOMP_SPINCOUNT": "300000"}, computes_on_cpu=True)
     False
     """
-    return computes_on_cpu and environment.get("OMP_NUM_THREADS", "").strip() != "1" and not any(name in environment for name in CHOICES)
+    return (
+        computes_on_cpu
+        and environment.get("OMP_NUM_THREADS", "").strip() != "1"
+        and not any(name in environment for name in CHOICES)
+    )
 
 
 def computes_on_cpu(environment: Mapping[str, str]) -> bool:
@@ -56,4 +60,7 @@ def computes_on_cpu(environment: Mapping[str, str]) -> bool:
         return False
     if environment.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return True
-    return shutil.which("nvidia-smi", path=environment.get("PATH")) is None and not Path("/dev/nvidiactl").exists()
+    return (
+        shutil.which("nvidia-smi", path=environment.get("PATH")) is None
+        and not Path("/dev/nvidiactl").exists()
+    )

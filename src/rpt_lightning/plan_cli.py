@@ -11,7 +11,14 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
 
 from rpt_lightning.lightning_cli import RPTCLI, make_cli
-from rpt_lightning.planning.devices import DEVICES, DEVICES_PER_NODE, HOST_BANDWIDTH_BYTES_PER_S, NODE_LINK_BYTES_PER_S, Device, measured_cpu
+from rpt_lightning.planning.devices import (
+    DEVICES,
+    DEVICES_PER_NODE,
+    HOST_BANDWIDTH_BYTES_PER_S,
+    NODE_LINK_BYTES_PER_S,
+    Device,
+    measured_cpu,
+)
 from rpt_lightning.planning.memory import Strategy
 from rpt_lightning.planning.model_shape import load_model_config, model_shape
 from rpt_lightning.planning.plan import Plan, make_plan
@@ -61,11 +68,21 @@ class PlanOptions:
     ) -> None:
         if device is not None and device not in (*DEVICES, "cpu"):
             raise ValueError(f"--plan.device {device}: choose from {', '.join([*DEVICES, 'cpu'])}")
-        numbers = {"num_devices": num_devices, "num_servers": num_servers, "completion_tokens": completion_tokens, "context_tokens": context_tokens}
+        numbers = {
+            "num_devices": num_devices,
+            "num_servers": num_servers,
+            "completion_tokens": completion_tokens,
+            "context_tokens": context_tokens,
+        }
         for name, number in numbers.items():
             if number is not None and number < 1:
                 raise ValueError(f"--plan.{name} {number}: must be at least 1")
-        shares = {"live_frac": live_frac, "mfu": mfu, "bandwidth_frac": bandwidth_frac, "gpu_memory_utilization": gpu_memory_utilization}
+        shares = {
+            "live_frac": live_frac,
+            "mfu": mfu,
+            "bandwidth_frac": bandwidth_frac,
+            "gpu_memory_utilization": gpu_memory_utilization,
+        }
         for name, share in shares.items():
             if not 0 < share <= 1:
                 raise ValueError(f"--plan.{name} {share}: give a share above 0, at most 1")
@@ -120,17 +137,37 @@ def plan_of(config: Namespace) -> tuple[Plan, list[str]]:
     """The plan of a parsed configuration, and what was assumed for it."""
     options = PlanOptions(**config.plan)
     settings = run_settings(config, options)
-    shape = model_shape(load_model_config(options.model_config or config.model.init_args.policy.init_args.path))
+    shape = model_shape(
+        load_model_config(options.model_config or config.model.init_args.policy.init_args.path)
+    )
     device = _device(options.device or ("h100" if settings.on_gpu else "cpu"), settings)
     prompts, source = _prompts(config, settings, options.context_tokens)
-    completion_tokens = options.completion_tokens or min(USUAL_COMPLETION_TOKENS, -(-settings.max_completion_tokens // 2))
-    rates = Rates(mfu=options.mfu, bandwidth_frac=options.bandwidth_frac, storage_bytes_per_s=options.shared_storage_gb_per_s * 1e9)
-    plan = make_plan(settings, shape, device, rates, prompts, completion_tokens=completion_tokens, live_frac=options.live_frac)
+    completion_tokens = options.completion_tokens or min(
+        USUAL_COMPLETION_TOKENS, -(-settings.max_completion_tokens // 2)
+    )
+    rates = Rates(
+        mfu=options.mfu,
+        bandwidth_frac=options.bandwidth_frac,
+        storage_bytes_per_s=options.shared_storage_gb_per_s * 1e9,
+    )
+    plan = make_plan(
+        settings,
+        shape,
+        device,
+        rates,
+        prompts,
+        completion_tokens=completion_tokens,
+        live_frac=options.live_frac,
+    )
     assumptions = [
         source,
         f"completions: {completion_tokens:,} tokens each (--plan.completion_tokens), with nothing in common by chance",
         f"groups with unequal rewards, which are trained: {options.live_frac:.0%} (--plan.live_frac)"
-        + ("; what dynamic sampling generates besides is not counted" if config.rollout.dynamic_sampling_from_step is not None else ""),
+        + (
+            "; what dynamic sampling generates besides is not counted"
+            if config.rollout.dynamic_sampling_from_step is not None
+            else ""
+        ),
         f"training and prefill reach {options.mfu:.0%} of {device.peak_flops / 1e12:,.3g} TFLOP/s (--plan.mfu), decoding "
         f"{options.bandwidth_frac:.0%} of {device.bandwidth_bytes_per_s / 1e12:,.3g} TB/s (--plan.bandwidth_frac); no waiting for the longest completion",
     ]
@@ -150,7 +187,9 @@ def plan_of(config: Namespace) -> tuple[Plan, list[str]]:
             f"{options.shared_storage_gb_per_s:g} GB/s in all (SharedFolderTransport, --plan.shared_storage_gb_per_s)",
         ]
     if settings.engine_sleeps:
-        assumptions.append("the engine sleeps while the policy trains, so that the two need their memory in turn")
+        assumptions.append(
+            "the engine sleeps while the policy trains, so that the two need their memory in turn"
+        )
     if settings.cpu_offload:
         assumptions.append(
             f"weights and gradients travel between host and device at {device.host_link_bytes_per_s / 1e9:.0f} GB/s, with nothing else at the same time; the host "
@@ -166,18 +205,35 @@ def run_settings(config: Namespace, options: PlanOptions) -> RunSettings:
         ValueError: A run that the plan cannot work out.
     """
     if not config.model.class_path.endswith(".RPTModule"):
-        raise ValueError(f"--model {config.model.class_path}: rpt plan works out runs that learn by reasoning (RPTModule)")
+        raise ValueError(
+            f"--model {config.model.class_path}: rpt plan works out runs that learn by reasoning (RPTModule)"
+        )
     if config.data.class_path.endswith(".AnswerTaskDataModule"):
-        raise ValueError(f"--data {config.data.class_path}: rpt plan works out runs on task folders (TokenTaskDataModule)")
+        raise ValueError(
+            f"--data {config.data.class_path}: rpt plan works out runs on task folders (TokenTaskDataModule)"
+        )
     if config.rollout.engine is None:
-        raise ValueError("rollout.engine is not set, and RPTModule learns from rollouts; give one, e.g. --rollout.engine VLLMEngine")
-    model, data, rollout, trainer = config.model.init_args, config.data.init_args, config.rollout, config.trainer
+        raise ValueError(
+            "rollout.engine is not set, and RPTModule learns from rollouts; give one, e.g. --rollout.engine VLLMEngine"
+        )
+    model, data, rollout, trainer = (
+        config.model.init_args,
+        config.data.init_args,
+        config.rollout,
+        config.trainer,
+    )
     policy, engine = model.policy.init_args, rollout.engine.get("init_args") or {}
-    kinds: dict[str, EngineKind] = {"VLLMEngine": "vllm", "VLLMServerEngine": "servers", "HFEngine": "transformers"}
+    kinds: dict[str, EngineKind] = {
+        "VLLMEngine": "vllm",
+        "VLLMServerEngine": "servers",
+        "HFEngine": "transformers",
+    }
     kind = kinds.get(rollout.engine.class_path.rpartition(".")[2], "other")
     num_devices = options.num_devices or _num_devices(trainer)
     if kind != "servers" and options.num_servers is not None:
-        raise ValueError("--plan.num_servers: only rollout.engine VLLMServerEngine has servers; add --config configs/rollout/servers.yaml")
+        raise ValueError(
+            "--plan.num_servers: only rollout.engine VLLMServerEngine has servers; add --config configs/rollout/servers.yaml"
+        )
     return RunSettings(
         tasks_per_step=data.tasks_per_step,
         positions_per_document=data.positions_per_document,
@@ -199,9 +255,13 @@ def run_settings(config: Namespace, options: PlanOptions) -> RunSettings:
         num_servers=(options.num_servers or len(engine["urls"])) if kind == "servers" else 0,
         on_gpu=trainer.accelerator != "cpu",
         engine=kind,
-        transport="nccl" if kind == "servers" and engine["transport"]["class_path"].endswith("NCCLTransport") else "folder",
+        transport="nccl"
+        if kind == "servers" and engine["transport"]["class_path"].endswith("NCCLTransport")
+        else "folder",
         engine_dtype_bytes=getattr(torch, engine.get("dtype", "bfloat16")).itemsize,
-        gpu_memory_utilization=options.gpu_memory_utilization if kind == "servers" else engine.get("gpu_memory_utilization", 0.0),
+        gpu_memory_utilization=options.gpu_memory_utilization
+        if kind == "servers"
+        else engine.get("gpu_memory_utilization", 0.0),
         engine_sleeps=kind == "vllm" and bool(engine.get("sleep_in_training")),
         kv_cache_bytes=engine.get("kv_cache_gib", 0.0) * 2**30,
         max_num_seqs=SERVER_MAX_NUM_SEQS if kind == "servers" else engine.get("max_num_seqs", 1),
@@ -216,7 +276,11 @@ def optimizer_bytes_per_param(config: Namespace) -> float:
     optimizer = _build(config, [parameter])
     parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    tensors = [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor) and value.ndim > 0]
+    tensors = [
+        value
+        for value in optimizer.state[parameter].values()
+        if isinstance(value, torch.Tensor) and value.ndim > 0
+    ]
     return sum(tensor.nbytes for tensor in tensors) / parameter.numel()
 
 
@@ -234,27 +298,37 @@ def _strategy(strategy: str | Namespace, *, num_devices: int) -> Strategy:
     if name in SHARDED:
         parallel = 1 if isinstance(strategy, str) else strategy.init_args.tensor_parallel_size
         if parallel != 1:
-            raise ValueError(f"trainer.strategy has tensor_parallel_size={parallel}: rpt plan works out data-parallel sharding only; set it to 1")
+            raise ValueError(
+                f"trainer.strategy has tensor_parallel_size={parallel}: rpt plan works out data-parallel sharding only; set it to 1"
+            )
         return "fsdp2"
     if name.startswith(("ddp", "DDP")) or (name == "auto" and num_devices > 1):
         return "ddp"
     if name in ("auto", "single_device", "SingleDeviceStrategy"):
         return "single"
-    raise ValueError(f"--trainer.strategy {name}: rpt plan knows one device (auto), ddp, and ModelParallelStrategy (configs/strategy/)")
+    raise ValueError(
+        f"--trainer.strategy {name}: rpt plan knows one device (auto), ddp, and ModelParallelStrategy (configs/strategy/)"
+    )
 
 
 def _strategy_option(strategy: str | Namespace, name: str, *, default: bool) -> bool:
     """A flag of a sharded strategy, and what it does where it does not say."""
-    return default if isinstance(strategy, str) else bool((strategy.get("init_args") or {}).get(name, default))
+    return (
+        default if isinstance(strategy, str) else bool((strategy.get("init_args") or {}).get(name, default))
+    )
 
 
 def _device(name: str, settings: RunSettings) -> Device:
     if name != "cpu":
         return DEVICES[name]
-    return measured_cpu(torch.bfloat16 if settings.is_mixed else torch.float32, num_processes=settings.num_ranks)
+    return measured_cpu(
+        torch.bfloat16 if settings.is_mixed else torch.float32, num_processes=settings.num_ranks
+    )
 
 
-def _prompts(config: Namespace, settings: RunSettings, context_tokens: int | None) -> tuple[list[TokenIds], str]:
+def _prompts(
+    config: Namespace, settings: RunSettings, context_tokens: int | None
+) -> tuple[list[TokenIds], str]:
     """The prompts of the run's first step, and where they come from."""
     folder = config.data.init_args.task_dir
     if os.path.isdir(folder) and context_tokens is None:
@@ -262,11 +336,15 @@ def _prompts(config: Namespace, settings: RunSettings, context_tokens: int | Non
         data.setup("fit")
         prompt = _build(config.rollout.objective.init_args.prompt).bind(data.train.tokenizer)
         tasks = next(iter(data.train_dataloader()))["tasks"]
-        return [prompt.prompt_ids(task.context_ids) for task in tasks], f"prompts: those of the run's first step, from {folder}"
+        return [
+            prompt.prompt_ids(task.context_ids) for task in tasks
+        ], f"prompts: those of the run's first step, from {folder}"
     longest = settings.max_context_tokens or settings.max_prompt_tokens
     template_tokens = max(0, settings.max_prompt_tokens - longest)
     if context_tokens is not None and context_tokens > longest:
-        raise ValueError(f"--plan.context_tokens {context_tokens}: contexts are cut to {longest} tokens; give at most so many")
+        raise ValueError(
+            f"--plan.context_tokens {context_tokens}: contexts are cut to {longest} tokens; give at most so many"
+        )
     mean = context_tokens or -(-longest // 2)
     prompts = assumed_prompts(
         num_tasks=settings.tasks_per_step,

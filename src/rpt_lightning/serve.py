@@ -56,7 +56,9 @@ class ServeSettings:
             if getattr(self, name) <= 0:
                 raise ValueError(f"rpt serve: --serve.{name} {getattr(self, name)} must be positive")
         if not 0 < self.gpu_memory_utilization <= 1:
-            raise ValueError(f"rpt serve: --serve.gpu_memory_utilization {self.gpu_memory_utilization} must be above 0 and at most 1")
+            raise ValueError(
+                f"rpt serve: --serve.gpu_memory_utilization {self.gpu_memory_utilization} must be above 0 and at most 1"
+            )
 
 
 class ServeCLI(RPTCLI):
@@ -76,17 +78,25 @@ def serve(args: list[str]) -> None:
     config = make_cli(ServeCLI, run=False, prog="rpt serve").config
     settings = ServeSettings(**config.serve)
     if (engine := config.rollout.engine) is None or not engine.class_path.endswith(".VLLMServerEngine"):
-        raise ValueError("rpt serve: rollout.engine is not VLLMServerEngine; add --config configs/rollout/servers.yaml")
+        raise ValueError(
+            "rpt serve: rollout.engine is not VLLMServerEngine; add --config configs/rollout/servers.yaml"
+        )
     specs = server_specs(config, settings)
     key = _key(engine.init_args)
-    Servers(specs, key=key, restart=settings.restart, hung_s=settings.hung_s).run(ready_timeout_s=settings.ready_timeout_s)
+    Servers(specs, key=key, restart=settings.restart, hung_s=settings.hung_s).run(
+        ready_timeout_s=settings.ready_timeout_s
+    )
 
 
 def server_specs(config: Any, settings: ServeSettings) -> list[ServerSpec]:
     """What to start here. Raises ValueError for addresses that this machine cannot serve."""
     engine, path = config.rollout.engine.init_args, config.model.init_args.policy.init_args.path
     urls = [url.rstrip("/") for url in engine.urls]
-    here = [url for url in urls if is_loopback(urlsplit(url).hostname or "")] if settings.urls is None else [url.rstrip("/") for url in settings.urls]
+    here = (
+        [url for url in urls if is_loopback(urlsplit(url).hostname or "")]
+        if settings.urls is None
+        else [url.rstrip("/") for url in settings.urls]
+    )
     if not here or not set(here) <= set(urls):
         raise ValueError(
             f"rpt serve: none of rollout.engine.urls={urls} is to be started here (--serve.urls {here}); name some of them in --serve.urls, "
@@ -130,7 +140,11 @@ def _log_name(url: str) -> str:
     place = urlsplit(url)
     host = place.hostname or ""
     # Not `is_loopback`: a machine's own name may well mean its loopback address, on each node.
-    return f"server-{place.port}.log" if host in ("127.0.0.1", "::1", "localhost") else f"server-{host.replace(':', '_')}-{place.port}.log"
+    return (
+        f"server-{place.port}.log"
+        if host in ("127.0.0.1", "::1", "localhost")
+        else f"server-{host.replace(':', '_')}-{place.port}.log"
+    )
 
 
 def _max_model_len(config: Any, path: str) -> int:
@@ -143,7 +157,11 @@ def _max_model_len(config: Any, path: str) -> int:
 def _devices(num_servers: int, per_server: int) -> list[str | None]:
     """CUDA_VISIBLE_DEVICES of each server; None where there is no GPU."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = [gpu for gpu in visible.split(",") if gpu] if visible is not None else [str(index) for index in range(torch.cuda.device_count())]
+    gpus = (
+        [gpu for gpu in visible.split(",") if gpu]
+        if visible is not None
+        else [str(index) for index in range(torch.cuda.device_count())]
+    )
     if not torch.cuda.is_available():
         return [None] * num_servers
     if len(gpus) < num_servers * per_server:
@@ -151,7 +169,9 @@ def _devices(num_servers: int, per_server: int) -> list[str | None]:
             f"rpt serve: {num_servers} servers of {per_server} GPUs each (--serve.tensor_parallel_size) do not fit on {len(gpus)} GPUs; start fewer here "
             "(--serve.urls)"
         )
-    return [",".join(gpus[first : first + per_server]) for first in range(0, num_servers * per_server, per_server)]
+    return [
+        ",".join(gpus[first : first + per_server]) for first in range(0, num_servers * per_server, per_server)
+    ]
 
 
 def _key(engine: Any) -> str:

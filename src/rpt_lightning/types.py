@@ -217,10 +217,18 @@ class PromptTokens:
     shareable: int
 
     def __sub__(self, earlier: PromptTokens) -> PromptTokens:
-        return PromptTokens(total=self.total - earlier.total, cached=self.cached - earlier.cached, shareable=self.shareable - earlier.shareable)
+        return PromptTokens(
+            total=self.total - earlier.total,
+            cached=self.cached - earlier.cached,
+            shareable=self.shareable - earlier.shareable,
+        )
 
     def __add__(self, other: PromptTokens) -> PromptTokens:
-        return PromptTokens(total=self.total + other.total, cached=self.cached + other.cached, shareable=self.shareable + other.shareable)
+        return PromptTokens(
+            total=self.total + other.total,
+            cached=self.cached + other.cached,
+            shareable=self.shareable + other.shareable,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -241,7 +249,11 @@ class RolloutGroup:
     def trained(self) -> list[tuple[Completion, float]]:
         """The completions that are trained and compared with each other, with their rewards."""
         pairs = zip(self.completions, self.rewards, strict=True)
-        return [(completion, reward) for completion, reward in pairs if not (self.masks_truncated and completion.is_truncated)]
+        return [
+            (completion, reward)
+            for completion, reward in pairs
+            if not (self.masks_truncated and completion.is_truncated)
+        ]
 
     @property
     def is_live(self) -> bool:

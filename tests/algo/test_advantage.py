@@ -24,7 +24,9 @@ def test_hand_computed() -> None:
 @pytest.mark.parametrize("scale", ["std", "none"])
 def test_parity_with_verl(scale) -> None:
     ours = group_advantages(torch.tensor(VERL["rewards"], dtype=torch.float64), scale=scale)
-    torch.testing.assert_close(ours, torch.tensor(VERL["advantages"][scale], dtype=torch.float64), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        ours, torch.tensor(VERL["advantages"][scale], dtype=torch.float64), rtol=0, atol=1e-9
+    )
 
 
 @given(st.floats(0, 1), st.integers(2, 9))

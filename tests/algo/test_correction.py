@@ -14,7 +14,10 @@ OLD = torch.tensor([[4.0, 1.0, 0.5], [1.5, 9.0, 1.0]]).log()
 MASK = torch.tensor([[True, True, True], [True, False, False]])
 
 
-@pytest.mark.parametrize(("mode", "expected"), [("truncate", [[2.0, 1.0, 0.5], [1.5, 1.0, 1.0]]), ("mask", [[0.0, 1.0, 0.5], [1.5, 1.0, 1.0]])])
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [("truncate", [[2.0, 1.0, 0.5], [1.5, 1.0, 1.0]]), ("mask", [[0.0, 1.0, 0.5], [1.5, 1.0, 1.0]])],
+)
 def test_hand_computed(mode, expected: list[list[float]]) -> None:
     weights, sums = truncated_importance_weights(OLD, torch.zeros(2, 3), MASK, cap=2.0, mode=mode)
     torch.testing.assert_close(weights, torch.tensor(expected))
@@ -28,21 +31,33 @@ def test_hand_computed(mode, expected: list[list[float]]) -> None:
 
 def test_statistics_of_micro_batches_combine_exactly() -> None:
     whole = truncated_importance_weights(OLD, torch.zeros(2, 3), MASK, cap=1.2)[1]
-    parts = [truncated_importance_weights(OLD[rows], torch.zeros(1, 3), MASK[rows], cap=1.2)[1] for rows in ([0], [1])]
+    parts = [
+        truncated_importance_weights(OLD[rows], torch.zeros(1, 3), MASK[rows], cap=1.2)[1]
+        for rows in ([0], [1])
+    ]
     assert correction_metrics(parts) == pytest.approx(correction_metrics([whole]))
 
 
 def test_parity_with_verl() -> None:
     case = next(case for case in VERL["losses"] if case["correction"] is not None)
-    inputs = {name: torch.tensor(values, dtype=torch.float64) for name, values in VERL["inputs"][case["inputs"]].items()}
-    weights, _ = truncated_importance_weights(inputs["old_logprobs"], inputs["rollout_logprobs"], inputs["mask"], cap=case["cap"])
+    inputs = {
+        name: torch.tensor(values, dtype=torch.float64)
+        for name, values in VERL["inputs"][case["inputs"]].items()
+    }
+    weights, _ = truncated_importance_weights(
+        inputs["old_logprobs"], inputs["rollout_logprobs"], inputs["mask"], cap=case["cap"]
+    )
     # verl sets the weights of padding to 0; the loss masks it anyway.
-    torch.testing.assert_close(weights * inputs["mask"], torch.tensor(case["correction"], dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        weights * inputs["mask"], torch.tensor(case["correction"], dtype=torch.float64), rtol=0, atol=1e-12
+    )
     assert (weights == case["cap"]).any()
 
 
 def test_garbage_under_the_mask() -> None:
-    weights, sums = truncated_importance_weights(torch.tensor([[math.nan, 0.0]]), torch.zeros(1, 2), torch.tensor([[False, True]]), cap=2.0)
+    weights, sums = truncated_importance_weights(
+        torch.tensor([[math.nan, 0.0]]), torch.zeros(1, 2), torch.tensor([[False, True]]), cap=2.0
+    )
     assert weights.tolist() == [[1.0, 1.0]]
     assert correction_metrics([sums])["correction/raw_max"] == 1.0
 

@@ -25,7 +25,9 @@ def as_tensor(values: object) -> Tensor:
 def loss_and_gradient(inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     logprobs = inputs["logprobs"].clone().requires_grad_()
     options = {"clip_low": 0.2, "clip_high": 0.2} | options
-    loss, metrics = policy_loss(logprobs, inputs["old_logprobs"], inputs["advantages"], inputs["mask"], **options)
+    loss, metrics = policy_loss(
+        logprobs, inputs["old_logprobs"], inputs["advantages"], inputs["mask"], **options
+    )
     (gradient,) = torch.autograd.grad(loss, logprobs)
     return loss.detach(), gradient, metrics
 
@@ -56,10 +58,16 @@ def test_parity_with_trl(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", VERL["losses"], ids=lambda case: case["name"])
 def test_parity_with_verl(case: dict[str, Any]) -> None:
     inputs = VERL["inputs"][case["inputs"]]
-    aggregation = {"token-mean": "token_mean", "seq-mean-token-mean": "sequence_mean", "seq-mean-token-sum-norm": "constant"}[case["mode"]]
+    aggregation = {
+        "token-mean": "token_mean",
+        "seq-mean-token-mean": "sequence_mean",
+        "seq-mean-token-sum-norm": "constant",
+    }[case["mode"]]
     # verl counts sequences that have a token, times the padded length.
     constant = sum(any(row) for row in inputs["mask"]) * len(inputs["mask"][0])
-    metrics = check_golden(case, inputs, aggregation=aggregation, normalizer=constant if aggregation == "constant" else None)
+    metrics = check_golden(
+        case, inputs, aggregation=aggregation, normalizer=constant if aggregation == "constant" else None
+    )
     assert step_metrics([metrics])["loss/ratio_clipped_frac"] == pytest.approx(case["clipped_frac"], abs=1e-6)
 
 
@@ -134,7 +142,9 @@ def test_gradient_against_finite_differences() -> None:
     for aggregation in AGGREGATIONS:
 
         def loss_of(x: Tensor, aggregation: Any = aggregation) -> Tensor:
-            return policy_loss(x, old, advantages, mask, clip_low=0.3, clip_high=0.3, aggregation=aggregation, normalizer=5.0)[0]
+            return policy_loss(
+                x, old, advantages, mask, clip_low=0.3, clip_high=0.3, aggregation=aggregation, normalizer=5.0
+            )[0]
 
         assert torch.autograd.gradcheck(loss_of, (logprobs,))
 
@@ -148,21 +158,32 @@ def test_what_is_under_the_mask_never_counts(garbage: float, aggregation: str) -
         dirty[name][0, 1] = garbage
     correction = torch.ones(2, 2, dtype=torch.float64)
     correction[0, 1] = garbage
-    loss, gradient, metrics = loss_and_gradient(dirty, aggregation=aggregation, normalizer=3, correction=correction)
+    loss, gradient, metrics = loss_and_gradient(
+        dirty, aggregation=aggregation, normalizer=3, correction=correction
+    )
     assert loss == clean[0]
     assert torch.equal(gradient, clean[1])
     assert metrics == clean[2]
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10_000), st.sampled_from(AGGREGATIONS), st.lists(st.integers(0, 3), min_size=8, max_size=8), st.booleans())
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from(AGGREGATIONS),
+    st.lists(st.integers(0, 3), min_size=8, max_size=8),
+    st.booleans(),
+)
 def test_micro_batches_add_up(seed: int, aggregation: str, parts: list[int], corrected: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    inputs = {"old_logprobs": normal(8, 5), "advantages": normal(8), "mask": torch.rand(8, 5, generator=generator) > 0.4}
+    inputs = {
+        "old_logprobs": normal(8, 5),
+        "advantages": normal(8),
+        "mask": torch.rand(8, 5, generator=generator) > 0.4,
+    }
     inputs["logprobs"] = inputs["old_logprobs"] + 0.3 * normal(8, 5)
     correction = normal(8, 5).exp() if corrected else None
     normalizer = 1.0 + float(inputs["mask"].sum())
@@ -171,8 +192,14 @@ def test_micro_batches_add_up(seed: int, aggregation: str, parts: list[int], cor
     sums: list[dict[str, Tensor]] = []
     total, pieces = 0.0, torch.zeros_like(gradient)
     for part in range(4):
-        rows = [row for row, owner in enumerate(parts) if owner == part]  # may be empty: a rank without sequences
-        piece = loss_and_gradient({k: v[rows] for k, v in inputs.items()}, **options, correction=None if correction is None else correction[rows])
+        rows = [
+            row for row, owner in enumerate(parts) if owner == part
+        ]  # may be empty: a rank without sequences
+        piece = loss_and_gradient(
+            {k: v[rows] for k, v in inputs.items()},
+            **options,
+            correction=None if correction is None else correction[rows],
+        )
         total += piece[0].item()
         pieces[rows] = piece[1]
         sums.append(piece[2])
@@ -184,7 +211,9 @@ def test_micro_batches_add_up(seed: int, aggregation: str, parts: list[int], cor
 def test_no_token_at_all_is_zero_and_finite() -> None:
     inputs = BY_HAND | {"mask": torch.zeros(2, 2, dtype=torch.bool)}
     for aggregation in AGGREGATIONS:
-        loss, gradient, _ = loss_and_gradient(inputs, aggregation=aggregation, normalizer=1 if aggregation == "constant" else None)
+        loss, gradient, _ = loss_and_gradient(
+            inputs, aggregation=aggregation, normalizer=1 if aggregation == "constant" else None
+        )
         assert loss.item() == 0.0
         assert not gradient.any()
 

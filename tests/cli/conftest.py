@@ -29,7 +29,10 @@ def rpt(capfd, caplog, monkeypatch):
         except SystemExit as end:  # how parsers end
             status = end.code or 0
         shown = capfd.readouterr()
-        return status, shown.out + shown.err + caplog.text  # Lightning's log, which is bound to the first test's stderr
+        return (
+            status,
+            shown.out + shown.err + caplog.text,
+        )  # Lightning's log, which is bound to the first test's stderr
 
     return run
 
@@ -43,7 +46,15 @@ def installed():
 @pytest.fixture(scope="session")
 def flags(tiny_model_dir, tiny_task_dir):
     small = ["--data.tasks_per_step", "8", "--data.num_eval_tasks", "8"]
-    return ["--config", CONFIGS / "debug.yaml", "--model.policy.path", tiny_model_dir, "--data.task_dir", tiny_task_dir, *small]
+    return [
+        "--config",
+        CONFIGS / "debug.yaml",
+        "--model.policy.path",
+        tiny_model_dir,
+        "--data.task_dir",
+        tiny_task_dir,
+        *small,
+    ]
 
 
 @pytest.fixture(scope="session")

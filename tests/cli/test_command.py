@@ -42,8 +42,14 @@ def test_print_config_needs_no_model_and_no_network(rpt, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (pickle.UnpicklingError("invalid load key"), "damaged, or is not what its flag asks for: invalid load key"),
-        (type("SafetensorError", (Exception,), {})("header too large"), "make or download the model again): header too large"),
+        (
+            pickle.UnpicklingError("invalid load key"),
+            "damaged, or is not what its flag asks for: invalid load key",
+        ),
+        (
+            type("SafetensorError", (Exception,), {})("header too large"),
+            "make or download the model again): header too large",
+        ),
         (type("MisconfigurationException", (Exception,), {})("no such device"), "rpt: error: no such device"),
     ],
 )

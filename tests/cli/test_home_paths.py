@@ -23,10 +23,15 @@ def test_tools(rpt, home: Path, tiny_model_dir: Path) -> None:
     (home / "text").mkdir()
     draw = random.Random(0)
     rows = [{"text": " ".join(str(draw.randrange(1000)) for _ in range(12))} for _ in range(8)]
-    (home / "text" / "a.jsonl").write_text("\ufeff" + "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (home / "text" / "a.jsonl").write_text(
+        "\ufeff" + "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     shutil.copytree(tiny_model_dir, home / "model")
     config = {
-        "source": {"class_path": "rpt_lightning.data.corpus.JsonlSource", "init_args": {"path": "~/text", "template": "{text}"}},
+        "source": {
+            "class_path": "rpt_lightning.data.corpus.JsonlSource",
+            "init_args": {"path": "~/text", "template": "{text}"},
+        },
         "tokenizer": "~/model",
         "proxy": "~/model",
         "output_dir": "~/tasks",

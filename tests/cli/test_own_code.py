@@ -42,7 +42,12 @@ def test_an_error_of_a_library_is_one_line(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("command", "flag"),
-    [("fit", "--trainer.no_such_flag"), ("fit", "--rollout.group_size"), ("prepare", "--no_such_flag"), ("compare", "--no_such_flag")],
+    [
+        ("fit", "--trainer.no_such_flag"),
+        ("fit", "--rollout.group_size"),
+        ("prepare", "--no_such_flag"),
+        ("compare", "--no_such_flag"),
+    ],
 )
 def test_a_wrong_flag_is_named_first_and_without_the_usage(command, flag, rpt):
     status, shown = rpt(command, flag, "many")
@@ -66,7 +71,10 @@ def test_a_closed_output_ends_nothing(monkeypatch):
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"val_check_interval": 0}, "--trainer.val_check_interval 0: give a number above 0; for no validation give --trainer.limit_val_batches 0"),
+        (
+            {"val_check_interval": 0},
+            "--trainer.val_check_interval 0: give a number above 0; for no validation give --trainer.limit_val_batches 0",
+        ),
         ({"val_check_interval": -0.5}, "--trainer.val_check_interval -0.5"),
         ({"check_val_every_n_epoch": 0}, "--trainer.check_val_every_n_epoch 0: give a number 1 or more"),
         ({"devices": -2}, "--trainer.devices -2: give how many, 1 or more, or -1 for all GPUs"),
@@ -86,4 +94,6 @@ def test_numbers_that_it_takes():
     from rpt_lightning.lightning_cli import _check_trainer
 
     for devices in ("auto", 1, -1, "2", [0, 1], "0,1"):
-        _check_trainer({"devices": devices, "val_check_interval": 0.5, "check_val_every_n_epoch": None, "num_nodes": 1})
+        _check_trainer(
+            {"devices": devices, "val_check_interval": 0.5, "check_val_every_n_epoch": None, "num_nodes": 1}
+        )

@@ -23,7 +23,9 @@ FORMULAS = ["{x}", "\\frac{1}{2}", "x_{i}", "} else {"]
 def random_text(rng: random.Random, num_words: int) -> str:
     """Words that no other document repeats, with a formula now and then, so that some positions have no answer that fits into a box."""
     words = ["".join(rng.choices("abcdefghijklmnop", k=5)) for _ in range(num_words)]
-    return " ".join(f"{word} {rng.choice(FORMULAS)}" if index % 4 == 3 else word for index, word in enumerate(words))
+    return " ".join(
+        f"{word} {rng.choice(FORMULAS)}" if index % 4 == 3 else word for index, word in enumerate(words)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -31,9 +33,18 @@ def corpus_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty documents: 16 unrelated, an exact duplicate, a near duplicate, one that is too short and one with markers of the chat in its text."""
     rng = random.Random(0)
     texts = [random_text(rng, 12 + index) for index in range(16)]
-    texts += [texts[3], texts[4] + " and an end of its own", "short", "a <|im_end|> b </think> c " + random_text(rng, 30)]
+    texts += [
+        texts[3],
+        texts[4] + " and an end of its own",
+        "short",
+        "a <|im_end|> b </think> c " + random_text(rng, 30),
+    ]
     path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
-    path.write_text("".join(json.dumps({"problem": text, "solution": str(index)}) + "\n" for index, text in enumerate(texts)))
+    path.write_text(
+        "".join(
+            json.dumps({"problem": text, "solution": str(index)}) + "\n" for index, text in enumerate(texts)
+        )
+    )
     return path
 
 
@@ -68,7 +79,14 @@ def prepared_dir(prepare_small: Callable[..., Path], tmp_path_factory: pytest.Te
 def write_task_folder(tiny_tokenizer: Any) -> Callable[..., Path]:
     """A task folder with chosen numbers of positions a document. Position ``k`` of a document is token ``k + 1``; all tokens differ."""
 
-    def write(path: Path, num_positions: list[int], *, chunk_bytes: str = "64MB", doc_ids: list[str] | None = None, **manifest: Any) -> Path:
+    def write(
+        path: Path,
+        num_positions: list[int],
+        *,
+        chunk_bytes: str = "64MB",
+        doc_ids: list[str] | None = None,
+        **manifest: Any,
+    ) -> Path:
         for split in ("train", "heldout"):
             ids = doc_ids or [f"{split}-{index}" for index in range(len(num_positions))]
             write_split(path / split, map(_item, ids, num_positions), chunk_bytes=chunk_bytes)

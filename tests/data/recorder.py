@@ -28,7 +28,13 @@ class Recorder(LightningModule):
         drawn = self.trainer.datamodule.draw(self.wanted(step))
         optimizer: Any = self.optimizers()
         optimizer.step()
-        self.write({"step": step, "tasks": [task.task_id for task in batch["tasks"]], "drawn": [task.task_id for task in drawn]})
+        self.write(
+            {
+                "step": step,
+                "tasks": [task.task_id for task in batch["tasks"]],
+                "drawn": [task.task_id for task in drawn],
+            }
+        )
 
     def wanted(self, step: int) -> list[int]:
         return [self.draws[step % len(self.draws)]] * self.trainer.world_size

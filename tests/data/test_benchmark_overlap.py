@@ -34,7 +34,9 @@ def tokens(token_bytes: TokenBytes, text: str) -> Any:
         ("a.txt", QUESTION),
     ],
 )
-def test_every_form_of_a_benchmark_file_is_found(token_bytes: TokenBytes, tmp_path: Path, name: str, content: str) -> None:
+def test_every_form_of_a_benchmark_file_is_found(
+    token_bytes: TokenBytes, tmp_path: Path, name: str, content: str
+) -> None:
     (tmp_path / name).write_text(content, encoding="utf-8")
     spans, num_skipped = benchmark_spans([str(tmp_path / name)], token_bytes)
     # The text itself, not its JSON: in a list of records the quotes and names around it would be other tokens.
@@ -50,23 +52,33 @@ def test_every_form_of_a_benchmark_file_is_found(token_bytes: TokenBytes, tmp_pa
         ("a.jsonl", b'{"q": "a"}\n{"q": \n', r"--benchmark_files .*a\.jsonl, line 2: broken JSON"),
         ("a.jsonl", b'{"q": "a"}\n{"q": "\xff"}\n', r"--benchmark_files .*a\.jsonl, line 2: not UTF-8"),
         ("a.json", b'[{"q": "a"},\n {"q": ]', r"--benchmark_files .*a\.json, line 2: broken JSON"),
-        ("a.json", b'{"q": "a"}\n{"q": "b"}\n', r"--benchmark_files .*a\.json, line 2: broken JSON .*\.jsonl"),
+        (
+            "a.json",
+            b'{"q": "a"}\n{"q": "b"}\n',
+            r"--benchmark_files .*a\.json, line 2: broken JSON .*\.jsonl",
+        ),
         ("a.txt", b"caf\xe9", r"--benchmark_files .*a\.txt: not UTF-8 \(byte 3\)"),
     ],
 )
-def test_bad_files_are_named(token_bytes: TokenBytes, tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_bad_files_are_named(
+    token_bytes: TokenBytes, tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         benchmark_spans([str(tmp_path / name)], token_bytes)
 
 
 @given(st.integers(0, 10_000), st.integers(0, 40), st.integers(0, 30))
-def test_a_document_overlaps_where_any_of_its_spans_is_among_the_others(seed: int, num_spans: int, length: int) -> None:
+def test_a_document_overlaps_where_any_of_its_spans_is_among_the_others(
+    seed: int, num_spans: int, length: int
+) -> None:
     """Also without any span, and with the smallest and the largest hash that there is."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, 3, length).astype(np.int32)
     hashes = span_hashes(ids)
     largest = np.iinfo(np.uint64).max
-    others = np.concatenate([hashes, rng.integers(0, largest, 40, dtype=np.uint64), np.array([0, largest], dtype=np.uint64)])
+    others = np.concatenate(
+        [hashes, rng.integers(0, largest, 40, dtype=np.uint64), np.array([0, largest], dtype=np.uint64)]
+    )
     spans = np.unique(rng.choice(others, num_spans))
     assert overlaps(ids, spans) == bool(set(hashes.tolist()) & set(spans.tolist()))

@@ -21,15 +21,41 @@ LABELS = QuestionFields(question="q", choices="c", labels="names", answer="a")
     ("fields", "row", "letter", "choices"),
     [
         # ARC: letters in most rows, digits in some, always those of the row's own labels.
-        (ARC, {"question": "?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"}, "B", ("x", "y")),
-        (ARC, {"question": "?", "choices": {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}, "answerKey": "2"}, "B", ("x", "y", "z")),
-        (ARC, {"question": "?", "choices": [{"text": "x", "label": "A"}, {"text": "y", "label": "B"}], "answerKey": "a"}, "A", ("x", "y")),
+        (
+            ARC,
+            {"question": "?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"},
+            "B",
+            ("x", "y"),
+        ),
+        (
+            ARC,
+            {
+                "question": "?",
+                "choices": {"text": ["x", "y", "z"], "label": ["1", "2", "3"]},
+                "answerKey": "2",
+            },
+            "B",
+            ("x", "y", "z"),
+        ),
+        (
+            ARC,
+            {
+                "question": "?",
+                "choices": [{"text": "x", "label": "A"}, {"text": "y", "label": "B"}],
+                "answerKey": "a",
+            },
+            "A",
+            ("x", "y"),
+        ),
         # MMLU: a place from 0, with an index or a ClassLabel's number.
         (FROM_0, {"q": "?", "c": ["x", "y", "z"], "a": 0}, "A", ("x", "y", "z")),
         (FROM_0, {"q": "?", "c": ["x", "y", "z"], "a": "2"}, "C", ("x", "y", "z")),
         (FROM_1, {"q": "?", "c": ["x", "y", "z"], "a": 1}, "A", ("x", "y", "z")),
         # Letters as people write them.
-        *((PLAIN, {"q": "?", "c": ["x", "y", "z"], "a": key}, "C", ("x", "y", "z")) for key in ("C", "c", "(C)", " c) ", "C.", ["C"], "(C) z")),
+        *(
+            (PLAIN, {"q": "?", "c": ["x", "y", "z"], "a": key}, "C", ("x", "y", "z"))
+            for key in ("C", "c", "(C)", " c) ", "C.", ["C"], "(C) z")
+        ),
         # Objects by label, in any order; a table's rows with fewer choices have nulls at the end.
         (PLAIN, {"q": "?", "c": {"A": "x", "B": "y"}, "a": "b"}, "B", ("x", "y")),
         (PLAIN, {"q": "?", "c": {"B": "y", "A": "x"}, "a": "A"}, "B", ("y", "x")),
@@ -53,23 +79,55 @@ def test_forms(fields: QuestionFields, row: dict[str, Any], letter: str, choices
         (PLAIN, {"q": "?", "c": ["x", None], "a": "A"}, r"row 0, field c, choice B: null is no choice"),
         (PLAIN, {"q": "?", "c": ["x", " "], "a": "A"}, r"row 0, field c, choice B: ' ' is no choice"),
         (PLAIN, {"q": "?", "c": {"A": None, "B": "y", "C": "z"}, "a": "B"}, r"choice A: null"),
-        (PLAIN, {"q": "?", "c": {"A": "x", "B": "y", "C": None}, "a": "C"}, r"the answer 'C' is none of the choices' labels \(A, B\)"),
-        (COLUMNS, {"q": "?", "A": "x", "B": None, "C": "z", "D": None, "a": "C"}, r"field \[A, B, C, D\], choice B: null"),
-        (PLAIN, {"q": "?", "c": ["x", "y"], "a": 1}, r"the answer '1' is not a letter .*fields\.answer_is index_from_0 or index_from_1"),
-        (PLAIN, {"q": "?", "c": ["x", "y"], "a": "y"}, r"the answer 'y' is not a letter .*fields\.answer_is text"),
+        (
+            PLAIN,
+            {"q": "?", "c": {"A": "x", "B": "y", "C": None}, "a": "C"},
+            r"the answer 'C' is none of the choices' labels \(A, B\)",
+        ),
+        (
+            COLUMNS,
+            {"q": "?", "A": "x", "B": None, "C": "z", "D": None, "a": "C"},
+            r"field \[A, B, C, D\], choice B: null",
+        ),
+        (
+            PLAIN,
+            {"q": "?", "c": ["x", "y"], "a": 1},
+            r"the answer '1' is not a letter .*fields\.answer_is index_from_0 or index_from_1",
+        ),
+        (
+            PLAIN,
+            {"q": "?", "c": ["x", "y"], "a": "y"},
+            r"the answer 'y' is not a letter .*fields\.answer_is text",
+        ),
         (PLAIN, {"q": "?", "c": ["x", "y"], "a": ["A", "B"]}, r"row 0, field a: 2 answers"),
-        (PLAIN, {"q": "?", "c": ["x", ["y"]], "a": "A"}, r"row 0, field c, choice B: \['y'\] \(list\) is no text"),
+        (
+            PLAIN,
+            {"q": "?", "c": ["x", ["y"]], "a": "A"},
+            r"row 0, field c, choice B: \['y'\] \(list\) is no text",
+        ),
         (PLAIN, {"q": "?", "a": "A"}, r"row 0: no field 'c' \(there is: q, a\)"),
         (PLAIN, {"q": "?", "c": {"A": "x", "a": "y"}, "a": "A"}, r"two choices have one label"),
-        (ARC, {"question": "?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "B"}, r"none of the choices' labels \(1, 2\)"),
-        (ARC, {"question": "?", "choices": {"text": ["x", "y"], "label": ["A"]}, "answerKey": "A"}, r"2 texts and 1 labels"),
+        (
+            ARC,
+            {"question": "?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "B"},
+            r"none of the choices' labels \(1, 2\)",
+        ),
+        (
+            ARC,
+            {"question": "?", "choices": {"text": ["x", "y"], "label": ["A"]}, "answerKey": "A"},
+            r"2 texts and 1 labels",
+        ),
         (FROM_0, {"q": "?", "c": ["x", "y"], "a": 2}, r"'2' is no place of the 2 choices, counted from 0"),
         (FROM_1, {"q": "?", "c": ["x", "y"], "a": 0}, r"'0' is no place of the 2 choices, counted from 1"),
         (FROM_0, {"q": "?", "c": ["x", "y"], "a": True}, r"True \(bool\) is no text"),
         (FROM_0, {"q": "?", "c": ["x", "y"], "a": "A"}, r"'A' is no place"),
         (TEXT, {"q": "?", "c": ["x", "x"], "a": "x"}, r"2 of the choices have the text 'x'"),
         (TEXT, {"q": "?", "c": ["x", "y"], "a": "z"}, r"0 of the choices have the text 'z'"),
-        (LABELS, {"q": "?", "c": ["x", "y"], "names": ["ja"], "a": "ja"}, r"field names: \['ja'\] where a list of the 2 choices' labels belongs"),
+        (
+            LABELS,
+            {"q": "?", "c": ["x", "y"], "names": ["ja"], "a": "ja"},
+            r"field names: \['ja'\] where a list of the 2 choices' labels belongs",
+        ),
     ],
 )
 def test_rows_that_do_not_say_it(fields: QuestionFields, row: dict[str, Any], message: str) -> None:

@@ -7,7 +7,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rpt_lightning.data.corpus import DocstringSource, HuggingFaceSource, JsonlSource, ParquetSource, TextFilesSource
+from rpt_lightning.data.corpus import (
+    DocstringSource,
+    HuggingFaceSource,
+    JsonlSource,
+    ParquetSource,
+    TextFilesSource,
+)
 
 PACKAGE = '''
 """Module text is not a docstring of an object, however long it may be."""
@@ -82,12 +88,20 @@ def test_jsonl_fills_the_template(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"problem": "p1", "solution": "s1"}\n\n{"problem": "p2", "solution": "s2"}\n')
     documents = list(JsonlSource(str(path)).documents())
-    assert [(document.doc_id, document.text) for document in documents] == [("a.jsonl:1", "p1\n\ns1"), ("a.jsonl:3", "p2\n\ns2")]
+    assert [(document.doc_id, document.text) for document in documents] == [
+        ("a.jsonl:1", "p1\n\ns1"),
+        ("a.jsonl:3", "p2\n\ns2"),
+    ]
 
 
 def test_jsonl_lines_end_at_line_feeds_only(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes('{"problem": "a\u2028b\x85c", "solution": "s"}\r\n{"problem": "p",\r "solution": "t"}\n'.encode())
-    assert [document.text for document in JsonlSource(str(tmp_path / "a.jsonl")).documents()] == ["a\u2028b\x85c\n\ns", "p\n\nt"]
+    (tmp_path / "a.jsonl").write_bytes(
+        '{"problem": "a\u2028b\x85c", "solution": "s"}\r\n{"problem": "p",\r "solution": "t"}\n'.encode()
+    )
+    assert [document.text for document in JsonlSource(str(tmp_path / "a.jsonl")).documents()] == [
+        "a\u2028b\x85c\n\ns",
+        "p\n\nt",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +111,10 @@ def test_jsonl_lines_end_at_line_feeds_only(tmp_path: Path) -> None:
         ('{"problem": "p"}\n', r"a\.jsonl, line 1: .*'solution'"),
         ('{"problem": "p", "solution": null}\n', r"a\.jsonl, line 1: .*'solution'"),
         ("[1]\n", r"a\.jsonl, line 1: a list"),
-        (b'{"problem": "p", "solution": "s"}\n{"problem": "\xff", "solution": "s"}\n', r"a\.jsonl, line 2: not UTF-8 \(byte 13 of the line\)"),
+        (
+            b'{"problem": "p", "solution": "s"}\n{"problem": "\xff", "solution": "s"}\n',
+            r"a\.jsonl, line 2: not UTF-8 \(byte 13 of the line\)",
+        ),
     ],
 )
 def test_bad_jsonl_names_file_and_line(tmp_path: Path, content: str | bytes, message: str) -> None:
@@ -130,7 +147,11 @@ def test_text_files_in_the_order_of_their_paths(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "sub/c.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    assert [document.text for document in TextFilesSource(f"{tmp_path}/**/*.txt").documents()] == ["a.txt", "b.txt", "sub/c.txt"]
+    assert [document.text for document in TextFilesSource(f"{tmp_path}/**/*.txt").documents()] == [
+        "a.txt",
+        "b.txt",
+        "sub/c.txt",
+    ]
     (tmp_path / "d.txt").write_bytes(b"\xff")
     with pytest.raises(ValueError, match=r"d\.txt: not UTF-8"):
         list(TextFilesSource(f"{tmp_path}/*.txt").documents())

@@ -22,7 +22,9 @@ class Numbers(CorpusSource):
     def documents(self) -> Iterator[Document]:
         for number in range(self.count):
             text = f"{number} and one more is {number + 1}."
-            mark = Mark(start=len(text) - 3, end=len(text) - 1, fields={"depth": number}, thought=f" {number} +")
+            mark = Mark(
+                start=len(text) - 3, end=len(text) - 1, fields={"depth": number}, thought=f" {number} +"
+            )
             yield Document(doc_id=f"n{number}", text=text, marks=(mark,))
 
     def describe(self) -> dict[str, Any]:
@@ -31,14 +33,21 @@ class Numbers(CorpusSource):
 
 def attached(data: CorpusDataModule, tokenizer, *, rank: int = 0, num_ranks: int = 1) -> CorpusDataModule:
     strategy = SimpleNamespace(distributed_sampler_kwargs={"rank": rank, "num_replicas": num_ranks})
-    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(tokenizer=tokenizer), strategy=strategy, state=SimpleNamespace(fn="fit"))
+    data.trainer = SimpleNamespace(
+        lightning_module=SimpleNamespace(tokenizer=tokenizer),
+        strategy=strategy,
+        state=SimpleNamespace(fn="fit"),
+    )
     data.setup("fit")
     return data
 
 
 def texts(batch: dict[str, Any], tokenizer) -> list[bytes]:
     token_bytes = TokenBytes(tokenizer)
-    return [token_bytes.join(sequence.prompt_ids) + b"|" + token_bytes.join(sequence.target_ids) for sequence in batch["sequences"]]
+    return [
+        token_bytes.join(sequence.prompt_ids) + b"|" + token_bytes.join(sequence.target_ids)
+        for sequence in batch["sequences"]
+    ]
 
 
 def make(tokenizer, **settings: Any) -> CorpusDataModule:
@@ -49,7 +58,9 @@ def make(tokenizer, **settings: Any) -> CorpusDataModule:
 def test_plain_text_needs_neither_marks_nor_a_task_folder(tiny_tokenizer) -> None:
     data = make(tiny_tokenizer, prompt=None, documents_per_step=7)
     wanted = {f"{number} and one more is {number + 1}." for number in range(7)}
-    assert {text.replace(b"|", b"", 1).decode() for text in texts(data.next_batch(), tiny_tokenizer)} == wanted
+    assert {
+        text.replace(b"|", b"", 1).decode() for text in texts(data.next_batch(), tiny_tokenizer)
+    } == wanted
     assert len(data.val_dataloader()) == 0
 
 
@@ -58,7 +69,9 @@ def test_each_document_comes_with_its_worked_example(tiny_tokenizer) -> None:
     document, example = texts(data.next_batch(), tiny_tokenizer)
     assert document.replace(b"|", b"", 1).endswith(b".")
     number = int(document[:1])
-    assert example.startswith(f"{number} and one more is<think>| {number} +</think>\\boxed{{ {number + 1}}}".encode())
+    assert example.startswith(
+        f"{number} and one more is<think>| {number} +</think>\\boxed{{ {number + 1}}}".encode()
+    )
 
 
 def test_phases_go_by_step_and_a_resumed_run_is_in_the_same_one(tiny_tokenizer) -> None:
@@ -78,9 +91,20 @@ def test_phases_go_by_step_and_a_resumed_run_is_in_the_same_one(tiny_tokenizer) 
 
 
 def test_ranks_share_a_step(tiny_tokenizer) -> None:
-    settings = {"source": Numbers(), "documents_per_step": 4, "prompt": ContinuationPrompt(), "phases": [Phase(p_cot=0.5)]}
+    settings = {
+        "source": Numbers(),
+        "documents_per_step": 4,
+        "prompt": ContinuationPrompt(),
+        "phases": [Phase(p_cot=0.5)],
+    }
     alone = texts(make(tiny_tokenizer, **settings).next_batch(), tiny_tokenizer)
-    parts = [texts(attached(CorpusDataModule(**settings), tiny_tokenizer, rank=rank, num_ranks=2).next_batch(), tiny_tokenizer) for rank in range(2)]
+    parts = [
+        texts(
+            attached(CorpusDataModule(**settings), tiny_tokenizer, rank=rank, num_ranks=2).next_batch(),
+            tiny_tokenizer,
+        )
+        for rank in range(2)
+    ]
     assert parts[0] + parts[1] == alone
 
 
@@ -110,7 +134,10 @@ def test_worked_examples_need_thoughts(tiny_tokenizer) -> None:
         def documents(self) -> Iterator[Document]:
             return (Document(doc_id=document.doc_id, text=document.text) for document in super().documents())
 
-    with pytest.raises(ValueError, match=r"--data.prompt: worked examples need marks with thoughts, and no document of Plain has one"):
+    with pytest.raises(
+        ValueError,
+        match=r"--data.prompt: worked examples need marks with thoughts, and no document of Plain has one",
+    ):
         make(tiny_tokenizer, source=Plain())
 
 
@@ -118,8 +145,14 @@ def test_worked_examples_need_thoughts(tiny_tokenizer) -> None:
     ("yielded", "named"),
     [
         ("just text", "the source Own yielded str 'just text' as document 2; wanted: "),
-        (Document(doc_id="d", text=b"bytes"), "the source Own yielded bytes b'bytes' as text of document 2; wanted: "),  # type: ignore[arg-type]
-        (Document(doc_id="d", text="abc", marks=(Mark(start=1, end=9),)), r"document 'd', mark 0 \(characters 1 to 9\): is empty, or not inside"),
+        (
+            Document(doc_id="d", text=b"bytes"),
+            "the source Own yielded bytes b'bytes' as text of document 2; wanted: ",
+        ),  # type: ignore[arg-type]
+        (
+            Document(doc_id="d", text="abc", marks=(Mark(start=1, end=9),)),
+            r"document 'd', mark 0 \(characters 1 to 9\): is empty, or not inside",
+        ),
     ],
 )
 def test_what_a_source_must_not_yield(tiny_tokenizer, yielded: Any, named: str) -> None:
@@ -137,7 +170,10 @@ def test_held_out_positions_of_another_tokenizer_are_refused(tiny_tokenizer, tin
     data = make(tiny_tokenizer, task_dir=str(tiny_task_dir), eval_min_entropy=0.1)
     assert len(data.val_dataloader()) > 0
     data.trainer.lightning_module.tokenizer_hash = "2:another"
-    with pytest.raises(ValueError, match=r"--data.task_dir .*: prepared with the tokenizer of .*, which is not that of the model being trained"):
+    with pytest.raises(
+        ValueError,
+        match=r"--data.task_dir .*: prepared with the tokenizer of .*, which is not that of the model being trained",
+    ):
         data.setup("fit")
 
 

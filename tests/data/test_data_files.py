@@ -66,7 +66,9 @@ def test_one_file_in_every_form(name: str, tmp_path: Path) -> None:
 
 def test_ids_name_file_and_line(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(FORMS["a.jsonl.gz"])
-    assert [document.doc_id for document in JsonlSource(str(tmp_path / "a.jsonl.gz"), "{problem}").documents()][:2] == [
+    assert [
+        document.doc_id for document in JsonlSource(str(tmp_path / "a.jsonl.gz"), "{problem}").documents()
+    ][:2] == [
         "a.jsonl.gz:1",
         "a.jsonl.gz:2",
     ]
@@ -78,7 +80,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Under the home folder."""
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = tmp_path / "data [v2]"
-    for name, text in {"b.jsonl": "b", "a/x.jsonl.gz": "ax", "c/x.jsonl": "cx", ".cache/hidden.jsonl": "hidden", "README.md": "readme"}.items():
+    for name, text in {
+        "b.jsonl": "b",
+        "a/x.jsonl.gz": "ax",
+        "c/x.jsonl": "cx",
+        ".cache/hidden.jsonl": "hidden",
+        "README.md": "readme",
+    }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         content = json.dumps({"problem": text, "answer": 1}).encode() + b"\n"
         (folder / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
@@ -93,11 +101,17 @@ def test_many_files(folder: Path, path: str) -> None:
     assert len({document.doc_id for document in documents}) == 3
     if "?" not in path:
         assert [document.doc_id for document in documents] == ["a/x.jsonl.gz:1", "b.jsonl:1", "c/x.jsonl:1"]
-        assert [question.question_id for question in JsonlQuestions(path).questions()] == ["a/x:1", "b:1", "c/x:1"]
+        assert [question.question_id for question in JsonlQuestions(path).questions()] == [
+            "a/x:1",
+            "b:1",
+            "c/x:1",
+        ]
 
 
 def test_a_name_with_brackets_is_a_name_first(folder: Path) -> None:
-    assert [document.text for document in JsonlSource("~/data [v2]/b.jsonl", "{problem}").documents()] == ["b"]
+    assert [document.text for document in JsonlSource("~/data [v2]/b.jsonl", "{problem}").documents()] == [
+        "b"
+    ]
     assert len(list(TextFilesSource("~/data [v2]").documents())) == 4
 
 
@@ -134,7 +148,10 @@ def test_files_that_are_not_there(folder: Path) -> None:
         (FORMS["a.jsonl.gz"] + b"junk", r"x\.jsonl: the compressed file is damaged or was cut off"),
         (gzip.compress(b'{"problem": "\xff"}\n'), r"x\.jsonl, line 1: not UTF-8 \(byte 13 of the line\)"),
         ('{"problem": "a"}\n'.encode("utf-16") + b"\x00", r"x\.jsonl, line 2: not UTF-16 \(truncated data\)"),
-        (b'{"problem": "a"}\n{"problem": ' + b"1" * 5000 + b"}", r"x\.jsonl, line 2: JSON that cannot be read"),
+        (
+            b'{"problem": "a"}\n{"problem": ' + b"1" * 5000 + b"}",
+            r"x\.jsonl, line 2: JSON that cannot be read",
+        ),
         (b"[" * 100_000, r"x\.jsonl, line 1: JSON that cannot be read"),
         (b"PAR1...", r"x\.jsonl: a Parquet file"),
     ],
@@ -157,7 +174,9 @@ def test_parquet_files_of_a_folder(folder: Path) -> None:
 
 
 def test_benchmark_files_in_these_forms(folder: Path, tiny_tokenizer) -> None:
-    question = "How many of the seventeen green bottles are still hanging on the wall if eleven of them should fall?"
+    question = (
+        "How many of the seventeen green bottles are still hanging on the wall if eleven of them should fall?"
+    )
     content = json.dumps({"q": question}).encode("utf-8-sig") + b"\n"
     (folder / "bench").mkdir()
     (folder / "bench" / "q.jsonl.gz").write_bytes(gzip.compress(content))

@@ -36,7 +36,11 @@ def fit(
     data: dict[str, Any] | None = None,
     **trainer: Any,
 ) -> None:
-    callbacks = [ModelCheckpoint(checkpoint, filename="{step}", every_n_train_steps=1, save_top_k=-1)] if checkpoint else []
+    callbacks = (
+        [ModelCheckpoint(checkpoint, filename="{step}", every_n_train_steps=1, save_top_k=-1)]
+        if checkpoint
+        else []
+    )
     Trainer(
         max_steps=max_steps,
         max_epochs=-1,
@@ -48,11 +52,17 @@ def fit(
         enable_model_summary=False,
         num_sanity_val_steps=0,
         default_root_dir=log.parent,
-        **({"limit_val_batches": 0} if val_every is None else {"val_check_interval": val_every, "check_val_every_n_epoch": None}),
+        **(
+            {"limit_val_batches": 0}
+            if val_every is None
+            else {"val_check_interval": val_every, "check_val_every_n_epoch": None}
+        ),
         **trainer,
     ).fit(
         Recorder(log, draws),
-        datamodule=TokenTaskDataModule(str(folder), **({"tasks_per_step": 4, "positions_per_document": 2} | (data or {}))),
+        datamodule=TokenTaskDataModule(
+            str(folder), **({"tasks_per_step": 4, "positions_per_document": 2} | (data or {}))
+        ),
         ckpt_path=str(resume) if resume else None,
     )
 
@@ -70,7 +80,14 @@ def test_a_run_stopped_after_any_step_goes_on_with_the_same_tasks(
     assert len(set(first_epoch)) == 26
     for stop in (1, 2, 5, 6, 7, 11, 12, 13):
         log = tmp_path / f"from-{stop}"
-        fit(folder, log, 14, draws=draws, resume=tmp_path / f"checkpoints/step={stop}.ckpt", val_every=val_every)
+        fit(
+            folder,
+            log,
+            14,
+            draws=draws,
+            resume=tmp_path / f"checkpoints/step={stop}.ckpt",
+            val_every=val_every,
+        )
         resumed = [record for record in read(log) if "step" in record]
         assert resumed == whole[stop:], stop
 
@@ -92,10 +109,14 @@ def test_two_ranks_share_the_steps_of_one(write_task_folder: Write, tmp_path: Pa
     fit(folder, tmp_path / "one", 4, val_every=4, data=data)
     fit(folder, tmp_path / "two", 4, val_every=4, data=data, strategy="ddp_spawn", devices=2)
     one, left, right = read(tmp_path / "one"), read(tmp_path / "two", 0), read(tmp_path / "two", 1)
-    assert [a["tasks"] + b["tasks"] for a, b in zip(left[:4], right[:4], strict=True)] == [record["tasks"] for record in one[:4]]
+    assert [a["tasks"] + b["tasks"] for a, b in zip(left[:4], right[:4], strict=True)] == [
+        record["tasks"] for record in one[:4]
+    ]
     assert [len(record["tasks"]) for record in left[:4]] == [2] * 4
     assert len(one[4:]) == len(left[4:]) == len(right[4:]) == 3
-    assert [a["validation"] + b["validation"] for a, b in zip(left[4:], right[4:], strict=True)] == [record["validation"] for record in one[4:]]
+    assert [a["validation"] + b["validation"] for a, b in zip(left[4:], right[4:], strict=True)] == [
+        record["validation"] for record in one[4:]
+    ]
     assert [len(record["validation"]) for record in left[4:]] == [2, 2, 0]
 
 
@@ -105,7 +126,9 @@ class UnevenRecorder(Recorder):
 
 
 @pytest.mark.long
-def test_ranks_draw_what_each_needs_from_one_place(write_task_folder: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_draw_what_each_needs_from_one_place(
+    write_task_folder: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = write_task_folder(tmp_path / "tasks", NUM_POSITIONS)
     fit(folder, tmp_path / "plain", 6)
     monkeypatch.setattr(f"{__name__}.Recorder", UnevenRecorder)
@@ -113,31 +136,54 @@ def test_ranks_draw_what_each_needs_from_one_place(write_task_folder: Write, tmp
     left, right = read(tmp_path / "two", 0), read(tmp_path / "two", 1)
     assert [len(record["drawn"]) for record in left] == [3, 0, 1]
     assert [len(record["drawn"]) for record in right] == [0, 0, 2]
-    taken = [task for a, b in zip(left, right, strict=True) for task in a["tasks"] + b["tasks"] + a["drawn"] + b["drawn"]]
+    taken = [
+        task
+        for a, b in zip(left, right, strict=True)
+        for task in a["tasks"] + b["tasks"] + a["drawn"] + b["drawn"]
+    ]
     assert taken == [task for record in read(tmp_path / "plain") for task in record["tasks"]][: len(taken)]
 
 
 def test_a_checkpoint_of_another_folder_is_refused(write_task_folder: Write, tmp_path: Path) -> None:
-    fit(write_task_folder(tmp_path / "tasks", NUM_POSITIONS), tmp_path / "log", 1, checkpoint=tmp_path / "checkpoints")
+    fit(
+        write_task_folder(tmp_path / "tasks", NUM_POSITIONS),
+        tmp_path / "log",
+        1,
+        checkpoint=tmp_path / "checkpoints",
+    )
     other = write_task_folder(tmp_path / "other", [3, 3, 3])
     with pytest.raises(ValueError, match=r"--ckpt_path: .* number of documents 7, and this run has 3"):
         fit(other, tmp_path / "log", 2, resume=tmp_path / "checkpoints/step=1.ckpt")
 
 
-def test_a_checkpoint_of_other_text_with_equal_counts_is_refused(write_task_folder: Write, tmp_path: Path) -> None:
-    fit(write_task_folder(tmp_path / "tasks", NUM_POSITIONS), tmp_path / "log", 1, checkpoint=tmp_path / "checkpoints")
+def test_a_checkpoint_of_other_text_with_equal_counts_is_refused(
+    write_task_folder: Write, tmp_path: Path
+) -> None:
+    fit(
+        write_task_folder(tmp_path / "tasks", NUM_POSITIONS),
+        tmp_path / "log",
+        1,
+        checkpoint=tmp_path / "checkpoints",
+    )
     other = write_task_folder(tmp_path / "other", NUM_POSITIONS, corpus={"sha256": "1" * 64})
-    with pytest.raises(ValueError, match=r"--ckpt_path: .* text with the fingerprint 0000.*, and this run has 1111"):
+    with pytest.raises(
+        ValueError, match=r"--ckpt_path: .* text with the fingerprint 0000.*, and this run has 1111"
+    ):
         fit(other, tmp_path / "log", 2, resume=tmp_path / "checkpoints/step=1.ckpt")
 
 
-def test_a_checkpoint_of_the_same_documents_in_other_shards_is_refused(write_task_folder: Write, tmp_path: Path) -> None:
+def test_a_checkpoint_of_the_same_documents_in_other_shards_is_refused(
+    write_task_folder: Write, tmp_path: Path
+) -> None:
     """Shards are shuffled, so the order is another one, though text and counts are the same."""
     folder = write_task_folder(tmp_path / "tasks", NUM_POSITIONS, chunk_bytes="2KB")
     other = write_task_folder(tmp_path / "other", NUM_POSITIONS)
     assert TaskFolder(folder, "train").chunk_sizes != TaskFolder(other, "train").chunk_sizes
     fit(folder, tmp_path / "log", 1, checkpoint=tmp_path / "checkpoints")
-    with pytest.raises(ValueError, match=r"--ckpt_path: .* documents in the order with the fingerprint [0-9a-f]{16}, and this run has [0-9a-f]{16};"):
+    with pytest.raises(
+        ValueError,
+        match=r"--ckpt_path: .* documents in the order with the fingerprint [0-9a-f]{16}, and this run has [0-9a-f]{16};",
+    ):
         fit(other, tmp_path / "log", 2, resume=tmp_path / "checkpoints/step=1.ckpt")
 
 
@@ -147,11 +193,20 @@ def text_module(folder: Path) -> TextDataModule:
     return module
 
 
-MADE_WITH = {"tokenizer": "models/tiny", "proxy": "models/tiny", "source": {}, "chunk_bytes": "64MB", "seed": 0, "max_documents": None}
+MADE_WITH = {
+    "tokenizer": "models/tiny",
+    "proxy": "models/tiny",
+    "source": {},
+    "chunk_bytes": "64MB",
+    "seed": 0,
+    "max_documents": None,
+}
 
 
 @pytest.mark.parametrize(
-    ("num_positions", "settings"), [([1, 2, 2], {"seed": 1}), ([1, 2, 2], {"max_documents": 3}), ([2, 1, 2], {})], ids=["seed", "sample", "positions"]
+    ("num_positions", "settings"),
+    [([1, 2, 2], {"seed": 1}), ([1, 2, 2], {"max_documents": 3}), ([2, 1, 2], {})],
+    ids=["seed", "sample", "positions"],
 )
 def test_a_place_among_documents_that_prepare_chose_otherwise_is_refused(
     num_positions: list[int], settings: dict[str, Any], write_task_folder: Write, tmp_path: Path
@@ -163,17 +218,29 @@ def test_a_place_among_documents_that_prepare_chose_otherwise_is_refused(
         other.load_state_dict(state)
 
 
-def test_a_place_goes_with_the_folder_to_a_machine_where_files_have_other_names(write_task_folder: Write, tmp_path: Path) -> None:
+def test_a_place_goes_with_the_folder_to_a_machine_where_files_have_other_names(
+    write_task_folder: Write, tmp_path: Path
+) -> None:
     before = text_module(write_task_folder(tmp_path / "tasks", [1, 2, 2], settings=MADE_WITH))
     next(iter(before.train_dataloader()))
-    elsewhere = {"tokenizer": "/data/tiny", "proxy": "/data/tiny", "source": {"path": "/data"}, "chunk_bytes": "1GB"}
+    elsewhere = {
+        "tokenizer": "/data/tiny",
+        "proxy": "/data/tiny",
+        "source": {"path": "/data"},
+        "chunk_bytes": "1GB",
+    }
     after = text_module(write_task_folder(tmp_path / "other", [1, 2, 2], settings=MADE_WITH | elsewhere))
     after.load_state_dict(before.state_dict())
     assert after.stream.place == (0, 1)
 
 
 def test_validating_a_checkpoint_on_another_folder(write_task_folder: Write, tmp_path: Path) -> None:
-    fit(write_task_folder(tmp_path / "tasks", NUM_POSITIONS), tmp_path / "log", 1, checkpoint=tmp_path / "checkpoints")
+    fit(
+        write_task_folder(tmp_path / "tasks", NUM_POSITIONS),
+        tmp_path / "log",
+        1,
+        checkpoint=tmp_path / "checkpoints",
+    )
     other = write_task_folder(tmp_path / "other", [3, 3, 3])
     module, data = Recorder(tmp_path / "val"), TokenTaskDataModule(str(other), tasks_per_step=1)
     Trainer(accelerator="cpu", logger=False, enable_progress_bar=False).validate(
@@ -188,7 +255,9 @@ def module_of(folder: Path, **settings: Any) -> TokenTaskDataModule:
     return module
 
 
-def test_the_loader_has_a_length_and_makes_batches_when_asked(write_task_folder: Write, tmp_path: Path) -> None:
+def test_the_loader_has_a_length_and_makes_batches_when_asked(
+    write_task_folder: Write, tmp_path: Path
+) -> None:
     module = module_of(write_task_folder(tmp_path / "tasks", NUM_POSITIONS))
     loader = module.train_dataloader()
     assert len(loader) == 26 // 4
@@ -198,22 +267,33 @@ def test_the_loader_has_a_length_and_makes_batches_when_asked(write_task_folder:
     assert module.stream.index == 4
 
 
-def test_validation_is_fixed_spread_and_independent_of_the_batch_size(write_task_folder: Write, tmp_path: Path) -> None:
+def test_validation_is_fixed_spread_and_independent_of_the_batch_size(
+    write_task_folder: Write, tmp_path: Path
+) -> None:
     folder = write_task_folder(tmp_path / "tasks", NUM_POSITIONS)
 
     def tasks(**settings: Any) -> list[str]:
-        return [task.task_id for batch in module_of(folder, **settings).val_dataloader() for task in batch["tasks"]]
+        return [
+            task.task_id
+            for batch in module_of(folder, **settings).val_dataloader()
+            for task in batch["tasks"]
+        ]
 
     chosen = tasks(num_eval_tasks=10, eval_batch_size=3)
     assert chosen == tasks(num_eval_tasks=10, eval_batch_size=100)
     assert len(set(chosen)) == 10
     documents = [task.split(":")[0] for task in chosen]
-    assert set(documents) == {f"heldout-{index}" for index in range(7)}  # each of the 7 documents once, then three of them twice
+    assert set(documents) == {
+        f"heldout-{index}" for index in range(7)
+    }  # each of the 7 documents once, then three of them twice
     assert documents == sorted(documents)
     assert chosen != tasks(num_eval_tasks=10, eval_batch_size=3, seed=1)
     everything = module_of(folder, num_eval_tasks=100, eval_min_entropy=1.5).eval_tasks()
     assert {task.task_id for task in everything} == {
-        f"heldout-{index}:{k + 1}" for index, count in enumerate(NUM_POSITIONS) for k in range(count) if 0.6 + 1.4 * k / max(count - 1, 1) > 1.5
+        f"heldout-{index}:{k + 1}"
+        for index, count in enumerate(NUM_POSITIONS)
+        for k in range(count)
+        if 0.6 + 1.4 * k / max(count - 1, 1) > 1.5
     }
     with pytest.raises(ValueError, match=r"--data.eval_min_entropy 9\.0: .* holds no held-out position"):
         module_of(folder, eval_min_entropy=9.0).eval_tasks()
@@ -235,20 +315,35 @@ def test_a_model_with_another_tokenizer_is_refused(write_task_folder: Write, tmp
     folder = write_task_folder(tmp_path / "tasks", NUM_POSITIONS)
     module = Recorder(tmp_path / "log")
     module.tokenizer_hash = "1" * 16  # type: ignore[assignment]
-    with pytest.raises(ValueError, match=r"prepared with the tokenizer of 'models/tiny', which is not that of the model being trained"):
-        Trainer(accelerator="cpu", logger=False, enable_progress_bar=False).fit(module, datamodule=TokenTaskDataModule(str(folder), tasks_per_step=4))
+    with pytest.raises(
+        ValueError,
+        match=r"prepared with the tokenizer of 'models/tiny', which is not that of the model being trained",
+    ):
+        Trainer(accelerator="cpu", logger=False, enable_progress_bar=False).fit(
+            module, datamodule=TokenTaskDataModule(str(folder), tasks_per_step=4)
+        )
 
 
 @pytest.mark.parametrize("change", [None, "same ids", "other ids"])
-def test_a_folder_of_before_is_taken_where_it_is_right(change, write_task_folder: Write, tiny_tokenizer, tmp_path: Path) -> None:
+def test_a_folder_of_before_is_taken_where_it_is_right(
+    change, write_task_folder: Write, tiny_tokenizer, tmp_path: Path
+) -> None:
     """Its hash did not know the pre-tokeniser: the module's tokenizer must write the folder's documents as the folder does."""
     backend = Tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str())
     if change == "same ids":
-        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=False), backend.pre_tokenizer])
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=False), backend.pre_tokenizer]
+        )
     elif change == "other ids":  # every character alone
-        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex("."), "isolated"), backend.pre_tokenizer])
-    other = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=tiny_tokenizer.eos_token, pad_token=tiny_tokenizer.pad_token)
-    folder = write_task_folder(tmp_path / "tasks", [30, 30], tokenizer_hash=earlier_tokenizer_hash(tiny_tokenizer))
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex("."), "isolated"), backend.pre_tokenizer]
+        )
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=tiny_tokenizer.eos_token, pad_token=tiny_tokenizer.pad_token
+    )
+    folder = write_task_folder(
+        tmp_path / "tasks", [30, 30], tokenizer_hash=earlier_tokenizer_hash(tiny_tokenizer)
+    )
     text = "the sum of the numbers and the length of the string"  # of letters that merge
     data = TokenTaskDataModule(str(folder), tasks_per_step=4)
     data.train = TaskFolder(folder, "train")

@@ -14,7 +14,12 @@ def tokens(*values: int) -> np.ndarray:
 
 def test_thirteen_shared_tokens_link_and_twelve_do_not() -> None:
     shared = list(range(100, 113))
-    documents = [tokens(1, *shared, 2), tokens(3, 4, *shared), tokens(5, *shared[:12], 6), tokens(*range(200, 230))]
+    documents = [
+        tokens(1, *shared, 2),
+        tokens(3, 4, *shared),
+        tokens(5, *shared[:12], 6),
+        tokens(*range(200, 230)),
+    ]
     assert components(documents).tolist() == [0, 0, 1, 2]
 
 
@@ -78,12 +83,15 @@ def test_the_split_is_clean(assignment: list[int], seed: int) -> None:
 
 def test_too_few_components() -> None:
     with pytest.raises(
-        ValueError, match=r"--heldout_documents 2: .* only 2 components that share no 13 tokens .*logs.*--dedup_span, which is 13.*null"
+        ValueError,
+        match=r"--heldout_documents 2: .* only 2 components that share no 13 tokens .*logs.*--dedup_span, which is 13.*null",
     ):
         split_components(np.array([0, 0, 1], dtype=np.int32), num_heldout=2, seed=0)
     with pytest.raises(ValueError, match=r"share no 40 tokens in a row.*--dedup_span, which is 40"):
         split_components(np.array([0, 0, 1], dtype=np.int32), num_heldout=2, seed=0, span=40)
-    with pytest.raises(ValueError, match=r"only 3 components of one document each \(--dedup_span null\).*give more text$"):
+    with pytest.raises(
+        ValueError, match=r"only 3 components of one document each \(--dedup_span null\).*give more text$"
+    ):
         split_components(np.arange(3, dtype=np.int32), num_heldout=3, seed=0, span=None)
 
 

@@ -32,7 +32,9 @@ TEXT = st.text(st.sampled_from("ab 1é漢😀▁\n"), min_size=1, max_size=12)
 
 def character_of_each_token(text: str, token_ids: tuple[int, ...], token_bytes: TokenBytes) -> list[int]:
     """The index of the character in which each token begins, byte by byte."""
-    owner = [index for index, character in enumerate(token_bytes.plain_text(text)) for _ in character.encode()]
+    owner = [
+        index for index, character in enumerate(token_bytes.plain_text(text)) for _ in character.encode()
+    ]
     starts = [len(token_bytes.join(token_ids[:k])) for k in range(len(token_ids))]
     return [owner[start] for start in starts]
 
@@ -40,10 +42,18 @@ def character_of_each_token(text: str, token_ids: tuple[int, ...], token_bytes: 
 @pytest.mark.parametrize("token_bytes", TOKENS, ids=["byte_level", "byte_fallback"])
 @given(text=TEXT, data=st.data())
 @settings(max_examples=150)
-def test_a_token_has_the_fields_of_every_mark_in_which_it_begins(token_bytes: TokenBytes, text: str, data: st.DataObject) -> None:
-    ends = st.tuples(st.integers(0, len(text)), st.integers(0, len(text))).map(sorted).filter(lambda pair: pair[0] < pair[1])
+def test_a_token_has_the_fields_of_every_mark_in_which_it_begins(
+    token_bytes: TokenBytes, text: str, data: st.DataObject
+) -> None:
+    ends = (
+        st.tuples(st.integers(0, len(text)), st.integers(0, len(text)))
+        .map(sorted)
+        .filter(lambda pair: pair[0] < pair[1])
+    )
     spans = data.draw(st.lists(ends, max_size=4))
-    marks = tuple(Mark(start=start, end=end, fields={"mark": k, f"has {k}": 1}) for k, (start, end) in enumerate(spans))
+    marks = tuple(
+        Mark(start=start, end=end, fields={"mark": k, f"has {k}": 1}) for k, (start, end) in enumerate(spans)
+    )
     document = Document(doc_id="d", text=text, fields={"mark": "none"}, marks=marks)
     token_ids = token_bytes.encode_plain(text)
     found = token_fields(document, token_ids, token_bytes, num_kept=len(token_ids))
@@ -75,14 +85,22 @@ def test_by_hand() -> None:
     assert found.at(np.array([2, 4, 8], dtype=np.int32)) == [{}, {"depth": 2}, {}]
     cut = token_fields(document, token_ids, token_bytes, num_kept=3)
     assert cut is not None
-    assert (cut.num_marks, cut.num_without_token, cut.num_behind_cut, cut.at(np.arange(3, dtype=np.int32))) == (1, 0, 1, None)
+    assert (
+        cut.num_marks,
+        cut.num_without_token,
+        cut.num_behind_cut,
+        cut.at(np.arange(3, dtype=np.int32)),
+    ) == (1, 0, 1, None)
     assert token_fields(replace(document, marks=()), token_ids, token_bytes, num_kept=9) is None
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"fields": {"good": True}}, "document 'd': the field 'good' must be text or a finite number, and True is a bool"),
+        (
+            {"fields": {"good": True}},
+            "document 'd': the field 'good' must be text or a finite number, and True is a bool",
+        ),
         ({"fields": {"x": float("nan")}}, "the field 'x' .*nan is not finite"),
         ({"fields": {"x": float("-inf")}}, "the field 'x' .*-inf is not finite"),
         ({"fields": {"x": None}}, "the field 'x' .*None is a NoneType"),
@@ -99,11 +117,19 @@ def test_by_hand() -> None:
         ),
         ({"marks": (Mark(start=2, end=2),)}, r"mark 0 \(characters 2 to 2\): is empty"),
         ({"marks": (Mark(start=-1, end=2),)}, r"mark 0 \(characters -1 to 2\)"),
-        ({"marks": (Mark(start=0, end=1, fields={"x": False}),)}, r"mark 0 \(characters 0 to 1\): the field 'x' .*False is a bool"),
+        (
+            {"marks": (Mark(start=0, end=1, fields={"x": False}),)},
+            r"mark 0 \(characters 0 to 1\): the field 'x' .*False is a bool",
+        ),
     ],
 )
 def test_what_cannot_be_a_field(change: dict[str, Any], message: str) -> None:
-    good = Document(doc_id="d", text="abc", fields={"a": 1, "b": "text", "c": -0.5}, marks=(Mark(start=0, end=3, fields={"a": 2}),))
+    good = Document(
+        doc_id="d",
+        text="abc",
+        fields={"a": 1, "b": "text", "c": -0.5},
+        marks=(Mark(start=0, end=3, fields={"a": 2}),),
+    )
     check_document(good, number=1)
     with pytest.raises(ValueError, match=message):
         check_document(replace(good, **change), number=1)
@@ -137,7 +163,9 @@ def test_the_fingerprint_is_of_fields_and_marks_too() -> None:
     ]
     assert len({source_sha256(Listed([document])) for document in documents}) == len(documents)
     both, turned = ({"a": 1, "b": 2}, {"b": 2, "a": 1})
-    assert source_sha256(Listed([replace(plain, fields=both)])) == source_sha256(Listed([replace(plain, fields=turned)]))
+    assert source_sha256(Listed([replace(plain, fields=both)])) == source_sha256(
+        Listed([replace(plain, fields=turned)])
+    )
     # That of before there were fields: id and text, each closed by a zero byte.
     assert source_sha256(Listed([plain])) == hashlib.sha256(b"d\0abc\0").hexdigest()
 
@@ -198,8 +226,14 @@ def test_the_manifest_counts_fields_and_marks(
     # The tokenizer makes one token of "é" in two bytes or of two: between its bytes no character ends, so a mark that no token begins in is a merged one.
     tokens = TaskFolder(marked_folder, "train").token_bytes
     text = documents[0].text
-    inside = next(k for k in range(1, len(text)) if k not in character_of_each_token(text, tokens.encode_plain(text), tokens))
-    documents[0] = replace(documents[0], marks=(Mark(start=inside, end=inside + 1, fields={"depth": 9}), *documents[0].marks))
+    inside = next(
+        k
+        for k in range(1, len(text))
+        if k not in character_of_each_token(text, tokens.encode_plain(text), tokens)
+    )
+    documents[0] = replace(
+        documents[0], marks=(Mark(start=inside, end=inside + 1, fields={"depth": 9}), *documents[0].marks)
+    )
     capsys.readouterr()
     prepare_small(tmp_path / "odd", source=Listed(documents), max_tokens_per_document=40)
     said = capsys.readouterr().out
@@ -208,14 +242,23 @@ def test_the_manifest_counts_fields_and_marks(
     assert "fields kept at positions: kind, world" in said
 
 
-def test_a_folder_without_fields_has_the_same_shards(marked_folder: Path, prepare_small: Prepare, tmp_path: Path) -> None:
-    plain = prepare_small(tmp_path / "plain", source=Listed([replace(one, fields={}, marks=()) for one in marked_documents()]))
+def test_a_folder_without_fields_has_the_same_shards(
+    marked_folder: Path, prepare_small: Prepare, tmp_path: Path
+) -> None:
+    plain = prepare_small(
+        tmp_path / "plain", source=Listed([replace(one, fields={}, marks=()) for one in marked_documents()])
+    )
     assert all("fields" not in item for item in items(plain).values())
     assert "fields" not in json.loads((plain / "manifest.json").read_text())["splits"]["train"]
     assert TaskFolder(plain, "train").layout == TaskFolder(marked_folder, "train").layout
     assert TaskFolder(plain, "train").task(0, 0).fields == {}
-    thoughts = [replace(one, fields={}, marks=(Mark(start=0, end=3, thought="so"),)) for one in marked_documents()]
-    assert stored(prepare_small(tmp_path / "thoughts", source=Listed(thoughts)))["chunks"] == stored(plain)["chunks"]
+    thoughts = [
+        replace(one, fields={}, marks=(Mark(start=0, end=3, thought="so"),)) for one in marked_documents()
+    ]
+    assert (
+        stored(prepare_small(tmp_path / "thoughts", source=Listed(thoughts)))["chunks"]
+        == stored(plain)["chunks"]
+    )
     with pytest.raises(ValueError, match="a task folder made when the text of --source was another"):
         prepare_small(plain, source=Listed(marked_documents()))
 
@@ -235,7 +278,10 @@ def write_rows(folder: Path, rows: list[dict[str, Any]]) -> list[CorpusSource]:
 def test_columns_are_kept_as_fields(tmp_path: Path) -> None:
     rows = [{"text": "one", "depth": 1, "world": "cups"}, {"text": "two", "depth": 12, "world": "people"}]
     for source in write_rows(tmp_path / "rows", rows):
-        assert [document.fields for document in source.documents()] == [{"depth": 1, "world": "cups"}, {"depth": 12, "world": "people"}]
+        assert [document.fields for document in source.documents()] == [
+            {"depth": 1, "world": "cups"},
+            {"depth": 12, "world": "people"},
+        ]
         assert source.describe()["fields"] == ["depth", "world"]
     assert "fields" not in JsonlSource("a.jsonl").describe()  # as in folders of before
 
@@ -245,7 +291,10 @@ def test_a_dot_leads_into_nested_columns(tmp_path: Path) -> None:
     for source in write_rows(tmp_path / "rows", rows):
         source.fields = ["about.levels.1"]  # type: ignore[attr-defined]
         assert [document.fields for document in source.documents()] == [{"about.levels.1": 4}]
-        for name, problem in (("about.levels.2", "missing or null there"), ("about.levels", r"\[3, 4\] is a list")):
+        for name, problem in (
+            ("about.levels.2", "missing or null there"),
+            ("about.levels", r"\[3, 4\] is a list"),
+        ):
             source.fields = [name]  # type: ignore[attr-defined]
             with pytest.raises(ValueError, match=f"the field '{name}' is to be kept, .*{problem}"):
                 list(source.documents())
@@ -262,14 +311,22 @@ def test_columns_of_a_dataset_are_kept_as_fields(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"depth": None, "world": "cups"}, r"the field 'depth' is to be kept, and is missing or null there \(fields: text, depth, world\)"),
-        ({"depth": [1], "world": "cups"}, r"the field 'depth' is to be kept, so it must be text or a finite number, and \[1\] is a list"),
+        (
+            {"depth": None, "world": "cups"},
+            r"the field 'depth' is to be kept, and is missing or null there \(fields: text, depth, world\)",
+        ),
+        (
+            {"depth": [1], "world": "cups"},
+            r"the field 'depth' is to be kept, so it must be text or a finite number, and \[1\] is a list",
+        ),
         ({"depth": True, "world": "cups"}, "the field 'depth' .*True is a bool"),
         ({"depth": float("nan"), "world": "cups"}, "the field 'depth' .*nan is not finite"),
         ({"depth": 3}, "the field 'world' is to be kept, and is missing"),
     ],
 )
-def test_a_column_that_cannot_be_kept_names_the_row(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+def test_a_column_that_cannot_be_kept_names_the_row(
+    tmp_path: Path, row: dict[str, Any], message: str
+) -> None:
     jsonl, parquet = write_rows(tmp_path / "rows", [{"text": "one"} | row])
     with pytest.raises(ValueError, match=rf"a\.jsonl, line 1: {message}"):
         list(jsonl.documents())

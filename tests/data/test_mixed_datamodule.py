@@ -9,9 +9,9 @@ from rpt_lightning.tasks.prompt import ContinuationPrompt
 
 
 def parts(task_dir):
-    return TraceDataModule(str(task_dir), ContinuationPrompt(), traces_per_step=6, positions_per_document=2), TextDataModule(
-        str(task_dir), 2, max_tokens=32
-    )
+    return TraceDataModule(
+        str(task_dir), ContinuationPrompt(), traces_per_step=6, positions_per_document=2
+    ), TextDataModule(str(task_dir), 2, max_tokens=32)
 
 
 def opened(task_dir):
@@ -25,7 +25,10 @@ def test_a_batch_is_a_step_of_both_parts(tiny_task_dir):
     for part in alone:
         part.setup("fit")
     mixed = opened(tiny_task_dir)
-    batches, (traces, text) = iter(mixed.train_dataloader()), (iter(part.train_dataloader()) for part in alone)
+    batches, (traces, text) = (
+        iter(mixed.train_dataloader()),
+        (iter(part.train_dataloader()) for part in alone),
+    )
     for _ in range(3):
         assert next(batches)["sequences"] == next(traces)["sequences"] + next(text)["sequences"]
     assert len(mixed.train_dataloader()) == min(len(part.train_dataloader()) for part in alone)

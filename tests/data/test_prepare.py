@@ -38,7 +38,10 @@ def test_the_folder_holds_what_the_manifest_says(prepared_dir: Path, corpus_path
     assert len(train) == manifest["splits"]["train"]["documents"] == 14
     assert {"corpus.jsonl:5", "corpus.jsonl:18"} <= set(train)  # the near duplicates, the largest component
     for split, contents in (("train", train), ("heldout", heldout)):
-        assert sum(len(item["positions"]) for item in contents.values()) == manifest["splits"][split]["positions"]
+        assert (
+            sum(len(item["positions"]) for item in contents.values())
+            == manifest["splits"][split]["positions"]
+        )
         histogram = manifest["splits"][split]["entropy_histogram"]
         assert sum(histogram["scored_positions"]) == manifest["splits"][split]["scored_positions"]
         assert len(histogram["scored_positions"]) == len(histogram["bin_edges_nats"]) - 1
@@ -58,7 +61,10 @@ def test_no_thirteen_tokens_stand_in_both_splits(prepared_dir: Path) -> None:
 
 
 def test_items_hold_the_rule_and_the_text(prepared_dir: Path, corpus_path: Path) -> None:
-    texts = {f"corpus.jsonl:{number}": json.loads(line)["problem"] for number, line in enumerate(corpus_path.read_text().splitlines(), start=1)}
+    texts = {
+        f"corpus.jsonl:{number}": json.loads(line)["problem"]
+        for number, line in enumerate(corpus_path.read_text().splitlines(), start=1)
+    }
     tokens = TaskFolder(prepared_dir, "train").token_bytes
     for split, threshold in (("train", 1.0), ("heldout", 0.5)):
         for doc_id, item in items(prepared_dir, split).items():
@@ -71,14 +77,20 @@ def test_items_hold_the_rule_and_the_text(prepared_dir: Path, corpus_path: Path)
             ranked = item["true_rank"] < 16
             truth = item["token_ids"][item["positions"]]
             assert (item["candidate_ids"][ranked, item["true_rank"][ranked]] == truth[ranked]).all()
-            for position, answerable in zip(item["positions"].tolist(), item["answerable"].tolist(), strict=True):
+            for position, answerable in zip(
+                item["positions"].tolist(), item["answerable"].tolist(), strict=True
+            ):
                 pieces = [tokens[token] for token in item["token_ids"][position : position + 8].tolist()]
                 answers = [b"".join(pieces[: count + 1]) for count in range(len(pieces))]
-                boxed = [extract_prediction(b"</think>\\boxed{" + answer + b"}") == answer for answer in answers]
+                boxed = [
+                    extract_prediction(b"</think>\\boxed{" + answer + b"}") == answer for answer in answers
+                ]
                 assert bool(answerable) == any(boxed)
 
 
-def test_unanswerable_positions_are_kept_where_they_are_measured(prepared_dir: Path, prepare_small: Prepare, tmp_path: Path) -> None:
+def test_unanswerable_positions_are_kept_where_they_are_measured(
+    prepared_dir: Path, prepare_small: Prepare, tmp_path: Path
+) -> None:
     kept = prepare_small(tmp_path / "kept", keep_unanswerable=True)
     counts = json.loads((prepared_dir / "manifest.json").read_text())["splits"]
     assert counts["train"]["unanswerable"] > 0
@@ -91,16 +103,25 @@ def test_unanswerable_positions_are_kept_where_they_are_measured(prepared_dir: P
     assert ceiling == pytest.approx(1 - flagged / counts["heldout"]["positions"], abs=1e-4)
 
 
-def test_the_learnability_band_is_for_training_only(prepared_dir: Path, prepare_small: Prepare, tmp_path: Path) -> None:
+def test_the_learnability_band_is_for_training_only(
+    prepared_dir: Path, prepare_small: Prepare, tmp_path: Path
+) -> None:
     banded = prepare_small(tmp_path / "band", min_true_prob=0.002, max_true_prob=0.01)
     probs = np.concatenate([item["true_prob"] for item in items(banded).values()])
     assert probs.min() >= 0.002
     assert probs.max() <= 0.01
-    assert stored(banded)["chunks"]["heldout/chunk-0-0.bin"] == stored(prepared_dir)["chunks"]["heldout/chunk-0-0.bin"]
-    assert len(probs) < json.loads((prepared_dir / "manifest.json").read_text())["splits"]["train"]["positions"]
+    assert (
+        stored(banded)["chunks"]["heldout/chunk-0-0.bin"]
+        == stored(prepared_dir)["chunks"]["heldout/chunk-0-0.bin"]
+    )
+    assert (
+        len(probs) < json.loads((prepared_dir / "manifest.json").read_text())["splits"]["train"]["positions"]
+    )
 
 
-def test_documents_that_were_cut_leave_out_their_last_positions(prepare_small: Prepare, tmp_path: Path) -> None:
+def test_documents_that_were_cut_leave_out_their_last_positions(
+    prepare_small: Prepare, tmp_path: Path
+) -> None:
     """Eight tokens of truth are known at every position of a cut document."""
     folder = prepare_small(tmp_path / "cut", max_tokens_per_document=40, answer_reach=8)
     cut = [item for item in items(folder).values() if len(item["token_ids"]) == 40]
@@ -115,7 +136,9 @@ def test_a_sample_of_the_documents(prepare_small: Prepare, tmp_path: Path) -> No
     assert json.loads((folder / "manifest.json").read_text())["corpus"]["not_sampled"] == 9
 
 
-def test_benchmark_overlap_is_removed(prepared_dir: Path, prepare_small: Prepare, corpus_path: Path, tmp_path: Path) -> None:
+def test_benchmark_overlap_is_removed(
+    prepared_dir: Path, prepare_small: Prepare, corpus_path: Path, tmp_path: Path
+) -> None:
     text = json.loads(corpus_path.read_text().splitlines()[6])["problem"]
     benchmark = tmp_path / "benchmark.jsonl"
     benchmark.write_text(json.dumps({"question": {"parts": ["Is it true? " + text]}, "answer": "42"}) + "\n")
@@ -128,25 +151,35 @@ def test_benchmark_overlap_is_removed(prepared_dir: Path, prepare_small: Prepare
         prepare_small(tmp_path / "other", benchmark_files=[str(tmp_path / "nowhere")])
 
 
-def test_what_cannot_be_read_back_is_not_published(prepare_small: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_read_back_is_not_published(
+    prepare_small: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A writer that exchanges two values, as one that guesses formats might."""
     original = shards.encode_item
     monkeypatch.setattr(shards, "encode_item", lambda item: original(item) | {"entropy": item["true_prob"]})
-    with pytest.raises(RuntimeError, match=r"--output_dir .*out: what was written is not what is read back.*train/ holds other documents"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"--output_dir .*out: what was written is not what is read back.*train/ holds other documents",
+    ):
         prepare_small(tmp_path / "out")
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(shards, "encode_item", original)
     assert items(prepare_small(tmp_path / "out"))
 
 
-def test_a_finished_folder_that_cannot_be_read_is_not_accepted(prepared_dir: Path, prepare_small: Prepare, tmp_path: Path) -> None:
+def test_a_finished_folder_that_cannot_be_read_is_not_accepted(
+    prepared_dir: Path, prepare_small: Prepare, tmp_path: Path
+) -> None:
     """As earlier versions made them of text files: with pickles."""
     folder = shutil.copytree(prepared_dir, tmp_path / "old")
     index = folder / "heldout/index.json"
     config = json.loads(index.read_text())
     config["config"]["data_format"][0] = "pickle"
     index.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"--output_dir .*old: a task folder .* cannot be read: remove it .*names the serializer 'pickle'"):
+    with pytest.raises(
+        ValueError,
+        match=r"--output_dir .*old: a task folder .* cannot be read: remove it .*names the serializer 'pickle'",
+    ):
         prepare_small(folder)
     assert index.is_file()
 
@@ -165,7 +198,10 @@ def test_a_document_whose_id_is_no_text_is_refused_before_anything_is_scored(
 @pytest.fixture
 def templated_corpus(tmp_path: Path) -> JsonlSource:
     """A log: every line of it is one template, filled in differently; and one exact duplicate."""
-    lines = [f"2026-11-30 worker {number} of the pool took the next job from the queue and finished it without any error" for number in range(9)]
+    lines = [
+        f"2026-11-30 worker {number} of the pool took the next job from the queue and finished it without any error"
+        for number in range(9)
+    ]
     path = tmp_path / "log.jsonl"
     path.write_text("".join(json.dumps({"text": line}) + "\n" for line in [*lines, lines[0]]))
     return JsonlSource(str(path), template="{text}")
@@ -174,11 +210,17 @@ def templated_corpus(tmp_path: Path) -> JsonlSource:
 def test_templated_text_needs_another_span(
     templated_corpus: JsonlSource, prepare_small: Prepare, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ValueError, match=r"--heldout_documents 4: the corpus has only 1 components .*--dedup_span, which is 13.*null"):
+    with pytest.raises(
+        ValueError,
+        match=r"--heldout_documents 4: the corpus has only 1 components .*--dedup_span, which is 13.*null",
+    ):
         prepare_small(tmp_path / "one", source=templated_corpus)
     folder = prepare_small(tmp_path / "null", source=templated_corpus, dedup_span=None)
     said = capsys.readouterr().out
-    assert "9 documents in 9 components of one document each (--dedup_span null); using 5 for training and 4 held out" in said
+    assert (
+        "9 documents in 9 components of one document each (--dedup_span null); using 5 for training and 4 held out"
+        in said
+    )
     assert "0 documents in both splits (--dedup_span null" in said
     manifest = json.loads((folder / "manifest.json").read_text())
     assert (manifest["settings"]["dedup_span"], manifest["shared_spans_between_splits"]) == (None, 0)
@@ -188,12 +230,16 @@ def test_templated_text_needs_another_span(
         prepare_small(folder, source=templated_corpus)
 
 
-def test_the_span_is_what_is_compared_and_counted(prepare_small: Prepare, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_span_is_what_is_compared_and_counted(
+    prepare_small: Prepare, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """All but the near duplicates are unrelated words, which still share two tokens in a row somewhere."""
     folder = prepare_small(tmp_path / "long", dedup_span=60)
     assert "0 spans of 60 tokens (--dedup_span) in both splits" in capsys.readouterr().out
     assert json.loads((folder / "manifest.json").read_text())["settings"]["dedup_span"] == 60
-    with pytest.raises(ValueError, match=r"--heldout_documents 4: .*share no 2 tokens in a row.*--dedup_span, which is 2"):
+    with pytest.raises(
+        ValueError, match=r"--heldout_documents 4: .*share no 2 tokens in a row.*--dedup_span, which is 2"
+    ):
         prepare_small(tmp_path / "short", dedup_span=2)
 
 
@@ -204,7 +250,9 @@ def test_a_span_that_is_none(span: object, prepare_small: Prepare, tmp_path: Pat
 
 
 def test_a_span_that_is_longer_than_every_document(prepare_small: Prepare, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--dedup_span 41: no document is so long \(the longest has 40 tokens\).*null"):
+    with pytest.raises(
+        ValueError, match=r"--dedup_span 41: no document is so long \(the longest has 40 tokens\).*null"
+    ):
         prepare_small(tmp_path / "out", dedup_span=41, max_tokens_per_document=40)
 
 
@@ -215,24 +263,33 @@ def test_a_folder_of_before_the_span_could_be_set_counts_as_13(
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["settings"].pop("dedup_span") == 13
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert TaskFolder(folder, "train").layout == TaskFolder(prepared_dir, "train").layout  # a run on the one goes on with the other
+    assert (
+        TaskFolder(folder, "train").layout == TaskFolder(prepared_dir, "train").layout
+    )  # a run on the one goes on with the other
     prepare_small(folder)
     assert "nothing to do" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"\(dedup_span 13 instead of None\)"):
         prepare_small(folder, dedup_span=None)
 
 
-def test_two_processes_give_the_same_folder(prepared_dir: Path, prepare_small: Prepare, tmp_path: Path) -> None:
+def test_two_processes_give_the_same_folder(
+    prepared_dir: Path, prepare_small: Prepare, tmp_path: Path
+) -> None:
     assert stored(prepare_small(tmp_path / "two", devices=2)) == stored(prepared_dir)
 
 
-def test_the_same_command_again_says_that_it_is_there(prepare_small: Prepare, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_command_again_says_that_it_is_there(
+    prepare_small: Prepare, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = prepare_small(tmp_path / "again")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     capsys.readouterr()
     prepare_small(folder, batch_tokens=64)  # changes the speed only
     assert "nothing to do" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"--output_dir .*again: a task folder made with other settings \(min_context 8 instead of 9\).*remove it"):
+    with pytest.raises(
+        ValueError,
+        match=r"--output_dir .*again: a task folder made with other settings \(min_context 8 instead of 9\).*remove it",
+    ):
         prepare_small(folder, min_context=9)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     (tmp_path / "else").mkdir()
@@ -253,30 +310,50 @@ def test_a_finished_folder_of_other_weights_or_text_is_not_accepted(
     prepare_small(folder, **settings)
     weights = (proxy / "model.safetensors").read_bytes()
     (proxy / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
-    with pytest.raises(ValueError, match=r"--output_dir .*tasks: a task folder made when the weights of --proxy '.*proxy' was another"):
+    with pytest.raises(
+        ValueError,
+        match=r"--output_dir .*tasks: a task folder made when the weights of --proxy '.*proxy' was another",
+    ):
         prepare_small(folder, **settings)
     (proxy / "model.safetensors").write_bytes(weights)
     corpus.write_text(corpus.read_text().replace('"}', '"} ', 1).replace("a", "b", 1))
-    with pytest.raises(ValueError, match=r"--output_dir .*tasks: a task folder made when the text of --source was another"):
+    with pytest.raises(
+        ValueError, match=r"--output_dir .*tasks: a task folder made when the text of --source was another"
+    ):
         prepare_small(folder, **settings)
 
 
 def test_documents_that_the_tokenizer_cannot_express_are_counted(
-    prepare_small: Prepare, corpus_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    prepare_small: Prepare,
+    corpus_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     corpus, benchmark = tmp_path / "corpus.jsonl", tmp_path / "benchmark.jsonl"
     bad = json.dumps({"problem": "a lone surrogate \ud800 " + "and more words than the minimum " * 5})
     corpus.write_text(corpus_path.read_text() + bad + "\n")
     benchmark.write_text(bad + "\n")
-    folder = prepare_small(tmp_path / "tasks", source=JsonlSource(str(corpus), template="{problem}"), benchmark_files=[str(benchmark)])
+    folder = prepare_small(
+        tmp_path / "tasks",
+        source=JsonlSource(str(corpus), template="{problem}"),
+        benchmark_files=[str(benchmark)],
+    )
     counts = json.loads((folder / "manifest.json").read_text())["corpus"]
-    assert (counts["documents_read"], counts["too_short"], counts["inexpressible"], counts["inexpressible_benchmark_texts"]) == (21, 1, 1, 1)
+    assert (
+        counts["documents_read"],
+        counts["too_short"],
+        counts["inexpressible"],
+        counts["inexpressible_benchmark_texts"],
+    ) == (21, 1, 1, 1)
     said = capsys.readouterr().out
     assert "left out 1 documents of at most --min_context 8 tokens" in said
     assert "left out 1 documents with characters that the tokenizer has no tokens for" in said
     assert "left out 1 benchmark texts" in said
     corpus.write_text(bad + "\n")
-    with pytest.raises(ValueError, match=r"--tokenizer: it has no tokens for some character of each of the 1 documents"):
+    with pytest.raises(
+        ValueError, match=r"--tokenizer: it has no tokens for some character of each of the 1 documents"
+    ):
         prepare_small(tmp_path / "other", source=JsonlSource(str(corpus), template="{problem}"))
 
 
@@ -303,14 +380,20 @@ def test_bad_input(prepare_small: Prepare, tiny_model_dir: Path, tmp_path: Path)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     tokenizer.add_tokens(["<other>"])
     tokenizer.save_pretrained(other)
-    with pytest.raises(ValueError, match=r"--proxy '.*other' \(\d+ tokens\) has another tokenizer than --tokenizer '.*tiny'"):
+    with pytest.raises(
+        ValueError, match=r"--proxy '.*other' \(\d+ tokens\) has another tokenizer than --tokenizer '.*tiny'"
+    ):
         prepare_small(output, proxy=str(other))
     with pytest.raises(ValueError, match=r"--proxy '.*other' predicts 512 tokens, but --tokenizer"):
         prepare_small(output, proxy=str(other), tokenizer=str(other))
     assert not output.exists()
 
 
-@pytest.mark.parametrize("config", sorted((Path(__file__).parents[2] / "configs/prepare").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "config",
+    sorted((Path(__file__).parents[2] / "configs/prepare").glob("*.yaml")),
+    ids=lambda path: path.stem,
+)
 def test_every_config_is_understood(config: Path) -> None:
     from jsonargparse import ArgumentParser
 

@@ -57,7 +57,12 @@ def test_stopped_it_continues(
     settings = {"corpus": str(corpus_path), "output_dir": str(output), "tokenizer": str(tiny_model_dir), "proxy": str(tiny_model_dir)} | {
         "heldout_documents": 4, "min_context": 8, "window": 64, "overlap": 16, "batch_tokens": 64, "precision": "32-true"
     }  # fmt: skip
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, json.dumps(settings)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, json.dumps(settings)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     deadline = time.monotonic() + 60
     try:
         while not list(tmp_path.glob("tasks.partial/*/scores-*.npz")):
@@ -75,21 +80,33 @@ def test_stopped_it_continues(
     assert len(list(tmp_path.glob("tasks.partial/*/scores-*.npz"))) == 1
     scored: list[int] = []
     original = ProxyScorer.score
-    monkeypatch.setattr(ProxyScorer, "score", lambda self, documents: scored.append(len(documents)) or original(self, documents))
+    monkeypatch.setattr(
+        ProxyScorer,
+        "score",
+        lambda self, documents: scored.append(len(documents)) or original(self, documents),
+    )
     prepare_small(output, batch_tokens=64)
     assert 0 < sum(scored) < 18
     assert stored(output) == expected
     for split in ("train", "heldout"):  # smaller batches: equal up to rounding
         for doc_id, item in items(output, split).items():
-            np.testing.assert_allclose(item["entropy"], items(prepared_dir, split)[doc_id]["entropy"], atol=1e-5)
+            np.testing.assert_allclose(
+                item["entropy"], items(prepared_dir, split)[doc_id]["entropy"], atol=1e-5
+            )
     assert not output.with_name("tasks.partial").exists()
 
 
-def test_scores_of_other_settings_are_not_continued_with(prepare_small: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_of_other_settings_are_not_continued_with(
+    prepare_small: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A run that fails after scoring leaves its scores; another window must not take them."""
     scored: list[int] = []
     original = ProxyScorer.score
-    monkeypatch.setattr(ProxyScorer, "score", lambda self, documents: scored.append(len(documents)) or original(self, documents))
+    monkeypatch.setattr(
+        ProxyScorer,
+        "score",
+        lambda self, documents: scored.append(len(documents)) or original(self, documents),
+    )
     with pytest.raises(ValueError, match=r"--entropy_threshold 5\.0: no position of the train documents"):
         prepare_small(tmp_path / "a", entropy_threshold=5.0)
     assert sum(scored) == 18
@@ -97,14 +114,18 @@ def test_scores_of_other_settings_are_not_continued_with(prepare_small: Prepare,
     assert sum(scored) == 36
 
 
-def test_other_thresholds_do_use_the_scores_again(prepare_small: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_thresholds_do_use_the_scores_again(
+    prepare_small: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ValueError, match=r"--heldout_entropy_threshold 5\.0"):
         prepare_small(tmp_path / "a", heldout_entropy_threshold=5.0)
     monkeypatch.setattr(ProxyScorer, "score", None)
     assert items(prepare_small(tmp_path / "a"))
 
 
-def test_a_full_disk_leaves_nothing_that_is_trusted(prepare_small: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing_that_is_trusted(
+    prepare_small: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("rpt_lightning.data.prepare.BATCHES_PER_PART", 2)
     expected = stored(prepare_small(tmp_path / "undisturbed"))
     calls: list[Path] = []
@@ -118,7 +139,9 @@ def test_a_full_disk_leaves_nothing_that_is_trusted(prepare_small: Prepare, tmp_
         original(path, arrays)
 
     monkeypatch.setattr(scored_parts, "_save", save)
-    with pytest.raises(OSError, match=r"No space left on device: --output_dir .*tasks is not finished. Free some space"):
+    with pytest.raises(
+        OSError, match=r"No space left on device: --output_dir .*tasks is not finished. Free some space"
+    ):
         prepare_small(tmp_path / "tasks")
     assert not (tmp_path / "tasks").exists()
     assert all(np.load(path) for path in tmp_path.glob("tasks.partial/*/*"))

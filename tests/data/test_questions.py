@@ -14,7 +14,14 @@ from rpt_lightning.types import Question
 
 # One row of each dataset as its card describes it; the contents are ours.
 ROWS: dict[str, dict[str, Any]] = {
-    "aime24": {"id": 60, "problem": "Find $x$.", "solution": "It is 33.", "answer": "033", "url": "https://example.org/1", "year": "2024"},
+    "aime24": {
+        "id": 60,
+        "problem": "Find $x$.",
+        "solution": "It is 33.",
+        "answer": "033",
+        "url": "https://example.org/1",
+        "year": "2024",
+    },
     "aime25": {"problem": "Find $y$.", "answer": "70", "id": "0"},
     "math500": {
         "problem": "Simplify $\\frac{2}{4}$.",
@@ -50,9 +57,18 @@ ROWS: dict[str, dict[str, Any]] = {
 QUESTIONS = {
     "aime24": Question(question_id="60", text="Find $x$.", answer="033"),
     "aime25": Question(question_id="0", text="Find $y$.", answer="70"),
-    "math500": Question(question_id="test/prealgebra/1.json", text="Simplify $\\frac{2}{4}$.", answer="\\frac{1}{2}", category="Prealgebra"),
-    "mmlu_pro": Question(question_id="70", text="Which is even?", answer="B", choices=("1", "2", "3"), category="math"),
-    "supergpqa": Question(question_id="0a1b", text="Which is odd?", answer="C", choices=("2", "4", "5", "6"), category="Science"),
+    "math500": Question(
+        question_id="test/prealgebra/1.json",
+        text="Simplify $\\frac{2}{4}$.",
+        answer="\\frac{1}{2}",
+        category="Prealgebra",
+    ),
+    "mmlu_pro": Question(
+        question_id="70", text="Which is even?", answer="B", choices=("1", "2", "3"), category="math"
+    ),
+    "supergpqa": Question(
+        question_id="0a1b", text="Which is odd?", answer="C", choices=("2", "4", "5", "6"), category="Science"
+    ),
 }
 
 
@@ -63,7 +79,9 @@ def write(path: Path, *rows: Any) -> Path:
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_rows_of_a_benchmark(name: str, tmp_path: Path) -> None:
-    assert read_all(benchmark_source(name, file=write(tmp_path / "rows.jsonl", ROWS[name])), flag="benchmark") == (QUESTIONS[name],)
+    assert read_all(
+        benchmark_source(name, file=write(tmp_path / "rows.jsonl", ROWS[name])), flag="benchmark"
+    ) == (QUESTIONS[name],)
 
 
 def test_a_benchmark_comes_from_the_hub_where_no_file_is_given() -> None:
@@ -87,7 +105,10 @@ def test_nested_fields_and_answers_in_a_list(tmp_path: Path) -> None:
         {"prompt": [{"role": "user", "content": f"Q{number}"}], "reward_model": {"ground_truth": truth}}
         for number, truth in enumerate(['["[1, 2)"]', "[1, 2]"])
     ]
-    source = JsonlQuestions(str(write(tmp_path / "rl.jsonl", *rows)), QuestionFields(question="prompt.0.content", answer="reward_model.ground_truth"))
+    source = JsonlQuestions(
+        str(write(tmp_path / "rl.jsonl", *rows)),
+        QuestionFields(question="prompt.0.content", answer="reward_model.ground_truth"),
+    )
     assert [(question.question_id, question.text, question.answer) for question in source.questions()] == [
         ("rl:1", "Q0", "[1, 2)"),
         ("rl:2", "Q1", "[1, 2]"),
@@ -97,23 +118,59 @@ def test_nested_fields_and_answers_in_a_list(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "row", "message"),
     [
-        (QuestionFields(), {"question": "?", "answer": "1"}, r"line 1: no field 'problem' \(there is: question, answer\)"),
+        (
+            QuestionFields(),
+            {"question": "?", "answer": "1"},
+            r"line 1: no field 'problem' \(there is: question, answer\)",
+        ),
         (QuestionFields(), {"problem": "?", "answer": None}, r"line 1: no field 'answer'"),
         (QuestionFields(), {"problem": "?", "answer": " "}, r"line 1, field answer: ' ' is no answer"),
         (QuestionFields(), {"problem": "?", "answer": ["1", "2"]}, r"line 1, field answer: 2 answers"),
         (QuestionFields(), ["?"], r"line 1: no field 'problem'"),
-        (QuestionFields(), {"problem": ["?"], "answer": "1"}, r"line 1, field problem: \['\?'\] is no question, which is a text"),
+        (
+            QuestionFields(),
+            {"problem": ["?"], "answer": "1"},
+            r"line 1, field problem: \['\?'\] is no question, which is a text",
+        ),
         (QuestionFields(), {"problem": 7, "answer": "1"}, r"line 1, field problem: 7 is no question"),
-        (QuestionFields(), {"problem": {"text": "?"}, "answer": "1"}, r"line 1, field problem: \{'text': '\?'\} is no question"),
+        (
+            QuestionFields(),
+            {"problem": {"text": "?"}, "answer": "1"},
+            r"line 1, field problem: \{'text': '\?'\} is no question",
+        ),
         (QuestionFields(), {"problem": " ", "answer": "1"}, r"line 1, field problem: ' ' is no question"),
         (QuestionFields(), {"problem": "?", "answer": float("nan")}, r"line 1, field answer: the number nan"),
-        (QuestionFields(), {"problem": "?", "answer": float("-inf")}, r"line 1, field answer: the number -inf"),
-        (QuestionFields(), {"problem": "?", "answer": " NaN "}, r"line 1, field answer: 'NaN' is what programs write for a missing value"),
-        (QuestionFields(), {"problem": "?", "answer": "-inf"}, r"line 1, field answer: '-inf' is what programs write"),
+        (
+            QuestionFields(),
+            {"problem": "?", "answer": float("-inf")},
+            r"line 1, field answer: the number -inf",
+        ),
+        (
+            QuestionFields(),
+            {"problem": "?", "answer": " NaN "},
+            r"line 1, field answer: 'NaN' is what programs write for a missing value",
+        ),
+        (
+            QuestionFields(),
+            {"problem": "?", "answer": "-inf"},
+            r"line 1, field answer: '-inf' is what programs write",
+        ),
         (QuestionFields(), {"problem": "?", "answer": True}, r"line 1, field answer: True is no answer"),
-        (QuestionFields(), {"problem": "?", "answer": {"value": 1}}, r"line 1, field answer: \{'value': 1\} is no answer"),
-        (QuestionFields(category="tags"), {"problem": "?", "answer": 1, "tags": ["a"]}, r"line 1, field tags: \['a'\] \(list\) is no text"),
-        (QuestionFields(id="key"), {"problem": "?", "answer": 1, "key": {"n": 1}}, r"line 1, field key: .*\(dict\) is no text"),
+        (
+            QuestionFields(),
+            {"problem": "?", "answer": {"value": 1}},
+            r"line 1, field answer: \{'value': 1\} is no answer",
+        ),
+        (
+            QuestionFields(category="tags"),
+            {"problem": "?", "answer": 1, "tags": ["a"]},
+            r"line 1, field tags: \['a'\] \(list\) is no text",
+        ),
+        (
+            QuestionFields(id="key"),
+            {"problem": "?", "answer": 1, "key": {"n": 1}},
+            r"line 1, field key: .*\(dict\) is no text",
+        ),
         (
             QuestionFields(choices="options"),
             {"problem": "?", "answer": "C", "options": ["1", "2"]},
@@ -146,7 +203,9 @@ def test_broken_rows(fields: QuestionFields, row: Any, message: str, tmp_path: P
 )
 def test_answers_in_digits(answer: Any, text: str, tmp_path: Path) -> None:
     """Math-Verify reads 1e-05 as e - 5."""
-    (question,) = JsonlQuestions(str(write(tmp_path / "q.jsonl", {"problem": "?", "answer": answer}))).questions()
+    (question,) = JsonlQuestions(
+        str(write(tmp_path / "q.jsonl", {"problem": "?", "answer": answer}))
+    ).questions()
     assert question.answer == text
 
 

@@ -38,7 +38,10 @@ def test_what_a_value_says(value: Any, text: str) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"body": "x"}, r"row 0: \{'body': 'x'\} \(dict\) is no text; name a field inside it, such as a dot and body"),
+        (
+            {"body": "x"},
+            r"row 0: \{'body': 'x'\} \(dict\) is no text; name a field inside it, such as a dot and body",
+        ),
         (["one", 2], r"row 0: \['one', 2\] \(list\) is no text"),
         ([["one"]], r"\(list\) is no text; name an entry of it"),
         ([], "row 0: an empty list"),
@@ -58,7 +61,10 @@ def test_what_says_nothing(value: Any, message: str) -> None:
 
 def test_fields_inside_fields() -> None:
     row = {"meta": {"id": 3}, "meta.id": 4, "turns": [{"text": "a"}, {"text": "b"}]}
-    assert [look_up(row, path) for path in ("meta.id", "turns.1.text", "turns.2.text", "turns.x", "meta.id.x", "no")] == [
+    assert [
+        look_up(row, path)
+        for path in ("meta.id", "turns.1.text", "turns.2.text", "turns.x", "meta.id.x", "no")
+    ] == [
         4,
         "b",
         None,
@@ -98,7 +104,10 @@ def test_columns_of_parquet(tmp_path) -> None:
     pq.write_table(table, tmp_path / "a.parquet")
 
     def texts(template: str, **more: str) -> list[str]:
-        return [document.text for document in ParquetSource(str(tmp_path / "a.parquet"), template, **more).documents()]
+        return [
+            document.text
+            for document in ParquetSource(str(tmp_path / "a.parquet"), template, **more).documents()
+        ]
 
     assert texts("{body}") == ["we612", "naïve"]
     assert texts("{solution}") == ["first\n\nsecond", "only"]
@@ -110,7 +119,13 @@ def test_columns_of_parquet(tmp_path) -> None:
 
 def test_rows_of_a_dataset(tmp_path) -> None:
     pytest.importorskip("datasets")
-    table = pa.table({"body": pa.array([b"we612"], pa.binary()), "x": pa.array([0.1], pa.float32()), "parts": pa.array([["a", "b"]])})
+    table = pa.table(
+        {
+            "body": pa.array([b"we612"], pa.binary()),
+            "x": pa.array([0.1], pa.float32()),
+            "parts": pa.array([["a", "b"]]),
+        }
+    )
     pq.write_table(table, tmp_path / "train.parquet")
     (document,) = HuggingFaceSource(str(tmp_path), template="{body} {x} {parts}", separator="+").documents()
     assert document.text == "we612 0.1 a+b"
@@ -118,5 +133,9 @@ def test_rows_of_a_dataset(tmp_path) -> None:
 
 def test_a_separator_is_told_where_it_is_not_the_usual_one() -> None:
     """A folder that was prepared before there was a choice is recognised."""
-    assert JsonlSource("a.jsonl", "{text}").describe() == {"kind": "jsonl", "path": "a.jsonl", "template": "{text}"}
+    assert JsonlSource("a.jsonl", "{text}").describe() == {
+        "kind": "jsonl",
+        "path": "a.jsonl",
+        "template": "{text}",
+    }
     assert JsonlSource("a.jsonl", "{text}", separator=" ").describe()["separator"] == " "

@@ -21,7 +21,9 @@ def test_parts_of_another_length_or_damaged_are_named(tmp_path: Path) -> None:
     assert read_scores(tmp_path, 0, [2, 3])[1].entropy.tolist() == [2.0, 3.0, 4.0]
     for name in NAMES:
         np.savez(path, **(columns | {name: np.zeros(4, np.float32)}))
-        with pytest.raises(ValueError, match=rf"scores-000000\.npz: 4 entries of {name} for 5 tokens; remove the file"):
+        with pytest.raises(
+            ValueError, match=rf"scores-000000\.npz: 4 entries of {name} for 5 tokens; remove the file"
+        ):
             read_scores(tmp_path, 0, [2, 3])
     np.savez(path, **{name: columns[name] for name in NAMES[1:]})
     with pytest.raises(ValueError, match=r"scores-000000\.npz: not readable scores .*; remove the file"):

@@ -28,7 +28,9 @@ def random_documents(*lengths: int) -> list[np.ndarray]:
 
 
 @given(st.integers(0, 60), st.integers(2, 20), st.data())
-def test_windows_score_every_input_once_with_the_most_context(num_inputs: int, window: int, data: st.DataObject) -> None:
+def test_windows_score_every_input_once_with_the_most_context(
+    num_inputs: int, window: int, data: st.DataObject
+) -> None:
     overlap = data.draw(st.integers(1, window - 1))
     covered = []
     for start, first, stop in windows(num_inputs, window, overlap):
@@ -53,12 +55,16 @@ def test_scores_equal_a_plain_softmax(model) -> None:
         assert scores.true_prob[position] == pytest.approx(float(row[ids[position]]), rel=1e-4)
         assert scores.true_rank[position] == int((row > row[ids[position]]).sum())
         assert scores.candidate_ids[position].tolist() == top.indices[:NUM_CANDIDATES].tolist()
-        assert scores.candidate_probs[position].tolist() == pytest.approx(top.values[:NUM_CANDIDATES].tolist(), rel=1e-4)
+        assert scores.candidate_probs[position].tolist() == pytest.approx(
+            top.values[:NUM_CANDIDATES].tolist(), rel=1e-4
+        )
         share = top.values[:NUM_CANDIDATES] / top.values[:NUM_CANDIDATES].sum()
         assert scores.entropy[position] == pytest.approx(float(-(share * share.log()).sum()), rel=1e-4)
 
 
-@pytest.mark.parametrize("unused_ids", [tuple(range(448, 512)), (0, 3, 77, *range(450, 512))], ids=["behind", "between"])
+@pytest.mark.parametrize(
+    "unused_ids", [tuple(range(448, 512)), (0, 3, 77, *range(450, 512))], ids=["behind", "between"]
+)
 def test_rows_that_are_no_token_cannot_come(model, unused_ids: tuple[int, ...]) -> None:
     """Scores are those of a softmax over the tokens alone."""
     ids = (random_documents(30)[0] % 300 + 100).astype(np.int32)
@@ -96,7 +102,9 @@ def test_scores_under_autocast_are_those_of_the_models_own_logits(model) -> None
     for position in range(1, 60):
         assert order[position - 1, scores.true_rank[position]] == ids[position]
         assert scores.candidate_ids[position, 0] == logits[position - 1].argmax()
-        assert scores.true_prob[position] == pytest.approx(float(probs[position - 1, ids[position]]), rel=1e-4)
+        assert scores.true_prob[position] == pytest.approx(
+            float(probs[position - 1, ids[position]]), rel=1e-4
+        )
 
 
 def test_batch_size_and_company_do_not_matter(model) -> None:
@@ -120,7 +128,9 @@ def test_windows_equal_the_full_context_where_the_model_sees_no_further(model) -
     assert len(pieces) == 7
     for start, first, stop in pieces:
         (alone,) = scorer(model).score([ids[start : stop + 1]])
-        np.testing.assert_allclose(windowed.entropy[first + 1 : stop + 1], alone.entropy[first + 1 - start :], atol=1e-5)
+        np.testing.assert_allclose(
+            windowed.entropy[first + 1 : stop + 1], alone.entropy[first + 1 - start :], atol=1e-5
+        )
     assert not np.isnan(windowed.entropy[1:]).any()
 
 
@@ -130,7 +140,13 @@ def test_windowed_scores_of_a_model_with_a_short_sight(tiny_model_dir: Path) -> 
 
     torch.manual_seed(0)
     config = MistralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, sliding_window=8
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        sliding_window=8,
     )
     model = MistralForCausalLM(config).eval()
     ids = (random_documents(90)[0] % 64).astype(np.int32)

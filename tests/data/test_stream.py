@@ -16,19 +16,29 @@ Layout = tuple[list[int], list[int], int, int]
 @st.composite
 def layouts(draw: st.DrawFn) -> Layout:
     chunks = draw(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=20))
-    return [count for chunk in chunks for count in chunk], [len(chunk) for chunk in chunks], draw(st.integers(1, 4)), draw(st.integers(0, 3))
+    return (
+        [count for chunk in chunks for count in chunk],
+        [len(chunk) for chunk in chunks],
+        draw(st.integers(1, 4)),
+        draw(st.integers(0, 3)),
+    )
 
 
 def make(layout: Layout) -> TaskStream:
     num_items, chunk_sizes, bundle_size, seed = layout
-    return TaskStream(ShuffledOrder(np.array(num_items, np.int32), chunk_sizes, bundle_size=bundle_size, seed=seed), corpus="text")
+    return TaskStream(
+        ShuffledOrder(np.array(num_items, np.int32), chunk_sizes, bundle_size=bundle_size, seed=seed),
+        corpus="text",
+    )
 
 
 @given(layouts(), st.integers(0, 3))
 def test_an_epoch_is_every_position_once(layout: Layout, epoch: int) -> None:
     order = make(layout).order
     pairs = [order[epoch, index] for index in range(order.items_per_epoch)]
-    assert Counter(pairs) == Counter((document, k) for document, count in enumerate(layout[0]) for k in range(count))
+    assert Counter(pairs) == Counter(
+        (document, k) for document, count in enumerate(layout[0]) for k in range(count)
+    )
 
 
 def bundle_by_bundle(layout: Layout, epoch: int) -> list[tuple[int, int]]:
@@ -55,7 +65,9 @@ def test_the_order_is_the_one_that_checkpoints_were_made_in(layout: Layout, epoc
 
 
 @given(layouts(), st.lists(st.integers(0, 7), max_size=8), st.lists(st.integers(0, 7), max_size=8))
-def test_the_order_does_not_depend_on_how_it_is_taken(layout: Layout, first: list[int], second: list[int]) -> None:
+def test_the_order_does_not_depend_on_how_it_is_taken(
+    layout: Layout, first: list[int], second: list[int]
+) -> None:
     """Any sizes of steps and draws, with a stop and a resumption between them, give the one sequence."""
     plain = make(layout).next(sum(first) + sum(second))
     before = make(layout)
@@ -95,7 +107,10 @@ def test_documents_are_mixed_inside_a_window_of_chunks_only() -> None:
     num_chunks = 3 * WINDOW_CHUNKS
     order = make(([1] * (2 * num_chunks), [2] * num_chunks, 1, 0)).order
     chunks = [order[0, index][0] // 2 for index in range(2 * num_chunks)]
-    windows = [set(chunks[start : start + 2 * WINDOW_CHUNKS]) for start in range(0, 2 * num_chunks, 2 * WINDOW_CHUNKS)]
+    windows = [
+        set(chunks[start : start + 2 * WINDOW_CHUNKS])
+        for start in range(0, 2 * num_chunks, 2 * WINDOW_CHUNKS)
+    ]
     assert all(len(window) == WINDOW_CHUNKS for window in windows)
     assert sorted(windows[0]) != list(range(WINDOW_CHUNKS))
 
@@ -120,9 +135,14 @@ def test_a_place_in_another_order_is_refused() -> None:
 def test_a_place_in_another_layout_of_the_same_text_is_refused() -> None:
     order = make(([2, 2], [2], 1, 0)).order
     state = TaskStream(order, corpus="text", layout="left").state_dict()
-    with pytest.raises(ValueError, match="belongs to documents in the order with the fingerprint left, and this run has right"):
+    with pytest.raises(
+        ValueError,
+        match="belongs to documents in the order with the fingerprint left, and this run has right",
+    ):
         TaskStream(order, corpus="text", layout="right").load_state_dict(state)
-    del state["made_with"]["documents in the order with the fingerprint"]  # as checkpoints of earlier versions
+    del state["made_with"][
+        "documents in the order with the fingerprint"
+    ]  # as checkpoints of earlier versions
     stream = TaskStream(order, corpus="text", layout="right")
     stream.load_state_dict(state | {"index": 3})
     assert stream.place == (0, 3)

@@ -43,7 +43,9 @@ def test_the_prepared_folder_reads_back(prepared_dir: Path) -> None:
         for k in range(int(folder.num_positions[document])):
             task = folder.task(document, k)
             assert task.context_ids + task.continuation_ids == ids[: task.position + 8]
-            assert b"".join(task.continuation) == folder.token_bytes.join(ids[task.position : task.position + 8])
+            assert b"".join(task.continuation) == folder.token_bytes.join(
+                ids[task.position : task.position + 8]
+            )
 
 
 def test_what_is_not_a_task_folder(tmp_path: Path) -> None:
@@ -78,11 +80,15 @@ def test_pickle_is_never_read(write_task_folder: Write, tmp_path: Path) -> None:
     for name in ("pickle", "tensor", "no_header_tensor:1", "graph"):
         index["config"]["data_format"][3] = name
         (path / "train/index.json").write_text(json.dumps(index))
-        with pytest.raises(ValueError, match=f"index.json names the serializer '{name.split(':')[0]}'; only str, numpy"):
+        with pytest.raises(
+            ValueError, match=f"index.json names the serializer '{name.split(':')[0]}'; only str, numpy"
+        ):
             TaskFolder(path, "train")
 
 
-def test_every_item_is_arrays_even_where_its_text_names_a_file(write_task_folder: Write, tmp_path: Path) -> None:
+def test_every_item_is_arrays_even_where_its_text_names_a_file(
+    write_task_folder: Write, tmp_path: Path
+) -> None:
     """litdata declines to store the path of an existing file as text, and would pickle it."""
     ids = [str(Path(__file__)), "", "a\u2028é \U0001f600", "no file", str(tmp_path), "picture.png"]
     path = write_task_folder(tmp_path / "t", [2] * len(ids), doc_ids=ids)
@@ -93,7 +99,9 @@ def test_every_item_is_arrays_even_where_its_text_names_a_file(write_task_folder
     assert folder.task(0, 1).task_id == f"{ids[0]}:2"
 
 
-def test_folders_of_the_earlier_format_are_read_and_have_the_same_chunks(write_task_folder: Write, tmp_path: Path) -> None:
+def test_folders_of_the_earlier_format_are_read_and_have_the_same_chunks(
+    write_task_folder: Write, tmp_path: Path
+) -> None:
     from litdata.streaming.writer import BinaryWriter
 
     new = TaskFolder(write_task_folder(tmp_path / "new", [2, 3]), "train")
@@ -116,14 +124,22 @@ def test_folders_of_the_earlier_format_are_read_and_have_the_same_chunks(write_t
     ("change", "message"),
     [
         ({"doc_id": b"bytes"}, "the id of document b'bytes' is a bytes, where text belongs"),
-        ({"doc_id": "caf\udce9.txt"}, r"is not Unicode at character 3; a file whose name is in another encoding must be renamed"),
-        ({"entropy": np.zeros(2)}, r"document 'd': entropy is float64 \[1 dimensions\] where an array of float32"),
+        (
+            {"doc_id": "caf\udce9.txt"},
+            r"is not Unicode at character 3; a file whose name is in another encoding must be renamed",
+        ),
+        (
+            {"entropy": np.zeros(2)},
+            r"document 'd': entropy is float64 \[1 dimensions\] where an array of float32",
+        ),
         ({"positions": [1, 2]}, r"document 'd': positions is list where an array of int32"),
         ({"true_prob": np.array([None, None])}, "true_prob is object"),
         ({"more": np.zeros(2)}, "holds doc_id, .*, and not .*more"),
     ],
 )
-def test_what_is_not_an_item_is_not_stored(write_task_folder: Write, tmp_path: Path, change: dict[str, object], message: str) -> None:
+def test_what_is_not_an_item_is_not_stored(
+    write_task_folder: Write, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
     item = TaskFolder(write_task_folder(tmp_path / "t", [2]), "train").document(0) | {"doc_id": "d"}
     with pytest.raises(ValueError, match=message):
         write_split(tmp_path / "split", [item | change], chunk_bytes="64MB")
@@ -142,7 +158,11 @@ def test_pickled_counts_are_never_read(write_task_folder: Write, tmp_path: Path)
 @pytest.mark.parametrize(
     ("entry", "value", "message"),
     [
-        ("settings", None, r"\(settings: there is no such entry\); make the task folder again with `rpt prepare`"),
+        (
+            "settings",
+            None,
+            r"\(settings: there is no such entry\); make the task folder again with `rpt prepare`",
+        ),
         ("settings", [], r"settings is \[\], where an object belongs"),
         ("settings.tokenizer", 7, r"settings\.tokenizer is 7, where a text belongs"),
         ("corpus.sha256", None, r"corpus\.sha256: there is no such entry"),
@@ -152,12 +172,22 @@ def test_pickled_counts_are_never_read(write_task_folder: Write, tmp_path: Path)
         ("sha256", None, r"sha256: there is no such entry; without checksums damage would go unnoticed"),
         ("sha256", "null", r"sha256 is 'null', where an object belongs"),
         ("sha256.train", None, r"sha256\.train: there is no such entry; without checksums"),
-        ("sha256.train", {"num_positions.npy": None}, r"sha256\.train\.num_positions\.npy is None, where a SHA-256 belongs"),
+        (
+            "sha256.train",
+            {"num_positions.npy": None},
+            r"sha256\.train\.num_positions\.npy is None, where a SHA-256 belongs",
+        ),
         ("sha256.train", {}, r"no checksum of train/num_positions\.npy"),
-        ("splits", {"train": {"last_position": "9"}}, r"splits\.train\.last_position is '9', where a position belongs"),
+        (
+            "splits",
+            {"train": {"last_position": "9"}},
+            r"splits\.train\.last_position is '9', where a position belongs",
+        ),
     ],
 )
-def test_a_manifest_that_was_edited_is_named(entry: str, value: Any, message: str, write_task_folder: Write, tmp_path: Path) -> None:
+def test_a_manifest_that_was_edited_is_named(
+    entry: str, value: Any, message: str, write_task_folder: Write, tmp_path: Path
+) -> None:
     path = write_task_folder(tmp_path / "t", [2])
     manifest = json.loads((path / "manifest.json").read_text())
     place = manifest
@@ -173,7 +203,9 @@ def test_a_manifest_that_was_edited_is_named(entry: str, value: Any, message: st
         TaskFolder(path, "train")
 
 
-@pytest.mark.parametrize("content", ["[]", "7", '{"format": 1, "settings": null}', '{"format": 1, "sha256": null}', '"text"'])
+@pytest.mark.parametrize(
+    "content", ["[]", "7", '{"format": 1, "settings": null}', '{"format": 1, "sha256": null}', '"text"']
+)
 def test_what_is_no_manifest_is_named(content: str, write_task_folder: Write, tmp_path: Path) -> None:
     path = write_task_folder(tmp_path / "t", [2])
     (path / "manifest.json").write_text(content)
@@ -215,5 +247,8 @@ def test_a_shard_that_the_manifest_does_not_hold_is_named(tiny_task_dir, tmp_pat
     shard.rename(shard.with_name("other.bin"))
     index = folder / "train" / "index.json"
     index.write_text(index.read_text().replace(shard.name, "other.bin"))
-    with pytest.raises(ValueError, match=r"index\.json names a chunk 'other\.bin', which manifest\.json does not hold; .* `rpt prepare`"):
+    with pytest.raises(
+        ValueError,
+        match=r"index\.json names a chunk 'other\.bin', which manifest\.json does not hold; .* `rpt prepare`",
+    ):
         TaskFolder(folder, "train").document(0)

@@ -21,8 +21,16 @@ def test_of_equal_logits_the_lower_id_ranks_first() -> None:
     assert ids.tolist() == [[1, 3, 4, 2]]
 
 
-@given(st.integers(0, 10_000), st.integers(1, 5), st.integers(20, 3000), st.integers(1, 16), st.sampled_from([3, 100, 10**6]))
-def test_largest_and_ranks_equal_a_stable_sort(seed: int, num_rows: int, vocabulary: int, k: int, num_values: int) -> None:
+@given(
+    st.integers(0, 10_000),
+    st.integers(1, 5),
+    st.integers(20, 3000),
+    st.integers(1, 16),
+    st.sampled_from([3, 100, 10**6]),
+)
+def test_largest_and_ranks_equal_a_stable_sort(
+    seed: int, num_rows: int, vocabulary: int, k: int, num_values: int
+) -> None:
     """With few different values most logits are equal; the vocabulary need not be a multiple of the group."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randint(num_values, (num_rows, vocabulary), generator=generator).float()
@@ -39,7 +47,9 @@ def test_largest_and_ranks_equal_a_stable_sort(seed: int, num_rows: int, vocabul
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("block", [1, 5000, 2**21])
-def test_scores_equal_a_softmax_whatever_the_block(dtype: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_equal_a_softmax_whatever_the_block(
+    dtype: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(token_scores, "BLOCK_LOGITS", block)
     torch.manual_seed(0)
     logits = (4 * torch.randn(7, 2000)).to(dtype)
@@ -51,7 +61,11 @@ def test_scores_equal_a_softmax_whatever_the_block(dtype: torch.dtype, block: in
     probs = logits.double().softmax(-1)
     top = probs.sort(dim=-1, descending=True, stable=True).values[:, :16]
     share = top / top.sum(-1, keepdim=True)
-    expected = {"entropy": -(share * share.log()).sum(-1), "true_prob": probs.gather(1, true_ids[:, None])[:, 0], "candidate_probs": top}
+    expected = {
+        "entropy": -(share * share.log()).sum(-1),
+        "true_prob": probs.gather(1, true_ids[:, None])[:, 0],
+        "candidate_probs": top,
+    }
     for name, values in expected.items():
         torch.testing.assert_close(scores[name].double(), values, rtol=1e-4, atol=1e-9)
     torch.testing.assert_close(probs.gather(1, scores["candidate_ids"].long()), top, rtol=0, atol=0)

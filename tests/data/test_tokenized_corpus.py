@@ -8,7 +8,9 @@ from rpt_lightning.data.tokenized_corpus import TokenizedCorpus
 from rpt_lightning.tasks.token_bytes import TokenBytes
 
 
-def test_a_document_that_is_cut_does_not_keep_the_whole_one_in_memory(corpus_path: Path, tiny_tokenizer: Any) -> None:
+def test_a_document_that_is_cut_does_not_keep_the_whole_one_in_memory(
+    corpus_path: Path, tiny_tokenizer: Any
+) -> None:
     source = JsonlSource(str(corpus_path), template="{problem}")
     corpus = TokenizedCorpus(source, TokenBytes(tiny_tokenizer), min_context=2, max_tokens=5)
     assert any(corpus.is_cut)

@@ -77,26 +77,37 @@ def test_candidates_that_cannot_be_boxed_are_left_out(tiny_tokenizer, token_byte
     assert trace is not None
     assert token_bytes.join(trace.target_ids).startswith(b"a|b</think>")
     assert writer(tiny_tokenizer, token_bytes).write("doc:1", (a,), (eos, brace), (0.5, 0.5)) is None
-    careless = writer(tiny_tokenizer, token_bytes, only_answerable=False).write("doc:1", (a,), (brace, a), (0.9, 0.1))
+    careless = writer(tiny_tokenizer, token_bytes, only_answerable=False).write(
+        "doc:1", (a,), (brace, a), (0.9, 0.1)
+    )
     assert careless is not None
     assert token_bytes.join(careless.target_ids).startswith(b"{|a</think>")
 
 
 @pytest.mark.parametrize("only_answerable", [True, False])
-def test_candidates_that_are_no_token_are_left_out(tiny_tokenizer, token_bytes: TokenBytes, only_answerable: bool) -> None:
+def test_candidates_that_are_no_token_are_left_out(
+    tiny_tokenizer, token_bytes: TokenBytes, only_answerable: bool
+) -> None:
     """As in folders that were prepared before the scores left them out."""
     a, b, padding = id_of(token_bytes, "a"), id_of(token_bytes, "b"), len(tiny_tokenizer) + 5
     assert a in token_bytes
     assert padding not in token_bytes
-    trace = writer(tiny_tokenizer, token_bytes, only_answerable=only_answerable).write("doc:1", (a,), (padding, a, b), (0.5, 0.3, 0.2))
+    trace = writer(tiny_tokenizer, token_bytes, only_answerable=only_answerable).write(
+        "doc:1", (a,), (padding, a, b), (0.5, 0.3, 0.2)
+    )
     assert trace is not None
     assert token_bytes.join(trace.target_ids).startswith(b"a|b</think>")
 
 
 def test_the_marker_of_the_prompt_is_what_cannot_be_boxed(tiny_tokenizer, token_bytes: TokenBytes) -> None:
     a, mark = id_of(token_bytes, "a"), id_of(token_bytes, ">")
-    for prompt, expected in ((ContinuationPrompt(), b">|a</think>"), (ContinuationPrompt("<", ">"), b"a>\\boxed{a}")):
-        write = TraceWriter(prompt.bind(tiny_tokenizer), token_bytes, num_candidates=3, only_answerable=True, seed=0).write
+    for prompt, expected in (
+        (ContinuationPrompt(), b">|a</think>"),
+        (ContinuationPrompt("<", ">"), b"a>\\boxed{a}"),
+    ):
+        write = TraceWriter(
+            prompt.bind(tiny_tokenizer), token_bytes, num_candidates=3, only_answerable=True, seed=0
+        ).write
         trace = write("doc:1", (a,), (mark, a), (0.5, 0.5))
         assert trace is not None
         assert token_bytes.join(trace.target_ids).startswith(expected)
@@ -122,7 +133,9 @@ def permute_truths(folder: Path, target: Path) -> Path:
         item["true_prob"] = rng.random(len(item["true_prob"]), dtype=np.float32)
         item["true_rank"] = rng.integers(0, 500, len(item["true_rank"])).astype(np.int32)
         last = item["positions"].max()
-        item["token_ids"] = np.concatenate([item["token_ids"][:last], rng.integers(40, 500, len(item["token_ids"]) - last).astype(np.int32)])
+        item["token_ids"] = np.concatenate(
+            [item["token_ids"][:last], rng.integers(40, 500, len(item["token_ids"]) - last).astype(np.int32)]
+        )
     return _store(target, items)
 
 
@@ -133,14 +146,26 @@ def last_positions_only(folder: Path, target: Path) -> Path:
     items = []
     for index in range(len(reader)):
         item = reader.document(index)
-        columns = ("positions", "entropy", "true_prob", "true_rank", "answerable", "candidate_ids", "candidate_probs")
+        columns = (
+            "positions",
+            "entropy",
+            "true_prob",
+            "true_rank",
+            "answerable",
+            "candidate_ids",
+            "candidate_probs",
+        )
         middle = len(item["positions"]) // 2
         items.append(dict(item) | {name: item[name][middle : middle + 1] for name in columns})
     return _store(target, items)
 
 
 def traces_of(folder: Path, **settings: Any) -> list[Any]:
-    module = TraceDataModule(str(folder), ContinuationPrompt(), **({"traces_per_step": 14, "positions_per_document": 20} | settings))
+    module = TraceDataModule(
+        str(folder),
+        ContinuationPrompt(),
+        **({"traces_per_step": 14, "positions_per_document": 20} | settings),
+    )
     module.setup("fit")
     return list(next(iter(module.train_dataloader()))["sequences"])
 
@@ -150,7 +175,10 @@ def test_traces_never_see_the_truth(prepared_dir: Path, tmp_path: Path) -> None:
     original = last_positions_only(prepared_dir, tmp_path / "original")
     permuted = permute_truths(original, tmp_path / "permuted")
     left, right = TaskFolder(original, "train"), TaskFolder(permuted, "train")
-    truths = [(left.task(index, 0).continuation_ids, right.task(index, 0).continuation_ids) for index in range(len(left))]
+    truths = [
+        (left.task(index, 0).continuation_ids, right.task(index, 0).continuation_ids)
+        for index in range(len(left))
+    ]
     assert sum(ours != theirs for ours, theirs in truths) == len(truths) == 14
     assert len(traces_of(original)) == 14
     assert traces_of(original) == traces_of(permuted)
@@ -164,11 +192,17 @@ def test_traces_of_a_real_folder_parse(prepared_dir: Path) -> None:
         answer = extract_prediction(completion)
         assert answer
         assert answer in thought
-        assert trace.prompt_ids[-len(folder.token_bytes.encode_plain("<think>")) :] == folder.token_bytes.encode_plain("<think>")
+        assert trace.prompt_ids[
+            -len(folder.token_bytes.encode_plain("<think>")) :
+        ] == folder.token_bytes.encode_plain("<think>")
 
 
 def test_a_padded_vocabulary_changes_neither_scores_nor_traces(
-    prepare_small: Callable[..., Path], prepared_dir: Path, tiny_model_dir: Path, tiny_tokenizer, tmp_path: Path
+    prepare_small: Callable[..., Path],
+    prepared_dir: Path,
+    tiny_model_dir: Path,
+    tiny_tokenizer,
+    tmp_path: Path,
 ) -> None:
     """Rows behind the last token, as Qwen's models have them, here often more likely than any token."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
@@ -210,7 +244,9 @@ def test_another_models_predictions_are_refused(prepared_dir: Path, tmp_path: Pa
 
     def setup(path: str, **settings: Any) -> None:
         module = TraceDataModule(str(prepared_dir), ContinuationPrompt(), **settings)
-        module.trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+        module.trainer = Trainer(
+            accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False
+        )
         module.trainer.strategy._lightning_module = Module(path)
         module.setup("fit")
 
@@ -218,7 +254,10 @@ def test_another_models_predictions_are_refused(prepared_dir: Path, tmp_path: Pa
     setup(proxy)
     setup(proxy + "/")
     setup("models/another", allow_other_proxy=True)
-    with pytest.raises(ValueError, match=r"scored by '.*tiny', but the model being trained is 'models/another'.*--data.allow_other_proxy true"):
+    with pytest.raises(
+        ValueError,
+        match=r"scored by '.*tiny', but the model being trained is 'models/another'.*--data.allow_other_proxy true",
+    ):
         setup("models/another")
 
 
@@ -227,29 +266,45 @@ def test_whole_documents_for_next_token_training(write_task_folder: Write, tmp_p
     module.setup("fit")
     batches = iter(module.train_dataloader())
     sequences = [sequence for _ in range(3) for sequence in next(batches)["sequences"]]
-    assert sorted(sequence.num_tokens for sequence in sequences) == [2, 2, 5, 5, 6, 6]  # two epochs of the three documents
+    assert sorted(sequence.num_tokens for sequence in sequences) == [
+        2,
+        2,
+        5,
+        5,
+        6,
+        6,
+    ]  # two epochs of the three documents
     assert all(sequence.prompt_ids == (40,) and sequence.target_ids[0] == 41 for sequence in sequences)
     assert len(module.train_dataloader()) == 1
 
 
-def test_text_begins_as_the_tokenizer_begins_it_and_is_cut(write_task_folder: Callable[..., Path], tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_text_begins_as_the_tokenizer_begins_it_and_is_cut(
+    write_task_folder: Callable[..., Path], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
     folder = write_task_folder(tmp_path / "t", [9, 2])
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     bos = tokenizer.bos_token_id
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos)]
+    )
     tokenizer.save_pretrained(folder / "tokenizer")
     for max_tokens, longest in ((None, 10), (6, 5)):
         module = TextDataModule(str(folder), documents_per_step=2, max_tokens=max_tokens)
         module.setup("fit")
         sequences = module.make_batch([(0, 0), (1, 0)])["sequences"]
         assert [sequence.prompt_ids for sequence in sequences] == [(bos,), (bos,)]
-        assert [sequence.target_ids for sequence in sequences] == [tuple(range(40, 40 + longest)), (40, 41, 42)]
+        assert [sequence.target_ids for sequence in sequences] == [
+            tuple(range(40, 40 + longest)),
+            (40, 41, 42),
+        ]
     with pytest.raises(ValueError, match=r"--data.max_tokens 1: must be at least 2"):
         TextDataModule(str(folder), max_tokens=1)
 
 
-def test_text_is_cut_to_the_positions_of_the_model(write_task_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_text_is_cut_to_the_positions_of_the_model(
+    write_task_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     module = TextDataModule(str(write_task_folder(tmp_path / "t", [9, 2])), documents_per_step=2)
     module.setup("fit")
     policy = SimpleNamespace(config=LlamaConfig(max_position_embeddings=4))

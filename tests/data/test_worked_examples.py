@@ -21,14 +21,18 @@ def token_bytes(tiny_tokenizer) -> TokenBytes:
 @pytest.fixture
 def writer(tiny_tokenizer, token_bytes):
     def make(*phases: Phase, seed: int = 0) -> ExampleWriter:
-        return ExampleWriter(ContinuationPrompt().bind(tiny_tokenizer), token_bytes, phases or (Phase(),), seed=seed)
+        return ExampleWriter(
+            ContinuationPrompt().bind(tiny_tokenizer), token_bytes, phases or (Phase(),), seed=seed
+        )
 
     return make
 
 
 def test_an_example_thinks_and_answers_in_a_box(writer, token_bytes: TokenBytes, tiny_tokenizer) -> None:
     (example,) = writer().write(DOCUMENT, step=0)
-    assert token_bytes.join(example.prompt_ids) == b"Two and two<think>"  # the mark that opens the thought is no target
+    assert (
+        token_bytes.join(example.prompt_ids) == b"Two and two<think>"
+    )  # the mark that opens the thought is no target
     end = token_bytes[tiny_tokenizer.eos_token_id]
     completion = token_bytes.join(example.target_ids)
     assert completion == b" one two three four</think>\\boxed{ is four}" + end
@@ -47,8 +51,12 @@ def test_phases_follow_each_other_and_the_last_one_stays(writer) -> None:
     assert made == [phases[0]] * 2 + [phases[1]] * 3 + [phases[2]] * 3
 
 
-@pytest.mark.parametrize(("low", "high", "thinks"), [(0, None, True), (2, 2, True), (3, None, False), (0, 1, False)])
-def test_only_some_depths_think(writer, token_bytes: TokenBytes, low: int, high: int | None, thinks: bool) -> None:
+@pytest.mark.parametrize(
+    ("low", "high", "thinks"), [(0, None, True), (2, 2, True), (3, None, False), (0, 1, False)]
+)
+def test_only_some_depths_think(
+    writer, token_bytes: TokenBytes, low: int, high: int | None, thinks: bool
+) -> None:
     (example,) = writer(Phase(min_depth=low, max_depth=high)).write(DOCUMENT, step=0)
     assert (b"one two" in token_bytes.join(example.target_ids)) is thinks
 
@@ -67,14 +75,20 @@ def test_the_share_that_thinks_is_p_cot_and_depends_on_seed_document_and_step(wr
 
 
 def test_a_mark_inside_a_token_is_refused(writer) -> None:
-    document = Document(doc_id="d", text=TEXT, marks=(Mark(start=12, end=19, thought="x"),))  # " is" is one token
+    document = Document(
+        doc_id="d", text=TEXT, marks=(Mark(start=12, end=19, thought="x"),)
+    )  # " is" is one token
     with pytest.raises(ValueError, match=r"--data.source: the text 'is four' is marked.*mark whole tokens"):
         writer().write(document, step=0)
 
 
 @pytest.mark.parametrize(
     ("settings", "says"),
-    [({"steps": 0}, "steps=0"), ({"p_cot": 1.1}, r"p_cot=1\.1"), ({"p_cot": 0.0, "guesses": False, "text": False}, "nothing would be trained")],
+    [
+        ({"steps": 0}, "steps=0"),
+        ({"p_cot": 1.1}, r"p_cot=1\.1"),
+        ({"p_cot": 0.0, "guesses": False, "text": False}, "nothing would be trained"),
+    ],
 )
 def test_a_phase_that_cannot_be_is_refused(settings, says) -> None:
     with pytest.raises(ValueError, match=says):

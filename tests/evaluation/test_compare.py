@@ -29,7 +29,9 @@ def test_agrees_with_scipy():
     second = np.where(rng.random(200) < 0.7, first, rng.random(200) < 0.6)
     ours = paired_bootstrap(list(first), list(second), units=positions_as_units(200))
     gains = second.astype(float) - first
-    theirs = scipy.stats.bootstrap((gains,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(2)).confidence_interval
+    theirs = scipy.stats.bootstrap(
+        (gains,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(2)
+    ).confidence_interval
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.006)
 
 
@@ -58,7 +60,9 @@ def test_swapping_the_policies_mirrors_the_interval(rows: list[tuple[bool, bool,
     first, second, units = (list(column) for column in zip(*rows, strict=True))
     forward = paired_bootstrap(first, second, units=units, num_resamples=500, seed=3)
     backward = paired_bootstrap(second, first, units=units, num_resamples=500, seed=3)
-    assert (forward.difference, forward.low, forward.high) == pytest.approx((-backward.difference, -backward.high, -backward.low))
+    assert (forward.difference, forward.low, forward.high) == pytest.approx(
+        (-backward.difference, -backward.high, -backward.low)
+    )
     assert forward.low <= forward.high
     assert forward.low >= -1
     assert forward.high <= 1

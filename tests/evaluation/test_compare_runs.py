@@ -15,7 +15,9 @@ def logged(tokens: float, flops: float, seconds: float, **more: float) -> dict[s
     return {"cost/tokens": tokens, "cost/flops": flops, "cost/time_s": seconds} | more
 
 
-def run(name: str, steps: dict[int, dict[str, float]], *, right: range, ntp: range, reasons: bool = True) -> Run:
+def run(
+    name: str, steps: dict[int, dict[str, float]], *, right: range, ntp: range, reasons: bool = True
+) -> Run:
     """100 positions of 50 documents, validated at step 2; ``right`` by reasoning, ``ntp`` without."""
     positions = [
         replace(
@@ -29,9 +31,26 @@ def run(name: str, steps: dict[int, dict[str, float]], *, right: range, ntp: ran
 
 @pytest.fixture
 def runs():
-    rollout = {"rollout/prefill_tokens": 10.0, "rollout/tokens": 5.0, "cost/trained_tokens": 20.0, "cost/scored_tokens": 1.0, "time/sync_s": 0.25}
-    rpt = run("rpt", {step: logged(36.0, 300.0, 2.0, **rollout) for step in (1, 2, 3)}, right=range(40), ntp=range(30))
-    text = run("ntp", {step: logged(100.0, 600.0, 1.0) for step in (1, 2)}, right=range(0), ntp=range(50), reasons=False)
+    rollout = {
+        "rollout/prefill_tokens": 10.0,
+        "rollout/tokens": 5.0,
+        "cost/trained_tokens": 20.0,
+        "cost/scored_tokens": 1.0,
+        "time/sync_s": 0.25,
+    }
+    rpt = run(
+        "rpt",
+        {step: logged(36.0, 300.0, 2.0, **rollout) for step in (1, 2, 3)},
+        right=range(40),
+        ntp=range(30),
+    )
+    text = run(
+        "ntp",
+        {step: logged(100.0, 600.0, 1.0) for step in (1, 2)},
+        right=range(0),
+        ntp=range(50),
+        reasons=False,
+    )
     return [rpt, text]
 
 
@@ -105,7 +124,9 @@ def test_what_all_runs_were_asked_is_compared_and_the_rest_is_named(runs):
     answers = comparison([asked_rpt, replace(asked_ntp, validations={})])
     assert "| sums | rpt | ntp |" in answers
     assert "Held-out positions are not compared, since some runs were not validated at any: ntp." in answers
-    with pytest.raises(ValueError, match="rpt: was never validated at held-out positions, and ntp was asked no questions"):
+    with pytest.raises(
+        ValueError, match="rpt: was never validated at held-out positions, and ntp was asked no questions"
+    ):
         comparison([replace(asked_rpt, validations={}), ntp])
     with pytest.raises(ValueError, match="was never validated"):
         comparison([replace(rpt, validations={}), asked_ntp])

@@ -64,11 +64,18 @@ def test_evaluation_and_comparison_show_them():
     runs = [Run(name=one.name, steps={}, validations={7: one.results}, rollouts={}) for one in stages]
     text = comparison(runs)
     assert cells(text, "1 (depth): reasoning")[1].endswith("3/4")
-    assert "by depth" not in comparison([replace(run, validations={7: stage("x", {0}, fields=False).results}) for run in runs])
+    assert "by depth" not in comparison(
+        [replace(run, validations={7: stage("x", {0}, fields=False).results}) for run in runs]
+    )
 
 
 @pytest.mark.parametrize("label", ["other"])
 def test_a_text_with_many_values_has_a_row_for_the_others(label):
-    rows = [replace(FIRST, task_id=f"d{k}:0", doc_id=f"d{k}", fields={"name": f"n{k // 2}"}, reasoning_correct=True) for k in range(40)]
+    rows = [
+        replace(
+            FIRST, task_id=f"d{k}:0", doc_id=f"d{k}", fields={"name": f"n{k // 2}"}, reasoning_correct=True
+        )
+        for k in range(40)
+    ]
     (table,) = field_tables([Stage(name="one", results=results(*rows))])
     assert cells(table, f"{label} (name): reasoning")[0].endswith("18/18")

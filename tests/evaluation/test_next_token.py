@@ -16,8 +16,28 @@ from rpt_lightning.tasks.token_bytes import start_ids
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TRAINING = Path(__file__).resolve().parents[1] / "training"
-SMALL = ["--num_tasks", "12", "--max_completion_tokens", "8", "--max_context_tokens", "40", "--accelerator", "cpu"]
-REASONING = ["--engine", "HFEngine", "--engine.dtype", "float32", "--prompt", "ContinuationPrompt", "--k", "4", "--temperature", "1.0"]
+SMALL = [
+    "--num_tasks",
+    "12",
+    "--max_completion_tokens",
+    "8",
+    "--max_context_tokens",
+    "40",
+    "--accelerator",
+    "cpu",
+]
+REASONING = [
+    "--engine",
+    "HFEngine",
+    "--engine.dtype",
+    "float32",
+    "--prompt",
+    "ContinuationPrompt",
+    "--k",
+    "4",
+    "--temperature",
+    "1.0",
+]
 
 
 @pytest.fixture
@@ -48,11 +68,26 @@ def test_one_policy_and_then_another_against_it(rpt, tiny_model_dir, tiny_task_d
         assert 0 <= position.num_correct <= 4
         assert 4 <= position.sampled_tokens <= 32
         assert position.token_kind is not None
-    for row in ("reasoning accuracy", "avg@n", "pass@4", "hard only (entropy > 1.5): reasoning", "FLOPs by reasoning", "with a shuffled thought"):
+    for row in (
+        "reasoning accuracy",
+        "avg@n",
+        "pass@4",
+        "hard only (entropy > 1.5): reasoning",
+        "FLOPs by reasoning",
+        "with a shuffled thought",
+    ):
         assert f"| {row} |" in output
     assert (tmp_path / "one" / "summary.md").read_text() in output
 
-    status, output = rpt(*common, "--policy", tiny_model_dir, "--against", tmp_path / "one" / "tiny", "--output", tmp_path / "two")
+    status, output = rpt(
+        *common,
+        "--policy",
+        tiny_model_dir,
+        "--against",
+        tmp_path / "one" / "tiny",
+        "--output",
+        tmp_path / "two",
+    )
     assert status == 0, output
     assert "NTP tiny - NTP" in output
     assert "+0.0 points" in output  # the same weights
@@ -62,10 +97,22 @@ def test_one_policy_and_then_another_against_it(rpt, tiny_model_dir, tiny_task_d
     assert results.model_size == again.model_size is not None
 
     # Other positions are refused before a policy is asked.
-    few = ["--num_tasks", "6", "--policy", tiny_model_dir, "--against", tmp_path / "one" / "tiny", "--output", tmp_path / "three"]
+    few = [
+        "--num_tasks",
+        "6",
+        "--policy",
+        tiny_model_dir,
+        "--against",
+        tmp_path / "one" / "tiny",
+        "--output",
+        tmp_path / "three",
+    ]
     status, output = rpt(*common, *few)
     assert status == 1
-    assert f"--against {tmp_path / 'one' / 'tiny'}: results at other positions (12) than the 6 that are asked here" in output
+    assert (
+        f"--against {tmp_path / 'one' / 'tiny'}: results at other positions (12) than the 6 that are asked here"
+        in output
+    )
     assert not (tmp_path / "three").exists()
 
 
@@ -78,7 +125,17 @@ def test_one_policy_and_then_another_against_it(rpt, tiny_model_dir, tiny_task_d
     ],
 )
 def test_bad_flags_are_one_clear_error(rpt, tiny_model_dir, tiny_task_dir, tmp_path, flags, message):
-    status, output = rpt("evaluate", "next-token", "--policy", tiny_model_dir, "--task_dir", tiny_task_dir, "--output", tmp_path / "new", *flags)
+    status, output = rpt(
+        "evaluate",
+        "next-token",
+        "--policy",
+        tiny_model_dir,
+        "--task_dir",
+        tiny_task_dir,
+        "--output",
+        tmp_path / "new",
+        *flags,
+    )
     assert status == 1
     assert message in output
     assert not (tmp_path / "new").exists()
@@ -87,14 +144,28 @@ def test_bad_flags_are_one_clear_error(rpt, tiny_model_dir, tiny_task_dir, tmp_p
 def test_policies_that_cannot_be_read(rpt, tiny_task_dir, tmp_path):
     (tmp_path / "step-000001.ckpt").mkdir()
     for policy in ("step-000001.ckpt", "step-000002.ckpt"):
-        status, output = rpt("evaluate", "next-token", "--policy", tmp_path / policy, "--task_dir", tiny_task_dir, "--output", tmp_path / "new")
+        status, output = rpt(
+            "evaluate",
+            "next-token",
+            "--policy",
+            tmp_path / policy,
+            "--task_dir",
+            tiny_task_dir,
+            "--output",
+            tmp_path / "new",
+        )
         assert status == 1
         assert f"--policy {tmp_path / policy}: no such file" in output
 
 
 def command(*args):
     environment = os.environ | {"PYTHONPATH": str(TRAINING)}
-    done = subprocess.run([sys.executable, "-m", "rpt_lightning.cli", *map(str, args)], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-m", "rpt_lightning.cli", *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -103,10 +174,32 @@ def command(*args):
 def trained(tiny_model_dir, tiny_task_dir, tmp_path_factory):
     """Two steps of one run, as a file and in shards, and what is exported of these."""
     folder = tmp_path_factory.mktemp("trained")
-    config = ["--config", CONFIGS / "debug.yaml", "--model.policy.path", tiny_model_dir, "--data.task_dir", tiny_task_dir, "--data.tasks_per_step", 8]
-    config += ["--rollout.objective.reward", "real_runs.SomeAreRight"]  # a random model is never right, and without a reward no weight moves
-    for name, strategy in (("file", []), ("shards", ["--config", CONFIGS / "strategy" / "fsdp2.yaml", "--trainer.devices", 1])):
-        flags = ["--trainer.max_steps", 2, "--trainer.limit_val_batches", 0, "--trainer.default_root_dir", folder / name]
+    config = [
+        "--config",
+        CONFIGS / "debug.yaml",
+        "--model.policy.path",
+        tiny_model_dir,
+        "--data.task_dir",
+        tiny_task_dir,
+        "--data.tasks_per_step",
+        8,
+    ]
+    config += [
+        "--rollout.objective.reward",
+        "real_runs.SomeAreRight",
+    ]  # a random model is never right, and without a reward no weight moves
+    for name, strategy in (
+        ("file", []),
+        ("shards", ["--config", CONFIGS / "strategy" / "fsdp2.yaml", "--trainer.devices", 1]),
+    ):
+        flags = [
+            "--trainer.max_steps",
+            2,
+            "--trainer.limit_val_batches",
+            0,
+            "--trainer.default_root_dir",
+            folder / name,
+        ]
         command("fit", *config, *strategy, *flags, "--trainer.accelerator", "cpu")
     file, shards = (folder / name / "checkpoints" / "step-000002.ckpt" for name in ("file", "shards"))
     assert file.is_file()
@@ -127,10 +220,16 @@ def test_a_folder_a_file_and_shards_in_one_command(engine, trained, tiny_model_d
     )  # fmt: skip
     files = sorted((tmp_path / "evaluation").glob("**/validation/step-*.jsonl"))
     assert len(files) == 4
-    measured = {path.parent.parent.name: read_results(path) for path in files if "checkpoints" not in path.parts}
+    measured = {
+        path.parent.parent.name: read_results(path) for path in files if "checkpoints" not in path.parts
+    }
     measured |= {path.parts[-5]: read_results(path) for path in files if "checkpoints" in path.parts}
     start = measured.pop("tiny")
-    assert {name: results.step for name, results in measured.items()} == {"file": 2, "shards": 2, "exported": 0}
+    assert {name: results.step for name, results in measured.items()} == {
+        "file": 2,
+        "shards": 2,
+        "exported": 0,
+    }
     logprobs = [[position.ntp_logprob for position in results.positions] for results in measured.values()]
     assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-3)
     assert logprobs[0] == pytest.approx(logprobs[2], abs=1e-3)
@@ -144,6 +243,15 @@ def test_a_folder_a_file_and_shards_in_one_command(engine, trained, tiny_model_d
 def test_an_evaluation_is_not_overwritten(rpt, tmp_path):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "summary.md").write_text("old")
-    status, output = rpt("evaluate", "next-token", "--policy", "models/p", "--task_dir", "tasks/t", "--output", tmp_path / "old")
+    status, output = rpt(
+        "evaluate",
+        "next-token",
+        "--policy",
+        "models/p",
+        "--task_dir",
+        "tasks/t",
+        "--output",
+        tmp_path / "old",
+    )
     assert status == 1
     assert "holds an evaluation already" in output

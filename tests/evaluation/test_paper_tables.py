@@ -10,9 +10,7 @@ from transformers import AutoTokenizer
 
 from rpt_lightning import cli
 
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-)
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 
 
 @pytest.fixture
@@ -29,10 +27,41 @@ def chat_model_dir(tiny_model_dir, tmp_path):
 def test_prompt_versions_before_training(chat_model_dir, tiny_task_dir, tmp_path, monkeypatch, capsys):
     """Table 10: random@1 is the mean of single samples (avg@n), pass@8 the unbiased estimate from as many."""
     monkeypatch.setattr(sys, "argv", list(sys.argv))
-    small = ["--num_tasks", "6", "--max_completion_tokens", "8", "--max_context_tokens", "40", "--accelerator", "cpu", "--thought_controls", "false"]
-    common = ["evaluate", "next-token", "--policy", chat_model_dir, "--task_dir", tiny_task_dir, "--engine", "HFEngine", "--engine.dtype", "float32"]
+    small = [
+        "--num_tasks",
+        "6",
+        "--max_completion_tokens",
+        "8",
+        "--max_context_tokens",
+        "40",
+        "--accelerator",
+        "cpu",
+        "--thought_controls",
+        "false",
+    ]
+    common = [
+        "evaluate",
+        "next-token",
+        "--policy",
+        chat_model_dir,
+        "--task_dir",
+        tiny_task_dir,
+        "--engine",
+        "HFEngine",
+        "--engine.dtype",
+        "float32",
+    ]
     for version in ("v0", "v3"):
-        asked = ["--prompt", "ChatPrompt", "--prompt.version", version, "--k", "8", "--output", tmp_path / "prompts" / version]
+        asked = [
+            "--prompt",
+            "ChatPrompt",
+            "--prompt.version",
+            version,
+            "--k",
+            "8",
+            "--output",
+            tmp_path / "prompts" / version,
+        ]
         assert cli.main([str(arg) for arg in [*common, *asked, *small]]) == 0
     output = tmp_path / "prompts.md"
     runs = [str(tmp_path / "prompts" / version / "chat") for version in ("v0", "v3")]

@@ -32,7 +32,9 @@ def test_keywords_are_whole_words(text, expected):
     assert patterns_of(text) == expected
 
 
-@pytest.mark.parametrize("keyword", [(name, keyword) for name, keywords in PATTERNS.items() for keyword in keywords])
+@pytest.mark.parametrize(
+    "keyword", [(name, keyword) for name, keywords in PATTERNS.items() for keyword in keywords]
+)
 def test_every_keyword_of_the_paper_is_found(keyword):
     name, word = keyword
     assert name in patterns_of(f"so {word.capitalize()}, then")

@@ -22,7 +22,9 @@ from rpt_lightning.evaluation.policies import check_policies, policy_names
         (["..", "."], ["above", "here"]),
     ],
 )
-def test_names_are_short_and_lie_below_the_output(policies: list[str], names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_names_are_short_and_lie_below_the_output(
+    policies: list[str], names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     here = tmp_path / "above" / "here"
     here.mkdir(parents=True)
     monkeypatch.chdir(here)

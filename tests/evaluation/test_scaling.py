@@ -28,7 +28,11 @@ def test_an_exact_law_is_found_again(alpha, amplitude, limit, flops_per_step):
 def test_hand_computed():
     """0.5 - 0.1 / C at C = 1, 2, 4, 5: A is -0.1 at C = 1, so -0.02 at the largest compute."""
     fit = fit_scaling([1, 2, 4, 5], [0.4, 0.45, 0.475, 0.48])
-    assert (fit.alpha, fit.amplitude, fit.limit) == (pytest.approx(1.0, abs=1e-4), pytest.approx(-0.02, abs=1e-5), pytest.approx(0.5, abs=1e-5))
+    assert (fit.alpha, fit.amplitude, fit.limit) == (
+        pytest.approx(1.0, abs=1e-4),
+        pytest.approx(-0.02, abs=1e-5),
+        pytest.approx(0.5, abs=1e-5),
+    )
     assert fit.predict([10.0]) == pytest.approx([0.49], abs=1e-5)
 
 
@@ -43,15 +47,21 @@ def test_r_squared_is_the_explained_share():
 def test_intervals_cover_the_truth_and_follow_the_documents():
     rng = np.random.default_rng(0)
     truth = 0.45 - 0.02 * (STEPS / STEPS.max()) ** -0.8  # [C] from 0.30 up to 0.43
-    thresholds = np.repeat(rng.permutation((np.arange(200) + 0.5) / 200), 10)  # positions of a document stand and fall together
+    thresholds = np.repeat(
+        rng.permutation((np.arange(200) + 0.5) / 200), 10
+    )  # positions of a document stand and fall together
     correct = thresholds[None, :] < truth[:, None]
     units = [f"doc-{number // 10}" for number in range(2000)]
     by_document = bootstrap_scaling(STEPS, correct, units, num_resamples=200)
-    by_position = bootstrap_scaling(STEPS, correct, [str(number) for number in range(2000)], num_resamples=200)
+    by_position = bootstrap_scaling(
+        STEPS, correct, [str(number) for number in range(2000)], num_resamples=200
+    )
     assert by_document.num_units == 200
     assert ((by_document.curve_low < truth) & (truth < by_document.curve_high)).all()
     # Ten positions that always agree carry the information of one: the interval is about sqrt(10) as wide.
-    ratio = (by_document.curve_high - by_document.curve_low)[-1] / (by_position.curve_high - by_position.curve_low)[-1]
+    ratio = (by_document.curve_high - by_document.curve_low)[-1] / (
+        by_position.curve_high - by_position.curve_low
+    )[-1]
     assert 2.3 < ratio < 4.3
 
 
@@ -71,10 +81,14 @@ def test_a_law_that_other_documents_would_not_show_is_doubted():
     """Four checkpoints that rise by chance: the best fit looks like a law, the resampled ones are all over the place."""
     rng = np.random.default_rng(1)
     correct = rng.random((4, 400)) < np.array([0.26, 0.271, 0.276, 0.279])[:, None]
-    interval = bootstrap_scaling([1, 2, 3, 4], correct, [str(number // 10) for number in range(400)], num_resamples=200)
+    interval = bootstrap_scaling(
+        [1, 2, 3, 4], correct, [str(number // 10) for number in range(400)], num_resamples=200
+    )
     assert interval.doubt is not None
     steep = np.arange(4000) / 4000 < (0.5 - 0.2 * np.array([1.0, 2, 4, 8, 16, 32]) ** -1.5)[:, None]
-    interval = bootstrap_scaling([1, 2, 4, 8, 16, 32], steep, [str(number) for number in rng.permutation(4000)], num_resamples=200)
+    interval = bootstrap_scaling(
+        [1, 2, 4, 8, 16, 32], steep, [str(number) for number in rng.permutation(4000)], num_resamples=200
+    )
     assert interval.doubt is None
 
 
@@ -89,7 +103,11 @@ def test_the_law_that_made_the_points_is_found():
     compute = np.geomspace(1e10, 1e12, 16)
     relative = compute / compute.max()
     noise = np.random.default_rng(0).normal(scale=0.01, size=16)
-    made = {"power": 0.9 - 0.1 * relative**-0.5, "exponential": 0.9 - 0.6 * np.exp(-relative / 0.2), "logarithm": 0.6 + 0.1 * np.log(relative)}
+    made = {
+        "power": 0.9 - 0.1 * relative**-0.5,
+        "exponential": 0.9 - 0.6 * np.exp(-relative / 0.2),
+        "logarithm": 0.6 + 0.1 * np.log(relative),
+    }
     for name, accuracy in made.items():
         criteria = compare_laws(compute, accuracy + noise)
         assert min(criteria, key=criteria.__getitem__) == name, criteria
@@ -101,5 +119,7 @@ def test_akaike_hand_computed():
     assert criteria["power"] == criteria["exponential"] == math.inf
     assert criteria["logarithm"] == math.inf  # 2 parameters and the noise need 5 points
     six = compare_laws([1, 2, 4, 8, 16, 32], [0.0, 0.1, 0.2, 0.3, 0.4, 0.6])
-    residual = sum((value - (0.11428571 * k - 0.01904762)) ** 2 for k, value in enumerate([0.0, 0.1, 0.2, 0.3, 0.4, 0.6]))
+    residual = sum(
+        (value - (0.11428571 * k - 0.01904762)) ** 2 for k, value in enumerate([0.0, 0.1, 0.2, 0.3, 0.4, 0.6])
+    )
     assert six["logarithm"] == pytest.approx(6 * math.log(residual / 6) + 2 * 3 + 2 * 3 * 4 / 2, abs=1e-4)

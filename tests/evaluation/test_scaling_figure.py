@@ -24,7 +24,9 @@ def folder(tmp_path):
     """A run of 12 steps whose accuracy at 400 easy positions is 0.5 - 0.2 / step, and by 0.1 lower at the hard half of them."""
     run = tmp_path / "run"
     run.mkdir()
-    (run / "steps.jsonl").write_text("".join(json.dumps({"step": step, "cost/flops": FLOPS}) + "\n" for step in range(1, 13)))
+    (run / "steps.jsonl").write_text(
+        "".join(json.dumps({"step": step, "cost/flops": FLOPS}) + "\n" for step in range(1, 13))
+    )
     for step in (0, *STEPS):
         accuracy = 0.5 - 0.2 / step if step else 0.0
         positions = []
@@ -48,7 +50,10 @@ def folder(tmp_path):
 
 def test_the_law_is_found_again(folder):
     curves = {curve.band: curve for curve in scaling_curves(read_run(folder))}
-    assert set(curves) == {"easy", "medium, hard"}  # of those positions that the medium band holds none is easier than hard
+    assert set(curves) == {
+        "easy",
+        "medium, hard",
+    }  # of those positions that the medium band holds none is easier than hard
     easy, hard = curves["easy"], curves["medium, hard"]
     assert easy.steps == STEPS
     assert easy.compute == tuple(step * FLOPS for step in STEPS)
@@ -78,12 +83,19 @@ def test_the_command_writes_picture_and_numbers(folder, tmp_path, capsys):
 def test_the_report_draws_the_law_or_says_what_it_lacks(folder):
     run = read_run(folder)
     figure = report_figure(run)
-    assert [trace["name"] for trace in figure.spec["data"]][:3] == ["easy, law", "easy (&gt; 0.5 nats)", "easy, NTP"]
+    assert [trace["name"] for trace in figure.spec["data"]][:3] == [
+        "easy, law",
+        "easy (&gt; 0.5 nats)",
+        "easy, NTP",
+    ]
     assert figure.spec["data"][2]["y"] == [100.0] * len(STEPS)
     assert figure.spec["layout"]["xaxis"]["type"] == "log"
     assert "R2" in figure.note
     few = replace(run, validations={step: run.validations[step] for step in (0, 1, 2)})
-    assert "No law is fitted. run: validations at 2 steps after the start, and the fit needs 4" in report_figure(few).note
+    assert (
+        "No law is fitted. run: validations at 2 steps after the start, and the fit needs 4"
+        in report_figure(few).note
+    )
 
 
 def test_what_cannot_be_fitted_is_one_clear_error(folder):

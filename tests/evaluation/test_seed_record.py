@@ -21,7 +21,10 @@ ABOUT = {
     "learning_rates": [2e-5, 1e-5],
     "ntp_passes": 2.5,
     "shared_stages": [{"name": "cold start", "seconds": 60.0, "commit": "abc"}],
-    "stages": [{"name": "RPT", "seconds": 90.0, "commit": "def"}, {"name": "NTP", "seconds": 30.0, "commit": "abc"}],
+    "stages": [
+        {"name": "RPT", "seconds": 90.0, "commit": "def"},
+        {"name": "NTP", "seconds": 30.0, "commit": "abc"},
+    ],
 }
 CONTINUAL = "NTP after continual NTP from the cold start, at RPT's FLOPs"
 # Four documents of ten positions; the first two documents are hard, the others easy only.
@@ -61,7 +64,15 @@ def record(seed: int, *, after: int = 5) -> SeedRecord:
         measured=(
             measured("start", answers(reasoning=0, ntp=4), step=0, flops=0.0),
             measured("cold start", answers(reasoning=2, ntp=3), step=0, flops=0.0),
-            *(measured("RPT", replace(answers(reasoning=min(step, after), ntp=4), step=step), step=step, flops=1e12 * step) for step in (1, 2, 4, 8)),
+            *(
+                measured(
+                    "RPT",
+                    replace(answers(reasoning=min(step, after), ntp=4), step=step),
+                    step=step,
+                    flops=1e12 * step,
+                )
+                for step in (1, 2, 4, 8)
+            ),
             measured("continual NTP", answers(reasoning=None, ntp=6), step=30, flops=8.5e12),
         ),
     )
@@ -72,10 +83,26 @@ def test_a_record_comes_back(tmp_path):
     write_record(record(3), path)
     again = read_record(path)
     assert (again.seed, again.about) == (3, ABOUT)
-    kept = ("task_id", "doc_id", "position", "entropy", "answerable", "token_kind", "reasoning_correct", "ntp_correct", "boxed", "truncated")
+    kept = (
+        "task_id",
+        "doc_id",
+        "position",
+        "entropy",
+        "answerable",
+        "token_kind",
+        "reasoning_correct",
+        "ntp_correct",
+        "boxed",
+        "truncated",
+    )
     kept += ("empty_thought_correct", "shuffled_thought_correct")
     for one, other in zip(again.measured, record(3).measured, strict=True):
-        assert (one.policy, one.step, one.flops, one.mean_length) == (other.policy, other.step, other.flops, other.mean_length)
+        assert (one.policy, one.step, one.flops, one.mean_length) == (
+            other.policy,
+            other.step,
+            other.flops,
+            other.mean_length,
+        )
         for p, q in zip(one.results.positions, other.results.positions, strict=True):
             assert [getattr(p, name) for name in kept] == [getattr(q, name) for name in kept]
             assert p.ntp_logprob == pytest.approx(q.ntp_logprob, abs=5e-4)
@@ -89,7 +116,12 @@ def test_two_thousand_positions_are_small(tmp_path):
         for n in range(50)
         for p in answers(reasoning=1, ntp=1).positions
     ]
-    whole = replace(record(0), measured=tuple(replace(one, results=replace(one.results, positions=tuple(many))) for one in record(0).measured))
+    whole = replace(
+        record(0),
+        measured=tuple(
+            replace(one, results=replace(one.results, positions=tuple(many))) for one in record(0).measured
+        ),
+    )
     write_record(whole, tmp_path / "r.json")
     assert (tmp_path / "r.json").stat().st_size < 300_000
 
@@ -98,7 +130,10 @@ def test_policies_of_other_positions_are_not_written(tmp_path):
     mixed = record(0)
     fewer = replace(mixed.measured[1].results, positions=mixed.measured[1].results.positions[1:])
     with pytest.raises(ValueError, match="different positions"):
-        write_record(replace(mixed, measured=(mixed.measured[0], replace(mixed.measured[1], results=fewer))), tmp_path / "r.json")
+        write_record(
+            replace(mixed, measured=(mixed.measured[0], replace(mixed.measured[1], results=fewer))),
+            tmp_path / "r.json",
+        )
 
 
 @pytest.mark.parametrize(
@@ -110,7 +145,13 @@ def test_policies_of_other_positions_are_not_written(tmp_path):
         lambda parts: parts["policies"][0].update(ntp_correct="01"),
         lambda parts: parts["policies"][0].update(ntp_correct="x" * 40),
     ],
-    ids=["a part is missing", "another format", "a position is missing", "outcomes are missing", "an unknown outcome"],
+    ids=[
+        "a part is missing",
+        "another format",
+        "a position is missing",
+        "outcomes are missing",
+        "an unknown outcome",
+    ],
 )
 def test_a_spoilt_record_is_one_clear_error(spoil, tmp_path):
     path = tmp_path / "seed-0.json"
@@ -158,8 +199,13 @@ def test_seeds_are_averaged_a_position_and_their_spread_is_shown():
 def test_accuracies_take_the_positions_of_a_document_together():
     """All of one document right, none of another: what two documents say, not twenty positions (Wilson of 1 of 2: 9.5 to 90.5 %)."""
     base = record(0)
-    split = tuple(replace(p, reasoning_correct=p.doc_id == "doc-0") for p in base.measured[0].results.positions)
-    halves = replace(base, measured=tuple(replace(one, results=replace(one.results, positions=split)) for one in base.measured))
+    split = tuple(
+        replace(p, reasoning_correct=p.doc_id == "doc-0") for p in base.measured[0].results.positions
+    )
+    halves = replace(
+        base,
+        measured=tuple(replace(one, results=replace(one.results, positions=split)) for one in base.measured),
+    )
     assert rows(band_table([halves], "hard"))["reasoning after RPT"] == ["50.0 % [9.5, 90.5] 10/20"]
 
 
@@ -176,7 +222,12 @@ def test_the_interval_over_documents_is_that_of_the_averaged_outcomes():
         return replace(
             base,
             measured=tuple(
-                replace(one, results=replace(one.results, positions=tuple(lucky_positions if one.policy == "RPT" else positions)))
+                replace(
+                    one,
+                    results=replace(
+                        one.results, positions=tuple(lucky_positions if one.policy == "RPT" else positions)
+                    ),
+                )
                 for one in base.measured
             ),
         )
@@ -207,7 +258,12 @@ def test_the_whole_summary(monkeypatch):
 def test_seeds_of_other_positions_are_refused():
     other = record(1)
     moved = tuple(
-        replace(one, results=replace(one.results, positions=tuple(replace(p, entropy=p.entropy + 1) for p in one.results.positions)))
+        replace(
+            one,
+            results=replace(
+                one.results, positions=tuple(replace(p, entropy=p.entropy + 1) for p in one.results.positions)
+            ),
+        )
         for one in other.measured
     )
     with pytest.raises(ValueError, match="seeds 0 and 1 were measured at different positions"):
@@ -224,13 +280,21 @@ def test_seeds_of_another_cold_start_or_length_are_refused():
 
 def test_what_was_not_measured_is_not_wrong():
     base = record(0)
-    without = tuple(replace(one, results=answers(reasoning=None, ntp=4)) if (one.policy, one.step) == ("RPT", 8) else one for one in base.measured)
-    with pytest.raises(ValueError, match="seed 0: reasoning after RPT was not measured at 20 of 20 positions"):
+    without = tuple(
+        replace(one, results=answers(reasoning=None, ntp=4)) if (one.policy, one.step) == ("RPT", 8) else one
+        for one in base.measured
+    )
+    with pytest.raises(
+        ValueError, match="seed 0: reasoning after RPT was not measured at 20 of 20 positions"
+    ):
         band_table([replace(base, measured=without)], "hard")
 
 
 def test_only_the_section_between_the_markers_changes():
-    assert replace_section(f"a\n{BEGIN}\nold\n{END}\nb\n", "new\n", where="x.md") == f"a\n{BEGIN}\nnew\n{END}\nb\n"
+    assert (
+        replace_section(f"a\n{BEGIN}\nold\n{END}\nb\n", "new\n", where="x.md")
+        == f"a\n{BEGIN}\nnew\n{END}\nb\n"
+    )
     for text in ("a", f"{BEGIN}\n", f"{END}\n{BEGIN}\n", f"{BEGIN}\n{END}\n{BEGIN}\n{END}\n"):
         with pytest.raises(ValueError, match=r"x\.md: needs the line"):
             replace_section(text, "new\n", where="x.md")

@@ -56,7 +56,11 @@ def test_each_accuracy_has_its_count_its_interval_and_ntp_beside_it():
 
 def test_bands_hold_the_positions_above_their_threshold():
     table = difficulty_table([stage("after", 40)])
-    assert cells(table, "easy (entropy > 0.5): reasoning") == cells(table, "medium (entropy > 1.0): reasoning") == ["40.0 % [30.9, 49.8] 40/100"]
+    assert (
+        cells(table, "easy (entropy > 0.5): reasoning")
+        == cells(table, "medium (entropy > 1.0): reasoning")
+        == ["40.0 % [30.9, 49.8] 40/100"]
+    )
     assert cells(table, "hard (entropy > 1.5): reasoning")[0].endswith("20/50")
     assert cells(table, "hard: NTP, same positions")[0].endswith("15/50")
 
@@ -70,9 +74,14 @@ def test_each_band_says_how_many_positions_can_be_answered():
 def test_a_control_that_was_not_measured_everywhere_says_where():
     whole = stage("RPT", 36, controls=True)
     # Not measured at 10 positions, of which reasoning was right at 6 and the empty thought at none.
-    gaps = [replace(p, empty_thought_correct=None) if 30 <= p.position < 40 else p for p in whole.results.positions]
+    gaps = [
+        replace(p, empty_thought_correct=None) if 30 <= p.position < 40 else p
+        for p in whole.results.positions
+    ]
     partly = Stage(name="RPT", results=replace(whole.results, positions=tuple(gaps)))
-    assert cells(stage_table([partly]), "with an empty thought") == ["22.2 % [14.9, 31.8] 20/90 (measured at 90 of 100)"]
+    assert cells(stage_table([partly]), "with an empty thought") == [
+        "22.2 % [14.9, 31.8] 20/90 (measured at 90 of 100)"
+    ]
     (line,) = [line for line in comparison_lines([partly]) if "empty thought" in line]
     assert "+11.1 points" in line  # 30 - 20 of 90
     assert "45 documents, 90 positions" in line
@@ -112,7 +121,9 @@ def test_weights_that_do_not_reason_are_shown_and_not_compared():
 
 def test_summary_has_a_page_and_a_picture(tmp_path: Path):
     log = tmp_path / "log.jsonl"
-    log.write_text("".join(json.dumps({"step": step, "reward/mean": step / 100}) + "\n" for step in range(1, 26)))
+    log.write_text(
+        "".join(json.dumps({"step": step, "reward/mean": step / 100}) + "\n" for step in range(1, 26))
+    )
     markdown = summarise([stage("start", 5), stage("RPT", 40)], log, tmp_path / "report")
     assert (tmp_path / "report" / "summary.md").read_text() == markdown
     assert "take positions as independent" in markdown
@@ -127,14 +138,21 @@ def test_summary_has_a_page_and_a_picture(tmp_path: Path):
 
 def test_a_resumed_run_counts_each_step_once(tmp_path: Path):
     log = tmp_path / "log.jsonl"
-    log.write_text('{"step": 1, "reward/mean": 0.1}\n{"step": 2, "reward/mean": 0.9}\n{"step": 2, "reward/mean": 0.3}\n{"step": 2, "val": 1}\n')
+    log.write_text(
+        '{"step": 1, "reward/mean": 0.1}\n{"step": 2, "reward/mean": 0.9}\n{"step": 2, "reward/mean": 0.3}\n{"step": 2, "val": 1}\n'
+    )
     curve = read_rewards(log)
     assert (curve.steps, curve.means) == ((1, 2), (0.1, 0.3))
     assert (curve.first(1), curve.last(1), curve.first(10)) == (0.1, 0.3, pytest.approx(0.2))
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{\n", "line 1: not JSON"), ('{"step": 1}\n', "no line holds 'reward/mean'"), (None, "no such run log")]
+    ("text", "message"),
+    [
+        ("{\n", "line 1: not JSON"),
+        ('{"step": 1}\n', "no line holds 'reward/mean'"),
+        (None, "no such run log"),
+    ],
 )
 def test_a_log_without_rewards_is_named(tmp_path: Path, text: str | None, message: str):
     log = tmp_path / "log.jsonl"

@@ -11,12 +11,20 @@ from server_processes_for_tests import HAS_VLLM, ServerUnderTest
 
 from rpt_lightning.policy.model import Policy
 
-REAL = [pytest.mark.long, pytest.mark.vllm, pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed here")]
+REAL = [
+    pytest.mark.long,
+    pytest.mark.vllm,
+    pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed here"),
+]
 
 
 @pytest.fixture(scope="module", params=["stand-in", pytest.param("vllm", marks=REAL)])
-def all_servers(request: pytest.FixtureRequest, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ServerUnderTest]]:
-    servers = [ServerUnderTest(request.param, tiny_model_dir, tmp_path_factory.mktemp("logs")) for _ in range(2)]
+def all_servers(
+    request: pytest.FixtureRequest, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[list[ServerUnderTest]]:
+    servers = [
+        ServerUnderTest(request.param, tiny_model_dir, tmp_path_factory.mktemp("logs")) for _ in range(2)
+    ]
     try:
         for server in servers:
             server.start()

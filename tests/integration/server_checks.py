@@ -19,20 +19,35 @@ from rpt_lightning.types import Completion, GenerationRequest, SamplingSettings,
 TEMPERATURE = 0.8
 SAMPLING = SamplingSettings(temperature=TEMPERATURE, max_tokens=24, stop_token_ids=(1,))
 REQUESTS = [
-    GenerationRequest(task_id=f"doc-{i // 2}:{i}", prompt_ids=tuple(range(40 + i, 60 + 3 * i)), n=4, seed=100 * i, sampling=SAMPLING)
+    GenerationRequest(
+        task_id=f"doc-{i // 2}:{i}",
+        prompt_ids=tuple(range(40 + i, 60 + 3 * i)),
+        n=4,
+        seed=100 * i,
+        sampling=SAMPLING,
+    )
     for i in range(6)
 ]
 # Long enough that a fault comes in the middle.
-LONG_REQUESTS = [replace(request, sampling=replace(SAMPLING, max_tokens=160, stop_token_ids=())) for request in REQUESTS]
+LONG_REQUESTS = [
+    replace(request, sampling=replace(SAMPLING, max_tokens=160, stop_token_ids=())) for request in REQUESTS
+]
 
 
 def call(server: ServerUnderTest, path: str, body: object) -> None:
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-    urllib.request.urlopen(urllib.request.Request(server.url + path, data=json.dumps(body).encode(), headers=headers), timeout=30).close()
+    urllib.request.urlopen(
+        urllib.request.Request(server.url + path, data=json.dumps(body).encode(), headers=headers), timeout=30
+    ).close()
 
 
 def check_completions(
-    servers: list[ServerUnderTest], policy: Policy, requests: list[GenerationRequest], rows: list[list[Completion]], *, version: int = 3
+    servers: list[ServerUnderTest],
+    policy: Policy,
+    requests: list[GenerationRequest],
+    rows: list[list[Completion]],
+    *,
+    version: int = 3,
 ) -> None:
     """Every completion asked for, from this policy's weights: nothing lost, doubled or stale."""
     checksums = {name: checksum(weight) for name, weight in named_weights(policy)}
@@ -40,14 +55,25 @@ def check_completions(
         assert [completion.policy_version for completion in row] == [version] * request.n
         for index, completion in enumerate(row):
             if servers[0].kind == "stand-in":
-                expected = say(checksums, request.prompt_ids, request.seed + index, request.sampling.max_tokens)
+                expected = say(
+                    checksums, request.prompt_ids, request.seed + index, request.sampling.max_tokens
+                )
                 assert list(completion.token_ids) == expected
                 continue
-            (tree,) = pack([TrainSequence(prompt_ids=request.prompt_ids, target_ids=completion.token_ids)], max_tokens=4096)
+            (tree,) = pack(
+                [TrainSequence(prompt_ids=request.prompt_ids, target_ids=completion.token_ids)],
+                max_tokens=4096,
+            )
             with torch.no_grad():
                 logprobs, _ = policy(tree, temperature=TEMPERATURE)
-            torch.testing.assert_close(tree.unpack(logprobs)[0], torch.tensor(completion.rollout_logprobs), atol=1e-3, rtol=0)
+            torch.testing.assert_close(
+                tree.unpack(logprobs)[0], torch.tensor(completion.rollout_logprobs), atol=1e-3, rtol=0
+            )
 
 
 def many(requests: list[GenerationRequest], times: int) -> list[GenerationRequest]:
-    return [replace(request, task_id=f"{turn}-{request.task_id}", seed=request.seed + 10_000 * turn) for turn in range(times) for request in requests]
+    return [
+        replace(request, task_id=f"{turn}-{request.task_id}", seed=request.seed + 10_000 * turn)
+        for turn in range(times)
+        for request in requests
+    ]

@@ -32,7 +32,11 @@ class ServerUnderTest:
         self.kind = kind
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._command = self._stand_in(model) if kind == "stand-in" else self._vllm(model, 2 if kind == "vllm-split" else 1, max_num_seqs)
+        self._command = (
+            self._stand_in(model)
+            if kind == "stand-in"
+            else self._vllm(model, 2 if kind == "vllm-split" else 1, max_num_seqs)
+        )
         self._log = log_folder / f"server-{self.port}.log"
         self._process: Guarded | None = None
 
@@ -63,7 +67,9 @@ class ServerUnderTest:
             "PYTHONSAFEPATH": "1",
         }
         with self._log.open("ab") as output:
-            self._process = Guarded(self._command, env=os.environ | env, stdout=output, stderr=subprocess.STDOUT)
+            self._process = Guarded(
+                self._command, env=os.environ | env, stdout=output, stderr=subprocess.STDOUT
+            )
 
     def wait_until_ready(self) -> None:
         """The limits are of computing and of idling, not of the clock: beside other work on the same cores a start takes ten times as long."""

@@ -25,13 +25,18 @@ FIRST_LABEL = "default"  # vLLM's
 
 
 def array_checksum(array: np.ndarray) -> str:
-    return hashlib.sha256(f"(torch.{array.dtype}, {array.shape})".encode() + (array + np.float32(0)).tobytes()).hexdigest()
+    return hashlib.sha256(
+        f"(torch.{array.dtype}, {array.shape})".encode() + (array + np.float32(0)).tobytes()
+    ).hexdigest()
 
 
 def say(checksums: dict[str, str], prompt_ids: list[int], seed: int, max_tokens: int) -> list[int]:
     """The completion."""
     key = hashlib.sha256(json.dumps([sorted(checksums.items()), list(prompt_ids), seed]).encode()).digest()
-    return [int.from_bytes(hashlib.sha256(key + bytes([turn])).digest()[:4], "big") % 500 + 10 for turn in range(max_tokens)]
+    return [
+        int.from_bytes(hashlib.sha256(key + bytes([turn])).digest()[:4], "big") % 500 + 10
+        for turn in range(max_tokens)
+    ]
 
 
 class StandIn:
@@ -90,7 +95,9 @@ class StandIn:
         try:
             result = getattr(self, body["method"])(**body.get("kwargs", {}))
             # As vLLM does.
-            return web.json_response({"results": [result if result is None or isinstance(result, dict | list) else str(result)]})
+            return web.json_response(
+                {"results": [result if result is None or isinstance(result, dict | list) else str(result)]}
+            )
         except Exception as error:
             return web.json_response({"error": str(error)}, status=500)
 
@@ -132,7 +139,9 @@ class StandIn:
         except asyncio.CancelledError:
             if not task.cancelled():
                 raise  # the client went away
-            choices = [{"index": index, "finish_reason": "abort"} for index in range(body["sampling_params"]["n"])]
+            choices = [
+                {"index": index, "finish_reason": "abort"} for index in range(body["sampling_params"]["n"])
+            ]
         finally:
             task.cancel()
             self.running.discard(task)
@@ -141,9 +150,15 @@ class StandIn:
     async def _complete(self, prompt_ids: list[int], sampling: dict[str, Any]) -> list[dict[str, Any]]:
         num_before, label = sampling["max_tokens"] // 2, self.label
         await asyncio.sleep(self.delay_s * sampling["max_tokens"])
-        spans = [{"version": label, "start": 0, "end": num_before}, {"version": self.label, "start": num_before, "end": sampling["max_tokens"]}]
+        spans = [
+            {"version": label, "start": 0, "end": num_before},
+            {"version": self.label, "start": num_before, "end": sampling["max_tokens"]},
+        ]
         checksums = self.rpt_checksums(list(self.weights))
-        rows = [say(checksums, prompt_ids, sampling["seed"] + index, sampling["max_tokens"]) for index in range(sampling["n"])]
+        rows = [
+            say(checksums, prompt_ids, sampling["seed"] + index, sampling["max_tokens"])
+            for index in range(sampling["n"])
+        ]
         return [
             {
                 "index": index,
@@ -157,8 +172,13 @@ class StandIn:
 
 
 @web.middleware
-async def require_key(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
-    if request.path != "/health" and request.headers.get("Authorization") != f"Bearer {os.environ['RPT_SERVER_KEY']}":
+async def require_key(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    if (
+        request.path != "/health"
+        and request.headers.get("Authorization") != f"Bearer {os.environ['RPT_SERVER_KEY']}"
+    ):
         return web.json_response({"error": "no key"}, status=401)
     return await handler(request)
 

@@ -23,7 +23,9 @@ ROWS = re.compile(r"^\| `(\w+)` \| (.*) \| (.*) \| (.*) \|$", re.MULTILINE)
 
 def page() -> dict[str, tuple[str, ...]]:
     """The table's cells by family."""
-    return {row[0]: row[1:] for row in ROWS.findall((ROOT / "docs" / "families.md").read_text(encoding="utf-8"))}
+    return {
+        row[0]: row[1:] for row in ROWS.findall((ROOT / "docs" / "families.md").read_text(encoding="utf-8"))
+    }
 
 
 def test_the_page_has_every_family_and_those_that_were_asked_for_work() -> None:
@@ -35,7 +37,9 @@ def test_the_page_has_every_family_and_those_that_were_asked_for_work() -> None:
 
 @pytest.mark.long
 @pytest.mark.vllm
-@pytest.mark.skipif(sys.platform != "linux" or importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
+@pytest.mark.skipif(
+    sys.platform != "linux" or importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here"
+)
 @pytest.mark.parametrize("family", list(family_table.FAMILIES))
 def test_a_family_does_what_the_page_says(family: str) -> None:
     row = family_table.row_of(family)

@@ -34,13 +34,21 @@ def free_port():
 def meeting():
     """Two nodes' environments."""
     port = str(free_port())
-    return [{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": str(rank), "LOCAL_RANK": "0"} for rank in (0, 1)]
+    return [
+        {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": str(rank), "LOCAL_RANK": "0"}
+        for rank in (0, 1)
+    ]
 
 
 def together(commands, environments, timeout=240, statuses=None):
     started = [
         subprocess.Popen(
-            command, env=os.environ | {"OMP_NUM_THREADS": "1"} | more, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT
+            command,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | more,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
         )
         for command, more in zip(commands, environments, strict=True)
     ]
@@ -60,7 +68,17 @@ def losses(folder):
 @pytest.mark.long
 def test_two_nodes_are_one_run(tiny_model_dir, tiny_task_dir, tmp_path):
     rpt = [sys.executable, "-m", "rpt_lightning.cli", "fit"]
-    two = [*rpt, *command(tiny_model_dir, tiny_task_dir, tmp_path / "two", "--config", str(ROOT / "configs/strategy/multi-node.yaml"), num_nodes=2)]
+    two = [
+        *rpt,
+        *command(
+            tiny_model_dir,
+            tiny_task_dir,
+            tmp_path / "two",
+            "--config",
+            str(ROOT / "configs/strategy/multi-node.yaml"),
+            num_nodes=2,
+        ),
+    ]
     outputs = together([two, two], meeting())
     assert ["step 2/2" in output for output in outputs] == [True, False]  # said once
     together([[*rpt, *command(tiny_model_dir, tiny_task_dir, tmp_path / "one", num_nodes=1)]], [{}])
@@ -75,10 +93,20 @@ def test_nodes_that_see_different_checkpoints_do_not_start(tiny_model_dir, tiny_
     seen, unseen = tmp_path / "seen", tmp_path / "unseen"
     together([[*rpt, *command(tiny_model_dir, tiny_task_dir, seen, num_nodes=1)]], [{}])
     strategy = ["--config", str(ROOT / "configs/strategy/multi-node.yaml"), "--ckpt_path", "auto"]
-    two = [[*rpt, *command(tiny_model_dir, tiny_task_dir, folder, *strategy, num_nodes=2), "--trainer.max_steps", "3"] for folder in (seen, unseen)]
+    two = [
+        [
+            *rpt,
+            *command(tiny_model_dir, tiny_task_dir, folder, *strategy, num_nodes=2),
+            "--trainer.max_steps",
+            "3",
+        ]
+        for folder in (seen, unseen)
+    ]
     outputs = together(two, meeting(), statuses=[1, 1])
     wanted = "the ranks would start from different checkpoints of"
-    assert all(wanted in output and "(step-000002.ckpt: rank 0; none: rank 1)" in output for output in outputs), outputs
+    assert all(
+        wanted in output and "(step-000002.ckpt: rank 0; none: rank 1)" in output for output in outputs
+    ), outputs
     assert checkpoint_steps(seen / "checkpoints") == [2]
 
 
@@ -111,9 +139,15 @@ def test_one_rank_killed_is_one_restart_of_both_nodes(torchrun, tiny_model_dir, 
     """torchrun counts restarts on each node by itself, and its store lives on: neither may make the watches take each other's ranks for dead."""
     flags = command(tiny_model_dir, tiny_task_dir, tmp_path / "run", num_nodes=2)
     flags += ["--checkpoint.every_n_steps", "1", "--trainer.max_steps", "14", "--ranks.limit_s", "5"]
-    flags += ["--trainer.callbacks+=real_runs.KilledOnce", "--trainer.callbacks.file", str(tmp_path / "killed")]
+    flags += [
+        "--trainer.callbacks+=real_runs.KilledOnce",
+        "--trainer.callbacks.file",
+        str(tmp_path / "killed"),
+    ]
     modules = os.pathsep.join([str(ROOT / "tests" / "training"), os.environ.get("PYTHONPATH", "")])
     outputs = torchrun(flags, MAX_RESTARTS="1", PYTHONPATH=modules)
     assert (tmp_path / "killed").exists()
     assert len(losses(tmp_path / "run")) == 14
-    assert sum(output.count("has given no sign of life") for output in outputs) <= 1  # of the one that was killed
+    assert (
+        sum(output.count("has given no sign of life") for output in outputs) <= 1
+    )  # of the one that was killed

@@ -18,7 +18,11 @@ from rpt_lightning.rollout.vllm_server_engine import VLLMServerEngine
 from rpt_lightning.rollout.weight_transport import SharedFolderTransport
 from rpt_lightning.training.sync_check import SyncError, check_weights
 
-pytestmark = [pytest.mark.long, pytest.mark.vllm, pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed here")]
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.vllm,
+    pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed here"),
+]
 
 
 @contextlib.contextmanager
@@ -31,7 +35,9 @@ def real_server(
     server.start()
     try:
         server.wait_until_ready()
-        with VLLMServerEngine([server.url], SharedFolderTransport(str(folder / "weights")), dtype="float32") as engine:
+        with VLLMServerEngine(
+            [server.url], SharedFolderTransport(str(folder / "weights")), dtype="float32"
+        ) as engine:
             engine.start(str(model), seed=0, max_model_len=MAX_MODEL_LEN)
             engine.update_weights(named_weights(policy), version=3)
             yield server, engine
@@ -39,7 +45,9 @@ def real_server(
         server.kill()
 
 
-def test_a_server_that_is_split_over_devices(tiny_model_dir: Path, tmp_path: Path, policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_split_over_devices(
+    tiny_model_dir: Path, tmp_path: Path, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with real_server("vllm-split", tiny_model_dir, tmp_path, policy, monkeypatch) as (server, engine):
         check_weights(engine, named_weights(policy), version=3, num_tensors=1000)
         check_completions([server], policy, REQUESTS, engine.generate(REQUESTS))
@@ -51,15 +59,28 @@ def test_a_server_that_is_split_over_devices(tiny_model_dir: Path, tmp_path: Pat
             check_weights(engine, named_weights(policy), version=3)
 
 
-def test_more_prompt_tokens_than_one_pass_takes(tiny_model_dir: Path, tmp_path: Path, policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_prompt_tokens_than_one_pass_takes(
+    tiny_model_dir: Path, tmp_path: Path, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A prompt cut in two ends vLLM's engine on a CPU."""
     requests = [
-        replace(REQUESTS[0], task_id=f"doc:{i}", prompt_ids=tuple((7 * i + j) % 500 for j in range(MAX_MODEL_LEN - 32)), n=1, seed=i)
+        replace(
+            REQUESTS[0],
+            task_id=f"doc:{i}",
+            prompt_ids=tuple((7 * i + j) % 500 for j in range(MAX_MODEL_LEN - 32)),
+            n=1,
+            seed=i,
+        )
         for i in range(64)
     ]
-    with real_server("vllm", tiny_model_dir, tmp_path, policy, monkeypatch, max_num_seqs=64) as (server, engine):
+    with real_server("vllm", tiny_model_dir, tmp_path, policy, monkeypatch, max_num_seqs=64) as (
+        server,
+        engine,
+    ):
         rows = engine.generate(requests)
         check_completions([server], policy, requests, rows)
         assert engine.num_lost == 0
-        for request, row in list(zip(requests, rows, strict=True))[:20]:  # some of them stood at the border of a pass
+        for request, row in list(zip(requests, rows, strict=True))[
+            :20
+        ]:  # some of them stood at the border of a pass
             assert engine.generate([request])[0][0].token_ids == row[0].token_ids

@@ -20,7 +20,9 @@ URL = "s3://corpora/deep/tasks"
 
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.skipif(MOTO_SERVER is None, reason="no moto_server (pip install 'moto[server]'), so no S3 server was tried"),
+    pytest.mark.skipif(
+        MOTO_SERVER is None, reason="no moto_server (pip install 'moto[server]'), so no S3 server was tried"
+    ),
 ]
 
 
@@ -31,7 +33,9 @@ def endpoint(tmp_path_factory):
         port = listener.getsockname()[1]
     log = tmp_path_factory.mktemp("moto") / "log"
     with log.open("wb") as file:
-        process = subprocess.Popen([MOTO_SERVER, "-H", "127.0.0.1", "-p", str(port)], stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [MOTO_SERVER, "-H", "127.0.0.1", "-p", str(port)], stdout=file, stderr=subprocess.STDOUT
+        )
     try:
         deadline = time.monotonic() + 120
         while True:
@@ -133,7 +137,10 @@ def test_a_chunk_that_is_damaged_in_storage_is_named(many_chunks, storage):
     content[-40] ^= 0x10
     client.put_object(Bucket="corpora", Key=key, Body=bytes(content))
     folder = TaskFolder(URL, "train")
-    with pytest.raises(ValueError, match=r"s3://corpora/deep/tasks/train/chunk-0-0\.bin is damaged: its SHA-256.*upload it anew"):
+    with pytest.raises(
+        ValueError,
+        match=r"s3://corpora/deep/tasks/train/chunk-0-0\.bin is damaged: its SHA-256.*upload it anew",
+    ):
         folder.document(0)
     client.delete_object(Bucket="corpora", Key=key)
     with pytest.raises(ValueError, match=r"chunk-0-0\.bin cannot be had .*AWS_ENDPOINT_URL_S3"):

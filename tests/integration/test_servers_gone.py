@@ -20,7 +20,13 @@ def flags_for(servers: list[ServerUnderTest], model: Path, tasks: Path, folder: 
     (_, path) = scripted_flags(model, tasks, steps=STEPS)
     config = yaml.safe_load(path.read_text())
     transport = {"class_path": "SharedFolderTransport", "init_args": {"folder": str(folder / "weights")}}
-    settings = {"urls": [server.url for server in servers], "dtype": "float32", "timeout_s": 10.0, "max_wait_s": 2.0, "transport": transport}
+    settings = {
+        "urls": [server.url for server in servers],
+        "dtype": "float32",
+        "timeout_s": 10.0,
+        "max_wait_s": 2.0,
+        "transport": transport,
+    }
     config["rollout"]["engine"] = {"class_path": "VLLMServerEngine", "init_args": settings}
     config["rollout"]["verify_sequences"] = 0  # a stand-in's log-probs are made up
     config["trainer"]["limit_val_batches"] = 0
@@ -41,7 +47,12 @@ def start(run: RealRun, devices: int) -> Callable[[], int]:
 
 @pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_all_servers_gone_for_good(
-    servers: list[ServerUnderTest], tiny_model_dir: Path, tiny_task_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, devices: int
+    servers: list[ServerUnderTest],
+    tiny_model_dir: Path,
+    tiny_task_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    devices: int,
 ) -> None:
     if servers[0].kind != "stand-in":
         pytest.skip("the run is compared bit for bit, and real servers round by what else they generate")
@@ -74,4 +85,6 @@ def test_all_servers_gone_for_good(
     found, expected = traces(run.folder), traces(whole.folder)
     assert differences(found, expected) == []
     assert all((row["run/usable_servers"], row["run/lost_servers"]) == (2, 0) for row in lines_of(run.folder))
-    assert sum(row["optim/grad_norm"] > 0 for row in found["steps"]) > STEPS // 2  # there was something to lose
+    assert (
+        sum(row["optim/grad_norm"] > 0 for row in found["steps"]) > STEPS // 2
+    )  # there was something to lose

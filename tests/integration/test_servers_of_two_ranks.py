@@ -21,7 +21,9 @@ from rpt_lightning.rollout.checksum import checksum
 
 
 @pytest.fixture
-def two_ranks(servers: list[ServerUnderTest], tiny_model_dir: Path, tmp_path: Path) -> Iterator[Callable[[int], list[subprocess.Popen[str]]]]:
+def two_ranks(
+    servers: list[ServerUnderTest], tiny_model_dir: Path, tmp_path: Path
+) -> Iterator[Callable[[int], list[subprocess.Popen[str]]]]:
     """``two_ranks(max_tokens)`` starts them."""
     if servers[0].kind != "stand-in":
         pytest.skip("nothing here depends on the server")
@@ -29,9 +31,27 @@ def two_ranks(servers: list[ServerUnderTest], tiny_model_dir: Path, tmp_path: Pa
 
     def start(max_tokens: int) -> list[subprocess.Popen[str]]:
         script, port = Path(__file__).with_name("two_rank_servers.py"), free_port()
-        command = [sys.executable, str(script), str(tiny_model_dir), str(tmp_path / "weights"), str(max_tokens), *[server.url for server in servers]]
-        group = {"RPT_SERVER_KEY": KEY, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-        ranks.extend(subprocess.Popen(command, env=os.environ | group | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True) for rank in range(2))
+        command = [
+            sys.executable,
+            str(script),
+            str(tiny_model_dir),
+            str(tmp_path / "weights"),
+            str(max_tokens),
+            *[server.url for server in servers],
+        ]
+        group = {
+            "RPT_SERVER_KEY": KEY,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": "2",
+            "OMP_NUM_THREADS": "1",
+        }
+        ranks.extend(
+            subprocess.Popen(
+                command, env=os.environ | group | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True
+            )
+            for rank in range(2)
+        )
         return ranks
 
     yield start
@@ -47,7 +67,9 @@ def said(ranks: list[subprocess.Popen[str]]) -> list[dict]:
 
 
 @pytest.mark.long
-def test_two_ranks_bring_back_servers_that_all_died(two_ranks, tiny_model_dir: Path, servers: list[ServerUnderTest]) -> None:
+def test_two_ranks_bring_back_servers_that_all_died(
+    two_ranks, tiny_model_dir: Path, servers: list[ServerUnderTest]
+) -> None:
     """In the middle of a generation, when only ranks can help that did not publish the weights: one of them loads, once."""
     ranks = two_ranks(240)
     for rank in ranks:
@@ -62,7 +84,9 @@ def test_two_ranks_bring_back_servers_that_all_died(two_ranks, tiny_model_dir: P
     found = said(ranks)
     checksums = {name: checksum(weight) for name, weight in named_weights(unchanged(tiny_model_dir))}
     for rank in range(2):
-        assert found[rank]["completions"] == [[say(checksums, [rank, i], 100 * rank + i + index, 240) for index in range(2)] for i in range(4)]
+        assert found[rank]["completions"] == [
+            [say(checksums, [rank, i], 100 * rank + i + index, 240) for index in range(2)] for i in range(4)
+        ]
     assert all(num_loads(server) <= 1 for server in servers)
     assert sum(num_loads(server) for server in servers) >= 1
 
@@ -70,7 +94,9 @@ def test_two_ranks_bring_back_servers_that_all_died(two_ranks, tiny_model_dir: P
 def num_loads(server: ServerUnderTest) -> int:
     """Of a stand-in, since it was started."""
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-    request = urllib.request.Request(server.url + "/collective_rpc", data=b'{"method": "rpt_describe"}', headers=headers)
+    request = urllib.request.Request(
+        server.url + "/collective_rpc", data=b'{"method": "rpt_describe"}', headers=headers
+    )
     with urllib.request.urlopen(request, timeout=30) as answer:
         return json.load(answer)["results"][0]["num_loads"]
 
@@ -86,7 +112,9 @@ def test_two_ranks_share_the_servers(two_ranks, tiny_model_dir: Path) -> None:
     first, second = said(two_ranks(8))
     checksums = {name: checksum(weight) for name, weight in named_weights(unchanged(tiny_model_dir))}
     for rank, found in enumerate((first, second)):
-        assert found["completions"] == [[say(checksums, [rank, i], 100 * rank + i + index, 8) for index in range(2)] for i in range(4)]
+        assert found["completions"] == [
+            [say(checksums, [rank, i], 100 * rank + i + index, 8) for index in range(2)] for i in range(4)
+        ]
     assert (first["version"], first["label"]) == (second["version"], second["label"]) == (2, first["label"])
     # A failure on the first rank in the middle of gathering is an error on both.
     assert first["error"].startswith("FileNotFoundError")

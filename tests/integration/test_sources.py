@@ -16,7 +16,14 @@ import torch
 from small_run import flat_weights, quiet_trainer
 
 from rpt_lightning import cli
-from rpt_lightning.data.corpus import CorpusSource, DocstringSource, HuggingFaceSource, JsonlSource, ParquetSource, TextFilesSource
+from rpt_lightning.data.corpus import (
+    CorpusSource,
+    DocstringSource,
+    HuggingFaceSource,
+    JsonlSource,
+    ParquetSource,
+    TextFilesSource,
+)
 from rpt_lightning.data.prepare import prepare
 from rpt_lightning.data.task_folder import TaskFolder
 from rpt_lightning.data.text_datamodule import TextDataModule
@@ -71,7 +78,10 @@ class WithFields(CorpusSource):
         self.source = source
 
     def documents(self) -> Iterator[Document]:
-        return (replace(document, fields={"name": Path(document.doc_id).name}) for document in self.source.documents())
+        return (
+            replace(document, fields={"name": Path(document.doc_id).name})
+            for document in self.source.documents()
+        )
 
     def describe(self) -> dict[str, Any]:
         return self.source.describe()
@@ -79,7 +89,12 @@ class WithFields(CorpusSource):
 
 def leaves(base: type) -> set[type]:
     """The final classes of the package, not those of tests."""
-    return {leaf for one in base.__subclasses__() for leaf in (leaves(one) or {one}) if leaf.__module__.startswith("rpt_lightning.data.corpus")}
+    return {
+        leaf
+        for one in base.__subclasses__()
+        for leaf in (leaves(one) or {one})
+        if leaf.__module__.startswith("rpt_lightning.data.corpus")
+    }
 
 
 def test_no_source_is_forgotten() -> None:
@@ -111,16 +126,23 @@ def test_a_source_reaches_a_step(kind: type, tiny_model_dir: Path, tmp_path: Pat
     known = {document.doc_id for document in source.documents()}
     stored = [TaskFolder(folder, split).document(0)["doc_id"] for split in ("train", "heldout")]
     assert known >= set(stored)
-    module = NTPModule(Policy(str(tiny_model_dir)), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    module = NTPModule(
+        Policy(str(tiny_model_dir)), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1)
+    )
     untrained = Policy(str(tiny_model_dir))
     untrained.materialize()
     trainer = quiet_trainer(tmp_path / "run", 1, [], enable_checkpointing=False, limit_val_batches=1)
     trainer.fit(module, TextDataModule(str(folder), documents_per_step=2, num_eval_tasks=4))
     assert trainer.global_step == 1
-    assert not torch.equal(flat_weights(module), torch.cat([parameter.detach().flatten() for parameter in untrained.parameters()]))
+    assert not torch.equal(
+        flat_weights(module),
+        torch.cat([parameter.detach().flatten() for parameter in untrained.parameters()]),
+    )
 
 
-def test_a_folder_of_text_files_reaches_a_step_of_the_command(tiny_model_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_of_text_files_reaches_a_step_of_the_command(
+    tiny_model_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The ids are paths of files that exist, as own-text.yaml makes them."""
     (tmp_path / "corpus").mkdir()
     folder = prepared(WithFields(text_files_source(tmp_path / "corpus")), tmp_path / "tasks", tiny_model_dir)
@@ -133,4 +155,6 @@ def test_a_folder_of_text_files_reaches_a_step_of_the_command(tiny_model_dir: Pa
     (records,) = (tmp_path / "run" / "validation").glob("*.jsonl")
     rows = [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines()]
     assert rows
-    assert all(Path(row["doc_id"]).is_file() and row["fields"] == {"name": Path(row["doc_id"]).name} for row in rows)
+    assert all(
+        Path(row["doc_id"]).is_file() and row["fields"] == {"name": Path(row["doc_id"]).name} for row in rows
+    )

@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, MinPLogitsWarper, Qwen2Config, Qwen3Config, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    MinPLogitsWarper,
+    Qwen2Config,
+    Qwen3Config,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from rpt_lightning.rollout.vllm_engine import VLLMEngine
 from rpt_lightning.rollout.weight_part import part_name
@@ -21,11 +29,21 @@ from rpt_lightning.types import Completion, GenerationRequest, SamplingSettings
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(sys.platform != "linux" or importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here"),
+    pytest.mark.skipif(
+        sys.platform != "linux" or importlib.util.find_spec("vllm") is None,
+        reason="vLLM is not installed here",
+    ),
 ]
 
 SAMPLING = SamplingSettings(temperature=0.8, max_tokens=16, stop_token_ids=tuple(range(0, 512, 32)))
-SHAPES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+SHAPES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+}
 # A vocabulary that vLLM pads, to a multiple of 64.
 QWEN = SHAPES | {"vocab_size": 515, "max_position_embeddings": 1024}
 
@@ -94,14 +112,23 @@ def make_requests(num: int = 4, n: int = 2, sampling: SamplingSettings = SAMPLIN
     numbers = torch.Generator().manual_seed(1)
     lengths = [5, 140, 9, 300][:num]
     prompts = [tuple(torch.randint(1, 500, (length,), generator=numbers).tolist()) for length in lengths]
-    return [GenerationRequest(task_id=f"d:{i}", prompt_ids=prompt, n=n, seed=100 * i, sampling=sampling) for i, prompt in enumerate(prompts)]
+    return [
+        GenerationRequest(task_id=f"d:{i}", prompt_ids=prompt, n=n, seed=100 * i, sampling=sampling)
+        for i, prompt in enumerate(prompts)
+    ]
 
 
 @torch.no_grad()
-def reference_logprobs(policy, engine: VLLMEngine, request: GenerationRequest, completion: Completion) -> torch.Tensor:
+def reference_logprobs(
+    policy, engine: VLLMEngine, request: GenerationRequest, completion: Completion
+) -> torch.Tensor:
     """transformers' log-probs, in fp32 with the weights as the engine's dtype rounds them."""
     model = rounded(policy, engine.dtype)
-    logits = model(torch.tensor([request.prompt_ids + completion.token_ids])).logits[0, len(request.prompt_ids) - 1 : -1].float()
+    logits = (
+        model(torch.tensor([request.prompt_ids + completion.token_ids]))
+        .logits[0, len(request.prompt_ids) - 1 : -1]
+        .float()
+    )
     if request.sampling.temperature > 0:
         sampling = request.sampling
         logits = logits / sampling.temperature
@@ -127,10 +154,18 @@ def rounded(policy, dtype: torch.dtype):
     return _ROUNDED[id(policy)]
 
 
-def both_logprobs(policy, engine: VLLMEngine, requests: list[GenerationRequest]) -> tuple[torch.Tensor, torch.Tensor]:
-    pairs = [(request, completion) for request, row in zip(requests, engine.generate(requests), strict=True) for completion in row]
+def both_logprobs(
+    policy, engine: VLLMEngine, requests: list[GenerationRequest]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    pairs = [
+        (request, completion)
+        for request, row in zip(requests, engine.generate(requests), strict=True)
+        for completion in row
+    ]
     rollout = torch.tensor([value for _, completion in pairs for value in completion.rollout_logprobs])
-    expected = torch.cat([reference_logprobs(policy, engine, request, completion) for request, completion in pairs])
+    expected = torch.cat(
+        [reference_logprobs(policy, engine, request, completion) for request, completion in pairs]
+    )
     return rollout, expected
 
 
@@ -166,14 +201,18 @@ def test_every_weight_can_be_read_back(engine: VLLMEngine, policy) -> None:
         assert torch.equal(held[name], weight.detach().to(engine.dtype)), name
     matrices = [name for name in names if held[name].ndim == 2]
     parts = engine.read_weights([part_name(name, slice(3, 11)) for name in matrices])
-    assert all(torch.equal(part, held[name][:, 3:11]) for name, part in zip(matrices, parts.values(), strict=True))
+    assert all(
+        torch.equal(part, held[name][:, 3:11]) for name, part in zip(matrices, parts.values(), strict=True)
+    )
     check_weights(engine, weights(policy), version=0, num_tensors=1000)
 
 
 def test_a_missing_tied_head_or_projection_is_caught(engine: VLLMEngine, policy) -> None:
     for missing in ("lm_head.weight", "model.layers.1.self_attn.k_proj.weight", "model.norm.weight"):
         with pytest.raises(ValueError, match=f"update to version 1 did not deliver {missing}"):
-            engine.update_weights([(name, weight) for name, weight in weights(policy) if name != missing], version=1)
+            engine.update_weights(
+                [(name, weight) for name, weight in weights(policy) if name != missing], version=1
+            )
         assert engine.version is None
         with pytest.raises(RuntimeError, match="the last one failed"):
             engine.generate(make_requests())
@@ -196,8 +235,14 @@ def test_a_head_that_stayed_behind_is_seen_by_tensors_and_logprobs(engine: VLLME
 def test_one_stale_tensor_is_caught(engine: VLLMEngine, policy) -> None:
     other = make_policy(policy.config, seed=1)
     old = dict(weights(policy))
-    for stale in ("model.layers.0.self_attn.v_proj.weight", "model.layers.1.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight"):
-        engine.update_weights([(name, old[name] if name == stale else weight) for name, weight in weights(other)], version=1)
+    for stale in (
+        "model.layers.0.self_attn.v_proj.weight",
+        "model.layers.1.mlp.up_proj.weight",
+        "model.layers.0.input_layernorm.weight",
+    ):
+        engine.update_weights(
+            [(name, old[name] if name == stale else weight) for name, weight in weights(other)], version=1
+        )
         with pytest.raises(SyncError, match=rf"1 of \d+ compared tensors differ .*: {stale}"):
             check_weights(engine, weights(other), version=1, num_tensors=1000)
 
@@ -206,10 +251,15 @@ def test_completions_do_not_depend_on_the_batch(engine: VLLMEngine) -> None:
     requests = make_requests(n=3)
     together = engine.generate(requests)
     backwards = engine.generate(requests[::-1])[::-1]
-    alone = [[engine.generate([replace(request, n=1, seed=request.seed + i)])[0][0] for i in range(3)] for request in requests]
+    alone = [
+        [engine.generate([replace(request, n=1, seed=request.seed + i)])[0][0] for i in range(3)]
+        for request in requests
+    ]
     for row, *others in zip(together, backwards, alone, strict=True):
         for other in others:
-            assert [completion.token_ids for completion in row] == [completion.token_ids for completion in other]
+            assert [completion.token_ids for completion in row] == [
+                completion.token_ids for completion in other
+            ]
     assert len({completion.token_ids for row in together for completion in row}) == 12
 
 
@@ -219,7 +269,11 @@ def test_more_prompt_tokens_than_one_pass_takes(engine: VLLMEngine) -> None:
     numbers = torch.Generator().manual_seed(2)
     requests = [
         GenerationRequest(
-            task_id=f"d:{i}", prompt_ids=tuple(torch.randint(1, 500, (301,), generator=numbers).tolist()), n=1, seed=i, sampling=SAMPLING
+            task_id=f"d:{i}",
+            prompt_ids=tuple(torch.randint(1, 500, (301,), generator=numbers).tolist()),
+            n=1,
+            seed=i,
+            sampling=SAMPLING,
         )
         for i in range(room // 301 + 2)
     ]
@@ -236,17 +290,24 @@ def test_n_completions_are_n_requests_with_the_next_seeds(engine: VLLMEngine) ->
         pytest.skip("in bf16 another batch rounds otherwise, which may turn a near tie")
     requests = make_requests(n=5)
     rows = engine.generate(requests)
-    alone = [[engine.generate([replace(request, n=1, seed=request.seed + i)])[0][0] for i in range(5)] for request in requests]
+    alone = [
+        [engine.generate([replace(request, n=1, seed=request.seed + i)])[0][0] for i in range(5)]
+        for request in requests
+    ]
     for row, others in zip(rows, alone, strict=True):
         assert [completion.token_ids for completion in row] == [completion.token_ids for completion in others]
         for completion, other in zip(row, others, strict=True):
             assert completion.rollout_logprobs == pytest.approx(other.rollout_logprobs, abs=1e-4)
     assert len({completion.token_ids for row in rows for completion in row}) == 20
     (shifted,) = engine.generate([replace(requests[0], seed=requests[0].seed + 2)])
-    assert [completion.token_ids for completion in shifted[:3]] == [completion.token_ids for completion in rows[0][2:]]
+    assert [completion.token_ids for completion in shifted[:3]] == [
+        completion.token_ids for completion in rows[0][2:]
+    ]
 
 
-def test_prompts_of_a_document_come_from_the_cache_as_far_as_whole_blocks_allow(engine: VLLMEngine, policy) -> None:
+def test_prompts_of_a_document_come_from_the_cache_as_far_as_whole_blocks_allow(
+    engine: VLLMEngine, policy
+) -> None:
     block = engine._llm.llm_engine.vllm_config.cache_config.block_size
     assert block == 32
     document = tuple(range(1, 400))
@@ -254,7 +315,10 @@ def test_prompts_of_a_document_come_from_the_cache_as_far_as_whole_blocks_allow(
     # the last of which is computed again for the last token's logits.
     lengths, n = (70, 96, 100, 203), 3
     shareable = (0 + 2 * 64) + (64 + 2 * 64) + (96 + 2 * 96) + (96 + 2 * 192)
-    requests = [GenerationRequest(task_id="d", prompt_ids=document[:length], n=n, seed=length, sampling=SAMPLING) for length in lengths]
+    requests = [
+        GenerationRequest(task_id="d", prompt_ids=document[:length], n=n, seed=length, sampling=SAMPLING)
+        for length in lengths
+    ]
     before = engine.prompt_tokens
     engine.generate(requests)
     first = engine.prompt_tokens - before
@@ -269,7 +333,9 @@ def test_prompts_of_a_document_come_from_the_cache_as_far_as_whole_blocks_allow(
     assert engine.prompt_tokens - before == first
 
 
-def test_a_first_box_ends_generation_itself(engine: VLLMEngine, policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_first_box_ends_generation_itself(
+    engine: VLLMEngine, policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The kept tokens and their log-probs are those of the whole completion, and the engine does not go on behind them."""
     if engine.dtype != torch.float32:
         pytest.skip("in bf16 another batch rounds otherwise, which may turn a near tie")
@@ -284,7 +350,9 @@ def test_a_first_box_ends_generation_itself(engine: VLLMEngine, policy, monkeypa
     monkeypatch.setattr(engine._llm.llm_engine, "step", counted)
     requests = make_requests(n=3, sampling=sampling)
     whole, steps_whole = engine.generate(requests), num_steps[0]
-    cut = engine.generate([replace(request, sampling=replace(sampling, stop_after_first_box=True)) for request in requests])
+    cut = engine.generate(
+        [replace(request, sampling=replace(sampling, stop_after_first_box=True)) for request in requests]
+    )
     steps_cut = num_steps[0] - steps_whole
     longest = max(len(completion.token_ids) for row in cut for completion in row)
     assert longest < 100
@@ -296,12 +364,19 @@ def test_a_first_box_ends_generation_itself(engine: VLLMEngine, policy, monkeypa
             assert completion.token_ids == other.token_ids[:length]
             assert completion.rollout_logprobs == pytest.approx(other.rollout_logprobs[:length], abs=1e-4)
             assert extract_prediction(completion.text_bytes, think_close=None) is not None
-            assert extract_prediction(b"".join(map(engine._bytes_of, completion.token_ids[:-1])), think_close=None) is None
+            assert (
+                extract_prediction(
+                    b"".join(map(engine._bytes_of, completion.token_ids[:-1])), think_close=None
+                )
+                is None
+            )
             assert completion.finish_reason == "stop"
     engine.update_weights(weights(policy), version=1)  # nothing is left running
 
 
-def test_an_error_amid_generation_leaves_the_engine_idle(engine: VLLMEngine, policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_amid_generation_leaves_the_engine_idle(
+    engine: VLLMEngine, policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(token_id: int) -> bytes:
         raise ZeroDivisionError
 
@@ -314,7 +389,9 @@ def test_an_error_amid_generation_leaves_the_engine_idle(engine: VLLMEngine, pol
 
 
 def test_completions_end_with_the_requests_stop_tokens_only(engine: VLLMEngine) -> None:
-    (row,) = engine.generate(make_requests(num=1, n=48, sampling=replace(SAMPLING, temperature=2.0, max_tokens=24)))
+    (row,) = engine.generate(
+        make_requests(num=1, n=48, sampling=replace(SAMPLING, temperature=2.0, max_tokens=24))
+    )
     assert {completion.finish_reason for completion in row} == {"stop", "length"}
     for completion in row:
         stops = [token_id in SAMPLING.stop_token_ids for token_id in completion.token_ids]
@@ -326,7 +403,9 @@ def test_completions_end_with_the_requests_stop_tokens_only(engine: VLLMEngine) 
         assert completion.policy_version == 0
 
 
-def test_old_keys_and_values_are_forgotten_with_the_old_weights(engine: VLLMEngine, policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_keys_and_values_are_forgotten_with_the_old_weights(
+    engine: VLLMEngine, policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = make_policy(policy.config, seed=1)
     requests = make_requests()  # two of the prompts are longer than vLLM's block of 128 tokens on CPU
     engine.generate(requests)

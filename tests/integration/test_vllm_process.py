@@ -19,17 +19,29 @@ from rpt_lightning.types import GenerationRequest, SamplingSettings
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(sys.platform != "linux" or importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here"),
+    pytest.mark.skipif(
+        sys.platform != "linux" or importlib.util.find_spec("vllm") is None,
+        reason="vLLM is not installed here",
+    ),
 ]
 
 REQUEST = GenerationRequest(
-    task_id="d:2", prompt_ids=(40, 41), n=4, seed=3, sampling=SamplingSettings(temperature=0.8, max_tokens=8, stop_token_ids=(7,))
+    task_id="d:2",
+    prompt_ids=(40, 41),
+    n=4,
+    seed=3,
+    sampling=SamplingSettings(temperature=0.8, max_tokens=8, stop_token_ids=(7,)),
 )
 
 
-def test_other_systems_are_told_which_engine_to_use(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path) -> None:
+def test_other_systems_are_told_which_engine_to_use(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path
+) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(ValueError, match=r"vLLM does not run on darwin; use the engine rpt_lightning.rollout.hf_engine.HFEngine"):
+    with pytest.raises(
+        ValueError,
+        match=r"vLLM does not run on darwin; use the engine rpt_lightning.rollout.hf_engine.HFEngine",
+    ):
         VLLMEngine().start(str(tiny_model_dir), seed=0)
 
 
@@ -40,15 +52,25 @@ def test_vllms_own_worker_process_is_refused(monkeypatch: pytest.MonkeyPatch, ti
 
 
 @pytest.mark.long
-def test_the_trainers_generators_and_threads_are_left_alone_and_a_second_engine_is_refused(tiny_model_dir: Path) -> None:
+def test_the_trainers_generators_and_threads_are_left_alone_and_a_second_engine_is_refused(
+    tiny_model_dir: Path,
+) -> None:
     random.seed(1)
     np.random.seed(1)
     torch.manual_seed(1)
-    set_num_threads, num_threads, cores = torch.set_num_threads, torch.get_num_threads(), os.sched_getaffinity(0)
+    set_num_threads, num_threads, cores = (
+        torch.set_num_threads,
+        torch.get_num_threads(),
+        os.sched_getaffinity(0),
+    )
     expected = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
 
     def check() -> None:
-        assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == expected
+        assert (
+            random.getstate(),
+            np.random.get_state()[1].tolist(),
+            torch.get_rng_state().tolist(),
+        ) == expected
         assert torch.set_num_threads is set_num_threads
         assert (torch.get_num_threads(), os.sched_getaffinity(0)) == (num_threads, cores)
 

@@ -35,8 +35,15 @@ def make_engine(
     engines: list[VLLMServerEngine] = []
 
     def make(*, start: bool = True, **changes) -> VLLMServerEngine:
-        settings = {"urls": [server.url for server in servers], "dtype": "float32", "timeout_s": 20.0, "max_wait_s": 300.0} | changes
-        engine = VLLMServerEngine(transport=SharedFolderTransport(str(tmp_path / "weights"), shard_gib=0.001), **settings)
+        settings = {
+            "urls": [server.url for server in servers],
+            "dtype": "float32",
+            "timeout_s": 20.0,
+            "max_wait_s": 300.0,
+        } | changes
+        engine = VLLMServerEngine(
+            transport=SharedFolderTransport(str(tmp_path / "weights"), shard_gib=0.001), **settings
+        )
         engines.append(engine)
         if start:
             engine.start(str(tiny_model_dir), seed=0, max_model_len=MAX_MODEL_LEN)
@@ -65,11 +72,16 @@ def generate_with_fault(
         timer.join()
 
 
-def test_weights_go_out_completions_come_back(engine: VLLMServerEngine, policy: Policy, servers: list[ServerUnderTest], tmp_path: Path) -> None:
+def test_weights_go_out_completions_come_back(
+    engine: VLLMServerEngine, policy: Policy, servers: list[ServerUnderTest], tmp_path: Path
+) -> None:
     rows = engine.generate(REQUESTS)
     check_completions(servers, policy, REQUESTS, rows)
     # Completion i of a request is the one that seed + i alone gives.
-    alone = [engine.generate([replace(REQUESTS[2], n=1, seed=REQUESTS[2].seed + index)])[0][0] for index in range(4)]
+    alone = [
+        engine.generate([replace(REQUESTS[2], n=1, seed=REQUESTS[2].seed + index)])[0][0]
+        for index in range(4)
+    ]
     assert [completion.token_ids for completion in alone] == [completion.token_ids for completion in rows[2]]
     assert len({completion.token_ids for completion in alone}) == 4
     if servers[0].kind == "vllm":  # the stand-in knows no temperature
@@ -101,7 +113,9 @@ def test_prompts_are_counted_as_servers_share_them(engine: VLLMServerEngine) -> 
     assert engine.prompt_tokens - before == PromptTokens(total=2 * 4 * 70, cached=7 * 64, shareable=0)
 
 
-def test_a_server_killed_in_the_middle_of_generation(engine: VLLMServerEngine, policy: Policy, servers: list[ServerUnderTest]) -> None:
+def test_a_server_killed_in_the_middle_of_generation(
+    engine: VLLMServerEngine, policy: Policy, servers: list[ServerUnderTest]
+) -> None:
     requests = many(LONG_REQUESTS, 3)
     rows = generate_with_fault(engine, requests, servers[0].kill, after_s=0.3)
     check_completions(servers, policy, requests, rows)
@@ -117,7 +131,9 @@ def test_a_server_killed_in_the_middle_of_generation(engine: VLLMServerEngine, p
     assert engine.num_lost == 1
 
 
-def test_a_hung_server_runs_into_the_time_limit(make_engine, policy: Policy, servers: list[ServerUnderTest]) -> None:
+def test_a_hung_server_runs_into_the_time_limit(
+    make_engine, policy: Policy, servers: list[ServerUnderTest]
+) -> None:
     engine = make_engine(timeout_s=2.0)
     engine.update_weights(named_weights(policy), version=3)
     requests = many(LONG_REQUESTS, 3)
@@ -132,7 +148,9 @@ def test_a_hung_server_runs_into_the_time_limit(make_engine, policy: Policy, ser
     check_completions(servers, policy, REQUESTS, engine.generate(REQUESTS), version=5)
 
 
-def test_an_interruption_does_not_wait_for_servers(make_engine, policy: Policy, servers: list[ServerUnderTest]) -> None:
+def test_an_interruption_does_not_wait_for_servers(
+    make_engine, policy: Policy, servers: list[ServerUnderTest]
+) -> None:
     """Both hang, which alone would take the time limit, and then the wait for one that comes back."""
     engine = make_engine(timeout_s=120.0)
     engine.update_weights(named_weights(policy), version=3)
@@ -150,7 +168,9 @@ def test_an_interruption_does_not_wait_for_servers(make_engine, policy: Policy, 
             server.signal(signal.SIGCONT)
 
 
-def test_all_servers_gone_is_one_clear_error(make_engine, policy: Policy, servers: list[ServerUnderTest]) -> None:
+def test_all_servers_gone_is_one_clear_error(
+    make_engine, policy: Policy, servers: list[ServerUnderTest]
+) -> None:
     engine = make_engine(max_wait_s=2.0)
     engine.update_weights(named_weights(policy), version=3)
 
@@ -158,7 +178,9 @@ def test_all_servers_gone_is_one_clear_error(make_engine, policy: Policy, server
         for server in servers:
             server.kill()
 
-    with pytest.raises(EngineLost, match=r"none of the 2 servers could be used for \d+ s .*max_wait_s=2.*--ckpt_path last"):
+    with pytest.raises(
+        EngineLost, match=r"none of the 2 servers could be used for \d+ s .*max_wait_s=2.*--ckpt_path last"
+    ):
         generate_with_fault(engine, many(LONG_REQUESTS, 3), kill_all, after_s=0.3)
     with pytest.raises(EngineLost):
         engine.update_weights(named_weights(policy), version=4)
@@ -185,11 +207,15 @@ def test_a_server_that_was_restarted_unnoticed_has_no_weights_of_ours(
     servers[0].kill()
     servers[0].start()
     servers[0].wait_until_ready()
-    check_completions(servers, policy, REQUESTS, engine.generate(REQUESTS))  # it is given them before it generates
+    check_completions(
+        servers, policy, REQUESTS, engine.generate(REQUESTS)
+    )  # it is given them before it generates
     check_weights(engine, named_weights(policy), version=3, num_tensors=1000)
 
 
-def test_a_server_that_comes_later_is_compared_too(engine: VLLMServerEngine, policy: Policy, servers: list[ServerUnderTest], tmp_path: Path) -> None:
+def test_a_server_that_comes_later_is_compared_too(
+    engine: VLLMServerEngine, policy: Policy, servers: list[ServerUnderTest], tmp_path: Path
+) -> None:
     check_weights(engine, named_weights(policy), version=3)
     for file in (tmp_path / "weights" / "weights-v3").iterdir():  # a disk that changes what was written to it
         save_file({name: torch.zeros_like(weight) for name, weight in load_file(file).items()}, file)
@@ -203,7 +229,11 @@ def test_a_server_that_comes_later_is_compared_too(engine: VLLMServerEngine, pol
 
 @pytest.mark.parametrize("wrong", [False, True])
 def test_a_server_that_could_not_be_compared_is_compared_before_it_generates(
-    engine: VLLMServerEngine, policy: Policy, servers: list[ServerUnderTest], monkeypatch: pytest.MonkeyPatch, wrong: bool
+    engine: VLLMServerEngine,
+    policy: Policy,
+    servers: list[ServerUnderTest],
+    monkeypatch: pytest.MonkeyPatch,
+    wrong: bool,
 ) -> None:
     """Else a comparison that fails everywhere would pass for one that found nothing."""
     checksums, asked = Server.checksums, []
@@ -236,7 +266,9 @@ def test_a_server_that_is_found_gone_between_two_generations_counts_as_lost(
         assert (engine.num_lost, engine.num_usable) == (1, 1)
 
 
-def test_another_program_on_a_servers_port(engine: VLLMServerEngine, policy: Policy, servers: list[ServerUnderTest]) -> None:
+def test_another_program_on_a_servers_port(
+    engine: VLLMServerEngine, policy: Policy, servers: list[ServerUnderTest]
+) -> None:
     """Also one that answers everything, but not what a server would."""
     for version, answer in ((3, "404 Not Found"), (5, "200 OK")):
         servers[0].kill()
@@ -251,7 +283,9 @@ def test_another_program_on_a_servers_port(engine: VLLMServerEngine, policy: Pol
         assert engine.num_usable == 2
 
 
-def test_weights_that_change_under_a_completion_throw_it_away(engine: VLLMServerEngine, policy: Policy, servers: list[ServerUnderTest]) -> None:
+def test_weights_that_change_under_a_completion_throw_it_away(
+    engine: VLLMServerEngine, policy: Policy, servers: list[ServerUnderTest]
+) -> None:
     def meddle() -> None:
         call(servers[0], "/update_weight_version", {"new_version": "someone else's"})
 
@@ -260,17 +294,26 @@ def test_weights_that_change_under_a_completion_throw_it_away(engine: VLLMServer
     assert engine.num_lost == 1
 
 
-def test_wrong_weights_on_one_server_are_caught(engine: VLLMServerEngine, policy: Policy, servers: list[ServerUnderTest]) -> None:
+def test_wrong_weights_on_one_server_are_caught(
+    engine: VLLMServerEngine, policy: Policy, servers: list[ServerUnderTest]
+) -> None:
     call(servers[1], "/weight_checker", {"action": "reset"})  # all zero; version and label stay
-    with pytest.raises(SyncError, match=f"compared tensors differ .* in {servers[1].url}: model.embed_tokens.weight.* .largest difference 0.[1-9]"):
+    with pytest.raises(
+        SyncError,
+        match=f"compared tensors differ .* in {servers[1].url}: model.embed_tokens.weight.* .largest difference 0.[1-9]",
+    ):
         check_weights(engine, named_weights(policy), version=3)
 
 
-def test_servers_that_do_not_fit_the_run_are_refused(make_engine, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_servers_that_do_not_fit_the_run_are_refused(
+    make_engine, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for changes, max_model_len, message in [
         ({"dtype": "bfloat16"}, 64, "runs with dtype float32, not bfloat16"),
         ({}, MAX_MODEL_LEN + 1, "runs with max_model_len 256, less than 257"),
         ({"api_key_env": "NOT_SET"}, 64, "refuses our key: rollout.engine.api_key_env"),
     ]:
         with pytest.raises(ValueError, match=message):
-            make_engine(start=False, **changes).start(str(tiny_model_dir), seed=0, max_model_len=max_model_len)
+            make_engine(start=False, **changes).start(
+                str(tiny_model_dir), seed=0, max_model_len=max_model_len
+            )

@@ -20,12 +20,20 @@ from rpt_lightning.types import GenerationRequest, SamplingSettings, TrainSequen
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(sys.platform != "linux" or importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here"),
+    pytest.mark.skipif(
+        sys.platform != "linux" or importlib.util.find_spec("vllm") is None,
+        reason="vLLM is not installed here",
+    ),
 ]
 
 TEMPERATURE = 0.8
 SAMPLING = SamplingSettings(temperature=TEMPERATURE, max_tokens=24, stop_token_ids=(1,))
-REQUESTS = [GenerationRequest(task_id=f"d:{i}", prompt_ids=tuple(range(40 + i, 60 + 3 * i)), n=4, seed=100 * i, sampling=SAMPLING) for i in range(4)]
+REQUESTS = [
+    GenerationRequest(
+        task_id=f"d:{i}", prompt_ids=tuple(range(40 + i, 60 + 3 * i)), n=4, seed=100 * i, sampling=SAMPLING
+    )
+    for i in range(4)
+]
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -45,7 +53,9 @@ def policy(tiny_model_dir: Path) -> Policy:
 def step(policy: Policy) -> None:
     """One optimizer step as RPT makes it: fp32 master weights, AdamW, lr 1e-6."""
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, betas=(0.9, 0.999), weight_decay=0.01)
-    (tree,) = pack([TrainSequence(prompt_ids=(40, 41, 42), target_ids=tuple(range(100, 200)))], max_tokens=4096)
+    (tree,) = pack(
+        [TrainSequence(prompt_ids=(40, 41, 42), target_ids=tuple(range(100, 200)))], max_tokens=4096
+    )
     logprobs, _ = policy(tree)
     (-logprobs.mean()).backward()
     optimizer.step()
@@ -55,13 +65,21 @@ def logprob_diff(engine: VLLMEngine, policy: Policy):
     rollout, scored = [], []
     for request, row in zip(REQUESTS, engine.generate(REQUESTS), strict=True):
         for completion in row:
-            (tree,) = pack([TrainSequence(prompt_ids=request.prompt_ids, target_ids=completion.token_ids)], max_tokens=4096)
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=engine.dtype == torch.bfloat16):
+            (tree,) = pack(
+                [TrainSequence(prompt_ids=request.prompt_ids, target_ids=completion.token_ids)],
+                max_tokens=4096,
+            )
+            with (
+                torch.no_grad(),
+                torch.autocast("cpu", torch.bfloat16, enabled=engine.dtype == torch.bfloat16),
+            ):
                 logprobs, _ = policy(tree, temperature=TEMPERATURE)
             (values,) = tree.unpack(logprobs)
             rollout.append(torch.tensor(completion.rollout_logprobs))
             scored.append(values)
-    return compare_logprobs(torch.cat(rollout)[None], torch.cat(scored)[None], torch.ones(1, sum(map(len, scored))))
+    return compare_logprobs(
+        torch.cat(rollout)[None], torch.cat(scored)[None], torch.ones(1, sum(map(len, scored)))
+    )
 
 
 def test_engine_and_policy_agree_after_a_sync(engine: VLLMEngine, policy: Policy) -> None:
@@ -100,7 +118,10 @@ def test_an_engine_one_step_behind_is_caught_by_its_tensors(engine: VLLMEngine, 
 def test_what_rounding_hides_is_truly_equal(engine: VLLMEngine, policy: Policy) -> None:
     before = {name: weight.to(engine.dtype, copy=True) for name, weight in named_weights(policy)}
     step(policy)
-    moved = {name: (weight.to(engine.dtype) != before[name]).float().mean().item() for name, weight in named_weights(policy)}
+    moved = {
+        name: (weight.to(engine.dtype) != before[name]).float().mean().item()
+        for name, weight in named_weights(policy)
+    }
     print(engine.dtype, {name: f"{share:.4f}" for name, share in moved.items()})
     if engine.dtype == torch.float32:
         assert min(moved.values()) > 0.9

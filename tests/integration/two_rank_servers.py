@@ -29,7 +29,12 @@ def main(model: str, folder: str, max_tokens: int, urls: list[str]) -> None:
     policy = Policy(model)
     policy.materialize()
     sampling = SamplingSettings(temperature=1.0, max_tokens=max_tokens, stop_token_ids=())
-    requests = [GenerationRequest(task_id=f"r{rank}:{i}", prompt_ids=(rank, i), n=2, seed=100 * rank + i, sampling=sampling) for i in range(4)]
+    requests = [
+        GenerationRequest(
+            task_id=f"r{rank}:{i}", prompt_ids=(rank, i), n=2, seed=100 * rank + i, sampling=sampling
+        )
+        for i in range(4)
+    ]
     engine = VLLMServerEngine(urls, SharedFolderTransport(folder, shard_gib=0.0001), dtype="float32")
     engine.start(model, seed=0, max_model_len=256)
     for version in (1, 2):
@@ -37,7 +42,11 @@ def main(model: str, folder: str, max_tokens: int, urls: list[str]) -> None:
         check_weights(engine, named_weights(policy), version=version, num_tensors=1000)
         print(f"generating version {version}", flush=True)
         rows = engine.generate(requests)
-    found = {"completions": [[completion.token_ids for completion in row] for row in rows], "version": engine.version, "label": engine._weights.label}
+    found = {
+        "completions": [[completion.token_ids for completion in row] for row in rows],
+        "version": engine.version,
+        "label": engine._weights.label,
+    }
     # A failure on the first rank in the middle of gathering is an error on both, and neither waits for the other.
     if rank == 0:
         shutil.rmtree(folder)

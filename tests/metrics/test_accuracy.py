@@ -28,7 +28,9 @@ def test_hand_counted() -> None:
         assert result[f"{band}/num_answerable"] == answerable
         assert result[f"{band}/ceiling"] == answerable / n
         assert result[f"{band}/accuracy"] == correct / n
-        assert (result[f"{band}/accuracy_low"], result[f"{band}/accuracy_high"]) == wilson_interval(correct, n)
+        assert (result[f"{band}/accuracy_low"], result[f"{band}/accuracy_high"]) == wilson_interval(
+            correct, n
+        )
 
 
 def test_batches_and_ranks_add_up() -> None:
@@ -51,7 +53,11 @@ def test_reset_and_empty() -> None:
     assert result["all/accuracy"] == 1.0
     assert math.isnan(result["hard/accuracy"])
     assert math.isnan(result["hard/ceiling"])
-    assert (result["hard/accuracy_low"], result["hard/accuracy_high"], result["hard/num_positions"]) == (0.0, 1.0, 0.0)
+    assert (result["hard/accuracy_low"], result["hard/accuracy_high"], result["hard/num_positions"]) == (
+        0.0,
+        1.0,
+        0.0,
+    )
 
 
 def test_rows_must_belong_together() -> None:

@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 
-from rpt_lightning.metrics.question_results import QuestionResult, QuestionResults, read_question_results, write_question_results
+from rpt_lightning.metrics.question_results import (
+    QuestionResult,
+    QuestionResults,
+    read_question_results,
+    write_question_results,
+)
 from rpt_lightning.metrics.record_types import check_types
 from rpt_lightning.metrics.results import PositionResult, Results, read_results, write_results
 from rpt_lightning.metrics.rollout_samples import RolloutSample, read_samples, write_samples
@@ -33,7 +38,11 @@ from rpt_lightning.metrics.step_log import read_step_log
 )
 def test_step_logs(line: str | bytes, message: str, tmp_path: Path) -> None:
     log = tmp_path / "steps.jsonl"
-    log.write_bytes(b'{"step": 1, "reward/mean": 0.5, "optim/grad_norm": NaN}\n' + (line if isinstance(line, bytes) else line.encode()) + b"\n")
+    log.write_bytes(
+        b'{"step": 1, "reward/mean": 0.5, "optim/grad_norm": NaN}\n'
+        + (line if isinstance(line, bytes) else line.encode())
+        + b"\n"
+    )
     with pytest.raises(ValueError, match=rf"steps\.jsonl.*{message}"):
         read_step_log(log)
 
@@ -55,9 +64,19 @@ def change(path: Path, name: str, value: Any) -> None:
     ],
 )
 def test_results_of_positions(suffix: str, name: str, value: Any, message: str, tmp_path: Path) -> None:
-    about = {"position": 4, "entropy": 1, "answerable": True, "truth": " 4", "ntp_correct": False, "ntp_logprob": -1.2}
+    about = {
+        "position": 4,
+        "entropy": 1,
+        "answerable": True,
+        "truth": " 4",
+        "ntp_correct": False,
+        "ntp_logprob": -1.2,
+    }
     path = tmp_path / "step-3.jsonl"
-    write_results(Results(positions=(PositionResult(task_id="d:4", doc_id="d", **about),), policy_path="m", step=3), path)  # type: ignore[arg-type]
+    write_results(
+        Results(positions=(PositionResult(task_id="d:4", doc_id="d", **about),), policy_path="m", step=3),
+        path,
+    )  # type: ignore[arg-type]
     assert read_results(path).step == 3
     change(path.with_suffix(suffix), name, value)
     with pytest.raises(ValueError, match=message):
@@ -67,7 +86,12 @@ def test_results_of_positions(suffix: str, name: str, value: Any, message: str, 
 @pytest.mark.parametrize(
     ("suffix", "name", "value", "message"),
     [
-        (".jsonl", "lengths", ["9"], r"line 1: lengths is \('9',\), where a list, each entry of it a whole number, belongs"),
+        (
+            ".jsonl",
+            "lengths",
+            ["9"],
+            r"line 1: lengths is \('9',\), where a list, each entry of it a whole number, belongs",
+        ),
         (".jsonl", "verdicts", ["rigth"], r"line 1: verdicts is \('rigth',\), where"),
         (".jsonl", "answer", 4, r"line 1: answer is 4, where a text belongs"),
         (".json", "temperature", "0.6", r"temperature is '0\.6', where a number belongs"),
@@ -75,10 +99,25 @@ def test_results_of_positions(suffix: str, name: str, value: Any, message: str, 
 )
 def test_results_of_questions(suffix: str, name: str, value: Any, message: str, tmp_path: Path) -> None:
     question = QuestionResult(
-        question_id="q", answer="4", category=None, prompt_tokens=2, verdicts=("right",), predictions=("4",), lengths=(9,), direct_verdict="quoted"
+        question_id="q",
+        answer="4",
+        category=None,
+        prompt_tokens=2,
+        verdicts=("right",),
+        predictions=("4",),
+        lengths=(9,),
+        direct_verdict="quoted",
     )
     path = tmp_path / "step-3.jsonl"
-    results = QuestionResults(questions=(question,), benchmark="b", policy_path="m", step=3, temperature=0, max_completion_tokens=9, seed=0)
+    results = QuestionResults(
+        questions=(question,),
+        benchmark="b",
+        policy_path="m",
+        step=3,
+        temperature=0,
+        max_completion_tokens=9,
+        seed=0,
+    )
     write_question_results(results, path)
     assert read_question_results(path) == results
     change(path.with_suffix(suffix), name, value)
@@ -103,7 +142,13 @@ def test_rollouts(tmp_path: Path) -> None:
     path = tmp_path / "step-1.jsonl"
     write_samples([sample], path)
     assert read_samples(path) == [sample]
-    for name, value in {"reward": "1", "truth": "4", "finish_reason": "end", "logprobs": [None], "policy_version": 1.5}.items():
+    for name, value in {
+        "reward": "1",
+        "truth": "4",
+        "finish_reason": "end",
+        "logprobs": [None],
+        "policy_version": 1.5,
+    }.items():
         write_samples([sample], path)
         change(path, name, value)
         with pytest.raises(ValueError, match=f"line 1: {name} is "):

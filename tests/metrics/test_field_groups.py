@@ -12,7 +12,10 @@ from sample_results import FIRST
 
 
 def positions(*values, name="depth"):
-    return [replace(FIRST, task_id=f"d:{k}", position=k, fields=None if value is None else {name: value}) for k, value in enumerate(values)]
+    return [
+        replace(FIRST, task_id=f"d:{k}", position=k, fields=None if value is None else {name: value})
+        for k, value in enumerate(values)
+    ]
 
 
 def sizes(values):
@@ -25,7 +28,14 @@ def test_few_numbers_are_in_numeric_order():
 
 
 def test_many_numbers_are_ranges_of_about_equal_size():
-    assert sizes([*range(1, 61), None]) == [("1 to 10", 10), ("11 to 20", 10), ("21 to 30", 10), ("31 to 40", 10), ("41 to 50", 10), ("51 to 60", 10)]
+    assert sizes([*range(1, 61), None]) == [
+        ("1 to 10", 10),
+        ("11 to 20", 10),
+        ("21 to 30", 10),
+        ("31 to 40", 10),
+        ("41 to 50", 10),
+        ("51 to 60", 10),
+    ]
     # Equal values stay together: 0 is half of all.
     assert sizes([0] * 13 + [*range(1, 14)]) == [("0", 13), ("1 to 5", 5), ("6 to 9", 4), ("10 to 13", 4)]
     huge = 2**70  # no float
@@ -50,11 +60,22 @@ def test_what_there_is():
     assert field_names(positions(None)) == []
 
 
-@given(st.lists(st.one_of(st.integers(-20, 20), st.floats(allow_nan=False, allow_infinity=False), st.sampled_from("abcdefghijklmnopq")), max_size=60))
+@given(
+    st.lists(
+        st.one_of(
+            st.integers(-20, 20),
+            st.floats(allow_nan=False, allow_infinity=False),
+            st.sampled_from("abcdefghijklmnopq"),
+        ),
+        max_size=60,
+    )
+)
 def test_each_position_is_in_one_group(values):
     rows = positions(*values)
     groups = field_groups(rows, "depth")
-    assert Counter(one.task_id for _, members in groups for one in members) == Counter(one.task_id for one in rows)
+    assert Counter(one.task_id for _, members in groups for one in members) == Counter(
+        one.task_id for one in rows
+    )
     assert all(members for _, members in groups)
     assert len({label for label, _ in groups}) == len(groups) <= 12
     assert value_labels(values).keys() == set(values)

@@ -14,7 +14,9 @@ def test_wilsons_formula_by_hand() -> None:
     # With z = 1.959964, n = 100, p = 0.2: (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).
     z = 1.959963984540054
     centre, half = 0.2 + z**2 / 200, z * math.sqrt(0.2 * 0.8 / 100 + z**2 / 40000)
-    assert wilson_interval(20, 100) == pytest.approx(((centre - half) / (1 + z**2 / 100), (centre + half) / (1 + z**2 / 100)), abs=1e-12)
+    assert wilson_interval(20, 100) == pytest.approx(
+        ((centre - half) / (1 + z**2 / 100), (centre + half) / (1 + z**2 / 100)), abs=1e-12
+    )
 
 
 @given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -33,7 +35,9 @@ def test_nothing_is_known_from_nothing() -> None:
 
 @given(outcomes=st.lists(st.booleans(), min_size=1, max_size=60))
 def test_with_one_answer_a_question_it_is_wilsons(outcomes: list[bool]) -> None:
-    assert clustered_interval([float(outcome) for outcome in outcomes]) == pytest.approx(wilson_interval(sum(outcomes), len(outcomes)), abs=1e-12)
+    assert clustered_interval([float(outcome) for outcome in outcomes]) == pytest.approx(
+        wilson_interval(sum(outcomes), len(outcomes)), abs=1e-12
+    )
 
 
 @given(outcomes=st.lists(st.booleans(), min_size=2, max_size=40), k=st.integers(2, 16))

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from rpt_lightning.metrics.question_results import QuestionResult, QuestionResults, pair_questions, read_question_results, write_question_results
+from rpt_lightning.metrics.question_results import (
+    QuestionResult,
+    QuestionResults,
+    pair_questions,
+    read_question_results,
+    write_question_results,
+)
 
 QUESTION = QuestionResult(
     question_id="q-1", answer="4", category="sums", prompt_tokens=12, verdicts=("right", "truncated"), predictions=("4\u2028", None), lengths=(9, 64),
@@ -33,7 +39,10 @@ def test_files_that_are_not_whole(tmp_path: Path) -> None:
     for text, message in [
         (lines[0] + "\n", r"1 questions, which is not what step-000003.json says"),
         (lines[0] + "\n" + lines[1][:20], r"line 2: not an answered question"),
-        (lines[0] + "\n" + json.dumps(json.loads(lines[1]) | {"verdicts": ["right"]}), r"not every question has as many completions"),
+        (
+            lines[0] + "\n" + json.dumps(json.loads(lines[1]) | {"verdicts": ["right"]}),
+            r"not every question has as many completions",
+        ),
     ]:
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -47,13 +56,18 @@ def test_a_json_file_that_is_not_whole_or_not_ours(tmp_path: Path) -> None:
     without_seed = {name: value for name, value in about.items() if name != "seed"}
     for text, message in [
         (json.dumps(about)[:30], r"step-000003\.json: not JSON .*Run `rpt evaluate benchmark` again"),
-        (json.dumps(without_seed), r"step-000003\.json: not an object with benchmark, policy_path, step, .*seed, num_questions"),
+        (
+            json.dumps(without_seed),
+            r"step-000003\.json: not an object with benchmark, policy_path, step, .*seed, num_questions",
+        ),
         (json.dumps(about | {"top_p": 1.0}), r"step-000003\.json: top_p is not known here"),
     ]:
         path.with_suffix(".json").write_text(text)
         with pytest.raises(ValueError, match=message):
             read_question_results(path)
-    path.with_suffix(".json").write_text(json.dumps({name: value for name, value in about.items() if name != "ckpt_path"}))
+    path.with_suffix(".json").write_text(
+        json.dumps({name: value for name, value in about.items() if name != "ckpt_path"})
+    )
     assert read_question_results(path) == replace(RESULTS, ckpt_path=None)
 
 
@@ -62,5 +76,9 @@ def test_pairs_are_of_the_same_questions() -> None:
     assert pair_questions(RESULTS, turned) == [(question, question) for question in RESULTS.questions]
     with pytest.raises(ValueError, match=r"are to different questions, 'q-2' for one"):
         pair_questions(RESULTS, replace(RESULTS, questions=RESULTS.questions[:1]))
-    with pytest.raises(ValueError, match=r"Question 'q-1' has the answer '4' in one result and '5' in the other"):
-        pair_questions(RESULTS, replace(RESULTS, questions=(replace(QUESTION, answer="5"), RESULTS.questions[1])))
+    with pytest.raises(
+        ValueError, match=r"Question 'q-1' has the answer '4' in one result and '5' in the other"
+    ):
+        pair_questions(
+            RESULTS, replace(RESULTS, questions=(replace(QUESTION, answer="5"), RESULTS.questions[1]))
+        )

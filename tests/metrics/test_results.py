@@ -28,7 +28,9 @@ def test_an_interrupted_file_is_refused(tmp_path: Path):
 
 
 def test_the_meta_file_says_whose_weights(tmp_path: Path):
-    written = replace(results(FIRST), ckpt_path="runs/r/checkpoints/step-000007.ckpt", model_size=SIZE, temperature=0.8)
+    written = replace(
+        results(FIRST), ckpt_path="runs/r/checkpoints/step-000007.ckpt", model_size=SIZE, temperature=0.8
+    )
     write_results(written, tmp_path / "v.jsonl")
     meta = json.loads((tmp_path / "v.json").read_text())
     assert (meta.pop("ckpt_path"), meta.pop("temperature")) == ("runs/r/checkpoints/step-000007.ckpt", 0.8)
@@ -41,19 +43,29 @@ def test_fields_of_the_corpus_come_last_and_are_read_again(tmp_path: Path):
     written = results(replace(FIRST, fields={"depth": 3, "share": 0.1, "world": "é"}), SECOND)
     write_results(written, tmp_path / "v.jsonl")
     assert read_results(tmp_path / "v.jsonl") == written
-    assert [list(json.loads(line))[-1] for line in (tmp_path / "v.jsonl").read_text().split("\n")[:2]] == ["fields", "fields"]
+    assert [list(json.loads(line))[-1] for line in (tmp_path / "v.jsonl").read_text().split("\n")[:2]] == [
+        "fields",
+        "fields",
+    ]
     assert hash(written.positions[0]) == hash(FIRST)
 
 
-FIELDS_OF_NO_KIND = [json.dumps(asdict(FIRST) | {"fields": wrong}) for wrong in ([1], "x", {"depth": [1]}, {"depth": True}, {"depth": None})]
+FIELDS_OF_NO_KIND = [
+    json.dumps(asdict(FIRST) | {"fields": wrong})
+    for wrong in ([1], "x", {"depth": [1]}, {"depth": True}, {"depth": None})
+]
 
 
-@pytest.mark.parametrize("line", ["{", json.dumps({"task_id": "a:3"}), json.dumps({"unknown": 1}), "[]", *FIELDS_OF_NO_KIND])
+@pytest.mark.parametrize(
+    "line", ["{", json.dumps({"task_id": "a:3"}), json.dumps({"unknown": 1}), "[]", *FIELDS_OF_NO_KIND]
+)
 def test_a_broken_line_is_named(tmp_path: Path, line: str):
     path = tmp_path / "v.jsonl"
     write_results(results(FIRST, SECOND), path)
     path.write_text(path.read_text().split("\n")[0] + "\n" + line + "\n")
-    with pytest.raises(ValueError, match=r"v\.jsonl line 2: (not a position result|fields is .*, where an object)"):
+    with pytest.raises(
+        ValueError, match=r"v\.jsonl line 2: (not a position result|fields is .*, where an object)"
+    ):
         read_results(path)
 
 
@@ -67,7 +79,10 @@ def test_a_missing_file_is_named(tmp_path: Path, missing: str):
 
 def test_pairs_follow_the_first_whatever_the_order_of_the_second():
     better = replace(FIRST, reasoning_correct=True)
-    assert pair_results(results(FIRST, SECOND), results(SECOND, better)) == [(FIRST, better), (SECOND, SECOND)]
+    assert pair_results(results(FIRST, SECOND), results(SECOND, better)) == [
+        (FIRST, better),
+        (SECOND, SECOND),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -87,10 +102,24 @@ def test_other_positions_cannot_be_paired(other: tuple[PositionResult, ...], mes
 def test_files_of_earlier_versions_are_read(tmp_path: Path):
     path = tmp_path / "v.jsonl"
     write_results(results(FIRST), path)
-    new = ("token_kind", "context_tokens", "prompt_tokens", "thought_length", "num_samples", "num_correct", "sampled_tokens", "fields")
-    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name not in new}) + "\n")
+    new = (
+        "token_kind",
+        "context_tokens",
+        "prompt_tokens",
+        "thought_length",
+        "num_samples",
+        "num_correct",
+        "sampled_tokens",
+        "fields",
+    )
+    path.write_text(
+        json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name not in new})
+        + "\n"
+    )
     meta = json.loads(path.with_suffix(".json").read_text())
-    path.with_suffix(".json").write_text(json.dumps({name: meta[name] for name in ("policy_path", "step", "num_positions")}))
+    path.with_suffix(".json").write_text(
+        json.dumps({name: meta[name] for name in ("policy_path", "step", "num_positions")})
+    )
     assert read_results(path) == results(FIRST)
 
 
@@ -101,7 +130,10 @@ def test_files_of_earlier_versions_are_read(tmp_path: Path):
         ("", r"v\.json: not JSON"),
         ("[1]", r"v\.json: not an object with policy_path, step, num_positions\. Run `rpt validate` again"),
         ('{"policy_path": "p", "step": 1}', r"v\.json: not an object with"),
-        ('{"policy_path": "p", "step": 1, "num_positions": 1, "model_size": {"params": 3}}', r"v\.json: model_size \{'params': 3\} is not a model's"),
+        (
+            '{"policy_path": "p", "step": 1, "num_positions": 1, "model_size": {"params": 3}}',
+            r"v\.json: model_size \{'params': 3\} is not a model's",
+        ),
     ],
 )
 def test_a_broken_meta_file_is_named(tmp_path: Path, text: str, message: str):

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rpt_lightning.metrics.rollout_samples import RolloutSample, read_samples, sample_files, samples_of, text_pieces, write_samples
+from rpt_lightning.metrics.rollout_samples import (
+    RolloutSample,
+    read_samples,
+    sample_files,
+    samples_of,
+    text_pieces,
+    write_samples,
+)
 from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.types import Completion, RolloutGroup, TokenTask
 
@@ -36,7 +43,13 @@ def test_pieces_joined_are_the_text(tokens):
 
 def test_a_character_belongs_to_the_token_that_completes_it():
     rocket = "🚀".encode()
-    assert text_pieces([b"go ", rocket[:1], rocket[1:3], rocket[3:] + b"!", b"\xff"]) == ("go ", "", "", "🚀!", "�")
+    assert text_pieces([b"go ", rocket[:1], rocket[1:3], rocket[3:] + b"!", b"\xff"]) == (
+        "go ",
+        "",
+        "",
+        "🚀!",
+        "�",
+    )
     assert text_pieces([b"end", rocket[:2]]) == ("end", "�")  # the text ends inside a character
 
 
@@ -52,7 +65,9 @@ def test_what_is_written_is_read(tmp_path):
 
 
 def test_a_file_of_an_earlier_version_has_no_tokens(tmp_path):
-    row = {name: value for name, value in asdict(SAMPLE).items() if name not in ("tokens", "logprobs", "entropy")}
+    row = {
+        name: value for name, value in asdict(SAMPLE).items() if name not in ("tokens", "logprobs", "entropy")
+    }
     path = tmp_path / "step-000001.jsonl"
     path.write_text(json.dumps(row | {"of_a_later_version": 1}) + "\n")
     assert read_samples(path) == [replace(SAMPLE, tokens=None, logprobs=None, entropy=None)]
@@ -62,7 +77,10 @@ def test_a_file_of_an_earlier_version_has_no_tokens(tmp_path):
 def test_a_broken_line_is_named(tmp_path, line):
     path = tmp_path / "step-000001.jsonl"
     path.write_text(json.dumps(asdict(SAMPLE)) + "\n" + line)
-    with pytest.raises(ValueError, match=r"step-000001\.jsonl line 2: not a rollout .* Expected one JSON object with task_id, context, truth"):
+    with pytest.raises(
+        ValueError,
+        match=r"step-000001\.jsonl line 2: not a rollout .* Expected one JSON object with task_id, context, truth",
+    ):
         read_samples(path)
 
 
@@ -80,7 +98,13 @@ def test_samples_of_a_group(tiny_tokenizer):
         completions.append(
             Completion(token_ids=(*ids, tiny_tokenizer.eos_token_id), text_bytes=text.encode(), rollout_logprobs=logprobs, policy_version=4, finish_reason="stop")
         )  # fmt: skip
-    group = RolloutGroup(task=task, prompt_ids=(1, 2, 3), completions=tuple(completions), predictions=(b"e\xc3", None), rewards=(1.0, 0.0))
+    group = RolloutGroup(
+        task=task,
+        prompt_ids=(1, 2, 3),
+        completions=tuple(completions),
+        predictions=(b"e\xc3", None),
+        rewards=(1.0, 0.0),
+    )
     first, second = samples_of(group, context="caf", token_bytes=token_bytes)
     assert first.truth == ("", "é")
     assert (first.thought, first.prediction, first.reward) == ("why</think>\\boxed{no}", "e�", 1.0)
@@ -96,7 +120,11 @@ def test_a_drawn_row_that_is_no_token_is_shown_as_such(tiny_tokenizer):
         task_id="a:3", doc_id="a", position=3, context_ids=(1, 2, 3), continuation_ids=(5,), continuation=(b"x",), entropy=1.5, true_prob=0.2,
         true_rank=1, answerable=True,
     )  # fmt: skip
-    beyond = Completion(token_ids=(10**6,), text_bytes=b"", rollout_logprobs=(-1.0,), policy_version=4, finish_reason="length")
-    group = RolloutGroup(task=task, prompt_ids=(1,), completions=(beyond,), predictions=(None,), rewards=(0.0,))
+    beyond = Completion(
+        token_ids=(10**6,), text_bytes=b"", rollout_logprobs=(-1.0,), policy_version=4, finish_reason="length"
+    )
+    group = RolloutGroup(
+        task=task, prompt_ids=(1,), completions=(beyond,), predictions=(None,), rewards=(0.0,)
+    )
     (sample,) = samples_of(group, context="", token_bytes=TokenBytes(tiny_tokenizer))
     assert sample.tokens == ("\ufffd",)

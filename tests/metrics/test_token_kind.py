@@ -14,7 +14,9 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize(("kind", "token"), [(kind, token) for kind, tokens in KINDS.items() for token in tokens])
+@pytest.mark.parametrize(
+    ("kind", "token"), [(kind, token) for kind, tokens in KINDS.items() for token in tokens]
+)
 def test_by_hand(kind, token):
     assert token_kind(token) == kind
 

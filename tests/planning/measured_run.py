@@ -21,7 +21,9 @@ from rpt_lightning.types import Completion, RolloutGroup, SamplingSettings, Toke
 
 def peak_rss_bytes() -> int:
     """Of this program: getrusage's would include the one that started it."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    (line,) = (
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -39,12 +41,22 @@ def group(index: int, *, prompt_tokens: int, completion_tokens: int, group_size:
     )  # fmt: skip
     completions = tuple(
         Completion(
-            token_ids=tokens(completion_tokens), text_bytes=b"", rollout_logprobs=(-1.0,) * completion_tokens, policy_version=0, finish_reason="stop"
+            token_ids=tokens(completion_tokens),
+            text_bytes=b"",
+            rollout_logprobs=(-1.0,) * completion_tokens,
+            policy_version=0,
+            finish_reason="stop",
         )
         for _ in range(group_size)
     )
     rewards = (1.0,) + (0.0,) * (group_size - 1)
-    return RolloutGroup(task=task, prompt_ids=prompt, completions=completions, predictions=(None,) * group_size, rewards=rewards)
+    return RolloutGroup(
+        task=task,
+        prompt_ids=prompt,
+        completions=completions,
+        predictions=(None,) * group_size,
+        rewards=rewards,
+    )
 
 
 class SameStep(LightningDataModule):
@@ -73,14 +85,20 @@ def main() -> None:
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # the first product loads libraries
     before = peak_rss_bytes()
     policy = Policy(model_dir, activation_checkpointing=options["checkpointing"])
-    module = RPTModule(policy, lambda parameters: torch.optim.AdamW(parameters, lr=1e-6), micro_batch_tokens=options["micro_batch_tokens"])
+    module = RPTModule(
+        policy,
+        lambda parameters: torch.optim.AdamW(parameters, lr=1e-6),
+        micro_batch_tokens=options["micro_batch_tokens"],
+    )
     metrics = KeepMetrics()
     trainer = Trainer(
         default_root_dir=run_dir, accelerator="cpu", devices=1, max_steps=2, precision=options["precision"], logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[metrics],
     )  # fmt: skip
     trainer.fit(module, SameStep(batch))
-    tokens = {name: metrics.metrics[f"train/{name}"] for name in ("packed_tokens", "plain_tokens", "micro_batches")}
+    tokens = {
+        name: metrics.metrics[f"train/{name}"] for name in ("packed_tokens", "plain_tokens", "micro_batches")
+    }
     print(json.dumps({"peak_bytes": peak_rss_bytes() - before, **tokens}))
 
 

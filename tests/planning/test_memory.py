@@ -32,7 +32,10 @@ SIZES = {
 
 def small_tree():
     """Short branches, which CPU attention computes under a mask, behind a prompt that is long enough for calls of its own."""
-    (tree,) = pack([TrainSequence(prompt_ids=tuple(range(200)), target_ids=(g, *range(20))) for g in range(3)], max_tokens=1000)
+    (tree,) = pack(
+        [TrainSequence(prompt_ids=tuple(range(200)), target_ids=(g, *range(20))) for g in range(3)],
+        max_tokens=1000,
+    )
     assert {call.kind for call in tree.tree_mask().calls} == {"causal", "full", "masked"}
     return tree
 
@@ -45,11 +48,15 @@ def saved_bytes(config, tree, *, precision, checkpointing: bool) -> tuple[int, i
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    shapes = {tuple(sizes) for parameter in model.parameters() for sizes in (parameter.shape, parameter.shape[::-1])}
+    shapes = {
+        tuple(sizes) for parameter in model.parameters() for sizes in (parameter.shape, parameter.shape[::-1])
+    }
     saved, alive = {}, []
 
     def keep(tensor):
-        is_cast_weight = tensor.dtype == torch.bfloat16 and tuple(tensor.shape) in shapes  # counted with the weights
+        is_cast_weight = (
+            tensor.dtype == torch.bfloat16 and tuple(tensor.shape) in shapes
+        )  # counted with the weights
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights and not is_cast_weight:
             saved[storage.data_ptr()] = storage.nbytes()
@@ -57,14 +64,21 @@ def saved_bytes(config, tree, *, precision, checkpointing: bool) -> tuple[int, i
         return tensor
 
     mask = tree.tree_mask()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=precision != FP32):
-        model.base_model(input_ids=tree.token_ids[None], position_ids=tree.position_ids[None], use_cache=False, tree=mask)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision != FP32),
+    ):
+        model.base_model(
+            input_ids=tree.token_ids[None], position_ids=tree.position_ids[None], use_cache=False, tree=mask
+        )
     masks = sum(part.nbytes for parts in mask._additive.values() for part in parts.values())
     return sum(saved.values()) - tree.token_ids.nbytes, masks
 
 
 @pytest.mark.parametrize("config_class", [LlamaConfig, Qwen2Config, Qwen3Config])
-@pytest.mark.parametrize("precision", [FP32, AUTOCAST, GATHERED_BF16], ids=["fp32", "autocast", "gathered_bf16"])
+@pytest.mark.parametrize(
+    "precision", [FP32, AUTOCAST, GATHERED_BF16], ids=["fp32", "autocast", "gathered_bf16"]
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_and_masks_are_what_autograd_saves(config_class, precision, checkpointing):
     torch.manual_seed(0)
@@ -95,7 +109,13 @@ def memory(strategy, **options):
 
 def test_what_each_strategy_holds():
     one, ddp, fsdp = (memory(strategy) for strategy in ("single", "ddp", "fsdp2"))
-    assert (one.weights_bytes, one.gradients_bytes, one.optimizer_bytes, one.buckets_bytes, one.gathered_bytes) == (1136, 1136, 2272, 0, 0)
+    assert (
+        one.weights_bytes,
+        one.gradients_bytes,
+        one.optimizer_bytes,
+        one.buckets_bytes,
+        one.gathered_bytes,
+    ) == (1136, 1136, 2272, 0, 0)
     assert (ddp.weights_bytes, ddp.buckets_bytes, ddp.gathered_bytes) == (1136, 1136, 0)
     assert (fsdp.weights_bytes, fsdp.gradients_bytes, fsdp.optimizer_bytes) == (284, 284, 568)
     assert fsdp.gathered_bytes == 4 * (84 + 40 + 4 * 100)
@@ -141,7 +161,10 @@ def test_work_by_hand():
     # AdamW's square roots of all weights, when the single token's activations are gone
     few = memory("single", micro_batch_tokens=1, on_gpu=True)
     assert few.activations_bytes + few.masks_bytes + few.work_bytes == 1136
-    assert memory("single", micro_batch_tokens=1, on_gpu=True, optimizer_bytes_per_param=0).work_bytes == 2 * 4 * 10 + 2 * 4 * 4 + 4 * 40
+    assert (
+        memory("single", micro_batch_tokens=1, on_gpu=True, optimizer_bytes_per_param=0).work_bytes
+        == 2 * 4 * 10 + 2 * 4 * 4 + 4 * 40
+    )
 
 
 def test_block_mask_is_as_large_as_the_real_one():

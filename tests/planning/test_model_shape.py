@@ -17,7 +17,9 @@ def by_hand(family: str, *, is_tied: bool) -> tuple[int, int]:
     """(all, of one layer) for SIZES, whose queries are 32 and whose keys and values are 16 wide."""
     q, k, v, o = 16 * 32, 16 * 16, 16 * 16, 32 * 16
     layer = q + k + v + o + 3 * 16 * 40 + 2 * 16
-    layer += {"llama": 0, "qwen2": 32 + 16 + 16, "qwen3": 2 * 8}[family]  # biases of q, k, v / norms of a query and a key head
+    layer += {"llama": 0, "qwen2": 32 + 16 + 16, "qwen3": 2 * 8}[
+        family
+    ]  # biases of q, k, v / norms of a query and a key head
     return 3 * layer + (1 if is_tied else 2) * 100 * 16 + 16, layer
 
 
@@ -54,10 +56,14 @@ def test_a_family_that_is_not_worked_out():
 
 
 def test_folder_and_file_are_the_same(tiny_model_dir):
-    assert model_shape(load_model_config(str(tiny_model_dir))) == model_shape(load_model_config(str(tiny_model_dir / "config.json")))
+    assert model_shape(load_model_config(str(tiny_model_dir))) == model_shape(
+        load_model_config(str(tiny_model_dir / "config.json"))
+    )
 
 
-@pytest.mark.parametrize("path", ["./no/such/folder", "no/such/folder", "no-such.json", "nobody/no-such-model"])
+@pytest.mark.parametrize(
+    "path", ["./no/such/folder", "no/such/folder", "no-such.json", "nobody/no-such-model"]
+)
 def test_a_configuration_that_cannot_be_had(path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=f"{path}.*--plan.model_config"):

@@ -17,7 +17,14 @@ from rpt_lightning.planning.report import report
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 QWEN2_14B = str(Path(__file__).resolve().parents[2] / "scripts" / "qwen2-14b.json")
 PAPER_RUN = ["--config", str(CONFIGS / "14b.yaml"), "--plan.model_config", QWEN2_14B]
-FSDP2 = ["--config", str(CONFIGS / "strategy" / "fsdp2.yaml"), "--trainer.devices", "8", "--trainer.strategy.gather_bf16", "true"]
+FSDP2 = [
+    "--config",
+    str(CONFIGS / "strategy" / "fsdp2.yaml"),
+    "--trainer.devices",
+    "8",
+    "--trainer.strategy.gather_bf16",
+    "true",
+]
 OFFLOAD = ["--trainer.strategy.cpu_offload", "true"]
 
 
@@ -65,11 +72,15 @@ def test_the_papers_run_on_eight_h100s(paper_run):
     assert "14,770,033,664 parameters" in text
     assert row(text, "weights, fp32") == ["59.08", "59.08", "-"]
     assert row(text, "optimizer  ") == ["118.16", "118.16", "-"]
-    assert "weights, gradients and optimizer are in host memory: 29.54 GB a device" in text  # 16 bytes of 14.77e9 / 8
+    assert (
+        "weights, gradients and optimizer are in host memory: 29.54 GB a device" in text
+    )  # 16 bytes of 14.77e9 / 8
     assert row(text, "autocast's bf16 copy") == ["of", "the", "weights", "0.55", "0.55", "-"]
     assert row(text, "engine: weights") == ["29.54"] * 3
     assert row(text, "does it fit?") == ["NO", "NO", "yes"]
-    assert float(row(text, "together")[2]) < 0.9 * 84.9  # a margin of a tenth, for what the plan does not know
+    assert (
+        float(row(text, "together")[2]) < 0.9 * 84.9
+    )  # a margin of a tenth, for what the plan does not know
     assert max(map(len, text.splitlines())) <= 100
 
 
@@ -79,7 +90,10 @@ def test_without_offload_eight_devices_have_no_margin(paper_run):
     assert row(text, "weights, fp32") == ["59.08", "59.08", "7.39"]
     assert row(text, "optimizer  ") == ["118.16", "118.16", "14.77"]
     assert row(text, "does it fit?") == ["NO", "NO", "NO"]
-    smallest = {"trainer__strategy__init_args__cpu_offload": False, "rollout__engine__init_args__gpu_memory_utilization": 0.41}
+    smallest = {
+        "trainer__strategy__init_args__cpu_offload": False,
+        "rollout__engine__init_args__gpu_memory_utilization": 0.41,
+    }
     text = text_of(changed(paper_run[1], **smallest))
     assert float(row(text, "together")[2]) == pytest.approx(84.42, abs=0.01)
     # By hand: a cached token has 2 x 48 x 1024 x 2 bytes, a sequence 2176 / 8 + 512 of its own, so that 3.14 GB hold 20.3; a pass reads 27.98 GB of weights
@@ -95,8 +109,18 @@ def test_without_offload_eight_devices_have_no_margin(paper_run):
 
 def test_rollouts_on_servers(paper_run):
     transport = Namespace(class_path="SharedFolderTransport", init_args=Namespace(folder="shared"))
-    servers = Namespace(class_path="VLLMServerEngine", init_args=Namespace(urls=["http://a:1", "http://b:1"], dtype="bfloat16", transport=transport))
-    text = text_of(changed(paper_run[1], rollout__engine=servers, plan__num_devices=6, trainer__strategy__init_args__cpu_offload=False))
+    servers = Namespace(
+        class_path="VLLMServerEngine",
+        init_args=Namespace(urls=["http://a:1", "http://b:1"], dtype="bfloat16", transport=transport),
+    )
+    text = text_of(
+        changed(
+            paper_run[1],
+            rollout__engine=servers,
+            plan__num_devices=6,
+            trainer__strategy__init_args__cpu_offload=False,
+        )
+    )
     assert "6 x H100 SXM train, 2 generate" in text
     assert row(text, "weights, fp32")[2] == "9.85"
     assert "engine: weights" not in text
@@ -105,26 +129,44 @@ def test_rollouts_on_servers(paper_run):
     # 0.9 of 84.9 GB, without 29.54 of weights and 2.15 of workspace
     assert "a server holds 29.54 GB of weights and 44.75 GB of cached keys and values" in flat
     assert "a server receives 29.5 GB" in flat
-    assert "through a folder, written once and read once by every node of 8 servers, at 10 GB/s in all" in flat
+    assert (
+        "through a folder, written once and read once by every node of 8 servers, at 10 GB/s in all" in flat
+    )
     transport.class_path = "rpt_lightning.rollout.vllm_nccl_transport.NCCLTransport"
-    nccl = text_of(changed(paper_run[1], rollout__engine=servers, plan__num_devices=6, trainer__strategy__init_args__cpu_offload=False))
+    nccl = text_of(
+        changed(
+            paper_run[1],
+            rollout__engine=servers,
+            plan__num_devices=6,
+            trainer__strategy__init_args__cpu_offload=False,
+        )
+    )
     assert "one broadcast at 50 GB/s (NCCLTransport)" in " ".join(nccl.split())
     # Written and read at 10 GB/s instead of sent at 50.
-    assert number(text, "sync of the weights") - number(nccl, "sync of the weights") == pytest.approx(29.54 * (2 / 10 - 1 / 50), rel=0.01)
-    many = text_of(changed(paper_run[1], rollout__engine=servers, plan__num_devices=64, plan__num_servers=300))
+    assert number(text, "sync of the weights") - number(nccl, "sync of the weights") == pytest.approx(
+        29.54 * (2 / 10 - 1 / 50), rel=0.01
+    )
+    many = text_of(
+        changed(paper_run[1], rollout__engine=servers, plan__num_devices=64, plan__num_servers=300)
+    )
     assert "44 of 300 servers have nothing to generate" in " ".join(many.split())
     with pytest.raises(ValueError, match=r"--plan.num_servers: only rollout.engine VLLMServerEngine"):
         plan_of(changed(paper_run[1], plan__num_servers=2))
 
 
 def test_an_engine_that_sleeps_shares_its_memory_with_training(paper_run):
-    given = {"trainer__strategy__init_args__cpu_offload": False, "rollout__engine__init_args__gpu_memory_utilization": 0.55}
+    given = {
+        "trainer__strategy__init_args__cpu_offload": False,
+        "rollout__engine__init_args__gpu_memory_utilization": 0.55,
+    }
     awake = text_of(changed(paper_run[1], **given))
     asleep = text_of(changed(paper_run[1], **given, rollout__engine__init_args__sleep_in_training=True))
     assert row(awake, "does it fit?")[2] == "NO"
     assert row(asleep, "does it fit?")[2] == "yes"
     # While it generates: an eighth of 16 bytes for each of 14.77e9 parameters, 0.55 of 79.1 GiB, and what the engine and torch need besides.
-    assert float(row(asleep, "at most, in turn")[2]) == pytest.approx(14.770e9 * 16 / 8 / 1e9 + (0.55 * 79.1 + 2) * 2**30 / 1e9, abs=0.01)
+    assert float(row(asleep, "at most, in turn")[2]) == pytest.approx(
+        14.770e9 * 16 / 8 / 1e9 + (0.55 * 79.1 + 2) * 2**30 / 1e9, abs=0.01
+    )
 
 
 def test_an_engine_that_does_not_start_has_no_times(paper_run):
@@ -136,7 +178,12 @@ def test_an_engine_that_does_not_start_has_no_times(paper_run):
 
 
 def test_more_and_larger_devices(paper_run):
-    larger = changed(paper_run[1], plan__device="h200", plan__num_devices=64, rollout__engine__init_args__gpu_memory_utilization=0.5)
+    larger = changed(
+        paper_run[1],
+        plan__device="h200",
+        plan__num_devices=64,
+        rollout__engine__init_args__gpu_memory_utilization=0.5,
+    )
     larger = changed(larger, trainer__strategy__init_args__cpu_offload=False)
     text = text_of(larger)
     assert "(H200 SXM: 150)" in text
@@ -149,21 +196,33 @@ def test_more_and_larger_devices(paper_run):
 
 
 def test_a_strategy_that_gathers_fp32_is_believed(paper_run):
-    strategy = Namespace(class_path="ShardedStrategy", init_args=Namespace(tensor_parallel_size=1, gather_bf16=False))
+    strategy = Namespace(
+        class_path="ShardedStrategy", init_args=Namespace(tensor_parallel_size=1, gather_bf16=False)
+    )
     text = text_of(changed(paper_run[1], trainer__strategy=strategy))
     assert row(text, "autocast's bf16 copy") == ["of", "the", "weights", *["0.55"] * 3]
     assert "autocast casts them" in " ".join(text.split())
 
 
 def test_settings_reach_the_plan(paper_run):
-    text = text_of(changed(paper_run[1], rollout__group_size=4, model__init_args__policy__init_args__activation_checkpointing=False))
+    text = text_of(
+        changed(
+            paper_run[1],
+            rollout__group_size=4,
+            model__init_args__policy__init_args__activation_checkpointing=False,
+        )
+    )
     assert "x 4 = 1,024 completions" in text
-    assert number(text, "activations, all layers kept") > number(paper_run[0], "activations, layers recomputed")
+    assert number(text, "activations, all layers kept") > number(
+        paper_run[0], "activations, layers recomputed"
+    )
 
 
 def test_optimizer_state_is_that_of_the_real_class():
     def state(class_path, **options):
-        return optimizer_bytes_per_param(Namespace(class_path=class_path, init_args=Namespace(lr=0.1, **options)))
+        return optimizer_bytes_per_param(
+            Namespace(class_path=class_path, init_args=Namespace(lr=0.1, **options))
+        )
 
     assert state("torch.optim.AdamW") == 8
     assert state("torch.optim.AdamW", amsgrad=True) == 12
@@ -176,15 +235,28 @@ def test_prompts_of_the_task_folder(tiny_model_dir, tiny_task_dir):
     from rpt_lightning.data.datamodule import TokenTaskDataModule
     from rpt_lightning.tasks.prompt import ContinuationPrompt
 
-    flags = ["--model.policy.path", str(tiny_model_dir), "--data.task_dir", str(tiny_task_dir), "--data.tasks_per_step", "8"]
+    flags = [
+        "--model.policy.path",
+        str(tiny_model_dir),
+        "--data.task_dir",
+        str(tiny_task_dir),
+        "--data.tasks_per_step",
+        "8",
+    ]
     text = plan_text(["--config", str(CONFIGS / "debug.yaml"), *flags])
     data = TokenTaskDataModule(str(tiny_task_dir), tasks_per_step=8, positions_per_document=4)
     data.setup("fit")
     prompt = ContinuationPrompt().bind(data.train.tokenizer)
-    lengths = [len(prompt.prompt_ids(task.context_ids)) for task in next(iter(data.train_dataloader()))["tasks"]]
+    lengths = [
+        len(prompt.prompt_ids(task.context_ids)) for task in next(iter(data.train_dataloader()))["tasks"]
+    ]
     assert f"those of the run's first step, from {tiny_task_dir}" in " ".join(text.split())
-    assert number(text, "trained, each completion alone") == sum(4 * (length + 8) for length in lengths)  # half of 16 tokens each
-    assert number(text, "trained, prefixes shared") < number(text, "trained, each completion alone") - 3 * sum(lengths)
+    assert number(text, "trained, each completion alone") == sum(
+        4 * (length + 8) for length in lengths
+    )  # half of 16 tokens each
+    assert number(text, "trained, prefixes shared") < number(
+        text, "trained, each completion alone"
+    ) - 3 * sum(lengths)
     assert "this CPU, measured" in text
 
 
@@ -229,8 +301,12 @@ def test_a_hub_id_without_network_names_the_way_out(monkeypatch, capfd):
 def test_nothing_is_built(monkeypatch, tiny_model_dir, tmp_path, capfd):
     """Neither weights nor a trainer, nor a run folder."""
     monkeypatch.chdir(tmp_path)
-    shutil.copy(tiny_model_dir / "config.json", tmp_path / "config.json")  # no weights and no tokenizer beside it
+    shutil.copy(
+        tiny_model_dir / "config.json", tmp_path / "config.json"
+    )  # no weights and no tokenizer beside it
     monkeypatch.setattr(torch.nn.Module, "to", lambda *args: pytest.fail("a module was moved"))
-    assert cli.main(["plan", "--config", str(CONFIGS / "debug.yaml"), "--plan.model_config", str(tmp_path)]) == 0
+    assert (
+        cli.main(["plan", "--config", str(CONFIGS / "debug.yaml"), "--plan.model_config", str(tmp_path)]) == 0
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     assert "there is no task folder tasks/debug" in " ".join(capfd.readouterr().out.split())

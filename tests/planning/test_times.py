@@ -29,7 +29,9 @@ SETTINGS = RunSettings(
 )  # fmt: skip
 # Four prompts of 3 tokens that share nothing; two completions of 5 tokens each.
 PROMPTS = [(1, 2, 3), (4, 5, 6), (7, 8, 9), (10, 11, 12)]
-TOKENS = step_tokens(PROMPTS, group_size=2, completion_tokens=5, live_frac=1.0, micro_batch_tokens=100, num_ranks=2)
+TOKENS = step_tokens(
+    PROMPTS, group_size=2, completion_tokens=5, live_frac=1.0, micro_batch_tokens=100, num_ranks=2
+)
 # A sampled token: 2 x (204 + 40) operations at most, and its pairs. In all 8 x (4 tokens fed, 5 scored, 4 + 5 + 6 + 7 pairs).
 SAMPLING_FLOPS = 8 * (2 * (204 * 4 + 40 * 5) + 4 * 8 * 22)
 # A rank trains 2 groups: 3 + 2 x 4 tokens, 10 scored, 6 + 2 x 22 pairs each.
@@ -57,18 +59,26 @@ def test_generation_in_the_trainer():
 def test_training_and_sync():
     step = times()
     assert step.train_compute_s == pytest.approx(TRAIN_FLOPS / 500)
-    assert times(checkpointing=True).train_compute_s == step.train_compute_s  # what is computed again is not needed: a smaller mfu says it
+    assert (
+        times(checkpointing=True).train_compute_s == step.train_compute_s
+    )  # what is computed again is not needed: a smaller mfu says it
     # 2 forward, 4 backward, 2 for the log-probs before the update
     assert times(optimizer_steps_per_batch=2).train_compute_s == pytest.approx(8 / 6 * TRAIN_FLOPS / 500)
     # One micro-batch: half of the weights twice in bf16, half of the gradients in fp32.
     traffic = step_traffic(SETTINGS, SHAPE, TOKENS)
     assert TOKENS.micro_batches == 1
-    assert (traffic.train_bytes, traffic.gather_bytes, traffic.server_bytes) == (142 * (2 * 2 + 4), (142 + 42) * 4, 0)
+    assert (traffic.train_bytes, traffic.gather_bytes, traffic.server_bytes) == (
+        142 * (2 * 2 + 4),
+        (142 + 42) * 4,
+        0,
+    )
     assert step.train_network_s == pytest.approx(142 * 8 / 50)
     # Gathered in fp32 (embedding and head, 84 parameters, once more to be compared), then read in fp32 and written in bf16.
     assert step.sync_s == pytest.approx((142 + 42) * 4 / 50 + 284 * 6 / 50)
     assert step.offload_s == 0
-    assert step.step_s == pytest.approx(step.prefill_s + step.decode_s + max(step.train_compute_s, step.train_network_s) + step.sync_s)
+    assert step.step_s == pytest.approx(
+        step.prefill_s + step.decode_s + max(step.train_compute_s, step.train_network_s) + step.sync_s
+    )
 
 
 def test_generation_on_servers():
@@ -91,13 +101,21 @@ def test_what_offload_costs():
     step = times(cpu_offload=True)
     shard = 142
     transfers = 3 * 4 * shard / 20  # to the device twice, gradients back
-    host = (3 * 4 * shard + 7 * 4 * shard) / 77e9  # two numbers are read and one is written; AdamW reads four and writes three
+    host = (
+        3 * 4 * shard + 7 * 4 * shard
+    ) / 77e9  # two numbers are read and one is written; AdamW reads four and writes three
     assert step.offload_s == pytest.approx(transfers + host)
     assert step.train_s == pytest.approx(max(step.train_compute_s, step.train_network_s) + step.offload_s)
-    assert step.sync_s == pytest.approx(times().sync_s + (142 + 42) * 4 / 20)  # to the device, to be gathered there
+    assert step.sync_s == pytest.approx(
+        times().sync_s + (142 + 42) * 4 / 20
+    )  # to the device, to be gathered there
 
 
 def test_a_node_sends_at_the_speed_of_all_its_adapters():
     h100 = DEVICES["h100"]
     assert (h100.network_bytes_per_s(8), h100.network_bytes_per_s(9)) == (450e9, 400e9)
-    assert (h100.peak_flops, h100.bandwidth_bytes_per_s, h100.host_link_bytes_per_s) == (989e12, 3.35e12, 64e9)
+    assert (h100.peak_flops, h100.bandwidth_bytes_per_s, h100.host_link_bytes_per_s) == (
+        989e12,
+        3.35e12,
+        64e9,
+    )

@@ -11,12 +11,16 @@ from rpt_lightning.policy.flops import Work
 def test_a_step_by_hand():
     """Two documents with two positions each: prompts of 3 and 5 and of 3 and 4 tokens, two completions of 3 tokens, of which the last is not fed."""
     prompts = [(1, 2, 3), (1, 2, 3, 4, 5), (7, 8, 9), (7, 8, 9, 10)]
-    tokens = step_tokens(prompts, group_size=2, completion_tokens=3, live_frac=1.0, micro_batch_tokens=1000, num_ranks=1)
+    tokens = step_tokens(
+        prompts, group_size=2, completion_tokens=3, live_frac=1.0, micro_batch_tokens=1000, num_ranks=1
+    )
     # 1..5 and 1..4, each attending to what stands before it
     assert tokens.prefill == Work(tokens=5 + 4, pairs=15 + 10)
     assert tokens.prefill_alone == Work(tokens=2 * 15, pairs=2 * (6 + 15 + 6 + 10))
     # Of three sampled tokens two are fed, behind 3, 5, 3 and 4
-    assert tokens.sampling == Work(tokens=2 * 4 * 2, scored_tokens=24, pairs=2 * ((4 + 5) + (6 + 7) + (4 + 5) + (5 + 6)))
+    assert tokens.sampling == Work(
+        tokens=2 * 4 * 2, scored_tokens=24, pairs=2 * ((4 + 5) + (6 + 7) + (4 + 5) + (5 + 6))
+    )
     assert tokens.mean_prompt_tokens == 15 / 4
     assert tokens.packed.tokens == 5 + 4 + 8 * 2
     # Prompts: 1..5 and 1..4; completions: two tokens behind 3, 5, 3 and 4
@@ -28,9 +32,15 @@ def test_a_step_by_hand():
 
 def test_ranks_share_nothing_with_each_other():
     prompts = [(1, 2, 3), (1, 2, 3, 4, 5)]
-    together = step_tokens(prompts, group_size=2, completion_tokens=3, live_frac=1.0, micro_batch_tokens=1000, num_ranks=1)
-    apart = step_tokens(prompts, group_size=2, completion_tokens=3, live_frac=1.0, micro_batch_tokens=1000, num_ranks=2)
-    idle = step_tokens(prompts, group_size=2, completion_tokens=3, live_frac=1.0, micro_batch_tokens=1000, num_ranks=4)
+    together = step_tokens(
+        prompts, group_size=2, completion_tokens=3, live_frac=1.0, micro_batch_tokens=1000, num_ranks=1
+    )
+    apart = step_tokens(
+        prompts, group_size=2, completion_tokens=3, live_frac=1.0, micro_batch_tokens=1000, num_ranks=2
+    )
+    idle = step_tokens(
+        prompts, group_size=2, completion_tokens=3, live_frac=1.0, micro_batch_tokens=1000, num_ranks=4
+    )
     assert apart.packed.tokens == together.packed.tokens + 3
     assert apart.busiest.tokens == 5 + 4
     assert idle.packed == apart.packed
@@ -38,7 +48,9 @@ def test_ranks_share_nothing_with_each_other():
 
 
 def test_a_small_budget_computes_prompts_again():
-    tokens = step_tokens([(1, 2, 3)], group_size=4, completion_tokens=3, live_frac=1.0, micro_batch_tokens=9, num_ranks=1)
+    tokens = step_tokens(
+        [(1, 2, 3)], group_size=4, completion_tokens=3, live_frac=1.0, micro_batch_tokens=9, num_ranks=1
+    )
     assert tokens.micro_batches == 2  # 3 + 2 x 3 tokens each, leaves included
     assert tokens.packed.tokens == 2 * (3 + 2 * 2)
 
@@ -46,16 +58,29 @@ def test_a_small_budget_computes_prompts_again():
 @given(st.integers(1, 9), st.sampled_from([0.25, 0.5, 1.0]), st.sampled_from([1, 2, 16]))
 def test_only_live_groups_are_trained(num_tasks, live_frac, num_ranks):
     """One at least, and as many however few tasks a rank has."""
-    prompts = assumed_prompts(num_tasks=num_tasks, positions_per_document=1, context_tokens=4, template_tokens=0)
-    tokens = step_tokens(prompts, group_size=2, completion_tokens=2, live_frac=live_frac, micro_batch_tokens=1000, num_ranks=num_ranks)
+    prompts = assumed_prompts(
+        num_tasks=num_tasks, positions_per_document=1, context_tokens=4, template_tokens=0
+    )
+    tokens = step_tokens(
+        prompts,
+        group_size=2,
+        completion_tokens=2,
+        live_frac=live_frac,
+        micro_batch_tokens=1000,
+        num_ranks=num_ranks,
+    )
     assert tokens.packed.scored_tokens == max(1, int(num_tasks * live_frac)) * 4
     assert tokens.num_completions == num_tasks * 2
 
 
 @pytest.mark.parametrize("positions", [1, 2, 4])
 def test_assumed_contexts_have_the_assumed_mean(positions):
-    prompts = assumed_prompts(num_tasks=8, positions_per_document=positions, context_tokens=100, template_tokens=7)
+    prompts = assumed_prompts(
+        num_tasks=8, positions_per_document=positions, context_tokens=100, template_tokens=7
+    )
     assert sum(map(len, prompts)) / 8 == pytest.approx(107)
-    tokens = step_tokens(prompts, group_size=2, completion_tokens=1, live_frac=1.0, micro_batch_tokens=10**6, num_ranks=1)
+    tokens = step_tokens(
+        prompts, group_size=2, completion_tokens=1, live_frac=1.0, micro_batch_tokens=10**6, num_ranks=1
+    )
     longest = 200 * positions // (positions + 1)
     assert tokens.prefill.tokens == pytest.approx(8 // positions * longest + 8 * 7)

@@ -21,12 +21,16 @@ def forest(num_closed: list[int]) -> list[int]:
 
 def forests(max_tokens: int) -> st.SearchStrategy[list[int]]:
     # Mostly 0, so that there are chains; large numbers start new trees.
-    return st.lists(st.sampled_from([0, 0, 0, 0, 0, 1, 2, 5, 99]), min_size=1, max_size=max_tokens).map(forest)
+    return st.lists(st.sampled_from([0, 0, 0, 0, 0, 1, 2, 5, 99]), min_size=1, max_size=max_tokens).map(
+        forest
+    )
 
 
 def permitted(subtree_end: list[int]) -> Tensor:
     """Bool [N, N], by the definition."""
-    return torch.tensor([[key <= query < end for key, end in enumerate(subtree_end)] for query in range(len(subtree_end))])
+    return torch.tensor(
+        [[key <= query < end for key, end in enumerate(subtree_end)] for query in range(len(subtree_end))]
+    )
 
 
 def depths(subtree_end: list[int]) -> Tensor:

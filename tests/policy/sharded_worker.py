@@ -17,7 +17,10 @@ from rpt_lightning.policy.sharding import materialize_sharded
 from rpt_lightning.policy.weights import named_weights
 from rpt_lightning.types import TrainSequence
 
-SEQUENCES = [TrainSequence(prompt_ids=(9, 8, 7), target_ids=(6, 5)), TrainSequence(prompt_ids=(9, 8), target_ids=(7, 3, 2))]
+SEQUENCES = [
+    TrainSequence(prompt_ids=(9, 8, 7), target_ids=(6, 5)),
+    TrainSequence(prompt_ids=(9, 8), target_ids=(7, 3, 2)),
+]
 
 
 def three_steps(policy: Policy, *, bf16: bool = False) -> dict[str, Any]:
@@ -35,12 +38,28 @@ def three_steps(policy: Policy, *, bf16: bool = False) -> dict[str, Any]:
         optimizer.zero_grad()
         logprobs.append(scores.detach())
         norms.append(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
-    dtypes = {parameter.dtype for parameter in policy.parameters()} | {state["exp_avg"].dtype for state in optimizer.state.values()}
-    return {"start": start, "end": dict(named_weights(policy)), "logprobs": torch.stack(logprobs), "norms": norms, "dtypes": dtypes}
+    dtypes = {parameter.dtype for parameter in policy.parameters()} | {
+        state["exp_avg"].dtype for state in optimizer.state.values()
+    }
+    return {
+        "start": start,
+        "end": dict(named_weights(policy)),
+        "logprobs": torch.stack(logprobs),
+        "norms": norms,
+        "dtypes": dtypes,
+    }
 
 
-def work(rank: int, shape: tuple[int, int], path: str, output: Path, options: dict[str, Any], bf16: bool) -> None:
-    dist.init_process_group("gloo", f"file://{output}.rendezvous", rank=rank, world_size=shape[0] * shape[1], timeout=timedelta(seconds=60))
+def work(
+    rank: int, shape: tuple[int, int], path: str, output: Path, options: dict[str, Any], bf16: bool
+) -> None:
+    dist.init_process_group(
+        "gloo",
+        f"file://{output}.rendezvous",
+        rank=rank,
+        world_size=shape[0] * shape[1],
+        timeout=timedelta(seconds=60),
+    )
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data_parallel", "tensor_parallel"))

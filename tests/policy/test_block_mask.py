@@ -15,7 +15,8 @@ from rpt_lightning.policy.tree_attention import TreeMask
 
 # Few branches, so that some blocks are empty, some full and some partial.
 long_forests = st.tuples(
-    st.lists(st.tuples(st.integers(0, 3 * BLOCK - 1), st.sampled_from([1, 60, 300])), max_size=6).map(dict), st.sampled_from([None, 1, 100, 200])
+    st.lists(st.tuples(st.integers(0, 3 * BLOCK - 1), st.sampled_from([1, 60, 300])), max_size=6).map(dict),
+    st.sampled_from([None, 1, 100, 200]),
 )
 
 
@@ -50,7 +51,9 @@ def test_forward_is_that_of_the_dense_mask(window):
             dense &= depth[:, None] - depth[None, :] < window
         plain = scaled_dot_product_attention(query, key, value, attn_mask=dense, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(ours, plain, rtol=0, atol=1e-5)
-    assert torch.equal(TreeMask(torch.tensor(subtree_end), depths(subtree_end)).permitted(window=window), dense)
+    assert torch.equal(
+        TreeMask(torch.tensor(subtree_end), depths(subtree_end)).permitted(window=window), dense
+    )
 
 
 @given(st.integers(1, 200_000))
@@ -65,12 +68,18 @@ def test_buckets_are_few_and_near(num_tokens):
 def test_compiled_gradients_on_a_gpu():
     subtree_end = torch.tensor(grow({200: 60, 260: 60, 300: 300}), device="cuda")
     depth = depths(subtree_end.tolist()).cuda()
-    query, key, value = (torch.randn(1, heads, 3 * BLOCK, 64, device="cuda", requires_grad=True) for heads in (4, 2, 2))
+    query, key, value = (
+        torch.randn(1, heads, 3 * BLOCK, 64, device="cuda", requires_grad=True) for heads in (4, 2, 2)
+    )
     ours = flex(query, key, value, block_mask=tree_block_mask(subtree_end, depth), scale=0.3, enable_gqa=True)
-    plain = scaled_dot_product_attention(query, key, value, attn_mask=TreeMask(subtree_end, depth).permitted(), scale=0.3, enable_gqa=True)
+    plain = scaled_dot_product_attention(
+        query, key, value, attn_mask=TreeMask(subtree_end, depth).permitted(), scale=0.3, enable_gqa=True
+    )
     torch.testing.assert_close(ours, plain, rtol=0, atol=1e-2)
     upstream = torch.randn_like(ours)
     for mine, theirs in zip(
-        torch.autograd.grad(ours, (query, key, value), upstream), torch.autograd.grad(plain, (query, key, value), upstream), strict=True
+        torch.autograd.grad(ours, (query, key, value), upstream),
+        torch.autograd.grad(plain, (query, key, value), upstream),
+        strict=True,
     ):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-2)

@@ -23,12 +23,31 @@ from rpt_lightning.policy.weights import named_weights
 from rpt_lightning.rollout.hf_engine import HFEngine
 from rpt_lightning.types import GenerationRequest, SamplingSettings, TrainSequence
 
-SMALL = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+SMALL = {
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 PHI = PhiConfig(**SMALL, bos_token_id=None, eos_token_id=0)
 GPTJ = GPTJConfig(
-    vocab_size=512, n_embd=32, n_layer=2, n_head=2, rotary_dim=8, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=0
+    vocab_size=512,
+    n_embd=32,
+    n_layer=2,
+    n_head=2,
+    rotary_dim=8,
+    resid_pdrop=0.0,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+    bos_token_id=None,
+    eos_token_id=0,
 )
-SEQUENCES = [TrainSequence(prompt_ids=(9, 8, 7), target_ids=(6, 5, 3)), TrainSequence(prompt_ids=(9, 8, 7), target_ids=(6, 4))]
+SEQUENCES = [
+    TrainSequence(prompt_ids=(9, 8, 7), target_ids=(6, 5, 3)),
+    TrainSequence(prompt_ids=(9, 8, 7), target_ids=(6, 4)),
+]
 
 
 def saved(config, tiny_model_dir, folder) -> str:
@@ -56,7 +75,11 @@ def test_a_head_with_a_bias_is_right(config, tiny_model_dir, tmp_path) -> None:
         logprobs, likely = policy(tree, predict=True)
         for row, index in enumerate(tree.sequence_indices):
             sequence = SEQUENCES[index]
-            ids, start, length = torch.tensor([sequence.prompt_ids + sequence.target_ids]), len(sequence.prompt_ids), len(sequence.target_ids)
+            ids, start, length = (
+                torch.tensor([sequence.prompt_ids + sequence.target_ids]),
+                len(sequence.prompt_ids),
+                len(sequence.target_ids),
+            )
             logits = reference(input_ids=ids, use_cache=False).logits[0, start - 1 : -1]
             expected = logits.log_softmax(-1).gather(-1, ids[0, start:, None])[:, 0]
             torch.testing.assert_close(tree.unpack(logprobs)[row, :length], expected, rtol=0, atol=1e-4)
@@ -66,7 +89,9 @@ def test_a_head_with_a_bias_is_right(config, tiny_model_dir, tmp_path) -> None:
     ours.backward()
     theirs.backward()
     torch.testing.assert_close(policy.model.lm_head.bias.grad, reference.lm_head.bias.grad, rtol=0, atol=1e-4)
-    torch.testing.assert_close(policy.model.lm_head.weight.grad, reference.lm_head.weight.grad, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        policy.model.lm_head.weight.grad, reference.lm_head.weight.grad, rtol=1e-3, atol=1e-3
+    )
 
     with HFEngine(dtype="float32") as engine:
         engine.start(path, seed=0, max_model_len=32)
@@ -75,7 +100,9 @@ def test_a_head_with_a_bias_is_right(config, tiny_model_dir, tmp_path) -> None:
         request = GenerationRequest(task_id="t", prompt_ids=(9, 8, 7), n=2, seed=0, sampling=sampling)
         ((first, _),) = engine.generate([request])
     (tree,) = policy.pack([TrainSequence(prompt_ids=(9, 8, 7), target_ids=first.token_ids)], max_tokens=64)
-    torch.testing.assert_close(tree.unpack(policy(tree)[0])[0], torch.tensor(first.rollout_logprobs), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        tree.unpack(policy(tree)[0])[0], torch.tensor(first.rollout_logprobs), rtol=0, atol=1e-4
+    )
 
 
 def test_every_parameter_of_the_copy_is_random() -> None:
@@ -87,7 +114,10 @@ def test_every_parameter_of_the_copy_is_random() -> None:
 
 def test_a_forgotten_bias_would_be_found(monkeypatch) -> None:
     monkeypatch.setattr("rpt_lightning.policy.scoring.head_bias", lambda model: None)
-    with pytest.raises(ValueError, match=r"policy\.path=some: PhiForCausalLM gives other log-probs than its hidden states and output head"):
+    with pytest.raises(
+        ValueError,
+        match=r"policy\.path=some: PhiForCausalLM gives other log-probs than its hidden states and output head",
+    ):
         choose_packing(PHI, path="some")
 
 
@@ -105,7 +135,10 @@ OPT = {
 @pytest.mark.parametrize(
     ("config", "cause"),
     [
-        (MixtralConfig(**SMALL, num_local_experts=4, router_jitter_noise=0.2), r"'router_jitter_noise': 0\.2"),
+        (
+            MixtralConfig(**SMALL, num_local_experts=4, router_jitter_noise=0.2),
+            r"'router_jitter_noise': 0\.2",
+        ),
         (PhimoeConfig(**SMALL, num_local_experts=4), r"'router_jitter_noise': 0\.01"),
         (OPTConfig(**OPT, layerdrop=0.5), r"'layerdrop': 0\.5"),
     ],
@@ -113,12 +146,16 @@ OPT = {
 )
 def test_what_is_random_in_training_only_is_refused(config, cause) -> None:
     state = torch.random.get_rng_state()
-    with pytest.raises(ValueError, match=rf"policy\.path=some: .* in training mode than in evaluation.*{cause}"):
+    with pytest.raises(
+        ValueError, match=rf"policy\.path=some: .* in training mode than in evaluation.*{cause}"
+    ):
         choose_packing(config, path="some")
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("config", [MixtralConfig(**SMALL, num_local_experts=4), OPTConfig(**OPT)], ids=["mixtral", "opt"])
+@pytest.mark.parametrize(
+    "config", [MixtralConfig(**SMALL, num_local_experts=4), OPTConfig(**OPT)], ids=["mixtral", "opt"]
+)
 def test_the_same_families_without_noise_are_taken(config) -> None:
     assert choose_packing(config, path="some").shares_prefixes
 
@@ -144,10 +181,16 @@ def test_the_second_call_is_looked_at_too(monkeypatch) -> None:
 
 def test_the_folders_own_weights_are_compared_at_load(tiny_model_dir, monkeypatch) -> None:
     """What the small copy does not show, such as a layer that is special by its number."""
-    monkeypatch.setattr("rpt_lightning.policy.model.choose_packing", lambda *args, **kwargs: family.Packing(attention=family.NAME, reason=None))
+    monkeypatch.setattr(
+        "rpt_lightning.policy.model.choose_packing",
+        lambda *args, **kwargs: family.Packing(attention=family.NAME, reason=None),
+    )
     forward = family.score
     monkeypatch.setattr(family, "score", lambda model, tree: (forward(model, tree)[0] + 0.1, None))
     policy = Policy(str(tiny_model_dir))
-    with pytest.raises(ValueError, match=rf"policy\.path={tiny_model_dir}: with the folder's weights, LlamaForCausalLM .*difference 0\.1 nats"):
+    with pytest.raises(
+        ValueError,
+        match=rf"policy\.path={tiny_model_dir}: with the folder's weights, LlamaForCausalLM .*difference 0\.1 nats",
+    ):
         policy.materialize()
     assert not hasattr(policy, "model")

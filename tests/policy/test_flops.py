@@ -39,34 +39,57 @@ def test_flops_by_hand():
 @pytest.mark.parametrize("config_class", [LlamaConfig, Qwen2Config, Qwen3Config])
 def test_flops_are_those_that_torch_counts(config_class, is_tied):
     """On the matrices of a real forward and backward pass. Eager attention computes the whole square of pairs, the forbidden ones too."""
-    model = AutoModelForCausalLM.from_config(config_class(**SIZES, tie_word_embeddings=is_tied), attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(
+        config_class(**SIZES, tie_word_embeddings=is_tied), attn_implementation="eager"
+    )
     size, length = model_size(model), 11
     work = Work(tokens=length, scored_tokens=length, pairs=length**2)
     with FlopCounterMode(display=False) as forward:
         loss = model(input_ids=torch.arange(length)[None]).logits.sum()
     with FlopCounterMode(display=False) as backward:
         loss.backward()
-    vectors = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 1)  # norms and biases: no products of matrices
+    vectors = sum(
+        parameter.numel() for parameter in model.parameters() if parameter.ndim == 1
+    )  # norms and biases: no products of matrices
     assert forward.get_total_flops() == forward_flops(size, work) - 2 * vectors * length
-    assert forward.get_total_flops() + backward.get_total_flops() == train_flops(size, work) - 6 * vectors * length
+    assert (
+        forward.get_total_flops() + backward.get_total_flops()
+        == train_flops(size, work) - 6 * vectors * length
+    )
 
 
 def test_size_by_hand():
-    untied = LlamaConfig(vocab_size=10, hidden_size=8, intermediate_size=6, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    untied = LlamaConfig(
+        vocab_size=10,
+        hidden_size=8,
+        intermediate_size=6,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
     for is_tied in (True, False):
         untied.tie_word_embeddings = is_tied
         # A layer: q and o 8 x 8, k and v 8 x 4; three 8 x 6 of the MLP; two norms of 8. The last norm. Heads of 4.
         body = 2 * (2 * 64 + 2 * 32 + 3 * 48 + 2 * 8) + 8
-        assert model_size(AutoModelForCausalLM.from_config(untied)) == ModelSize(body_params=body, head_params=80, attention_width=2 * 8)
+        assert model_size(AutoModelForCausalLM.from_config(untied)) == ModelSize(
+            body_params=body, head_params=80, attention_width=2 * 8
+        )
 
 
 def test_layers_that_carry_a_state_have_no_pairs():
     from transformers import Qwen3NextConfig
 
-    sizes = SIZES | {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    sizes = SIZES | {
+        "linear_num_value_heads": 2,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
     kinds = ["linear_attention", "full_attention", "linear_attention"]
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(Qwen3NextConfig(**sizes, layer_types=kinds, num_experts=0, mlp_only_layers=[0, 1, 2]))
+        model = AutoModelForCausalLM.from_config(
+            Qwen3NextConfig(**sizes, layer_types=kinds, num_experts=0, mlp_only_layers=[0, 1, 2])
+        )
     assert model_size(model).attention_width == 4 * 8
 
 
@@ -83,13 +106,19 @@ def test_work_of_a_tree_and_of_its_sequences():
 
 def test_the_padding_of_rows_is_no_work():
     """Inputs of 4, 2 and 1 tokens: in rows of 4, or the first by itself and the others in rows of 2."""
-    sequences = [TrainSequence(prompt_ids=prompt, target_ids=ids) for prompt, ids in (((1, 2, 3), (4, 5)), ((1,), (2, 3)), ((6,), (7,)))]
+    sequences = [
+        TrainSequence(prompt_ids=prompt, target_ids=ids)
+        for prompt, ids in (((1, 2, 3), (4, 5)), ((1,), (2, 3)), ((6,), (7,)))
+    ]
     (batch,) = pack_rows(sequences, max_tokens=12)
     assert (batch.num_tokens, batch.row_sizes) == (12, (4, 2, 1))
     assert tree_work(batch) == Work(tokens=7, scored_tokens=5, pairs=10 + 3 + 1)
     batches = list(pack_rows(sequences, max_tokens=4))
     assert [tree.num_tokens for tree in batches] == [4, 4]
-    assert list(map(tree_work, batches)) == [Work(tokens=4, scored_tokens=2, pairs=10), Work(tokens=3, scored_tokens=3, pairs=3 + 1)]
+    assert list(map(tree_work, batches)) == [
+        Work(tokens=4, scored_tokens=2, pairs=10),
+        Work(tokens=3, scored_tokens=3, pairs=3 + 1),
+    ]
     # Nothing is shared here, so trees cost the same.
     assert add_works(map(tree_work, pack(sequences[1:], max_tokens=100))) == tree_work(batches[1])
 

@@ -29,8 +29,12 @@ def test_values_and_gradients(chunk_size, vocab_chunk, temperature, monkeypatch)
     for mine, theirs in zip(ours, reference, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
     for which in ((0,), (1,), (0, 1)):  # log-probs alone, entropy alone, both
-        mine = torch.autograd.grad(sum(upstream[i] @ ours[i] for i in which), (hidden, weight), retain_graph=True)
-        theirs = torch.autograd.grad(sum(upstream[i] @ reference[i] for i in which), (hidden, weight), retain_graph=True)
+        mine = torch.autograd.grad(
+            sum(upstream[i] @ ours[i] for i in which), (hidden, weight), retain_graph=True
+        )
+        theirs = torch.autograd.grad(
+            sum(upstream[i] @ reference[i] for i in which), (hidden, weight), retain_graph=True
+        )
         for a, b in zip(mine, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
@@ -39,7 +43,9 @@ def test_values_and_gradients(chunk_size, vocab_chunk, temperature, monkeypatch)
 def test_a_heads_bias_is_in_values_and_gradients(vocab_chunk, monkeypatch):
     monkeypatch.setattr(module, "CPU_VOCAB_CHUNK", vocab_chunk)
     torch.manual_seed(0)
-    hidden, weight, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((7, 5), (13, 5), (13,)))
+    hidden, weight, bias = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((7, 5), (13, 5), (13,))
+    )
     targets, upstream = torch.randint(13, (7,)), torch.randn(2, 7, dtype=torch.float64)
     ours = chosen_logprobs(hidden, weight, targets, bias=bias, temperature=0.8, chunk_size=3)
     reference = plain(hidden, weight, targets, 0.8, bias)
@@ -47,12 +53,16 @@ def test_a_heads_bias_is_in_values_and_gradients(vocab_chunk, monkeypatch):
     theirs = torch.autograd.grad(sum(upstream[i] @ reference[i] for i in (0, 1)), (hidden, weight, bias))
     for a, b in zip((*ours, *mine), (*reference, *theirs), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
-    assert torch.equal(most_likely(hidden, weight, bias=bias, chunk_size=2), (hidden @ weight.T + bias).argmax(-1))
+    assert torch.equal(
+        most_likely(hidden, weight, bias=bias, chunk_size=2), (hidden @ weight.T + bias).argmax(-1)
+    )
 
 
 def test_hand_computed():
     """Logits (ln 3, 0): probabilities 3/4 and 1/4."""
-    logprobs, entropy = chosen_logprobs(torch.tensor([[1.0986123]]), torch.tensor([[1.0], [0.0]]), torch.tensor([0]), temperature=1.0)
+    logprobs, entropy = chosen_logprobs(
+        torch.tensor([[1.0986123]]), torch.tensor([[1.0], [0.0]]), torch.tensor([0]), temperature=1.0
+    )
     assert logprobs.item() == pytest.approx(-0.2876821, abs=1e-6)  # ln 0.75
     assert entropy.item() == pytest.approx(0.5623351, abs=1e-6)  # -(0.75 ln 0.75 + 0.25 ln 0.25)
 
@@ -70,7 +80,9 @@ def test_nothing_larger_than_a_tile_and_the_gradients_is_made(monkeypatch):
 
     hidden, weight = torch.randn(64, 4, requires_grad=True), torch.randn(1000, 4, requires_grad=True)
     with Watch():
-        logprobs, entropy = chosen_logprobs(hidden, weight, torch.zeros(64, dtype=torch.int64), temperature=1.0, chunk_size=8)
+        logprobs, entropy = chosen_logprobs(
+            hidden, weight, torch.zeros(64, dtype=torch.int64), temperature=1.0, chunk_size=8
+        )
         (logprobs.sum() + entropy.sum()).backward()
     assert sorted(sizes)[-2:] == [8 * 100, 1000 * 4]  # a tile, and the weight with its gradient
 
@@ -81,7 +93,9 @@ def test_a_vocabulary_chunk_of_far_higher_or_lower_logits_does_not_overflow(offs
     hidden, weight = torch.ones(2, 1), torch.tensor([[0.0], [1.0], [2.0], [3.0], [4.0]])
     weight[3:] += offset
     targets = torch.tensor([1, 4])
-    for mine, theirs in zip(chosen_logprobs(hidden, weight, targets), plain(hidden, weight, targets, 1.0), strict=True):
+    for mine, theirs in zip(
+        chosen_logprobs(hidden, weight, targets), plain(hidden, weight, targets, 1.0), strict=True
+    ):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -95,7 +109,10 @@ def test_no_targets():
 
 
 def test_most_likely_is_argmax_with_ties_too(monkeypatch):
-    hidden, weight = torch.randint(-3, 4, (40, 4)).float(), torch.randint(-3, 4, (9, 4)).float()  # exact products, many of them equal
+    hidden, weight = (
+        torch.randint(-3, 4, (40, 4)).float(),
+        torch.randint(-3, 4, (9, 4)).float(),
+    )  # exact products, many of them equal
     for vocab_chunk in (1, 4, 9):
         monkeypatch.setattr(module, "CPU_VOCAB_CHUNK", vocab_chunk)
         assert torch.equal(most_likely(hidden, weight, chunk_size=2), (hidden @ weight.T).argmax(-1))
@@ -104,9 +121,13 @@ def test_most_likely_is_argmax_with_ties_too(monkeypatch):
 def test_only_what_is_asked_for_gets_a_gradient():
     hidden, weight, targets = torch.randn(3, 4), torch.randn(9, 4), torch.tensor([0, 5, 8])
     for needs in ((True, False), (False, True)):
-        inputs = [tensor.clone().requires_grad_(need) for tensor, need in zip((hidden, weight), needs, strict=True)]
+        inputs = [
+            tensor.clone().requires_grad_(need) for tensor, need in zip((hidden, weight), needs, strict=True)
+        ]
         chosen_logprobs(*inputs, targets)[0].sum().backward()
-        reference = [tensor.clone().requires_grad_(need) for tensor, need in zip((hidden, weight), needs, strict=True)]
+        reference = [
+            tensor.clone().requires_grad_(need) for tensor, need in zip((hidden, weight), needs, strict=True)
+        ]
         plain(*reference, targets, 1.0)[0].sum().backward()
         for mine, theirs in zip(inputs, reference, strict=True):
             assert (mine.grad is None) == (theirs.grad is None)
@@ -122,7 +143,10 @@ def test_bf16_product_with_an_fp32_weight(monkeypatch):
     weight = torch.randn(17, 8, requires_grad=True)
     targets = torch.randint(17, (600,))
     cast = weight.detach().bfloat16().requires_grad_()
-    mixed, same = chosen_logprobs(hidden, weight, targets, chunk_size=32), chosen_logprobs(hidden, cast, targets, chunk_size=32)
+    mixed, same = (
+        chosen_logprobs(hidden, weight, targets, chunk_size=32),
+        chosen_logprobs(hidden, cast, targets, chunk_size=32),
+    )
     for mine, theirs in zip(mixed, same, strict=True):
         assert torch.equal(mine, theirs)
     mixed_grads = torch.autograd.grad(mixed[0].sum(), (hidden, weight))
@@ -151,5 +175,9 @@ def test_an_fp32_head_is_fp32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = chosen_logprobs(hidden, weight, targets)
         gradients = torch.autograd.grad(actual[0].sum(), (hidden, weight))
-    for mine, theirs in zip((*actual, *gradients), (*expected, *torch.autograd.grad(expected[0].sum(), (hidden, weight))), strict=True):
+    for mine, theirs in zip(
+        (*actual, *gradients),
+        (*expected, *torch.autograd.grad(expected[0].sum(), (hidden, weight))),
+        strict=True,
+    ):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)

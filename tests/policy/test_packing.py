@@ -8,7 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from rpt_lightning.policy.logprobs import chosen_logprobs
 from rpt_lightning.policy.packing import pack
@@ -30,11 +37,17 @@ def build_model(kind: str, tied: bool) -> torch.nn.Module:
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     }[kind]
-    model = model_class(config_class(**SIZES, tie_word_embeddings=tied, head_dim=8, attn_implementation=NAME)).double()
+    model = model_class(
+        config_class(**SIZES, tie_word_embeddings=tied, head_dim=8, attn_implementation=NAME)
+    ).double()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child).__name__.endswith("RMSNorm"):
-                setattr(parent, name, torch.nn.RMSNorm(child.weight.shape[0], eps=child.variance_epsilon, dtype=torch.float64))
+                setattr(
+                    parent,
+                    name,
+                    torch.nn.RMSNorm(child.weight.shape[0], eps=child.variance_epsilon, dtype=torch.float64),
+                )
     return model
 
 
@@ -47,8 +60,16 @@ def score_alone(model, sequence, temperature):
 
 
 def score_packed(model, tree, temperature):
-    hidden = model.base_model(input_ids=tree.token_ids[None], position_ids=tree.position_ids[None], tree=tree.tree_mask()).last_hidden_state[0]
-    return chosen_logprobs(hidden[tree.parents], model.get_output_embeddings().weight, tree.targets, temperature=temperature, chunk_size=3)
+    hidden = model.base_model(
+        input_ids=tree.token_ids[None], position_ids=tree.position_ids[None], tree=tree.tree_mask()
+    ).last_hidden_state[0]
+    return chosen_logprobs(
+        hidden[tree.parents],
+        model.get_output_embeddings().weight,
+        tree.targets,
+        temperature=temperature,
+        chunk_size=3,
+    )
 
 
 def flat_grad(model):
@@ -60,7 +81,9 @@ ids = st.lists(st.integers(0, 3), min_size=1, max_size=6).map(tuple)
 sequence_lists = st.lists(st.builds(TrainSequence, prompt_ids=ids, target_ids=ids), min_size=1, max_size=7)
 
 
-@pytest.mark.parametrize(("kind", "tied"), [("llama", True), ("llama", False), ("qwen2", False), ("qwen3", True)])
+@pytest.mark.parametrize(
+    ("kind", "tied"), [("llama", True), ("llama", False), ("qwen2", False), ("qwen3", True)]
+)
 @settings(max_examples=15, deadline=None)
 @given(sequences=sequence_lists, max_tokens=st.integers(1, 30), seed=st.integers(0, 99))
 def test_packed_equals_separate(kind, tied, sequences, max_tokens, seed):
@@ -86,7 +109,9 @@ def test_packed_equals_separate(kind, tied, sequences, max_tokens, seed):
                 expected = score_alone(model, sequences[index], 0.8)
             torch.testing.assert_close(logprobs[row, :length], expected[0], rtol=0, atol=1e-9)
             torch.testing.assert_close(entropy[row, :length], expected[1], rtol=0, atol=1e-9)
-            loss = loss + weights[index][0] @ logprobs[row, :length] + weights[index][1] @ entropy[row, :length]
+            loss = (
+                loss + weights[index][0] @ logprobs[row, :length] + weights[index][1] @ entropy[row, :length]
+            )
         loss.backward()
         seen += tree.sequence_indices
     assert sorted(seen) == list(range(len(sequences)))
@@ -103,10 +128,19 @@ def test_worked_example():
     (tree,) = pack(sequences, max_tokens=100)
     assert tree.token_ids.tolist() == [5, 6, 1, 7]  # the leaves 2, 3 and 4 are targets only
     assert tree.position_ids.tolist() == [0, 1, 2, 2]
-    assert tree.tree_mask().permitted().int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
+    assert tree.tree_mask().permitted().int().tolist() == [
+        [1, 0, 0, 0],
+        [1, 1, 0, 0],
+        [1, 1, 1, 0],
+        [1, 1, 0, 1],
+    ]
     assert tree.targets.tolist() == [1, 2, 3, 4]
     assert tree.parents.tolist() == [1, 2, 2, 3]
-    assert tree.unpack(torch.tensor([10.0, 20.0, 30.0, 40.0])).tolist() == [[10.0, 20.0], [10.0, 30.0], [40.0, 0.0]]
+    assert tree.unpack(torch.tensor([10.0, 20.0, 30.0, 40.0])).tolist() == [
+        [10.0, 20.0],
+        [10.0, 30.0],
+        [40.0, 0.0],
+    ]
 
 
 def test_budget_is_kept_and_sharing_survives():
@@ -133,10 +167,17 @@ def test_cuts_compute_the_fewest_tokens(sequences, max_tokens):
     def fewest(start):
         if start == len(paths):
             return 0
-        stops = [stop for stop in range(start + 1, len(paths) + 1) if stop == start + 1 or num_nodes(paths[start:stop]) <= max_tokens]
+        stops = [
+            stop
+            for stop in range(start + 1, len(paths) + 1)
+            if stop == start + 1 or num_nodes(paths[start:stop]) <= max_tokens
+        ]
         return min(num_nodes(paths[start:stop]) + fewest(stop) for stop in stops)
 
     trees = list(pack(sequences, max_tokens=max_tokens))
-    packed = [[sequences[index].prompt_ids + sequences[index].target_ids for index in tree.sequence_indices] for tree in trees]
+    packed = [
+        [sequences[index].prompt_ids + sequences[index].target_ids for index in tree.sequence_indices]
+        for tree in trees
+    ]
     assert sum(num_nodes(part) for part in packed) == fewest(0)
     assert all(len(part) == 1 or num_nodes(part) <= max_tokens for part in packed)

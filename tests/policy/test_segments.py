@@ -41,7 +41,11 @@ def test_every_permitted_pair_is_in_one_call(subtree_end):
             assert queries == keys
             squares[queries] += 1
             # A causal call has no mask: what it computes must be what is permitted.
-            times[queries, keys] += torch.ones_like(times[queries, keys]).tril() if call.kind == "causal" else allowed[queries, keys]
+            times[queries, keys] += (
+                torch.ones_like(times[queries, keys]).tril()
+                if call.kind == "causal"
+                else allowed[queries, keys]
+            )
     assert torch.equal(times, allowed.long())
     assert (squares == 1).all()
 
@@ -50,7 +54,10 @@ def test_a_group_is_its_prompt_once_and_its_completions():
     """Prompt of 600, three completions of 300: the prompt's two pieces, each under what is behind it, and three causal calls."""
     calls = plan_segments(forest([0] * 900 + [300] + [0] * 299 + [300] + [0] * 299))
     full = [call for call in calls if call.kind == "full"]
-    assert [(call.query_start, call.query_stop, call.key_start, call.key_stop) for call in full] == [(512, 1500, 0, 512), (600, 1500, 512, 600)]
+    assert [(call.query_start, call.query_stop, call.key_start, call.key_stop) for call in full] == [
+        (512, 1500, 0, 512),
+        (600, 1500, 512, 600),
+    ]
     assert [(call.kind, call.query_start, call.query_stop) for call in calls if call.kind != "full"] == [
         ("causal", 0, 512), ("causal", 512, 600), ("causal", 600, 900), ("causal", 900, 1200), ("causal", 1200, 1500),
     ]  # fmt: skip
@@ -58,7 +65,9 @@ def test_a_group_is_its_prompt_once_and_its_completions():
 
 
 def test_short_trees_are_one_masked_call():
-    assert plan_segments(forest([0, 0, 1, 1, 0])) == (SegmentCall(kind="masked", query_start=0, query_stop=5, key_start=0, key_stop=5),)
+    assert plan_segments(forest([0, 0, 1, 1, 0])) == (
+        SegmentCall(kind="masked", query_start=0, query_stop=5, key_start=0, key_stop=5),
+    )
 
 
 def test_deep_trees_do_not_overflow_the_stack():
@@ -74,14 +83,19 @@ def test_attention_and_gradients_are_those_of_the_dense_mask(subtree_end, seed):
     generator = torch.Generator().manual_seed(seed)
     num = len(subtree_end)
     query, key, value, upstream = (
-        torch.randn(1, heads, num, 8, generator=generator, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2, 4)
+        torch.randn(1, heads, num, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+        for heads in (4, 2, 2, 4)
     )
     mask = TreeMask(torch.tensor(subtree_end), permitted(subtree_end).sum(1) - 1)
     ours = segment_attention(query, key, value, mask.calls, mask.additive(torch.float64), scale=0.7)
-    scores = (query @ key.repeat_interleave(2, 1).transpose(-1, -2) * 0.7).masked_fill(~permitted(subtree_end), -torch.inf)
+    scores = (query @ key.repeat_interleave(2, 1).transpose(-1, -2) * 0.7).masked_fill(
+        ~permitted(subtree_end), -torch.inf
+    )
     plain = scores.softmax(-1) @ value.repeat_interleave(2, 1)
     torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
     for mine, theirs in zip(
-        torch.autograd.grad(ours, (query, key, value), upstream), torch.autograd.grad(plain, (query, key, value), upstream), strict=True
+        torch.autograd.grad(ours, (query, key, value), upstream),
+        torch.autograd.grad(plain, (query, key, value), upstream),
+        strict=True,
     ):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)

@@ -15,7 +15,14 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen3Conf
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.tensor_parallel import parallelize
 
-SMALL = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL = {
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def sharded(shape, path, folder, *, bf16=False, **options):
@@ -36,7 +43,9 @@ def flat(weights, names):
 def check(ours, reference, *, tolerance=1e-4, logprob_tolerance=1e-5):
     names = sorted(reference["start"])
     assert sorted(ours["start"]) == names
-    assert torch.equal(flat(ours["start"], names), flat(reference["start"], names))  # what was read is what lies in the files
+    assert torch.equal(
+        flat(ours["start"], names), flat(reference["start"], names)
+    )  # what was read is what lies in the files
     torch.testing.assert_close(ours["logprobs"], reference["logprobs"], rtol=0, atol=logprob_tolerance)
     assert ours["norms"] == pytest.approx(reference["norms"], rel=max(1e-4, tolerance / 10))
     update = flat(reference["end"], names) - flat(reference["start"], names)
@@ -83,7 +92,11 @@ def test_tensor_parallel_is_the_whole(families, tmp_path, name, shape):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("options", [{"cpu_offload": True}, {"activation_checkpointing": True}], ids=["cpu_offload", "activation_checkpointing"])
+@pytest.mark.parametrize(
+    "options",
+    [{"cpu_offload": True}, {"activation_checkpointing": True}],
+    ids=["cpu_offload", "activation_checkpointing"],
+)
 def test_flags_change_nothing(families, tmp_path, options):
     path = families("qwen3")
     check(sharded((2, 1), path, tmp_path, **options), whole(path), logprob_tolerance=1e-4)
@@ -91,19 +104,30 @@ def test_flags_change_nothing(families, tmp_path, options):
 
 @pytest.mark.long
 def test_layers_gathered_in_bf16_differ_by_its_rounding_only(tiny_model_dir, tmp_path):
-    ours, reference = sharded((2, 1), tiny_model_dir, tmp_path, bf16=True, gather_bf16=True), whole(tiny_model_dir, bf16=True)
+    ours, reference = (
+        sharded((2, 1), tiny_model_dir, tmp_path, bf16=True, gather_bf16=True),
+        whole(tiny_model_dir, bf16=True),
+    )
     exact = whole(tiny_model_dir)
     noise = (reference["logprobs"] - exact["logprobs"]).abs().max()
-    assert 0 < (ours["logprobs"] - exact["logprobs"]).abs().max() < 4 * noise  # activations between layers are bf16 as well
+    assert (
+        0 < (ours["logprobs"] - exact["logprobs"]).abs().max() < 4 * noise
+    )  # activations between layers are bf16 as well
     assert ours["norms"] == pytest.approx(exact["norms"], rel=0.03)
     assert ours["dtypes"] == {torch.float32}
-    assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in ours["end"].values())  # masters are not rounded
+    assert any(
+        not torch.equal(weight, weight.bfloat16().float()) for weight in ours["end"].values()
+    )  # masters are not rounded
 
 
 def test_files_that_lack_a_tensor_are_named(tiny_model_dir, tmp_path):
     shutil.copytree(tiny_model_dir, tmp_path / "model")
     (file,) = (tmp_path / "model").glob("*.safetensors")
-    save_file({name: tensor for name, tensor in load_file(file).items() if name != "model.norm.weight"}, file, metadata={"format": "pt"})
+    save_file(
+        {name: tensor for name, tensor in load_file(file).items() if name != "model.norm.weight"},
+        file,
+        metadata={"format": "pt"},
+    )
     from rpt_lightning.policy.sharding import _read_shards
 
     policy = Policy(str(tmp_path / "model"))
@@ -120,7 +144,9 @@ class Mesh:
 def test_heads_that_cannot_be_divided_are_named(tiny_model_dir, tmp_path):
     policy = Policy(str(tiny_model_dir))
     policy.materialize_on_meta()
-    with pytest.raises(ValueError, match=r"tensor_parallel_size=3: .*'num_attention_heads': 4.*cannot be divided by 3"):
+    with pytest.raises(
+        ValueError, match=r"tensor_parallel_size=3: .*'num_attention_heads': 4.*cannot be divided by 3"
+    ):
         parallelize(policy, Mesh())
     folder = tmp_path / "moe"
     shutil.copytree(tiny_model_dir, folder)
@@ -134,7 +160,9 @@ def test_logits_after_meta_are_those_of_from_pretrained(tiny_model_dir, tmp_path
     folder = tmp_path / "model"
     shutil.copytree(tiny_model_dir, folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}})
+    )
     from_file, on_meta, other = Policy(str(folder)), Policy(str(folder)), Policy(str(tiny_model_dir))
     from_file.materialize()
     other.materialize()

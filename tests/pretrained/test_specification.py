@@ -10,7 +10,13 @@ import pytest
 import toy_tokenizers as toys
 from tokenizers import Tokenizer
 
-from rpt_lightning.pretrained.specification import canonical, earlier_tokenizer_hash, has_hash, specification, tokenizer_hash
+from rpt_lightning.pretrained.specification import (
+    canonical,
+    earlier_tokenizer_hash,
+    has_hash,
+    specification,
+    tokenizer_hash,
+)
 
 BASE = toys.byte_level(think_tokens=True)
 
@@ -38,9 +44,13 @@ DIFFERENT = {
 SAME = {
     "nothing": lambda c: None,
     "offsets": lambda c: c["pre_tokenizer"]["pretokenizers"][1].update(trim_offsets=False),
-    "decoder's options": lambda c: c["decoder"].update(add_prefix_space=False, trim_offsets=False, use_regex=False),
+    "decoder's options": lambda c: c["decoder"].update(
+        add_prefix_space=False, trim_offsets=False, use_regex=False
+    ),
     "nested": lambda c: c.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [c["pre_tokenizer"]]}),
-    "truncation": lambda c: c.update(truncation={"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}),
+    "truncation": lambda c: c.update(
+        truncation={"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    ),
     "empty prefix": lambda c: c["model"].update(continuing_subword_prefix="", end_of_word_suffix=""),
 }
 
@@ -98,9 +108,21 @@ def test_the_earlier_hash_is_what_it_was() -> None:
 def test_canonical_form_by_hand() -> None:
     content = {
         "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}]},
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "pre_tokenizer": {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"], "dropout": 0.0, "unk_token": None, "fuse_unk": True},
+        "model": {
+            "type": "BPE",
+            "vocab": {"a": 0, "b": 1, "ab": 2},
+            "merges": ["a b"],
+            "dropout": 0.0,
+            "unk_token": None,
+            "fuse_unk": True,
+        },
         "added_tokens": [],
     }
     assert canonical(content) == {

@@ -22,7 +22,9 @@ from rpt_lightning.pretrained.text_shape import check_not_quantized, longest_con
         ("bloom", {}, None),
     ],
 )
-def test_every_family_keeps_it_elsewhere(model_type: str, settings: dict[str, Any], longest: int | None) -> None:
+def test_every_family_keeps_it_elsewhere(
+    model_type: str, settings: dict[str, Any], longest: int | None
+) -> None:
     assert longest_context(AutoConfig.for_model(model_type, **settings)) == longest
 
 
@@ -33,7 +35,10 @@ def test_every_family_keeps_it_elsewhere(model_type: str, settings: dict[str, An
         ({"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}, 400),
         ({"rope_type": "dynamic", "factor": 2.5, "rope_theta": 1e4}, 250),
         # The config's number is the scaled one: transformers computes YaRN's ramp from it and from the original one.
-        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 25, "rope_theta": 1e4}, 100),
+        (
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 25, "rope_theta": 1e4},
+            100,
+        ),
         (
             {
                 "rope_type": "llama3",
@@ -51,7 +56,10 @@ def test_scaled_positions_are_counted_as_the_engine_counts_them(rope: dict[str, 
     assert longest_context(LlamaConfig(max_position_embeddings=100, rope_parameters=rope)) == longest
 
 
-@pytest.mark.parametrize("rope", [{"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}, {"rope_type": "default", "rope_theta": 1e4}])
+@pytest.mark.parametrize(
+    "rope",
+    [{"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}, {"rope_type": "default", "rope_theta": 1e4}],
+)
 @pytest.mark.vllm
 def test_vllm_derives_the_same(rope: dict[str, Any]) -> None:
     config_module = pytest.importorskip("vllm.config.model")
@@ -65,13 +73,19 @@ def test_vllm_derives_the_same(rope: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "quantization", [{"quant_method": "fp8"}, {"quant_method": "bitsandbytes", "load_in_4bit": True}, {"quant_method": "awq", "bits": 4}]
+    "quantization",
+    [
+        {"quant_method": "fp8"},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"quant_method": "awq", "bits": 4},
+    ],
 )
 def test_quantized_weights_are_refused_by_name(quantization: dict[str, Any]) -> None:
     config = LlamaConfig()
     config.quantization_config = quantization
     with pytest.raises(
-        ValueError, match=rf"policy.path=m: its config.json says.*\({quantization['quant_method']}\).*give the model's unquantized weights"
+        ValueError,
+        match=rf"policy.path=m: its config.json says.*\({quantization['quant_method']}\).*give the model's unquantized weights",
     ):
         check_not_quantized(config, where="policy.path=m")
     check_not_quantized(LlamaConfig(), where="policy.path=m")

@@ -31,7 +31,9 @@ def edited(folder: Path, **changes: object) -> Path:
     """Changes parts of tokenizer.json, of its model by names that begin with ``model_``."""
     content = json.loads((folder / "tokenizer.json").read_text())
     for name, value in changes.items():
-        part, key = (content["model"], name.removeprefix("model_")) if name.startswith("model_") else (content, name)
+        part, key = (
+            (content["model"], name.removeprefix("model_")) if name.startswith("model_") else (content, name)
+        )
         part[key] = value
     (folder / "tokenizer.json").write_text(json.dumps(content))
     return folder
@@ -42,8 +44,12 @@ def own_split():
     tokenizer = toys.byte_level(think_tokens=True)
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     split = pre_tokenizers.Split(Regex(r"\d{1,2}|\s+|\w+|[^\s\w]+"), "isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    return type(tokenizer)(tokenizer_object=backend, eos_token="<|endoftext|>", chat_template=toys.CHAT_TEMPLATE)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    return type(tokenizer)(
+        tokenizer_object=backend, eos_token="<|endoftext|>", chat_template=toys.CHAT_TEMPLATE
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,7 +66,9 @@ def own_split():
 def test_a_class_of_another_family_is_repaired(make, config, tokenizer_class: str, tmp_path: Path) -> None:
     folder = folder_of(make(), tmp_path / "model", config, tokenizer_class=tokenizer_class)
     wanted = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(TEXT, add_special_tokens=False).ids
-    assert tokenizer_hash(AutoTokenizer.from_pretrained(folder)) != tokenizer_hash(make())  # else there is nothing to repair
+    assert tokenizer_hash(AutoTokenizer.from_pretrained(folder)) != tokenizer_hash(
+        make()
+    )  # else there is nothing to repair
     loaded = load_tokenizer(str(folder), flag="--tokenizer")
     assert loaded(TEXT, add_special_tokens=False).input_ids == wanted
     assert loaded.decode(wanted) == TEXT
@@ -71,19 +79,35 @@ def test_a_class_of_another_family_is_repaired(make, config, tokenizer_class: st
 
 def test_what_is_right_is_left_as_transformers_makes_it(tmp_path: Path) -> None:
     folder = folder_of(toys.byte_level(think_tokens=True), tmp_path / "model")
-    assert type(load_tokenizer(str(folder), flag="--tokenizer")) is type(AutoTokenizer.from_pretrained(folder))
+    assert type(load_tokenizer(str(folder), flag="--tokenizer")) is type(
+        AutoTokenizer.from_pretrained(folder)
+    )
 
 
 def test_random_merges_are_refused(tmp_path: Path) -> None:
     folder = edited(folder_of(toys.byte_level(), tmp_path / "model"), model_dropout=0.3)
-    with pytest.raises(ValueError, match=r"^--tokenizer '.*model': .*tokenizer\.json drops merges at random \(dropout 0\.3\)"):
+    with pytest.raises(
+        ValueError, match=r"^--tokenizer '.*model': .*tokenizer\.json drops merges at random \(dropout 0\.3\)"
+    ):
         load_tokenizer(str(folder), flag="--tokenizer")
 
 
 def test_another_id_in_the_config_is_refused(tmp_path: Path) -> None:
-    token = {"content": "<think>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": False}
-    folder = folder_of(toys.byte_level(think_tokens=True), tmp_path / "model", added_tokens_decoder={"900": token})
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json says that '<think>' has the id 900, and the tokenizer gives it \d+"):
+    token = {
+        "content": "<think>",
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
+        "special": False,
+    }
+    folder = folder_of(
+        toys.byte_level(think_tokens=True), tmp_path / "model", added_tokens_decoder={"900": token}
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"tokenizer_config\.json says that '<think>' has the id 900, and the tokenizer gives it \d+",
+    ):
         load_tokenizer(str(folder), flag="--tokenizer")
 
 
@@ -105,7 +129,10 @@ def with_tokens(tokens, *, special: bool = False):
 def test_tokens_without_an_embedding_are_refused(tiny_model_dir: Path) -> None:
     with_tokens.folder = tiny_model_dir
     check_vocabulary(with_tokens([]), 512, where="policy.path=p")
-    with pytest.raises(ValueError, match=r"^policy\.path=p: .* 2 tokens without a row .*\('<a>', '<b>', id 512 and on; vocab_size is 512\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"^policy\.path=p: .* 2 tokens without a row .*\('<a>', '<b>', id 512 and on; vocab_size is 512\)",
+    ):
         check_vocabulary(with_tokens(["<a>", "<b>"]), 512, where="policy.path=p")
     # A marker that nothing uses, as Gemma 3's for images, does no harm; one that the chat template or the end of a text uses does.
     marker = with_tokens(["<image>"], special=True)

@@ -46,7 +46,13 @@ def without_a_norm(folder: Path) -> None:
 
 
 def under_another_name(folder: Path) -> None:
-    rewrite(folder, **{key(QUERY): None, key(QUERY).replace("q_proj", "query"): load_file(folder / "model.safetensors")[QUERY]})
+    rewrite(
+        folder,
+        **{
+            key(QUERY): None,
+            key(QUERY).replace("q_proj", "query"): load_file(folder / "model.safetensors")[QUERY],
+        },
+    )
 
 
 def all_under_other_names(folder: Path) -> None:
@@ -151,6 +157,8 @@ def test_what_is_no_part_of_the_model_is_passed_over(weights, folder: Path) -> N
 
 
 def test_a_tied_head_that_is_stored_twice_is_one(folder: Path) -> None:
-    rewrite(folder, lm_head__weight=load_file(folder / "model.safetensors")["model.embed_tokens.weight"].clone())
+    rewrite(
+        folder, lm_head__weight=load_file(folder / "model.safetensors")["model.embed_tokens.weight"].clone()
+    )
     model = load_causal_lm(str(folder), where="--proxy", dtype=torch.float32)
     assert model.lm_head.weight is model.model.embed_tokens.weight

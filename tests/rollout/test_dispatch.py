@@ -21,7 +21,9 @@ SAMPLING = SamplingSettings(temperature=1.0, max_tokens=1, stop_token_ids=())
 class Scripted:
     """Answers after a random number of turns of the event loop; is lost at its ``dies_at``-th request or when told by the watch."""
 
-    def __init__(self, name: str, numbers: random.Random, *, dies_at: int | None = None, is_caught: bool = False) -> None:
+    def __init__(
+        self, name: str, numbers: random.Random, *, dies_at: int | None = None, is_caught: bool = False
+    ) -> None:
         self.name, self._numbers, self._dies_at, self._is_caught = name, numbers, dies_at, is_caught
         self.asked: list[str] = []
         self.under_way = self.most_under_way = 0
@@ -67,7 +69,9 @@ def run(requests, groups, *, room, lost):
     async def find():
         return next(waves)
 
-    return asyncio.run(dispatch(requests, find, room=room, on_lost=lambda worker, error: lost.append(worker.name)))
+    return asyncio.run(
+        dispatch(requests, find, room=room, on_lost=lambda worker, error: lost.append(worker.name))
+    )
 
 
 @settings(max_examples=100, deadline=None)
@@ -75,16 +79,23 @@ def run(requests, groups, *, room, lost):
     documents=st.lists(st.integers(1, 6), min_size=1, max_size=8),
     n=st.integers(1, 4),
     room=st.integers(1, 20),
-    deaths=st.lists(st.one_of(st.none(), st.tuples(st.integers(1, 4), st.booleans())), min_size=1, max_size=4),
+    deaths=st.lists(
+        st.one_of(st.none(), st.tuples(st.integers(1, 4), st.booleans())), min_size=1, max_size=4
+    ),
     seed=st.integers(0, 2**16),
 )
 def test_every_request_is_answered_once_whatever_dies(documents, n, room, deaths, seed) -> None:
     numbers = random.Random(seed)
     requests = make_requests(documents, n)
-    mortal = [Scripted(f"m{i}", numbers, dies_at=death and death[0], is_caught=bool(death and death[1])) for i, death in enumerate(deaths)]
+    mortal = [
+        Scripted(f"m{i}", numbers, dies_at=death and death[0], is_caught=bool(death and death[1]))
+        for i, death in enumerate(deaths)
+    ]
     lost: list[str] = []
     rows = run(requests, [mortal, [Scripted("later", numbers)]], room=room, lost=lost)
-    assert [[sample.token_ids[0] for sample in row] for row in rows] == [[r.seed + i for i in range(n)] for r in requests]
+    assert [[sample.token_ids[0] for sample in row] for row in rows] == [
+        [r.seed + i for i in range(n)] for r in requests
+    ]
     assert set(lost) <= {worker.name for worker in mortal if worker._dies_at is not None}
     assert max(Counter(lost).values(), default=0) <= 1
 
@@ -113,7 +124,10 @@ def test_a_request_that_every_server_fails_at_is_not_asked_for_ever() -> None:
             raise ServerLost("status 500")
 
     worker = Failing("f", random.Random(0))
-    with pytest.raises(EngineLost, match=rf"doc:0:0: a server failed at each of {MOST_TRIES} tries, the last with: status 500"):
+    with pytest.raises(
+        EngineLost,
+        match=rf"doc:0:0: a server failed at each of {MOST_TRIES} tries, the last with: status 500",
+    ):
         run(make_requests([1], 1), [[worker]] * (MOST_TRIES + 1), room=8, lost=[])
     assert len(worker.asked) == MOST_TRIES
 

@@ -13,7 +13,9 @@ from rpt_lightning.data.stream import rank_share
 from rpt_lightning.rollout.dynamic_sampling import fill_batch
 from rpt_lightning.types import Completion, RolloutGroup, TokenTask
 
-COMPLETION = Completion(token_ids=(1,), text_bytes=b"x", rollout_logprobs=(-1.0,), policy_version=0, finish_reason="stop")
+COMPLETION = Completion(
+    token_ids=(1,), text_bytes=b"x", rollout_logprobs=(-1.0,), policy_version=0, finish_reason="stop"
+)
 
 
 def task(number: int) -> TokenTask:
@@ -24,7 +26,13 @@ def task(number: int) -> TokenTask:
 
 
 def group(of: TokenTask, live: bool) -> RolloutGroup:
-    return RolloutGroup(task=of, prompt_ids=(1,), completions=(COMPLETION,) * 2, predictions=(b"a", None), rewards=(1.0, 0.0) if live else (0.0, 0.0))
+    return RolloutGroup(
+        task=of,
+        prompt_ids=(1,),
+        completions=(COMPLETION,) * 2,
+        predictions=(b"a", None),
+        rewards=(1.0, 0.0) if live else (0.0, 0.0),
+    )
 
 
 class World:
@@ -75,7 +83,10 @@ def test_a_limit_of_zero_leaves_the_batch_as_it_is() -> None:
 def test_a_group_that_is_live_by_masked_completions_alone_is_dead() -> None:
     cut = dataclasses.replace(COMPLETION, finish_reason="length")
     by_cut = dataclasses.replace(
-        group(task(0), True), completions=(COMPLETION, COMPLETION, cut), predictions=(b"a", b"a", None), rewards=(1.0, 1.0, 0.0)
+        group(task(0), True),
+        completions=(COMPLETION, COMPLETION, cut),
+        predictions=(b"a", b"a", None),
+        rewards=(1.0, 1.0, 0.0),
     )
     masked = dataclasses.replace(by_cut, masks_truncated=True)
     assert (by_cut.is_live, masked.is_live) == (True, False)
@@ -115,7 +126,10 @@ class Ranks:
 
 def test_ranks_with_different_numbers_of_dead_groups_draw_together() -> None:
     ranks, drawn, rolled_out, filled = Ranks(2), ([], []), ([], []), {}
-    liveness = ([True, True, True], [False, False, False, True, False, True])  # rank 0 needs nothing, rank 1 three rounds
+    liveness = (
+        [True, True, True],
+        [False, False, False, True, False, True],
+    )  # rank 0 needs nothing, rank 1 three rounds
 
     def run(rank: int) -> None:
         world = World(liveness[rank])
@@ -125,10 +139,18 @@ def test_ranks_with_different_numbers_of_dead_groups_draw_together() -> None:
             return world.draw(wanted[rank])
 
         def rollout(tasks: Sequence[TokenTask]) -> list[RolloutGroup]:
-            rolled_out[rank].append(ranks.all_gather(rank, len(tasks))[rank])  # a reward may ask the policy, whose weights may be sharded
+            rolled_out[rank].append(
+                ranks.all_gather(rank, len(tasks))[rank]
+            )  # a reward may ask the policy, whose weights may be sharded
             return world.rollout(tasks)
 
-        filled[rank] = fill_batch(rollout, draw, world.draw(2), max_extra_tasks=10, over_ranks=lambda number: (ranks.all_gather(rank, number), rank))
+        filled[rank] = fill_batch(
+            rollout,
+            draw,
+            world.draw(2),
+            max_extra_tasks=10,
+            over_ranks=lambda number: (ranks.all_gather(rank, number), rank),
+        )
 
     ranks.run(run)
     assert drawn[0] == drawn[1] == [[0, 2], [0, 1], [0, 1]]
@@ -144,7 +166,11 @@ def test_a_step_is_filled_alike_on_any_number_of_ranks(num_ranks: int, max_extra
     alone = World(liveness)
     expected = fill_batch(alone.rollout, alone.draw_one, alone.draw(8), max_extra_tasks=max_extra_tasks)
 
-    ranks, filled, taken = Ranks(num_ranks), {}, [8] * num_ranks  # tasks taken from the stream that all ranks share
+    ranks, filled, taken = (
+        Ranks(num_ranks),
+        {},
+        [8] * num_ranks,
+    )  # tasks taken from the stream that all ranks share
 
     def run(rank: int) -> None:
         def draw(wanted: Sequence[int]) -> list[TokenTask]:
@@ -154,7 +180,10 @@ def test_a_step_is_filled_alike_on_any_number_of_ranks(num_ranks: int, max_extra
 
         own = [task(number) for number in rank_share(range(8), rank=rank, num_ranks=num_ranks)]
         rollout = World(liveness).rollout
-        options = {"max_extra_tasks": max_extra_tasks, "over_ranks": lambda number: (ranks.all_gather(rank, number), rank)}
+        options = {
+            "max_extra_tasks": max_extra_tasks,
+            "over_ranks": lambda number: (ranks.all_gather(rank, number), rank),
+        }
         filled[rank] = fill_batch(rollout, draw, own, **options)
 
     ranks.run(run)
@@ -175,4 +204,6 @@ def test_no_task_is_lost_or_counted_twice(liveness: list[bool], size: int, max_e
     assert len(filled.replaced) <= max_extra_tasks
     assert not any(one.is_live for one in filled.replaced)  # a live group is never given up
     # It stops early only for a reason: nothing dead, the limit, or the end of the stream.
-    assert filled.num_dead == 0 or len(filled.replaced) == max_extra_tasks or world.next_number == len(liveness)
+    assert (
+        filled.num_dead == 0 or len(filled.replaced) == max_extra_tasks or world.next_number == len(liveness)
+    )

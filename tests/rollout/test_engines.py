@@ -61,14 +61,21 @@ def test_generation_needs_weights(engine: RolloutEngine, policy) -> None:
             "did not deliver lm_head.weight .a tied head",
         ),
         (
-            lambda weights: {name: weight for name, weight in weights.items() if "layers.1.self_attn.q" not in name},
+            lambda weights: {
+                name: weight for name, weight in weights.items() if "layers.1.self_attn.q" not in name
+            },
             r"layers.1.self_attn.q_proj.weight",
         ),
         (lambda weights: weights | {"model.layers.9.x": torch.zeros(1)}, "delivers model.layers.9.x, which"),
-        (lambda weights: weights | {"model.norm.weight": torch.zeros(1)}, r"delivers model.norm.weight of shape \(1,\).*\(128,\)"),
+        (
+            lambda weights: weights | {"model.norm.weight": torch.zeros(1)},
+            r"delivers model.norm.weight of shape \(1,\).*\(128,\)",
+        ),
     ],
 )
-def test_a_wrong_update_is_refused_and_leaves_no_version(engine: RolloutEngine, policy, change, message: str) -> None:
+def test_a_wrong_update_is_refused_and_leaves_no_version(
+    engine: RolloutEngine, policy, change, message: str
+) -> None:
     weights = dict(named_weights(policy))
     engine.update_weights(weights.items(), version=1)
     with pytest.raises(ValueError, match=message):
@@ -91,13 +98,20 @@ def test_weights_read_back_are_those_delivered(engine: RolloutEngine, policy) ->
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8, 1.7])
-def test_logprobs_are_those_of_the_tempered_distribution(engine: RolloutEngine, policy, temperature: float) -> None:
+def test_logprobs_are_those_of_the_tempered_distribution(
+    engine: RolloutEngine, policy, temperature: float
+) -> None:
     engine.update_weights(named_weights(policy), version=0)
     sampling = replace(SAMPLING, temperature=temperature)
-    requests = [replace(REQUEST, sampling=sampling), replace(REQUEST, prompt_ids=tuple(range(50, 80)), sampling=sampling, seed=9)]
+    requests = [
+        replace(REQUEST, sampling=sampling),
+        replace(REQUEST, prompt_ids=tuple(range(50, 80)), sampling=sampling, seed=9),
+    ]
     for request, completions in zip(requests, engine.generate(requests), strict=True):
         for completion in completions:
-            expected = reference_logprobs(policy, request.prompt_ids, completion.token_ids, temperature or 1.0)
+            expected = reference_logprobs(
+                policy, request.prompt_ids, completion.token_ids, temperature or 1.0
+            )
             torch.testing.assert_close(torch.tensor(completion.rollout_logprobs), expected, atol=2e-5, rtol=0)
 
 
@@ -109,7 +123,10 @@ def reference_logprobs(model, prompt_ids, token_ids, temperature: float) -> torc
 
 def test_completions_do_not_depend_on_the_batch(engine: RolloutEngine, policy) -> None:
     engine.update_weights(named_weights(policy), version=0)
-    requests = [replace(REQUEST, task_id=str(length), prompt_ids=tuple(range(40, 40 + length)), seed=100 * length) for length in (9, 2, 30, 3)]
+    requests = [
+        replace(REQUEST, task_id=str(length), prompt_ids=tuple(range(40, 40 + length)), seed=100 * length)
+        for length in (9, 2, 30, 3)
+    ]
     together = engine.generate(requests)
     for request, completions in zip(requests, together, strict=True):
         for index, completion in enumerate(completions):
@@ -125,12 +142,21 @@ def boxes_everywhere(token_id: int) -> bytes:
 
 
 @pytest.mark.parametrize("think_close", [None, b"|"])
-def test_a_completion_may_end_with_its_first_box(engine: RolloutEngine, policy, think_close, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_completion_may_end_with_its_first_box(
+    engine: RolloutEngine, policy, think_close, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine.update_weights(named_weights(policy), version=0)
     monkeypatch.setattr(engine, "_bytes_of", boxes_everywhere)
-    whole = [replace(REQUEST, prompt_ids=tuple(range(40, 40 + length)), n=8, seed=100 * length) for length in (9, 2, 30)]
+    whole = [
+        replace(REQUEST, prompt_ids=tuple(range(40, 40 + length)), n=8, seed=100 * length)
+        for length in (9, 2, 30)
+    ]
     stopping = replace(SAMPLING, stop_after_first_box=True, think_close=think_close)
-    rows = zip(engine.generate(whole), engine.generate([replace(request, sampling=stopping) for request in whole]), strict=True)
+    rows = zip(
+        engine.generate(whole),
+        engine.generate([replace(request, sampling=stopping) for request in whole]),
+        strict=True,
+    )
     pairs = [pair for row in rows for pair in zip(*row, strict=True)]
     num_cut = sum(check_first_box(full, cut, think_close) for full, cut in pairs)
     assert 3 < num_cut < len(pairs)
@@ -138,8 +164,14 @@ def test_a_completion_may_end_with_its_first_box(engine: RolloutEngine, policy, 
 
 def check_first_box(full: Completion, cut: Completion, think_close: bytes | None) -> bool:
     """Holds a completion against the same one without the rule; whether the rule ended it."""
-    tokens = [boxes_everywhere(token_id) for token_id in full.token_ids if token_id not in SAMPLING.stop_token_ids]
-    ends = [end for end in range(1, len(tokens) + 1) if extract_prediction(b"".join(tokens[:end]), think_close=think_close) is not None]
+    tokens = [
+        boxes_everywhere(token_id) for token_id in full.token_ids if token_id not in SAMPLING.stop_token_ids
+    ]
+    ends = [
+        end
+        for end in range(1, len(tokens) + 1)
+        if extract_prediction(b"".join(tokens[:end]), think_close=think_close) is not None
+    ]
     if not ends:
         assert cut == full
         return False
@@ -153,7 +185,10 @@ def check_first_box(full: Completion, cut: Completion, think_close: bytes | None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prompt_ids": tuple(range(60))}, r"doc-7:4.*prompt of 60 tokens and max_tokens=12 exceed max_model_len=64"),
+        (
+            {"prompt_ids": tuple(range(60))},
+            r"doc-7:4.*prompt of 60 tokens and max_tokens=12 exceed max_model_len=64",
+        ),
         ({"prompt_ids": ()}, "the prompt is empty"),
         ({"n": 0}, "n=0"),
         ({"seed": 2**63 - 2}, "seed=9223372036854775806"),
@@ -177,14 +212,19 @@ def test_the_life_of_an_engine(engine: RolloutEngine, policy, tiny_model_dir: Pa
     engine.close()
     engine.close()
     assert engine.weight_names == ()  # how the callback knows that it has to start
-    for call in (lambda: engine.update_weights(named_weights(policy), version=0), lambda: engine.read_weights([])):
+    for call in (
+        lambda: engine.update_weights(named_weights(policy), version=0),
+        lambda: engine.read_weights([]),
+    ):
         with pytest.raises(RuntimeError, match="before start"):
             call()
     engine.start(str(tiny_model_dir), seed=0)
     assert (engine.version, engine.max_model_len) == (None, 1024)
 
 
-def test_weights_do_not_change_under_a_generation_which_can_be_interrupted(engine: RolloutEngine, policy, tiny_model_dir: Path, monkeypatch) -> None:
+def test_weights_do_not_change_under_a_generation_which_can_be_interrupted(
+    engine: RolloutEngine, policy, tiny_model_dir: Path, monkeypatch
+) -> None:
     engine.update_weights(named_weights(policy), version=1)
     began, go, ask = threading.Event(), threading.Event(), engine._check_interrupted
 

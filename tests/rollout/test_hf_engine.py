@@ -49,7 +49,12 @@ def test_draws_follow_the_processed_distribution(changes: dict, expected: list[f
 def test_noise_belongs_to_the_seed_and_not_to_the_row() -> None:
     def chosen(seeds: list[int]) -> list[int]:
         draw = SeededDraw(settings(), seeds, torch.device("cpu"))
-        return [draw(torch.zeros(len(seeds), 1, dtype=torch.long), torch.zeros(len(seeds), 1000)).argmax(-1).tolist() for _ in range(3)]
+        return [
+            draw(torch.zeros(len(seeds), 1, dtype=torch.long), torch.zeros(len(seeds), 1000))
+            .argmax(-1)
+            .tolist()
+            for _ in range(3)
+        ]
 
     rows = torch.tensor(chosen([1, 2, 3]))  # [steps, N]
     assert torch.equal(torch.tensor(chosen([3, 1]))[:, 0], rows[:, 2])
@@ -87,14 +92,22 @@ def test_a_stop_token_ends_the_completion_and_is_part_of_it(tiny_model_dir: Path
         assert stops[-1] or len(completion.token_ids) == 40
 
 
-def test_the_models_own_generation_defaults_do_not_reach_the_engine(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_the_models_own_generation_defaults_do_not_reach_the_engine(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
-    model.generation_config.update(do_sample=True, top_k=1, repetition_penalty=5.0, temperature=0.1, suppress_tokens=[40])
+    model.generation_config.update(
+        do_sample=True, top_k=1, repetition_penalty=5.0, temperature=0.1, suppress_tokens=[40]
+    )
     model.save_pretrained(tmp_path)
     for file in tiny_model_dir.glob("tokenizer*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     request = GenerationRequest(
-        task_id="t", prompt_ids=(40, 41), n=8, seed=0, sampling=SamplingSettings(temperature=1.0, max_tokens=8, stop_token_ids=())
+        task_id="t",
+        prompt_ids=(40, 41),
+        n=8,
+        seed=0,
+        sampling=SamplingSettings(temperature=1.0, max_tokens=8, stop_token_ids=()),
     )
     results = []
     for folder in (tiny_model_dir, tmp_path):

@@ -14,7 +14,9 @@ import torch
 from rpt_lightning.rollout.engine import EngineLost
 from rpt_lightning.rollout.vllm_nccl_transport import FleetClient, NCCLTransport, _within, make_source
 
-needs_vllm = pytest.mark.skipif(sys.platform != "linux" or importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
+needs_vllm = pytest.mark.skipif(
+    sys.platform != "linux" or importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here"
+)
 
 
 @pytest.mark.vllm
@@ -22,18 +24,26 @@ needs_vllm = pytest.mark.skipif(sys.platform != "linux" or importlib.util.find_s
 def test_what_is_called_exists_in_the_installed_version() -> None:
     from vllm.distributed.weight_transfer.base import ParamMeta, VLLMWeightSyncClient
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine, NCCLWeightTransferInitInfo
+    from vllm.distributed.weight_transfer.nccl_engine import (
+        NCCLTrainerInitInfo,
+        NCCLTrainerWeightTransferEngine,
+        NCCLWeightTransferInitInfo,
+    )
 
     NCCLTrainerInitInfo(master_address="trainer", master_port=1234, world_size=3, rank=0)
     assert "rank_offset" in {field.name for field in dataclasses.fields(NCCLWeightTransferInitInfo)}
     assert list(inspect.signature(WeightTransferTrainerFactory.trainer_init).parameters)[:1] == ["init_info"]
-    assert {"client", "source"} <= inspect.signature(WeightTransferTrainerFactory.trainer_init).parameters.keys()
+    assert {"client", "source"} <= inspect.signature(
+        WeightTransferTrainerFactory.trainer_init
+    ).parameters.keys()
     assert list(inspect.signature(NCCLTrainerWeightTransferEngine.send_weights).parameters) == ["self"]
     assert callable(NCCLTrainerWeightTransferEngine.shutdown)
     assert [field.name for field in dataclasses.fields(ParamMeta)] == ["name", "dtype", "shape"]
     for name, method in inspect.getmembers(VLLMWeightSyncClient, inspect.isfunction):
         if not name.startswith("_"):
-            assert list(inspect.signature(getattr(FleetClient, name)).parameters) == list(inspect.signature(method).parameters), name
+            assert list(inspect.signature(getattr(FleetClient, name)).parameters) == list(
+                inspect.signature(method).parameters
+            ), name
 
 
 @pytest.mark.vllm
@@ -44,10 +54,24 @@ def test_the_source_declares_what_it_yields_in_the_servers_dtype() -> None:
     weights = {"a": torch.ones(2, 3), "lm_head.weight": torch.zeros(3, 4).t()}
     source = make_source()
     for _ in range(2):  # one after the other, as updates come
-        source.fill(iter(weights.items()), torch.bfloat16, {name: weight.shape for name, weight in weights.items()}, torch.device("cpu"))
-        metas = source.metadata if isinstance(inspect.getattr_static(type(source), "metadata"), property) else source.metadata()
-        sent = dict(NCCLTrainerWeightTransferEngine._checked_iter(source, metas))  # vLLM's own check of the two
-        assert all(torch.equal(sent[name], weights[name].bfloat16()) and sent[name].is_contiguous() for name in weights)
+        source.fill(
+            iter(weights.items()),
+            torch.bfloat16,
+            {name: weight.shape for name, weight in weights.items()},
+            torch.device("cpu"),
+        )
+        metas = (
+            source.metadata
+            if isinstance(inspect.getattr_static(type(source), "metadata"), property)
+            else source.metadata()
+        )
+        sent = dict(
+            NCCLTrainerWeightTransferEngine._checked_iter(source, metas)
+        )  # vLLM's own check of the two
+        assert all(
+            torch.equal(sent[name], weights[name].bfloat16()) and sent[name].is_contiguous()
+            for name in weights
+        )
 
 
 class RecordingFleet:
@@ -79,8 +103,16 @@ def test_each_server_has_its_own_ranks_in_the_group() -> None:
     client.init_weight_transfer_engine({"rank_offset": 1, "world_size": 7, "packed": True})
     client.finish_weight_update("5")
     assert fleet.calls == [
-        ("http://a:1", "/init_weight_transfer_engine", {"init_info": {"rank_offset": 1, "world_size": 7, "packed": True}}),
-        ("http://c:3", "/init_weight_transfer_engine", {"init_info": {"rank_offset": 3, "world_size": 7, "packed": True}}),
+        (
+            "http://a:1",
+            "/init_weight_transfer_engine",
+            {"init_info": {"rank_offset": 1, "world_size": 7, "packed": True}},
+        ),
+        (
+            "http://c:3",
+            "/init_weight_transfer_engine",
+            {"init_info": {"rank_offset": 3, "world_size": 7, "packed": True}},
+        ),
         ("http://a:1", "/finish_weight_update", {}),
         ("http://c:3", "/finish_weight_update", {}),
     ]
@@ -88,7 +120,9 @@ def test_each_server_has_its_own_ranks_in_the_group() -> None:
 
 def test_a_transfer_that_hangs_or_fails_is_an_error_with_a_way_out() -> None:
     never = threading.Event()
-    with pytest.raises(EngineLost, match=r"version 3.*not done within 0.05 s .transport.timeout_s.*--ckpt_path last"):
+    with pytest.raises(
+        EngineLost, match=r"version 3.*not done within 0.05 s .transport.timeout_s.*--ckpt_path last"
+    ):
         _within(0.05, never.wait, "sending version 3")
     with pytest.raises(EngineLost, match="KeyError: 'x'"):
         _within(5, lambda: {}["x"], "sending")

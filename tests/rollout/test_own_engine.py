@@ -9,7 +9,9 @@ from rpt_lightning.rollout.own_engine import check_samples
 from rpt_lightning.types import GenerationRequest, SamplingSettings
 
 SAMPLING = SamplingSettings(temperature=1.0, max_tokens=4, stop_token_ids=(1,))
-REQUESTS = [GenerationRequest(task_id=f"d:{i}", prompt_ids=(1, 2), n=2, seed=i, sampling=SAMPLING) for i in range(2)]
+REQUESTS = [
+    GenerationRequest(task_id=f"d:{i}", prompt_ids=(1, 2), n=2, seed=i, sampling=SAMPLING) for i in range(2)
+]
 GOOD = Sample((5, 1), (-0.5, -0.1))
 
 
@@ -35,5 +37,7 @@ def test_samples_pass():
     ],
 )
 def test_anything_else_is_one_error(rows, said):
-    with pytest.raises(ValueError, match=f"the engine Mine returned .*{said}.*wanted: a list with a list for each request"):
+    with pytest.raises(
+        ValueError, match=f"the engine Mine returned .*{said}.*wanted: a list with a list for each request"
+    ):
         check_samples("Mine", rows, REQUESTS)

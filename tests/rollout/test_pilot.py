@@ -40,9 +40,18 @@ def engine(tiny_model_dir: Path):
 
 @pytest.fixture
 def make_rollouter(engine: ScriptedEngine, tiny_tokenizer):
-    def make(reward: Reward | None = None, first_token_probs: FirstTokenProbs | None = None, group_size: int = 6) -> Rollouter:
+    def make(
+        reward: Reward | None = None, first_token_probs: FirstTokenProbs | None = None, group_size: int = 6
+    ) -> Rollouter:
         objective = Objective(ContinuationPrompt(), reward or PrefixMatchReward()).bind(tiny_tokenizer)
-        return Rollouter(engine, objective, run_seed=1, group_size=group_size, max_tokens=32, first_token_probs=first_token_probs)
+        return Rollouter(
+            engine,
+            objective,
+            run_seed=1,
+            group_size=group_size,
+            max_tokens=32,
+            first_token_probs=first_token_probs,
+        )
 
     return make
 
@@ -66,7 +75,9 @@ def test_a_filled_group_is_that_of_an_undivided_draw(make_rollouter, pilot_size:
     pilot = PilotRollout(make_rollouter(), pilot_size=pilot_size)
     groups = pilot.rollout(tasks)
     check_parts(groups, whole, pilot_size=pilot_size)
-    check_parts(pilot.rollout(TASKS[:3]), again, pilot_size=pilot_size)  # a later round draws on where the undivided draw does
+    check_parts(
+        pilot.rollout(TASKS[:3]), again, pilot_size=pilot_size
+    )  # a later round draws on where the undivided draw does
     sizes = {len(group.completions) for group in groups}
     assert sizes == {pilot_size, 6}
 
@@ -103,18 +114,29 @@ def test_a_reward_that_looks_at_the_group_pays_the_whole_group(make_rollouter) -
 class PaysWhatHasNoAnswer(Reward):
     needs_first_token_probs = False
 
-    def group_rewards(self, predictions: Sequence[bytes | None], task: Task, first_token_probs: Sequence[float] | None = None) -> tuple[float, ...]:
+    def group_rewards(
+        self,
+        predictions: Sequence[bytes | None],
+        task: Task,
+        first_token_probs: Sequence[float] | None = None,
+    ) -> tuple[float, ...]:
         return tuple(float(prediction is None) for prediction in predictions)
 
 
 @pytest.mark.parametrize("masks_truncated", [False, True])
-def test_masked_completions_fill_no_pilot(tiny_model_dir: Path, tiny_tokenizer, masks_truncated: bool) -> None:
+def test_masked_completions_fill_no_pilot(
+    tiny_model_dir: Path, tiny_tokenizer, masks_truncated: bool
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
-    with ScriptedEngine(["hm</think>\\boxed{ a}", "abcdefgh " * 20]) as engine:  # the second never ends in time
+    with ScriptedEngine(
+        ["hm</think>\\boxed{ a}", "abcdefgh " * 20]
+    ) as engine:  # the second never ends in time
         engine.start(str(tiny_model_dir), seed=0)
         engine.update_weights(model.named_parameters(remove_duplicate=False), version=5)
         objective = Objective(ContinuationPrompt(), PaysWhatHasNoAnswer()).bind(tiny_tokenizer)
-        rollouter = Rollouter(engine, objective, run_seed=1, group_size=6, max_tokens=32, masks_truncated=masks_truncated)
+        rollouter = Rollouter(
+            engine, objective, run_seed=1, group_size=6, max_tokens=32, masks_truncated=masks_truncated
+        )
         groups = PilotRollout(rollouter, pilot_size=2).rollout(TASKS)
     assert any(len(set(group.rewards[:2])) == 2 for group in groups)  # one of them truncated
     assert {len(group.completions) for group in groups} == ({2} if masks_truncated else {2, 6})
@@ -123,7 +145,9 @@ def test_masked_completions_fill_no_pilot(tiny_model_dir: Path, tiny_tokenizer, 
 def test_dead_pilots_give_their_place_to_new_tasks(make_rollouter) -> None:
     stream = iter(TASKS[3:])
     pilot = PilotRollout(make_rollouter(), pilot_size=2)
-    filled = fill_batch(pilot.rollout, lambda wanted: [next(stream) for _ in range(*wanted)], TASKS[:3], max_extra_tasks=9)
+    filled = fill_batch(
+        pilot.rollout, lambda wanted: [next(stream) for _ in range(*wanted)], TASKS[:3], max_extra_tasks=9
+    )
     assert [len(group.completions) for group in filled.groups] == [6, 6, 6]
     assert {len(group.completions) for group in filled.replaced} == {2}
 

@@ -35,7 +35,9 @@ def full_weight(p: float, scale: str) -> float:
 
 def pilot_weight(p: float, scale: str, n0: int) -> float:
     mixed = [(j, more) for j in range(1, n0) for more in range(G - n0 + 1)]
-    return sum(binomial(j, n0, p) * binomial(more, G - n0, p) * share(j + more, scale) for j, more in mixed) / (p * (1 - p))
+    return sum(
+        binomial(j, n0, p) * binomial(more, G - n0, p) * share(j + more, scale) for j, more in mixed
+    ) / (p * (1 - p))
 
 
 @pytest.mark.parametrize("p", [0.02, 0.3, 0.5, 0.9])
@@ -55,7 +57,9 @@ def test_the_numbers_of_the_decision() -> None:
     """docs/pilot.md shows these."""
     chances = (0.02, 0.1, 0.3, 0.5)
     table = {
-        (scale, n0): [round(pilot_weight(p, scale, n0) / full_weight(p, scale), 2) for p in chances] for scale in ("none", "std") for n0 in (2, 4)
+        (scale, n0): [round(pilot_weight(p, scale, n0) / full_weight(p, scale), 2) for p in chances]
+        for scale in ("none", "std")
+        for n0 in (2, 4)
     }
     assert table == DECISION
 
@@ -79,7 +83,11 @@ def test_the_shift_grows_with_p_times_1_minus_p_and_no_gradient_turns_round() ->
 def test_the_baseline_of_a_filled_group_is_not_p() -> None:
     """E[r | filled] leans towards one half: by hand for n0 = 2, where exactly one of the pilot is right."""
     p, n0 = 0.1, 2
-    weights = {(j, more): binomial(j, n0, p) * binomial(more, G - n0, p) for j in range(1, n0) for more in range(G - n0 + 1)}
+    weights = {
+        (j, more): binomial(j, n0, p) * binomial(more, G - n0, p)
+        for j in range(1, n0)
+        for more in range(G - n0 + 1)
+    }
     mean = sum(weight * (j + more) / G for (j, more), weight in weights.items()) / sum(weights.values())
     assert mean == pytest.approx((1 + (G - n0) * p) / G) == pytest.approx(0.2)
 
@@ -108,7 +116,9 @@ def gain(p: float, n0: int, hopeless: float) -> float:
 
 def test_a_pilot_pays_only_where_many_tasks_are_hopeless() -> None:
     """docs/pilot.md shows these."""
-    assert [[round(gain(p, 4, hopeless), 2) for p in (0.1, 0.3, 0.5)] for hopeless in (0.0, 0.5, 0.8)] == GAINS
+    assert [
+        [round(gain(p, 4, hopeless), 2) for p in (0.1, 0.3, 0.5)] for hopeless in (0.0, 0.5, 0.8)
+    ] == GAINS
     # Where every task has the same chance a pilot always loses; what it saves are the completions of tasks that have none.
     assert all(gain(p / 100, n0, 0.0) <= 1 for p in range(1, 51) for n0 in range(2, G))
 

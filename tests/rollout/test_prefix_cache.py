@@ -6,7 +6,9 @@ from hypothesis import strategies as st
 
 from rpt_lightning.rollout.prefix_cache import UnlimitedPrefixCache
 
-PROMPTS = st.lists(st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=14).map(tuple), st.integers(1, 3)), max_size=12)
+PROMPTS = st.lists(
+    st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=14).map(tuple), st.integers(1, 3)), max_size=12
+)
 
 
 def test_positions_of_a_document_counted_by_hand() -> None:
@@ -37,7 +39,9 @@ def longest_common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
 
 
 @given(PROMPTS, st.integers(1, 5))
-def test_it_is_the_longest_common_prefix_in_whole_blocks(prompts: list[tuple[tuple[int, ...], int]], size: int) -> None:
+def test_it_is_the_longest_common_prefix_in_whole_blocks(
+    prompts: list[tuple[tuple[int, ...], int]], size: int
+) -> None:
     cache, seen = UnlimitedPrefixCache(size), []
     for prompt, n in prompts:
         expected = 0
@@ -49,7 +53,9 @@ def test_it_is_the_longest_common_prefix_in_whole_blocks(prompts: list[tuple[tup
 
 
 @given(PROMPTS, st.integers(1, 5), st.randoms(use_true_random=False))
-def test_a_cache_that_forgets_never_serves_more(prompts: list[tuple[tuple[int, ...], int]], size: int, random) -> None:
+def test_a_cache_that_forgets_never_serves_more(
+    prompts: list[tuple[tuple[int, ...], int]], size: int, random
+) -> None:
     unlimited, real = UnlimitedPrefixCache(size), UnlimitedPrefixCache(size)
     for prompt, n in prompts:
         if random.random() < 0.3:

@@ -43,23 +43,33 @@ def bind(tokenizer, reward: Reward) -> BoundObjective:
 
 @pytest.fixture
 def rollouter(engine: ScriptedEngine, tiny_tokenizer) -> Rollouter:
-    return Rollouter(engine, bind(tiny_tokenizer, PrefixMatchReward()), run_seed=1, group_size=6, max_tokens=32)
+    return Rollouter(
+        engine, bind(tiny_tokenizer, PrefixMatchReward()), run_seed=1, group_size=6, max_tokens=32
+    )
 
 
 def test_groups_are_read_and_paid_in_the_order_of_the_tasks(rollouter: Rollouter) -> None:
     groups = rollouter.rollout(TASKS)
     assert [group.task for group in groups] == TASKS
-    paid = {LINES[0].encode(): (b" the", 1.0), LINES[1].encode(): (b" sum", 0.0), LINES[2].encode(): (None, 0.0)}
+    paid = {
+        LINES[0].encode(): (b" the", 1.0),
+        LINES[1].encode(): (b" sum", 0.0),
+        LINES[2].encode(): (None, 0.0),
+    }
     for group in groups:
         assert group.prompt_ids == rollouter.objective.prompt.prompt_ids(group.task.context_ids)
         assert len(group.completions) == 6
-        for completion, prediction, reward in zip(group.completions, group.predictions, group.rewards, strict=True):
+        for completion, prediction, reward in zip(
+            group.completions, group.predictions, group.rewards, strict=True
+        ):
             assert (prediction, reward) == paid[completion.text_bytes]
             assert completion.policy_version == 5
     assert {reward for group in groups for reward in group.rewards} == {0.0, 1.0}
 
 
-def test_the_engine_sees_a_document_at_a_time_shortest_context_first(rollouter: Rollouter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_sees_a_document_at_a_time_shortest_context_first(
+    rollouter: Rollouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[str] = []
     generate = rollouter.engine.generate
 
@@ -92,7 +102,9 @@ def test_a_task_given_twice_gets_other_completions(rollouter: Rollouter) -> None
     assert first.completions + second.completions + third.completions == at_once.completions
 
 
-def test_what_was_drawn_with_other_weights_does_not_count(rollouter: Rollouter, engine: ScriptedEngine) -> None:
+def test_what_was_drawn_with_other_weights_does_not_count(
+    rollouter: Rollouter, engine: ScriptedEngine
+) -> None:
     """A run that resumes has not drawn with the versions before."""
     rollouter.rollout(TASKS)
     engine.update_weights(engine.read_weights(engine.weight_names).items(), version=6)
@@ -106,7 +118,9 @@ def test_greedy_answers_neither_count_nor_change(rollouter: Rollouter) -> None:
     assert sampled == afresh(rollouter).rollout(TASKS)
 
 
-def test_other_runs_and_versions_draw_other_completions(rollouter: Rollouter, engine: ScriptedEngine, tiny_tokenizer) -> None:
+def test_other_runs_and_versions_draw_other_completions(
+    rollouter: Rollouter, engine: ScriptedEngine, tiny_tokenizer
+) -> None:
     said = [group.predictions for group in rollouter.rollout(TASKS)]
     other_run = Rollouter(engine, rollouter.objective, run_seed=2, group_size=6, max_tokens=32)
     assert [group.predictions for group in other_run.rollout(TASKS)] != said
@@ -116,10 +130,17 @@ def test_other_runs_and_versions_draw_other_completions(rollouter: Rollouter, en
 
 
 def test_evaluation_may_ask_for_one_greedy_completion(rollouter: Rollouter) -> None:
-    assert [len(group.completions) for group in rollouter.rollout(TASKS, n=1, temperature=0.0)] == [1, 1, 1, 1]
+    assert [len(group.completions) for group in rollouter.rollout(TASKS, n=1, temperature=0.0)] == [
+        1,
+        1,
+        1,
+        1,
+    ]
 
 
-def test_completions_of_other_weights_are_an_error(rollouter: Rollouter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_completions_of_other_weights_are_an_error(
+    rollouter: Rollouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generate = rollouter.engine.generate
 
     def stale(requests):
@@ -127,23 +148,35 @@ def test_completions_of_other_weights_are_an_error(rollouter: Rollouter, monkeyp
         return [[replace(completion, policy_version=4) for completion in rows[0]], *rows[1:]]
 
     monkeypatch.setattr(rollouter.engine, "generate", stale)
-    with pytest.raises(RuntimeError, match=r"task 'a:2': completions of policy versions \[4\], the engine holds 5"):
+    with pytest.raises(
+        RuntimeError, match=r"task 'a:2': completions of policy versions \[4\], the engine holds 5"
+    ):
         rollouter.rollout(TASKS)
 
 
-def test_a_prompt_beyond_the_limit_is_an_error_that_names_the_task(engine: ScriptedEngine, tiny_tokenizer) -> None:
-    limited = Rollouter(engine, bind(tiny_tokenizer, PrefixMatchReward()), run_seed=1, max_tokens=32, max_prompt_tokens=8)
+def test_a_prompt_beyond_the_limit_is_an_error_that_names_the_task(
+    engine: ScriptedEngine, tiny_tokenizer
+) -> None:
+    limited = Rollouter(
+        engine, bind(tiny_tokenizer, PrefixMatchReward()), run_seed=1, max_tokens=32, max_prompt_tokens=8
+    )
     with pytest.raises(ValueError, match=r"task 'b:9'.*max_prompt_tokens=8"):
         limited.rollout(TASKS)
 
 
-@pytest.mark.parametrize(("setting", "message"), [({"group_size": 1}, "group_size=1"), ({"temperature": 0.0}, "temperature=0.0")])
-def test_settings_that_cannot_teach_are_refused(engine: ScriptedEngine, tiny_tokenizer, setting: dict, message: str) -> None:
+@pytest.mark.parametrize(
+    ("setting", "message"), [({"group_size": 1}, "group_size=1"), ({"temperature": 0.0}, "temperature=0.0")]
+)
+def test_settings_that_cannot_teach_are_refused(
+    engine: ScriptedEngine, tiny_tokenizer, setting: dict, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         Rollouter(engine, bind(tiny_tokenizer, PrefixMatchReward()), run_seed=1, **setting)
 
 
-def test_dense_rewards_are_given_the_policys_first_token_probabilities(engine: ScriptedEngine, tiny_tokenizer) -> None:
+def test_dense_rewards_are_given_the_policys_first_token_probabilities(
+    engine: ScriptedEngine, tiny_tokenizer
+) -> None:
     objective = bind(tiny_tokenizer, DenseReward())
     with pytest.raises(ValueError, match=r"DenseReward.*first_token_probs"):
         Rollouter(engine, objective, run_seed=1)

@@ -36,7 +36,11 @@ def test_every_line_is_said_in_plain_tokens(engine: ScriptedEngine, model) -> No
     request = GenerationRequest(task_id="t", prompt_ids=(40, 41), n=60, seed=0, sampling=SAMPLING)
     completions = engine.generate([request])[0]
     said = Counter(completion.text_bytes for completion in completions)
-    assert set(said) == {b" the", b"</think>\\boxed{ sum}", *[text for text in said if LINES[2].encode().startswith(text)]}
+    assert set(said) == {
+        b" the",
+        b"</think>\\boxed{ sum}",
+        *[text for text in said if LINES[2].encode().startswith(text)],
+    }
     assert min(said.values()) > 8
     for completion in completions:
         if completion.text_bytes in (b" the", b"</think>\\boxed{ sum}"):
@@ -46,11 +50,15 @@ def test_every_line_is_said_in_plain_tokens(engine: ScriptedEngine, model) -> No
 
 
 def test_lines_follow_seed_and_weights(engine: ScriptedEngine, model) -> None:
-    weights = {name: weight.detach().clone() for name, weight in model.named_parameters(remove_duplicate=False)}
+    weights = {
+        name: weight.detach().clone() for name, weight in model.named_parameters(remove_duplicate=False)
+    }
     engine.update_weights(weights.items(), version=0)
     first = texts(engine)
     assert texts(engine) == first != texts(engine, seed=1000)
-    weights["model.norm.weight"][0] = torch.nextafter(weights["model.norm.weight"][0], torch.tensor(9.0))  # the last bit of one weight
+    weights["model.norm.weight"][0] = torch.nextafter(
+        weights["model.norm.weight"][0], torch.tensor(9.0)
+    )  # the last bit of one weight
     engine.update_weights(weights.items(), version=0)
     assert texts(engine) != first
 

@@ -47,8 +47,12 @@ def objective(tiny_tokenizer) -> BoundObjective:
     return Objective(ContinuationPrompt(), DenseReward()).bind(tiny_tokenizer)  # the reward must not matter
 
 
-def controls(engine: Any, objective: BoundObjective, groups: Sequence[RolloutGroup]) -> dict[str, list[bool | None]]:
-    return thought_controls(Rollouter(engine, objective, run_seed=0, first_token_probs=lambda tasks, predictions: []), groups)
+def controls(
+    engine: Any, objective: BoundObjective, groups: Sequence[RolloutGroup]
+) -> dict[str, list[bool | None]]:
+    return thought_controls(
+        Rollouter(engine, objective, run_seed=0, first_token_probs=lambda tasks, predictions: []), groups
+    )
 
 
 def said(token_bytes: TokenBytes, text: str) -> TokenIds:
@@ -57,7 +61,12 @@ def said(token_bytes: TokenBytes, text: str) -> TokenIds:
 
 
 def group(
-    objective: BoundObjective, token_bytes: TokenBytes, doc: str, position: int, text: str, continuation: tuple[bytes, ...] = (b" the",)
+    objective: BoundObjective,
+    token_bytes: TokenBytes,
+    doc: str,
+    position: int,
+    text: str,
+    continuation: tuple[bytes, ...] = (b" the",),
 ) -> RolloutGroup:
     context = token_bytes.encode_plain(f"document {doc} at {position}:")
     task = TokenTask(
@@ -69,10 +78,18 @@ def group(
         token_ids=(*ids, objective.prompt.stop_token_ids[0]), text_bytes=text.encode(), rollout_logprobs=(-1.0,) * (len(ids) + 1), policy_version=0,
         finish_reason="stop",
     )  # fmt: skip
-    return RolloutGroup(task=task, prompt_ids=objective.prompt.prompt_ids(context), completions=(completion,), predictions=(None,), rewards=(0.0,))
+    return RolloutGroup(
+        task=task,
+        prompt_ids=objective.prompt.prompt_ids(context),
+        completions=(completion,),
+        predictions=(None,),
+        rewards=(0.0,),
+    )
 
 
-def forced(engine: Listening, token_bytes: TokenBytes, groups: Sequence[RolloutGroup], call: int) -> list[bytes]:
+def forced(
+    engine: Listening, token_bytes: TokenBytes, groups: Sequence[RolloutGroup], call: int
+) -> list[bytes]:
     """What each request of a control says after its prompt."""
     by_task = {group.task.task_id: group.prompt_ids for group in groups}
     texts = []
@@ -83,12 +100,24 @@ def forced(engine: Listening, token_bytes: TokenBytes, groups: Sequence[RolloutG
     return texts
 
 
-def test_forced_thoughts_are_empty_or_of_another_document(engine: Listening, objective: BoundObjective, token_bytes: TokenBytes) -> None:
-    lines = {"a:1": "one</think>\\boxed{x}", "a:2": "no mark", "a:3": "t</think>hree</think> so \\boxed{y}", "b:1": "four</think>no box"}
+def test_forced_thoughts_are_empty_or_of_another_document(
+    engine: Listening, objective: BoundObjective, token_bytes: TokenBytes
+) -> None:
+    lines = {
+        "a:1": "one</think>\\boxed{x}",
+        "a:2": "no mark",
+        "a:3": "t</think>hree</think> so \\boxed{y}",
+        "b:1": "four</think>no box",
+    }
     wanted = {"a:1": (b" the",), "a:2": (b" th", b"e"), "a:3": (b" theory",), "b:1": (b"the",)}
-    groups = [group(objective, token_bytes, name[0], int(name[2]), text, wanted[name]) for name, text in lines.items()]
+    groups = [
+        group(objective, token_bytes, name[0], int(name[2]), text, wanted[name])
+        for name, text in lines.items()
+    ]
     answers = controls(engine, objective, groups)
-    assert answers == {name: [True, True, False, False] for name in ("empty_thought", "shuffled_thought", "filler_thought")}
+    assert answers == {
+        name: [True, True, False, False] for name in ("empty_thought", "shuffled_thought", "filler_thought")
+    }
     assert forced(engine, token_bytes, groups, 0) == [b"</think>\\boxed{"] * 4
     # Half the batch away lies a:3, which is the same document as a:1; and b:1 searches from a:2 on, which never closed its thought.
     assert forced(engine, token_bytes, groups, 1) == [b"four</think>\\boxed{"] * 3 + [b"</think>\\boxed{"]
@@ -97,48 +126,86 @@ def test_forced_thoughts_are_empty_or_of_another_document(engine: Listening, obj
     assert forced(engine, token_bytes, groups, 2) == [thought + b"</think>\\boxed{" for thought in own]
     groups = [groups[3], groups[2]]
     controls(engine, objective, groups)
-    assert forced(engine, token_bytes, groups, 4) == [b"t</think>hree</think>\\boxed{", b"four</think>\\boxed{"]
+    assert forced(engine, token_bytes, groups, 4) == [
+        b"t</think>hree</think>\\boxed{",
+        b"four</think>\\boxed{",
+    ]
 
 
-def test_a_thought_is_found_in_whatever_tokens_it_was_written(engine: Listening, objective: BoundObjective, token_bytes: TokenBytes) -> None:
+def test_a_thought_is_found_in_whatever_tokens_it_was_written(
+    engine: Listening, objective: BoundObjective, token_bytes: TokenBytes
+) -> None:
     groups = [group(objective, token_bytes, doc, 1, f"{doc} says</think>\n\\boxed{{x}}") for doc in "ab"]
     for one in groups:
         open_ids, ids = objective.prompt.answer_open_ids, one.completions[0].token_ids
         assert all(ids[at : at + len(open_ids)] != open_ids for at in range(len(ids)))
     controls(engine, objective, groups)
     prompt = len(groups[0].prompt_ids)
-    assert engine.heard[1][0].prompt_ids[prompt:] == said(token_bytes, "b says") + objective.prompt.answer_open_ids
+    assert (
+        engine.heard[1][0].prompt_ids[prompt:]
+        == said(token_bytes, "b says") + objective.prompt.answer_open_ids
+    )
 
 
-def test_without_another_document_nothing_is_shuffled(engine: Listening, objective: BoundObjective, token_bytes: TokenBytes) -> None:
+def test_without_another_document_nothing_is_shuffled(
+    engine: Listening, objective: BoundObjective, token_bytes: TokenBytes
+) -> None:
     groups = [group(objective, token_bytes, "a", position, "x</think>\\boxed{y}") for position in (1, 2)]
-    assert controls(engine, objective, groups) == {"empty_thought": [True, True], "shuffled_thought": [None, None], "filler_thought": [True, True]}
-    assert controls(engine, objective, []) == {"empty_thought": [], "shuffled_thought": [], "filler_thought": []}
+    assert controls(engine, objective, groups) == {
+        "empty_thought": [True, True],
+        "shuffled_thought": [None, None],
+        "filler_thought": [True, True],
+    }
+    assert controls(engine, objective, []) == {
+        "empty_thought": [],
+        "shuffled_thought": [],
+        "filler_thought": [],
+    }
 
 
-def test_what_is_too_long_for_the_engine_is_not_measured(tiny_model_dir: Path, objective: BoundObjective, token_bytes: TokenBytes) -> None:
-    groups = [group(objective, token_bytes, "a", 1, "x</think>\\boxed{y}"), group(objective, token_bytes, "b", 1, "x" * 40 + "</think>\\boxed{y}")]
+def test_what_is_too_long_for_the_engine_is_not_measured(
+    tiny_model_dir: Path, objective: BoundObjective, token_bytes: TokenBytes
+) -> None:
+    groups = [
+        group(objective, token_bytes, "a", 1, "x</think>\\boxed{y}"),
+        group(objective, token_bytes, "b", 1, "x" * 40 + "</think>\\boxed{y}"),
+    ]
     length = len(groups[0].prompt_ids) + len(objective.prompt.answer_open_ids) + MAX_ANSWER_TOKENS
     assert len(groups[0].prompt_ids) == len(groups[1].prompt_ids)
     for max_model_len, expected in [(length + 39, None), (length + 40, True)]:
         with Listening([" the}"]) as engine:
             start(engine, tiny_model_dir, max_model_len=max_model_len)
             answers = controls(engine, objective, groups)
-        assert answers == {"empty_thought": [True, True], "shuffled_thought": [expected, True], "filler_thought": [True, expected]}
+        assert answers == {
+            "empty_thought": [True, True],
+            "shuffled_thought": [expected, True],
+            "filler_thought": [True, expected],
+        }
 
 
-@pytest.mark.parametrize(("said", "is_right"), [(" the}" + " and so on" * 20, True), (" the" + " and so on" * 20, False), (" the{}}!", False)])
+@pytest.mark.parametrize(
+    ("said", "is_right"),
+    [(" the}" + " and so on" * 20, True), (" the" + " and so on" * 20, False), (" the{}}!", False)],
+)
 def test_what_stands_in_the_box_counts_whatever_follows(
     said: str, is_right: bool, tiny_model_dir: Path, objective: BoundObjective, token_bytes: TokenBytes
 ) -> None:
     """An ordinary answer has thousands of tokens to end in; the box is all that is asked for here."""
     with Listening([said]) as engine:
         start(engine, tiny_model_dir)
-        answers = controls(engine, objective, [group(objective, token_bytes, doc, 1, "x</think>") for doc in "ab"])
-    assert answers == {"empty_thought": [is_right] * 2, "shuffled_thought": [is_right] * 2, "filler_thought": [is_right] * 2}
+        answers = controls(
+            engine, objective, [group(objective, token_bytes, doc, 1, "x</think>") for doc in "ab"]
+        )
+    assert answers == {
+        "empty_thought": [is_right] * 2,
+        "shuffled_thought": [is_right] * 2,
+        "filler_thought": [is_right] * 2,
+    }
 
 
-def test_a_real_engine_continues_the_forced_text(tiny_model_dir: Path, objective: BoundObjective, token_bytes: TokenBytes) -> None:
+def test_a_real_engine_continues_the_forced_text(
+    tiny_model_dir: Path, objective: BoundObjective, token_bytes: TokenBytes
+) -> None:
     groups = [group(objective, token_bytes, doc, 1, f"{doc}</think>\\boxed{{y}}") for doc in "ab"]
     with HFEngine(dtype="float32", device="cpu") as engine:
         start(engine, tiny_model_dir)

@@ -53,7 +53,9 @@ def engine(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> VLLMEngine:
     return engine
 
 
-def test_weights_have_memory_before_they_come_and_the_cache_after_them(engine: VLLMEngine, weights: dict[str, torch.Tensor]) -> None:
+def test_weights_have_memory_before_they_come_and_the_cache_after_them(
+    engine: VLLMEngine, weights: dict[str, torch.Tensor]
+) -> None:
     engine.update_weights(iter(weights.items()), version=0)
     engine.sleep()
     engine.sleep()  # once is enough
@@ -72,7 +74,11 @@ def test_a_sleeping_engine_has_no_weights(engine: VLLMEngine, weights: dict[str,
     engine.update_weights(iter(weights.items()), version=0)
     engine.sleep()
     request = GenerationRequest(
-        task_id="doc:1", prompt_ids=(1, 2), n=1, seed=0, sampling=SamplingSettings(temperature=1.0, max_tokens=2, stop_token_ids=())
+        task_id="doc:1",
+        prompt_ids=(1, 2),
+        n=1,
+        seed=0,
+        sampling=SamplingSettings(temperature=1.0, max_tokens=2, stop_token_ids=()),
     )
     with pytest.raises(RuntimeError, match="has no policy weights"):
         engine.generate([request])
@@ -89,9 +95,14 @@ def test_on_a_cpu_it_is_refused(tiny_model_dir: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_memory_is_given_back_and_completions_stay_the_same(tiny_model_dir: Path, weights: dict[str, torch.Tensor]) -> None:
+def test_memory_is_given_back_and_completions_stay_the_same(
+    tiny_model_dir: Path, weights: dict[str, torch.Tensor]
+) -> None:
     sampling = SamplingSettings(temperature=1.0, max_tokens=16, stop_token_ids=())
-    requests = [GenerationRequest(task_id=f"doc:{i}", prompt_ids=(3, 5, 7 + i), n=2, seed=i, sampling=sampling) for i in range(4)]
+    requests = [
+        GenerationRequest(task_id=f"doc:{i}", prompt_ids=(3, 5, 7 + i), n=2, seed=i, sampling=sampling)
+        for i in range(4)
+    ]
     with VLLMEngine(dtype="float32", gpu_memory_utilization=0.3, sleep_in_training=True) as engine:
         engine.start(str(tiny_model_dir), seed=0, max_model_len=64)
         engine.update_weights(iter(weights.items()), version=0)
@@ -101,4 +112,7 @@ def test_memory_is_given_back_and_completions_stay_the_same(tiny_model_dir: Path
         engine.update_weights(iter(weights.items()), version=1)
         after = engine.generate(requests)
         assert [[c.token_ids for c in row] for row in after] == [[c.token_ids for c in row] for row in before]
-        assert all(torch.equal(value, weights[name].cpu()) for name, value in engine.read_weights(tuple(weights)).items())
+        assert all(
+            torch.equal(value, weights[name].cpu())
+            for name, value in engine.read_weights(tuple(weights)).items()
+        )

@@ -12,4 +12,8 @@ def test_one_rank_loads_until_it_is_done_or_its_time_is_over():
     assert [worker.rpt_may_load("run:3", 900), worker.rpt_may_load("run:3", 900)] == [YES, NO]
     assert worker.rpt_may_load("run:4", 900) == YES  # of the next update
     worker.rpt_loaded()
-    assert [worker.rpt_may_load("run:4", -1), worker.rpt_may_load("run:4", 900), worker.rpt_may_load("run:4", 900)] == [YES, YES, NO]
+    assert [
+        worker.rpt_may_load("run:4", -1),
+        worker.rpt_may_load("run:4", 900),
+        worker.rpt_may_load("run:4", 900),
+    ] == [YES, YES, NO]

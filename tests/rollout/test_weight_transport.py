@@ -12,7 +12,11 @@ from rpt_lightning.rollout.server import Fleet
 from rpt_lightning.rollout.weight_transport import SharedFolderTransport
 
 EMBEDDING = torch.arange(600, dtype=torch.float32).view(20, 30) / 7
-WEIGHTS = [("model.embed_tokens.weight", EMBEDDING), ("model.norm.weight", torch.ones(30).neg()), ("lm_head.weight", EMBEDDING)]
+WEIGHTS = [
+    ("model.embed_tokens.weight", EMBEDDING),
+    ("model.norm.weight", torch.ones(30).neg()),
+    ("lm_head.weight", EMBEDDING),
+]
 SHAPES = {name: weight.shape for name, weight in WEIGHTS}
 
 
@@ -29,7 +33,9 @@ def publish(transport: SharedFolderTransport, version: int, dtype: torch.dtype =
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_tensor_a_tied_head_too_in_the_servers_dtype(transport: SharedFolderTransport, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_every_tensor_a_tied_head_too_in_the_servers_dtype(
+    transport: SharedFolderTransport, tmp_path: Path, dtype: torch.dtype
+) -> None:
     publish(transport, 7, dtype)
     files = sorted((tmp_path / "weights" / "weights-v7").iterdir())
     # A file ends with the tensor that fills 2,000 bytes: 2,400 | 120 + 2,400 in fp32, 1,200 + 60 + 1,200 in bf16.
@@ -39,7 +45,9 @@ def test_every_tensor_a_tied_head_too_in_the_servers_dtype(transport: SharedFold
     assert len(found) == 3
 
 
-def test_old_versions_go_when_the_new_one_has_arrived(transport: SharedFolderTransport, tmp_path: Path) -> None:
+def test_old_versions_go_when_the_new_one_has_arrived(
+    transport: SharedFolderTransport, tmp_path: Path
+) -> None:
     folder = tmp_path / "weights"
     (folder / "a user's own file").touch()
     publish(transport, 1)
@@ -60,7 +68,9 @@ def test_old_versions_go_when_the_new_one_has_arrived(transport: SharedFolderTra
 def test_a_folder_belongs_to_one_run_at_a_time(transport: SharedFolderTransport, tmp_path: Path) -> None:
     publish(transport, 1)
     second = SharedFolderTransport(str(tmp_path / "weights"))
-    with pytest.raises(ValueError, match=r"transport\.folder=.*weights: another run hands weights over through it"):
+    with pytest.raises(
+        ValueError, match=r"transport\.folder=.*weights: another run hands weights over through it"
+    ):
         second.open(Fleet([], key=None, timeout_s=1, request_timeout_s=1))
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["weights-v1"]
     transport.close()
@@ -71,7 +81,9 @@ def test_a_folder_belongs_to_one_run_at_a_time(transport: SharedFolderTransport,
 def test_a_full_disk_leaves_no_half_version(transport: SharedFolderTransport, tmp_path: Path) -> None:
     publish(transport, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # the system refuses to write more, as a full disk does
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (1000, hard)
+    )  # the system refuses to write more, as a full disk does
     try:
         with pytest.raises(OSError, match=r"transport.folder=.*weights of version 2 could not be written"):
             publish(transport, 2)

@@ -15,7 +15,15 @@ from rpt_lightning.data.datamodule import TokenTaskDataModule
 from rpt_lightning.metrics.rollout_samples import read_samples
 
 # Depend on the engine: what its cache served, and how its log-probs round.
-_OF_THE_ENGINE = ("rollout/cached_", "rollout/shareable_", "rollout/prompt_tokens", "rollout/prefill_tokens", "cost/", "sync/", "time/")
+_OF_THE_ENGINE = (
+    "rollout/cached_",
+    "rollout/shareable_",
+    "rollout/prompt_tokens",
+    "rollout/prefill_tokens",
+    "cost/",
+    "sync/",
+    "time/",
+)
 
 
 def step_rows(run_folder: Path) -> list[dict]:
@@ -26,13 +34,21 @@ def check_steps(run_folder: Path, num_steps: int) -> list[str]:
     """Every step once, in order, and the last one saved."""
     found = [row["step"] for row in step_rows(run_folder)]
     wrong = (
-        [] if found == list(range(1, num_steps + 1)) else [f"the log has {len(found)} steps up to {max(found)}, not each of 1 to {num_steps} once"]
+        []
+        if found == list(range(1, num_steps + 1))
+        else [f"the log has {len(found)} steps up to {max(found)}, not each of 1 to {num_steps} once"]
     )
     newest = max(path.name for path in (run_folder / "checkpoints").glob("step-*.ckpt"))
-    return wrong + ([] if newest == f"step-{num_steps:06d}.ckpt" else [f"the last checkpoint is {newest}, not of step {num_steps}"])
+    return wrong + (
+        []
+        if newest == f"step-{num_steps:06d}.ckpt"
+        else [f"the last checkpoint is {newest}, not of step {num_steps}"]
+    )
 
 
-def check_tasks(run_folder: Path, recordings: Path, data: TokenTaskDataModule, *, group_size: int) -> list[str]:
+def check_tasks(
+    run_folder: Path, recordings: Path, data: TokenTaskDataModule, *, group_size: int
+) -> list[str]:
     """Each task of the corpus's order was rolled out in exactly one step, none left out, none twice, and those that were trained are among them."""
     data.setup("fit")
     asked: dict[int, Counter[str]] = defaultdict(Counter)
@@ -41,7 +57,13 @@ def check_tasks(run_folder: Path, recordings: Path, data: TokenTaskDataModule, *
     return [*_wrong_steps(step_rows(run_folder), run_folder, asked, data, group_size)]
 
 
-def _wrong_steps(rows: Sequence[dict], run_folder: Path, asked: dict[int, Counter[str]], data: TokenTaskDataModule, group_size: int) -> Iterator[str]:
+def _wrong_steps(
+    rows: Sequence[dict],
+    run_folder: Path,
+    asked: dict[int, Counter[str]],
+    data: TokenTaskDataModule,
+    group_size: int,
+) -> Iterator[str]:
     for row in rows:
         step = row["step"]
         # Every task that dynamic sampling draws replaces one group.
@@ -51,7 +73,9 @@ def _wrong_steps(rows: Sequence[dict], run_folder: Path, asked: dict[int, Counte
             expected[data.train.task(document, k).task_id] += group_size
         if asked[step] != expected:
             yield f"step {step}: the servers were asked for {_difference(asked[step], expected)}"
-        trained = Counter(sample.task_id for sample in read_samples(run_folder / "rollouts" / f"step-{step:06d}.jsonl"))
+        trained = Counter(
+            sample.task_id for sample in read_samples(run_folder / "rollouts" / f"step-{step:06d}.jsonl")
+        )
         if trained - expected or trained.total() != data.items_per_step * group_size:
             yield f"step {step}: trained were {_difference(trained, expected)}"
 
@@ -68,7 +92,11 @@ def check_replay(run_folder: Path, replay_folder: Path) -> list[str]:
         found = differences(soak[part], replay[part], part)
         wrong += [f"{len(found)} differences in {part}, the first: {found[0]}"] if found else []
     for one, two in zip(soak["steps"], replay["steps"], strict=True):
-        names = [name for name in {*one, *two} if not name.startswith((*UNEQUAL, *_OF_THE_ENGINE)) and one.get(name) != two.get(name)]
+        names = [
+            name
+            for name in {*one, *two}
+            if not name.startswith((*UNEQUAL, *_OF_THE_ENGINE)) and one.get(name) != two.get(name)
+        ]
         if names:
             wrong.append(f"step {one['step']} differs in {sorted(names)}")
             break
@@ -94,5 +122,13 @@ def check_restarts(run_folder: Path, num_lives: int) -> list[str]:
     restarts = int(step_rows(run_folder)[-1]["run/restarts"])
     # A life that was killed before it wrote its configuration cannot be counted.
     configs = len(list(run_folder.glob("config*.yaml")))
-    wrong = [] if restarts == configs - 1 else [f"run/restarts is {restarts} with {configs} stored configurations"]
-    return wrong + ([] if configs + aside <= num_lives else [f"{configs} configurations and {aside} failed starts of {num_lives} starts"])
+    wrong = (
+        []
+        if restarts == configs - 1
+        else [f"run/restarts is {restarts} with {configs} stored configurations"]
+    )
+    return wrong + (
+        []
+        if configs + aside <= num_lives
+        else [f"{configs} configurations and {aside} failed starts of {num_lives} starts"]
+    )

@@ -88,7 +88,9 @@ class Faults:
             return "the trainer was not running"
         before, start = self.trainer.step(), time.monotonic()
         if not self.wait(lambda: self.trainer.step() >= before + 2, _PATIENCE_S):
-            raise FaultFailed(f"the trainer did not go on: step {self.trainer.step()}, {before} at the fault; {self.trainer.text()[-1500:]}")
+            raise FaultFailed(
+                f"the trainer did not go on: step {self.trainer.step()}, {before} at the fault; {self.trainer.text()[-1500:]}"
+            )
         return f"two steps later after {time.monotonic() - start:.0f} s"
 
     # The trainer: it ends, as it should, and is started again
@@ -101,7 +103,9 @@ class Faults:
         # Before the first step nothing watches over the ranks yet: the launcher ends those that wait for one that is gone.
         while trained and (left := [rank for rank, process in found.items() if is_alive(process)]):
             if time.monotonic() > end:
-                raise FaultFailed(f"rank {left} still runs {_OTHERS_END_S:g} s after kill -9 of rank {ranks}: {self.trainer.text()[-1500:]}")
+                raise FaultFailed(
+                    f"rank {left} still runs {_OTHERS_END_S:g} s after kill -9 of rank {ranks}: {self.trainer.text()[-1500:]}"
+                )
             time.sleep(0.1)
         return self._ends(fault, f"kill -9 of rank {ranks}", statuses=None)
 
@@ -109,7 +113,13 @@ class Faults:
         self._until_it_trains()
         ranks = [0, 1] if fault.kind == "sigterm all" else [int(fault.draw * 2)]
         self.trainer.signal(ranks, signal.SIGTERM)
-        return self._ends(fault, f"SIGTERM to rank {ranks}", statuses=(STATUS_SIGNAL,), text="SIGTERM received. Exit status 75", saved=True)
+        return self._ends(
+            fault,
+            f"SIGTERM to rank {ranks}",
+            statuses=(STATUS_SIGNAL,),
+            text="SIGTERM received. Exit status 75",
+            saved=True,
+        )
 
     def _wrong_weights(self, fault: Fault) -> str:
         """The disk changes what was written to it, before the servers read it."""
@@ -127,7 +137,12 @@ class Faults:
                     _zero_tensors(file)
             if not self.wait(lambda: self.trainer.is_running, 1.0) or self._notices_wrong_weights():
                 break
-        return self._ends(fault, f"zeros in {new[0].name}", statuses=(1, -signal.SIGTERM, -signal.SIGKILL), text="compared tensors differ")
+        return self._ends(
+            fault,
+            f"zeros in {new[0].name}",
+            statuses=(1, -signal.SIGTERM, -signal.SIGKILL),
+            text="compared tensors differ",
+        )
 
     def _published(self) -> list[Path]:
         return [path for path in self.weights_folder.glob("weights-v*") if path.suffix != ".partial"]
@@ -160,7 +175,12 @@ class Faults:
             with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
                 while True:
                     file.write(bytes(2**20))
-            return self._ends(fault, "the disk is full", statuses=(1, -signal.SIGTERM, -signal.SIGKILL), text="cannot write the checkpoint")
+            return self._ends(
+                fault,
+                "the disk is full",
+                statuses=(1, -signal.SIGTERM, -signal.SIGKILL),
+                text="cannot write the checkpoint",
+            )
         finally:
             filler.unlink()
 
@@ -168,26 +188,42 @@ class Faults:
         if not self.wait(lambda: self.trainer.trains, _PATIENCE_S):
             raise FaultFailed(f"the trainer does not get to its first step: {self.trainer.text()[-1500:]}")
 
-    def _ends(self, fault: Fault, what: str, *, statuses: tuple[int, ...] | None, text: str = "", saved: bool = False) -> str:
+    def _ends(
+        self,
+        fault: Fault,
+        what: str,
+        *,
+        statuses: tuple[int, ...] | None,
+        text: str = "",
+        saved: bool = False,
+    ) -> str:
         start = time.monotonic()
         self.wait(lambda: not self.trainer.is_running, _PATIENCE_S)
         seconds = time.monotonic() - start
         if self.trainer.is_running:
-            raise FaultFailed(f"{what}: the trainer still runs after {seconds:.0f} s: {self.trainer.text()[-1500:]}")
+            raise FaultFailed(
+                f"{what}: the trainer still runs after {seconds:.0f} s: {self.trainer.text()[-1500:]}"
+            )
         trained = "\nstep " in self.trainer.text()
         life = self.trainer.ended(fault.kind)
         if (statuses is not None and life.status not in statuses) or text not in self.trainer.text():
-            raise FaultFailed(f"{what}: the trainer ended with {life.status}, not {statuses} and {text!r}: {self.trainer.text()[-1500:]}")
+            raise FaultFailed(
+                f"{what}: the trainer ended with {life.status}, not {statuses} and {text!r}: {self.trainer.text()[-1500:]}"
+            )
         newest = int(self._checkpoints()[-1].stem.removeprefix("step-")) if self._checkpoints() else 0
         if saved and trained and newest != life.last_step:
-            raise FaultFailed(f"{what}: the checkpoint is of step {newest}, the last step is {life.last_step}")
+            raise FaultFailed(
+                f"{what}: the checkpoint is of step {newest}, the last step is {life.last_step}"
+            )
         return f"{what}: ended with {life.status} at step {life.last_step}, checkpoint {newest}, after {seconds:.0f} s"
 
 
 def small_disk(folder: Path, size_mib: int) -> Path | None:
     """A file system of its own in this folder; None where that is not permitted."""
     folder.mkdir(parents=True)
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_mib}m", "tmpfs", str(folder)], capture_output=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size_mib}m", "tmpfs", str(folder)], capture_output=True
+    )
     return folder if done.returncode == 0 else None
 
 

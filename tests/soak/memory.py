@@ -33,7 +33,9 @@ class Growth:
 
 class MemoryLog:
     def __init__(self) -> None:
-        self._rows: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)  # (name, pid): seconds, MiB
+        self._rows: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(
+            list
+        )  # (name, pid): seconds, MiB
         self._last_s = 0.0
 
     def sample(self, find: Callable[[], dict[str, psutil.Process]]) -> None:
@@ -48,7 +50,9 @@ class MemoryLog:
 
     def growths(self) -> list[Growth]:
         """Of every life that was long enough."""
-        return [growth for (name, _), rows in self._rows.items() if (growth := growth_of(name, rows)) is not None]
+        return [
+            growth for (name, _), rows in self._rows.items() if (growth := growth_of(name, rows)) is not None
+        ]
 
 
 def growth_of(name: str, rows: list[tuple[float, float]]) -> Growth | None:

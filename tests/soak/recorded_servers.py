@@ -32,15 +32,25 @@ class RecordedServers(VLLMServerEngine):
         timeout_s: float = 60.0,
         max_wait_s: float = 300.0,
     ) -> None:
-        super().__init__(urls, transport, dtype, max_num_seqs=max_num_seqs, timeout_s=timeout_s, max_wait_s=max_wait_s)
+        super().__init__(
+            urls, transport, dtype, max_num_seqs=max_num_seqs, timeout_s=timeout_s, max_wait_s=max_wait_s
+        )
         self.recordings = recordings
 
     def _generate(self, requests: Sequence[GenerationRequest]) -> list[list[Sample]]:
         rows = super()._generate(requests)
-        path = Path(self.recordings) / f"life-{int(os.environ[LIFE_VARIABLE]):04d}-rank-{os.environ.get('LOCAL_RANK', '0')}.jsonl"
+        path = (
+            Path(self.recordings)
+            / f"life-{int(os.environ[LIFE_VARIABLE]):04d}-rank-{os.environ.get('LOCAL_RANK', '0')}.jsonl"
+        )
         with path.open("a") as file:
             for request, row in zip(requests, rows, strict=True):
-                key = {"version": self.version, "task": request.task_id, "seed": request.seed, "temperature": request.sampling.temperature}
+                key = {
+                    "version": self.version,
+                    "task": request.task_id,
+                    "seed": request.seed,
+                    "temperature": request.sampling.temperature,
+                }
                 file.write(json.dumps(key | {"samples": row}) + "\n")
         return rows
 
@@ -50,11 +60,17 @@ class Replay(ScriptedEngine):
 
     def __init__(self, recordings: str, dtype: EngineDtype = "float32") -> None:
         super().__init__(["nothing of its own"], dtype)
-        self._recorded = {(row["version"], row["task"], row["seed"]): row["samples"] for row in read_recordings(Path(recordings))}
+        self._recorded = {
+            (row["version"], row["task"], row["seed"]): row["samples"]
+            for row in read_recordings(Path(recordings))
+        }
 
     def _generate(self, requests: Sequence[GenerationRequest]) -> list[list[Sample]]:
         return [
-            [Sample(tuple(token_ids), tuple(logprobs)) for token_ids, logprobs in self._recorded[self.version, request.task_id, request.seed]]
+            [
+                Sample(tuple(token_ids), tuple(logprobs))
+                for token_ids, logprobs in self._recorded[self.version, request.task_id, request.seed]
+            ]
             for request in requests
         ]
 

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 SERVER_FAULTS = ("kill server", "kill engine", "hang server", "kill all servers")
-TRAINER_FAULTS = ("kill rank", "kill trainer", "sigterm rank", "sigterm all", "wrong weights", "damaged checkpoint", "full disk")
+TRAINER_FAULTS = (
+    "kill rank",
+    "kill trainer",
+    "sigterm rank",
+    "sigterm all",
+    "wrong weights",
+    "damaged checkpoint",
+    "full disk",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +27,9 @@ class Fault:
     draw: float
 
 
-def make_schedule(*, seed: int, duration_s: float, every_s: float, leave_out: Sequence[str] = ()) -> list[Fault]:
+def make_schedule(
+    *, seed: int, duration_s: float, every_s: float, leave_out: Sequence[str] = ()
+) -> list[Fault]:
     """A fault every ``every_s`` seconds, up to a fifth of that earlier.
 
     In the first third only servers suffer, so that one trainer lives long enough for a leak to show; then every kind comes equally often.
@@ -30,7 +40,11 @@ def make_schedule(*, seed: int, duration_s: float, every_s: float, leave_out: Se
     for number in range(1, int(duration_s / every_s)):
         only_servers = number * every_s <= duration_s / 3
         if not bags[only_servers]:
-            kinds = [kind for kind in (*SERVER_FAULTS, *(() if only_servers else TRAINER_FAULTS)) if kind not in leave_out]
+            kinds = [
+                kind
+                for kind in (*SERVER_FAULTS, *(() if only_servers else TRAINER_FAULTS))
+                if kind not in leave_out
+            ]
             bags[only_servers] = rng.sample(kinds, len(kinds))
         at_s = number * every_s - rng.uniform(0, every_s / 5)
         faults.append(Fault(at_s=at_s, kind=bags[only_servers].pop(), draw=rng.random()))

@@ -17,7 +17,13 @@ SCRIPT = Path(__file__).resolve().parents[1] / "integration" / "stand_in_server.
 
 
 def main(model: str, log_folder: str, ports: list[str]) -> None:
-    facts = {"protocol": PROTOCOL, "dtype": "float32", "max_model_len": 256, "logprobs_mode": "processed_logprobs", "prefix_block_size": 16}
+    facts = {
+        "protocol": PROTOCOL,
+        "dtype": "float32",
+        "max_model_len": 256,
+        "logprobs_mode": "processed_logprobs",
+        "prefix_block_size": 16,
+    }
     facts["architecture"] = architecture(AutoConfig.from_pretrained(model))
     specs = [
         ServerSpec(

@@ -24,11 +24,22 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), *(str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "training"))]
+sys.path[:0] = [
+    str(Path(__file__).resolve().parent),
+    *(str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "training")),
+]
 
 import psutil
 import yaml
-from checks import check_leftovers, check_memory, check_replay, check_restarts, check_steps, check_tasks, step_rows
+from checks import (
+    check_leftovers,
+    check_memory,
+    check_replay,
+    check_restarts,
+    check_steps,
+    check_tasks,
+    step_rows,
+)
 from faults import FaultFailed, Faults, small_disk
 from memory import MemoryLog
 from schedule import Fault, make_schedule
@@ -62,7 +73,11 @@ class Soak:
         """Model, tasks, configurations, a small disk, servers."""
         if self.folder.exists():
             raise SystemExit(f"{self.folder} exists; remove it, or give another --folder")
-        self.run_folder, self.weights, self.recordings = self.folder / "run", self.folder / "weights", self.folder / "recordings"
+        self.run_folder, self.weights, self.recordings = (
+            self.folder / "run",
+            self.folder / "weights",
+            self.folder / "recordings",
+        )
         logs = self.folder / "logs"
         for path in (self.run_folder, self.recordings, logs):
             path.mkdir(parents=True)
@@ -72,34 +87,84 @@ class Soak:
         self.disk = small_disk(self.run_folder / "checkpoints", size_mib=256)
         urls = [f"http://127.0.0.1:{port}" for port in self.ports]
         transport = {"class_path": "SharedFolderTransport", "init_args": {"folder": str(self.weights)}}
-        limits = {"urls": urls, "dtype": "float32", "timeout_s": 10.0, "max_wait_s": 600.0, "transport": transport}
-        recorded = {"class_path": "recorded_servers.RecordedServers", "init_args": {"recordings": str(self.recordings), **limits}}
+        limits = {
+            "urls": urls,
+            "dtype": "float32",
+            "timeout_s": 10.0,
+            "max_wait_s": 600.0,
+            "transport": transport,
+        }
+        recorded = {
+            "class_path": "recorded_servers.RecordedServers",
+            "init_args": {"recordings": str(self.recordings), **limits},
+        }
         self._configure("fit", recorded)
         self._configure("serve", {"class_path": "VLLMServerEngine", "init_args": limits})
-        self._configure("replay", {"class_path": "recorded_servers.Replay", "init_args": {"recordings": str(self.recordings)}})
+        self._configure(
+            "replay",
+            {"class_path": "recorded_servers.Replay", "init_args": {"recordings": str(self.recordings)}},
+        )
         key = {"RPT_SERVER_KEY": secrets.token_hex(16)}
         os.environ |= key
         if self.servers == "vllm":
             # A cache on the CPU becomes resident block by block, as it is first used, for minutes: a small one cannot be taken for a leak, nor hide one.
             # Nor may what oneDNN keeps for each size of a batch that it has met: 1,024 primitives by itself, which took 350 MiB here.
             key |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8"}
-            flags = ["--serve.kv_cache_gib", "0.03", "--serve.max_num_seqs", "16", "--serve.log_folder", str(logs)]
-            command = [sys.executable, "-m", "rpt_lightning.cli", "serve", "--config", str(self.folder / "serve.yaml"), *flags]
+            flags = [
+                "--serve.kv_cache_gib",
+                "0.03",
+                "--serve.max_num_seqs",
+                "16",
+                "--serve.log_folder",
+                str(logs),
+            ]
+            command = [
+                sys.executable,
+                "-m",
+                "rpt_lightning.cli",
+                "serve",
+                "--config",
+                str(self.folder / "serve.yaml"),
+                *flags,
+            ]
         else:
-            command = [sys.executable, str(HERE / "serve_stand_ins.py"), str(model), str(logs), *map(str, self.ports)]
+            command = [
+                sys.executable,
+                str(HERE / "serve_stand_ins.py"),
+                str(model),
+                str(logs),
+                *map(str, self.ports),
+            ]
         self.serve = Serve(command, logs / "serve.log", self.ports, key)
         self.trainer = Trainer(self.folder / "fit.yaml", self.run_folder, logs)
 
     def _configure(self, name: str, engine: dict[str, Any]) -> None:
         config = yaml.safe_load((ROOT / "configs" / "debug.yaml").read_text())
-        config["trainer"] = {"accelerator": "cpu", "devices": 2, "strategy": "ddp", "max_steps": 1_000_000, "val_check_interval": 20}
+        config["trainer"] = {
+            "accelerator": "cpu",
+            "devices": 2,
+            "strategy": "ddp",
+            "max_steps": 1_000_000,
+            "val_check_interval": 20,
+        }
         config["trainer"]["default_root_dir"] = str(self.run_folder)
         config["model"]["init_args"]["policy"]["init_args"]["path"] = str(self.folder / "model")
         config["model"]["init_args"]["optimizer"]["init_args"]["lr"] = 1e-4
         config["data"]["init_args"] = {"task_dir": str(self.folder / "tasks"), **DATA}
-        config["rollout"] |= {"engine": engine, "group_size": GROUP_SIZE, "max_prompt_tokens": 96, "max_completion_tokens": 24}
-        config["rollout"] |= {"dynamic_sampling_from_step": 1, "thought_controls": False, "verify_sequences": 4 if self.servers == "vllm" else 0}
-        config["rollout"]["objective"]["init_args"]["reward"] = {"class_path": "real_runs.SomeAreRight"}  # a random model is never right
+        config["rollout"] |= {
+            "engine": engine,
+            "group_size": GROUP_SIZE,
+            "max_prompt_tokens": 96,
+            "max_completion_tokens": 24,
+        }
+        config["rollout"] |= {
+            "dynamic_sampling_from_step": 1,
+            "thought_controls": False,
+            "verify_sequences": 4 if self.servers == "vllm" else 0,
+        }
+        config["rollout"]["objective"]["init_args"]["reward"] = {
+            "class_path": "real_runs.SomeAreRight"
+        }  # a random model is never right
         config["checkpoint"] = {"every_n_steps": 3, "keep": 2}
         config["ranks"] = {"limit_s": 20.0}
         (self.folder / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
@@ -113,21 +178,29 @@ class Soak:
         for fault in faults:
             self._watch_until(fault.at_s)
             before = self.now_s
-            if before > duration_s:  # a busy machine: each fault waits for the run to go on after the one before
-                self.events.append({"due_s": round(fault.at_s), "kind": fault.kind, "outcome": "not made: no time was left"})
+            if (
+                before > duration_s
+            ):  # a busy machine: each fault waits for the run to go on after the one before
+                self.events.append(
+                    {"due_s": round(fault.at_s), "kind": fault.kind, "outcome": "not made: no time was left"}
+                )
                 continue
             try:
                 outcome = maker.make(fault)
             except FaultFailed as error:
                 outcome = f"FAILED: {error}"
                 self.failures.append(f"{fault.kind} at {before:.0f} s: {error}")
-            self.events.append({"at_s": round(before), "due_s": round(fault.at_s), "kind": fault.kind, "outcome": outcome})
+            self.events.append(
+                {"at_s": round(before), "due_s": round(fault.at_s), "kind": fault.kind, "outcome": outcome}
+            )
             self._say(f"{fault.kind}: {outcome}")
             self._start_again()
             if fault.kind == "damaged checkpoint":
                 self._wait(lambda: self.trainer.trains, 400)
                 if "is damaged" not in self.trainer.text():
-                    self.failures.append(f"nothing was said of a damaged checkpoint: {self.trainer.text()[-1500:]}")
+                    self.failures.append(
+                        f"nothing was said of a damaged checkpoint: {self.trainer.text()[-1500:]}"
+                    )
         self._watch_until(duration_s)
 
     def finish(self) -> int:
@@ -147,14 +220,24 @@ class Soak:
         self.num_server_restarts = self.serve.num_restarts()
         if (status := self.serve.stop()) != 0:
             self.failures.append(f"the servers' supervisor ended with {status}")
-        self._say(f"done with {num_steps} steps in {len(self.trainer.lives)} lives; {self.num_server_restarts} restarts of servers")
+        self._say(
+            f"done with {num_steps} steps in {len(self.trainer.lives)} lives; {self.num_server_restarts} restarts of servers"
+        )
         return num_steps
 
     def replay(self, num_steps: int) -> Path:
         """The same run without faults and servers, on the completions that were recorded."""
         replay = Trainer(self.folder / "replay.yaml", self.folder / "replay", self.folder / "logs" / "replay")
         replay.log_folder.mkdir()
-        replay.start(self.now_s, "--trainer.max_steps", str(num_steps), "--trainer.limit_val_batches", "0", "--checkpoint.every_n_steps", "100000")
+        replay.start(
+            self.now_s,
+            "--trainer.max_steps",
+            str(num_steps),
+            "--trainer.limit_val_batches",
+            "0",
+            "--checkpoint.every_n_steps",
+            "100000",
+        )
         while replay.is_running:
             time.sleep(0.5)
         life = replay.ended("done")
@@ -170,8 +253,12 @@ class Soak:
         return {
             "faults had the outcome that they must have": self.failures,
             f"steps 1 to {num_steps}, each once, the last one saved": check_steps(self.run_folder, num_steps),
-            "no task lost or doubled": check_tasks(self.run_folder, self.recordings, data, group_size=GROUP_SIZE),
-            "weights, optimizer and place are those of an undisturbed run, bit for bit": check_replay(self.run_folder, replay_folder),
+            "no task lost or doubled": check_tasks(
+                self.run_folder, self.recordings, data, group_size=GROUP_SIZE
+            ),
+            "weights, optimizer and place are those of an undisturbed run, bit for bit": check_replay(
+                self.run_folder, replay_folder
+            ),
             "memory is flat": check_memory(self.growths),
             "restarts are counted": check_restarts(self.run_folder, len(self.trainer.lives)),
             "nothing is left": check_leftovers(self.run_folder, self.weights),
@@ -179,7 +266,12 @@ class Soak:
 
     def record(self, num_steps: int, checks: dict[str, list[str]], settings: dict[str, Any]) -> None:
         cpu = next(
-            (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), platform.machine()
+            (
+                line.split(":")[1].strip()
+                for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if "model name" in line
+            ),
+            platform.machine(),
         )
         content = {
             "settings": settings,
@@ -208,8 +300,13 @@ class Soak:
     def _watch_until(self, at_s: float) -> None:
         """A trainer that ends without a fault is a failure, and started again."""
         while self.now_s < at_s:
-            if not self._wait(lambda: self.now_s >= at_s, at_s - self.now_s + 1) and not self.trainer.is_running:
-                self.failures.append(f"the trainer ended by itself at {self.now_s:.0f} s: {self.trainer.text()[-3000:]}")
+            if (
+                not self._wait(lambda: self.now_s >= at_s, at_s - self.now_s + 1)
+                and not self.trainer.is_running
+            ):
+                self.failures.append(
+                    f"the trainer ended by itself at {self.now_s:.0f} s: {self.trainer.text()[-3000:]}"
+                )
                 self._say(self.failures[-1])
             self._start_again()
 
@@ -226,7 +323,9 @@ class Soak:
         found = {f"rank {rank}": process for rank, process in self.trainer.ranks().items()}
         for port, family in self.serve.families().items():
             number = self.ports.index(port) + 1
-            found |= {f"server {number}, process {index}": process for index, process in enumerate(family, start=1)}
+            found |= {
+                f"server {number}, process {index}": process for index, process in enumerate(family, start=1)
+            }
         return found
 
     def _start_again(self) -> None:
@@ -264,12 +363,23 @@ def _prepare_tasks(model: Path, output: Path) -> None:
         "window": 256,
         "overlap": 64,
     }
-    prepare(DocstringSource("unittest"), str(output), tokenizer=str(model), proxy=str(model), precision="32-true", **limits)
+    prepare(
+        DocstringSource("unittest"),
+        str(output),
+        tokenizer=str(model),
+        proxy=str(model),
+        precision="32-true",
+        **limits,
+    )
 
 
 def main(args: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=30.0, help="of faults; start, end and replay come beside it")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=30.0, help="of faults; start, end and replay come beside it"
+    )
     parser.add_argument("--every_s", type=float, default=60.0, help="seconds from fault to fault")
     parser.add_argument("--seed", type=int, default=0, help="of the schedule")
     parser.add_argument("--servers", choices=["vllm", "stand-in"], default="vllm")
@@ -280,7 +390,12 @@ def main(args: list[str] | None = None) -> int:
     try:
         soak.prepare()
         leave_out = () if soak.disk is not None else ("full disk",)
-        faults = make_schedule(seed=settings.seed, duration_s=60 * settings.minutes, every_s=settings.every_s, leave_out=leave_out)
+        faults = make_schedule(
+            seed=settings.seed,
+            duration_s=60 * settings.minutes,
+            every_s=settings.every_s,
+            leave_out=leave_out,
+        )
         if leave_out:
             print("mounting a file system is not permitted here: no disk will be full")
         soak.disturb(faults, 60 * settings.minutes)
@@ -290,9 +405,13 @@ def main(args: list[str] | None = None) -> int:
     finally:
         soak.close()
     for growth in soak.growths:
-        print(f"memory of {growth.name}, {growth.life_s:.0f} s: {growth.first_mib:.0f} -> {growth.last_mib:.0f} MiB")
+        print(
+            f"memory of {growth.name}, {growth.life_s:.0f} s: {growth.first_mib:.0f} -> {growth.last_mib:.0f} MiB"
+        )
     for name, wrong in checks.items():
-        print(f"{'FAILED' if wrong else 'ok    '} {name}", *(f"         {text}" for text in wrong[:5]), sep="\n")
+        print(
+            f"{'FAILED' if wrong else 'ok    '} {name}", *(f"         {text}" for text in wrong[:5]), sep="\n"
+        )
     return int(any(checks.values()))
 
 

@@ -18,7 +18,9 @@ from processes import Guarded
 HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent
 # Where the trainer finds the soak's engines and the tests' reward.
-PYTHONPATH = os.pathsep.join([str(HERE), str(TESTS / "training"), str(TESTS), os.environ.get("PYTHONPATH", "")])
+PYTHONPATH = os.pathsep.join(
+    [str(HERE), str(TESTS / "training"), str(TESTS), os.environ.get("PYTHONPATH", "")]
+)
 
 
 @dataclass
@@ -46,10 +48,27 @@ class Trainer:
 
     def start(self, now_s: float, *more: str) -> None:
         self.lives.append(Life(number=len(self.lives) + 1, started_s=now_s, first_step=self.step()))
-        flags = ["--config", str(self.config), "--trainer.default_root_dir", str(self.folder), "--ckpt_path", "auto", *more]
-        environment = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", LIFE_VARIABLE: str(len(self.lives))}
+        flags = [
+            "--config",
+            str(self.config),
+            "--trainer.default_root_dir",
+            str(self.folder),
+            "--ckpt_path",
+            "auto",
+            *more,
+        ]
+        environment = os.environ | {
+            "PYTHONPATH": PYTHONPATH,
+            "OMP_NUM_THREADS": "1",
+            LIFE_VARIABLE: str(len(self.lives)),
+        }
         with self._log.open("w") as log:
-            self._process = Guarded([sys.executable, "-m", "rpt_lightning.cli", "fit", *flags], stdout=log, stderr=log, env=environment)
+            self._process = Guarded(
+                [sys.executable, "-m", "rpt_lightning.cli", "fit", *flags],
+                stdout=log,
+                stderr=log,
+                env=environment,
+            )
 
     @property
     def _log(self) -> Path:
@@ -105,19 +124,26 @@ class Trainer:
 class Serve:
     """Servers by their ports, looked up anew each time: a server that ended is started again by its supervisor."""
 
-    def __init__(self, command: list[str], log: Path, ports: list[int], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, command: list[str], log: Path, ports: list[int], environment: Mapping[str, str]
+    ) -> None:
         self.ports = ports
         self.log = log
         with log.open("w") as output:
             self._process = Guarded(
-                command, stdout=output, stderr=output, env=os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"} | environment
+                command,
+                stdout=output,
+                stderr=output,
+                env=os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"} | environment,
             )
 
     def wait_until_ready(self, limit_s: float) -> None:
         end = time.monotonic() + limit_s
         while "servers are ready" not in self.log.read_text():
             if not self._process.is_running or time.monotonic() > end:
-                raise RuntimeError(f"the servers did not come up within {limit_s:g} s:\n{self.log.read_text()[-3000:]}")
+                raise RuntimeError(
+                    f"the servers did not come up within {limit_s:g} s:\n{self.log.read_text()[-3000:]}"
+                )
             time.sleep(0.2)
 
     @property

@@ -21,7 +21,18 @@ from rpt_lightning.data.datamodule import TokenTaskDataModule
 def test_three_minutes_with_stand_in_servers(tmp_path):
     """Every part of the real soak except vLLM itself, at a fault every 20 seconds."""
     script = Path(__file__).with_name("soak.py")
-    command = [sys.executable, script, "--minutes", "3", "--every_s", "20", "--servers", "stand-in", "--folder", tmp_path / "soak"]
+    command = [
+        sys.executable,
+        script,
+        "--minutes",
+        "3",
+        "--every_s",
+        "20",
+        "--servers",
+        "stand-in",
+        "--folder",
+        tmp_path / "soak",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -38,7 +49,9 @@ def test_a_schedule_is_that_of_its_seed():
     assert all(number * 60 - 12 <= fault.at_s <= number * 60 for number, fault in enumerate(faults, start=1))
     assert {fault.kind for fault in faults[:10]} == set(SERVER_FAULTS)
     assert {fault.kind for fault in faults[10:]} == {*SERVER_FAULTS, *TRAINER_FAULTS}
-    assert "full disk" not in {fault.kind for fault in make_schedule(seed=3, **half_an_hour, leave_out=["full disk"])}
+    assert "full disk" not in {
+        fault.kind for fault in make_schedule(seed=3, **half_an_hour, leave_out=["full disk"])
+    }
 
 
 @pytest.fixture
@@ -51,7 +64,9 @@ def run(tiny_task_dir, tmp_path):
     folder = tmp_path / "run"
     for name in ("rollouts", "checkpoints", "recordings"):
         (folder / name).mkdir(parents=True)
-    (folder / "steps.jsonl").write_text("".join(json.dumps({"step": step, "rollout/replaced_groups": step - 1.0}) + "\n" for step in (1, 2)))
+    (folder / "steps.jsonl").write_text(
+        "".join(json.dumps({"step": step, "rollout/replaced_groups": step - 1.0}) + "\n" for step in (1, 2))
+    )
     (folder / "checkpoints" / "step-000002.ckpt").touch()
     for step, tasks in enumerate(steps, start=1):
         sample = {
@@ -76,7 +91,18 @@ def run(tiny_task_dir, tmp_path):
 def write_recording(folder: Path, life: int, version: int, tasks: list[str]) -> None:
     with (folder / "recordings" / f"life-{life:04}-rank-0.jsonl").open("a") as file:
         for task in tasks:
-            file.write(json.dumps({"version": version, "task": task, "seed": 1, "temperature": 1.0, "samples": [[[1], [-0.5]]] * 4}) + "\n")
+            file.write(
+                json.dumps(
+                    {
+                        "version": version,
+                        "task": task,
+                        "seed": 1,
+                        "temperature": 1.0,
+                        "samples": [[[1], [-0.5]]] * 4,
+                    }
+                )
+                + "\n"
+            )
 
 
 def check(run) -> list[str]:
@@ -116,7 +142,10 @@ def test_a_step_that_is_missing_twice_or_not_saved_is_found(run):
 
 
 def test_memory_that_grows_is_found():
-    flat = growth_of("flat", [(float(second), 300.0 + second % 3 + (100 if second < 50 else 0)) for second in range(0, 600, 2)])
+    flat = growth_of(
+        "flat",
+        [(float(second), 300.0 + second % 3 + (100 if second < 50 else 0)) for second in range(0, 600, 2)],
+    )
     leak = growth_of("leak", [(float(second), 300.0 + second / 10) for second in range(0, 600, 2)])
     assert flat == Growth(name="flat", life_s=598.0, first_mib=301.0, last_mib=301.0)
     assert (leak.first_mib, leak.last_mib) == pytest.approx((312.6, 353.1), abs=0.3)

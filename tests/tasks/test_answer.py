@@ -101,7 +101,9 @@ def test_balanced_content_comes_back_untouched(thought: bytes, content: bytes) -
     assert extract_prediction(thought + b"</think>\\boxed{" + content + b"}") == content
 
 
-@pytest.mark.parametrize("unit", [b"\\boxed{", b"{", b"}", b"\\boxed{}", b"\\boxe", b"\\boxed{{", b"</think>", b"x"])
+@pytest.mark.parametrize(
+    "unit", [b"\\boxed{", b"{", b"}", b"\\boxed{}", b"\\boxe", b"\\boxed{{", b"</think>", b"x"]
+)
 def test_a_megabyte_takes_linear_time(unit: bytes) -> None:
     text = b"</think>" + unit * (1_000_000 // len(unit)) + b"\\boxed{a}"
     start = time.process_time()
@@ -116,7 +118,9 @@ def test_a_megabyte_takes_linear_time(unit: bytes) -> None:
 @example([b"a", b"[/", b"T]", b"b"], b"[/T]")
 @example([b"\\box", b"ed{", b"}", b"b"], b"</think>")
 @example([b"", b"", b"a", b""], b"</think>")
-def test_answerable_lengths_are_what_survives_the_box(continuation: list[bytes], think_close: bytes | None) -> None:
+def test_answerable_lengths_are_what_survives_the_box(
+    continuation: list[bytes], think_close: bytes | None
+) -> None:
     prefixes = [b"".join(continuation[:length]) for length in range(1, len(continuation) + 1)]
     texts = [(think_close or b"") + b"\\boxed{" + joined + b"}" for joined in prefixes]
     predictions = [extract_prediction(text, think_close=think_close) for text in texts]
@@ -138,9 +142,15 @@ def test_answerable_lengths_of_a_long_document_take_linear_time() -> None:
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=14), st.sampled_from([b"</think>", None]))
-@example([b"</think>", b"\\boxed{", b"\\boxed{", b"4", b"}"], b"</think>")  # a box inside a box is complete first, and is the one that counts
-@example([b"</think>", b"\\boxed{4}</think>", b"\\boxed{5", b"}"], b"</think>")  # the token that closes the box closes the thought once more
-def test_the_first_box_is_complete_when_the_text_so_far_has_a_prediction(tokens: list[bytes], think_close: bytes | None) -> None:
+@example(
+    [b"</think>", b"\\boxed{", b"\\boxed{", b"4", b"}"], b"</think>"
+)  # a box inside a box is complete first, and is the one that counts
+@example(
+    [b"</think>", b"\\boxed{4}</think>", b"\\boxed{5", b"}"], b"</think>"
+)  # the token that closes the box closes the thought once more
+def test_the_first_box_is_complete_when_the_text_so_far_has_a_prediction(
+    tokens: list[bytes], think_close: bytes | None
+) -> None:
     box = FirstBox(think_close)
     for end, token in enumerate(tokens, start=1):
         found = box.completed_by(token)

@@ -14,8 +14,13 @@ from rpt_lightning.tasks.question_text import question_text
 from rpt_lightning.tasks.reward import PrefixMatchReward
 from rpt_lightning.types import AnswerTask, Completion, Question, RolloutGroup, TokenTask
 
-SUM = AnswerTask(question=Question(question_id="sum", text="1/4 + 1/4?", answer=r"\frac{1}{2}"), context_ids=(1,))
-CHOICE = AnswerTask(question=Question(question_id="choice", text="Which?", answer="C", choices=("1", "2", "3", "4")), context_ids=(1,))
+SUM = AnswerTask(
+    question=Question(question_id="sum", text="1/4 + 1/4?", answer=r"\frac{1}{2}"), context_ids=(1,)
+)
+CHOICE = AnswerTask(
+    question=Question(question_id="choice", text="Which?", answer="C", choices=("1", "2", "3", "4")),
+    context_ids=(1,),
+)
 POSITION = TokenTask(
     task_id="doc:1", doc_id="doc", position=1, context_ids=(1,), continuation_ids=(2,), continuation=(b"a",), entropy=1.0, true_prob=0.5, true_rank=0,
     answerable=True,
@@ -28,7 +33,13 @@ def objective(answer_reward: AnswerReward, tiny_tokenizer: Any) -> BoundObjectiv
 
 
 def completion(text: str, *, finish_reason: Any = "stop") -> Completion:
-    return Completion(token_ids=(1,), text_bytes=text.encode(), rollout_logprobs=(-1.0,), policy_version=0, finish_reason=finish_reason)
+    return Completion(
+        token_ids=(1,),
+        text_bytes=text.encode(),
+        rollout_logprobs=(-1.0,),
+        policy_version=0,
+        finish_reason=finish_reason,
+    )
 
 
 @pytest.mark.parametrize(
@@ -36,7 +47,10 @@ def completion(text: str, *, finish_reason: Any = "stop") -> Completion:
     [
         (r"hm</think>\boxed{\frac{1}{2}}", 1.0),
         (r"hm</think>It is $\boxed{ 0.5 }$.", 1.0),
-        (r"\boxed{3}</think>not \boxed{3} but \boxed{\dfrac12}", 1.0),  # the last box after the thought counts
+        (
+            r"\boxed{3}</think>not \boxed{3} but \boxed{\dfrac12}",
+            1.0,
+        ),  # the last box after the thought counts
         (r"hm</think>\boxed{\frac12} or rather \boxed{3}", 0.0),
         (r"hm</think>\boxed{\boxed{\frac{1}{2}}}", 1.0),  # nested: the inner one begins last
         (r"hm</think>\boxed{3 \boxed{\frac{1}{2}}}", 1.0),
@@ -52,13 +66,27 @@ def test_the_last_box_after_the_thought_is_checked(objective: BoundObjective, te
 
 
 def test_a_truncated_completion_has_no_answer(objective: BoundObjective) -> None:
-    assert objective.rewards(SUM, [objective.prediction(completion(r"</think>\boxed{0.5}", finish_reason="length"))]) == (0.0,)
+    assert objective.rewards(
+        SUM, [objective.prediction(completion(r"</think>\boxed{0.5}", finish_reason="length"))]
+    ) == (0.0,)
 
 
 @pytest.mark.parametrize(
     ("text", "letter"),
     [
-        *((text, "C") for text in ("C", " c. ", "(C)", r"\textbf{(C)}", r"\text{\textbf{C}}", "$C$", "C) three", "C: 3\nindeed")),
+        *(
+            (text, "C")
+            for text in (
+                "C",
+                " c. ",
+                "(C)",
+                r"\textbf{(C)}",
+                r"\text{\textbf{C}}",
+                "$C$",
+                "C) three",
+                "C: 3\nindeed",
+            )
+        ),
         *((text, None) for text in ("3", "CD", "C or D", "Cat", "", r"\frac{C}{D}")),
     ],
 )
@@ -67,7 +95,14 @@ def test_letters_of_choices(text: str, letter: str | None) -> None:
 
 
 def test_choices_are_paid_by_letter_alone(answer_reward: AnswerReward) -> None:
-    assert answer_reward.group_rewards([b"C", b"(c)", b"3", b"B", b"J", None], CHOICE) == (1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+    assert answer_reward.group_rewards([b"C", b"(c)", b"3", b"B", b"J", None], CHOICE) == (
+        1.0,
+        1.0,
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+    )
     assert answer_reward.verdicts(CHOICE, [b"3", b"B", None]) == ["unreadable", "wrong", "unboxed"]
 
 
@@ -80,9 +115,19 @@ def test_choices_are_paid_by_letter_alone(answer_reward: AnswerReward) -> None:
         (r"Compute $\left(2^4\right)$.", "16", "2^4", "quoted"),
         ("Factor $x^2 + 2x + 1$.", "(x+1)^2", "x^2+2x+1", "quoted"),
         ("What is 29 - 14?", "15", "15", "right"),
-        ("What is 29 - 14?", "15", "30 - 15", "right"),  # worked out, if not to the end; as Math-Verify takes it
+        (
+            "What is 29 - 14?",
+            "15",
+            "30 - 15",
+            "right",
+        ),  # worked out, if not to the end; as Math-Verify takes it
         ("What is 29 - 14?", "16", "29 - 14", "wrong"),
-        (r"Which is larger, $\dfrac{1}{2}$ or $0.4$?", r"\frac{1}{2}", r"\dfrac{1}{2}", "right"),  # the true answer stands in the question
+        (
+            r"Which is larger, $\dfrac{1}{2}$ or $0.4$?",
+            r"\frac{1}{2}",
+            r"\dfrac{1}{2}",
+            "right",
+        ),  # the true answer stands in the question
         ("Which is larger, -3 or -5?", "-3.0", "-3", "right"),  # a sign is no operation
         (r"An angle of $90^\circ$, or a larger one?", "90", r"90^{\circ}", "right"),
         (r"Is it $2\pi$ or 3?", r"\pi \cdot 2", r"2\pi", "right"),
@@ -95,7 +140,12 @@ def test_choices_are_paid_by_letter_alone(answer_reward: AnswerReward) -> None:
         (r"Is the angle $\frac{\pi}{2}$ or $\pi$?", r"\pi/2", r"\frac{\pi}{2}", "right"),
         (r"Is it $[2, \infty)$ or $x \le 1$?", r"x \ge 2", r"[2,\infty)", "right"),
         (r"Is it $3 \cdot x + 1$ or $x$?", "1+3x", r"3\times x+1", "quoted"),
-        (r"Is it $x^2 \cdot 3$ or $x$?", r"x^{2}\times 3", r"x^2 \cdot 3", "right"),  # the true answer in another notation
+        (
+            r"Is it $x^2 \cdot 3$ or $x$?",
+            r"x^{2}\times 3",
+            r"x^2 \cdot 3",
+            "right",
+        ),  # the true answer in another notation
         (r"Is it $y = 2x + 1$ or $y = x$?", "2x+1", "y=2x+1", "right"),
         (r"What is $17 \div 5$?", "3.4", r"17\div 5", "quoted"),
         ("What is 12/16?", r"\frac{3}{4}", "12/16", "quoted"),
@@ -104,27 +154,51 @@ def test_choices_are_paid_by_letter_alone(answer_reward: AnswerReward) -> None:
         ("What is (29-14, 2)?", "(15,2)", "(29-14, 2)", "quoted"),
     ],
 )
-def test_an_expression_of_the_question_is_no_answer(answer_reward: AnswerReward, question: str, answer: str, prediction: str, verdict: str) -> None:
+def test_an_expression_of_the_question_is_no_answer(
+    answer_reward: AnswerReward, question: str, answer: str, prediction: str, verdict: str
+) -> None:
     task = AnswerTask(question=Question(question_id="q", text=question, answer=answer), context_ids=(1,))
     assert answer_reward.verdicts(task, [prediction.encode()]) == [verdict]
     assert answer_reward.group_rewards([prediction.encode()], task) == (float(verdict == "right"),)
-    assert answer_reward.take_metrics([group(task, [prediction.encode()])])["answers/quoted"] == (verdict == "quoted")
+    assert answer_reward.take_metrics([group(task, [prediction.encode()])])["answers/quoted"] == (
+        verdict == "quoted"
+    )
 
 
 def group(task: AnswerTask, predictions: list[bytes | None]) -> RolloutGroup:
     completions = tuple(completion("") for _ in predictions)
-    return RolloutGroup(task=task, prompt_ids=(1,), completions=completions, predictions=tuple(predictions), rewards=(0.0,) * len(predictions))
+    return RolloutGroup(
+        task=task,
+        prompt_ids=(1,),
+        completions=completions,
+        predictions=tuple(predictions),
+        rewards=(0.0,) * len(predictions),
+    )
 
 
 def test_what_could_not_be_checked_is_counted_once(answer_reward: AnswerReward) -> None:
-    unanswerable = AnswerTask(question=replace(SUM.question, question_id="none", answer=" "), context_ids=(1,))
-    predictions = {SUM: [b"9^{9^{9^9}}", b"\xff?", None, b"0.5"], unanswerable: [b"1", b"2"], CHOICE: [b"the third", b"C"]}
-    assert answer_reward.group_rewards(predictions[SUM][:2], SUM) == (0.0, 0.0)  # pilots, which are paid again with their group
+    unanswerable = AnswerTask(
+        question=replace(SUM.question, question_id="none", answer=" "), context_ids=(1,)
+    )
+    predictions = {
+        SUM: [b"9^{9^{9^9}}", b"\xff?", None, b"0.5"],
+        unanswerable: [b"1", b"2"],
+        CHOICE: [b"the third", b"C"],
+    }
+    assert answer_reward.group_rewards(predictions[SUM][:2], SUM) == (
+        0.0,
+        0.0,
+    )  # pilots, which are paid again with their group
     assert answer_reward.group_rewards([b"7"], SUM) == (0.0,)  # a trial, which no step trains
     paid = {task: answer_reward.group_rewards(given, task) for task, given in predictions.items()}
     assert list(paid.values()) == [(0.0, 0.0, 0.0, 1.0), (0.0, 0.0), (0.0, 1.0)]
     metrics = answer_reward.take_metrics([group(task, given) for task, given in predictions.items()])
-    assert metrics == {"answers/quoted": 0.0, "answers/timeouts": 1.0, "answers/check_errors": 2.0, "answers/unreadable": 1.0}
+    assert metrics == {
+        "answers/quoted": 0.0,
+        "answers/timeouts": 1.0,
+        "answers/check_errors": 2.0,
+        "answers/unreadable": 1.0,
+    }
     assert set(answer_reward.take_metrics([]).values()) == {0.0}
 
 

@@ -57,7 +57,9 @@ DIFFERENT = [
 def test_answers_written_by_hand(verifier: MathVerifier) -> None:
     found = verifier.verdicts(EQUAL + DIFFERENT)
     wanted = ["right"] * len(EQUAL) + ["wrong"] * len(DIFFERENT)
-    assert dict(zip(EQUAL + DIFFERENT, found, strict=True)) == dict(zip(EQUAL + DIFFERENT, wanted, strict=True))
+    assert dict(zip(EQUAL + DIFFERENT, found, strict=True)) == dict(
+        zip(EQUAL + DIFFERENT, wanted, strict=True)
+    )
 
 
 def test_what_cannot_be_checked_has_a_verdict_of_its_own(verifier: MathVerifier) -> None:
@@ -67,7 +69,9 @@ def test_what_cannot_be_checked_has_a_verdict_of_its_own(verifier: MathVerifier)
 
 def test_it_works_in_any_thread(verifier: MathVerifier) -> None:
     found: list[str] = []
-    thread = threading.Thread(target=lambda: found.extend(verifier.verdicts([("4", "4"), ("4", "5"), ("4", "4")])))
+    thread = threading.Thread(
+        target=lambda: found.extend(verifier.verdicts([("4", "4"), ("4", "5"), ("4", "4")]))
+    )
     thread.start()
     thread.join()
     assert found == ["right", "wrong", "right"]

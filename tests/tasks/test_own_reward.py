@@ -31,7 +31,9 @@ def paid(value):
     return BoundObjective(prompt=None, reward=Returns(value)).rewards(TASK, (b"x", None))
 
 
-@pytest.mark.parametrize("value", [(1.0, 0.0), [1.0, 0.0], (1, 0), (True, False), tuple(np.array([1.0, 0.0], dtype=np.float32))])
+@pytest.mark.parametrize(
+    "value", [(1.0, 0.0), [1.0, 0.0], (1, 0), (True, False), tuple(np.array([1.0, 0.0], dtype=np.float32))]
+)
 def test_numbers_are_taken_as_floats(value):
     assert paid(value) == (1.0, 0.0)
     assert all(type(reward) is float for reward in paid(value))
@@ -57,7 +59,10 @@ def test_numbers_are_taken_as_floats(value):
     ],
 )
 def test_anything_else_is_one_error(value, said):
-    with pytest.raises(ValueError, match=rf"the reward Returns returned {said}.*for the 2 predictions of task 'd:3'; wanted: group_rewards\("):
+    with pytest.raises(
+        ValueError,
+        match=rf"the reward Returns returned {said}.*for the 2 predictions of task 'd:3'; wanted: group_rewards\(",
+    ):
         paid(value)
 
 
@@ -68,7 +73,10 @@ def test_a_reward_that_takes_two_arguments_is_found_before_anything_is_generated
         def group_rewards(self, predictions, task):
             return (1.0,) * len(predictions)
 
-    with pytest.raises(ValueError, match=r"the reward TakesTwo has group_rewards\(predictions, task\), which cannot be called with three arguments"):
+    with pytest.raises(
+        ValueError,
+        match=r"the reward TakesTwo has group_rewards\(predictions, task\), which cannot be called with three arguments",
+    ):
         Objective(ContinuationPrompt(), TakesTwo())
 
 

@@ -12,14 +12,26 @@ from transformers import PreTrainedTokenizerFast
 
 from rpt_lightning.tasks.answer import extract_prediction
 from rpt_lightning.tasks.objective import Objective
-from rpt_lightning.tasks.prompt import BoundPrompt, ChatPrompt, ContinuationPrompt, PromptTemplate, QuestionPrompt
+from rpt_lightning.tasks.prompt import (
+    BoundPrompt,
+    ChatPrompt,
+    ContinuationPrompt,
+    PromptTemplate,
+    QuestionPrompt,
+)
 from rpt_lightning.tasks.reward import PrefixMatchReward
 from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.tasks.wordings import CONTEXT_SLOT, WORDINGS
 from rpt_lightning.types import Completion
 
-OPENING_TEMPLATE = toys.CHAT_TEMPLATE.replace("<|im_start|>assistant\n' }}", "<|im_start|>assistant\n<think>\n' }}")
-TEMPLATES: list[PromptTemplate] = [*(ChatPrompt(version) for version in WORDINGS), ContinuationPrompt(), ContinuationPrompt(None, None)]
+OPENING_TEMPLATE = toys.CHAT_TEMPLATE.replace(
+    "<|im_start|>assistant\n' }}", "<|im_start|>assistant\n<think>\n' }}"
+)
+TEMPLATES: list[PromptTemplate] = [
+    *(ChatPrompt(version) for version in WORDINGS),
+    ContinuationPrompt(),
+    ContinuationPrompt(None, None),
+]
 BOUND = {
     (template_index, think): template.bind(toys.byte_level(think_tokens=think))
     for template_index, template in enumerate(TEMPLATES)
@@ -30,7 +42,9 @@ IDS = st.lists(st.integers(0, 399), max_size=12).map(tuple)
 
 @settings(deadline=None)
 @given(st.sampled_from(sorted(BOUND)), IDS, IDS, IDS)
-def test_given_ids_are_untouched_slices(key: tuple[int, bool], context: tuple[int, ...], thought: tuple[int, ...], answer: tuple[int, ...]) -> None:
+def test_given_ids_are_untouched_slices(
+    key: tuple[int, bool], context: tuple[int, ...], thought: tuple[int, ...], answer: tuple[int, ...]
+) -> None:
     bound = BOUND[key]
     prompt = bound.prompt_ids(context)
     assert len(prompt) == len(context) + bound.num_overhead_tokens
@@ -45,14 +59,24 @@ def test_given_ids_are_untouched_slices(key: tuple[int, bool], context: tuple[in
 
 
 @pytest.mark.parametrize("think", [False, True])
-@pytest.mark.parametrize("template", TEMPLATES, ids=lambda template: getattr(template, "version", "continuation"))
+@pytest.mark.parametrize(
+    "template", TEMPLATES, ids=lambda template: getattr(template, "version", "continuation")
+)
 def test_a_composed_completion_is_parsed_back(template: PromptTemplate, think: bool) -> None:
     tokenizer = toys.byte_level(think_tokens=think)
     token_bytes, objective = TokenBytes(tokenizer), Objective(template, PrefixMatchReward()).bind(tokenizer)
     answer = b" {x}\xf0\x9f"
-    answer_ids = token_bytes.encode_plain(" {x}") + tuple(next(i for i in range(256) if token_bytes[i] == bytes([b])) for b in b"\xf0\x9f")
+    answer_ids = token_bytes.encode_plain(" {x}") + tuple(
+        next(i for i in range(256) if token_bytes[i] == bytes([b])) for b in b"\xf0\x9f"
+    )
     ids = objective.prompt.completion_ids(token_bytes.encode_plain("maybe \\boxed{no}"), answer_ids)
-    completion = Completion(token_ids=ids, text_bytes=token_bytes.join(ids[:-1]), rollout_logprobs=(), policy_version=0, finish_reason="stop")
+    completion = Completion(
+        token_ids=ids,
+        text_bytes=token_bytes.join(ids[:-1]),
+        rollout_logprobs=(),
+        policy_version=0,
+        finish_reason="stop",
+    )
     assert objective.prediction(completion) == answer
 
 
@@ -74,7 +98,12 @@ def test_continuation_without_markers() -> None:
     bound = ContinuationPrompt(None, None).bind(tokenizer)
     assert rendered(bound, tokenizer) == " 2 + 2 ="
     assert bound.think_close is None
-    assert extract_prediction(TokenBytes(tokenizer).join(bound.completion_ids((), ())), think_close=bound.think_close) == b""
+    assert (
+        extract_prediction(
+            TokenBytes(tokenizer).join(bound.completion_ids((), ())), think_close=bound.think_close
+        )
+        == b""
+    )
 
 
 def test_markers_are_tokens_where_the_tokenizer_has_them() -> None:
@@ -146,7 +175,9 @@ def test_a_tokenizer_without_an_end_is_refused() -> None:
 
 
 def template(opening: str) -> str:
-    return toys.CHAT_TEMPLATE.replace("<|im_start|>assistant\n' }}", f"<|im_start|>assistant\n{opening}' }}}}")
+    return toys.CHAT_TEMPLATE.replace(
+        "<|im_start|>assistant\n' }}", f"<|im_start|>assistant\n{opening}' }}}}"
+    )
 
 
 SWITCHED = toys.CHAT_TEMPLATE.replace(  # Qwen 3.5's small models: closed unless it is asked for
@@ -171,21 +202,35 @@ SWITCHED = toys.CHAT_TEMPLATE.replace(  # Qwen 3.5's small models: closed unless
 def test_forms_of_the_thought(opening: str, shown: str, think: bool) -> None:
     tokenizer = toys.byte_level(think_tokens=think, chat_template=template(opening))
     for prompt in (ChatPrompt(), QuestionPrompt()):
-        assert rendered(prompt.bind(tokenizer), tokenizer).endswith(f"<|im_end|>\n<|im_start|>assistant\n{shown}")
+        assert rendered(prompt.bind(tokenizer), tokenizer).endswith(
+            f"<|im_end|>\n<|im_start|>assistant\n{shown}"
+        )
     # Whoever asks for no marked thought gets the template as it is.
-    assert rendered(ChatPrompt("v0", None, None).bind(tokenizer), tokenizer).endswith(f"<|im_start|>assistant\n{opening}")
+    assert rendered(ChatPrompt("v0", None, None).bind(tokenizer), tokenizer).endswith(
+        f"<|im_start|>assistant\n{opening}"
+    )
 
 
 def test_a_template_that_only_speaks_of_the_markers() -> None:
-    mention = toys.CHAT_TEMPLATE.replace("m['content'] | trim + '<|im_end|>'", "m['content'] | trim + ' Think in <think>.<|im_end|>'")
+    mention = toys.CHAT_TEMPLATE.replace(
+        "m['content'] | trim + '<|im_end|>'", "m['content'] | trim + ' Think in <think>.<|im_end|>'"
+    )
     tokenizer = toys.byte_level(chat_template=mention)
-    assert rendered(ChatPrompt().bind(tokenizer), tokenizer).endswith("Think in <think>.<|im_end|>\n<|im_start|>assistant\n<think>")
+    assert rendered(ChatPrompt().bind(tokenizer), tokenizer).endswith(
+        "Think in <think>.<|im_end|>\n<|im_start|>assistant\n<think>"
+    )
 
 
 def test_template_args_reach_the_template() -> None:
     tokenizer = toys.byte_level(chat_template=SWITCHED)
-    for args, shown in ((None, "<think>"), ({"enable_thinking": True}, "<think>\n"), ({"enable_thinking": False}, "<think>")):
-        assert rendered(QuestionPrompt(template_args=args).bind(tokenizer), tokenizer).endswith(f"assistant\n{shown}")
+    for args, shown in (
+        (None, "<think>"),
+        ({"enable_thinking": True}, "<think>\n"),
+        ({"enable_thinking": False}, "<think>"),
+    ):
+        assert rendered(QuestionPrompt(template_args=args).bind(tokenizer), tokenizer).endswith(
+            f"assistant\n{shown}"
+        )
     off = QuestionPrompt(None, None, {"enable_thinking": False}).bind(tokenizer)
     assert rendered(off, tokenizer).endswith("assistant\n<think>\n\n</think>\n\n")
 
@@ -193,10 +238,22 @@ def test_template_args_reach_the_template() -> None:
 @pytest.mark.parametrize(
     ("chat_template", "args", "named"),
     [
-        (SWITCHED, {"enable_thinkng": True}, r"template_args: the chat template of .* knows no 'enable_thinkng'"),
-        (SWITCHED, {"add_generation_prompt": False}, r"template_args: add_generation_prompt is set by ChatPrompt itself"),
+        (
+            SWITCHED,
+            {"enable_thinkng": True},
+            r"template_args: the chat template of .* knows no 'enable_thinkng'",
+        ),
+        (
+            SWITCHED,
+            {"add_generation_prompt": False},
+            r"template_args: add_generation_prompt is set by ChatPrompt itself",
+        ),
         (template("<think></think>Answer: "), None, r"closes the thought and goes on behind it"),
-        ("{{ raise_exception('only with a system message') }}", None, r"cannot be used \(TemplateError: only with a system message\)"),
+        (
+            "{{ raise_exception('only with a system message') }}",
+            None,
+            r"cannot be used \(TemplateError: only with a system message\)",
+        ),
         ("{% if %}", None, r"cannot be used \(TemplateSyntaxError"),
     ],
 )
@@ -209,24 +266,37 @@ def test_templates_that_are_refused(chat_template: str, args: dict[str, bool] | 
     ("files", "more"),
     [
         ({"generation_config.json": {"eos_token_id": ["<|endoftext|>", "<|im_end|>"]}}, ["<|im_end|>"]),
-        ({"generation_config.json": {"eos_token_id": ["<|im_end|>", "<|endoftext|>", "<|im_start|>"]}}, ["<|im_end|>", "<|im_start|>"]),
+        (
+            {"generation_config.json": {"eos_token_id": ["<|im_end|>", "<|endoftext|>", "<|im_start|>"]}},
+            ["<|im_end|>", "<|im_start|>"],
+        ),
         ({"generation_config.json": {"eos_token_id": ["a"]}}, ["a"]),  # a list is nobody's default
         ({"generation_config.json": {"eos_token_id": "<|im_end|>"}}, ["<|im_end|>"]),
         ({"generation_config.json": {"eos_token_id": "a"}}, []),  # such as the 2 of a small Llama
         ({"generation_config.json": {}, "config.json": {"eos_token_id": ["<|im_end|>"]}}, ["<|im_end|>"]),
         ({"config.json": {"text_config": {"eos_token_id": ["<|im_end|>"]}}}, ["<|im_end|>"]),
-        ({"generation_config.json": {"eos_token_id": ["<|im_end|>"]}, "config.json": {"eos_token_id": ["<|im_start|>"]}}, ["<|im_end|>"]),
+        (
+            {
+                "generation_config.json": {"eos_token_id": ["<|im_end|>"]},
+                "config.json": {"eos_token_id": ["<|im_start|>"]},
+            },
+            ["<|im_end|>"],
+        ),
         ({}, []),
     ],
 )
-def test_every_end_that_the_models_folder_names(files: dict[str, dict[str, Any]], more: list[str], tmp_path: Path) -> None:
+def test_every_end_that_the_models_folder_names(
+    files: dict[str, dict[str, Any]], more: list[str], tmp_path: Path
+) -> None:
     saved = toys.byte_level()
     saved.save_pretrained(tmp_path)
 
     def ids(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: ids(part) for key, part in value.items()}
-        return [ids(part) for part in value] if isinstance(value, list) else saved.convert_tokens_to_ids(value)
+        return (
+            [ids(part) for part in value] if isinstance(value, list) else saved.convert_tokens_to_ids(value)
+        )
 
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(ids(content)))

@@ -14,5 +14,9 @@ TASKS = Path(__file__).resolve().parents[2] / "scripts" / "lm_eval"
 
 def test_lm_eval_asks_the_same_question() -> None:
     asked = yaml.safe_load((TASKS / "rpt_questions.yaml").read_text())["doc_to_text"]
-    assert asked.replace("{{problem}}", "What is 2 + 2?") == question_text(Question(question_id="q-1", text="What is 2 + 2?", answer="4"))
-    assert yaml.safe_load((TASKS / "rpt_questions_direct.yaml").read_text())["include"] == "rpt_questions.yaml"
+    assert asked.replace("{{problem}}", "What is 2 + 2?") == question_text(
+        Question(question_id="q-1", text="What is 2 + 2?", answer="4")
+    )
+    assert (
+        yaml.safe_load((TASKS / "rpt_questions_direct.yaml").read_text())["include"] == "rpt_questions.yaml"
+    )

@@ -4,10 +4,19 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rpt_lightning.tasks.reward import ConditionalDenseReward, DenseReward, FirstTokenReward, PrefixMatchReward, first_token_match, prefix_match
+from rpt_lightning.tasks.reward import (
+    ConditionalDenseReward,
+    DenseReward,
+    FirstTokenReward,
+    PrefixMatchReward,
+    first_token_match,
+    prefix_match,
+)
 from rpt_lightning.types import TokenTask
 
-TOKENS = st.lists(st.sampled_from([b"a", b"ab", b" ", b"\n", b"\xf0\x9f", b"\x98\x80", b"{", b"}", b""]), max_size=8)
+TOKENS = st.lists(
+    st.sampled_from([b"a", b"ab", b" ", b"\n", b"\xf0\x9f", b"\x98\x80", b"{", b"}", b""]), max_size=8
+)
 
 
 def task_of(*continuation: bytes) -> TokenTask:
@@ -49,7 +58,11 @@ def test_prefix_match_by_hand(prediction: bytes, expected: float) -> None:
 def test_prefix_match_is_the_papers_equation(prediction: bytes, continuation: list[bytes]) -> None:
     """r = 1 iff b(y) equals the first l bytes of the continuation, for an l among the cumulative byte lengths of its tokens."""
     lengths = {len(b"".join(continuation[:n])) for n in range(1, len(continuation) + 1)}
-    expected = bool(prediction) and len(prediction) in lengths and b"".join(continuation)[: len(prediction)] == prediction
+    expected = (
+        bool(prediction)
+        and len(prediction) in lengths
+        and b"".join(continuation)[: len(prediction)] == prediction
+    )
     assert prefix_match(prediction, continuation) == float(expected)
 
 
@@ -63,12 +76,28 @@ def test_every_boundary_is_right_and_is_a_first_token_match(continuation: list[b
 
 def test_first_token_reward() -> None:
     predictions = (b" the", b" the sum", b" the wrong", b" theory", b" th", b"the", b"", None)
-    assert FirstTokenReward().group_rewards(predictions, task_of(b" the", b" sum")) == (1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+    assert FirstTokenReward().group_rewards(predictions, task_of(b" the", b" sum")) == (
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+    )
 
 
 def test_prefix_reward() -> None:
     predictions = (b" the", b" the sum", b" the wrong", b" theory", None, b"")
-    assert PrefixMatchReward().group_rewards(predictions, task_of(b" the", b" sum")) == (1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+    assert PrefixMatchReward().group_rewards(predictions, task_of(b" the", b" sum")) == (
+        1.0,
+        1.0,
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+    )
 
 
 def test_dense_rewards() -> None:

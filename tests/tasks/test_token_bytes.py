@@ -81,12 +81,16 @@ def test_text_is_neither_normalised_nor_prefixed() -> None:
 def test_ordinary_text_gets_the_tokens_that_the_model_knows() -> None:
     tokenizer = toys.byte_level(think_tokens=True)
     text = " the sum of two numbers,   even"
-    assert list(TokenBytes(tokenizer).encode_plain(text)) == tokenizer(text, add_special_tokens=False).input_ids
+    assert (
+        list(TokenBytes(tokenizer).encode_plain(text)) == tokenizer(text, add_special_tokens=False).input_ids
+    )
     assert tokenizer.get_added_vocab()["   "] in TokenBytes(tokenizer).encode_plain(text)
 
 
 def test_the_last_usual_call_does_not_change_the_plain_encoder() -> None:
-    tokenizer = copy.deepcopy(toys.byte_level())  # which other tests share: the call leaves its truncation behind
+    tokenizer = copy.deepcopy(
+        toys.byte_level()
+    )  # which other tests share: the call leaves its truncation behind
     token_bytes = TokenBytes(tokenizer)
     before = token_bytes.encode_plain("x<|im_end|>")
     tokenizer("x<|im_end|>", truncation=True, max_length=1)
@@ -103,7 +107,13 @@ def test_tokens_may_split_a_character() -> None:
 def test_byte_alphabet() -> None:
     alphabet = byte_of_character()
     assert sorted(alphabet.values()) == list(range(256))
-    assert (alphabet["Ġ"], alphabet["Ċ"], alphabet["a"], alphabet["ÿ"], alphabet["Ń"]) == (0x20, 0x0A, 0x61, 0xFF, 0xAD)
+    assert (alphabet["Ġ"], alphabet["Ċ"], alphabet["a"], alphabet["ÿ"], alphabet["Ń"]) == (
+        0x20,
+        0x0A,
+        0x61,
+        0xFF,
+        0xAD,
+    )
 
 
 def test_characters_without_a_token_are_an_error() -> None:
@@ -125,14 +135,23 @@ def test_other_kinds_of_tokenizer_are_refused() -> None:
         TokenBytes(SimpleNamespace(name_or_path="slow"))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("tokenizer", [toys.byte_level(think_tokens=True), toys.byte_fallback()], ids=["byte_level", "byte_fallback"])
+@pytest.mark.parametrize(
+    "tokenizer",
+    [toys.byte_level(think_tokens=True), toys.byte_fallback()],
+    ids=["byte_level", "byte_fallback"],
+)
 def test_hash_survives_saving(tokenizer: PreTrainedTokenizerFast, tmp_path) -> None:
     tokenizer.save_pretrained(tmp_path)
     assert tokenizer_hash(AutoTokenizer.from_pretrained(tmp_path)) == tokenizer_hash(tokenizer)
 
 
 def test_hash_tells_tokenizers_apart() -> None:
-    tokenizers = [toys.byte_level(), toys.byte_level(think_tokens=True), toys.with_missing_bytes(), toys.byte_fallback()]
+    tokenizers = [
+        toys.byte_level(),
+        toys.byte_level(think_tokens=True),
+        toys.with_missing_bytes(),
+        toys.byte_fallback(),
+    ]
     assert len({tokenizer_hash(tokenizer) for tokenizer in tokenizers}) == 4
 
 

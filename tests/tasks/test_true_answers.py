@@ -29,14 +29,26 @@ def test_what_nothing_can_be_read_of_is_found(answer_reward: AnswerReward) -> No
     assert unlike_themselves([" "], answer_reward.verifier) == ({" ": " "}, 0)
 
 
-def test_of_many_plain_ones_some_are_asked_about(answer_reward: AnswerReward, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_many_plain_ones_some_are_asked_about(
+    answer_reward: AnswerReward, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(true_answers, "MAX_PLAIN", 1)
-    assert unlike_themselves(["a+b", "b+c", "c+d", "1 000", "7"], answer_reward.verifier) == ({"1 000": "1000"}, 2)
+    assert unlike_themselves(["a+b", "b+c", "c+d", "1 000", "7"], answer_reward.verifier) == (
+        {"1 000": "1000"},
+        2,
+    )
 
 
 @pytest.mark.parametrize(
     ("answer", "ways"),
-    [("1.234", []), ("1.234.567", ["1234567"]), (r"1\,234", ["1234"]), ("1,23", []), ("2·√5", [r"2\cdot \sqrt{5}"]), ("√(x+1)", [r"\sqrt{x+1}"])],
+    [
+        ("1.234", []),
+        ("1.234.567", ["1234567"]),
+        (r"1\,234", ["1234"]),
+        ("1,23", []),
+        ("2·√5", [r"2\cdot \sqrt{5}"]),
+        ("√(x+1)", [r"\sqrt{x+1}"]),
+    ],
 )
 def test_other_ways(answer: str, ways: list[str]) -> None:
     assert other_ways(answer) == ways

@@ -5,7 +5,17 @@ from __future__ import annotations
 import json
 from functools import cache
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 LINES = [
@@ -20,24 +30,40 @@ CHAT_TEMPLATE = (
 )
 
 
-def _finished(backend: Tokenizer, *, think_tokens: bool, chat_template: str | None) -> PreTrainedTokenizerFast:
-    specials = [AddedToken(token, special=True, normalized=False) for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
+def _finished(
+    backend: Tokenizer, *, think_tokens: bool, chat_template: str | None
+) -> PreTrainedTokenizerFast:
+    specials = [
+        AddedToken(token, special=True, normalized=False)
+        for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    ]
     backend.add_special_tokens(specials)
     if think_tokens:  # as in Qwen 3: tokens of their own that are not declared special
-        backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in ("<think>", "</think>")])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", chat_template=chat_template)
+        backend.add_tokens(
+            [AddedToken(token, special=False, normalized=False) for token in ("<think>", "</think>")]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|endoftext|>", chat_template=chat_template
+    )
 
 
 @cache
-def byte_level(*, think_tokens: bool = False, chat_template: str | None = CHAT_TEMPLATE, add_prefix_space: bool = False) -> PreTrainedTokenizerFast:
+def byte_level(
+    *, think_tokens: bool = False, chat_template: str | None = CHAT_TEMPLATE, add_prefix_space: bool = False
+) -> PreTrainedTokenizerFast:
     """GPT-2's kind, with what real ones add: Qwen's NFC, GPT-NeoX's runs of spaces as added tokens, and a prefix space by option."""
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space),
+        ]
     )
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     backend.train_from_iterator(LINES, trainer)
     backend.add_tokens([AddedToken("  ", special=False), AddedToken("   ", special=False)])
     return _finished(backend, think_tokens=think_tokens, chat_template=chat_template)
@@ -62,13 +88,19 @@ def byte_fallback(*, metaspace: bool = False) -> PreTrainedTokenizerFast:
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         backend.pre_tokenizer = pre_tokenizers.Split(Regex("(?<!▁)(?=▁)"), "isolated")
     fallback_pieces = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=fallback_pieces, limit_alphabet=60, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=fallback_pieces, limit_alphabet=60, show_progress=False
+    )
     backend.train_from_iterator(LINES, trainer)
     # The trainer makes added tokens of all pieces that it was told to keep; real tokenizers do so for the markers only.
     specification = json.loads(backend.to_str())
-    specification["added_tokens"] = [token for token in specification["added_tokens"] if token["content"] in ("<unk>", "<s>")]
+    specification["added_tokens"] = [
+        token for token in specification["added_tokens"] if token["content"] in ("<unk>", "<s>")
+    ]
     backend = Tokenizer.from_str(json.dumps(specification))
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+    )
     tokenizer = _finished(backend, think_tokens=False, chat_template=None)
     tokenizer.bos_token = "<s>"
     return tokenizer

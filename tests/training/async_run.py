@@ -32,7 +32,9 @@ class Watch(Callback):
         self.weights.append(flat_weights(pl_module))
 
 
-def make(make_run, steps, engine, *, staleness=1, more=(), rollout_options=None, module_options=None, **options):
+def make(
+    make_run, steps, engine, *, staleness=1, more=(), rollout_options=None, module_options=None, **options
+):
     watch = Watch()
     trainer, module, data = make_run(
         steps,
@@ -59,7 +61,10 @@ def task_ids(batches):
 
 
 def versions(batches):
-    return [{completion.policy_version for group in groups for completion in group.completions} for groups in batches]
+    return [
+        {completion.policy_version for group in groups for completion in group.completions}
+        for groups in batches
+    ]
 
 
 def tasks_in_order(make_run, num_steps):

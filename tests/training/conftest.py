@@ -38,15 +38,32 @@ def make_run(tiny_model_dir: Path, tiny_task_dir: Path, tmp_path: Path) -> Calla
         callbacks: list[Any] | None = None,
         **trainer_options: Any,
     ) -> Any:
-        module = RPTModule(Policy(str(tiny_model_dir)), lambda parameters: torch.optim.AdamW(parameters, lr=1e-3), **(module_options or {}))
+        module = RPTModule(
+            Policy(str(tiny_model_dir)),
+            lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+            **(module_options or {}),
+        )
         rollout = RolloutCallback(
             engine(),
             Objective(ContinuationPrompt(), PrefixMatchReward()),
-            **({"group_size": 4, "max_prompt_tokens": 96, "max_completion_tokens": 32, "dynamic_sampling_from_step": None} | (rollout_options or {})),
+            **(
+                {
+                    "group_size": 4,
+                    "max_prompt_tokens": 96,
+                    "max_completion_tokens": 32,
+                    "dynamic_sampling_from_step": None,
+                }
+                | (rollout_options or {})
+            ),
         )
-        data = TokenTaskDataModule(str(tiny_task_dir), **({"tasks_per_step": 8, "positions_per_document": 2} | (data_options or {})))
+        data = TokenTaskDataModule(
+            str(tiny_task_dir), **({"tasks_per_step": 8, "positions_per_document": 2} | (data_options or {}))
+        )
         trainer = quiet_trainer(
-            run_dir or tmp_path / "run", max_steps, [rollout, RunCheckpoint(every_n_steps=1), *(callbacks or [])], **trainer_options
+            run_dir or tmp_path / "run",
+            max_steps,
+            [rollout, RunCheckpoint(every_n_steps=1), *(callbacks or [])],
+            **trainer_options,
         )
         return trainer, module, data
 
@@ -58,7 +75,9 @@ def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
     """A real file system of ``@pytest.mark.parametrize("small_disk", [MEBIBYTES], indirect=True)``."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={request.param}m", "tmpfs", folder], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={request.param}m", "tmpfs", folder], capture_output=True
+    ).returncode:
         pytest.skip("mounting a file system is not permitted here, so there is no small disk to fill")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)

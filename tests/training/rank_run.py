@@ -67,7 +67,10 @@ class SomeAreRight(Reward):
     needs_first_token_probs = False
 
     def group_rewards(self, predictions, task, first_token_probs=None):
-        seeds = [None if prediction is None else f"{task.task_id} {prediction!r}".encode() for prediction in predictions]
+        seeds = [
+            None if prediction is None else f"{task.task_id} {prediction!r}".encode()
+            for prediction in predictions
+        ]
         return tuple(0.0 if seed is None else float(hashlib.sha256(seed).digest()[0] < 31) for seed in seeds)
 
 
@@ -75,24 +78,40 @@ class WrongNormalizer(RPTModule):
     """Each rank divides by its own tokens, the fault of averaging means: right only where all ranks have equally many."""
 
     def _normalizer(self, samples, *, max_tokens):
-        return max(1.0, float(sum(len(sample.sequence.target_ids) for sample in samples))) * self.ranks.num_data
+        return (
+            max(1.0, float(sum(len(sample.sequence.target_ids) for sample in samples))) * self.ranks.num_data
+        )
 
 
 def parts(options: Options, folder: Path):
     optimizer = torch.optim.SGD if options.kind == "ntp" else getattr(torch.optim, options.optimizer)
     policy, make_optimizer = Policy(options.model), lambda parameters: optimizer(parameters, lr=options.lr)
     common = {"micro_batch_tokens": options.micro_batch_tokens}
-    callbacks: list[Any] = [RunCheckpoint(every_n_steps=options.steps), StepLog(), ValidationResults(), RolloutSamples(every_n_steps=1)]
+    callbacks: list[Any] = [
+        RunCheckpoint(every_n_steps=options.steps),
+        StepLog(),
+        ValidationResults(),
+        RolloutSamples(every_n_steps=1),
+    ]
     if options.kind == "ntp":
         module: Any = NTPModule(policy, make_optimizer, **common)
         # 13 held-out tasks in batches of 6: the second rank has nothing in the last batch.
         data: Any = TraceDataModule(
-            options.tasks, ContinuationPrompt(), traces_per_step=8, positions_per_document=4, num_eval_tasks=13, eval_batch_size=6
+            options.tasks,
+            ContinuationPrompt(),
+            traces_per_step=8,
+            positions_per_document=4,
+            num_eval_tasks=13,
+            eval_batch_size=6,
         )
     else:
         common |= {"optimizer_steps_per_batch": options.optimizer_steps_per_batch}
-        module = (WrongNormalizer if options.wrong_normalizer else RPTModule)(policy, make_optimizer, correction="truncate", **common)
-        data = TokenTaskDataModule(options.tasks, tasks_per_step=options.tasks_per_step, positions_per_document=2)
+        module = (WrongNormalizer if options.wrong_normalizer else RPTModule)(
+            policy, make_optimizer, correction="truncate", **common
+        )
+        data = TokenTaskDataModule(
+            options.tasks, tasks_per_step=options.tasks_per_step, positions_per_document=2
+        )
         engine = {
             "recorded": lambda: Recorded([*SCRIPT, "so?</think>\\boxed{e}"]),  # lengths of more kinds
             "hf": lambda: HFEngine(dtype="float32"),
@@ -113,7 +132,14 @@ def parts(options: Options, folder: Path):
         "ddp": lambda: DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=120)),
         "sharded": lambda: ShardedStrategy(timeout_s=120, **options.strategy_options),
     }[options.strategy]()
-    trainer = quiet_trainer(folder, options.steps, callbacks, devices=options.ranks, strategy=strategy, limit_val_batches=float(options.validate))
+    trainer = quiet_trainer(
+        folder,
+        options.steps,
+        callbacks,
+        devices=options.ranks,
+        strategy=strategy,
+        limit_val_batches=float(options.validate),
+    )
     return trainer, module, data
 
 
@@ -122,7 +148,11 @@ if __name__ == "__main__":
     options = Options(**json.loads(sys.argv[1]))
     folder = Path(options.folder)
     trainer, module, data = parts(options, folder)
-    trainer.fit(module, data, ckpt_path=str(last_checkpoint(folder)) if options.resume else None, weights_only=True)
+    trainer.fit(
+        module, data, ckpt_path=str(last_checkpoint(folder)) if options.resume else None, weights_only=True
+    )
     if options.validate:
         trainer, module, data = parts(options, folder / "validate")
-        trainer.validate(module, data, ckpt_path=str(last_checkpoint(folder)), weights_only=True, verbose=False)
+        trainer.validate(
+            module, data, ckpt_path=str(last_checkpoint(folder)), weights_only=True, verbose=False
+        )

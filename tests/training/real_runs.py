@@ -37,7 +37,9 @@ class SomeAreRight(Reward):
     needs_first_token_probs = False
 
     def group_rewards(self, predictions, task, first_token_probs=None):
-        seeds = [f"{task.task_id} {index} {prediction!r}".encode() for index, prediction in enumerate(predictions)]
+        seeds = [
+            f"{task.task_id} {index} {prediction!r}".encode() for index, prediction in enumerate(predictions)
+        ]
         return tuple(float(hashlib.sha256(seed).digest()[0] < 128) for seed in seeds)
 
 
@@ -59,7 +61,9 @@ class HeldValidation(Callback):
 class FailsAtStepTwo(Callback):
     """On the last rank."""
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step == 2 and trainer.global_rank == trainer.world_size - 1:
             raise ValueError("a shard is damaged")
 
@@ -70,9 +74,15 @@ class KilledOnce(Callback):
     def __init__(self, file: str) -> None:
         self.file = Path(file)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         time.sleep(1)
-        if trainer.global_step == 2 and trainer.global_rank == trainer.world_size - 1 and not self.file.exists():
+        if (
+            trainer.global_step == 2
+            and trainer.global_rank == trainer.world_size - 1
+            and not self.file.exists()
+        ):
             self.file.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -96,7 +106,14 @@ class RealRun:
 
     def __init__(self, folder: Path, flags: list[Any]) -> None:
         self.folder = folder
-        self.args = ["fit", *map(str, flags), "--trainer.default_root_dir", str(folder), "--ckpt_path", "auto"]
+        self.args = [
+            "fit",
+            *map(str, flags),
+            "--trainer.default_root_dir",
+            str(folder),
+            "--ckpt_path",
+            "auto",
+        ]
         self.log = folder.parent / f"{folder.name}.log"
         self.process: Any = None
 
@@ -139,7 +156,9 @@ class RealRun:
         path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
         command = [sys.executable, *(launcher or ["-m"]), "rpt_lightning.cli", *self.args]
         with self.log.open("ab") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
+            return subprocess.Popen(
+                command, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+            )
 
     def wait_for_text(self, text: str, process: subprocess.Popen[bytes], timeout_s: float = 180) -> None:
         end = time.monotonic() + timeout_s
@@ -187,9 +206,15 @@ def traces(folder: Path) -> dict[str, Any]:
     newest = sorted((folder / "checkpoints").glob("step-*.ckpt"))[-1]
     saved = torch.load(newest, weights_only=True)
     return {
-        "steps": [{name: value for name, value in step.items() if not name.startswith(UNEQUAL)} for step in steps],
+        "steps": [
+            {name: value for name, value in step.items() if not name.startswith(UNEQUAL)} for step in steps
+        ],
         "rollouts": {path.name: path.read_text() for path in sorted((folder / "rollouts").glob("*.jsonl"))},
-        "validation": {path.name: path.read_text() for path in sorted((folder / "validation").glob("*.json*")) if path.suffix != ".abandoned"},
+        "validation": {
+            path.name: path.read_text()
+            for path in sorted((folder / "validation").glob("*.json*"))
+            if path.suffix != ".abandoned"
+        },
         "checkpoint": newest.name,
         "weights": saved["state_dict"],
         "optimizer": saved["optimizer_states"],
@@ -205,12 +230,22 @@ def differences(one: Any, two: Any, where: str = "") -> list[str]:
             found
             for name in names
             for found in (
-                [f"{where}/{name} is missing"] if name not in one or name not in two else differences(one[name], two[name], f"{where}/{name}")
+                [f"{where}/{name} is missing"]
+                if name not in one or name not in two
+                else differences(one[name], two[name], f"{where}/{name}")
             )
         ]
     if isinstance(one, list) and isinstance(two, list) and len(one) == len(two):
-        return [found for index, pair in enumerate(zip(one, two, strict=True)) for found in differences(*pair, f"{where}/{index}")]
-    same = torch.equal(one, two) if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor) else one == two
+        return [
+            found
+            for index, pair in enumerate(zip(one, two, strict=True))
+            for found in differences(*pair, f"{where}/{index}")
+        ]
+    same = (
+        torch.equal(one, two)
+        if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor)
+        else one == two
+    )
     return [] if same else [where]
 
 
@@ -221,8 +256,18 @@ def scripted_flags(model: Path, tasks: Path, *, steps: int, engine: str = "Scrip
     config = yaml.safe_load((CONFIGS / "debug.yaml").read_text())
     config["trainer"] |= {"max_steps": steps, "val_check_interval": 2}
     config["model"]["init_args"]["policy"]["init_args"]["path"] = str(model)
-    config["data"]["init_args"] |= {"task_dir": str(tasks), "tasks_per_step": 4, "positions_per_document": 2, "num_eval_tasks": 4}
-    config["rollout"] |= {"max_prompt_tokens": 96, "max_completion_tokens": 24, "dynamic_sampling_from_step": 1, "thought_controls": False}
+    config["data"]["init_args"] |= {
+        "task_dir": str(tasks),
+        "tasks_per_step": 4,
+        "positions_per_document": 2,
+        "num_eval_tasks": 4,
+    }
+    config["rollout"] |= {
+        "max_prompt_tokens": 96,
+        "max_completion_tokens": 24,
+        "dynamic_sampling_from_step": 1,
+        "thought_controls": False,
+    }
     config["rollout"]["objective"]["init_args"]["reward"] = {"class_path": "real_runs.SomeAreRight"}
     if engine == "ScriptedEngine":
         config["rollout"]["engine"] = {"class_path": engine, "init_args": {"completions": SCRIPT}}

@@ -9,7 +9,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 # Frequent tokens of the tiny tokenizer's corpus, so that some completions are right; one without an answer, one that never ends in time.
-SCRIPT = [*(f"?</think>\\boxed{{{token}}}" for token in (" ", "e", "t", "s", " the", "in", "a", "r", "o")), "no answer", "abcdefgh " * 20]
+SCRIPT = [
+    *(f"?</think>\\boxed{{{token}}}" for token in (" ", "e", "t", "s", " the", "in", "a", "r", "o")),
+    "no answer",
+    "abcdefgh " * 20,
+]
 
 
 def quiet_trainer(run_dir: Path, max_steps: int, callbacks: list[Any], **options: Any) -> Trainer:

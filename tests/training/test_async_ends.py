@@ -39,8 +39,13 @@ class EndsInStep(Callback):
 @pytest.mark.parametrize("dynamic_sampling_from_step", [None, 0])
 def test_a_resumed_run_draws_again_what_was_under_way(make_run, tmp_path, dynamic_sampling_from_step):
     folder = tmp_path / "run"
-    options = {"run_dir": folder, "rollout_options": {"dynamic_sampling_from_step": dynamic_sampling_from_step}}
-    trainer, module, data, first = make(make_run, 6, ScriptedEngine(SCRIPT), more=[StepLog(), EndsInStep(3)], **options)
+    options = {
+        "run_dir": folder,
+        "rollout_options": {"dynamic_sampling_from_step": dynamic_sampling_from_step},
+    }
+    trainer, module, data, first = make(
+        make_run, 6, ScriptedEngine(SCRIPT), more=[StepLog(), EndsInStep(3)], **options
+    )
     with pytest.raises(OSError, match="power failure"):
         trainer.fit(module, data)
     path = last_checkpoint(folder)
@@ -59,7 +64,9 @@ def test_a_resumed_run_draws_again_what_was_under_way(make_run, tmp_path, dynami
     saved = torch.load(last_checkpoint(folder), weights_only=True)
     assert saved["TokenTaskDataModule"]["stream"]["index"] == 6 * TASKS + replaced
     assert {int(state["step"]) for state in saved["optimizer_states"][0]["state"].values()} == {6}
-    in_order = [task.task_id for tasks in tasks_in_order(make_run, int(6 + replaced // TASKS + 1)) for task in tasks]
+    in_order = [
+        task.task_id for tasks in tasks_in_order(make_run, int(6 + replaced // TASKS + 1)) for task in tasks
+    ]
     if dynamic_sampling_from_step is None:
         assert ids == in_order[: 6 * TASKS]  # none lost, none doubled, none in another step
     else:
@@ -128,7 +135,10 @@ def test_a_run_that_stops_does_not_wait_for_rollouts_under_way(make_run, tmp_pat
     assert engine.was_interrupted
     assert engine.events[-1] == "close"
     assert not background_threads()
-    assert torch.load(last_checkpoint(folder), weights_only=True)["TokenTaskDataModule"]["stream"]["index"] == 2 * TASKS
+    assert (
+        torch.load(last_checkpoint(folder), weights_only=True)["TokenTaskDataModule"]["stream"]["index"]
+        == 2 * TASKS
+    )
 
 
 class StopsAtThree(Callback):
@@ -171,4 +181,7 @@ def test_two_ranks_generate_and_stop_together(make_run, tmp_path, staleness):
     assert max(line["rollout/staleness"] for line in lines) <= staleness
     replaced = sum(line["rollout/replaced_groups"] for line in lines)
     assert replaced > 0
-    assert torch.load(last_checkpoint(folder), weights_only=True)["TokenTaskDataModule"]["stream"]["index"] == 3 * TASKS + replaced
+    assert (
+        torch.load(last_checkpoint(folder), weights_only=True)["TokenTaskDataModule"]["stream"]["index"]
+        == 3 * TASKS + replaced
+    )

@@ -38,7 +38,9 @@ class ByHand(Callback):
         if batch_idx == 0:
             self.engine.start(pl_module.policy.path, seed=0, max_model_len=128)
             objective = OBJECTIVE.bind(pl_module.tokenizer)
-            self.rollouter = Rollouter(self.engine, objective, run_seed=0, group_size=4, temperature=0.8, max_tokens=32)
+            self.rollouter = Rollouter(
+                self.engine, objective, run_seed=0, group_size=4, temperature=0.8, max_tokens=32
+            )
         self.engine.update_weights(named_weights(pl_module.policy), version=batch_idx)
         while len(self.rolled_out) <= batch_idx + self.lag:
             self.rolled_out.append(tuple(self.rollouter.rollout(self.tasks[len(self.rolled_out)])))
@@ -49,12 +51,18 @@ class ByHand(Callback):
 def test_the_weights_are_bit_for_bit_those_of_a_run_without_a_thread(make_run, tmp_path, staleness):
     trainer, module, data, watch = make(make_run, 4, ScriptedEngine(SCRIPT), staleness=staleness)
     sampling = []
-    watch.on_train_batch_start = lambda trainer, module, batch, batch_idx: sampling.append(batch["rollouts"].sampling)
+    watch.on_train_batch_start = lambda trainer, module, batch, batch_idx: sampling.append(
+        batch["rollouts"].sampling
+    )
     trainer.fit(module, data)
-    reference, plain, plain_data, plain_watch = make(make_run, 4, ScriptedEngine(SCRIPT), run_dir=tmp_path / "by-hand")
+    reference, plain, plain_data, plain_watch = make(
+        make_run, 4, ScriptedEngine(SCRIPT), run_dir=tmp_path / "by-hand"
+    )
     by_hand = ByHand(ScriptedEngine(SCRIPT), staleness, tasks_in_order(make_run, 6))
     by_hand.sampling = sampling[0]
-    reference.callbacks = [by_hand if isinstance(callback, RolloutCallback) else callback for callback in reference.callbacks]
+    reference.callbacks = [
+        by_hand if isinstance(callback, RolloutCallback) else callback for callback in reference.callbacks
+    ]
     reference.fit(plain, plain_data)
     assert watch.batches == plain_watch.batches
     assert all(torch.equal(one, two) for one, two in zip(watch.weights, plain_watch.weights, strict=True))
@@ -94,24 +102,36 @@ def test_generation_and_training_run_at_the_same_time(make_run):
     trainer, module, data, watch = make(make_run, 4, engine, more=[Meets(engine, 4)])
     trainer.fit(module, data)
     assert engine.batch == 3  # and nothing is generated that no step would train
-    assert task_ids(watch.batches) == [task.task_id for tasks in tasks_in_order(make_run, 4) for task in tasks]
+    assert task_ids(watch.batches) == [
+        task.task_id for tasks in tasks_in_order(make_run, 4) for task in tasks
+    ]
 
 
 def test_no_batch_is_older_than_allowed_and_tasks_keep_their_order(make_run, tmp_path):
     staleness, more, folder = 3, [StepLog()], tmp_path / "run"
-    trainer, module, data, watch = make(make_run, 7, ScriptedEngine(SCRIPT), staleness=staleness, more=more, run_dir=folder)
+    trainer, module, data, watch = make(
+        make_run, 7, ScriptedEngine(SCRIPT), staleness=staleness, more=more, run_dir=folder
+    )
     trainer.fit(module, data)
     ages = [line["rollout/staleness"] for line in lines_of(folder)]
-    assert [step - age for step, age in enumerate(ages)] == [version for (version,) in versions(watch.batches)]
+    assert [step - age for step, age in enumerate(ages)] == [
+        version for (version,) in versions(watch.batches)
+    ]
     assert ages[0] == 0
     assert 1 <= max(ages) <= staleness
-    assert task_ids(watch.batches) == [task.task_id for tasks in tasks_in_order(make_run, 7) for task in tasks]
+    assert task_ids(watch.batches) == [
+        task.task_id for tasks in tasks_in_order(make_run, 7) for task in tasks
+    ]
 
 
 def test_the_loss_is_weighted_by_how_much_the_policy_has_moved(make_run, tiny_model_dir, tmp_path):
     """The step's gradient from one sequence at a time and the formula written out; the engine's log-probs are those of the weights before."""
     cap, lr, folder = 1.01, 2.0, tmp_path / "run"
-    options = {"module_options": {"correction_cap": cap, "gradient_clip": 0.0}, "more": [StepLog()], "run_dir": folder}
+    options = {
+        "module_options": {"correction_cap": cap, "gradient_clip": 0.0},
+        "more": [StepLog()],
+        "run_dir": folder,
+    }
     trainer, module, data, watch = make(make_run, 3, ScriptedEngine(SCRIPT), **options)
     module.make_optimizer = functools.partial(torch.optim.SGD, lr=lr)
     trainer.fit(module, data)
@@ -121,18 +141,24 @@ def test_the_loss_is_weighted_by_how_much_the_policy_has_moved(make_run, tiny_mo
 
     def logprobs(group, completion):
         token_ids = group.prompt_ids + completion.token_ids
-        logits = policy.model(input_ids=torch.tensor([token_ids])).logits[0, len(group.prompt_ids) - 1 : -1] / 0.8
+        logits = (
+            policy.model(input_ids=torch.tensor([token_ids])).logits[0, len(group.prompt_ids) - 1 : -1] / 0.8
+        )
         return logits.log_softmax(-1).gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0]
 
     samples = []
     for group in watch.batches[2]:
         rewards = torch.tensor(group.rewards)
-        for completion, advantage in zip(group.completions, (rewards - rewards.mean()) / (rewards.std() + 1e-6), strict=True):
+        for completion, advantage in zip(
+            group.completions, (rewards - rewards.mean()) / (rewards.std() + 1e-6), strict=True
+        ):
             samples.append((group, completion, advantage if group.is_live else 0.0))
     torch.nn.utils.vector_to_parameters(watch.weights[1], policy.parameters())
     with torch.no_grad():
         for group, completion, _ in samples:
-            assert (logprobs(group, completion) - torch.tensor(completion.rollout_logprobs)).abs().max() < 1e-4
+            assert (
+                logprobs(group, completion) - torch.tensor(completion.rollout_logprobs)
+            ).abs().max() < 1e-4
     torch.nn.utils.vector_to_parameters(watch.weights[2], policy.parameters())
     total, raw = torch.zeros(()), []
     for group, completion, advantage in samples:
@@ -164,7 +190,10 @@ def test_rollouts_that_are_too_old_are_dropped_and_counted(make_run, tmp_path):
     engine, folder = ScriptedEngine(SCRIPT), tmp_path / "run"
     trainer, module, data, watch = make(make_run, 5, engine, more=[StepLog()], run_dir=folder)
     module.__class__ = TwoStepsOnce
-    with pytest.warns(UserWarning, match=r"rollouts of version 1 are dropped at version 3 .*TwoStepsOnce does more optimizer steps"):
+    with pytest.warns(
+        UserWarning,
+        match=r"rollouts of version 1 are dropped at version 3 .*TwoStepsOnce does more optimizer steps",
+    ):
         trainer.fit(module, data)
     lines = lines_of(folder)
     assert [line["step"] for line in lines] == [1, 3, 4, 5]
@@ -174,12 +203,18 @@ def test_rollouts_that_are_too_old_are_dropped_and_counted(make_run, tmp_path):
     assert lines[2]["rollout/tokens"] > sum(
         len(c.token_ids) for group in watch.batches[2] for c in group.completions
     )  # what was dropped has its cost
-    assert task_ids(watch.batches) == [task.task_id for tasks in tasks_in_order(make_run, 4) for task in tasks]
+    assert task_ids(watch.batches) == [
+        task.task_id for tasks in tasks_in_order(make_run, 4) for task in tasks
+    ]
 
 
 def test_a_validation_in_between_is_of_the_present_weights(make_run, tmp_path):
     engine = ScriptedEngine(SCRIPT)
-    options = {"data_options": {"num_eval_tasks": 4, "eval_batch_size": 4}, "limit_val_batches": 1, "val_check_interval": 2}
+    options = {
+        "data_options": {"num_eval_tasks": 4, "eval_batch_size": 4},
+        "limit_val_batches": 1,
+        "val_check_interval": 2,
+    }
     trainer, module, data, watch = make(make_run, 4, engine, run_dir=tmp_path / "run", **options)
     trainer.fit(module, data)
     assert versions(watch.batches) == [{0}, {0}, {1}, {2}]
@@ -207,7 +242,12 @@ def check_versions_of_logprobs(make_run, tiny_model_dir, engine):
                 for completion in group.completions:
                     assert completion.policy_version == step - 1
                     with torch.no_grad():
-                        logits = policy.model(input_ids=torch.tensor([group.prompt_ids + completion.token_ids])).logits[0] / 0.8
+                        logits = (
+                            policy.model(
+                                input_ids=torch.tensor([group.prompt_ids + completion.token_ids])
+                            ).logits[0]
+                            / 0.8
+                        )
                     logprobs = logits[len(group.prompt_ids) - 1 : -1].log_softmax(-1)
                     found = logprobs.gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0]
                     worst = max(worst, (found - torch.tensor(completion.rollout_logprobs)).abs().max().item())
@@ -222,13 +262,20 @@ def test_transformers_engine_beside_the_training(make_run, tiny_model_dir):
 @pytest.mark.vllm
 @pytest.mark.long
 def test_vllm_engine_beside_the_training(make_run, tiny_model_dir):
-    check_versions_of_logprobs(make_run, tiny_model_dir, VLLMEngine(dtype="float32", kv_cache_gib=0.1, max_num_seqs=16))
+    check_versions_of_logprobs(
+        make_run, tiny_model_dir, VLLMEngine(dtype="float32", kv_cache_gib=0.1, max_num_seqs=16)
+    )
 
 
 @pytest.mark.parametrize(
     ("staleness", "module_options", "reward", "message"),
     [
-        (1, {"correction": "none"}, SomeAreRight(), r"--rollout.max_staleness 1: .* --model.correction truncate"),
+        (
+            1,
+            {"correction": "none"},
+            SomeAreRight(),
+            r"--rollout.max_staleness 1: .* --model.correction truncate",
+        ),
         (
             1,
             {"optimizer_steps_per_batch": 2},
@@ -238,7 +285,9 @@ def test_vllm_engine_beside_the_training(make_run, tiny_model_dir):
         (1, {}, DenseReward(), r"--rollout.max_staleness 1: DenseReward asks the policy"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_the_first_step(make_run, staleness, module_options, reward, message):
+def test_what_cannot_be_done_is_said_before_the_first_step(
+    make_run, staleness, module_options, reward, message
+):
     engine = ScriptedEngine(SCRIPT)
     trainer, module, data, _ = make(make_run, 1, engine, staleness=staleness, module_options=module_options)
     rollout_of(trainer).objective = Objective(ContinuationPrompt(), reward)
@@ -263,11 +312,17 @@ class SlowTraining(Callback):
 @pytest.mark.long
 def test_a_step_takes_as_long_as_the_longer_of_generation_and_training(make_run, tmp_path):
     folder = tmp_path / "run"
-    trainer, module, data, _ = make(make_run, 8, Latency(SCRIPT), more=[StepLog(), SlowTraining()], run_dir=folder)
+    trainer, module, data, _ = make(
+        make_run, 8, Latency(SCRIPT), more=[StepLog(), SlowTraining()], run_dir=folder
+    )
     trainer.fit(module, data)
     lines = lines_of(folder)[1:-1]  # the first step waits for its own rollouts, the last has none beside it
     step_s = sum(line["time/step_s"] + line["time/between_steps_s"] for line in lines) / len(lines)
-    generation_s, training_s = (sum(line[name] for line in lines) / len(lines) for name in ("time/generation_s", "time/train_s"))
+    generation_s, training_s = (
+        sum(line[name] for line in lines) / len(lines) for name in ("time/generation_s", "time/train_s")
+    )
     ratio = step_s / max(generation_s, training_s)
-    print(f"generation {generation_s:.2f} s, training {training_s:.2f} s, a step {step_s:.2f} s: {ratio:.3f} of the longer one")
+    print(
+        f"generation {generation_s:.2f} s, training {training_s:.2f} s, a step {step_s:.2f} s: {ratio:.3f} of the longer one"
+    )
     assert ratio < 1.1

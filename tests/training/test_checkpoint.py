@@ -43,7 +43,8 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_last_checkpoint(small_dis
     callback.on_train_batch_end(trainer, None, None, None, 0)
     trainer.global_step = 2
     with pytest.raises(
-        RuntimeError, match=r"cannot write the checkpoint of step 2 into .*disk/checkpoints: .*step-000001.ckpt: continue with --ckpt_path last"
+        RuntimeError,
+        match=r"cannot write the checkpoint of step 2 into .*disk/checkpoints: .*step-000001.ckpt: continue with --ckpt_path last",
     ):
         callback.on_train_batch_end(trainer, None, None, None, 1)
     assert saved(small_disk) == ["step-000001.ckpt"]
@@ -74,10 +75,17 @@ def test_going_back_moves_later_checkpoints_aside(make_run, tmp_path: Path):
     abandoned = (run / "checkpoints" / "step-000004.ckpt").read_bytes()
     first = tmp_path / "step-000003.ckpt"
     first.write_bytes((run / "checkpoints" / first.name).read_bytes())
-    (run / "checkpoints" / "step-000900.ckpt").write_bytes(b"a later one")  # would be the last, and prune each new one
+    (run / "checkpoints" / "step-000900.ckpt").write_bytes(
+        b"a later one"
+    )  # would be the last, and prune each new one
 
     fit(4, str(first))
-    assert saved(run) == ["step-000003.ckpt", "step-000004.ckpt", "step-000004.ckpt.abandoned", "step-000900.ckpt.abandoned"]
+    assert saved(run) == [
+        "step-000003.ckpt",
+        "step-000004.ckpt",
+        "step-000004.ckpt.abandoned",
+        "step-000900.ckpt.abandoned",
+    ]
     assert last_checkpoint(run).name == "step-000004.ckpt"
     assert (run / "checkpoints" / "step-000004.ckpt.abandoned").read_bytes() == abandoned
 
@@ -111,7 +119,14 @@ def test_files_that_are_no_checkpoint_of_ours(tmp_path: Path):
     torch.save({"state_dict": {}, "hyper_parameters": {}}, tmp_path / "foreign.ckpt")
     torch.save([1], tmp_path / "list.ckpt")
     unreadable, foreign = "not a checkpoint that can be read", "not a checkpoint of `rpt fit`"
-    expected = {"cut": unreadable, "text": unreadable, "empty": unreadable, "foreign": foreign, "list": foreign, "gone": "no such file"}
+    expected = {
+        "cut": unreadable,
+        "text": unreadable,
+        "empty": unreadable,
+        "foreign": foreign,
+        "list": foreign,
+        "gone": "no such file",
+    }
     for name, message in expected.items():
         with pytest.raises(ValueError, match=rf"--ckpt_path .*{name}\.ckpt: {message}"):
             read_checkpoint(tmp_path / f"{name}.ckpt", flag="--ckpt_path")

@@ -37,7 +37,11 @@ def test_whole_shards_are_read(shards: Path):
 @pytest.mark.parametrize("damage", ["cut shard", "no shard", "no index", "cut index", "no rest", "cut rest"])
 def test_damaged_shards(shards: Path, damage: str):
     kind, part = damage.split()
-    path = {"shard": next(shards.glob("*.distcp")), "index": shards / ".metadata", "rest": shards / "meta.pt"}[part]
+    path = {
+        "shard": next(shards.glob("*.distcp")),
+        "index": shards / ".metadata",
+        "rest": shards / "meta.pt",
+    }[part]
     if kind == "no":
         path.unlink()
     else:
@@ -55,12 +59,20 @@ class Call:
         return self._call
 
 
-@pytest.mark.parametrize("name", [("posix", "system"), ("torch.distributed.checkpoint.filesystem", "os.system")])
-def test_an_index_that_would_run_code_is_refused_and_not_run(shards: Path, tmp_path: Path, name: tuple[str, str]):
+@pytest.mark.parametrize(
+    "name", [("posix", "system"), ("torch.distributed.checkpoint.filesystem", "os.system")]
+)
+def test_an_index_that_would_run_code_is_refused_and_not_run(
+    shards: Path, tmp_path: Path, name: tuple[str, str]
+):
     """The second is reached through a module that an index names for its own records."""
     index = pickle.dumps(Call(os.system, f"touch {tmp_path}/ran"), protocol=4)
     module, function = (pickle.SHORT_BINUNICODE + bytes([len(part)]) + part.encode() for part in name)
-    (shards / ".metadata").write_bytes(index.replace(b"\x8c\x05posix", module).replace(b"\x8c\x06system", function).replace(index[2:11], b"", 1))
+    (shards / ".metadata").write_bytes(
+        index.replace(b"\x8c\x05posix", module)
+        .replace(b"\x8c\x06system", function)
+        .replace(index[2:11], b"", 1)
+    )
     with pytest.raises(ValueError, match=rf"--ckpt .*index names {name[0]}\.{name[1]}"):
         read_checkpoint(shards, flag="--ckpt")
     assert not (tmp_path / "ran").exists()
@@ -69,7 +81,9 @@ def test_an_index_that_would_run_code_is_refused_and_not_run(shards: Path, tmp_p
 def test_a_number_in_a_shard_that_would_run_code_is_refused_and_not_run(tmp_path: Path):
     """torch.distributed.checkpoint unpickles what is no tensor."""
     folder = tmp_path / "step-000001.ckpt"
-    save({"optimizer_0": {"lr": Call(os.system, f"touch {tmp_path}/ran")}}, checkpoint_id=folder, no_dist=True)
+    save(
+        {"optimizer_0": {"lr": Call(os.system, f"touch {tmp_path}/ran")}}, checkpoint_id=folder, no_dist=True
+    )
     torch.save({"rpt": {"global_step": 1}}, folder / "meta.pt")
     with pytest.raises(ValueError, match=r"--ckpt .*it cannot be read \(UnpicklingError"):
         read_checkpoint(folder, flag="--ckpt")
@@ -83,7 +97,9 @@ def test_a_flipped_byte_of_a_weight_is_found(tmp_path: Path):
     content = bytearray(path.read_bytes())
     content[200_000] ^= 0x01
     path.write_bytes(content)
-    assert not torch.equal(torch.load(path, weights_only=True)["w"], torch.arange(100_000.0))  # torch says nothing
+    assert not torch.equal(
+        torch.load(path, weights_only=True)["w"], torch.arange(100_000.0)
+    )  # torch says nothing
     assert "does not have its checksum" in str(checkpoint_damage(path))
     path.write_bytes(content[:-100])
     assert "cannot be read" in str(checkpoint_damage(path))

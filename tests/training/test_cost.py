@@ -67,22 +67,36 @@ def rpt_run(tiny_model_dir, tiny_task_dir, tmp_path_factory):
 
 def text_run(model_dir, task_dir, folder, max_steps, budget, ckpt_path=None):
     module = NTPModule(Policy(str(model_dir)), optimizer)
-    trainer = quiet_trainer(folder, max_steps, [StepCost(), RunCheckpoint(every_n_steps=1), budget, StepLog()])
-    trainer.fit(module, TextDataModule(str(task_dir), documents_per_step=1), ckpt_path=ckpt_path, weights_only=True)
+    trainer = quiet_trainer(
+        folder, max_steps, [StepCost(), RunCheckpoint(every_n_steps=1), budget, StepLog()]
+    )
+    trainer.fit(
+        module, TextDataModule(str(task_dir), documents_per_step=1), ckpt_path=ckpt_path, weights_only=True
+    )
     return log(folder)
 
 
 def pass_flops(size: ModelSize, tokens: int, scored: int) -> float:
     """A causal pass over one sequence."""
-    return 2 * size.body_params * tokens + 2 * size.head_params * scored + 4 * size.attention_width * sum(range(1, tokens + 1))
+    return (
+        2 * size.body_params * tokens
+        + 2 * size.head_params * scored
+        + 4 * size.attention_width * sum(range(1, tokens + 1))
+    )
 
 
 def trie_flops(size: ModelSize, sequences: list[TrainSequence]) -> float:
     """A forward pass over everything that is fed once, and the head at every distinct target; one micro-batch."""
     whole = [sequence.prompt_ids + sequence.target_ids for sequence in sequences]
     fed = {ids[:length] for ids in whole for length in range(1, len(ids))}
-    scored = {ids[:length] for ids, one in zip(whole, sequences, strict=True) for length in range(len(one.prompt_ids) + 1, len(ids) + 1)}
-    return sum(2 * size.body_params + 4 * size.attention_width * len(prefix) for prefix in fed) + 2 * size.head_params * len(scored)
+    scored = {
+        ids[:length]
+        for ids, one in zip(whole, sequences, strict=True)
+        for length in range(len(one.prompt_ids) + 1, len(ids) + 1)
+    }
+    return sum(
+        2 * size.body_params + 4 * size.attention_width * len(prefix) for prefix in fed
+    ) + 2 * size.head_params * len(scored)
 
 
 def test_a_step_by_reasoning_counts_prompts_samples_checks_and_training(rpt_run):
@@ -95,9 +109,14 @@ def test_a_step_by_reasoning_counts_prompts_samples_checks_and_training(rpt_run)
         # The check of log-probs reads three completions of all groups behind their prompts; what they share is read once, and last tokens are only targets.
         check = [sample.sequence for sample in drawn_completions(groups, 3, seed=(0, entry["step"] - 1))]
         whole = [sequence.prompt_ids + sequence.target_ids for sequence in check]
-        assert entry["cost/scored_tokens"] == len({ids[:length] for ids in whole for length in range(1, len(ids))})
+        assert entry["cost/scored_tokens"] == len(
+            {ids[:length] for ids in whole for length in range(1, len(ids))}
+        )
         assert entry["cost/trained_tokens"] == entry["train/packed_tokens"]
-        assert entry["cost/tokens"] == prefill + sampled + entry["cost/scored_tokens"] + entry["cost/trained_tokens"]
+        assert (
+            entry["cost/tokens"]
+            == prefill + sampled + entry["cost/scored_tokens"] + entry["cost/trained_tokens"]
+        )
         read = sum(pass_flops(size, len(group.prompt_ids), 0) for group in groups for _ in group.completions)
         # The engine feeds all but the last sampled token, each attending to what stands before it and to itself.
         drawn = sum(
@@ -109,12 +128,18 @@ def test_a_step_by_reasoning_counts_prompts_samples_checks_and_training(rpt_run)
             for group in groups if group.is_live for completion in group.completions
         ]  # fmt: skip
         assert entry["cost/train_flops"] == pytest.approx(3 * trie_flops(size, train), rel=1e-6)
-        assert entry["cost/flops"] == pytest.approx(read + drawn + trie_flops(size, check) + 3 * trie_flops(size, train), rel=1e-6)
+        assert entry["cost/flops"] == pytest.approx(
+            read + drawn + trie_flops(size, check) + 3 * trie_flops(size, train), rel=1e-6
+        )
         assert entry["cost/time_s"] >= entry["time/rollout_s"]
 
 
-@pytest.mark.parametrize(("by", "metric"), [("flops", "cost/flops"), ("tokens", "cost/tokens"), ("time", "cost/time_s")])
-def test_a_baseline_ends_with_the_step_that_reaches_the_budget(rpt_run, tiny_model_dir, tiny_task_dir, tmp_path, by, metric):
+@pytest.mark.parametrize(
+    ("by", "metric"), [("flops", "cost/flops"), ("tokens", "cost/tokens"), ("time", "cost/time_s")]
+)
+def test_a_baseline_ends_with_the_step_that_reaches_the_budget(
+    rpt_run, tiny_model_dir, tiny_task_dir, tmp_path, by, metric
+):
     limit = sum(entry[metric] for entry in log(rpt_run[0]))
     steps = text_run(tiny_model_dir, tiny_task_dir, tmp_path / "ntp", 500, Budget(str(rpt_run[0]), by))
     spent = list(itertools.accumulate(entry[metric] for entry in steps))
@@ -131,9 +156,23 @@ def test_a_resumed_baseline_knows_what_it_spent(rpt_run, tiny_model_dir, tiny_ta
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         text_run(tiny_model_dir, tiny_task_dir, tmp_path / "parts", 2, Budget(like))
     assert "NOT used up" in caplog.text
-    parts = text_run(tiny_model_dir, tiny_task_dir, tmp_path / "parts", 500, Budget(like), ckpt_path=str(last_checkpoint(tmp_path / "parts")))
+    parts = text_run(
+        tiny_model_dir,
+        tiny_task_dir,
+        tmp_path / "parts",
+        500,
+        Budget(like),
+        ckpt_path=str(last_checkpoint(tmp_path / "parts")),
+    )
     assert [entry["cost/flops"] for entry in parts] == [entry["cost/flops"] for entry in whole]
-    again = text_run(tiny_model_dir, tiny_task_dir, tmp_path / "parts", 500, Budget(like), ckpt_path=str(last_checkpoint(tmp_path / "parts")))
+    again = text_run(
+        tiny_model_dir,
+        tiny_task_dir,
+        tmp_path / "parts",
+        500,
+        Budget(like),
+        ckpt_path=str(last_checkpoint(tmp_path / "parts")),
+    )
     assert len(again) == len(whole)  # started again at its end it costs no more
 
 

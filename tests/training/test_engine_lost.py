@@ -21,7 +21,11 @@ from rpt_lightning.training.monitors import RolloutSamples, StepLog, ValidationR
 from rpt_lightning.training.rollout_callback import RolloutCallback
 
 STEPS = 5
-VALIDATES = {"limit_val_batches": 1, "val_check_interval": 2, "data_options": {"num_eval_tasks": 4, "eval_batch_size": 4}}
+VALIDATES = {
+    "limit_val_batches": 1,
+    "val_check_interval": 2,
+    "data_options": {"num_eval_tasks": 4, "eval_batch_size": 4},
+}
 
 
 class IsLost(ScriptedEngine):
@@ -42,7 +46,9 @@ class IsLost(ScriptedEngine):
 
 def make(make_run, folder, engine, *, every_n_steps=100, **options):
     callbacks = [StepLog(), RolloutSamples(every_n_steps=1), ValidationResults(), MissedValidation()]
-    trainer, module, data = make_run(STEPS, engine=lambda: engine, run_dir=folder, callbacks=callbacks, **options)
+    trainer, module, data = make_run(
+        STEPS, engine=lambda: engine, run_dir=folder, callbacks=callbacks, **options
+    )
     for callback in trainer.callbacks:
         if isinstance(callback, RunCheckpoint):
             callback.every_n_steps = every_n_steps
@@ -108,7 +114,10 @@ def test_while_rollouts_are_generated_ahead(make_run, tmp_path):
     trainer, module, data = make(make_run, tmp_path, ScriptedEngine(SCRIPT), **options)
     trainer.fit(module, data, ckpt_path=str(path), weights_only=True)
     assert [row["step"] for row in traces(tmp_path)["steps"]] == list(range(1, STEPS + 1))
-    assert torch.load(last_checkpoint(tmp_path), weights_only=True)["TokenTaskDataModule"]["stream"]["index"] == 8 * STEPS
+    assert (
+        torch.load(last_checkpoint(tmp_path), weights_only=True)["TokenTaskDataModule"]["stream"]["index"]
+        == 8 * STEPS
+    )
 
 
 def test_before_the_first_step_there_is_nothing_to_save(make_run, tmp_path):
@@ -133,7 +142,9 @@ def test_one_of_two_ranks_loses_it(make_run, tmp_path, staleness):
         strategy=strategy,
     )
     module.make_optimizer = functools.partial(torch.optim.SGD, lr=0.1)  # travels to the other process
-    with pytest.raises(Exception, match=r"none of the 2 servers could be used|another rank has lost the engine"):
+    with pytest.raises(
+        Exception, match=r"none of the 2 servers could be used|another rank has lost the engine"
+    ):
         trainer.fit(module, data)
     path = last_checkpoint(tmp_path)
     assert path.name == "step-000002.ckpt"

@@ -45,11 +45,15 @@ class WrongLogprobs(ScriptedEngine):
         samples = super()._generate(requests)
         if self.version == 0:
             return samples
-        return [[Sample(s.token_ids, tuple(logprob * 1.25 for logprob in s.logprobs)) for s in row] for row in samples]
+        return [
+            [Sample(s.token_ids, tuple(logprob * 1.25 for logprob in s.logprobs)) for s in row]
+            for row in samples
+        ]
 
 
 @pytest.mark.parametrize(
-    ("engine_class", "message"), [(StaleAfterFirst, "compared tensors differ"), (WrongLogprobs, "log-probs of engine and policy")]
+    ("engine_class", "message"),
+    [(StaleAfterFirst, "compared tensors differ"), (WrongLogprobs, "log-probs of engine and policy")],
 )
 def test_engine_that_is_not_the_policy_stops_the_run(make_run, tmp_path, engine_class, message):
     engine = engine_class(SCRIPT)
@@ -84,8 +88,16 @@ class Reads(ScriptedEngine):
 
 def test_each_check_looks_at_the_next_tensors_however_versions_advance(make_run):
     engine = Reads(SCRIPT)
-    _, module, _, _ = run(make_run, 20, engine, module_options={"optimizer_steps_per_batch": 4}, rollout_options={"verify_sequences": 0})
-    assert [event for event in engine.events if event.startswith("update")] == [f"update {4 * step}" for step in range(5)]
+    _, module, _, _ = run(
+        make_run,
+        20,
+        engine,
+        module_options={"optimizer_steps_per_batch": 4},
+        rollout_options={"verify_sequences": 0},
+    )
+    assert [event for event in engine.events if event.startswith("update")] == [
+        f"update {4 * step}" for step in range(5)
+    ]
     names = tuple(dict(module.policy.model.named_parameters(remove_duplicate=False)))
     reads = [{split_part(name)[0] for name in read} for read in engine.reads]
     assert reads == [set(sampled_names(names, turn, 8)) for turn in range(5)]
@@ -111,7 +123,10 @@ class OneRareToken(ScriptedEngine):
 
     def _generate(self, requests):
         return [
-            [Sample(s.token_ids, (s.logprobs[0] - 5.0 * (index == 0), *s.logprobs[1:])) for index, s in enumerate(row)]
+            [
+                Sample(s.token_ids, (s.logprobs[0] - 5.0 * (index == 0), *s.logprobs[1:]))
+                for index, s in enumerate(row)
+            ]
             for row in super()._generate(requests)
         ]
 
@@ -125,13 +140,17 @@ def warnings_of(monkeypatch):
 def test_rare_tokens_that_are_far_off_are_said_once_and_end_nothing(make_run, monkeypatch):
     said, logged = warnings_of(monkeypatch), []
     log = LambdaCallback(on_train_batch_end=lambda trainer, *_: logged.append(dict(trainer.callback_metrics)))
-    watch, _, _, error = run(make_run, 2, OneRareToken(SCRIPT), more=[log], rollout_options={"verify_sequences": 1000})
+    watch, _, _, error = run(
+        make_run, 2, OneRareToken(SCRIPT), more=[log], rollout_options={"verify_sequences": 1000}
+    )
     assert error is None
     assert len(watch.batches) == 2
     assert len(said) == 1
     assert "single tokens' log-probs differ much" in said[0]
     for metrics, batch in zip(logged, watch.batches, strict=True):
-        num_tokens = sum(len(completion.token_ids) for group in batch.groups for completion in group.completions)
+        num_tokens = sum(
+            len(completion.token_ids) for group in batch.groups for completion in group.completions
+        )
         assert metrics["sync/compared_tokens"] == num_tokens
         assert metrics["sync/logprob_outlier_frac"] == pytest.approx(len(batch.groups) / num_tokens)
         assert metrics["sync/logprob_diff_max"] == pytest.approx(5.0, abs=1e-3)
@@ -157,7 +176,11 @@ def test_on_a_suspicion_more_is_compared_before_anything_ends(make_run, monkeypa
     def worst_first(groups, num, *, seed):
         asked.append(num)
         samples = drawn_completions(groups, 1000, seed=seed)
-        return [sample for sample in samples if sample.completion.rollout_logprobs == engine.wrong.logprobs] if num == 1 else samples
+        return (
+            [sample for sample in samples if sample.completion.rollout_logprobs == engine.wrong.logprobs]
+            if num == 1
+            else samples
+        )
 
     monkeypatch.setattr(engine_sync, "drawn_completions", worst_first)
     watch, _, _, error = run(make_run, 1, engine, rollout_options={"verify_sequences": 1})
@@ -176,7 +199,9 @@ class WrongPolicy(Policy):
 
 
 def test_a_policy_that_computes_wrongly_is_what_the_error_names(make_run):
-    begin = LambdaCallback(on_train_start=lambda trainer, module: setattr(module.policy, "__class__", WrongPolicy))
+    begin = LambdaCallback(
+        on_train_start=lambda trainer, module: setattr(module.policy, "__class__", WrongPolicy)
+    )
     _, _, _, error = run(make_run, 1, ScriptedEngine(SCRIPT), more=[begin])
     assert error.culprit == "policy"
     assert "The policy is what is wrong" in str(error)
@@ -246,14 +271,21 @@ class WrongFrom(ScriptedEngine):
         samples = super()._generate(requests)
         if self.stale or self.version < self.wrong_from:
             return samples
-        return [[Sample(s.token_ids, tuple(logprob * 1.25 for logprob in s.logprobs)) for s in row] for row in samples]
+        return [
+            [Sample(s.token_ids, tuple(logprob * 1.25 for logprob in s.logprobs)) for s in row]
+            for row in samples
+        ]
 
 
 @pytest.mark.parametrize("case", ["log-probs", "weights", "reward", "ahead"])
 def test_what_ends_a_run_in_a_step_saves_the_step_before_first(make_run, tmp_path, case):
     """And the run goes on from there bit for bit: weights, data, metrics, samples."""
     steps, wrong_at = 4, 2
-    ahead = {"rollout_options": {"max_staleness": 1}, "module_options": {"correction": "truncate"}} if case == "ahead" else {}
+    ahead = (
+        {"rollout_options": {"max_staleness": 1}, "module_options": {"correction": "truncate"}}
+        if case == "ahead"
+        else {}
+    )
 
     class Fails(SomeAreRight):
         calls = 0
@@ -266,7 +298,11 @@ def test_what_ends_a_run_in_a_step_saves_the_step_before_first(make_run, tmp_pat
 
     def make(folder, engine, reward):
         trainer, module, data = make_run(
-            steps, engine=lambda: engine, run_dir=folder, callbacks=[StepLog(), RolloutSamples(every_n_steps=1)], **ahead
+            steps,
+            engine=lambda: engine,
+            run_dir=folder,
+            callbacks=[StepLog(), RolloutSamples(every_n_steps=1)],
+            **ahead,
         )
         for callback in trainer.callbacks:
             if isinstance(callback, RunCheckpoint):

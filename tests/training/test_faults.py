@@ -45,7 +45,9 @@ def check_same(run: RealRun, expected: dict, *, steps: int) -> None:
     assert differences(found, expected) == []
     assert [row["step"] for row in found["steps"]] == list(range(1, steps + 1))  # none lost, none twice
     assert len(set(found["rollouts"].values())) == steps
-    assert sum(row["optim/grad_norm"] > 0 for row in found["steps"]) > steps // 2  # there was something to lose
+    assert (
+        sum(row["optim/grad_norm"] > 0 for row in found["steps"]) > steps // 2
+    )  # there was something to lose
 
 
 def test_kill_in_the_middle_of_writing_a_checkpoint(flags, undisturbed, tmp_path):
@@ -54,7 +56,11 @@ def test_kill_in_the_middle_of_writing_a_checkpoint(flags, undisturbed, tmp_path
     assert run.kill_when(lambda: run.step() >= 3 and run.writes_a_checkpoint())
     run.finish()
     check_same(run, undisturbed(flags), steps=STEPS)
-    assert run.checkpoints() == ["step-000004.ckpt", "step-000005.ckpt", "step-000006.ckpt"]  # no partial one, keep_every_n_steps=4
+    assert run.checkpoints() == [
+        "step-000004.ckpt",
+        "step-000005.ckpt",
+        "step-000006.ckpt",
+    ]  # no partial one, keep_every_n_steps=4
 
 
 def test_kill_and_stop_between_a_checkpoint_and_its_validation(flags, undisturbed, tmp_path):
@@ -81,7 +87,17 @@ def test_kill_and_stop_between_a_checkpoint_and_its_validation(flags, undisturbe
 def test_kill_in_the_last_validation(flags, undisturbed, tmp_path):
     """No further step will make up for it, and the launcher only starts the same command again."""
     hold, config = tmp_path / "hold", tmp_path / "held.yaml"
-    config.write_text(yaml.safe_dump({"trainer": {"callbacks": [{"class_path": "real_runs.HeldValidation", "init_args": {"file": str(hold)}}]}}))
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "trainer": {
+                    "callbacks": [
+                        {"class_path": "real_runs.HeldValidation", "init_args": {"file": str(hold)}}
+                    ]
+                }
+            }
+        )
+    )
     run = RealRun(tmp_path / "run", [*flags, "--config", config])
     run.start()
     assert run.wait_for(lambda: run.step() >= STEPS - 1)
@@ -127,19 +143,32 @@ def test_random_kills(engine, tiny_model_dir, tiny_task_dir, undisturbed, tmp_pa
     print(f"{engine}: {len(points)} kills", *points, sep="\n  ")
     assert sum("done" not in point for point in points) == kills
     check_same(run, expected, steps=steps)
-    print("steps.jsonl, rollouts/, validation/, weights, optimizer and place in the data: equal to the undisturbed run, bit for bit")
+    print(
+        "steps.jsonl, rollouts/, validation/, weights, optimizer and place in the data: equal to the undisturbed run, bit for bit"
+    )
 
 
 def trained_tasks(found: dict) -> dict[str, list[str]]:
     """Of each step, in their order."""
-    return {name: list(dict.fromkeys(json.loads(line)["task_id"] for line in text.splitlines())) for name, text in found["rollouts"].items()}
+    return {
+        name: list(dict.fromkeys(json.loads(line)["task_id"] for line in text.splitlines()))
+        for name, text in found["rollouts"].items()
+    }
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
 def test_no_task_is_lost_or_doubled_with_rollouts_ahead(signum, flags, undisturbed, tmp_path):
     """Ended three times while the next step's rollouts are generated or wait; the same tasks are trained at the same steps, by rollouts of other weights."""
-    flags = [*flags, "--rollout.max_staleness", "1", "--model.correction", "truncate", "--rollout.dynamic_sampling_from_step", "null"]
+    flags = [
+        *flags,
+        "--rollout.max_staleness",
+        "1",
+        "--model.correction",
+        "truncate",
+        "--rollout.dynamic_sampling_from_step",
+        "null",
+    ]
     expected = undisturbed(flags)
     run = RealRun(tmp_path / "run", flags)
     for step in (1, 3, 4):
@@ -165,7 +194,10 @@ def test_sigterm_ends_after_the_step_with_a_checkpoint(flags, undisturbed, tmp_p
     stopped_at = run.step()
     assert stopped_at in (2, 3, 4)
     assert run.checkpoints() == [f"step-{stopped_at:06d}.ckpt"]
-    assert f"the run stops after step {stopped_at}: SIGTERM received. Exit status 75; continue with --ckpt_path last" in run.text()
+    assert (
+        f"the run stops after step {stopped_at}: SIGTERM received. Exit status 75; continue with --ckpt_path last"
+        in run.text()
+    )
     run.finish()
     check_same(run, undisturbed(flags), steps=STEPS)
 
@@ -175,15 +207,29 @@ def test_slurm_requeues_the_job(flags, tmp_path):
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nls {tmp_path}/run/checkpoints >> {calls}\n')
     scontrol.chmod(0o755)
-    run = RealRun(tmp_path / "run", [*flags, "--checkpoint.every_n_steps", "100", "--stop.requeue_signal", "SIGUSR2"])
-    job = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    run = RealRun(
+        tmp_path / "run", [*flags, "--checkpoint.every_n_steps", "100", "--stop.requeue_signal", "SIGUSR2"]
+    )
+    job = {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_NTASKS": "1",
+        "SLURM_NTASKS_PER_NODE": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+    }
     run.start(PATH=f"{scontrol.parent}:{os.environ['PATH']}", SLURM_JOB_NAME="rpt", **job)
     assert run.wait_for(lambda: run.step() >= 1)
     run.send(signal.SIGUSR2)
     run.send(signal.SIGTERM)  # as SLURM sends it as well
     assert run.status() == 75, run.text()
-    assert calls.read_text().splitlines() == ["requeue 4711", f"step-{run.step():06d}.ckpt"]  # asked for once, when the checkpoint was there
-    assert not list(run.folder.glob("hpc_ckpt*"))  # Lightning's own handler did not save in the middle of a step
+    assert calls.read_text().splitlines() == [
+        "requeue 4711",
+        f"step-{run.step():06d}.ckpt",
+    ]  # asked for once, when the checkpoint was there
+    assert not list(
+        run.folder.glob("hpc_ckpt*")
+    )  # Lightning's own handler did not save in the middle of a step
     assert "SLURM job 4711 is queued again" in run.text()
 
 
@@ -219,7 +265,9 @@ def test_a_full_disk(flags, undisturbed, small_disk):
 def test_a_damaged_checkpoint_is_passed_over_and_said(flags, undisturbed, tmp_path):
     run = RealRun(tmp_path / "run", flags)
     run.start()
-    assert run.kill_when(lambda: "step-000003.ckpt" in (run.checkpoints() if (run.folder / "checkpoints").exists() else []))
+    assert run.kill_when(
+        lambda: "step-000003.ckpt" in (run.checkpoints() if (run.folder / "checkpoints").exists() else [])
+    )
     newest = run.folder / "checkpoints" / run.checkpoints()[-1].removesuffix(".partial")
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 0xFF
@@ -234,10 +282,21 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(flags, undisturbed, tmp_pa
 @pytest.mark.long
 def test_an_error_of_another_rank_is_the_errors_text_and_status_1(flags, tmp_path):
     """Not 137: Lightning's launcher would kill the first rank before it had heard why."""
-    launch = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.callbacks+=real_runs.FailsAtStepTwo", "--ranks.limit_s", "10"]
+    launch = [
+        "--trainer.devices",
+        "2",
+        "--trainer.strategy",
+        "ddp",
+        "--trainer.callbacks+=real_runs.FailsAtStepTwo",
+        "--ranks.limit_s",
+        "10",
+    ]
     run = RealRun(tmp_path / "run", [*flags, *launch])
     assert run.start_command().wait(timeout=180) == 1, run.text()
-    assert "ended with ValueError: a shard is damaged. Rank 0 ends too; continue with --ckpt_path last" in run.text()
+    assert (
+        "ended with ValueError: a shard is damaged. Rank 0 ends too; continue with --ckpt_path last"
+        in run.text()
+    )
     kept, end = run.folder / "error-1.txt", time.monotonic() + 30  # the other rank ends after the first
     while not (kept.exists() and "a shard is damaged" in kept.read_text()):
         assert time.monotonic() < end, run.text()
@@ -254,12 +313,17 @@ def test_a_rank_that_is_killed_or_hangs_ends_the_other(fault, victim, flags, tmp
     process = run.start_command()
     try:
         run.wait_for_text("step 2/500:", process)
-        (child,) = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        (child,) = [
+            int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ]
         killed, other = (process.pid, child) if victim == 0 else (child, process.pid)
         os.kill(killed, fault)
         assert run.ends(other, within_s=60, process=process), run.text()
         # By the watch, or by Lightning's launcher where it started the dead rank and kills the first.
-        assert f"rpt: error: rank {victim}" in run.text() or f"[rank: {victim}] Child process with PID {killed} terminated with code -9" in run.text()
+        assert (
+            f"rpt: error: rank {victim}" in run.text()
+            or f"[rank: {victim}] Child process with PID {killed} terminated with code -9" in run.text()
+        )
         assert "Is the disk full?" not in run.text()
     finally:
         for pid in (process.pid, child):

@@ -33,9 +33,27 @@ WELL = {"entropy": 1.0, "live_groups": 0.5, "length": 40.0, "truncated": 0.0}
     ("option", "threshold", "signal", "history", "warned_at"),
     [
         # Means of two steps. At a threshold nothing is said yet; beyond it something is.
-        ("min_entropy", 0.5, "entropy", [1.0, 0.25, 0.75, 0.25, 0.5, 0.0], [4]),  # 0.625, 0.5, 0.5, 0.375, 0.25
-        ("max_equal_groups", 0.75, "live_groups", [0.5, 0.25, 0.25, 0.125, 1.0, 0.0, 0.0], [3, 6]),  # equal: 0.625, 0.75, 0.8125, 0.4375, 0.5, 1
-        ("min_length", 0.25, "length", [60.0, 20.0, 0.0, 20.0, 8.0, 8.0], [5]),  # 40 at first; 10 is at the threshold; 14, 8
+        (
+            "min_entropy",
+            0.5,
+            "entropy",
+            [1.0, 0.25, 0.75, 0.25, 0.5, 0.0],
+            [4],
+        ),  # 0.625, 0.5, 0.5, 0.375, 0.25
+        (
+            "max_equal_groups",
+            0.75,
+            "live_groups",
+            [0.5, 0.25, 0.25, 0.125, 1.0, 0.0, 0.0],
+            [3, 6],
+        ),  # equal: 0.625, 0.75, 0.8125, 0.4375, 0.5, 1
+        (
+            "min_length",
+            0.25,
+            "length",
+            [60.0, 20.0, 0.0, 20.0, 8.0, 8.0],
+            [5],
+        ),  # 40 at first; 10 is at the threshold; 14, 8
         ("max_truncated", 0.5, "truncated", [0.0, 1.0, 0.25, 0.5, 0.75], [2, 4]),  # 0.5, 0.625, 0.375, 0.625
     ],
 )
@@ -52,7 +70,12 @@ def test_a_threshold_is_passed_by_its_own_signal(option, threshold, signal, hist
 
 def test_thresholds_that_a_run_has_unless_told():
     """A healthy run is silent, each collapse is noticed after 20 steps."""
-    for signal, value, well in (("entropy", 0.01, 0.03), ("live_groups", 0.04, 0.06), ("length", 9.0, 11.0), ("truncated", 0.8, 0.7)):
+    for signal, value, well in (
+        ("entropy", 0.01, 0.03),
+        ("live_groups", 0.04, 0.06),
+        ("length", 9.0, 11.0),
+        ("truncated", 0.8, 0.7),
+    ):
         health = Health()
         histories = [health.check(**(WELL | {signal: WELL[signal]})) for _ in range(20)] + [
             health.check(**(WELL | {signal: well})) for _ in range(20)
@@ -65,7 +88,10 @@ def test_thresholds_that_a_run_has_unless_told():
 
 def test_a_step_without_a_live_group_has_no_entropy():
     health = Health(window=2, min_entropy=0.1, max_equal_groups=None)
-    assert [health.check(0.0, 0.0, 10.0, 0.0), health.check(0.15, 0.5, 10.0, 0.0)] == [[], []]  # the mean would be 0.075
+    assert [health.check(0.0, 0.0, 10.0, 0.0), health.check(0.15, 0.5, 10.0, 0.0)] == [
+        [],
+        [],
+    ]  # the mean would be 0.075
     assert [health.check(0.0, 0.0, 10.0, 0.0), health.check(0.0, 0.0, 10.0, 0.0)] == [[], []]
     assert health.check(0.05, 0.5, 10.0, 0.0) != []
 

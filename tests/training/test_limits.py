@@ -22,7 +22,10 @@ NAN = float("nan")
         *((RolloutCallback, "logprob_tolerance", value) for value in (0.0, -1.0, NAN)),
         *((RolloutCallback, "top_p", value) for value in (0.0, 1.5, -0.1, NAN)),
         *((RolloutCallback, "min_p", value) for value in (-0.1, 1.0, NAN)),
-        *((RolloutCallback, name, -1) for name in ("top_k", "temperature", "max_prompt_tokens", "dynamic_sampling_from_step")),
+        *(
+            (RolloutCallback, name, -1)
+            for name in ("top_k", "temperature", "max_prompt_tokens", "dynamic_sampling_from_step")
+        ),
         (RolloutCallback, "max_completion_tokens", 0),
         (RolloutCallback, "temperature", NAN),
         (RolloutCallback, "dynamic_sampling_max_factor", NAN),

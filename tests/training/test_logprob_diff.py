@@ -24,7 +24,9 @@ BF16, FP32 = LOGPROB_LIMITS[torch.bfloat16], LOGPROB_LIMITS[torch.float32]
 
 def diff(*parts: tuple[int, float]) -> LogprobDiff:
     """So many tokens that differ by so much, and so on."""
-    return LogprobDiff(torch.cat([torch.full((number,), nats, dtype=torch.float64) for number, nats in parts]))
+    return LogprobDiff(
+        torch.cat([torch.full((number,), nats, dtype=torch.float64) for number, nats in parts])
+    )
 
 
 def test_logprob_differences_by_hand() -> None:
@@ -43,7 +45,9 @@ def test_p99_leaves_out_the_largest_hundredth() -> None:
 
 
 def test_nan_never_passes() -> None:
-    found = compare_logprobs(torch.tensor([[torch.nan, *[0.0] * 999]]), torch.zeros(1, 1000), torch.ones(1, 1000))
+    found = compare_logprobs(
+        torch.tensor([[torch.nan, *[0.0] * 999]]), torch.zeros(1, 1000), torch.ones(1, 1000)
+    )
     with pytest.raises(SyncError, match="1 of 1000 are not finite"):
         check_logprobs(found, BF16, version=3)
 
@@ -99,13 +103,19 @@ def test_the_median_sees_what_moves_every_token() -> None:
 def test_the_error_names_every_limit_that_is_exceeded() -> None:
     limits = LogprobLimits(mean=0.01, median=0.01, p99=0.1, max=1.0)
     check_logprobs(diff((100, 0.01)), limits, version=3)
-    with pytest.raises(SyncError, match=r"version 3: .* mean 0.02 > 0.01, median 0.02 > 0.01 \(of 100 tokens\)") as raised:
+    with pytest.raises(
+        SyncError, match=r"version 3: .* mean 0.02 > 0.01, median 0.02 > 0.01 \(of 100 tokens\)"
+    ) as raised:
         check_logprobs(diff((100, 0.02)), limits, version=3)
     assert raised.value.culprit == "engine"
 
 
 def test_the_coarser_dtype_sets_the_limits_and_the_tolerance_multiplies_them() -> None:
     assert logprob_limits(torch.float32, torch.float32) == FP32
-    for pair in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)):
+    for pair in (
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+    ):
         assert logprob_limits(*pair) == BF16
     assert BF16.times(2.0) == LogprobLimits(mean=0.24, median=0.2, p99=1.6, max=6.0)

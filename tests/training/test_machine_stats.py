@@ -8,7 +8,13 @@ from rpt_lightning.training.cost import StepCost
 from rpt_lightning.training.machine_stats import MachineStats, speed_metrics
 from rpt_lightning.training.monitors import StepLog
 
-LOGGED = {"cost/tokens": 6000.0, "cost/time_s": 10.0, "cost/train_flops": 8e15, "time/forward_backward_s": 3.0, "time/optimizer_s": 1.0}
+LOGGED = {
+    "cost/tokens": 6000.0,
+    "cost/time_s": 10.0,
+    "cost/train_flops": 8e15,
+    "time/forward_backward_s": 3.0,
+    "time/optimizer_s": 1.0,
+}
 
 
 def test_speeds_of_a_device_by_hand():
@@ -27,13 +33,19 @@ def test_a_run_logs_its_share_of_a_peak_that_is_known(make_run, tmp_path, caplog
     lines = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
     assert len(lines) == 2
     for line in lines:
-        assert line["perf/device_tokens_per_s"] == pytest.approx(line["cost/tokens"] / line["cost/time_s"], rel=1e-6)
+        assert line["perf/device_tokens_per_s"] == pytest.approx(
+            line["cost/tokens"] / line["cost/time_s"], rel=1e-6
+        )
         assert 0 < line["perf/host_memory_gib"] < 100
         assert line["run/restarts"] == 0
         seconds = line["time/forward_backward_s"] + line["time/optimizer_s"]
-        assert line.get("perf/mfu") == (None if peak is None else pytest.approx(line["cost/train_flops"] / seconds / peak, rel=1e-5))
+        assert line.get("perf/mfu") == (
+            None if peak is None else pytest.approx(line["cost/train_flops"] / seconds / peak, rel=1e-5)
+        )
     assert [text for text in caplog.messages if "perf/mfu" in text] == (
-        ["perf/mfu is left out: the peak of a CPU in 32-true is not known here; --machine.peak_flops_per_device says it (operations a second)"]
+        [
+            "perf/mfu is left out: the peak of a CPU in 32-true is not known here; --machine.peak_flops_per_device says it (operations a second)"
+        ]
         if peak is None
         else []
     )

@@ -28,11 +28,20 @@ from rpt_lightning.training.validation import validation_metrics
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 # The first cells of the tables; BAND stands for any band.
-EXPLAINED = {name for line in TEXT.splitlines() if line.startswith("|") for name in re.findall(r"`(\w+(?:/\w+)+)`", line.split("|")[1])}
+EXPLAINED = {
+    name
+    for line in TEXT.splitlines()
+    if line.startswith("|")
+    for name in re.findall(r"`(\w+(?:/\w+)+)`", line.split("|")[1])
+}
 
 
 def unexplained(names) -> list[str]:
-    return sorted({re.sub(f"/({'|'.join(['all', *BANDS])})/", "/BAND/", name) for name in names} - {"step", "time"} - EXPLAINED)
+    return sorted(
+        {re.sub(f"/({'|'.join(['all', *BANDS])})/", "/BAND/", name) for name in names}
+        - {"step", "time"}
+        - EXPLAINED
+    )
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
@@ -70,14 +79,25 @@ def test_of_next_token_training(tiny_model_dir, tiny_task_dir, tmp_path):
 
 def test_of_a_validation_on_questions():
     result = QuestionResult(
-        question_id="q", answer="4", category=None, prompt_tokens=1, verdicts=("right",), predictions=("4",), lengths=(9,), direct_verdict="right"
+        question_id="q",
+        answer="4",
+        category=None,
+        prompt_tokens=1,
+        verdicts=("right",),
+        predictions=("4",),
+        lengths=(9,),
+        direct_verdict="right",
     )
     assert unexplained(answer_metrics([result])) == []
 
 
 def test_nothing_else_is_explained():
     folders = ("algo", "metrics", "tasks", "training")
-    source = "".join(path.read_text(encoding="utf-8") for folder in folders for path in sorted((ROOT / "src/rpt_lightning" / folder).glob("*.py")))
+    source = "".join(
+        path.read_text(encoding="utf-8")
+        for folder in folders
+        for path in sorted((ROOT / "src/rpt_lightning" / folder).glob("*.py"))
+    )
 
     def is_logged(name: str) -> bool:
         family, _, last = name.rpartition("/")

@@ -57,10 +57,15 @@ class Wandb(WandbLogger):
 
 def test_loggers_that_take_text_are_shown_samples_and_others_are_named(make_run, tmp_path, caplog):
     wandb = Wandb()
-    trainer, module, data = make_run(2, callbacks=[RolloutSamples(every_n_steps=1, num_samples=3)], logger=[wandb, CSVLogger(tmp_path)])
+    trainer, module, data = make_run(
+        2, callbacks=[RolloutSamples(every_n_steps=1, num_samples=3)], logger=[wandb, CSVLogger(tmp_path)]
+    )
     with caplog.at_level("INFO"):
         trainer.fit(module, data)
-    assert [(key, len(rows), step) for key, _, rows, step in wandb.texts] == [("samples", 3, 1), ("samples", 3, 2)]
+    assert [(key, len(rows), step) for key, _, rows, step in wandb.texts] == [
+        ("samples", 3, 1),
+        ("samples", 3, 2),
+    ]
     _, columns, rows, _ = wandb.texts[0]
     assert "prediction" in columns
     assert all(len(row) == len(columns) for row in rows)
@@ -73,12 +78,18 @@ def test_a_line_holds_what_its_step_logged(make_run, tmp_path):
 
     class Sometimes(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            pl_module.log_step({"time/always_s": 1.0} | ({"time/sometimes_s": 2.0} if trainer.global_step % 2 else {}))
+            pl_module.log_step(
+                {"time/always_s": 1.0} | ({"time/sometimes_s": 2.0} if trainer.global_step % 2 else {})
+            )
 
     trainer, module, data = make_run(3, callbacks=[Sometimes(), StepLog()])
     trainer.fit(module, data)
     rows = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
-    assert [("time/always_s" in row, "time/sometimes_s" in row) for row in rows] == [(True, True), (True, False), (True, True)]
+    assert [("time/always_s" in row, "time/sometimes_s" in row) for row in rows] == [
+        (True, True),
+        (True, False),
+        (True, True),
+    ]
 
 
 def test_a_completion_stays_text_in_tensorboard():

@@ -17,7 +17,13 @@ from rpt_lightning.types import TrainSequence
 # Shared and own prefixes, targets of uneven length, and one sequence twice.
 SEQUENCES = tuple(
     TrainSequence(prompt_ids=prompt, target_ids=target)
-    for prompt, target in [((20, 21), (30, 31, 32)), ((20, 21), (30, 40)), ((50,), (51,)), ((20, 21, 22, 23), (60,) * 5), ((50,), (51,))]
+    for prompt, target in [
+        ((20, 21), (30, 31, 32)),
+        ((20, 21), (30, 40)),
+        ((50,), (51,)),
+        ((20, 21, 22, 23), (60,) * 5),
+        ((50,), (51,)),
+    ]
 )
 
 
@@ -33,7 +39,9 @@ class OneBatch(LightningDataModule):
 def test_loss_and_gradient_are_cross_entropy(tiny_model_dir, tmp_path, micro_batch_tokens):
     module = NTPModule(
         Policy(str(tiny_model_dir)),
-        lambda parameters: torch.optim.SGD(parameters, lr=1.0),  # the difference of the weights is the gradient
+        lambda parameters: torch.optim.SGD(
+            parameters, lr=1.0
+        ),  # the difference of the weights is the gradient
         gradient_clip=0.0,
         micro_batch_tokens=micro_batch_tokens,
     )
@@ -47,8 +55,12 @@ def test_loss_and_gradient_are_cross_entropy(tiny_model_dir, tmp_path, micro_bat
     policy.materialize()
     losses = []
     for sequence in SEQUENCES:
-        logits = policy.model(input_ids=torch.tensor([sequence.prompt_ids + sequence.target_ids])).logits[0, len(sequence.prompt_ids) - 1 : -1]
-        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(sequence.target_ids), reduction="sum"))
+        logits = policy.model(input_ids=torch.tensor([sequence.prompt_ids + sequence.target_ids])).logits[
+            0, len(sequence.prompt_ids) - 1 : -1
+        ]
+        losses.append(
+            torch.nn.functional.cross_entropy(logits, torch.tensor(sequence.target_ids), reduction="sum")
+        )
     loss = torch.stack(losses).sum() / 12  # 3 + 2 + 1 + 5 + 1 target tokens
     loss.backward()
     expected = torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
@@ -66,8 +78,18 @@ def test_a_cold_start_learns_the_form_of_its_traces(tiny_model_dir, tiny_task_di
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             losses.append(trainer.callback_metrics["loss/total"].item())
 
-    module = NTPModule(Policy(str(tiny_model_dir)), lambda parameters: torch.optim.AdamW(parameters, lr=3e-3), gradient_clip=1.0)
-    data = TraceDataModule(str(tiny_task_dir), ContinuationPrompt(), traces_per_step=8, positions_per_document=4, max_context_tokens=16)
+    module = NTPModule(
+        Policy(str(tiny_model_dir)),
+        lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
+        gradient_clip=1.0,
+    )
+    data = TraceDataModule(
+        str(tiny_task_dir),
+        ContinuationPrompt(),
+        traces_per_step=8,
+        positions_per_document=4,
+        max_context_tokens=16,
+    )
     quiet_trainer(tmp_path, 10, [Watch()], enable_checkpointing=False).fit(module, data)
     assert len(losses) == 10
     assert losses[0] == pytest.approx(torch.log(torch.tensor(512.0)).item(), abs=1.0)  # random weights

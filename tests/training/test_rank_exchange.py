@@ -31,20 +31,36 @@ class Group:
 
 def exchanges(num_data: int, num_tensor: int) -> list[RankExchange]:
     data, tensor = [Group(num_data) for _ in range(num_tensor)], [Group(num_tensor) for _ in range(num_data)]
-    return [RankExchange(data[t].channel(d), tensor[d].channel(t)) for d in range(num_data) for t in range(num_tensor)]
+    return [
+        RankExchange(data[t].channel(d), tensor[d].channel(t))
+        for d in range(num_data)
+        for t in range(num_tensor)
+    ]
 
 
 def on_threads(ranks: list[RankExchange], work: Callable[[int, RankExchange], Any]) -> list[Any]:
     with ThreadPoolExecutor(len(ranks)) as pool:
-        return [future.result() for future in [pool.submit(work, number, rank) for number, rank in enumerate(ranks)]]
+        return [
+            future.result()
+            for future in [pool.submit(work, number, rank) for number, rank in enumerate(ranks)]
+        ]
 
 
 def test_values_and_work_are_shared() -> None:
     def work(number: int, rank: RankExchange) -> Any:
-        return rank.gather(number), rank.shared(lambda items: [item * 10 for item in items])([1, 2, 3]), rank.data_rank
+        return (
+            rank.gather(number),
+            rank.shared(lambda items: [item * 10 for item in items])([1, 2, 3]),
+            rank.data_rank,
+        )
 
     tens = [10, 20, 30]
-    assert on_threads(exchanges(2, 2), work) == [([0, 2], tens, 0), ([1, 3], tens, 0), ([0, 2], tens, 1), ([1, 3], tens, 1)]
+    assert on_threads(exchanges(2, 2), work) == [
+        ([0, 2], tens, 0),
+        ([1, 3], tens, 0),
+        ([0, 2], tens, 1),
+        ([1, 3], tens, 1),
+    ]
     assert on_threads(exchanges(1, 1), work) == [([0], tens, 0)]
 
 
@@ -81,4 +97,7 @@ def test_a_rank_that_stops_frees_one_that_waits_for_it() -> None:
         rank.end(None)  # once is enough
         return said
 
-    assert on_threads(exchanges(2, 1), work) == ["rollouts in the background ended on another rank: the run stops (rank 1 of 2)", "nothing to do"]
+    assert on_threads(exchanges(2, 1), work) == [
+        "rollouts in the background ended on another rank: the run stops (rank 1 of 2)",
+        "nothing to do",
+    ]

@@ -28,13 +28,24 @@ def run(folder: Path, model: Path, tasks: Path, **options):
     arguments = json.dumps({"folder": str(folder), "model": str(model), "tasks": str(tasks)} | options)
     script = Path(__file__).with_name("rank_run.py")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    done = subprocess.run([sys.executable, script, arguments], env=environment, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(
+        [sys.executable, script, arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
 
 def weights(model_folder: Path) -> torch.Tensor:
-    tensors = {name: tensor for path in sorted(model_folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    tensors = {
+        name: tensor
+        for path in sorted(model_folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 
 
@@ -70,7 +81,14 @@ def assert_same_run(one: Outcome, other: Outcome, tolerance: float = 0.01) -> No
     for ours, theirs in zip(one.metrics, other.metrics, strict=True):
         names = [name for name in ours if not name.startswith(CUT)]
         assert names == [name for name in theirs if not name.startswith(CUT)]
-        assert {"reward/mean", "loss/total", "loss/ratio_mean", "correction/raw_max", "policy/entropy", "optim/grad_norm"} <= set(names)
+        assert {
+            "reward/mean",
+            "loss/total",
+            "loss/ratio_mean",
+            "correction/raw_max",
+            "policy/entropy",
+            "optim/grad_norm",
+        } <= set(names)
         for name in names:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
 
@@ -87,7 +105,11 @@ def test_rpt_is_the_same_run_on_any_number_of_ranks(tiny_model_dir, tiny_task_di
     # What makes it hard: completions of many lengths, and a rank of 4 (and of 2) without a live group in some step.
     assert len({len(row["completion"]) for step in one.rollouts for row in step}) > 5
     for num_ranks in (2, 4):
-        assert any(not any(rank_share(step, rank=rank, num_ranks=num_ranks)) for step in one.lives() for rank in range(num_ranks))
+        assert any(
+            not any(rank_share(step, rank=rank, num_ranks=num_ranks))
+            for step in one.lives()
+            for rank in range(num_ranks)
+        )
     assert_same_run(one, outcome("small", micro_batch_tokens=100))
     assert_same_run(one, outcome("two", ranks=2, strategy="sharded", micro_batch_tokens=300))
     assert_same_run(one, outcome("four", ranks=4, strategy="sharded", micro_batch_tokens=100))
@@ -100,7 +122,9 @@ def test_rpt_is_the_same_run_on_any_number_of_ranks(tiny_model_dir, tiny_task_di
     assert wrong.rollouts == one.rollouts
     assert one.distance(wrong) > 0.05
     # At the first step that learns the weights are still the same. The loss itself may be near 0 on policy, where every ratio is 1.
-    ours, theirs = next((a, b) for a, b in zip(one.metrics, wrong.metrics, strict=True) if a["optim/grad_norm"] > 0)
+    ours, theirs = next(
+        (a, b) for a, b in zip(one.metrics, wrong.metrics, strict=True) if a["optim/grad_norm"] > 0
+    )
     assert not math.isclose(ours["optim/grad_norm"], theirs["optim/grad_norm"], rel_tol=1e-2)
 
 
@@ -108,7 +132,11 @@ def test_rpt_is_the_same_run_on_any_number_of_ranks(tiny_model_dir, tiny_task_di
 def test_mini_batches_are_the_same_on_any_number_of_ranks(tiny_model_dir, tiny_task_dir, tmp_path):
     """8 groups in 3 mini-batches, so that ranks have unlike numbers of them, and one of 4 has none in some."""
     options = {"steps": 6, "optimizer": "SGD", "lr": 0.1, "optimizer_steps_per_batch": 3}
-    more = {"one": {}, "two": {"ranks": 2, "strategy": "sharded"}, "four": {"ranks": 4, "strategy": "sharded", "micro_batch_tokens": 100}}
+    more = {
+        "one": {},
+        "two": {"ranks": 2, "strategy": "sharded"},
+        "four": {"ranks": 4, "strategy": "sharded", "micro_batch_tokens": 100},
+    }
     for name, of_run in more.items():
         run(tmp_path / name, tiny_model_dir, tiny_task_dir, **options, **of_run)
     one, two, four = (Outcome(tmp_path / name, tiny_model_dir) for name in more)
@@ -122,7 +150,11 @@ def test_mini_batches_are_the_same_on_any_number_of_ranks(tiny_model_dir, tiny_t
 def test_dynamic_sampling_draws_the_same_on_any_number_of_ranks(tiny_model_dir, tiny_task_dir, tmp_path):
     outcomes = []
     for num_ranks in (1, 2):
-        options = {"ranks": num_ranks, "strategy": "ddp" if num_ranks > 1 else "auto", "dynamic_sampling_from_step": 1}
+        options = {
+            "ranks": num_ranks,
+            "strategy": "ddp" if num_ranks > 1 else "auto",
+            "dynamic_sampling_from_step": 1,
+        }
         run(tmp_path / str(num_ranks), tiny_model_dir, tiny_task_dir, steps=3, **options)
         outcomes.append(Outcome(tmp_path / str(num_ranks), tiny_model_dir))
     assert outcomes[0].metrics[1]["rollout/replaced_groups"] > 0
@@ -132,7 +164,15 @@ def test_dynamic_sampling_draws_the_same_on_any_number_of_ranks(tiny_model_dir, 
 @pytest.mark.long
 def test_tensor_parallel_ranks_are_one(tiny_model_dir, tiny_task_dir, tmp_path):
     run(tmp_path / "one", tiny_model_dir, tiny_task_dir, steps=3)
-    run(tmp_path / "tp", tiny_model_dir, tiny_task_dir, steps=3, ranks=4, strategy="sharded", strategy_options={"tensor_parallel_size": 2})
+    run(
+        tmp_path / "tp",
+        tiny_model_dir,
+        tiny_task_dir,
+        steps=3,
+        ranks=4,
+        strategy="sharded",
+        strategy_options={"tensor_parallel_size": 2},
+    )
     assert_same_run(Outcome(tmp_path / "one", tiny_model_dir), Outcome(tmp_path / "tp", tiny_model_dir))
 
 
@@ -180,10 +220,19 @@ def test_two_ranks_validate_what_one_does(tiny_model_dir, tiny_task_dir, tmp_pat
     for num_ranks in (1, 2):
         folder = tmp_path / str(num_ranks)
         options = {"kind": "ntp", "steps": 2, "lr": 0.1, "micro_batch_tokens": 64, "validate": True}
-        done = run(folder, tiny_model_dir, tiny_task_dir, ranks=num_ranks, strategy="sharded" if num_ranks > 1 else "auto", **options)
+        done = run(
+            folder,
+            tiny_model_dir,
+            tiny_task_dir,
+            ranks=num_ranks,
+            strategy="sharded" if num_ranks > 1 else "auto",
+            **options,
+        )
         assert done.stdout.count("held-out accuracy of") == 1  # by the first rank alone
         assert "sync_dist" not in done.stderr
-        assert [path.name for path in (folder / "validate" / "validation").glob("*.jsonl")] == ["step-000002.jsonl"]
+        assert [path.name for path in (folder / "validate" / "validation").glob("*.jsonl")] == [
+            "step-000002.jsonl"
+        ]
         results.append(read_results(folder / "validate" / "validation" / "step-000002.jsonl"))
     one, two = ({row.task_id: row for row in result.positions} for result in results)
     assert len(one) == len(results[0].positions) == len(results[1].positions) == 13

@@ -15,7 +15,9 @@ STEPS = 5
 
 
 def fit(make_run, max_steps, run_dir, *, ckpt_path=None, **options):
-    trainer, module, data = make_run(max_steps, run_dir=run_dir, callbacks=[RolloutSamples(every_n_steps=1)], **options)
+    trainer, module, data = make_run(
+        max_steps, run_dir=run_dir, callbacks=[RolloutSamples(every_n_steps=1)], **options
+    )
     trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
     assert trainer.global_step == max_steps
     samples = {path.name: path.read_text() for path in sorted((run_dir / "rollouts").glob("*.jsonl"))}
@@ -25,7 +27,9 @@ def fit(make_run, max_steps, run_dir, *, ckpt_path=None, **options):
 def check_resume(make_run, tmp_path, stop_at, **options):
     weights, samples = fit(make_run, STEPS, tmp_path / "whole", **options)
     fit(make_run, stop_at, tmp_path / "parts", **options)
-    resumed, resumed_samples = fit(make_run, STEPS, tmp_path / "parts", ckpt_path=str(last_checkpoint(tmp_path / "parts")), **options)
+    resumed, resumed_samples = fit(
+        make_run, STEPS, tmp_path / "parts", ckpt_path=str(last_checkpoint(tmp_path / "parts")), **options
+    )
     assert torch.equal(resumed, weights)
     assert resumed_samples == samples  # the same tasks, completions and rewards
     assert len(set(samples.values())) == STEPS  # and not the same step again and again
@@ -52,4 +56,6 @@ def test_transformers_engine(make_run, tmp_path):
 
 @pytest.mark.vllm
 def test_vllm_engine(make_run, tmp_path):
-    check_resume(make_run, tmp_path, 2, engine=lambda: VLLMEngine(dtype="float32", kv_cache_gib=0.1, max_num_seqs=16))
+    check_resume(
+        make_run, tmp_path, 2, engine=lambda: VLLMEngine(dtype="float32", kv_cache_gib=0.1, max_num_seqs=16)
+    )

@@ -33,7 +33,9 @@ def test_weights_go_in_before_every_rollout(make_run):
     ]  # fmt: skip
     for step, batch in enumerate(watch.batches):
         assert len(batch.groups) == 8
-        assert {completion.policy_version for group in batch.groups for completion in group.completions} == {step}
+        assert {completion.policy_version for group in batch.groups for completion in group.completions} == {
+            step
+        }
 
 
 class SleepyEngine(ScriptedEngine):
@@ -49,7 +51,16 @@ def test_an_engine_sleeps_while_the_policy_trains_and_wakes_with_its_weights(mak
     awake, asleep = ScriptedEngine(SCRIPT), SleepyEngine(SCRIPT)
     _, trained, *_ = run(make_run, 2, awake)
     _, slept, *_ = run(make_run, 2, asleep)
-    assert asleep.events == ["start", "update 0", "generate 8 requests", "sleep", "update 1", "generate 8 requests", "sleep", "close"]
+    assert asleep.events == [
+        "start",
+        "update 0",
+        "generate 8 requests",
+        "sleep",
+        "update 1",
+        "generate 8 requests",
+        "sleep",
+        "close",
+    ]
     for name, weight in trained.policy.named_parameters():
         assert torch.equal(weight, slept.policy.get_parameter(name))
 
@@ -60,7 +71,12 @@ def num_rolled_out(engine):
 
 def test_dynamic_sampling_replaces_and_counts(make_run, tmp_path):
     engine = ScriptedEngine(SCRIPT)
-    watch, _, data, _ = run(make_run, 2, engine, rollout_options={"dynamic_sampling_from_step": 1, "dynamic_sampling_max_factor": 3.0})
+    watch, _, data, _ = run(
+        make_run,
+        2,
+        engine,
+        rollout_options={"dynamic_sampling_from_step": 1, "dynamic_sampling_max_factor": 3.0},
+    )
     first, second = watch.batches
     assert len(first.groups) == len(second.groups) == 8
     assert sum(group.is_live for group in second.groups) > sum(group.is_live for group in first.groups)
@@ -70,15 +86,23 @@ def test_dynamic_sampling_replaces_and_counts(make_run, tmp_path):
     assert data.stream.state_dict()["index"] == rolled_out  # the cursor counts every task once
 
 
-@pytest.mark.parametrize("reward", [DenseReward(), ConditionalDenseReward()], ids=lambda reward: type(reward).__name__)
+@pytest.mark.parametrize(
+    "reward", [DenseReward(), ConditionalDenseReward()], ids=lambda reward: type(reward).__name__
+)
 def test_dense_rewards_are_the_policys_own_probabilities(make_run, reward, tiny_task_dir):
     # One line is right at some positions: in their groups the conditional reward pays the other answers too.
     folder = TaskFolder(tiny_task_dir, "train")
-    firsts = Counter(folder.task(document, k).continuation[0] for document, count in enumerate(folder.num_positions) for k in range(count))
+    firsts = Counter(
+        folder.task(document, k).continuation[0]
+        for document, count in enumerate(folder.num_positions)
+        for k in range(count)
+    )
     frequent = [token.decode() for token, _ in firsts.most_common(6)]
     engine = ScriptedEngine([f"?</think>\\boxed{{{token}}}" for token in frequent])
     watch = Watch()
-    trainer, module, data = make_run(1, engine=lambda: engine, callbacks=[watch], data_options={"tasks_per_step": 64})
+    trainer, module, data = make_run(
+        1, engine=lambda: engine, callbacks=[watch], data_options={"tasks_per_step": 64}
+    )
     rollout = next(callback for callback in trainer.callbacks if isinstance(callback, RolloutCallback))
     rollout.objective = Objective(ContinuationPrompt(), reward)
     module.policy.materialize()
@@ -111,7 +135,9 @@ def test_step_log_counts_truncated_and_replaced(make_run, tmp_path):
     run(make_run, 3, engine, more=[StepLog()], run_dir=tmp_path / "log", rollout_options=options)
     lines = step_lines(tmp_path / "log")
     assert len(lines) == 3
-    assert sum(line["rollout/truncated_frac"] for line in lines) > 0  # one line of the script never ends in time
+    assert (
+        sum(line["rollout/truncated_frac"] for line in lines) > 0
+    )  # one line of the script never ends in time
     assert all(line["rollout/boxed_frac"] < 1 for line in lines)
     assert lines[0]["rollout/replaced_groups"] == 0
     assert sum(line["rollout/replaced_groups"] for line in lines) == num_rolled_out(engine) - 3 * 8 > 0
@@ -119,7 +145,9 @@ def test_step_log_counts_truncated_and_replaced(make_run, tmp_path):
         assert line["time/step_s"] > line["time/train_s"]
         trained_and_sampled = line["rollout/tokens"] + line["train/completion_tokens"]
         assert line["train/groups"] == line["rollout/live_groups"]
-        assert line["perf/live_groups_per_s"] == pytest.approx(line["train/groups"] / line["time/step_s"], rel=1e-4)
+        assert line["perf/live_groups_per_s"] == pytest.approx(
+            line["train/groups"] / line["time/step_s"], rel=1e-4
+        )
         assert "rollout/cached_prompt_frac" not in line  # this engine has no cache
         assert line["perf/tokens_per_s"] == pytest.approx(trained_and_sampled / line["time/step_s"], rel=1e-4)
 
@@ -150,7 +178,11 @@ def test_groups_that_are_live_by_masked_completions_alone_are_dead(make_run, tmp
     if truncated == "zero_reward":
         assert line["train/groups"] > 0
     else:  # all 8 gave their place to others, which are as dead
-        assert (line["rollout/replaced_groups"], line["rollout/dead_groups_kept"], line["rollout/live_groups_frac"]) == (8, 8, 0)
+        assert (
+            line["rollout/replaced_groups"],
+            line["rollout/dead_groups_kept"],
+            line["rollout/live_groups_frac"],
+        ) == (8, 8, 0)
         assert line["train/groups"] == line["train/completion_tokens"] == line["perf/live_groups_per_s"] == 0
 
 
@@ -174,7 +206,9 @@ def test_a_steps_phases_follow_each_other(make_run, tmp_path, mini_batches):
     assert "time/between_steps_s" not in first
     assert second["time/between_steps_s"] <= second["time"] - first["time"]
     for line in (first, second):
-        seconds = {name.removeprefix("time/"): value for name, value in line.items() if name.startswith("time/")}
+        seconds = {
+            name.removeprefix("time/"): value for name, value in line.items() if name.startswith("time/")
+        }
         step_s, train_s = seconds.pop("step_s"), seconds.pop("train_s")
         seconds.pop("between_steps_s", None)
         old = {"old_logprobs_s"} if mini_batches > 1 else set()
@@ -190,24 +224,46 @@ def test_a_steps_phases_follow_each_other(make_run, tmp_path, mini_batches):
 def test_pilots_leave_filled_and_short_groups_for_training(make_run, tmp_path):
     engine = ScriptedEngine(SCRIPT)
     data = {"tasks_per_step": 40}
-    watch, *_ = run(make_run, 2, engine, more=[StepLog()], run_dir=tmp_path / "log", rollout_options={"pilot_size": 2}, data_options=data)
+    watch, *_ = run(
+        make_run,
+        2,
+        engine,
+        more=[StepLog()],
+        run_dir=tmp_path / "log",
+        rollout_options={"pilot_size": 2},
+        data_options=data,
+    )
     whole, *_ = run(make_run, 1, ScriptedEngine(SCRIPT), data_options=data)
     for group, full in zip(watch.batches[0].groups, whole.batches[0].groups, strict=True):
         assert group == full if group.is_live else group.completions == full.completions[:2]
     lines = step_lines(tmp_path / "log")
     for batch, line in zip(watch.batches, lines, strict=True):
         assert {(len(group.completions), group.is_live) for group in batch.groups} <= {(2, False), (4, True)}
-        assert line["rollout/pilot_filled_frac"] == pytest.approx(sum(group.is_live for group in batch.groups) / 40)
-        assert line["rollout/tokens"] == sum(len(c.token_ids) for group in batch.groups for c in group.completions)
+        assert line["rollout/pilot_filled_frac"] == pytest.approx(
+            sum(group.is_live for group in batch.groups) / 40
+        )
+        assert line["rollout/tokens"] == sum(
+            len(c.token_ids) for group in batch.groups for c in group.completions
+        )
     assert sum(line["rollout/pilot_filled_frac"] for line in lines) > 0
 
 
 def test_the_first_box_may_end_a_completion(make_run):
     script = [line + " and more" for line in SCRIPT]
-    watch, _, _, error = run(make_run, 2, ScriptedEngine(script), rollout_options={"stop_after_first_box": True})
+    watch, _, _, error = run(
+        make_run, 2, ScriptedEngine(script), rollout_options={"stop_after_first_box": True}
+    )
     assert error is None
-    assert {c.finish_reason for batch in watch.batches for group in batch.groups for c in group.completions} == {"stop", "length"}
-    boxed = [c for batch in watch.batches for group in batch.groups for c in group.completions if b"boxed" in c.text_bytes]
+    assert {
+        c.finish_reason for batch in watch.batches for group in batch.groups for c in group.completions
+    } == {"stop", "length"}
+    boxed = [
+        c
+        for batch in watch.batches
+        for group in batch.groups
+        for c in group.completions
+        if b"boxed" in c.text_bytes
+    ]
     assert boxed
     assert all(completion.text_bytes.endswith(b"}") for completion in boxed)
     assert watch.batches[0].sampling.stop_after_first_box
@@ -231,7 +287,9 @@ class CountsPrompts(ScriptedEngine):
         before = self.prompt_tokens or PromptTokens(total=0, cached=0, shareable=0)
         n = sum(request.n for request in requests)
         self.prompt_tokens = PromptTokens(
-            total=before.total + n * total, cached=before.cached + n * cached, shareable=before.shareable + n * shareable
+            total=before.total + n * total,
+            cached=before.cached + n * cached,
+            shareable=before.shareable + n * shareable,
         )
         return super()._generate(requests)
 
@@ -252,7 +310,11 @@ def test_two_ranks_draw_together_and_log_what_both_did(make_run, tmp_path):
         engine=lambda: CountsPrompts(SCRIPT),
         callbacks=[StepLog()],
         run_dir=tmp_path / "two",
-        rollout_options={"dynamic_sampling_from_step": 0, "dynamic_sampling_max_factor": 3.0, "pilot_size": 2},
+        rollout_options={
+            "dynamic_sampling_from_step": 0,
+            "dynamic_sampling_max_factor": 3.0,
+            "pilot_size": 2,
+        },
         devices=2,
         strategy=strategy,
     )
@@ -277,11 +339,22 @@ def test_two_ranks_draw_together_and_log_what_both_did(make_run, tmp_path):
 
 def test_one_callback_trains_and_then_validates(make_run, tmp_path):
     engine = ScriptedEngine(SCRIPT)
-    trainer, module, data = make_run(1, engine=lambda: engine, data_options={"tasks_per_step": 8, "num_eval_tasks": 8})
+    trainer, module, data = make_run(
+        1, engine=lambda: engine, data_options={"tasks_per_step": 8, "num_eval_tasks": 8}
+    )
     trainer.fit(module, data)
     trainer.limit_val_batches = 1.0
     metrics = trainer.validate(module, data, verbose=False)[0]
-    assert engine.events == ["start", "update 0", "generate 8 requests", "close", "start", "update 1", "generate 8 requests", "close"]
+    assert engine.events == [
+        "start",
+        "update 0",
+        "generate 8 requests",
+        "close",
+        "start",
+        "update 1",
+        "generate 8 requests",
+        "close",
+    ]
     assert "val/boxed_frac" in metrics
 
 
@@ -292,9 +365,20 @@ def test_prompts_that_cannot_fit_are_found_before_the_first_step(make_run):
     assert "--data.max_context_tokens" in str(error)
     assert "start" not in engine.events
     cut = int(str(error).rsplit(" ", 1)[1])
-    assert run(make_run, 1, engine, rollout_options={"max_prompt_tokens": 40}, data_options={"max_context_tokens": cut})[3] is None
+    assert (
+        run(
+            make_run,
+            1,
+            engine,
+            rollout_options={"max_prompt_tokens": 40},
+            data_options={"max_context_tokens": cut},
+        )[3]
+        is None
+    )
     trainer, module, data = make_run(1, rollout_options={"max_prompt_tokens": 20}, limit_val_batches=1)
-    with pytest.raises(ValueError, match=r"--rollout.max_prompt_tokens 20: the longest context of .*, heldout"):
+    with pytest.raises(
+        ValueError, match=r"--rollout.max_prompt_tokens 20: the longest context of .*, heldout"
+    ):
         trainer.validate(module, data, verbose=False)
 
 

@@ -28,11 +28,21 @@ TASK = TokenTask(
 
 def group(prompt_tokens: int, *lengths: int) -> RolloutGroup:
     completions = tuple(
-        Completion(token_ids=(7,) * length, text_bytes=b"", rollout_logprobs=(0.0,) * length, policy_version=0, finish_reason="stop")
+        Completion(
+            token_ids=(7,) * length,
+            text_bytes=b"",
+            rollout_logprobs=(0.0,) * length,
+            policy_version=0,
+            finish_reason="stop",
+        )
         for length in lengths
     )
     return RolloutGroup(
-        task=TASK, prompt_ids=(1,) * prompt_tokens, completions=completions, predictions=(None,) * len(lengths), rewards=(0.0,) * len(lengths)
+        task=TASK,
+        prompt_ids=(1,) * prompt_tokens,
+        completions=completions,
+        predictions=(None,) * len(lengths),
+        rewards=(0.0,) * len(lengths),
     )
 
 
@@ -69,7 +79,10 @@ class OneOfTwoParts:
         return [value, PromptTokens(total=30, cached=20, shareable=25)]
 
 
-@pytest.mark.parametrize(("read", "expected"), [((10, 4, 8), {"rollout/prefill_tokens": 16.0, "rollout/prompt_tokens": 40.0}), (None, None)])
+@pytest.mark.parametrize(
+    ("read", "expected"),
+    [((10, 4, 8), {"rollout/prefill_tokens": 16.0, "rollout/prompt_tokens": 40.0}), (None, None)],
+)
 def test_the_engines_of_tensor_parallel_ranks_add_up(read, expected):
     engine = ScriptedEngine(["x"])
     engine._version = 0
@@ -80,7 +93,12 @@ def test_the_engines_of_tensor_parallel_ranks_add_up(read, expected):
         return [group(4, 3, 1)]
 
     roller = StepRoller(
-        engine, rollout, reward=PrefixMatchReward(), pilot_size=None, dynamic_sampling_from_step=None, dynamic_sampling_max_factor=1.0
+        engine,
+        rollout,
+        reward=PrefixMatchReward(),
+        pilot_size=None,
+        dynamic_sampling_from_step=None,
+        dynamic_sampling_max_factor=1.0,
     )
     metrics = roller.roll_out([TASK], lambda wanted: [], max_extra_tasks=0, ranks=OneOfTwoParts()).metrics
     if expected is None:  # each completion's prompt, which all of these ranks know
@@ -94,7 +112,10 @@ def test_servers_are_those_of_the_rank_that_sees_fewest():
             return [row, [0.0, 3.0, 1.0]]  # no groups, three losses, one usable server
 
     assert server_metrics(None) == {}
-    assert over_ranks(TwoRanks(), server_metrics((2, 0)), num_groups=4) == {"run/lost_servers": 3.0, "run/usable_servers": 1.0}
+    assert over_ranks(TwoRanks(), server_metrics((2, 0)), num_groups=4) == {
+        "run/lost_servers": 3.0,
+        "run/usable_servers": 1.0,
+    }
 
 
 @pytest.mark.long

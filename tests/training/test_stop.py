@@ -41,7 +41,11 @@ def flags(tiny_model_dir, tiny_task_dir):
 def ranks_of(process) -> list[psutil.Process]:
     """In their order. Lightning's first rank starts the others; torchrun starts all."""
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    ranks = [member for member in family if "rpt_lightning.cli" in member.cmdline() and "torch.distributed.run" not in member.cmdline()]
+    ranks = [
+        member
+        for member in family
+        if "rpt_lightning.cli" in member.cmdline() and "torch.distributed.run" not in member.cmdline()
+    ]
     return sorted(ranks, key=lambda member: int(member.environ().get("LOCAL_RANK", 0)))
 
 
@@ -49,7 +53,12 @@ def check_one_checkpoint(run: RealRun) -> None:
     """Of the last step, and the run says so once."""
     stopped_at = run.step()
     assert run.checkpoints() == [f"step-{stopped_at:06d}.ckpt"]
-    assert run.text().count(f"the run stops after step {stopped_at}: SIGTERM received. Exit status 75; continue with --ckpt_path last") == 1
+    assert (
+        run.text().count(
+            f"the run stops after step {stopped_at}: SIGTERM received. Exit status 75; continue with --ckpt_path last"
+        )
+        == 1
+    )
 
 
 @pytest.mark.long
@@ -114,7 +123,9 @@ def test_a_collapsed_policy_stops_the_run_until_something_is_changed(tiny_model_
     (_, config) = scripted_flags(tiny_model_dir, tiny_task_dir, steps=4)
     settings = yaml.safe_load(Path(config).read_text())
     settings["rollout"]["engine"]["init_args"]["completions"] = ["I do not know"]
-    settings["rollout"]["objective"]["init_args"]["reward"] = {"class_path": "rpt_lightning.tasks.reward.PrefixMatchReward"}
+    settings["rollout"]["objective"]["init_args"]["reward"] = {
+        "class_path": "rpt_lightning.tasks.reward.PrefixMatchReward"
+    }
     settings["trainer"]["val_check_interval"] = 4
     settings["health"] = {"window": 2, "stop": True}
     config = tmp_path / "collapsed.yaml"
@@ -124,8 +135,16 @@ def test_a_collapsed_policy_stops_the_run_until_something_is_changed(tiny_model_
         run.start()
         assert run.status() == 3, run.text()
         assert run.checkpoints() == ["step-000001.ckpt", "step-000002.ckpt"]
-        assert run.text().count("the run stops after step 2: health.stop, 100% of the groups have equal rewards (mean of 2 steps") == starts
-    assert "Exit status 3; look at the last samples; then continue with --ckpt_path last and another setting, or --health.stop false." in run.text()
+        assert (
+            run.text().count(
+                "the run stops after step 2: health.stop, 100% of the groups have equal rewards (mean of 2 steps"
+            )
+            == starts
+        )
+    assert (
+        "Exit status 3; look at the last samples; then continue with --ckpt_path last and another setting, or --health.stop false."
+        in run.text()
+    )
     changed = RealRun(tmp_path / "run", ["--config", config, "--health.max_equal_groups", "null"])
     changed.finish()
     assert changed.step() == 4

@@ -25,14 +25,23 @@ def test_embedding_and_head_always_and_the_others_in_turn() -> None:
 def test_every_tensor_is_looked_at_in_turn(num_others: int) -> None:
     names = [f"w{index}" for index in range(num_others)]
     for num_tensors in range(1, 9):
-        assert {name for turn in range(-(-num_others // num_tensors)) for name in sampled_names(names, turn, num_tensors)} == set(names)
+        assert {
+            name
+            for turn in range(-(-num_others // num_tensors))
+            for name in sampled_names(names, turn, num_tensors)
+        } == set(names)
 
 
 @pytest.mark.parametrize("width", [1, 7, 8, 9, 64, 576, 577])
 def test_every_column_is_looked_at_in_turn(width: int) -> None:
     seen = [column for turn in range(100, 108) for column in range(width)[sampled_columns(width, turn, 8)]]
     assert set(seen) == set(range(width))
-    assert [sampled_columns(576, turn, 8) for turn in (0, 1, 7, 8)] == [slice(0, 72), slice(72, 144), slice(504, 576), slice(0, 72)]
+    assert [sampled_columns(576, turn, 8) for turn in (0, 1, 7, 8)] == [
+        slice(0, 72),
+        slice(72, 144),
+        slice(504, 576),
+        slice(0, 72),
+    ]
 
 
 @pytest.fixture
@@ -64,11 +73,16 @@ def test_a_version_that_was_not_acknowledged_is_an_error(engine: HFEngine, polic
 def test_one_stale_tensor_is_found_and_named(engine: HFEngine, policy) -> None:
     with torch.no_grad():
         policy.model.layers[2].mlp.down_proj.weight[0, 0] += 0.5
-    with pytest.raises(SyncError, match=r"1 of 39 .* model.layers.2.mlp.down_proj.weight \(largest difference 0.5, 1 of 57344 entries\)"):
+    with pytest.raises(
+        SyncError,
+        match=r"1 of 39 .* model.layers.2.mlp.down_proj.weight \(largest difference 0.5, 1 of 57344 entries\)",
+    ):
         check_weights(engine, weights(policy), version=0, num_tensors=1000)
 
 
-def test_a_head_of_the_step_before_is_found_in_any_slice_and_a_single_entry_in_its_own(engine: HFEngine, policy) -> None:
+def test_a_head_of_the_step_before_is_found_in_any_slice_and_a_single_entry_in_its_own(
+    engine: HFEngine, policy
+) -> None:
     head = policy.lm_head.weight
     before = head.detach().clone()
     with torch.no_grad():

@@ -18,7 +18,10 @@ def test_questions_are_counted_and_named_once(monkeypatch: pytest.MonkeyPatch) -
     answers = ["4", "2e-1", "B", "½"]
     tasks = tuple(
         AnswerTask(
-            question=Question(question_id=f"q{number}", text="?", answer=answer, choices=("x", "y") if answer == "B" else ()), context_ids=(1,)
+            question=Question(
+                question_id=f"q{number}", text="?", answer=answer, choices=("x", "y") if answer == "B" else ()
+            ),
+            context_ids=(1,),
         )
         for number, answer in enumerate(answers)
     )

@@ -81,8 +81,12 @@ def documents(tiny_model_dir):
 
 @pytest.mark.parametrize("micro_batch_tokens", [8, 1000])
 def test_scores_are_those_of_plain_logits(tiny_model_dir, tmp_path, documents, micro_batch_tokens):
-    tasks = [task_at(doc, ids, position) for doc, (ids, _) in documents.items() for position in (9, 2, 1, 5, 12, 4)]
-    module, metrics = validate(tiny_model_dir, tmp_path, tasks[:7], tasks[7:], micro_batch_tokens=micro_batch_tokens)
+    tasks = [
+        task_at(doc, ids, position) for doc, (ids, _) in documents.items() for position in (9, 2, 1, 5, 12, 4)
+    ]
+    module, metrics = validate(
+        tiny_model_dir, tmp_path, tasks[:7], tasks[7:], micro_batch_tokens=micro_batch_tokens
+    )
     assert [row.task_id for row in module.results] == [task.task_id for task in tasks]
     expected = []
     for row, task in zip(module.results, tasks, strict=True):
@@ -117,7 +121,11 @@ def test_a_position_that_two_ranks_measured_counts_once(tiny_model_dir, tmp_path
 
 @pytest.mark.parametrize("reward", [DenseReward(), FirstTokenReward()])
 def test_accuracy_does_not_depend_on_the_reward(make_run, tiny_task_dir, reward):
-    options = {"data_options": {"num_eval_tasks": 48, "eval_batch_size": 24}, "rollout_options": {"thought_controls": True}, "limit_val_batches": 1.0}
+    options = {
+        "data_options": {"num_eval_tasks": 48, "eval_batch_size": 24},
+        "rollout_options": {"thought_controls": True},
+        "limit_val_batches": 1.0,
+    }
     _, _, data = make_run(1, **options)
     data.setup("validate")
     (first, _), *_ = Counter(task.continuation[0] for task in data.eval_tasks()).most_common(1)
@@ -131,7 +139,10 @@ def test_accuracy_does_not_depend_on_the_reward(make_run, tiny_task_dir, reward)
         trainer.validate(module, data, verbose=False)
         results.append(module.results)
     assert results[0] == results[1]
-    assert {row.reasoning_correct for row in results[0] if row.truth.startswith(first.decode())} == {True, False}
+    assert {row.reasoning_correct for row in results[0] if row.truth.startswith(first.decode())} == {
+        True,
+        False,
+    }
     assert all(row.empty_thought_correct is not None for row in results[0])
 
 
@@ -141,11 +152,19 @@ def test_a_checkpoint_is_validated_under_its_own_step(make_run, tmp_path, capsys
     ckpt = str(last_checkpoint(tmp_path / "run"))
     engine = ScriptedEngine(["?</think>\\boxed{e}"])
     trainer, module, data = make_run(
-        2, engine=lambda: engine, run_dir=tmp_path / "val", callbacks=[ValidationResults()], data_options={"num_eval_tasks": 4}, limit_val_batches=1.0
+        2,
+        engine=lambda: engine,
+        run_dir=tmp_path / "val",
+        callbacks=[ValidationResults()],
+        data_options={"num_eval_tasks": 4},
+        limit_val_batches=1.0,
     )
     capsys.readouterr()
     trainer.validate(module, data, ckpt_path=ckpt, weights_only=True, verbose=False)
-    assert [path.name for path in sorted((tmp_path / "val" / "validation").iterdir())] == ["step-000002.json", "step-000002.jsonl"]
+    assert [path.name for path in sorted((tmp_path / "val" / "validation").iterdir())] == [
+        "step-000002.json",
+        "step-000002.jsonl",
+    ]
     meta = json.loads((tmp_path / "val" / "validation" / "step-000002.json").read_text())
     assert (meta["step"], meta["ckpt_path"], meta["policy_path"]) == (2, ckpt, module.policy.path)
     text = capsys.readouterr().out

@@ -47,7 +47,9 @@ def test_the_pages_world_goes_through_every_command(countdown: None, monkeypatch
     few = "--data.tasks_per_step 4 --data.num_eval_tasks 1000 --data.eval_min_entropy 0.1 --trainer.max_steps 1 --trainer.val_check_interval 1"
     run = f"fit --config {CONFIGS}/demo/rpt.yaml --data.task_dir tasks/countdown --model.policy.path runs/start/export {engine} {few}"
     rpt(f"{run} --trainer.default_root_dir runs/rpt --checkpoint.every_n_steps 1")
-    records = [json.loads(line) for line in Path("runs/rpt/validation/step-000001.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in Path("runs/rpt/validation/step-000001.jsonl").read_text().splitlines()
+    ]
     world = importlib.import_module("countdown").Countdown(num_documents=60, seed=2)
     documents = {document.doc_id: document for document in world.documents()}
     answers = [record for record in records if record["fields"]]
@@ -60,8 +62,12 @@ def test_the_pages_world_goes_through_every_command(countdown: None, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["Cups", "People", "Boxes"])
-def test_worlds_go_by_their_short_names(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    command = f"prepare --source {name} --source.max_depth 5 --output_dir x --tokenizer x --proxy x --print_config"
+def test_worlds_go_by_their_short_names(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = (
+        f"prepare --source {name} --source.max_depth 5 --output_dir x --tokenizer x --proxy x --print_config"
+    )
     with pytest.raises(SystemExit) as ended:
         main(command.split())
     assert ended.value.code == 0

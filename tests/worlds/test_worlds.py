@@ -55,7 +55,9 @@ def boxes_by_hand(text: str) -> str:
     return box
 
 
-@pytest.mark.parametrize(("world", "by_hand"), [(Cups, cups_by_hand), (People, people_by_hand), (Boxes, boxes_by_hand)])
+@pytest.mark.parametrize(
+    ("world", "by_hand"), [(Cups, cups_by_hand), (People, people_by_hand), (Boxes, boxes_by_hand)]
+)
 def test_answers_are_right_and_depths_are_counted(world, by_hand):
     depths = set()
     for document in world(num_documents=300, min_depth=1, max_depth=9, seed=3).documents():
@@ -64,7 +66,9 @@ def test_answers_are_right_and_depths_are_counted(world, by_hand):
         # The thought ends where the answer is, after a step for each unit of depth.
         assert mark.thought.rstrip(".").split()[-1] == answer(document)
         depth = mark.fields["depth"]
-        steps = {Cups: r" \d+ (turn|flip|cross|split)", People: r" \d+ (Ann|Bo|Cy|Di)", Boxes: r" says"}[world]
+        steps = {Cups: r" \d+ (turn|flip|cross|split)", People: r" \d+ (Ann|Bo|Cy|Di)", Boxes: r" says"}[
+            world
+        ]
         assert len(re.findall(steps, mark.thought)) == depth
         depths.add(depth)
     assert depths == set(range(1, 10))
@@ -84,7 +88,11 @@ def test_the_same_seed_writes_the_same_documents_in_another_process(world):
     texts = [document.text for document in world(num_documents=5, seed=7).documents()]
     for hash_seed in ("0", "1"):
         printed = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": hash_seed, **_path()}
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PYTHONHASHSEED": hash_seed, **_path()},
         )
         assert printed.stdout.strip() == str(texts)
     assert texts != [document.text for document in world(num_documents=5, seed=8).documents()]
@@ -110,7 +118,13 @@ def test_a_world_of_ones_own_says_what_it_is():
     class Twice(World):
         def write(self, rng: random.Random, depth: int) -> list[str | Answer]:
             number = rng.randint(1, 4)
-            return [f"{number} twice is", Answer(text=f" {2 * number}", depth=depth, thought=f" {number} and {number}", fields={"even": 1}), "."]
+            return [
+                f"{number} twice is",
+                Answer(
+                    text=f" {2 * number}", depth=depth, thought=f" {number} and {number}", fields={"even": 1}
+                ),
+                ".",
+            ]
 
     world = Twice(num_documents=3, min_depth=1, max_depth=1, seed=5)
     document = next(world.documents())

@@ -17,7 +17,9 @@ def group_advantages(rewards: Tensor, *, scale: AdvantageScale = "std", eps: flo
     has advantages of exactly 0. Computed in fp64, returned in the dtype of ``rewards``. Raises ValueError for groups of one: they have no baseline.
     """
     if rewards.ndim != 2 or rewards.shape[1] < 2:
-        raise ValueError(f"rewards of shape {list(rewards.shape)}: an advantage needs groups [B, G] of at least 2 completions; raise group_size")
+        raise ValueError(
+            f"rewards of shape {list(rewards.shape)}: an advantage needs groups [B, G] of at least 2 completions; raise group_size"
+        )
     if scale not in ("std", "none"):
         raise ValueError(f"scale={scale!r}: advantages are scaled by 'std' or 'none'")
     exact = rewards.double()  # [B, G]

@@ -19,7 +19,12 @@ CorrectionMode = Literal["truncate", "mask"]
 
 @torch.no_grad()
 def truncated_importance_weights(
-    old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, *, cap: float, mode: CorrectionMode = "truncate"
+    old_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    cap: float,
+    mode: CorrectionMode = "truncate",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """``min(exp(old_logprobs - rollout_logprobs), cap)``; ``mode="mask"`` gives tokens above the cap the weight 0 instead. All [N, T]
 

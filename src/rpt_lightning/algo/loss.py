@@ -45,7 +45,9 @@ def policy_loss(
     if aggregation not in ("token_mean", "sequence_mean", "constant"):
         raise ValueError(f"aggregation={aggregation!r}: choose token_mean, sequence_mean or constant")
     if aggregation == "constant" and normalizer is None:
-        raise ValueError("aggregation='constant' divides by a constant: give normalizer, such as sequences x max_tokens")
+        raise ValueError(
+            "aggregation='constant' divides by a constant: give normalizer, such as sequences x max_tokens"
+        )
     if normalizer is not None and normalizer <= 0:
         raise ValueError(f"normalizer={normalizer}: it must be positive; a step without tokens has no loss")
     mask = mask.bool()
@@ -73,7 +75,9 @@ def policy_loss(
         metrics = {
             "sum_tokens": mask.sum().double(),
             "sum_ratio": ratio[mask].double().sum(),
-            "max_ratio": ratio.masked_fill(~mask, 0.0).double().max() if ratio.numel() else ratio.new_zeros(()).double(),
+            "max_ratio": ratio.masked_fill(~mask, 0.0).double().max()
+            if ratio.numel()
+            else ratio.new_zeros(()).double(),
             "sum_ratio_after_clip": clipped_ratio[mask].double().sum(),
             "sum_ratio_clipped": (clipped_loss > unclipped_loss)[mask].double().sum(),
             # k3 of http://joschu.net/blog/kl-approx.html: never negative, an estimate of KL(old || new).

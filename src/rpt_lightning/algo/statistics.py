@@ -14,4 +14,6 @@ def add_up(parts: Sequence[Mapping[str, Tensor | float]]) -> dict[str, float]:
     {'sum_tokens': 5.0, 'max_ratio': 1.5}
     """
     names = parts[0] if parts else ()
-    return {name: float((max if name.startswith("max_") else sum)(part[name] for part in parts)) for name in names}
+    return {
+        name: float((max if name.startswith("max_") else sum)(part[name] for part in parts)) for name in names
+    }

@@ -75,25 +75,43 @@ class AnswerTaskDataModule(StreamDataModule):
         self.heldout = answer_tasks(choose(heldout, self.num_eval_questions, seed=self.seed), token_bytes)
         if stage != "fit":
             if not heldout:
-                raise ValueError("--data.heldout is not set, so there are no questions to validate on; give a source, e.g. JsonlQuestions")
+                raise ValueError(
+                    "--data.heldout is not set, so there are no questions to validate on; give a source, e.g. JsonlQuestions"
+                )
             return
         if self.train_source is None:
-            raise ValueError("--data.train is not set, so there are no questions to learn from; give a source, e.g. JsonlQuestions")
+            raise ValueError(
+                "--data.train is not set, so there are no questions to learn from; give a source, e.g. JsonlQuestions"
+            )
         questions = read_all(self.train_source, flag="data.train")
         _check_apart(questions, heldout)
         tasks = answer_tasks(questions, token_bytes)
-        self.train = tuple(task for task in tasks if self.max_question_tokens is None or len(task.context_ids) <= self.max_question_tokens)
+        self.train = tuple(
+            task
+            for task in tasks
+            if self.max_question_tokens is None or len(task.context_ids) <= self.max_question_tokens
+        )
         if len(self.train) < len(tasks):
             rank_zero_info(
                 f"data: {len(tasks) - len(self.train)} of {len(tasks)} questions are longer than data.max_question_tokens={self.max_question_tokens} "
                 "and are left out of training"
             )
-        order = ShuffledOrder(np.ones(len(self.train), np.int32), [len(self.train)], bundle_size=1, seed=self.seed)
-        self.begin_stream(TaskStream(order, corpus=_fingerprint(task.question for task in self.train)), "--data.train")
+        order = ShuffledOrder(
+            np.ones(len(self.train), np.int32), [len(self.train)], bundle_size=1, seed=self.seed
+        )
+        self.begin_stream(
+            TaskStream(order, corpus=_fingerprint(task.question for task in self.train)), "--data.train"
+        )
 
     def val_dataloader(self) -> EvalLoader | list[Any]:
         rank, num_ranks = self._data_rank()
-        return EvalLoader(self.heldout, batch_size=self.eval_batch_size, rank=rank, num_ranks=num_ranks, key="questions") if self.heldout else []
+        return (
+            EvalLoader(
+                self.heldout, batch_size=self.eval_batch_size, rank=rank, num_ranks=num_ranks, key="questions"
+            )
+            if self.heldout
+            else []
+        )
 
     def make_batch(self, items: list[tuple[int, int]]) -> dict[str, Any]:
         return {"tasks": tuple(self.train[question] for question, _ in items)}

@@ -51,7 +51,9 @@ class StepLoader:
 class EvalLoader:
     """Batches of the held-out tasks under ``key``; every rank sees the same number of batches, the last of which may be empty on some."""
 
-    def __init__(self, tasks: Sequence[Task], *, batch_size: int, rank: int, num_ranks: int, key: str = "tasks") -> None:
+    def __init__(
+        self, tasks: Sequence[Task], *, batch_size: int, rank: int, num_ranks: int, key: str = "tasks"
+    ) -> None:
         batches = [tasks[start : start + batch_size] for start in range(0, len(tasks), batch_size)]
         self.batches = [{key: tuple(rank_share(batch, rank=rank, num_ranks=num_ranks))} for batch in batches]
 
@@ -95,7 +97,9 @@ class StreamDataModule(LightningDataModule):
     # Lightning's hooks
 
     def train_dataloader(self) -> StepLoader:
-        return StepLoader(self._next_batch, num_steps=self.stream.order.items_per_epoch // self.items_per_step)
+        return StepLoader(
+            self._next_batch, num_steps=self.stream.order.items_per_epoch // self.items_per_step
+        )
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Records hold no tensors, and Lightning's own walk refuses frozen dataclasses."""
@@ -125,7 +129,9 @@ class StreamDataModule(LightningDataModule):
     def next_batch(self) -> dict[str, Any]:
         """This rank's part of the step behind everything that was drawn."""
         rank, num_ranks = self._data_rank()
-        return self.make_batch(list(rank_share(self.stream.next(self.items_per_step), rank=rank, num_ranks=num_ranks)))
+        return self.make_batch(
+            list(rank_share(self.stream.next(self.items_per_step), rank=rank, num_ranks=num_ranks))
+        )
 
     def trained_up_to(self, place: Place) -> None:
         """The place that a checkpoint holds from now on: what is drawn behind it is not trained yet, so a run that goes on draws it again.
@@ -191,7 +197,9 @@ class TaskFolderDataModule(StreamDataModule):
         self.train = TaskFolder(self.task_dir, "train", max_context_tokens=self.max_context_tokens)
         self.heldout = TaskFolder(self.task_dir, "heldout", max_context_tokens=self.max_context_tokens)
         self._check_tokenizer()
-        stream = TaskStream(self.make_order(), corpus=self.train.manifest["corpus"]["sha256"], layout=self.train.layout)
+        stream = TaskStream(
+            self.make_order(), corpus=self.train.manifest["corpus"]["sha256"], layout=self.train.layout
+        )
         self.begin_stream(stream, self.task_dir)
 
     def val_dataloader(self) -> EvalLoader:
@@ -202,10 +210,16 @@ class TaskFolderDataModule(StreamDataModule):
 
     def eval_tasks(self) -> tuple[TokenTask, ...]:
         """All held-out tasks, of all ranks."""
-        return choose_heldout(self.heldout, num_tasks=self.num_eval_tasks, min_entropy=self.eval_min_entropy, seed=self.seed)
+        return choose_heldout(
+            self.heldout, num_tasks=self.num_eval_tasks, min_entropy=self.eval_min_entropy, seed=self.seed
+        )
 
     def _check_tokenizer(self) -> None:
-        check_tokenizer(self.train, None if self.trainer is None else self.trainer.lightning_module, task_dir=self.task_dir)
+        check_tokenizer(
+            self.train,
+            None if self.trainer is None else self.trainer.lightning_module,
+            task_dir=self.task_dir,
+        )
 
 
 def check_tokenizer(folder: TaskFolder, module: Any, *, task_dir: str) -> None:

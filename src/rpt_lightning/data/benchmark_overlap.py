@@ -24,7 +24,9 @@ def benchmark_spans(paths: list[str], token_bytes: TokenBytes) -> tuple[NDArray[
     names ``--benchmark_files`` and the file.
     """
     parts, num_skipped = [], 0
-    files = [file for path in paths for file in find_files(path, name=f"--benchmark_files {path}", endings=())]
+    files = [
+        file for path in paths for file in find_files(path, name=f"--benchmark_files {path}", endings=())
+    ]
     for file in files:
         for text in _texts(file):
             try:

@@ -20,17 +20,25 @@ class Benchmark:
 BENCHMARKS: dict[str, Benchmark] = {
     "aime24": Benchmark(hub_id="HuggingFaceH4/aime_2024", split="train", fields=QuestionFields(id="id")),
     "aime25": Benchmark(hub_id="math-ai/aime25", split="test", fields=QuestionFields(id="id")),
-    "math500": Benchmark(hub_id="HuggingFaceH4/MATH-500", split="test", fields=QuestionFields(id="unique_id", category="subject")),
+    "math500": Benchmark(
+        hub_id="HuggingFaceH4/MATH-500",
+        split="test",
+        fields=QuestionFields(id="unique_id", category="subject"),
+    ),
     "mmlu_pro": Benchmark(
         hub_id="TIGER-Lab/MMLU-Pro",
         split="test",
-        fields=QuestionFields(question="question", choices="options", answer="answer", category="category", id="question_id"),
+        fields=QuestionFields(
+            question="question", choices="options", answer="answer", category="category", id="question_id"
+        ),
     ),
     "supergpqa": Benchmark(
         hub_id="m-a-p/SuperGPQA",
         split="train",  # its only one
         # "answer" holds the right choice's text.
-        fields=QuestionFields(question="question", choices="options", answer="answer_letter", category="discipline", id="uuid"),
+        fields=QuestionFields(
+            question="question", choices="options", answer="answer_letter", category="discipline", id="uuid"
+        ),
     ),
 }
 
@@ -38,7 +46,9 @@ BENCHMARKS: dict[str, Benchmark] = {
 def benchmark_source(name: str, *, file: Path | None = None, revision: str | None = None) -> QuestionSource:
     """A benchmark from the hub, or from a local JSONL file that holds the rows of its dataset. Raises ValueError for a name that is none."""
     if name not in BENCHMARKS:
-        raise ValueError(f"--benchmark {name!r}: the benchmarks are {', '.join(BENCHMARKS)}; questions of your own go with --questions")
+        raise ValueError(
+            f"--benchmark {name!r}: the benchmarks are {', '.join(BENCHMARKS)}; questions of your own go with --questions"
+        )
     benchmark = BENCHMARKS[name]
     if file is not None:
         return JsonlQuestions(str(file), benchmark.fields)

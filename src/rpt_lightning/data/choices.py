@@ -17,26 +17,36 @@ AnswerForm = Literal["letter", "index_from_0", "index_from_1", "text"]
 Labels = tuple[str, ...] | None
 
 
-def read_choices(row: Any, field: str | list[str], labels_field: str | None, *, where: str) -> tuple[tuple[str, ...], Labels]:
+def read_choices(
+    row: Any, field: str | list[str], labels_field: str | None, *, where: str
+) -> tuple[tuple[str, ...], Labels]:
     """A row's choices, and their labels where it has some. Raises ValueError that begins with ``where``."""
     name = field if isinstance(field, str) else "[" + ", ".join(field) + "]"
     at = f"{where}, field {name}"
     value = look_up(row, field) if isinstance(field, str) else [look_up(row, part) for part in field]
     if value is None:
-        raise ValueError(f"{where}: no field {field!r} (there is: {', '.join(map(str, row))}); say with fields.choices which one has the choices")
+        raise ValueError(
+            f"{where}: no field {field!r} (there is: {', '.join(map(str, row))}); say with fields.choices which one has the choices"
+        )
     listed, labels = _listed(value, at) if isinstance(field, str) else (_without_absent(value), None)
     if labels_field is not None:
         labels = look_up(row, labels_field)
         if not isinstance(labels, list) or len(labels) != len(listed):
-            raise ValueError(f"{where}, field {labels_field}: {short(labels)} where a list of the {len(listed)} choices' labels belongs")
+            raise ValueError(
+                f"{where}, field {labels_field}: {short(labels)} where a list of the {len(listed)} choices' labels belongs"
+            )
     if not 2 <= len(listed) <= len(LETTERS):
         raise ValueError(f"{at}: {short(listed)} where a list of 2 to {len(LETTERS)} choices belongs")
-    texts = tuple(_choice(value, f"{at}, choice {letter}") for letter, value in zip(LETTERS, listed, strict=False))
+    texts = tuple(
+        _choice(value, f"{at}, choice {letter}") for letter, value in zip(LETTERS, listed, strict=False)
+    )
     if labels is None:
         return texts, None
     keys = tuple(_key(label, at) for label in labels)
     if len(set(keys)) < len(keys):
-        raise ValueError(f"{at}: two choices have one label ({', '.join(keys)}), so the answer does not say which is right; correct the row")
+        raise ValueError(
+            f"{at}: two choices have one label ({', '.join(keys)}), so the answer does not say which is right; correct the row"
+        )
     return texts, keys
 
 
@@ -46,7 +56,9 @@ def right_letter(answer: Any, choices: Sequence[str], labels: Labels, form: Answ
     if form == "text":
         places = [place for place, choice in enumerate(choices) if choice.strip() == text]
         if len(places) != 1:
-            raise ValueError(f"{where}: {len(places)} of the choices have the text {short(text)}, and exactly one is right; correct the row")
+            raise ValueError(
+                f"{where}: {len(places)} of the choices have the text {short(text)}, and exactly one is right; correct the row"
+            )
         return LETTERS[places[0]]
     if form != "letter":
         first = 0 if form == "index_from_0" else 1
@@ -65,7 +77,9 @@ def right_letter(answer: Any, choices: Sequence[str], labels: Labels, form: Answ
     letter = choice_letter(text)
     if letter is None or letter not in LETTERS[: len(choices)]:
         last = LETTERS[len(choices) - 1]
-        raise ValueError(f"{where}: the answer {text!r} is not a letter of the {len(choices)} choices (A to {last}){_hint(text, choices)}")
+        raise ValueError(
+            f"{where}: the answer {text!r} is not a letter of the {len(choices)} choices (A to {last}){_hint(text, choices)}"
+        )
     return letter
 
 
@@ -80,13 +94,23 @@ def _hint(text: str, choices: Sequence[str]) -> str:
 def _listed(value: Any, where: str) -> tuple[list[Any], Any]:
     """The choices as a list, and the labels that stand with them."""
     if isinstance(value, Mapping):
-        if {"text", "label"} <= set(value) and isinstance(value["text"], list) and isinstance(value["label"], list):
+        if (
+            {"text", "label"} <= set(value)
+            and isinstance(value["text"], list)
+            and isinstance(value["label"], list)
+        ):
             if len(value["text"]) != len(value["label"]):
-                raise ValueError(f"{where}: {len(value['text'])} texts and {len(value['label'])} labels; correct the row")
+                raise ValueError(
+                    f"{where}: {len(value['text'])} texts and {len(value['label'])} labels; correct the row"
+                )
             return value["text"], value["label"]
         texts = _without_absent(list(value.values()))
         return texts, list(value)[: len(texts)]
-    if isinstance(value, list) and value and all(isinstance(part, Mapping) and {"text", "label"} <= set(part) for part in value):
+    if (
+        isinstance(value, list)
+        and value
+        and all(isinstance(part, Mapping) and {"text", "label"} <= set(part) for part in value)
+    ):
         return [part["text"] for part in value], [part["label"] for part in value]
     if not isinstance(value, list):
         raise ValueError(f"{where}: {short(value)} where a list of 2 to {len(LETTERS)} choices belongs")
@@ -103,7 +127,9 @@ def _without_absent(values: list[Any]) -> list[Any]:
 def _choice(value: Any, where: str) -> str:
     text = "" if value is None else as_text(value, where=where, separator=None)
     if not text.strip():
-        raise ValueError(f"{where}: {'null' if value is None else repr(text)} is no choice; correct the row or leave it out")
+        raise ValueError(
+            f"{where}: {'null' if value is None else repr(text)} is no choice; correct the row or leave it out"
+        )
     return text
 
 

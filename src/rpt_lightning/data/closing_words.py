@@ -17,15 +17,25 @@ def closing_words(output: Path, manifest: dict[str, Any]) -> str:
     left_out = {
         f"documents of at most --min_context {settings['min_context']} tokens": counts["too_short"],
         "documents with characters that the tokenizer has no tokens for": counts["inexpressible"],
-        "benchmark texts with such characters (no document can hold them)": counts.get("inexpressible_benchmark_texts", 0),
+        "benchmark texts with such characters (no document can hold them)": counts.get(
+            "inexpressible_benchmark_texts", 0
+        ),
     }
     words.append(shared_words(manifest["shared_spans_between_splits"], settings["dedup_span"]))
     words += [f"left out {count:,} {what}" for what, count in left_out.items() if count]
     without_effect = {
-        "no token begins in them, so their fields are those of no position": counts.get("marks_in_which_no_token_begins", 0),
-        f"they lie behind --max_tokens_per_document {settings['max_tokens_per_document']}": counts.get("marks_behind_the_cut", 0),
+        "no token begins in them, so their fields are those of no position": counts.get(
+            "marks_in_which_no_token_begins", 0
+        ),
+        f"they lie behind --max_tokens_per_document {settings['max_tokens_per_document']}": counts.get(
+            "marks_behind_the_cut", 0
+        ),
     }
-    words += [f"{count:,} of {counts['marks']:,} marks have no effect: {why}" for why, count in without_effect.items() if count]
+    words += [
+        f"{count:,} of {counts['marks']:,} marks have no effect: {why}"
+        for why, count in without_effect.items()
+        if count
+    ]
     if names := sorted(train.get("fields", {}).keys() | heldout.get("fields", {}).keys()):
         words.append(f"fields kept at positions: {', '.join(names)}")
     return f"{output}: {'; '.join(words)}"
@@ -38,5 +48,7 @@ def shared_words(number: int, span: int | None) -> str:
     '0 spans of 13 tokens (--dedup_span) in both splits'
     """
     if span is None:
-        return f"{number} documents in both splits (--dedup_span null: documents were compared as a whole only)"
+        return (
+            f"{number} documents in both splits (--dedup_span null: documents were compared as a whole only)"
+        )
     return f"{number} spans of {span} tokens (--dedup_span) in both splits"

@@ -65,7 +65,9 @@ class JsonlSource(CorpusSource):
             yield Document(doc_id=f"{record.file.name}:{record.number}", text=text, fields=fields)
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "jsonl", "path": str(self.path), "template": self.template} | _told(self.fields, self.separator)
+        return {"kind": "jsonl", "path": str(self.path), "template": self.template} | _told(
+            self.fields, self.separator
+        )
 
 
 class ParquetSource(CorpusSource):
@@ -94,10 +96,14 @@ class ParquetSource(CorpusSource):
         for file, number, row in read_parquet(self.path, name=_path_flag(self.path)):
             where = f"{file.path}, row {number} (from 0)"
             text = fill_template(self.template, row, where=where, separator=self.separator)
-            yield Document(doc_id=f"{file.name}:{number}", text=text, fields=row_fields(self.fields, row, where=where))
+            yield Document(
+                doc_id=f"{file.name}:{number}", text=text, fields=row_fields(self.fields, row, where=where)
+            )
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "parquet", "path": str(self.path), "template": self.template} | _told(self.fields, self.separator)
+        return {"kind": "parquet", "path": str(self.path), "template": self.template} | _told(
+            self.fields, self.separator
+        )
 
 
 class TextFilesSource(CorpusSource):
@@ -146,13 +152,25 @@ class HuggingFaceSource(CorpusSource):
         self.separator = separator
 
     def documents(self) -> Iterator[Document]:
-        for number, row in enumerate(read_dataset(self.name, self.config_name, split=self.split, revision=self.revision)):
+        for number, row in enumerate(
+            read_dataset(self.name, self.config_name, split=self.split, revision=self.revision)
+        ):
             where = f"dataset {self.name}, split {self.split}, row {number} (from 0)"
             text = fill_template(self.template, row, where=where, separator=self.separator)
-            yield Document(doc_id=f"{self.name}/{self.split}:{number}", text=text, fields=row_fields(self.fields, row, where=where))
+            yield Document(
+                doc_id=f"{self.name}/{self.split}:{number}",
+                text=text,
+                fields=row_fields(self.fields, row, where=where),
+            )
 
     def describe(self) -> dict[str, Any]:
-        described = {"kind": "hugging_face", "name": self.name, "config_name": self.config_name, "split": self.split, "revision": self.revision}
+        described = {
+            "kind": "hugging_face",
+            "name": self.name,
+            "config_name": self.config_name,
+            "split": self.split,
+            "revision": self.revision,
+        }
         return described | {"template": self.template} | _told(self.fields, self.separator)
 
 
@@ -175,13 +193,18 @@ class DocstringSource(CorpusSource):
             raise ValueError(
                 f"--source.init_args.package {self.package!r} cannot be imported ({error}); install it or name another package"
             ) from error
-        objects: dict[int, tuple[str, object]] = {}  # by identity; the objects stay referenced, so that identities stay unique
+        objects: dict[
+            int, tuple[str, object]
+        ] = {}  # by identity; the objects stay referenced, so that identities stay unique
         for module in self._modules(root):
             for name, member in sorted(vars(module).items()):
                 if not name.startswith("_"):
                     self._collect(member, objects)
         if self.num_skipped_modules:
-            print(f"{self.num_skipped_modules} modules of {self.package} do not import here and are left out", flush=True)
+            print(
+                f"{self.num_skipped_modules} modules of {self.package} do not import here and are left out",
+                flush=True,
+            )
         seen: dict[str, int] = {}
         for name, member in sorted(objects.values(), key=lambda pair: pair[0]):
             text = inspect.cleandoc(member.__doc__ or "")
@@ -192,13 +215,21 @@ class DocstringSource(CorpusSource):
 
     def describe(self) -> dict[str, Any]:
         version = getattr(importlib.import_module(self.package), "__version__", None)
-        return {"kind": "docstrings", "package": self.package, "version": version, "min_chars": self.min_chars}
+        return {
+            "kind": "docstrings",
+            "package": self.package,
+            "version": version,
+            "min_chars": self.min_chars,
+        }
 
     def _modules(self, root: types.ModuleType) -> list[types.ModuleType]:
         """The package's public modules by name; its own tests and benchmarks hold no prose."""
         self.num_skipped_modules = 0
         modules = [root]
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # some modules print when they are imported (sympy.this)
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):  # some modules print when they are imported (sympy.this)
             warnings.simplefilter("ignore")
             pending = sorted(self._submodule_names(root))
             while pending:
@@ -215,14 +246,24 @@ class DocstringSource(CorpusSource):
     @staticmethod
     def _submodule_names(module: types.ModuleType) -> list[str]:
         names = [info.name for info in pkgutil.iter_modules(getattr(module, "__path__", None) or [])]
-        return [f"{module.__name__}.{name}" for name in names if not name.startswith("_") and name not in ("tests", "benchmarks", "conftest")]
+        return [
+            f"{module.__name__}.{name}"
+            for name in names
+            if not name.startswith("_") and name not in ("tests", "benchmarks", "conftest")
+        ]
 
     def _collect(self, member: object, objects: dict[int, tuple[str, object]]) -> None:
         member = _unwrapped(member)
         name = f"{getattr(member, '__module__', '')}.{getattr(member, '__qualname__', '')}"
-        if not (inspect.isclass(member) or inspect.isfunction(member)) or not name.startswith(self.package + ".") or id(member) in objects:
+        if (
+            not (inspect.isclass(member) or inspect.isfunction(member))
+            or not name.startswith(self.package + ".")
+            or id(member) in objects
+        ):
             return
-        if "<" not in name and isinstance(member.__doc__, str):  # <locals> and <lambda> have no name of their own
+        if "<" not in name and isinstance(
+            member.__doc__, str
+        ):  # <locals> and <lambda> have no name of their own
             objects[id(member)] = (name, member)
         if inspect.isclass(member):
             for attribute, value in sorted(vars(member).items()):
@@ -248,4 +289,6 @@ def _path_flag(path: str) -> str:
 
 def _told(fields: Sequence[str], separator: str) -> dict[str, Any]:
     """What a description says of them: nothing where they are the usual ones, as before there was a choice."""
-    return ({"fields": list(fields)} if fields else {}) | ({} if separator == DEFAULT_SEPARATOR else {"separator": separator})
+    return ({"fields": list(fields)} if fields else {}) | (
+        {} if separator == DEFAULT_SEPARATOR else {"separator": separator}
+    )

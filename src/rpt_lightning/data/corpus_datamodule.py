@@ -51,14 +51,24 @@ class CorpusDataModule(StreamDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(
-            items_per_step=documents_per_step, flag="documents_per_step", seed=seed, num_eval_tasks=num_eval_tasks, eval_batch_size=eval_batch_size
+            items_per_step=documents_per_step,
+            flag="documents_per_step",
+            seed=seed,
+            num_eval_tasks=num_eval_tasks,
+            eval_batch_size=eval_batch_size,
         )
         if phases is not None and prompt is None:
-            raise ValueError("--data.phases says how worked examples think, and --data.prompt is null, so there are none; give a prompt")
+            raise ValueError(
+                "--data.phases says how worked examples think, and --data.prompt is null, so there are none; give a prompt"
+            )
         if phases is not None and not phases:
-            raise ValueError("--data.phases []: give at least one phase, or null for worked examples that all think")
+            raise ValueError(
+                "--data.phases []: give at least one phase, or null for worked examples that all think"
+            )
         if max_tokens is not None and max_tokens < 2:
-            raise ValueError(f"--data.max_tokens {max_tokens}: must be at least 2, since the first token is not a target")
+            raise ValueError(
+                f"--data.max_tokens {max_tokens}: must be at least 2, since the first token is not a target"
+            )
         self.source = source
         self.prompt = prompt
         self.phases = phases or [Phase()]
@@ -81,7 +91,9 @@ class CorpusDataModule(StreamDataModule):
             raise ValueError(f"--data.source: the corpus is empty ({self.source.describe()})")
         self.writer = None
         if self.prompt is not None:
-            self.writer = ExampleWriter(self.prompt.bind(tokenizer), self.token_bytes, self.phases, seed=self.seed)
+            self.writer = ExampleWriter(
+                self.prompt.bind(tokenizer), self.token_bytes, self.phases, seed=self.seed
+            )
             if not any(mark.thought is not None for document in self.documents for mark in document.marks):
                 raise ValueError(
                     f"--data.prompt: worked examples need marks with thoughts, and no document of {type(self.source).__name__} has one; set "
@@ -90,8 +102,12 @@ class CorpusDataModule(StreamDataModule):
         digest = hashlib.sha256()
         for document in self.documents:
             digest.update(document_bytes(document))
-        order = ShuffledOrder(np.ones(len(self.documents), np.int32), [len(self.documents)], bundle_size=1, seed=self.seed)
-        self.begin_stream(TaskStream(order, corpus=digest.hexdigest()), f"the corpus ({type(self.source).__name__})")
+        order = ShuffledOrder(
+            np.ones(len(self.documents), np.int32), [len(self.documents)], bundle_size=1, seed=self.seed
+        )
+        self.begin_stream(
+            TaskStream(order, corpus=digest.hexdigest()), f"the corpus ({type(self.source).__name__})"
+        )
         self.heldout = None if self.task_dir is None else TaskFolder(self.task_dir, "heldout")
         if self.heldout is not None:
             check_tokenizer(self.heldout, module, task_dir=str(self.task_dir))
@@ -115,6 +131,8 @@ class CorpusDataModule(StreamDataModule):
         tasks = (
             ()
             if self.heldout is None
-            else choose_heldout(self.heldout, num_tasks=self.num_eval_tasks, min_entropy=self.eval_min_entropy, seed=self.seed)
+            else choose_heldout(
+                self.heldout, num_tasks=self.num_eval_tasks, min_entropy=self.eval_min_entropy, seed=self.seed
+            )
         )
         return EvalLoader(tasks, batch_size=self.eval_batch_size, rank=rank, num_ranks=num_ranks)

@@ -30,8 +30,18 @@ _COMPRESSIONS: dict[bytes, str | None] = {
 }
 _COMPRESSED_ENDINGS = (".gz", ".bz2", ".xz", ".zst", ".zstd", ".lz4")
 # UTF-32's mark begins with UTF-16's.
-_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
-_NO_TEXT = {b"PAR1": "a Parquet file", b"PK\x03\x04": "a zip archive", b"ARROW1": "an Arrow file", b"7z\xbc\xaf": "a 7z archive"}
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_NO_TEXT = {
+    b"PAR1": "a Parquet file",
+    b"PK\x03\x04": "a zip archive",
+    b"ARROW1": "an Arrow file",
+    b"7z\xbc\xaf": "a 7z archive",
+}
 _BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
@@ -75,14 +85,29 @@ def find_files(path: str | Path, *, name: str, endings: Sequence[str], what: str
     if whole.is_file():
         return [DataFile(path=whole, name=whole.name)]
     if whole.is_dir():
-        found = sorted(file for file in whole.rglob("*") if not file.is_dir() and not _is_hidden(file.relative_to(whole)))
-        files = [file for file in found if not endings or without_compression(file.name).lower().endswith(tuple(endings))]
+        found = sorted(
+            file for file in whole.rglob("*") if not file.is_dir() and not _is_hidden(file.relative_to(whole))
+        )
+        files = [
+            file
+            for file in found
+            if not endings or without_compression(file.name).lower().endswith(tuple(endings))
+        ]
         if not files:
-            held = f"it holds {found[0].relative_to(whole)}" + (f" and {len(found) - 1} more" if len(found) > 1 else "") if found else "it is empty"
-            raise ValueError(f"{name}: the folder holds no {what} named *{' or *'.join(endings)} ({held}); name the files by a pattern")
+            held = (
+                f"it holds {found[0].relative_to(whole)}"
+                + (f" and {len(found) - 1} more" if len(found) > 1 else "")
+                if found
+                else "it is empty"
+            )
+            raise ValueError(
+                f"{name}: the folder holds no {what} named *{' or *'.join(endings)} ({held}); name the files by a pattern"
+            )
         root = whole
     elif glob.has_magic(str(whole)):
-        files = [Path(match) for match in sorted(glob.glob(str(whole), recursive=True)) if not Path(match).is_dir()]
+        files = [
+            Path(match) for match in sorted(glob.glob(str(whole), recursive=True)) if not Path(match).is_dir()
+        ]
         if not files:
             raise ValueError(f"{name}: the pattern matches no file")
         root = _fixed_part(whole)
@@ -94,7 +119,9 @@ def find_files(path: str | Path, *, name: str, endings: Sequence[str], what: str
             raise ValueError(f"{name}: {file} leads to no file; restore or remove it")
         other = seen.setdefault(without_compression(str(file)), file)
         if other is not file:
-            raise ValueError(f"{name}: {other} and {file.name} are one file twice, compressed and not; remove one of the two or name the other")
+            raise ValueError(
+                f"{name}: {other} and {file.name} are one file twice, compressed and not; remove one of the two or name the other"
+            )
     return [DataFile(path=file, name=file.relative_to(root).as_posix()) for file in files]
 
 
@@ -119,7 +146,9 @@ def read_text(path: Path, *, name: str) -> str:
         try:
             text = file.read().decode(encoding)
         except UnicodeDecodeError as error:
-            raise ValueError(f"{name}: not {_spelled(encoding)} (byte {error.start}); convert the file or leave it out") from error
+            raise ValueError(
+                f"{name}: not {_spelled(encoding)} (byte {error.start}); convert the file or leave it out"
+            ) from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -135,7 +164,9 @@ def read_lines(path: Path, *, name: str) -> Iterator[tuple[int, str]]:
                 # Files that were put together of several may have marks in the middle.
                 yield number, line.decode(encoding)
             except UnicodeDecodeError as error:
-                raise ValueError(f"{name}, line {number}: not UTF-8 (byte {error.start} of the line); convert the file") from error
+                raise ValueError(
+                    f"{name}, line {number}: not UTF-8 (byte {error.start} of the line); convert the file"
+                ) from error
 
 
 def _wide_lines(file: io.BufferedReader, encoding: str, name: str) -> Iterator[tuple[int, str]]:
@@ -145,7 +176,9 @@ def _wide_lines(file: io.BufferedReader, encoding: str, name: str) -> Iterator[t
             number += 1
             yield number, line
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name}, line {number + 1}: not {_spelled(encoding)} ({error.reason}); convert the file") from error
+        raise ValueError(
+            f"{name}, line {number + 1}: not {_spelled(encoding)} ({error.reason}); convert the file"
+        ) from error
 
 
 def _encoding(file: io.BufferedReader) -> str:
@@ -166,19 +199,27 @@ def _opened(path: Path, name: str) -> Iterator[io.BufferedReader]:
         beginning = file.peek(8)[:8]
         kind = next((kind for start, kind in _NO_TEXT.items() if beginning.startswith(start)), None)
         if kind is not None:
-            raise ValueError(f"{name}: {kind}, and text belongs there; unpack it, or name the source that reads such files")
+            raise ValueError(
+                f"{name}: {kind}, and text belongs there; unpack it, or name the source that reads such files"
+            )
         try:
             yield _decompressed(file, beginning, stack)
         except _BROKEN as error:
             if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of the content
                 raise
-            raise ValueError(f"{name}: the compressed file is damaged or was cut off ({error}); copy it anew") from error
+            raise ValueError(
+                f"{name}: the compressed file is damaged or was cut off ({error}); copy it anew"
+            ) from error
 
 
-def _decompressed(file: io.BufferedReader, beginning: bytes, stack: contextlib.ExitStack) -> io.BufferedReader:
+def _decompressed(
+    file: io.BufferedReader, beginning: bytes, stack: contextlib.ExitStack
+) -> io.BufferedReader:
     magic = next((magic for magic in _COMPRESSIONS if beginning.startswith(magic)), None)
     stream: Any
-    if magic is None or (magic == b"BZh" and beginning[4:8] != b"1AY&"):  # a text may begin with these three letters
+    if magic is None or (
+        magic == b"BZh" and beginning[4:8] != b"1AY&"
+    ):  # a text may begin with these three letters
         return file
     if magic == b"\x1f\x8b":
         stream = gzip.GzipFile(fileobj=file)

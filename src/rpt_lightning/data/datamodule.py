@@ -50,7 +50,12 @@ class TokenTaskDataModule(TaskFolderDataModule):
         self.positions_per_document = positions_per_document
 
     def make_order(self) -> ShuffledOrder:
-        return ShuffledOrder(self.train.num_positions, self.train.chunk_sizes, bundle_size=self.positions_per_document, seed=self.seed)
+        return ShuffledOrder(
+            self.train.num_positions,
+            self.train.chunk_sizes,
+            bundle_size=self.positions_per_document,
+            seed=self.seed,
+        )
 
     def make_batch(self, items: list[tuple[int, int]]) -> dict[str, Any]:
         return {"tasks": tuple(self.train.task(document, k) for document, k in items)}

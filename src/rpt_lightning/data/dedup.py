@@ -28,7 +28,11 @@ def span_words(span: int | None) -> str:
     >>> span_words(13), span_words(None)
     ('components that share no 13 tokens in a row', 'components of one document each (--dedup_span null)')
     """
-    return "components of one document each (--dedup_span null)" if span is None else f"components that share no {span} tokens in a row"
+    return (
+        "components of one document each (--dedup_span null)"
+        if span is None
+        else f"components that share no {span} tokens in a row"
+    )
 
 
 def check_span(span: int | None, *, longest: int) -> None:
@@ -72,7 +76,12 @@ def components(documents: Sequence[NDArray[np.int32]], span: int | None = SPAN) 
     if span is None or not documents:
         return np.arange(len(documents), dtype=np.int32)
     # The length keeps a short document's hash apart from the spans of longer ones.
-    hashes = [span_hashes(ids, span) if len(ids) >= span else _mix(span_hashes(ids, max(1, len(ids))) + np.uint64(len(ids))) for ids in documents]
+    hashes = [
+        span_hashes(ids, span)
+        if len(ids) >= span
+        else _mix(span_hashes(ids, max(1, len(ids))) + np.uint64(len(ids)))
+        for ids in documents
+    ]
     owner = np.repeat(np.arange(len(documents)), [len(part) for part in hashes])  # [S]
     flat = np.concatenate(hashes)  # [S]
     order = np.argsort(flat, kind="stable")
@@ -95,7 +104,9 @@ class Split:
     largest_component: int
 
 
-def split_components(component: NDArray[np.int32], *, num_heldout: int, seed: int, span: int | None = SPAN) -> Split:
+def split_components(
+    component: NDArray[np.int32], *, num_heldout: int, seed: int, span: int | None = SPAN
+) -> Split:
     """Hold out ``num_heldout`` documents from as many components; the other documents of those components are left out of both splits.
 
     One document a component makes held-out documents independent of each other. The largest component always trains: boilerplate may link a good part
@@ -129,7 +140,9 @@ def split_components(component: NDArray[np.int32], *, num_heldout: int, seed: in
     )
 
 
-def count_shared_spans(train: Sequence[NDArray[np.int32]], heldout: Sequence[NDArray[np.int32]], span: int | None = SPAN) -> int:
+def count_shared_spans(
+    train: Sequence[NDArray[np.int32]], heldout: Sequence[NDArray[np.int32]], span: int | None = SPAN
+) -> int:
     """How many held-out spans of ``span`` tokens stand in train too: the number that the manifest reports. With None: how many held-out documents do.
 
     Compares the tokens themselves and shares no code with the split, so that it can find a mistake there. Memory: the held-out spans.

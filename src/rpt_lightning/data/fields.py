@@ -69,7 +69,9 @@ def check_document(document: Document, *, number: int) -> None:
     for index, mark in enumerate(document.marks):
         place = f"{where}, mark {index} (characters {mark.start!r} to {mark.end!r})"
         if not 0 <= mark.start < mark.end <= len(document.text):
-            raise ValueError(f"{place}: is empty, or not inside the text, which has {len(document.text)} characters; correct the source")
+            raise ValueError(
+                f"{place}: is empty, or not inside the text, which has {len(document.text)} characters; correct the source"
+            )
         _check_fields(mark.fields, place)
 
 
@@ -111,10 +113,16 @@ class TokenFields:
         return rows
 
 
-def token_fields(document: Document, token_ids: Sequence[int], token_bytes: TokenBytes, *, num_kept: int) -> TokenFields | None:
+def token_fields(
+    document: Document, token_ids: Sequence[int], token_bytes: TokenBytes, *, num_kept: int
+) -> TokenFields | None:
     """The fields of a document of which the first ``num_kept`` of its ``token_ids`` are used; None where its source knows nothing."""
     if not document.marks:
-        return TokenFields(fields=document.fields, spans=(), num_marks=0, num_without_token=0, num_behind_cut=0) if document.fields else None
+        return (
+            TokenFields(fields=document.fields, spans=(), num_marks=0, num_without_token=0, num_behind_cut=0)
+            if document.fields
+            else None
+        )
     ends = np.cumsum([len(token_bytes[token]) for token in token_ids])  # [L] bytes
     starts = np.concatenate([[0], ends])[:-1]  # [L]
     offsets = _byte_offsets(token_bytes.plain_text(document.text))  # [characters + 1]
@@ -150,7 +158,9 @@ def _byte_offsets(text: str) -> NDArray[np.int64]:
 
 def _check_fields(fields: Any, where: str) -> None:
     if not isinstance(fields, Mapping):
-        raise ValueError(f"{where}: its fields are a {type(fields).__name__}, where a mapping of names to values belongs")
+        raise ValueError(
+            f"{where}: its fields are a {type(fields).__name__}, where a mapping of names to values belongs"
+        )
     for name, value in fields.items():
         if not isinstance(name, str) or not name or not _is_unicode(name):
             raise ValueError(f"{where}: the name of a field is {name!r}, where text belongs")

@@ -8,7 +8,9 @@ from rpt_lightning.data.task_folder import TaskFolder
 from rpt_lightning.types import TokenTask
 
 
-def choose_heldout(folder: TaskFolder, *, num_tasks: int, min_entropy: float, seed: int) -> tuple[TokenTask, ...]:
+def choose_heldout(
+    folder: TaskFolder, *, num_tasks: int, min_entropy: float, seed: int
+) -> tuple[TokenTask, ...]:
     """``num_tasks`` positions with more entropy than ``min_entropy`` (nats), spread over the documents as evenly as their numbers allow.
 
     A function of the seed and the folder. Ordered by document and position, so that prompts share prefixes. Fewer where the folder holds fewer;
@@ -20,6 +22,8 @@ def choose_heldout(folder: TaskFolder, *, num_tasks: int, min_entropy: float, se
         eligible = np.flatnonzero(folder.document(document)["entropy"] > min_entropy)
         ranked += [(turn, place, document, int(k)) for turn, k in enumerate(rng.permutation(eligible))]
     if not ranked:
-        raise ValueError(f"--data.eval_min_entropy {min_entropy}: {folder.path} holds no held-out position with more entropy; lower it")
+        raise ValueError(
+            f"--data.eval_min_entropy {min_entropy}: {folder.path} holds no held-out position with more entropy; lower it"
+        )
     chosen = sorted((document, k) for _, _, document, k in sorted(ranked)[:num_tasks])
     return tuple(folder.task(document, k) for document, k in chosen)

@@ -9,14 +9,21 @@ from rpt_lightning.data.data_files import expand_home
 from rpt_lightning.data.parquet_rows import with_short_numbers
 
 
-def read_dataset(name: str, config_name: str | None, *, split: str, revision: str | None) -> Iterator[dict[str, Any]]:
+def read_dataset(
+    name: str, config_name: str | None, *, split: str, revision: str | None
+) -> Iterator[dict[str, Any]]:
     """The rows of a split, in their order. Raises ValueError where ``datasets`` is not installed."""
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ValueError(f"dataset {name}: reading it needs the datasets package: pip install 'datasets>=3'") from error
+        raise ValueError(
+            f"dataset {name}: reading it needs the datasets package: pip install 'datasets>=3'"
+        ) from error
     path = str(expand_home(name)) if name.startswith("~") else name
     rows = load_dataset(path, config_name, split=split, revision=revision)
-    types = {field: str(getattr(feature, "dtype", "")) for field, feature in (getattr(rows, "features", None) or {}).items()}
+    types = {
+        field: str(getattr(feature, "dtype", ""))
+        for field, feature in (getattr(rows, "features", None) or {}).items()
+    }
     for row in rows:
         yield with_short_numbers(row, types)

@@ -34,7 +34,9 @@ FIELDS = "fields"
 
 def encode_item(item: Item) -> dict[str, NDArray[Any]]:
     """An item as it is stored. Raises ValueError for an id that is no text, and for values of other types."""
-    stored = dict(item) | {"doc_id": text_array(item["doc_id"], what=f"the id of document {item['doc_id']!r}")}
+    stored = dict(item) | {
+        "doc_id": text_array(item["doc_id"], what=f"the id of document {item['doc_id']!r}")
+    }
     types = dict(ITEM_TYPES)
     if FIELDS in item:
         types[FIELDS] = TEXT_TYPE
@@ -44,8 +46,14 @@ def encode_item(item: Item) -> dict[str, NDArray[Any]]:
     for name, (dtype, ndim) in types.items():
         value = stored[name]
         if not isinstance(value, np.ndarray) or value.dtype != dtype or value.ndim != ndim:
-            found = f"{value.dtype} [{value.ndim} dimensions]" if isinstance(value, np.ndarray) else type(value).__name__
-            raise ValueError(f"document {item['doc_id']!r}: {name} is {found} where an array of {dtype.__name__} [{ndim} dimensions] is stored")
+            found = (
+                f"{value.dtype} [{value.ndim} dimensions]"
+                if isinstance(value, np.ndarray)
+                else type(value).__name__
+            )
+            raise ValueError(
+                f"document {item['doc_id']!r}: {name} is {found} where an array of {dtype.__name__} [{ndim} dimensions] is stored"
+            )
     return {name: stored[name] for name in types}
 
 
@@ -56,7 +64,9 @@ def decode_item(stored: dict[str, Any]) -> Item:
     if FIELDS in stored:
         item[FIELDS] = rows = json.loads(array_text(stored[FIELDS]))
         if rows is not None and (
-            not isinstance(rows, list) or len(rows) != len(stored["positions"]) or not all(isinstance(row, dict) for row in rows)
+            not isinstance(rows, list)
+            or len(rows) != len(stored["positions"])
+            or not all(isinstance(row, dict) for row in rows)
         ):
             raise ValueError(
                 f"document {item['doc_id']!r}: its stored fields are not one object a position; make the task folder again with `rpt prepare`"
@@ -79,7 +89,9 @@ def text_array(text: Any, *, what: str) -> NDArray[np.uint8]:
     try:
         return np.frombuffer(text.encode(), dtype=np.uint8)
     except UnicodeEncodeError as error:
-        raise ValueError(f"{what} is not Unicode at character {error.start}; a file whose name is in another encoding must be renamed") from error
+        raise ValueError(
+            f"{what} is not Unicode at character {error.start}; a file whose name is in another encoding must be renamed"
+        ) from error
 
 
 def array_text(array: NDArray[np.uint8]) -> str:

@@ -58,7 +58,9 @@ def _parsed(text: str, where: str, way_out: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = f", line {error.lineno}" if "\n" in text.rstrip() else ""
-        raise ValueError(f"{where}{line}: broken JSON ({error.msg} at column {error.colno}); {way_out}") from error
+        raise ValueError(
+            f"{where}{line}: broken JSON ({error.msg} at column {error.colno}); {way_out}"
+        ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets without end
         raise ValueError(f"{where}: JSON that cannot be read ({error}); {way_out}") from error
 

@@ -19,7 +19,15 @@ FORMAT = 2
 READABLE_FORMATS = (1, 2)
 # What readers need of a manifest.
 _ENTRIES: dict[str, type] = {
-    **{"settings": dict, "settings.tokenizer": str, "tokenizer_hash": str, "proxy": str, "answer_reach": int, "corpus": dict, "corpus.sha256": str},
+    **{
+        "settings": dict,
+        "settings.tokenizer": str,
+        "tokenizer_hash": str,
+        "proxy": str,
+        "answer_reach": int,
+        "corpus": dict,
+        "corpus.sha256": str,
+    },
     **{"sha256": dict, "sha256.train": dict, "sha256.heldout": dict, "sha256.tokenizer": dict},
 }
 _WORDS = {dict: "an object", str: "a text", int: "a whole number"}
@@ -63,7 +71,10 @@ class SplitStatistics:
 
     def summary(self) -> dict[str, Any]:
         """Counts of stored positions, over all and above each band's threshold, with the proxy's own next-token accuracy there."""
-        columns = {name: np.concatenate([row[name] for row in self.positions] or [np.zeros(0)]) for name in ("entropy", "true_rank", "answerable")}
+        columns = {
+            name: np.concatenate([row[name] for row in self.positions] or [np.zeros(0)])
+            for name in ("entropy", "true_rank", "answerable")
+        }
         fields = {"fields": dict(sorted(self.fields.items()))} if self.fields else {}
         return fields | {
             "documents": self.num_documents,
@@ -72,9 +83,15 @@ class SplitStatistics:
             "positions": len(columns["entropy"]),
             "unanswerable": self.num_unanswerable,
             "last_position": self.last_position,
-            "entropy_histogram": {"bin_edges_nats": BIN_EDGES.tolist(), "scored_positions": self.histogram.tolist()},
+            "entropy_histogram": {
+                "bin_edges_nats": BIN_EDGES.tolist(),
+                "scored_positions": self.histogram.tolist(),
+            },
             "bands": {
-                band: _band_summary(columns["true_rank"][columns["entropy"] > threshold], columns["answerable"][columns["entropy"] > threshold])
+                band: _band_summary(
+                    columns["true_rank"][columns["entropy"] > threshold],
+                    columns["answerable"][columns["entropy"] > threshold],
+                )
                 for band, threshold in BANDS.items()
             },
         }
@@ -90,7 +107,9 @@ def _band_summary(true_rank: NDArray[Any], answerable: NDArray[Any]) -> dict[str
     }
 
 
-def plot_histogram(path: Path, histograms: dict[str, NDArray[np.int64]], thresholds: dict[str, float]) -> None:
+def plot_histogram(
+    path: Path, histograms: dict[str, NDArray[np.int64]], thresholds: dict[str, float]
+) -> None:
     """Share of the scored positions by entropy, one line a split, and where the thresholds lie."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -99,7 +118,12 @@ def plot_histogram(path: Path, histograms: dict[str, NDArray[np.int64]], thresho
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for name, counts in histograms.items():
-        axes.stairs(counts / max(counts.sum(), 1), BIN_EDGES, label=f"{name}: {int(counts.sum()):,} positions", linewidth=1.8)
+        axes.stairs(
+            counts / max(counts.sum(), 1),
+            BIN_EDGES,
+            label=f"{name}: {int(counts.sum()):,} positions",
+            linewidth=1.8,
+        )
     for style, (name, threshold) in zip(("-", "--", ":"), thresholds.items(), strict=False):
         axes.axvline(threshold, color="0.4", linestyle=style, linewidth=1.0, label=f"{name} > {threshold:g}")
     axes.set_xlabel("proxy entropy over its 16 most likely tokens (nats)")
@@ -117,7 +141,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a task folder. Raises ValueError where there is none or it is damaged."""
     path = folder / MANIFEST_FILE
     if not path.is_file():
-        raise ValueError(f"{folder}: not a task folder ({MANIFEST_FILE} is missing); name a folder that `rpt prepare` finished")
+        raise ValueError(
+            f"{folder}: not a task folder ({MANIFEST_FILE} is missing); name a folder that `rpt prepare` finished"
+        )
     return parse_manifest(path.read_bytes(), str(path))
 
 
@@ -131,7 +157,9 @@ def parse_manifest(content: bytes, name: str) -> dict[str, Any]:
         return manifest
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         found = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{name}: not a manifest that this version reads ({found}); make the task folder again with `rpt prepare`") from error
+        raise ValueError(
+            f"{name}: not a manifest that this version reads ({found}); make the task folder again with `rpt prepare`"
+        ) from error
 
 
 def _check_entries(manifest: dict[str, Any]) -> None:

@@ -38,7 +38,11 @@ class MixedDataModule(LightningDataModule):
     def train_dataloader(self) -> StepLoader:
         loaders = [self.traces.train_dataloader(), self.text.train_dataloader()]
         return StepLoader(
-            lambda: {"sequences": tuple(sequence for loader in loaders for sequence in loader.next_batch()["sequences"])},
+            lambda: {
+                "sequences": tuple(
+                    sequence for loader in loaders for sequence in loader.next_batch()["sequences"]
+                )
+            },
             num_steps=min(loader.num_steps for loader in loaders),
         )
 

@@ -8,7 +8,9 @@ from typing import Any
 from rpt_lightning.data.corpus import CorpusSource
 from rpt_lightning.types import Document
 
-WANTED = "wanted: documents() that yields rpt_lightning.types.Document(doc_id=..., text=...), both of them text"
+WANTED = (
+    "wanted: documents() that yields rpt_lightning.types.Document(doc_id=..., text=...), both of them text"
+)
 
 
 def checked_documents(source: CorpusSource) -> Iterator[Document]:
@@ -22,7 +24,9 @@ def checked_documents(source: CorpusSource) -> Iterator[Document]:
             raise ValueError(f"the source {name} yielded {_said(document)} as document {number}; {WANTED}")
         for field in ("doc_id", "text"):
             if not isinstance(getattr(document, field), str):
-                raise ValueError(f"the source {name} yielded {_said(getattr(document, field))} as {field} of document {number}; {WANTED}")
+                raise ValueError(
+                    f"the source {name} yielded {_said(getattr(document, field))} as {field} of document {number}; {WANTED}"
+                )
         yield document
 
 

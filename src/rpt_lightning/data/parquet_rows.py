@@ -35,5 +35,9 @@ def read_parquet(path: str | Path, *, name: str) -> Iterator[tuple[DataFile, int
 def with_short_numbers(row: dict[str, Any], types: dict[str, str]) -> dict[str, Any]:
     """A row whose numbers of 16 and 32 bits are those of the fewest digits that mean them: 0.1, not 0.10000000149011612."""
     narrow = {"float": np.float32, "float32": np.float32, "halffloat": np.float16, "float16": np.float16}
-    found = {key: narrow[types[key]] for key, value in row.items() if types.get(key) in narrow and isinstance(value, (float, np.floating))}
+    found = {
+        key: narrow[types[key]]
+        for key, value in row.items()
+        if types.get(key) in narrow and isinstance(value, (float, np.floating))
+    }
     return row | {key: float(str(number(row[key]))) for key, number in found.items()} if found else row

@@ -129,7 +129,9 @@ def prepare(
     token_bytes = TokenBytes(policy_tokenizer)
     corpus = TokenizedCorpus(source, token_bytes, min_context=min_context, max_tokens=max_tokens_per_document)
     corpus.drop_benchmark_overlap(benchmark_files or [], token_bytes)
-    heldout, train = corpus.split(num_heldout=heldout_documents, max_documents=max_documents, span=dedup_span, seed=seed)
+    heldout, train = corpus.split(
+        num_heldout=heldout_documents, max_documents=max_documents, span=dedup_span, seed=seed
+    )
     scoring = ScoringSettings(
         proxy=proxy,
         start_ids=start_ids,
@@ -143,7 +145,10 @@ def prepare(
         accelerator=accelerator,
     )
     heldout_rule = PositionRule(
-        entropy_threshold=heldout_entropy_threshold, min_context=min_context, answer_reach=answer_reach, keep_unanswerable=True
+        entropy_threshold=heldout_entropy_threshold,
+        min_context=min_context,
+        answer_reach=answer_reach,
+        keep_unanswerable=True,
     )
     train_rule = PositionRule(
         entropy_threshold=entropy_threshold,
@@ -162,17 +167,25 @@ def prepare(
         staging = partial / "folder"
         shutil.rmtree(staging, ignore_errors=True)
         # The order of the scores: held out first.
-        heldout_statistics = _write_split(staging / "heldout", corpus, heldout, scores, heldout_rule, token_bytes, chunk_bytes)
-        train_statistics = _write_split(staging / "train", corpus, train, scores, train_rule, token_bytes, chunk_bytes)
+        heldout_statistics = _write_split(
+            staging / "heldout", corpus, heldout, scores, heldout_rule, token_bytes, chunk_bytes
+        )
+        train_statistics = _write_split(
+            staging / "train", corpus, train, scores, train_rule, token_bytes, chunk_bytes
+        )
         policy_tokenizer.save_pretrained(staging / "tokenizer")
         plot_histogram(
             staging / HISTOGRAM_FILE,
             {"train": train_statistics.histogram, "held out": heldout_statistics.histogram},
             {"train": entropy_threshold, "held out": heldout_entropy_threshold},
         )
-        shared_spans = count_shared_spans([corpus.token_ids[i] for i in train], [corpus.token_ids[i] for i in heldout], dedup_span)
+        shared_spans = count_shared_spans(
+            [corpus.token_ids[i] for i in train], [corpus.token_ids[i] for i in heldout], dedup_span
+        )
         if shared_spans:
-            raise RuntimeError(f"{shared_words(shared_spans, dedup_span)}: the split is wrong, and nothing was published")
+            raise RuntimeError(
+                f"{shared_words(shared_spans, dedup_span)}: the split is wrong, and nothing was published"
+            )
         manifest = {
             "format": FORMAT,
             "settings": settings,
@@ -187,7 +200,9 @@ def prepare(
             "scoring_tokens_per_s": round(tokens_per_s, 1),
         }
         write_manifest(staging, manifest)
-        _read_back(staging, {"train": train_statistics.digests, "heldout": heldout_statistics.digests}, output)
+        _read_back(
+            staging, {"train": train_statistics.digests, "heldout": heldout_statistics.digests}, output
+        )
         os.replace(staging, output)
     shutil.rmtree(partial, ignore_errors=True)
     print(closing_words(output, manifest), flush=True)
@@ -209,7 +224,11 @@ def _write_split(
         for index, document_scores in zip(indices, itertools.islice(scores, len(indices)), strict=True):
             statistics.add_scores(document_scores.entropy)
             item, num_unanswerable = rule.item(
-                corpus.doc_ids[index], corpus.token_ids[index], document_scores, is_cut=corpus.is_cut[index], token_bytes=token_bytes
+                corpus.doc_ids[index],
+                corpus.token_ids[index],
+                document_scores,
+                is_cut=corpus.is_cut[index],
+                token_bytes=token_bytes,
             )
             if corpus.has_fields:
                 fields = corpus.fields[index]
@@ -221,7 +240,9 @@ def _write_split(
     write_split(folder, items(), chunk_bytes=chunk_bytes)
     if statistics.num_documents == 0:
         flag = "--entropy_threshold" if folder.name == "train" else "--heldout_entropy_threshold"
-        raise ValueError(f"{flag} {rule.entropy_threshold}: no position of the {folder.name} documents passes it and the other limits; lower it")
+        raise ValueError(
+            f"{flag} {rule.entropy_threshold}: no position of the {folder.name} documents passes it and the other limits; lower it"
+        )
     return statistics
 
 
@@ -235,7 +256,9 @@ def _read_back(staging: Path, digests: dict[str, list[bytes]], output: Path) -> 
                 raise ValueError(f"{split}/ holds other documents than were written")
             folder.task(0, 0)
     except ValueError as error:
-        raise RuntimeError(f"--output_dir {output}: what was written is not what is read back, so nothing was published ({error})") from error
+        raise RuntimeError(
+            f"--output_dir {output}: what was written is not what is read back, so nothing was published ({error})"
+        ) from error
 
 
 @contextmanager
@@ -244,7 +267,9 @@ def _clear_words(output: Path, partial: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(f"\nStopped. What was scored is kept in {partial}; the same command continues there.", flush=True)
+        print(
+            f"\nStopped. What was scored is kept in {partial}; the same command continues there.", flush=True
+        )
         raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -262,20 +287,30 @@ def _check_settings(settings: dict[str, Any]) -> None:
             raise ValueError(f"--{name} {settings[name]}: must be at least {least}")
     span = settings["dedup_span"]
     if span is not None and (isinstance(span, bool) or not isinstance(span, int) or span < LEAST_SPAN):
-        raise ValueError(f"--dedup_span {span}: must be at least {LEAST_SPAN} tokens, or null (only exact duplicates are left out)")
+        raise ValueError(
+            f"--dedup_span {span}: must be at least {LEAST_SPAN} tokens, or null (only exact duplicates are left out)"
+        )
     limit = settings["max_tokens_per_document"]
     if limit is not None and limit <= settings["min_context"]:
-        raise ValueError(f"--max_tokens_per_document {limit}: leaves nothing after --min_context {settings['min_context']}")
+        raise ValueError(
+            f"--max_tokens_per_document {limit}: leaves nothing after --min_context {settings['min_context']}"
+        )
     if settings["max_documents"] is not None and settings["max_documents"] <= settings["heldout_documents"]:
-        raise ValueError(f"--max_documents {settings['max_documents']}: must exceed --heldout_documents {settings['heldout_documents']}")
+        raise ValueError(
+            f"--max_documents {settings['max_documents']}: must exceed --heldout_documents {settings['heldout_documents']}"
+        )
     if settings["min_true_prob"] >= settings["max_true_prob"]:
-        raise ValueError(f"--min_true_prob {settings['min_true_prob']}: must be below --max_true_prob {settings['max_true_prob']}")
+        raise ValueError(
+            f"--min_true_prob {settings['min_true_prob']}: must be below --max_true_prob {settings['max_true_prob']}"
+        )
 
 
 def _accept_finished(output: Path, settings: dict[str, Any], source: CorpusSource) -> None:
     """Say that the folder is there already. Raises ValueError where it is something else."""
     if not (output / MANIFEST_FILE).is_file():
-        raise ValueError(f"--output_dir {output}: exists and is not a task folder; name another folder or remove it")
+        raise ValueError(
+            f"--output_dir {output}: exists and is not a task folder; name another folder or remove it"
+        )
     manifest = read_manifest(output)
     made_with = LATER_SETTINGS | manifest["settings"]
     different = [name for name in settings if made_with.get(name) != json.loads(json.dumps(settings[name]))]
@@ -287,11 +322,16 @@ def _accept_finished(output: Path, settings: dict[str, Any], source: CorpusSourc
         )
     fingerprint = proxy_fingerprint(settings["proxy"])
     for what, is_same in [
-        (f"weights of --proxy {settings['proxy']!r}", manifest.get("proxy_fingerprint", fingerprint) == fingerprint),
+        (
+            f"weights of --proxy {settings['proxy']!r}",
+            manifest.get("proxy_fingerprint", fingerprint) == fingerprint,
+        ),
         ("text of --source", manifest["corpus"]["sha256"] == source_sha256(source)),
     ]:
         if not is_same:
-            raise ValueError(f"--output_dir {output}: a task folder made when the {what} was another; remove it or name another folder")
+            raise ValueError(
+                f"--output_dir {output}: a task folder made when the {what} was another; remove it or name another folder"
+            )
     try:
         for split in ("train", "heldout"):
             check_split(output / split)
@@ -299,5 +339,7 @@ def _accept_finished(output: Path, settings: dict[str, Any], source: CorpusSourc
         raise ValueError(
             f"--output_dir {output}: a task folder with the same settings, which cannot be read: remove it or name another folder ({error})"
         ) from error
-    shutil.rmtree(output.with_name(output.name + ".partial"), ignore_errors=True)  # a run that was stopped at its very end
+    shutil.rmtree(
+        output.with_name(output.name + ".partial"), ignore_errors=True
+    )  # a run that was stopped at its very end
     print(f"{output} is finished already, with the same settings: nothing to do", flush=True)

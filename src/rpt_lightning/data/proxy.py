@@ -19,11 +19,15 @@ def load_tokenizer(name: str, *, flag: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = read_tokenizer(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{flag} {name!r}: no tokenizer could be loaded from this folder or hub id ({first_line(error)})") from error
+        raise ValueError(
+            f"{flag} {name!r}: no tokenizer could be loaded from this folder or hub id ({first_line(error)})"
+        ) from error
     return as_in_folder(tokenizer, where=f"{flag} {name!r}")
 
 
-def check_proxy(proxy: str, tokenizer: PreTrainedTokenizerBase, *, tokenizer_name: str) -> tuple[TokenIds, TokenIds]:
+def check_proxy(
+    proxy: str, tokenizer: PreTrainedTokenizerBase, *, tokenizer_name: str
+) -> tuple[TokenIds, TokenIds]:
     """What the proxy expects in front of every text, and the rows of its vocabulary that are no token: vocabularies are padded to round sizes.
 
     Raises ValueError where its token ids mean something else than the policy's.
@@ -38,7 +42,9 @@ def check_proxy(proxy: str, tokenizer: PreTrainedTokenizerBase, *, tokenizer_nam
     try:
         vocab_size = AutoConfig.from_pretrained(proxy).get_text_config().vocab_size
     except (OSError, ValueError) as error:
-        raise ValueError(f"--proxy {proxy!r}: no model could be loaded from this folder or hub id ({first_line(error)})") from error
+        raise ValueError(
+            f"--proxy {proxy!r}: no model could be loaded from this folder or hub id ({first_line(error)})"
+        ) from error
     if vocab_size < len(tokenizer):
         raise ValueError(
             f"--proxy {proxy!r} predicts {vocab_size} tokens, but --tokenizer {tokenizer_name!r} has {len(tokenizer)}; name another proxy"
@@ -53,7 +59,11 @@ def proxy_fingerprint(proxy: str) -> str:
     Of a hub id only its name is known.
     """
     digest = hashlib.sha256(b"" if Path(proxy).is_dir() else proxy.encode())
-    for path in sorted(path for path in Path(proxy).glob("*") if path.suffix in (".safetensors", ".bin") or path.name == "config.json"):
+    for path in sorted(
+        path
+        for path in Path(proxy).glob("*")
+        if path.suffix in (".safetensors", ".bin") or path.name == "config.json"
+    ):
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         with path.open("rb") as file:

@@ -64,7 +64,9 @@ class JsonlQuestions(QuestionSource):
 
     def questions(self) -> Iterator[Question]:
         for record in read_records(self.path, name=str(self.path), what="file of questions"):
-            yield read_question(record.value, self.fields, name=f"{record.file.stem}:{record.number}", where=record.where)
+            yield read_question(
+                record.value, self.fields, name=f"{record.file.stem}:{record.number}", where=record.where
+            )
 
 
 class HuggingFaceQuestions(QuestionSource):
@@ -93,7 +95,9 @@ class HuggingFaceQuestions(QuestionSource):
         self.revision = revision
 
     def questions(self) -> Iterator[Question]:
-        for number, row in enumerate(read_dataset(self.name, self.config_name, split=self.split, revision=self.revision)):
+        for number, row in enumerate(
+            read_dataset(self.name, self.config_name, split=self.split, revision=self.revision)
+        ):
             where = f"dataset {self.name}, split {self.split}, row {number} (from 0)"
             yield read_question(row, self.fields, name=f"{self.name}/{self.split}:{number}", where=where)
 
@@ -122,7 +126,9 @@ def read_question(row: Any, fields: QuestionFields, *, name: str, where: str) ->
         true_answer = _answer(answer, f"{where}, field {fields.answer}")
     else:
         choices, labels = read_choices(row, fields.choices, fields.labels, where=where)
-        true_answer = right_letter(answer, choices, labels, fields.answer_is, where=f"{where}, field {fields.answer}")
+        true_answer = right_letter(
+            answer, choices, labels, fields.answer_is, where=f"{where}, field {fields.answer}"
+        )
     if not isinstance(text, (str, bytes)) or not text.strip():
         raise ValueError(
             f"{where}, field {fields.question}: {short(text)} is no question, which is a text; name its field with fields.question (a dot leads into "
@@ -145,18 +151,24 @@ def _value(row: Any, path: str, where: str) -> Any:
     value = look_up(row, path)
     if value is None:
         names = ", ".join(map(str, row)) if isinstance(row, Mapping) else short(row)
-        raise ValueError(f"{where}: no field {path!r} (there is: {names}); say with fields.question, fields.answer and so on which fields to read")
+        raise ValueError(
+            f"{where}: no field {path!r} (there is: {names}); say with fields.question, fields.answer and so on which fields to read"
+        )
     return value
 
 
 def _single(value: Any, where: str) -> Any:
     """The answer of a list that holds nothing else."""
-    if isinstance(value, str) and value.lstrip().startswith('["'):  # Skywork-OR1 writes a list of one answer as JSON
+    if isinstance(value, str) and value.lstrip().startswith(
+        '["'
+    ):  # Skywork-OR1 writes a list of one answer as JSON
         with contextlib.suppress(json.JSONDecodeError):  # an answer that only begins like one
             value = json.loads(value)
     if isinstance(value, list):
         if len(value) != 1:
-            raise ValueError(f"{where}: {len(value)} answers ({short(value)}), and a question needs exactly one")
+            raise ValueError(
+                f"{where}: {len(value)} answers ({short(value)}), and a question needs exactly one"
+            )
         (value,) = value
     return value
 
@@ -168,5 +180,7 @@ def _answer(value: Any, where: str) -> str:
     if not text:
         raise ValueError(f"{where}: {short(value)} is no answer; a text or a number belongs there")
     if text.lower().lstrip("+-") in _NO_ANSWERS:
-        raise ValueError(rf"{where}: {text!r} is what programs write for a missing value; correct it or leave out the row (infinity is \infty)")
+        raise ValueError(
+            rf"{where}: {text!r} is what programs write for a missing value; correct it or leave out the row (infinity is \infty)"
+        )
     return plain_number(text)

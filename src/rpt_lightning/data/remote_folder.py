@@ -39,8 +39,12 @@ class RemoteFolder:
         self.url = url.rstrip("/")
         manifest = self._read(MANIFEST_FILE)
         name = hashlib.sha256(self.url.encode() + manifest).hexdigest()[:16]
-        self.path = Path(os.environ.get("RPT_CACHE_DIR", "~/.cache/rpt-lightning")).expanduser() / "tasks" / name
-        self._sha256: dict[str, dict[str, str]] = parse_manifest(manifest, f"{self.url}/{MANIFEST_FILE}").get("sha256", {})
+        self.path = (
+            Path(os.environ.get("RPT_CACHE_DIR", "~/.cache/rpt-lightning")).expanduser() / "tasks" / name
+        )
+        self._sha256: dict[str, dict[str, str]] = parse_manifest(manifest, f"{self.url}/{MANIFEST_FILE}").get(
+            "sha256", {}
+        )
         if "tokenizer" not in self._sha256:
             raise ValueError(
                 f"{self.url} was prepared by an earlier version, without all checksums; make it again with `rpt prepare` and upload that"
@@ -63,8 +67,12 @@ class RemoteFolder:
         from filelock import FileLock
 
         sha256 = self._sha256[part].get(name)
-        if Path(name).name != name or (sha256 is None and name != INDEX_FILE):  # litdata's index has no checksum, and check_split looks at it
-            raise ValueError(f"{self.url}/{part} names a file {name!r}, which its manifest does not hold; make the folder again with `rpt prepare`")
+        if Path(name).name != name or (
+            sha256 is None and name != INDEX_FILE
+        ):  # litdata's index has no checksum, and check_split looks at it
+            raise ValueError(
+                f"{self.url}/{part} names a file {name!r}, which its manifest does not hold; make the folder again with `rpt prepare`"
+            )
         path = self.path / part / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):  # another rank of this machine may be at it

@@ -38,14 +38,18 @@ def as_text(value: Any, *, where: str, separator: str | None = DEFAULT_SEPARATOR
         if not value:
             raise ValueError(f"{where}: an empty list where text belongs; leave out the row or correct it")
         if all(isinstance(part, (str, bytes)) for part in value):
-            return separator.join(as_text(part, where=f"{where}, entry {index}") for index, part in enumerate(value))
+            return separator.join(
+                as_text(part, where=f"{where}, entry {index}") for index, part in enumerate(value)
+            )
     if isinstance(value, str):
         return value
     if isinstance(value, (bytes, bytearray)):
         try:
             return value.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: bytes that are not UTF-8 (byte {error.start}); convert them, or name another field") from error
+            raise ValueError(
+                f"{where}: bytes that are not UTF-8 (byte {error.start}); convert them, or name another field"
+            ) from error
     if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
         return number_text(value, where=where)
     raise ValueError(f"{where}: {short(value)} ({type(value).__name__}) is no text; {_way_out(value)}")
@@ -58,8 +62,14 @@ def number_text(value: int | float | Decimal, *, where: str) -> str:
     ('0.00001', '10000000000000000000000', '2.5')
     """
     if not math.isfinite(value):
-        raise ValueError(f"{where}: the number {value} is no value that can be written; correct the row or leave it out")
-    return str(value) if isinstance(value, int) else format(Decimal(repr(value)) if isinstance(value, float) else value, "f")
+        raise ValueError(
+            f"{where}: the number {value} is no value that can be written; correct the row or leave it out"
+        )
+    return (
+        str(value)
+        if isinstance(value, int)
+        else format(Decimal(repr(value)) if isinstance(value, float) else value, "f")
+    )
 
 
 def fill_template(template: str, row: Any, *, where: str, separator: str = DEFAULT_SEPARATOR) -> str:
@@ -69,7 +79,9 @@ def fill_template(template: str, row: Any, *, where: str, separator: str = DEFAU
     '1 + 1 = 2'
     """
     if not isinstance(row, Mapping):
-        raise ValueError(f"{where}: a {type(row).__name__} where an object with the template's fields belongs")
+        raise ValueError(
+            f"{where}: a {type(row).__name__} where an object with the template's fields belongs"
+        )
     text = ""
     for literal, name, form, conversion in _parts(template):
         text += literal
@@ -82,12 +94,16 @@ def fill_template(template: str, row: Any, *, where: str, separator: str = DEFAU
                 "correct --source.init_args.template or the data"
             )
         if conversion:
-            raise ValueError(f"--source.init_args.template {template!r}: !{conversion} writes a value as Python does, not as text; leave it out")
+            raise ValueError(
+                f"--source.init_args.template {template!r}: !{conversion} writes a value as Python does, not as text; leave it out"
+            )
         plain = as_text(value, where=f"{where}, field {name}", separator=separator)
         try:
             text += format(value, form) if form else plain
         except ValueError as error:
-            raise ValueError(f"{where}, field {name}: {short(value)} cannot be written as {form!r} ({error}); correct the template") from error
+            raise ValueError(
+                f"{where}, field {name}: {short(value)} cannot be written as {form!r} ({error}); correct the template"
+            ) from error
     return text
 
 
@@ -95,9 +111,13 @@ def _parts(template: str) -> list[tuple[str, str | None, str | None, str | None]
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise ValueError(f"--source.init_args.template {template!r}: {error}; a brace that is part of the text is doubled") from error
+        raise ValueError(
+            f"--source.init_args.template {template!r}: {error}; a brace that is part of the text is doubled"
+        ) from error
     if any(name == "" for _, name, _, _ in parts):
-        raise ValueError(f"--source.init_args.template {template!r}: empty braces; put a field's name there, or double them")
+        raise ValueError(
+            f"--source.init_args.template {template!r}: empty braces; put a field's name there, or double them"
+        )
     return parts
 
 

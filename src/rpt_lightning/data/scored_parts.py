@@ -74,12 +74,17 @@ def score_in_parts(documents: Sequence[NDArray[np.int32]], folder: Path, setting
     if not todo:
         return 0.0
     if len(todo) < len(bounds):
-        print(f"{len(bounds) - len(todo)} of {len(bounds)} parts were scored before and are kept ({folder})", flush=True)
+        print(
+            f"{len(bounds) - len(todo)} of {len(bounds)} parts were scored before and are kept ({folder})",
+            flush=True,
+        )
     started = time.monotonic()
     # Processes are spawned rather than started as new commands: prepare may be called from Python as well as from the command line.
     strategy = "auto" if settings.devices == 1 else "ddp_spawn"
     precision: Any = settings.precision
-    fabric = Fabric(accelerator=settings.accelerator, devices=settings.devices, strategy=strategy, precision=precision)
+    fabric = Fabric(
+        accelerator=settings.accelerator, devices=settings.devices, strategy=strategy, precision=precision
+    )
     # Lightning walks through the arguments of what it launches and refuses frozen dataclasses there.
     fabric.launch(functools.partial(_score_process, folder=folder, settings=settings, todo=todo))
     return num_tokens / max(time.monotonic() - started, 1e-9)
@@ -91,7 +96,18 @@ def scores_key(documents: Sequence[NDArray[np.int32]], settings: ScoringSettings
     for ids in documents:
         digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
     special_ids = (settings.start_ids, settings.unused_ids)
-    digest.update(repr((settings.proxy, special_ids, settings.precision, settings.window, settings.overlap, settings.part_tokens)).encode())
+    digest.update(
+        repr(
+            (
+                settings.proxy,
+                special_ids,
+                settings.precision,
+                settings.window,
+                settings.overlap,
+                settings.part_tokens,
+            )
+        ).encode()
+    )
     digest.update(proxy_fingerprint(settings.proxy).encode())
     return digest.hexdigest()[:16]
 
@@ -114,7 +130,10 @@ def read_scores(folder: Path, part: int, lengths: Sequence[int]) -> list[Documen
             f"{path}: {len(columns[wrong[0]])} entries of {wrong[0]} for {sum(lengths)} tokens; remove the file, and the same command scores that part again"
         )
     fields = {name: np.split(values, cuts) for name, values in columns.items()}
-    return [DocumentScores(**{name: rows[index] for name, rows in fields.items()}) for index in range(len(lengths))]
+    return [
+        DocumentScores(**{name: rows[index] for name, rows in fields.items()})
+        for index in range(len(lengths))
+    ]
 
 
 def _score_process(fabric: Any, folder: Path, settings: ScoringSettings, todo: list[int]) -> None:
@@ -127,7 +146,10 @@ def _score_process(fabric: Any, folder: Path, settings: ScoringSettings, todo: l
     report = _progress(folder, part_tokens)
     for part in todo[fabric.global_rank :: fabric.world_size]:
         scores = scorer.score(documents[slice(*bounds[part])])
-        arrays_out = {field.name: np.concatenate([getattr(row, field.name) for row in scores]) for field in dataclasses.fields(DocumentScores)}
+        arrays_out = {
+            field.name: np.concatenate([getattr(row, field.name) for row in scores])
+            for field in dataclasses.fields(DocumentScores)
+        }
         replace_file(_part_file(folder, part), lambda path, arrays=arrays_out: _save(path, arrays))
         if fabric.global_rank == 0:
             report()
@@ -161,7 +183,10 @@ def _progress(folder: Path, part_tokens: dict[int, int]) -> Callable[[], None]:
         done = sum(tokens for part, tokens in part_tokens.items() if _part_file(folder, part).exists())
         speed = done / max(time.monotonic() - started, 1e-9)
         left_s = round((total - done) / max(speed, 1e-9))
-        print(f"scored {done:,} of {total:,} tokens, {speed:,.0f} tokens/s, {left_s // 60} min {left_s % 60:02d} s left", flush=True)
+        print(
+            f"scored {done:,} of {total:,} tokens, {speed:,.0f} tokens/s, {left_s // 60} min {left_s % 60:02d} s left",
+            flush=True,
+        )
 
     return report
 

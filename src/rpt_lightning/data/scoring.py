@@ -87,7 +87,9 @@ class ProxyScorer:
             raise ValueError(f"--overlap {overlap}: must be at least 1 and less than --window {window}")
         limit = longest_context(model.config)
         if limit is not None and window + len(start_ids) > limit:
-            raise ValueError(f"--window {window}: the proxy reads at most {limit} tokens; set --window {limit - len(start_ids)} or less")
+            raise ValueError(
+                f"--window {window}: the proxy reads at most {limit} tokens; set --window {limit - len(start_ids)} or less"
+            )
         self.model = model
         self.window = window
         self.overlap = overlap
@@ -103,7 +105,11 @@ class ProxyScorer:
         results = [_empty_scores(len(ids)) for ids in documents]
         for batch in self._batches(documents):
             targets = [documents[w.document][w.first + 1 : w.stop + 1] for w in batch]
-            fields = self._forward([documents[w.document][w.start : w.stop] for w in batch], [w.first - w.start for w in batch], targets)
+            fields = self._forward(
+                [documents[w.document][w.start : w.stop] for w in batch],
+                [w.first - w.start for w in batch],
+                targets,
+            )
             for row, window in enumerate(batch):
                 span = slice(window.first + 1, window.stop + 1)
                 for name, values in fields.items():
@@ -112,11 +118,18 @@ class ProxyScorer:
 
     def _batches(self, documents: Sequence[NDArray[np.int32]]) -> Iterator[list[Window]]:
         """Windows of similar length together, at most ``batch_tokens`` with padding (a single window may exceed it)."""
-        pieces = [Window(index, *piece) for index, ids in enumerate(documents) for piece in windows(len(ids) - 1, self.window, self.overlap)]
+        pieces = [
+            Window(index, *piece)
+            for index, ids in enumerate(documents)
+            for piece in windows(len(ids) - 1, self.window, self.overlap)
+        ]
         pieces.sort(key=lambda w: (w.stop - w.start, w.document, w.start))
         batch: list[Window] = []
         for piece in pieces:
-            if batch and (len(batch) + 1) * (piece.stop - piece.start + len(self.start_ids)) > self.batch_tokens:
+            if (
+                batch
+                and (len(batch) + 1) * (piece.stop - piece.start + len(self.start_ids)) > self.batch_tokens
+            ):
                 yield batch
                 batch = []
             batch.append(piece)
@@ -124,11 +137,15 @@ class ProxyScorer:
             yield batch
 
     @torch.inference_mode()
-    def _forward(self, inputs: list[NDArray[np.int32]], skips: list[int], targets: list[NDArray[np.int32]]) -> dict[str, list[NDArray[Any]]]:
+    def _forward(
+        self, inputs: list[NDArray[np.int32]], skips: list[int], targets: list[NDArray[np.int32]]
+    ) -> dict[str, list[NDArray[Any]]]:
         """The fields of ``DocumentScores`` for each row of a batch, from its ``skips``-th input on."""
         head = len(self.start_ids)
         length = head + max(map(len, inputs))
-        ids = torch.zeros(len(inputs), length, dtype=torch.long)  # [N, T]; padding stands right, where a causal model cannot see it
+        ids = torch.zeros(
+            len(inputs), length, dtype=torch.long
+        )  # [N, T]; padding stands right, where a causal model cannot see it
         wanted = torch.zeros(len(inputs), length, dtype=torch.bool)  # [N, T]
         for row, (tokens, skip) in enumerate(zip(inputs, skips, strict=True)):
             ids[row, :head] = torch.tensor(self.start_ids, dtype=torch.long)
@@ -139,7 +156,9 @@ class ProxyScorer:
             hidden = self._hidden(ids.to(self.device))[wanted.to(self.device)]  # [M, D]
             chunks = [
                 score_logits(self._token_logits(rows), true, NUM_CANDIDATES)
-                for rows, true in zip(torch.split(hidden, LOGIT_ROWS), torch.split(true_ids, LOGIT_ROWS), strict=True)
+                for rows, true in zip(
+                    torch.split(hidden, LOGIT_ROWS), torch.split(true_ids, LOGIT_ROWS), strict=True
+                )
             ]
         fields = {name: torch.cat([chunk[name] for chunk in chunks]).cpu().numpy() for name in chunks[0]}
         cuts = np.cumsum([len(row) for row in targets])[:-1]
@@ -169,7 +188,9 @@ class ProxyScorer:
             actual = self._logits(self._hidden(ids)).float()
         if not torch.allclose(actual, expected, rtol=1e-2, atol=1e-2):
             name = type(self.model).__name__
-            raise ValueError(f"--proxy: {name} changes its logits behind the output layer, which scoring does not support; use another proxy")
+            raise ValueError(
+                f"--proxy: {name} changes its logits behind the output layer, which scoring does not support; use another proxy"
+            )
 
 
 def _empty_scores(length: int) -> DocumentScores:

@@ -41,11 +41,22 @@ class PositionRule:
             kept[max(0, len(kept) - self.answer_reach + 1) :] = False
         return np.flatnonzero(kept).astype(np.int32)
 
-    def item(self, doc_id: str, token_ids: NDArray[np.int32], scores: DocumentScores, *, is_cut: bool, token_bytes: TokenBytes) -> tuple[Item, int]:
+    def item(
+        self,
+        doc_id: str,
+        token_ids: NDArray[np.int32],
+        scores: DocumentScores,
+        *,
+        is_cut: bool,
+        token_bytes: TokenBytes,
+    ) -> tuple[Item, int]:
         """The stored item (docs/architecture.md) and how many of the positions that passed are unanswerable, kept or not."""
         positions = self.positions(scores, is_cut=is_cut)
         pieces = [token_bytes[token] for token in token_ids.tolist()]
-        answerable = np.array([bool(answerable_lengths(pieces[p : p + self.answer_reach])) for p in positions.tolist()], dtype=np.uint8)  # [P]
+        answerable = np.array(
+            [bool(answerable_lengths(pieces[p : p + self.answer_reach])) for p in positions.tolist()],
+            dtype=np.uint8,
+        )  # [P]
         num_unanswerable = int((answerable == 0).sum())
         if not self.keep_unanswerable:
             positions, answerable = positions[answerable == 1], answerable[answerable == 1]

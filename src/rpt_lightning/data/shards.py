@@ -65,7 +65,9 @@ def check_split(folder: Path, *, has_chunks: bool = True) -> tuple[list[int], ND
             raise ValueError(f"{path} {found}: the task folder is incomplete; {way_out}")
     sizes = [int(chunk["chunk_size"]) for chunk in chunks]
     if sum(sizes) != len(num_positions):
-        raise ValueError(f"{folder}: {sum(sizes)} documents in the shards but {len(num_positions)} in {NUM_POSITIONS_FILE}; {way_out}")
+        raise ValueError(
+            f"{folder}: {sum(sizes)} documents in the shards but {len(num_positions)} in {NUM_POSITIONS_FILE}; {way_out}"
+        )
     return sizes, num_positions
 
 

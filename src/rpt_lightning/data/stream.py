@@ -29,7 +29,9 @@ class ShuffledOrder:
         seed: Seed of the order.
     """
 
-    def __init__(self, num_items: NDArray[np.int32], chunk_sizes: Sequence[int], *, bundle_size: int, seed: int) -> None:
+    def __init__(
+        self, num_items: NDArray[np.int32], chunk_sizes: Sequence[int], *, bundle_size: int, seed: int
+    ) -> None:
         self.num_items = num_items
         self.bundle_size = bundle_size
         self.seed = seed
@@ -57,7 +59,9 @@ class ShuffledOrder:
         self._epoch, self._window = epoch, None
         self._chunks = np.random.default_rng([self.seed, epoch]).permutation(len(self._chunk_items))
         items = self._chunk_items[self._chunks]
-        self._window_ends = np.cumsum([items[start : start + WINDOW_CHUNKS].sum() for start in range(0, len(items), WINDOW_CHUNKS)])  # [W]
+        self._window_ends = np.cumsum(
+            [items[start : start + WINDOW_CHUNKS].sum() for start in range(0, len(items), WINDOW_CHUNKS)]
+        )  # [W]
 
     def _enter_window(self, epoch: int, window: int) -> None:
         if self._window == (epoch, window):
@@ -65,7 +69,9 @@ class ShuffledOrder:
         self._window = (epoch, window)
         rng = np.random.default_rng([self.seed, epoch, window + 1])
         chunks = self._chunks[window * WINDOW_CHUNKS : (window + 1) * WINDOW_CHUNKS]
-        documents = _ranges(self._bounds[chunks], self._bounds[chunks + 1] - self._bounds[chunks])  # [D of the window]
+        documents = _ranges(
+            self._bounds[chunks], self._bounds[chunks + 1] - self._bounds[chunks]
+        )  # [D of the window]
         counts = self.num_items[documents].astype(np.int64)  # [D]
         items = np.concatenate([rng.permutation(count) for count in counts.tolist()])  # [P]
         pairs = np.stack([np.repeat(documents, counts), items], axis=1)  # [P, 2]
@@ -86,7 +92,9 @@ def _ranges(starts: NDArray[Any], lengths: NDArray[Any], *, step: int = 1) -> ND
     >>> _ranges(np.array([0, 7]), np.array([3, 1]), step=2).tolist()
     [0, 2, 4, 7]
     """
-    places = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # within each range
+    places = np.arange(int(lengths.sum())) - np.repeat(
+        np.cumsum(lengths) - lengths, lengths
+    )  # within each range
     return np.repeat(starts, lengths) + step * places
 
 
@@ -131,7 +139,9 @@ class TaskStream:
         """Continue at a stored place. Raises ValueError where it belongs to another order."""
         settings = self._settings()
         # A checkpoint of before corpus or layout were stored does not name them.
-        different = [name for name in settings if state["made_with"].get(name, settings[name]) != settings[name]]
+        different = [
+            name for name in settings if state["made_with"].get(name, settings[name]) != settings[name]
+        ]
         if different:
             name = different[0]
             raise ValueError(

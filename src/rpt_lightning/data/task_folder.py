@@ -26,7 +26,9 @@ from rpt_lightning.types import TokenIds, TokenTask
 CACHED_DOCUMENTS = 64
 # Settings of `rpt prepare` that do not decide which training document has which index and which positions: names, which may be others on another machine, the
 # size of a shard, which the shards themselves say, and what is for held-out positions only.
-NOT_OF_THE_LAYOUT = frozenset({"source", "tokenizer", "proxy", "benchmark_files", "chunk_bytes", "heldout_entropy_threshold"})
+NOT_OF_THE_LAYOUT = frozenset(
+    {"source", "tokenizer", "proxy", "benchmark_files", "chunk_bytes", "heldout_entropy_threshold"}
+)
 
 
 class TaskFolder:
@@ -38,7 +40,9 @@ class TaskFolder:
         max_context_tokens: Cut longer contexts on the left.
     """
 
-    def __init__(self, path: str | Path, split: Literal["train", "heldout"], *, max_context_tokens: int | None = None) -> None:
+    def __init__(
+        self, path: str | Path, split: Literal["train", "heldout"], *, max_context_tokens: int | None = None
+    ) -> None:
         from litdata import StreamingDataset
 
         self._remote = RemoteFolder(str(path)) if is_remote(path) else None
@@ -80,7 +84,9 @@ class TaskFolder:
     def tokenizer_hash(self) -> str:
         """What a policy's tokenizer must match. Raises ValueError where the folder's tokenizer is not the one of its manifest."""
         if not has_hash(self.tokenizer, self.manifest["tokenizer_hash"]):
-            raise ValueError(f"{self.path}: tokenizer/ is not the tokenizer that the manifest names; make the task folder again with `rpt prepare`")
+            raise ValueError(
+                f"{self.path}: tokenizer/ is not the tokenizer that the manifest names; make the task folder again with `rpt prepare`"
+            )
         return tokenizer_hash(self.tokenizer)
 
     @cached_property
@@ -88,7 +94,11 @@ class TaskFolder:
         """The largest position of any document: so many tokens has the longest context before it is cut."""
         stored = self.manifest.get("splits", {}).get(self.split, {}).get("last_position")
         # Folders of before this was counted are read once as a whole.
-        return int(stored) if stored is not None else max(int(self._read(index)["positions"].max()) for index in range(len(self)))
+        return (
+            int(stored)
+            if stored is not None
+            else max(int(self._read(index)["positions"].max()) for index in range(len(self)))
+        )
 
     @cached_property
     def layout(self) -> str:
@@ -96,7 +106,10 @@ class TaskFolder:
         settings = {
             name: value
             for name, value in self.manifest["settings"].items()
-            if name not in NOT_OF_THE_LAYOUT and not (name in LATER_SETTINGS and value == LATER_SETTINGS[name])  # as if the setting did not exist yet
+            if name not in NOT_OF_THE_LAYOUT
+            and not (
+                name in LATER_SETTINGS and value == LATER_SETTINGS[name]
+            )  # as if the setting did not exist yet
         }
         digest = hashlib.sha256(json.dumps([self.chunk_sizes, settings], sort_keys=True).encode())
         digest.update(self.num_positions.astype("<i4").tobytes())
@@ -104,7 +117,10 @@ class TaskFolder:
 
     @cached_property
     def _chunk_names(self) -> list[str]:
-        return [str(chunk["filename"]) for chunk in json.loads((self.path / self.split / INDEX_FILE).read_text())["chunks"]]
+        return [
+            str(chunk["filename"])
+            for chunk in json.loads((self.path / self.split / INDEX_FILE).read_text())["chunks"]
+        ]
 
     def _check_chunk(self, chunk: int) -> None:
         """When the first of its documents is asked for: a corpus that streams is never read as a whole before it is used."""

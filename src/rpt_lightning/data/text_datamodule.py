@@ -49,7 +49,9 @@ class TextDataModule(TaskFolderDataModule):
             seed=seed,
         )
         if max_tokens is not None and max_tokens < 2:
-            raise ValueError(f"--data.max_tokens {max_tokens}: must be at least 2, since the first token is not a target")
+            raise ValueError(
+                f"--data.max_tokens {max_tokens}: must be at least 2, since the first token is not a target"
+            )
         self.max_tokens = max_tokens
 
     def setup(self, stage: str) -> None:
@@ -57,9 +59,13 @@ class TextDataModule(TaskFolderDataModule):
         self.start_ids = start_ids(self.train.tokenizer)
 
     def make_order(self) -> ShuffledOrder:
-        return ShuffledOrder(np.ones(len(self.train), np.int32), self.train.chunk_sizes, bundle_size=1, seed=self.seed)
+        return ShuffledOrder(
+            np.ones(len(self.train), np.int32), self.train.chunk_sizes, bundle_size=1, seed=self.seed
+        )
 
     def make_batch(self, items: list[tuple[int, int]]) -> dict[str, Any]:
         limit = self.max_tokens or self._num_positions()
         token_ids = [(self.start_ids + self.train.token_ids(document))[:limit] for document, _ in items]
-        return {"sequences": tuple(TrainSequence(prompt_ids=ids[:1], target_ids=ids[1:]) for ids in token_ids)}
+        return {
+            "sequences": tuple(TrainSequence(prompt_ids=ids[:1], target_ids=ids[1:]) for ids in token_ids)
+        }

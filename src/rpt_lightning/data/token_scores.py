@@ -57,7 +57,9 @@ def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         end = num_groups * GROUP
         groups = logits[:, :end].reshape(-1, num_groups, GROUP).amax(-1).topk(k).indices  # [M, K]
         members = (groups[:, :, None] * GROUP + positions[:GROUP]).flatten(1)  # [M, K * GROUP]
-        members = torch.cat([members, positions[end:].expand(len(logits), -1)], 1)  # and the last tokens, too few for a group
+        members = torch.cat(
+            [members, positions[end:].expand(len(logits), -1)], 1
+        )  # and the last tokens, too few for a group
         values, indices = logits.gather(1, members).topk(k)
         ids = members.gather(1, indices)
     ids, order = ids.sort(dim=-1)

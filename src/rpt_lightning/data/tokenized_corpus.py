@@ -46,7 +46,9 @@ class TokenizedCorpus:
     Special tokens in a text are plain text. ``max_tokens`` cuts documents (``is_cut``). Raises ValueError where nothing is left.
     """
 
-    def __init__(self, source: CorpusSource, token_bytes: TokenBytes, *, min_context: int, max_tokens: int | None) -> None:
+    def __init__(
+        self, source: CorpusSource, token_bytes: TokenBytes, *, min_context: int, max_tokens: int | None
+    ) -> None:
         self.doc_ids: list[str] = []
         self.token_ids: list[NDArray[np.int32]] = []
         self.is_cut: list[bool] = []
@@ -75,11 +77,17 @@ class TokenizedCorpus:
                 self.is_cut.append(len(full) > len(token_ids))
                 self.fields.append(token_fields(document, full, token_bytes, num_kept=len(token_ids)))
         if num_read == 0:
-            raise ValueError(f"--source: the corpus is empty ({json.dumps(source.describe())}); check its path, pattern or split")
+            raise ValueError(
+                f"--source: the corpus is empty ({json.dumps(source.describe())}); check its path, pattern or split"
+            )
         if not self.token_ids:
             if num_inexpressible == num_read:
-                raise ValueError(f"--tokenizer: it has no tokens for some character of each of the {num_read} documents; name another tokenizer")
-            raise ValueError(f"--min_context {min_context}: none of the {num_read} documents is longer than so many tokens; lower it")
+                raise ValueError(
+                    f"--tokenizer: it has no tokens for some character of each of the {num_read} documents; name another tokenizer"
+                )
+            raise ValueError(
+                f"--min_context {min_context}: none of the {num_read} documents is longer than so many tokens; lower it"
+            )
         self.counts: dict[str, Any] = {
             "sha256": digest.hexdigest(),
             "documents_read": num_read,
@@ -96,7 +104,9 @@ class TokenizedCorpus:
         kept = [index for index, ids in enumerate(self.token_ids) if not overlaps(ids, spans)]
         self.counts["overlap_with_benchmark_files"] = len(self.token_ids) - len(kept)
         if not kept:
-            raise ValueError(f"--benchmark_files [{','.join(paths)}]: every document overlaps with them, so nothing is left; check the files")
+            raise ValueError(
+                f"--benchmark_files [{','.join(paths)}]: every document overlaps with them, so nothing is left; check the files"
+            )
         self.doc_ids = [self.doc_ids[index] for index in kept]
         self.token_ids = [self.token_ids[index] for index in kept]
         self.is_cut = [self.is_cut[index] for index in kept]
@@ -107,13 +117,17 @@ class TokenizedCorpus:
         """Whether the source knows a field of any token."""
         return any(fields is not None and not fields.is_empty for fields in self.fields)
 
-    def split(self, *, num_heldout: int, max_documents: int | None, span: int | None, seed: int) -> tuple[list[int], list[int]]:
+    def split(
+        self, *, num_heldout: int, max_documents: int | None, span: int | None, seed: int
+    ) -> tuple[list[int], list[int]]:
         """Indices of the held-out and of the training documents, each shuffled: shards in corpus order would make batches of one topic.
 
         Documents that share ``span`` tokens in a row are on one side (dedup.py).
         """
         check_span(span, longest=max(map(len, self.token_ids)))
-        split = split_components(components(self.token_ids, span), num_heldout=num_heldout, seed=seed, span=span)
+        split = split_components(
+            components(self.token_ids, span), num_heldout=num_heldout, seed=seed, span=span
+        )
         rng = np.random.default_rng([seed, 1])
         heldout, train = rng.permutation(split.heldout).tolist(), rng.permutation(split.train).tolist()
         if max_documents is not None:
@@ -125,7 +139,11 @@ class TokenizedCorpus:
             "not_sampled": len(split.train) - len(train),
         }
         self._count_marks([*heldout, *train])
-        largest = "" if span is None else f" (the largest, of {split.largest_component:,} documents, is kept for training)"
+        largest = (
+            ""
+            if span is None
+            else f" (the largest, of {split.largest_component:,} documents, is kept for training)"
+        )
         print(
             f"{len(self.token_ids):,} documents in {split.num_components:,} {span_words(span)}{largest}; using {len(train):,} for training and "
             f"{len(heldout):,} held out",
@@ -135,7 +153,9 @@ class TokenizedCorpus:
 
     def _count_marks(self, indices: list[int]) -> None:
         """Of the documents that are used; nothing where the source has no marks."""
-        marked = [fields for index in indices if (fields := self.fields[index]) is not None and fields.num_marks]
+        marked = [
+            fields for index in indices if (fields := self.fields[index]) is not None and fields.num_marks
+        ]
         if marked:
             self.counts |= {
                 "marks": sum(fields.num_marks for fields in marked),

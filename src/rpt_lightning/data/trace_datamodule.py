@@ -54,7 +54,10 @@ class TraceDataModule(TaskFolderDataModule):
             eval_batch_size=eval_batch_size,
             seed=seed,
         )
-        for name, value in [("positions_per_document", positions_per_document), ("num_candidates", num_candidates)]:
+        for name, value in [
+            ("positions_per_document", positions_per_document),
+            ("num_candidates", num_candidates),
+        ]:
             if value < 1:
                 raise ValueError(f"--data.{name} {value}: must be at least 1")
         self.prompt = prompt
@@ -75,14 +78,21 @@ class TraceDataModule(TaskFolderDataModule):
         )
 
     def make_order(self) -> ShuffledOrder:
-        return ShuffledOrder(self.train.num_positions, self.train.chunk_sizes, bundle_size=self.positions_per_document, seed=self.seed)
+        return ShuffledOrder(
+            self.train.num_positions,
+            self.train.chunk_sizes,
+            bundle_size=self.positions_per_document,
+            seed=self.seed,
+        )
 
     def make_batch(self, items: list[tuple[int, int]]) -> dict[str, Any]:
         """A position none of whose candidates can be an answer gives no trace."""
         traces = []
         for document, k in items:
             task = self.train.task(document, k)
-            traces.append(self.writer.write(task.task_id, task.context_ids, *self.train.candidates(document, k)))
+            traces.append(
+                self.writer.write(task.task_id, task.context_ids, *self.train.candidates(document, k))
+            )
         return {"sequences": tuple(trace for trace in traces if trace is not None)}
 
     def _check_proxy(self) -> None:

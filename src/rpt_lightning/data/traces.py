@@ -28,7 +28,15 @@ class TraceWriter:
         seed: Seed of the drawn answers.
     """
 
-    def __init__(self, prompt: BoundPrompt, token_bytes: TokenBytes, *, num_candidates: int, only_answerable: bool, seed: int) -> None:
+    def __init__(
+        self,
+        prompt: BoundPrompt,
+        token_bytes: TokenBytes,
+        *,
+        num_candidates: int,
+        only_answerable: bool,
+        seed: int,
+    ) -> None:
         self.prompt = prompt
         self.token_bytes = token_bytes
         self.num_candidates = num_candidates
@@ -36,15 +44,21 @@ class TraceWriter:
         self.seed = seed
         self.separator_ids = token_bytes.encode_plain(SEPARATOR)
 
-    def write(self, task_id: str, context_ids: TokenIds, candidate_ids: TokenIds, candidate_probs: tuple[float, ...]) -> TrainSequence | None:
+    def write(
+        self, task_id: str, context_ids: TokenIds, candidate_ids: TokenIds, candidate_probs: tuple[float, ...]
+    ) -> TrainSequence | None:
         """The trace, or None where no candidate can be an answer. Candidates come most likely first; the position's identity seeds the draw."""
         think_close = self.prompt.think_close
         usable = [
             (token, prob)
             for token, prob in zip(candidate_ids, candidate_probs, strict=True)
-            if token in self.token_bytes  # folders of before `rpt prepare` left out rows of the proxy's vocabulary that are no token
+            if token
+            in self.token_bytes  # folders of before `rpt prepare` left out rows of the proxy's vocabulary that are no token
             and not self.token_bytes.is_special(token)
-            and (not self.only_answerable or answerable_lengths([self.token_bytes[token]], think_close=think_close))
+            and (
+                not self.only_answerable
+                or answerable_lengths([self.token_bytes[token]], think_close=think_close)
+            )
         ][: self.num_candidates]
         if not usable:
             return None
@@ -52,5 +66,10 @@ class TraceWriter:
         for place, (token, _) in enumerate(usable):
             thought_ids += [*(self.separator_ids if place else ()), token]
         weights = np.cumsum([prob for _, prob in usable])
-        answer, _ = usable[int(np.searchsorted(weights, uniform(self.seed, task_id) * weights[-1], side="right"))]
-        return TrainSequence(prompt_ids=self.prompt.prompt_ids(context_ids), target_ids=self.prompt.completion_ids(tuple(thought_ids), (answer,)))
+        answer, _ = usable[
+            int(np.searchsorted(weights, uniform(self.seed, task_id) * weights[-1], side="right"))
+        ]
+        return TrainSequence(
+            prompt_ids=self.prompt.prompt_ids(context_ids),
+            target_ids=self.prompt.completion_ids(tuple(thought_ids), (answer,)),
+        )

@@ -42,13 +42,19 @@ class Phase:
         if not 0 <= self.p_cot <= 1:
             raise ValueError(f"phases: p_cot={self.p_cot}: give a share from 0 to 1")
         if not (self.p_cot or self.guesses or self.text):
-            raise ValueError("phases: p_cot=0, guesses=False, text=False: nothing would be trained; set one of them")
+            raise ValueError(
+                "phases: p_cot=0, guesses=False, text=False: nothing would be trained; set one of them"
+            )
 
     def may_think(self, mark: Mark) -> bool:
         """Whether the curriculum lets an example of this mark think."""
         depth = mark.fields.get(DEPTH, self.min_depth)
         assert not isinstance(depth, str)
-        return mark.thought is not None and self.min_depth <= depth and (self.max_depth is None or depth <= self.max_depth)
+        return (
+            mark.thought is not None
+            and self.min_depth <= depth
+            and (self.max_depth is None or depth <= self.max_depth)
+        )
 
 
 class ExampleWriter:
@@ -61,7 +67,9 @@ class ExampleWriter:
         seed: Seed of which examples think.
     """
 
-    def __init__(self, prompt: BoundPrompt, token_bytes: TokenBytes, phases: Sequence[Phase], *, seed: int) -> None:
+    def __init__(
+        self, prompt: BoundPrompt, token_bytes: TokenBytes, phases: Sequence[Phase], *, seed: int
+    ) -> None:
         self.prompt = prompt
         self.token_bytes = token_bytes
         self.phases = phases
@@ -79,7 +87,10 @@ class ExampleWriter:
         """One example for each mark that ends at a token boundary, as the phase of ``step`` wants it."""
         phase, examples = self.phase(step), []
         for number, mark in enumerate(document.marks):
-            thinks = phase.may_think(mark) and uniform(self.seed, f"{document.doc_id}:{number}:{step}") < phase.p_cot
+            thinks = (
+                phase.may_think(mark)
+                and uniform(self.seed, f"{document.doc_id}:{number}:{step}") < phase.p_cot
+            )
             if thinks or phase.guesses:
                 examples.append(self._example(document, mark, thinks=thinks))
         return examples
@@ -87,7 +98,9 @@ class ExampleWriter:
     def _example(self, document: Document, mark: Mark, *, thinks: bool) -> TrainSequence:
         thought = self.token_bytes.encode_plain(mark.thought) if thinks and mark.thought is not None else ()
         context, answer = self._split(document.text, mark)
-        return TrainSequence(prompt_ids=self.prompt.prompt_ids(context), target_ids=self.prompt.completion_ids(thought, answer))
+        return TrainSequence(
+            prompt_ids=self.prompt.prompt_ids(context), target_ids=self.prompt.completion_ids(thought, answer)
+        )
 
     def _split(self, text: str, mark: Mark) -> tuple[TokenIds, TokenIds]:
         """The tokens before the mark and those of its text, as they stand in the whole document. Raises ValueError where a token straddles an end."""

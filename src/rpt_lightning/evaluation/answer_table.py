@@ -41,8 +41,20 @@ class AnswerStage:
 
 def answer_table(stages: Sequence[AnswerStage]) -> str:
     """One column a policy: accuracy with and without a thought, pass@k, and what became of the completions."""
-    rows = [_row("questions x completions", stages, lambda results: f"{len(results.questions)} x {results.num_samples}")]
-    rows.append(_row("temperature, token limit", stages, lambda results: f"{results.temperature}, {results.max_completion_tokens}"))
+    rows = [
+        _row(
+            "questions x completions",
+            stages,
+            lambda results: f"{len(results.questions)} x {results.num_samples}",
+        )
+    ]
+    rows.append(
+        _row(
+            "temperature, token limit",
+            stages,
+            lambda results: f"{results.temperature}, {results.max_completion_tokens}",
+        )
+    )
     rows.append(_row(_accuracy_name(stages), stages, _accuracy))
     most = max(stage.results.num_samples for stage in stages)
     for k in (2**power for power in range(1, most.bit_length())):
@@ -50,19 +62,32 @@ def answer_table(stages: Sequence[AnswerStage]) -> str:
     rows.append(_row("accuracy without a thought", stages, lambda results: _direct(results.questions)))
     for name, verdict in _VERDICT_ROWS.items():
         rows.append(_row(name, stages, lambda results, verdict=verdict: _share(results, verdict)))  # type: ignore[misc]
-    rows.append(_row("mean length (tokens)", stages, lambda results: f"{fmean(n for q in results.questions for n in q.lengths):.1f}"))
+    rows.append(
+        _row(
+            "mean length (tokens)",
+            stages,
+            lambda results: f"{fmean(n for q in results.questions for n in q.lengths):.1f}",
+        )
+    )
     return markdown_table(stages[0].results.benchmark, [stage.name for stage in stages], rows)
 
 
 def category_table(stages: Sequence[AnswerStage]) -> str | None:
     """Accuracy with and without a thought, category by category; None where questions have none."""
-    categories = sorted({question.category for question in stages[0].results.questions if question.category is not None})
+    categories = sorted(
+        {question.category for question in stages[0].results.questions if question.category is not None}
+    )
     if not categories:
         return None
     rows = []
     for category in categories:
-        selections = [[question for question in stage.results.questions if question.category == category] for stage in stages]
-        rows.append(markdown_row(f"{category}: after a thought", [_mean(selection) for selection in selections]))
+        selections = [
+            [question for question in stage.results.questions if question.category == category]
+            for stage in stages
+        ]
+        rows.append(
+            markdown_row(f"{category}: after a thought", [_mean(selection) for selection in selections])
+        )
         rows.append(markdown_row(f"{category}: without", [_direct(selection) for selection in selections]))
     return markdown_table("by category", [stage.name for stage in stages], rows)
 
@@ -78,11 +103,26 @@ def differences(stages: Sequence[AnswerStage]) -> list[str]:
     last = stages[-1]
     lines = []
     for earlier in reversed(stages[:-1]):
-        lines.append(_thought_line(f"after a thought: {last.name} - {earlier.name}", earlier.results, last.results))
-        pairs = [(one, other) for one, other in pair_questions(earlier.results, last.results) if one.direct_verdict and other.direct_verdict]
+        lines.append(
+            _thought_line(f"after a thought: {last.name} - {earlier.name}", earlier.results, last.results)
+        )
+        pairs = [
+            (one, other)
+            for one, other in pair_questions(earlier.results, last.results)
+            if one.direct_verdict and other.direct_verdict
+        ]
         if pairs:
-            lines.append(_line(f"without: {last.name} - {earlier.name}", _difference([(_is_direct(a), _is_direct(b), b) for a, b in pairs])))
-    own = [(_is_direct(question), question.right_frac, question) for question in last.results.questions if question.direct_verdict]
+            lines.append(
+                _line(
+                    f"without: {last.name} - {earlier.name}",
+                    _difference([(_is_direct(a), _is_direct(b), b) for a, b in pairs]),
+                )
+            )
+    own = [
+        (_is_direct(question), question.right_frac, question)
+        for question in last.results.questions
+        if question.direct_verdict
+    ]
     if own:
         lines.append(_line(f"{last.name}: after a thought - without", _difference(own)))
     return lines
@@ -98,7 +138,11 @@ def before_after_table(runs: Sequence[Sequence[AnswerStage]]) -> str | None:
     if not trained:
         return None
     columns = ["before", "after", "after - before", "before, without a thought", "after, without a thought"]
-    table = markdown_table(trained[0][0].results.benchmark, columns, [markdown_row(stages[-1].name, _before_after(stages)) for stages in trained])
+    table = markdown_table(
+        trained[0][0].results.benchmark,
+        columns,
+        [markdown_row(stages[-1].name, _before_after(stages)) for stages in trained],
+    )
     first, *others = trained
     lines = [line for other in others for line in _gains(first, other)]
     return "\n\n".join([table, *(["\n".join(lines)] if lines else [])])
@@ -112,7 +156,9 @@ def _gains(first: Sequence[AnswerStage], other: Sequence[AnswerStage]) -> list[s
         for moment, place in (("before", 0), ("after", -1))
         if first[place] is not other[place]  # two runs of one start
     ]
-    if differing := _differing_settings(*(stages[place].results for stages in (first, other) for place in (0, -1))):
+    if differing := _differing_settings(
+        *(stages[place].results for stages in (first, other) for place in (0, -1))
+    ):
         return [*lines, _refusal(f"gain: {names}", differing)]
     gains = [
         (one[1].right_frac - one[0].right_frac, two[1].right_frac - two[0].right_frac, two[1])
@@ -121,10 +167,15 @@ def _gains(first: Sequence[AnswerStage], other: Sequence[AnswerStage]) -> list[s
     return [*lines, _line(f"gain: {names}", _difference(gains))]
 
 
-def _moments(stages: Sequence[AnswerStage], *, like: Sequence[AnswerStage]) -> list[tuple[QuestionResult, QuestionResult]]:
+def _moments(
+    stages: Sequence[AnswerStage], *, like: Sequence[AnswerStage]
+) -> list[tuple[QuestionResult, QuestionResult]]:
     """Each question before and after, in the order of ``like``'s first questions."""
     order = [question.question_id for question in like[0].results.questions]
-    pairs = {before.question_id: (before, after) for before, after in pair_questions(stages[0].results, stages[-1].results)}
+    pairs = {
+        before.question_id: (before, after)
+        for before, after in pair_questions(stages[0].results, stages[-1].results)
+    }
     return [pairs[question_id] for question_id in order]
 
 
@@ -136,7 +187,13 @@ def _before_after(stages: Sequence[AnswerStage]) -> list[str]:
     else:
         gain = _difference([(one.right_frac, other.right_frac, one) for one, other in pairs])
         change = f"{100 * gain.difference:+.1f} points [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
-    return [_accuracy(before), f"{_accuracy(after)} at step {after.step}", change, _direct(before.questions), _direct(after.questions)]
+    return [
+        _accuracy(before),
+        f"{_accuracy(after)} at step {after.step}",
+        change,
+        _direct(before.questions),
+        _direct(after.questions),
+    ]
 
 
 def _differing_settings(*evaluations: QuestionResults) -> str:
@@ -146,7 +203,11 @@ def _differing_settings(*evaluations: QuestionResults) -> str:
         "temperature": [results.temperature for results in evaluations],
         "token limit": [results.max_completion_tokens for results in evaluations],
     }
-    return "; ".join(f"{name} {' and '.join(map(str, dict.fromkeys(values)))}" for name, values in settings.items() if len(set(values)) > 1)
+    return "; ".join(
+        f"{name} {' and '.join(map(str, dict.fromkeys(values)))}"
+        for name, values in settings.items()
+        if len(set(values)) > 1
+    )
 
 
 def _thought_line(name: str, first: QuestionResults, second: QuestionResults) -> str:
@@ -162,7 +223,11 @@ def _refusal(name: str, differing: str) -> str:
 
 
 def _difference(pairs: Sequence[tuple[float, float, QuestionResult]]) -> Difference:
-    return paired_bootstrap([one for one, _, _ in pairs], [other for _, other, _ in pairs], units=[question.question_id for _, _, question in pairs])
+    return paired_bootstrap(
+        [one for one, _, _ in pairs],
+        [other for _, other, _ in pairs],
+        units=[question.question_id for _, _, question in pairs],
+    )
 
 
 def _line(name: str, difference: Difference) -> str:
@@ -174,7 +239,11 @@ def _accuracy_name(stages: Sequence[AnswerStage]) -> str:
     numbers = {stage.results.num_samples for stage in stages}
     if len(numbers) > 1:
         return "accuracy after a thought (mean over completions)"
-    return "accuracy after a thought" if numbers == {1} else f"accuracy after a thought (avg@{stages[0].results.num_samples})"
+    return (
+        "accuracy after a thought"
+        if numbers == {1}
+        else f"accuracy after a thought (avg@{stages[0].results.num_samples})"
+    )
 
 
 def _accuracy(results: QuestionResults) -> str:
@@ -182,13 +251,22 @@ def _accuracy(results: QuestionResults) -> str:
 
 
 def _mean(questions: Sequence[QuestionResult]) -> str:
-    return _interval_text([question.right_frac for question in questions], samples_each=len(questions[0].verdicts)) if questions else "no questions"
+    return (
+        _interval_text(
+            [question.right_frac for question in questions], samples_each=len(questions[0].verdicts)
+        )
+        if questions
+        else "no questions"
+    )
 
 
 def _pass_at(results: QuestionResults, k: int) -> str:
     if k > results.num_samples:
         return "not measured"
-    return _interval_text([pass_at_k(results.num_samples, question.num_right, k) for question in results.questions], samples_each=1)
+    return _interval_text(
+        [pass_at_k(results.num_samples, question.num_right, k) for question in results.questions],
+        samples_each=1,
+    )
 
 
 def _interval_text(values: Sequence[float], *, samples_each: int) -> str:
@@ -198,8 +276,14 @@ def _interval_text(values: Sequence[float], *, samples_each: int) -> str:
 
 
 def _direct(questions: Sequence[QuestionResult]) -> str:
-    rate = Rate.of([None if question.direct_verdict is None else _is_direct(question) for question in questions])
-    return f"{rate} (measured at {rate.count} of {len(questions)})" if 0 < rate.count < len(questions) else str(rate)
+    rate = Rate.of(
+        [None if question.direct_verdict is None else _is_direct(question) for question in questions]
+    )
+    return (
+        f"{rate} (measured at {rate.count} of {len(questions)})"
+        if 0 < rate.count < len(questions)
+        else str(rate)
+    )
 
 
 def _is_direct(question: QuestionResult) -> bool:

@@ -12,8 +12,21 @@ from typing import Literal
 from rpt_lightning.data.answer_datamodule import AnswerTaskDataModule, answer_tasks, choose
 from rpt_lightning.data.benchmarks import benchmark_source
 from rpt_lightning.data.questions import QuestionSource, read_all
-from rpt_lightning.evaluation.answer_table import NOTE, AnswerStage, answer_table, before_after_table, category_table, differences
-from rpt_lightning.evaluation.policies import check_new_output, check_policies, evaluation_trainer, policy_names, policy_source
+from rpt_lightning.evaluation.answer_table import (
+    NOTE,
+    AnswerStage,
+    answer_table,
+    before_after_table,
+    category_table,
+    differences,
+)
+from rpt_lightning.evaluation.policies import (
+    check_new_output,
+    check_policies,
+    evaluation_trainer,
+    policy_names,
+    policy_source,
+)
 from rpt_lightning.evaluation.run import read_run
 from rpt_lightning.metrics.question_results import QuestionResults, read_question_results
 from rpt_lightning.policy.model import Policy
@@ -101,7 +114,13 @@ def benchmark(
     for one, short_name in zip(policy, policy_names(policy), strict=True):
         path, ckpt_path = policy_source(one)
         module = NTPModule(Policy(path))
-        data = AnswerTaskDataModule(heldout=source, num_eval_questions=num_questions, eval_batch_size=batch_size, seed=seed, heldout_name=name)
+        data = AnswerTaskDataModule(
+            heldout=source,
+            num_eval_questions=num_questions,
+            eval_batch_size=batch_size,
+            seed=seed,
+            heldout_name=name,
+        )
         longest = max(len(task.context_ids) for task in answer_tasks(asked, TokenBytes(module.tokenizer)))
         rollout = RolloutCallback(
             engine,
@@ -115,7 +134,11 @@ def benchmark(
             thought_controls=direct,
         )
         trainer = evaluation_trainer(
-            output / short_name, [rollout, AnswerResults()], ckpt_path=ckpt_path, precision=precision, accelerator=accelerator
+            output / short_name,
+            [rollout, AnswerResults()],
+            ckpt_path=ckpt_path,
+            precision=precision,
+            accelerator=accelerator,
         )
         trainer.validate(module, data, ckpt_path=ckpt_path, weights_only=True, verbose=False)
         stages.append(AnswerStage(name=short_name, results=_last(output / short_name)))
@@ -126,7 +149,13 @@ def benchmark(
 
 def summary(stages: Sequence[AnswerStage]) -> str:
     """All tables and differences, in Markdown. Raises ValueError for stages of different questions."""
-    parts = [answer_table(stages), before_after_table(by_start(stages)), category_table(stages), NOTE, "\n".join(differences(stages))]
+    parts = [
+        answer_table(stages),
+        before_after_table(by_start(stages)),
+        category_table(stages),
+        NOTE,
+        "\n".join(differences(stages)),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -143,7 +172,10 @@ def by_start(stages: Sequence[AnswerStage]) -> list[list[AnswerStage]]:
             # Answers of a run that validates as it trains have no checkpoint, and a name of their own.
             folder = stage.name if ckpt_path is None else str(Path(ckpt_path).resolve().parent)
             runs.setdefault((_model(stage), folder), []).append(stage)
-    return [[starts[model], *sorted(run, key=lambda stage: stage.results.step)] for (model, _), run in runs.items()]
+    return [
+        [starts[model], *sorted(run, key=lambda stage: stage.results.step)]
+        for (model, _), run in runs.items()
+    ]
 
 
 def _model(stage: AnswerStage) -> str:
@@ -152,16 +184,22 @@ def _model(stage: AnswerStage) -> str:
     return str(path.resolve()) if path.exists() else stage.results.policy_path
 
 
-def _questions(benchmark: str | None, file: Path | None, revision: str | None, questions: QuestionSource | None) -> tuple[str, QuestionSource]:
+def _questions(
+    benchmark: str | None, file: Path | None, revision: str | None, questions: QuestionSource | None
+) -> tuple[str, QuestionSource]:
     if (benchmark is None) == (questions is None):
-        raise ValueError("give either --benchmark (aime24, aime25, math500, mmlu_pro, supergpqa) or --questions, e.g. --questions JsonlQuestions")
+        raise ValueError(
+            "give either --benchmark (aime24, aime25, math500, mmlu_pro, supergpqa) or --questions, e.g. --questions JsonlQuestions"
+        )
     if questions is not None:
         if file is not None or revision is not None:
             raise ValueError("--file and --revision go with --benchmark; --questions names its own source")
         return str(getattr(questions, "path", None) or getattr(questions, "name", "questions")), questions
     assert benchmark is not None
     if file is not None and revision is not None:
-        raise ValueError(f"--revision {revision}: is a commit on the hub, and --file {file} is read from the disk; give one of them")
+        raise ValueError(
+            f"--revision {revision}: is a commit on the hub, and --file {file} is read from the disk; give one of them"
+        )
     return benchmark, benchmark_source(benchmark, file=file, revision=revision)
 
 
@@ -176,7 +214,9 @@ def _check_against(earlier: QuestionResults, asked: Sequence[Question], against:
         )
     for question_id, answer in before.items():
         if answer != now[question_id]:
-            raise ValueError(f"--against {against}: question {question_id!r} had the answer {answer!r} there, and has {now[question_id]!r} here")
+            raise ValueError(
+                f"--against {against}: question {question_id!r} had the answer {answer!r} there, and has {now[question_id]!r} here"
+            )
 
 
 def _earlier(path: Path) -> QuestionResults:

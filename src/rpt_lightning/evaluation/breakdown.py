@@ -7,7 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from rpt_lightning.evaluation.compare import paired_bootstrap
-from rpt_lightning.evaluation.table import Rate, Stage, accuracy_rows, comparison_line, markdown_row, markdown_table, mean_text
+from rpt_lightning.evaluation.table import (
+    Rate,
+    Stage,
+    accuracy_rows,
+    comparison_line,
+    markdown_row,
+    markdown_table,
+    mean_text,
+)
 from rpt_lightning.metrics.bands import DISJOINT_BANDS
 from rpt_lightning.metrics.interval import wilson_interval
 from rpt_lightning.metrics.results import PositionResult, Results, pair_results
@@ -17,7 +25,9 @@ from rpt_lightning.policy.flops import Work, add_works, forward_flops, prompt_wo
 
 NOT_MEASURED = "not measured"
 NUM_LENGTH_BINS = 4
-SAMPLING_NOTE = "Where no sample counts as right, or every one, the interval is Wilson's of as many documents."
+SAMPLING_NOTE = (
+    "Where no sample counts as right, or every one, the interval is Wilson's of as many documents."
+)
 COST_NOTE = (
     "FLOPs of an answer: 2 x parameters a token, and attention's products. By reasoning the tokens are the prompt and the completion, by NTP the context, "
     "each for one position alone: a prefix that several positions or samples share is counted for each."
@@ -29,7 +39,11 @@ def disjoint_table(stages: Sequence[Stage]) -> str:
     rows = []
     for name, (low, high) in DISJOINT_BANDS.items():
         meaning = f"entropy {low} to {high}" if np.isfinite(high) else f"entropy > {low}"
-        rows += accuracy_rows(f"{name} only", meaning, [[p for p in stage.results.positions if low < p.entropy <= high] for stage in stages])
+        rows += accuracy_rows(
+            f"{name} only",
+            meaning,
+            [[p for p in stage.results.positions if low < p.entropy <= high] for stage in stages],
+        )
     return markdown_table("by difficulty, without overlap", _names(stages), rows)
 
 
@@ -60,33 +74,74 @@ def length_table(stage: Stage) -> str | None:
         inside = [p for p, own in zip(ended, bins, strict=True) if own == number]
         low, high = lengths[bins == number].min(), lengths[bins == number].max()
         rows.append(_length_row(f"{low} tokens" if low == high else f"{low} to {high} tokens", inside))
-    rows.append(_length_row("no end of thought", [p for p in stage.results.positions if p.thought_length is None and p.length is not None]))
+    rows.append(
+        _length_row(
+            "no end of thought",
+            [p for p in stage.results.positions if p.thought_length is None and p.length is not None],
+        )
+    )
     return markdown_table(f"{stage.name}, by length of thought", ["reasoning", "NTP, same positions"], rows)
 
 
 def sampling_table(stages: Sequence[Stage]) -> str | None:
     """avg@n and the unbiased pass@k for the powers of two up to n, with intervals over documents; None where nothing was sampled."""
-    num_samples = max((n for stage in stages if (n := samples_a_position(stage.results)) is not None), default=0)
+    num_samples = max(
+        (n for stage in stages if (n := samples_a_position(stage.results)) is not None), default=0
+    )
     if not num_samples:
         return None
-    rows = [markdown_row("temperature; samples a position", [_sampling_settings(stage.results) for stage in stages])]
-    rows.append(markdown_row("avg@n", [_interval_text(stage.results, avg_outcomes(stage.results)) for stage in stages]))
+    rows = [
+        markdown_row(
+            "temperature; samples a position", [_sampling_settings(stage.results) for stage in stages]
+        )
+    ]
+    rows.append(
+        markdown_row(
+            "avg@n", [_interval_text(stage.results, avg_outcomes(stage.results)) for stage in stages]
+        )
+    )
     for k in [2**power for power in range(num_samples.bit_length())]:
-        rows.append(markdown_row(f"pass@{k}", [_interval_text(stage.results, _pass_outcomes(stage.results, k)) for stage in stages]))
+        rows.append(
+            markdown_row(
+                f"pass@{k}",
+                [_interval_text(stage.results, _pass_outcomes(stage.results, k)) for stage in stages],
+            )
+        )
     return f"{markdown_table('sampled answers, intervals over documents', _names(stages), rows)}\n\n{SAMPLING_NOTE}"
 
 
 def cost_table(stages: Sequence[Stage]) -> str:
     """What one greedy answer cost, by reasoning and without (COST_NOTE), and how long a sampled one was."""
     positions = [stage.results.positions for stage in stages]
-    reasoning = [_answer_flops(stage.results, [_answer_work(p.prompt_tokens, p.length) for p in stage.results.positions]) for stage in stages]
-    ntp = [_answer_flops(stage.results, [_answer_work(p.context_tokens, 1) for p in stage.results.positions]) for stage in stages]
-    ratios = [None if one is None or other is None else one / other for one, other in zip(reasoning, ntp, strict=True)]
+    reasoning = [
+        _answer_flops(
+            stage.results, [_answer_work(p.prompt_tokens, p.length) for p in stage.results.positions]
+        )
+        for stage in stages
+    ]
+    ntp = [
+        _answer_flops(stage.results, [_answer_work(p.context_tokens, 1) for p in stage.results.positions])
+        for stage in stages
+    ]
+    ratios = [
+        None if one is None or other is None else one / other
+        for one, other in zip(reasoning, ntp, strict=True)
+    ]
     rows = [
-        markdown_row("prompt (tokens)", [mean_text([p.prompt_tokens for p in rows], ".1f") for rows in positions]),
-        markdown_row("completion (tokens)", [mean_text([p.length for p in rows], ".1f") for rows in positions]),
-        markdown_row("a sampled answer (tokens)", [mean_text([_sample_length(p) for p in rows], ".1f") for rows in positions]),
-        markdown_row("context alone, for NTP (tokens)", [mean_text([p.context_tokens for p in rows], ".1f") for rows in positions]),
+        markdown_row(
+            "prompt (tokens)", [mean_text([p.prompt_tokens for p in rows], ".1f") for rows in positions]
+        ),
+        markdown_row(
+            "completion (tokens)", [mean_text([p.length for p in rows], ".1f") for rows in positions]
+        ),
+        markdown_row(
+            "a sampled answer (tokens)",
+            [mean_text([_sample_length(p) for p in rows], ".1f") for rows in positions],
+        ),
+        markdown_row(
+            "context alone, for NTP (tokens)",
+            [mean_text([p.context_tokens for p in rows], ".1f") for rows in positions],
+        ),
         markdown_row("FLOPs by reasoning", [_number(flops, ".3g") for flops in reasoning]),
         markdown_row("FLOPs by NTP", [_number(flops, ".3g") for flops in ntp]),
         markdown_row("reasoning / NTP", [_number(ratio, ".2f") for ratio in ratios]),
@@ -101,13 +156,19 @@ def further_comparisons(stages: Sequence[Stage]) -> list[str]:
     for earlier in reversed(stages[:-1]):
         pairs = pair_results(earlier.results, last.results)
         units = [one.doc_id for one, _ in pairs]
-        ntp = paired_bootstrap([one.ntp_correct for one, _ in pairs], [other.ntp_correct for _, other in pairs], units=units)
+        ntp = paired_bootstrap(
+            [one.ntp_correct for one, _ in pairs], [other.ntp_correct for _, other in pairs], units=units
+        )
         lines.append(comparison_line(f"NTP {last.name} - NTP {earlier.name}", ntp))
         first, second = (avg_outcomes(stage.results) for stage in (earlier, last))
         if first and second and _sampling_settings(earlier.results) == _sampling_settings(last.results):
             by_task = dict(zip([p.task_id for p in last.results.positions], second, strict=True))
             difference = paired_bootstrap(first, [by_task[one.task_id] for one, _ in pairs], units=units)
-            lines.append(comparison_line(f"avg@{samples_a_position(last.results)} {last.name} - {earlier.name}", difference))
+            lines.append(
+                comparison_line(
+                    f"avg@{samples_a_position(last.results)} {last.name} - {earlier.name}", difference
+                )
+            )
     return lines
 
 
@@ -125,7 +186,11 @@ def avg_outcomes(results: Results) -> list[float]:
 
 def _pass_outcomes(results: Results, k: int) -> list[float]:
     num_samples = samples_a_position(results)
-    return [pass_at_k(num_samples, p.num_correct or 0, k) for p in results.positions] if num_samples and k <= num_samples else []
+    return (
+        [pass_at_k(num_samples, p.num_correct or 0, k) for p in results.positions]
+        if num_samples and k <= num_samples
+        else []
+    )
 
 
 def _interval_text(results: Results, outcomes: Sequence[float]) -> str:
@@ -146,16 +211,28 @@ def _sampling_settings(results: Results) -> str:
 def _answer_flops(results: Results, works: Sequence[Work | None]) -> float | None:
     """Mean over the positions where it was measured."""
     measured = [work for work in works if work is not None]
-    return forward_flops(results.model_size, add_works(measured)) / len(measured) if measured and results.model_size is not None else None
+    return (
+        forward_flops(results.model_size, add_works(measured)) / len(measured)
+        if measured and results.model_size is not None
+        else None
+    )
 
 
 def _answer_work(read_tokens: int | None, sampled_tokens: int | None) -> Work | None:
-    return None if read_tokens is None or sampled_tokens is None else prompt_work(read_tokens) + sampling_work(read_tokens, sampled_tokens)
+    return (
+        None
+        if read_tokens is None or sampled_tokens is None
+        else prompt_work(read_tokens) + sampling_work(read_tokens, sampled_tokens)
+    )
 
 
 def _sample_length(position: PositionResult) -> float | None:
     """Mean over a position's samples."""
-    return position.sampled_tokens / position.num_samples if position.sampled_tokens is not None and position.num_samples else None
+    return (
+        position.sampled_tokens / position.num_samples
+        if position.sampled_tokens is not None and position.num_samples
+        else None
+    )
 
 
 def _number(value: float | None, form: str) -> str:
@@ -163,7 +240,9 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _length_row(name: str, positions: Sequence[PositionResult]) -> str:
-    return markdown_row(name, [Rate.of([p.reasoning_correct for p in positions]), Rate.of([p.ntp_correct for p in positions])])
+    return markdown_row(
+        name, [Rate.of([p.reasoning_correct for p in positions]), Rate.of([p.ntp_correct for p in positions])]
+    )
 
 
 def _names(stages: Sequence[Stage]) -> list[str]:

@@ -43,7 +43,9 @@ class Difference:
         return self.low > 0
 
 
-def compare_policies(first: Results, second: Results, *, num_resamples: int = 10_000, level: float = 0.95, seed: int = 0) -> Difference:
+def compare_policies(
+    first: Results, second: Results, *, num_resamples: int = 10_000, level: float = 0.95, seed: int = 0
+) -> Difference:
     """The reasoning accuracy of ``second`` minus that of ``first``, at the positions that both were asked.
 
     Raises:
@@ -61,14 +63,24 @@ def compare_policies(first: Results, second: Results, *, num_resamples: int = 10
 
 
 def _reasoning(results: Results, positions: Sequence[PositionResult]) -> list[bool]:
-    outcomes = [position.reasoning_correct for position in positions if position.reasoning_correct is not None]
+    outcomes = [
+        position.reasoning_correct for position in positions if position.reasoning_correct is not None
+    ]
     if len(outcomes) != len(positions):
-        raise ValueError(f"Results of {results.policy_path}: no reasoning accuracy. Validate with a config that has a rollout engine.")
+        raise ValueError(
+            f"Results of {results.policy_path}: no reasoning accuracy. Validate with a config that has a rollout engine."
+        )
     return outcomes
 
 
 def paired_bootstrap(
-    first: Sequence[float], second: Sequence[float], *, units: Sequence[str], num_resamples: int = 10_000, level: float = 0.95, seed: int = 0
+    first: Sequence[float],
+    second: Sequence[float],
+    *,
+    units: Sequence[str],
+    num_resamples: int = 10_000,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> Difference:
     """The mean of ``second - first`` [N] (outcomes, or shares of samples) with its percentile interval; whole ``units`` [N] are resampled, with replacement.
 
@@ -76,7 +88,9 @@ def paired_bootstrap(
         ValueError: no positions.
     """
     if not len(first) == len(second) == len(units):
-        raise ValueError(f"Paired results need one length; got {len(first)}, {len(second)} and {len(units)} units.")
+        raise ValueError(
+            f"Paired results need one length; got {len(first)}, {len(second)} and {len(units)} units."
+        )
     if not len(first):
         raise ValueError("No positions to compare.")
     gains = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)  # [N]

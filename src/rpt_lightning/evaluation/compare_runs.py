@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rpt_lightning.evaluation.answer_table import NOTE, AnswerStage, answer_table, before_after_table, category_table, differences
+from rpt_lightning.evaluation.answer_table import (
+    NOTE,
+    AnswerStage,
+    answer_table,
+    before_after_table,
+    category_table,
+    differences,
+)
 from rpt_lightning.evaluation.breakdown import NOT_MEASURED, further_comparisons, sampling_table
 from rpt_lightning.evaluation.compare import compare_policies, paired_bootstrap
 from rpt_lightning.evaluation.cost import FLOPS, SECONDS, TOKENS, total
@@ -59,11 +66,15 @@ def comparison(runs: Sequence[Run]) -> str:
     if not unvalidated:
         parts.append(position_comparison(runs))
     elif len(unvalidated) < len(runs):
-        parts.append(f"Held-out positions are not compared, since some runs were not validated at any: {', '.join(unvalidated)}.\n")
+        parts.append(
+            f"Held-out positions are not compared, since some runs were not validated at any: {', '.join(unvalidated)}.\n"
+        )
     if not unasked:
         parts.append(answer_comparison(runs))
     elif len(unasked) < len(runs):
-        parts.append(f"Answers to questions are not compared, since some runs were asked none: {', '.join(unasked)}.\n")
+        parts.append(
+            f"Answers to questions are not compared, since some runs were asked none: {', '.join(unasked)}.\n"
+        )
     return "\n".join(parts)
 
 
@@ -78,9 +89,17 @@ def position_comparison(runs: Sequence[Run]) -> str:
 
 def answer_comparison(runs: Sequence[Run]) -> str:
     """At questions: each run as it was last, and before and after its training."""
-    stages = [[AnswerStage(name=run.name, results=results) for results in run.answers.values()] for run in runs]
+    stages = [
+        [AnswerStage(name=run.name, results=results) for results in run.answers.values()] for run in runs
+    ]
     last = [of_run[-1] for of_run in stages]
-    parts = [before_after_table(stages), answer_table(last), category_table(last), NOTE, "\n".join(differences(last))]
+    parts = [
+        before_after_table(stages),
+        answer_table(last),
+        category_table(last),
+        NOTE,
+        "\n".join(differences(last)),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -119,18 +138,35 @@ def _differences(first: Stage, second: Stage) -> list[str]:
     """``second`` against ``first``, each mode against the same and, where one of the two reasons, against the other's next token without reasoning."""
     lines = []
     if first.has_reasoning and second.has_reasoning:
-        lines.append(comparison_line(f"reasoning {second.name} - reasoning {first.name}", compare_policies(first.results, second.results)))
+        lines.append(
+            comparison_line(
+                f"reasoning {second.name} - reasoning {first.name}",
+                compare_policies(first.results, second.results),
+            )
+        )
     lines += further_comparisons([first, second])
     pairs = pair_results(first.results, second.results)
     units = [one.doc_id for one, _ in pairs]
     if second.has_reasoning:
-        gain = paired_bootstrap([one.ntp_correct for one, _ in pairs], [bool(other.reasoning_correct) for _, other in pairs], units=units)
+        gain = paired_bootstrap(
+            [one.ntp_correct for one, _ in pairs],
+            [bool(other.reasoning_correct) for _, other in pairs],
+            units=units,
+        )
         lines.append(comparison_line(f"reasoning {second.name} - NTP {first.name}", gain))
     if first.has_reasoning:
-        gain = paired_bootstrap([bool(one.reasoning_correct) for one, _ in pairs], [other.ntp_correct for _, other in pairs], units=units)
+        gain = paired_bootstrap(
+            [bool(one.reasoning_correct) for one, _ in pairs],
+            [other.ntp_correct for _, other in pairs],
+            units=units,
+        )
         lines.append(comparison_line(f"NTP {second.name} - reasoning {first.name}", gain))
-    loss = paired_bootstrap([-one.ntp_logprob for one, _ in pairs], [-other.ntp_logprob for _, other in pairs], units=units)
-    lines.append(f"- NTP loss {second.name} - {first.name}: {loss.difference:+.4f} nats, 95 % interval [{loss.low:+.4f}, {loss.high:+.4f}]")
+    loss = paired_bootstrap(
+        [-one.ntp_logprob for one, _ in pairs], [-other.ntp_logprob for _, other in pairs], units=units
+    )
+    lines.append(
+        f"- NTP loss {second.name} - {first.name}: {loss.difference:+.4f} nats, 95 % interval [{loss.low:+.4f}, {loss.high:+.4f}]"
+    )
     return lines
 
 

@@ -19,5 +19,7 @@ def total(run: Run, metric: str, *, last_step: int | None = None) -> float | Non
         return None
     if len(values) < len(steps):
         last_step = max(run.steps) if last_step is None else last_step
-        raise ValueError(f"{run.name}: {len(values)} of {len(steps)} steps up to {last_step} logged {metric}, so what the run cost cannot be said")
+        raise ValueError(
+            f"{run.name}: {len(values)} of {len(steps)} steps up to {last_step} logged {metric}, so what the run cost cannot be said"
+        )
     return sum(values)

@@ -28,17 +28,24 @@ class Curve:
     def by_depth(self) -> dict[float, Rate]:
         """The rate of right answers at each depth, ascending."""
         depths = sorted({_depth(position) for position, _ in self.outcomes})
-        return {depth: Rate.of([right for position, right in self.outcomes if _depth(position) == depth]) for depth in depths}
+        return {
+            depth: Rate.of([right for position, right in self.outcomes if _depth(position) == depth])
+            for depth in depths
+        }
 
 
 def reasoning(name: str, positions: Sequence[PositionResult], style: str = "o-") -> Curve:
     """The curve of the answers after a thought."""
-    return Curve(name=name, outcomes=[(position, position.reasoning_correct) for position in positions], style=style)
+    return Curve(
+        name=name, outcomes=[(position, position.reasoning_correct) for position in positions], style=style
+    )
 
 
 def without_reasoning(name: str, positions: Sequence[PositionResult], style: str = "o-") -> Curve:
     """The curve of standard next-token prediction."""
-    return Curve(name=name, outcomes=[(position, position.ntp_correct) for position in positions], style=style)
+    return Curve(
+        name=name, outcomes=[(position, position.ntp_correct) for position in positions], style=style
+    )
 
 
 def plot_depth(curves: Sequence[Curve], run: Run, path: Path, *, chance: float | None = None) -> None:
@@ -61,7 +68,9 @@ def plot_depth(curves: Sequence[Curve], run: Run, path: Path, *, chance: float |
 def _depth(position: PositionResult) -> float:
     depth = (position.fields or {}).get(DEPTH)
     if depth is None or isinstance(depth, str):
-        raise ValueError(f"position {position.task_id}: its corpus gave it no {DEPTH!r}; prepare the folder from a source that marks answers")
+        raise ValueError(
+            f"position {position.task_id}: its corpus gave it no {DEPTH!r}; prepare the folder from a source that marks answers"
+        )
     return float(depth)
 
 
@@ -77,13 +86,26 @@ def _accuracy(panel: Axes, curves: Sequence[Curve], chance: float | None) -> Non
         ]
         total = Rate.of([right for _, right in curve.outcomes])
         label = f"{curve.name}: {100 * total.mean:.1f} % of {total.count}"
-        panel.errorbar([depth + shift for depth in rates], means, yerr=errors, fmt=curve.style, capsize=2, markersize=4, linewidth=1.5, label=label)
+        panel.errorbar(
+            [depth + shift for depth in rates],
+            means,
+            yerr=errors,
+            fmt=curve.style,
+            capsize=2,
+            markersize=4,
+            linewidth=1.5,
+            label=label,
+        )
     if chance is not None:
-        panel.axhline(100 * chance, color="0.6", linestyle=":", linewidth=1, label=f"guessing: {100 * chance:.1f} %")
+        panel.axhline(
+            100 * chance, color="0.6", linestyle=":", linewidth=1, label=f"guessing: {100 * chance:.1f} %"
+        )
     panel.set_xlabel("serial depth: steps that have to be made one after the other")
     panel.set_ylabel("held-out accuracy, % (95 % intervals)")
     panel.set_ylim(-3, 103)
-    panel.legend(fontsize=8, loc="center", bbox_to_anchor=(0.5, 0.62), frameon=False)  # between those who think and those who guess
+    panel.legend(
+        fontsize=8, loc="center", bbox_to_anchor=(0.5, 0.62), frameon=False
+    )  # between those who think and those who guess
     panel.set_title("Who can say what comes next", fontsize=10)
 
 

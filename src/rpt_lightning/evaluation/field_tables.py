@@ -27,7 +27,11 @@ def _field_table(name: str, stage_names: Sequence[str], columns: Sequence[Sequen
     rows = []
     for label in dict.fromkeys(labels.values()):
         selections = [
-            [position for position, value in zip(positions, column, strict=True) if value is not None and labels[value] == label]
+            [
+                position
+                for position, value in zip(positions, column, strict=True)
+                if value is not None and labels[value] == label
+            ]
             for positions, column in zip(columns, values, strict=True)
         ]
         rows += accuracy_rows(_cell(label), _cell(name), selections)
@@ -35,9 +39,17 @@ def _field_table(name: str, stage_names: Sequence[str], columns: Sequence[Sequen
 
 
 def _with_fields(stages: Sequence[Stage]) -> list[list[PositionResult]]:
-    known = {position.task_id: position.fields for stage in stages for position in stage.results.positions if position.fields}
+    known = {
+        position.task_id: position.fields
+        for stage in stages
+        for position in stage.results.positions
+        if position.fields
+    }
     return [
-        [position if position.fields else replace(position, fields=known.get(position.task_id)) for position in stage.results.positions]
+        [
+            position if position.fields else replace(position, fields=known.get(position.task_id))
+            for position in stage.results.positions
+        ]
         for stage in stages
     ]
 

@@ -12,5 +12,7 @@ def replace_section(text: str, section: str, *, begin: str, end: str, where: str
     head, found_begin, rest = text.partition(begin)
     old, found_end, tail = rest.partition(end)
     if not found_begin or not found_end or begin in tail or end in tail or begin in old:
-        raise ValueError(f"{where}: needs the line {begin} and behind it the line {end}, once each; it lacks the lines, or has more of them")
+        raise ValueError(
+            f"{where}: needs the line {begin} and behind it the line {end}, once each; it lacks the lines, or has more of them"
+        )
     return f"{head}{begin}\n{section}{end}{tail}"

@@ -24,9 +24,21 @@ from rpt_lightning.evaluation.breakdown import (
     sampling_table,
 )  # fmt: skip
 from rpt_lightning.evaluation.field_tables import field_tables
-from rpt_lightning.evaluation.policies import check_new_output, check_policies, evaluation_trainer, policy_names, policy_source
+from rpt_lightning.evaluation.policies import (
+    check_new_output,
+    check_policies,
+    evaluation_trainer,
+    policy_names,
+    policy_source,
+)
 from rpt_lightning.evaluation.run import read_run
-from rpt_lightning.evaluation.table import INTERVAL_NOTE, Stage, comparison_lines, difficulty_table, stage_table
+from rpt_lightning.evaluation.table import (
+    INTERVAL_NOTE,
+    Stage,
+    comparison_lines,
+    difficulty_table,
+    stage_table,
+)
 from rpt_lightning.metrics.results import Results, read_results
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.rollout.engine import RolloutEngine
@@ -124,7 +136,8 @@ def next_token(
                 engine,
                 Objective(prompt, PrefixMatchReward()),
                 temperature=temperature,
-                max_prompt_tokens=max(len(task.context_ids) for task in data.eval_tasks()) + prompt.bind(module.tokenizer).num_overhead_tokens,
+                max_prompt_tokens=max(len(task.context_ids) for task in data.eval_tasks())
+                + prompt.bind(module.tokenizer).num_overhead_tokens,
                 max_completion_tokens=max_completion_tokens,
                 stop_after_first_box=stop_after_first_box,
                 seed=seed,
@@ -132,7 +145,9 @@ def next_token(
                 thought_controls=thought_controls,
             )
             callbacks = [rollout, *callbacks]
-        trainer = evaluation_trainer(output / name, callbacks, ckpt_path=ckpt_path, precision=precision, accelerator=accelerator)
+        trainer = evaluation_trainer(
+            output / name, callbacks, ckpt_path=ckpt_path, precision=precision, accelerator=accelerator
+        )
         trainer.validate(module, data, ckpt_path=ckpt_path, weights_only=True, verbose=False)
         stages.append(Stage(name=name, results=_last(output / name)))
     text = summary(stages)
@@ -161,9 +176,13 @@ def summary(stages: Sequence[Stage]) -> str:
 
 def _check(engine: RolloutEngine | None, prompt: PromptTemplate | None) -> None:
     if engine is not None and prompt is None:
-        raise ValueError("--prompt is not set: say how the policies are asked to reason, as they were in training, e.g. --prompt ContinuationPrompt")
+        raise ValueError(
+            "--prompt is not set: say how the policies are asked to reason, as they were in training, e.g. --prompt ContinuationPrompt"
+        )
     if engine is None and prompt is not None:
-        raise ValueError("--prompt asks for reasoning, and --engine is not set: give one, e.g. --engine VLLMEngine")
+        raise ValueError(
+            "--prompt asks for reasoning, and --engine is not set: give one, e.g. --engine VLLMEngine"
+        )
 
 
 def _check_against(earlier: Results, tasks: Sequence[TokenTask], against: Path) -> None:
@@ -177,7 +196,9 @@ def _check_against(earlier: Results, tasks: Sequence[TokenTask], against: Path) 
         )
     for task_id, truth in before.items():
         if truth != now[task_id]:
-            raise ValueError(f"--against {against}: position {task_id!r} had the truth {truth!r} there, and has {now[task_id]!r} here")
+            raise ValueError(
+                f"--against {against}: position {task_id!r} had the truth {truth!r} there, and has {now[task_id]!r} here"
+            )
 
 
 def _earlier(path: Path) -> Results:

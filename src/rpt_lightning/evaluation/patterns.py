@@ -13,7 +13,15 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     "reflection": ("wait", "initial answer", "original answer", "looking back", "thought process"),
     "breakdown": ("break down", "break this down"),
     "hypothesis": ("probably", "something like"),
-    "divergent": ("etc.", "or something", "either", "sometimes it refers", "otherwise", "exploring", "options"),
+    "divergent": (
+        "etc.",
+        "or something",
+        "either",
+        "sometimes it refers",
+        "otherwise",
+        "exploring",
+        "options",
+    ),
     "deduction": ("summarize", "conclusion", "conclude", "finally", "logically", "consequently"),
 }
 """The paper's keywords. A text may show several patterns, or none, so the shares do not add up to 1."""
@@ -54,7 +62,9 @@ def pattern_shares(texts: Iterable[str], *, tasks: Iterable[str] | None = None) 
     rates = {}
     for name in PATTERNS:
         numbers = [sum(name in patterns for patterns in group) for group in by_task.values()]
-        ends = clustered_interval([number / size for number, size in zip(numbers, sizes, strict=True)], samples_each=sizes)
+        ends = clustered_interval(
+            [number / size for number, size in zip(numbers, sizes, strict=True)], samples_each=sizes
+        )
         rates[name] = Rate(sum(numbers), len(shown), ends=ends)
     return rates
 
@@ -67,4 +77,6 @@ def relative_change(before: Rate, after: Rate) -> float | None:
     """
     if not before.successes or not after.count:
         return None
-    return (after.successes * before.count - before.successes * after.count) / (before.successes * after.count)
+    return (after.successes * before.count - before.successes * after.count) / (
+        before.successes * after.count
+    )

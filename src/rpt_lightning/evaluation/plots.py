@@ -35,7 +35,11 @@ def plot_summary(stages: Sequence[Stage], rewards: RewardCurve | None, path: Pat
 
 
 def _accuracy_bars(panel: Axes, stages: Sequence[Stage]) -> None:
-    bands = [name for name, threshold in BANDS.items() if any(above(stage.results.positions, threshold) for stage in stages)]
+    bands = [
+        name
+        for name, threshold in BANDS.items()
+        if any(above(stage.results.positions, threshold) for stage in stages)
+    ]
     width = 0.8 / (2 * len(stages))
     colours = [f"C{index}" for index in range(len(stages))]
     for index, stage in enumerate(stages):
@@ -47,20 +51,41 @@ def _accuracy_bars(panel: Axes, stages: Sequence[Stage]) -> None:
             centres = np.arange(len(bands)) - 0.4 + width * (2 * index + is_ntp + 0.5)
             means, errors = _percent(rates)
             label = f"{stage.name}, {'NTP' if is_ntp else 'reasoning'}"
-            style: dict[str, Any] = {"facecolor": "none", "hatch": "///"} if is_ntp else {"facecolor": colours[index]}
-            panel.bar(centres, means, width * 0.92, yerr=errors, capsize=2, label=label, edgecolor=colours[index], error_kw={"lw": 1}, **style)
+            style: dict[str, Any] = (
+                {"facecolor": "none", "hatch": "///"} if is_ntp else {"facecolor": colours[index]}
+            )
+            panel.bar(
+                centres,
+                means,
+                width * 0.92,
+                yerr=errors,
+                capsize=2,
+                label=label,
+                edgecolor=colours[index],
+                error_kw={"lw": 1},
+                **style,
+            )
     counts = [len(above(stages[-1].results.positions, BANDS[band])) for band in bands]
-    panel.set_xticks(range(len(bands)), [f"{band}\nentropy > {BANDS[band]}, n = {count}" for band, count in zip(bands, counts, strict=True)])
+    panel.set_xticks(
+        range(len(bands)),
+        [f"{band}\nentropy > {BANDS[band]}, n = {count}" for band, count in zip(bands, counts, strict=True)],
+    )
     panel.set_ylabel("held-out next-token accuracy, %")
-    panel.set_title("Accuracy with 95 % intervals, with and without reasoning at the same positions", fontsize=10)
+    panel.set_title(
+        "Accuracy with 95 % intervals, with and without reasoning at the same positions", fontsize=10
+    )
     panel.set_ylim(bottom=0)
-    panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(stages), frameon=False)
+    panel.legend(
+        fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(stages), frameon=False
+    )
 
 
 def _percent(rates: Sequence[Rate]) -> tuple[np.ndarray, np.ndarray]:
     """Means [bands] and distances to the interval's ends [2, bands], in percent; a stage without positions in a band shows nothing there."""
     means = np.array([100 * rate.mean if rate.count else np.nan for rate in rates])
-    ends = np.array([[100 * end for end in rate.interval] if rate.count else [np.nan, np.nan] for rate in rates])  # [bands, 2]
+    ends = np.array(
+        [[100 * end for end in rate.interval] if rate.count else [np.nan, np.nan] for rate in rates]
+    )  # [bands, 2]
     return means, np.abs(ends.T - means)
 
 

@@ -32,7 +32,9 @@ def check_policies(policies: Sequence[str]) -> None:
 def check_new_output(output: Path) -> None:
     """Raises ValueError where the folder holds something."""
     if output.exists() and any(output.iterdir()):
-        raise ValueError(f"--output {output}: holds an evaluation already. Name a new folder; earlier results can be given with --against")
+        raise ValueError(
+            f"--output {output}: holds an evaluation already. Name a new folder; earlier results can be given with --against"
+        )
 
 
 def policy_source(policy: str) -> tuple[str, str | None]:
@@ -46,7 +48,12 @@ def policy_source(policy: str) -> tuple[str, str | None]:
 
 
 def evaluation_trainer(
-    folder: Path, callbacks: list[Callback], *, ckpt_path: str | None, precision: Literal["32-true", "bf16-mixed"], accelerator: str
+    folder: Path,
+    callbacks: list[Callback],
+    *,
+    ckpt_path: str | None,
+    precision: Literal["32-true", "bf16-mixed"],
+    accelerator: str,
 ) -> Trainer:
     """A trainer that validates and leaves nothing in the folder but what the callbacks write."""
     return Trainer(

@@ -63,7 +63,11 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     run = Run(
         name=name or folder.name,
         steps=read_step_log(log) if log.is_file() else {},
-        validations={result.step: result for result in sorted(results, key=lambda result: result.step) if result.positions},
+        validations={
+            result.step: result
+            for result in sorted(results, key=lambda result: result.step)
+            if result.positions
+        },
         rollouts=sample_files(folder),
         answers={result.step: result for result in sorted(answers, key=lambda result: result.step)},
     )

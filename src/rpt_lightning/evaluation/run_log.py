@@ -29,7 +29,11 @@ def read_rewards(path: Path) -> RewardCurve:
     Raises:
         ValueError: as `read_step_log`, or no line holds a reward.
     """
-    means = {step: metrics["reward/mean"] for step, metrics in read_step_log(path).items() if "reward/mean" in metrics}
+    means = {
+        step: metrics["reward/mean"]
+        for step, metrics in read_step_log(path).items()
+        if "reward/mean" in metrics
+    }
     if not means:
         raise ValueError(f"{path}: no line holds 'reward/mean'. Is it the log of an RPT run?")
     return RewardCurve(steps=tuple(means), means=tuple(means.values()))

@@ -47,7 +47,10 @@ class ScalingFit:
 
     def predict(self, compute: Sequence[float] | Floats) -> Floats:
         """Accuracy at each compute (FLOPs)."""
-        curve: Floats = self.amplitude * (np.asarray(compute, dtype=np.float64) / self.max_compute) ** -self.alpha + self.limit
+        curve: Floats = (
+            self.amplitude * (np.asarray(compute, dtype=np.float64) / self.max_compute) ** -self.alpha
+            + self.limit
+        )
         return curve
 
 
@@ -93,7 +96,9 @@ def fit_scaling(compute: Sequence[float] | Floats, accuracy: Sequence[float] | F
             "Keep more with --checkpoint.keep_every_n_steps and validate each."
         )
     if flops.min() <= 0:
-        raise ValueError("A scaling fit needs training compute above 0: leave the start of the run (step 0) out.")
+        raise ValueError(
+            "A scaling fit needs training compute above 0: leave the start of the run (step 0) out."
+        )
     relative = flops / flops.max()
 
     # The residual may have several dips, so the search begins from the best of a grid.
@@ -101,7 +106,12 @@ def fit_scaling(compute: Sequence[float] | Floats, accuracy: Sequence[float] | F
     best = int(np.argmin(_line(relative, values, grid)[2]))
     bounds = (grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)])
     log_alpha = float(
-        minimize_scalar(lambda point: _line(relative, values, point)[2].item(), bounds=bounds, method="bounded", options={"xatol": 1e-6}).x
+        minimize_scalar(
+            lambda point: _line(relative, values, point)[2].item(),
+            bounds=bounds,
+            method="bounded",
+            options={"xatol": 1e-6},
+        ).x
     )
     amplitude, limit, residual = (part.item() for part in _line(relative, values, log_alpha))
     total = float(((values - values.mean()) ** 2).sum())
@@ -153,11 +163,21 @@ def _akaike(residual: float, num_points: int, num_parameters: int) -> float:
     if num_points <= num_parameters + 1:
         return math.inf
     log_likelihood = -num_points / 2 * math.log(max(residual, 1e-300) / num_points)
-    return -2 * log_likelihood + 2 * num_parameters + 2 * num_parameters * (num_parameters + 1) / (num_points - num_parameters - 1)
+    return (
+        -2 * log_likelihood
+        + 2 * num_parameters
+        + 2 * num_parameters * (num_parameters + 1) / (num_points - num_parameters - 1)
+    )
 
 
 def bootstrap_scaling(
-    compute: Sequence[float], correct: NDArray[np.bool_], units: Sequence[str], *, num_resamples: int = 1000, level: float = 0.95, seed: int = 0
+    compute: Sequence[float],
+    correct: NDArray[np.bool_],
+    units: Sequence[str],
+    *,
+    num_resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> ScalingInterval:
     """How far the fit moves with other documents: whole ``units`` [N] are resampled, the same ones at every checkpoint.
 
@@ -170,12 +190,18 @@ def bootstrap_scaling(
         seed: Of the resamples.
     """
     _, unit_of_position = np.unique(np.asarray(units), return_inverse=True)  # [N]
-    sums = np.stack([np.bincount(unit_of_position, weights=row) for row in correct.astype(np.float64)])  # [C, U]
+    sums = np.stack(
+        [np.bincount(unit_of_position, weights=row) for row in correct.astype(np.float64)]
+    )  # [C, U]
     sizes = np.bincount(unit_of_position)  # [U]
-    counts = np.random.default_rng(seed).multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=num_resamples)  # [R, U]
+    counts = np.random.default_rng(seed).multinomial(
+        len(sizes), np.full(len(sizes), 1 / len(sizes)), size=num_resamples
+    )  # [R, U]
     fits = [fit_scaling(compute, (sums @ row) / (sizes @ row)) for row in counts]
     ends = [(1 - level) / 2, (1 + level) / 2]
-    amplitude, alpha, limit = (np.quantile([getattr(fit, name) for fit in fits], ends) for name in ("amplitude", "alpha", "limit"))
+    amplitude, alpha, limit = (
+        np.quantile([getattr(fit, name) for fit in fits], ends) for name in ("amplitude", "alpha", "limit")
+    )
     low, high = np.quantile([fit.predict(compute) for fit in fits], ends, axis=0)
     return ScalingInterval(
         amplitude=(float(amplitude[0]), float(amplitude[1])),

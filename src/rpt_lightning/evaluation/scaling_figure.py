@@ -11,7 +11,14 @@ import numpy as np
 
 from rpt_lightning.evaluation.cost import FLOPS, total
 from rpt_lightning.evaluation.run import Run, read_runs
-from rpt_lightning.evaluation.scaling import MIN_POINTS, ScalingFit, ScalingInterval, bootstrap_scaling, compare_laws, fit_scaling
+from rpt_lightning.evaluation.scaling import (
+    MIN_POINTS,
+    ScalingFit,
+    ScalingInterval,
+    bootstrap_scaling,
+    compare_laws,
+    fit_scaling,
+)
 from rpt_lightning.evaluation.table import Rate, above, markdown_row
 from rpt_lightning.metrics.bands import BANDS
 from rpt_lightning.metrics.results import PositionResult, pair_results
@@ -59,7 +66,9 @@ class ScalingCurve:
 
     def rivals_text(self) -> str:
         """Which law describes the checkpoints best, and by how much."""
-        best, *others = sorted(compare_laws(self.compute, [rate.mean for rate in self.rates]).items(), key=lambda law: law[1])
+        best, *others = sorted(
+            compare_laws(self.compute, [rate.mean for rate in self.rates]).items(), key=lambda law: law[1]
+        )
         behind = ", ".join(f"{name} +{value - best[1]:.1f}" for name, value in others)
         return f"{self.band}: the {best[0]} law describes the checkpoints best; Akaike's criterion of the others: {behind} (below 2 is no difference)"
 
@@ -94,20 +103,30 @@ def scaling_curves(run: Run) -> list[ScalingCurve]:
         )
     compute = [total(run, FLOPS, last_step=results.step) for results in validations]
     if None in compute:
-        raise ValueError(f"{run.name}: its steps do not say what they cost ({FLOPS} in steps.jsonl). Was it trained by an earlier version?")
+        raise ValueError(
+            f"{run.name}: its steps do not say what they cost ({FLOPS} in steps.jsonl). Was it trained by an earlier version?"
+        )
     flops = [value for value in compute if value is not None]
-    rows = [[other for _, other in pair_results(validations[0], results)] for results in validations]  # [C][N], positions in one order
+    rows = [
+        [other for _, other in pair_results(validations[0], results)] for results in validations
+    ]  # [C][N], positions in one order
     curves = []
     for bands, inside in _bands(rows):
         curves.append(_curve(run.name, bands, [results.step for results in validations], flops, inside))
     if not curves:
-        raise ValueError(f"{run.name}: no validated position has an entropy above {min(BANDS.values())}, so there is nothing to fit")
+        raise ValueError(
+            f"{run.name}: no validated position has an entropy above {min(BANDS.values())}, so there is nothing to fit"
+        )
     return curves
 
 
-def _bands(rows: Sequence[Sequence[PositionResult]]) -> list[tuple[list[str], list[Sequence[PositionResult]]]]:
+def _bands(
+    rows: Sequence[Sequence[PositionResult]],
+) -> list[tuple[list[str], list[Sequence[PositionResult]]]]:
     """The paper's difficulties with their positions at each checkpoint; those that hold the same positions are one, under all their names."""
-    found: dict[int, tuple[list[str], list[Sequence[PositionResult]]]] = {}  # by number of positions: a harder band is a part of an easier one
+    found: dict[
+        int, tuple[list[str], list[Sequence[PositionResult]]]
+    ] = {}  # by number of positions: a harder band is a part of an easier one
     for band, threshold in BANDS.items():
         inside: list[Sequence[PositionResult]] = [above(row, threshold) for row in rows]
         if inside[0]:
@@ -115,9 +134,17 @@ def _bands(rows: Sequence[Sequence[PositionResult]]) -> list[tuple[list[str], li
     return list(found.values())
 
 
-def _curve(name: str, bands: Sequence[str], steps: Sequence[int], flops: Sequence[float], rows: Sequence[Sequence[PositionResult]]) -> ScalingCurve:
+def _curve(
+    name: str,
+    bands: Sequence[str],
+    steps: Sequence[int],
+    flops: Sequence[float],
+    rows: Sequence[Sequence[PositionResult]],
+) -> ScalingCurve:
     if any(p.reasoning_correct is None for row in rows for p in row):
-        raise ValueError(f"{name}: a validation without reasoning accuracy cannot be on its scaling curve; validate with a config that has an engine")
+        raise ValueError(
+            f"{name}: a validation without reasoning accuracy cannot be on its scaling curve; validate with a config that has an engine"
+        )
     correct = np.array([[bool(p.reasoning_correct) for p in row] for row in rows])  # [C, N]
     return ScalingCurve(
         band=", ".join(bands),
@@ -133,10 +160,15 @@ def _curve(name: str, bands: Sequence[str], steps: Sequence[int], flops: Sequenc
 
 def scaling_text(run: Run, curves: Sequence[ScalingCurve]) -> str:
     """The points and the fits, in Markdown."""
-    rows = [markdown_row(f"{run.name}: step, FLOPs", [curve.band for curve in curves]), markdown_row("---", ["---"] * len(curves))]
+    rows = [
+        markdown_row(f"{run.name}: step, FLOPs", [curve.band for curve in curves]),
+        markdown_row("---", ["---"] * len(curves)),
+    ]
     for index, (step, flops) in enumerate(zip(curves[0].steps, curves[0].compute, strict=True)):
         rows.append(markdown_row(f"{step}, {flops:.3g}: reasoning", [curve.rates[index] for curve in curves]))
-        rows.append(markdown_row(f"{step}: NTP, same positions", [curve.ntp_rates[index] for curve in curves]))
+        rows.append(
+            markdown_row(f"{step}: NTP, same positions", [curve.ntp_rates[index] for curve in curves])
+        )
     fits = [f"- {text}" for curve in curves for text in (curve.text(), curve.rivals_text())]
     num_documents = curves[0].interval.num_units
     note = f"P(C) = A / C^alpha + P*, least squares; 95 % intervals by {_NUM_RESAMPLES} resamples of {num_documents} documents."
@@ -161,10 +193,26 @@ def _panel(panel: Axes, name: str, curves: Sequence[ScalingCurve]) -> None:
         for rates, fill in ((curve.rates, colour), (curve.ntp_rates, "none")):
             means = np.array([100 * rate.mean for rate in rates])
             ends = np.array([[100 * end for end in rate.interval] for rate in rates])  # [C, 2]
-            panel.errorbar(curve.compute, means, yerr=np.abs(ends.T - means), fmt="o", color=colour, mfc=fill, capsize=2, lw=1)
+            panel.errorbar(
+                curve.compute,
+                means,
+                yerr=np.abs(ends.T - means),
+                fmt="o",
+                color=colour,
+                mfc=fill,
+                capsize=2,
+                lw=1,
+            )
         compute, accuracy = curve.points()
         panel.plot(compute, 100 * np.array(accuracy), color=colour, label=curve.text())
-        panel.fill_between(curve.compute, 100 * curve.interval.curve_low, 100 * curve.interval.curve_high, color=colour, alpha=0.15, lw=0)
+        panel.fill_between(
+            curve.compute,
+            100 * curve.interval.curve_low,
+            100 * curve.interval.curve_high,
+            color=colour,
+            alpha=0.15,
+            lw=0,
+        )
     panel.set_xscale("log")
     panel.set_xlabel("model FLOPs of training, rollouts included")
     panel.set_ylabel("held-out next-token accuracy, %\nby reasoning (full, with the law) and by NTP (hollow)")

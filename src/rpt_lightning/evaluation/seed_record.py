@@ -18,10 +18,23 @@ from rpt_lightning.metrics.results import PositionResult, Results, pair_results
 from rpt_lightning.metrics.token_kind import TokenKind
 
 FORMAT = 1
-OUTCOMES = ("reasoning_correct", "ntp_correct", "empty_thought_correct", "shuffled_thought_correct", "boxed", "truncated")
+OUTCOMES = (
+    "reasoning_correct",
+    "ntp_correct",
+    "empty_thought_correct",
+    "shuffled_thought_correct",
+    "boxed",
+    "truncated",
+)
 _CODES: dict[bool | None, str] = {True: "1", False: "0", None: "-"}
 _OUTCOME_OF = {code: outcome for outcome, code in _CODES.items()}
-_KIND_CODES: dict[TokenKind | None, str] = {"word": "w", "number": "n", "symbol": "y", "space": "s", None: "?"}
+_KIND_CODES: dict[TokenKind | None, str] = {
+    "word": "w",
+    "number": "n",
+    "symbol": "y",
+    "space": "s",
+    None: "?",
+}
 
 PolicyName = Literal["start", "cold start", "RPT", "continual NTP"]
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
@@ -59,7 +72,9 @@ class SeedRecord:
         before = [0.0, *(one.flops for one in checkpoints)]
         return Run(
             name=f"seed {self.seed}",
-            steps={one.step: {FLOPS: one.flops - spent} for one, spent in zip(checkpoints, before, strict=False)},
+            steps={
+                one.step: {FLOPS: one.flops - spent} for one, spent in zip(checkpoints, before, strict=False)
+            },
             validations={one.step: one.results for one in checkpoints},
             rollouts={},
         )
@@ -68,7 +83,13 @@ class SeedRecord:
 def measured(policy: PolicyName, results: Results, *, step: int, flops: float) -> Measured:
     """From what a validation left."""
     lengths = [position.length for position in results.positions if position.length is not None]
-    return Measured(policy=policy, step=step, flops=flops, results=results, mean_length=round(fmean(lengths), 2) if lengths else None)
+    return Measured(
+        policy=policy,
+        step=step,
+        flops=flops,
+        results=results,
+        mean_length=round(fmean(lengths), 2) if lengths else None,
+    )
 
 
 def write_record(record: SeedRecord, path: Path) -> None:
@@ -91,7 +112,10 @@ def write_record(record: SeedRecord, path: Path) -> None:
         "entropy": [float(f"{p.entropy:.9g}") for p in first.positions],
         "answerable": _encode([p.answerable for p in first.positions]),
         "kind": "".join(_KIND_CODES[p.token_kind] for p in first.positions),
-        "policies": [_policy_parts(one, [other for _, other in pair_results(first, one.results)]) for one in record.measured],
+        "policies": [
+            _policy_parts(one, [other for _, other in pair_results(first, one.results)])
+            for one in record.measured
+        ],
     }
     lines = [f"{json.dumps(name)}: {_dump(value)}" for name, value in parts.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,9 +153,13 @@ def read_record(path: Path) -> SeedRecord:
                 strict=True,
             )
         ]
-        return SeedRecord(seed=seed, about=parts, measured=tuple(_policy_of(one, positions) for one in policies))
+        return SeedRecord(
+            seed=seed, about=parts, measured=tuple(_policy_of(one, positions) for one in policies)
+        )
     except (json.JSONDecodeError, KeyError, TypeError, IndexError, ValueError) as error:
-        raise ValueError(f"{path}: not the record of a seed ({error}). scripts/reproduction.py writes them.") from error
+        raise ValueError(
+            f"{path}: not the record of a seed ({error}). scripts/reproduction.py writes them."
+        ) from error
 
 
 def _policy_parts(one: Measured, positions: list[PositionResult]) -> dict[str, Any]:
@@ -141,7 +169,11 @@ def _policy_parts(one: Measured, positions: list[PositionResult]) -> dict[str, A
         "step": one.step,
         "flops": one.flops,
         "mean_length": one.mean_length,
-        **{name: _encode(values) for name, values in outcomes.items() if any(value is not None for value in values)},
+        **{
+            name: _encode(values)
+            for name, values in outcomes.items()
+            if any(value is not None for value in values)
+        },
         "ntp_logprob_millinats": [round(1000 * position.ntp_logprob) for position in positions],
     }
 
@@ -156,7 +188,10 @@ def _policy_of(parts: dict[str, Any], positions: list[dict[str, Any]]) -> Measur
         flops=parts["flops"],
         mean_length=parts["mean_length"],
         results=Results(
-            positions=tuple(PositionResult(**position, truth="", **dict(zip(columns, values, strict=True))) for position, *values in rows),
+            positions=tuple(
+                PositionResult(**position, truth="", **dict(zip(columns, values, strict=True)))
+                for position, *values in rows
+            ),
             policy_path=parts["policy"],
             step=parts["step"],
         ),
@@ -174,5 +209,9 @@ def _decode(codes: str) -> list[bool | None]:
 def _dump(value: object) -> str:
     """Records of a list on a line each; lists of numbers on one."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        return "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in value) + "\n]"
+        return (
+            "[\n"
+            + ",\n".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in value)
+            + "\n]"
+        )
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

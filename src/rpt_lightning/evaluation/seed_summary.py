@@ -37,7 +37,9 @@ class Outcome:
         outcomes = [p.reasoning_correct if self.by_reasoning else p.ntp_correct for p in positions]
         measured = [outcome for outcome in outcomes if outcome is not None]
         if len(measured) < len(outcomes):
-            raise ValueError(f"seed {record.seed}: {self.name} was not measured at {len(outcomes) - len(measured)} of {len(outcomes)} positions")
+            raise ValueError(
+                f"seed {record.seed}: {self.name} was not measured at {len(outcomes) - len(measured)} of {len(outcomes)} positions"
+            )
         return measured
 
 
@@ -46,7 +48,11 @@ AFTER = Outcome(name="reasoning after RPT", policy="RPT", by_reasoning=True)
 NTP_START = Outcome(name="NTP of the untrained model", policy="start", by_reasoning=False)
 NTP_BEFORE = Outcome(name="NTP before RPT", policy="cold start", by_reasoning=False)
 NTP_AFTER = Outcome(name="NTP after RPT", policy="RPT", by_reasoning=False)
-NTP_CONTINUAL = Outcome(name="NTP after continual NTP from the cold start, at RPT's FLOPs", policy="continual NTP", by_reasoning=False)
+NTP_CONTINUAL = Outcome(
+    name="NTP after continual NTP from the cold start, at RPT's FLOPs",
+    policy="continual NTP",
+    by_reasoning=False,
+)
 OUTCOMES = (BEFORE, AFTER, NTP_START, NTP_BEFORE, NTP_AFTER, NTP_CONTINUAL)
 # Each is set against reasoning after RPT.
 REFERENCES = (BEFORE, NTP_AFTER, NTP_BEFORE, NTP_START, NTP_CONTINUAL)
@@ -67,7 +73,12 @@ def seed_summary(records: Sequence[SeedRecord]) -> str:
     num_documents = len({position.doc_id for position in positions})
     intro = f"{_number(len(records), 'seed')}, {len(positions):,} held-out positions of {num_documents} documents, the same for every seed."
     scaling = [_scaling(record) for record in records]
-    return "\n\n".join([intro, *(band_table(records, band) for band in BANDS), NOTE, cost_table(records), *scaling]) + "\n"
+    return (
+        "\n\n".join(
+            [intro, *(band_table(records, band) for band in BANDS), NOTE, cost_table(records), *scaling]
+        )
+        + "\n"
+    )
 
 
 NOTE = (
@@ -86,43 +97,79 @@ def band_table(records: Sequence[SeedRecord], band: str) -> str:
     title = f"{band}: entropy > {threshold}, {_number(len(units), 'position')} of {_number(len(set(units)), 'document')}"
     columns = [f"seed {record.seed}" for record in records]
     over_seeds = ["over seeds"] if len(records) > 1 else []
-    rows = [markdown_row(title, [*columns, *over_seeds]), markdown_row("---", ["---"] * len([*columns, *over_seeds]))]
+    rows = [
+        markdown_row(title, [*columns, *over_seeds]),
+        markdown_row("---", ["---"] * len([*columns, *over_seeds])),
+    ]
     if not units:
         return "\n".join(rows)
     for outcome in OUTCOMES:
         answers = [outcome.of(record, threshold) for record in records]
-        spread = "one measurement" if all(one == answers[0] for one in answers) else _spread([fmean(one) for one in answers])
-        rows.append(markdown_row(outcome.name, [*(_rate(one, units) for one in answers), *([spread] if over_seeds else [])]))
+        spread = (
+            "one measurement"
+            if all(one == answers[0] for one in answers)
+            else _spread([fmean(one) for one in answers])
+        )
+        rows.append(
+            markdown_row(
+                outcome.name, [*(_rate(one, units) for one in answers), *([spread] if over_seeds else [])]
+            )
+        )
     for reference in REFERENCES:
         pairs = [(reference.of(record, threshold), AFTER.of(record, threshold)) for record in records]
-        means = [[fmean(values) for values in zip(*side, strict=True)] for side in zip(*pairs, strict=True)]  # [2, positions], over seeds
+        means = [
+            [fmean(values) for values in zip(*side, strict=True)] for side in zip(*pairs, strict=True)
+        ]  # [2, positions], over seeds
         gains = [paired_bootstrap(first, second, units=units) for first, second in pairs]
         cells = [f"{_points(gain)} {interval_text(gain.low, gain.high)}" for gain in gains]
         if over_seeds:
             mean = paired_bootstrap(means[0], means[1], units=units)
             runs = interval_over_runs([gain.difference for gain in gains])
-            cells.append(f"{_points(mean)}; documents {interval_text(mean.low, mean.high)}; runs {interval_text(*runs)}")
+            cells.append(
+                f"{_points(mean)}; documents {interval_text(mean.low, mean.high)}; runs {interval_text(*runs)}"
+            )
         rows.append(markdown_row(f"reasoning after RPT - {reference.name}", cells))
     return "\n".join(rows)
 
 
 def cost_table(records: Sequence[SeedRecord]) -> str:
     """What RPT and the baseline cost, and how long the seed took."""
-    rows = [markdown_row("loss, cost and length", [f"seed {record.seed}" for record in records]), markdown_row("---", ["---"] * len(records))]
+    rows = [
+        markdown_row("loss, cost and length", [f"seed {record.seed}" for record in records]),
+        markdown_row("---", ["---"] * len(records)),
+    ]
     rpt, ntp = ([record.last(policy) for record in records] for policy in ("RPT", "continual NTP"))
-    losses = [[-fmean(p.ntp_logprob for p in record.last(policy).results.positions) for policy in POLICIES] for record in records]
+    losses = [
+        [-fmean(p.ntp_logprob for p in record.last(policy).results.positions) for policy in POLICIES]
+        for record in records
+    ]
     rows += [
-        markdown_row(f"NTP loss (nats): {', '.join(POLICIES)}", [", ".join(f"{loss:.3f}" for loss in row) for row in losses]),
-        markdown_row("cold start, before both: model FLOPs", [f"{record.about['cold_start_flops']:.3g}" for record in records]),
+        markdown_row(
+            f"NTP loss (nats): {', '.join(POLICIES)}",
+            [", ".join(f"{loss:.3f}" for loss in row) for row in losses],
+        ),
+        markdown_row(
+            "cold start, before both: model FLOPs",
+            [f"{record.about['cold_start_flops']:.3g}" for record in records],
+        ),
         markdown_row("RPT: steps", [one.step for one in rpt]),
         markdown_row("RPT: model FLOPs, rollouts included", [f"{one.flops:.3g}" for one in rpt]),
         markdown_row("continual NTP: steps", [one.step for one in ntp]),
         markdown_row("continual NTP: model FLOPs", [f"{one.flops:.3g}" for one in ntp]),
-        markdown_row("continual NTP: passes over the training text", [f"{record.about['ntp_passes']:.1f}" for record in records]),
-        markdown_row("learning rate: RPT, continual NTP", [", ".join(f"{rate:g}" for rate in record.about["learning_rates"]) for record in records]),
+        markdown_row(
+            "continual NTP: passes over the training text",
+            [f"{record.about['ntp_passes']:.1f}" for record in records],
+        ),
+        markdown_row(
+            "learning rate: RPT, continual NTP",
+            [", ".join(f"{rate:g}" for rate in record.about["learning_rates"]) for record in records],
+        ),
         markdown_row("mean length of a completion after RPT (tokens)", [one.mean_length for one in rpt]),
         markdown_row("minutes of this seed alone", [_minutes(record) for record in records]),
-        markdown_row("precision; machine", [f"{record.about['precision']}; {record.about['machine']}" for record in records]),
+        markdown_row(
+            "precision; machine",
+            [f"{record.about['precision']}; {record.about['machine']}" for record in records],
+        ),
         markdown_row("commits of the stages", [_commits(record) for record in records]),
     ]
     return "\n".join(rows)
@@ -145,7 +192,9 @@ def _check_positions(records: Sequence[SeedRecord]) -> None:
     first, *others = ([(p.task_id, p.entropy) for p in _positions(record)] for record in records)
     for record, other in zip(records[1:], others, strict=True):
         if other != first:
-            raise ValueError(f"seeds {records[0].seed} and {record.seed} were measured at different positions, so they are not of one experiment")
+            raise ValueError(
+                f"seeds {records[0].seed} and {record.seed} were measured at different positions, so they are not of one experiment"
+            )
 
 
 def _check_origin(records: Sequence[SeedRecord]) -> None:
@@ -172,7 +221,12 @@ def _minutes(record: SeedRecord) -> str:
 
 def _commits(record: SeedRecord) -> str:
     """Of the programs that ran the stages, not of the one that wrote the record."""
-    return ", ".join(dict.fromkeys(str(stage["commit"] or "unknown") for stage in (*record.about["shared_stages"], *record.about["stages"])))
+    return ", ".join(
+        dict.fromkeys(
+            str(stage["commit"] or "unknown")
+            for stage in (*record.about["shared_stages"], *record.about["stages"])
+        )
+    )
 
 
 def _rate(outcomes: Sequence[bool], units: Sequence[str]) -> Rate:
@@ -180,7 +234,9 @@ def _rate(outcomes: Sequence[bool], units: Sequence[str]) -> Rate:
     of_unit: dict[str, list[bool]] = {}
     for outcome, unit in zip(outcomes, units, strict=True):
         of_unit.setdefault(unit, []).append(outcome)
-    ends = clustered_interval([fmean(own) for own in of_unit.values()], samples_each=[len(own) for own in of_unit.values()])
+    ends = clustered_interval(
+        [fmean(own) for own in of_unit.values()], samples_each=[len(own) for own in of_unit.values()]
+    )
     return Rate(sum(outcomes), len(outcomes), ends)
 
 

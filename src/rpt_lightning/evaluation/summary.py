@@ -7,7 +7,13 @@ from pathlib import Path
 
 from rpt_lightning.evaluation.plots import plot_summary
 from rpt_lightning.evaluation.run_log import RewardCurve, read_rewards
-from rpt_lightning.evaluation.table import INTERVAL_NOTE, Stage, comparison_lines, difficulty_table, stage_table
+from rpt_lightning.evaluation.table import (
+    INTERVAL_NOTE,
+    Stage,
+    comparison_lines,
+    difficulty_table,
+    stage_table,
+)
 
 _NUM_REWARD_STEPS = 10
 
@@ -21,7 +27,12 @@ def summarise(stages: Sequence[Stage], run_log: Path | None, output: Path) -> st
         ValueError: stages of different positions, or a run log without rewards.
     """
     rewards = read_rewards(run_log) if run_log else None
-    parts = [stage_table(stages), difficulty_table(stages), INTERVAL_NOTE, "\n".join([*comparison_lines(stages), *_reward_lines(rewards)])]
+    parts = [
+        stage_table(stages),
+        difficulty_table(stages),
+        INTERVAL_NOTE,
+        "\n".join([*comparison_lines(stages), *_reward_lines(rewards)]),
+    ]
     markdown = "\n\n".join(parts) + "\n"
     output.mkdir(parents=True, exist_ok=True)
     (output / "summary.md").write_text(markdown, encoding="utf-8")

@@ -82,16 +82,45 @@ def stage_table(stages: Sequence[Stage]) -> str:
     """One column a stage, one row a measure; the rows that a stage did not measure say so."""
     all_positions = [stage.results.positions for stage in stages]
     rows = [
-        markdown_row("reasoning accuracy", [Rate.of([p.reasoning_correct for p in positions]) for positions in all_positions]),
-        markdown_row("NTP accuracy, same positions", [Rate.of([p.ntp_correct for p in positions]) for positions in all_positions]),
-        markdown_row("NTP loss (nats)", [mean_text([-p.ntp_logprob for p in positions], ".3f") for positions in all_positions]),
-        markdown_row("with an empty thought", [_control([p.empty_thought_correct for p in positions]) for positions in all_positions]),
-        markdown_row("with a shuffled thought", [_control([p.shuffled_thought_correct for p in positions]) for positions in all_positions]),
-        markdown_row("with filler of equal length", [_control([p.filler_thought_correct for p in positions]) for positions in all_positions]),
-        markdown_row("completions with a box", [Rate.of([p.boxed for p in positions]) for positions in all_positions]),
-        markdown_row("truncated completions", [Rate.of([p.truncated for p in positions]) for positions in all_positions]),
-        markdown_row("mean length (tokens)", [mean_text([p.length for p in positions], ".1f") for positions in all_positions]),
-        markdown_row("ceiling (answerable positions)", [Rate.of([p.answerable for p in positions]) for positions in all_positions]),
+        markdown_row(
+            "reasoning accuracy",
+            [Rate.of([p.reasoning_correct for p in positions]) for positions in all_positions],
+        ),
+        markdown_row(
+            "NTP accuracy, same positions",
+            [Rate.of([p.ntp_correct for p in positions]) for positions in all_positions],
+        ),
+        markdown_row(
+            "NTP loss (nats)",
+            [mean_text([-p.ntp_logprob for p in positions], ".3f") for positions in all_positions],
+        ),
+        markdown_row(
+            "with an empty thought",
+            [_control([p.empty_thought_correct for p in positions]) for positions in all_positions],
+        ),
+        markdown_row(
+            "with a shuffled thought",
+            [_control([p.shuffled_thought_correct for p in positions]) for positions in all_positions],
+        ),
+        markdown_row(
+            "with filler of equal length",
+            [_control([p.filler_thought_correct for p in positions]) for positions in all_positions],
+        ),
+        markdown_row(
+            "completions with a box", [Rate.of([p.boxed for p in positions]) for positions in all_positions]
+        ),
+        markdown_row(
+            "truncated completions",
+            [Rate.of([p.truncated for p in positions]) for positions in all_positions],
+        ),
+        markdown_row(
+            "mean length (tokens)",
+            [mean_text([p.length for p in positions], ".1f") for positions in all_positions],
+        ),
+        markdown_row(
+            "ceiling (answerable positions)",
+            [Rate.of([p.answerable for p in positions]) for positions in all_positions],
+        ),
     ]
     return markdown_table("held-out positions", [stage.name for stage in stages], rows)
 
@@ -100,15 +129,23 @@ def difficulty_table(stages: Sequence[Stage]) -> str:
     """Reasoning and NTP accuracy at easy / medium / hard positions, and how many there are and can be answered: three rows a band."""
     rows = []
     for name, threshold in BANDS.items():
-        rows += accuracy_rows(name, f"entropy > {threshold}", [above(stage.results.positions, threshold) for stage in stages])
+        rows += accuracy_rows(
+            name, f"entropy > {threshold}", [above(stage.results.positions, threshold) for stage in stages]
+        )
     return markdown_table("by difficulty", [stage.name for stage in stages], rows)
 
 
 def accuracy_rows(name: str, meaning: str, selections: Sequence[Sequence[PositionResult]]) -> list[str]:
     """Reasoning, NTP and count of the positions that were selected from each stage."""
     return [
-        markdown_row(f"{name} ({meaning}): reasoning", [Rate.of([p.reasoning_correct for p in positions]) for positions in selections]),
-        markdown_row(f"{name}: NTP, same positions", [Rate.of([p.ntp_correct for p in positions]) for positions in selections]),
+        markdown_row(
+            f"{name} ({meaning}): reasoning",
+            [Rate.of([p.reasoning_correct for p in positions]) for positions in selections],
+        ),
+        markdown_row(
+            f"{name}: NTP, same positions",
+            [Rate.of([p.ntp_correct for p in positions]) for positions in selections],
+        ),
         markdown_row(f"{name}: positions", [_count(positions) for positions in selections]),
     ]
 
@@ -120,7 +157,10 @@ def comparison_lines(stages: Sequence[Stage]) -> list[str]:
         return []
     positions = last.results.positions
     lines = [
-        comparison_line(f"reasoning {last.name} - reasoning {earlier.name}", compare_policies(earlier.results, last.results))
+        comparison_line(
+            f"reasoning {last.name} - reasoning {earlier.name}",
+            compare_policies(earlier.results, last.results),
+        )
         for earlier in reversed(stages[:-1])
         if earlier.has_reasoning
     ]
@@ -128,10 +168,19 @@ def comparison_lines(stages: Sequence[Stage]) -> list[str]:
         ("NTP", [p.ntp_correct for p in positions]),
         ("an empty thought", [p.empty_thought_correct for p in positions]),
     ):
-        pairs = [(outcome, bool(p.reasoning_correct), p.doc_id) for outcome, p in zip(outcomes, positions, strict=True) if outcome is not None]
+        pairs = [
+            (outcome, bool(p.reasoning_correct), p.doc_id)
+            for outcome, p in zip(outcomes, positions, strict=True)
+            if outcome is not None
+        ]
         if pairs:
             without, reasoning, units = zip(*pairs, strict=True)
-            lines.append(comparison_line(f"reasoning {last.name} - {name} of the same weights", paired_bootstrap(without, reasoning, units=units)))
+            lines.append(
+                comparison_line(
+                    f"reasoning {last.name} - {name} of the same weights",
+                    paired_bootstrap(without, reasoning, units=units),
+                )
+            )
     return lines
 
 
@@ -156,7 +205,11 @@ def interval_text(low: float, high: float) -> str:
 def _control(outcomes: Sequence[bool | None]) -> str:
     """A thought control, with the number of positions where it could be measured if that is not all."""
     rate = Rate.of(outcomes)
-    return f"{rate} (measured at {rate.count} of {len(outcomes)})" if 0 < rate.count < len(outcomes) else str(rate)
+    return (
+        f"{rate} (measured at {rate.count} of {len(outcomes)})"
+        if 0 < rate.count < len(outcomes)
+        else str(rate)
+    )
 
 
 def _count(positions: Sequence[PositionResult]) -> str:

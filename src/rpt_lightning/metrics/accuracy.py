@@ -36,7 +36,9 @@ class NextTokenAccuracy(Metric):
         in_band = entropy.double()[:, None] > thresholds  # [N, 1 + bands]
         self.num_positions += in_band.sum(dim=0).to(self.num_positions.device)
         self.num_correct += (in_band & correct.bool()[:, None]).sum(dim=0).to(self.num_correct.device)
-        self.num_answerable += (in_band & answerable.bool()[:, None]).sum(dim=0).to(self.num_answerable.device)
+        self.num_answerable += (
+            (in_band & answerable.bool()[:, None]).sum(dim=0).to(self.num_answerable.device)
+        )
 
     def compute(self) -> dict[str, float]:
         """For each of ``all``, ``easy``, ``medium``, ``hard``: ``<band>/accuracy``, its 95 % interval ``_low`` and ``_high``, counts and the ceiling.
@@ -46,7 +48,9 @@ class NextTokenAccuracy(Metric):
         """
         result: dict[str, float] = {}
         for i, band in enumerate(("all", *BANDS)):
-            n, correct, answerable = (int(state[i]) for state in (self.num_positions, self.num_correct, self.num_answerable))
+            n, correct, answerable = (
+                int(state[i]) for state in (self.num_positions, self.num_correct, self.num_answerable)
+            )
             low, high = wilson_interval(correct, n)
             result |= {
                 f"{band}/accuracy": correct / n if n else float("nan"),

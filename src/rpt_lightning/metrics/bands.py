@@ -8,5 +8,7 @@ from rpt_lightning.data.manifest import BANDS
 
 __all__ = ["BANDS", "DISJOINT_BANDS"]
 
-DISJOINT_BANDS: dict[str, tuple[float, float]] = dict(zip(BANDS, pairwise([*BANDS.values(), float("inf")]), strict=True))
+DISJOINT_BANDS: dict[str, tuple[float, float]] = dict(
+    zip(BANDS, pairwise([*BANDS.values(), float("inf")]), strict=True)
+)
 """Above the first entropy and up to the second, which belongs to the band: each position is in one band at most."""

@@ -75,16 +75,23 @@ def _text_labels(counts: Counter[FieldValue]) -> dict[FieldValue, str]:
         texts[_text(value)] += count
     shown = sorted(texts)
     if len(texts) > MAX_VALUES:
-        shown = [text for text, _ in sorted(texts.items(), key=lambda item: (-item[1], item[0]))[: MAX_VALUES - 1]]
+        shown = [
+            text for text, _ in sorted(texts.items(), key=lambda item: (-item[1], item[0]))[: MAX_VALUES - 1]
+        ]
     rest = OTHER if OTHER not in shown else f"all {OTHER}"
     label = {text: text if text in shown else rest for text in texts}
     order = {text: place for place, text in enumerate(shown)}
-    return {value: label[_text(value)] for value in sorted(counts, key=lambda value: (order.get(_text(value), len(order)), _text(value)))}
+    return {
+        value: label[_text(value)]
+        for value in sorted(counts, key=lambda value: (order.get(_text(value), len(order)), _text(value)))
+    }
 
 
 def _range_labels(values: Sequence[int | float]) -> dict[FieldValue, str]:
     """Of ascending ``values``, each as often as it occurs. Equal ones are in one range, so there may be fewer ranges."""
-    edges = sorted({values[(len(values) * part - 1) // NUM_BINS] for part in range(1, NUM_BINS)})  # a range ends with its edge
+    edges = sorted(
+        {values[(len(values) * part - 1) // NUM_BINS] for part in range(1, NUM_BINS)}
+    )  # a range ends with its edge
     ranges: dict[int, list[int | float]] = {}
     for value in dict.fromkeys(values):
         ranges.setdefault(bisect_left(edges, value), []).append(value)

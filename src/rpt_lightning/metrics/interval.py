@@ -24,7 +24,9 @@ def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float,
     return float(interval.low), float(interval.high)
 
 
-def clustered_interval(means: Sequence[float], *, samples_each: int | Sequence[int] = 1) -> tuple[float, float]:
+def clustered_interval(
+    means: Sequence[float], *, samples_each: int | Sequence[int] = 1
+) -> tuple[float, float]:
     """95 % interval of the mean over all answers, of which ``means`` [N] are the shares of right ones among the ``samples_each`` (one number, or [N]) to each
     question: Wilson's with the effective sample size p (1 - p) / Var(p), so that answers to one question do not count as independent (Korn and Graubard
     1998, Survey Methodology 24). Var(p) is that of a mean of N questions, weighted by their answers: with as many each, Var(means) / N.

@@ -73,7 +73,11 @@ class QuestionResults:
 def write_question_results(results: QuestionResults, path: Path) -> None:
     """Write ``path`` (one question a line) and, last, ``path`` with the suffix ``.json``, without which the lines are not trusted."""
     write_lines(map(asdict, results.questions), path)
-    about = {field.name: getattr(results, field.name) for field in fields(QuestionResults) if field.name != "questions"}
+    about = {
+        field.name: getattr(results, field.name)
+        for field in fields(QuestionResults)
+        if field.name != "questions"
+    }
     write_about(about | {"num_questions": len(results.questions)}, path)
 
 
@@ -84,7 +88,9 @@ def read_question_results(path: Path) -> QuestionResults:
         ValueError: a file is missing or broken, the JSON file has a field that is not known, questions have different numbers of completions, or there are
             fewer lines than the JSON file says (an evaluation that was interrupted).
     """
-    known = {field.name: field.default is MISSING for field in fields(QuestionResults) if field.name != "questions"}
+    known = {
+        field.name: field.default is MISSING for field in fields(QuestionResults) if field.name != "questions"
+    }
     needed = [name for name, is_needed in known.items() if is_needed]
     about = read_about(path, command="rpt evaluate benchmark", needed=[*needed, "num_questions"])
     check_types(about, QuestionResults, str(path.with_suffix(".json")))
@@ -100,11 +106,15 @@ def read_question_results(path: Path) -> QuestionResults:
             f"{path}: {len(questions)} questions, which is not what {path.with_suffix('.json').name} says. Run `rpt evaluate benchmark` again."
         )
     if len({len(question.verdicts) for question in questions}) > 1:
-        raise ValueError(f"{path}: not every question has as many completions as the others, so they have no common average.")
+        raise ValueError(
+            f"{path}: not every question has as many completions as the others, so they have no common average."
+        )
     return QuestionResults(questions=questions, **about)
 
 
-def pair_questions(first: QuestionResults, second: QuestionResults) -> list[tuple[QuestionResult, QuestionResult]]:
+def pair_questions(
+    first: QuestionResults, second: QuestionResults
+) -> list[tuple[QuestionResult, QuestionResult]]:
     """The same questions under two policies, in the order of ``first``.
 
     Raises:
@@ -120,7 +130,9 @@ def pair_questions(first: QuestionResults, second: QuestionResults) -> list[tupl
     pairs = [(question, by_id[question.question_id]) for question in first.questions]
     for one, other in pairs:
         if one.answer != other.answer:
-            raise ValueError(f"Question {one.question_id!r} has the answer {one.answer!r} in one result and {other.answer!r} in the other.")
+            raise ValueError(
+                f"Question {one.question_id!r} has the answer {one.answer!r} in one result and {other.answer!r} in the other."
+            )
     return pairs
 
 
@@ -131,6 +143,8 @@ def _parse_line(line: str, where: str) -> QuestionResult:
         result = QuestionResult(**row)
     except (json.JSONDecodeError, TypeError, AttributeError) as error:
         names = ", ".join(field.name for field in fields(QuestionResult))
-        raise ValueError(f"{where}: not an answered question ({error}). Expected one JSON object with {names}.") from error
+        raise ValueError(
+            f"{where}: not an answered question ({error}). Expected one JSON object with {names}."
+        ) from error
     check_types(row, QuestionResult, where)
     return result

@@ -24,7 +24,9 @@ def read_lines(path: Path, parse: Callable[[str, str], T]) -> list[T]:
         raise ValueError(f"{path}: not UTF-8 ({error}). Was it cut off while it was written?") from error
     # Not splitlines(): texts may hold other line separators, which JSON leaves as they are.
     lines = text.split("\n")
-    return [parse(line, f"{path} line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    return [
+        parse(line, f"{path} line {number}") for number, line in enumerate(lines, start=1) if line.strip()
+    ]
 
 
 def write_about(about: Mapping[str, Any], path: Path) -> None:
@@ -43,11 +45,15 @@ def read_about(path: Path, *, command: str, needed: Collection[str]) -> dict[str
     about = path.with_suffix(".json")
     for file in (path, about):
         if not file.is_file():
-            raise ValueError(f"{file}: no such file. `{command}` writes both {path.name} and {about.name}; run it again.")
+            raise ValueError(
+                f"{file}: no such file. `{command}` writes both {path.name} and {about.name}; run it again."
+            )
     try:
         content = json.loads(about.read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"{about}: not JSON ({error}). Was it cut off while it was written? Run `{command}` again.") from error
+        raise ValueError(
+            f"{about}: not JSON ({error}). Was it cut off while it was written? Run `{command}` again."
+        ) from error
     if not isinstance(content, dict) or not content.keys() >= set(needed):
         raise ValueError(f"{about}: not an object with {', '.join(needed)}. Run `{command}` again.")
     return content

@@ -16,7 +16,9 @@ def check_types(values: Mapping[str, Any], record: type, where: str) -> None:
     for name, value in values.items():
         if name in hints and not _fits(value, hints[name]):
             text = repr(value)
-            raise ValueError(f"{where}: {name} is {text if len(text) <= 60 else text[:60] + '...'}, where {_words(hints[name])} belongs.")
+            raise ValueError(
+                f"{where}: {name} is {text if len(text) <= 60 else text[:60] + '...'}, where {_words(hints[name])} belongs."
+            )
 
 
 @cache

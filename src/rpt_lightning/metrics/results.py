@@ -109,7 +109,9 @@ def read_results(path: Path) -> Results:
     try:
         model_size = None if size is None else ModelSize(**size)
     except TypeError as error:
-        raise ValueError(f"{path.with_suffix('.json')}: model_size {size!r} is not a model's ({error}). Run `rpt validate` again.") from error
+        raise ValueError(
+            f"{path.with_suffix('.json')}: model_size {size!r} is not a model's ({error}). Run `rpt validate` again."
+        ) from error
     return Results(
         positions=positions,
         policy_path=about["policy_path"],
@@ -129,7 +131,9 @@ def pair_results(first: Results, second: Results) -> list[tuple[PositionResult, 
     by_task = {position.task_id: position for position in second.positions}
     tasks = {position.task_id for position in first.positions}
     if len(tasks) != len(first.positions) or len(by_task) != len(second.positions):
-        raise ValueError(f"Results of {first.policy_path} or {second.policy_path}: a position occurs twice, so they cannot be paired.")
+        raise ValueError(
+            f"Results of {first.policy_path} or {second.policy_path}: a position occurs twice, so they cannot be paired."
+        )
     if unpaired := sorted(tasks ^ by_task.keys()):
         raise ValueError(
             f"Results of {first.policy_path} ({len(tasks)} positions) and {second.policy_path} ({len(by_task)}) are of different positions, "
@@ -138,7 +142,9 @@ def pair_results(first: Results, second: Results) -> list[tuple[PositionResult, 
     pairs = [(position, by_task[position.task_id]) for position in first.positions]
     for one, other in pairs:
         if one.truth != other.truth:
-            raise ValueError(f"Position {one.task_id!r} has the truth {one.truth!r} in one result and {other.truth!r} in the other.")
+            raise ValueError(
+                f"Position {one.task_id!r} has the truth {one.truth!r} in one result and {other.truth!r} in the other."
+            )
     return pairs
 
 
@@ -147,6 +153,8 @@ def _parse_line(line: str, where: str) -> PositionResult:
         result = PositionResult(**json.loads(line))
     except (json.JSONDecodeError, TypeError) as error:
         names = ", ".join(field.name for field in dataclasses.fields(PositionResult))
-        raise ValueError(f"{where}: not a position result ({error}). Expected one JSON object with {names}.") from error
+        raise ValueError(
+            f"{where}: not a position result ({error}). Expected one JSON object with {names}."
+        ) from error
     check_types(asdict(result), PositionResult, where)
     return result

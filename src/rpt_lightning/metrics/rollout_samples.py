@@ -86,7 +86,9 @@ def samples_of(group: RolloutGroup, *, context: str, token_bytes: TokenBytes) ->
             logprobs=tuple(round(logprob, 3) for logprob in completion.rollout_logprobs),
             entropy=round(group.task.entropy, 4) if isinstance(group.task, TokenTask) else None,
         )
-        for completion, prediction, reward in zip(group.completions, group.predictions, group.rewards, strict=True)
+        for completion, prediction, reward in zip(
+            group.completions, group.predictions, group.rewards, strict=True
+        )
     ]
 
 
@@ -109,10 +111,16 @@ def read_samples(path: Path) -> list[RolloutSample]:
 def _parse_line(line: str, where: str) -> RolloutSample:
     try:
         row = json.loads(line)
-        known: dict[str, Any] = {field.name: row[field.name] for field in fields(RolloutSample) if field.name in row or field.default is MISSING}
+        known: dict[str, Any] = {
+            field.name: row[field.name]
+            for field in fields(RolloutSample)
+            if field.name in row or field.default is MISSING
+        }
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         needed = ", ".join(field.name for field in fields(RolloutSample) if field.default is MISSING)
-        raise ValueError(f"{where}: not a rollout ({error!r}). Expected one JSON object with {needed}.") from error
+        raise ValueError(
+            f"{where}: not a rollout ({error!r}). Expected one JSON object with {needed}."
+        ) from error
     check_types(known, RolloutSample, where)
     known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
     return RolloutSample(**known)
@@ -129,5 +137,7 @@ def _thought(text: bytes) -> bytes:
 
 def sample_files(run_dir: Path) -> dict[int, Path]:
     """The files of a run by optimizer step, ascending."""
-    files = {int(path.stem.removeprefix("step-")): path for path in (run_dir / ROLLOUT_FOLDER).glob("step-*.jsonl")}
+    files = {
+        int(path.stem.removeprefix("step-")): path for path in (run_dir / ROLLOUT_FOLDER).glob("step-*.jsonl")
+    }
     return dict(sorted(files.items()))

@@ -39,10 +39,14 @@ def rollout_statistics(groups: Sequence[RolloutGroup], *, pilot_size: int | None
     num_wrong = sum(not any(reward for _, reward in group.trained) for group in groups)
     return {
         "reward/mean": fmean(reward for group in groups for reward in group.rewards[:pilot_size]),
-        "rollout/boxed_frac": fmean(prediction is not None for group in groups for prediction in group.predictions[:pilot_size]),
+        "rollout/boxed_frac": fmean(
+            prediction is not None for group in groups for prediction in group.predictions[:pilot_size]
+        ),
         "rollout/truncated_frac": fmean(completion.is_truncated for completion in completions),
         "rollout/length_mean": fmean(len(completion.token_ids) for completion in completions),
-        "rollout/length_max": float(max(len(completion.token_ids) for group in groups for completion in group.completions)),
+        "rollout/length_max": float(
+            max(len(completion.token_ids) for group in groups for completion in group.completions)
+        ),
         "rollout/live_groups": float(num_live),
         "rollout/live_groups_frac": num_live / len(groups),
         "rollout/all_wrong_frac": num_wrong / len(groups),

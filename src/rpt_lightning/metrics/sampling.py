@@ -15,5 +15,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
         ValueError: k is not between 1 and n, or c not between 0 and n.
     """
     if not 1 <= k <= num_samples or not 0 <= num_correct <= num_samples:
-        raise ValueError(f"pass@{k} of {num_samples} samples, {num_correct} right: k must lie between 1 and the number of samples")
+        raise ValueError(
+            f"pass@{k} of {num_samples} samples, {num_correct} right: k must lie between 1 and the number of samples"
+        )
     return 1 - comb(num_samples - num_correct, k) / comb(num_samples, k)

@@ -29,9 +29,13 @@ def read_step_log(path: Path) -> dict[int, dict[str, float]]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} line {number}: not JSON ({error}).") from error
         if not isinstance(entry, dict) or type(entry.get("step")) is not int or entry["step"] < 0:
-            raise ValueError(f"{path} line {number}: not an object with a step, which is a whole number; mend or remove the line.")
+            raise ValueError(
+                f"{path} line {number}: not an object with a step, which is a whole number; mend or remove the line."
+            )
         for name, value in entry.items():
             if not isinstance(value, (int, float)) or isinstance(value, bool):
-                raise ValueError(f"{path} line {number}: {name} is {value!r}, where a number belongs; mend or remove the line.")
+                raise ValueError(
+                    f"{path} line {number}: {name} is {value!r}, where a number belongs; mend or remove the line."
+                )
         metrics.setdefault(entry["step"], {}).update(entry)
     return dict(sorted(metrics.items()))

@@ -37,10 +37,22 @@ class Device:
         """Of rings through so many devices. Between nodes there are as many rings as adapters, and each leaves a node through one: a node sends at the
         speed of all of them.
         """
-        return self.link_bytes_per_s if num_devices <= DEVICES_PER_NODE else min(self.link_bytes_per_s, DEVICES_PER_NODE * NODE_LINK_BYTES_PER_S)
+        return (
+            self.link_bytes_per_s
+            if num_devices <= DEVICES_PER_NODE
+            else min(self.link_bytes_per_s, DEVICES_PER_NODE * NODE_LINK_BYTES_PER_S)
+        )
 
 
-def _gpu(chip: str, name: str, *, memory_gib: float, terabytes_per_s: float, link_gigabytes_per_s: float, host_gigabytes_per_s: float) -> Device:
+def _gpu(
+    chip: str,
+    name: str,
+    *,
+    memory_gib: float,
+    terabytes_per_s: float,
+    link_gigabytes_per_s: float,
+    host_gigabytes_per_s: float,
+) -> Device:
     peak = peak_flops(chip)
     assert peak is not None
     return Device(
@@ -57,13 +69,41 @@ def _gpu(chip: str, name: str, *, memory_gib: float, terabytes_per_s: float, lin
 # Memory is what torch reports as the device's total, not the sheet's round number: an "80 GB" card has 79.1 GiB, one of 48 GB with error correction 44.4.
 DEVICES = {
     # H100 Tensor Core GPU data sheet, SXM: 3.35 TB/s, NVLink 900 GB/s, PCIe Gen5 128 GB/s
-    "h100": _gpu("H100", "H100 SXM", memory_gib=79.1, terabytes_per_s=3.35, link_gigabytes_per_s=450, host_gigabytes_per_s=64),
+    "h100": _gpu(
+        "H100",
+        "H100 SXM",
+        memory_gib=79.1,
+        terabytes_per_s=3.35,
+        link_gigabytes_per_s=450,
+        host_gigabytes_per_s=64,
+    ),
     # H200 Tensor Core GPU data sheet, SXM: 4.8 TB/s, NVLink 900 GB/s, PCIe Gen5 128 GB/s
-    "h200": _gpu("H200", "H200 SXM", memory_gib=139.8, terabytes_per_s=4.8, link_gigabytes_per_s=450, host_gigabytes_per_s=64),
+    "h200": _gpu(
+        "H200",
+        "H200 SXM",
+        memory_gib=139.8,
+        terabytes_per_s=4.8,
+        link_gigabytes_per_s=450,
+        host_gigabytes_per_s=64,
+    ),
     # A100 Tensor Core GPU data sheet, 80GB SXM: 2,039 GB/s, NVLink 600 GB/s, PCIe Gen4 64 GB/s
-    "a100": _gpu("A100", "A100 SXM 80GB", memory_gib=79.1, terabytes_per_s=2.039, link_gigabytes_per_s=300, host_gigabytes_per_s=32),
+    "a100": _gpu(
+        "A100",
+        "A100 SXM 80GB",
+        memory_gib=79.1,
+        terabytes_per_s=2.039,
+        link_gigabytes_per_s=300,
+        host_gigabytes_per_s=32,
+    ),
     # L40S data sheet: 864 GB/s, PCIe Gen4 x16 64 GB/s
-    "l40s": _gpu("L40S", "L40S", memory_gib=44.4, terabytes_per_s=0.864, link_gigabytes_per_s=32, host_gigabytes_per_s=32),
+    "l40s": _gpu(
+        "L40S",
+        "L40S",
+        memory_gib=44.4,
+        terabytes_per_s=0.864,
+        link_gigabytes_per_s=32,
+        host_gigabytes_per_s=32,
+    ),
 }
 
 

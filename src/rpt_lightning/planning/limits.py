@@ -13,15 +13,19 @@ def first_limit(plan: Plan) -> str:
     if not plan.fit.fits:
         return _memory_limit(plan)
     times = plan.times
-    phases = {"generation": times.generation_s, "training": times.train_s, "the sync of the weights": times.sync_s}
+    phases = {
+        "generation": times.generation_s,
+        "training": times.train_s,
+        "the sync of the weights": times.sync_s,
+    }
     longest = max(phases, key=lambda name: phases[name])
-    why, relief = {"generation": _generation, "training": _training, "the sync of the weights": _sync}[longest](plan)
+    why, relief = {"generation": _generation, "training": _training, "the sync of the weights": _sync}[
+        longest
+    ](plan)
     sentence = f"The first bottleneck is {longest}: {phases[longest] / times.step_s:.0%} of the step, {why}. What would relieve it: {relief}."
     idle = plan.settings.num_ranks - plan.tokens.busy_ranks
     if idle > 0:
-        sentence += (
-            f" {idle:,} of {plan.settings.num_ranks:,} ranks have nothing to train: a step of this many tasks is too small for so many devices."
-        )
+        sentence += f" {idle:,} of {plan.settings.num_ranks:,} ranks have nothing to train: a step of this many tasks is too small for so many devices."
     if times.longest_decode_s > times.decode_s:
         sentence += (
             f" A single completion at the limit of its length decodes for {times.longest_decode_s:.3g} s, longer than all of this step's: where such occur, the "
@@ -90,8 +94,14 @@ def _memory_relief(plan: Plan) -> list[str]:
     if other.total_bytes < fit.total_bytes:
         helping.append("activation checkpointing (model.policy.activation_checkpointing)")
     if fit.training.activations_bytes + fit.training.work_bytes > 0.1 * fit.device_bytes:
-        longest_counts = plan.settings.micro_batch_tokens <= plan.settings.longest_sequence  # and it stays whole, however small the budget
-        helping.append("a shorter rollout.max_completion_tokens" if longest_counts else "a smaller model.micro_batch_tokens")
+        longest_counts = (
+            plan.settings.micro_batch_tokens <= plan.settings.longest_sequence
+        )  # and it stays whole, however small the budget
+        helping.append(
+            "a shorter rollout.max_completion_tokens"
+            if longest_counts
+            else "a smaller model.micro_batch_tokens"
+        )
     if not fit.is_apart and fit.engine.total_bytes > 0.1 * fit.device_bytes:
         helping.append("the engine on devices of its own")
     return [*helping, "more devices" if fit.strategy == "fsdp2" else "devices with more memory"]
@@ -102,7 +112,11 @@ def _engine_relief(plan: Plan) -> str:
         return "servers with more memory, or a larger --plan.gpu_memory_utilization (and serve.gpu_memory_utilization)"
     if plan.settings.engine == "vllm" and plan.settings.on_gpu:
         return "a larger rollout.engine.gpu_memory_utilization"
-    return "a larger rollout.engine.kv_cache_gib" if plan.settings.engine == "vllm" else "a larger rollout.engine.max_batch_tokens"
+    return (
+        "a larger rollout.engine.kv_cache_gib"
+        if plan.settings.engine == "vllm"
+        else "a larger rollout.engine.max_batch_tokens"
+    )
 
 
 _PARTS = {
@@ -122,8 +136,14 @@ _NAMES = {"single": "single", "ddp": "DDP", "fsdp2": "FSDP2"}
 def _generation(plan: Plan) -> tuple[str, str]:
     times = plan.times
     if times.prefill_s > times.decode_s:
-        return "most of it to read prompts", "several positions a document with prefix caching, or shorter contexts"
-    if plan.concurrent_sequences < busiest_completions(plan.settings, plan.tokens) and times.decode_cache_frac < 0.5:
+        return (
+            "most of it to read prompts",
+            "several positions a document with prefix caching, or shorter contexts",
+        )
+    if (
+        plan.concurrent_sequences < busiest_completions(plan.settings, plan.tokens)
+        and times.decode_cache_frac < 0.5
+    ):
         return (
             f"where each pass reads the weights for only {plan.concurrent_sequences:,.0f} sequences at a time",
             "more sequences at once (rollout.engine.max_num_seqs, room for the cache), or shorter completions",
@@ -140,7 +160,10 @@ def _training(plan: Plan) -> tuple[str, str]:
             "no CPU offload, or fewer and larger micro-batches (model.micro_batch_tokens)",
         )
     if plan.times.train_network_s > plan.times.train_compute_s:
-        return "which waits for the network", "fewer and larger micro-batches (model.micro_batch_tokens), or a faster network"
+        return (
+            "which waits for the network",
+            "fewer and larger micro-batches (model.micro_batch_tokens), or a faster network",
+        )
     recompute = ", activations computed again among them" if plan.settings.checkpointing else ""
     return (
         f"by the policy's operations{recompute}",
@@ -150,5 +173,8 @@ def _training(plan: Plan) -> tuple[str, str]:
 
 def _sync(plan: Plan) -> tuple[str, str]:
     if plan.settings.num_servers and plan.settings.transport == "folder":
-        return "to hand the weights over through a folder", "NCCLTransport, faster storage, or more tasks a step"
+        return (
+            "to hand the weights over through a folder",
+            "NCCLTransport, faster storage, or more tasks a step",
+        )
     return "to hand the weights over", "more tasks a step"

@@ -29,12 +29,16 @@ class Precision:
     """Widths of what a step computes with; the weights that the optimizer changes are fp32 in any case."""
 
     compute_bytes: int  # of a matrix product
-    stream_bytes: int  # of the activations that run from layer to layer, and of the weights as a layer sees them
+    stream_bytes: (
+        int  # of the activations that run from layer to layer, and of the weights as a layer sees them
+    )
 
 
 FP32 = Precision(compute_bytes=FP32_BYTES, stream_bytes=FP32_BYTES)
 AUTOCAST = Precision(compute_bytes=BF16_BYTES, stream_bytes=FP32_BYTES)
-GATHERED_BF16 = Precision(compute_bytes=BF16_BYTES, stream_bytes=BF16_BYTES)  # FSDP2 hands the layers bf16 weights
+GATHERED_BF16 = Precision(
+    compute_bytes=BF16_BYTES, stream_bytes=BF16_BYTES
+)  # FSDP2 hands the layers bf16 weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,26 +94,45 @@ def training_memory(
     cpu_offload: With "fsdp2": weights, gradients and optimizer are in host memory, and the optimizer steps there.
     """
     is_sharded = strategy == "fsdp2"
-    copy = 0.0 if is_sharded and cpu_offload else FP32_BYTES * shape.num_params / (num_ranks if is_sharded else 1)
+    copy = (
+        0.0
+        if is_sharded and cpu_offload
+        else FP32_BYTES * shape.num_params / (num_ranks if is_sharded else 1)
+    )
     gathered = _gathered_bytes(shape, precision) if is_sharded else 0
-    activations = activation_bytes(shape, micro_batch_tokens, precision=precision, checkpointing=checkpointing)
-    activations += precision.compute_bytes * micro_batch_tokens * shape.hidden_size  # what the head multiplies
+    activations = activation_bytes(
+        shape, micro_batch_tokens, precision=precision, checkpointing=checkpointing
+    )
+    activations += (
+        precision.compute_bytes * micro_batch_tokens * shape.hidden_size
+    )  # what the head multiplies
     masks = block_mask_bytes(micro_batch_tokens) if on_gpu else precision.compute_bytes * masked_pairs
-    layer_work = _layer_work_bytes(shape, micro_batch_tokens, precision=precision, checkpointing=checkpointing)
+    layer_work = _layer_work_bytes(
+        shape, micro_batch_tokens, precision=precision, checkpointing=checkpointing
+    )
     vocab_chunk = min(shape.vocab_size, VOCAB_CHUNK if on_gpu else CPU_VOCAB_CHUNK)
-    head_work = logits_bytes(shape, min(logprob_chunk_size, micro_batch_tokens), vocab_chunk=vocab_chunk, precision=precision)
-    head_work += 2 * FP32_BYTES * micro_batch_tokens * shape.hidden_size  # the gradient of the hidden states, as it is summed and as it is passed on
+    head_work = logits_bytes(
+        shape, min(logprob_chunk_size, micro_batch_tokens), vocab_chunk=vocab_chunk, precision=precision
+    )
+    head_work += (
+        2 * FP32_BYTES * micro_batch_tokens * shape.hidden_size
+    )  # the gradient of the hidden states, as it is summed and as it is passed on
     # The head's whole gradient, before it is added to that of earlier micro-batches. A sharded one stays gathered, and is counted there.
     head_work += 0 if is_sharded else FP32_BYTES * shape.head_params
     # Afterwards, when nothing is left of the micro-batch: the last gradients are scattered, and on CUDA AdamW takes the square roots of all weights at once.
-    afterwards = max(_scatter_bytes(shape, precision) if is_sharded else 0, copy if on_gpu and optimizer_bytes_per_param >= ADAM_BYTES else 0)
+    afterwards = max(
+        _scatter_bytes(shape, precision) if is_sharded else 0,
+        copy if on_gpu and optimizer_bytes_per_param >= ADAM_BYTES else 0,
+    )
     return TrainingMemory(
         weights_bytes=copy,
         gradients_bytes=copy,
         optimizer_bytes=optimizer_bytes_per_param * copy / FP32_BYTES,
         buckets_bytes=copy if strategy == "ddp" else 0,
         # Autocast's copies live as long as the backward pass needs them: of all layers, or with checkpointing of one at a time. The head is cast by tiles.
-        cast_weights_bytes=BF16_BYTES * (1 if checkpointing else shape.num_layers) * shape.layer_params if precision == AUTOCAST else 0,
+        cast_weights_bytes=BF16_BYTES * (1 if checkpointing else shape.num_layers) * shape.layer_params
+        if precision == AUTOCAST
+        else 0,
         gathered_bytes=gathered,
         activations_bytes=activations,
         masks_bytes=masks,
@@ -123,7 +146,12 @@ def layer_activation_bytes(shape: ModelShape, *, precision: Precision) -> int:
     A norm keeps its input in fp32, its normalised form, and one fp32 number. Autocast casts a layer's input once for each product that takes it: q, k and v,
     gate and up have copies of their own. Attention keeps q, k, v, its output and one fp32 number a head, on CPU and CUDA alike.
     """
-    hidden, attention, inner, width = shape.hidden_size, shape.attention_width, shape.intermediate_size, precision.compute_bytes
+    hidden, attention, inner, width = (
+        shape.hidden_size,
+        shape.attention_width,
+        shape.intermediate_size,
+        precision.compute_bytes,
+    )
     norms = 2 * _norm_bytes(shape, precision)
     inputs = (5 if precision == AUTOCAST else 2) * width * hidden
     attention_bytes = 2 * width * (attention + shape.kv_width) + FP32_BYTES * shape.num_heads
@@ -159,20 +187,31 @@ def logits_bytes(shape: ModelShape, chunk_tokens: int, *, vocab_chunk: int, prec
     tile = 2 * FP32_BYTES * chunk_tokens * vocab_chunk
     width = precision.compute_bytes
     cast = width if precision.stream_bytes != width else 0
-    sum_and_addend = (0 if precision.stream_bytes == FP32_BYTES else FP32_BYTES) + (0 if width == FP32_BYTES else width)
+    sum_and_addend = (0 if precision.stream_bytes == FP32_BYTES else FP32_BYTES) + (
+        0 if width == FP32_BYTES else width
+    )
     return tile + (cast + sum_and_addend) * vocab_chunk * shape.hidden_size
 
 
-def _layer_work_bytes(shape: ModelShape, num_tokens: int, *, precision: Precision, checkpointing: bool) -> int:
+def _layer_work_bytes(
+    shape: ModelShape, num_tokens: int, *, precision: Precision, checkpointing: bool
+) -> int:
     """With checkpointing the layer that is computed again; and the gradients that are alive at a time in its feed-forward part, where they are most."""
     again = layer_activation_bytes(shape, precision=precision) if checkpointing else 0
-    return num_tokens * (again + 3 * precision.compute_bytes * shape.intermediate_size + 2 * precision.stream_bytes * shape.hidden_size)
+    return num_tokens * (
+        again
+        + 3 * precision.compute_bytes * shape.intermediate_size
+        + 2 * precision.stream_bytes * shape.hidden_size
+    )
 
 
 def _gathered_bytes(shape: ModelShape, precision: Precision) -> int:
     """Embedding and head stay gathered for the whole pass, and so does the head's gradient; two layers (one is fetched ahead), one layer's gradient, and the
     same in fp32 while it is scattered."""
-    return precision.stream_bytes * (shape.outer_params + shape.head_params + 3 * shape.layer_params) + FP32_BYTES * shape.layer_params
+    return (
+        precision.stream_bytes * (shape.outer_params + shape.head_params + 3 * shape.layer_params)
+        + FP32_BYTES * shape.layer_params
+    )
 
 
 def _scatter_bytes(shape: ModelShape, precision: Precision) -> int:
@@ -196,4 +235,6 @@ class EngineMemory:
 def vllm_gpu_memory(weights_bytes: float, *, device_bytes: float, utilization: float) -> EngineMemory:
     """vLLM takes its share of the device whole; what weights and workspace leave of it is cache (it may be below 0)."""
     room = utilization * device_bytes - weights_bytes - ENGINE_WORKSPACE_BYTES
-    return EngineMemory(weights_bytes=weights_bytes, kv_cache_bytes=room, workspace_bytes=ENGINE_WORKSPACE_BYTES)
+    return EngineMemory(
+        weights_bytes=weights_bytes, kv_cache_bytes=room, workspace_bytes=ENGINE_WORKSPACE_BYTES
+    )

@@ -64,7 +64,9 @@ def model_shape(config: PretrainedConfig) -> ModelShape:
         ValueError: A family, or sliding windows, whose costs are not worked out.
     """
     if config.model_type not in FAMILIES:
-        raise ValueError(f"the model's type is {config.model_type!r}; rpt plan knows {', '.join(FAMILIES)}. Give --plan.model_config of one of these")
+        raise ValueError(
+            f"the model's type is {config.model_type!r}; rpt plan knows {', '.join(FAMILIES)}. Give --plan.model_config of one of these"
+        )
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         raise ValueError(
             f"the model ({config.model_type}) has sliding windows; rpt plan works out full attention. Give --plan.model_config of one without them"
@@ -107,4 +109,6 @@ def load_model_config(path: str) -> PretrainedConfig:
         return cast(PretrainedConfig, AutoConfig.from_pretrained(path))
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"the model configuration of {path} cannot be had ({reason}); without a network {way_out}") from error
+        raise ValueError(
+            f"the model configuration of {path} cannot be had ({reason}); without a network {way_out}"
+        ) from error

@@ -17,7 +17,15 @@ from rpt_lightning.planning.memory import (
 )
 from rpt_lightning.planning.model_shape import ModelShape
 from rpt_lightning.planning.settings import Rates, RunSettings
-from rpt_lightning.planning.times import StepTimes, StepTraffic, busiest_completions, num_passes_of_training, prefill_work, step_times, step_traffic
+from rpt_lightning.planning.times import (
+    StepTimes,
+    StepTraffic,
+    busiest_completions,
+    num_passes_of_training,
+    prefill_work,
+    step_times,
+    step_traffic,
+)
 from rpt_lightning.planning.workload import StepTokens, step_tokens
 from rpt_lightning.policy.flops import forward_flops, train_flops
 from rpt_lightning.types import TokenIds
@@ -42,7 +50,9 @@ class MemoryFit:
     engine: EngineMemory
     is_apart: bool  # the engine is a server's
     sleeps: bool  # the engine gives its memory back while the policy trains
-    sequence_cache_bytes: float  # of the longest prompt and completion: an engine whose cache holds less refuses to start
+    sequence_cache_bytes: (
+        float  # of the longest prompt and completion: an engine whose cache holds less refuses to start
+    )
     overhead_bytes: float
     device_bytes: float
 
@@ -83,7 +93,14 @@ class Plan:
 
 
 def make_plan(
-    settings: RunSettings, shape: ModelShape, device: Device, rates: Rates, prompts: Sequence[TokenIds], *, completion_tokens: int, live_frac: float
+    settings: RunSettings,
+    shape: ModelShape,
+    device: Device,
+    rates: Rates,
+    prompts: Sequence[TokenIds],
+    *,
+    completion_tokens: int,
+    live_frac: float,
 ) -> Plan:
     """The plan of one step, whose prompts are given and whose completions are assumed to have ``completion_tokens`` each."""
     tokens = step_tokens(
@@ -104,7 +121,9 @@ def make_plan(
         rates=rates,
         tokens=tokens,
         memory=_memory(settings, shape, device, engine, tokens, checkpointing=settings.checkpointing),
-        memory_other=_memory(settings, shape, device, engine, tokens, checkpointing=not settings.checkpointing),
+        memory_other=_memory(
+            settings, shape, device, engine, tokens, checkpointing=not settings.checkpointing
+        ),
         flops=_flops(settings, shape, tokens),
         times=step_times(settings, shape, device, rates, tokens, concurrent),
         concurrent_sequences=concurrent,
@@ -115,14 +134,28 @@ def make_plan(
 def _engine_memory(settings: RunSettings, shape: ModelShape, device: Device) -> EngineMemory:
     weights = settings.engine_dtype_bytes * shape.num_params
     if settings.engine == "servers" or (settings.engine == "vllm" and settings.on_gpu):
-        return vllm_gpu_memory(weights, device_bytes=device.memory_bytes, utilization=settings.gpu_memory_utilization)
-    batch_tokens = max(settings.max_batch_tokens, settings.longest_sequence)  # a sequence longer than the budget is a batch of its own
-    cache = settings.kv_cache_bytes if settings.engine == "vllm" else batch_tokens * shape.kv_cache_bytes(settings.engine_dtype_bytes)
+        return vllm_gpu_memory(
+            weights, device_bytes=device.memory_bytes, utilization=settings.gpu_memory_utilization
+        )
+    batch_tokens = max(
+        settings.max_batch_tokens, settings.longest_sequence
+    )  # a sequence longer than the budget is a batch of its own
+    cache = (
+        settings.kv_cache_bytes
+        if settings.engine == "vllm"
+        else batch_tokens * shape.kv_cache_bytes(settings.engine_dtype_bytes)
+    )
     return EngineMemory(weights_bytes=weights, kv_cache_bytes=cache, workspace_bytes=0)
 
 
 def _memory(
-    settings: RunSettings, shape: ModelShape, device: Device, engine: EngineMemory, tokens: StepTokens, *, checkpointing: bool
+    settings: RunSettings,
+    shape: ModelShape,
+    device: Device,
+    engine: EngineMemory,
+    tokens: StepTokens,
+    *,
+    checkpointing: bool,
 ) -> tuple[MemoryFit, ...]:
     return tuple(
         MemoryFit(
@@ -143,7 +176,8 @@ def _memory(
             engine=engine,
             is_apart=settings.num_servers > 0,
             sleeps=settings.engine_sleeps,
-            sequence_cache_bytes=settings.longest_sequence * shape.kv_cache_bytes(settings.engine_dtype_bytes),
+            sequence_cache_bytes=settings.longest_sequence
+            * shape.kv_cache_bytes(settings.engine_dtype_bytes),
             overhead_bytes=GPU_OVERHEAD_BYTES if settings.on_gpu else 0,
             device_bytes=device.memory_bytes,
         )
@@ -151,13 +185,17 @@ def _memory(
     )
 
 
-def _concurrent_sequences(settings: RunSettings, shape: ModelShape, engine: EngineMemory, tokens: StepTokens) -> float:
+def _concurrent_sequences(
+    settings: RunSettings, shape: ModelShape, engine: EngineMemory, tokens: StepTokens
+) -> float:
     """Completions that a device decodes at the same time: as many as it has, the engine takes, and the cache holds when they are half done."""
     completions = busiest_completions(settings, tokens)
     if settings.engine not in ("vllm", "servers"):
         return max(1, min(completions, settings.max_batch_tokens // settings.longest_sequence))
     prompt_tokens = tokens.mean_prompt_tokens / (settings.group_size if settings.shares_prefill else 1)
-    sequence_bytes = shape.kv_cache_bytes(settings.engine_dtype_bytes) * (prompt_tokens + tokens.completion_tokens / 2)
+    sequence_bytes = shape.kv_cache_bytes(settings.engine_dtype_bytes) * (
+        prompt_tokens + tokens.completion_tokens / 2
+    )
     return max(1, min(completions, settings.max_num_seqs, engine.kv_cache_bytes / sequence_bytes))
 
 

@@ -22,7 +22,10 @@ def report(plan: Plan, *, assumptions: Sequence[str]) -> str:
         ("The step", _arithmetic(plan)),
         ("Assumed", _bullets(assumptions)),
         ("Tokens a step", _tokens(plan)),
-        (f"Memory a device, in GB of 10^9 bytes ({plan.device.name}: {plan.device.memory_bytes / _GB:.0f})", _memory(plan)),
+        (
+            f"Memory a device, in GB of 10^9 bytes ({plan.device.name}: {plan.device.memory_bytes / _GB:.0f})",
+            _memory(plan),
+        ),
         ("Operations a step", _flops(plan)),
         (f"Time a step ({_devices(plan)}, nothing overlaps; an estimate)", _times(plan)),
         ("The limit", _wrap(first_limit(plan))),
@@ -58,12 +61,20 @@ def _arithmetic(plan: Plan) -> list[str]:
 def _tokens(plan: Plan) -> list[str]:
     tokens = plan.tokens
     rows: list[list[str]] = [["", "tokens", "scored", "pairs"]]
-    for name, part in (("trained, prefixes shared", tokens.packed), ("trained, each completion alone", tokens.plain)):
+    for name, part in (
+        ("trained, prefixes shared", tokens.packed),
+        ("trained, each completion alone", tokens.plain),
+    ):
         rows.append([name, f"{part.tokens:,}", f"{part.scored_tokens:,}", f"{part.pairs:.2e}"])
     rows.append(
         [
             "alone / shared",
-            *(f"{alone / shared:.2f}" for alone, shared in zip(vars(tokens.plain).values(), vars(tokens.packed).values(), strict=True)),
+            *(
+                f"{alone / shared:.2f}"
+                for alone, shared in zip(
+                    vars(tokens.plain).values(), vars(tokens.packed).values(), strict=True
+                )
+            ),
         ]
     )
     sampled = tokens.num_completions * tokens.completion_tokens
@@ -86,18 +97,37 @@ def _memory(plan: Plan) -> list[str]:
         "buckets_bytes": "DDP's buckets",
         "cast_weights_bytes": "autocast's bf16 copy of the weights",
         "gathered_bytes": "gathered and being scattered",
-        "activations_bytes": "activations" + (", layers recomputed" if plan.settings.checkpointing else ", all layers kept"),
+        "activations_bytes": "activations"
+        + (", layers recomputed" if plan.settings.checkpointing else ", all layers kept"),
         "masks_bytes": "attention masks",
         "work_bytes": "work of a layer, head or optimizer",
     }
     fits = plan.memory
-    rows = [["", *(_COLUMNS[fit.strategy] + (" *" if fit.strategy == plan.settings.strategy else "  ") for fit in fits)]]
+    rows = [
+        [
+            "",
+            *(
+                _COLUMNS[fit.strategy] + (" *" if fit.strategy == plan.settings.strategy else "  ")
+                for fit in fits
+            ),
+        ]
+    ]
     rows += [[label, *(_gb(getattr(fit.training, name)) for fit in fits)] for name, label in labels.items()]
     if not plan.settings.num_servers:
         rows.append(["engine: weights", *(_gb(fit.engine.weights_bytes) for fit in fits)])
-        rows.append(["engine: KV cache and workspace", *(_gb(max(0.0, fit.engine.kv_cache_bytes) + fit.engine.workspace_bytes) for fit in fits)])
+        rows.append(
+            [
+                "engine: KV cache and workspace",
+                *(_gb(max(0.0, fit.engine.kv_cache_bytes) + fit.engine.workspace_bytes) for fit in fits),
+            ]
+        )
     rows.append(["context, allocator", *(_gb(fit.overhead_bytes) for fit in fits)])
-    rows.append(["at most, in turn" if plan.settings.engine_sleeps else "together", *(_gb(fit.total_bytes) for fit in fits)])
+    rows.append(
+        [
+            "at most, in turn" if plan.settings.engine_sleeps else "together",
+            *(_gb(fit.total_bytes) for fit in fits),
+        ]
+    )
     rows.append(["does it fit?", *(_verdict(fit) for fit in fits)])
     other = "without" if plan.settings.checkpointing else "with"
     rows.append([f"{other} activation checkpointing", *(_gb(fit.total_bytes) for fit in plan.memory_other)])
@@ -126,8 +156,14 @@ def _elsewhere(plan: Plan) -> list[str]:
             f"a server holds {engine.weights_bytes / _GB:.2f} GB of weights and {max(0.0, engine.kv_cache_bytes) / _GB:.2f} GB of cached keys and values"
         )
     if plan.settings.cpu_offload:
-        offloaded = (2 * FP32_BYTES + plan.settings.optimizer_bytes_per_param) * plan.shape.num_params / plan.settings.num_ranks
-        lines.append(f"weights, gradients and optimizer are in host memory: {offloaded / _GB:,.2f} GB a device")
+        offloaded = (
+            (2 * FP32_BYTES + plan.settings.optimizer_bytes_per_param)
+            * plan.shape.num_params
+            / plan.settings.num_ranks
+        )
+        lines.append(
+            f"weights, gradients and optimizer are in host memory: {offloaded / _GB:,.2f} GB a device"
+        )
     return lines
 
 
@@ -154,7 +190,9 @@ def _flops(plan: Plan) -> list[str]:
 def _times(plan: Plan) -> list[str]:
     times = plan.times
     if not plan.fit.engine_starts:
-        return _wrap(f"none: the engine does not start, so there is no decoding to time. Training alone would take {times.train_s:.3g} s.")
+        return _wrap(
+            f"none: the engine does not start, so there is no decoding to time. Training alone would take {times.train_s:.3g} s."
+        )
     rows = [["", "seconds", "of the step"]]
     for name, value in (
         ("generation: prompts", times.prefill_s),
@@ -167,16 +205,28 @@ def _times(plan: Plan) -> list[str]:
     hours = times.step_s * plan.settings.max_steps / plan.settings.optimizer_steps_per_batch / 3600
     notes = [
         f"training computes {times.train_compute_s:.3g} s and sends for {times.train_network_s:.3g} s at the same time"
-        + (f"; {times.offload_s:.3g} s more for transfers and optimizer on the host" if plan.settings.cpu_offload else ""),
+        + (
+            f"; {times.offload_s:.3g} s more for transfers and optimizer on the host"
+            if plan.settings.cpu_offload
+            else ""
+        ),
         f"a training device sends {plan.traffic.train_bytes / _GB:,.0f} GB a step, and {plan.traffic.gather_bytes / _GB:,.0f} GB for the sync"
-        + (f"; a server receives {plan.traffic.server_bytes / _GB:,.1f} GB" if plan.settings.num_servers else ""),
+        + (
+            f"; a server receives {plan.traffic.server_bytes / _GB:,.1f} GB"
+            if plan.settings.num_servers
+            else ""
+        ),
         f"one completion at the limit of {plan.settings.max_completion_tokens:,} tokens decodes for at least {times.longest_decode_s:.3g} s, however many "
         "devices there are",
     ]
     if plan.settings.num_servers:
-        notes.append(f"were the next rollouts generated while the policy trains, a step would take {times.overlapped_s:.3g} s")
+        notes.append(
+            f"were the next rollouts generated while the policy trains, a step would take {times.overlapped_s:.3g} s"
+        )
     if plan.settings.max_steps > 0:
-        notes.append(f"{plan.settings.max_steps:,} steps: {hours:,.1f} hours, validation and checkpoints not counted")
+        notes.append(
+            f"{plan.settings.max_steps:,} steps: {hours:,.1f} hours, validation and checkpoints not counted"
+        )
     return [*_table(rows), *_bullets(notes)]
 
 
@@ -189,7 +239,8 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(max(width, 11)) for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(width) if column == 0 else cell.rjust(max(width, 11))
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     ]
@@ -200,4 +251,6 @@ def _bullets(texts: Sequence[str]) -> list[str]:
 
 
 def _wrap(text: str, indent: str = "") -> list[str]:
-    return textwrap.wrap(text, WIDTH - len(_INDENT), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return textwrap.wrap(
+        text, WIDTH - len(_INDENT), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )

@@ -28,7 +28,9 @@ class RunSettings:
     optimizer_bytes_per_param: float
     logprob_chunk_size: int
     is_mixed: bool  # bf16-mixed
-    gathers_bf16: bool  # FSDP2, under bf16-mixed: weights are gathered in bf16, and the layers compute with those
+    gathers_bf16: (
+        bool  # FSDP2, under bf16-mixed: weights are gathered in bf16, and the layers compute with those
+    )
     cpu_offload: bool  # FSDP2: weights, gradients and optimizer are in host memory
     checkpointing: bool
     strategy: Strategy
@@ -75,4 +77,6 @@ class Rates:
 
     mfu: float  # of the operations a second, by training and prefill; layers that are computed again do not count as operations
     bandwidth_frac: float  # of the memory bandwidth, by decoding
-    storage_bytes_per_s: float = 10e9  # of the folder through which servers get weights, all its readers together
+    storage_bytes_per_s: float = (
+        10e9  # of the folder through which servers get weights, all its readers together
+    )

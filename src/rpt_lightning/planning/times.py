@@ -7,7 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rpt_lightning.planning.devices import DEVICES_PER_NODE, HOST_BANDWIDTH_BYTES_PER_S, NODE_LINK_BYTES_PER_S, Device
+from rpt_lightning.planning.devices import (
+    DEVICES_PER_NODE,
+    HOST_BANDWIDTH_BYTES_PER_S,
+    NODE_LINK_BYTES_PER_S,
+    Device,
+)
 from rpt_lightning.planning.memory import BF16_BYTES, FP32_BYTES, GATHERED_BF16
 from rpt_lightning.planning.model_shape import ModelShape
 from rpt_lightning.planning.settings import Rates, RunSettings
@@ -54,7 +59,9 @@ class StepTraffic:
     """Bytes that one device sends (or receives) in a step."""
 
     train_bytes: float  # sent by a training device: weights gathered, gradients scattered
-    gather_bytes: float  # sent by a training device: weights gathered for the sync and for the comparison after it
+    gather_bytes: (
+        float  # sent by a training device: weights gathered for the sync and for the comparison after it
+    )
     server_bytes: float  # received by a server: the weights in the engine's dtype
 
 
@@ -69,8 +76,12 @@ def step_traffic(settings: RunSettings, shape: ModelShape, tokens: StepTokens) -
     if settings.strategy == "fsdp2":
         gather_bytes = BF16_BYTES if settings.precision("fsdp2") == GATHERED_BF16 else FP32_BYTES
         train = (2 * gather_bytes + FP32_BYTES) * ring * tokens.micro_batches
-        return StepTraffic(train_bytes=train, gather_bytes=FP32_BYTES * ring * _gathered_for_sync(shape), server_bytes=server)
-    return StepTraffic(train_bytes=2 * FP32_BYTES * ring * tokens.micro_batches, gather_bytes=0, server_bytes=server)
+        return StepTraffic(
+            train_bytes=train, gather_bytes=FP32_BYTES * ring * _gathered_for_sync(shape), server_bytes=server
+        )
+    return StepTraffic(
+        train_bytes=2 * FP32_BYTES * ring * tokens.micro_batches, gather_bytes=0, server_bytes=server
+    )
 
 
 def _gathered_for_sync(shape: ModelShape) -> float:
@@ -98,7 +109,14 @@ def mean_depth(tokens: StepTokens) -> float:
     return tokens.mean_prompt_tokens + tokens.completion_tokens / 2
 
 
-def step_times(settings: RunSettings, shape: ModelShape, device: Device, rates: Rates, tokens: StepTokens, concurrent: float) -> StepTimes:
+def step_times(
+    settings: RunSettings,
+    shape: ModelShape,
+    device: Device,
+    rates: Rates,
+    tokens: StepTokens,
+    concurrent: float,
+) -> StepTimes:
     """With ``concurrent`` completions decoded at a time on a device."""
     flops_per_s = rates.mfu * device.peak_flops
     bytes_per_s = rates.bandwidth_frac * device.bandwidth_bytes_per_s
@@ -109,27 +127,45 @@ def step_times(settings: RunSettings, shape: ModelShape, device: Device, rates: 
 
     weights = settings.engine_dtype_bytes * (shape.body_params + shape.head_params)
     cached = concurrent * mean_depth(tokens) * shape.kv_cache_bytes(settings.engine_dtype_bytes)
-    pass_flops = concurrent * forward_flops(shape.size, tokens.sampling) / (tokens.num_completions * tokens.completion_tokens)
+    pass_flops = (
+        concurrent
+        * forward_flops(shape.size, tokens.sampling)
+        / (tokens.num_completions * tokens.completion_tokens)
+    )
     num_passes = completions * tokens.completion_tokens / concurrent
 
     # Every weight is read in fp32 and written in the engine's dtype, by the trainer and once more by a server that received it.
-    copies = FP32_BYTES + settings.engine_dtype_bytes + (2 * settings.engine_dtype_bytes if settings.num_servers else 0)
+    copies = (
+        FP32_BYTES
+        + settings.engine_dtype_bytes
+        + (2 * settings.engine_dtype_bytes if settings.num_servers else 0)
+    )
     return StepTimes(
         prefill_s=share * forward_flops(shape.size, prefill_work(settings, tokens)) / flops_per_s,
         decode_s=num_passes * max((weights + cached) / bytes_per_s, pass_flops / flops_per_s),
         decode_cache_frac=cached / (weights + cached),
         longest_decode_s=settings.max_completion_tokens * weights / bytes_per_s,
-        train_compute_s=num_passes_of_training(settings) * train_flops(shape.size, tokens.busiest) / flops_per_s,
+        train_compute_s=num_passes_of_training(settings)
+        * train_flops(shape.size, tokens.busiest)
+        / flops_per_s,
         train_network_s=traffic.train_bytes / link_bytes_per_s,
         offload_s=_offload_s(settings, shape, device, tokens) if settings.cpu_offload else 0,
-        sync_s=_gather_s(settings, shape, device, traffic) + _delivery_s(settings, rates, traffic) + shape.num_params * copies / bytes_per_s,
+        sync_s=_gather_s(settings, shape, device, traffic)
+        + _delivery_s(settings, rates, traffic)
+        + shape.num_params * copies / bytes_per_s,
     )
 
 
 def _gather_s(settings: RunSettings, shape: ModelShape, device: Device, traffic: StepTraffic) -> float:
     """With CPU offload a rank's shard is brought to the device first."""
-    shard = FP32_BYTES * shape.num_params / settings.num_ranks * _gathered_for_sync(shape) if settings.cpu_offload else 0
-    return shard / device.host_link_bytes_per_s + traffic.gather_bytes / device.network_bytes_per_s(settings.num_ranks)
+    shard = (
+        FP32_BYTES * shape.num_params / settings.num_ranks * _gathered_for_sync(shape)
+        if settings.cpu_offload
+        else 0
+    )
+    return shard / device.host_link_bytes_per_s + traffic.gather_bytes / device.network_bytes_per_s(
+        settings.num_ranks
+    )
 
 
 def _delivery_s(settings: RunSettings, rates: Rates, traffic: StepTraffic) -> float:
@@ -145,4 +181,6 @@ def _offload_s(settings: RunSettings, shape: ModelShape, device: Device, tokens:
     shard = shape.num_params / settings.num_ranks
     transfers = 3 * FP32_BYTES * shard / device.host_link_bytes_per_s
     additions = 3 * FP32_BYTES * shard / HOST_BANDWIDTH_BYTES_PER_S
-    return tokens.micro_batches * (transfers + additions) + _CPU_ADAM_BYTES * shard / HOST_BANDWIDTH_BYTES_PER_S
+    return (
+        tokens.micro_batches * (transfers + additions) + _CPU_ADAM_BYTES * shard / HOST_BANDWIDTH_BYTES_PER_S
+    )

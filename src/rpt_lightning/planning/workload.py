@@ -30,7 +30,9 @@ class StepTokens:
     busiest: Work  # packed, of the rank that has most
     micro_batches: int  # of the rank that has most
     busy_ranks: int  # that have anything to train
-    masked_pairs: int  # of the tree that has most: pairs that attention on CPU computes under a mask, which it keeps
+    masked_pairs: (
+        int  # of the tree that has most: pairs that attention on CPU computes under a mask, which it keeps
+    )
 
 
 def step_tokens(
@@ -62,7 +64,13 @@ def step_tokens(
     for rank in range(num_ranks):
         share = rank_share(prompts, rank=rank, num_ranks=num_ranks)
         prefill += _trie_work(share)
-        live = [prompt for prompt, trained in zip(share, rank_share(is_live, rank=rank, num_ranks=num_ranks), strict=True) if trained]
+        live = [
+            prompt
+            for prompt, trained in zip(
+                share, rank_share(is_live, rank=rank, num_ranks=num_ranks), strict=True
+            )
+            if trained
+        ]
         sequences = [
             # The first token makes a completion unlike any other; negative ids belong to nobody.
             TrainSequence(prompt_ids=prompt, target_ids=(-1 - g,) + (-1,) * (completion_tokens - 1))
@@ -97,7 +105,9 @@ def masked_pairs(tree: PackedTree) -> int:
     return sum(call.num_pairs for call in tree.tree_mask().calls if call.kind == "masked")
 
 
-def assumed_prompts(*, num_tasks: int, positions_per_document: int, context_tokens: int, template_tokens: int) -> list[TokenIds]:
+def assumed_prompts(
+    *, num_tasks: int, positions_per_document: int, context_tokens: int, template_tokens: int
+) -> list[TokenIds]:
     """Prompts of a step whose task folder is not there: the positions of a document lie evenly spread, with ``context_tokens`` as their mean context.
 
     The template's tokens stand behind the context, where no prompts share them.
@@ -122,4 +132,6 @@ def _trie_work(prompts: Sequence[TokenIds]) -> Work:
     """Reading all prompts, each common prefix once."""
     ids = [np.asarray(prompt, dtype=np.int64) for prompt in sorted(prompts)]
     shared = [0, *(common_prefix_length(left, right) for left, right in pairwise(ids))][: len(ids)]
-    return add_works(prompt_work(len(prompt), num_cached=common) for prompt, common in zip(ids, shared, strict=True))
+    return add_works(
+        prompt_work(len(prompt), num_cached=common) for prompt, common in zip(ids, shared, strict=True)
+    )

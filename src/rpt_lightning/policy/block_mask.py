@@ -50,7 +50,9 @@ def tree_block_mask(subtree_end: Tensor, depth: Tensor, *, window: int | None = 
         allowed = (key <= query) & (query < subtree_end[key])
         return allowed if window is None else allowed & (depth[query] - depth[key] < window)
 
-    return BlockMask.from_kv_blocks(*_listed(some & ~full), *_listed(full), BLOCK_SIZE=BLOCK, mask_mod=permitted)
+    return BlockMask.from_kv_blocks(
+        *_listed(some & ~full), *_listed(full), BLOCK_SIZE=BLOCK, mask_mod=permitted
+    )
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,7 +62,9 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return counts[None, None], indices[None, None].contiguous()
 
 
-def flex(query: Tensor, key: Tensor, value: Tensor, *, block_mask: BlockMask, scale: float, enable_gqa: bool) -> Tensor:
+def flex(
+    query: Tensor, key: Tensor, value: Tensor, *, block_mask: BlockMask, scale: float, enable_gqa: bool
+) -> Tensor:
     """``flex_attention``, compiled on CUDA (uncompiled it computes every pair)."""
     kernel = _compiled() if query.is_cuda else flex_attention
     output: Any = kernel(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=enable_gqa)

@@ -24,7 +24,10 @@ from rpt_lightning.policy.tree_attention import NAME
 from rpt_lightning.types import TrainSequence
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
-SEQUENCES = (TrainSequence(prompt_ids=(3, 4), target_ids=(5, 6, 7)), TrainSequence(prompt_ids=(3, 4), target_ids=(8, 9, 7)))
+SEQUENCES = (
+    TrainSequence(prompt_ids=(3, 4), target_ids=(5, 6, 7)),
+    TrainSequence(prompt_ids=(3, 4), target_ids=(8, 9, 7)),
+)
 TOLERANCE = 1e-3  # nats; a wrong mask or a scaled head is off by far more
 MODE_TOLERANCE = 1e-5  # nats; the same operations on the same weights, in training and in evaluation, give the same bits on a CPU
 LOADED_TOLERANCE = 1e-2  # nats; trained models have activations of some thousands, which round more in fp32
@@ -52,7 +55,10 @@ def choose_packing(config: PreTrainedConfig, *, path: str, trust_remote_code: bo
     """
     _check_rotary_frequencies(config, path)
     # Lightning builds models with the accelerator as the default device.
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # the trainer's generator must not notice what a model draws
+    with (
+        torch.device("cpu"),
+        torch.random.fork_rng(devices=[]),
+    ):  # the trainer's generator must not notice what a model draws
         model = small_copy(config, trust_remote_code=trust_remote_code)
         expected = own_logprobs(model)
         model.train()
@@ -127,7 +133,9 @@ def _check_training_mode(model: PreTrainedModel, expected: Tensor, path: str) ->
         noise = {
             name: value
             for name, value in vars(model.config.get_text_config()).items()
-            if name.endswith(("drop", "dropout", "noise", "epsilon")) and isinstance(value, float) and value > 0
+            if name.endswith(("drop", "dropout", "noise", "epsilon"))
+            and isinstance(value, float)
+            and value > 0
         }
         raise ValueError(
             f"policy.path={path}: {type(model).__name__} gives other log-probs in training mode than in evaluation, in which engines compute (difference "
@@ -141,7 +149,10 @@ def _check_rotary_frequencies(config: PreTrainedConfig, path: str) -> None:
     other log-probs beside a long one than beside a short one. The few tokens that are compared here do not reach the length at which that begins.
     """
     rope: dict[str, Any] = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    of_layers = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # one dict, or one a type of layers
+    of_layers = [
+        rope,
+        *(part for part in rope.values() if isinstance(part, dict)),
+    ]  # one dict, or one a type of layers
     types = {str(part["rope_type"]) for part in of_layers if part.get("rope_type")}
     by_call = sorted(kind for kind in types if kind == "longrope" or "dynamic" in kind)
     if by_call:
@@ -160,7 +171,9 @@ def _why_no_trees(model: PreTrainedModel, expected: Tensor) -> str | None:
         difference = _largest_difference(model, pack, expected)
     except (ValueError, TypeError) as error:
         return str(error)
-    return None if difference <= TOLERANCE else f"packed as a tree its log-probs differ by {difference:.2g} nats"
+    return (
+        None if difference <= TOLERANCE else f"packed as a tree its log-probs differ by {difference:.2g} nats"
+    )
 
 
 @torch.no_grad()
@@ -175,7 +188,9 @@ def own_logprobs(model: PreTrainedModel) -> Tensor:
 
 
 @torch.no_grad()
-def _largest_difference(model: PreTrainedModel, packed: Callable[..., Iterator[PackedTree]], expected: Tensor) -> float:
+def _largest_difference(
+    model: PreTrainedModel, packed: Callable[..., Iterator[PackedTree]], expected: Tensor
+) -> float:
     """Of two calls, in nats; the second may find what the first left behind."""
     with torch.device("cpu"):
         (tree,) = packed(SEQUENCES, max_tokens=16)

@@ -45,7 +45,9 @@ def model_size(model: PreTrainedModel) -> ModelSize:
     return ModelSize(
         body_params=sum(parameter.numel() for parameter in model.parameters()) - outer,
         head_params=head.numel(),
-        attention_width=sum(kind in _ATTENTION_LAYERS for kind in kinds) * config.num_attention_heads * head_dim,
+        attention_width=sum(kind in _ATTENTION_LAYERS for kind in kinds)
+        * config.num_attention_heads
+        * head_dim,
     )
 
 
@@ -62,10 +64,16 @@ class Work:
     pairs: float = 0
 
     def __add__(self, other: Work) -> Work:
-        return Work(tokens=self.tokens + other.tokens, scored_tokens=self.scored_tokens + other.scored_tokens, pairs=self.pairs + other.pairs)
+        return Work(
+            tokens=self.tokens + other.tokens,
+            scored_tokens=self.scored_tokens + other.scored_tokens,
+            pairs=self.pairs + other.pairs,
+        )
 
     def __rmul__(self, factor: float) -> Work:
-        return Work(tokens=factor * self.tokens, scored_tokens=factor * self.scored_tokens, pairs=factor * self.pairs)
+        return Work(
+            tokens=factor * self.tokens, scored_tokens=factor * self.scored_tokens, pairs=factor * self.pairs
+        )
 
 
 def add_works(works: Iterable[Work]) -> Work:
@@ -77,13 +85,21 @@ def tree_work(tree: PackedTree) -> Work:
     """A token has as many pairs as ancestors, and one with itself. The padding of rows counts nothing."""
     scored_tokens = tree.targets.numel()
     if tree.row_length is not None:
-        return Work(tokens=sum(tree.row_sizes), scored_tokens=scored_tokens, pairs=sum(_pairs(0, size) for size in tree.row_sizes))
+        return Work(
+            tokens=sum(tree.row_sizes),
+            scored_tokens=scored_tokens,
+            pairs=sum(_pairs(0, size) for size in tree.row_sizes),
+        )
     return Work(tokens=tree.num_tokens, scored_tokens=scored_tokens, pairs=int((tree.position_ids + 1).sum()))
 
 
 def sequence_work(sequence: TrainSequence) -> Work:
     """One sequence by itself and whole: its last token is fed too, as the usual padded step does."""
-    return Work(tokens=sequence.num_tokens, scored_tokens=len(sequence.target_ids), pairs=_pairs(0, sequence.num_tokens))
+    return Work(
+        tokens=sequence.num_tokens,
+        scored_tokens=len(sequence.target_ids),
+        pairs=_pairs(0, sequence.num_tokens),
+    )
 
 
 def prompt_work(num_tokens: int, *, num_cached: int = 0) -> Work:
@@ -103,7 +119,10 @@ def sampling_work(prompt_tokens: int, sampled_tokens: int) -> Work:
 
 def forward_flops(size: ModelSize, work: Work) -> float:
     """Operations of a forward pass."""
-    return float(2 * (size.body_params * work.tokens + size.head_params * work.scored_tokens) + 4 * size.attention_width * work.pairs)
+    return float(
+        2 * (size.body_params * work.tokens + size.head_params * work.scored_tokens)
+        + 4 * size.attention_width * work.pairs
+    )
 
 
 def train_flops(size: ModelSize, work: Work) -> float:

@@ -22,7 +22,13 @@ VOCAB_CHUNK = 32768
 
 
 def chosen_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, temperature: float = 1.0, chunk_size: int = 512
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk_size: int = 512,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each target token and the entropy of the distribution it is drawn from, both of the tempered distribution.
 
@@ -38,7 +44,9 @@ def chosen_logprobs(
         ``(logprobs [N], entropy [N])`` in nats, differentiable in ``hidden``, ``weight`` and ``bias``.
     """
     if temperature <= 0:
-        raise ValueError(f"temperature is {temperature}; log-probs need a temperature above 0 (score greedy completions at 1.0)")
+        raise ValueError(
+            f"temperature is {temperature}; log-probs need a temperature above 0 (score greedy completions at 1.0)"
+        )
     logprobs, entropy = _ChosenLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, targets, temperature, chunk_size
     )
@@ -46,7 +54,9 @@ def chosen_logprobs(
 
 
 @torch.no_grad()
-def most_likely(hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, chunk_size: int = 512) -> Tensor:
+def most_likely(
+    hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, chunk_size: int = 512
+) -> Tensor:
     """The most likely next token after each hidden state ``[N, D]``, of equal ones the first: ids ``[N]``."""
     ids = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
     highest = torch.full(hidden.shape[:1], -torch.inf, dtype=hidden.dtype, device=hidden.device)
@@ -71,7 +81,9 @@ def _chunks(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: slice, dtype: torch.dtype) -> Tensor:
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: slice, dtype: torch.dtype
+) -> Tensor:
     """One tile of them, ``[C, V']``: ``weight`` is cut to the columns already, ``bias`` is not."""
     logits = (hidden @ weight.T).to(dtype)
     return logits if bias is None else logits.add_(bias[columns])
@@ -79,7 +91,9 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: slice,
 
 def _within(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     """Index of each target inside a tile, and whether it lies there at all (the index of one that does not means nothing)."""
-    return (targets - columns.start).clamp(0, columns.stop - columns.start - 1), (targets >= columns.start) & (targets < columns.stop)
+    return (targets - columns.start).clamp(0, columns.stop - columns.start - 1), (
+        targets >= columns.start
+    ) & (targets < columns.stop)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -95,18 +109,30 @@ class _ChosenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, chunk_size: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         # Of the tiles so far, [N] each: the highest logit m, the sums of exp(z - m) and of exp(z - m) (z - m), the target's logit (0 before its tile).
         highest = torch.full(hidden.shape[:1], torch.finfo(dtype).min, dtype=dtype, device=hidden.device)
-        sum_exp, sum_exp_shifted, chosen = torch.zeros_like(highest), torch.zeros_like(highest), torch.zeros_like(highest)
+        sum_exp, sum_exp_shifted, chosen = (
+            torch.zeros_like(highest),
+            torch.zeros_like(highest),
+            torch.zeros_like(highest),
+        )
         # Autocast would round a product of fp32 tensors.
         with torch.autocast(hidden.device.type, enabled=False):
             for columns in _vocab_chunks(weight):
                 weight_part = weight[columns].to(hidden.dtype)  # [V', D]
                 for rows in _chunks(hidden.shape[0], chunk_size):
-                    logits = _logits(hidden[rows], weight_part, bias, columns, dtype).div_(temperature)  # [C, V']
+                    logits = _logits(hidden[rows], weight_part, bias, columns, dtype).div_(
+                        temperature
+                    )  # [C, V']
                     index, is_inside = _within(targets[rows], columns)
                     chosen[rows] += logits.gather(-1, index[:, None])[:, 0] * is_inside
                     new_highest = torch.maximum(highest[rows], logits.amax(-1))
@@ -115,7 +141,9 @@ class _ChosenLogprobs(torch.autograd.Function):
                     highest[rows] = new_highest
                     shifted = logits.sub_(new_highest[:, None])
                     exp = shifted.exp()
-                    sum_exp_shifted[rows] = (sum_exp_shifted[rows] + sum_exp[rows] * step) * decay + shifted.mul_(exp).sum(-1)
+                    sum_exp_shifted[rows] = (
+                        sum_exp_shifted[rows] + sum_exp[rows] * step
+                    ) * decay + shifted.mul_(exp).sum(-1)
                     sum_exp[rows] = sum_exp[rows] * decay + exp.sum(-1)
         logsumexp = highest + sum_exp.log()
         entropy = sum_exp.log() - sum_exp_shifted / sum_exp
@@ -125,7 +153,9 @@ class _ChosenLogprobs(torch.autograd.Function):
         return chosen - highest - sum_exp.log(), entropy
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+    def backward(
+        ctx: Any, *grads: Any
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         if grads[0] is None and grads[1] is None:
             return None, None, None, None, None, None
         # [N], with respect to h W^T + b. Without an entropy gradient a pass over each tile is saved.
@@ -149,7 +179,12 @@ class _ChosenLogprobs(torch.autograd.Function):
                         grad = logp.exp_().mul_(-grad_logprobs[rows, None])
                     else:
                         probs = logp.exp()
-                        grad = logp.add_(entropy[rows, None]).mul_(-grad_entropy[rows, None]).sub_(grad_logprobs[rows, None]).mul_(probs)
+                        grad = (
+                            logp.add_(entropy[rows, None])
+                            .mul_(-grad_entropy[rows, None])
+                            .sub_(grad_logprobs[rows, None])
+                            .mul_(probs)
+                        )
                         del probs  # one tile less when the next one is made
                     index, is_inside = _within(targets[rows], columns)
                     grad.scatter_add_(-1, index[:, None], (grad_logprobs[rows] * is_inside)[:, None])

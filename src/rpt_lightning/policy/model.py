@@ -72,13 +72,21 @@ class Policy(nn.Module):
     def materialize(self) -> None:
         """Loads the weights, in fp32 (at RPT's learning rate of 1e-6 a bf16 master weight does not move). Does nothing when they are loaded."""
         if not hasattr(self, "model"):
-            model = _load(load_causal_lm, self.path, where=f"policy.path={self.path}", dtype=torch.float32, trust_remote_code=self.trust_remote_code)
+            model = _load(
+                load_causal_lm,
+                self.path,
+                where=f"policy.path={self.path}",
+                dtype=torch.float32,
+                trust_remote_code=self.trust_remote_code,
+            )
             self._adopt(model, has_weights=True)
 
     def materialize_on_meta(self) -> None:
         """Builds the model without its weights, which sharding.py reads into the shards. Buffers (rotary frequencies) are computed as ever."""
         with init_empty_weights(include_buffers=False):
-            model = cast(Any, AutoModelForCausalLM).from_config(self.config, dtype=torch.float32, trust_remote_code=self.trust_remote_code)
+            model = cast(Any, AutoModelForCausalLM).from_config(
+                self.config, dtype=torch.float32, trust_remote_code=self.trust_remote_code
+            )
         model.tie_weights()  # the context makes two tensors of one
         self._adopt(model, has_weights=False)
 
@@ -90,7 +98,11 @@ class Policy(nn.Module):
             check_loaded(model, packing, path=self.path)
         model.set_attn_implementation(packing.attention)
         self.shares_prefixes = packing.shares_prefixes
-        kind = "common prefixes are computed once" if packing.reason is None else f"every completion with its whole prompt, because {packing.reason}"
+        kind = (
+            "common prefixes are computed once"
+            if packing.reason is None
+            else f"every completion with its whole prompt, because {packing.reason}"
+        )
         self.packing = f"{type(model).__name__}: {kind}"
         if self.activation_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -125,13 +137,22 @@ class Policy(nn.Module):
                 f"{self.num_tokens} rows; save the model after model.resize_token_embeddings(len(tokenizer)), or use other markers"
             )
 
-    def forward(self, tree: PackedTree, *, temperature: float = 1.0, predict: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tree: PackedTree, *, temperature: float = 1.0, predict: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Scores the M target tokens of a packed tree.
 
         Returns:
             ``(logprobs [M], entropy [M])`` of the tempered distribution, or with ``predict`` ``(logprobs [M], most likely ids [M])``.
         """
-        return score(self.model, tree, temperature=temperature, predict=predict, head_dtype=self.head_dtype, chunk_size=self.logprob_chunk_size)
+        return score(
+            self.model,
+            tree,
+            temperature=temperature,
+            predict=predict,
+            head_dtype=self.head_dtype,
+            chunk_size=self.logprob_chunk_size,
+        )
 
 
 def _check_no_dropout(model: nn.Module, path: str) -> None:
@@ -141,7 +162,10 @@ def _check_no_dropout(model: nn.Module, path: str) -> None:
     rates = {
         name: value
         for name, value in vars(model.config).items()
-        if name.endswith(("dropout", "pdrop")) and not name.startswith(OTHER_HEADS) and isinstance(value, float) and value > 0
+        if name.endswith(("dropout", "pdrop"))
+        and not name.startswith(OTHER_HEADS)
+        and isinstance(value, float)
+        and value > 0
     }
     if rates:
         raise ValueError(f"policy.path={path} has dropout ({rates}); set it to 0 in its config.json")

@@ -68,11 +68,16 @@ class PackedTree:
 
     def unpack(self, values: Tensor) -> Tensor:
         """Per-token values ``[M]`` as one row a sequence, ``[S, T]``; 0 where ``mask`` is False."""
-        return torch.where(self.mask, values[self.rows], torch.zeros((), dtype=values.dtype, device=values.device))
+        return torch.where(
+            self.mask, values[self.rows], torch.zeros((), dtype=values.dtype, device=values.device)
+        )
 
     def to(self, device: torch.device) -> PackedTree:
         """The same tree on another device."""
-        moved = {name: getattr(self, name).to(device) for name in ("token_ids", "position_ids", "subtree_end", "parents", "targets", "rows", "mask")}
+        moved = {
+            name: getattr(self, name).to(device)
+            for name in ("token_ids", "position_ids", "subtree_end", "parents", "targets", "rows", "mask")
+        }
         return replace(self, **moved)
 
 
@@ -87,10 +92,15 @@ def pack(sequences: Sequence[TrainSequence], *, max_tokens: int) -> Iterator[Pac
     """
     check_sequences(sequences)
     ids = [np.asarray(sequence.prompt_ids + sequence.target_ids, dtype=np.int64) for sequence in sequences]
-    order = sorted(range(len(sequences)), key=lambda i: (sequences[i].prompt_ids + sequences[i].target_ids, i))
+    order = sorted(
+        range(len(sequences)), key=lambda i: (sequences[i].prompt_ids + sequences[i].target_ids, i)
+    )
 
     lengths = [len(ids[index]) for index in order]
-    shared = [0, *(common_prefix_length(ids[left], ids[right]) for left, right in pairwise(order))]  # with the sequence before
+    shared = [
+        0,
+        *(common_prefix_length(ids[left], ids[right]) for left, right in pairwise(order)),
+    ]  # with the sequence before
     for start, stop in _cuts(lengths, shared, max_tokens):
         yield _build_tree(sequences, ids, order[start:stop], [0, *shared[start + 1 : stop]])
 
@@ -110,9 +120,13 @@ def _cuts(lengths: Sequence[int], shared: Sequence[int], max_tokens: int) -> lis
     A tree of sequences ``i .. j-1`` has ``lengths[i] + sum(lengths[k] - shared[k] for i < k < j)`` tokens (its leaves included).
     """
     num = len(lengths)
-    fresh = np.cumsum(np.asarray(lengths) - np.asarray(shared))  # [num] of the sequences up to each, what its predecessor does not hold
+    fresh = np.cumsum(
+        np.asarray(lengths) - np.asarray(shared)
+    )  # [num] of the sequences up to each, what its predecessor does not hold
     begin = np.asarray(lengths) - fresh  # [num] so that a tree of i .. j-1 has begin[i] + fresh[j-1] tokens
-    best = np.zeros(num + 1, dtype=np.int64)  # of the first j sequences: (tokens, trees) in one number, tokens first
+    best = np.zeros(
+        num + 1, dtype=np.int64
+    )  # of the first j sequences: (tokens, trees) in one number, tokens first
     last_start = np.zeros(num + 1, dtype=np.int64)
     earliest = 0  # adding an earlier sequence never makes a tree smaller, so this only moves on
     for stop in range(1, num + 1):
@@ -141,7 +155,12 @@ def common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
     return int(differs[0]) if len(differs) else length
 
 
-def _build_tree(sequences: Sequence[TrainSequence], ids: Sequence[np.ndarray], chosen: Sequence[int], shared: Sequence[int]) -> PackedTree:
+def _build_tree(
+    sequences: Sequence[TrainSequence],
+    ids: Sequence[np.ndarray],
+    chosen: Sequence[int],
+    shared: Sequence[int],
+) -> PackedTree:
     """Builds the trie of lexicographically sorted sequences: each appends the nodes beyond its common prefix, which is depth-first order."""
     total = sum(len(ids[index]) - common for index, common in zip(chosen, shared, strict=True))
     token = np.empty(total, dtype=np.int64)

@@ -19,7 +19,9 @@ from rpt_lightning.types import TrainSequence
 
 
 @torch.no_grad()
-def plain_logprobs(policy: Policy, sequence: TrainSequence, places: Tensor, *, temperature: float, device: torch.device) -> Tensor:
+def plain_logprobs(
+    policy: Policy, sequence: TrainSequence, places: Tensor, *, temperature: float, device: torch.device
+) -> Tensor:
     """Of the target tokens at ``places`` [K], ascending: log-probs [K] of the tempered distribution, in the dtype of the model's logits.
 
     ``device`` is where the policy computes. With sharded weights a collective.
@@ -39,7 +41,9 @@ def _plain_forward(policy: Policy, device: torch.device) -> Iterator[None]:
         kept = (len(sequence.prompt_ids) - 1 + places).to(device)  # where each of those tokens is predicted
         takes_places = "logits_to_keep" in inspect.signature(model.forward).parameters
         with torch.autocast(device.type, enabled=False):
-            logits = model(input_ids=ids[:, :-1], use_cache=False, **({"logits_to_keep": kept} if takes_places else {})).logits[0]
+            logits = model(
+                input_ids=ids[:, :-1], use_cache=False, **({"logits_to_keep": kept} if takes_places else {})
+            ).logits[0]
         logits = logits if takes_places else logits[kept]  # [K, V]
         dtype = logits.dtype
         logprobs = (logits.float() / temperature).log_softmax(-1)

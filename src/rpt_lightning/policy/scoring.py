@@ -36,8 +36,14 @@ def score(
     hidden = hidden.to(dtype)  # the weight is cast tile by tile
     # Autocast would cast the fp32 product back to bf16.
     with torch.autocast(hidden.device.type, enabled=False):
-        logprobs, entropy = chosen_logprobs(hidden, weight, tree.targets, bias=bias, temperature=temperature, chunk_size=chunk_size)
-        return (logprobs, most_likely(hidden, weight, bias=bias, chunk_size=chunk_size)) if predict else (logprobs, entropy)
+        logprobs, entropy = chosen_logprobs(
+            hidden, weight, tree.targets, bias=bias, temperature=temperature, chunk_size=chunk_size
+        )
+        return (
+            (logprobs, most_likely(hidden, weight, bias=bias, chunk_size=chunk_size))
+            if predict
+            else (logprobs, entropy)
+        )
 
 
 def head_weight(model: PreTrainedModel) -> Tensor:
@@ -64,7 +70,12 @@ def _hidden(model: PreTrainedModel, tree: PackedTree) -> Tensor:
             tree = tree.padded(bucket_length(tree.num_tokens))
         rows["tree"] = tree.tree_mask()
     width = tree.row_length or tree.num_tokens
-    outputs: Any = model.base_model(input_ids=tree.token_ids.view(-1, width), position_ids=tree.position_ids.view(-1, width), use_cache=False, **rows)
+    outputs: Any = model.base_model(
+        input_ids=tree.token_ids.view(-1, width),
+        position_ids=tree.position_ids.view(-1, width),
+        use_cache=False,
+        **rows,
+    )
     hidden: Tensor = outputs.last_hidden_state.flatten(0, 1)
     return hidden
 

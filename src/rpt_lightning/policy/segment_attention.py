@@ -20,7 +20,13 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.
 
 
 def segment_attention(
-    query: Tensor, key: Tensor, value: Tensor, calls: Sequence[SegmentCall], masks: Mapping[SegmentCall, Tensor], *, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    calls: Sequence[SegmentCall],
+    masks: Mapping[SegmentCall, Tensor],
+    *,
+    scale: float,
 ) -> Tensor:
     """Attention output ``[1, H, N, d]``.
 
@@ -39,7 +45,13 @@ def segment_attention(
 class _SegmentAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, calls: Sequence[SegmentCall], masks: Mapping[SegmentCall, Tensor], scale: float
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        calls: Sequence[SegmentCall],
+        masks: Mapping[SegmentCall, Tensor],
+        scale: float,
     ) -> Tensor:
         batch, heads, length, width = query.shape
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -50,7 +62,13 @@ class _SegmentAttention(torch.autograd.Function):
         for call in calls:
             queries, keys = _slices(call)
             part, part_logsumexp = _forward(
-                query[:, :, queries], key[:, :, keys], value[:, :, keys], 0.0, call.kind == "causal", attn_mask=masks.get(call), scale=scale
+                query[:, :, queries],
+                key[:, :, keys],
+                value[:, :, keys],
+                0.0,
+                call.kind == "causal",
+                attn_mask=masks.get(call),
+                scale=scale,
             )
             if call.kind != "full":
                 output[:, :, queries], logsumexp[:, :, queries] = part, part_logsumexp
@@ -58,7 +76,9 @@ class _SegmentAttention(torch.autograd.Function):
             before = logsumexp[:, :, queries]
             both = torch.logaddexp(before, part_logsumexp)
             output[:, :, queries] = (
-                output[:, :, queries].mul_((before - both).exp_()[..., None]).addcmul_(part, (part_logsumexp - both).exp_()[..., None])
+                output[:, :, queries]
+                .mul_((before - both).exp_()[..., None])
+                .addcmul_(part, (part_logsumexp - both).exp_()[..., None])
             )
             logsumexp[:, :, queries] = both
         output = output.to(query.dtype)
@@ -69,7 +89,11 @@ class _SegmentAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, logsumexp = ctx.saved_tensors
-        grad_query, grad_key, grad_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        grad_query, grad_key, grad_value = (
+            torch.zeros_like(query),
+            torch.zeros_like(key),
+            torch.zeros_like(value),
+        )
         for call in ctx.calls:
             queries, keys = _slices(call)
             parts = _backward(

@@ -46,9 +46,15 @@ def plan_segments(subtree_end: Sequence[int]) -> tuple[SegmentCall, ...]:
     comes before the "full" ones.
     """
     starts = _chain_starts(subtree_end)
-    subtrees: dict[int, Plan] = {}  # by the first token; filled from the back, so that what is behind a chain is known when the chain is reached
+    subtrees: dict[
+        int, Plan
+    ] = {}  # by the first token; filled from the back, so that what is behind a chain is known when the chain is reached
     for start, stop in zip(reversed(starts), reversed([*starts[1:], len(subtree_end)]), strict=True):
-        subtrees[start] = min(_apart(subtrees, subtree_end, start, stop), _masked(start, subtree_end[start]), key=lambda plan: plan[0])
+        subtrees[start] = min(
+            _apart(subtrees, subtree_end, start, stop),
+            _masked(start, subtree_end[start]),
+            key=lambda plan: plan[0],
+        )
     calls = _forest(subtrees, subtree_end, 0, len(subtree_end))[1]
     return tuple(sorted(calls, key=lambda call: call.kind == "full"))
 
@@ -68,9 +74,19 @@ def _apart(subtrees: dict[int, Plan], subtree_end: Sequence[int], start: int, ch
     """A chain for itself, and what is behind it on top of it."""
     length, behind = chain_stop - start, subtree_end[start] - chain_stop
     cost = length * (length + 1) / 2 + CALL_COST
-    calls = [SegmentCall(kind="causal", query_start=start, query_stop=chain_stop, key_start=start, key_stop=chain_stop)]
+    calls = [
+        SegmentCall(
+            kind="causal", query_start=start, query_stop=chain_stop, key_start=start, key_stop=chain_stop
+        )
+    ]
     if behind:
-        full = SegmentCall(kind="full", query_start=chain_stop, query_stop=chain_stop + behind, key_start=start, key_stop=chain_stop)
+        full = SegmentCall(
+            kind="full",
+            query_start=chain_stop,
+            query_stop=chain_stop + behind,
+            key_start=start,
+            key_stop=chain_stop,
+        )
         rest_cost, rest = _forest(subtrees, subtree_end, chain_stop, chain_stop + behind)
         cost += full.num_pairs + CALL_COST + MERGE_COST * behind + rest_cost
         calls += [full, *rest]

@@ -21,10 +21,23 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.tensor_parallel import parallelize
-from rpt_lightning.pretrained.weights import check_names, not_finite, not_finite_message, own_names, tied_message
+from rpt_lightning.pretrained.weights import (
+    check_names,
+    not_finite,
+    not_finite_message,
+    own_names,
+    tied_message,
+)
 
 
-def materialize_sharded(policy: Policy, mesh: DeviceMesh, *, device: torch.device, cpu_offload: bool = False, gather_bf16: bool = False) -> None:
+def materialize_sharded(
+    policy: Policy,
+    mesh: DeviceMesh,
+    *,
+    device: torch.device,
+    cpu_offload: bool = False,
+    gather_bf16: bool = False,
+) -> None:
     """Gives every process its shards, in fp32. Does nothing where the policy has them already. A collective.
 
     Args:
@@ -46,7 +59,9 @@ def materialize_sharded(policy: Policy, mesh: DeviceMesh, *, device: torch.devic
     _shard(policy, mesh["data_parallel"], cpu_offload=cpu_offload, gather_bf16=gather_bf16)
     home = torch.device("cpu") if cpu_offload else device
     # Not `to_empty`, which would make garbage of the buffers as well.
-    policy._apply(lambda tensor: torch.empty_like(tensor, device=home) if tensor.is_meta else tensor.to(device))  # type: ignore[no-untyped-call]
+    policy._apply(
+        lambda tensor: torch.empty_like(tensor, device=home) if tensor.is_meta else tensor.to(device)
+    )  # type: ignore[no-untyped-call]
     if is_tied:  # it came apart with the move
         policy.model.get_output_embeddings().weight = policy.model.get_input_embeddings().weight  # type: ignore[no-untyped-call]
     _read_shards(policy)
@@ -54,8 +69,14 @@ def materialize_sharded(policy: Policy, mesh: DeviceMesh, *, device: torch.devic
 
 def _shard(policy: Policy, mesh: DeviceMesh, *, cpu_offload: bool, gather_bf16: bool) -> None:
     # Pinned memory exists only beside a CUDA device.
-    offload: OffloadPolicy = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
-    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if gather_bf16 else MixedPrecisionPolicy()
+    offload: OffloadPolicy = (
+        CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
+    )
+    precision = (
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if gather_bf16
+        else MixedPrecisionPolicy()
+    )
     layers: Any = policy.model.base_model.layers
     for module in (*layers, policy):
         fully_shard(module, mesh=mesh, offload_policy=offload, mp_policy=precision)
@@ -73,18 +94,31 @@ def _read_shards(policy: Policy) -> None:
     misshapen = sorted(name for name in wanted.keys() & held.keys() if held[name].size != wanted[name].size())  # type: ignore[union-attr]
     if absent or misshapen or get_checkpoint_conversion_mapping(policy.config.model_type):  # type: ignore[no-untyped-call]
         what = (
-            f"lacks {absent[:3]}" if absent else f"has other shapes of {misshapen[:3]}" if misshapen else "stores weights that transformers converts"
+            f"lacks {absent[:3]}"
+            if absent
+            else f"has other shapes of {misshapen[:3]}"
+            if misshapen
+            else "stores weights that transformers converts"
         )
         raise ValueError(
             f"policy.path={policy.path}: a sharded policy is read from safetensors files that hold the model's own tensors, and this folder {what}; save the "
             "model with save_pretrained(..., safe_serialization=True), or use a strategy without shards (configs/strategy/single.yaml, ddp.yaml)"
         )
     where = f"policy.path={policy.path}"
-    copies = dict(policy.model.named_parameters(remove_duplicate=False)).keys() - wanted.keys()  # a tied head under its own name
-    check_names(missing=(), unknown=own_names(policy.model, held.keys() - wanted.keys() - copies), misshapen={}, where=where)
+    copies = (
+        dict(policy.model.named_parameters(remove_duplicate=False)).keys() - wanted.keys()
+    )  # a tied head under its own name
+    check_names(
+        missing=(),
+        unknown=own_names(policy.model, held.keys() - wanted.keys() - copies),
+        misshapen={},
+        where=where,
+    )
     load(wanted, storage_reader=reader)
     bad = not_finite((name, _own_part(tensor)) for name, tensor in wanted.items())
-    differing = [name for name in copies & held.keys() if not _is_copy(name, policy.model.get_parameter(name), reader)]
+    differing = [
+        name for name in copies & held.keys() if not _is_copy(name, policy.model.get_parameter(name), reader)
+    ]
     # Each rank looks at its own part, and all of them end together.
     bad, differing = ([name for names in _of_all_ranks(part) for name in names] for part in (bad, differing))
     if bad:

@@ -12,7 +12,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_module
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 from rpt_lightning.policy.model import Policy
 
@@ -27,7 +33,10 @@ class Replicated(ParallelStyle):
                 part.register_parameter(parameter_name, nn.Parameter(replicated))
 
         def enter(part: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> Any:
-            return tuple(DTensor.from_local(x, mesh, [Replicate()], run_check=False) if isinstance(x, Tensor) else x for x in inputs)
+            return tuple(
+                DTensor.from_local(x, mesh, [Replicate()], run_check=False) if isinstance(x, Tensor) else x
+                for x in inputs
+            )
 
         def leave(part: nn.Module, outputs: Any, mesh: DeviceMesh) -> Any:
             return outputs.to_local()
@@ -60,10 +69,15 @@ def parallelize(policy: Policy, mesh: DeviceMesh) -> None:
             f"{flag}: {type(model).__name__} has {f'a plan with {unknown}' if plan else 'no plan'} for tensor parallelism, which is not supported; set it "
             "to 1, or use a dense model of the Llama, Qwen2 or Qwen3 family"
         )
-    sizes = {name: getattr(policy.config, name) for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")}
+    sizes = {
+        name: getattr(policy.config, name)
+        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    }
     uneven = {name: size for name, size in sizes.items() if size % mesh.size()}
     if uneven:
-        raise ValueError(f"{flag}: {policy.path} has {uneven}, which cannot be divided by {mesh.size()}; give a divisor of them all")
+        raise ValueError(
+            f"{flag}: {policy.path} has {uneven}, which cannot be divided by {mesh.size()}; give a divisor of them all"
+        )
     base: nn.Module = model.base_model
     is_tied = policy.is_tied
     parallelize_module(base, mesh, {name: STYLES[style]() for name, style in plan.items()})

@@ -44,7 +44,9 @@ class TreeMask:
     def max_depth(self) -> int:
         return int(self.depth.max())
 
-    def permitted(self, queries: slice = slice(None), keys: slice = slice(None), *, window: int | None = None) -> Tensor:
+    def permitted(
+        self, queries: slice = slice(None), keys: slice = slice(None), *, window: int | None = None
+    ) -> Tensor:
         """Bool ``[queries, keys]``: key ``j`` is query ``i`` itself or an ancestor (``j <= i < subtree_end[j]``), and less than ``window`` tokens back."""
         index = torch.arange(self.subtree_end.numel(), device=self.subtree_end.device)
         query, key = index[queries, None], index[None, keys]
@@ -61,7 +63,9 @@ class TreeMask:
     def additive(self, dtype: torch.dtype) -> dict[SegmentCall, Tensor]:
         """For each masked call 0 or -inf, ``[1, 1, n, n]``."""
         if dtype not in self._additive:
-            self._additive[dtype] = {call: self._additive_of(call, dtype) for call in self.calls if call.kind == "masked"}
+            self._additive[dtype] = {
+                call: self._additive_of(call, dtype) for call in self.calls if call.kind == "masked"
+            }
         return self._additive[dtype]
 
     def _additive_of(self, call: SegmentCall, dtype: torch.dtype) -> Tensor:
@@ -121,15 +125,23 @@ def tree_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     grouped = query.shape[1] != key.shape[1]
     # A window as long as the longest path changes nothing.
-    window = sliding_window if tree is not None and sliding_window is not None and sliding_window <= tree.max_depth else None
+    window = (
+        sliding_window
+        if tree is not None and sliding_window is not None and sliding_window <= tree.max_depth
+        else None
+    )
     if tree is None or (tree.is_chain and window is None):
-        output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+        output = scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
+        )
     elif query.is_cuda:
         from rpt_lightning.policy.block_mask import flex
 
         output = flex(query, key, value, block_mask=tree.block_mask(window), scale=scale, enable_gqa=grouped)
     elif window is not None:
-        output = scaled_dot_product_attention(query, key, value, attn_mask=tree.windowed(window, query.dtype), scale=scale, enable_gqa=grouped)
+        output = scaled_dot_product_attention(
+            query, key, value, attn_mask=tree.windowed(window, query.dtype), scale=scale, enable_gqa=grouped
+        )
     else:
         output = segment_attention(query, key, value, tree.calls, tree.additive(query.dtype), scale=scale)
     return output.transpose(1, 2).contiguous(), None

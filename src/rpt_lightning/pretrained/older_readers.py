@@ -13,7 +13,10 @@ GENERIC_CLASS = "PreTrainedTokenizerFast"  # version 5 calls it TokenizersBacken
 
 def with_older_rope(config: dict[str, Any]) -> dict[str, Any]:
     """The content of a config.json with version 4's names beside `rope_parameters`, in nested configurations as well."""
-    out = {name: with_older_rope(value) if name.endswith("_config") and isinstance(value, dict) else value for name, value in config.items()}
+    out = {
+        name: with_older_rope(value) if name.endswith("_config") and isinstance(value, dict) else value
+        for name, value in config.items()
+    }
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict):
         return out
@@ -35,7 +38,9 @@ def _older(rope: dict[str, Any], model_type: str | None) -> dict[str, Any]:
     if rope.get("partial_rotary_factor") is not None:
         older[share] = rope["partial_rotary_factor"]
     if rope.get("rope_type", "default") != "default":
-        older["rope_scaling"] = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
+        older["rope_scaling"] = {
+            name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")
+        }
     return older
 
 
@@ -48,7 +53,9 @@ def older_tokenizer_config(config: dict[str, Any], *, is_repaired: bool) -> dict
     if is_repaired or out.get("tokenizer_class") in ("TokenizersBackend", None):
         out["tokenizer_class"] = GENERIC_CLASS
     extra = out.get("extra_special_tokens")
-    if isinstance(extra, list):  # version 4 wants names for them here, and has another field for those without
+    if isinstance(
+        extra, list
+    ):  # version 4 wants names for them here, and has another field for those without
         del out["extra_special_tokens"]
         named = out.get("additional_special_tokens") or []
         out["additional_special_tokens"] = [*named, *(token for token in extra if token not in named)]

@@ -14,7 +14,11 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 VERSION = "2:"  # before it the hash knew vocabulary, merges and added tokens only, and had no mark
-PARTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}  # by the name of a Sequence's steps
+PARTS = {
+    "normalizer": "normalizers",
+    "pre_tokenizer": "pretokenizers",
+    "decoder": "decoders",
+}  # by the name of a Sequence's steps
 TOKEN_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 
 
@@ -32,14 +36,21 @@ def specification(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def canonical(content: dict[str, Any]) -> dict[str, Any]:
     """The parts that decide ids and text, in one form for each meaning."""
     model = dict(content["model"])
-    model["merges"] = [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in model.get("merges") or []]
+    model["merges"] = [
+        merge.split(" ") if isinstance(merge, str) else list(merge) for merge in model.get("merges") or []
+    ]
     for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         model[name] = model.get(name) or None
     if model.get("unk_token") is None:
         model.pop("fuse_unk", None)  # of nothing
     parts: dict[str, Any] = {part: _steps(content.get(part), key) for part, key in PARTS.items()}
-    parts["decoder"] = [{"type": "ByteLevel"} if step["type"] == "ByteLevel" else step for step in parts["decoder"]]  # it decodes without its options
-    added = sorted((token["id"], token["content"], *(bool(token[flag]) for flag in TOKEN_FLAGS)) for token in content["added_tokens"])
+    parts["decoder"] = [
+        {"type": "ByteLevel"} if step["type"] == "ByteLevel" else step for step in parts["decoder"]
+    ]  # it decodes without its options
+    added = sorted(
+        (token["id"], token["content"], *(bool(token[flag]) for flag in TOKEN_FLAGS))
+        for token in content["added_tokens"]
+    )
     return {**parts, "model": model, "added_tokens": [list(token) for token in added]}
 
 

@@ -16,22 +16,33 @@ def longest_context(config: Any) -> int | None:
     ``config`` is that of a text model, or of a model with several parts of which one is text (Gemma 3, Mistral 3, Qwen3.5).
     """
     text = config.get_text_config()
-    positions = next((value for name in POSITIONS if isinstance(value := getattr(text, name, None), int)), None)
+    positions = next(
+        (value for name in POSITIONS if isinstance(value := getattr(text, name, None), int)), None
+    )
     if positions is None or "gemma3" in text.model_type:  # Gemma 3's number is scaled already
         return positions
-    return int(positions * _rope_factor(getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}))
+    return int(
+        positions
+        * _rope_factor(getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {})
+    )
 
 
 def _rope_factor(rope: dict[str, Any]) -> float:
     """Of one set of RoPE parameters, or of one a kind of layer: all of a model's have the same factor."""
     kinds = [value for value in rope.values() if isinstance(value, dict)] or [rope]
-    factors = [kind["factor"] for kind in kinds if kind.get("rope_type", kind.get("type", "default")) not in ALREADY_SCALED and kind.get("factor")]
+    factors = [
+        kind["factor"]
+        for kind in kinds
+        if kind.get("rope_type", kind.get("type", "default")) not in ALREADY_SCALED and kind.get("factor")
+    ]
     return float(factors[-1]) if factors else 1.0
 
 
 def check_not_quantized(config: Any, *, where: str) -> None:
     """Raises ValueError for weights in a quantized form: they would be trained as something else than what the config says, or not at all."""
-    quantization = getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None)
+    quantization = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
     if quantization:
         settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
         raise ValueError(

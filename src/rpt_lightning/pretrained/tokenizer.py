@@ -25,8 +25,12 @@ def read_tokenizer(path: str, **options: Any) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **options)
     except (OSError, ValueError):
         raise
-    except Exception as error:  # the tokenizers library raises Exception itself, and a file with other types anything
-        raise ValueError(f"its {FILE} or {CONFIG_FILE} cannot be read: {type(error).__name__}: {first_line(error)}") from error
+    except (
+        Exception
+    ) as error:  # the tokenizers library raises Exception itself, and a file with other types anything
+        raise ValueError(
+            f"its {FILE} or {CONFIG_FILE} cannot be read: {type(error).__name__}: {first_line(error)}"
+        ) from error
     return tokenizer
 
 
@@ -42,7 +46,9 @@ def as_in_folder(tokenizer: PreTrainedTokenizerBase, *, where: str) -> PreTraine
     try:
         wanted = json.loads(Tokenizer.from_file(str(file)).to_str())
     except Exception as error:  # the tokenizers library raises Exception itself
-        raise ValueError(f"{where}: {file} cannot be read ({first_line(error)}); copy the model anew") from error
+        raise ValueError(
+            f"{where}: {file} cannot be read ({first_line(error)}); copy the model anew"
+        ) from error
     if wanted["model"].get("dropout"):
         raise ValueError(
             f"{where}: {file} drops merges at random (dropout {wanted['model']['dropout']}), so a text would have other tokens in every call; set dropout to "
@@ -64,13 +70,17 @@ def as_in_folder(tokenizer: PreTrainedTokenizerBase, *, where: str) -> PreTraine
 
 def is_repaired(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether `AutoTokenizer` makes another tokenizer of the folder than this one."""
-    return canonical(specification(read_tokenizer(tokenizer.name_or_path))) != canonical(specification(tokenizer))
+    return canonical(specification(read_tokenizer(tokenizer.name_or_path))) != canonical(
+        specification(tokenizer)
+    )
 
 
 def _differences(tokenizer: PreTrainedTokenizerBase, wanted: dict[str, Any]) -> list[str]:
     """Names of the parts in which a loaded tokenizer differs from a file. It may have further added tokens, of tokenizer_config.json."""
     ours, theirs = canonical(specification(tokenizer)), canonical(wanted)
-    parts = [part for part in ("normalizer", "pre_tokenizer", "decoder", "model") if ours[part] != theirs[part]]
+    parts = [
+        part for part in ("normalizer", "pre_tokenizer", "decoder", "model") if ours[part] != theirs[part]
+    ]
     ids = {token[1]: token[0] for token in ours["added_tokens"]}
     if any(ids.get(token[1]) != token[0] for token in theirs["added_tokens"]):
         parts.append("set of added tokens")
@@ -80,7 +90,9 @@ def _differences(tokenizer: PreTrainedTokenizerBase, wanted: dict[str, Any]) -> 
 def _check_added_ids(tokenizer: PreTrainedTokenizerBase, *, where: str) -> None:
     """Raises ValueError where tokenizer_config.json gives an added token another id than it has."""
     file = folder_file(tokenizer.name_or_path, CONFIG_FILE)
-    named: dict[str, Any] = {} if file is None else json.loads(file.read_text(encoding="utf-8")).get("added_tokens_decoder") or {}
+    named: dict[str, Any] = (
+        {} if file is None else json.loads(file.read_text(encoding="utf-8")).get("added_tokens_decoder") or {}
+    )
     vocabulary = tokenizer.get_vocab()
     for token_id, token in named.items():
         content = token["content"] if isinstance(token, dict) else str(token)
@@ -101,9 +113,13 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_rows: int, *, where
     if not beyond:
         return
     markers = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    markers -= {str(token) for token in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) if token}
+    markers -= {
+        str(token) for token in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) if token
+    }
     template = json.dumps(tokenizer.chat_template, ensure_ascii=False) if tokenizer.chat_template else ""
-    needed = sorted((token for token in beyond if token not in markers or token in template), key=beyond.__getitem__)
+    needed = sorted(
+        (token for token in beyond if token not in markers or token in template), key=beyond.__getitem__
+    )
     if needed:
         raise ValueError(
             f"{where}: its tokenizer has {len(beyond)} tokens without a row of the model's embedding ({', '.join(map(repr, needed[:3]))}, id {beyond[needed[0]]} "

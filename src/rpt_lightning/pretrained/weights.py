@@ -19,7 +19,9 @@ from rpt_lightning.pretrained.tokenizer import first_line
 WAY_OUT = "copy or download the model anew, or mend its config.json"
 
 
-def load_causal_lm(path: str, *, where: str, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_causal_lm(
+    path: str, *, where: str, dtype: torch.dtype, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The model of a folder or hub id, with all of its weights and no others.
 
     ``where`` begins every message: the flag and its value. Raises ValueError, with the names of the weights, where one is missing, unknown, of another
@@ -30,7 +32,11 @@ def load_causal_lm(path: str, *, where: str, dtype: torch.dtype, trust_remote_co
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         model, found = cast(Any, AutoModelForCausalLM).from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, ignore_mismatched_sizes=True
+            path,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     except Exception as error:
         if not (isinstance(error, (OSError, RuntimeError)) or type(error).__name__ == "SafetensorError"):
@@ -41,7 +47,9 @@ def load_causal_lm(path: str, *, where: str, dtype: torch.dtype, trust_remote_co
     check_names(
         missing=found["missing_keys"],
         # Where weights are missing, every name is of use: they may be there under others.
-        unknown=found["unexpected_keys"] if found["missing_keys"] else own_names(model, found["unexpected_keys"]),
+        unknown=found["unexpected_keys"]
+        if found["missing_keys"]
+        else own_names(model, found["unexpected_keys"]),
         misshapen={name: (tuple(there), tuple(wanted)) for name, there, wanted in found["mismatched_keys"]},
         where=where,
     )
@@ -52,7 +60,11 @@ def load_causal_lm(path: str, *, where: str, dtype: torch.dtype, trust_remote_co
 
 
 def check_names(
-    *, missing: Collection[str], unknown: Collection[str], misshapen: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]], where: str
+    *,
+    missing: Collection[str],
+    unknown: Collection[str],
+    misshapen: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
+    where: str,
 ) -> None:
     """Raises ValueError for weights that are not those of the config. ``misshapen`` has the shape in the file and the shape that the config asks for."""
     faults = []
@@ -62,7 +74,9 @@ def check_names(
         faults.append(f"hold {some(unknown)}, which the config's model does not have")
     if misshapen:
         name, (there, wanted) = min(misshapen.items())
-        faults.append(f"have other shapes than the config's model: {some(misshapen)} ({name}: {list(there)} instead of {list(wanted)})")
+        faults.append(
+            f"have other shapes than the config's model: {some(misshapen)} ({name}: {list(there)} instead of {list(wanted)})"
+        )
     if faults:
         raise ValueError(
             f"{where}: its weights do not fit its config.json: they {'; they '.join(faults)}. Without them it would be another model: {WAY_OUT}"
@@ -74,14 +88,20 @@ def own_names(model: PreTrainedModel, unknown: Iterable[str]) -> list[str]:
 
     What else a file may hold beside them (a value head, another modality) is not a part of the model, which is whole without.
     """
-    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), None)  # type: ignore[no-untyped-call]
+    head = next(
+        (name for name, module in model.named_modules() if module is model.get_output_embeddings()), None
+    )  # type: ignore[no-untyped-call]
     roots = tuple(f"{root}." for root in (model.base_model_prefix, head) if root)
     return sorted(name for name in unknown if name.startswith(roots) and not is_ignored(model, name))
 
 
 def is_ignored(model: PreTrainedModel, name: str) -> bool:
     """Whether transformers itself says of a name that files may hold it: buffers that older versions saved, layers of a second head."""
-    patterns = {*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"}
+    patterns = {
+        *(model._keys_to_ignore_on_load_unexpected or ()),
+        r"rotary_emb\.inv_freq",
+        r"(^|\.)position_ids$",
+    }
     return any(re.search(pattern, name) for pattern in patterns)
 
 
@@ -89,7 +109,11 @@ def check_tied(model: PreTrainedModel, *, where: str) -> None:
     """Raises ValueError where the config ties the head to the embedding and the files hold two different ones, which transformers then keeps apart."""
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     embedding: Any = model.get_input_embeddings()
-    if model.config.get_text_config().tie_word_embeddings and head is not None and head.weight is not embedding.weight:
+    if (
+        model.config.get_text_config().tie_word_embeddings
+        and head is not None
+        and head.weight is not embedding.weight
+    ):
         raise ValueError(tied_message(where=where))
 
 

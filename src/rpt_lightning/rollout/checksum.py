@@ -16,7 +16,9 @@ def checksum(tensor: Tensor) -> str:
     >>> checksum(torch.tensor([0.0, 1.0])) == checksum(torch.tensor([[0.0, 1.0]]))
     False
     """
-    values = (tensor.detach().to("cpu") + 0.0).contiguous()  # -0 + 0 = 0: reading a packed matrix back loses the sign of zeros
+    values = (
+        tensor.detach().to("cpu") + 0.0
+    ).contiguous()  # -0 + 0 = 0: reading a packed matrix back loses the sign of zeros
     digest = hashlib.sha256(repr((values.dtype, tuple(values.shape))).encode())
     digest.update(values.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

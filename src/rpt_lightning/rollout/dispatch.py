@@ -50,7 +50,9 @@ async def dispatch(
     samples: dict[int, list[Sample]] = {}
     failures: Counter[int] = Counter()  # of each request's own tries
     load: dict[Worker, int] = {}  # completions under way
-    running: dict[asyncio.Task[object], tuple[Worker, int | None]] = {}  # a request's index; None: the watch over the worker
+    running: dict[
+        asyncio.Task[object], tuple[Worker, int | None]
+    ] = {}  # a request's index; None: the watch over the worker
     waiting: deque[list[int]] = deque()
     try:
         while len(samples) < len(requests):
@@ -58,7 +60,11 @@ async def dispatch(
                 for worker in await find_workers():
                     load[worker] = 0
                     running[asyncio.ensure_future(worker.watch())] = (worker, None)
-                waiting = deque(_bundles(requests, (index for index in range(len(requests)) if index not in samples), len(load)))
+                waiting = deque(
+                    _bundles(
+                        requests, (index for index in range(len(requests)) if index not in samples), len(load)
+                    )
+                )
             while waiting:
                 worker = min(load, key=lambda worker: load[worker])
                 size = sum(requests[index].n for index in waiting[0])
@@ -68,7 +74,9 @@ async def dispatch(
                 for index in waiting.popleft():
                     running[asyncio.ensure_future(worker.generate(requests[index]))] = (worker, index)
             done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            for task in sorted(done, key=lambda task: task.exception() is not None):  # what a worker finished before it was lost counts
+            for task in sorted(
+                done, key=lambda task: task.exception() is not None
+            ):  # what a worker finished before it was lost counts
                 if task not in running:
                     continue
                 worker, done_index = running.pop(task)
@@ -78,12 +86,24 @@ async def dispatch(
                     if done_index is not None:
                         failures[done_index] += 1
                         if failures[done_index] == MOST_TRIES:
-                            raise EngineLost(f"{requests[done_index].task_id}: a server failed at each of {MOST_TRIES} tries, the last with: {error}")
+                            raise EngineLost(
+                                f"{requests[done_index].task_id}: a server failed at each of {MOST_TRIES} tries, the last with: {error}"
+                            )
                     del load[worker]
                     orphans = [task for task, (owner, _) in running.items() if owner is worker]
                     lost = [done_index, *(running.pop(task)[1] for task in orphans)]
                     await _cancel(orphans)
-                    waiting.extendleft(reversed(list(_bundles(requests, sorted(index for index in lost if index is not None), max(len(load), 1)))))
+                    waiting.extendleft(
+                        reversed(
+                            list(
+                                _bundles(
+                                    requests,
+                                    sorted(index for index in lost if index is not None),
+                                    max(len(load), 1),
+                                )
+                            )
+                        )
+                    )
                 elif error is not None:
                     raise error
                 else:
@@ -95,7 +115,9 @@ async def dispatch(
         await _cancel(running)
 
 
-def _bundles(requests: Sequence[GenerationRequest], indices: Iterable[int], num_workers: int) -> Iterable[list[int]]:
+def _bundles(
+    requests: Sequence[GenerationRequest], indices: Iterable[int], num_workers: int
+) -> Iterable[list[int]]:
     """Requests of the same document together, split where they are more than a worker's share."""
     documents: dict[str | int, list[int]] = {}
     for index in indices:

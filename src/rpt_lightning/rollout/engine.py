@@ -107,14 +107,18 @@ class RolloutEngine(ABC):
         config = AutoConfig.from_pretrained(model_path)
         longest = longest_context(config)
         if max_model_len is not None and not 1 <= max_model_len <= (longest or max_model_len):
-            raise ValueError(f"max_model_len={max_model_len} must lie between 1 and the {longest or 'unlimited'} positions of {model_path}")
+            raise ValueError(
+                f"max_model_len={max_model_len} must lie between 1 and the {longest or 'unlimited'} positions of {model_path}"
+            )
         self._max_model_len = max_model_len or longest or DEFAULT_MODEL_LEN
         with torch.device("meta"):
             skeleton = cast(Any, AutoModelForCausalLM).from_config(config)
         token_bytes = TokenBytes(as_in_folder(read_tokenizer(model_path), where=f"tokenizer of {model_path}"))
         self._is_interrupted = False
         self._start(model_path, seed)
-        self._weight_shapes = {name: weight.shape for name, weight in skeleton.named_parameters(remove_duplicate=False)}
+        self._weight_shapes = {
+            name: weight.shape for name, weight in skeleton.named_parameters(remove_duplicate=False)
+        }
         self._token_bytes = token_bytes
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Completion]]:
@@ -140,7 +144,10 @@ class RolloutEngine(ABC):
         with self._alone("generate"):
             samples = self._generate(requests)
         check_samples(type(self).__name__, samples, requests)
-        return [[self._completion(sample, request.sampling, version) for sample in row] for row, request in zip(samples, requests, strict=True)]
+        return [
+            [self._completion(sample, request.sampling, version) for sample in row]
+            for row, request in zip(samples, requests, strict=True)
+        ]
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
         """Takes over a whole set of weights under their Hugging Face names, and forgets every cache of the old ones.
@@ -159,7 +166,11 @@ class RolloutEngine(ABC):
             self._update_weights(self._checked(weights, delivered, version), version)
         missing = [name for name in self._weight_shapes if name not in delivered]
         if missing:
-            hint = " (a tied head must be delivered under its own name too)" if "lm_head.weight" in missing else ""
+            hint = (
+                " (a tied head must be delivered under its own name too)"
+                if "lm_head.weight" in missing
+                else ""
+            )
             raise ValueError(f"update to version {version} did not deliver {_some(missing)}{hint}")
         self._version = version
 
@@ -233,7 +244,9 @@ class RolloutEngine(ABC):
     @contextlib.contextmanager
     def _alone(self, method: str) -> Iterator[None]:
         if self._under_way is not None:
-            raise RuntimeError(f"{type(self).__name__}.{method} while {self._under_way} runs in another thread: wait for its end")
+            raise RuntimeError(
+                f"{type(self).__name__}.{method} while {self._under_way} runs in another thread: wait for its end"
+            )
         self._under_way = method
         try:
             yield
@@ -249,11 +262,15 @@ class RolloutEngine(ABC):
         if self._token_bytes is None:
             raise RuntimeError(f"{type(self).__name__}.{method} before start")
 
-    def _checked(self, weights: Iterable[tuple[str, Tensor]], delivered: set[str], version: int) -> Iterator[tuple[str, Tensor]]:
+    def _checked(
+        self, weights: Iterable[tuple[str, Tensor]], delivered: set[str], version: int
+    ) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
             expected = self._weight_shapes.get(name)
             if expected is None:
-                raise ValueError(f"update to version {version} delivers {name}, which the engine's model does not have")
+                raise ValueError(
+                    f"update to version {version} delivers {name}, which the engine's model does not have"
+                )
             if tensor.shape != expected:
                 raise ValueError(
                     f"update to version {version} delivers {name} of shape {tuple(tensor.shape)}, the engine's model has {tuple(expected)}"
@@ -267,7 +284,9 @@ class RolloutEngine(ABC):
         tokens = [self._bytes_of(token_id) for token_id in (token_ids[:-1] if stopped else token_ids)]
         if sampling.stop_after_first_box:
             box = FirstBox(sampling.think_close)
-            num_kept = next((num for num, token in enumerate(tokens, start=1) if box.completed_by(token)), None)
+            num_kept = next(
+                (num for num, token in enumerate(tokens, start=1) if box.completed_by(token)), None
+            )
             if num_kept is not None:
                 token_ids, tokens, stopped = token_ids[:num_kept], tokens[:num_kept], True
         return Completion(

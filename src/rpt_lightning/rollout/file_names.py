@@ -15,7 +15,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
 
-def as_in_files(weights: Iterable[tuple[str, Tensor]], config: PreTrainedConfig) -> Iterator[tuple[str, Tensor]]:
+def as_in_files(
+    weights: Iterable[tuple[str, Tensor]], config: PreTrainedConfig
+) -> Iterator[tuple[str, Tensor]]:
     """Turns a model's parameters, by name, into the tensors of its files.
 
     Args:

@@ -12,7 +12,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from rpt_lightning.rollout import model_copy
 from rpt_lightning.rollout.engine import EngineDtype, RolloutEngine, Sample, compare_own_copy
@@ -26,7 +33,9 @@ class HFEngine(RolloutEngine):
     max_batch_tokens: Prompts and completions of one batch, padding counted; what bounds the memory.
     """
 
-    def __init__(self, dtype: EngineDtype = "bfloat16", device: str = "auto", max_batch_tokens: int = 16384) -> None:
+    def __init__(
+        self, dtype: EngineDtype = "bfloat16", device: str = "auto", max_batch_tokens: int = 16384
+    ) -> None:
         super().__init__(dtype)
         if max_batch_tokens < 1:
             raise ValueError(f"max_batch_tokens={max_batch_tokens} must be at least 1")
@@ -60,23 +69,41 @@ class HFEngine(RolloutEngine):
         for batch in _batches(requests, self.max_batch_tokens):
             prompts = [requests[row].prompt_ids for row, _ in batch]
             seeds = [requests[row].seed + index for row, index in batch]
-            samples.update(zip(batch, self._generate_batch(prompts, seeds, requests[batch[0][0]].sampling), strict=True))
+            samples.update(
+                zip(batch, self._generate_batch(prompts, seeds, requests[batch[0][0]].sampling), strict=True)
+            )
         return [[samples[row, index] for index in range(request.n)] for row, request in enumerate(requests)]
 
-    def _generate_batch(self, prompts: Sequence[TokenIds], seeds: Sequence[int], sampling: SamplingSettings) -> list[Sample]:
+    def _generate_batch(
+        self, prompts: Sequence[TokenIds], seeds: Sequence[int], sampling: SamplingSettings
+    ) -> list[Sample]:
         longest = max(map(len, prompts))
-        input_ids = torch.tensor([(0,) * (longest - len(prompt)) + prompt for prompt in prompts], device=self.device)  # [N, T], padded on the left
-        attention_mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device)  # [N, T]
+        input_ids = torch.tensor(
+            [(0,) * (longest - len(prompt)) + prompt for prompt in prompts], device=self.device
+        )  # [N, T], padded on the left
+        attention_mask = torch.tensor(
+            [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device
+        )  # [N, T]
         draw = SeededDraw(sampling, seeds, torch.device(self.device), before_token=self._check_interrupted)
         settings = cast(Any, GenerationConfig)(
-            do_sample=False, max_new_tokens=sampling.max_tokens, eos_token_id=list(sampling.stop_token_ids) or None, pad_token_id=0, use_cache=True
+            do_sample=False,
+            max_new_tokens=sampling.max_tokens,
+            eos_token_id=list(sampling.stop_token_ids) or None,
+            pad_token_id=0,
+            use_cache=True,
         )
         output = self._model.generate(
-            input_ids, attention_mask=attention_mask, generation_config=settings, logits_processor=LogitsProcessorList([draw])
+            input_ids,
+            attention_mask=attention_mask,
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([draw]),
         )
         token_ids = cast(Tensor, output)[:, longest:].tolist()  # [N, new tokens]
         logprobs = torch.stack(draw.logprobs, dim=1).tolist()  # [N, new tokens]
-        return [_until_stop(ids, row, sampling.stop_token_ids) for ids, row in zip(token_ids, logprobs, strict=True)]
+        return [
+            _until_stop(ids, row, sampling.stop_token_ids)
+            for ids, row in zip(token_ids, logprobs, strict=True)
+        ]
 
 
 class SeededDraw(LogitsProcessor):
@@ -90,7 +117,12 @@ class SeededDraw(LogitsProcessor):
     """
 
     def __init__(
-        self, sampling: SamplingSettings, seeds: Sequence[int], device: torch.device, *, before_token: Callable[[], None] = lambda: None
+        self,
+        sampling: SamplingSettings,
+        seeds: Sequence[int],
+        device: torch.device,
+        *,
+        before_token: Callable[[], None] = lambda: None,
     ) -> None:
         self.before_token = before_token
         self.temperature = sampling.temperature
@@ -111,7 +143,9 @@ class SeededDraw(LogitsProcessor):
         if self.temperature > 0:
             logits = self.truncate(input_ids, logits / self.temperature)
         logprobs = logits.log_softmax(-1)
-        chosen = (logprobs + self._gumbel(logprobs) if self.temperature > 0 else logprobs).argmax(-1, keepdim=True)  # [N, 1]
+        chosen = (logprobs + self._gumbel(logprobs) if self.temperature > 0 else logprobs).argmax(
+            -1, keepdim=True
+        )  # [N, 1]
         self.logprobs.append(logprobs.gather(1, chosen)[:, 0])
         return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
 
@@ -128,9 +162,12 @@ def _batches(requests: Sequence[GenerationRequest], max_tokens: int) -> Iterator
     for sampling in dict.fromkeys(request.sampling for request in requests):
         batch: list[tuple[int, int]] = []
         for row, index in sorted(
-            (pair for pair in rows if requests[pair[0]].sampling == sampling), key=lambda pair: len(requests[pair[0]].prompt_ids)
+            (pair for pair in rows if requests[pair[0]].sampling == sampling),
+            key=lambda pair: len(requests[pair[0]].prompt_ids),
         ):
-            width = len(requests[row].prompt_ids) + sampling.max_tokens  # ascending: the newcomer is the longest
+            width = (
+                len(requests[row].prompt_ids) + sampling.max_tokens
+            )  # ascending: the newcomer is the longest
             if batch and (len(batch) + 1) * width > max_tokens:
                 yield batch
                 batch = []
@@ -139,7 +176,9 @@ def _batches(requests: Sequence[GenerationRequest], max_tokens: int) -> Iterator
 
 
 def _until_stop(token_ids: Sequence[int], logprobs: Sequence[float], stop_token_ids: TokenIds) -> Sample:
-    end = next((place + 1 for place, token_id in enumerate(token_ids) if token_id in stop_token_ids), len(token_ids))
+    end = next(
+        (place + 1 for place, token_id in enumerate(token_ids) if token_id in stop_token_ids), len(token_ids)
+    )
     return Sample(tuple(token_ids[:end]), tuple(logprobs[:end]))
 
 

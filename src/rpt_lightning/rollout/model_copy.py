@@ -14,8 +14,12 @@ from rpt_lightning.rollout.weight_part import split_part, take
 
 def build_model(model_path: str, dtype: torch.dtype, device: torch.device) -> Any:
     """The architecture of a Hugging Face folder with random weights, in evaluation mode and without the folder's generation defaults."""
-    with torch.random.fork_rng(devices=[]):  # the random weights are overwritten; the trainer's generator must not notice them
-        model: Any = cast(Any, AutoModelForCausalLM).from_config(AutoConfig.from_pretrained(model_path), dtype=dtype)
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # the random weights are overwritten; the trainer's generator must not notice them
+        model: Any = cast(Any, AutoModelForCausalLM).from_config(
+            AutoConfig.from_pretrained(model_path), dtype=dtype
+        )
     # generate() fills what a request leaves open from here, such as a repetition penalty that the request never asked for.
     model.generation_config = cast(Any, GenerationConfig)()
     return model.to(device).eval().requires_grad_(False)
@@ -33,4 +37,7 @@ def read_weights(model: PreTrainedModel, names: Sequence[str]) -> dict[str, Tens
     """Copies on the CPU of weights or parts of them."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     parts = {name: split_part(name) for name in names}
-    return {name: take(parameters[whole].detach(), columns).to("cpu", copy=True) for name, (whole, columns) in parts.items()}
+    return {
+        name: take(parameters[whole].detach(), columns).to("cpu", copy=True)
+        for name, (whole, columns) in parts.items()
+    }

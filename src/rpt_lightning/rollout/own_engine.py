@@ -7,9 +7,7 @@ from typing import Any
 
 from rpt_lightning.types import GenerationRequest
 
-WANTED = (
-    "wanted: a list with a list for each request, of as many Sample(token_ids, logprobs) as its n, the token ids and log-probs of one completion each"
-)
+WANTED = "wanted: a list with a list for each request, of as many Sample(token_ids, logprobs) as its n, the token ids and log-probs of one completion each"
 
 
 def check_samples(engine_name: str, rows: Any, requests: Sequence[GenerationRequest]) -> None:
@@ -34,9 +32,13 @@ def _check_sample(sample: Any, start: str) -> None:
     if not isinstance(ids, tuple) or not isinstance(logprobs, tuple):
         raise ValueError(f"{start} {_said(sample)} as a completion; {WANTED}, each a tuple")
     if not ids or len(ids) != len(logprobs):
-        raise ValueError(f"{start} a completion of {len(ids)} tokens with {len(logprobs)} log-probs; {WANTED}, at least one")
+        raise ValueError(
+            f"{start} a completion of {len(ids)} tokens with {len(logprobs)} log-probs; {WANTED}, at least one"
+        )
     if type(ids[0]) is not int or not isinstance(logprobs[0], float):
-        raise ValueError(f"{start} a completion of {type(ids[0]).__name__} and {type(logprobs[0]).__name__}; {WANTED}: of int and float")
+        raise ValueError(
+            f"{start} a completion of {type(ids[0]).__name__} and {type(logprobs[0]).__name__}; {WANTED}: of int and float"
+        )
 
 
 def _said(value: Any) -> str:

@@ -40,9 +40,15 @@ class PilotRollout:
         groups = self.rollouter.groups(tasks, pilots)
         places = [place for place, group in enumerate(groups) if group.is_live]
         promising = [tasks[place] for place in places]
-        rest = self.rollouter.complete(promising, [first_indices[place] + self.pilot_size for place in places], group_size - self.pilot_size)
+        rest = self.rollouter.complete(
+            promising,
+            [first_indices[place] + self.pilot_size for place in places],
+            group_size - self.pilot_size,
+        )
         # Paid anew as a whole: a reward may look at all of a group.
-        filled = self.rollouter.groups(promising, [pilots[place] + more for place, more in zip(places, rest, strict=True)])
+        filled = self.rollouter.groups(
+            promising, [pilots[place] + more for place, more in zip(places, rest, strict=True)]
+        )
         for place, group in zip(places, filled, strict=True):
             groups[place] = group
         return groups

@@ -20,7 +20,9 @@ class UnlimitedPrefixCache:
         if block_size < 1:
             raise ValueError(f"block_size={block_size} must be at least 1")
         self.block_size = block_size
-        self._blocks: dict[tuple[int, TokenIds], int] = {}  # (number of the block before it, its tokens) -> its number
+        self._blocks: dict[
+            tuple[int, TokenIds], int
+        ] = {}  # (number of the block before it, its tokens) -> its number
 
     def serve(self, prompt_ids: TokenIds, n: int = 1) -> int:
         """Prompt tokens that the cache could give to ``n`` completions of a prompt, one after the other; the prompt is then kept.

@@ -24,7 +24,11 @@ def on_first_rank(work: Callable[[], T], *, meanwhile: Callable[[], None] = lamb
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return work()
     error: Exception | None = None
-    outcome: list[Any] = [None, None, RuntimeError]  # result, text of the error, what it is to the other ranks
+    outcome: list[Any] = [
+        None,
+        None,
+        RuntimeError,
+    ]  # result, text of the error, what it is to the other ranks
     try:
         if dist.get_rank() == 0:
             outcome[0] = work()
@@ -32,7 +36,10 @@ def on_first_rank(work: Callable[[], T], *, meanwhile: Callable[[], None] = lamb
             meanwhile()
     except Exception as caught:
         error = caught
-        outcome[1:] = [f"{type(caught).__name__}: {caught}", EngineLost if isinstance(caught, EngineLost) else RuntimeError]
+        outcome[1:] = [
+            f"{type(caught).__name__}: {caught}",
+            EngineLost if isinstance(caught, EngineLost) else RuntimeError,
+        ]
     dist.broadcast_object_list(outcome, src=0)  # type: ignore[no-untyped-call, unused-ignore]
     if error is not None:
         raise error

@@ -30,7 +30,9 @@ def _problem(request: GenerationRequest, max_model_len: int) -> str | None:
     if request.n < 1:
         return f"n={request.n} must be at least 1"
     if not 0 <= request.seed <= MAX_SEED - (request.n - 1):
-        return f"seed={request.seed} must lie between 0 and {MAX_SEED} for each of its {request.n} completions"
+        return (
+            f"seed={request.seed} must lie between 0 and {MAX_SEED} for each of its {request.n} completions"
+        )
     if not 0 <= sampling.temperature <= 2:
         return f"temperature={sampling.temperature} must lie between 0 (greedy) and 2 (vLLM's limit)"
     if not 0 < sampling.top_p <= 1:

@@ -52,11 +52,17 @@ class Rollouter:
         share_work: Callable[[Generate], Generate] | None = None,
     ) -> None:
         if group_size < 2:
-            raise ValueError(f"group_size={group_size}: a group needs at least 2 completions, since each is judged against the others")
+            raise ValueError(
+                f"group_size={group_size}: a group needs at least 2 completions, since each is judged against the others"
+            )
         if temperature <= 0:
-            raise ValueError(f"temperature={temperature}: greedy completions of a group are all the same, so a rollout needs a positive temperature")
+            raise ValueError(
+                f"temperature={temperature}: greedy completions of a group are all the same, so a rollout needs a positive temperature"
+            )
         if objective.reward.needs_first_token_probs and first_token_probs is None:
-            raise ValueError(f"{type(objective.reward).__name__} is paid by the policy's probability of the first token: give first_token_probs")
+            raise ValueError(
+                f"{type(objective.reward).__name__} is paid by the policy's probability of the first token: give first_token_probs"
+            )
         self.engine = engine
         self.objective = objective
         self.run_seed = run_seed
@@ -87,7 +93,9 @@ class Rollouter:
             think_close=self.objective.prompt.think_close,
         )
 
-    def rollout(self, tasks: Sequence[Task], *, n: int | None = None, temperature: float | None = None) -> list[RolloutGroup]:
+    def rollout(
+        self, tasks: Sequence[Task], *, n: int | None = None, temperature: float | None = None
+    ) -> list[RolloutGroup]:
         """One group a task, in the order of the tasks.
 
         Args:
@@ -116,12 +124,21 @@ class Rollouter:
         return first_indices
 
     def complete(
-        self, tasks: Sequence[Task], first_indices: Sequence[int], n: int, *, temperature: float | None = None, max_tokens: int | None = None
+        self,
+        tasks: Sequence[Task],
+        first_indices: Sequence[int],
+        n: int,
+        *,
+        temperature: float | None = None,
+        max_tokens: int | None = None,
     ) -> list[tuple[Completion, ...]]:
         """For each task its completions ``first_index`` to ``first_index + n - 1``; raises as ``rollout`` does."""
         temperature = self.temperature if temperature is None else temperature
         max_tokens = self.max_tokens if max_tokens is None else max_tokens
-        requests = [self._request(task, n, temperature, first_index, max_tokens) for task, first_index in zip(tasks, first_indices, strict=True)]
+        requests = [
+            self._request(task, n, temperature, first_index, max_tokens)
+            for task, first_index in zip(tasks, first_indices, strict=True)
+        ]
         # Positions of a document next to each other, the shorter context first: each finds the one before it in the prefix cache.
         order = sorted(range(len(tasks)), key=lambda index: (tasks[index].doc_id, tasks[index].position))
         rows = self.generate([requests[index] for index in order])
@@ -134,10 +151,16 @@ class Rollouter:
         generate = self.engine.generate if self.share_work is None else self.share_work(self.engine.generate)
         return generate(requests)
 
-    def groups(self, tasks: Sequence[Task], completions: Sequence[tuple[Completion, ...]]) -> list[RolloutGroup]:
+    def groups(
+        self, tasks: Sequence[Task], completions: Sequence[tuple[Completion, ...]]
+    ) -> list[RolloutGroup]:
         """The groups that given completions make: read and paid. With several ranks the policy may be asked too, so every rank calls it."""
         predictions = [tuple(map(self.objective.prediction, row)) for row in completions]
-        probs = self.first_token_probs(tasks, predictions) if self.first_token_probs is not None else [None] * len(tasks)
+        probs = (
+            self.first_token_probs(tasks, predictions)
+            if self.first_token_probs is not None
+            else [None] * len(tasks)
+        )
         return [
             RolloutGroup(
                 task=task,
@@ -150,7 +173,9 @@ class Rollouter:
             for index, task in enumerate(tasks)
         ]
 
-    def _request(self, task: Task, n: int, temperature: float, first_index: int, max_tokens: int) -> GenerationRequest:
+    def _request(
+        self, task: Task, n: int, temperature: float, first_index: int, max_tokens: int
+    ) -> GenerationRequest:
         prompt_ids = self.objective.prompt.prompt_ids(task.context_ids)
         if self.max_prompt_tokens is not None and len(prompt_ids) > self.max_prompt_tokens:
             raise ValueError(
@@ -158,9 +183,13 @@ class Rollouter:
                 "raise the limit or cut contexts to it when tasks are made"
             )
         sampling = self.sampling(temperature=temperature, max_tokens=max_tokens)
-        version = -1 if self.engine.version is None else self.engine.version  # without weights the engine itself refuses
+        version = (
+            -1 if self.engine.version is None else self.engine.version
+        )  # without weights the engine itself refuses
         seed = request_seed(self.run_seed, version, task.task_id, first_index)
-        return GenerationRequest(task_id=task.task_id, prompt_ids=prompt_ids, n=n, seed=seed, sampling=sampling, doc_id=task.doc_id)
+        return GenerationRequest(
+            task_id=task.task_id, prompt_ids=prompt_ids, n=n, seed=seed, sampling=sampling, doc_id=task.doc_id
+        )
 
     def _check_versions(self, tasks: Sequence[Task], completions: dict[int, tuple[Completion, ...]]) -> None:
         for index, task in enumerate(tasks):

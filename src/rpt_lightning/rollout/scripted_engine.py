@@ -66,7 +66,9 @@ class ScriptedEngine(RolloutEngine):
 
     def _generate(self, requests: Sequence[GenerationRequest]) -> list[list[Sample]]:
         self.events.append(f"generate {len(requests)} requests")
-        return [[self._say(request, request.seed + index) for index in range(request.n)] for request in requests]
+        return [
+            [self._say(request, request.seed + index) for index in range(request.n)] for request in requests
+        ]
 
     def _differing_weights(self, wanted: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
         return compare_own_copy(self._read_weights(tuple(wanted)), wanted)
@@ -84,6 +86,8 @@ class ScriptedEngine(RolloutEngine):
 
     @torch.no_grad()
     def _logprobs(self, prompt_ids: TokenIds, token_ids: TokenIds, temperature: float) -> tuple[float, ...]:
-        logits = self._model(torch.tensor([prompt_ids + token_ids])).logits[0, len(prompt_ids) - 1 : -1].float()  # [T, V]
+        logits = (
+            self._model(torch.tensor([prompt_ids + token_ids])).logits[0, len(prompt_ids) - 1 : -1].float()
+        )  # [T, V]
         logprobs = (logits / (temperature or 1.0)).log_softmax(-1)
         return tuple(logprobs.gather(1, torch.tensor(token_ids)[:, None])[:, 0].tolist())

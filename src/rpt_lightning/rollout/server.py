@@ -41,7 +41,9 @@ class Server:
     request_timeout_s: Longest time for one request's completions.
     """
 
-    def __init__(self, url: str, session: aiohttp.ClientSession, *, timeout_s: float, request_timeout_s: float) -> None:
+    def __init__(
+        self, url: str, session: aiohttp.ClientSession, *, timeout_s: float, request_timeout_s: float
+    ) -> None:
         self.url = url
         self._session = session
         self._timeout_s = timeout_s
@@ -49,7 +51,9 @@ class Server:
 
     async def label(self, *, limit_s: float | None = None) -> str:
         """The weights it holds, as whoever loaded them called them."""
-        answer = await self.call("GET", "/weight_info", limit_s=min(_PROBE_S, self._timeout_s) if limit_s is None else limit_s)
+        answer = await self.call(
+            "GET", "/weight_info", limit_s=min(_PROBE_S, self._timeout_s) if limit_s is None else limit_s
+        )
         if not isinstance(answer, dict) or "weight_version" not in answer:
             raise ServerRefused(f"{self.url}/weight_info: not an answer of vLLM: {str(answer)[:100]!r}")
         return str(answer["weight_version"])
@@ -70,9 +74,15 @@ class Server:
 
     async def generate(self, request: GenerationRequest, label: str) -> list[Sample]:
         """The request's completions; ServerLost where not all of their tokens are from the weights of this label."""
-        body: dict[str, Any] = {"token_ids": list(request.prompt_ids), "sampling_params": sampling_json(request)}
+        body: dict[str, Any] = {
+            "token_ids": list(request.prompt_ids),
+            "sampling_params": sampling_json(request),
+        }
         answer = await self.call("POST", "/inference/v1/generate", body, limit_s=self._request_timeout_s)
-        samples = [self._sample(choice, label) for choice in sorted(answer["choices"], key=lambda choice: choice["index"])]
+        samples = [
+            self._sample(choice, label)
+            for choice in sorted(answer["choices"], key=lambda choice: choice["index"])
+        ]
         if len(samples) != body["sampling_params"]["n"]:
             raise ServerLost(f"{self.url} gave {len(samples)} of {request.n} completions")
         return samples * (request.n // len(samples))
@@ -82,14 +92,21 @@ class Server:
             raise ServerLost(f"{self.url} ended a completion for the reason {choice['finish_reason']!r}")
         token_ids, spans = choice["token_ids"], choice["weight_versions"]
         if not spans or {span["version"] for span in spans} != {label} or spans[-1]["end"] != len(token_ids):
-            raise ServerLost(f"{self.url} generated with weights {spans}, not {label!r}: it was restarted, or someone else changed its weights")
+            raise ServerLost(
+                f"{self.url} generated with weights {spans}, not {label!r}: it was restarted, or someone else changed its weights"
+            )
         content = choice["logprobs"]["content"]
         assert [token["token_id"] for token in content] == token_ids
-        return Sample(tuple(token_ids), tuple(token["logprob"] if token["logprob"] > _GONE else float("nan") for token in content))
+        return Sample(
+            tuple(token_ids),
+            tuple(token["logprob"] if token["logprob"] > _GONE else float("nan") for token in content),
+        )
 
     async def may_load(self, label: str, *, for_s: float) -> bool:
         """Whether this is the only rank that brings these weights in. Say ``loaded`` afterwards, whatever came of it."""
-        answer = await self.rpc("rpt_may_load", limit_s=min(_PROBE_S, self._timeout_s), label=label, for_s=for_s)
+        answer = await self.rpc(
+            "rpt_may_load", limit_s=min(_PROBE_S, self._timeout_s), label=label, for_s=for_s
+        )
         return bool(answer[0]["may_load"])
 
     async def loaded(self) -> None:
@@ -116,7 +133,9 @@ class Server:
 
     async def rpc(self, method: str, *, limit_s: float | None = None, **kwargs: Any) -> list[dict[str, Any]]:
         """Calls a method of the server's workers (rollout/vllm_worker.py); one answer a worker."""
-        answer = await self.call("POST", "/collective_rpc", {"method": method, "kwargs": kwargs}, limit_s=limit_s)
+        answer = await self.call(
+            "POST", "/collective_rpc", {"method": method, "kwargs": kwargs}, limit_s=limit_s
+        )
         if not isinstance(answer, dict) or "results" not in answer:
             raise ServerRefused(f"{self.url}/collective_rpc: not an answer of vLLM: {str(answer)[:100]!r}")
         return list(answer["results"])
@@ -131,7 +150,9 @@ class Server:
         """
         limit_s = self._timeout_s if limit_s is None else limit_s
         try:
-            async with self._session.request(verb, self.url + path, json=body, timeout=aiohttp.ClientTimeout(total=limit_s)) as response:
+            async with self._session.request(
+                verb, self.url + path, json=body, timeout=aiohttp.ClientTimeout(total=limit_s)
+            ) as response:
                 status, text = response.status, (await response.read()).decode(errors="replace")
         except asyncio.TimeoutError as error:
             raise ServerLost(f"{self.url}{path}: no answer within {limit_s:g} s") from error
@@ -145,7 +166,9 @@ class Server:
             )
         if status >= 400:
             kind = ServerRefused if status in (403, 404, 405) else ValueError
-            raise kind(f"{self.url}{path}: status {status}: {text[:500]} (was this server started by `rpt serve`?)")
+            raise kind(
+                f"{self.url}{path}: status {status}: {text[:500]} (was this server started by `rpt serve`?)"
+            )
         try:
             return json.loads(text)
         except json.JSONDecodeError as error:
@@ -156,7 +179,9 @@ def sampling_json(request: GenerationRequest) -> dict[str, Any]:
     """vLLM's SamplingParams. Completion ``i`` of ``n`` gets the seed ``seed + i`` (vLLM, v1/engine/parallel_sampling.py; a test compares)."""
     sampling = request.sampling
     return {
-        "n": request.n if sampling.temperature > 0 else 1,  # greedy completions are all the same, and vLLM refuses to repeat itself
+        "n": request.n
+        if sampling.temperature > 0
+        else 1,  # greedy completions are all the same, and vLLM refuses to repeat itself
         "seed": request.seed,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -173,7 +198,9 @@ def sampling_json(request: GenerationRequest) -> dict[str, Any]:
 class Fleet:
     """All servers of a run. Each ``run`` opens its connections anew: between two of them a server may have been replaced."""
 
-    def __init__(self, urls: Sequence[str], *, key: str | None, timeout_s: float, request_timeout_s: float) -> None:
+    def __init__(
+        self, urls: Sequence[str], *, key: str | None, timeout_s: float, request_timeout_s: float
+    ) -> None:
         self.urls = tuple(url.rstrip("/") for url in urls)
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._limits = {"timeout_s": timeout_s, "request_timeout_s": request_timeout_s}
@@ -183,7 +210,9 @@ class Fleet:
 
         async def with_session() -> T:
             # No limit here: how much one server gets at a time is decided where requests are given out.
-            async with aiohttp.ClientSession(headers=self._headers, connector=aiohttp.TCPConnector(limit=0)) as session:
+            async with aiohttp.ClientSession(
+                headers=self._headers, connector=aiohttp.TCPConnector(limit=0)
+            ) as session:
                 return await work([Server(url, session, **self._limits) for url in self.urls])
 
         return asyncio.run(with_session())

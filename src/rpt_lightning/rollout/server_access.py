@@ -18,7 +18,9 @@ def find_key(api_key_env: str, api_key_file: str | None) -> str | None:
         return None
     mode = Path(api_key_file).stat().st_mode & 0o777
     if mode & 0o077:
-        raise ValueError(f"api_key_file={api_key_file} may be read by others (mode {mode:o}): chmod 600 it, and take a new key")
+        raise ValueError(
+            f"api_key_file={api_key_file} may be read by others (mode {mode:o}): chmod 600 it, and take a new key"
+        )
     key = Path(api_key_file).read_text().strip()
     if not key:
         raise ValueError(f"api_key_file={api_key_file} is empty: delete it, and `rpt serve` writes a new one")

@@ -22,16 +22,34 @@ class RequireKey:
     def __init__(self, app: _App) -> None:
         key = os.environ.get(KEY_VARIABLE, "")
         if not key:  # fail closed: a server whose key got lost must not start
-            raise ValueError(f"environment variable {KEY_VARIABLE} holds no key; start servers with `rpt serve`")
+            raise ValueError(
+                f"environment variable {KEY_VARIABLE} holds no key; start servers with `rpt serve`"
+            )
         self._app = app
         self._expected = f"Bearer {key}".encode()
 
     async def __call__(self, scope: _Scope, receive: Any, send: Any) -> None:
-        is_open = scope["type"] == "lifespan" or (scope["type"] == "http" and scope["method"] == "GET" and scope["path"] == "/health")
-        if is_open or any(name == b"authorization" and hmac.compare_digest(value, self._expected) for name, value in scope["headers"]):
+        is_open = scope["type"] == "lifespan" or (
+            scope["type"] == "http" and scope["method"] == "GET" and scope["path"] == "/health"
+        )
+        if is_open or any(
+            name == b"authorization" and hmac.compare_digest(value, self._expected)
+            for name, value in scope["headers"]
+        ):
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
-            await send({"type": "http.response.start", "status": 401, "headers": [(b"content-type", b"application/json")]})
-            await send({"type": "http.response.body", "body": b'{"error": "this server needs its key: Authorization: Bearer ..."}'})
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": 401,
+                    "headers": [(b"content-type", b"application/json")],
+                }
+            )
+            await send(
+                {
+                    "type": "http.response.body",
+                    "body": b'{"error": "this server needs its key: Authorization: Bearer ..."}',
+                }
+            )
         else:
             await send({"type": "websocket.close", "code": 1008})

@@ -58,7 +58,9 @@ def server_command(
     """vLLM's flags. ``gpu_memory_utilization`` is for GPUs, ``kv_cache_gib`` for CPUs; ``weight_transfer`` names vLLM's own way of taking weights."""
     port = urlsplit(url).port
     if port is None:
-        raise ValueError(f"rollout.engine.urls: {url} names no port, so there is nowhere to start a server; give http://HOST:PORT")
+        raise ValueError(
+            f"rollout.engine.urls: {url} names no port, so there is nowhere to start a server; give http://HOST:PORT"
+        )
     flags: dict[str, object] = {
         "host": host,
         "port": port,
@@ -79,7 +81,11 @@ def server_command(
         flags["kv-cache-memory-bytes"] = int(kv_cache_gib * 2**30)
     if weight_transfer is not None:
         flags["weight-transfer-config"] = f'{{"backend": "{weight_transfer}"}}'
-    switches = ["--tokens-only", "--disable-uvicorn-access-log", *(["--enforce-eager"] if enforce_eager else [])]
+    switches = [
+        "--tokens-only",
+        "--disable-uvicorn-access-log",
+        *(["--enforce-eager"] if enforce_eager else []),
+    ]
     if kv_cache_gib is not None:
         switches.append("--no-enable-chunked-prefill")  # as VLLMEngine on CPUs, which says why
     return (*_launcher(model_path), *(f"--{name}={value}" for name, value in flags.items()), *switches)
@@ -100,7 +106,10 @@ def is_loopback(host: str) -> bool:
         addresses = [ipaddress.ip_address(host)]
     except ValueError:
         try:
-            addresses = [ipaddress.ip_address(str(info[4][0]).partition("%")[0]) for info in socket.getaddrinfo(host, None)]
+            addresses = [
+                ipaddress.ip_address(str(info[4][0]).partition("%")[0])
+                for info in socket.getaddrinfo(host, None)
+            ]
         except OSError:
             return False
     return all(address.is_loopback for address in addresses)
@@ -134,13 +143,19 @@ class Servers:
         """
         for spec in self.specs:
             _check_free(spec.url)
-        previous = {number: signal.signal(number, lambda *_: self._stop.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+        previous = {
+            number: signal.signal(number, lambda *_: self._stop.set())
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
         try:
             for spec in self.specs:
                 self._start(spec)
             self._wait_until_ready(ready_timeout_s)
             if not self._stop.is_set():
-                print(f"{len(self.specs)} servers are ready: {', '.join(spec.url for spec in self.specs)}", flush=True)
+                print(
+                    f"{len(self.specs)} servers are ready: {', '.join(spec.url for spec in self.specs)}",
+                    flush=True,
+                )
             self._watch()
         finally:
             self._end()
@@ -159,7 +174,11 @@ class Servers:
 
     def _environment(self, spec: ServerSpec) -> Mapping[str, str]:
         # VLLM_API_KEY would be another key beside ours, before some paths and not before others.
-        inherited = {name: value for name, value in os.environ.items() if name not in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_API_KEY")}
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_API_KEY")
+        }
         defaults = {
             "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several servers, or a trainer beside them, on the same cores
@@ -174,7 +193,9 @@ class Servers:
         for spec in self.specs:
             while not self._stop.is_set() and not _answers(spec.url):
                 if self._processes[spec.url].poll() is not None:
-                    raise RuntimeError(f"the server for {spec.url} ended while it started; the end of {spec.log_file}:\n{_tail(spec.log_file)}")
+                    raise RuntimeError(
+                        f"the server for {spec.url} ended while it started; the end of {spec.log_file}:\n{_tail(spec.log_file)}"
+                    )
                 if time.monotonic() > deadline:
                     raise RuntimeError(
                         f"the server for {spec.url} did not answer within {timeout_s:g} s (--serve.ready_timeout_s); see {spec.log_file}"
@@ -196,10 +217,18 @@ class Servers:
                         del due[spec.url]
                         self._start(spec)
                 elif process.poll() is not None:
-                    _signal_group(process, signal.SIGKILL)  # an engine that outlived its front end holds the memory
-                    print(f"the server for {spec.url} ended with status {process.returncode}; see {spec.log_file}", file=sys.stderr, flush=True)
+                    _signal_group(
+                        process, signal.SIGKILL
+                    )  # an engine that outlived its front end holds the memory
+                    print(
+                        f"the server for {spec.url} ended with status {process.returncode}; see {spec.log_file}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                     if not self.restart:
-                        raise RuntimeError(f"the server for {spec.url} ended with status {process.returncode}; see {spec.log_file}")
+                        raise RuntimeError(
+                            f"the server for {spec.url} ended with status {process.returncode}; see {spec.log_file}"
+                        )
                     if time.monotonic() - self._started_s[spec.url] > _SETTLED_S:
                         pause_s[spec.url] = _FIRST_PAUSE_S
                     due[spec.url] = time.monotonic() + pause_s[spec.url]
@@ -207,10 +236,16 @@ class Servers:
 
     def _end_hung(self, specs: Iterable[ServerSpec]) -> None:
         for spec in specs:
-            if _answers(spec.url, "/weight_info", key=self._key, limit_s=min(5.0, self.hung_s / 4)):  # asks the engine too, unlike /health
+            if _answers(
+                spec.url, "/weight_info", key=self._key, limit_s=min(5.0, self.hung_s / 4)
+            ):  # asks the engine too, unlike /health
                 self._answered_s[spec.url] = time.monotonic()
             elif time.monotonic() - self._answered_s[spec.url] > self.hung_s:
-                print(f"the server for {spec.url} has not answered for {self.hung_s:g} s (--serve.hung_s): it is ended", file=sys.stderr, flush=True)
+                print(
+                    f"the server for {spec.url} has not answered for {self.hung_s:g} s (--serve.hung_s): it is ended",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 _signal_group(self._processes[spec.url], signal.SIGKILL)
                 self._processes[spec.url].wait()
 
@@ -248,7 +283,9 @@ def _check_free(url: str) -> None:
 
 
 def _answers(url: str, path: str = "/health", *, key: str = "", limit_s: float = 5.0) -> bool:
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # not through a proxy that the environment may name
+    direct = urllib.request.build_opener(
+        urllib.request.ProxyHandler({})
+    )  # not through a proxy that the environment may name
     question = urllib.request.Request(url + path, headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
         with direct.open(question, timeout=limit_s) as response:

@@ -24,7 +24,9 @@ class PresentWeights:
         acquaint: Raises ServerLost for a server that does not fit the run.
     """
 
-    def __init__(self, label: str, transport: WeightTransport, acquaint: Callable[[Server], Awaitable[None]]) -> None:
+    def __init__(
+        self, label: str, transport: WeightTransport, acquaint: Callable[[Server], Awaitable[None]]
+    ) -> None:
         self.label = label
         self.expected: dict[str, str] = {}
         """Checksums of the policy's tensors that were compared last; empty as long as none were."""

@@ -27,7 +27,9 @@ def thought_controls(rollouter: Rollouter, groups: Sequence[RolloutGroup]) -> di
     prompt, thought and answer are longer than the engine takes. A completion that never closed its thought has none to give, and counts as an empty one.
     So "shuffled_thought" depends on what else is in ``groups``; the others do not.
     """
-    thoughts = [thought_ids(rollouter.engine, rollouter.objective, group.completions[0]) or () for group in groups]
+    thoughts = [
+        thought_ids(rollouter.engine, rollouter.objective, group.completions[0]) or () for group in groups
+    ]
     forced: dict[str, list[TokenIds | None]] = {
         "empty_thought": [()] * len(groups),
         "shuffled_thought": [None if donor is None else thoughts[donor] for donor in _donors(groups)],
@@ -36,14 +38,20 @@ def thought_controls(rollouter: Rollouter, groups: Sequence[RolloutGroup]) -> di
     return {name: _answers(rollouter, groups, given) for name, given in forced.items()}
 
 
-def _answers(rollouter: Rollouter, groups: Sequence[RolloutGroup], thoughts: Sequence[TokenIds | None]) -> list[bool | None]:
-    answers = forced_answers(rollouter, [group.task for group in groups], thoughts, max_tokens=MAX_ANSWER_TOKENS)
+def _answers(
+    rollouter: Rollouter, groups: Sequence[RolloutGroup], thoughts: Sequence[TokenIds | None]
+) -> list[bool | None]:
+    answers = forced_answers(
+        rollouter, [group.task for group in groups], thoughts, max_tokens=MAX_ANSWER_TOKENS
+    )
     right: list[bool | None] = [None] * len(groups)
     for index, completion in enumerate(answers):
         if completion is not None:
             task = groups[index].task
             assert isinstance(task, TokenTask)
-            prediction = open_box_content(completion.text_bytes)  # whatever follows: the box is all that was asked for
+            prediction = open_box_content(
+                completion.text_bytes
+            )  # whatever follows: the box is all that was asked for
             right[index] = prediction is not None and prefix_match(prediction, task.continuation) == 1.0
     return right
 
@@ -52,7 +60,14 @@ def _donors(groups: Sequence[RolloutGroup]) -> list[int | None]:
     """For each group the index of the group whose thought it is given."""
     num = len(groups)
     return [
-        next((j for j in ((i + num // 2 + step) % num for step in range(num)) if groups[j].task.doc_id != group.task.doc_id), None)
+        next(
+            (
+                j
+                for j in ((i + num // 2 + step) % num for step in range(num))
+                if groups[j].task.doc_id != group.task.doc_id
+            ),
+            None,
+        )
         for i, group in enumerate(groups)
     ]
 

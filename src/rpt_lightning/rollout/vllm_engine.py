@@ -22,7 +22,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from rpt_lightning.rollout.engine import EngineDtype, GenerationInterrupted, RolloutEngine, Sample, compare_own_copy
+from rpt_lightning.rollout.engine import (
+    EngineDtype,
+    GenerationInterrupted,
+    RolloutEngine,
+    Sample,
+    compare_own_copy,
+)
 from rpt_lightning.rollout.file_names import as_in_files
 from rpt_lightning.rollout.prefix_cache import UnlimitedPrefixCache
 from rpt_lightning.rollout.vllm_generation import generate
@@ -40,7 +46,17 @@ ENVIRONMENT = {
 # A tensor that is worth a look at what the heap holds free: a millisecond, against a tenth of a second to copy it.
 LARGE_TENSOR_BYTES = 64 * 2**20
 # What a library raises where it cannot do something; memory that runs out is none of it.
-FAMILY_ERRORS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
+FAMILY_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class VLLMEngine(RolloutEngine):
@@ -89,7 +105,11 @@ class VLLMEngine(RolloutEngine):
 
     @property
     def description(self) -> str:
-        where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({torch.get_num_threads()} threads)"
+        where = (
+            torch.cuda.get_device_name()
+            if torch.cuda.is_available()
+            else f"CPU ({torch.get_num_threads()} threads)"
+        )
         caching = "with" if self.enable_prefix_caching else "without"
         return (
             f"vLLM {_vllm_version()} in this process, {self.dtype}, on {where}, up to {self.max_num_seqs} sequences at once, {caching} prefix cache"
@@ -103,17 +123,28 @@ class VLLMEngine(RolloutEngine):
     def _start(self, model_path: str, seed: int) -> None:
         _prepare_environment()
         if self.sleep_in_training and not torch.cuda.is_available():
-            raise ValueError("rollout.engine.sleep_in_training: vLLM sleeps on GPUs only; leave it out on a CPU")
+            raise ValueError(
+                "rollout.engine.sleep_in_training: vLLM sleeps on GPUs only; leave it out on a CPU"
+            )
         if VLLMEngine._running is not None:
-            raise RuntimeError("a VLLMEngine runs in this process already, and vLLM's groups and settings belong to the process: close it first")
+            raise RuntimeError(
+                "a VLLMEngine runs in this process already, and vLLM's groups and settings belong to the process: close it first"
+            )
         self._is_trainers_group = torch.distributed.is_initialized()
         VLLMEngine._running = self
         self._config = AutoConfig.from_pretrained(model_path)
         self._has_served = False
         try:
-            with trainer_state_kept(), trainers_group_kept(self._is_trainers_group), policys_class_kept(), self._family_named("start"):
+            with (
+                trainer_state_kept(),
+                trainers_group_kept(self._is_trainers_group),
+                policys_class_kept(),
+                self._family_named("start"),
+            ):
                 self._llm = self._build(model_path, seed, on_gpu=torch.cuda.is_available())
-            self.prompt_tokens = PromptTokens(total=0, cached=0, shareable=0) if self.enable_prefix_caching else None
+            self.prompt_tokens = (
+                PromptTokens(total=0, cached=0, shareable=0) if self.enable_prefix_caching else None
+            )
             self._forget_prompts()
         except BaseException:
             self._close()  # half a start leaves process groups behind
@@ -155,7 +186,9 @@ class VLLMEngine(RolloutEngine):
                 torch.cuda.empty_cache()  # what the trainer's allocator holds free would not be there for vLLM's
                 self._llm.wake_up(tags=["weights"])
             self._llm.apply_model(expect_experts)
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": as_in_files(weights, self._config)})
+            self._llm.collective_rpc(
+                "reload_weights", kwargs={"weights_iterator": as_in_files(weights, self._config)}
+            )
             if self._is_asleep:  # the cache last: its memory is free for what loading needs
                 self._llm.wake_up(tags=["kv_cache"])
                 self._is_asleep = False
@@ -175,13 +208,18 @@ class VLLMEngine(RolloutEngine):
 
     def _generate(self, requests: Sequence[GenerationRequest]) -> list[list[Sample]]:
         with trainer_state_kept(), self._family_named("generate with"):
-            rows = generate(self._llm.llm_engine, requests, bytes_of=self._bytes_of, before_step=self._check_interrupted)
+            rows = generate(
+                self._llm.llm_engine, requests, bytes_of=self._bytes_of, before_step=self._check_interrupted
+            )
         self._has_served = True
         if self.prompt_tokens is not None:
             self.prompt_tokens = PromptTokens(
-                total=self.prompt_tokens.total + sum(request.n * len(request.prompt_ids) for request in requests),
-                cached=self.prompt_tokens.cached + sum(drawn.num_cached_tokens for row in rows for drawn in row),
-                shareable=self.prompt_tokens.shareable + sum(self._best_cache.serve(request.prompt_ids, request.n) for request in requests),
+                total=self.prompt_tokens.total
+                + sum(request.n * len(request.prompt_ids) for request in requests),
+                cached=self.prompt_tokens.cached
+                + sum(drawn.num_cached_tokens for row in rows for drawn in row),
+                shareable=self.prompt_tokens.shareable
+                + sum(self._best_cache.serve(request.prompt_ids, request.n) for request in requests),
             )
         return [[drawn.sample for drawn in row] for row in rows]
 
@@ -294,9 +332,13 @@ def trainers_group_kept(is_trainers: bool) -> Iterator[None]:
 
 def _prepare_environment() -> None:
     if sys.platform != "linux":
-        raise ValueError(f"engine VLLMEngine: vLLM does not run on {sys.platform}; use the engine rpt_lightning.rollout.hf_engine.HFEngine")
+        raise ValueError(
+            f"engine VLLMEngine: vLLM does not run on {sys.platform}; use the engine rpt_lightning.rollout.hf_engine.HFEngine"
+        )
     if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "0") != "0":
-        raise ValueError("VLLM_ENABLE_V1_MULTIPROCESSING must be 0 or unset: VLLMEngine hands weights over inside one process")
+        raise ValueError(
+            "VLLM_ENABLE_V1_MULTIPROCESSING must be 0 or unset: VLLMEngine hands weights over inside one process"
+        )
     for name, value in ENVIRONMENT.items():
         if name not in os.environ:
             os.environ[name] = value

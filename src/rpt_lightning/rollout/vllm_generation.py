@@ -30,7 +30,11 @@ class Drawn:
 
 
 def generate(
-    engine: Any, requests: Sequence[GenerationRequest], *, bytes_of: Callable[[int], bytes], before_step: Callable[[], None]
+    engine: Any,
+    requests: Sequence[GenerationRequest],
+    *,
+    bytes_of: Callable[[int], bytes],
+    before_step: Callable[[], None],
 ) -> list[list[Drawn]]:
     """All completions of all requests, in their order.
 
@@ -41,7 +45,10 @@ def generate(
         before_step: Called before each of the engine's steps; may raise.
     """
     rows = [
-        [Drawn(FirstBox(request.sampling.think_close) if request.sampling.stop_after_first_box else None) for _ in range(request.n)]
+        [
+            Drawn(FirstBox(request.sampling.think_close) if request.sampling.stop_after_first_box else None)
+            for _ in range(request.n)
+        ]
         for request in requests
     ]
     parts: dict[str, list[Drawn]] = {}
@@ -54,7 +61,9 @@ def generate(
             for first in range(0, request.n, size):
                 name = str(len(parts))
                 parts[name] = row[first : first + size]
-                engine.add_request(name, prompt, sampling_params(request.sampling, seed=request.seed + first, n=size))
+                engine.add_request(
+                    name, prompt, sampling_params(request.sampling, seed=request.seed + first, n=size)
+                )
         while engine.has_unfinished_requests():
             before_step()
             _step(engine, parts, bytes_of)

@@ -40,11 +40,20 @@ class NCCLTransport(WeightTransport):
 
     def open(self, fleet: Fleet) -> None:
         if not torch.cuda.is_available():
-            raise ValueError("rollout.engine.transport NCCLTransport needs a GPU in the trainer; use SharedFolderTransport")
+            raise ValueError(
+                "rollout.engine.transport NCCLTransport needs a GPU in the trainer; use SharedFolderTransport"
+            )
         self._fleet = fleet
         self._source = make_source()
 
-    def publish(self, weights: Iterable[tuple[str, Tensor]], *, version: int, dtype: torch.dtype, shapes: Mapping[str, torch.Size]) -> None:
+    def publish(
+        self,
+        weights: Iterable[tuple[str, Tensor]],
+        *,
+        version: int,
+        dtype: torch.dtype,
+        shapes: Mapping[str, torch.Size],
+    ) -> None:
         assert self._fleet is not None
         self._received = set()
         members = self._fleet.run(_hold_all)
@@ -67,7 +76,9 @@ class NCCLTransport(WeightTransport):
 
     async def load(self, server: Server) -> None:
         if server.url not in self._received:
-            raise ServerLost(f"{server.url} was not there when the weights were sent; it joins with the next update")
+            raise ServerLost(
+                f"{server.url} was not there when the weights were sent; it joins with the next update"
+            )
 
     def retire(self) -> None:
         """Nothing is kept."""
@@ -81,7 +92,9 @@ class NCCLTransport(WeightTransport):
         """A new NCCL group, since a server came, went or was restarted."""
         assert self._fleet is not None
         self.close()
-        client = FleetClient(self._fleet, {url: num_gpus for url, (_, num_gpus) in members.items()}, timeout_s=self.timeout_s)
+        client = FleetClient(
+            self._fleet, {url: num_gpus for url, (_, num_gpus) in members.items()}, timeout_s=self.timeout_s
+        )
         client.leave_group()
         self._trainer = make_trainer(
             client,
@@ -93,12 +106,16 @@ class NCCLTransport(WeightTransport):
         self._members = members
 
 
-def make_trainer(client: FleetClient, source: Any, *, master_address: str, master_port: int, world_size: int) -> Any:
+def make_trainer(
+    client: FleetClient, source: Any, *, master_address: str, master_port: int, world_size: int
+) -> Any:
     """vLLM's sender, its group formed with the servers' GPUs. Our other ranks take no part: they gather weights as the iterator passes them."""
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-    info = NCCLTrainerInitInfo(master_address=master_address, master_port=master_port, world_size=world_size, rank=0)
+    info = NCCLTrainerInitInfo(
+        master_address=master_address, master_port=master_port, world_size=world_size, rank=0
+    )
     return WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
 
 
@@ -106,7 +123,9 @@ def make_source() -> Any:
     """vLLM's WeightSource over an iterator of weights; ``fill`` it before each use."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
-    is_property = isinstance(inspect.getattr_static(WeightSource, "metadata"), property)  # a method up to vLLM 0.32, a property from 0.33 on
+    is_property = isinstance(
+        inspect.getattr_static(WeightSource, "metadata"), property
+    )  # a method up to vLLM 0.32, a property from 0.33 on
 
     def metas(stream: Any) -> list[Any]:
         return list(stream.metas)
@@ -114,13 +133,22 @@ def make_source() -> Any:
     class Stream(WeightSource):  # type: ignore[misc, unused-ignore]
         metadata: Any = property(metas) if is_property else metas
 
-        def fill(self, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, shapes: Mapping[str, torch.Size], device: torch.device) -> None:
+        def fill(
+            self,
+            weights: Iterable[tuple[str, Tensor]],
+            dtype: torch.dtype,
+            shapes: Mapping[str, torch.Size],
+            device: torch.device,
+        ) -> None:
             self.weights, self.dtype, self.device = weights, dtype, device
             self.metas = [ParamMeta(name, dtype, tuple(shape)) for name, shape in shapes.items()]
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
             for name, tensor in self.weights:
-                yield name, tensor.detach().to(self.device, self.dtype).contiguous()  # with CPU offload it was gathered on the host
+                yield (
+                    name,
+                    tensor.detach().to(self.device, self.dtype).contiguous(),
+                )  # with CPU offload it was gathered on the host
 
     return Stream()
 
@@ -155,7 +183,11 @@ class FleetClient:
     def _post(self, path: str, bodies: Mapping[str, Any]) -> None:
         async def post(servers: list[Server]) -> None:
             await asyncio.gather(
-                *(server.call("POST", path, bodies[server.url], limit_s=self._timeout_s) for server in servers if server.url in bodies)
+                *(
+                    server.call("POST", path, bodies[server.url], limit_s=self._timeout_s)
+                    for server in servers
+                    if server.url in bodies
+                )
             )
 
         self._fleet.run(post)
@@ -173,7 +205,11 @@ async def _hold_all(servers: list[Server]) -> dict[str, tuple[str, int]]:
     for outcome in found:
         if isinstance(outcome, BaseException) and not isinstance(outcome, ServerLost):
             raise outcome
-    return {server.url: outcome for server, outcome in zip(servers, found, strict=True) if not isinstance(outcome, BaseException)}
+    return {
+        server.url: outcome
+        for server, outcome in zip(servers, found, strict=True)
+        if not isinstance(outcome, BaseException)
+    }
 
 
 def _within(limit_s: float, work: Any, what: str) -> None:
@@ -192,8 +228,14 @@ def _within(limit_s: float, work: Any, what: str) -> None:
     thread.start()
     thread.join(limit_s)
     if thread.is_alive() or errors:
-        why = f"not done within {limit_s:g} s (transport.timeout_s)" if not errors else f"{type(errors[0]).__name__}: {errors[0]}"
-        raise EngineLost(f"NCCLTransport, {what}: {why}. Continue the run with --ckpt_path last") from (errors[0] if errors else None)
+        why = (
+            f"not done within {limit_s:g} s (transport.timeout_s)"
+            if not errors
+            else f"{type(errors[0]).__name__}: {errors[0]}"
+        )
+        raise EngineLost(f"NCCLTransport, {what}: {why}. Continue the run with --ckpt_path last") from (
+            errors[0] if errors else None
+        )
 
 
 def _free_port() -> int:

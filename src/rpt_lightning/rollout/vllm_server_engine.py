@@ -71,9 +71,17 @@ class VLLMServerEngine(RolloutEngine):
         max_wait_s: float = 300.0,
     ) -> None:
         super().__init__(dtype)
-        if not urls or len(set(urls)) < len(urls) or not all(url.startswith(("http://", "https://")) for url in urls):
+        if (
+            not urls
+            or len(set(urls)) < len(urls)
+            or not all(url.startswith(("http://", "https://")) for url in urls)
+        ):
             raise ValueError(f"rollout.engine.urls={urls}: give each server once, as http://HOST:PORT")
-        for name, value in (("max_num_seqs", max_num_seqs), ("timeout_s", timeout_s), ("request_timeout_s", request_timeout_s)):
+        for name, value in (
+            ("max_num_seqs", max_num_seqs),
+            ("timeout_s", timeout_s),
+            ("request_timeout_s", request_timeout_s),
+        ):
             if value <= 0:
                 raise ValueError(f"rollout.engine.{name}={value} must be positive")
         self.urls = urls
@@ -111,7 +119,9 @@ class VLLMServerEngine(RolloutEngine):
 
     def _start(self, model_path: str, seed: int) -> None:
         key = find_key(self.api_key_env, self.api_key_file)
-        self._fleet = Fleet(self.urls, key=key, timeout_s=self.timeout_s, request_timeout_s=self.request_timeout_s)
+        self._fleet = Fleet(
+            self.urls, key=key, timeout_s=self.timeout_s, request_timeout_s=self.request_timeout_s
+        )
         self._architecture = architecture(AutoConfig.from_pretrained(model_path))
         self._out = {}
         # A server that hung through the end of an earlier start must not pass for one of this start: its label has another beginning.
@@ -132,10 +142,15 @@ class VLLMServerEngine(RolloutEngine):
         return secrets.token_hex(4), max(self._block_sizes) if all(self._block_sizes) else 0
 
     def _update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        self._weights, self._differing = PresentWeights(f"{self._run_label}:{version}", self.transport, self._reacquaint), None
+        self._weights, self._differing = (
+            PresentWeights(f"{self._run_label}:{version}", self.transport, self._reacquaint),
+            None,
+        )
         if self._prefixes is not None:
             self._prefixes = UnlimitedPrefixCache(self._prefixes.block_size)
-        self._out = on_first_rank(lambda: self._deliver(weights, version), meanwhile=lambda: _exhaust(weights))
+        self._out = on_first_rank(
+            lambda: self._deliver(weights, version), meanwhile=lambda: _exhaust(weights)
+        )
         if not is_first_rank():
             self.transport.follow(version)
 
@@ -146,8 +161,12 @@ class VLLMServerEngine(RolloutEngine):
             self._fleet.run(lambda servers: self._wait(servers, self._reacquaint))
             self.transport.publish(weights, version=version, dtype=self.dtype, shapes=self._weight_shapes)
         finally:
-            _exhaust(weights)  # gathering sharded weights is a collective: the other ranks go on after an error here
-        usable = self._fleet.run(lambda servers: self._wait(servers, self._weights.bring_in, first_try=self._usable(servers)))
+            _exhaust(
+                weights
+            )  # gathering sharded weights is a collective: the other ranks go on after an error here
+        usable = self._fleet.run(
+            lambda servers: self._wait(servers, self._weights.bring_in, first_try=self._usable(servers))
+        )
         self._was_in.update(server.url for server in usable)
         self.transport.retire()
         return self._out
@@ -186,30 +205,40 @@ class VLLMServerEngine(RolloutEngine):
         if self.prompt_tokens is not None and self._prefixes is not None:
             total = sum(request.n * len(request.prompt_ids) for request in requests)
             cached = sum(self._prefixes.serve(request.prompt_ids, request.n) for request in requests)
-            self.prompt_tokens += PromptTokens(total=total, cached=cached, shareable=0)  # 0: no share of what was possible is measured
+            self.prompt_tokens += PromptTokens(
+                total=total, cached=cached, shareable=0
+            )  # 0: no share of what was possible is measured
 
     def _read_weights(self, names: Sequence[str]) -> dict[str, Tensor]:
         """From a server that differed, where the last comparison found one."""
         assert self._fleet is not None
 
         async def read(servers: list[Server]) -> dict[str, Tensor]:
-            return await min(self._usable(servers), key=lambda server: server.url != self._differing).read(names)
+            return await min(self._usable(servers), key=lambda server: server.url != self._differing).read(
+                names
+            )
 
         return self._fleet.run(read)
 
     def _differing_weights(self, wanted: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
-        self._weights.expected, self._weights.compared, differing = on_first_rank(lambda: self._compare(wanted))
+        self._weights.expected, self._weights.compared, differing = on_first_rank(
+            lambda: self._compare(wanted)
+        )
         self._differing = next(iter(differing), None)
         return differing
 
-    def _compare(self, wanted: Mapping[str, Tensor]) -> tuple[dict[str, str], set[str], dict[str, tuple[str, ...]]]:
+    def _compare(
+        self, wanted: Mapping[str, Tensor]
+    ) -> tuple[dict[str, str], set[str], dict[str, tuple[str, ...]]]:
         """What the policy has, the servers that have the same, and what others have instead. A server that could not be compared is in neither."""
         assert self._fleet is not None
         expected = {name: checksum(tensor) for name, tensor in wanted.items()}
 
         async def compare(servers: list[Server]) -> tuple[set[str], dict[str, tuple[str, ...]]]:
             usable = self._usable(servers)
-            held = await asyncio.gather(*(server.checksums(list(expected)) for server in usable), return_exceptions=True)
+            held = await asyncio.gather(
+                *(server.checksums(list(expected)) for server in usable), return_exceptions=True
+            )
             same, differing = set(), {}
             for server, sums in zip(usable, held, strict=True):
                 if isinstance(sums, ServerLost | ServerRefused):
@@ -232,7 +261,9 @@ class VLLMServerEngine(RolloutEngine):
     async def _acquaint(self, server: Server) -> None:
         """Raises ValueError for a server that cannot serve this run."""
         facts = await server.describe()
-        check_facts(server.url, facts, dtype=self.dtype, model=self._architecture, max_model_len=self.max_model_len)
+        check_facts(
+            server.url, facts, dtype=self.dtype, model=self._architecture, max_model_len=self.max_model_len
+        )
         self._block_sizes.add(facts["prefix_block_size"])
 
     async def _reacquaint(self, server: Server) -> None:
@@ -243,7 +274,12 @@ class VLLMServerEngine(RolloutEngine):
             raise ServerLost(str(error)) from error
 
     async def _wait(
-        self, servers: list[Server], prepare: Callable[[Server], Awaitable[None]], *, enough: int = 1, first_try: Sequence[Server] | None = None
+        self,
+        servers: list[Server],
+        prepare: Callable[[Server], Awaitable[None]],
+        *,
+        enough: int = 1,
+        first_try: Sequence[Server] | None = None,
     ) -> list[Server]:
         """Those servers for which ``prepare`` succeeds. The others are out.
 
@@ -253,9 +289,15 @@ class VLLMServerEngine(RolloutEngine):
             enough: Tries again until so many succeed; after ``max_wait_s`` one is enough.
             first_try: Only if none of these succeeds, all are tried.
         """
-        start, pause_s, candidates = time.monotonic(), _FIRST_WAIT_S, servers if first_try is None else first_try
+        start, pause_s, candidates = (
+            time.monotonic(),
+            _FIRST_WAIT_S,
+            servers if first_try is None else first_try,
+        )
         while True:
-            outcomes = await asyncio.gather(*(prepare(server) for server in candidates), return_exceptions=True)
+            outcomes = await asyncio.gather(
+                *(prepare(server) for server in candidates), return_exceptions=True
+            )
             usable = []
             for server, outcome in zip(candidates, outcomes, strict=True):
                 if isinstance(outcome, ServerLost):
@@ -277,7 +319,9 @@ class VLLMServerEngine(RolloutEngine):
                     + ". Start them again (`rpt serve`) and continue the run with --ckpt_path last"
                 )
             if candidates is servers:
-                log.warning("%d of %d servers can be used; trying again in %.1f s", len(usable), len(servers), pause_s)
+                log.warning(
+                    "%d of %d servers can be used; trying again in %.1f s", len(usable), len(servers), pause_s
+                )
                 await asyncio.sleep(min(pause_s, self.max_wait_s - waited_s))
                 pause_s = min(2 * pause_s, _LONGEST_WAIT_S)
             candidates = servers
@@ -292,7 +336,9 @@ class VLLMServerEngine(RolloutEngine):
         log.warning("lost a server, its requests go to the others: %s", error)
 
     def _put_out(self, server: Server, error: ServerLost | ServerRefused) -> None:
-        self.num_lost += server.url in self._was_in  # not one that has held no weights yet, nor one that is out already
+        self.num_lost += (
+            server.url in self._was_in
+        )  # not one that has held no weights yet, nor one that is out already
         self._was_in.discard(server.url)
         self._out[server.url] = str(error)
 

@@ -54,7 +54,9 @@ def _read(model: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
         return take(_experts(modules, name, in_files[0]), columns)
     path, kind, index = _place(model, in_files[0], modules)
     layer: Any = modules[path]
-    if hasattr(layer, "embedding_dim"):  # embedding or head: devices share its rows, so that each has a part of every column
+    if hasattr(
+        layer, "embedding_dim"
+    ):  # embedding or head: devices share its rows, so that each has a part of every column
         return _whole(layer, _own_part(layer, kind, name, dtype, columns), kind)
     part = _own_part(layer, kind, name, dtype)
     num_replicas = 1
@@ -102,7 +104,9 @@ def _experts(modules: Mapping[str, nn.Module], name: str, in_file: str) -> Tenso
     if layer is None or name.rpartition(".")[2] not in kinds:
         raise ValueError(f"vLLM has no layer of experts that holds {name}")
     if layer.moe_config.tp_size > 1 or layer.moe_config.ep_size > 1:
-        raise ValueError(f"the experts of {name} are divided over devices, which cannot be compared: use one device a server")
+        raise ValueError(
+            f"the experts of {name} are divided over devices, which cannot be compared: use one device a server"
+        )
     tensor: Tensor = getattr(layer, kinds[name.rpartition(".")[2]])
     kernel = layer.quant_method.experts_cls
     if hasattr(kernel, "isa"):  # packed for a CPU's kernel
@@ -132,7 +136,11 @@ def _unpacked(packed: Tensor, isa: str) -> Tensor:
 
 def _is_transposed(modules: Mapping[str, nn.Module], path: str) -> bool:
     """GPT-2's files hold some matrices as [in, out]; vLLM turns them while it loads them."""
-    turned: Any = [module for at, module in modules.items() if hasattr(module, "_transpose_conv1d") and path.startswith(at)]
+    turned: Any = [
+        module
+        for at, module in modules.items()
+        if hasattr(module, "_transpose_conv1d") and path.startswith(at)
+    ]
     return bool(turned) and path.rpartition(".")[2] in ("c_attn", "c_proj", "c_fc")
 
 
@@ -166,7 +174,13 @@ def _whole(layer: Any, part: Tensor, kind: str, *, num_replicas: int = 1) -> Ten
 def _through_kernel(layer: Any, dtype: torch.dtype, columns: slice | None) -> Tensor:
     """The layer's matrix [out, in], or some columns of it, as its CPU kernel multiplies it."""
     # A layer that is whole on every device, such as a router, has no part of its own.
-    num_inputs = layer.embedding_dim if hasattr(layer, "embedding_dim") else getattr(layer, "input_size_per_partition", layer.input_size)
+    num_inputs = (
+        layer.embedding_dim
+        if hasattr(layer, "embedding_dim")
+        else getattr(layer, "input_size_per_partition", layer.input_size)
+    )
     inputs = torch.eye(num_inputs, dtype=dtype)
-    outputs: Tensor = layer.cpu_linear(inputs if columns is None else inputs[columns], layer.weight, None)  # [in, out]
+    outputs: Tensor = layer.cpu_linear(
+        inputs if columns is None else inputs[columns], layer.weight, None
+    )  # [in, out]
     return outputs.t()

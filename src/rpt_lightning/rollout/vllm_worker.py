@@ -30,7 +30,9 @@ class PolicyWeights:
 
     vllm_config: Any
     rank: int
-    _rpt_loader: tuple[str, float] | None = None  # label of the weights that someone is loading, and until when nobody else may (time.monotonic)
+    _rpt_loader: tuple[str, float] | None = (
+        None  # label of the weights that someone is loading, and until when nobody else may (time.monotonic)
+    )
 
     def rpt_describe(self) -> dict[str, Any]:
         """What a trainer has to know before it trusts this server."""
@@ -67,7 +69,9 @@ class PolicyWeights:
         """
         files = sorted(Path(folder).glob("*.safetensors"))
         if not files:
-            raise ValueError(f"{folder} holds no .safetensors file; is it on a disk that the server sees under the same path?")
+            raise ValueError(
+                f"{folder} holds no .safetensors file; is it on a disk that the server sees under the same path?"
+            )
         expect_experts(self.get_model())  # type: ignore[attr-defined]
         weights = as_in_files(_tensors(files), self.vllm_config.model_config.hf_config)
         self.reload_weights(weights_iterator=weights)  # type: ignore[attr-defined]

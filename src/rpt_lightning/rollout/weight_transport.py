@@ -25,7 +25,14 @@ class WeightTransport(ABC):
         """Before the first update."""
 
     @abstractmethod
-    def publish(self, weights: Iterable[tuple[str, Tensor]], *, version: int, dtype: torch.dtype, shapes: Mapping[str, torch.Size]) -> None:
+    def publish(
+        self,
+        weights: Iterable[tuple[str, Tensor]],
+        *,
+        version: int,
+        dtype: torch.dtype,
+        shapes: Mapping[str, torch.Size],
+    ) -> None:
         """Takes every tensor, under Hugging Face names and a tied head under its own, and offers them in the servers' dtype."""
 
     @abstractmethod
@@ -82,7 +89,14 @@ class SharedFolderTransport(WeightTransport):
             self._lock = lock
         self._remove_all_but(None)
 
-    def publish(self, weights: Iterable[tuple[str, Tensor]], *, version: int, dtype: torch.dtype, shapes: Mapping[str, torch.Size]) -> None:
+    def publish(
+        self,
+        weights: Iterable[tuple[str, Tensor]],
+        *,
+        version: int,
+        dtype: torch.dtype,
+        shapes: Mapping[str, torch.Size],
+    ) -> None:
         target = self._folder_of(version)
         partial = target.with_suffix(".partial")
         for path in (target, partial):
@@ -99,12 +113,16 @@ class SharedFolderTransport(WeightTransport):
                 save_file(shard, partial / f"model-{num_files:05}.safetensors")
             except Exception as error:  # safetensors' own class for a full disk
                 shutil.rmtree(partial, ignore_errors=True)
-                raise OSError(f"transport.folder={self.folder}: weights of version {version} could not be written: {error}") from error
+                raise OSError(
+                    f"transport.folder={self.folder}: weights of version {version} could not be written: {error}"
+                ) from error
             shard.clear()
             num_bytes = 0
 
         for name, tensor in weights:
-            shard[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()  # a copy: a tied head shares memory, which safetensors refuses
+            shard[name] = (
+                tensor.detach().to("cpu", dtype, copy=True).contiguous()
+            )  # a copy: a tied head shares memory, which safetensors refuses
             num_bytes += shard[name].nbytes
             if num_bytes >= self.shard_gib * 2**30:
                 write()

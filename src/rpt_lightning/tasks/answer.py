@@ -81,10 +81,15 @@ class FirstBox:
         """Reads the next token."""
         self._text += token
         # Only a brace can complete a box: thoughts are long, and are not searched again for every token.
-        return BOX_CLOSE in token and extract_prediction(bytes(self._text), think_close=self._think_close) is not None
+        return (
+            BOX_CLOSE in token
+            and extract_prediction(bytes(self._text), think_close=self._think_close) is not None
+        )
 
 
-def answerable_lengths(continuation: Sequence[bytes], *, think_close: bytes | None = THINK_CLOSE) -> tuple[int, ...]:
+def answerable_lengths(
+    continuation: Sequence[bytes], *, think_close: bytes | None = THINK_CLOSE
+) -> tuple[int, ...]:
     r"""Token counts ``l`` whose joined bytes survive the box: ``extract_prediction(think_close + b"\boxed{" + joined + b"}") == joined``, joined non-empty.
 
     So the braces of the first ``l`` tokens balance, and neither ``\boxed{`` nor ``think_close`` is inside (None: thoughts have no marker).

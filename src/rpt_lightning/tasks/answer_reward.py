@@ -66,10 +66,17 @@ class AnswerReward(CountingReward):
         self.verifier = MathVerifier(cpu_limit_s, num_workers)
         self.checked_answers: set[str] = set()
         """True answers that were compared with themselves (training/unlike_answers.py)."""
-        self._known: dict[tuple[str, bytes | None], Verdict] = {}  # (question, prediction), of the step that runs
+        self._known: dict[
+            tuple[str, bytes | None], Verdict
+        ] = {}  # (question, prediction), of the step that runs
         self._lock = threading.Lock()  # rollouts may be paid in another thread than the one that logs
 
-    def group_rewards(self, predictions: Sequence[bytes | None], task: Task, first_token_probs: Sequence[float] | None = None) -> tuple[float, ...]:
+    def group_rewards(
+        self,
+        predictions: Sequence[bytes | None],
+        task: Task,
+        first_token_probs: Sequence[float] | None = None,
+    ) -> tuple[float, ...]:
         if not isinstance(task, AnswerTask):
             raise ValueError(
                 f"task {task.task_id!r} is no question: AnswerReward pays for answers of an AnswerTaskDataModule; give another reward or --data"
@@ -78,7 +85,10 @@ class AnswerReward(CountingReward):
 
     def take_metrics(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
         counts = Counter(
-            verdict for group in groups if isinstance(group.task, AnswerTask) for verdict in self._known_verdicts(group.task, group.predictions)
+            verdict
+            for group in groups
+            if isinstance(group.task, AnswerTask)
+            for verdict in self._known_verdicts(group.task, group.predictions)
         )
         with self._lock:
             self._known = {}
@@ -88,11 +98,19 @@ class AnswerReward(CountingReward):
         """As ``verdicts``; what was checked since the last ``take_metrics`` is not checked again."""
         question_id = task.question.question_id
         known = self._known  # another thread may begin a new one meanwhile
-        new = [prediction for prediction in dict.fromkeys(predictions) if (question_id, prediction) not in known]
-        found = {(question_id, prediction): verdict for prediction, verdict in zip(new, self.verdicts(task, new), strict=True)}
+        new = [
+            prediction for prediction in dict.fromkeys(predictions) if (question_id, prediction) not in known
+        ]
+        found = {
+            (question_id, prediction): verdict
+            for prediction, verdict in zip(new, self.verdicts(task, new), strict=True)
+        }
         with self._lock:
             self._known |= found
-        return [(found if (question_id, prediction) in found else known)[question_id, prediction] for prediction in predictions]
+        return [
+            (found if (question_id, prediction) in found else known)[question_id, prediction]
+            for prediction in predictions
+        ]
 
     def verdicts(self, task: AnswerTask, predictions: Sequence[bytes | None]) -> list[Verdict]:
         """What became of each prediction; a missing one is ``unboxed``, and so is an empty one."""
@@ -101,10 +119,20 @@ class AnswerReward(CountingReward):
         if question.is_choice:
             letters = {text: choice_letter(text) for text in texts}
             return [
-                "unboxed" if not text.strip() else "unreadable" if letters[text] is None else "right" if letters[text] == question.answer else "wrong"
+                "unboxed"
+                if not text.strip()
+                else "unreadable"
+                if letters[text] is None
+                else "right"
+                if letters[text] == question.answer
+                else "wrong"
                 for text in texts
             ]
         asked = [text for text in texts if text.strip()]
-        found: dict[str, Verdict] = dict(zip(asked, self.verifier.verdicts([(question.answer, text) for text in asked]), strict=True))
-        quoted = {text for text, verdict in found.items() if verdict == "right" and quotes_question(text, question)}
+        found: dict[str, Verdict] = dict(
+            zip(asked, self.verifier.verdicts([(question.answer, text) for text in asked]), strict=True)
+        )
+        quoted = {
+            text for text, verdict in found.items() if verdict == "right" and quotes_question(text, question)
+        }
         return ["quoted" if text in quoted else found.get(text, "unboxed") for text in texts]

@@ -16,7 +16,15 @@ from rpt_lightning.tasks.wordings import CONTEXT_SLOT
 TEMPLATE_DATE = datetime(2024, 7, 26)
 # What the template is given in any case.
 _RESERVED = {
-    *("messages", "conversation", "add_generation_prompt", "tokenize", "continue_final_message", "return_dict", "return_tensors"),
+    *(
+        "messages",
+        "conversation",
+        "add_generation_prompt",
+        "tokenize",
+        "continue_final_message",
+        "return_dict",
+        "return_tensors",
+    ),
     "strftime_now",
 }
 
@@ -27,10 +35,14 @@ class ChatTemplate:
     Raises ValueError for a tokenizer without one, and for arguments that it does not know.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] | None, *, prompt: str) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] | None, *, prompt: str
+    ) -> None:
         self.name = tokenizer.name_or_path
         if not tokenizer.chat_template:
-            raise ValueError(f"tokenizer {self.name!r} has no chat template, which {prompt} needs; use ContinuationPrompt or a chat model")
+            raise ValueError(
+                f"tokenizer {self.name!r} has no chat template, which {prompt} needs; use ContinuationPrompt or a chat model"
+            )
         self._tokenizer = tokenizer
         self._arguments = dict(arguments or {})
         for name in self._arguments:
@@ -38,9 +50,13 @@ class ChatTemplate:
                 raise ValueError(f"template_args: {name} is set by {prompt} itself; leave it out")
             # A template ignores what it does not know, and so would a mistyped name.
             if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):
-                raise ValueError(f"template_args: the chat template of {self.name!r} knows no {name!r}; correct the name or leave it out")
+                raise ValueError(
+                    f"template_args: the chat template of {self.name!r} knows no {name!r}; correct the name or leave it out"
+                )
 
-    def around_question(self, wording: str, think_open: str | None, think_close: str | None) -> tuple[str, str, bool]:
+    def around_question(
+        self, wording: str, think_open: str | None, think_close: str | None
+    ) -> tuple[str, str, bool]:
         """What stands before and behind the wording's slot as the user's turn, up to where the model writes; and whether the thought is still to be opened."""
         message = {"role": "user", "content": wording}
         before, after = self._render([message], add_generation_prompt=True)
@@ -58,17 +74,27 @@ class ChatTemplate:
 
     def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> tuple[str, str]:
         """What the chat template puts before and after the slot."""
-        rendered, again = (self._rendered(messages, add_generation_prompt=add_generation_prompt) for _ in range(2))
+        rendered, again = (
+            self._rendered(messages, add_generation_prompt=add_generation_prompt) for _ in range(2)
+        )
         if rendered != again:
-            raise ValueError(f"the chat template of {self.name!r} gives another text in every call; take out what is random in it")
+            raise ValueError(
+                f"the chat template of {self.name!r} gives another text in every call; take out what is random in it"
+            )
         before, *after = rendered.split(CONTEXT_SLOT)
         if len(after) != 1:
-            raise ValueError(f"the chat template of {self.name!r} shows a message {len(after)} times instead of once; use ContinuationPrompt")
+            raise ValueError(
+                f"the chat template of {self.name!r} shows a message {len(after)} times instead of once; use ContinuationPrompt"
+            )
         return before, after[0]
 
     def _rendered(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
         """On every day the same: a template that writes the date gets `TEMPLATE_DATE`, so that a run that is resumed asks as before."""
-        given = {"add_generation_prompt": add_generation_prompt, "strftime_now": TEMPLATE_DATE.strftime, **self._arguments}
+        given = {
+            "add_generation_prompt": add_generation_prompt,
+            "strftime_now": TEMPLATE_DATE.strftime,
+            **self._arguments,
+        }
         try:
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **given))
         except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:

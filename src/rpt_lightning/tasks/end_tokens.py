@@ -23,9 +23,15 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, token_bytes: TokenBytes) -> Toke
     """
     eos_id = tokenizer.eos_token_id
     if not isinstance(eos_id, int):
-        raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no end-of-text token (eos_token), so a completion could never stop; set one")
+        raise ValueError(
+            f"tokenizer {tokenizer.name_or_path!r} has no end-of-text token (eos_token), so a completion could never stop; set one"
+        )
     named = _named(tokenizer.name_or_path)
-    others = named if isinstance(named, list) else [token_id for token_id in (named,) if token_id is not None and token_bytes.is_special(token_id)]
+    others = (
+        named
+        if isinstance(named, list)
+        else [token_id for token_id in (named,) if token_id is not None and token_bytes.is_special(token_id)]
+    )
     return tuple(dict.fromkeys([eos_id, *(token_id for token_id in others if token_id in token_bytes)]))
 
 
@@ -38,11 +44,15 @@ def _named(model: str) -> int | list[int] | None:
             content = json.loads(path.read_text(encoding="utf-8-sig"))
             ids = _eos_of(content)
         except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path}: not a readable configuration ({error}); download or export the model again") from error
+            raise ValueError(
+                f"{path}: not a readable configuration ({error}); download or export the model again"
+            ) from error
         if ids is not None:
             wanted = ids if isinstance(ids, list) else [ids]
             if not all(type(token_id) is int for token_id in wanted):
-                raise ValueError(f"{path}: eos_token_id is {ids!r}, where an id or a list of ids belongs; correct the file")
+                raise ValueError(
+                    f"{path}: eos_token_id is {ids!r}, where an id or a list of ids belongs; correct the file"
+                )
             return ids
     return None
 

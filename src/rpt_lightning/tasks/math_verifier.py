@@ -26,7 +26,9 @@ MathVerdict = Literal["right", "wrong", "unreadable", "timeout", "error"]
 
 # The clock may run so many times as long as the limit of CPU seconds: for machines without that limit, and processes that wait.
 _CLOCK_FACTOR = 60.0
-_OUT_OF_CPU_TIME = -int(getattr(signal, "SIGPROF", 0)) or None  # exit status of a process that its own limit ended
+_OUT_OF_CPU_TIME = (
+    -int(getattr(signal, "SIGPROF", 0)) or None
+)  # exit status of a process that its own limit ended
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -38,9 +40,13 @@ class MathVerifier:
 
     def __init__(self, cpu_limit_s: float = 5.0, num_workers: int = 2) -> None:
         if cpu_limit_s <= 0 or num_workers < 1:
-            raise ValueError(f"cpu_limit_s={cpu_limit_s}, num_workers={num_workers}: give more than 0 seconds, and at least 1 process")
+            raise ValueError(
+                f"cpu_limit_s={cpu_limit_s}, num_workers={num_workers}: give more than 0 seconds, and at least 1 process"
+            )
         if find_spec("math_verify") is None:
-            raise ValueError("checking mathematical answers needs the package math-verify: pip install 'math-verify>=0.9,<0.10'")
+            raise ValueError(
+                "checking mathematical answers needs the package math-verify: pip install 'math-verify>=0.9,<0.10'"
+            )
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="math-verify")
         self._workers: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for _ in range(num_workers):

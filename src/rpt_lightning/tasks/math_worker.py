@@ -24,10 +24,18 @@ def main() -> None:
     cpu_limit_s = float(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not stand between verdicts
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):  # meant for the run, which may still want a verdict; we end with it
+    for name in (
+        "SIGINT",
+        "SIGTERM",
+        "SIGHUP",
+        "SIGUSR1",
+        "SIGUSR2",
+    ):  # meant for the run, which may still want a verdict; we end with it
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    with contextlib.suppress(ImportError, ValueError):  # no such module on Windows; a lower limit is set already
+    with contextlib.suppress(
+        ImportError, ValueError
+    ):  # no such module on Windows; a lower limit is set already
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
@@ -53,7 +61,10 @@ def compare(answer: str, prediction: str) -> str:
     """
     from math_verify import parse, verify
 
-    gold, found = (parse(rf"\boxed{{{text}}}", parsing_timeout=None, raise_on_error=True) for text in (answer, prediction))
+    gold, found = (
+        parse(rf"\boxed{{{text}}}", parsing_timeout=None, raise_on_error=True)
+        for text in (answer, prediction)
+    )
     if not gold:
         raise ValueError("Math-Verify reads nothing in the true answer")
     if not found:

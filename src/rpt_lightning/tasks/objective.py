@@ -30,7 +30,12 @@ class BoundObjective:
         """What a finished answer predicts."""
         return extract_prediction(text, think_close=self.prompt.think_close)
 
-    def rewards(self, task: Task, predictions: Sequence[bytes | None], first_token_probs: Sequence[float] | None = None) -> tuple[float, ...]:
+    def rewards(
+        self,
+        task: Task,
+        predictions: Sequence[bytes | None],
+        first_token_probs: Sequence[float] | None = None,
+    ) -> tuple[float, ...]:
         """What the predictions of one task's group are paid, in order."""
         returned = self.reward.group_rewards(predictions, task, first_token_probs)
         return checked_rewards(self.reward, returned, num=len(predictions), task_id=task.task_id)
@@ -42,7 +47,9 @@ class Objective:
     def __init__(self, prompt: PromptTemplate, reward: Reward) -> None:
         pays_answers = isinstance(reward, AnswerReward)
         if isinstance(prompt, ChatPrompt if pays_answers else QuestionPrompt):
-            asks, fitting = ("the next token", "QuestionPrompt") if pays_answers else ("a question", "ChatPrompt")
+            asks, fitting = (
+                ("the next token", "QuestionPrompt") if pays_answers else ("a question", "ChatPrompt")
+            )
             raise ValueError(
                 f"the objective's prompt {type(prompt).__name__} asks {asks}, and its reward {type(reward).__name__} pays for something else; "
                 f"give --prompt {fitting} or ContinuationPrompt, or another reward"

@@ -16,7 +16,9 @@ def check_reward(reward: Reward) -> None:
     """Before anything is generated. Raises ValueError."""
     name = type(reward).__name__
     if not isinstance(getattr(reward, "needs_first_token_probs", None), bool):
-        raise ValueError(f"the reward {name} does not say needs_first_token_probs; set it in the class, to False unless it reads first_token_probs")
+        raise ValueError(
+            f"the reward {name} does not say needs_first_token_probs; set it in the class, to False unless it reads first_token_probs"
+        )
     signature = inspect.signature(reward.group_rewards)
     try:
         signature.bind((), None, None)

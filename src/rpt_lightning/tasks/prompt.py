@@ -132,7 +132,12 @@ class QuestionPrompt(PromptTemplate):
         template_args: What the chat template is given besides the messages, such as ``enable_thinking: true``.
     """
 
-    def __init__(self, think_open: str | None = "<think>", think_close: str | None = "</think>", template_args: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        think_open: str | None = "<think>",
+        think_close: str | None = "</think>",
+        template_args: dict[str, Any] | None = None,
+    ) -> None:
         _check_markers(think_open, think_close)
         self.think_open = think_open
         self.think_close = think_close
@@ -143,12 +148,24 @@ class QuestionPrompt(PromptTemplate):
         return _chat(tokenizer, template, CONTEXT_SLOT, self.think_open, self.think_close)
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, wording: str, think_open: str | None, think_close: str | None) -> BoundPrompt:
+def _chat(
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    wording: str,
+    think_open: str | None,
+    think_close: str | None,
+) -> BoundPrompt:
     """The wording as the user's turn."""
     token_bytes = TokenBytes(tokenizer)
     before, after, opens = template.around_question(wording, think_open, think_close)
-    suffix_ids = _template_ids(tokenizer, after) + (_marker_ids(tokenizer, token_bytes, think_open) if opens else ())
-    turn_end = [token_id for token_id in _template_ids(tokenizer, template.behind_answer()) if token_bytes.is_special(token_id)][:1]
+    suffix_ids = _template_ids(tokenizer, after) + (
+        _marker_ids(tokenizer, token_bytes, think_open) if opens else ()
+    )
+    turn_end = [
+        token_id
+        for token_id in _template_ids(tokenizer, template.behind_answer())
+        if token_bytes.is_special(token_id)
+    ][:1]
     return _bound(
         tokenizer,
         token_bytes,
@@ -187,9 +204,13 @@ def _bound(
 
 def _check_markers(think_open: str | None, think_close: str | None) -> None:
     if think_open == "" or think_close == "":
-        raise ValueError(f"think_open={think_open!r}, think_close={think_close!r}: a marker cannot be empty; use null for no marked thought")
+        raise ValueError(
+            f"think_open={think_open!r}, think_close={think_close!r}: a marker cannot be empty; use null for no marked thought"
+        )
     if (think_open is None) != (think_close is None):
-        raise ValueError(f"think_open={think_open!r}, think_close={think_close!r}: give both thought markers, or null for both")
+        raise ValueError(
+            f"think_open={think_open!r}, think_close={think_close!r}: give both thought markers, or null for both"
+        )
 
 
 def _marker_ids(tokenizer: PreTrainedTokenizerBase, token_bytes: TokenBytes, marker: str | None) -> TokenIds:

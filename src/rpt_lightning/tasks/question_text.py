@@ -27,6 +27,8 @@ def question_text(question: Question) -> str:
     Please reason step by step, and put the letter of the correct choice within \boxed{}.
     <BLANKLINE>
     """
-    choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=False))
+    choices = "\n".join(
+        f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=False)
+    )
     parts = [question.text, choices, _CHOICE_FORM] if question.is_choice else [question.text, _ANSWER_FORM]
     return "\n\n".join(parts) + "\n"

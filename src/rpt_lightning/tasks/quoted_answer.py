@@ -15,9 +15,32 @@ _MACRO = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mathsf|boldsymbol|mb
 _LAYOUT = re.compile(r"\s|\$|\\[,;:! ]|\{,\}|\\(?:left|right|displaystyle)(?![A-Za-z])|\^?\{?\\circ\}?|°")
 # One character for each relation, sign and symbol that has several spellings.
 _SPELLINGS: list[tuple[str, str]] = [
-    *((rf"\\(?:{names})(?![A-Za-z])", one) for names, one in {"cdot|times": "*", "div": "÷", "leq?": "≤", "geq?": "≥", "neq?": "≠"}.items()),
-    *((rf"\\{name}(?![A-Za-z])", one) for name, one in {"lt": "<", "gt": ">", "in": "∈", "cup": "∪", "cap": "∩", "pi": "π", "infty": "∞"}.items()),
-    *((rf"\\{name}(?![A-Za-z])", one) for name, one in {"emptyset": "∅", "varnothing": "∅", "approx": "≈", "lbrace": "⦃", "rbrace": "⦄"}.items()),
+    *(
+        (rf"\\(?:{names})(?![A-Za-z])", one)
+        for names, one in {"cdot|times": "*", "div": "÷", "leq?": "≤", "geq?": "≥", "neq?": "≠"}.items()
+    ),
+    *(
+        (rf"\\{name}(?![A-Za-z])", one)
+        for name, one in {
+            "lt": "<",
+            "gt": ">",
+            "in": "∈",
+            "cup": "∪",
+            "cap": "∩",
+            "pi": "π",
+            "infty": "∞",
+        }.items()
+    ),
+    *(
+        (rf"\\{name}(?![A-Za-z])", one)
+        for name, one in {
+            "emptyset": "∅",
+            "varnothing": "∅",
+            "approx": "≈",
+            "lbrace": "⦃",
+            "rbrace": "⦄",
+        }.items()
+    ),
     (r"\\\{", "⦃"),
     (r"\\\}", "⦄"),
     (r"\\%", "%"),
@@ -34,7 +57,9 @@ _NAME = re.compile(r"^[A-Za-z](?:_\w)?(?:\([A-Za-z]\))?=")
 _BETWEEN = re.compile(r"[=<>≤≥≠≈∈∪∩,;()\[\]⦃⦄]")
 _PRODUCT = re.compile(r"[0-9A-Za-zπ!}]\(|\)[0-9A-Za-zπ(^!\\]")
 _NUMBER = re.compile(r"[-+]?\d*\.?\d*%?")
-_SYMBOL = re.compile(r"[-+]?\d*\.?\d*(?:[A-Za-zπ∞∅]|\\(?!sqrt|frac|binom|sum|int|prod|log|ln|exp|sin|cos|tan|lim|gcd|max|min)[A-Za-z]+)+")
+_SYMBOL = re.compile(
+    r"[-+]?\d*\.?\d*(?:[A-Za-zπ∞∅]|\\(?!sqrt|frac|binom|sum|int|prod|log|ln|exp|sin|cos|tan|lim|gcd|max|min)[A-Za-z]+)+"
+)
 _PARTS = re.compile(r"[-+]?(?:\d+&)?(?P<above>\d*)(?P<root>\\sqrt\d+)?π?/(?P<below>\d+)")
 _ROOT = re.compile(r"[-+]?\d*\\sqrt(?P<root>\d+)")
 
@@ -47,7 +72,11 @@ def quotes_question(prediction: str, question: Question) -> bool:
     [True, True, False, False, False, False]
     """
     text = plain(prediction)
-    return _NAME.sub("", text) != _NAME.sub("", plain(question.answer)) and _leaves_work(text) and text in plain(question.text)
+    return (
+        _NAME.sub("", text) != _NAME.sub("", plain(question.answer))
+        and _leaves_work(text)
+        and text in plain(question.text)
+    )
 
 
 def plain(text: str) -> str:
@@ -74,17 +103,23 @@ def without_fonts(text: str) -> str:
 
 
 def _in_a_line(match: re.Match[str]) -> str:
-    above, below = (first if first is not None else second for first, second in (match.group(1, 2), match.group(3, 4)))
+    above, below = (
+        first if first is not None else second for first, second in (match.group(1, 2), match.group(3, 4))
+    )
     before, behind = match.string[: match.start()][-1:], match.string[match.end() :][:1]
     if before.isdigit() and (above + below).isdigit():
         return f"&{above}/{below}"  # three and a half
-    fraction = "/".join(part if re.fullmatch(r"-?[\w.]+|\\sqrt\d+|-?\d*π", part) else f"({part})" for part in (above, below))
+    fraction = "/".join(
+        part if re.fullmatch(r"-?[\w.]+|\\sqrt\d+|-?\d*π", part) else f"({part})" for part in (above, below)
+    )
     return f"({fraction})" if re.match(r"[\w)}!π]", before) or re.match(r"[\w(^\\π]", behind) else fraction
 
 
 def _leaves_work(text: str) -> bool:
     """Whether any part between relations, commas and brackets is more than a number or a name, or parts are multiplied."""
-    return _PRODUCT.search(text) is not None or not all(map(_is_worked_out, filter(None, _BETWEEN.split(text))))
+    return _PRODUCT.search(text) is not None or not all(
+        map(_is_worked_out, filter(None, _BETWEEN.split(text)))
+    )
 
 
 def _is_worked_out(part: str) -> bool:
@@ -99,4 +134,8 @@ def _is_worked_out(part: str) -> bool:
 
 
 def _is_square_free(number: int) -> bool:
-    return number > 1 and number < 10**9 and all(number % (factor * factor) for factor in range(2, math.isqrt(number) + 1))
+    return (
+        number > 1
+        and number < 10**9
+        and all(number % (factor * factor) for factor in range(2, math.isqrt(number) + 1))
+    )

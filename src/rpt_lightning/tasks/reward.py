@@ -50,7 +50,12 @@ class Reward(ABC):
     """Whether ``group_rewards`` must be given the policy's own probability of each prediction's first token."""
 
     @abstractmethod
-    def group_rewards(self, predictions: Sequence[bytes | None], task: Task, first_token_probs: Sequence[float] | None = None) -> tuple[float, ...]:
+    def group_rewards(
+        self,
+        predictions: Sequence[bytes | None],
+        task: Task,
+        first_token_probs: Sequence[float] | None = None,
+    ) -> tuple[float, ...]:
         """One reward a prediction, in order.
 
         ``first_token_probs[i]`` is ``P(y0 | x_<t)``: the probability, under the policy asked for the next token directly and without a thought, of
@@ -63,8 +68,16 @@ class PrefixMatchReward(Reward):
 
     needs_first_token_probs = False
 
-    def group_rewards(self, predictions: Sequence[bytes | None], task: Task, first_token_probs: Sequence[float] | None = None) -> tuple[float, ...]:
-        return tuple(0.0 if prediction is None else prefix_match(prediction, _continuation(task)) for prediction in predictions)
+    def group_rewards(
+        self,
+        predictions: Sequence[bytes | None],
+        task: Task,
+        first_token_probs: Sequence[float] | None = None,
+    ) -> tuple[float, ...]:
+        return tuple(
+            0.0 if prediction is None else prefix_match(prediction, _continuation(task))
+            for prediction in predictions
+        )
 
 
 class FirstTokenReward(Reward):
@@ -72,7 +85,12 @@ class FirstTokenReward(Reward):
 
     needs_first_token_probs = False
 
-    def group_rewards(self, predictions: Sequence[bytes | None], task: Task, first_token_probs: Sequence[float] | None = None) -> tuple[float, ...]:
+    def group_rewards(
+        self,
+        predictions: Sequence[bytes | None],
+        task: Task,
+        first_token_probs: Sequence[float] | None = None,
+    ) -> tuple[float, ...]:
         return _first_token_rewards(predictions, task)
 
 
@@ -81,7 +99,12 @@ class DenseReward(Reward):
 
     needs_first_token_probs = True
 
-    def group_rewards(self, predictions: Sequence[bytes | None], task: Task, first_token_probs: Sequence[float] | None = None) -> tuple[float, ...]:
+    def group_rewards(
+        self,
+        predictions: Sequence[bytes | None],
+        task: Task,
+        first_token_probs: Sequence[float] | None = None,
+    ) -> tuple[float, ...]:
         return _dense_rewards(predictions, task, first_token_probs)
 
 
@@ -90,7 +113,12 @@ class ConditionalDenseReward(Reward):
 
     needs_first_token_probs = True
 
-    def group_rewards(self, predictions: Sequence[bytes | None], task: Task, first_token_probs: Sequence[float] | None = None) -> tuple[float, ...]:
+    def group_rewards(
+        self,
+        predictions: Sequence[bytes | None],
+        task: Task,
+        first_token_probs: Sequence[float] | None = None,
+    ) -> tuple[float, ...]:
         if not any(_first_token_rewards(predictions, task)):
             return (0.0,) * len(predictions)
         return _dense_rewards(predictions, task, first_token_probs)
@@ -105,10 +133,15 @@ def _continuation(task: Task) -> tuple[bytes, ...]:
 
 
 def _first_token_rewards(predictions: Sequence[bytes | None], task: Task) -> tuple[float, ...]:
-    return tuple(0.0 if prediction is None else first_token_match(prediction, _continuation(task)) for prediction in predictions)
+    return tuple(
+        0.0 if prediction is None else first_token_match(prediction, _continuation(task))
+        for prediction in predictions
+    )
 
 
-def _dense_rewards(predictions: Sequence[bytes | None], task: Task, first_token_probs: Sequence[float] | None) -> tuple[float, ...]:
+def _dense_rewards(
+    predictions: Sequence[bytes | None], task: Task, first_token_probs: Sequence[float] | None
+) -> tuple[float, ...]:
     assert first_token_probs is not None, "a dense reward needs first_token_probs"
     matches = _first_token_rewards(predictions, task)
     pairs = zip(matches, predictions, first_token_probs, strict=True)

@@ -28,9 +28,15 @@ NO_TOKEN = "\ufffd".encode()
 
 def byte_of_character() -> dict[str, int]:
     """GPT-2's byte alphabet: printable Latin-1 bytes stand for themselves, the other 68 are moved to U+0100 and up, in order."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     moved = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + rank): byte for rank, byte in enumerate(moved)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + rank): byte for rank, byte in enumerate(moved)
+    }
 
 
 def _steps(component: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
@@ -43,7 +49,11 @@ def _steps(component: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
 def start_ids(tokenizer: PreTrainedTokenizerBase) -> TokenIds:
     """What the tokenizer puts in front of every text: a begin-of-text token (Llama 3), or nothing (Qwen, SmolLM2)."""
     bos_id, first_ids = tokenizer.bos_token_id, tokenizer("").input_ids[:1]
-    return (bos_id,) if isinstance(bos_id, int) and bos_id != tokenizer.eos_token_id and first_ids == [bos_id] else ()
+    return (
+        (bos_id,)
+        if isinstance(bos_id, int) and bos_id != tokenizer.eos_token_id and first_ids == [bos_id]
+        else ()
+    )
 
 
 class TokenBytes:
@@ -69,11 +79,17 @@ class TokenBytes:
                 "no exact bytes; use a model with a byte-level BPE tokenizer (Llama 3, Qwen, SmolLM2) or byte fallback (Llama 2, Mistral, Gemma)"
             )
         added = specification["added_tokens"]
-        ordinary = [token for token in added if not token["special"] and token["content"].replace(SPACE_MARK, " ").isspace()]
+        ordinary = [
+            token
+            for token in added
+            if not token["special"] and token["content"].replace(SPACE_MARK, " ").isspace()
+        ]
         self._special_ids = frozenset(token["id"] for token in added) - {token["id"] for token in ordinary}
         piece_bytes = _byte_level_piece if is_byte_level else _byte_fallback_piece
         self._bytes: dict[int, bytes] = {
-            token_id: piece_bytes(piece) for piece, token_id in model["vocab"].items() if token_id not in self._special_ids
+            token_id: piece_bytes(piece)
+            for piece, token_id in model["vocab"].items()
+            if token_id not in self._special_ids
         }
         for token in added:
             if token["id"] not in self._bytes:
@@ -113,9 +129,15 @@ class TokenBytes:
         expected = text.encode()
         ids: TokenIds = tuple(self._plain.encode(text, add_special_tokens=False).ids)
         if self.join(ids) != expected:
-            missing = sorted(character for character in set(text) if self.join(self._plain.encode(character).ids) != character.encode())
+            missing = sorted(
+                character
+                for character in set(text)
+                if self.join(self._plain.encode(character).ids) != character.encode()
+            )
             names = ", ".join(map(ascii, missing[:5]))
-            raise ValueError(f"tokenizer {self._name!r} has no tokens for the characters {names}; remove them from the text")
+            raise ValueError(
+                f"tokenizer {self._name!r} has no tokens for the characters {names}; remove them from the text"
+            )
         return ids
 
 
@@ -124,7 +146,11 @@ _BYTE_OF_CHARACTER = byte_of_character()
 
 def _byte_level_piece(piece: str) -> bytes:
     # A piece outside the alphabet was put into the vocabulary as literal text (some tokenizers keep their markers there).
-    return bytes([_BYTE_OF_CHARACTER[character] for character in piece]) if all(c in _BYTE_OF_CHARACTER for c in piece) else piece.encode()
+    return (
+        bytes([_BYTE_OF_CHARACTER[character] for character in piece])
+        if all(c in _BYTE_OF_CHARACTER for c in piece)
+        else piece.encode()
+    )
 
 
 def _byte_fallback_piece(piece: str) -> bytes:
@@ -133,15 +159,25 @@ def _byte_fallback_piece(piece: str) -> bytes:
     return piece.replace(SPACE_MARK, " ").encode()
 
 
-def _plain_encoder(specification: dict[str, Any], ordinary: list[dict[str, Any]], *, is_byte_level: bool) -> Tokenizer:
+def _plain_encoder(
+    specification: dict[str, Any], ordinary: list[dict[str, Any]], *, is_byte_level: bool
+) -> Tokenizer:
     """The tokenizer without its markers and without anything that changes the text.
 
     ``split_special_tokens=True`` is not enough: the backend then splits the added tokens that are declared special, and still matches the others,
     such as the ``<think>`` of Qwen 3 and of the R1 distillations.
     """
-    plain = {**specification, "added_tokens": ordinary, "post_processor": None, "truncation": None, "padding": None}
+    plain = {
+        **specification,
+        "added_tokens": ordinary,
+        "post_processor": None,
+        "truncation": None,
+        "padding": None,
+    }
     replaces_space = [
-        step for step in _steps(specification["normalizer"], "normalizers") if step["type"] == "Replace" and step["content"] == SPACE_MARK
+        step
+        for step in _steps(specification["normalizer"], "normalizers")
+        if step["type"] == "Replace" and step["content"] == SPACE_MARK
     ]
     plain["normalizer"] = None if is_byte_level or not replaces_space else replaces_space[0]
     for step in _steps(specification["pre_tokenizer"], "pretokenizers"):

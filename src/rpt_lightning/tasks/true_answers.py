@@ -13,12 +13,22 @@ MAX_PLAIN = 500  # answers that nothing speaks against and that are compared all
 
 # Math-Verify reads these in any form.
 _SIMPLE = re.compile(r"-?(?:\d+(?:\.\d+)?|\d+/\d+|\\d?frac\{-?\d+\}\{\d+\})")
-_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:(?P<mark>[,.' _\u00a0\u2009\u202f]|\\,|\\ |\{,\})\d{3})(?:(?P=mark)\d{3})*")
+_THOUSANDS = re.compile(
+    r"[+-]?\d{1,3}(?:(?P<mark>[,.' _\u00a0\u2009\u202f]|\\,|\\ |\{,\})\d{3})(?:(?P=mark)\d{3})*"
+)
 _MIXED = re.compile(r"(-?\d+) +(\d+)/(\d+)")
 _ROOT = re.compile(r"√\s*(\d+|\w|\([^()]*\)|\{[^{}]*\})")
 _LATEX = {
     **{"·": r"\cdot ", "⋅": r"\cdot ", "×": r"\times ", "÷": r"\div ", "−": "-", "–": "-", "±": r"\pm "},
-    **{"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset "},
+    **{
+        "≤": r"\le ",
+        "≥": r"\ge ",
+        "≠": r"\ne ",
+        "∈": r"\in ",
+        "∪": r"\cup ",
+        "∩": r"\cap ",
+        "∅": r"\emptyset ",
+    },
     **{"π": r"\pi ", "∞": r"\infty ", "°": r"^{\circ}", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta "},
     **{mark: f"^{{{digit}}}" for digit, mark in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
     **{mark: f"_{{{digit}}}" for digit, mark in enumerate("₀₁₂₃₄₅₆₇₈₉")},
@@ -59,7 +69,9 @@ def unlike_themselves(answers: Iterable[str], verifier: MathVerifier) -> tuple[d
     """
     ways = {answer: other_ways(answer) for answer in dict.fromkeys(answers) if not _SIMPLE.fullmatch(answer)}
     plain = [answer for answer, others in ways.items() if not others]
-    pairs = [(answer, other) for answer, others in ways.items() for other in others] + [(answer, answer) for answer in plain[:MAX_PLAIN]]
+    pairs = [(answer, other) for answer, others in ways.items() for other in others] + [
+        (answer, answer) for answer in plain[:MAX_PLAIN]
+    ]
     unlike: dict[str, str] = {}
     for (answer, other), verdict in zip(pairs, verifier.verdicts(pairs), strict=True):
         if verdict != "right":

@@ -28,7 +28,13 @@ class AnswerResults(Callback):
         self.results = []
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if "questions" in batch:
             self.results += batch["answers"]
@@ -59,7 +65,9 @@ class AnswerResults(Callback):
         )
         if trainer.is_global_zero:
             print(answers_text(results), flush=True)
-            write_question_results(results, Path(trainer.default_root_dir) / ANSWER_FOLDER / f"step-{results.step:06d}.jsonl")
+            write_question_results(
+                results, Path(trainer.default_root_dir) / ANSWER_FOLDER / f"step-{results.step:06d}.jsonl"
+            )
 
 
 def answer_metrics(results: Sequence[QuestionResult]) -> dict[str, float]:
@@ -93,11 +101,16 @@ def answers_text(results: QuestionResults) -> str:
     """One line for the screen."""
     metrics = answer_metrics(results.questions)
     drawn = f"{results.num_samples} at temperature {results.temperature}" if results.temperature else "greedy"
-    parts = [f"{len(results.questions):,} questions ({drawn}): {_percent(metrics, 'accuracy')} right after a thought"]
+    parts = [
+        f"{len(results.questions):,} questions ({drawn}): {_percent(metrics, 'accuracy')} right after a thought"
+    ]
     if "val/answers/direct_accuracy" in metrics:
         parts.append(f"{_percent(metrics, 'direct_accuracy')} without")
     parts.append(f"{metrics['val/answers/truncated_frac']:.1%} truncated")
-    return f"{results.benchmark}, {results.ckpt_path or results.policy_path} at step {results.step}: " + ", ".join(parts)
+    return (
+        f"{results.benchmark}, {results.ckpt_path or results.policy_path} at step {results.step}: "
+        + ", ".join(parts)
+    )
 
 
 def _percent(metrics: dict[str, float], name: str) -> str:

@@ -37,9 +37,13 @@ def batch_arithmetic(
         f"trained: in micro-batches of at most {micro_batch_tokens:,} tokens on {ranks} ({tasks_per_step // world_size:,} contexts each); {updates}",
     ]
     if pilot_size is not None:
-        lines.append(f"pilot: {pilot_size} completions of each context first, the other {group_size - pilot_size} only where their rewards differ")
+        lines.append(
+            f"pilot: {pilot_size} completions of each context first, the other {group_size - pilot_size} only where their rewards differ"
+        )
     if max_staleness:
-        lines.append(f"asynchronous: generated while the policy trains, by weights of at most {max_staleness} optimizer steps before")
+        lines.append(
+            f"asynchronous: generated while the policy trains, by weights of at most {max_staleness} optimizer steps before"
+        )
     if max_steps > 0:
         batches = max_steps // optimizer_steps_per_batch
         lines.append(

@@ -71,7 +71,9 @@ class AsyncRollouts:
         self._temperature = sync.rollouter.temperature
         self._ahead: deque[Future[StepRollouts]] = deque()  # begun and not trained, in the order of the steps
         data.trained_up_to(data.stream.place)
-        self._background: Background[StepRollouts] = Background("rollouts", device=module.device, at_end=exchange.end)
+        self._background: Background[StepRollouts] = Background(
+            "rollouts", device=module.device, at_end=exchange.end
+        )
 
     def next(self) -> StepRollouts:
         """What the step that begins trains. Raises what went wrong in the background."""
@@ -86,11 +88,17 @@ class AsyncRollouts:
         compared = {}
         if rollouts.policy_version == version:
             with clock.phase("logprob_check"):
-                compared = self.sync.check_logprobs(self.trainer, self.module, rollouts.filled.groups, temperature=self._temperature)
+                compared = self.sync.check_logprobs(
+                    self.trainer, self.module, rollouts.filled.groups, temperature=self._temperature
+                )
         compared |= self._begin(first=version + self.module.optimizer_steps_per_batch, try_on=tasks)
         assert rollouts.place is not None
         self.data.trained_up_to(rollouts.place)
-        own = {"rollout/staleness": float(version - rollouts.policy_version), "rollout/dropped_groups": 0.0, "time/generation_s": rollouts.seconds}
+        own = {
+            "rollout/staleness": float(version - rollouts.policy_version),
+            "rollout/dropped_groups": 0.0,
+            "time/generation_s": rollouts.seconds,
+        }
         return dataclasses.replace(rollouts, metrics=compared | own | rollouts.metrics)
 
     def drain(self) -> None:
@@ -117,7 +125,11 @@ class AsyncRollouts:
             first: The version at which the first of all batches ahead is trained.
             try_on: The engine's log-probs of these tasks are compared with the policy's; None where its first batch will be.
         """
-        version, step, end = self.module.policy_version, self.module.optimizer_steps_per_batch, self.trainer.max_steps
+        version, step, end = (
+            self.module.policy_version,
+            self.module.optimizer_steps_per_batch,
+            self.trainer.max_steps,
+        )
         versions = [
             trained_at
             for trained_at in range(first + step * len(self._ahead), version + self.max_staleness + 1, step)
@@ -130,7 +142,10 @@ class AsyncRollouts:
         if try_on is not None:
             with self.module.clock.phase("logprob_check"):
                 compared = self.sync.try_out(self.trainer, self.module, try_on)
-        self._ahead.extend(self._background.submit(functools.partial(self._roll_out_next, trained_at)) for trained_at in versions)
+        self._ahead.extend(
+            self._background.submit(functools.partial(self._roll_out_next, trained_at))
+            for trained_at in versions
+        )
         return compared
 
     def _again(self, stale: StepRollouts) -> StepRollouts:
@@ -144,7 +159,9 @@ class AsyncRollouts:
             self.drain()
         self.sync.sync(self.module)
         with self.module.clock.phase("rollout"):
-            fresh = self._background.submit(functools.partial(self._roll_out, [group.task for group in groups], max_extra_tasks=0)).result()
+            fresh = self._background.submit(
+                functools.partial(self._roll_out, [group.task for group in groups], max_extra_tasks=0)
+            ).result()
         spent = {name: fresh.metrics[name] + stale.metrics[name] for name in COSTS if name in fresh.metrics}
         metrics = fresh.metrics | spent | {"rollout/dropped_groups": float(len(groups))}
         return dataclasses.replace(fresh, metrics=metrics, work=fresh.work + stale.work, place=stale.place)
@@ -157,10 +174,14 @@ class AsyncRollouts:
         return dataclasses.replace(self._roll_out(tasks, max_extra_tasks=extra), place=self.data.stream.place)
 
     def _roll_out(self, tasks: Sequence[Task], *, max_extra_tasks: int) -> StepRollouts:
-        return self.roller.roll_out(tasks, self.data.draw, max_extra_tasks=max_extra_tasks, ranks=self.exchange)
+        return self.roller.roll_out(
+            tasks, self.data.draw, max_extra_tasks=max_extra_tasks, ranks=self.exchange
+        )
 
 
-def check_settings(max_staleness: int, engine: RolloutEngine, module: PolicyModule, reward: Reward, data: object) -> None:
+def check_settings(
+    max_staleness: int, engine: RolloutEngine, module: PolicyModule, reward: Reward, data: object
+) -> None:
     """Raises ValueError for what asynchronous rollouts cannot do, or must not."""
     flag = f"--rollout.max_staleness {max_staleness}"
     if not module.corrects_mismatch:

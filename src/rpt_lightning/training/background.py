@@ -14,7 +14,9 @@ from typing import Generic, TypeVar
 import torch
 
 T = TypeVar("T")
-_END_S = 5.0  # for ``at_end``; where it takes longer (another rank does not answer) the thread is left to itself
+_END_S = (
+    5.0  # for ``at_end``; where it takes longer (another rank does not answer) the thread is left to itself
+)
 
 
 class Background(Generic[T]):

@@ -47,14 +47,20 @@ class RunCheckpoint(Checkpoint):
 
     def __init__(self, every_n_steps: int = 50, keep: int = 2, keep_every_n_steps: int | None = None) -> None:
         if every_n_steps < 1 or keep < 1:
-            raise ValueError(f"checkpoint.every_n_steps={every_n_steps}, checkpoint.keep={keep}: both must be at least 1")
+            raise ValueError(
+                f"checkpoint.every_n_steps={every_n_steps}, checkpoint.keep={keep}: both must be at least 1"
+            )
         self.every_n_steps = every_n_steps
         self.keep = keep
         self.keep_every_n_steps = keep_every_n_steps
         self.resumes_from: str | None = None  # the checkpoint that this rank found; None: a new run
-        self.start_step: int | None = None  # where training began in this process, on every rank; None: not yet
+        self.start_step: int | None = (
+            None  # where training began in this process, on every rank; None: not yet
+        )
         self._saved_step = 0
-        self._step_end: dict[str, Any] = {}  # where Lightning's loops and the data stood at the end of the last step
+        self._step_end: dict[
+            str, Any
+        ] = {}  # where Lightning's loops and the data stood at the end of the last step
         self._is_as_at_step_end = False  # whether the policy is still what it was then
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -71,7 +77,8 @@ class RunCheckpoint(Checkpoint):
         torch.distributed.all_gather_object(found, self.resumes_from and Path(self.resumes_from).name)
         if len(set(found)) > 1:
             ranks = "; ".join(
-                f"{name or 'none'}: rank {', '.join(str(rank) for rank, other in enumerate(found) if other == name)}" for name in dict.fromkeys(found)
+                f"{name or 'none'}: rank {', '.join(str(rank) for rank, other in enumerate(found) if other == name)}"
+                for name in dict.fromkeys(found)
             )
             raise ValueError(
                 f"the ranks would start from different checkpoints of {_folder(trainer)} ({ranks}). The run folder must be the same one on every node, and "
@@ -84,8 +91,13 @@ class RunCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             _abandon_after(trainer.global_step, Path(trainer.default_root_dir))
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._step_end = {"epoch": trainer.current_epoch, "fit_loop": copy.deepcopy(trainer.fit_loop.state_dict())}
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._step_end = {
+            "epoch": trainer.current_epoch,
+            "fit_loop": copy.deepcopy(trainer.fit_loop.state_dict()),
+        }
         data = trainer.datamodule  # type: ignore[attr-defined]
         if data is not None and (state := data.state_dict()):
             self._step_end["data"] = {type(data).__qualname__: copy.deepcopy(state)}
@@ -101,16 +113,25 @@ class RunCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # Saving is a collective: several ranks save only what ends all of them at one place (`saved_when_lost`).
-        if trainer.world_size == 1 and trainer.state.fn == TrainerFn.FITTING and not isinstance(exception, (SystemExit, CheckpointNotWritten)):
+        if (
+            trainer.world_size == 1
+            and trainer.state.fn == TrainerFn.FITTING
+            and not isinstance(exception, (SystemExit, CheckpointNotWritten))
+        ):
             self.save_last_step(trainer)
         # A run that was asked to stop (SystemExit) says so itself, and nothing is said of one that had not begun.
         if self.start_step is not None and not isinstance(exception, (SystemExit, CheckpointNotWritten)):
             rank_zero_info(f"stopped at step {trainer.global_step}. {_way_on(_folder(trainer))}")
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         # The next step may have begun, or a validation: neither is in the weights.
         if self._step_end:
-            checkpoint["epoch"], checkpoint["loops"]["fit_loop"] = self._step_end["epoch"], self._step_end["fit_loop"]
+            checkpoint["epoch"], checkpoint["loops"]["fit_loop"] = (
+                self._step_end["epoch"],
+                self._step_end["fit_loop"],
+            )
             checkpoint |= self._step_end.get("data", {})
 
     def save(self, trainer: Trainer) -> None:
@@ -127,7 +148,10 @@ class RunCheckpoint(Checkpoint):
             trainer.save_checkpoint(partial, weights_only=False)  # the optimizer too
             if trainer.is_global_zero:
                 flush_to_disk(files_of(partial))
-        except (OSError, CheckpointException) as error:  # not a RuntimeError: a collective that fails because a rank died is one
+        except (
+            OSError,
+            CheckpointException,
+        ) as error:  # not a RuntimeError: a collective that fails because a rank died is one
             if trainer.is_global_zero:
                 _remove(partial)
             raise CheckpointNotWritten(
@@ -198,14 +222,18 @@ def last_checkpoint(run_folder: Path) -> Path:
     folder = run_folder / FOLDER
     steps = checkpoint_steps(folder)
     if not steps:
-        raise ValueError(f"ckpt_path=last: there is no checkpoint in {folder}; leave --ckpt_path out to start this run")
+        raise ValueError(
+            f"ckpt_path=last: there is no checkpoint in {folder}; leave --ckpt_path out to start this run"
+        )
     damages: list[str] = []
     for step in reversed(steps):
         path = folder / f"step-{step:06d}.ckpt"
         damage = checkpoint_damage(path)
         if damage is None:
             if damages:
-                rank_zero_warn(f"ckpt_path=last: {'; '.join(damages)}. The run goes on from the one before, {path}")
+                rank_zero_warn(
+                    f"ckpt_path=last: {'; '.join(damages)}. The run goes on from the one before, {path}"
+                )
             return path
         damages.append(f"{path} is damaged: {damage}")
     raise ValueError(
@@ -232,7 +260,12 @@ def _abandon_after(step: int, run_folder: Path) -> None:
         run_folder / FOLDER / "step-*.ckpt",
         *(run_folder / name / "step-*.json*" for name in (VALIDATION_FOLDER, ANSWER_FOLDER, ROLLOUT_FOLDER)),
     ]
-    files = [path for pattern in named for path in sorted(pattern.parent.glob(pattern.name)) if path.suffix != _ABANDONED]
+    files = [
+        path
+        for pattern in named
+        for path in sorted(pattern.parent.glob(pattern.name))
+        if path.suffix != _ABANDONED
+    ]
     later = [path for path in files if _step_of(path) > step]
     for path in later:
         number, target = 2, path.with_name(path.name + _ABANDONED)
@@ -241,7 +274,9 @@ def _abandon_after(step: int, run_folder: Path) -> None:
         path.rename(target)
     if later:
         names = ", ".join(str(path.relative_to(run_folder)) for path in later)
-        rank_zero_info(f"beyond step {step}, from which the run goes on, and therefore now named *{_ABANDONED}: {names}")
+        rank_zero_info(
+            f"beyond step {step}, from which the run goes on, and therefore now named *{_ABANDONED}: {names}"
+        )
 
 
 def _step_of(path: Path) -> int:

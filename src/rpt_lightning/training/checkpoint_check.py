@@ -47,7 +47,17 @@ def checkpoint_damage(path: Path) -> str | None:
     """
     try:
         return _shard_damage(path) if path.is_dir() else _file_damage(path)
-    except (OSError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        OSError,
+        EOFError,
+        zipfile.BadZipFile,
+        pickle.UnpicklingError,
+        AttributeError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         return f"it cannot be read ({type(error).__name__}: {error})"
 
 
@@ -96,5 +106,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if (module, name) not in _INDEX_NAMES and not is_dtype:
-            raise pickle.UnpicklingError(f"its index names {module}.{name}, which no index of ours does: it may run code when it is read")
+            raise pickle.UnpicklingError(
+                f"its index names {module}.{name}, which no index of ours does: it may run code when it is read"
+            )
         return super().find_class(module, name)

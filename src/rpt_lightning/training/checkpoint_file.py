@@ -23,7 +23,12 @@ _SHARDED_REST = "meta.pt"  # what Lightning writes beside the shards
 _WEIGHTS_PREFIX = "policy.model."
 # What a checkpoint says of its policy (PolicyModule.on_save_checkpoint).
 _OF_THE_POLICY: dict[str, type] = {"policy_path": str, "policy_config": str, "tokenizer_hash": str}
-_OF_THE_RUN: dict[str, type] = {"weight_shapes": dict, "global_step": int, "num_skipped_steps": int, "skipped_in_a_row": int}
+_OF_THE_RUN: dict[str, type] = {
+    "weight_shapes": dict,
+    "global_step": int,
+    "num_skipped_steps": int,
+    "skipped_in_a_row": int,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +48,9 @@ def read_checkpoint(path: Path, *, flag: str) -> SavedPolicy:
     if (path / _SHARDED_REST).is_file():
         return _read_sharded(path, flag=flag)
     if not path.is_file():
-        raise ValueError(f"{flag} {path}: no such file. `rpt fit` writes checkpoints into the run's folder, as checkpoints/step-N.ckpt.")
+        raise ValueError(
+            f"{flag} {path}: no such file. `rpt fit` writes checkpoints into the run's folder, as checkpoints/step-N.ckpt."
+        )
     try:
         # mmap: a checkpoint holds the optimizer too, three times the weights.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -57,12 +64,18 @@ def read_checkpoint(path: Path, *, flag: str) -> SavedPolicy:
             f"{flag} {path}: not a checkpoint of `rpt fit` (it has no entry 'rpt' that says which policy it holds). "
             "A Hugging Face model is named by --model.policy.path instead."
         )
-    if not isinstance(checkpoint["state_dict"], dict) or not all(isinstance(tensor, Tensor) for tensor in checkpoint["state_dict"].values()):
+    if not isinstance(checkpoint["state_dict"], dict) or not all(
+        isinstance(tensor, Tensor) for tensor in checkpoint["state_dict"].values()
+    ):
         raise ValueError(
             f"{flag} {path}: its entry 'state_dict' is not one of weights, so the file is damaged; name another of the run's checkpoints/"
         )
     # torch.load maps the file, so these tensors are read from disk when they are used.
-    weights = {name.removeprefix(_WEIGHTS_PREFIX): tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith(_WEIGHTS_PREFIX)}
+    weights = {
+        name.removeprefix(_WEIGHTS_PREFIX): tensor
+        for name, tensor in checkpoint["state_dict"].items()
+        if name.startswith(_WEIGHTS_PREFIX)
+    }
     return SavedPolicy(
         about=checkpoint["rpt"],
         shapes={name: tensor.shape for name, tensor in weights.items()},
@@ -73,18 +86,26 @@ def read_checkpoint(path: Path, *, flag: str) -> SavedPolicy:
 def check_about(about: Any, where: str, *, resumes: bool = False) -> None:
     """Raises ValueError with the entry where a checkpoint does not say of its policy what a reader needs, or one that ``resumes`` its run."""
     if not isinstance(about, dict):
-        raise ValueError(f"{where}: not a checkpoint of `rpt fit` (its entry 'rpt' is {type(about).__name__}); name another of a run's checkpoints/")
+        raise ValueError(
+            f"{where}: not a checkpoint of `rpt fit` (its entry 'rpt' is {type(about).__name__}); name another of a run's checkpoints/"
+        )
     for name, kind in (_OF_THE_POLICY | (_OF_THE_RUN if resumes else {})).items():
         value = about.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
             found = f"is a {type(value).__name__}" if name in about else "is missing"
-            raise ValueError(f"{where}: its entry 'rpt.{name}' {found}, so the file was edited or is damaged; name another of the run's checkpoints/")
+            raise ValueError(
+                f"{where}: its entry 'rpt.{name}' {found}, so the file was edited or is damaged; name another of the run's checkpoints/"
+            )
     try:
         config = json.loads(about["policy_config"])
     except ValueError as error:
-        raise ValueError(f"{where}: its entry 'rpt.policy_config' is no JSON ({error}); name another of the run's checkpoints/") from error
+        raise ValueError(
+            f"{where}: its entry 'rpt.policy_config' is no JSON ({error}); name another of the run's checkpoints/"
+        ) from error
     if not isinstance(config, dict) or "model_type" not in config:
-        raise ValueError(f"{where}: its entry 'rpt.policy_config' names no model_type; name another of the run's checkpoints/")
+        raise ValueError(
+            f"{where}: its entry 'rpt.policy_config' names no model_type; name another of the run's checkpoints/"
+        )
 
 
 def _read_sharded(path: Path, *, flag: str) -> SavedPolicy:
@@ -100,7 +121,10 @@ def _read_sharded(path: Path, *, flag: str) -> SavedPolicy:
     }
 
     def read(names: Sequence[str]) -> dict[str, Tensor]:
-        weights = {prefix + name: torch.empty(entries[name].size, dtype=entries[name].properties.dtype) for name in names}
+        weights = {
+            prefix + name: torch.empty(entries[name].size, dtype=entries[name].properties.dtype)
+            for name in names
+        }
         load(weights, storage_reader=FileSystemReader(path), no_dist=True)
         return {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
 

@@ -25,7 +25,9 @@ class StreamedCheckpointIO(CheckpointIO):
         except RuntimeError as error:  # a full disk, from torch's writer
             raise OSError(f"{path}: {error}") from error
 
-    def load_checkpoint(self, path: Any, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = True) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: Any, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = True
+    ) -> dict[str, Any]:
         checkpoint: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
         return checkpoint
 

@@ -34,7 +34,14 @@ from rpt_lightning.types import TrainSequence
 # Tokens of a completion that are asked for: their logits exist at the same time.
 TOKENS_OF_A_COMPLETION = 256
 # What a config says of how it was read, not of the model.
-_NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "_attn_implementation", "architectures")
+_NOT_OF_THE_MODEL = (
+    "transformers_version",
+    "_name_or_path",
+    "dtype",
+    "torch_dtype",
+    "_attn_implementation",
+    "architectures",
+)
 
 
 @dataclass(frozen=True)
@@ -49,17 +56,35 @@ class CloserLook:
     reason: str = ""
 
     @classmethod
-    def at(cls, trainer: Trainer, module: PolicyModule, samples: Sequence[Sample], *, temperature: float, seed: int) -> CloserLook:
+    def at(
+        cls,
+        trainer: Trainer,
+        module: PolicyModule,
+        samples: Sequence[Sample],
+        *,
+        temperature: float,
+        seed: int,
+    ) -> CloserLook:
         """Computes them. A collective."""
         scored, policy_dtype = score_samples(trainer, module, samples, temperature=temperature)
         lengths = [len(sample.completion.token_ids) for sample in samples]
         starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
         broken = ~(scored.engine.isfinite() & scored.policy.isfinite())  # are looked at in any case
         places = [
-            torch.cat([drawn_tokens(length, TOKENS_OF_A_COMPLETION, seed=(seed, index)), broken[start : start + length].nonzero()[:, 0]]).unique()  # type: ignore[no-untyped-call]
+            torch.cat(
+                [
+                    drawn_tokens(length, TOKENS_OF_A_COMPLETION, seed=(seed, index)),
+                    broken[start : start + length].nonzero()[:, 0],
+                ]
+            ).unique()  # type: ignore[no-untyped-call]
             for index, (start, length) in enumerate(zip(starts, lengths, strict=False))
         ]
-        kept = torch.cat([torch.empty(0, dtype=torch.int64), *(start + place for start, place in zip(starts, places, strict=False))])
+        kept = torch.cat(
+            [
+                torch.empty(0, dtype=torch.int64),
+                *(start + place for start, place in zip(starts, places, strict=False)),
+            ]
+        )
         engine, policy = scored.engine[kept], scored.policy[kept]
         if module.ranks.num_tensor > 1:  # their head is no module's own any more
             return cls(engine, policy, None, policy_dtype, reason="the policy is tensor-parallel")
@@ -69,11 +94,21 @@ class CloserLook:
                 own = index < len(samples)  # else this rank takes part in the gathering of weights only
                 sequence = samples[index].sequence if own else TrainSequence(prompt_ids=(0,), target_ids=(0,))
                 place = places[index] if own else torch.tensor([0])
-                rows += [plain_logprobs(module.policy, sequence, place, temperature=temperature, device=module.device)][: int(own)]
+                rows += [
+                    plain_logprobs(
+                        module.policy, sequence, place, temperature=temperature, device=module.device
+                    )
+                ][: int(own)]
         except Exception as error:  # whatever a model's own code raises: it must not hide what is looked for
             return cls(engine, policy, None, policy_dtype, reason=f"{type(error).__name__}: {error}")
         dtype = rows[0].dtype if rows else torch.float32
-        return cls(engine, policy, torch.cat([torch.empty(0, dtype=torch.float64), *(row.double().cpu() for row in rows)]), policy_dtype, dtype)
+        return cls(
+            engine,
+            policy,
+            torch.cat([torch.empty(0, dtype=torch.float64), *(row.double().cpu() for row in rows)]),
+            policy_dtype,
+            dtype,
+        )
 
     def error(self, module: PolicyModule, *, engine_dtype: torch.dtype, tolerance: float) -> SyncError | None:
         """What is wrong and with which of the three; None where all is well. Of this rank alone."""
@@ -90,12 +125,20 @@ class CloserLook:
             return SyncError(
                 f"{start}: {', '.join(over)}. Which of them is wrong is not known, since transformers could not be asked ({self.reason}). {_ENGINE}"
             )
-        of_engine, engine_limits = _diff(self.engine, self.plain), logprob_limits(engine_dtype, self.plain_dtype).times(tolerance)
-        of_policy, policy_limits = _diff(self.policy, self.plain), logprob_limits(self.policy_dtype, self.plain_dtype).times(tolerance)
+        of_engine, engine_limits = (
+            _diff(self.engine, self.plain),
+            logprob_limits(engine_dtype, self.plain_dtype).times(tolerance),
+        )
+        of_policy, policy_limits = (
+            _diff(self.policy, self.plain),
+            logprob_limits(self.policy_dtype, self.plain_dtype).times(tolerance),
+        )
         engine_over, policy_over = exceeded(of_engine, engine_limits), exceeded(of_policy, policy_limits)
         if not engine_over and not policy_over:
             return None
-        is_policy = not engine_over or (policy_over and _excess(of_policy, policy_limits) > _excess(of_engine, engine_limits))
+        is_policy = not engine_over or (
+            policy_over and _excess(of_policy, policy_limits) > _excess(of_engine, engine_limits)
+        )
         culprit: Culprit = "policy" if is_policy else "engine"
         facts = (
             f"compared with transformers' own of the policy's weights ({str(self.plain_dtype).removeprefix('torch.')}, {of_engine.num_tokens} tokens) "
@@ -104,8 +147,14 @@ class CloserLook:
         exceeded_limits = ", ".join(policy_over if culprit == "policy" else engine_over)
         contradiction = folder_contradiction(module.policy)
         if contradiction is not None:
-            return SyncError(f"{start}: {exceeded_limits}; {facts}. The folder is what is wrong: {contradiction}", culprit="folder")
-        return SyncError(f"{start}: {exceeded_limits}; {facts}. {_POLICY if culprit == 'policy' else _ENGINE}", culprit=culprit)
+            return SyncError(
+                f"{start}: {exceeded_limits}; {facts}. The folder is what is wrong: {contradiction}",
+                culprit="folder",
+            )
+        return SyncError(
+            f"{start}: {exceeded_limits}; {facts}. {_POLICY if culprit == 'policy' else _ENGINE}",
+            culprit=culprit,
+        )
 
     def summary(self) -> str:
         """Mean differences from transformers' own, of this rank."""
@@ -139,7 +188,9 @@ def folder_contradiction(policy: Policy) -> str | None:
     if changed:
         return f"{path}: its config.json was changed after the policy was loaded ({', '.join(changed[:3])}); put it back, or start the run again"
     with init_empty_weights(include_buffers=False):
-        model = cast(Any, AutoModelForCausalLM).from_config(config, trust_remote_code=policy.trust_remote_code)
+        model = cast(Any, AutoModelForCausalLM).from_config(
+            config, trust_remote_code=policy.trust_remote_code
+        )
     model.tie_weights()
     described, held = _shared_names(model), _shared_names(policy.model)
     names, held_names = set().union(*described), set().union(*held)
@@ -171,14 +222,27 @@ def _said(config: Any) -> dict[str, Any]:
 
 
 def _not_finite(module: PolicyModule) -> SyncError:
-    broken = [name for name, weight in module.policy.model.named_parameters() if not getattr(weight, "_local_tensor", weight).isfinite().all()]
+    broken = [
+        name
+        for name, weight in module.policy.model.named_parameters()
+        if not getattr(weight, "_local_tensor", weight).isfinite().all()
+    ]
     start = f"version {module.policy_version}: log-probs of the policy are not finite"
     if not broken:
-        return SyncError(f"{start}, and its weights are: the model overflows in this precision; try --trainer.precision 32-true", culprit="policy")
+        return SyncError(
+            f"{start}, and its weights are: the model overflows in this precision; try --trainer.precision 32-true",
+            culprit="policy",
+        )
     what = f"{len(broken)} of its weights hold values that are not finite ({', '.join(broken[:3])})"
     if module.policy_version == 0:
-        return SyncError(f"{start}: {what}, as loaded from policy.path={module.policy.path}; make or download the model again", culprit="folder")
-    return SyncError(f"{start}: {what}; go on from an earlier checkpoint, with a lower model.optimizer.lr", culprit="policy")
+        return SyncError(
+            f"{start}: {what}, as loaded from policy.path={module.policy.path}; make or download the model again",
+            culprit="folder",
+        )
+    return SyncError(
+        f"{start}: {what}; go on from an earlier checkpoint, with a lower model.optimizer.lr",
+        culprit="policy",
+    )
 
 
 def _diff(one: Tensor, other: Tensor) -> LogprobDiff:

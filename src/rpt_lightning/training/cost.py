@@ -36,21 +36,30 @@ class StepCost(Callback):
         assert isinstance(pl_module, PolicyModule)
         self._size = model_size(pl_module.policy.model)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         assert isinstance(pl_module, PolicyModule)
         self._start_s = time.perf_counter()
         self._before = _works(pl_module)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         assert isinstance(pl_module, PolicyModule)
         step = [work + -1 * before for work, before in zip(_works(pl_module), self._before, strict=True)]
-        counts = torch.tensor([[work.tokens, work.scored_tokens, work.pairs] for work in step], dtype=torch.float64)
+        counts = torch.tensor(
+            [[work.tokens, work.scored_tokens, work.pairs] for work in step], dtype=torch.float64
+        )
         generated, scored, trained = (
-            Work(tokens=tokens, scored_tokens=scored_tokens, pairs=pairs) for tokens, scored_tokens, pairs in pl_module.ranks.sum(counts).tolist()
+            Work(tokens=tokens, scored_tokens=scored_tokens, pairs=pairs)
+            for tokens, scored_tokens, pairs in pl_module.ranks.sum(counts).tolist()
         )
         generated_tokens = 0.0
         if pl_module.learns_from_rollouts:
-            generated_tokens = sum(trainer.callback_metrics[name].item() for name in ("rollout/prefill_tokens", "rollout/tokens"))
+            generated_tokens = sum(
+                trainer.callback_metrics[name].item() for name in ("rollout/prefill_tokens", "rollout/tokens")
+            )
         trained_flops = train_flops(self._size, trained)
         pl_module.log_step(
             {
@@ -95,7 +104,11 @@ class Budget(Callback):
     def seconds_left(self, elapsed_s: float) -> float:
         """At the pace of this start, which began ``elapsed_s`` seconds ago; infinite where there is no budget, or nothing is spent yet."""
         spent = self._spent - self._spent_before
-        return float("inf") if self.like is None or spent <= 0 else elapsed_s * max(0.0, self._limit - self._spent) / spent
+        return (
+            float("inf")
+            if self.like is None or spent <= 0
+            else elapsed_s * max(0.0, self._limit - self._spent) / spent
+        )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.like is None:
@@ -105,11 +118,18 @@ class Budget(Callback):
         own = Path(trainer.default_root_dir) / STEP_LOG
         self._spent = _spent(own, self.by, last_step=trainer.global_step) if trainer.global_step else 0.0
         self._spent_before = self._spent
-        rank_zero_info(f"budget: {self._limit:.4g} {self.by}, what {self.like} cost" + (f"; {self._spent:.4g} are spent" if self._spent else ""))
+        rank_zero_info(
+            f"budget: {self._limit:.4g} {self.by}, what {self.like} cost"
+            + (f"; {self._spent:.4g} are spent" if self._spent else "")
+        )
         assert isinstance(pl_module, PolicyModule)
-        trainer.should_stop = pl_module.ranks.any(self.is_spent) or trainer.should_stop  # a run that is started again though it had ended
+        trainer.should_stop = (
+            pl_module.ranks.any(self.is_spent) or trainer.should_stop
+        )  # a run that is started again though it had ended
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if self.like is None:
             return
         self._spent += trainer.callback_metrics[COSTS[self.by]].item()
@@ -119,7 +139,9 @@ class Budget(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.like is not None:
-            rank_zero_info(f"budget: {self._spent:.4g} of {self._limit:.4g} {self.by} spent in {trainer.global_step} steps")
+            rank_zero_info(
+                f"budget: {self._spent:.4g} of {self._limit:.4g} {self.by} spent in {trainer.global_step} steps"
+            )
             if not self.is_spent:
                 rank_zero_info(
                     "budget: NOT used up, so this run is no baseline at equal cost; raise --trainer.max_steps and go on with --ckpt_path last"
@@ -128,7 +150,11 @@ class Budget(Callback):
 
 def _spent(log: Path, by: str, *, last_step: int | None = None) -> float:
     """What the steps of a run cost, up to ``last_step``."""
-    steps = [metrics for step, metrics in read_step_log(log).items() if last_step is None or step <= last_step]
+    steps = [
+        metrics for step, metrics in read_step_log(log).items() if last_step is None or step <= last_step
+    ]
     if not steps or any(COSTS[by] not in metrics for metrics in steps):
-        raise ValueError(f"{log}: not every step says what it cost ({COSTS[by]}), so it is no budget. Is it the log of an earlier version?")
+        raise ValueError(
+            f"{log}: not every step says what it cost ({COSTS[by]}), so it is no budget. Is it the log of an earlier version?"
+        )
     return sum(metrics[COSTS[by]] for metrics in steps)

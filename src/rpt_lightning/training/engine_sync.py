@@ -44,7 +44,15 @@ class EngineSync:
         logprob_tolerance: Factor on the limits of the dtypes.
     """
 
-    def __init__(self, rollouter: Rollouter, *, seed: int, max_model_len: int, verify_sequences: int, logprob_tolerance: float) -> None:
+    def __init__(
+        self,
+        rollouter: Rollouter,
+        *,
+        seed: int,
+        max_model_len: int,
+        verify_sequences: int,
+        logprob_tolerance: float,
+    ) -> None:
         self.rollouter = rollouter
         self.engine = rollouter.engine
         self.seed = seed
@@ -60,7 +68,9 @@ class EngineSync:
         if not self.engine.weight_names:
             start = time.perf_counter()
             self.engine.start(module.policy.path, seed=self.seed, max_model_len=self.max_model_len)
-            rank_zero_info(f"engine: {self.engine.description}, started in {time.perf_counter() - start:.0f} s")
+            rank_zero_info(
+                f"engine: {self.engine.description}, started in {time.perf_counter() - start:.0f} s"
+            )
         with module.clock.phase("sync"):
             if self.engine.version != module.policy_version:
                 self.engine.update_weights(named_weights(module.policy), version=module.policy_version)
@@ -71,7 +81,9 @@ class EngineSync:
         """Raises SyncError. A collective."""
         found: SyncError | None = None
         # Gathered once more, but only what is compared.
-        sampled = named_weights(module.policy, sampled_names(self.engine.weight_names, self._num_weight_checks))
+        sampled = named_weights(
+            module.policy, sampled_names(self.engine.weight_names, self._num_weight_checks)
+        )
         try:
             check_weights(self.engine, sampled, version=module.policy_version, turn=self._num_weight_checks)
         except SyncError as error:
@@ -84,18 +96,26 @@ class EngineSync:
     def _end_together(module: PolicyModule, found: SyncError | None) -> None:
         """Raises SyncError on every rank where one of them found something. A collective."""
         if module.ranks.any(found is not None):
-            reports = [report for report in module.ranks.gather(found and (str(found), found.culprit)) if report]
+            reports = [
+                report for report in module.ranks.gather(found and (str(found), found.culprit)) if report
+            ]
             message, culprit = reports[0] if reports else ("another rank says what", "engine")
             raise found or SyncError(f"on another rank: {message}", culprit=culprit)
 
     def try_out(self, trainer: Trainer, module: PolicyModule, tasks: Sequence[Task]) -> dict[str, float]:
         """As ``check_logprobs``, of the beginnings of completions that are drawn for this only: where those that are trained are of earlier weights."""
         tasks = tasks[: self.verify_sequences]
-        completions = self.rollouter.complete(tasks, [0] * len(tasks), 1, max_tokens=min(TRIAL_TOKENS, self.rollouter.max_tokens))
-        return self.check_logprobs(trainer, module, self.rollouter.groups(tasks, completions), temperature=self.rollouter.temperature)
+        completions = self.rollouter.complete(
+            tasks, [0] * len(tasks), 1, max_tokens=min(TRIAL_TOKENS, self.rollouter.max_tokens)
+        )
+        return self.check_logprobs(
+            trainer, module, self.rollouter.groups(tasks, completions), temperature=self.rollouter.temperature
+        )
 
     @torch.no_grad()
-    def check_logprobs(self, trainer: Trainer, module: PolicyModule, groups: Sequence[RolloutGroup], *, temperature: float) -> dict[str, float]:
+    def check_logprobs(
+        self, trainer: Trainer, module: PolicyModule, groups: Sequence[RolloutGroup], *, temperature: float
+    ) -> dict[str, float]:
         """Compares the engine's log-probs of a few completions of the present weights with the policy's. A collective.
 
         Where they disagree, more of the completions are looked at, also by transformers itself (closer_look.py), before SyncError is raised.
@@ -135,10 +155,14 @@ class EngineSync:
             values = values[drawn_tokens(values.numel(), MAX_TOKENS, seed=(self.seed, version))]
         return LogprobDiff(values) if values.numel() else None
 
-    def _look_closer(self, trainer: Trainer, module: PolicyModule, groups: Sequence[RolloutGroup], *, temperature: float) -> None:
+    def _look_closer(
+        self, trainer: Trainer, module: PolicyModule, groups: Sequence[RolloutGroup], *, temperature: float
+    ) -> None:
         """Raises SyncError unless more tokens, at higher precision, say that all is well. A collective."""
         self._num_closer_looks += 1
-        more = drawn_completions(groups, CLOSER_LOOK * self.verify_sequences, seed=(self.seed, module.policy_version))
+        more = drawn_completions(
+            groups, CLOSER_LOOK * self.verify_sequences, seed=(self.seed, module.policy_version)
+        )
         look = CloserLook.at(trainer, module, more, temperature=temperature, seed=self.seed)
         found = look.error(module, engine_dtype=self.engine.dtype, tolerance=self.logprob_tolerance)
         self._end_together(module, found)

@@ -26,7 +26,10 @@ def probs_of_policy(trainer: Trainer, module: PolicyModule) -> FirstTokenProbs:
 
 @torch.no_grad()
 def first_token_probs(
-    module: PolicyModule, token_bytes: TokenBytes, tasks: Sequence[Task], predictions: Sequence[Sequence[bytes | None]]
+    module: PolicyModule,
+    token_bytes: TokenBytes,
+    tasks: Sequence[Task],
+    predictions: Sequence[Sequence[bytes | None]],
 ) -> list[list[float]]:
     """P(y_0 | x_<t) without reasoning, at temperature 1, for each prediction of each task's group; 0 where there is none or it is no text.
 

@@ -41,7 +41,11 @@ class Health(Callback):
     ) -> None:
         if window < 1:
             raise ValueError(f"health.window={window}: give 1 step or more")
-        for name, share in (("max_equal_groups", max_equal_groups), ("min_length", min_length), ("max_truncated", max_truncated)):
+        for name, share in (
+            ("max_equal_groups", max_equal_groups),
+            ("min_length", min_length),
+            ("max_truncated", max_truncated),
+        ):
             if share is not None and not 0 <= share <= 1:
                 raise ValueError(f"health.{name}={share}: is a share, from 0 to 1, or null for no warning")
         check_number("health.min_entropy", min_entropy, least=0, hint=" (nats), or null for no warning")
@@ -59,7 +63,9 @@ class Health(Callback):
         if self.stop and (found := self._found()):
             self._ask_to_stop(trainer, next(iter(found.values())))
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if not all(name in trainer.callback_metrics for name in METRICS):
             return  # not a run by rollouts
         warnings = self.check(*(float(trainer.callback_metrics[name]) for name in METRICS))
@@ -85,7 +91,9 @@ class Health(Callback):
         """What is worrying, by name."""
         if len(self._recent) < self.window:
             return {}
-        _, live_groups, length, truncated = (sum(values) / len(self._recent) for values in zip(*self._recent, strict=True))
+        _, live_groups, length, truncated = (
+            sum(values) / len(self._recent) for values in zip(*self._recent, strict=True)
+        )
         # A step without a live group trains no token, and its entropy says nothing.
         entropies = [row[0] for row in self._recent if row[1] != 0]
         entropy = sum(entropies) / len(entropies) if entropies else None
@@ -94,7 +102,9 @@ class Health(Callback):
         found: dict[str, str] = {}
         over = f"mean of {self.window} steps"
         if self.min_entropy is not None and entropy is not None and entropy < self.min_entropy:
-            found["entropy"] = f"the policy's entropy is {entropy:.4f} nats ({over}; health.min_entropy={self.min_entropy}): it always says the same"
+            found["entropy"] = (
+                f"the policy's entropy is {entropy:.4f} nats ({over}; health.min_entropy={self.min_entropy}): it always says the same"
+            )
         if self.max_equal_groups is not None and 1 - live_groups > self.max_equal_groups:
             found["equal"] = (
                 f"{1 - live_groups:.0%} of the groups have equal rewards ({over}; health.max_equal_groups={self.max_equal_groups}): hardly anything is learned"
@@ -110,7 +120,11 @@ class Health(Callback):
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        return {"recent": list(self._recent), "first_length": self._first_length, "warned": sorted(self._warned)}
+        return {
+            "recent": list(self._recent),
+            "first_length": self._first_length,
+            "warned": sorted(self._warned),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._recent.extend(state_dict["recent"])

@@ -20,7 +20,9 @@ class HeldoutAnswer:
     samples: RolloutGroup | None
 
 
-def heldout_answers(rollouter: Rollouter, greedy: Sequence[RolloutGroup], *, num_samples: int, with_controls: bool) -> list[HeldoutAnswer]:
+def heldout_answers(
+    rollouter: Rollouter, greedy: Sequence[RolloutGroup], *, num_samples: int, with_controls: bool
+) -> list[HeldoutAnswer]:
     """The greedy answers (groups of one) with what goes with them; samples are drawn at the rollouter's temperature.
 
     ``greedy`` is one rank's share of a validation batch. Shuffled thoughts come from there only, so whose thought a position gets, and whether there is one of
@@ -28,7 +30,11 @@ def heldout_answers(rollouter: Rollouter, greedy: Sequence[RolloutGroup], *, num
     """
     engine, objective = rollouter.engine, rollouter.objective
     controls = thought_controls(rollouter, greedy) if with_controls else {}
-    samples = rollouter.rollout([group.task for group in greedy], n=num_samples) if num_samples else [None] * len(greedy)
+    samples = (
+        rollouter.rollout([group.task for group in greedy], n=num_samples)
+        if num_samples
+        else [None] * len(greedy)
+    )
     thoughts = [thought_ids(engine, objective, group.completions[0]) for group in greedy]
     return [
         HeldoutAnswer(

@@ -24,7 +24,9 @@ class LogprobLimits:
     max: float
 
     def times(self, factor: float) -> LogprobLimits:
-        return LogprobLimits(mean=self.mean * factor, median=self.median * factor, p99=self.p99 * factor, max=self.max * factor)
+        return LogprobLimits(
+            mean=self.mean * factor, median=self.median * factor, p99=self.p99 * factor, max=self.max * factor
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,10 @@ def exceeded(diff: LogprobDiff, limits: LogprobLimits) -> list[str]:
     capped = _padded(diff.values.clamp(max=CAP * limits.mean))
     found = [
         f"{name} {value:.2g} > {limit:.2g}"
-        for name, value, limit in (("mean", capped.mean().item(), limits.mean), ("median", capped.median().item(), limits.median))
+        for name, value, limit in (
+            ("mean", capped.mean().item(), limits.mean),
+            ("median", capped.median().item(), limits.median),
+        )
         if value > limit
     ]
     for limit, share in ((limits.p99, P99_SHARE), (limits.max, MAX_SHARE)):

@@ -45,15 +45,22 @@ def drawn_tokens(num_tokens: int, num: int, *, seed: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(num_tokens)[:num]))
 
 
-def score_samples(trainer: Trainer, module: PolicyModule, samples: Sequence[Sample], *, temperature: float) -> tuple[Scored, torch.dtype]:
+def score_samples(
+    trainer: Trainer, module: PolicyModule, samples: Sequence[Sample], *, temperature: float
+) -> tuple[Scored, torch.dtype]:
     """The engine's log-probs and the policy's, as training computes them; and the dtype in which it does. A collective."""
     rows: list[Tensor] = [torch.empty(0)] * len(samples)
     with trainer.precision_plugin.forward_context():
         device = module.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-        for tree, logprobs, _ in module.score_packed([sample.sequence for sample in samples], temperature=temperature):
+        for tree, logprobs, _ in module.score_packed(
+            [sample.sequence for sample in samples], temperature=temperature
+        ):
             unpacked = tree.unpack(logprobs).cpu()
             for row, index in enumerate(tree.sequence_indices):
                 rows[index] = unpacked[row, : len(samples[index].completion.token_ids)].double()
     engine = [torch.tensor(sample.completion.rollout_logprobs, dtype=torch.float64) for sample in samples]
-    return Scored(torch.cat([torch.empty(0, dtype=torch.float64), *engine]), torch.cat([torch.empty(0, dtype=torch.float64), *rows])), dtype
+    return Scored(
+        torch.cat([torch.empty(0, dtype=torch.float64), *engine]),
+        torch.cat([torch.empty(0, dtype=torch.float64), *rows]),
+    ), dtype

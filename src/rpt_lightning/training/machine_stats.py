@@ -33,7 +33,9 @@ class MachineStats(Callback):
 
     def __init__(self, peak_flops_per_device: float | None = None) -> None:
         if peak_flops_per_device is not None and peak_flops_per_device <= 0:
-            raise ValueError(f"machine.peak_flops_per_device={peak_flops_per_device}: give operations a second, such as 989e12, or null")
+            raise ValueError(
+                f"machine.peak_flops_per_device={peak_flops_per_device}: give operations a second, such as 989e12, or null"
+            )
         self.peak_flops_per_device = peak_flops_per_device
         self._peak_flops: float | None = None
         self._num_restarts = 0
@@ -41,13 +43,17 @@ class MachineStats(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._num_restarts = max(0, len(start_configs(Path(trainer.default_root_dir))) - 1)
         name = torch.cuda.get_device_name(pl_module.device) if pl_module.device.type == "cuda" else "a CPU"
-        self._peak_flops = self.peak_flops_per_device or (peak_flops(name) if trainer.precision == "bf16-mixed" else None)
+        self._peak_flops = self.peak_flops_per_device or (
+            peak_flops(name) if trainer.precision == "bf16-mixed" else None
+        )
         if self._peak_flops is None:
             rank_zero_info(
                 f"perf/mfu is left out: the peak of {name} in {trainer.precision} is not known here; --machine.peak_flops_per_device says it (operations a second)"
             )
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         assert isinstance(pl_module, PolicyModule)
         memory = {}
         if (resident := _resident_bytes()) is not None:
@@ -56,10 +62,16 @@ class MachineStats(Callback):
             memory["perf/gpu_memory_gib"] = torch.cuda.max_memory_reserved(pl_module.device) / _GIB
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         if trainer.world_size > 1 and memory:
-            worst = trainer.strategy.reduce(torch.tensor(list(memory.values()), device=pl_module.device), reduce_op="max")
+            worst = trainer.strategy.reduce(
+                torch.tensor(list(memory.values()), device=pl_module.device), reduce_op="max"
+            )
             memory = dict(zip(memory, worst.tolist(), strict=True))
         logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
-        pl_module.log_step(memory | speed_metrics(logged, self._peak_flops, trainer.world_size) | {"run/restarts": float(self._num_restarts)})
+        pl_module.log_step(
+            memory
+            | speed_metrics(logged, self._peak_flops, trainer.world_size)
+            | {"run/restarts": float(self._num_restarts)}
+        )
 
 
 def speed_metrics(logged: dict[str, float], peak: float | None, num_devices: int) -> dict[str, float]:
@@ -76,7 +88,11 @@ def speed_metrics(logged: dict[str, float], peak: float | None, num_devices: int
 def start_configs(run_folder: Path) -> list[Path]:
     """One file for each start of a run: ``config.yaml``, and ``config-2.yaml`` and so on."""
     first = run_folder / CONFIG_FILE
-    return [path for path in [first, *run_folder.glob("config-*.yaml")] if path.exists() and re.fullmatch(r"config(-\d+)?\.yaml", path.name)]
+    return [
+        path
+        for path in [first, *run_folder.glob("config-*.yaml")]
+        if path.exists() and re.fullmatch(r"config(-\d+)?\.yaml", path.name)
+    ]
 
 
 def _resident_bytes() -> int | None:

@@ -28,5 +28,9 @@ def is_missed(trainer: Trainer) -> bool:
     folders = (Path(trainer.default_root_dir) / name for name in (VALIDATION_FOLDER, ANSWER_FOLDER))
     is_done = any((folder / f"step-{trainer.global_step:06d}.jsonl").exists() for folder in folders)
     fetcher = trainer.fit_loop._data_fetcher
-    is_due = trainer.global_step > 0 and trainer.enable_validation and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)  # type: ignore[arg-type]
+    is_due = (
+        trainer.global_step > 0
+        and trainer.enable_validation
+        and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+    )  # type: ignore[arg-type]
     return is_due and not trainer.strategy.broadcast(is_done)

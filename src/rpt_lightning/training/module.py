@@ -75,13 +75,21 @@ class RPTModule(PolicyModule):
         correction_cap: float = 2.0,
         truncated: Literal["zero_reward", "mask"] = "zero_reward",
     ) -> None:
-        super().__init__(policy, optimizer, lr_scheduler, micro_batch_tokens, gradient_clip, max_skipped_steps)
+        super().__init__(
+            policy, optimizer, lr_scheduler, micro_batch_tokens, gradient_clip, max_skipped_steps
+        )
         if optimizer_steps_per_batch < 1:
-            raise ValueError(f"model.optimizer_steps_per_batch={optimizer_steps_per_batch}: give 1 (exactly on-policy) or more")
+            raise ValueError(
+                f"model.optimizer_steps_per_batch={optimizer_steps_per_batch}: give 1 (exactly on-policy) or more"
+            )
         if correction_cap < 1.0:
-            raise ValueError(f"model.correction_cap={correction_cap}: weights are capped at 1 or above; 2 is a usual value")
+            raise ValueError(
+                f"model.correction_cap={correction_cap}: weights are capped at 1 or above; 2 is a usual value"
+            )
         if not 0 <= clip_low <= 1 or clip_high < 0:
-            raise ValueError(f"model.clip_low={clip_low}, model.clip_high={clip_high}: ratios are clipped to [1 - clip_low, 1 + clip_high]")
+            raise ValueError(
+                f"model.clip_low={clip_low}, model.clip_high={clip_high}: ratios are clipped to [1 - clip_low, 1 + clip_high]"
+            )
         check_number("model.correction_cap", correction_cap, least=1)
         check_number("model.clip_high", clip_high, least=0)
         self.advantage_scale = advantage_scale
@@ -99,22 +107,31 @@ class RPTModule(PolicyModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         rollouts: TrainBatch = batch["rollouts"]
         temperature = rollouts.sampling.temperature
-        cut = [[self._samples(group) for group in groups] for groups in mini_batches_of(rollouts.groups, self.optimizer_steps_per_batch, self.ranks)]
+        cut = [
+            [self._samples(group) for group in groups]
+            for groups in mini_batches_of(rollouts.groups, self.optimizer_steps_per_batch, self.ranks)
+        ]
         mini_batches = [list(itertools.chain.from_iterable(groups)) for groups in cut]
         # With one optimizer step a batch the policy before the update is the policy itself: the ratio is exactly 1, and there is nothing to compute.
         on_policy = self.optimizer_steps_per_batch == 1
-        old_logprobs = [None if on_policy else self._logprobs(_live(samples), temperature) for samples in mini_batches]
+        old_logprobs = [
+            None if on_policy else self._logprobs(_live(samples), temperature) for samples in mini_batches
+        ]
         for samples, old in zip(mini_batches, old_logprobs, strict=True):
             self._optimize(samples, old, rollouts.sampling)
         trained = [_live(samples) for groups in cut for samples in groups]
         self.log_step(
             {
                 "train/groups": self.ranks.sum(sum(map(bool, trained))),
-                "train/completion_tokens": self.ranks.sum(sum(len(sample.sequence.target_ids) for samples in trained for sample in samples)),
+                "train/completion_tokens": self.ranks.sum(
+                    sum(len(sample.sequence.target_ids) for samples in trained for sample in samples)
+                ),
             }
         )
 
-    def _optimize(self, samples: Sequence[_Sample], old_logprobs: list[Tensor] | None, sampling: SamplingSettings) -> None:
+    def _optimize(
+        self, samples: Sequence[_Sample], old_logprobs: list[Tensor] | None, sampling: SamplingSettings
+    ) -> None:
         """One optimizer step."""
         normalizer = self._normalizer(samples, max_tokens=sampling.max_tokens)
         live = _live(samples)
@@ -126,10 +143,16 @@ class RPTModule(PolicyModule):
             token_logprobs, token_entropy = self.policy(tree, temperature=sampling.temperature)
             logprobs = tree.unpack(token_logprobs)  # [S, T]
             rows = [live[index] for index in tree.sequence_indices]
-            old = logprobs.detach() if old_logprobs is None else _padded([old_logprobs[index] for index in tree.sequence_indices], like=logprobs)
+            old = (
+                logprobs.detach()
+                if old_logprobs is None
+                else _padded([old_logprobs[index] for index in tree.sequence_indices], like=logprobs)
+            )
             rollout_logprobs = _padded([row.rollout_logprobs for row in rows], like=logprobs)
             mode = "truncate" if self.correction == "none" else self.correction
-            weights, metrics = truncated_importance_weights(old, rollout_logprobs, tree.mask, cap=self.correction_cap, mode=mode)
+            weights, metrics = truncated_importance_weights(
+                old, rollout_logprobs, tree.mask, cap=self.correction_cap, mode=mode
+            )
             correction_parts.append(metrics)
             loss, metrics = policy_loss(
                 logprobs,
@@ -150,10 +173,15 @@ class RPTModule(PolicyModule):
         metrics |= self.optimizer_step_over([sample.sequence for sample in live], micro_batch_loss)
         # A rank without a live completion has no statistics.
         of_ranks = self.ranks.gather((add_up(loss_parts), add_up(correction_parts)))
-        metrics |= step_metrics([loss for loss, _ in of_ranks if loss]) | correction_metrics([correction for _, correction in of_ranks if correction])
+        metrics |= step_metrics([loss for loss, _ in of_ranks if loss]) | correction_metrics(
+            [correction for _, correction in of_ranks if correction]
+        )
         entropy_sum = self.ranks.sum(sum((part.double().sum() for part in entropies), torch.zeros(())))
         num_tokens = self.ranks.sum(sum(part.numel() for part in entropies))
-        metrics |= {"policy/entropy": entropy_sum / num_tokens.clamp(min=1), "train/live_completions": self.ranks.sum(len(live))}
+        metrics |= {
+            "policy/entropy": entropy_sum / num_tokens.clamp(min=1),
+            "train/live_completions": self.ranks.sum(len(live)),
+        }
         self.log_step(metrics)
 
     def _samples(self, group: RolloutGroup) -> list[_Sample]:
@@ -163,7 +191,10 @@ class RPTModule(PolicyModule):
             return []
         rewards = torch.tensor([[reward for _, reward in kept]], dtype=torch.float64)
         advantages = group_advantages(rewards, scale=self.advantage_scale)[0].tolist()
-        return [_sample(group, completion, advantage) for (completion, _), advantage in zip(kept, advantages, strict=True)]
+        return [
+            _sample(group, completion, advantage)
+            for (completion, _), advantage in zip(kept, advantages, strict=True)
+        ]
 
     def _normalizer(self, samples: Sequence[_Sample], *, max_tokens: int) -> float:
         """The step's global denominator: tokens, completions, or completions x limit of tokens."""
@@ -179,7 +210,9 @@ class RPTModule(PolicyModule):
         """The policy's log-probs of each sample's completion, before any update of this batch."""
         out: list[Tensor] = [torch.empty(0)] * len(samples)
         with self.clock.phase("old_logprobs"):
-            for tree, logprobs, _ in self.score_packed([sample.sequence for sample in samples], temperature=temperature):
+            for tree, logprobs, _ in self.score_packed(
+                [sample.sequence for sample in samples], temperature=temperature
+            ):
                 rows = tree.unpack(logprobs)
                 for row, index in enumerate(tree.sequence_indices):
                     out[index] = rows[row, tree.mask[row]]
@@ -191,7 +224,9 @@ def _live(samples: Sequence[_Sample]) -> list[_Sample]:
     return [sample for sample in samples if sample.advantage != 0.0]
 
 
-def mini_batches_of(groups: Sequence[RolloutGroup], number: int, ranks: Ranks) -> list[Sequence[RolloutGroup]]:
+def mini_batches_of(
+    groups: Sequence[RolloutGroup], number: int, ranks: Ranks
+) -> list[Sequence[RolloutGroup]]:
     """This rank's share of each of ``number`` mini-batches, given its groups. A collective, with more mini-batches than one.
 
     They are contiguous parts, of nearly equal size, of the groups of all ranks one after the other: which group is in which does not depend on the
@@ -201,7 +236,10 @@ def mini_batches_of(groups: Sequence[RolloutGroup], number: int, ranks: Ranks) -
         return [groups]
     step = [group for part in ranks.gather(groups) for group in part]
     bounds = [round(i * len(step) / number) for i in range(number + 1)]
-    return [rank_share(step[start:end], rank=ranks.data_rank, num_ranks=ranks.num_data) for start, end in itertools.pairwise(bounds)]
+    return [
+        rank_share(step[start:end], rank=ranks.data_rank, num_ranks=ranks.num_data)
+        for start, end in itertools.pairwise(bounds)
+    ]
 
 
 def _sample(group: RolloutGroup, completion: Completion, advantage: float) -> _Sample:

@@ -52,11 +52,17 @@ class StepLog(Callback):
             partial.replace(path)
 
     @rank_zero_only
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.num_steps = trainer.global_step - self._start_step
         assert isinstance(pl_module, PolicyModule)
         stale = pl_module.take_stale_metrics()
-        metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if not name.startswith("val/") and name not in stale}
+        metrics = {
+            name: value.item()
+            for name, value in trainer.callback_metrics.items()
+            if not name.startswith("val/") and name not in stale
+        }
         path = Path(trainer.default_root_dir) / STEP_LOG
         with pl_module.written_or_ended(str(path)), path.open("a") as file:
             file.write(json.dumps({"step": trainer.global_step, "time": time.time(), **metrics}) + "\n")
@@ -79,11 +85,21 @@ class StepLog(Callback):
             "rollout s": ("time/rollout_s", "{:.1f}"),
             "train s": ("time/train_s", "{:.1f}"),
         }
-        parts = [f"{label} {form.format(metrics[name])}" for label, (name, form) in shown.items() if name in metrics]
+        parts = [
+            f"{label} {form.format(metrics[name])}"
+            for label, (name, form) in shown.items()
+            if name in metrics
+        ]
         budget = next((callback for callback in trainer.callbacks if isinstance(callback, Budget)), None)  # type: ignore[attr-defined]
-        seconds_left = seconds_a_step * (trainer.max_steps - trainer.global_step) if trainer.max_steps > 0 else float("inf")
+        seconds_left = (
+            seconds_a_step * (trainer.max_steps - trainer.global_step)
+            if trainer.max_steps > 0
+            else float("inf")
+        )
         total = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
-        if budget is not None and budget.share_spent is not None:  # its steps are as many as they cost, and --trainer.max_steps is out of reach
+        if (
+            budget is not None and budget.share_spent is not None
+        ):  # its steps are as many as they cost, and --trainer.max_steps is out of reach
             total = f", {budget.share_spent:.0%} of the budget"
             seconds_left = min(seconds_left, budget.seconds_left(elapsed))
         left = f", {seconds_left / 60:.1f} min left" if seconds_left < float("inf") else ""
@@ -133,9 +149,13 @@ class RolloutSamples(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for logger in trainer.loggers:
             if not isinstance(logger, (TensorBoardLogger, WandbLogger)):
-                rank_zero_info(f"samples: {type(logger).__name__} is shown no text; completions go to {ROLLOUT_FOLDER}/ only")
+                rank_zero_info(
+                    f"samples: {type(logger).__name__} is shown no text; completions go to {ROLLOUT_FOLDER}/ only"
+                )
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         rollouts: TrainBatch | None = batch.get("rollouts")
         # Lightning's batch_idx begins anew with each pass over the tasks.
         if rollouts is None or trainer.fit_loop.epoch_loop.total_batch_idx % self.every_n_steps:
@@ -148,7 +168,11 @@ class RolloutSamples(Callback):
     def _write(self, trainer: Trainer, pl_module: PolicyModule, groups: Sequence[RolloutGroup]) -> None:
         self._token_bytes = self._token_bytes or TokenBytes(pl_module.tokenizer)
         samples = [
-            samples_of(group, context=str(pl_module.tokenizer.decode(list(group.task.context_ids[-_CONTEXT_TOKENS:]))), token_bytes=self._token_bytes)
+            samples_of(
+                group,
+                context=str(pl_module.tokenizer.decode(list(group.task.context_ids[-_CONTEXT_TOKENS:]))),
+                token_bytes=self._token_bytes,
+            )
             for group in groups
         ]
         path = Path(trainer.default_root_dir) / ROLLOUT_FOLDER / f"step-{trainer.global_step:06d}.jsonl"
@@ -158,7 +182,10 @@ class RolloutSamples(Callback):
 
     def _show(self, samples: list[RolloutSample], trainer: Trainer) -> None:
         # The tokens' numbers are for the report; a person reads the texts.
-        rows = [{name: value for name, value in asdict(sample).items() if name not in ("tokens", "logprobs")} for sample in samples]
+        rows = [
+            {name: value for name, value in asdict(sample).items() if name not in ("tokens", "logprobs")}
+            for sample in samples
+        ]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for number, row in enumerate(rows):
@@ -190,7 +217,9 @@ class ValidationResults(Callback):
             temperature=_sampling_temperature(trainer),
         )
         print(validation_text(results), flush=True)
-        write_results(results, Path(trainer.default_root_dir) / VALIDATION_FOLDER / f"step-{results.step:06d}.jsonl")
+        write_results(
+            results, Path(trainer.default_root_dir) / VALIDATION_FOLDER / f"step-{results.step:06d}.jsonl"
+        )
 
 
 def _sampling_temperature(trainer: Trainer) -> float | None:

@@ -13,7 +13,10 @@ Kinds = Mapping[str, "str | None"]
 
 def kinds_of(optimizer: Optimizer, scheduler: Any) -> dict[str, str | None]:
     """Their classes, under the names of their flags."""
-    return {"optimizer": type(optimizer).__name__, "lr_scheduler": None if scheduler is None else type(scheduler).__name__}
+    return {
+        "optimizer": type(optimizer).__name__,
+        "lr_scheduler": None if scheduler is None else type(scheduler).__name__,
+    }
 
 
 def check_kinds(optimizer: Optimizer, scheduler: Any) -> None:
@@ -44,4 +47,8 @@ def _needed(kind: Any) -> list[str]:
     """Names of the arguments that a ``step`` must be given. Of the class, since a scheduler puts a wrapper in the place of its optimizer's."""
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     _, *parameters = inspect.signature(kind.step).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.default is parameter.empty and parameter.kind not in variable]
+    return [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty and parameter.kind not in variable
+    ]

@@ -13,7 +13,9 @@ Settings = dict[str, Any]
 
 def settings_of(optimizer: Optimizer) -> list[Settings]:
     """Of each of its groups of parameters."""
-    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    return [
+        {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+    ]
 
 
 def apply_settings(optimizer: Optimizer, given: Sequence[Settings], *, is_scheduled: bool) -> None:
@@ -35,13 +37,26 @@ def apply_settings(optimizer: Optimizer, given: Sequence[Settings], *, is_schedu
                 "start a new run from what `rpt export` makes of the checkpoint"
             )
         # What a schedule moves is where the schedule has come to. OneCycleLR and CyclicLR may move the momentum, and mark groups where they do.
-        driven = {"lr", *(("momentum", "betas") if "base_momentum" in group else ())} if is_scheduled else set()
-        changed = {name: value for name, value in wanted.items() if name in group and not _equal(group[name], value) and name not in driven}
+        driven = (
+            {"lr", *(("momentum", "betas") if "base_momentum" in group else ())} if is_scheduled else set()
+        )
+        changed = {
+            name: value
+            for name, value in wanted.items()
+            if name in group and not _equal(group[name], value) and name not in driven
+        }
         if changed:
-            rank_zero_info("optimizer, from here on as given: " + ", ".join(f"{name} {value} (was {group[name]})" for name, value in changed.items()))
+            rank_zero_info(
+                "optimizer, from here on as given: "
+                + ", ".join(f"{name} {value} (was {group[name]})" for name, value in changed.items())
+            )
             group.update(changed)
 
 
 def _equal(one: Any, other: Any) -> bool:
     """Checkpoints in shards may make a list of a tuple."""
-    return list(one) == list(other) if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) else bool(one == other)
+    return (
+        list(one) == list(other)
+        if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple))
+        else bool(one == other)
+    )

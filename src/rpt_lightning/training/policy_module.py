@@ -36,7 +36,13 @@ from rpt_lightning.types import TokenTask, TrainSequence
 
 CHECKPOINT_KEY = "rpt"
 PRECISIONS = ("32-true", "bf16-mixed")
-PROGRESS_BAR_METRICS = ("reward/mean", "rollout/live_groups_frac", "loss/total", "val/reasoning/easy/accuracy", "val/ntp/easy/accuracy")
+PROGRESS_BAR_METRICS = (
+    "reward/mean",
+    "rollout/live_groups_frac",
+    "loss/total",
+    "val/reasoning/easy/accuracy",
+    "val/ntp/easy/accuracy",
+)
 
 
 class PolicyModule(LightningModule, ABC):
@@ -54,7 +60,9 @@ class PolicyModule(LightningModule, ABC):
     learns_from_rollouts = False  # whether training batches need the rollout callback's completions
     optimizer_steps_per_batch = 1
     corrects_mismatch = False  # whether it uses importance ratios between policy and engine, which a truncating sampler would bias
-    masks_truncated = False  # whether it leaves truncated completions out, so that a group cannot be live by them
+    masks_truncated = (
+        False  # whether it leaves truncated completions out, so that a group cannot be live by them
+    )
 
     def __init__(
         self,
@@ -67,7 +75,9 @@ class PolicyModule(LightningModule, ABC):
     ) -> None:
         super().__init__()
         if micro_batch_tokens < 1:
-            raise ValueError(f"model.micro_batch_tokens={micro_batch_tokens}: a micro-batch needs at least 1 token")
+            raise ValueError(
+                f"model.micro_batch_tokens={micro_batch_tokens}: a micro-batch needs at least 1 token"
+            )
         check_number("model.gradient_clip", gradient_clip, least=0, hint="; 0 turns clipping off")
         check_number("model.max_skipped_steps", max_skipped_steps, least=0)
         self.automatic_optimization = False
@@ -82,7 +92,9 @@ class PolicyModule(LightningModule, ABC):
         self._last_not_finite = ""
         self._not_written: RuntimeError | None = None
         self._kinds: dict[str, str | None] | None = None  # of optimizer and scheduler
-        self._saved_kinds: dict[str, str | None] | None = None  # those of the checkpoint that this run goes on from
+        self._saved_kinds: dict[str, str | None] | None = (
+            None  # those of the checkpoint that this run goes on from
+        )
         # Of this rank, since the start of the process:
         self.generated_work = Work()  # by the engine for training
         self.scored_work = Work()  # through the policy without a gradient
@@ -91,7 +103,9 @@ class PolicyModule(LightningModule, ABC):
         self.clock = StepClock()  # of the step that runs
         self._logged: set[str] = set()  # metrics of the step that runs
         self._logged_before: set[str] = set()  # of all steps before
-        self.results: list[PositionResult] = []  # of the last validation pass, of all ranks; while a pass runs, this rank's part
+        self.results: list[
+            PositionResult
+        ] = []  # of the last validation pass, of all ranks; while a pass runs, this rank's part
         self.tokenizer = policy.tokenizer
         self.tokenizer_hash = tokenizer_hash(policy.tokenizer)
 
@@ -108,7 +122,9 @@ class PolicyModule(LightningModule, ABC):
                 "precision: this CPU has no instructions for bf16; --trainer.precision 32-true (and --rollout.engine.dtype float32) is several times faster"
             )
         if getattr(self.trainer.strategy, "gather_bf16", False) and self.trainer.precision != "bf16-mixed":
-            raise ValueError(f"trainer.strategy.gather_bf16 computes in bf16, and --trainer.precision is {self.trainer.precision}; give bf16-mixed")
+            raise ValueError(
+                f"trainer.strategy.gather_bf16 computes in bf16, and --trainer.precision is {self.trainer.precision}; give bf16-mixed"
+            )
 
     def configure_model(self) -> None:
         strategy: Any = self.trainer.strategy if self._trainer is not None else None
@@ -137,7 +153,11 @@ class PolicyModule(LightningModule, ABC):
         return optimizer if scheduler is None else ([optimizer], [scheduler])
 
     def on_train_start(self) -> None:
-        apply_settings(self.optimizers(use_pl_optimizer=False), self._given_settings, is_scheduled=self.make_lr_scheduler is not None)  # type: ignore[arg-type]
+        apply_settings(
+            self.optimizers(use_pl_optimizer=False),
+            self._given_settings,
+            is_scheduled=self.make_lr_scheduler is not None,
+        )  # type: ignore[arg-type]
 
     @property
     def policy_version(self) -> int:
@@ -169,10 +189,15 @@ class PolicyModule(LightningModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get(CHECKPOINT_KEY)
         if saved is None:
-            raise ValueError("ckpt_path: this is not a checkpoint of rpt-lightning; give a file from a run folder's checkpoints/")
+            raise ValueError(
+                "ckpt_path: this is not a checkpoint of rpt-lightning; give a file from a run folder's checkpoints/"
+            )
         check_about(saved, "ckpt_path", resumes=True)
         # Not the checkpoint's "state_dict": a strategy with sharded weights takes it out before it calls this.
-        if not has_hash(self.tokenizer, saved["tokenizer_hash"]) or saved["weight_shapes"] != self._weight_shapes:
+        if (
+            not has_hash(self.tokenizer, saved["tokenizer_hash"])
+            or saved["weight_shapes"] != self._weight_shapes
+        ):
             raise ValueError(
                 f"ckpt_path: the checkpoint holds the model of {saved['policy_path']}, the config has model.policy.path={self.policy.path}, and their "
                 "tokenizers or weight shapes differ; give the checkpoint's own model, or another checkpoint"
@@ -181,7 +206,9 @@ class PolicyModule(LightningModule, ABC):
         self.num_skipped_steps = saved["num_skipped_steps"]
         self._skipped_in_a_row = saved["skipped_in_a_row"]
         is_training = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        self._saved_kinds = saved.get("kinds") if is_training else None  # not in a checkpoint of an earlier version
+        self._saved_kinds = (
+            saved.get("kinds") if is_training else None
+        )  # not in a checkpoint of an earlier version
         if self._saved_kinds is not None and self._kinds is not None:  # with shards the optimizer comes first
             check_same_kinds(self._kinds, self._saved_kinds)
 
@@ -191,7 +218,9 @@ class PolicyModule(LightningModule, ABC):
 
     # The optimizer step
 
-    def optimizer_step_over(self, sequences: list[TrainSequence], micro_batch_loss: Callable[[PackedTree], Tensor]) -> dict[str, Tensor]:
+    def optimizer_step_over(
+        self, sequences: list[TrainSequence], micro_batch_loss: Callable[[PackedTree], Tensor]
+    ) -> dict[str, Tensor]:
         """One optimizer step on a loss that is a sum over the packed trees of ``sequences``.
 
         ``micro_batch_loss(tree)`` returns that tree's share of the loss: the shares of all trees and ranks add up to the step's loss, so that results
@@ -206,8 +235,14 @@ class PolicyModule(LightningModule, ABC):
         num_micro_batches = max(1, int(self.ranks.max(len(trees))))
         with self.clock.phase("forward_backward"):
             for index in range(num_micro_batches):
-                loss = micro_batch_loss(trees[index].to(self.device)) if index < len(trees) else self._idle_loss()
-                self.manual_backward(loss * self.ranks.num_data)  # gradients are averaged over ranks, the loss is a sum over them
+                loss = (
+                    micro_batch_loss(trees[index].to(self.device))
+                    if index < len(trees)
+                    else self._idle_loss()
+                )
+                self.manual_backward(
+                    loss * self.ranks.num_data
+                )  # gradients are averaged over ranks, the loss is a sum over them
                 loss_sum += loss.detach()
         work = add_works(map(tree_work, trees))
         self.trained_work += work
@@ -246,7 +281,9 @@ class PolicyModule(LightningModule, ABC):
         """Behind all callbacks, and behind the last of a batch's optimizer steps: what is saved here can be resumed."""
         if self.ranks.any(self._not_written is not None):
             save_last_step(self.trainer)
-            raise self._not_written or RuntimeError("another rank cannot write into the run folder, and says why")
+            raise self._not_written or RuntimeError(
+                "another rank cannot write into the run folder, and says why"
+            )
         if self._skipped_in_a_row >= self.max_skipped_steps:
             save_last_step(self.trainer)
             raise RuntimeError(
@@ -254,7 +291,9 @@ class PolicyModule(LightningModule, ABC):
                 "changed no weight. Go on from the last checkpoint with a lower model.optimizer.lr, or look at the samples of these steps"
             )
 
-    def score_packed(self, sequences: Sequence[TrainSequence], **options: Any) -> Iterator[tuple[PackedTree, Tensor, Tensor]]:
+    def score_packed(
+        self, sequences: Sequence[TrainSequence], **options: Any
+    ) -> Iterator[tuple[PackedTree, Tensor, Tensor]]:
         """Each packed tree with what the policy's ``forward`` gives for it; ``options`` go to ``forward``. Take all of it.
 
         A forward pass of sharded weights is a collective, so a rank with fewer trees, or none, takes part in those of the others.
@@ -277,7 +316,9 @@ class PolicyModule(LightningModule, ABC):
         """Logs one step's metrics (already reduced over ranks)."""
         with self.clock.phase("log"):
             for name, value in metrics.items():
-                self.log(name, float(value), on_step=True, on_epoch=False, prog_bar=name in PROGRESS_BAR_METRICS)
+                self.log(
+                    name, float(value), on_step=True, on_epoch=False, prog_bar=name in PROGRESS_BAR_METRICS
+                )
         self._logged.update(metrics)
 
     @contextmanager
@@ -338,7 +379,10 @@ class PolicyModule(LightningModule, ABC):
     def score_next_tokens(self, tasks: Iterable[TokenTask]) -> tuple[list[float], list[int]]:
         """Standard next-token prediction at each task's position: log-prob (nats) of the true token, and the id of the most likely one."""
         start = start_ids(self.tokenizer)
-        sequences = [TrainSequence(prompt_ids=start + task.context_ids, target_ids=task.continuation_ids[:1]) for task in tasks]
+        sequences = [
+            TrainSequence(prompt_ids=start + task.context_ids, target_ids=task.continuation_ids[:1])
+            for task in tasks
+        ]
         logprobs, likely = [0.0] * len(sequences), [0] * len(sequences)
         for tree, scores, ids in self.score_packed(sequences, predict=True):
             # Several documents may share a context and differ in the token: each row is one sequence with one target.

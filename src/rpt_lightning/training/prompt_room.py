@@ -33,18 +33,40 @@ def check_training_prompts(data: Any, prompt: BoundPrompt, *, max_prompt_tokens:
     """Raises ValueError where a prompt of the training data is too long."""
     if isinstance(data, AnswerTaskDataModule):
         remedy = "leave longer questions out with --data.max_question_tokens {room}"
-        _check(_longest(data.train), prompt, max_prompt_tokens=max_prompt_tokens, where="the questions of --data.train", remedy=remedy)
+        _check(
+            _longest(data.train),
+            prompt,
+            max_prompt_tokens=max_prompt_tokens,
+            where="the questions of --data.train",
+            remedy=remedy,
+        )
     else:
-        _check(longest_context(data.train), prompt, max_prompt_tokens=max_prompt_tokens, where=f"{data.task_dir}, train")
+        _check(
+            longest_context(data.train),
+            prompt,
+            max_prompt_tokens=max_prompt_tokens,
+            where=f"{data.task_dir}, train",
+        )
 
 
 def check_validation_prompts(data: Any, prompt: BoundPrompt, *, max_prompt_tokens: int) -> None:
     """Raises ValueError where a held-out prompt is too long. A user's own data module is not looked at."""
     if isinstance(data, AnswerTaskDataModule):
         remedy = "take longer questions out of --data.heldout"
-        _check(_longest(data.heldout), prompt, max_prompt_tokens=max_prompt_tokens, where="the questions of --data.heldout", remedy=remedy)
+        _check(
+            _longest(data.heldout),
+            prompt,
+            max_prompt_tokens=max_prompt_tokens,
+            where="the questions of --data.heldout",
+            remedy=remedy,
+        )
     elif isinstance(data, TaskFolderDataModule):
-        _check(_longest(data.eval_tasks()), prompt, max_prompt_tokens=max_prompt_tokens, where=f"{data.task_dir}, heldout")
+        _check(
+            _longest(data.eval_tasks()),
+            prompt,
+            max_prompt_tokens=max_prompt_tokens,
+            where=f"{data.task_dir}, heldout",
+        )
 
 
 def _longest(tasks: Sequence[Task]) -> int:

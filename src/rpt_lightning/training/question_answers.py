@@ -11,7 +11,9 @@ from rpt_lightning.tasks.answer import open_box_content
 from rpt_lightning.tasks.answer_reward import AnswerReward, Verdict
 from rpt_lightning.types import AnswerTask, Completion, RolloutGroup
 
-DIRECT_TOKENS = 128  # of an answer without a thought, or those of a whole completion where that may have fewer
+DIRECT_TOKENS = (
+    128  # of an answer without a thought, or those of a whole completion where that may have fewer
+)
 
 
 def answer_questions(
@@ -25,9 +27,13 @@ def answer_questions(
     objective = rollouter.objective
     reward = objective.reward
     if not isinstance(reward, AnswerReward):
-        raise ValueError(f"held-out questions are checked by AnswerReward, and the objective's reward is {type(reward).__name__}")
+        raise ValueError(
+            f"held-out questions are checked by AnswerReward, and the objective's reward is {type(reward).__name__}"
+        )
     first_indices = rollouter.reserve(tasks, num_samples) if num_samples else [0] * len(tasks)
-    rows = rollouter.complete(tasks, first_indices, num_samples or 1, temperature=None if num_samples else 0.0)
+    rows = rollouter.complete(
+        tasks, first_indices, num_samples or 1, temperature=None if num_samples else 0.0
+    )
     direct: Sequence[Completion | None] = [None] * len(tasks)
     if directly:
         max_tokens = min(DIRECT_TOKENS, rollouter.max_tokens)
@@ -38,7 +44,15 @@ def answer_questions(
         verdicts = _verdicts(reward, task, completions, predictions)
         prompt_ids = objective.prompt.prompt_ids(task.context_ids)
         rewards = tuple(float(verdict == "right") for verdict in verdicts)
-        groups.append(RolloutGroup(task=task, prompt_ids=prompt_ids, completions=completions, predictions=predictions, rewards=rewards))
+        groups.append(
+            RolloutGroup(
+                task=task,
+                prompt_ids=prompt_ids,
+                completions=completions,
+                predictions=predictions,
+                rewards=rewards,
+            )
+        )
         content = None if answer is None else open_box_content(answer.text_bytes)
         results.append(
             QuestionResult(
@@ -56,12 +70,22 @@ def answer_questions(
     return groups, results
 
 
-def _verdicts(reward: AnswerReward, task: AnswerTask, completions: Sequence[Completion], predictions: Sequence[bytes | None]) -> tuple[Verdict, ...]:
+def _verdicts(
+    reward: AnswerReward,
+    task: AnswerTask,
+    completions: Sequence[Completion],
+    predictions: Sequence[bytes | None],
+) -> tuple[Verdict, ...]:
     checked = reward.verdicts(task, predictions)
-    return tuple("truncated" if completion.is_truncated else verdict for completion, verdict in zip(completions, checked, strict=True))
+    return tuple(
+        "truncated" if completion.is_truncated else verdict
+        for completion, verdict in zip(completions, checked, strict=True)
+    )
 
 
-def _direct_verdict(reward: AnswerReward, task: AnswerTask, completion: Completion, content: bytes | None) -> Verdict:
+def _direct_verdict(
+    reward: AnswerReward, task: AnswerTask, completion: Completion, content: bytes | None
+) -> Verdict:
     if content is None and completion.is_truncated:
         return "truncated"
     return reward.verdicts(task, [content])[0]

@@ -53,7 +53,9 @@ class RankExchange:
 
     def shared(self, work: Callable[[Sequence[T]], Sequence[R]]) -> Callable[[Sequence[T]], list[R]]:
         """As ``Ranks.shared``."""
-        return shared_work(work, rank=self._tensor.rank, num_ranks=self._tensor.size, gather=self._tensor.gather)
+        return shared_work(
+            work, rank=self._tensor.rank, num_ranks=self._tensor.size, gather=self._tensor.gather
+        )
 
     def end(self, reason: str | None) -> None:
         """Says that this rank takes part in nothing any more, because of an error or (None) because the run stops."""

@@ -53,7 +53,11 @@ class RankWatch(Callback):
             return
         if is_lost_connection(exception):
             # The error names an address at best: the watch finds out which rank it was, says so and ends the process.
-            print(f"rpt: a connection between ranks broke ({str(exception)[:120]}): looking for the rank that is gone", file=sys.stderr, flush=True)
+            print(
+                f"rpt: a connection between ranks broke ({str(exception)[:120]}): looking for the rank that is gone",
+                file=sys.stderr,
+                flush=True,
+            )
             self._watch.join(self.limit_s * 1.5)
         elif not isinstance(exception, (SystemExit, KeyboardInterrupt)):  # those end every rank
             self._watch.tell(f"ended with {type(exception).__name__}: {exception}")
@@ -65,12 +69,17 @@ class RankWatch(Callback):
 
 def is_lost_connection(error: BaseException) -> bool:
     """A collective that failed, mostly because another rank is gone. gloo has no class of its own for it."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    )
 
 
 def is_lightnings_child(trainer: Trainer) -> bool:
     """Whether Lightning's launcher started this process: it kills the first one, without a word, as soon as one of those that it started ends with an error."""
-    return isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment) and trainer.local_rank > 0
+    return (
+        isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment)
+        and trainer.local_rank > 0
+    )
 
 
 def _wait_for_the_end_of(parent: int, *, limit_s: float) -> None:
@@ -112,7 +121,9 @@ class _Watch(threading.Thread):
                 )
             elif lost:
                 news = f"rank {lost[0]} has given no sign of life for {silences[lost[0]]:.0f} s ({self._limit}): its process is dead or hangs"
-                threading.Thread(target=self._signs.tell, args=(news,), daemon=True).start()  # the store may hang with the rank that is lost
+                threading.Thread(
+                    target=self._signs.tell, args=(news,), daemon=True
+                ).start()  # the store may hang with the rank that is lost
                 self._leave(news)
 
     @property
@@ -123,8 +134,14 @@ class _Watch(threading.Thread):
         # A rank that is about to end by itself, with the same error or because all is done, may do so.
         if self._stopped.wait(self.period_s * 2):
             return
-        print(f"rpt: error: {news}. Rank {self.rank} ends too; continue with --ckpt_path last", file=sys.stderr, flush=True)
-        os._exit(STATUS_LOST_RANK)  # the main thread may hang in a collective, from which no exception wakes it
+        print(
+            f"rpt: error: {news}. Rank {self.rank} ends too; continue with --ckpt_path last",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(
+            STATUS_LOST_RANK
+        )  # the main thread may hang in a collective, from which no exception wakes it
 
 
 class _Signs(threading.Thread):
@@ -135,7 +152,9 @@ class _Signs(threading.Thread):
     torch is locked while it waits. A request to a store whose process hangs is never answered.
     """
 
-    def __init__(self, name: str, rank: int, num_ranks: int, limit_s: float, stopped: threading.Event) -> None:
+    def __init__(
+        self, name: str, rank: int, num_ranks: int, limit_s: float, stopped: threading.Event
+    ) -> None:
         super().__init__(daemon=True, name="rank-signs")
         self.news: str | None = None
         self.answered_s = time.monotonic()

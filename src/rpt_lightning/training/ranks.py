@@ -36,7 +36,9 @@ class Ranks:
 
     @property
     def data_rank(self) -> int:
-        return int(self._mesh["data_parallel"].get_local_rank()) if self._mesh is not None else self._global_rank
+        return (
+            int(self._mesh["data_parallel"].get_local_rank()) if self._mesh is not None else self._global_rank
+        )
 
     @property
     def num_tensor(self) -> int:
@@ -72,8 +74,12 @@ class Ranks:
         """New process groups (gloo) of the data-parallel and the tensor-parallel ranks, for another thread than the one that trains; None alone."""
         if self._world_size == 1:
             return None, None
-        places = torch.arange(self._world_size)[:, None] if self._mesh is None else self._mesh.mesh  # [data, tensor]
-        divide: Any = functools.partial(torch.distributed.new_subgroups_by_enumeration, backend="gloo", timeout=self._timeout)
+        places = (
+            torch.arange(self._world_size)[:, None] if self._mesh is None else self._mesh.mesh
+        )  # [data, tensor]
+        divide: Any = functools.partial(
+            torch.distributed.new_subgroups_by_enumeration, backend="gloo", timeout=self._timeout
+        )
         return divide(places.T.tolist())[0], divide(places.tolist())[0]
 
     def any(self, flag: bool) -> bool:
@@ -103,7 +109,11 @@ class Ranks:
 
 
 def shared_work(
-    work: Callable[[Sequence[T]], Sequence[R]], *, rank: int, num_ranks: int, gather: Callable[[list[R]], list[list[R]]]
+    work: Callable[[Sequence[T]], Sequence[R]],
+    *,
+    rank: int,
+    num_ranks: int,
+    gather: Callable[[list[R]], list[list[R]]],
 ) -> Callable[[Sequence[T]], list[R]]:
     """``work`` divided among ranks that hold the same list, each of which gets all results."""
 

@@ -7,7 +7,8 @@ from typing import Any
 
 REDACTED = "(secret, not saved)"
 _SECRET_NAME = re.compile(
-    r"(^|_)(api_?key|password|passwd|secret(_?(access_?)?key)?|access_?key|credentials?|(auth|access|hf|api|bearer)_?token)$", re.IGNORECASE
+    r"(^|_)(api_?key|password|passwd|secret(_?(access_?)?key)?|access_?key|credentials?|(auth|access|hf|api|bearer)_?token)$",
+    re.IGNORECASE,
 )
 _USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
 
@@ -22,7 +23,10 @@ def redact(config: Any) -> Any:
     """
     if isinstance(config, dict):
         return {
-            key: REDACTED if value and isinstance(value, str) and _SECRET_NAME.search(str(key)) else redact(value) for key, value in config.items()
+            key: REDACTED
+            if value and isinstance(value, str) and _SECRET_NAME.search(str(key))
+            else redact(value)
+            for key, value in config.items()
         }
     if isinstance(config, list):
         return [redact(value) for value in config]

@@ -93,7 +93,9 @@ class RolloutCallback(Callback):
                 "off set --rollout.dynamic_sampling_from_step null"
             )
         if max_staleness < 0:
-            raise ValueError(f"--rollout.max_staleness {max_staleness}: give 0 (rollouts of the present policy) or more")
+            raise ValueError(
+                f"--rollout.max_staleness {max_staleness}: give 0 (rollouts of the present policy) or more"
+            )
         if eval_samples < 0:
             raise ValueError(f"--rollout.eval_samples {eval_samples}: give 0 (none) or more")
         check_number("rollout.temperature", temperature, least=0)
@@ -102,10 +104,20 @@ class RolloutCallback(Callback):
         check_number("rollout.top_p", top_p, above=0, most=1)
         check_number("rollout.top_k", top_k, least=0)
         check_number("rollout.min_p", min_p, least=0, below=1)
-        check_number("rollout.dynamic_sampling_from_step", dynamic_sampling_from_step, least=0, hint=", or null for no dynamic sampling")
+        check_number(
+            "rollout.dynamic_sampling_from_step",
+            dynamic_sampling_from_step,
+            least=0,
+            hint=", or null for no dynamic sampling",
+        )
         check_number("rollout.dynamic_sampling_max_factor", dynamic_sampling_max_factor, least=1)
         check_number("rollout.verify_sequences", verify_sequences, least=0, hint="; 0 compares no log-probs")
-        check_number("rollout.logprob_tolerance", logprob_tolerance, above=0, hint=", a factor on limits; verify_sequences 0 turns them off")
+        check_number(
+            "rollout.logprob_tolerance",
+            logprob_tolerance,
+            above=0,
+            hint=", a factor on limits; verify_sequences 0 turns them off",
+        )
         self.engine = engine
         self.objective = objective
         self.group_size = group_size
@@ -137,18 +149,26 @@ class RolloutCallback(Callback):
         assert isinstance(pl_module, PolicyModule)
         if self.engine is None:
             if stage == "fit" and getattr(pl_module, "learns_from_rollouts", False):
-                raise ValueError("rollout.engine is not set, and this module learns from rollouts; give one, e.g. --rollout.engine VLLMEngine")
+                raise ValueError(
+                    "rollout.engine is not set, and this module learns from rollouts; give one, e.g. --rollout.engine VLLMEngine"
+                )
             rank_zero_info("engine: none; validation shows standard next-token prediction only")
             return
         if self.objective is None:
-            raise ValueError("rollout.objective is not set: say what the policy is asked and paid for, e.g. --rollout.objective Objective")
+            raise ValueError(
+                "rollout.objective is not set: say what the policy is asked and paid for, e.g. --rollout.objective Objective"
+            )
         self.bound_objective = self.objective.bind(pl_module.tokenizer)
         prompt = self.bound_objective.prompt
-        pl_module.policy.check_ids(prompt.prompt_ids(()) + prompt.answer_open_ids + prompt.answer_close_ids + prompt.stop_token_ids)
+        pl_module.policy.check_ids(
+            prompt.prompt_ids(()) + prompt.answer_open_ids + prompt.answer_close_ids + prompt.stop_token_ids
+        )
         say_unlike_answers(getattr(trainer, "datamodule", None), self.objective.reward)
         is_async = stage == "fit" and self.max_staleness > 0 and pl_module.learns_from_rollouts
         if is_async:
-            check_settings(self.max_staleness, self.engine, pl_module, self.objective.reward, trainer.datamodule)  # type: ignore[attr-defined]
+            check_settings(
+                self.max_staleness, self.engine, pl_module, self.objective.reward, trainer.datamodule
+            )  # type: ignore[attr-defined]
         self._exchange = RankExchange.over(pl_module.ranks) if is_async else None
         self.rollouter = Rollouter(
             self.engine,
@@ -163,10 +183,14 @@ class RolloutCallback(Callback):
             stop_after_first_box=self.stop_after_first_box,
             run_seed=self.seed,
             masks_truncated=pl_module.masks_truncated,
-            first_token_probs=probs_of_policy(trainer, pl_module) if self.objective.reward.needs_first_token_probs else None,
+            first_token_probs=probs_of_policy(trainer, pl_module)
+            if self.objective.reward.needs_first_token_probs
+            else None,
             share_work=lambda generate: share_generation(generate, self._exchange or pl_module.ranks),
         )
-        self._sampling = self.rollouter.sampling(temperature=self.temperature, max_tokens=self.max_completion_tokens)
+        self._sampling = self.rollouter.sampling(
+            temperature=self.temperature, max_tokens=self.max_completion_tokens
+        )
         if pl_module.corrects_mismatch and self._sampling.is_truncating:
             raise ValueError(
                 f"rollout.top_p={self.top_p}, top_k={self.top_k}, min_p={self.min_p} truncate the distribution, which makes the importance ratios of "
@@ -185,13 +209,17 @@ class RolloutCallback(Callback):
                 positions=longest_context(pl_module.policy.config),
                 with_controls=self.thought_controls,
             ),
-            verify_sequences=0 if self._sampling.is_truncating else self.verify_sequences,  # its log-probs are of what is left, renormalised
+            verify_sequences=0
+            if self._sampling.is_truncating
+            else self.verify_sequences,  # its log-probs are of what is left, renormalised
             logprob_tolerance=self.logprob_tolerance,
         )
         pilot_size = self.pilot_size
         self._roller = StepRoller(
             self.engine,
-            self.rollouter.rollout if pilot_size is None else PilotRollout(self.rollouter, pilot_size=pilot_size).rollout,
+            self.rollouter.rollout
+            if pilot_size is None
+            else PilotRollout(self.rollouter, pilot_size=pilot_size).rollout,
             reward=self.bound_objective.reward,
             pilot_size=pilot_size,
             dynamic_sampling_from_step=self.dynamic_sampling_from_step,
@@ -235,20 +263,32 @@ class RolloutCallback(Callback):
         rank_zero_info(text)
         if self._exchange is not None:
             self._ahead = AsyncRollouts(
-                self._roller, self._sync, self._exchange, data=data, trainer=trainer, module=pl_module, max_staleness=self.max_staleness
+                self._roller,
+                self._sync,
+                self._exchange,
+                data=data,
+                trainer=trainer,
+                module=pl_module,
+                max_staleness=self.max_staleness,
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end_ahead()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         assert isinstance(pl_module, PolicyModule)
         if not pl_module.learns_from_rollouts:
             return
         pl_module.clock.take()  # what came after the end of the step before, such as a validation
         self._step_start = time.perf_counter()
         with saved_when_lost(trainer):
-            rollouts = self._roll_out(trainer, pl_module, batch["tasks"]) if self._ahead is None else self._ahead.next()
+            rollouts = (
+                self._roll_out(trainer, pl_module, batch["tasks"])
+                if self._ahead is None
+                else self._ahead.next()
+            )
         filled, metrics = rollouts.filled, rollouts.metrics
         pl_module.generated_work += rollouts.work
         batch["rollouts"] = TrainBatch(groups=filled.groups, sampling=self._sampling)
@@ -259,7 +299,9 @@ class RolloutCallback(Callback):
         pl_module.log_step(metrics)
         self._train_start = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if "rollouts" in batch:
             assert isinstance(pl_module, PolicyModule)
             now = time.perf_counter()
@@ -267,7 +309,10 @@ class RolloutCallback(Callback):
             if self._step_end is not None:
                 seconds["time/between_steps_s"] = self._step_start - self._step_end
             metrics = over_ranks(pl_module.ranks, seconds | pl_module.clock.take(), num_groups=1)
-            trained = {name: trainer.callback_metrics[f"train/{name}"].item() for name in ("completion_tokens", "groups")}
+            trained = {
+                name: trainer.callback_metrics[f"train/{name}"].item()
+                for name in ("completion_tokens", "groups")
+            }
             metrics |= throughput(
                 metrics,
                 rollout_tokens=self._rollout_tokens,
@@ -286,13 +331,17 @@ class RolloutCallback(Callback):
             rollouts = self._roller.roll_out(
                 tasks,
                 data.draw,
-                max_extra_tasks=self._roller.max_extra_tasks(step=module.global_step, tasks_per_step=data.items_per_step),
+                max_extra_tasks=self._roller.max_extra_tasks(
+                    step=module.global_step, tasks_per_step=data.items_per_step
+                ),
                 ranks=module.ranks,
             )
         with module.clock.phase("sync"):
             self._sync.engine.sleep()
         with module.clock.phase("logprob_check"):
-            compared = self._sync.check_logprobs(trainer, module, rollouts.filled.groups, temperature=self.temperature)
+            compared = self._sync.check_logprobs(
+                trainer, module, rollouts.filled.groups, temperature=self.temperature
+            )
         return dataclasses.replace(rollouts, metrics=compared | rollouts.metrics)
 
     # Validation
@@ -303,9 +352,18 @@ class RolloutCallback(Callback):
                 self._ahead.drain()
         if self.engine is not None:
             assert self.bound_objective is not None
-            check_validation_prompts(trainer.datamodule, self.bound_objective.prompt, max_prompt_tokens=self.max_prompt_tokens)  # type: ignore[attr-defined]
+            check_validation_prompts(
+                trainer.datamodule, self.bound_objective.prompt, max_prompt_tokens=self.max_prompt_tokens
+            )  # type: ignore[attr-defined]
 
-    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         if self.engine is None:
             if "questions" in batch:
                 raise ValueError(
@@ -325,9 +383,18 @@ class RolloutCallback(Callback):
         assert self.rollouter is not None
         self._sync.sync(module)
         if "questions" in batch:
-            groups, answers = answer_questions(self.rollouter, batch["questions"], num_samples=self.eval_samples, directly=self.thought_controls)
-            self._sync.check_logprobs(trainer, module, groups, temperature=self.temperature if self.eval_samples else 1.0)
+            groups, answers = answer_questions(
+                self.rollouter,
+                batch["questions"],
+                num_samples=self.eval_samples,
+                directly=self.thought_controls,
+            )
+            self._sync.check_logprobs(
+                trainer, module, groups, temperature=self.temperature if self.eval_samples else 1.0
+            )
             return answers
         groups = self.rollouter.rollout(batch["tasks"], n=1, temperature=0.0)
         self._sync.check_logprobs(trainer, module, groups, temperature=1.0)
-        return heldout_answers(self.rollouter, groups, num_samples=self.eval_samples, with_controls=self.thought_controls)
+        return heldout_answers(
+            self.rollouter, groups, num_samples=self.eval_samples, with_controls=self.thought_controls
+        )

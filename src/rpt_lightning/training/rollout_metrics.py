@@ -28,13 +28,19 @@ SUMS = (
 def rollout_metrics(filled: FilledBatch, *, pilot_size: int | None = None) -> dict[str, float]:
     """Of one rank: statistics of everything that was rolled out, and the sampled tokens. Zeros, which weigh nothing, where a step has fewer tasks than ranks."""
     groups = [*filled.groups, *filled.replaced]
-    metrics = (rollout_statistics(groups, pilot_size=pilot_size) if groups else dict.fromkeys(STATISTICS, 0.0)) | {
+    metrics = (
+        rollout_statistics(groups, pilot_size=pilot_size) if groups else dict.fromkeys(STATISTICS, 0.0)
+    ) | {
         "rollout/replaced_groups": float(len(filled.replaced)),
         "rollout/dead_groups_kept": float(filled.num_dead),
-        "rollout/tokens": float(sum(len(completion.token_ids) for group in groups for completion in group.completions)),
+        "rollout/tokens": float(
+            sum(len(completion.token_ids) for group in groups for completion in group.completions)
+        ),
     }
     if pilot_size is not None:
-        metrics["rollout/pilot_filled_frac"] = sum(len(group.completions) > pilot_size for group in groups) / max(1, len(groups))
+        metrics["rollout/pilot_filled_frac"] = sum(
+            len(group.completions) > pilot_size for group in groups
+        ) / max(1, len(groups))
     return metrics
 
 
@@ -43,7 +49,11 @@ def prompt_metrics(filled: FilledBatch, step: PromptTokens | None) -> dict[str, 
     if step is None:
         # Without a cache every completion has its prompt computed anew.
         groups = [*filled.groups, *filled.replaced]
-        return {"rollout/prefill_tokens": float(sum(len(group.prompt_ids) * len(group.completions) for group in groups))}
+        return {
+            "rollout/prefill_tokens": float(
+                sum(len(group.prompt_ids) * len(group.completions) for group in groups)
+            )
+        }
     return {"rollout/prefill_tokens": float(step.total - step.cached)} | dict(
         zip(PROMPT_SUMS, map(float, (step.total, step.cached, step.shareable)), strict=True)
     )
@@ -51,7 +61,11 @@ def prompt_metrics(filled: FilledBatch, step: PromptTokens | None) -> dict[str, 
 
 def server_metrics(servers: tuple[int, int] | None) -> dict[str, float]:
     """Of one rank's engine (`RolloutEngine.servers`)."""
-    return {} if servers is None else {"run/usable_servers": float(servers[0]), "run/lost_servers": float(servers[1])}
+    return (
+        {}
+        if servers is None
+        else {"run/usable_servers": float(servers[0]), "run/lost_servers": float(servers[1])}
+    )
 
 
 def rollout_work(filled: FilledBatch, *, prefill_tokens: float) -> Work:
@@ -61,7 +75,11 @@ def rollout_work(filled: FilledBatch, *, prefill_tokens: float) -> Work:
     """
     groups = [*filled.groups, *filled.replaced]
     prompts = add_works(len(group.completions) * prompt_work(len(group.prompt_ids)) for group in groups)
-    sampling = add_works(sampling_work(len(group.prompt_ids), len(completion.token_ids)) for group in groups for completion in group.completions)
+    sampling = add_works(
+        sampling_work(len(group.prompt_ids), len(completion.token_ids))
+        for group in groups
+        for completion in group.completions
+    )
     return prefill_tokens / max(1, prompts.tokens) * prompts + sampling
 
 
@@ -73,7 +91,12 @@ def cached_fractions(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def throughput(
-    seconds: Mapping[str, float], *, rollout_tokens: float, generation_s: float | None, trained_tokens: float, trained_groups: float
+    seconds: Mapping[str, float],
+    *,
+    rollout_tokens: float,
+    generation_s: float | None,
+    trained_tokens: float,
+    trained_groups: float,
 ) -> dict[str, float]:
     """What a step did in a second; ``generation_s`` where its rollouts were generated beside the training of others, and not within it."""
     step_s = seconds["time/step_s"]
@@ -90,7 +113,9 @@ def over_ranks(ranks: Ranks, metrics: Mapping[str, float], *, num_groups: int) -
     A collective: every rank calls it with the same names and its own ``num_groups``. One process gets its metrics back.
     """
     names = sorted(metrics)
-    gathered = torch.tensor(ranks.gather([float(num_groups), *(metrics[name] for name in names)]), dtype=torch.float64)  # [ranks, 1 + names]
+    gathered = torch.tensor(
+        ranks.gather([float(num_groups), *(metrics[name] for name in names)]), dtype=torch.float64
+    )  # [ranks, 1 + names]
     weights, reduced = gathered[:, 0], {}
     for name, values in zip(names, gathered[:, 1:].unbind(1), strict=True):
         if name in SUMS:

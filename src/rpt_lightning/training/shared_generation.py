@@ -22,8 +22,12 @@ def share_generation(generate: Generate, ranks: Ranks | RankExchange) -> Generat
         except EngineLost as error:
             lost = error
         if ranks.any(lost is not None):
-            reasons = [reason for reason in ranks.gather(None if lost is None else str(lost)) if reason is not None]
-            raise lost or EngineLost(f"another rank has lost the engine: {reasons[0] if reasons else 'it says why'}")
+            reasons = [
+                reason for reason in ranks.gather(None if lost is None else str(lost)) if reason is not None
+            ]
+            raise lost or EngineLost(
+                f"another rank has lost the engine: {reasons[0] if reasons else 'it says why'}"
+            )
         return rows
 
     return ranks.shared(generate_or_end_together)

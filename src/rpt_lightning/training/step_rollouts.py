@@ -16,7 +16,12 @@ from rpt_lightning.tasks.answer_reward import CountingReward
 from rpt_lightning.tasks.reward import Reward
 from rpt_lightning.training.rank_exchange import RankExchange
 from rpt_lightning.training.ranks import Ranks
-from rpt_lightning.training.rollout_metrics import prompt_metrics, rollout_metrics, rollout_work, server_metrics
+from rpt_lightning.training.rollout_metrics import (
+    prompt_metrics,
+    rollout_metrics,
+    rollout_work,
+    server_metrics,
+)
 from rpt_lightning.types import PromptTokens, RolloutGroup, Task
 
 Draw = Callable[[Sequence[int]], Sequence[Task]]
@@ -67,19 +72,33 @@ class StepRoller:
             return 0
         return int((self.dynamic_sampling_max_factor - 1) * tasks_per_step)
 
-    def roll_out(self, tasks: Sequence[Task], draw: Draw, *, max_extra_tasks: int, ranks: Ranks | RankExchange) -> StepRollouts:
+    def roll_out(
+        self, tasks: Sequence[Task], draw: Draw, *, max_extra_tasks: int, ranks: Ranks | RankExchange
+    ) -> StepRollouts:
         """The groups of a step, with further tasks in the places of dead ones (see ``fill_batch``). A collective."""
         start, prompts_before, version = time.perf_counter(), self.engine.prompt_tokens, self.engine.version
         filled = fill_batch(
-            self.rollout, draw, tasks, max_extra_tasks=max_extra_tasks, over_ranks=lambda number: (ranks.gather(number), ranks.data_rank)
+            self.rollout,
+            draw,
+            tasks,
+            max_extra_tasks=max_extra_tasks,
+            over_ranks=lambda number: (ranks.gather(number), ranks.data_rank),
         )
         assert version is not None
-        metrics = rollout_metrics(filled, pilot_size=self.pilot_size) | prompt_metrics(filled, self._read_since(prompts_before, ranks))
+        metrics = rollout_metrics(filled, pilot_size=self.pilot_size) | prompt_metrics(
+            filled, self._read_since(prompts_before, ranks)
+        )
         work = rollout_work(filled, prefill_tokens=metrics["rollout/prefill_tokens"])
         metrics |= server_metrics(self.engine.servers)
         if isinstance(self.reward, CountingReward):
             metrics |= self.reward.take_metrics([*filled.groups, *filled.replaced])
-        return StepRollouts(filled=filled, metrics=metrics, work=work, policy_version=version, seconds=time.perf_counter() - start)
+        return StepRollouts(
+            filled=filled,
+            metrics=metrics,
+            work=work,
+            policy_version=version,
+            seconds=time.perf_counter() - start,
+        )
 
     def _read_since(self, before: PromptTokens | None, ranks: Ranks | RankExchange) -> PromptTokens | None:
         """Tensor-parallel ranks divide a step's requests, so their engines' readings add up."""

@@ -57,14 +57,20 @@ class StopRun(Checkpoint):
             self._handlers[signum] = signal.signal(signum, self._note)
         self._end_if_requested(trainer)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         received = torch.tensor(self._received, device=trainer.strategy.root_device)
         if trainer.world_size > 1:
             # A signal reaches one rank, or each at another moment: all stop after the same step.
             received = trainer.strategy.reduce(received, reduce_op="max")
         if int(received):
             signum = signal.Signals(int(received))
-            self._request = self._request or (f"{signum.name} received", STATUS_SIGNAL, "continue with --ckpt_path last")
+            self._request = self._request or (
+                f"{signum.name} received",
+                STATUS_SIGNAL,
+                "continue with --ckpt_path last",
+            )
         self._end_if_requested(trainer, requeue=int(received) == self.requeue_signal)
 
     def _end_if_requested(self, trainer: Trainer, *, requeue: bool = False) -> None:
@@ -74,11 +80,15 @@ class StopRun(Checkpoint):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, RunCheckpoint):
                 callback.save(trainer)
-        rank_zero_info(f"the run stops after step {trainer.global_step}: {reason}. Exit status {status}; {way_on}.")
+        rank_zero_info(
+            f"the run stops after step {trainer.global_step}: {reason}. Exit status {status}; {way_on}."
+        )
         if requeue:
             if trainer.is_global_zero:
                 _requeue(trainer)
-            trainer.strategy.barrier("requeued")  # a rank that ends first with this status may make SLURM kill the one that asks it
+            trainer.strategy.barrier(
+                "requeued"
+            )  # a rank that ends first with this status may make SLURM kill the one that asks it
         raise RunStopped(0 if is_lightnings_child(trainer) else status)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -110,4 +120,6 @@ def _requeue(trainer: Trainer) -> None:
     if problem is None:
         rank_zero_info(f"SLURM job {job} is queued again")
     else:
-        rank_zero_warn(f"`{' '.join(command)}` failed ({problem}): SLURM will not start the run again by itself; submit it once more")
+        rank_zero_warn(
+            f"`{' '.join(command)}` failed ({problem}): SLURM will not start the run again by itself; submit it once more"
+        )

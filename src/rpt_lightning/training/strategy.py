@@ -19,12 +19,24 @@ class ShardedStrategy(ModelParallelStrategy):
         timeout_s: Seconds after which a collective that a rank does not take part in ends the run.
     """
 
-    def __init__(self, tensor_parallel_size: int = 1, cpu_offload: bool = False, gather_bf16: bool = False, timeout_s: float = 1800.0) -> None:
+    def __init__(
+        self,
+        tensor_parallel_size: int = 1,
+        cpu_offload: bool = False,
+        gather_bf16: bool = False,
+        timeout_s: float = 1800.0,
+    ) -> None:
         if tensor_parallel_size < 1:
-            raise ValueError(f"trainer.strategy.tensor_parallel_size={tensor_parallel_size}: give 1 (no tensor parallelism) or more")
+            raise ValueError(
+                f"trainer.strategy.tensor_parallel_size={tensor_parallel_size}: give 1 (no tensor parallelism) or more"
+            )
         # With weights in host memory there are collectives of the host's tensors too (the gradient norm).
         backend = "cpu:gloo,cuda:nccl" if cpu_offload and torch.cuda.is_available() else None
-        super().__init__(tensor_parallel_size=tensor_parallel_size, process_group_backend=backend, timeout=timedelta(seconds=timeout_s))
+        super().__init__(
+            tensor_parallel_size=tensor_parallel_size,
+            process_group_backend=backend,
+            timeout=timedelta(seconds=timeout_s),
+        )
         self.cpu_offload = cpu_offload
         self.gather_bf16 = gather_bf16
 

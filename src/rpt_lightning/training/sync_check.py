@@ -57,7 +57,13 @@ def sampled_columns(width: int, turn: int, num_slices: int) -> slice:
 
 
 def check_weights(
-    engine: RolloutEngine, weights: Iterable[tuple[str, Tensor]], *, version: int, turn: int = 0, num_tensors: int = NUM_TENSORS, num_slices: int = 8
+    engine: RolloutEngine,
+    weights: Iterable[tuple[str, Tensor]],
+    *,
+    version: int,
+    turn: int = 0,
+    num_tensors: int = NUM_TENSORS,
+    num_slices: int = 8,
 ) -> None:
     """Questions 1 and 2.
 
@@ -76,7 +82,11 @@ def check_weights(
     wanted = {}
     for name, tensor in weights:
         if name in names:
-            columns = sampled_columns(tensor.shape[1], turn, num_slices) if _is_end(name) and tensor.ndim == 2 else None
+            columns = (
+                sampled_columns(tensor.shape[1], turn, num_slices)
+                if _is_end(name) and tensor.ndim == 2
+                else None
+            )
             part = name if columns is None else part_name(name, columns)
             wanted[part] = take(tensor.detach(), columns).to("cpu", engine.dtype, copy=True)
     found = {split_part(part)[0] for part in wanted}

@@ -19,12 +19,23 @@ def say_unlike_answers(data: Any, reward: Reward) -> None:
     """Counts and names the questions of a data module whose true answer does not equal itself written otherwise; the run goes on."""
     if not isinstance(reward, AnswerReward):
         return
-    tasks = [task for part in ("train", "heldout") for task in getattr(data, part, ()) if isinstance(task, AnswerTask)]
-    questions = [task.question for task in tasks if not task.question.is_choice and task.question.answer not in reward.checked_answers]
+    tasks = [
+        task
+        for part in ("train", "heldout")
+        for task in getattr(data, part, ())
+        if isinstance(task, AnswerTask)
+    ]
+    questions = [
+        task.question
+        for task in tasks
+        if not task.question.is_choice and task.question.answer not in reward.checked_answers
+    ]
     unlike, num_unasked = unlike_themselves((question.answer for question in questions), reward.verifier)
     reward.checked_answers |= {question.answer for question in questions}
     if num_unasked:
-        rank_zero_info(f"true answers: {num_unasked} of them, which are no plain numbers, were not compared with themselves")
+        rank_zero_info(
+            f"true answers: {num_unasked} of them, which are no plain numbers, were not compared with themselves"
+        )
     named = [question for question in questions if question.answer in unlike]
     if named:
         examples = "; ".join(

@@ -16,7 +16,14 @@ from rpt_lightning.training.heldout_answers import HeldoutAnswer
 from rpt_lightning.types import TokenTask
 
 
-def position_result(task: TokenTask, *, ntp_correct: bool, ntp_logprob: float, context_tokens: int, answer: HeldoutAnswer | None) -> PositionResult:
+def position_result(
+    task: TokenTask,
+    *,
+    ntp_correct: bool,
+    ntp_logprob: float,
+    context_tokens: int,
+    answer: HeldoutAnswer | None,
+) -> PositionResult:
     """The record of one position; bytes that are no characters are written with replacement characters.
 
     Right means the same whatever the policy is paid for in training: the prediction is the true continuation up to a token boundary.

@@ -21,14 +21,20 @@ class Boxes(World):
         seed: Worlds of different seeds write different documents.
     """
 
-    def __init__(self, num_documents: int = 10_000, min_depth: int = 1, max_depth: int = 10, seed: int = 0) -> None:
+    def __init__(
+        self, num_documents: int = 10_000, min_depth: int = 1, max_depth: int = 10, seed: int = 0
+    ) -> None:
         super().__init__(num_documents, min_depth, max_depth, seed)
         if max_depth >= NUM_BOXES:
-            raise ValueError(f"Boxes: max_depth={max_depth}: there are {NUM_BOXES} boxes, so give at most {NUM_BOXES - 1}")
+            raise ValueError(
+                f"Boxes: max_depth={max_depth}: there are {NUM_BOXES} boxes, so give at most {NUM_BOXES - 1}"
+            )
 
     def write(self, rng: random.Random, depth: int) -> list[str | Answer]:
         """The notes in random order, then the walk, whose end is the answer."""
-        cycle = rng.sample(range(1, NUM_BOXES + 1), NUM_BOXES)  # one cycle, so that no walk is caught in a short one
+        cycle = rng.sample(
+            range(1, NUM_BOXES + 1), NUM_BOXES
+        )  # one cycle, so that no walk is caught in a short one
         note = dict(zip(cycle, cycle[1:] + cycle[:1], strict=True))
         order = rng.sample(range(1, NUM_BOXES + 1), NUM_BOXES)
         notes = " ".join(f"Box {box} says {note[box]}." for box in order)

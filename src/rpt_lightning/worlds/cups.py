@@ -32,7 +32,14 @@ class Cups(World):
         seed: Worlds of different seeds write different documents.
     """
 
-    def __init__(self, num_documents: int = 10_000, min_depth: int = 1, max_depth: int = 12, noise: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        num_documents: int = 10_000,
+        min_depth: int = 1,
+        max_depth: int = 12,
+        noise: float = 0.0,
+        seed: int = 0,
+    ) -> None:
         super().__init__(num_documents, min_depth, max_depth, seed)
         if not 0 <= noise <= 1:
             raise ValueError(f"Cups: noise={noise}: give a share from 0 to 1")
@@ -51,4 +58,8 @@ class Cups(World):
             anything = Answer(text=f" {rng.randint(1, 8)}", depth=depth, thought=None, fields={"noise": 1})
             return [f"{game}. The ball is under cup", anything, "."]
         fields = {"noise": 0} if self.noise else {}
-        return [f"{game}. The ball is under cup", Answer(text=f" {cup}", depth=depth, thought=f"{thought}.", fields=fields), "."]
+        return [
+            f"{game}. The ball is under cup",
+            Answer(text=f" {cup}", depth=depth, thought=f"{thought}.", fields=fields),
+            ".",
+        ]

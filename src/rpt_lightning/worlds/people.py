@@ -32,4 +32,8 @@ class People(World):
             if holder in (left, left + 1):
                 holder = 2 * left + 1 - holder
             thought += f" {step} {NAMES[left]} {NAMES[holder]}"
-        return [f"{text} Now the ball is with", Answer(text=f" {NAMES[holder]}", depth=depth, thought=f"{thought}."), "."]
+        return [
+            f"{text} Now the ball is with",
+            Answer(text=f" {NAMES[holder]}", depth=depth, thought=f"{thought}."),
+            ".",
+        ]

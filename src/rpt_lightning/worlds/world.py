@@ -49,12 +49,16 @@ class World(CorpusSource):
         seed: Worlds of different seeds write different documents.
     """
 
-    def __init__(self, num_documents: int = 10_000, min_depth: int = 1, max_depth: int = 12, seed: int = 0) -> None:
+    def __init__(
+        self, num_documents: int = 10_000, min_depth: int = 1, max_depth: int = 12, seed: int = 0
+    ) -> None:
         name = type(self).__name__
         if num_documents < 1:
             raise ValueError(f"{name}: num_documents={num_documents}: give 1 or more")
         if not 1 <= min_depth <= max_depth:
-            raise ValueError(f"{name}: min_depth={min_depth}, max_depth={max_depth}: give 1 <= min_depth <= max_depth")
+            raise ValueError(
+                f"{name}: min_depth={min_depth}, max_depth={max_depth}: give 1 <= min_depth <= max_depth"
+            )
         self.num_documents = num_documents
         self.min_depth = min_depth
         self.max_depth = max_depth
@@ -84,7 +88,14 @@ def _document(doc_id: str, pieces: list[str | Answer]) -> Document:
     for piece in pieces:
         if isinstance(piece, Answer):
             end = len(text) + len(piece.text)
-            marks.append(Mark(start=len(text), end=end, fields={"depth": piece.depth, **piece.fields}, thought=piece.thought))
+            marks.append(
+                Mark(
+                    start=len(text),
+                    end=end,
+                    fields={"depth": piece.depth, **piece.fields},
+                    thought=piece.thought,
+                )
+            )
             text += piece.text
         else:
             text += piece

@@ -55,14 +55,23 @@ def as_lists(tensors: dict[str, torch.Tensor]) -> dict[str, object]:
     return {name: tensor.tolist() for name, tensor in tensors.items()}
 
 
-def trl_loss(batch: dict[str, torch.Tensor], logprobs: torch.Tensor, *, loss_type: str, clip: tuple[float, float], correction: torch.Tensor | None):
+def trl_loss(
+    batch: dict[str, torch.Tensor],
+    logprobs: torch.Tensor,
+    *,
+    loss_type: str,
+    clip: tuple[float, float],
+    correction: torch.Tensor | None,
+):
     from trl import GRPOTrainer
 
     trainer = object.__new__(GRPOTrainer)
     trainer.__dict__ |= {
         "model": SimpleNamespace(training=True),
         "args": SimpleNamespace(delta=None, steps_per_generation=1),
-        "accelerator": SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x, sync_gradients=True),
+        "accelerator": SimpleNamespace(
+            num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x, sync_gradients=True
+        ),
         "_metrics": {"train": defaultdict(list)},
         "aux_loss_enabled": False,
         "top_entropy_quantile": 1.0,
@@ -103,7 +112,11 @@ def make_trl() -> dict[str, object]:
         for loss_type in ("dapo", "grpo", "dr_grpo"):
             for corrected in (False, True):
                 logprobs = batch["logprobs"].clone().requires_grad_()
-                correction = (batch["old_logprobs"] - batch["rollout_logprobs"]).exp().clamp(max=1.5) if corrected else None
+                correction = (
+                    (batch["old_logprobs"] - batch["rollout_logprobs"]).exp().clamp(max=1.5)
+                    if corrected
+                    else None
+                )
                 loss = trl_loss(batch, logprobs, loss_type=loss_type, clip=clip, correction=correction)
                 cases.append(
                     {
@@ -128,12 +141,19 @@ def make_verl() -> dict[str, object]:
         batch = inputs(seed, with_empty_row=True)
         stored[clip_name] = as_lists(batch)
         log_ratio = batch["old_logprobs"] - batch["rollout_logprobs"]
-        weights, _ = compute_rollout_correction_weights(log_ratio, batch["mask"], rollout_is="token", rollout_is_threshold=1.5)
+        weights, _ = compute_rollout_correction_weights(
+            log_ratio, batch["mask"], rollout_is="token", rollout_is_threshold=1.5
+        )
         for mode in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"):
             for corrected in (False, True):
                 # The dual clip (on by default) is no part of the papers that we follow: set out of reach.
                 config = ActorConfig(
-                    strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio_low=clip[0], clip_ratio_high=clip[1], clip_ratio_c=1e9
+                    strategy="fsdp",
+                    rollout_n=1,
+                    ppo_micro_batch_size_per_gpu=1,
+                    clip_ratio_low=clip[0],
+                    clip_ratio_high=clip[1],
+                    clip_ratio_c=1e9,
                 )
                 logprobs = batch["logprobs"].clone().requires_grad_()
                 loss, metrics = compute_policy_loss_vanilla(
@@ -161,10 +181,19 @@ def make_verl() -> dict[str, object]:
     advantages = {}
     for scale, by_std in (("std", True), ("none", False)):
         values, _ = compute_grpo_outcome_advantage(
-            rewards.reshape(-1, 1).clone(), torch.ones(12, 1), np.repeat(np.arange(3), 4), norm_adv_by_std_in_grpo=by_std
+            rewards.reshape(-1, 1).clone(),
+            torch.ones(12, 1),
+            np.repeat(np.arange(3), 4),
+            norm_adv_by_std_in_grpo=by_std,
         )
         advantages[scale] = values.reshape(3, 4).tolist()
-    return {"version": version("verl"), "inputs": stored, "losses": cases, "rewards": rewards.tolist(), "advantages": advantages}
+    return {
+        "version": version("verl"),
+        "inputs": stored,
+        "losses": cases,
+        "rewards": rewards.tolist(),
+        "advantages": advantages,
+    }
 
 
 if __name__ == "__main__":

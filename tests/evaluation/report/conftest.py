@@ -36,7 +36,9 @@ class Browser:
         self.console()
         self.requests()
         self.driver.get(f"{page.as_uri()}#{at}")
-        self.wait("return !document.getElementById('browser') || /completions of/.test(document.getElementById('status').textContent)")
+        self.wait(
+            "return !document.getElementById('browser') || /completions of/.test(document.getElementById('status').textContent)"
+        )
 
     def draw_figures(self) -> int:
         """Scrolls through all; how many there are."""
@@ -52,7 +54,9 @@ class Browser:
     def wait(self, script: str) -> None:
         from selenium.webdriver.support.ui import WebDriverWait
 
-        WebDriverWait(self.driver, 120, poll_frequency=0.05).until(lambda driver: driver.execute_script(script), message=script)
+        WebDriverWait(self.driver, 120, poll_frequency=0.05).until(
+            lambda driver: driver.execute_script(script), message=script
+        )
 
     def find(self, selector: str) -> Any:
         return self.driver.find_element("css selector", selector)
@@ -70,7 +74,11 @@ class Browser:
     def requests(self) -> list[str]:
         """Addresses that Chromium asked for, besides the file itself and what the page holds."""
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        urls = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+        urls = [
+            event["params"]["request"]["url"]
+            for event in events
+            if event["method"] == "Network.requestWillBeSent"
+        ]
         return [url.partition("#")[0] for url in urls if not url.startswith(("data:", "blob:", "about:"))]
 
 
@@ -82,7 +90,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         if os.environ.get("RPT_REQUIRE_BROWSER"):
             pytest.fail(f"RPT_REQUIRE_BROWSER is set, but {reason}")
         pytest.skip(reason)
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed; it comes with the dev extra")
+    webdriver = pytest.importorskip(
+        "selenium.webdriver", reason="selenium is not installed; it comes with the dev extra"
+    )
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):

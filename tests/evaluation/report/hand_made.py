@@ -11,7 +11,15 @@ from sample_results import FIRST, results
 
 
 def position(name, entropy, reasoning, ntp, **fields):
-    return replace(FIRST, task_id=name, doc_id=name[0], entropy=entropy, reasoning_correct=reasoning, ntp_correct=ntp, **fields)
+    return replace(
+        FIRST,
+        task_id=name,
+        doc_id=name[0],
+        entropy=entropy,
+        reasoning_correct=reasoning,
+        ntp_correct=ntp,
+        **fields,
+    )
 
 
 POLICY = results(

@@ -10,7 +10,24 @@ from pathlib import Path
 from rpt_lightning.metrics.results import PositionResult, Results, write_results
 from rpt_lightning.metrics.rollout_samples import RolloutSample, write_samples
 
-WORDS = ["either", " a", " sum", " wait,", " probably", " the", " root", " of", " =", " x", "\n", " finally", " é", " 4", " ⟨", "+"]
+WORDS = [
+    "either",
+    " a",
+    " sum",
+    " wait,",
+    " probably",
+    " the",
+    " root",
+    " of",
+    " =",
+    " x",
+    "\n",
+    " finally",
+    " é",
+    " 4",
+    " ⟨",
+    "+",
+]
 HOSTILE = (
     "<script>alert(1)</script>",
     "</script><script>window.harmed=1</script>",
@@ -40,18 +57,28 @@ def write_run(
     write_log(folder / "steps.jsonl", num_steps, draw)
     for index, accuracy in enumerate(accuracies):
         step = index * num_steps // max(1, len(accuracies) - 1)
-        write_results(results(accuracy, ntp_accuracy, num_documents, step, seed), folder / "validation" / f"step-{step:06d}.jsonl")
+        write_results(
+            results(accuracy, ntp_accuracy, num_documents, step, seed),
+            folder / "validation" / f"step-{step:06d}.jsonl",
+        )
     for step in sampled_steps:
         share = 0.2 + 0.5 * step / max(1, num_steps)
         texts = HOSTILE if hostile else ()
-        write_samples(samples(num_tasks, group_size, share, step, texts, draw), folder / "rollouts" / f"step-{step:06d}.jsonl")
+        write_samples(
+            samples(num_tasks, group_size, share, step, texts, draw),
+            folder / "rollouts" / f"step-{step:06d}.jsonl",
+        )
 
 
 def write_log(path: Path, num_steps: int, draw: random.Random) -> None:
     lines = []
     for step in range(1, num_steps + 1):
         progress = 1 - math.exp(-step / 25)
-        phases = {"time/rollout_s": draw.uniform(18, 24), "time/train_s": draw.uniform(20, 25), "time/sync_s": draw.uniform(0.4, 0.7)}
+        phases = {
+            "time/rollout_s": draw.uniform(18, 24),
+            "time/train_s": draw.uniform(20, 25),
+            "time/sync_s": draw.uniform(0.4, 0.7),
+        }
         entry = {
             "step": step,
             "time": 1.7e9 + 45 * step,
@@ -100,16 +127,29 @@ def results(accuracy: float, ntp_accuracy: float, num_documents: int, step: int,
     return Results(positions=tuple(positions), policy_path="models/synthetic", step=step)
 
 
-def samples(num_tasks: int, group_size: int, share_right: float, step: int, hostile: tuple[str, ...], draw: random.Random) -> list[RolloutSample]:
+def samples(
+    num_tasks: int,
+    group_size: int,
+    share_right: float,
+    step: int,
+    hostile: tuple[str, ...],
+    draw: random.Random,
+) -> list[RolloutSample]:
     rows = []
     for task in range(num_tasks):
-        context = f"Document {task}. Return the sum of the two roots of the polynomial" + "".join(draw.choices(WORDS, k=40))
+        context = f"Document {task}. Return the sum of the two roots of the polynomial" + "".join(
+            draw.choices(WORDS, k=40)
+        )
         truth = tuple(draw.choices(WORDS, k=6))
         for index in range(group_size):
             kind = "length" if draw.random() < 0.1 else "stop"
             is_right = kind == "stop" and draw.random() < share_right
             prediction = truth[0] if is_right else "?"
-            thought = [hostile[(task + index) % len(hostile)], *draw.choices(WORDS, k=3)] if hostile else draw.choices(WORDS, k=draw.randint(6, 22))
+            thought = (
+                [hostile[(task + index) % len(hostile)], *draw.choices(WORDS, k=3)]
+                if hostile
+                else draw.choices(WORDS, k=draw.randint(6, 22))
+            )
             tokens = [*thought, "</think>", "\\boxed{", prediction, "}"] if kind == "stop" else thought
             completion = "".join(tokens)
             tokens = [*tokens, "<|end|>"] if kind == "stop" else tokens

@@ -31,7 +31,10 @@ def large_page(tmp_path_factory):
     """A small step, then one of 10,000 rollouts."""
     folder = tmp_path_factory.mktemp("large")
     write_run(folder, sampled_steps=(1,))
-    write_samples(samples(1250, 8, 0.4, step=30, hostile=(), draw=random.Random(1)), folder / "rollouts" / "step-000030.jsonl")
+    write_samples(
+        samples(1250, 8, 0.4, step=30, hostile=(), draw=random.Random(1)),
+        folder / "rollouts" / "step-000030.jsonl",
+    )
     report([folder], output=folder / "report.html")
     return folder / "report.html"
 
@@ -55,7 +58,11 @@ def chosen(browser):
 
 
 def outcomes(browser):
-    return set(browser.run("return [...document.querySelectorAll('#task .mark')].map((mark) => mark.textContent.slice(2))"))
+    return set(
+        browser.run(
+            "return [...document.querySelectorAll('#task .mark')].map((mark) => mark.textContent.slice(2))"
+        )
+    )
 
 
 def count(browser, name):
@@ -71,8 +78,12 @@ def test_opens_without_an_error_and_asks_for_nothing(hostile, hostile_page):
 
 def test_the_policy_refuses_scripts_and_requests(hostile):
     """A guard of the guard: what a page must not do shows."""
-    hostile.run("window.refused = []; addEventListener('securitypolicyviolation', (event) => refused.push(event.effectiveDirective))")
-    hostile.run("const harm = document.createElement('script'); harm.textContent = 'window.harmed = 1'; document.body.append(harm)")
+    hostile.run(
+        "window.refused = []; addEventListener('securitypolicyviolation', (event) => refused.push(event.effectiveDirective))"
+    )
+    hostile.run(
+        "const harm = document.createElement('script'); harm.textContent = 'window.harmed = 1'; document.body.append(harm)"
+    )
     hostile.run("document.body.append(Object.assign(new Image(), {src: 'https://example.invalid/x.png'}))")
     hostile.wait("return refused.length === 2")
     assert hostile.run("return refused") == ["script-src-elem", "img-src"]
@@ -93,16 +104,24 @@ def test_what_a_run_recorded_stays_text(hostile):
 
 
 def test_truth_has_its_token_boundaries_and_tokens_their_probability(hostile, hostile_page):
-    rows = [json.loads(line) for line in (hostile_page.parent / "one" / "rollouts" / "step-000001.jsonl").read_text().split("\n") if line]
+    rows = [
+        json.loads(line)
+        for line in (hostile_page.parent / "one" / "rollouts" / "step-000001.jsonl").read_text().split("\n")
+        if line
+    ]
     first = rows[0]
     shown = hostile.run("return [...document.querySelectorAll('.truth')].map((token) => token.textContent)")
     assert shown == [token.replace(" ", "·").replace("\n", "⏎") for token in first["truth"]]
-    tokens = hostile.run("return [...document.querySelector('.completion').querySelectorAll('.tok')].map((t) => [t.textContent, t.className])")
+    tokens = hostile.run(
+        "return [...document.querySelector('.completion').querySelectorAll('.tok')].map((t) => [t.textContent, t.className])"
+    )
     assert [text.replace("⏎", "") for text, _ in tokens] == first["tokens"]
     answer_from = [text for text, _ in tokens].index("\\boxed{")
     assert ["answer" in name for _, name in tokens] == [index >= answer_from for index in range(len(tokens))]
     limits = [-0.10536, -0.69315, -1.60944, -2.99573]  # logarithms of 0.9, 0.5, 0.2 and 0.05
-    assert [name.split()[-1] for _, name in tokens] == [f"p{sum(logprob < limit for limit in limits)}" for logprob in first["logprobs"]]
+    assert [name.split()[-1] for _, name in tokens] == [
+        f"p{sum(logprob < limit for limit in limits)}" for logprob in first["logprobs"]
+    ]
 
 
 def test_filters(hostile):
@@ -134,7 +153,9 @@ def test_keys(hostile):
     hostile.press(Keys.END)
     assert chosen(hostile) == 7
     hostile.press("]")
-    hostile.wait("return document.getElementById('step').value === '21' && /doc-0:/.test(document.querySelector('#task h3').textContent)")
+    hostile.wait(
+        "return document.getElementById('step').value === '21' && /doc-0:/.test(document.querySelector('#task h3').textContent)"
+    )
     hostile.press("[")
     hostile.wait("return document.getElementById('step').value === '1'")
     hostile.press("w")
@@ -142,7 +163,10 @@ def test_keys(hostile):
     hostile.press("t")
     assert outcomes(hostile) == {"truncated"}
     hostile.press("a", "/", "j", Keys.ESCAPE)  # a letter in the search field is only a letter
-    assert hostile.run("return [document.getElementById('find').value, document.activeElement.id]") == ["j", "list"]
+    assert hostile.run("return [document.getElementById('find').value, document.activeElement.id]") == [
+        "j",
+        "list",
+    ]
     assert hostile.run("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
     hostile.press(Keys.ENTER)
     assert hostile.run("return document.activeElement.id") == "task"
@@ -163,7 +187,12 @@ def test_every_control_has_a_name_and_can_be_reached(hostile):
     nameless = """return [...document.querySelectorAll('button, input, select, [tabindex="0"], [role=img]')]
         .filter((one) => !(one.getAttribute('aria-label') || one.textContent.trim() || one.labels?.[0]?.textContent.trim())).map((one) => one.outerHTML)"""
     assert hostile.run(nameless) == []
-    assert hostile.run('return document.querySelectorAll(\'[tabindex]:not([tabindex="0"]):not([tabindex="-1"])\').length') == 0
+    assert (
+        hostile.run(
+            'return document.querySelectorAll(\'[tabindex]:not([tabindex="0"]):not([tabindex="-1"])\').length'
+        )
+        == 0
+    )
 
 
 def test_runs_can_be_hidden_and_chosen(hostile):
@@ -173,14 +202,18 @@ def test_runs_can_be_hidden_and_chosen(hostile):
     before = hostile.run(shown)
     hostile.find("[data-run-toggle='1']").click()
     hostile.wait(f"return (() => {{ {shown} }})() < {before}")
-    hostile.run("const run = document.getElementById('run'); run.value = 1; run.dispatchEvent(new Event('change'))")
+    hostile.run(
+        "const run = document.getElementById('run'); run.value = 1; run.dispatchEvent(new Event('change'))"
+    )
     hostile.wait("return /4 completions of 1 tasks/.test(document.getElementById('status').textContent)")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_light_and_dark_keep_their_contrast(hostile_page, browser, scheme):
     """WCAG 2's 4.5 between text and what is behind it, for every kind of text, as the browser computes the colours."""
-    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    browser.driver.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
     try:
         browser.open(hostile_page)
         assert browser.run("return document.documentElement.dataset.theme") == scheme
@@ -214,12 +247,17 @@ return texts.map((one) => {
 
 
 def test_a_phone_shows_it_without_scrolling_sideways(hostile_page, browser):
-    browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True})
+    browser.driver.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True},
+    )
     try:
         browser.open(hostile_page)
         browser.draw_figures()
         assert browser.run("return document.documentElement.scrollWidth") == 390
-        assert browser.run("return [...document.querySelectorAll('.chart')].every((chart) => chart.getBoundingClientRect().right <= 390)")
+        assert browser.run(
+            "return [...document.querySelectorAll('.chart')].every((chart) => chart.getBoundingClientRect().right <= 390)"
+        )
     finally:
         browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
@@ -233,7 +271,9 @@ def test_ten_thousand_rollouts_are_never_in_the_page_at_once(large):
     assert large.text("#status") == "32 completions of 8 tasks."
     large.find("#list").click()
     large.press("]")
-    large.wait("return document.getElementById('status').textContent === '10,000 completions of 1,250 tasks.'")
+    large.wait(
+        "return document.getElementById('status').textContent === '10,000 completions of 1,250 tasks.'"
+    )
     assert count(large, "all") == 10_000
     assert elements() < MAX_ELEMENTS
     large.press(Keys.END)
@@ -245,7 +285,9 @@ def test_ten_thousand_rollouts_are_never_in_the_page_at_once(large):
     assert 0 < count(large, "right") < 10_000
     assert elements() < MAX_ELEMENTS
     large.run("document.getElementById('list').scrollTop = 20000")
-    large.wait("return [...document.querySelectorAll('.row')].some((row) => Number(row.dataset.position) > 340)")
+    large.wait(
+        "return [...document.querySelectorAll('.row')].some((row) => Number(row.dataset.position) > 340)"
+    )
     assert elements() < MAX_ELEMENTS
     assert large.console() == []
 
@@ -256,18 +298,31 @@ def odd_page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("odd")
     write_run(folder, num_tasks=1, sampled_steps=(1, 2))
     first, second = (folder / "rollouts" / f"step-{step:06d}.jsonl" for step in (1, 2))
-    long = replace(read_samples(first)[0], tokens=("x ",) * 2500, logprobs=(-0.01,) * 2500, thought="", completion="x " * 2500)
+    long = replace(
+        read_samples(first)[0],
+        tokens=("x ",) * 2500,
+        logprobs=(-0.01,) * 2500,
+        thought="",
+        completion="x " * 2500,
+    )
     write_samples([long] * 20, first)
     rows = [json.loads(line) for line in second.read_text().split("\n") if line]
     later = ("tokens", "logprobs", "entropy")
-    second.write_text("".join(json.dumps({name: value for name, value in row.items() if name not in later}) + "\n" for row in rows))
+    second.write_text(
+        "".join(
+            json.dumps({name: value for name, value in row.items() if name not in later}) + "\n"
+            for row in rows
+        )
+    )
     report([folder], output=folder / "report.html")
     return folder / "report.html"
 
 
 def test_a_long_completion_is_shown_in_parts(odd_page, browser):
     browser.open(odd_page)
-    assert browser.run("return [document.querySelectorAll('.completion').length, document.querySelectorAll('.said .tok').length]") == [16, 6400]
+    assert browser.run(
+        "return [document.querySelectorAll('.completion').length, document.querySelectorAll('.said .tok').length]"
+    ) == [16, 6400]
     assert browser.text(".said .more") == "Show 2,100 more tokens"
     browser.find(".said .more").click()
     assert browser.run("return document.querySelector('.said').querySelectorAll('.tok').length") == 2400
@@ -281,7 +336,14 @@ def test_files_of_an_earlier_version_are_shown_and_named(odd_page, browser):
     browser.find("#list").click()
     browser.press("]")
     browser.wait("return document.querySelectorAll('.completion').length === 4")
-    assert "Recorded by an earlier version, without tokens and their probabilities." in browser.text("#status")
-    written = [sample.completion for sample in read_samples(odd_page.parent / "rollouts" / "step-000002.jsonl")]
-    assert browser.run("return [...document.querySelectorAll('.said')].map((said) => said.textContent)") == written
+    assert "Recorded by an earlier version, without tokens and their probabilities." in browser.text(
+        "#status"
+    )
+    written = [
+        sample.completion for sample in read_samples(odd_page.parent / "rollouts" / "step-000002.jsonl")
+    ]
+    assert (
+        browser.run("return [...document.querySelectorAll('.said')].map((said) => said.textContent)")
+        == written
+    )
     assert browser.console() == []

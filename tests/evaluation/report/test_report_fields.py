@@ -12,7 +12,15 @@ from sample_results import results
 
 def validated(name, *rows):
     return run(
-        name, validations=[results(*(position(f"{chr(97 + k)}{k}", 1.0, right, ntp, fields=known) for k, (right, ntp, known) in enumerate(rows)))]
+        name,
+        validations=[
+            results(
+                *(
+                    position(f"{chr(97 + k)}{k}", 1.0, right, ntp, fields=known)
+                    for k, (right, ntp, known) in enumerate(rows)
+                )
+            )
+        ],
     )
 
 
@@ -37,7 +45,9 @@ def test_a_table_a_field_with_a_row_a_value():
 
 def field_figures(*runs):
     return [
-        figure for figure in all_figures(runs, {one.name: {} for one in runs}) if "Accuracy by " in figure.title and "difficulty" not in figure.title
+        figure
+        for figure in all_figures(runs, {one.name: {} for one in runs})
+        if "Accuracy by " in figure.title and "difficulty" not in figure.title
     ]
 
 

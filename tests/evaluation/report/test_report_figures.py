@@ -27,12 +27,22 @@ def traces(figure):
 def logged(**metrics):
     """A run whose metric ``a__b`` takes the given values from step 1 on."""
     number = len(next(iter(metrics.values())))
-    return run("<i>r</i>", steps={step + 1: {name.replace("__", "/"): values[step] for name, values in metrics.items()} for step in range(number)})
+    return run(
+        "<i>r</i>",
+        steps={
+            step + 1: {name.replace("__", "/"): values[step] for name, values in metrics.items()}
+            for step in range(number)
+        },
+    )
 
 
 def test_bars_have_heights_intervals_and_counts():
     reasoning, ntp = traces(accuracy_bars([run("one", validations=[POLICY])]))
-    assert reasoning["x"] == ["easy<br>&gt; 0.5 nats<br>n = 4", "medium<br>&gt; 1.0 nats<br>n = 3", "hard<br>&gt; 1.5 nats<br>n = 2"]
+    assert reasoning["x"] == [
+        "easy<br>&gt; 0.5 nats<br>n = 4",
+        "medium<br>&gt; 1.0 nats<br>n = 3",
+        "hard<br>&gt; 1.5 nats<br>n = 2",
+    ]
     assert reasoning["y"] == [66.667, 50.0, 0.0]
     assert ntp["y"] == [75.0, 66.667, 100.0]
     low, high = wilson_interval(3, 4)
@@ -60,7 +70,12 @@ def test_few_steps_are_points_and_many_have_a_running_mean():
     (few,) = (figure for figure in all_figures([logged(reward__mean=[0.25, 0.5])], {"<i>r</i>": {}}))
     assert traces(few)[0]["y"] == [0.25, 0.5]
     assert few.spec["layout"]["xaxis"]["tickvals"] == [1, 2]
-    (many,) = (figure for figure in all_figures([logged(reward__mean=[float(step) for step in range(20)])], {"<i>r</i>": {}}))
+    (many,) = (
+        figure
+        for figure in all_figures(
+            [logged(reward__mean=[float(step) for step in range(20)])], {"<i>r</i>": {}}
+        )
+    )
     faint, mean = traces(many)
     assert faint["y"][-1] == 19.0
     assert (mean["x"][0], mean["y"][0], mean["x"][-1], mean["y"][-1]) == (10, 4.5, 20, 14.5)
@@ -82,14 +97,31 @@ def test_all_equal_groups_are_those_that_are_not_live():
 
 def test_log_prob_differences_of_an_exact_engine_have_no_figure():
     assert logprob_difference([logged(sync__logprob_diff_mean=[0.0], sync__logprob_diff_max=[0.0])]) is None
-    mean, largest = traces(logprob_difference([logged(sync__logprob_diff_mean=[0.001], sync__logprob_diff_max=[0.5])]))
-    assert (mean["y"], mean["line"]["dash"], largest["y"], largest["line"]["dash"]) == ([0.001], "solid", [0.5], "dot")
+    mean, largest = traces(
+        logprob_difference([logged(sync__logprob_diff_mean=[0.001], sync__logprob_diff_max=[0.5])])
+    )
+    assert (mean["y"], mean["line"]["dash"], largest["y"], largest["line"]["dash"]) == (
+        [0.001],
+        "solid",
+        [0.5],
+        "dot",
+    )
 
 
 def test_phases_add_up_to_the_step():
-    one = logged(time__step_s=[10.0, 8.0], time__rollout_s=[4.0, 3.0], time__train_s=[5.0, 4.5], time__sync_s=[0.5, 0.5])
+    one = logged(
+        time__step_s=[10.0, 8.0],
+        time__rollout_s=[4.0, 3.0],
+        time__train_s=[5.0, 4.5],
+        time__sync_s=[0.5, 0.5],
+    )
     phases = {trace["name"]: trace["y"] for trace in traces(time_by_phase([one], 0))}
-    assert phases == {"rollout": [4.0, 3.0], "training": [5.0, 4.5], "weights to engine": [0.5, 0.5], "other": [0.5, 0.0]}
+    assert phases == {
+        "rollout": [4.0, 3.0],
+        "training": [5.0, 4.5],
+        "weights to engine": [0.5, 0.5],
+        "other": [0.5, 0.0],
+    }
     assert time_by_phase([logged(reward__mean=[1.0])], 0) is None
 
 
@@ -107,7 +139,9 @@ def test_accuracy_by_step_needs_two_validations_for_scaling():
 
 def test_runs_keep_their_colour_everywhere():
     runs = [run("one", validations=[POLICY]), run("two", validations=[POLICY])]
-    assert {trace["line"]["color"] for trace in traces(heldout_curve(runs)) if trace["meta"] == {"run": 1}} == {colour(1)}
+    assert {
+        trace["line"]["color"] for trace in traces(heldout_curve(runs)) if trace["meta"] == {"run": 1}
+    } == {colour(1)}
     assert colour(0) != colour(1)
 
 

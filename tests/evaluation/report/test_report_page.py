@@ -75,7 +75,10 @@ def test_only_our_scripts_may_run(page):
     ours = [text for attributes, text in parsed.scripts if "type" not in attributes]
     assert len(ours) == 1
     hashes = re.findall(r"'sha256-([^']+)'", parsed.policy)
-    assert hashes == [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (ours[0], get_plotlyjs())]
+    assert hashes == [
+        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        for text in (ours[0], get_plotlyjs())
+    ]
     types = {attributes.get("type") for attributes, _ in parsed.scripts}
     assert types == {None, "application/json", "text/plain"}
 
@@ -83,14 +86,19 @@ def test_only_our_scripts_may_run(page):
 def test_scripts_set_text_only(page):
     _, parsed = page
     (ours,) = [text for attributes, text in parsed.scripts if "type" not in attributes]
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|fetch\(|XMLHttpRequest|import\(", ours)
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|fetch\(|XMLHttpRequest|import\(",
+        ours,
+    )
 
 
 def test_names_are_text(page):
     text, parsed = page
     assert "<img" not in text
     assert "run &lt;img onerror=alert(1)&gt; &amp; {{ 7*7 }}" in text
-    (index,) = [json.loads(script) for attributes, script in parsed.scripts if attributes.get("id") == "index"]
+    (index,) = [
+        json.loads(script) for attributes, script in parsed.scripts if attributes.get("id") == "index"
+    ]
     assert index["runs"] == ["run <img onerror=alert(1)> & {{ 7*7 }}"]
 
 
@@ -118,7 +126,12 @@ def test_a_run_with_nothing_but_a_log_says_what_is_missing(tmp_path):
         (tmp_path / "run" / folder).rename(tmp_path / folder)
     report([tmp_path / "run"], output=tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
-    for missing in ("this run was never validated", "No run was validated", "needs validations at two steps", "No run recorded rollouts"):
+    for missing in (
+        "this run was never validated",
+        "No run was validated",
+        "needs validations at two steps",
+        "No run recorded rollouts",
+    ):
         assert missing in text
 
 
@@ -131,10 +144,16 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert "2 runs" in capsys.readouterr().out
     assert (tmp_path / "out.html").is_file()
     assert cli.main(["report", "a", "nowhere"]) == 1
-    assert capsys.readouterr().err == "rpt: error: nowhere: no such run folder. Give what `trainer.default_root_dir` was.\n"
+    assert (
+        capsys.readouterr().err
+        == "rpt: error: nowhere: no such run folder. Give what `trainer.default_root_dir` was.\n"
+    )
     with pytest.raises(SystemExit):
         cli.main(["report"])
-    assert capsys.readouterr().err == "rpt: error: the following arguments are required: runs\nWhat can be set: rpt report --help\n"
+    assert (
+        capsys.readouterr().err
+        == "rpt: error: the following arguments are required: runs\nWhat can be set: rpt report --help\n"
+    )
 
 
 @pytest.mark.long
@@ -144,11 +163,28 @@ def test_a_wheel_carries_the_page(tmp_path):
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "src" / "rpt_lightning", source / "src" / "rpt_lightning", ignore=shutil.ignore_patterns("__pycache__"))
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)]
+    shutil.copytree(
+        ROOT / "src" / "rpt_lightning",
+        source / "src" / "rpt_lightning",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(tmp_path),
+        str(source),
+    ]
     done = subprocess.run(build, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
-    held = {name.rpartition("/")[2] for name in zipfile.ZipFile(wheel).namelist() if "evaluation/report/" in name}
+    held = {
+        name.rpartition("/")[2] for name in zipfile.ZipFile(wheel).namelist() if "evaluation/report/" in name
+    }
     assert {"template.html", "style.css", "rollouts.js"} <= held
     assert {path.name for path in (source / "src/rpt_lightning/evaluation/report").iterdir()} == held

@@ -11,7 +11,14 @@ import pytest
 from hand_made import POLICY, position, run, shares
 
 from rpt_lightning.evaluation.report.accuracy import accuracy_points, reasoning_minus_ntp
-from rpt_lightning.evaluation.report.rollout_data import IMPOSSIBLE, compress_json, num_thought_tokens, outcome, spread, step_data
+from rpt_lightning.evaluation.report.rollout_data import (
+    IMPOSSIBLE,
+    compress_json,
+    num_thought_tokens,
+    outcome,
+    spread,
+    step_data,
+)
 from rpt_lightning.evaluation.report.tables import difficulty_table, pattern_tables, run_table
 from rpt_lightning.evaluation.table import Rate
 from rpt_lightning.metrics.rollout_samples import RolloutSample
@@ -37,7 +44,12 @@ def test_bands_are_nested_and_unmeasured_positions_count_for_ntp_only():
 
 def test_the_difference_is_of_positions_where_both_were_measured():
     difference = reasoning_minus_ntp(POLICY)
-    assert (difference.first, difference.second, difference.num_positions, difference.num_units) == (2 / 3, 2 / 3, 3, 2)
+    assert (difference.first, difference.second, difference.num_positions, difference.num_units) == (
+        2 / 3,
+        2 / 3,
+        3,
+        2,
+    )
     assert reasoning_minus_ntp(POLICY, "hard").difference == -1.0
     assert reasoning_minus_ntp(results(position("b2", 2.0, None, True))) is None
 
@@ -115,7 +127,9 @@ def test_a_log_prob_that_is_not_finite_is_as_good_as_impossible():
 
 
 def test_rollouts_are_grouped_by_task_and_survive_the_packing():
-    old = replace(SAMPLE, task_id="b:1", tokens=None, logprobs=None, entropy=None, prediction=None, reward=0.0)
+    old = replace(
+        SAMPLE, task_id="b:1", tokens=None, logprobs=None, entropy=None, prediction=None, reward=0.0
+    )
     data = step_data([SAMPLE, replace(SAMPLE, reward=0.0), old])
     assert [(task["id"], len(task["r"])) for task in data["tasks"]] == [("a:3", 2), ("b:1", 1)]
     packed = compress_json(data)
@@ -128,4 +142,6 @@ def test_rollouts_are_grouped_by_task_and_survive_the_packing():
             {"o": 1, "p": " 4", "w": 0.0, "v": 3, "k": ["hm", "</think>", "\\boxed{", " 4}", "<end>"], "l": [50, 0, 1, 200, 0], "n": 2},
         ],
     }  # fmt: skip
-    assert unpacked["tasks"][1]["r"] == [{"o": 1, "p": None, "w": 0.0, "v": 3, "h": "hm</think>", "a": "\\boxed{ 4}"}]
+    assert unpacked["tasks"][1]["r"] == [
+        {"o": 1, "p": None, "w": 0.0, "v": 3, "h": "hm</think>", "a": "\\boxed{ 4}"}
+    ]

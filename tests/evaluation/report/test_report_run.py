@@ -7,7 +7,9 @@ from rpt_lightning.evaluation.run import read_runs
 
 
 def test_a_run_is_read_by_step(tmp_path):
-    write_run(tmp_path / "run", num_steps=30, sampled_steps=(1, 21), accuracies=(0.2, 0.3, 0.4), num_documents=2)
+    write_run(
+        tmp_path / "run", num_steps=30, sampled_steps=(1, 21), accuracies=(0.2, 0.3, 0.4), num_documents=2
+    )
     (run,) = read_runs([tmp_path / "run"])
     assert run.name == "run"
     assert list(run.steps) == list(range(1, 31))
@@ -26,7 +28,9 @@ def test_any_part_alone_is_a_run(tmp_path):
             if path.name != part:
                 path.rename(tmp_path / part / path.name)
         (run,) = read_runs([tmp_path / part / "run"])
-        assert [bool(run.steps), bool(run.validations), bool(run.rollouts)] == [part == name for name in ("steps.jsonl", "validation", "rollouts")]
+        assert [bool(run.steps), bool(run.validations), bool(run.rollouts)] == [
+            part == name for name in ("steps.jsonl", "validation", "rollouts")
+        ]
     assert read_runs([tmp_path / "rollouts" / "run"])[0].last_validation is None
 
 

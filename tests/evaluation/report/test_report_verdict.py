@@ -46,10 +46,28 @@ def alternating(document):
 @pytest.mark.parametrize(
     ("reasoning", "ntp", "tone", "words", "numbers"),
     [
-        (3, 2, "gain", "Reasoning beats", "by reasoning 60.0 % [53.1, 66.5] 120/200, by NTP 40.0 % [33.5, 46.9] 80/200 at the same positions"),
-        (2, 3, "loss", "Reasoning does not beat next-token prediction: it is worse", "Difference -20.0 points [-20.0, -20.0]"),
+        (
+            3,
+            2,
+            "gain",
+            "Reasoning beats",
+            "by reasoning 60.0 % [53.1, 66.5] 120/200, by NTP 40.0 % [33.5, 46.9] 80/200 at the same positions",
+        ),
+        (
+            2,
+            3,
+            "loss",
+            "Reasoning does not beat next-token prediction: it is worse",
+            "Difference -20.0 points [-20.0, -20.0]",
+        ),
         (2, 2, "undecided", "Reasoning is not shown to beat", "Difference +0.0 points [+0.0, +0.0]"),
-        (alternating, 2, "undecided", "the interval of the difference contains 0", "paired bootstrap over 40 documents"),
+        (
+            alternating,
+            2,
+            "undecided",
+            "the interval of the difference contains 0",
+            "paired bootstrap over 40 documents",
+        ),
     ],
 )
 def test_reasoning_against_ntp(reasoning, ntp, tone, words, numbers):
@@ -64,7 +82,9 @@ def test_too_few_positions_are_not_judged(num_documents):
     """Even where reasoning is right everywhere and NTP nowhere."""
     (statement,) = verdicts([run(results(5, 0, num_documents=num_documents))])["run"]
     assert statement.tone == "unknown"
-    assert statement.headline.startswith("Too few positions to say whether reasoning beats next-token prediction")
+    assert statement.headline.startswith(
+        "Too few positions to say whether reasoning beats next-token prediction"
+    )
     assert "100.0 %" in statement.numbers
     assert f"{MIN_POSITIONS} positions of {MIN_DOCUMENTS} documents" in statement.numbers
 
@@ -80,16 +100,25 @@ def test_what_was_not_measured_is_not_judged():
 def test_the_thought_against_an_empty_one():
     _, thought = verdicts([run(results(3, 3, empty_thought_correct=False))])["run"]
     assert thought.tone == "gain"
-    assert "With the thought 60.0 % [53.1, 66.5] 120/200, with an empty one 0.0 % [0.0, 1.9] 0/200." in thought.numbers
+    assert (
+        "With the thought 60.0 % [53.1, 66.5] 120/200, with an empty one 0.0 % [0.0, 1.9] 0/200."
+        in thought.numbers
+    )
     _, thought = verdicts([run(results(3, 3, empty_thought_correct=True))])["run"]
-    assert (thought.tone, thought.headline) == ("loss", "The thought harms: behind an empty one the same weights answer better.")
+    assert (thought.tone, thought.headline) == (
+        "loss",
+        "The thought harms: behind an empty one the same weights answer better.",
+    )
 
 
 def test_what_training_changed():
     _, rose = verdicts([run(results(1, 2), results(2, 2, step=30), results(3, 2, step=50))])["run"]
     assert (rose.tone, rose.headline) == ("gain", "From step 0 to step 50 reasoning accuracy rose.")
     assert "At step 0 by reasoning 20.0 %" in rose.numbers
-    assert "Without reasoning, at the same positions: 40.0 % [33.5, 46.9] 80/200 at step 0, 40.0 %" in rose.numbers
+    assert (
+        "Without reasoning, at the same positions: 40.0 % [33.5, 46.9] 80/200 at step 0, 40.0 %"
+        in rose.numbers
+    )
     _, fell = verdicts([run(results(3, 2), results(1, 2, step=50))])["run"]
     assert fell.tone == "loss"
     _, one_validation = verdicts([run(results(3, 2, step=50), rewards=[0.1] * 30)])["run"]
@@ -110,9 +139,14 @@ def test_other_runs_are_held_against_the_first():
     # The same by NTP: what was a gain was one of the way of answering.
     *_, own, without = verdicts([run(results(1, 4), name="rpt"), ntp])["ntp"]
     assert (own.tone, without.tone) == ("gain", "undecided")
-    assert len(verdicts([ntp, run(results(None, 4), name="other")])["other"]) == 2  # of its own, and one by NTP
+    assert (
+        len(verdicts([ntp, run(results(None, 4), name="other")])["other"]) == 2
+    )  # of its own, and one by NTP
     other = verdicts([rpt, run(results(3, 1, num_documents=39), name="other")])["other"][-1]
-    assert (other.tone, other.headline) == ("unknown", "It cannot be said whether other by NTP is better than rpt by NTP: the positions differ.")
+    assert (other.tone, other.headline) == (
+        "unknown",
+        "It cannot be said whether other by NTP is better than rpt by NTP: the positions differ.",
+    )
     assert "Validate both with the same task folder" in other.numbers
     assert "never validated" in verdicts([rpt, run(name="other")])["other"][-1].headline
 
@@ -124,6 +158,9 @@ def test_answers_to_questions_are_not_passed_over():
 
 
 def test_reward_of_first_and_last_steps():
-    assert reward_ends(run(rewards=[0.0] * 10 + [0.5] * 5 + [1.0] * 10)) == "0.000 in the first 10 steps, 1.000 in the last 10"
+    assert (
+        reward_ends(run(rewards=[0.0] * 10 + [0.5] * 5 + [1.0] * 10))
+        == "0.000 in the first 10 steps, 1.000 in the last 10"
+    )
     assert reward_ends(run(rewards=[0.25, 0.75])) == "0.500 in the first 2 steps, 0.500 in the last 2"
     assert reward_ends(run()) == "not logged"

@@ -57,7 +57,11 @@ def reasoning_minus_empty_thought(results: Results) -> Difference | None:
 
 
 def _paired(positions: Sequence[PositionResult], without: str) -> Difference | None:
-    pairs = [(getattr(p, without), p.reasoning_correct, p.doc_id) for p in positions if None not in (getattr(p, without), p.reasoning_correct)]
+    pairs = [
+        (getattr(p, without), p.reasoning_correct, p.doc_id)
+        for p in positions
+        if None not in (getattr(p, without), p.reasoning_correct)
+    ]
     if not pairs:
         return None
     first, second, documents = zip(*pairs, strict=True)

@@ -27,7 +27,9 @@ def report(runs: list[Path], *, output: Path = Path("report.html"), rollout_step
         rollout_steps: Of each run, how many of the steps with recorded rollouts the page holds in full, evenly spread; 2 or more.
     """
     if rollout_steps < 2:
-        raise ValueError(f"rollout_steps={rollout_steps}: give 2 (the first and the last recorded step) or more")
+        raise ValueError(
+            f"rollout_steps={rollout_steps}: give 2 (the first and the last recorded step) or more"
+        )
     read = read_runs([Path(run) for run in runs])
     patterns: dict[str, PatternsByStep] = {}
     blocks: list[RolloutBlock] = []
@@ -46,7 +48,9 @@ def report(runs: list[Path], *, output: Path = Path("report.html"), rollout_step
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(render(page), encoding="utf-8", newline="\n")
-    print(f"{output}: {output.stat().st_size / 1e6:.1f} MB, {len(read)} {'run' if len(read) == 1 else 'runs'}. Open it in a browser.")
+    print(
+        f"{output}: {output.stat().st_size / 1e6:.1f} MB, {len(read)} {'run' if len(read) == 1 else 'runs'}. Open it in a browser."
+    )
 
 
 def _rollouts(run: Run, number: int, rollout_steps: int, patterns: PatternsByStep) -> Iterator[RolloutBlock]:
@@ -54,7 +58,15 @@ def _rollouts(run: Run, number: int, rollout_steps: int, patterns: PatternsBySte
     held = spread(list(run.rollouts), rollout_steps)
     for step, path in run.rollouts.items():
         samples = read_samples(path)
-        patterns[step] = pattern_shares((sample.completion for sample in samples), tasks=(sample.task_id for sample in samples))
+        patterns[step] = pattern_shares(
+            (sample.completion for sample in samples), tasks=(sample.task_id for sample in samples)
+        )
         if step in held:
             has_tokens = all(sample.tokens is not None for sample in samples)
-            yield RolloutBlock(run=number, step=step, num_rollouts=len(samples), has_tokens=has_tokens, data=compress_json(step_data(samples)))
+            yield RolloutBlock(
+                run=number,
+                step=step,
+                num_rollouts=len(samples),
+                has_tokens=has_tokens,
+                data=compress_json(step_data(samples)),
+            )

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rpt_lightning.evaluation.report.plot import Figure, colour, escape, finish, line, new_figure, percent, symbol_of
+from rpt_lightning.evaluation.report.plot import (
+    Figure,
+    colour,
+    escape,
+    finish,
+    line,
+    new_figure,
+    percent,
+    symbol_of,
+)
 from rpt_lightning.evaluation.run import Run
 from rpt_lightning.evaluation.table import Rate
 from rpt_lightning.metrics.field_groups import MAX_VALUES, field_names, field_value, is_numeric, value_labels
@@ -13,12 +22,18 @@ from rpt_lightning.metrics.results import PositionResult
 
 def field_curves(runs: Sequence[Run]) -> list[Figure]:
     """One figure for each field whose values are numbers, at the last validation of each run."""
-    positions = [position for run in runs if run.last_validation for position in run.last_validation.positions]
-    return [_field_curve(name, runs, positions) for name in field_names(positions) if is_numeric(positions, name)]
+    positions = [
+        position for run in runs if run.last_validation for position in run.last_validation.positions
+    ]
+    return [
+        _field_curve(name, runs, positions) for name in field_names(positions) if is_numeric(positions, name)
+    ]
 
 
 def _field_curve(name: str, runs: Sequence[Run], positions: Sequence[PositionResult]) -> Figure:
-    labels = value_labels(value for position in positions if (value := field_value(position, name)) is not None)
+    labels = value_labels(
+        value for position in positions if (value := field_value(position, name)) is not None
+    )
     has_ranges = len(labels) > MAX_VALUES
     # A value stands at its place on the axis; ranges stand side by side.
     places = {label: label if has_ranges else value for value, label in labels.items()}
@@ -29,12 +44,23 @@ def _field_curve(name: str, runs: Sequence[Run], positions: Sequence[PositionRes
             if (value := field_value(position, name)) is not None:
                 groups[labels[value]].append(position)
         for mode, dash in (("reasoning", "solid"), ("NTP", "dash")):
-            outcomes = {label: [p.reasoning_correct if mode == "reasoning" else p.ntp_correct for p in members] for label, members in groups.items()}
+            outcomes = {
+                label: [p.reasoning_correct if mode == "reasoning" else p.ntp_correct for p in members]
+                for label, members in groups.items()
+            }
             rates = {label: rate for label, of in outcomes.items() if (rate := Rate.of(of)).count}
             if rates:
                 symbol = symbol_of(number) if mode == "reasoning" else f"{symbol_of(number)}-open"
                 x = [places[label] for label in rates]
-                trace = line(x, [], name=f"{run.name}, {mode}", run=number, dash=dash, shade=colour(number), symbol=symbol)
+                trace = line(
+                    x,
+                    [],
+                    name=f"{run.name}, {mode}",
+                    run=number,
+                    dash=dash,
+                    shade=colour(number),
+                    symbol=symbol,
+                )
                 traces.append(trace.update(percent(list(rates.values()))))
     figure = new_figure(traces, escape(name), "held-out next-token accuracy, %")
     figure.update_layout(showlegend=True)

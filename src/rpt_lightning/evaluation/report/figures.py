@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rpt_lightning.evaluation.patterns import PATTERNS
-from rpt_lightning.evaluation.report.accuracy import ALL, THRESHOLDS, AccuracyPoint, accuracy_point, accuracy_points
+from rpt_lightning.evaluation.report.accuracy import (
+    ALL,
+    THRESHOLDS,
+    AccuracyPoint,
+    accuracy_point,
+    accuracy_points,
+)
 from rpt_lightning.evaluation.report.field_figures import field_curves
 from rpt_lightning.evaluation.report.plot import (
     COLOURS,
@@ -36,7 +42,9 @@ if TYPE_CHECKING:
 _PHASES = {"rollout": "time/rollout_s", "training": "time/train_s", "weights to engine": "time/sync_s"}
 
 
-def all_figures(runs: Sequence[Run], patterns: Mapping[str, Mapping[int, Mapping[str, Rate]]]) -> list[Figure]:
+def all_figures(
+    runs: Sequence[Run], patterns: Mapping[str, Mapping[int, Mapping[str, Rate]]]
+) -> list[Figure]:
     """Those for which the runs hold data."""
     figures = [
         accuracy_bars(runs),
@@ -59,12 +67,18 @@ def accuracy_bars(runs: Sequence[Run]) -> Figure | None:
     """Each run's last validation: a bar by reasoning and a hatched one by NTP, at the same positions."""
     import plotly.graph_objects as go
 
-    validated = [(number, run.name, run.last_validation) for number, run in enumerate(runs) if run.last_validation]
-    bands = [band for band in BANDS if any(accuracy_point(results, band).ntp.count for _, _, results in validated)]
+    validated = [
+        (number, run.name, run.last_validation) for number, run in enumerate(runs) if run.last_validation
+    ]
+    bands = [
+        band for band in BANDS if any(accuracy_point(results, band).ntp.count for _, _, results in validated)
+    ]
     labels = []
     for band in bands:
         counts = sorted({accuracy_point(results, band).ntp.count for _, _, results in validated})
-        labels.append(f"{band}<br>&gt; {BANDS[band]} nats<br>n = {' or '.join(f'{count:,}' for count in counts)}")
+        labels.append(
+            f"{band}<br>&gt; {BANDS[band]} nats<br>n = {' or '.join(f'{count:,}' for count in counts)}"
+        )
     traces = []
     for number, name, results in validated:
         points = [accuracy_point(results, band) for band in bands]
@@ -72,7 +86,11 @@ def accuracy_bars(runs: Sequence[Run]) -> Figure | None:
             rates = [point.reasoning if mode == "reasoning" else point.ntp for point in points]
             if not any(rate.count for rate in rates):
                 continue
-            hatch = {"shape": "/", "fillmode": "overlay", "fgcolor": colour(number), "size": 6} if mode == "NTP" else {"shape": ""}
+            hatch = (
+                {"shape": "/", "fillmode": "overlay", "fgcolor": colour(number), "size": 6}
+                if mode == "NTP"
+                else {"shape": ""}
+            )
             traces.append(
                 go.Bar(
                     x=labels,
@@ -102,11 +120,22 @@ def heldout_curve(runs: Sequence[Run]) -> Figure | None:
     """Accuracy over all held-out positions by step; NTP dashed."""
     traces = []
     for number, run in enumerate(runs):
-        traces += _accuracy_traces(accuracy_points(run.validations, ALL), name=run.name, colour=colour(number), symbol=symbol_of(number), run=number)
+        traces += _accuracy_traces(
+            accuracy_points(run.validations, ALL),
+            name=run.name,
+            colour=colour(number),
+            symbol=symbol_of(number),
+            run=number,
+        )
     if not traces:
         return None
     figure = new_figure(traces, "optimizer step", "accuracy, %")
-    return finish(figure, "training", "Held-out accuracy", "All positions. Line: by reasoning. Dashed: NTP. Bars: 95 % intervals.")
+    return finish(
+        figure,
+        "training",
+        "Held-out accuracy",
+        "All positions. Line: by reasoning. Dashed: NTP. Bars: 95 % intervals.",
+    )
 
 
 def scaling(run: Run) -> Figure | None:
@@ -119,7 +148,13 @@ def scaling(run: Run) -> Figure | None:
     for number, band in enumerate(BANDS):
         points = accuracy_points(run.validations, band)
         if len(points) >= 2:
-            traces += _accuracy_traces(points, name=f"{band} (> {THRESHOLDS[band]} nats)", colour=colour(number), symbol=symbol_of(number), run=None)
+            traces += _accuracy_traces(
+                points,
+                name=f"{band} (> {THRESHOLDS[band]} nats)",
+                colour=colour(number),
+                symbol=symbol_of(number),
+                run=None,
+            )
     if not traces:
         return None
     figure = new_figure(traces, "optimizer step", "held-out accuracy, %")
@@ -133,10 +168,27 @@ def _fitted_scaling(run: Run, curves: Sequence[ScalingCurve]) -> Figure:
     for number, curve in enumerate(curves):
         style: dict[str, Any] = {"run": None, "shade": colour(number)}
         law, accuracy = curve.points()
-        traces.append(line(law, [100 * value for value in accuracy], name=f"{curve.band}, law", **style).update(hoverinfo="skip", hovertemplate=None))
-        points = line(curve.compute, [], name=f"{curve.band} (> {curve.threshold} nats)", symbol=symbol_of(number), **style)
+        traces.append(
+            line(law, [100 * value for value in accuracy], name=f"{curve.band}, law", **style).update(
+                hoverinfo="skip", hovertemplate=None
+            )
+        )
+        points = line(
+            curve.compute,
+            [],
+            name=f"{curve.band} (> {curve.threshold} nats)",
+            symbol=symbol_of(number),
+            **style,
+        )
         traces.append(points.update(mode="markers").update(percent(curve.rates)))
-        without = line(curve.compute, [], name=f"{curve.band}, NTP", symbol=f"{symbol_of(number)}-open", dash="dash", **style)
+        without = line(
+            curve.compute,
+            [],
+            name=f"{curve.band}, NTP",
+            symbol=f"{symbol_of(number)}-open",
+            dash="dash",
+            **style,
+        )
         traces.append(without.update(percent(curve.ntp_rates)))
     figure = new_figure(traces, "model FLOPs of training, rollouts included", "held-out accuracy, %")
     figure.update_layout(showlegend=True)
@@ -159,7 +211,12 @@ def all_equal_curve(runs: Sequence[Run]) -> Figure | None:
         return None
     figure = new_figure(traces, "optimizer step", "all-equal groups, %")
     figure.update_yaxes(range=[0, 100])
-    return finish(figure, "training", "Groups of equal rewards", "All completions of the group right, or all wrong: no gradient.")
+    return finish(
+        figure,
+        "training",
+        "Groups of equal rewards",
+        "All completions of the group right, or all wrong: no gradient.",
+    )
 
 
 def logprob_difference(runs: Sequence[Run]) -> Figure | None:
@@ -175,7 +232,10 @@ def logprob_difference(runs: Sequence[Run]) -> Figure | None:
     figure = new_figure(traces, "optimizer step", "nats a token")
     figure.update_yaxes(type="log", exponentformat="power", dtick=1)
     return finish(
-        figure, "training", "Log-prob difference, engine and policy", "Line: mean over tokens. Dotted: largest. Steps of exactly 0 have no point."
+        figure,
+        "training",
+        "Log-prob difference, engine and policy",
+        "Line: mean over tokens. Dotted: largest. Steps of exactly 0 have no point.",
     )
 
 
@@ -196,7 +256,13 @@ def time_by_phase(runs: Sequence[Run], number: int) -> Figure | None:
     traces.append(("other", np.maximum(rest, 0.0), "#888888"))
     figure = new_figure(
         [
-            go.Bar(x=steps, y=rounded(values), name=name, marker={"color": shade, "line": {"width": 0}}, hovertemplate="%{y:.2f} s")
+            go.Bar(
+                x=steps,
+                y=rounded(values),
+                name=name,
+                marker={"color": shade, "line": {"width": 0}},
+                hovertemplate="%{y:.2f} s",
+            )
             for name, values, shade in traces
         ],
         "optimizer step",
@@ -207,7 +273,9 @@ def time_by_phase(runs: Sequence[Run], number: int) -> Figure | None:
     return finish(figure, "training", title, "Stacked; the height is the whole step, without validation.")
 
 
-def pattern_bars(runs: Sequence[Run], patterns: Mapping[str, Mapping[int, Mapping[str, Rate]]]) -> Figure | None:
+def pattern_bars(
+    runs: Sequence[Run], patterns: Mapping[str, Mapping[int, Mapping[str, Rate]]]
+) -> Figure | None:
     """Shares of completions at each run's last recorded step."""
     import plotly.graph_objects as go
 
@@ -251,14 +319,24 @@ def pattern_curve(run_name: str, shares: Mapping[int, Mapping[str, Rate]]) -> Fi
 
 
 def _curve(runs: Sequence[Run], title: str, unit: str, metric: str) -> Figure | None:
-    traces = [trace for number, run in enumerate(runs) for trace in smoothed(*run.series(metric), name=run.name, run=number)]
+    traces = [
+        trace
+        for number, run in enumerate(runs)
+        for trace in smoothed(*run.series(metric), name=run.name, run=number)
+    ]
     if not traces:
         return None
-    note = f"Faint: each step. Strong: mean of {SMOOTHING_STEPS} steps." if any(trace.opacity for trace in traces) else ""
+    note = (
+        f"Faint: each step. Strong: mean of {SMOOTHING_STEPS} steps."
+        if any(trace.opacity for trace in traces)
+        else ""
+    )
     return finish(new_figure(traces, "optimizer step", unit), "training", title, note)
 
 
-def _accuracy_traces(points: Sequence[AccuracyPoint], *, name: str, colour: str, symbol: str, run: int | None) -> list[go.Scatter]:
+def _accuracy_traces(
+    points: Sequence[AccuracyPoint], *, name: str, colour: str, symbol: str, run: int | None
+) -> list[go.Scatter]:
     traces = []
     for mode, rates, dash, marker in (
         ("reasoning", {point.step: point.reasoning for point in points}, "solid", symbol),
@@ -266,6 +344,8 @@ def _accuracy_traces(points: Sequence[AccuracyPoint], *, name: str, colour: str,
     ):
         measured = {step: rate for step, rate in rates.items() if rate.count}
         if measured:
-            trace = line(list(measured), [], name=f"{name}, {mode}", run=run, dash=dash, shade=colour, symbol=marker)
+            trace = line(
+                list(measured), [], name=f"{name}, {mode}", run=run, dash=dash, shade=colour, symbol=marker
+            )
             traces.append(trace.update(percent(list(measured.values()))))
     return traces

@@ -56,7 +56,9 @@ def render(page: Page) -> str:
     from plotly.offline import get_plotlyjs
 
     script, plotly = "\n".join(_part(name) for name in _SCRIPTS), get_plotlyjs()
-    blocks = [{name: value for name, value in asdict(block).items() if name != "data"} for block in page.rollouts]
+    blocks = [
+        {name: value for name, value in asdict(block).items() if name != "data"} for block in page.rollouts
+    ]
     return (
         Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         .from_string(_part("template.html"))
@@ -83,7 +85,10 @@ def json_for_script(data: object) -> str:
 
 def _security_policy(scripts: Sequence[str]) -> str:
     """Nothing is fetched, only these scripts run, and none of them may evaluate text. Plotly sets styles and draws into data and blob images."""
-    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in scripts)
+    hashes = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+        for script in scripts
+    )
     return f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
 
 

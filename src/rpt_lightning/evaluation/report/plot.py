@@ -116,8 +116,12 @@ def percent(rates: Sequence[Rate]) -> dict[str, Any]:
         "error_y": {
             "type": "data",
             "symmetric": False,
-            "array": [round(100 * high - (mean or 0.0), 3) for (_, high), mean in zip(ends, means, strict=True)],
-            "arrayminus": [round((mean or 0.0) - 100 * low, 3) for (low, _), mean in zip(ends, means, strict=True)],
+            "array": [
+                round(100 * high - (mean or 0.0), 3) for (_, high), mean in zip(ends, means, strict=True)
+            ],
+            "arrayminus": [
+                round((mean or 0.0) - 100 * low, 3) for (low, _), mean in zip(ends, means, strict=True)
+            ],
             "thickness": 1.2,
             "width": 3,
         },

@@ -37,7 +37,15 @@ def step_data(samples: Sequence[RolloutSample]) -> dict[str, Any]:
     tasks = []
     for task_id, group in itertools.groupby(samples, key=lambda sample: sample.task_id):
         rows = list(group)
-        tasks.append({"id": task_id, "c": rows[0].context, "t": rows[0].truth, "e": rows[0].entropy, "r": [_completion(row) for row in rows]})
+        tasks.append(
+            {
+                "id": task_id,
+                "c": rows[0].context,
+                "t": rows[0].truth,
+                "e": rows[0].entropy,
+                "r": [_completion(row) for row in rows],
+            }
+        )
     return {"tasks": tasks}
 
 
@@ -52,11 +60,20 @@ def compress_json(data: object) -> str:
 
 
 def _completion(sample: RolloutSample) -> dict[str, Any]:
-    completion: dict[str, Any] = {"o": outcome(sample), "p": sample.prediction, "w": sample.reward, "v": sample.policy_version}
+    completion: dict[str, Any] = {
+        "o": outcome(sample),
+        "p": sample.prediction,
+        "w": sample.reward,
+        "v": sample.policy_version,
+    }
     if sample.tokens is None:
         return completion | {"h": sample.thought, "a": sample.completion[len(sample.thought) :]}
     logprobs = None if sample.logprobs is None else [_hundredths(logprob) for logprob in sample.logprobs]
-    return completion | {"k": sample.tokens, "l": logprobs, "n": num_thought_tokens(sample.tokens, sample.thought)}
+    return completion | {
+        "k": sample.tokens,
+        "l": logprobs,
+        "n": num_thought_tokens(sample.tokens, sample.thought),
+    }
 
 
 def _hundredths(logprob: float) -> int:

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from rpt_lightning.evaluation.patterns import PATTERNS, relative_change
-from rpt_lightning.evaluation.report.accuracy import ALL, THRESHOLDS, reasoning_minus_ntp, reasoning_minus_ntp_at
+from rpt_lightning.evaluation.report.accuracy import (
+    ALL,
+    THRESHOLDS,
+    reasoning_minus_ntp,
+    reasoning_minus_ntp_at,
+)
 from rpt_lightning.evaluation.report.verdict import points, reward_ends
 from rpt_lightning.evaluation.run import Run
 from rpt_lightning.evaluation.table import Rate, above
@@ -15,7 +20,13 @@ from rpt_lightning.metrics.field_groups import field_groups, field_names
 from rpt_lightning.metrics.results import PositionResult
 
 NOT_MEASURED = "not measured"
-_ACCURACY_COLUMNS = ("positions", "by reasoning", "by NTP, same positions", "difference, 95 % interval", "ceiling")
+_ACCURACY_COLUMNS = (
+    "positions",
+    "by reasoning",
+    "by NTP, same positions",
+    "difference, 95 % interval",
+    "ceiling",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +46,14 @@ def difficulty_table(run: Run) -> Table | None:
     rows = []
     for band, threshold in THRESHOLDS.items():
         if positions := above(results.positions, threshold):
-            rows.append(_accuracy_row("all positions" if band == ALL else f"{band} (entropy > {threshold} nats)", positions))
-    return Table(caption=f"{run.name} at step {results.step}", columns=["difficulty", *_ACCURACY_COLUMNS], rows=rows)
+            rows.append(
+                _accuracy_row(
+                    "all positions" if band == ALL else f"{band} (entropy > {threshold} nats)", positions
+                )
+            )
+    return Table(
+        caption=f"{run.name} at step {results.step}", columns=["difficulty", *_ACCURACY_COLUMNS], rows=rows
+    )
 
 
 def field_tables(run: Run) -> list[Table]:
@@ -48,8 +65,18 @@ def field_tables(run: Run) -> list[Table]:
     for name in field_names(results.positions):
         groups = field_groups(results.positions, name)
         rows = [_accuracy_row(label, positions) for label, positions in groups]
-        having = "" if (num := sum(len(positions) for _, positions in groups)) == len(results.positions) else f", {num:,} positions that have it"
-        tables.append(Table(caption=f"{run.name} at step {results.step}, by {name}{having}", columns=[name, *_ACCURACY_COLUMNS], rows=rows))
+        having = (
+            ""
+            if (num := sum(len(positions) for _, positions in groups)) == len(results.positions)
+            else f", {num:,} positions that have it"
+        )
+        tables.append(
+            Table(
+                caption=f"{run.name} at step {results.step}, by {name}{having}",
+                columns=[name, *_ACCURACY_COLUMNS],
+                rows=rows,
+            )
+        )
     return tables
 
 
@@ -76,7 +103,9 @@ def run_table(runs: Sequence[Run]) -> Table:
         "tokens sampled": lambda run: _total(run, "rollout/tokens"),
         "tokens trained": lambda run: _total(run, "cost/trained_tokens"),
         "time of all steps": _hours,
-        "last validation": lambda run: f"step {run.last_validation.step}" if run.last_validation else NOT_MEASURED,
+        "last validation": lambda run: (
+            f"step {run.last_validation.step}" if run.last_validation else NOT_MEASURED
+        ),
         "accuracy by reasoning": lambda run: _rate(run, "reasoning_correct"),
         "accuracy by NTP": lambda run: _rate(run, "ntp_correct"),
         "reasoning - NTP": _difference,
@@ -98,7 +127,11 @@ def pattern_tables(patterns: Mapping[str, Mapping[int, Mapping[str, Rate]]]) -> 
     tables = [_pattern_table(name, shares) for name, shares in recorded.items() if len(shares) > 1]
     last = {name: shares[max(shares)] for name, shares in recorded.items()}
     reference = next(iter(last), "")
-    return tables + [_pattern_comparison(last[reference], last[name], names=(reference, name)) for name in last if name != reference]
+    return tables + [
+        _pattern_comparison(last[reference], last[name], names=(reference, name))
+        for name in last
+        if name != reference
+    ]
 
 
 def _pattern_table(run_name: str, shares: Mapping[int, Mapping[str, Rate]]) -> Table:
@@ -107,14 +140,33 @@ def _pattern_table(run_name: str, shares: Mapping[int, Mapping[str, Rate]]) -> T
     first, last = shares[first_step], shares[last_step]
     rows = []
     for name, keywords in PATTERNS.items():
-        rows.append([f"{name}: {', '.join(keywords)}", str(first[name]), str(last[name]), _change(first[name], last[name])])
-    return Table(caption=run_name, columns=["pattern: its keywords", f"step {first_step}", f"step {last_step}", "relative change"], rows=rows)
+        rows.append(
+            [
+                f"{name}: {', '.join(keywords)}",
+                str(first[name]),
+                str(last[name]),
+                _change(first[name], last[name]),
+            ]
+        )
+    return Table(
+        caption=run_name,
+        columns=["pattern: its keywords", f"step {first_step}", f"step {last_step}", "relative change"],
+        rows=rows,
+    )
 
 
-def _pattern_comparison(shares: Mapping[str, Rate], other: Mapping[str, Rate], *, names: tuple[str, str]) -> Table:
+def _pattern_comparison(
+    shares: Mapping[str, Rate], other: Mapping[str, Rate], *, names: tuple[str, str]
+) -> Table:
     """Two runs' last recorded steps side by side."""
-    rows = [[name, str(shares[name]), str(other[name]), _change(shares[name], other[name])] for name in PATTERNS]
-    return Table(caption=f"{names[1]} against {names[0]}, last recorded steps", columns=["pattern", *names, "relative change"], rows=rows)
+    rows = [
+        [name, str(shares[name]), str(other[name]), _change(shares[name], other[name])] for name in PATTERNS
+    ]
+    return Table(
+        caption=f"{names[1]} against {names[0]}, last recorded steps",
+        columns=["pattern", *names, "relative change"],
+        rows=rows,
+    )
 
 
 def _change(before: Rate, after: Rate) -> str:
@@ -144,7 +196,11 @@ def _hours(run: Run) -> str:
 
 
 def _rate(run: Run, outcome: str) -> str:
-    return str(Rate.of([getattr(position, outcome) for position in run.last_validation.positions])) if run.last_validation else NOT_MEASURED
+    return (
+        str(Rate.of([getattr(position, outcome) for position in run.last_validation.positions]))
+        if run.last_validation
+        else NOT_MEASURED
+    )
 
 
 def _difference(run: Run) -> str:
@@ -153,9 +209,17 @@ def _difference(run: Run) -> str:
 
 
 def _ntp_loss(run: Run) -> str:
-    return f"{-fmean(position.ntp_logprob for position in run.last_validation.positions):.3f} nats" if run.last_validation else NOT_MEASURED
+    return (
+        f"{-fmean(position.ntp_logprob for position in run.last_validation.positions):.3f} nats"
+        if run.last_validation
+        else NOT_MEASURED
+    )
 
 
 def _length(run: Run) -> str:
-    lengths = [position.length for position in run.last_validation.positions if position.length is not None] if run.last_validation else []
+    lengths = (
+        [position.length for position in run.last_validation.positions if position.length is not None]
+        if run.last_validation
+        else []
+    )
     return f"{fmean(lengths):.1f} tokens" if lengths else NOT_MEASURED

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rpt_lightning.evaluation.compare import Difference, paired_bootstrap
-from rpt_lightning.evaluation.report.accuracy import ALL, accuracy_point, reasoning_minus_empty_thought, reasoning_minus_ntp
+from rpt_lightning.evaluation.report.accuracy import (
+    ALL,
+    accuracy_point,
+    reasoning_minus_empty_thought,
+    reasoning_minus_ntp,
+)
 from rpt_lightning.evaluation.run import Run
 from rpt_lightning.evaluation.table import Rate
 from rpt_lightning.metrics.results import Results, pair_results
@@ -59,7 +64,11 @@ def _of_policy(run: Run) -> list[Statement]:
         ]
     if last is None:
         return [
-            Statement(tone="unknown", headline="No held-out accuracy: this run was never validated.", numbers="Run `rpt validate` on its policy.")
+            Statement(
+                tone="unknown",
+                headline="No held-out accuracy: this run was never validated.",
+                numbers="Run `rpt validate` on its policy.",
+            )
         ]
     point = accuracy_point(last, ALL)
     difference = reasoning_minus_ntp(last)
@@ -104,7 +113,9 @@ def _of_policy(run: Run) -> list[Statement]:
 
 def _of_training(run: Run) -> list[Statement]:
     statements = []
-    measured = [results for results in run.validations.values() if accuracy_point(results, ALL).reasoning.count]
+    measured = [
+        results for results in run.validations.values() if accuracy_point(results, ALL).reasoning.count
+    ]
     if run.steps and len(measured) < 2:
         statements.append(
             Statement(
@@ -145,7 +156,13 @@ def _against(reference: Run, run: Run) -> list[Statement]:
     """The two runs' last policies: each answering in the way that it was asked to (by reasoning if that was measured, else by NTP), and both without reasoning."""
     first, second = reference.last_validation, run.last_validation
     if first is None or second is None:
-        return [Statement(tone="unknown", headline=f"No comparison with {reference.name}: one of the two was never validated.", numbers="")]
+        return [
+            Statement(
+                tone="unknown",
+                headline=f"No comparison with {reference.name}: one of the two was never validated.",
+                numbers="",
+            )
+        ]
     own = (_mode(first), _mode(second))
     statements = []
     for modes in dict.fromkeys([own, ("ntp", "ntp")]):
@@ -170,7 +187,11 @@ _MODE_NAMES = {"reasoning": "reasoning", "ntp": "NTP"}
 
 
 def _mode(results: Results) -> _Mode:
-    return "reasoning" if all(position.reasoning_correct is not None for position in results.positions) else "ntp"
+    return (
+        "reasoning"
+        if all(position.reasoning_correct is not None for position in results.positions)
+        else "ntp"
+    )
 
 
 def _compare(
@@ -188,14 +209,32 @@ def _compare(
     try:
         pairs = pair_results(first, second)
     except ValueError as error:
-        return Statement(tone="unknown", headline=f"It cannot be said {question}: the positions differ.", numbers=str(error))
-    outcomes = [[bool(getattr(pair[side], f"{mode}_correct")) for pair in pairs] for side, mode in enumerate(modes)]  # [2, positions]
+        return Statement(
+            tone="unknown",
+            headline=f"It cannot be said {question}: the positions differ.",
+            numbers=str(error),
+        )
+    outcomes = [
+        [bool(getattr(pair[side], f"{mode}_correct")) for pair in pairs] for side, mode in enumerate(modes)
+    ]  # [2, positions]
     difference = paired_bootstrap(outcomes[0], outcomes[1], units=[one.doc_id for one, _ in pairs])
-    rates = [f"{name} by {_MODE_NAMES[mode]} {Rate.of(right)}" for name, mode, right in zip(names, modes, outcomes, strict=True)]
-    return _judge(difference, f"{', '.join(rates)}.{further}", question=question, gain=gain, loss=loss, undecided=undecided)
+    rates = [
+        f"{name} by {_MODE_NAMES[mode]} {Rate.of(right)}"
+        for name, mode, right in zip(names, modes, outcomes, strict=True)
+    ]
+    return _judge(
+        difference,
+        f"{', '.join(rates)}.{further}",
+        question=question,
+        gain=gain,
+        loss=loss,
+        undecided=undecided,
+    )
 
 
-def _judge(difference: Difference, numbers: str, *, question: str, gain: str, loss: str, undecided: str) -> Statement:
+def _judge(
+    difference: Difference, numbers: str, *, question: str, gain: str, loss: str, undecided: str
+) -> Statement:
     numbers = f"{numbers} Difference {points(difference)}, paired bootstrap over {difference.num_units:,} documents."
     if difference.num_positions < MIN_POSITIONS or difference.num_units < MIN_DOCUMENTS:
         return Statement(
