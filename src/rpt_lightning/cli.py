@@ -78,18 +78,58 @@ def main(args: Sequence[str] | None = None) -> int:
         print("rpt: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if not _is_mendable(error) or os.environ.get("RPT_TRACEBACK") == "1":
+        text = _in_one_line(error)
+        if text is None or os.environ.get("RPT_TRACEBACK") == "1":
             raise
-        print(f"rpt: error: {_MEANING.get(type(error).__name__, '')}{error}", file=sys.stderr)
+        print(f"rpt: error: {text}", file=sys.stderr)
         return 1
     return 0
 
 
-def _is_mendable(error: Exception) -> bool:
-    """Libraries' own classes go by their names: importing them would make every command slow."""
+def _in_one_line(error: Exception) -> str | None:
+    """The message for an error that a file or a flag can cause; None if only a traceback says where it came from.
+
+    Libraries' own classes go by their names: importing them would make every command slow.
+    """
     if not _LIBRARY_ERRORS.isdisjoint(cls.__name__ for cls in type(error).__mro__):
-        return True
-    return isinstance(error, (ValueError, OSError, RuntimeError)) and not _is_of_own_code(error)
+        return f"{_MEANING.get(type(error).__name__, '')}{error}"
+    if _is_of_own_code(error):
+        return None
+    if isinstance(error, (ValueError, OSError, RuntimeError)):
+        return str(error)
+    return _of_a_library(error)
+
+
+def _of_a_library(error: Exception) -> str | None:
+    """A KeyError or the like out of an installed library: which library, and what we were doing. None for an error in our own code."""
+    files = [
+        (frame.f_code.co_filename, frame.f_code.co_name)
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    ours = str(Path(__file__).parent) + os.sep
+    last = max((index for index, (file, _) in enumerate(files) if file.startswith(ours)), default=None)
+    library = next(
+        (
+            part
+            for file, _ in files[len(files) if last is None else last + 1 :]
+            if (part := _library_of(file))
+        ),
+        None,
+    )
+    if last is None or library is None:
+        return None
+    file, function = files[last]
+    said = str(error) if isinstance(error, (ImportError, AttributeError)) else repr(error)
+    return (
+        f"{library} failed in {function} (rpt_lightning/{file.removeprefix(ours)}): {said}. A file, a model or a version that {library} does "
+        "not take is the likely cause; RPT_TRACEBACK=1 shows the traceback"
+    )
+
+
+def _library_of(file: str) -> str | None:
+    """The installed package that a file belongs to."""
+    _, found, rest = file.partition("site-packages" + os.sep)
+    return rest.split(os.sep)[0].removesuffix(".py") if found else None
 
 
 def _is_of_own_code(error: Exception) -> bool:

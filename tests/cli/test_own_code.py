@@ -40,6 +40,24 @@ def test_an_error_of_a_library_is_one_line(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "rpt: error: theirs\n"
 
 
+@pytest.mark.parametrize("text", ["{}['theirs']", "[][3]", "None.theirs", "import theirs"])
+def test_an_error_of_another_kind_in_a_library_is_one_line_that_says_where(
+    text, tmp_path, monkeypatch, capsys
+):
+    fails_in(tmp_path, monkeypatch, text, installed=True)
+    assert cli.main(["compare"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("rpt: error: own_module_for_test failed in main (rpt_lightning/cli.py): ")
+    assert "theirs" in line or "IndexError" in line
+    assert "RPT_TRACEBACK=1" in line
+
+
+def test_an_error_of_another_kind_in_our_own_code_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "_MODULES", {})
+    with pytest.raises(KeyError):
+        cli.main(["compare"])
+
+
 @pytest.mark.parametrize(
     ("command", "flag"),
     [
