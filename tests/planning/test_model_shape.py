@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from rpt_lightning.planning.model_shape import load_model_config, model_shape
+from rpt_lightning.policy.model import Policy
 
 QWEN2_14B = Path(__file__).resolve().parents[2] / "scripts" / "qwen2-14b.json"
 SIZES = {
@@ -68,3 +71,31 @@ def test_a_configuration_that_cannot_be_had(path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=f"{path}.*--plan.model_config"):
         load_model_config(path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_attention_heads": 3}, "not a multiple of the number of attention heads"),
+        (
+            {"num_key_value_heads": 3},
+            r"num_attention_heads \(4\) is not a multiple of num_key_value_heads \(3\)",
+        ),
+        ({"num_key_value_heads": 8}, r"\(4\) is not a multiple of num_key_value_heads \(8\)"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0 in its config.json|division|modulo"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0 in its config.json"),
+        ({"vocab_size": 0}, "vocab_size is 0 in its config.json"),
+        ({"head_dim": 15}, "even rotary dimension"),
+        ({"head_dim": 0}, "head_dim is 0 in its config.json"),
+    ],
+)
+def test_sizes_that_do_not_fit_each_other(changed, message, tiny_model_dir, tmp_path):
+    """For a plan and for a policy: one error that names the file."""
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "head_dim": 16}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | sizes | changed))
+    with pytest.raises(ValueError, match=message):
+        load_model_config(str(tmp_path / "model"))
+    with pytest.raises(ValueError, match=message):
+        Policy(str(tmp_path / "model"))

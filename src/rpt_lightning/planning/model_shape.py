@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from rpt_lightning.policy.flops import ModelSize, model_size
+from rpt_lightning.pretrained.text_shape import check_sizes
 
 # What activations take is worked out (and tested) for these; the policy trains no others.
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -106,9 +108,11 @@ def load_model_config(path: str) -> PretrainedConfig:
             raise ValueError(f"there is no model configuration at {path} (no config.json); {way_out}")
         path = str(folder)
     try:
-        return cast(PretrainedConfig, AutoConfig.from_pretrained(path))
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        config = cast(PretrainedConfig, AutoConfig.from_pretrained(path))
+    except (OSError, ValueError, KeyError, ArithmeticError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
         raise ValueError(
             f"the model configuration of {path} cannot be had ({reason}); without a network {way_out}"
         ) from error
+    check_sizes(config, where=f"the model configuration of {path}")
+    return config

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,7 +20,7 @@ from rpt_lightning.policy.family import check_loaded, choose_packing
 from rpt_lightning.policy.packing import PackedTree, pack
 from rpt_lightning.policy.row_packing import pack_rows
 from rpt_lightning.policy.scoring import HeadDtype, head_weight, score
-from rpt_lightning.pretrained.text_shape import check_not_quantized
+from rpt_lightning.pretrained.text_shape import check_not_quantized, check_sizes
 from rpt_lightning.pretrained.tokenizer import as_in_folder, check_vocabulary, read_tokenizer
 from rpt_lightning.pretrained.weights import load_causal_lm
 from rpt_lightning.types import TokenIds, TrainSequence
@@ -62,10 +63,12 @@ class Policy(nn.Module):
         self.shares_prefixes = True
         self.trust_remote_code = trust_remote_code
         where = f"policy.path={path}"
-        tokenizer = _load(read_tokenizer, path, trust_remote_code=trust_remote_code)
-        self.tokenizer: PreTrainedTokenizerBase = as_in_folder(tokenizer, where=where)
+        # Before the tokenizer, which reads config.json too and would be blamed for what is wrong there.
         self.config = _load(AutoConfig.from_pretrained, path, trust_remote_code=trust_remote_code)
         check_not_quantized(self.config, where=where)
+        check_sizes(self.config, where=where)
+        tokenizer = _load(read_tokenizer, path, trust_remote_code=trust_remote_code)
+        self.tokenizer: PreTrainedTokenizerBase = as_in_folder(tokenizer, where=where)
         self.num_tokens: int = self.config.get_text_config().vocab_size  # rows of the embedding
         check_vocabulary(self.tokenizer, self.num_tokens, where=where)
 
@@ -190,5 +193,5 @@ def _load(load: Callable[..., Any], path: str, **kwargs: Any) -> Any:
         )
     try:
         return load(str(Path(path).expanduser()) if path.startswith("~") else path, **kwargs)
-    except OSError as error:
-        raise ValueError(f"policy.path={path} cannot be loaded: {error}") from error
+    except (OSError, ArithmeticError, StrictDataclassError) as error:
+        raise ValueError(f"policy.path={path} cannot be loaded: {' '.join(str(error).split())}") from error

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
 # Names of the longest context, of which a config has one (transformers gives the first to most families by attribute_map).
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
 # With these the positions of the config are those after scaling; others multiply them (the rule of vLLM 0.32 and 0.33, `_get_and_verify_max_len`).
@@ -48,4 +57,18 @@ def check_not_quantized(config: Any, *, where: str) -> None:
         raise ValueError(
             f"{where}: its config.json says that its weights are quantized ({settings.get('quant_method', 'quantization_config')}), and a policy is trained "
             "in full precision; give the model's unquantized weights"
+        )
+
+
+def check_sizes(config: Any, *, where: str) -> None:
+    """Raises ValueError if the sizes in a ``config.json`` do not fit each other, before a library fails somewhere inside."""
+    text = config.get_text_config()
+    sizes = {name: getattr(text, name, None) for name in SIZES}
+    for name, value in sizes.items():
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"{where}: {name} is {value} in its config.json; it must be at least 1")
+    heads, kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
+    if isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads:
+        raise ValueError(
+            f"{where}: in its config.json num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})"
         )
