@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from rpt_lightning.cli import main
 
@@ -59,6 +60,25 @@ def test_the_pages_world_goes_through_every_command(countdown: None, monkeypatch
     for record in answers:
         (mark,) = documents[record["doc_id"]].marks
         assert record["fields"] == {"depth": mark.fields["depth"]}
+
+
+def test_the_same_seed_gives_the_same_start_model(countdown: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the making of the random weights to the last step, bit for bit; another seed gives other ones."""
+    monkeypatch.setattr(sys, "argv", ["rpt"])
+    weights = []
+    for run, seed in (("one", 3), ("again", 3), ("other", 4)):
+        make_model.make("world", Path(f"models/{run}"), world="countdown.Countdown", seed=seed)
+        short = "--data.documents_per_step 8 --trainer.max_steps 3 --checkpoint.every_n_steps 3 --checkpoint.keep_every_n_steps null"
+        start = f"fit --config {CONFIGS}/demo/start.yaml --data.source countdown.Countdown --seed_everything {seed}"
+        rpt(
+            f"{start} --data.seed {seed} --model.policy.path models/{run} --trainer.default_root_dir runs/{run} {short}"
+        )
+        weights.append(
+            torch.load(f"runs/{run}/checkpoints/step-000003.ckpt", weights_only=False)["state_dict"]
+        )
+    one, again, other = weights
+    assert all(torch.equal(tensor, again[name]) for name, tensor in one.items())
+    assert not any(torch.equal(tensor, other[name]) for name, tensor in one.items() if tensor.ndim > 1)
 
 
 @pytest.mark.parametrize("name", ["Cups", "People", "Boxes"])
