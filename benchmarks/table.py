@@ -1,4 +1,4 @@
-"""The table of the stored figures, between marker comments: of all in docs/performance.md, of those with a target in README.md.
+"""Write the table of the stored figures between marker comments in docs/performance.md.
 
 python benchmarks/table.py            # writes it there and prints it
 python benchmarks/table.py --check    # exit status 1 where a document differs from benchmarks/results/
@@ -15,8 +15,8 @@ from result import MAX_OTHER_LOAD, Result, read_results
 from rpt_lightning.evaluation.marked_section import replace_section
 
 ROOT = Path(__file__).resolve().parents[1]
-# Documents, and whether only figures with a target stand in them.
-DOCUMENTS = {ROOT / "docs" / "performance.md": False, ROOT / "README.md": True}
+# The documents, and whether each shows only the figures that have a target.
+DOCUMENTS = {ROOT / "docs" / "performance.md": False}
 BEGIN, END = "<!-- benchmarks: made by benchmarks/table.py -->", "<!-- end of benchmarks -->"
 
 

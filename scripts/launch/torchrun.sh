@@ -1,11 +1,13 @@
 #!/bin/bash
 # RPT with torchrun, started once on every node:
-#   NUM_NODES=2 GPUS_PER_NODE=8 RDZV_ENDPOINT=node-0:29500 scripts/launch/torchrun.sh --config configs/14b.yaml --trainer.default_root_dir /shared/runs/14b \
+#   NUM_NODES=2 GPUS_PER_NODE=8 RDZV_ENDPOINT=node-0:29500 scripts/launch/torchrun.sh \
+#     --config configs/14b.yaml --trainer.default_root_dir /shared/runs/14b \
 #     --trainer.strategy.gather_bf16 true --trainer.strategy.cpu_offload true
-# Everything behind the script's name goes to `rpt fit`. From 32 GPUs of 80 GB on the 14B run needs no cpu_offload. RDZV_ENDPOINT names one of the nodes and a
-# free port on it, the same on all nodes. Where a process dies, torchrun starts all of them again, and the run goes on from its last checkpoint
-# (--ckpt_path auto). SIGTERM ends the run after its step, with a checkpoint: give it the time with TORCH_ELASTIC_SHUTDOWN_TIMEOUT (seconds). Untried on
-# several machines.
+# Everything after the script's name goes to `rpt fit`. From 32 GPUs of 80 GB on, the 14B run needs no
+# cpu_offload. RDZV_ENDPOINT names one of the nodes and a free port on it, and must be the same on all nodes.
+# If a process dies, torchrun restarts all of them, and the run resumes from its last checkpoint (--ckpt_path
+# auto). SIGTERM ends the run after its step, with a checkpoint. TORCH_ELASTIC_SHUTDOWN_TIMEOUT (seconds)
+# gives it the time for that. Untried on several machines.
 set -euo pipefail
 
 : "${NUM_NODES:=1}" "${GPUS_PER_NODE:=8}" "${RDZV_ENDPOINT:=localhost:29500}" "${RUN_ID:=rpt}" "${MAX_RESTARTS:=3}"
@@ -13,7 +15,8 @@ set -euo pipefail
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 # torchrun's own 30 seconds are shorter than a step of a large model.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-270}"
-# A new store for each start: in torchrun's own, which lives on, ranks that start again find the addresses of those before them.
+# Use a new store for each start. torchrun's own store outlives a restart, and restarted ranks would find the
+# addresses of earlier ranks in it.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 exec "$TORCHRUN" \
