@@ -1,7 +1,7 @@
 """Write the table of the stored figures between marker comments in docs/performance.md.
 
 python benchmarks/table.py            # writes it there and prints it
-python benchmarks/table.py --check    # exit status 1 where a document differs from benchmarks/results/
+python benchmarks/table.py --check    # exit status 1 if the document differs from benchmarks/results/
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from result import MAX_OTHER_LOAD, Result, read_results
 from rpt_lightning.evaluation.marked_section import replace_section
 
 ROOT = Path(__file__).resolve().parents[1]
-# The documents, and whether each shows only the figures that have a target.
-DOCUMENTS = {ROOT / "docs" / "performance.md": False}
+DOCUMENT = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- benchmarks: made by benchmarks/table.py -->", "<!-- end of benchmarks -->"
 
 
@@ -83,20 +82,15 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args()
     results = read_results()
-    stale = {}
-    for path, only_targets in DOCUMENTS.items():
-        text = path.read_text()
-        table = render([result for result in results if result.target is not None or not only_targets])
-        if (updated := with_table(text, table)) != text:
-            stale[path] = updated
+    text = DOCUMENT.read_text()
+    updated = with_table(text, render(results))
     if args.check:
-        if stale:
+        if updated != text:
             sys.exit(
-                f"{', '.join(str(path.relative_to(ROOT)) for path in stale)}: not the table of benchmarks/results/; run python benchmarks/table.py"
+                f"{DOCUMENT.relative_to(ROOT)}: not the table of benchmarks/results/; run python benchmarks/table.py"
             )
         return
-    for path, updated in stale.items():
-        path.write_text(updated)
+    DOCUMENT.write_text(updated)
     print(render(results))
 
 
