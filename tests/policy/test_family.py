@@ -116,7 +116,7 @@ def test_a_forgotten_bias_would_be_found(monkeypatch) -> None:
     monkeypatch.setattr("rpt_lightning.policy.scoring.head_bias", lambda model: None)
     with pytest.raises(
         ValueError,
-        match=r"policy\.path=some: PhiForCausalLM gives other log-probs than its hidden states and output head",
+        match=r"policy\.path=some: the log-probs of PhiForCausalLM differ from those of its hidden states and output head",
     ):
         choose_packing(PHI, path="some")
 
@@ -161,7 +161,7 @@ def test_the_same_families_without_noise_are_taken(config) -> None:
 
 
 def test_scaled_logits_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"policy\.path=some: CohereForCausalLM gives other log-probs"):
+    with pytest.raises(ValueError, match=r"policy\.path=some: the log-probs of CohereForCausalLM differ"):
         choose_packing(CohereConfig(**SMALL), path="some")
 
 
@@ -175,7 +175,7 @@ def test_the_second_call_is_looked_at_too(monkeypatch) -> None:
         return logprobs + 0.01 * (len(calls) % 2 == 0), entropy
 
     monkeypatch.setattr(family, "score", drifting)
-    with pytest.raises(ValueError, match="gives other log-probs than its hidden states"):
+    with pytest.raises(ValueError, match="differ from those of its hidden states"):
         choose_packing(LlamaConfig(**SMALL), path="some")
 
 
@@ -190,7 +190,7 @@ def test_the_folders_own_weights_are_compared_at_load(tiny_model_dir, monkeypatc
     policy = Policy(str(tiny_model_dir))
     with pytest.raises(
         ValueError,
-        match=rf"policy\.path={tiny_model_dir}: with the folder's weights, LlamaForCausalLM .*difference 0\.1 nats",
+        match=rf"policy\.path={tiny_model_dir}: with the folder's weights, the log-probs of LlamaForCausalLM .*difference 0\.1 nats",
     ):
         policy.materialize()
     assert not hasattr(policy, "model")

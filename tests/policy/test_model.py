@@ -95,7 +95,7 @@ def test_scaled_logits_are_refused(tiny_model_dir, tmp_path):
     path = save(
         GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=8.0)), tiny_model_dir, tmp_path / "granite"
     )
-    with pytest.raises(ValueError, match="scales its logits behind the head"):
+    with pytest.raises(ValueError, match="scales its logits after the head"):
         Policy(path).materialize()
 
 
@@ -298,7 +298,7 @@ def test_weights_outside_of_the_parameters_are_refused(tiny_model_dir, tmp_path)
     path = save(DeepseekV3ForCausalLM(config), tiny_model_dir, tmp_path / "deepseek")
     with pytest.raises(
         ValueError,
-        match=r"1 of its weights are no parameters \(model.layers.1.mlp.gate.e_score_correction_bias\)",
+        match=r"1 of its weights are not parameters \(model.layers.1.mlp.gate.e_score_correction_bias\)",
     ):
         Policy(path).materialize()
 
