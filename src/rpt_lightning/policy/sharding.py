@@ -106,8 +106,8 @@ def _read_shards(policy: Policy) -> None:
         raise ValueError(
             f"policy.path={policy.path}: a sharded policy is read from safetensors files that hold the "
             f"model's own tensors, and this folder {what}; save the model with save_pretrained(..., "
-            "safe_serialization=True), or use a strategy without shards (configs/strategy/single.yaml, "
-            "ddp.yaml)"
+            "safe_serialization=True), or use a strategy without shards "
+            "(configs/strategy/single.yaml, ddp.yaml)"
         )
     where = f"policy.path={policy.path}"
     # A tied head under its own name.

@@ -74,8 +74,8 @@ def parallelize(policy: Policy, mesh: DeviceMesh) -> None:
     if not plan or unknown:
         raise ValueError(
             f"{flag}: {type(model).__name__} has {f'a plan with {unknown}' if plan else 'no plan'} for "
-            "tensor parallelism, which is not supported; set it to 1, or use a dense model of the Llama, "
-            "Qwen2 or Qwen3 family"
+            "tensor parallelism, which is not supported; set it to 1, or use a "
+            "dense model of the Llama, Qwen2 or Qwen3 family"
         )
     sizes = {
         name: getattr(policy.config, name)
@@ -84,8 +84,8 @@ def parallelize(policy: Policy, mesh: DeviceMesh) -> None:
     uneven = {name: size for name, size in sizes.items() if size % mesh.size()}
     if uneven:
         raise ValueError(
-            f"{flag}: {policy.path} has {uneven}, which cannot be divided by {mesh.size()}; choose a divisor "
-            "of all of them"
+            f"{flag}: {policy.path} has {uneven}, which cannot be divided by "
+            f"{mesh.size()}; choose a divisor of all of them"
         )
     base: nn.Module = model.base_model
     is_tied = policy.is_tied

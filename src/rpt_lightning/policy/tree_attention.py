@@ -81,7 +81,7 @@ class TreeMask:
         return _zero_or_inf(self.permitted(part, part), dtype)[None, None]
 
     def windowed(self, window: int, dtype: torch.dtype) -> Tensor:
-        """Return 0 or -inf for every pair, ``[N, N]``. sdpa would build this from a bool mask in every layer."""
+        """Return 0 or -inf for every pair, ``[N, N]``. From a bool mask, sdpa would build it in each layer."""
         if (window, dtype) not in self._windowed:
             self._windowed[window, dtype] = _zero_or_inf(self.permitted(window=window), dtype)
         return self._windowed[window, dtype]
