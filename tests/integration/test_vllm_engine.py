@@ -209,7 +209,7 @@ def test_every_weight_can_be_read_back(engine: VLLMEngine, policy) -> None:
 
 def test_a_missing_tied_head_or_projection_is_caught(engine: VLLMEngine, policy) -> None:
     for missing in ("lm_head.weight", "model.layers.1.self_attn.k_proj.weight", "model.norm.weight"):
-        with pytest.raises(ValueError, match=f"update to version 1 did not deliver {missing}"):
+        with pytest.raises(ValueError, match=f"update to version 1 lacks {missing}"):
             engine.update_weights(
                 [(name, weight) for name, weight in weights(policy) if name != missing], version=1
             )

@@ -58,7 +58,7 @@ def test_generation_needs_weights(engine: RolloutEngine, policy) -> None:
     [
         (
             lambda weights: {name: weight for name, weight in weights.items() if name != "lm_head.weight"},
-            "did not deliver lm_head.weight .a tied head",
+            "lacks lm_head.weight .a tied head",
         ),
         (
             lambda weights: {
@@ -66,10 +66,10 @@ def test_generation_needs_weights(engine: RolloutEngine, policy) -> None:
             },
             r"layers.1.self_attn.q_proj.weight",
         ),
-        (lambda weights: weights | {"model.layers.9.x": torch.zeros(1)}, "delivers model.layers.9.x, which"),
+        (lambda weights: weights | {"model.layers.9.x": torch.zeros(1)}, "contains model.layers.9.x, which"),
         (
             lambda weights: weights | {"model.norm.weight": torch.zeros(1)},
-            r"delivers model.norm.weight of shape \(1,\).*\(128,\)",
+            r"contains model.norm.weight with shape \(1,\).*\(128,\)",
         ),
     ],
 )

@@ -69,7 +69,7 @@ def test_a_folder_belongs_to_one_run_at_a_time(transport: SharedFolderTransport,
     publish(transport, 1)
     second = SharedFolderTransport(str(tmp_path / "weights"))
     with pytest.raises(
-        ValueError, match=r"transport\.folder=.*weights: another run hands weights over through it"
+        ValueError, match=r"transport\.folder=.*weights: another run uses this folder for its weights"
     ):
         second.open(Fleet([], key=None, timeout_s=1, request_timeout_s=1))
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["weights-v1"]
