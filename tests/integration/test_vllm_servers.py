@@ -103,7 +103,7 @@ def test_weights_go_out_completions_come_back(
 
 
 def test_prompts_are_counted_as_servers_share_them(engine: VLLMServerEngine) -> None:
-    """Of 70 tokens, 64 are in whole blocks of 16 or 32. Only the first completion does not find them cached."""
+    """Of 70 tokens, 64 are in whole blocks of 16 or 32. All completions but the first find these cached."""
     before = engine.prompt_tokens
     assert before is not None
     request = replace(REQUESTS[0], prompt_ids=tuple(range(40, 110)))

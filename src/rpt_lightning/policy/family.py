@@ -161,7 +161,7 @@ def _check_training_mode(model: PreTrainedModel, expected: Tensor, path: str) ->
 def _check_rotary_frequencies(config: PreTrainedConfig, path: str) -> None:
     """Raise ValueError for rotary frequencies that depend on the other sequences of a call.
 
-    For some types, transformers sets the frequencies anew in each call, by its longest position
+    For some types, transformers recomputes the frequencies in each call from its longest position
     (`dynamic_rope_update`). A sequence would get different log-probs beside a long sequence than beside a
     short one. The sequences compared in this file are too short to show this effect.
     """

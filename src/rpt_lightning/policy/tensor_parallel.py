@@ -1,9 +1,9 @@
 """Divide the matrices of layers over several devices (Megatron-LM, arXiv:1909.08053).
 
 The plan is the one that transformers has for the family. It divides attention heads and the inner units of
-the MLP. Every device of the group computes everything between them, the embeddings and the head. This is
-exact and needs no collective of its own. Dividing the head over the vocabulary would save memory and time,
-but is not implemented.
+the MLP. Every device of the group computes in full what lies between these, as well as the embeddings and the
+head. This is exact and needs no collective of its own. Dividing the head over the vocabulary would save
+memory and time, but is not implemented.
 """
 
 from __future__ import annotations

@@ -81,7 +81,10 @@ class TreeMask:
         return _zero_or_inf(self.permitted(part, part), dtype)[None, None]
 
     def windowed(self, window: int, dtype: torch.dtype) -> Tensor:
-        """Return 0 or -inf for every pair, ``[N, N]``. From a bool mask, sdpa would build it in each layer."""
+        """Return 0 or -inf for every pair, ``[N, N]``.
+
+        From a bool mask, sdpa would build this in every layer.
+        """
         if (window, dtype) not in self._windowed:
             self._windowed[window, dtype] = _zero_or_inf(self.permitted(window=window), dtype)
         return self._windowed[window, dtype]

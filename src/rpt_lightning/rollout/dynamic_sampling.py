@@ -6,8 +6,8 @@ holds a group whose rewards differ or a limit is reached. The remaining places k
 so a step always has the same size.
 
 DAPO oversamples and keeps the surplus for the next step. Here every round draws exactly as many tasks as
-there are places left with a zero-variance group, so there is no surplus. No group is trained with other
-weights than those that generated it, and there is no pool to store in a checkpoint.
+there are places left with a zero-variance group, so there is no surplus. Every group is trained with the
+weights that generated it, and there is no pool to store in a checkpoint.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from typing import Any
 from rpt_lightning.types import GenerationRequest
 
 WANTED = (
-    "wanted: a list with a list for each request, of as many Sample(token_ids, logprobs) as its n, with the "
-    "token ids and log-probs of one completion each"
+    "wanted: a list with a list for each request, of as many Sample(token_ids, logprobs) as its n, each with "
+    "the token ids and log-probs of one completion"
 )
 
 
@@ -36,16 +36,16 @@ def check_samples(engine_name: str, rows: Any, requests: Sequence[GenerationRequ
 def _check_sample(sample: Any, start: str) -> None:
     ids, logprobs = getattr(sample, "token_ids", None), getattr(sample, "logprobs", None)
     if not isinstance(ids, tuple) or not isinstance(logprobs, tuple):
-        raise ValueError(f"{start} {_said(sample)} as a completion; {WANTED}, each a tuple")
+        raise ValueError(f"{start} {_said(sample)} as a completion; {WANTED}, both as tuples")
     if not ids or len(ids) != len(logprobs):
         raise ValueError(
             f"{start} a completion of {len(ids)} tokens with "
-            f"{len(logprobs)} log-probs; {WANTED}, at least one"
+            f"{len(logprobs)} log-probs; {WANTED}, at least one of each"
         )
     if type(ids[0]) is not int or not isinstance(logprobs[0], float):
         raise ValueError(
             f"{start} a completion of {type(ids[0]).__name__} and "
-            f"{type(logprobs[0]).__name__}; {WANTED}: of int and float"
+            f"{type(logprobs[0]).__name__}; {WANTED}, as int and float"
         )
 
 

@@ -136,8 +136,8 @@ class VLLMServerEngine(RolloutEngine):
         )
         self._architecture = architecture(AutoConfig.from_pretrained(model_path))
         self._out = {}
-        # The label starts anew, so a server that hung through the end of an earlier start cannot be mistaken
-        # for one of this start.
+        # Each start has its own label, so a server that hung through the end of an earlier start cannot be
+        # mistaken for one of this start.
         self._run_label, block_size = on_first_rank(self._open)
         self.prompt_tokens = PromptTokens(total=0, cached=0, shareable=0) if block_size else None
         self._prefixes = UnlimitedPrefixCache(block_size) if block_size else None
