@@ -47,9 +47,9 @@ def fill_batch(
     """Roll out the tasks and replace zero-variance groups by groups of further tasks.
 
     The places of a step are those of all ranks, one rank after the other, and the ranks draw in this order
-    too. So the number of ranks does not change which place gets which task. ``rollout`` may be a collective,
-    because a reward may query the policy. All ranks therefore do as many rounds as the rank that needs the
-    most. A rank that needs nothing draws 0 tasks and rolls them out.
+    too. Which place gets which task therefore does not depend on the number of ranks. ``rollout`` may be a
+    collective, because a reward may query the policy. All ranks therefore do as many rounds as the rank that
+    needs the most. A rank that needs nothing draws 0 tasks and rolls them out.
 
     Args:
         rollout: Returns groups for tasks, in their order.

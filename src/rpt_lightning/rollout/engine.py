@@ -200,7 +200,7 @@ class RolloutEngine(ABC):
         return self._read_weights(names)
 
     def differing_weights(self, wanted: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
-        """Return the names of the weights that differ from ``wanted`` in any bit, for each copy that differs.
+        """Return the names of weights that do not equal ``wanted`` bit for bit, for each copy that differs.
 
         The comparison is in the engine's dtype. The keys are the names of the copies. An engine may hold
         several copies, one for each server. An engine in this process has one. In a run with several ranks

@@ -1,6 +1,6 @@
 """Answers after a thought that the policy did not write.
 
-The policy continues inside the box, so only the thought differs from that of an ordinary answer.
+The policy continues inside the box, so the thought is the only difference from an ordinary answer.
 """
 
 from __future__ import annotations

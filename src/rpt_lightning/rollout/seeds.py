@@ -13,8 +13,8 @@ def request_seed(run_seed: int, policy_version: int, task_id: str, first_index: 
 
     The seed depends on nothing else (not on batch, rank or Python's hash seed), so a group may be drawn in
     parts. Seeds of different requests are 63-bit hashes. torch's CPU generator uses only the low 32 bits,
-    which are hashed as well as the rest. In steps of 256 x 8, two requests draw the same noise about once in
-    8,000 steps. This does no harm, since their prompts differ.
+    which are hashed as well as the others. In steps of 256 x 8, two requests draw the same noise about once
+    in 8,000 steps. This does no harm, since their prompts differ.
 
     >>> request_seed(1, 0, "doc-7:4", 3) - request_seed(1, 0, "doc-7:4")
     3

@@ -16,6 +16,7 @@ _PART = re.compile(r"(?P<name>.+)\[:, (?P<first>\d+):(?P<end>\d+)\]")
 
 def part_name(name: str, columns: slice) -> str:
     """Return the name of some columns of a matrix.
+
     >>> part_name("lm_head.weight", slice(72, 144))
     'lm_head.weight[:, 72:144]'
     """
