@@ -11,7 +11,7 @@ AdvantageScale = Literal["std", "none"]
 
 
 def group_advantages(rewards: Tensor, *, scale: AdvantageScale = "std", eps: float = 1e-6) -> Tensor:
-    """Group-relative advantages, ``A = (r - mean_group(r)) / (std_group(r) + eps)``. [B, G] -> [B, G]
+    """Group-relative advantages, ``A = (r - mean_group(r)) / (std_group(r) + eps)``, [B, G] -> [B, G].
 
     ``scale="none"`` leaves out the division, as Dr. GRPO does (arXiv:2503.20783). The standard deviation is
     the unbiased one (division by G - 1), as in verl and TRL. The default ``eps`` is verl's; TRL adds 1e-4.

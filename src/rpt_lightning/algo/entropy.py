@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def topk_entropy(logits: Tensor, k: int = 16) -> Tensor:
-    """Entropy in nats of the ``k`` most likely tokens, renormalised to sum to 1. [..., V] -> [...]
+    """Entropy in nats of the ``k`` most likely tokens, renormalised to sum to 1, [..., V] -> [...].
 
     The paper names the 16 most likely tokens. It does not mention renormalisation or the base of the
     logarithm, so both are this project's choice. If the vocabulary is smaller than ``k``, all of it is used.

@@ -39,8 +39,7 @@ class ModelSize:
 
 
 def model_size(model: PreTrainedModel) -> ModelSize:
-    """Count the sizes on the model itself. This works on the meta device, and counts sharded weights in
-    full."""
+    """Count the sizes on the model itself. It may be on the meta device. Sharded weights count in full."""
     embedding: Any = model.get_input_embeddings().weight
     head: Any = model.get_output_embeddings().weight  # type: ignore[no-untyped-call]
     outer = embedding.numel() if head is embedding else embedding.numel() + head.numel()
@@ -105,8 +104,10 @@ def tree_work(tree: PackedTree) -> Work:
 
 
 def sequence_work(sequence: TrainSequence) -> Work:
-    """Return the work of one whole sequence by itself. The last token is fed too, as in a usual padded
-    step."""
+    """Return the work of one whole sequence by itself.
+
+    The last token is fed too, as in a usual padded step.
+    """
     return Work(
         tokens=sequence.num_tokens,
         scored_tokens=len(sequence.target_ids),
@@ -115,15 +116,18 @@ def sequence_work(sequence: TrainSequence) -> Work:
 
 
 def prompt_work(num_tokens: int, *, num_cached: int = 0) -> Work:
-    """Return the work of reading a prompt whose first tokens are cached. See `sampling_work` for what
-    follows."""
+    """Return the work of reading a prompt whose first tokens are cached.
+
+    `sampling_work` covers what is sampled after it.
+    """
     return Work(tokens=num_tokens - num_cached, pairs=_pairs(num_cached, num_tokens))
 
 
 def sampling_work(prompt_tokens: int, sampled_tokens: int) -> Work:
     """Return the work of sampling after a prompt that has been read. The last sampled token is not fed.
 
-    The prompt's last token gives the first sampled token, the second attends to 11 tokens, the third to 12.
+    In the example, the prompt's last token gives the first sampled token. The second attends to 11 tokens
+    and the third to 12.
 
     >>> sampling_work(10, 3)
     Work(tokens=2, scored_tokens=3, pairs=23)

@@ -95,8 +95,10 @@ def _chunks(length: int, size: int) -> list[slice]:
 def _logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: slice, dtype: torch.dtype
 ) -> Tensor:
-    """Compute one tile of logits, ``[C, V']``. ``weight`` is already cut to the columns and ``bias`` is
-    not."""
+    """Compute one tile of logits, ``[C, V']``.
+
+    ``weight`` is already cut to the columns, and ``bias`` is not.
+    """
     logits = (hidden @ weight.T).to(dtype)
     return logits if bias is None else logits.add_(bias[columns])
 

@@ -23,7 +23,7 @@ from rpt_lightning.types import TrainSequence
 def plain_logprobs(
     policy: Policy, sequence: TrainSequence, places: Tensor, *, temperature: float, device: torch.device
 ) -> Tensor:
-    """Return the log-probs of the target tokens at ``places`` [K], in ascending order.
+    """Return the log-probs of the target tokens at the ascending ``places`` [K].
 
     They are of the tempered distribution, have shape [K] and the dtype of the model's logits. ``device`` is
     where the policy computes. With sharded weights this is a collective.

@@ -1,8 +1,8 @@
 """Shard the policy over many devices, without any process ever holding all of its weights.
 
 The policy is built without weights, cut up, and then filled shard by shard. FSDP2 shards it layer by layer.
-The root is the policy itself, whose ``forward`` uses embeddings, head and last norm. If several devices also
-compute each layer together (tensor_parallel.py), that is set up first.
+The root is the policy itself, whose ``forward`` contains everything that uses embeddings, head and last norm.
+If several devices also compute each layer together (tensor_parallel.py), that is set up first.
 """
 
 from __future__ import annotations
