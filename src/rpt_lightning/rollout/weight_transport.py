@@ -20,8 +20,8 @@ from rpt_lightning.rollout.server import Fleet, Server
 class WeightTransport(ABC):
     """A way to send weights to servers.
 
-    The first rank uses all methods, and the others only ``follow`` and ``load``. An update calls ``publish``
-    once, then ``load`` for every server that answers, then ``retire``.
+    The first rank uses all methods except ``follow``. The others use only ``follow`` and ``load``. An update
+    calls ``publish`` once, then ``load`` for every server that answers, then ``retire``.
     """
 
     @abstractmethod
@@ -88,9 +88,8 @@ class SharedFolderTransport(WeightTransport):
         if self._lock is None:
             lock = self._root.with_name(self._root.name + ".lock").open("w")
             try:
-                fcntl.flock(
-                    lock, fcntl.LOCK_EX | fcntl.LOCK_NB
-                )  # held until this process ends, however it ends
+                # Held until this process ends, however it ends.
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 lock.close()
                 raise ValueError(
