@@ -47,7 +47,7 @@ def test_parity_with_verl() -> None:
     weights, _ = truncated_importance_weights(
         inputs["old_logprobs"], inputs["rollout_logprobs"], inputs["mask"], cap=case["cap"]
     )
-    # verl sets the weights of padding to 0; the loss masks it anyway.
+    # verl sets the weights of padding to 0. The loss masks padding anyway.
     torch.testing.assert_close(
         weights * inputs["mask"], torch.tensor(case["correction"], dtype=torch.float64), rtol=0, atol=1e-12
     )

@@ -40,7 +40,7 @@ def check_golden(case: dict[str, Any], inputs: dict[str, Any], **options: Any) -
         correction=None if case["correction"] is None else as_tensor(case["correction"]),
         **options,
     )
-    # verl adds 1e-8 to lengths; everything else is the same arithmetic in fp64.
+    # verl adds 1e-8 to lengths. All other arithmetic is the same, in fp64.
     assert loss.item() == pytest.approx(case["loss"], abs=2e-8)
     torch.testing.assert_close(gradient, as_tensor(case["gradient"]), rtol=0, atol=2e-8)
     assert gradient.abs().max() > 1e-3
@@ -63,7 +63,7 @@ def test_parity_with_verl(case: dict[str, Any]) -> None:
         "seq-mean-token-mean": "sequence_mean",
         "seq-mean-token-sum-norm": "constant",
     }[case["mode"]]
-    # verl counts sequences that have a token, times the padded length.
+    # verl counts the sequences that have a token, and multiplies by the padded length.
     constant = sum(any(row) for row in inputs["mask"]) * len(inputs["mask"][0])
     metrics = check_golden(
         case, inputs, aggregation=aggregation, normalizer=constant if aggregation == "constant" else None
@@ -94,7 +94,8 @@ BY_HAND = {
 def test_hand_computed_loss(aggregation: str, normalizer: float | None, expected: float) -> None:
     loss, gradient, metrics = loss_and_gradient(BY_HAND, aggregation=aggregation, normalizer=normalizer)
     assert loss.item() == pytest.approx(expected, abs=1e-12)
-    # Both tokens outside the trust region have no gradient; the ratio 1 with advantage -1 pushes the log-prob down.
+    # Both tokens outside the trust region have no gradient. The token with ratio 1 and advantage -1 pushes
+    # its log-prob down.
     assert gradient[0].tolist() == [0.0, 0.0]
     assert gradient[1, 0].item() == 0.0
     assert gradient[1, 1].item() > 0.0
@@ -137,7 +138,7 @@ def test_gradient_against_finite_differences() -> None:
     torch.manual_seed(0)
     old, advantages = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     mask = torch.rand(3, 4) > 0.3
-    # Ratios stay off the corners of the clipping.
+    # Ratios stay away from the points where clipping starts.
     logprobs = (old + 0.1 * torch.rand(3, 4, dtype=torch.float64)).requires_grad_()
     for aggregation in AGGREGATIONS:
 
@@ -192,9 +193,8 @@ def test_micro_batches_add_up(seed: int, aggregation: str, parts: list[int], cor
     sums: list[dict[str, Tensor]] = []
     total, pieces = 0.0, torch.zeros_like(gradient)
     for part in range(4):
-        rows = [
-            row for row, owner in enumerate(parts) if owner == part
-        ]  # may be empty: a rank without sequences
+        # May be empty, like a rank without sequences.
+        rows = [row for row, owner in enumerate(parts) if owner == part]
         piece = loss_and_gradient(
             {k: v[rows] for k, v in inputs.items()},
             **options,

@@ -1,4 +1,4 @@
-"""Two servers, stand-ins or the real vLLM, for the tests of a folder that breaks them."""
+"""Two servers, stand-ins or the real vLLM, for tests that break them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def all_servers(
 
 @pytest.fixture
 def servers(all_servers: list[ServerUnderTest]) -> list[ServerUnderTest]:
-    """Both up; a test may break them."""
+    """Both servers, running. A test may break them."""
     for server in all_servers:
         server.resume()
     dead = [server for server in all_servers if not server.is_running]

@@ -1,4 +1,4 @@
-"""What servers are asked in tests, and whether what they answer is the policy's."""
+"""Requests for servers in tests, and checks that the answers are the policy's."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REQUESTS = [
     )
     for i in range(6)
 ]
-# Long enough that a fault comes in the middle.
+# Long enough for a fault to come in the middle.
 LONG_REQUESTS = [
     replace(request, sampling=replace(SAMPLING, max_tokens=160, stop_token_ids=())) for request in REQUESTS
 ]
@@ -49,7 +49,7 @@ def check_completions(
     *,
     version: int = 3,
 ) -> None:
-    """Every completion asked for, from this policy's weights: nothing lost, doubled or stale."""
+    """Check that every completion comes from this policy's weights: none is lost, doubled or stale."""
     checksums = {name: checksum(weight) for name, weight in named_weights(policy)}
     for request, row in zip(requests, rows, strict=True):
         assert [completion.policy_version for completion in row] == [version] * request.n

@@ -1,4 +1,4 @@
-"""Real server processes on loopback, to be killed, stopped and started again."""
+"""Real server processes on loopback, which tests kill, stop and start again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rpt_lightning.rollout.server_processes import server_command
 KEY = "a key that only tests use"
 MAX_MODEL_LEN = 256
 HAS_VLLM = sys.platform == "linux" and importlib.util.find_spec("vllm") is not None
-MAX_START_CPU_S = 300.0  # vLLM: about 30
+MAX_START_CPU_S = 300.0  # vLLM takes about 30
 MAX_IDLE_S = 120.0
 
 
@@ -54,8 +54,10 @@ class ServerUnderTest:
 
     def _vllm(self, model: Path, num_devices: int, max_num_seqs: int) -> tuple[str, ...]:
         return server_command(
-            model_path=str(model), url=self.url, host="127.0.0.1", dtype="float32", max_model_len=MAX_MODEL_LEN, seed=0, tensor_parallel_size=num_devices,
-            max_num_seqs=max_num_seqs, gpu_memory_utilization=None, kv_cache_gib=0.25, enforce_eager=True, block_size=32, weight_transfer=None,
+            model_path=str(model), url=self.url, host="127.0.0.1", dtype="float32",
+            max_model_len=MAX_MODEL_LEN, seed=0, tensor_parallel_size=num_devices, max_num_seqs=max_num_seqs,
+            gpu_memory_utilization=None, kv_cache_gib=0.25, enforce_eager=True, block_size=32,
+            weight_transfer=None,
         )  # fmt: skip
 
     def start(self) -> None:
@@ -72,7 +74,10 @@ class ServerUnderTest:
             )
 
     def wait_until_ready(self) -> None:
-        """The limits are of computing and of idling, not of the clock: beside other work on the same cores a start takes ten times as long."""
+        """Wait for an answer. The limits are on computing and idle time, not on wall-clock time.
+
+        Beside other work on the same cores, a start takes ten times as long.
+        """
         assert self._process is not None
         computed_s, at_s = 0.0, time.monotonic()
         while True:
@@ -87,12 +92,12 @@ class ServerUnderTest:
             time.sleep(0.05)
 
     def signal(self, number: int) -> None:
-        """To the whole server: vLLM's front end, engine and worker are processes of their own."""
+        """Signal the whole server. vLLM's front end, engine and worker are separate processes."""
         assert self._process is not None
         self._process.signal(number)
 
     def resume(self) -> None:
-        """Of a server that a failed test left stopped."""
+        """Wake a server that a failed test left stopped."""
         if self.is_running:
             self.signal(signal.SIGCONT)
 
@@ -107,7 +112,7 @@ class ServerUnderTest:
 
 
 class ForeignProgram:
-    """Another program that came up on a server's port: the same JSON to every request, with a status of its own."""
+    """Another program on a server's port. It answers each request with the same JSON and a given status."""
 
     SCRIPT = """
 import http.server, sys

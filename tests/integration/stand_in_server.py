@@ -1,8 +1,9 @@
-"""A server process that speaks the part of vLLM's protocol which VLLMServerEngine uses.
+"""A server process that speaks the part of vLLM's protocol that VLLMServerEngine uses.
 
-It starts in a second where vLLM takes half a minute, so that faults of real processes are tested in the default suite; tests marked `vllm` put the real
-server in its place. Its completions are a pure function of seed, prompt and the weights that it holds, so that a test knows each of them beforehand. It
-shares no code with the package: the checksum is computed a second way.
+It starts in a second where vLLM takes half a minute, so the default suite can test faults of real processes.
+Tests marked `vllm` use the real server in its place. Its completions are a pure function of the seed, the
+prompt and the weights that it holds, so a test knows each of them in advance. It shares no code with the
+package, and computes the checksum in a second way.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from aiohttp import web
 from safetensors.numpy import load_file, save
 
-FIRST_LABEL = "default"  # vLLM's
+FIRST_LABEL = "default"  # the same as vLLM's
 
 
 def array_checksum(array: np.ndarray) -> str:
@@ -31,7 +32,7 @@ def array_checksum(array: np.ndarray) -> str:
 
 
 def say(checksums: dict[str, str], prompt_ids: list[int], seed: int, max_tokens: int) -> list[int]:
-    """The completion."""
+    """Compute the completion."""
     key = hashlib.sha256(json.dumps([sorted(checksums.items()), list(prompt_ids), seed]).encode()).digest()
     return [
         int.from_bytes(hashlib.sha256(key + bytes([turn])).digest()[:4], "big") % 500 + 10
@@ -94,7 +95,7 @@ class StandIn:
         body = await request.json()
         try:
             result = getattr(self, body["method"])(**body.get("kwargs", {}))
-            # As vLLM does.
+            # vLLM does the same.
             return web.json_response(
                 {"results": [result if result is None or isinstance(result, dict | list) else str(result)]}
             )
@@ -187,7 +188,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--facts", type=json.loads, required=True)
-    parser.add_argument("--delay-s", type=float, default=0.005, help="for each token of a completion")
+    parser.add_argument("--delay-s", type=float, default=0.005, help="Time for each token of a completion.")
     args = parser.parse_args()
     app = web.Application(middlewares=[require_key])
     app.add_routes(StandIn(args.facts, args.delay_s).routes())

@@ -1,4 +1,4 @@
-"""Model families with both engines: what docs/families.md says of each is what happens."""
+"""Model families with both engines do what docs/families.md says."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROWS = re.compile(r"^\| `(\w+)` \| (.*) \| (.*) \| (.*) \|$", re.MULTILINE)
 
 
 def page() -> dict[str, tuple[str, ...]]:
-    """The table's cells by family."""
+    """Return the cells of the table by family."""
     return {
         row[0]: row[1:] for row in ROWS.findall((ROOT / "docs" / "families.md").read_text(encoding="utf-8"))
     }

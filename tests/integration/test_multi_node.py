@@ -1,4 +1,4 @@
-"""Two nodes on one machine: two `rpt fit --trainer.num_nodes 2`, each a process group of its own, that meet on loopback."""
+"""Two nodes on one machine: two process groups of `rpt fit --trainer.num_nodes 2` that meet on loopback."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def command(model, tasks, folder, *strategy, num_nodes):
     return [
-        "--config", str(ROOT / "configs/debug.yaml"), *strategy, "--trainer.default_root_dir", str(folder), "--trainer.num_nodes", str(num_nodes),
-        "--trainer.devices", "1", "--trainer.max_steps", "2", "--trainer.limit_val_batches", "0", "--model.policy.path", str(model),
-        "--data.task_dir", str(tasks), "--data.tasks_per_step", "4",
+        "--config", str(ROOT / "configs/debug.yaml"), *strategy, "--trainer.default_root_dir", str(folder),
+        "--trainer.num_nodes", str(num_nodes), "--trainer.devices", "1", "--trainer.max_steps", "2",
+        "--trainer.limit_val_batches", "0", "--model.policy.path", str(model), "--data.task_dir", str(tasks),
+        "--data.tasks_per_step", "4",
     ]  # fmt: skip
 
 
@@ -32,7 +33,7 @@ def free_port():
 
 
 def meeting():
-    """Two nodes' environments."""
+    """Return the environments of the two nodes."""
     port = str(free_port())
     return [
         {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": str(rank), "LOCAL_RANK": "0"}
@@ -80,7 +81,7 @@ def test_two_nodes_are_one_run(tiny_model_dir, tiny_task_dir, tmp_path):
         ),
     ]
     outputs = together([two, two], meeting())
-    assert ["step 2/2" in output for output in outputs] == [True, False]  # said once
+    assert ["step 2/2" in output for output in outputs] == [True, False]  # only one node reports it
     together([[*rpt, *command(tiny_model_dir, tiny_task_dir, tmp_path / "one", num_nodes=1)]], [{}])
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3, abs=1e-5)
     export(str(last_checkpoint(tmp_path / "two")), str(tmp_path / "hf"))
@@ -88,7 +89,7 @@ def test_two_nodes_are_one_run(tiny_model_dir, tiny_task_dir, tmp_path):
 
 @pytest.mark.long
 def test_nodes_that_see_different_checkpoints_do_not_start(tiny_model_dir, tiny_task_dir, tmp_path):
-    """A network file system may show one node the checkpoint late; here each has a folder of its own."""
+    """Each node has its own folder here. A network file system may also show one node a checkpoint late."""
     rpt = [sys.executable, "-m", "rpt_lightning.cli", "fit"]
     seen, unseen = tmp_path / "seen", tmp_path / "unseen"
     together([[*rpt, *command(tiny_model_dir, tiny_task_dir, seen, num_nodes=1)]], [{}])
@@ -112,7 +113,7 @@ def test_nodes_that_see_different_checkpoints_do_not_start(tiny_model_dir, tiny_
 
 @pytest.fixture
 def torchrun():
-    """Starts scripts/launch/torchrun.sh on both nodes."""
+    """Start scripts/launch/torchrun.sh on both nodes."""
     environment = {
         "NUM_NODES": "2",
         "GPUS_PER_NODE": "1",
@@ -136,7 +137,10 @@ def test_torchrun_script_on_two_nodes(torchrun, tiny_model_dir, tiny_task_dir, t
 
 @pytest.mark.long
 def test_one_rank_killed_is_one_restart_of_both_nodes(torchrun, tiny_model_dir, tiny_task_dir, tmp_path):
-    """torchrun counts restarts on each node by itself, and its store lives on: neither may make the watches take each other's ranks for dead."""
+    """A restart must not make the watches think that the other node's ranks are dead.
+
+    torchrun counts restarts on each node separately, and its store survives them.
+    """
     flags = command(tiny_model_dir, tiny_task_dir, tmp_path / "run", num_nodes=2)
     flags += ["--checkpoint.every_n_steps", "1", "--trainer.max_steps", "14", "--ranks.limit_s", "5"]
     flags += [
@@ -148,6 +152,5 @@ def test_one_rank_killed_is_one_restart_of_both_nodes(torchrun, tiny_model_dir, 
     outputs = torchrun(flags, MAX_RESTARTS="1", PYTHONPATH=modules)
     assert (tmp_path / "killed").exists()
     assert len(losses(tmp_path / "run")) == 14
-    assert (
-        sum(output.count("has given no sign of life") for output in outputs) <= 1
-    )  # of the one that was killed
+    # At most the killed one is reported.
+    assert sum(output.count("has given no sign of life") for output in outputs) <= 1

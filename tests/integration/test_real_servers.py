@@ -1,4 +1,4 @@
-"""What only real vLLM servers can show, in ways of starting that the other tests of servers do not have."""
+"""Tests that need real vLLM servers, with ways of starting them that the other server tests do not use."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = [
 def real_server(
     kind: str, model: Path, folder: Path, policy: Policy, monkeypatch: pytest.MonkeyPatch, **options: int
 ) -> Iterator[tuple[ServerUnderTest, VLLMServerEngine]]:
-    """One server, and an engine that has given it the policy's weights as version 3."""
+    """Yield one server, and an engine that has given it the policy's weights as version 3."""
     monkeypatch.setenv("RPT_SERVER_KEY", KEY)
     server = ServerUnderTest(kind, model, folder, **options)
     server.start()
@@ -62,7 +62,7 @@ def test_a_server_that_is_split_over_devices(
 def test_more_prompt_tokens_than_one_pass_takes(
     tiny_model_dir: Path, tmp_path: Path, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A prompt cut in two ends vLLM's engine on a CPU."""
+    """vLLM's engine on a CPU would end if a prompt were cut in two."""
     requests = [
         replace(
             REQUESTS[0],
@@ -80,7 +80,6 @@ def test_more_prompt_tokens_than_one_pass_takes(
         rows = engine.generate(requests)
         check_completions([server], policy, requests, rows)
         assert engine.num_lost == 0
-        for request, row in list(zip(requests, rows, strict=True))[
-            :20
-        ]:  # some of them stood at the border of a pass
+        # Some of the first 20 are at the border of a pass.
+        for request, row in list(zip(requests, rows, strict=True))[:20]:
             assert engine.generate([request])[0][0].token_ids == row[0].token_ids

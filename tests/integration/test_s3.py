@@ -1,4 +1,7 @@
-"""A task folder in storage, with a real S3 server (moto's) on loopback: what is trained on is what the folder itself gives."""
+"""Train from a task folder in storage, with a real S3 server (moto's) on loopback.
+
+The tasks must be those of the folder itself.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,14 @@ import pytest
 from rpt_lightning.data.datamodule import TokenTaskDataModule
 from rpt_lightning.data.task_folder import TaskFolder
 
-# In an environment of its own where moto is not in the project's: RPT_MOTO_SERVER=/path/to/bin/moto_server
+# If the project's environment lacks moto, name another one: RPT_MOTO_SERVER=/path/to/bin/moto_server
 MOTO_SERVER = os.environ.get("RPT_MOTO_SERVER") or shutil.which("moto_server")
 URL = "s3://corpora/deep/tasks"
 
 pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(
-        MOTO_SERVER is None, reason="no moto_server (pip install 'moto[server]'), so no S3 server was tried"
+        MOTO_SERVER is None, reason="no moto_server (pip install 'moto[server]'), so S3 was not tested"
     ),
 ]
 
@@ -53,12 +56,12 @@ def endpoint(tmp_path_factory):
 
 @pytest.fixture
 def storage(endpoint, monkeypatch, tmp_path):
-    """``storage(folder)`` uploads it to URL in an empty bucket; the client is boto3's own."""
+    """Return ``storage(folder)``, which uploads it to URL in an empty bucket with boto3's own client."""
     import boto3
 
     for name, value in {
-        "AWS_ENDPOINT_URL_S3": endpoint, "AWS_ACCESS_KEY_ID": "only-for", "AWS_SECRET_ACCESS_KEY": "tests", "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_MAX_ATTEMPTS": "2", "RPT_CACHE_DIR": str(tmp_path / "cache"),
+        "AWS_ENDPOINT_URL_S3": endpoint, "AWS_ACCESS_KEY_ID": "only-for", "AWS_SECRET_ACCESS_KEY": "tests",
+        "AWS_DEFAULT_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "2", "RPT_CACHE_DIR": str(tmp_path / "cache"),
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     client = boto3.client("s3")
@@ -78,20 +81,21 @@ def storage(endpoint, monkeypatch, tmp_path):
 
 @pytest.fixture(scope="session")
 def many_chunks(tiny_model_dir, tmp_path_factory):
-    """A prepared folder whose train split lies in several chunks."""
+    """A prepared folder whose train split has several chunks."""
     from rpt_lightning.data.corpus import DocstringSource
     from rpt_lightning.data.prepare import prepare
 
     folder = tmp_path_factory.mktemp("tasks") / "chunks"
     prepare(
-        DocstringSource("unittest"), str(folder), tokenizer=str(tiny_model_dir), proxy=str(tiny_model_dir), entropy_threshold=0.5, min_context=4,
-        max_tokens_per_document=64, max_documents=24, heldout_documents=4, window=256, overlap=64, precision="32-true", chunk_bytes="16KB",
+        DocstringSource("unittest"), str(folder), tokenizer=str(tiny_model_dir), proxy=str(tiny_model_dir),
+        entropy_threshold=0.5, min_context=4, max_tokens_per_document=64, max_documents=24,
+        heldout_documents=4, window=256, overlap=64, precision="32-true", chunk_bytes="16KB",
     )  # fmt: skip
     return folder
 
 
 def steps(task_dir, num: int, state=None):
-    """Tasks of ``num`` steps, and the state behind them."""
+    """Return the tasks of ``num`` steps and the state after them."""
     data = TokenTaskDataModule(str(task_dir), tasks_per_step=8, positions_per_document=2, num_eval_tasks=8)
     data.setup("fit")
     if state is not None:
@@ -108,7 +112,7 @@ def test_a_run_from_storage_trains_on_the_same_tasks(many_chunks, storage, tmp_p
     assert remote_place == place
     assert elsewhere.eval_tasks() == at_home.eval_tasks()
     assert elsewhere.train.tokenizer_hash == at_home.train.tokenizer_hash
-    # A run may go on from the other place: the data is known by its fingerprint.
+    # A run may resume from the other place, since the data is identified by its fingerprint.
     assert steps(URL, 2, place)[0] == steps(many_chunks, 2, place)[0]
 
 
@@ -121,7 +125,7 @@ def test_only_chunks_that_are_used_are_fetched_and_only_once(many_chunks, storag
     (first,) = (tmp_path / "cache").rglob("*.bin")
     folder.document(len(folder) - 1)
     assert len(list((tmp_path / "cache").rglob("*.bin"))) == 2
-    # The next start on this machine needs no chunk again, and mends a copy that was damaged here.
+    # The next start on this machine fetches no chunk again, except to repair a local copy that is damaged.
     first.write_bytes(first.read_bytes()[:-1] + b"?")
     before = first.read_bytes()
     assert TaskFolder(URL, "train").document(0)["doc_id"] == folder.document(0)["doc_id"]

@@ -1,4 +1,4 @@
-"""`rpt fit` as a real process whose servers all die for good, and that is started again when they are back."""
+"""All servers of a real `rpt fit` process die for good, and the run is resumed when they are back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STEPS = 12
 
 
 def flags_for(servers: list[ServerUnderTest], model: Path, tasks: Path, folder: Path) -> list[object]:
-    """The run waits two seconds for a server, and saves nothing by itself before its end."""
+    """The run waits two seconds for a server. It saves only at its end."""
     (_, path) = scripted_flags(model, tasks, steps=STEPS)
     config = yaml.safe_load(path.read_text())
     transport = {"class_path": "SharedFolderTransport", "init_args": {"folder": str(folder / "weights")}}
@@ -28,7 +28,7 @@ def flags_for(servers: list[ServerUnderTest], model: Path, tasks: Path, folder: 
         "transport": transport,
     }
     config["rollout"]["engine"] = {"class_path": "VLLMServerEngine", "init_args": settings}
-    config["rollout"]["verify_sequences"] = 0  # a stand-in's log-probs are made up
+    config["rollout"]["verify_sequences"] = 0  # a stand-in invents its log-probs
     config["trainer"]["limit_val_batches"] = 0
     config["checkpoint"] = {"every_n_steps": 1000}
     path = folder / "servers.yaml"
@@ -37,7 +37,10 @@ def flags_for(servers: list[ServerUnderTest], model: Path, tasks: Path, folder: 
 
 
 def start(run: RealRun, devices: int) -> Callable[[], int]:
-    """Returns what waits for the exit status. Lightning starts further ranks from a command only."""
+    """Start the run and return a function that waits for its exit status.
+
+    Lightning starts further ranks only for a command.
+    """
     if devices == 1:
         run.start(RPT_SERVER_KEY=KEY)
         return run.status
@@ -55,7 +58,7 @@ def test_all_servers_gone_for_good(
     devices: int,
 ) -> None:
     if servers[0].kind != "stand-in":
-        pytest.skip("the run is compared bit for bit, and real servers round by what else they generate")
+        pytest.skip("the run is compared bit for bit, and rounding in real servers depends on their batches")
     monkeypatch.setenv("RPT_SERVER_KEY", KEY)
     flags = [*flags_for(servers, tiny_model_dir, tiny_task_dir, tmp_path), "--trainer.devices", devices]
     whole = RealRun(tmp_path / "whole", flags)
@@ -69,7 +72,7 @@ def test_all_servers_gone_for_good(
     for server in servers:
         server.kill()
     assert status() not in (0, 75), run.text()
-    for rank in range(devices):  # on the terminal it is one line
+    for rank in range(devices):  # the terminal shows it on one line
         assert "EngineLost: none of the" in (run.folder / f"error-{rank}.txt").read_text()
     done = run.step()
     assert 2 <= done < STEPS
@@ -85,6 +88,5 @@ def test_all_servers_gone_for_good(
     found, expected = traces(run.folder), traces(whole.folder)
     assert differences(found, expected) == []
     assert all((row["run/usable_servers"], row["run/lost_servers"]) == (2, 0) for row in lines_of(run.folder))
-    assert (
-        sum(row["optim/grad_norm"] > 0 for row in found["steps"]) > STEPS // 2
-    )  # there was something to lose
+    # There was something to lose.
+    assert sum(row["optim/grad_norm"] > 0 for row in found["steps"]) > STEPS // 2

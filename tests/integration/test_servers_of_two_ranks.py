@@ -24,9 +24,9 @@ from rpt_lightning.rollout.checksum import checksum
 def two_ranks(
     servers: list[ServerUnderTest], tiny_model_dir: Path, tmp_path: Path
 ) -> Iterator[Callable[[int], list[subprocess.Popen[str]]]]:
-    """``two_ranks(max_tokens)`` starts them."""
+    """Return ``two_ranks(max_tokens)``, which starts them."""
     if servers[0].kind != "stand-in":
-        pytest.skip("nothing here depends on the server")
+        pytest.skip("this does not depend on the kind of server")
     ranks: list[subprocess.Popen[str]] = []
 
     def start(max_tokens: int) -> list[subprocess.Popen[str]]:
@@ -70,7 +70,10 @@ def said(ranks: list[subprocess.Popen[str]]) -> list[dict]:
 def test_two_ranks_bring_back_servers_that_all_died(
     two_ranks, tiny_model_dir: Path, servers: list[ServerUnderTest]
 ) -> None:
-    """In the middle of a generation, when only ranks can help that did not publish the weights: one of them loads, once."""
+    """All servers die during a generation, when only ranks that did not publish the weights can help.
+
+    One of them loads the weights, once.
+    """
     ranks = two_ranks(240)
     for rank in ranks:
         while rank.stdout.readline() != "generating version 2\n":
@@ -92,7 +95,7 @@ def test_two_ranks_bring_back_servers_that_all_died(
 
 
 def num_loads(server: ServerUnderTest) -> int:
-    """Of a stand-in, since it was started."""
+    """Return how often weights were loaded into a stand-in since its start."""
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     request = urllib.request.Request(
         server.url + "/collective_rpc", data=b'{"method": "rpt_describe"}', headers=headers
@@ -116,7 +119,7 @@ def test_two_ranks_share_the_servers(two_ranks, tiny_model_dir: Path) -> None:
             [say(checksums, [rank, i], 100 * rank + i + index, 8) for index in range(2)] for i in range(4)
         ]
     assert (first["version"], first["label"]) == (second["version"], second["label"]) == (2, first["label"])
-    # A failure on the first rank in the middle of gathering is an error on both.
+    # A failure on the first rank while weights are gathered is an error on both ranks.
     assert first["error"].startswith("FileNotFoundError")
     assert second["error"].startswith("RuntimeError: rank 0: FileNotFoundError")
     assert first["version after the error"] is second["version after the error"] is None

@@ -88,7 +88,7 @@ class WithFields(CorpusSource):
 
 
 def leaves(base: type) -> set[type]:
-    """The final classes of the package, not those of tests."""
+    """Return the final classes of the package, without those of tests."""
     return {
         leaf
         for one in base.__subclasses__()
@@ -143,12 +143,13 @@ def test_a_source_reaches_a_step(kind: type, tiny_model_dir: Path, tmp_path: Pat
 def test_a_folder_of_text_files_reaches_a_step_of_the_command(
     tiny_model_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The ids are paths of files that exist, as own-text.yaml makes them."""
+    """The ids are paths of existing files, as own-text.yaml makes them."""
     (tmp_path / "corpus").mkdir()
     folder = prepared(WithFields(text_files_source(tmp_path / "corpus")), tmp_path / "tasks", tiny_model_dir)
     flags = {
-        "--config": CONFIGS / "debug.yaml", "--model.policy.path": tiny_model_dir, "--data.task_dir": folder, "--data.tasks_per_step": 2,
-        "--data.num_eval_tasks": 2, "--trainer.max_steps": 1, "--trainer.val_check_interval": 1, "--trainer.default_root_dir": tmp_path / "run",
+        "--config": CONFIGS / "debug.yaml", "--model.policy.path": tiny_model_dir, "--data.task_dir": folder,
+        "--data.tasks_per_step": 2, "--data.num_eval_tasks": 2, "--trainer.max_steps": 1,
+        "--trainer.val_check_interval": 1, "--trainer.default_root_dir": tmp_path / "run",
     }  # fmt: skip
     status = cli.main(["fit", *(str(word) for flag in flags.items() for word in flag)])
     assert status == 0, capfd.readouterr()

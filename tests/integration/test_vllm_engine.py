@@ -1,4 +1,4 @@
-"""The real vLLM engine against transformers, on tiny random models of the architectures that RPT's recipes use."""
+"""The real vLLM engine against transformers, on tiny random models of the architectures in RPT's recipes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SHAPES = {
     "num_key_value_heads": 1,
     "head_dim": 32,
 }
-# A vocabulary that vLLM pads, to a multiple of 64.
+# A vocabulary that vLLM pads to a multiple of 64.
 QWEN = SHAPES | {"vocab_size": 515, "max_position_embeddings": 1024}
 
 
@@ -59,7 +59,10 @@ def make_config(kind: str, tiny_model_dir: Path):
 
 
 def make_policy(config, seed: int):
-    """Random weights, biases and norms included, far enough from uniform that a wrong tensor shows."""
+    """Return a policy with random weights, including biases and norms.
+
+    They are far enough from uniform that a wrong tensor shows.
+    """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
@@ -78,14 +81,17 @@ KINDS = ["llama-tied float32", "qwen3 bfloat16", *FURTHER]
 
 @pytest.fixture(scope="module", params=KINDS)
 def world(request: pytest.FixtureRequest, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory):
-    """A running engine and a policy of the same architecture. Four starts in one process: closing must leave room for the next."""
+    """A running engine and a policy of the same architecture.
+
+    There are four starts in one process, so closing must leave room for the next.
+    """
     kind, dtype = request.param.split()
     folder = tmp_path_factory.mktemp(kind)
     for file in tiny_model_dir.glob("tokenizer*"):
         shutil.copy(file, folder)
     config = make_config(kind, tiny_model_dir)
     policy = make_policy(config, seed=0)
-    policy.config.save_pretrained(folder)  # configuration and tokenizer are all that an engine needs
+    policy.config.save_pretrained(folder)  # an engine needs only configuration and tokenizer
     with VLLMEngine(dtype=dtype, kv_cache_gib=0.25) as engine:
         engine.start(str(folder), seed=0, max_model_len=512)
         yield engine, policy
@@ -122,7 +128,7 @@ def make_requests(num: int = 4, n: int = 2, sampling: SamplingSettings = SAMPLIN
 def reference_logprobs(
     policy, engine: VLLMEngine, request: GenerationRequest, completion: Completion
 ) -> torch.Tensor:
-    """transformers' log-probs, in fp32 with the weights as the engine's dtype rounds them."""
+    """Return transformers' log-probs in fp32, with the weights rounded to the engine's dtype."""
     model = rounded(policy, engine.dtype)
     logits = (
         model(torch.tensor([request.prompt_ids + completion.token_ids]))
@@ -187,7 +193,7 @@ def test_logprobs_agree_with_transformers(engine: VLLMEngine, policy, changes: d
         assert diff.max < 1e-3
     elif changes.keys() <= {"temperature"}:
         check_logprobs(diff, LOGPROB_LIMITS[engine.dtype], version=0)
-    else:  # rounding pushes a few tokens over a truncation's edge, where they have no log-prob at all; most agree
+    else:  # most agree, but rounding moves a few tokens beyond the edge of a truncation, without a log-prob
         assert (rollout - expected).abs().median() < LOGPROB_LIMITS[engine.dtype].mean
         assert expected.isneginf().float().mean() < 0.1
 
@@ -209,7 +215,7 @@ def test_every_weight_can_be_read_back(engine: VLLMEngine, policy) -> None:
 
 def test_a_missing_tied_head_or_projection_is_caught(engine: VLLMEngine, policy) -> None:
     for missing in ("lm_head.weight", "model.layers.1.self_attn.k_proj.weight", "model.norm.weight"):
-        with pytest.raises(ValueError, match=f"update to version 1 did not deliver {missing}"):
+        with pytest.raises(ValueError, match=f"update to version 1 lacks {missing}"):
             engine.update_weights(
                 [(name, weight) for name, weight in weights(policy) if name != missing], version=1
             )
@@ -222,7 +228,8 @@ def test_a_missing_tied_head_or_projection_is_caught(engine: VLLMEngine, policy)
 
 def test_a_head_that_stayed_behind_is_seen_by_tensors_and_logprobs(engine: VLLMEngine, policy) -> None:
     other = make_policy(policy.config, seed=1)
-    # Past the engine's own check, as if vLLM had dropped the tensor: the packed head then belongs to the old weights.
+    # Bypass the engine's own check, as if vLLM had dropped the tensor. The packed head then belongs to the
+    # old weights.
     without_head = [(name, weight) for name, weight in weights(other) if name != "lm_head.weight"]
     engine._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": without_head})
     with pytest.raises(SyncError, match=r"1 of \d+ compared tensors differ .*: lm_head.weight"):
@@ -264,7 +271,10 @@ def test_completions_do_not_depend_on_the_batch(engine: VLLMEngine) -> None:
 
 
 def test_more_prompt_tokens_than_one_pass_takes(engine: VLLMEngine) -> None:
-    """A prompt that were cut in two would draw twice for its first token; on a CPU vLLM fails where it turns the first draw back."""
+    """A prompt cut in two would draw twice for its first token.
+
+    On a CPU, vLLM fails when it reverts the first draw.
+    """
     room = engine._llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
     numbers = torch.Generator().manual_seed(2)
     requests = [
@@ -278,16 +288,19 @@ def test_more_prompt_tokens_than_one_pass_takes(engine: VLLMEngine) -> None:
         for i in range(room // 301 + 2)
     ]
     together = engine.generate(requests)
-    if engine.dtype == torch.float32:  # in bf16 another batch may turn a near tie
+    if engine.dtype == torch.float32:  # in bf16, another batch may decide a near tie
         at_the_border = [room // 301 - 1, room // 301, room // 301 + 1]
         for index in at_the_border:
             assert engine.generate([requests[index]])[0][0].token_ids == together[index][0].token_ids
 
 
 def test_n_completions_are_n_requests_with_the_next_seeds(engine: VLLMEngine) -> None:
-    """`GenerationRequest` promises the seed ``seed + i``; vLLM derives the seeds of n > 1 itself, and a version that does it otherwise fails here."""
+    """`GenerationRequest` promises the seed ``seed + i``.
+
+    vLLM derives the seeds of n > 1 itself, and a version that does it differently fails here.
+    """
     if engine.dtype != torch.float32:
-        pytest.skip("in bf16 another batch rounds otherwise, which may turn a near tie")
+        pytest.skip("in bf16 another batch rounds differently, which may decide a near tie")
     requests = make_requests(n=5)
     rows = engine.generate(requests)
     alone = [
@@ -311,8 +324,8 @@ def test_prompts_of_a_document_come_from_the_cache_as_far_as_whole_blocks_allow(
     block = engine._llm.llm_engine.vllm_config.cache_config.block_size
     assert block == 32
     document = tuple(range(1, 400))
-    # By hand: (completions - 1) x whole blocks of each prompt, and what the prompt shares with the position before it. 96 tokens are 3 whole blocks,
-    # the last of which is computed again for the last token's logits.
+    # By hand: (completions - 1) x whole blocks of each prompt, and what the prompt shares with the previous
+    # position. 96 tokens are 3 whole blocks, the last of which is computed again for the last token's logits.
     lengths, n = (70, 96, 100, 203), 3
     shareable = (0 + 2 * 64) + (64 + 2 * 64) + (96 + 2 * 96) + (96 + 2 * 192)
     requests = [
@@ -323,11 +336,11 @@ def test_prompts_of_a_document_come_from_the_cache_as_far_as_whole_blocks_allow(
     engine.generate(requests)
     first = engine.prompt_tokens - before
     assert (first.total, first.shareable) == (n * sum(lengths), shareable)
-    assert first.cached == shareable  # the engine is idle and its cache has room: nothing is lost
-    engine.generate(requests)  # a second part of the same groups finds all of it
+    assert first.cached == shareable  # the engine is idle and its cache has room, so nothing is lost
+    engine.generate(requests)  # a second part of the same groups finds everything in the cache
     second = engine.prompt_tokens - before - first
     assert second.cached == second.shareable == n * (64 + 64 + 96 + 192)
-    engine.update_weights(weights(policy), version=1)  # forgets it
+    engine.update_weights(weights(policy), version=1)  # clears the cache
     before = engine.prompt_tokens
     engine.generate(requests)
     assert engine.prompt_tokens - before == first
@@ -336,9 +349,9 @@ def test_prompts_of_a_document_come_from_the_cache_as_far_as_whole_blocks_allow(
 def test_a_first_box_ends_generation_itself(
     engine: VLLMEngine, policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kept tokens and their log-probs are those of the whole completion, and the engine does not go on behind them."""
+    """The kept tokens and log-probs are those of the whole completion, and the engine stops after them."""
     if engine.dtype != torch.float32:
-        pytest.skip("in bf16 another batch rounds otherwise, which may turn a near tie")
+        pytest.skip("in bf16 another batch rounds differently, which may decide a near tie")
     monkeypatch.setattr(engine, "_bytes_of", lambda token_id: (b"\\boxed{", b"}", b"x")[token_id % 3])
     sampling = replace(SAMPLING, max_tokens=150, stop_token_ids=())
     step, num_steps = engine._llm.llm_engine.step, [0]
@@ -371,7 +384,7 @@ def test_a_first_box_ends_generation_itself(
                 is None
             )
             assert completion.finish_reason == "stop"
-    engine.update_weights(weights(policy), version=1)  # nothing is left running
+    engine.update_weights(weights(policy), version=1)  # works, since nothing is left running
 
 
 def test_an_error_amid_generation_leaves_the_engine_idle(
@@ -411,7 +424,7 @@ def test_old_keys_and_values_are_forgotten_with_the_old_weights(
     engine.generate(requests)
     engine.update_weights(weights(other), version=1)
     check_logprobs(difference(other, engine, requests), LOGPROB_LIMITS[engine.dtype], version=1)
-    # The test can fail: with a reset that does nothing the stale cache is plain to see.
+    # The test can fail: if the reset does nothing, the stale cache shows.
     monkeypatch.setattr(engine._llm, "reset_prefix_cache", lambda: True)
     engine.update_weights(weights(policy), version=2)
     with pytest.raises(SyncError):

@@ -105,14 +105,14 @@ def test_a_process_group_of_the_trainer_outlives_the_engine(tiny_model_dir: Path
             with VLLMEngine(dtype="float32", kv_cache_gib=0.25) as engine:
                 engine.start(str(tiny_model_dir), seed=0)
             ones = torch.ones(1)
-            torch.distributed.all_reduce(ones)  # raises where the group is gone
+            torch.distributed.all_reduce(ones)  # raises if the group is gone
     finally:
         torch.distributed.destroy_process_group()
     assert not torch.distributed.is_initialized()
 
 
 def test_the_worker_gets_the_trainers_own_gpu(monkeypatch):
-    """All that can be said without GPUs: vLLM's own executor asks this method, and would say 0."""
+    """This is all that can be tested without GPUs. vLLM's own executor calls this and would return 0."""
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
     from rpt_lightning.rollout.vllm_executor import OwnDeviceExecutor

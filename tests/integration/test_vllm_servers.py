@@ -1,6 +1,7 @@
-"""Rollouts by servers, and the faults of servers: processes that are killed, hang, come back empty or hold the wrong weights.
+"""Rollouts on servers that fail: processes are killed, hang, or come back empty or with wrong weights.
 
-Each test runs twice: against stand-in servers (real processes, known completions) and, marked `long`, against the real vLLM.
+Each test runs twice: against stand-in servers (real processes, known completions) and, marked `long`, against
+the real vLLM.
 """
 
 from __future__ import annotations
@@ -77,14 +78,14 @@ def test_weights_go_out_completions_come_back(
 ) -> None:
     rows = engine.generate(REQUESTS)
     check_completions(servers, policy, REQUESTS, rows)
-    # Completion i of a request is the one that seed + i alone gives.
+    # Completion i of a request is the one that seed + i gives alone.
     alone = [
         engine.generate([replace(REQUESTS[2], n=1, seed=REQUESTS[2].seed + index)])[0][0]
         for index in range(4)
     ]
     assert [completion.token_ids for completion in alone] == [completion.token_ids for completion in rows[2]]
     assert len({completion.token_ids for completion in alone}) == 4
-    if servers[0].kind == "vllm":  # the stand-in knows no temperature
+    if servers[0].kind == "vllm":  # the stand-in ignores the temperature
         greedy = engine.generate([replace(REQUESTS[0], sampling=replace(SAMPLING, temperature=0.0))])[0]
         assert [len(greedy), len({completion.token_ids for completion in greedy})] == [4, 1]
     # Read back, bit for bit, from every server.
@@ -92,7 +93,7 @@ def test_weights_go_out_completions_come_back(
     held = engine.read_weights(["model.layers.1.self_attn.k_proj.weight", "lm_head.weight"])
     weights = dict(named_weights(policy))
     assert all(torch.equal(held[name], weights[name]) for name in held)
-    # More files than one, and only those of the present version.
+    # There are several files, and only those of the current version.
     engine.update_weights(named_weights(policy), version=4)
     (folder,) = (tmp_path / "weights").iterdir()
     assert (folder.name, len(list(folder.glob("*.safetensors"))) > 1) == ("weights-v4", True)
@@ -102,7 +103,7 @@ def test_weights_go_out_completions_come_back(
 
 
 def test_prompts_are_counted_as_servers_share_them(engine: VLLMServerEngine) -> None:
-    """Of 70 tokens 64 are whole blocks (of 16, or of 32), which all completions but the very first find in the cache."""
+    """Of 70 tokens, 64 are in whole blocks of 16 or 32. All completions but the first find these cached."""
     before = engine.prompt_tokens
     assert before is not None
     request = replace(REQUESTS[0], prompt_ids=tuple(range(40, 110)))
@@ -120,7 +121,7 @@ def test_a_server_killed_in_the_middle_of_generation(
     rows = generate_with_fault(engine, requests, servers[0].kill, after_s=0.3)
     check_completions(servers, policy, requests, rows)
     assert (engine.num_lost, engine.num_usable) == (1, 1)
-    # It rejoins after it was started again and with the next update.
+    # It rejoins after a restart, with the next update.
     servers[0].start()
     servers[0].wait_until_ready()
     assert engine.num_usable == 1
@@ -140,9 +141,9 @@ def test_a_hung_server_runs_into_the_time_limit(
     rows = generate_with_fault(engine, requests, lambda: servers[1].signal(signal.SIGSTOP), after_s=0.3)
     check_completions(servers, policy, requests, rows)
     assert (engine.num_lost, engine.num_usable) == (1, 1)
-    engine.update_weights(named_weights(policy), version=4)  # goes on without it
+    engine.update_weights(named_weights(policy), version=4)  # continues without it
     assert (engine.version, engine.num_lost, engine.num_usable) == (4, 1, 1)
-    servers[1].signal(signal.SIGCONT)  # awake, with weights of version 3
+    servers[1].signal(signal.SIGCONT)  # awake again, with weights of version 3
     engine.update_weights(named_weights(policy), version=5)
     assert engine.num_usable == 2
     check_completions(servers, policy, REQUESTS, engine.generate(REQUESTS), version=5)
@@ -151,7 +152,7 @@ def test_a_hung_server_runs_into_the_time_limit(
 def test_an_interruption_does_not_wait_for_servers(
     make_engine, policy: Policy, servers: list[ServerUnderTest]
 ) -> None:
-    """Both hang, which alone would take the time limit, and then the wait for one that comes back."""
+    """Both servers hang. That alone would take the time limit and then the wait for a server to return."""
     engine = make_engine(timeout_s=120.0)
     engine.update_weights(named_weights(policy), version=3)
 
@@ -207,9 +208,8 @@ def test_a_server_that_was_restarted_unnoticed_has_no_weights_of_ours(
     servers[0].kill()
     servers[0].start()
     servers[0].wait_until_ready()
-    check_completions(
-        servers, policy, REQUESTS, engine.generate(REQUESTS)
-    )  # it is given them before it generates
+    # It gets the weights before it generates.
+    check_completions(servers, policy, REQUESTS, engine.generate(REQUESTS))
     check_weights(engine, named_weights(policy), version=3, num_tensors=1000)
 
 
@@ -217,7 +217,7 @@ def test_a_server_that_comes_later_is_compared_too(
     engine: VLLMServerEngine, policy: Policy, servers: list[ServerUnderTest], tmp_path: Path
 ) -> None:
     check_weights(engine, named_weights(policy), version=3)
-    for file in (tmp_path / "weights" / "weights-v3").iterdir():  # a disk that changes what was written to it
+    for file in (tmp_path / "weights" / "weights-v3").iterdir():  # like a disk that changes its content
         save_file({name: torch.zeros_like(weight) for name, weight in load_file(file).items()}, file)
     servers[0].kill()
     servers[0].start()
@@ -235,7 +235,7 @@ def test_a_server_that_could_not_be_compared_is_compared_before_it_generates(
     monkeypatch: pytest.MonkeyPatch,
     wrong: bool,
 ) -> None:
-    """Else a comparison that fails everywhere would pass for one that found nothing."""
+    """Otherwise a comparison that fails everywhere would look like one that found nothing."""
     checksums, asked = Server.checksums, []
 
     async def fails_at_first(self: Server, names: Sequence[str]) -> dict[str, str]:
@@ -248,12 +248,12 @@ def test_a_server_that_could_not_be_compared_is_compared_before_it_generates(
     check_weights(engine, named_weights(policy), version=3)
     assert engine.num_usable == 0
     if wrong:
-        call(servers[1], "/weight_checker", {"action": "reset"})  # all zero; version and label stay
+        call(servers[1], "/weight_checker", {"action": "reset"})  # all zero, with the same version and label
     check_completions(servers, policy, REQUESTS, engine.generate(REQUESTS))
     assert engine.num_usable == (1 if wrong else 2)
     assert sorted(asked) == sorted(2 * [server.url for server in servers])
     engine.generate(REQUESTS)
-    assert len(asked) == 4  # once is enough
+    assert len(asked) == 4  # each is compared only once
 
 
 def test_a_server_that_is_found_gone_between_two_generations_counts_as_lost(
@@ -261,7 +261,7 @@ def test_a_server_that_is_found_gone_between_two_generations_counts_as_lost(
 ) -> None:
     engine.generate(REQUESTS)
     servers[0].kill()
-    for version in (4, 5):  # once, however many updates it is out for
+    for version in (4, 5):  # it counts once, however many updates it misses
         engine.update_weights(named_weights(policy), version=version)
         assert (engine.num_lost, engine.num_usable) == (1, 1)
 
@@ -269,7 +269,7 @@ def test_a_server_that_is_found_gone_between_two_generations_counts_as_lost(
 def test_another_program_on_a_servers_port(
     engine: VLLMServerEngine, policy: Policy, servers: list[ServerUnderTest]
 ) -> None:
-    """Also one that answers everything, but not what a server would."""
+    """The program may also answer everything, but not as a server would."""
     for version, answer in ((3, "404 Not Found"), (5, "200 OK")):
         servers[0].kill()
         with ForeignProgram(servers[0].port, answer):
@@ -297,10 +297,11 @@ def test_weights_that_change_under_a_completion_throw_it_away(
 def test_wrong_weights_on_one_server_are_caught(
     engine: VLLMServerEngine, policy: Policy, servers: list[ServerUnderTest]
 ) -> None:
-    call(servers[1], "/weight_checker", {"action": "reset"})  # all zero; version and label stay
+    call(servers[1], "/weight_checker", {"action": "reset"})  # all zero, with the same version and label
     with pytest.raises(
         SyncError,
-        match=f"compared tensors differ .* in {servers[1].url}: model.embed_tokens.weight.* .largest difference 0.[1-9]",
+        match=f"compared tensors differ .* in {servers[1].url}: model.embed_tokens.weight.* "
+        r".largest difference 0.[1-9]",
     ):
         check_weights(engine, named_weights(policy), version=3)
 

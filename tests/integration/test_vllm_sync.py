@@ -1,4 +1,4 @@
-"""Policy and the real vLLM engine through optimizer steps: what the check after each sync sees, and what it cannot see."""
+"""Policy and the real vLLM engine over optimizer steps: what the check after each sync can and cannot see."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def policy(tiny_model_dir: Path) -> Policy:
 
 
 def step(policy: Policy) -> None:
-    """One optimizer step as RPT makes it: fp32 master weights, AdamW, lr 1e-6."""
+    """Make one optimizer step as in RPT: fp32 master weights, AdamW, lr 1e-6."""
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, betas=(0.9, 0.999), weight_decay=0.01)
     (tree,) = pack(
         [TrainSequence(prompt_ids=(40, 41, 42), target_ids=tuple(range(100, 200)))], max_tokens=4096
@@ -104,11 +104,11 @@ def test_an_engine_one_step_behind_is_caught_by_its_version(engine: VLLMEngine, 
 def test_an_engine_one_step_behind_is_caught_by_its_tensors(engine: VLLMEngine, policy: Policy) -> None:
     engine.update_weights(named_weights(policy), version=1)
     step(policy)
-    for version in range(1, 6):  # whichever tensors are looked at
+    for version in range(1, 6):  # whichever tensors are compared
         engine._version = version  # the version claims that all is well
         with pytest.raises(SyncError, match=r"compared tensors differ .*model.embed_tokens.weight"):
             check_weights(engine, named_weights(policy), version=version, num_tensors=4)
-    # bf16's own noise hides such a step from a comparison of log-probs; in fp32 they show it too.
+    # bf16's own noise hides such a step in log-probs. In fp32, log-probs show it too.
     limits = logprob_limits(engine.dtype, engine.dtype)
     engine._version = 1
     with pytest.raises(SyncError) if engine.dtype == torch.float32 else contextlib.nullcontext():
@@ -126,7 +126,8 @@ def test_what_rounding_hides_is_truly_equal(engine: VLLMEngine, policy: Policy) 
     if engine.dtype == torch.float32:
         assert min(moved.values()) > 0.9
     else:
-        # Norms of exactly 1 are 1e-6 away from a spacing of 2^-8: not one entry moves, and the engine would compute the same with either.
+        # Norms of exactly 1 change by 1e-6, while the spacing is 2^-8. No entry changes, and the engine would
+        # compute the same with either.
         assert all((share == 0) == ("norm" in name) for name, share in moved.items())
         assert max(moved.values()) < 0.5
     engine.update_weights(named_weights(policy), version=1)

@@ -1,4 +1,4 @@
-"""One rank of two that share servers: python two_rank_servers.py MODEL FOLDER MAX_TOKENS URL..."""
+"""One of two ranks that share servers. Usage: python two_rank_servers.py MODEL FOLDER MAX_TOKENS URL..."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rpt_lightning.types import GenerationRequest, SamplingSettings
 
 
 def gathered(weights):
-    """As sharded weights come: each one through a collective."""
+    """Yield weights like sharded ones, each through a collective."""
     for name, tensor in weights:
         dist.broadcast(tensor.clone(), src=0)
         yield name, tensor
@@ -47,7 +47,8 @@ def main(model: str, folder: str, max_tokens: int, urls: list[str]) -> None:
         "version": engine.version,
         "label": engine._weights.label,
     }
-    # A failure on the first rank in the middle of gathering is an error on both, and neither waits for the other.
+    # A failure on the first rank while weights are gathered is an error on both, and neither waits for the
+    # other.
     if rank == 0:
         shutil.rmtree(folder)
     try:

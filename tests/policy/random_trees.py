@@ -1,4 +1,4 @@
-"""Random forests in depth-first order, for tests of what is made of them."""
+"""Random forests in depth-first order, for tests of code that uses trees."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from torch import Tensor
 
 
 def forest(num_closed: list[int]) -> list[int]:
-    """Token ``i`` first closes so many of the open subtrees, then opens its own: -> ``subtree_end`` of each token."""
+    """Return ``subtree_end`` of each token.
+
+    Token ``i`` first closes ``num_closed[i]`` open subtrees, then opens its own.
+    """
     ends, path = [0] * len(num_closed), []
     for token, closed in enumerate(num_closed):
         for _ in range(min(closed, len(path))):
@@ -20,14 +23,14 @@ def forest(num_closed: list[int]) -> list[int]:
 
 
 def forests(max_tokens: int) -> st.SearchStrategy[list[int]]:
-    # Mostly 0, so that there are chains; large numbers start new trees.
+    # Most numbers are 0, which makes chains. Large numbers start new trees.
     return st.lists(st.sampled_from([0, 0, 0, 0, 0, 1, 2, 5, 99]), min_size=1, max_size=max_tokens).map(
         forest
     )
 
 
 def permitted(subtree_end: list[int]) -> Tensor:
-    """Bool [N, N], by the definition."""
+    """Return bool [N, N], computed from the definition."""
     return torch.tensor(
         [[key <= query < end for key, end in enumerate(subtree_end)] for query in range(len(subtree_end))]
     )

@@ -1,4 +1,7 @@
-"""Run by test_sharding.py in processes of their own: three optimizer steps of a sharded policy, and what it held before and after."""
+"""Three optimizer steps of a sharded policy. test_sharding.py runs this in separate processes.
+
+The worker records what the policy held before and after the steps.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ SEQUENCES = [
 
 
 def three_steps(policy: Policy, *, bf16: bool = False) -> dict[str, Any]:
-    """Every rank scores the same, so that what ranks do together is what one does."""
+    """Run three steps. Every rank scores the same sequences, so all ranks together compute what one would."""
     (tree,) = policy.pack(SEQUENCES, max_tokens=100)
     start = {name: weight.clone() for name, weight in named_weights(policy)}
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)

@@ -1,4 +1,7 @@
-"""The block mask of CUDA's kernel. Its forward pass runs on CPU as well; its compiled form and gradients need a GPU."""
+"""The block mask of CUDA's kernel.
+
+The forward pass runs on CPU too. The compiled form and gradients need a GPU.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from rpt_lightning.policy.block_mask import BLOCK, bucket_length, flex, tree_block_mask
 from rpt_lightning.policy.tree_attention import TreeMask
 
-# Few branches, so that some blocks are empty, some full and some partial.
+# The trees have few branches, so that some blocks are empty, some full and some partial.
 long_forests = st.tuples(
     st.lists(st.tuples(st.integers(0, 3 * BLOCK - 1), st.sampled_from([1, 60, 300])), max_size=6).map(dict),
     st.sampled_from([None, 1, 100, 200]),
@@ -33,7 +36,7 @@ def test_blocks_are_those_that_torch_finds_by_looking_at_every_pair(case):
     if window is None:
         assert torch.equal(mask.to_dense(), found.to_dense())
         assert torch.equal(mask.full_kv_num_blocks, found.full_kv_num_blocks)
-    else:  # bounds of depths may keep a block that turns out to be empty, and take a full one for partial
+    else:  # depth bounds may keep a block that is in fact empty, or treat a full one as partial
         assert (mask.to_dense() >= found.to_dense()).all()
         assert (mask.full_kv_num_blocks <= found.full_kv_num_blocks).all()
 

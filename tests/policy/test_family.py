@@ -1,4 +1,4 @@
-"""What the self-check of a policy finds: every parameter counts, training mode is looked at, and so are the folder's own weights."""
+"""A policy's self-check sees every parameter, training mode and the folder's own weights."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ SEQUENCES = [
 
 
 def saved(config, tiny_model_dir, folder) -> str:
-    """A model of which every parameter is random, biases and norms too."""
+    """Save a model in which every parameter is random, including biases and norms."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -64,7 +64,10 @@ def saved(config, tiny_model_dir, folder) -> str:
 
 @pytest.mark.parametrize("config", [PHI, GPTJ], ids=["phi", "gptj"])
 def test_a_head_with_a_bias_is_right(config, tiny_model_dir, tmp_path) -> None:
-    """Log-probs, most likely tokens and the bias's gradient are those of transformers; the engine that gets the weights draws from the same distribution."""
+    """Log-probs, most likely tokens and the bias's gradient equal those of transformers.
+
+    The engine that gets the weights draws from the same distribution.
+    """
     path = saved(config, tiny_model_dir, tmp_path / "model")
     policy = Policy(path)
     policy.materialize()
@@ -106,7 +109,7 @@ def test_a_head_with_a_bias_is_right(config, tiny_model_dir, tmp_path) -> None:
 
 
 def test_every_parameter_of_the_copy_is_random() -> None:
-    """Zeros and ones would hide what leaves a bias or a norm out."""
+    """Zeros and ones would hide an error that leaves out a bias or a norm."""
     for config in (PHI, GPTJ, LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True)):
         for name, parameter in small_copy(config).named_parameters():
             assert parameter.detach().flatten().unique().numel() > 0.9 * parameter.numel(), name
@@ -116,7 +119,8 @@ def test_a_forgotten_bias_would_be_found(monkeypatch) -> None:
     monkeypatch.setattr("rpt_lightning.policy.scoring.head_bias", lambda model: None)
     with pytest.raises(
         ValueError,
-        match=r"policy\.path=some: PhiForCausalLM gives other log-probs than its hidden states and output head",
+        match=r"policy\.path=some: the log-probs of PhiForCausalLM differ from those of its hidden states "
+        r"and output head",
     ):
         choose_packing(PHI, path="some")
 
@@ -161,12 +165,12 @@ def test_the_same_families_without_noise_are_taken(config) -> None:
 
 
 def test_scaled_logits_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"policy\.path=some: CohereForCausalLM gives other log-probs"):
+    with pytest.raises(ValueError, match=r"policy\.path=some: the log-probs of CohereForCausalLM differ"):
         choose_packing(CohereConfig(**SMALL), path="some")
 
 
 def test_the_second_call_is_looked_at_too(monkeypatch) -> None:
-    """A model whose first call leaves something behind."""
+    """The first call of this model leaves state behind."""
     forward, calls = family.score, []
 
     def drifting(model, tree):
@@ -175,12 +179,12 @@ def test_the_second_call_is_looked_at_too(monkeypatch) -> None:
         return logprobs + 0.01 * (len(calls) % 2 == 0), entropy
 
     monkeypatch.setattr(family, "score", drifting)
-    with pytest.raises(ValueError, match="gives other log-probs than its hidden states"):
+    with pytest.raises(ValueError, match="differ from those of its hidden states"):
         choose_packing(LlamaConfig(**SMALL), path="some")
 
 
 def test_the_folders_own_weights_are_compared_at_load(tiny_model_dir, monkeypatch) -> None:
-    """What the small copy does not show, such as a layer that is special by its number."""
+    """The check at load sees what the small copy cannot show, such as a layer treated by its number."""
     monkeypatch.setattr(
         "rpt_lightning.policy.model.choose_packing",
         lambda *args, **kwargs: family.Packing(attention=family.NAME, reason=None),
@@ -190,7 +194,8 @@ def test_the_folders_own_weights_are_compared_at_load(tiny_model_dir, monkeypatc
     policy = Policy(str(tiny_model_dir))
     with pytest.raises(
         ValueError,
-        match=rf"policy\.path={tiny_model_dir}: with the folder's weights, LlamaForCausalLM .*difference 0\.1 nats",
+        match=rf"policy\.path={tiny_model_dir}: with the folder's weights, the log-probs of LlamaForCausalLM "
+        r".*difference 0\.1 nats",
     ):
         policy.materialize()
     assert not hasattr(policy, "model")

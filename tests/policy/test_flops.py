@@ -1,4 +1,4 @@
-"""The one count of operations: by hand, and against torch's own counter on real models."""
+"""The count of operations, checked by hand and against torch's own counter on real models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from rpt_lightning.policy.row_packing import pack_rows
 from rpt_lightning.types import TrainSequence
 
 SIZES = {
-    "vocab_size": 100, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "vocab_size": 100, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
 }  # fmt: skip
 
 
@@ -38,7 +39,10 @@ def test_flops_by_hand():
 @pytest.mark.parametrize("is_tied", [True, False])
 @pytest.mark.parametrize("config_class", [LlamaConfig, Qwen2Config, Qwen3Config])
 def test_flops_are_those_that_torch_counts(config_class, is_tied):
-    """On the matrices of a real forward and backward pass. Eager attention computes the whole square of pairs, the forbidden ones too."""
+    """Compare the matrix products of a real forward and backward pass.
+
+    Eager attention computes the whole square of pairs, including forbidden ones.
+    """
     model = AutoModelForCausalLM.from_config(
         config_class(**SIZES, tie_word_embeddings=is_tied), attn_implementation="eager"
     )
@@ -48,9 +52,8 @@ def test_flops_are_those_that_torch_counts(config_class, is_tied):
         loss = model(input_ids=torch.arange(length)[None]).logits.sum()
     with FlopCounterMode(display=False) as backward:
         loss.backward()
-    vectors = sum(
-        parameter.numel() for parameter in model.parameters() if parameter.ndim == 1
-    )  # norms and biases: no products of matrices
+    # Norms and biases are not part of matrix products.
+    vectors = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 1)
     assert forward.get_total_flops() == forward_flops(size, work) - 2 * vectors * length
     assert (
         forward.get_total_flops() + backward.get_total_flops()
@@ -69,7 +72,8 @@ def test_size_by_hand():
     )
     for is_tied in (True, False):
         untied.tie_word_embeddings = is_tied
-        # A layer: q and o 8 x 8, k and v 8 x 4; three 8 x 6 of the MLP; two norms of 8. The last norm. Heads of 4.
+        # Per layer: q and o 8 x 8, k and v 8 x 4, three 8 x 6 in the MLP, two norms of 8. Then the last norm.
+        # Heads of 4.
         body = 2 * (2 * 64 + 2 * 32 + 3 * 48 + 2 * 8) + 8
         assert model_size(AutoModelForCausalLM.from_config(untied)) == ModelSize(
             body_params=body, head_params=80, attention_width=2 * 8
@@ -94,7 +98,7 @@ def test_layers_that_carry_a_state_have_no_pairs():
 
 
 def test_work_of_a_tree_and_of_its_sequences():
-    """Prompt 1 2 3 and completions 4 5 and 4 6 7: 4 is shared, 5 and 7 are only targets."""
+    """The prompt is 1 2 3, the completions 4 5 and 4 6 7. They share 4, and 5 and 7 are only targets."""
     sequences = [TrainSequence(prompt_ids=(1, 2, 3), target_ids=ids) for ids in ((4, 5), (4, 6, 7))]
     (tree,) = pack(sequences, max_tokens=100)
     assert tree_work(tree) == Work(tokens=5, scored_tokens=4, pairs=1 + 2 + 3 + 4 + 5)
@@ -105,7 +109,7 @@ def test_work_of_a_tree_and_of_its_sequences():
 
 
 def test_the_padding_of_rows_is_no_work():
-    """Inputs of 4, 2 and 1 tokens: in rows of 4, or the first by itself and the others in rows of 2."""
+    """Inputs of 4, 2 and 1 tokens fill rows of 4, or the first is alone and the others fill rows of 2."""
     sequences = [
         TrainSequence(prompt_ids=prompt, target_ids=ids)
         for prompt, ids in (((1, 2, 3), (4, 5)), ((1,), (2, 3)), ((6,), (7,)))
@@ -129,6 +133,6 @@ def test_work_of_generation():
     assert sampling_work(4, 1) == Work(scored_tokens=1)  # from the prompt's last token
     assert sampling_work(4, 3) == Work(tokens=2, scored_tokens=3, pairs=5 + 6)
     assert sampling_work(4, 0) == Work()
-    # Reading and sampling are one causal pass over all but the last token.
+    # Reading and sampling together are one causal pass over all tokens except the last.
     whole = prompt_work(4) + sampling_work(4, 3)
     assert (whole.tokens, whole.pairs) == (prompt_work(6).tokens, prompt_work(6).pairs)

@@ -1,4 +1,4 @@
-"""Chunked log-probs against the plain formula: values, gradients, memory."""
+"""Chunked log-probs against the plain formula, in values, gradients and memory."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_heads_bias_is_in_values_and_gradients(vocab_chunk, monkeypatch):
 
 
 def test_hand_computed():
-    """Logits (ln 3, 0): probabilities 3/4 and 1/4."""
+    """Logits (ln 3, 0) give probabilities 3/4 and 1/4."""
     logprobs, entropy = chosen_logprobs(
         torch.tensor([[1.0986123]]), torch.tensor([[1.0], [0.0]]), torch.tensor([0]), temperature=1.0
     )
@@ -109,10 +109,8 @@ def test_no_targets():
 
 
 def test_most_likely_is_argmax_with_ties_too(monkeypatch):
-    hidden, weight = (
-        torch.randint(-3, 4, (40, 4)).float(),
-        torch.randint(-3, 4, (9, 4)).float(),
-    )  # exact products, many of them equal
+    # Exact products, many of which are equal.
+    hidden, weight = torch.randint(-3, 4, (40, 4)).float(), torch.randint(-3, 4, (9, 4)).float()
     for vocab_chunk in (1, 4, 9):
         monkeypatch.setattr(module, "CPU_VOCAB_CHUNK", vocab_chunk)
         assert torch.equal(most_likely(hidden, weight, chunk_size=2), (hidden @ weight.T).argmax(-1))
@@ -136,7 +134,10 @@ def test_only_what_is_asked_for_gets_a_gradient():
 
 
 def test_bf16_product_with_an_fp32_weight(monkeypatch):
-    """The fp32 weight is multiplied as its bf16 cast, and its gradient is summed over all tokens before anything rounds it."""
+    """The fp32 weight is multiplied as its bf16 cast.
+
+    Its gradient is summed over all tokens before it is rounded.
+    """
     monkeypatch.setattr(module, "CPU_VOCAB_CHUNK", 5)
     torch.manual_seed(0)
     hidden = torch.randn(600, 8).bfloat16().requires_grad_()
@@ -166,7 +167,10 @@ def test_temperature_zero_is_refused():
 
 
 def test_an_fp32_head_is_fp32_under_autocast():
-    """Neither forward nor backward, which runs inside the training step's autocast, may compute the logits in bf16."""
+    """Neither the forward nor the backward pass may compute the logits in bf16.
+
+    Both run inside the autocast of the training step.
+    """
     torch.manual_seed(0)
     hidden = (3 * torch.randn(6, 8)).requires_grad_()
     weight = torch.randn(17, 8, requires_grad=True)

@@ -1,4 +1,4 @@
-"""The policy against transformers itself, and the families that it refuses."""
+"""The policy compared with transformers itself, and the families that it refuses."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_scaled_logits_are_refused(tiny_model_dir, tmp_path):
     path = save(
         GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=8.0)), tiny_model_dir, tmp_path / "granite"
     )
-    with pytest.raises(ValueError, match="scales its logits behind the head"):
+    with pytest.raises(ValueError, match="scales its logits after the head"):
         Policy(path).materialize()
 
 
@@ -162,7 +162,7 @@ SEQUENCES = [
 
 
 def assert_scores_are_the_models_own(policy, path):
-    """Log-probs and gradients of packed sequences against transformers' eager attention on each alone."""
+    """Compare log-probs and gradients of packed sequences with eager attention on each sequence alone."""
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
     loss = torch.zeros(())
     for sequence in SEQUENCES:
@@ -196,7 +196,7 @@ def assert_scores_are_the_models_own(policy, path):
 
 
 def test_sliding_windows_share_prefixes_exactly(tiny_model_dir, tmp_path):
-    """A window of 4 tokens on the path, where a window over places in the packed tree would see other tokens."""
+    """The window is 4 tokens of the path. A window over places in the packed tree would see other tokens."""
     torch.manual_seed(0)
     config = Qwen2Config(
         **SMALL, use_sliding_window=True, sliding_window=4, max_window_layers=1, initializer_range=0.3
@@ -223,7 +223,7 @@ def test_linear_attention_gets_rows(tiny_model_dir, tmp_path):
 
 
 def test_capped_attention_gets_rows(tiny_model_dir, tmp_path):
-    """The kernels of trees, and sdpa, would leave the cap out without a word."""
+    """The kernels of trees, and sdpa, would silently ignore the cap."""
     torch.manual_seed(0)
     options = {
         "head_dim": 16,
@@ -240,7 +240,10 @@ def test_capped_attention_gets_rows(tiny_model_dir, tmp_path):
 
 
 def test_values_narrower_than_queries_get_rows():
-    """Latent attention (MLA), whose values the kernels of trees would write into a place of the queries' width."""
+    """The values of latent attention (MLA) are narrower than the queries.
+
+    The kernels of trees would write them into a place as wide as the queries.
+    """
     widths = {
         "q_lora_rank": 8,
         "kv_lora_rank": 8,
@@ -291,20 +294,21 @@ def test_dropout_is_refused(tiny_model_dir, tmp_path):
 
 def test_weights_outside_of_the_parameters_are_refused(tiny_model_dir, tmp_path):
     config = DeepseekV3Config(
-        vocab_size=512, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2, first_k_dense_replace=1,
-        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
-        kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+        vocab_size=512, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,
+        first_k_dense_replace=1, num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4,
+        num_experts_per_tok=2, n_group=1, topk_group=1, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8,
+        qk_nope_head_dim=8, v_head_dim=8,
     )  # fmt: skip
     path = save(DeepseekV3ForCausalLM(config), tiny_model_dir, tmp_path / "deepseek")
     with pytest.raises(
         ValueError,
-        match=r"1 of its weights are no parameters \(model.layers.1.mlp.gate.e_score_correction_bias\)",
+        match=r"1 of its weights are not parameters \(model.layers.1.mlp.gate.e_score_correction_bias\)",
     ):
         Policy(path).materialize()
 
 
 def test_dropout_of_heads_that_no_language_model_has_is_not_refused(tiny_model_dir, tmp_path):
-    """Pythia's config.json has classifier_dropout 0.1, GPT-2's summary_first_dropout."""
+    """Pythia's config.json has classifier_dropout 0.1, and GPT-2's has summary_first_dropout."""
     neox = GPTNeoXForCausalLM(
         GPTNeoXConfig(
             vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
@@ -335,7 +339,8 @@ def test_tokens_without_an_embedding_are_refused_before_the_start(tiny_model_dir
     tokenizer.save_pretrained(path)
     with pytest.raises(
         ValueError,
-        match=r"policy\.path=.*model: its tokenizer has 2 tokens .*'<think>', '</think>', id 512 .*resize_token_embeddings",
+        match=r"policy\.path=.*model: its tokenizer has 2 tokens .*'<think>', '</think>', id 512 "
+        r".*resize_token_embeddings",
     ):
         Policy(str(path))
 

@@ -23,14 +23,17 @@ from rpt_lightning.policy.tree_attention import NAME
 from rpt_lightning.types import TrainSequence
 
 SIZES = {
-    "vocab_size": 11, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
+    "vocab_size": 11, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
 }  # fmt: skip
 
 
 @functools.cache
 def build_model(kind: str, tied: bool) -> torch.nn.Module:
-    """A tiny model that really computes in float64: transformers' own RMSNorm works in float32 whatever the dtype."""
+    """Build a tiny model that really computes in float64.
+
+    transformers' own RMSNorm computes in float32, whatever the dtype.
+    """
     torch.manual_seed(0)
     config_class, model_class = {
         "llama": (LlamaConfig, LlamaForCausalLM),
@@ -52,7 +55,7 @@ def build_model(kind: str, tied: bool) -> torch.nn.Module:
 
 
 def score_alone(model, sequence, temperature):
-    """Plain reference: full logits of one unpacked sequence."""
+    """Compute the reference from the full logits of one unpacked sequence."""
     ids = torch.tensor([sequence.prompt_ids + sequence.target_ids])
     logits = model(input_ids=ids).logits[0, len(sequence.prompt_ids) - 1 : -1] / temperature
     logp = logits.log_softmax(-1)
@@ -76,7 +79,8 @@ def flat_grad(model):
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
-# Few token values and short sequences make shared prefixes, prefixes of one another and exact repeats frequent.
+# Few token values and short sequences often give shared prefixes, sequences that are prefixes of others, and
+# exact repeats.
 ids = st.lists(st.integers(0, 3), min_size=1, max_size=6).map(tuple)
 sequence_lists = st.lists(st.builds(TrainSequence, prompt_ids=ids, target_ids=ids), min_size=1, max_size=7)
 
@@ -119,14 +123,14 @@ def test_packed_equals_separate(kind, tied, sequences, max_tokens, seed):
 
 
 def test_worked_example():
-    """Two completions of one prompt that agree in their first token, and a longer prompt over the same document."""
+    """Two completions of one prompt share their first token, and a longer prompt covers the same document."""
     sequences = [
         TrainSequence(prompt_ids=(5, 6), target_ids=(1, 2)),
         TrainSequence(prompt_ids=(5, 6), target_ids=(1, 3)),
         TrainSequence(prompt_ids=(5, 6, 7), target_ids=(4,)),
     ]
     (tree,) = pack(sequences, max_tokens=100)
-    assert tree.token_ids.tolist() == [5, 6, 1, 7]  # the leaves 2, 3 and 4 are targets only
+    assert tree.token_ids.tolist() == [5, 6, 1, 7]  # the leaves 2, 3 and 4 are only targets
     assert tree.position_ids.tolist() == [0, 1, 2, 2]
     assert tree.tree_mask().permitted().int().tolist() == [
         [1, 0, 0, 0],
@@ -158,7 +162,10 @@ def test_empty_prompt_is_refused():
 @settings(max_examples=100, deadline=None)
 @given(sequences=sequence_lists, max_tokens=st.integers(1, 30))
 def test_cuts_compute_the_fewest_tokens(sequences, max_tokens):
-    """Against every way to cut the sorted sequences into trees within the budget (a single longer sequence is a tree of its own)."""
+    """Try every way to cut the sorted sequences into trees within the budget.
+
+    A single longer sequence is a tree of its own.
+    """
     paths = sorted(sequence.prompt_ids + sequence.target_ids for sequence in sequences)
 
     def num_nodes(part):

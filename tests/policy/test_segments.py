@@ -1,4 +1,4 @@
-"""The calls that a tree's attention is cut into cover every permitted pair once, and cost less than a dense mask where that matters."""
+"""The planned calls cover every permitted pair once, and cost less than a dense mask where that matters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rpt_lightning.policy.tree_attention import TreeMask
 
 @pytest.fixture(params=[1, 64, 4096], ids="call_cost={}".format)
 def call_cost(request, monkeypatch):
-    """From cuts wherever possible to hardly any."""
+    """Costs from one that allows cuts wherever possible to one that allows almost none."""
     monkeypatch.setattr(segments, "CALL_COST", request.param)
     monkeypatch.setattr(segments, "MERGE_COST", 0)
     monkeypatch.setattr(segments, "MAX_CHAIN", 7)
@@ -40,7 +40,7 @@ def test_every_permitted_pair_is_in_one_call(subtree_end):
             assert not seen_full
             assert queries == keys
             squares[queries] += 1
-            # A causal call has no mask: what it computes must be what is permitted.
+            # A causal call has no mask, so exactly what it computes must be permitted.
             times[queries, keys] += (
                 torch.ones_like(times[queries, keys]).tril()
                 if call.kind == "causal"
@@ -51,7 +51,10 @@ def test_every_permitted_pair_is_in_one_call(subtree_end):
 
 
 def test_a_group_is_its_prompt_once_and_its_completions():
-    """Prompt of 600, three completions of 300: the prompt's two pieces, each under what is behind it, and three causal calls."""
+    """Plan a prompt of 600 with three completions of 300.
+
+    There are two pieces of the prompt, each attended to by everything after it, and three causal calls.
+    """
     calls = plan_segments(forest([0] * 900 + [300] + [0] * 299 + [300] + [0] * 299))
     full = [call for call in calls if call.kind == "full"]
     assert [(call.query_start, call.query_stop, call.key_start, call.key_stop) for call in full] == [
@@ -59,7 +62,8 @@ def test_a_group_is_its_prompt_once_and_its_completions():
         (600, 1500, 512, 600),
     ]
     assert [(call.kind, call.query_start, call.query_stop) for call in calls if call.kind != "full"] == [
-        ("causal", 0, 512), ("causal", 512, 600), ("causal", 600, 900), ("causal", 900, 1200), ("causal", 1200, 1500),
+        ("causal", 0, 512), ("causal", 512, 600), ("causal", 600, 900), ("causal", 900, 1200),
+        ("causal", 1200, 1500),
     ]  # fmt: skip
     assert sum(call.num_pairs for call in calls) < 0.5 * 1500**2
 
@@ -71,7 +75,7 @@ def test_short_trees_are_one_masked_call():
 
 
 def test_deep_trees_do_not_overflow_the_stack():
-    """A trunk that branches at each of 3,000 tokens."""
+    """The trunk branches at each of 3,000 tokens."""
     subtree_end = forest([0, 0] + [1, 0] * 3000)
     assert max(call.query_stop for call in plan_segments(subtree_end)) == len(subtree_end)
 

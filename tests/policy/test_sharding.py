@@ -1,4 +1,4 @@
-"""Sharded policies, read shard by shard from the model's files, against the whole one of `from_pretrained`."""
+"""Sharded policies, read shard by shard from the model's files, against the whole `from_pretrained`."""
 
 from __future__ import annotations
 
@@ -43,9 +43,8 @@ def flat(weights, names):
 def check(ours, reference, *, tolerance=1e-4, logprob_tolerance=1e-5):
     names = sorted(reference["start"])
     assert sorted(ours["start"]) == names
-    assert torch.equal(
-        flat(ours["start"], names), flat(reference["start"], names)
-    )  # what was read is what lies in the files
+    # The policy starts from exactly what is in the files.
+    assert torch.equal(flat(ours["start"], names), flat(reference["start"], names))
     torch.testing.assert_close(ours["logprobs"], reference["logprobs"], rtol=0, atol=logprob_tolerance)
     assert ours["norms"] == pytest.approx(reference["norms"], rel=max(1e-4, tolerance / 10))
     update = flat(reference["end"], names) - flat(reference["start"], names)
@@ -65,7 +64,10 @@ def test_two_shards_are_the_whole(tiny_model_dir, tmp_path):
 
 @pytest.fixture
 def families(tiny_model_dir, tmp_path):
-    """Biases (Qwen2) and norms of each head (Qwen3), heads that are not tied, weights far from their initial values, files in bf16."""
+    """Models with biases (Qwen2), norms of single heads (Qwen3) and untied heads.
+
+    Their weights are far from the initial values, and their files are in bf16.
+    """
 
     def make(name):
         torch.manual_seed(0)
@@ -110,14 +112,12 @@ def test_layers_gathered_in_bf16_differ_by_its_rounding_only(tiny_model_dir, tmp
     )
     exact = whole(tiny_model_dir)
     noise = (reference["logprobs"] - exact["logprobs"]).abs().max()
-    assert (
-        0 < (ours["logprobs"] - exact["logprobs"]).abs().max() < 4 * noise
-    )  # activations between layers are bf16 as well
+    # Activations between layers are bf16 too.
+    assert 0 < (ours["logprobs"] - exact["logprobs"]).abs().max() < 4 * noise
     assert ours["norms"] == pytest.approx(exact["norms"], rel=0.03)
     assert ours["dtypes"] == {torch.float32}
-    assert any(
-        not torch.equal(weight, weight.bfloat16().float()) for weight in ours["end"].values()
-    )  # masters are not rounded
+    # Master weights are not rounded.
+    assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in ours["end"].values())
 
 
 def test_files_that_lack_a_tensor_are_named(tiny_model_dir, tmp_path):
@@ -156,7 +156,10 @@ def test_heads_that_cannot_be_divided_are_named(tiny_model_dir, tmp_path):
 
 
 def test_logits_after_meta_are_those_of_from_pretrained(tiny_model_dir, tmp_path):
-    """With another rotary base than the default: buffers that no checkpoint holds must be computed from this config."""
+    """The rotary base is not the default.
+
+    Buffers that are not in a checkpoint must be computed from this config.
+    """
     folder = tmp_path / "model"
     shutil.copytree(tiny_model_dir, folder)
     config = json.loads((folder / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""The attention function that layers call: sliding windows over paths, and what it refuses."""
+"""The attention function of layers: sliding windows over paths, and the variants that it refuses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from rpt_lightning.policy.tree_attention import TreeMask, tree_attention
 
-# 12 tokens in a row, and behind the sixth of them 8 more: where places and depths differ.
+# A row of 12 tokens, and 8 more after the sixth of them, so that places and depths differ.
 BRANCHED = forest([0] * 12 + [6] + [0] * 7)
 
 

@@ -19,7 +19,10 @@ SAMPLING = SamplingSettings(temperature=1.0, max_tokens=1, stop_token_ids=())
 
 
 class Scripted:
-    """Answers after a random number of turns of the event loop; is lost at its ``dies_at``-th request or when told by the watch."""
+    """A worker that answers after a random number of turns of the event loop.
+
+    It is lost at its ``dies_at``-th request, or when the watch says so.
+    """
 
     def __init__(
         self, name: str, numbers: random.Random, *, dies_at: int | None = None, is_caught: bool = False

@@ -20,8 +20,8 @@ COMPLETION = Completion(
 
 def task(number: int) -> TokenTask:
     return TokenTask(
-        task_id=f"d:{number}", doc_id="d", position=number, context_ids=(1,), continuation_ids=(2,), continuation=(b"a",), entropy=1.0, true_prob=0.5,
-        true_rank=0, answerable=True,
+        task_id=f"d:{number}", doc_id="d", position=number, context_ids=(1,), continuation_ids=(2,),
+        continuation=(b"a",), entropy=1.0, true_prob=0.5, true_rank=0, answerable=True,
     )  # fmt: skip
 
 
@@ -36,7 +36,7 @@ def group(of: TokenTask, live: bool) -> RolloutGroup:
 
 
 class World:
-    """A stream of tasks of which some are live, that writes down what is asked of it."""
+    """A stream of tasks, some with live groups, that records all calls."""
 
     def __init__(self, liveness: Sequence[bool]) -> None:
         self.liveness, self.next_number, self.calls = liveness, 0, []
@@ -47,7 +47,7 @@ class World:
         return [task(number) for number in range(first, self.next_number)]
 
     def draw_one(self, wanted: Sequence[int]) -> list[TokenTask]:
-        (num,) = wanted  # of the only rank
+        (num,) = wanted  # there is one rank
         return self.draw(num)
 
     def rollout(self, tasks: Sequence[TokenTask]) -> list[RolloutGroup]:
@@ -58,7 +58,8 @@ class World:
 def test_dead_groups_are_replaced_in_their_places() -> None:
     world = World([True, False, False, False, True, True])
     filled = fill_batch(world.rollout, world.draw_one, world.draw(3), max_extra_tasks=10)
-    # Round 1 draws 3 and 4 for the places of 1 and 2; 3 is dead again, round 2 draws 5 for it.
+    # Round 1 draws 3 and 4 for the places of 1 and 2. Task 3 gives equal rewards again, so round 2 draws 5
+    # for it.
     assert world.calls == [[0, 1, 2], [3, 4], [5]]
     assert [one.task.position for one in filled.groups] == [0, 5, 4]
     assert [one.task.position for one in filled.replaced] == [1, 2, 3]
@@ -91,7 +92,7 @@ def test_a_group_that_is_live_by_masked_completions_alone_is_dead() -> None:
     masked = dataclasses.replace(by_cut, masks_truncated=True)
     assert (by_cut.is_live, masked.is_live) == (True, False)
     assert masked.trained == [(COMPLETION, 1.0), (COMPLETION, 1.0)]
-    assert not dataclasses.replace(masked, completions=(cut,) * 3).is_live  # nothing is left
+    assert not dataclasses.replace(masked, completions=(cut,) * 3).is_live  # no completion is left
     assert dataclasses.replace(masked, rewards=(1.0, 0.0, 0.0)).is_live
     groups = {0: masked, 1: group(task(1), True)}
 
@@ -104,7 +105,10 @@ def test_a_group_that_is_live_by_masked_completions_alone_is_dead() -> None:
 
 
 class Ranks:
-    """Collectives of ranks that are threads. One that only a single rank calls breaks the barrier where real ranks would hang."""
+    """Collectives for ranks that are threads.
+
+    A collective that only one rank calls breaks the barrier, where real ranks would hang.
+    """
 
     def __init__(self, num_ranks: int) -> None:
         self.barrier, self.said = threading.Barrier(num_ranks, timeout=5), [0] * num_ranks
@@ -126,10 +130,8 @@ class Ranks:
 
 def test_ranks_with_different_numbers_of_dead_groups_draw_together() -> None:
     ranks, drawn, rolled_out, filled = Ranks(2), ([], []), ([], []), {}
-    liveness = (
-        [True, True, True],
-        [False, False, False, True, False, True],
-    )  # rank 0 needs nothing, rank 1 three rounds
+    # Rank 0 needs nothing, and rank 1 needs three rounds.
+    liveness = ([True, True, True], [False, False, False, True, False, True])
 
     def run(rank: int) -> None:
         world = World(liveness[rank])
@@ -139,9 +141,8 @@ def test_ranks_with_different_numbers_of_dead_groups_draw_together() -> None:
             return world.draw(wanted[rank])
 
         def rollout(tasks: Sequence[TokenTask]) -> list[RolloutGroup]:
-            rolled_out[rank].append(
-                ranks.all_gather(rank, len(tasks))[rank]
-            )  # a reward may ask the policy, whose weights may be sharded
+            # A collective, because a reward may query the policy, whose weights may be sharded.
+            rolled_out[rank].append(ranks.all_gather(rank, len(tasks))[rank])
             return world.rollout(tasks)
 
         filled[rank] = fill_batch(
@@ -166,11 +167,8 @@ def test_a_step_is_filled_alike_on_any_number_of_ranks(num_ranks: int, max_extra
     alone = World(liveness)
     expected = fill_batch(alone.rollout, alone.draw_one, alone.draw(8), max_extra_tasks=max_extra_tasks)
 
-    ranks, filled, taken = (
-        Ranks(num_ranks),
-        {},
-        [8] * num_ranks,
-    )  # tasks taken from the stream that all ranks share
+    # taken: tasks taken from the stream that all ranks share.
+    ranks, filled, taken = Ranks(num_ranks), {}, [8] * num_ranks
 
     def run(rank: int) -> None:
         def draw(wanted: Sequence[int]) -> list[TokenTask]:
@@ -202,8 +200,8 @@ def test_no_task_is_lost_or_counted_twice(liveness: list[bool], size: int, max_e
     assert counted == Counter(range(world.next_number))  # every task that left the stream, exactly once
     assert len(filled.groups) == len(tasks)
     assert len(filled.replaced) <= max_extra_tasks
-    assert not any(one.is_live for one in filled.replaced)  # a live group is never given up
-    # It stops early only for a reason: nothing dead, the limit, or the end of the stream.
+    assert not any(one.is_live for one in filled.replaced)  # a live group never gives up its place
+    # It stops early only if every group is live, at the limit, or at the end of the stream.
     assert (
         filled.num_dead == 0 or len(filled.replaced) == max_extra_tasks or world.next_number == len(liveness)
     )

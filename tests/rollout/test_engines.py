@@ -1,4 +1,4 @@
-"""The contract that the engines without vLLM fulfil; tests/integration holds vLLM to the same."""
+"""The contract of engines, tested on those without vLLM. tests/integration tests vLLM against it too."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_generation_needs_weights(engine: RolloutEngine, policy) -> None:
     [
         (
             lambda weights: {name: weight for name, weight in weights.items() if name != "lm_head.weight"},
-            "did not deliver lm_head.weight .a tied head",
+            "lacks lm_head.weight .a tied head",
         ),
         (
             lambda weights: {
@@ -66,10 +66,10 @@ def test_generation_needs_weights(engine: RolloutEngine, policy) -> None:
             },
             r"layers.1.self_attn.q_proj.weight",
         ),
-        (lambda weights: weights | {"model.layers.9.x": torch.zeros(1)}, "delivers model.layers.9.x, which"),
+        (lambda weights: weights | {"model.layers.9.x": torch.zeros(1)}, "contains model.layers.9.x, which"),
         (
             lambda weights: weights | {"model.norm.weight": torch.zeros(1)},
-            r"delivers model.norm.weight of shape \(1,\).*\(128,\)",
+            r"contains model.norm.weight with shape \(1,\).*\(128,\)",
         ),
     ],
 )
@@ -137,7 +137,7 @@ def test_completions_do_not_depend_on_the_batch(engine: RolloutEngine, policy) -
 
 
 def boxes_everywhere(token_id: int) -> bytes:
-    """A vocabulary in which boxes are frequent: a random model closes one within a few tokens."""
+    """Map ids to a vocabulary with frequent boxes, so a random model closes one within a few tokens."""
     return (b"\\boxed{", b"}", b"x", b"|")[token_id % 4]
 
 
@@ -163,7 +163,7 @@ def test_a_completion_may_end_with_its_first_box(
 
 
 def check_first_box(full: Completion, cut: Completion, think_close: bytes | None) -> bool:
-    """Holds a completion against the same one without the rule; whether the rule ended it."""
+    """Compare a completion with the same one without the rule. Return whether the rule ended it."""
     tokens = [
         boxes_everywhere(token_id) for token_id in full.token_ids if token_id not in SAMPLING.stop_token_ids
     ]
@@ -211,7 +211,7 @@ def test_the_life_of_an_engine(engine: RolloutEngine, policy, tiny_model_dir: Pa
         engine.start(str(tiny_model_dir), seed=0)
     engine.close()
     engine.close()
-    assert engine.weight_names == ()  # how the callback knows that it has to start
+    assert engine.weight_names == ()  # tells the callback that it must start the engine
     for call in (
         lambda: engine.update_weights(named_weights(policy), version=0),
         lambda: engine.read_weights([]),

@@ -13,7 +13,7 @@ PROBS = torch.tensor([0.5, 0.3, 0.15, 0.05])
 
 
 def draws(sampling: SamplingSettings, num: int = 4000) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shares of the four tokens among ``num`` rows, and the log-prob that was recorded for each token that occurs."""
+    """Return the shares of the four tokens among ``num`` rows, and the log-prob recorded for each."""
     draw = SeededDraw(sampling, range(num), torch.device("cpu"))
     scores = draw(torch.zeros(num, 1, dtype=torch.long), PROBS.log().expand(num, 4))
     chosen = scores.argmax(-1)
@@ -29,7 +29,7 @@ def settings(**changes: float) -> SamplingSettings:
     ("changes", "expected"),
     [
         ({}, [0.5, 0.3, 0.15, 0.05]),
-        # p^2 normalised: 0.25, 0.09, 0.0225, 0.0025 over their sum 0.365
+        # p^2 normalised: 0.25, 0.09, 0.0225 and 0.0025 divided by their sum 0.365
         ({"temperature": 0.5}, [0.684932, 0.246575, 0.061644, 0.006849]),
         ({"top_k": 2}, [0.625, 0.375, 0, 0]),
         ({"top_p": 0.8}, [0.625, 0.375, 0, 0]),
@@ -41,7 +41,7 @@ def test_draws_follow_the_processed_distribution(changes: dict, expected: list[f
     shares, recorded = draws(settings(**changes))
     # Four standard errors of a share among 4,000 draws.
     torch.testing.assert_close(shares, torch.tensor(expected), atol=0.032, rtol=0)
-    # The recorded probability is that of the distribution drawn from; of greedy decoding: at temperature 1.
+    # The recorded probability is that of the distribution drawn from. Greedy decoding uses temperature 1.
     wanted = torch.tensor(expected) if changes.get("temperature", 1.0) > 0 else PROBS
     torch.testing.assert_close(recorded[shares > 0], wanted[shares > 0], atol=1e-5, rtol=0)
 
@@ -69,7 +69,8 @@ def test_batches_keep_to_the_token_budget_and_lose_no_row() -> None:
 
     requests = [request(30, 2), request(5, 3), request(200, 1), request(5, 1, temperature=0.0)]
     batches = list(_batches(requests, 100))
-    # Rows of 15 tokens, then of 40 with two a batch at most, then one beyond the budget on its own; other settings apart.
+    # Rows of 15 tokens, then rows of 40 with at most two in a batch, then one beyond the budget on its own.
+    # Other settings get their own batch.
     assert batches == [[(1, 0), (1, 1), (1, 2)], [(0, 0), (0, 1)], [(2, 0)], [(3, 0)]]
 
 
@@ -82,7 +83,7 @@ def test_a_stop_token_ends_the_completion_and_is_part_of_it(tiny_model_dir: Path
         engine.update_weights(model.named_parameters(remove_duplicate=False), version=0)
         completions = engine.generate(requests)[0]
     finished = [completion for completion in completions if completion.finish_reason == "stop"]
-    assert len(finished) > 20  # 1 of 16 tokens stops, within 40
+    assert len(finished) > 20  # within 40 tokens, of which 1 in 16 stops
     for completion in completions:
         stops = [token_id % 16 == 0 for token_id in completion.token_ids]
         assert not any(stops[:-1])

@@ -1,4 +1,8 @@
-"""NCCL itself needs two GPUs. Here: what the adapter calls exists in the installed vLLM, and what it says to vLLM's sender and to the servers."""
+"""The NCCL transport without NCCL, which needs two GPUs.
+
+The calls must exist in the installed vLLM, and the adapter must send the right things to vLLM's sender and
+the servers.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +57,7 @@ def test_the_source_declares_what_it_yields_in_the_servers_dtype() -> None:
 
     weights = {"a": torch.ones(2, 3), "lm_head.weight": torch.zeros(3, 4).t()}
     source = make_source()
-    for _ in range(2):  # one after the other, as updates come
+    for _ in range(2):  # one after the other, like updates
         source.fill(
             iter(weights.items()),
             torch.bfloat16,
@@ -65,9 +69,8 @@ def test_the_source_declares_what_it_yields_in_the_servers_dtype() -> None:
             if isinstance(inspect.getattr_static(type(source), "metadata"), property)
             else source.metadata()
         )
-        sent = dict(
-            NCCLTrainerWeightTransferEngine._checked_iter(source, metas)
-        )  # vLLM's own check of the two
+        # vLLM's own check of the two.
+        sent = dict(NCCLTrainerWeightTransferEngine._checked_iter(source, metas))
         assert all(
             torch.equal(sent[name], weights[name].bfloat16()) and sent[name].is_contiguous()
             for name in weights
@@ -75,7 +78,7 @@ def test_the_source_declares_what_it_yields_in_the_servers_dtype() -> None:
 
 
 class RecordingFleet:
-    """In place of the HTTP client: keeps what each server would be sent."""
+    """A stand-in for the HTTP client that records what each server would be sent."""
 
     urls = ("http://a:1", "http://b:2", "http://c:3")
 
@@ -99,7 +102,7 @@ class RecordingServer:
 
 def test_each_server_has_its_own_ranks_in_the_group() -> None:
     fleet = RecordingFleet()
-    client = FleetClient(fleet, {"http://a:1": 2, "http://c:3": 4}, timeout_s=1.0)  # b is out
+    client = FleetClient(fleet, {"http://a:1": 2, "http://c:3": 4}, timeout_s=1.0)  # server b is left out
     client.init_weight_transfer_engine({"rank_offset": 1, "world_size": 7, "packed": True})
     client.finish_weight_update("5")
     assert fleet.calls == [

@@ -1,4 +1,4 @@
-"""What an engine of the user's own returns: one error that names the class, what came, and what is wanted."""
+"""A wrong result of a user's own engine is one error with the class, the result and what is expected."""
 
 from __future__ import annotations
 

@@ -21,8 +21,9 @@ LINES = ["hm</think>\\boxed{ the}", "hm</think>\\boxed{ sum}", "no box", "</thin
 
 def make_task(number: int) -> TokenTask:
     return TokenTask(
-        task_id=f"d:{number}", doc_id="d", position=number, context_ids=tuple(range(40, 43 + number)), continuation_ids=(1, 2),
-        continuation=(b" the", b" end"), entropy=1.0, true_prob=0.5, true_rank=0, answerable=True,
+        task_id=f"d:{number}", doc_id="d", position=number, context_ids=tuple(range(40, 43 + number)),
+        continuation_ids=(1, 2), continuation=(b" the", b" end"), entropy=1.0, true_prob=0.5, true_rank=0,
+        answerable=True,
     )  # fmt: skip
 
 
@@ -57,7 +58,7 @@ def make_rollouter(engine: ScriptedEngine, tiny_tokenizer):
 
 
 def check_parts(groups: Sequence[RolloutGroup], whole: Sequence[RolloutGroup], *, pilot_size: int) -> None:
-    """Each group is the undivided one, or the dead beginning of it."""
+    """Each group is the whole one, or its beginning if the rewards there are equal."""
     for group, full in zip(groups, whole, strict=True):
         if len(set(full.rewards[:pilot_size])) > 1:
             assert group == full
@@ -69,15 +70,14 @@ def check_parts(groups: Sequence[RolloutGroup], whole: Sequence[RolloutGroup], *
 
 @pytest.mark.parametrize("pilot_size", [2, 5])
 def test_a_filled_group_is_that_of_an_undivided_draw(make_rollouter, pilot_size: int) -> None:
-    tasks = [*TASKS, *TASKS[:3]]  # some of them twice: a small corpus starts over within a step
+    tasks = [*TASKS, *TASKS[:3]]  # some appear twice, as in a small corpus that starts over within a step
     undivided = make_rollouter()
     whole, again = undivided.rollout(tasks), undivided.rollout(TASKS[:3])
     pilot = PilotRollout(make_rollouter(), pilot_size=pilot_size)
     groups = pilot.rollout(tasks)
     check_parts(groups, whole, pilot_size=pilot_size)
-    check_parts(
-        pilot.rollout(TASKS[:3]), again, pilot_size=pilot_size
-    )  # a later round draws on where the undivided draw does
+    # A later round continues where the undivided draw does.
+    check_parts(pilot.rollout(TASKS[:3]), again, pilot_size=pilot_size)
     sizes = {len(group.completions) for group in groups}
     assert sizes == {pilot_size, 6}
 
@@ -105,7 +105,7 @@ def test_a_reward_that_looks_at_the_group_pays_the_whole_group(make_rollouter) -
     assert len(filled) > 3
     assert all(group == full for group, full in filled)
     assert any(len(set(group.rewards)) == 3 for group, _ in filled)
-    # The policy's passes are collectives: as many on a rank without tasks.
+    # The policy's passes are collectives, so a rank without tasks needs as many.
     assert asked == [12, len(filled)]
     assert pilot.rollout([]) == []
     assert asked[2:] == [0, 0]
@@ -128,9 +128,8 @@ def test_masked_completions_fill_no_pilot(
     tiny_model_dir: Path, tiny_tokenizer, masks_truncated: bool
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
-    with ScriptedEngine(
-        ["hm</think>\\boxed{ a}", "abcdefgh " * 20]
-    ) as engine:  # the second never ends in time
+    # The second text never ends in time.
+    with ScriptedEngine(["hm</think>\\boxed{ a}", "abcdefgh " * 20]) as engine:
         engine.start(str(tiny_model_dir), seed=0)
         engine.update_weights(model.named_parameters(remove_duplicate=False), version=5)
         objective = Objective(ContinuationPrompt(), PaysWhatHasNoAnswer()).bind(tiny_tokenizer)
@@ -138,7 +137,7 @@ def test_masked_completions_fill_no_pilot(
             engine, objective, run_seed=1, group_size=6, max_tokens=32, masks_truncated=masks_truncated
         )
         groups = PilotRollout(rollouter, pilot_size=2).rollout(TASKS)
-    assert any(len(set(group.rewards[:2])) == 2 for group in groups)  # one of them truncated
+    assert any(len(set(group.rewards[:2])) == 2 for group in groups)  # one of the two is truncated
     assert {len(group.completions) for group in groups} == ({2} if masks_truncated else {2, 6})
 
 

@@ -1,9 +1,10 @@
-r"""What pilots do to the estimate, by enumeration: the numbers of docs/pilot.md.
+r"""What pilots do to the gradient estimate, computed by enumeration. These are the numbers of docs/pilot.md.
 
-Rewards are 0 or 1, a task's completions are right with probability p, independently. Given its reward a completion is drawn as ever, whatever was
-selected by rewards; so with :math:`s_r = E[\\nabla\\log\\pi(y) | r]` and :math:`s_1 - s_0 = \\nabla p / (p (1 - p))` a group with k right ones of m
-contributes :math:`\\sum_i A_i s_{r_i} = w(k, m) \\nabla p / (p (1 - p))`: always along the task's own gradient. The weight of a task is the factor
-before its gradient of p.
+Rewards are 0 or 1. The completions of a task are right with probability p, independently. Given its reward, a
+completion has the usual distribution, whatever was selected by rewards. With
+:math:`s_r = E[\\nabla\\log\\pi(y) | r]` and :math:`s_1 - s_0 = \\nabla p / (p (1 - p))`, a group with k right
+completions of m contributes :math:`\\sum_i A_i s_{r_i} = w(k, m) \\nabla p / (p (1 - p))`. This is always
+along the task's own gradient. The weight of a task is the factor before its gradient of p.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ def binomial(k: int, n: int, p: float) -> float:
 
 
 def share(k: int, scale: str) -> float:
-    """w(k, G): the advantages of the right completions, summed, computed by the training's own function (those of the wrong ones are the negative)."""
+    """Compute w(k, G), the sum of the advantages of right completions, with the function used in training.
+
+    The sum over wrong completions is its negative.
+    """
     rewards = torch.tensor([[1.0] * k + [0.0] * (G - k)], dtype=torch.float64)
     return group_advantages(rewards, scale=scale)[0, :k].sum().item()
 
@@ -42,13 +46,19 @@ def pilot_weight(p: float, scale: str, n0: int) -> float:
 
 @pytest.mark.parametrize("p", [0.02, 0.3, 0.5, 0.9])
 def test_without_pilot_every_task_counts_alike(p: float) -> None:
-    """The group mean as baseline costs the factor (G - 1) / G, the same for all tasks: the expected step is along the gradient of mean p."""
+    """With the group mean as baseline, every task's gradient is scaled by the same factor (G - 1) / G.
+
+    The expected step is therefore along the gradient of mean p.
+    """
     assert full_weight(p, "none") == pytest.approx(G - 1)
 
 
 @pytest.mark.parametrize("p", [0.02, 0.3, 0.5, 0.9])
 def test_a_pilot_of_two_shifts_weight_towards_even_chances(p: float) -> None:
-    """By hand: one of two right in 2 p (1 - p) of the cases, then E[(1 + m)(G - 1 - m)] of m ~ Binomial(G - 2, p)."""
+    """The weight by hand: one of two is right in 2 p (1 - p) of the cases, times E[(1 + m)(G - 1 - m)].
+
+    Here m ~ Binomial(G - 2, p).
+    """
     by_hand = 2 / G * (G - 1 + (G - 2) * (G - 3) * p * (1 - p))
     assert pilot_weight(p, "none", 2) == pytest.approx(by_hand)
 
@@ -81,7 +91,10 @@ def test_the_shift_grows_with_p_times_1_minus_p_and_no_gradient_turns_round() ->
 
 
 def test_the_baseline_of_a_filled_group_is_not_p() -> None:
-    """E[r | filled] leans towards one half: by hand for n0 = 2, where exactly one of the pilot is right."""
+    """E[r | filled] leans towards one half.
+
+    For n0 = 2 it is computed by hand, since exactly one completion of the pilot is right.
+    """
     p, n0 = 0.1, 2
     weights = {
         (j, more): binomial(j, n0, p) * binomial(more, G - n0, p)
@@ -93,7 +106,10 @@ def test_the_baseline_of_a_filled_group_is_not_p() -> None:
 
 
 def test_sampled_groups_agree_with_the_enumeration() -> None:
-    """Monte Carlo with a policy of one parameter: logits (theta, 0) of right and wrong, whose gradient of log-prob is r - p, and of p it is p (1 - p)."""
+    """Check by Monte Carlo with a policy of one parameter, whose logits are theta (right) and 0 (wrong).
+
+    The gradient of the log-prob is r - p, and that of p is p (1 - p).
+    """
     draw, p, n0, total, rounds = random.Random(0), 0.2, 3, 0.0, 40_000
     for _ in range(rounds):
         rewards = [float(draw.random() < p) for _ in range(G)]
@@ -104,12 +120,15 @@ def test_sampled_groups_agree_with_the_enumeration() -> None:
 
 
 def mixed(p: float, n: int) -> float:
-    """Probability that n completions are not all alike."""
+    """Return the probability that n completions are not all alike."""
     return 1 - p**n - (1 - p) ** n
 
 
 def gain(p: float, n0: int, hopeless: float) -> float:
-    """Live groups a sampled completion with a pilot, over those without; a share of the tasks is always or never right."""
+    """Return the live groups per sampled completion with a pilot, relative to those without.
+
+    A share of the tasks is always or never right.
+    """
     with_pilot = (1 - hopeless) * mixed(p, n0) / (n0 + (1 - hopeless) * mixed(p, n0) * (G - n0))
     return with_pilot / ((1 - hopeless) * mixed(p, G) / G)
 
@@ -119,7 +138,8 @@ def test_a_pilot_pays_only_where_many_tasks_are_hopeless() -> None:
     assert [
         [round(gain(p, 4, hopeless), 2) for p in (0.1, 0.3, 0.5)] for hopeless in (0.0, 0.5, 0.8)
     ] == GAINS
-    # Where every task has the same chance a pilot always loses; what it saves are the completions of tasks that have none.
+    # If every task has the same chance, a pilot always loses. It saves completions only on tasks that are
+    # always or never right.
     assert all(gain(p / 100, n0, 0.0) <= 1 for p in range(1, 51) for n0 in range(2, G))
 
 

@@ -14,22 +14,25 @@ PROMPTS = st.lists(
 def test_positions_of_a_document_counted_by_hand() -> None:
     cache = UnlimitedPrefixCache(block_size=4)
     document = tuple(range(100, 120))
-    # 10 tokens, 3 completions: the first pays all, the two others share the 2 whole blocks.
+    # 10 tokens, 3 completions: the first computes all, and the other two share the 2 whole blocks.
     assert cache.serve(document[:10], 3) == 0 + 2 * 8
-    # 13 tokens: 2 blocks of the earlier position; its own third block for the second completion (12 of 13 tokens).
+    # 13 tokens: 2 blocks of the earlier position. The second completion also gets the new third block (12 of
+    # 13 tokens).
     assert cache.serve(document[:13], 2) == 8 + 12
-    # 12 tokens, all of them known in whole blocks: the last block is paid again, since the last token's logits are needed.
+    # 12 tokens, all of them in known whole blocks: the last block is computed again for the last token's
+    # logits.
     assert cache.serve(document[:12], 2) == 8 + 8
-    # The document goes on with a suffix of the template, which ends what is common in the middle of the fourth block.
+    # A suffix of the template follows the document and ends the common part in the middle of the fourth
+    # block.
     assert cache.serve((*document[:14], 7, 7, 7), 1) == 12
-    # Another document shares nothing, though its second block is that of the first.
+    # Another document shares nothing, even if its second block equals one of the first document.
     assert cache.serve((1, 2, 3, 4, *document[4:10]), 1) == 0
 
 
 def test_a_prompt_within_one_block_shares_nothing() -> None:
     cache = UnlimitedPrefixCache(block_size=4)
     assert cache.serve((1, 2, 3), 5) == cache.serve((1, 2, 3, 4), 5) == 0
-    assert cache.serve((1, 2, 3, 4, 5), 5) == 20  # its only whole block stood in the prompt before
+    assert cache.serve((1, 2, 3, 4, 5), 5) == 20  # the previous prompt held its only whole block
     with pytest.raises(ValueError, match="block_size=0"):
         UnlimitedPrefixCache(block_size=0)
 

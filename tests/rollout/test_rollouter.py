@@ -20,8 +20,9 @@ LINES = ["hm</think>\\boxed{ the}", "hm</think>\\boxed{ sum}", "no box"]
 
 def make_task(doc: str, position: int) -> TokenTask:
     return TokenTask(
-        task_id=f"{doc}:{position}", doc_id=doc, position=position, context_ids=tuple(range(40, 40 + position)), continuation_ids=(1, 2),
-        continuation=(b" the", b" end"), entropy=1.0, true_prob=0.5, true_rank=0, answerable=True,
+        task_id=f"{doc}:{position}", doc_id=doc, position=position,
+        context_ids=tuple(range(40, 40 + position)), continuation_ids=(1, 2), continuation=(b" the", b" end"),
+        entropy=1.0, true_prob=0.5, true_rank=0, answerable=True,
     )  # fmt: skip
 
 
@@ -105,7 +106,7 @@ def test_a_task_given_twice_gets_other_completions(rollouter: Rollouter) -> None
 def test_what_was_drawn_with_other_weights_does_not_count(
     rollouter: Rollouter, engine: ScriptedEngine
 ) -> None:
-    """A run that resumes has not drawn with the versions before."""
+    """A run that resumes has drawn nothing with the earlier versions."""
     rollouter.rollout(TASKS)
     engine.update_weights(engine.read_weights(engine.weight_names).items(), version=6)
     assert rollouter.rollout(TASKS) == afresh(rollouter).rollout(TASKS)

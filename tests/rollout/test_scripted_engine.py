@@ -56,9 +56,8 @@ def test_lines_follow_seed_and_weights(engine: ScriptedEngine, model) -> None:
     engine.update_weights(weights.items(), version=0)
     first = texts(engine)
     assert texts(engine) == first != texts(engine, seed=1000)
-    weights["model.norm.weight"][0] = torch.nextafter(
-        weights["model.norm.weight"][0], torch.tensor(9.0)
-    )  # the last bit of one weight
+    # The last bit of one weight.
+    weights["model.norm.weight"][0] = torch.nextafter(weights["model.norm.weight"][0], torch.tensor(9.0))
     engine.update_weights(weights.items(), version=0)
     assert texts(engine) != first
 

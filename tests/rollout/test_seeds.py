@@ -34,7 +34,8 @@ def test_every_part_matters_also_in_the_low_bits_that_torch_looks_at() -> None:
 
 
 def test_torch_ignores_the_high_bits_on_cpu() -> None:
-    # Why the low bits must be hashed too: if this ever fails, the remark in request_seed is out of date.
+    # This is why the low bits must be hashed too. If this test ever fails, the remark in request_seed is
+    # outdated.
     first, second = (torch.rand(4, generator=torch.Generator().manual_seed(seed)) for seed in (5, 5 + 2**32))
     assert torch.equal(first, second)
 

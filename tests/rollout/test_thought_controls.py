@@ -44,7 +44,7 @@ def token_bytes(tiny_tokenizer) -> TokenBytes:
 
 @pytest.fixture(scope="module")
 def objective(tiny_tokenizer) -> BoundObjective:
-    return Objective(ContinuationPrompt(), DenseReward()).bind(tiny_tokenizer)  # the reward must not matter
+    return Objective(ContinuationPrompt(), DenseReward()).bind(tiny_tokenizer)  # any reward would do
 
 
 def controls(
@@ -56,7 +56,7 @@ def controls(
 
 
 def said(token_bytes: TokenBytes, text: str) -> TokenIds:
-    """A byte a token: other tokens than those of the template."""
+    """Tokenise one byte at a time, which gives other tokens than the template."""
     return tuple(token_id for character in text for token_id in token_bytes.encode_plain(character))
 
 
@@ -70,13 +70,14 @@ def group(
 ) -> RolloutGroup:
     context = token_bytes.encode_plain(f"document {doc} at {position}:")
     task = TokenTask(
-        task_id=f"{doc}:{position}", doc_id=doc, position=position, context_ids=context, continuation_ids=(1,) * len(continuation),
-        continuation=continuation, entropy=1.0, true_prob=0.5, true_rank=0, answerable=True,
+        task_id=f"{doc}:{position}", doc_id=doc, position=position, context_ids=context,
+        continuation_ids=(1,) * len(continuation), continuation=continuation, entropy=1.0, true_prob=0.5,
+        true_rank=0, answerable=True,
     )  # fmt: skip
     ids = said(token_bytes, text)
     completion = Completion(
-        token_ids=(*ids, objective.prompt.stop_token_ids[0]), text_bytes=text.encode(), rollout_logprobs=(-1.0,) * (len(ids) + 1), policy_version=0,
-        finish_reason="stop",
+        token_ids=(*ids, objective.prompt.stop_token_ids[0]), text_bytes=text.encode(),
+        rollout_logprobs=(-1.0,) * (len(ids) + 1), policy_version=0, finish_reason="stop",
     )  # fmt: skip
     return RolloutGroup(
         task=task,
@@ -90,7 +91,7 @@ def group(
 def forced(
     engine: Listening, token_bytes: TokenBytes, groups: Sequence[RolloutGroup], call: int
 ) -> list[bytes]:
-    """What each request of a control says after its prompt."""
+    """Return what each request of a control contains after its prompt."""
     by_task = {group.task.task_id: group.prompt_ids for group in groups}
     texts = []
     for request in engine.heard[call]:
@@ -119,9 +120,10 @@ def test_forced_thoughts_are_empty_or_of_another_document(
         name: [True, True, False, False] for name in ("empty_thought", "shuffled_thought", "filler_thought")
     }
     assert forced(engine, token_bytes, groups, 0) == [b"</think>\\boxed{"] * 4
-    # Half the batch away lies a:3, which is the same document as a:1; and b:1 searches from a:2 on, which never closed its thought.
+    # Half the batch away is a:3, of the same document as a:1. b:1 searches from a:2 on, which never closed
+    # its thought.
     assert forced(engine, token_bytes, groups, 1) == [b"four</think>\\boxed{"] * 3 + [b"</think>\\boxed{"]
-    # A byte a token, so a full stop a byte.
+    # Each token is one byte, so there is one full stop for each byte.
     own = [b"...", b"", b"." * len("t</think>hree"), b"...."]
     assert forced(engine, token_bytes, groups, 2) == [thought + b"</think>\\boxed{" for thought in own]
     groups = [groups[3], groups[2]]
@@ -190,7 +192,7 @@ def test_what_is_too_long_for_the_engine_is_not_measured(
 def test_what_stands_in_the_box_counts_whatever_follows(
     said: str, is_right: bool, tiny_model_dir: Path, objective: BoundObjective, token_bytes: TokenBytes
 ) -> None:
-    """An ordinary answer has thousands of tokens to end in; the box is all that is asked for here."""
+    """An ordinary answer may take thousands of tokens to end. Here only the box counts."""
     with Listening([said]) as engine:
         start(engine, tiny_model_dir)
         answers = controls(
@@ -210,8 +212,9 @@ def test_a_real_engine_continues_the_forced_text(
     with HFEngine(dtype="float32", device="cpu") as engine:
         start(engine, tiny_model_dir)
         answers = controls(engine, objective, groups)
+    # Random weights put nothing right into a box.
     assert answers == {
         "empty_thought": [False, False],
         "shuffled_thought": [False, False],
         "filler_thought": [False, False],
-    }  # random weights say nothing in a box
+    }

@@ -1,4 +1,7 @@
-"""VLLMEngine's memory, given back while the policy trains. vLLM sleeps on GPUs only: the order is shown with a stand-in, a real one is for a GPU."""
+"""VLLMEngine frees its memory while the policy trains.
+
+vLLM sleeps only on GPUs. A stand-in shows the order of calls, and the test with a real engine needs a GPU.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from rpt_lightning.types import GenerationRequest, SamplingSettings
 
 
 class RecordingLLM:
-    """In place of vLLM's: what it is told, in order."""
+    """A stand-in for vLLM's LLM that records its calls in order."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -45,7 +48,7 @@ def weights(tiny_model_dir: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def engine(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> VLLMEngine:
-    """Started, with the stand-in for vLLM."""
+    """An engine that is started with the stand-in for vLLM."""
     engine = VLLMEngine(dtype="float32", sleep_in_training=True)
     monkeypatch.setattr(engine, "_start", lambda model_path, seed: setattr(engine, "_llm", RecordingLLM()))
     monkeypatch.setattr(engine, "_forget_prompts", lambda: None)
@@ -58,10 +61,10 @@ def test_weights_have_memory_before_they_come_and_the_cache_after_them(
 ) -> None:
     engine.update_weights(iter(weights.items()), version=0)
     engine.sleep()
-    engine.sleep()  # once is enough
+    engine.sleep()  # a second call does nothing
     assert engine.version is None
     engine.update_weights(iter(weights.items()), version=1)
-    engine.update_weights(iter(weights.items()), version=2)  # awake already
+    engine.update_weights(iter(weights.items()), version=2)  # it is already awake
     assert engine._llm.calls == [
         *("reload_weights", "reset_prefix_cache"),
         "sleep 2",

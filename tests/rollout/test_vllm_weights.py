@@ -1,4 +1,7 @@
-"""Reading vLLM's layers, of stand-ins with its layers' names and fields: what several devices and kernels hold is read right by tests with the real engine."""
+"""Reading from stand-ins for vLLM's layers, with the same names and fields.
+
+Tests with the real engine cover reading from several devices and kernels.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ VOCABULARY, PADDED, WIDTH = 5, 7, 8
 
 
 class VocabParallelEmbedding(nn.Module):
-    """A table whose rows are padded."""
+    """A table with padded rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,7 +24,7 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class ParallelLMHead(VocabParallelEmbedding):
-    """Its plain tensor is gone, as on a CPU: only the kernel knows it."""
+    """A head without its plain tensor, as on a CPU, where only the kernel has it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,4 +49,4 @@ def test_columns_of_a_padded_vocabulary(layer: type[VocabParallelEmbedding]) -> 
     assert torch.equal(held["end.weight[:, 7:8]"], whole[:, 7:8])
     assert all(part.is_contiguous() for part in held.values())
     if layer is ParallelLMHead:
-        assert model["end"].num_columns == [WIDTH, 3, 1]  # nothing else goes through the kernel
+        assert model["end"].num_columns == [WIDTH, 3, 1]  # the kernel gets nothing else

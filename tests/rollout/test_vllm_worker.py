@@ -1,16 +1,19 @@
-"""Which of several ranks may load weights into a server; the rest of the worker is tried in real servers (tests/integration/)."""
+"""Which of several ranks may load weights into a server.
+
+Tests with real servers cover the rest of the worker (tests/integration/).
+"""
 
 from __future__ import annotations
 
 from rpt_lightning.rollout.vllm_worker import PolicyWeights
 
-YES, NO = {"may_load": True}, {"may_load": False}  # in dictionaries, which /collective_rpc leaves as they are
+YES, NO = {"may_load": True}, {"may_load": False}  # dictionaries pass through /collective_rpc unchanged
 
 
 def test_one_rank_loads_until_it_is_done_or_its_time_is_over():
     worker = PolicyWeights()
     assert [worker.rpt_may_load("run:3", 900), worker.rpt_may_load("run:3", 900)] == [YES, NO]
-    assert worker.rpt_may_load("run:4", 900) == YES  # of the next update
+    assert worker.rpt_may_load("run:4", 900) == YES  # for the next update
     worker.rpt_loaded()
     assert [
         worker.rpt_may_load("run:4", -1),

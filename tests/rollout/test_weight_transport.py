@@ -38,7 +38,8 @@ def test_every_tensor_a_tied_head_too_in_the_servers_dtype(
 ) -> None:
     publish(transport, 7, dtype)
     files = sorted((tmp_path / "weights" / "weights-v7").iterdir())
-    # A file ends with the tensor that fills 2,000 bytes: 2,400 | 120 + 2,400 in fp32, 1,200 + 60 + 1,200 in bf16.
+    # A file ends with the tensor that reaches 2,000 bytes: 2,400 | 120 + 2,400 in fp32, 1,200 + 60 + 1,200 in
+    # bf16.
     assert len(files) == (2 if dtype == torch.float32 else 1)
     found = {name: weight for file in files for name, weight in load_file(file).items()}
     assert all(torch.equal(found[name], weight.to(dtype)) for name, weight in WEIGHTS)
@@ -56,8 +57,8 @@ def test_old_versions_go_when_the_new_one_has_arrived(
     assert {path.name for path in folder.iterdir()} == {"weights-v1", "weights-v2", "a user's own file"}
     transport.retire()
     assert {path.name for path in folder.iterdir()} == {"weights-v2", "a user's own file"}
-    publish(transport, 2)  # once more, after an update that failed
-    # A run that was killed leaves its weights; the next start removes them.
+    publish(transport, 2)  # once more, as after a failed update
+    # A killed run leaves its weights behind, and the next start removes them.
     transport._release()  # as the system does when a process ends
     again = SharedFolderTransport(str(folder))
     (folder / "weights-v3.partial").mkdir()
@@ -69,7 +70,7 @@ def test_a_folder_belongs_to_one_run_at_a_time(transport: SharedFolderTransport,
     publish(transport, 1)
     second = SharedFolderTransport(str(tmp_path / "weights"))
     with pytest.raises(
-        ValueError, match=r"transport\.folder=.*weights: another run hands weights over through it"
+        ValueError, match=r"transport\.folder=.*weights: another run uses this folder for its weights"
     ):
         second.open(Fleet([], key=None, timeout_s=1, request_timeout_s=1))
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["weights-v1"]
@@ -81,9 +82,8 @@ def test_a_folder_belongs_to_one_run_at_a_time(transport: SharedFolderTransport,
 def test_a_full_disk_leaves_no_half_version(transport: SharedFolderTransport, tmp_path: Path) -> None:
     publish(transport, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (1000, hard)
-    )  # the system refuses to write more, as a full disk does
+    # The system refuses to write more than this, as a full disk does.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
         with pytest.raises(OSError, match=r"transport.folder=.*weights of version 2 could not be written"):
             publish(transport, 2)

@@ -1,7 +1,10 @@
-"""Truncated importance sampling against the engine: the same weights give the engine and the trainer slightly different log-probs.
+"""Truncated importance sampling, which corrects for the difference between engine and trainer.
 
-Source: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"; TRL's ``token_truncate`` and ``token_mask``, verl's
-token-level ``rollout_is``. The weight is a constant for the gradient.
+With the same weights, the engine and the trainer compute slightly different log-probs. The weight is a
+constant for the gradient.
+
+Sources: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"; TRL's
+``token_truncate`` and ``token_mask``; verl's token-level ``rollout_is``.
 """
 
 from __future__ import annotations
@@ -26,14 +29,23 @@ def truncated_importance_weights(
     cap: float,
     mode: CorrectionMode = "truncate",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """``min(exp(old_logprobs - rollout_logprobs), cap)``; ``mode="mask"`` gives tokens above the cap the weight 0 instead. All [N, T]
+    """Compute ``min(exp(old_logprobs - rollout_logprobs), cap)`` for each token. All tensors are [N, T].
 
-    ``old_logprobs`` are the trainer's log-probs (nats) before the update, ``rollout_logprobs`` the engine's, both of the tempered distribution.
-    Weights are 1 where ``mask`` is False. Returns detached weights and statistics for ``correction_metrics``. Raises ValueError for a cap below 1,
-    which would weigh down tokens on which both agree.
+    Args:
+        old_logprobs: The trainer's log-probs before the update, in nats, of the tempered distribution.
+        rollout_logprobs: The engine's log-probs of the same distribution.
+        mask: True for the tokens that count. The weight is 1 where it is False.
+        cap: The largest weight.
+        mode: "truncate" gives a token above the cap the weight ``cap``, "mask" gives it the weight 0.
+
+    Returns:
+        Detached weights, and statistics for ``correction_metrics``.
+
+    Raises:
+        ValueError: ``cap`` is below 1. It would reduce the weight of tokens on which both sides agree.
     """
     if cap < 1.0:
-        raise ValueError(f"cap={cap}: importance weights are capped at 1 or above; 2 is a usual value")
+        raise ValueError(f"cap={cap}: the cap on importance weights must be at least 1; 2 is a usual value")
     if mode not in ("truncate", "mask"):
         raise ValueError(f"mode={mode!r}: choose 'truncate' or 'mask'")
     mask = mask.bool()
@@ -51,7 +63,11 @@ def truncated_importance_weights(
 
 
 def correction_metrics(parts: Sequence[Mapping[str, Tensor | float]]) -> dict[str, float]:
-    """The statistics of a step from those of its micro-batches and ranks: raw weights, the weights that were used, and the share of tokens above the cap."""
+    """Combine the statistics of a step's micro-batches and ranks.
+
+    Returns the mean and maximum of the raw weights, the mean of the weights that were used, and the share of
+    tokens above the cap.
+    """
     total = add_up(parts)
     num_tokens = max(1.0, total.get("sum_tokens", 0.0))
     return {

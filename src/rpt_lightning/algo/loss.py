@@ -1,6 +1,7 @@
-"""The clipped policy-gradient loss of GRPO (arXiv:2402.03300, equation 3), with the choices that RPT leaves open as parameters.
+"""The clipped policy-gradient loss of GRPO (arXiv:2402.03300, equation 3).
 
-KL and entropy coefficients are 0 in RPT's runs, so neither term is here.
+Choices that RPT leaves open are parameters. The KL and entropy coefficients are 0 in RPT's runs, so neither
+term is here.
 """
 
 from __future__ import annotations
@@ -28,30 +29,35 @@ def policy_loss(
     normalizer: float | None = None,
     correction: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """``-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)`` with ``ratio = exp(logprobs - old_logprobs)``, summed over tokens and divided.
+    """Sum ``-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)`` over the tokens and divide the sum.
 
-    ``logprobs``, ``old_logprobs``, ``mask`` (True = counts) and the detached weights ``correction`` are [N, T], ``advantages`` [N]. What is under the
-    mask may be anything, NaN included. With ``l`` for a token's loss, ``aggregation`` is
+    The ratio is ``exp(logprobs - old_logprobs)``. ``logprobs``, ``old_logprobs``, ``mask`` (True = the token
+    counts) and the detached weights ``correction`` are [N, T]. ``advantages`` is [N]. Masked entries may hold
+    anything, even NaN. With ``l`` for the loss of a token, ``aggregation`` is one of
 
-    - ``token_mean`` (DAPO): ``sum l / normalizer``, the normalizer being the number of tokens of the whole step;
-    - ``sequence_mean`` (GRPO): ``sum_i (sum_t l / length_i) / normalizer``, the number of sequences of the whole step;
-    - ``constant`` (Dr. GRPO): ``sum l / normalizer``, such as sequences times the longest allowed completion.
+    - ``token_mean`` (DAPO): ``sum l / normalizer``, where the normalizer is the step's number of tokens;
+    - ``sequence_mean`` (GRPO): ``sum_i (sum_t l / length_i) / normalizer``, where the normalizer is the
+      step's number of sequences;
+    - ``constant`` (Dr. GRPO): ``sum l / normalizer``, where the normalizer is a constant, such as the number
+      of sequences times the longest allowed completion.
 
-    With the step's normalizer given, the losses (and gradients) of micro-batches and ranks *add up* to the step's. None counts the tokens, or the
-    sequences with at least one token, of the tensors at hand; ``constant`` has no such default.
+    If ``normalizer`` is given for the whole step, the losses (and gradients) of its micro-batches and ranks
+    *add up* to those of the step. If it is None, the function counts the tokens in its own tensors, or the
+    sequences with at least one token. ``constant`` has no such default.
 
-    Returns the loss and ``sum_`` / ``max_`` statistics, which add up (or take the larger) over micro-batches and ranks exactly: see ``step_metrics``.
+    Returns the loss and its statistics. Those named ``sum_`` add up exactly over micro-batches and ranks, and
+    those named ``max_`` combine by their maximum. See ``step_metrics``.
     """
     if aggregation not in ("token_mean", "sequence_mean", "constant"):
         raise ValueError(f"aggregation={aggregation!r}: choose token_mean, sequence_mean or constant")
     if aggregation == "constant" and normalizer is None:
         raise ValueError(
-            "aggregation='constant' divides by a constant: give normalizer, such as sequences x max_tokens"
+            "aggregation='constant' divides by a constant: set normalizer, such as sequences x max_tokens"
         )
     if normalizer is not None and normalizer <= 0:
         raise ValueError(f"normalizer={normalizer}: it must be positive; a step without tokens has no loss")
     mask = mask.bool()
-    # Filled before exp, so that neither values nor gradients under the mask can turn into NaN.
+    # Mask before exp, so that neither values nor gradients under the mask can become NaN.
     log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0)  # [N, T]
     ratio = log_ratio.exp()
     clipped_ratio = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
@@ -80,17 +86,18 @@ def policy_loss(
             else ratio.new_zeros(()).double(),
             "sum_ratio_after_clip": clipped_ratio[mask].double().sum(),
             "sum_ratio_clipped": (clipped_loss > unclipped_loss)[mask].double().sum(),
-            # k3 of http://joschu.net/blog/kl-approx.html: never negative, an estimate of KL(old || new).
+            # k3 of http://joschu.net/blog/kl-approx.html, a non-negative estimate of KL(old || new).
             "sum_approx_kl": (ratio - 1.0 - log_ratio)[mask].double().sum(),
         }
     return loss, metrics
 
 
 def step_metrics(parts: Sequence[Mapping[str, Tensor | float]]) -> dict[str, float]:
-    """The statistics of a step from those of its micro-batches and ranks, each counted once: means and fractions over tokens, maxima as they are.
+    """Combine the statistics of a step's micro-batches and ranks. Each must appear once.
 
-    ``loss/ratio_mean`` and ``loss/ratio_max`` are of the raw ratio, ``loss/ratio_after_clip_mean`` of what clipping leaves;
-    ``loss/ratio_clipped_frac`` is the share of tokens whose loss the clipping changed.
+    ``loss/ratio_mean`` and ``loss/ratio_max`` describe the raw ratio. ``loss/ratio_after_clip_mean`` is the
+    mean of the clipped ratio. ``loss/ratio_clipped_frac`` is the share of tokens whose loss was changed by
+    clipping. Means and fractions are over tokens.
     """
     total = add_up(parts)
     num_tokens = max(1.0, total.get("sum_tokens", 0.0))

@@ -1,4 +1,4 @@
-"""Statistics of parts of a step (micro-batches, ranks) that together give those of the step exactly."""
+"""Statistics of the parts of a step (micro-batches, ranks), which combine exactly to those of the step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from torch import Tensor
 
 
 def add_up(parts: Sequence[Mapping[str, Tensor | float]]) -> dict[str, float]:
-    """The sum over parts of what is named ``sum_...``, the largest of what is named ``max_...``. No parts give nothing.
+    """Sum the entries named ``sum_...`` and take the maximum of those named ``max_...``.
+
+    The result is empty if there are no parts.
 
     >>> add_up([{"sum_tokens": 2.0, "max_ratio": 1.5}, {"sum_tokens": 3.0, "max_ratio": 1.0}])
     {'sum_tokens': 5.0, 'max_ratio': 1.5}

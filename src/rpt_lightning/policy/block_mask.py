@@ -1,4 +1,7 @@
-"""Packed trees for `flex_attention`, the kernel of CUDA devices: only blocks that hold a permitted pair are computed."""
+"""Packed trees for `flex_attention`, the kernel on CUDA devices.
+
+It computes only blocks that hold a permitted pair.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ MAX_COMPILATIONS = 128
 
 
 def bucket_length(num_tokens: int) -> int:
-    """The length that a tree is padded to: every length would be compiled anew, so there are four lengths to a doubling, at most a quarter too long.
+    """Return the length to which a tree of ``num_tokens`` tokens is padded.
+
+    Each new length would need a compilation. There are therefore only four lengths between a power of two and
+    the next, and a tree grows by at most a quarter.
 
     >>> [bucket_length(n) for n in (1, 128, 129, 1025, 9000, 16384)]
     [128, 128, 256, 1280, 10240, 16384]
@@ -24,14 +30,15 @@ def bucket_length(num_tokens: int) -> int:
 
 
 def tree_block_mask(subtree_end: Tensor, depth: Tensor, *, window: int | None = None) -> BlockMask:
-    """The block mask of a tree in depth-first order (``key <= query < subtree_end[key]``), with a sliding window over depths if there is one.
+    """Build the block mask of a tree in depth-first order (``key <= query < subtree_end[key]``).
 
-    Blocks are judged by the bounds of their subtrees, so that the ``[N, N]`` mask never exists. A block is full if all of its pairs are permitted.
+    The bounds of the subtrees decide which blocks are computed, so the ``[N, N]`` mask never exists. A block
+    is full if all of its pairs are permitted.
 
     Args:
-        subtree_end: ``[N]``, N a multiple of ``BLOCK``.
+        subtree_end: ``[N]``, where N is a multiple of ``BLOCK``.
         depth: ``[N]``.
-        window: A query sees keys less than so many tokens back on its path.
+        window: If given, a query sees only keys that are less than this many tokens back on its path.
     """
     num_blocks = subtree_end.numel() // BLOCK
     assert num_blocks * BLOCK == subtree_end.numel()
@@ -56,7 +63,10 @@ def tree_block_mask(subtree_end: Tensor, depth: Tensor, *, window: int | None = 
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Bool ``[Q, K]`` as counts ``[1, 1, Q]`` and, for each row, the indices of its blocks first, ``[1, 1, Q, K]``."""
+    """Convert bool ``[Q, K]`` to the number of blocks in each row, ``[1, 1, Q]``, and their indices.
+
+    The indices have shape ``[1, 1, Q, K]``. In each row, those of the listed blocks come first.
+    """
     counts = blocks.sum(1, dtype=torch.int32)
     indices = blocks.int().argsort(dim=1, descending=True, stable=True).int()
     return counts[None, None], indices[None, None].contiguous()
@@ -65,7 +75,7 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
 def flex(
     query: Tensor, key: Tensor, value: Tensor, *, block_mask: BlockMask, scale: float, enable_gqa: bool
 ) -> Tensor:
-    """``flex_attention``, compiled on CUDA (uncompiled it computes every pair)."""
+    """Run ``flex_attention``, compiled on CUDA. The uncompiled version computes every pair."""
     kernel = _compiled() if query.is_cuda else flex_attention
     output: Any = kernel(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=enable_gqa)
     return output
@@ -73,6 +83,7 @@ def flex(
 
 @cache
 def _compiled() -> Any:
-    # One compilation for each bucket of lengths and each precision; beyond the default limit of 8, torch would silently compute every pair.
+    # Each bucket of lengths and each precision needs a compilation. Beyond the default limit of 8, torch
+    # would silently compute every pair.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILATIONS)
     return torch.compile(flex_attention, dynamic=False)

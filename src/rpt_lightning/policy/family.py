@@ -1,8 +1,12 @@
-"""Which packing a model family can take, found out by comparing with the model's own separate log-probs rather than by a list of names.
+"""Choose the packing that a model family can take, by measurement rather than by a list of names.
 
-The comparison is made on a small copy of the model: one layer of each kind, few units between layers, a small vocabulary, and every parameter random. So
-it is the same whether a process will hold all of the weights, a shard of them, or has not read any yet. The copy computes in training mode, as the policy
-does, and twice, because the engine computes as in evaluation: noise, dropped layers and states that a call leaves behind would set the two apart.
+The log-probs of packed sequences are compared with those of the model's own separate calls. The comparison
+uses a small copy of the model with one layer of each kind, few units between layers, a small vocabulary, and
+random values in every parameter. The result is therefore the same whether a process will hold all of the
+weights or only a shard of them, and no weights have to be read for it.
+
+The copy computes in training mode, as the policy does, and twice. The engine computes as in evaluation mode,
+so noise, dropped layers and state left by an earlier call would make the two disagree.
 """
 
 from __future__ import annotations
@@ -29,14 +33,18 @@ SEQUENCES = (
     TrainSequence(prompt_ids=(3, 4), target_ids=(8, 9, 7)),
 )
 TOLERANCE = 1e-3  # nats; a wrong mask or a scaled head is off by far more
-MODE_TOLERANCE = 1e-5  # nats; the same operations on the same weights, in training and in evaluation, give the same bits on a CPU
-LOADED_TOLERANCE = 1e-2  # nats; trained models have activations of some thousands, which round more in fp32
-WINDOW = 2  # tokens; a window as in the configuration would not be noticed on a few tokens
+MODE_TOLERANCE = 1e-5  # nats; on a CPU, training and evaluation mode normally give the same bits
+LOADED_TOLERANCE = 1e-2  # nats; activations of trained models reach thousands, so fp32 rounding is larger
+WINDOW = 2  # tokens; the sequences here are shorter than a window from a real configuration
 
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """``attention`` is the name of the attention function that the model's layers call; ``reason`` says why prefixes are not shared, where they are not."""
+    """The chosen packing.
+
+    ``attention`` names the attention function that the model's layers call. ``reason`` says why the model
+    cannot share prefixes, and is None if it can.
+    """
 
     attention: str
     reason: str | None
@@ -47,18 +55,17 @@ class Packing:
 
 
 def choose_packing(config: PreTrainedConfig, *, path: str, trust_remote_code: bool = False) -> Packing:
-    """Trees where the family's layers can take them, else rows.
+    """Choose trees if the family's layers can take them, and rows otherwise.
 
     Raises:
-        ValueError: Our log-probs would not be the model's own, in training mode or at all, or they depend on what is computed beside a sequence, so that
-            neither packing would be right. ``path`` names the model there.
+        ValueError: Neither packing would be right. Either our log-probs differ from the model's own (always
+            or in training mode), or they depend on what else is in the batch. ``path`` names the model in the
+            message.
     """
     _check_rotary_frequencies(config, path)
-    # Lightning builds models with the accelerator as the default device.
-    with (
-        torch.device("cpu"),
-        torch.random.fork_rng(devices=[]),
-    ):  # the trainer's generator must not notice what a model draws
+    # Lightning builds models with the accelerator as the default device. The trainer's random generator must
+    # not be affected by the values that this model draws.
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         model = small_copy(config, trust_remote_code=trust_remote_code)
         expected = own_logprobs(model)
         model.train()
@@ -66,22 +73,24 @@ def choose_packing(config: PreTrainedConfig, *, path: str, trust_remote_code: bo
         reason = _why_no_trees(model, expected)
         if reason is None:
             return Packing(attention=NAME, reason=None)
-        # sdpa leaves out what the attention of trees refuses as well (capped scores, sinks); linear attention has few layers that would gain by it.
+        # sdpa ignores the features that tree attention refuses (capped scores, sinks). Models with linear
+        # attention have few layers that would gain from sdpa.
         model.set_attn_implementation("eager")
         difference = _largest_difference(model, pack_rows, expected)
     if not difference <= TOLERANCE:
         raise ValueError(
-            f"policy.path={path}: {type(model).__name__} gives other log-probs than its hidden states and output head (difference {difference:.2g} "
-            f"nats; {reason}): it scales its logits behind the head, say; use a model of the Llama, Qwen2 or Qwen3 family"
+            f"policy.path={path}: the log-probs of {type(model).__name__} differ from those of its hidden "
+            f"states and output head (difference {difference:.2g} nats; {reason}). Perhaps it scales its "
+            "logits after the head. Use a model of the Llama, Qwen2 or Qwen3 family"
         )
     return Packing(attention="eager", reason=reason)
 
 
 def check_loaded(model: PreTrainedModel, packing: Packing, *, path: str) -> None:
-    """Compares the log-probs that training will compute with the model's own logits, on the weights that were loaded.
+    """Compare the log-probs that training will compute with the model's own logits, on the loaded weights.
 
     Raises:
-        ValueError: They differ. ``path`` names the model there.
+        ValueError: They differ. ``path`` names the model in the message.
     """
     was_training, was_attention = model.training, model.config._attn_implementation
     with torch.random.fork_rng(devices=[]):
@@ -92,13 +101,17 @@ def check_loaded(model: PreTrainedModel, packing: Packing, *, path: str) -> None
     model.train(was_training).set_attn_implementation(was_attention)
     if not difference <= LOADED_TOLERANCE:
         raise ValueError(
-            f"policy.path={path}: with the folder's weights, {type(model).__name__} gives other log-probs than its own logits say (difference "
-            f"{difference:.2g} nats, at most {LOADED_TOLERANCE:g} is rounding); use a model of the Llama, Qwen2 or Qwen3 family"
+            f"policy.path={path}: with the folder's weights, the log-probs of {type(model).__name__} differ "
+            f"from those of its own logits (difference {difference:.2g} nats; rounding explains at most "
+            f"{LOADED_TOLERANCE:g}); use a model of the Llama, Qwen2 or Qwen3 family"
         )
 
 
 def small_copy(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model of the same family on the CPU whose random weights are so large that every token within a mask moves the log-probs."""
+    """Build a small model of the same family on the CPU.
+
+    Its random weights are so large that every token within a mask changes the log-probs.
+    """
     small = copy.deepcopy(config)
     text: Any = small.get_text_config()
     kinds = list(getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers)
@@ -121,13 +134,13 @@ def small_copy(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> 
             for parameter in model.parameters():
                 if parameter.ndim > 1:
                     parameter.normal_(std=1.5 / math.sqrt(parameter[0].numel()))
-                else:  # biases around 0, norms around 1, rates of a state around what they begin with
+                else:  # biases stay near 0, norms near 1, and the rates of a state near their initial values
                     parameter.add_(torch.randn_like(parameter), alpha=0.3)
     return cast(PreTrainedModel, model.eval())
 
 
 def _check_training_mode(model: PreTrainedModel, expected: Tensor, path: str) -> None:
-    """Raises ValueError where the model computes otherwise in training mode than in evaluation, in which engines compute."""
+    """Raise ValueError if training mode changes the log-probs. Engines compute in evaluation mode."""
     difference = max((own_logprobs(model) - expected).abs().max().item() for _ in range(2))
     if not difference <= MODE_TOLERANCE:
         noise = {
@@ -138,27 +151,30 @@ def _check_training_mode(model: PreTrainedModel, expected: Tensor, path: str) ->
             and value > 0
         }
         raise ValueError(
-            f"policy.path={path}: {type(model).__name__} gives other log-probs in training mode than in evaluation, in which engines compute (difference "
-            f"{difference:.2g} nats){f'; {noise} in its config.json may be why: set to 0 what adds noise' if noise else ''}; or use a model of the Llama, "
-            "Qwen2 or Qwen3 family"
+            f"policy.path={path}: {type(model).__name__} gives different log-probs in training mode than in "
+            f"evaluation mode, which engines use (difference {difference:.2g} nats)"
+            f"{f'; {noise} in its config.json may be the cause: set what adds noise to 0' if noise else ''}; "
+            "or use a model of the Llama, Qwen2 or Qwen3 family"
         )
 
 
 def _check_rotary_frequencies(config: PreTrainedConfig, path: str) -> None:
-    """Refuses the types whose frequencies transformers sets anew in each call, by its longest position (`dynamic_rope_update`): a sequence would get
-    other log-probs beside a long one than beside a short one. The few tokens that are compared here do not reach the length at which that begins.
+    """Raise ValueError for rotary frequencies that depend on the other sequences of a call.
+
+    For some types, transformers recomputes the frequencies in each call from its longest position
+    (`dynamic_rope_update`). A sequence would get different log-probs beside a long sequence than beside a
+    short one. The sequences compared in this file are too short to show this effect.
     """
     rope: dict[str, Any] = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    of_layers = [
-        rope,
-        *(part for part in rope.values() if isinstance(part, dict)),
-    ]  # one dict, or one a type of layers
+    # One dict, or one for each type of layer.
+    of_layers = [rope, *(part for part in rope.values() if isinstance(part, dict))]
     types = {str(part["rope_type"]) for part in of_layers if part.get("rope_type")}
     by_call = sorted(kind for kind in types if kind == "longrope" or "dynamic" in kind)
     if by_call:
         raise ValueError(
-            f"policy.path={path}: its rope_type {', '.join(by_call)} sets the rotary frequencies by the longest sequence of a call, so log-probs would "
-            "depend on what else is in a micro-batch; use a model whose rope_type is default, linear, llama3 or yarn (rope_parameters in its config.json)"
+            f"policy.path={path}: its rope_type {', '.join(by_call)} sets the rotary frequencies by the "
+            "longest sequence of a call, so log-probs would depend on what else is in a micro-batch; use a "
+            "model whose rope_type is default, linear, llama3 or yarn (rope_parameters in its config.json)"
         )
 
 
@@ -178,7 +194,10 @@ def _why_no_trees(model: PreTrainedModel, expected: Tensor) -> str | None:
 
 @torch.no_grad()
 def own_logprobs(model: PreTrainedModel) -> Tensor:
-    """Log-probs of each sequence's targets from the model's own logits, one sequence a call, [2, 3]."""
+    """Compute the log-probs of each sequence's targets from the model's own logits, [2, 3].
+
+    Each call takes one sequence.
+    """
     rows = []
     for sequence in SEQUENCES:
         ids = torch.tensor([sequence.prompt_ids + sequence.target_ids], device=model.device)
@@ -191,7 +210,10 @@ def own_logprobs(model: PreTrainedModel) -> Tensor:
 def _largest_difference(
     model: PreTrainedModel, packed: Callable[..., Iterator[PackedTree]], expected: Tensor
 ) -> float:
-    """Of two calls, in nats; the second may find what the first left behind."""
+    """Return the largest difference over two calls, in nats.
+
+    The second call may see state that the first left behind.
+    """
     with torch.device("cpu"):
         (tree,) = packed(SEQUENCES, max_tokens=16)
     tree = tree.to(model.device)

@@ -1,8 +1,10 @@
-"""Floating-point operations of a model's passes, a multiply-add as two: the one count that every cost, plan and benchmark here goes by.
+"""Count the floating-point operations of a model's passes. Every cost, plan and benchmark uses this count.
 
-Forward 2 a weight and token (Kaplan et al. 2020, arXiv:2001.08361, section 2.1; the head's weights only where a distribution is computed) and 4 x attention
-width a permitted pair of tokens; backward twice as much. These are needed operations: what activation checkpointing or a padding computes besides is not
-in them.
+A multiply-add is two operations. The forward pass takes 2 operations for each weight and token (Kaplan et al.
+2020, arXiv:2001.08361, section 2.1) and 4 x attention width for each permitted pair of tokens. The head's
+weights count only for tokens whose distribution is computed. The backward pass takes twice as many
+operations. The count includes only necessary work, so it leaves out padding and what activation checkpointing
+recomputes.
 """
 
 from __future__ import annotations
@@ -17,16 +19,18 @@ if TYPE_CHECKING:
     from rpt_lightning.policy.packing import PackedTree
     from rpt_lightning.types import TrainSequence
 
-# Layers of other kinds carry a state, whose few operations a token are left out.
+# Other kinds of layers carry a state. They take few operations a token, which are not counted.
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """What a token and a pair of tokens cost.
+    """What one token and one pair of tokens cost.
 
-    ``body_params`` is what every token is multiplied with: all but embedding and head. ``attention_width`` is query heads x head dimension, summed over
-    the layers. Of a mixture of experts all experts are counted, and a sliding window as if it saw everything: both are too much.
+    ``body_params`` is the number of weights that every token is multiplied with, which is all except the
+    embedding and the head. ``attention_width`` is query heads x head dimension, summed over the layers. The
+    count is too high for two kinds of model: it includes all experts of a mixture of experts, and treats a
+    sliding window as full attention.
     """
 
     body_params: int
@@ -35,7 +39,7 @@ class ModelSize:
 
 
 def model_size(model: PreTrainedModel) -> ModelSize:
-    """Counted on the model itself, on the meta device too; of sharded weights the whole."""
+    """Count the sizes on the model itself. It may be on the meta device. Sharded weights count in full."""
     embedding: Any = model.get_input_embeddings().weight
     head: Any = model.get_output_embeddings().weight  # type: ignore[no-untyped-call]
     outer = embedding.numel() if head is embedding else embedding.numel() + head.numel()
@@ -53,7 +57,10 @@ def model_size(model: PreTrainedModel) -> ModelSize:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Tokens fed to a model, tokens whose distribution is computed, and permitted pairs: a token and one that it attends to, itself included.
+    """The tokens and pairs of tokens that a model processes.
+
+    ``tokens`` are fed to the model, and the distribution is computed for ``scored_tokens`` of them. ``pairs``
+    counts each token with every token that it attends to, itself included.
 
     >>> Work(tokens=2, scored_tokens=1, pairs=3) + 2 * Work(tokens=1, pairs=1)
     Work(tokens=4, scored_tokens=1, pairs=5)
@@ -77,12 +84,15 @@ class Work:
 
 
 def add_works(works: Iterable[Work]) -> Work:
-    """The sum; of none, nothing."""
+    """Return the sum, or ``Work()`` if there is nothing to add."""
     return sum(works, Work())
 
 
 def tree_work(tree: PackedTree) -> Work:
-    """A token has as many pairs as ancestors, and one with itself. The padding of rows counts nothing."""
+    """Return the work of a packed tree.
+
+    A token forms a pair with each of its ancestors and one with itself. The padding of rows does not count.
+    """
     scored_tokens = tree.targets.numel()
     if tree.row_length is not None:
         return Work(
@@ -94,7 +104,10 @@ def tree_work(tree: PackedTree) -> Work:
 
 
 def sequence_work(sequence: TrainSequence) -> Work:
-    """One sequence by itself and whole: its last token is fed too, as the usual padded step does."""
+    """Return the work of one whole sequence by itself.
+
+    The last token is fed too, as in a usual padded step.
+    """
     return Work(
         tokens=sequence.num_tokens,
         scored_tokens=len(sequence.target_ids),
@@ -103,14 +116,20 @@ def sequence_work(sequence: TrainSequence) -> Work:
 
 
 def prompt_work(num_tokens: int, *, num_cached: int = 0) -> Work:
-    """Reading a prompt whose first tokens are cached. What is sampled behind it is `sampling_work`."""
+    """Return the work of reading a prompt whose first tokens are cached.
+
+    `sampling_work` covers what is sampled after it.
+    """
     return Work(tokens=num_tokens - num_cached, pairs=_pairs(num_cached, num_tokens))
 
 
 def sampling_work(prompt_tokens: int, sampled_tokens: int) -> Work:
-    """Sampling behind a prompt that has been read. The last token is not fed any more.
+    """Return the work of sampling after a prompt that has been read. The last sampled token is not fed.
 
-    >>> sampling_work(10, 3)  # the first comes from the prompt's last token; the second attends to 11, the third to 12
+    In the example, the prompt's last token gives the first sampled token. The second attends to 11 tokens
+    and the third to 12.
+
+    >>> sampling_work(10, 3)
     Work(tokens=2, scored_tokens=3, pairs=23)
     """
     fed = max(0, sampled_tokens - 1)
@@ -118,7 +137,7 @@ def sampling_work(prompt_tokens: int, sampled_tokens: int) -> Work:
 
 
 def forward_flops(size: ModelSize, work: Work) -> float:
-    """Operations of a forward pass."""
+    """Return the operations of a forward pass."""
     return float(
         2 * (size.body_params * work.tokens + size.head_params * work.scored_tokens)
         + 4 * size.attention_width * work.pairs
@@ -126,10 +145,10 @@ def forward_flops(size: ModelSize, work: Work) -> float:
 
 
 def train_flops(size: ModelSize, work: Work) -> float:
-    """Operations of a forward and a backward pass."""
+    """Return the operations of a forward and a backward pass."""
     return 3 * forward_flops(size, work)
 
 
 def _pairs(before: int, after: int) -> int:
-    """Of a sequence's tokens beyond the first ``before``, up to ``after``."""
+    """Count the pairs of a sequence's tokens from position ``before`` up to ``after``."""
     return (after * (after + 1) - before * (before + 1)) // 2

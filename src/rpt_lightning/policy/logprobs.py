@@ -1,10 +1,13 @@
-"""Log-probs of chosen tokens without ever holding the logits of all of them.
+"""Log-probs of chosen tokens, computed without holding the logits of all tokens at once.
 
-The head's product and the softmax run over tiles, a chunk of tokens by a chunk of the vocabulary, and the backward pass computes each tile's logits again.
-Beside the gradients themselves peak memory is a few tiles, instead of ``[N, V]`` several times. The vocabulary is the outer loop: a row of the weight's
-gradient is finished before the next one begins, so its sum over tokens is held in fp32 (fp64 for fp64 input) without a second ``[V, D]``.
+The head's product and the softmax run over tiles: a chunk of tokens by a chunk of the vocabulary. The
+backward pass computes each tile's logits again. Apart from the gradients themselves, the peak memory is a few
+tiles instead of several copies of ``[N, V]``.
 
-The product runs in the dtype of ``hidden``; softmax, log-probs and entropy are fp32 (fp64 for fp64 input).
+The outer loop is over the vocabulary. Each row of the weight's gradient is finished before the next begins,
+so its sum over tokens can be held in fp32 (fp64 for fp64 input) without a second ``[V, D]``.
+
+The product runs in the dtype of ``hidden``. Softmax, log-probs and entropy are fp32 (fp64 for fp64 input).
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Entries of the vocabulary whose logits exist at the same time. A CPU is fastest with tiles that stay in its cache (4 MB with 512 tokens), a GPU with few
-# launches (67 MB).
+# Vocabulary entries whose logits exist at the same time. A CPU is fastest with tiles that stay in its cache
+# (4 MB with 512 tokens), a GPU with few kernel launches (67 MB).
 CPU_VOCAB_CHUNK = 2048
 VOCAB_CHUNK = 32768
 
@@ -30,22 +33,24 @@ def chosen_logprobs(
     temperature: float = 1.0,
     chunk_size: int = 512,
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob of each target token and the entropy of the distribution it is drawn from, both of the tempered distribution.
+    """Compute the log-prob of each target token and the entropy, both of the tempered distribution.
 
     Args:
-        hidden: ``[N, D]`` final hidden states, in the dtype that the product is to run in.
-        weight: ``[V, D]`` output embedding. One of another dtype is cast tile by tile, which saves a cast copy of it and of its gradient.
+        hidden: ``[N, D]`` final hidden states, in the dtype in which the product runs.
+        weight: ``[V, D]`` output embedding. If its dtype differs, it is cast tile by tile. This saves a cast
+            copy of the weight and of its gradient.
         targets: ``[N]`` int64 token ids.
-        bias: ``[V]`` of the output head, where it has one (Phi, GPT-J). It is added in the dtype of the softmax.
-        temperature: Divides the logits; must be above 0.
-        chunk_size: Tokens whose logits exist at the same time (for a chunk of the vocabulary).
+        bias: ``[V]`` bias of the output head, if it has one (Phi, GPT-J). It is added in the softmax's dtype.
+        temperature: Divides the logits. It must be above 0.
+        chunk_size: Number of tokens whose logits exist at the same time, for one chunk of the vocabulary.
 
     Returns:
         ``(logprobs [N], entropy [N])`` in nats, differentiable in ``hidden``, ``weight`` and ``bias``.
     """
     if temperature <= 0:
         raise ValueError(
-            f"temperature is {temperature}; log-probs need a temperature above 0 (score greedy completions at 1.0)"
+            f"temperature is {temperature}; log-probs need a temperature above 0 "
+            "(score greedy completions at 1.0)"
         )
     logprobs, entropy = _ChosenLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, targets, temperature, chunk_size
@@ -57,7 +62,10 @@ def chosen_logprobs(
 def most_likely(
     hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, chunk_size: int = 512
 ) -> Tensor:
-    """The most likely next token after each hidden state ``[N, D]``, of equal ones the first: ids ``[N]``."""
+    """Return the most likely next token after each hidden state ``[N, D]``, as ids ``[N]``.
+
+    Among equally likely tokens, the first wins.
+    """
     ids = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
     highest = torch.full(hidden.shape[:1], -torch.inf, dtype=hidden.dtype, device=hidden.device)
     for columns in _vocab_chunks(weight):
@@ -75,7 +83,10 @@ def _vocab_chunks(weight: Tensor) -> list[slice]:
 
 
 def _chunks(length: int, size: int) -> list[slice]:
-    """Slices of ``size`` at most, of nearly the same size: a small last one would leave the allocator with blocks that fit nothing else."""
+    """Cut ``length`` into slices of nearly equal size, at most ``size`` each.
+
+    A small last slice would leave the allocator with blocks that fit nothing else.
+    """
     if length:
         size = math.ceil(length / math.ceil(length / size))
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
@@ -84,20 +95,26 @@ def _chunks(length: int, size: int) -> list[slice]:
 def _logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: slice, dtype: torch.dtype
 ) -> Tensor:
-    """One tile of them, ``[C, V']``: ``weight`` is cut to the columns already, ``bias`` is not."""
+    """Compute one tile of logits, ``[C, V']``.
+
+    ``weight`` is already cut to the columns, and ``bias`` is not.
+    """
     logits = (hidden @ weight.T).to(dtype)
     return logits if bias is None else logits.add_(bias[columns])
 
 
 def _within(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Index of each target inside a tile, and whether it lies there at all (the index of one that does not means nothing)."""
+    """Return the index of each target inside a tile, and whether it lies there at all.
+
+    The index of a target outside the tile has no meaning.
+    """
     return (targets - columns.start).clamp(0, columns.stop - columns.start - 1), (
         targets >= columns.start
     ) & (targets < columns.stop)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right``, the sum in the dtype of ``total``."""
+    """Compute ``total += left @ right``, with the sum in the dtype of ``total``."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:
@@ -105,7 +122,11 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 class _ChosenLogprobs(torch.autograd.Function):
-    """With z = (h W^T + b) / T, p = softmax(z), H = entropy(p): d log p_y / dz = 1_y - p and dH / dz = -p (log p + H)."""
+    """Log-probs and entropy with a hand-written backward pass.
+
+    With z = (h W^T + b) / T, p = softmax(z) and H = entropy(p), the gradients are d log p_y / dz = 1_y - p
+    and dH / dz = -p (log p + H).
+    """
 
     @staticmethod
     def forward(
@@ -118,7 +139,8 @@ class _ChosenLogprobs(torch.autograd.Function):
         chunk_size: int,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        # Of the tiles so far, [N] each: the highest logit m, the sums of exp(z - m) and of exp(z - m) (z - m), the target's logit (0 before its tile).
+        # Over the tiles so far, [N] each: the highest logit m, the sum of exp(z - m), the sum of
+        # exp(z - m) (z - m), and the target's logit (0 before its tile).
         highest = torch.full(hidden.shape[:1], torch.finfo(dtype).min, dtype=dtype, device=hidden.device)
         sum_exp, sum_exp_shifted, chosen = (
             torch.zeros_like(highest),
@@ -158,7 +180,7 @@ class _ChosenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         if grads[0] is None and grads[1] is None:
             return None, None, None, None, None, None
-        # [N], with respect to h W^T + b. Without an entropy gradient a pass over each tile is saved.
+        # [N], with respect to h W^T + b. Without a gradient of the entropy, each tile needs one pass less.
         grad_logprobs = torch.zeros_like(grads[1]) if grads[0] is None else grads[0] / ctx.temperature
         grad_entropy = None if grads[1] is None else grads[1] / ctx.temperature
         hidden, weight, bias, targets, logsumexp, entropy = ctx.saved_tensors
@@ -170,7 +192,7 @@ class _ChosenLogprobs(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for columns in _vocab_chunks(weight):
                 weight_part = weight[columns].to(hidden.dtype)  # [V', D]
-                # In the dtype of the sum this is grad_weight's own memory.
+                # If it already has the dtype of the sum, this is grad_weight's own memory.
                 grad_weight_part = None if grad_weight is None else grad_weight[columns].to(dtype)  # [V', D]
                 for rows in _chunks(hidden.shape[0], ctx.chunk_size):
                     logits = _logits(hidden[rows], weight_part, bias, columns, dtype)  # [C, V']
@@ -185,7 +207,7 @@ class _ChosenLogprobs(torch.autograd.Function):
                             .sub_(grad_logprobs[rows, None])
                             .mul_(probs)
                         )
-                        del probs  # one tile less when the next one is made
+                        del probs  # so that one tile less is held while the next one is made
                     index, is_inside = _within(targets[rows], columns)
                     grad.scatter_add_(-1, index[:, None], (grad_logprobs[rows] * is_inside)[:, None])
                     if grad_bias is not None:

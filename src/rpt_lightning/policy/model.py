@@ -1,7 +1,7 @@
-"""The policy: a transformers causal language model whose backbone, head and log-probs run inside one ``forward``.
+"""The policy, a transformers causal language model with backbone, head and log-probs in one ``forward``.
 
-That one ``forward`` makes it the sharding root: calling the backbone and then the head's weight from outside fails under FSDP2 (mixed tensors and
-DTensors).
+This ``forward`` makes the policy the root of sharding. Under FSDP2, calling the backbone and then using the
+head's weight from outside fails, because tensors and DTensors would mix.
 """
 
 from __future__ import annotations
@@ -25,23 +25,26 @@ from rpt_lightning.pretrained.tokenizer import as_in_folder, check_vocabulary, r
 from rpt_lightning.pretrained.weights import load_causal_lm
 from rpt_lightning.types import TokenIds, TrainSequence
 
-# Rates of heads that a causal language model does not have, though its config.json may name them.
+# Dropout rates of heads that a causal language model lacks, even if its config.json names them.
 OTHER_HEADS = ("classifier_", "summary_")
 
 
 class Policy(nn.Module):
-    """The model that is trained.
+    """The model being trained.
 
     Args:
-    path: Hugging Face folder (or hub id) of the model and its tokenizer.
-    logprob_chunk_size: Tokens whose logits exist at the same time.
-    head_dtype: "compute" multiplies the head in the precision of the rest (bf16 under autocast), "float32" in fp32, which narrows the gap to an fp32 engine.
-    activation_checkpointing: Recompute each layer in the backward pass instead of keeping its activations.
-    compile_layers: Compile each layer with torch.compile: minutes at the start, faster steps on GPUs.
-    trust_remote_code: Let the model folder run its own Python code. Off unless you ask for it.
+        path: Hugging Face folder (or hub id) of the model and its tokenizer.
+        logprob_chunk_size: Number of tokens whose logits exist at the same time.
+        head_dtype: "compute" multiplies the head in the precision of the rest (bf16 under autocast).
+            "float32" uses fp32, which narrows the gap to an fp32 engine.
+        activation_checkpointing: Recompute each layer in the backward pass instead of keeping its
+            activations.
+        compile_layers: Compile each layer with torch.compile. This takes minutes at the start and makes steps
+            on GPUs faster.
+        trust_remote_code: Let the model folder run its own Python code. It is off unless you ask for it.
     """
 
-    # From `materialize` on:
+    # Available once `materialize` has run:
     model: PreTrainedModel
     packing: str  # one line that says which packing the model takes, and why
 
@@ -73,7 +76,10 @@ class Policy(nn.Module):
         check_vocabulary(self.tokenizer, self.num_tokens, where=where)
 
     def materialize(self) -> None:
-        """Loads the weights, in fp32 (at RPT's learning rate of 1e-6 a bf16 master weight does not move). Does nothing when they are loaded."""
+        """Load the weights in fp32, unless they are loaded already.
+
+        At RPT's learning rate of 1e-6, a bf16 master weight would not change.
+        """
         if not hasattr(self, "model"):
             model = _load(
                 load_causal_lm,
@@ -85,12 +91,15 @@ class Policy(nn.Module):
             self._adopt(model, has_weights=True)
 
     def materialize_on_meta(self) -> None:
-        """Builds the model without its weights, which sharding.py reads into the shards. Buffers (rotary frequencies) are computed as ever."""
+        """Build the model without its weights. sharding.py later reads them into the shards.
+
+        Buffers (rotary frequencies) are computed as usual.
+        """
         with init_empty_weights(include_buffers=False):
             model = cast(Any, AutoModelForCausalLM).from_config(
                 self.config, dtype=torch.float32, trust_remote_code=self.trust_remote_code
             )
-        model.tie_weights()  # the context makes two tensors of one
+        model.tie_weights()  # the context turns one tensor into two
         self._adopt(model, has_weights=False)
 
     def _adopt(self, model: PreTrainedModel, *, has_weights: bool) -> None:
@@ -109,7 +118,7 @@ class Policy(nn.Module):
         self.packing = f"{type(model).__name__}: {kind}"
         if self.activation_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.model = model.train()  # a checkpoint's names are "policy.model." + the Hugging Face name
+        self.model = model.train()  # names in a checkpoint are "policy.model." + the Hugging Face name
         if self.compile_layers:
             layers: Any = self.model.base_model.layers
             for layer in layers:
@@ -122,31 +131,36 @@ class Policy(nn.Module):
 
     @property
     def is_tied(self) -> bool:
-        """Whether the output head is the input embedding."""
+        """Whether the output head and the input embedding are one tensor."""
         return self.head_weight is self.model.get_input_embeddings().weight
 
     def pack(self, sequences: Sequence[TrainSequence], *, max_tokens: int) -> Iterator[PackedTree]:
-        """Micro-batches of at most ``max_tokens`` input tokens, in the form that this model's layers take."""
+        """Yield micro-batches of at most ``max_tokens`` input tokens, in the form that the layers take."""
         for sequence in sequences:
             self.check_ids(sequence.prompt_ids + sequence.target_ids)
         return (pack if self.shares_prefixes else pack_rows)(sequences, max_tokens=max_tokens)
 
     def check_ids(self, token_ids: TokenIds) -> None:
-        """Raises ValueError for a token that the embedding has no row for: computing it would end with an IndexError, or on a GPU end the process."""
+        """Raise ValueError for a token that has no row in the embedding.
+
+        Computing it would raise an IndexError, or kill the process on a GPU.
+        """
         if token_ids and max(token_ids) >= self.num_tokens:
             token_id = max(token_ids)
             raise ValueError(
-                f"policy.path={self.path}: the token {self.tokenizer.convert_ids_to_tokens(token_id)!r} has the id {token_id}, and the model's embedding has "
-                f"{self.num_tokens} rows; save the model after model.resize_token_embeddings(len(tokenizer)), or use other markers"
+                f"policy.path={self.path}: the token {self.tokenizer.convert_ids_to_tokens(token_id)!r} has "
+                f"the id {token_id}, and the model's embedding has {self.num_tokens} rows; save the model "
+                "after model.resize_token_embeddings(len(tokenizer)), or use other markers"
             )
 
     def forward(
         self, tree: PackedTree, *, temperature: float = 1.0, predict: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Scores the M target tokens of a packed tree.
+        """Score the M target tokens of a packed tree.
 
         Returns:
-            ``(logprobs [M], entropy [M])`` of the tempered distribution, or with ``predict`` ``(logprobs [M], most likely ids [M])``.
+            ``(logprobs [M], entropy [M])`` of the tempered distribution. With ``predict``, the result is
+            ``(logprobs [M], most likely ids [M])``.
         """
         return score(
             self.model,
@@ -159,7 +173,7 @@ class Policy(nn.Module):
 
 
 def _check_no_dropout(model: nn.Module, path: str) -> None:
-    """A policy with dropout could not agree with its engine, nor resume bit for bit."""
+    """Raise ValueError if the model has dropout. It could not agree with its engine or resume bit for bit."""
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
         raise ValueError(f"policy.path={path} has dropout; set its dropout rates to 0 in its config.json")
     rates = {
@@ -175,13 +189,18 @@ def _check_no_dropout(model: nn.Module, path: str) -> None:
 
 
 def _check_no_saved_buffers(model: nn.Module, path: str) -> None:
-    """Such weights, which a family changes outside of the optimizer (the expert biases of DeepSeek-V3), would reach neither engine nor exported folder."""
+    """Raise ValueError if a checkpoint of the model holds weights that are not parameters.
+
+    A family may change such weights outside the optimizer (the expert biases of DeepSeek-V3). They would
+    reach neither the engine nor the exported folder.
+    """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = [name for name in model.state_dict() if name not in parameters]
     if buffers:
         raise ValueError(
-            f"policy.path={path}: {len(buffers)} of its weights are no parameters ({', '.join(buffers[:3])}), so they would reach neither the engine nor an "
-            "exported folder; use a model without, such as the Llama, Qwen2 and Qwen3 families"
+            f"policy.path={path}: {len(buffers)} of its weights are not parameters "
+            f"({', '.join(buffers[:3])}), so they would reach neither the engine nor an exported folder; use "
+            "a model without such weights, for example of the Llama, Qwen2 or Qwen3 family"
         )
 
 
@@ -189,7 +208,8 @@ def _load(load: Callable[..., Any], path: str, **kwargs: Any) -> Any:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).parent.is_dir()
     if looks_local and not (Path(path).expanduser() / "config.json").is_file():
         raise ValueError(
-            f"policy.path={path}: there is no Hugging Face model folder (no config.json). Give a folder made by save_pretrained, or a hub id"
+            f"policy.path={path}: there is no Hugging Face model folder (no config.json). Give a folder made "
+            "by save_pretrained, or a hub id"
         )
     try:
         return load(str(Path(path).expanduser()) if path.startswith("~") else path, **kwargs)

@@ -1,12 +1,13 @@
-"""Sequences with common prefixes, packed into one tree that computes each shared token once.
+"""Pack sequences with common prefixes into one tree that computes each shared token once.
 
-All completions of a group share their prompt, and all positions of a document share its text up to the earlier one. `pack` merges whatever prefix is
-common (a trie over token ids) and lays the tree out in depth-first order, so that the ancestors of token ``i`` are exactly the tokens ``j`` with
-``j <= i < subtree_end[j]``. With that mask, and each token's depth as its position id, every token sees what it would see alone: log-probs and
-gradients are those of the separate sequences.
+All completions of a group share their prompt. All positions of a document share its text up to the earlier
+position. `pack` merges every common prefix (a trie over token ids) and lays out the tree in depth-first
+order, so the ancestors of token ``i`` are exactly the tokens ``j`` with ``j <= i < subtree_end[j]``. With
+this mask, and with each token's depth as its position id, every token sees what it would see alone. The
+log-probs and gradients are therefore those of the separate sequences.
 
-Two further savings are exact as well: a leaf (usually an end token) is only ever a target, so it is not fed to the model; and a token that several
-completions share is scored once.
+Two further savings are also exact. A leaf (usually an end token) is only a target, so it is not fed to the
+model. A token that several completions share is scored once.
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ from rpt_lightning.types import TrainSequence
 class PackedTree:
     """One packed forest: N input tokens in depth-first order, M scored tokens, S sequences.
 
-    ``targets[m]`` is predicted from the hidden state of input token ``parents[m]``. ``rows[s, t]`` is the index into the M scored tokens of the t-th
-    target token of the s-th sequence, and ``mask[s, t]`` is False where that sequence is shorter. ``sequence_indices[s]`` is the sequence's place in
-    the list that was packed. With a ``row_length`` the input tokens are rows of that length, one sequence each, and nothing is shared (row_packing.py);
-    ``row_sizes[s]`` of them are the sequence's own, what is behind them is padding.
+    ``targets[m]`` is predicted from the hidden state of input token ``parents[m]``. ``rows[s, t]`` is the
+    index, among the M scored tokens, of the t-th target token of sequence s. ``mask[s, t]`` is False where
+    that sequence is shorter. ``sequence_indices[s]`` is the sequence's place in the list that was packed.
+
+    If ``row_length`` is set, the input tokens are rows of that length with one sequence each, and nothing is
+    shared (row_packing.py). The first ``row_sizes[s]`` tokens of a row belong to the sequence and the rest is
+    padding.
     """
 
     token_ids: Tensor  # [N] int64
@@ -46,15 +50,15 @@ class PackedTree:
 
     @property
     def num_tokens(self) -> int:
-        """Input tokens that the model computes (N), the padding of rows among them."""
+        """Number of input tokens that the model computes (N), including the padding of rows."""
         return self.token_ids.numel()
 
     def tree_mask(self) -> TreeMask:
-        """Which token may attend to which."""
+        """Return which token may attend to which."""
         return TreeMask(self.subtree_end, self.position_ids)
 
     def padded(self, num_tokens: int) -> PackedTree:
-        """The same tree with further input tokens behind it, each alone, so that it has ``num_tokens``."""
+        """Append isolated input tokens until the tree has ``num_tokens``."""
         extra = num_tokens - self.num_tokens
         assert extra >= 0
         zeros = self.token_ids.new_zeros(extra)
@@ -67,13 +71,13 @@ class PackedTree:
         )
 
     def unpack(self, values: Tensor) -> Tensor:
-        """Per-token values ``[M]`` as one row a sequence, ``[S, T]``; 0 where ``mask`` is False."""
+        """Arrange per-token values ``[M]`` by sequence, ``[S, T]``, with 0 where ``mask`` is False."""
         return torch.where(
             self.mask, values[self.rows], torch.zeros((), dtype=values.dtype, device=values.device)
         )
 
     def to(self, device: torch.device) -> PackedTree:
-        """The same tree on another device."""
+        """Return the same tree on another device."""
         moved = {
             name: getattr(self, name).to(device)
             for name in ("token_ids", "position_ids", "subtree_end", "parents", "targets", "rows", "mask")
@@ -82,13 +86,14 @@ class PackedTree:
 
 
 def pack(sequences: Sequence[TrainSequence], *, max_tokens: int) -> Iterator[PackedTree]:
-    """Packs sequences into trees of at most ``max_tokens`` input tokens (a single longer sequence gets a tree of its own).
+    """Pack sequences into trees of at most ``max_tokens`` input tokens.
 
-    Sequences are taken in lexicographic order of their ids, where neighbours share the longest prefixes. Where one tree is not enough, the cuts are those
-    that compute the fewest tokens again, and among these the fewest trees.
+    A single sequence that is longer gets a tree of its own. Sequences are sorted lexicographically by their
+    ids, so neighbours share the longest prefixes. If one tree is not enough, the cuts minimise the number of
+    tokens that are computed again, and then the number of trees.
 
     Raises:
-        ValueError: A sequence has an empty prompt (its first target would be predicted from nothing) or no target.
+        ValueError: A sequence has no target, or an empty prompt (which could not predict its first target).
     """
     check_sequences(sequences)
     ids = [np.asarray(sequence.prompt_ids + sequence.target_ids, dtype=np.int64) for sequence in sequences]
@@ -97,38 +102,37 @@ def pack(sequences: Sequence[TrainSequence], *, max_tokens: int) -> Iterator[Pac
     )
 
     lengths = [len(ids[index]) for index in order]
-    shared = [
-        0,
-        *(common_prefix_length(ids[left], ids[right]) for left, right in pairwise(order)),
-    ]  # with the sequence before
+    # The prefix that each sequence shares with the one before it.
+    shared = [0, *(common_prefix_length(ids[left], ids[right]) for left, right in pairwise(order))]
     for start, stop in _cuts(lengths, shared, max_tokens):
         yield _build_tree(sequences, ids, order[start:stop], [0, *shared[start + 1 : stop]])
 
 
 def check_sequences(sequences: Sequence[TrainSequence]) -> None:
-    """Raises ValueError for a sequence without a prompt or without a target."""
+    """Raise ValueError if a sequence has no prompt or no target."""
     for index, sequence in enumerate(sequences):
         if not sequence.prompt_ids or not sequence.target_ids:
             raise ValueError(
-                f"sequence {index} has {len(sequence.prompt_ids)} prompt and {len(sequence.target_ids)} target tokens; both must be at least 1"
+                f"sequence {index} has {len(sequence.prompt_ids)} prompt and {len(sequence.target_ids)} "
+                "target tokens; both must be at least 1"
             )
 
 
 def _cuts(lengths: Sequence[int], shared: Sequence[int], max_tokens: int) -> list[tuple[int, int]]:
-    """Ranges of the sorted sequences, one a tree: the fewest tokens in all, then the fewest trees, by dynamic programming over the last cut.
+    """Return the range of sorted sequences in each tree.
 
-    A tree of sequences ``i .. j-1`` has ``lengths[i] + sum(lengths[k] - shared[k] for i < k < j)`` tokens (its leaves included).
+    Dynamic programming over the last cut finds the fewest tokens in all, and then the fewest trees. A tree of
+    sequences ``i .. j-1`` has ``lengths[i] + sum(lengths[k] - shared[k] for i < k < j)`` tokens, leaves
+    included.
     """
     num = len(lengths)
-    fresh = np.cumsum(
-        np.asarray(lengths) - np.asarray(shared)
-    )  # [num] of the sequences up to each, what its predecessor does not hold
+    # [num], summed over the sequences up to each one: the tokens that it does not share with its predecessor.
+    fresh = np.cumsum(np.asarray(lengths) - np.asarray(shared))
     begin = np.asarray(lengths) - fresh  # [num] so that a tree of i .. j-1 has begin[i] + fresh[j-1] tokens
-    best = np.zeros(
-        num + 1, dtype=np.int64
-    )  # of the first j sequences: (tokens, trees) in one number, tokens first
+    # For the first j sequences: (tokens, trees) in one number, in which tokens come first.
+    best = np.zeros(num + 1, dtype=np.int64)
     last_start = np.zeros(num + 1, dtype=np.int64)
-    earliest = 0  # adding an earlier sequence never makes a tree smaller, so this only moves on
+    earliest = 0  # only grows, because adding an earlier sequence never makes a tree smaller
     for stop in range(1, num + 1):
         while earliest < stop - 1 and begin[earliest] + fresh[stop - 1] > max_tokens:
             earliest += 1
@@ -161,13 +165,16 @@ def _build_tree(
     chosen: Sequence[int],
     shared: Sequence[int],
 ) -> PackedTree:
-    """Builds the trie of lexicographically sorted sequences: each appends the nodes beyond its common prefix, which is depth-first order."""
+    """Build the trie of lexicographically sorted sequences.
+
+    Each sequence appends its nodes after the common prefix, which gives depth-first order.
+    """
     total = sum(len(ids[index]) - common for index, common in zip(chosen, shared, strict=True))
     token = np.empty(total, dtype=np.int64)
     depth = np.empty(total, dtype=np.int64)
     parent = np.empty(total, dtype=np.int64)
     end = np.empty(total, dtype=np.int64)
-    path = np.empty(0, dtype=np.int64)  # nodes from a root to the last token of the sequence just added
+    path = np.empty(0, dtype=np.int64)  # nodes from a root to the last token of the latest sequence
     paths: list[np.ndarray] = []
     size = 0
     for index, common in zip(chosen, shared, strict=True):
@@ -183,7 +190,7 @@ def _build_tree(
         size += len(fresh)
     end[path] = size
 
-    # Leaves are targets only. Renumber the inner nodes; `before[i]` counts the kept nodes in front of i.
+    # Leaves are only targets. Renumber the inner nodes. `before[i]` counts the kept nodes before i.
     keep = np.zeros(total, dtype=bool)
     keep[parent[parent >= 0]] = True
     before = np.concatenate([[0], np.cumsum(keep)])

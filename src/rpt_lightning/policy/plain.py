@@ -1,6 +1,7 @@
-"""Log-probs as transformers itself computes them from the policy's weights: what the policy's own way of computing is held against.
+"""Log-probs as transformers itself computes them from the policy's weights.
 
-No tree, no packing, no chunks of the vocabulary, no autocast: one sequence at a time through the model's own ``forward``, by its usual
+They are the reference for the policy's own way of computing. There is no tree, packing, chunking of the
+vocabulary or autocast. Each sequence passes alone through the model's own ``forward``, with its usual
 attention. The weights stay where they are, since a second copy of a large model would not fit.
 """
 
@@ -22,9 +23,10 @@ from rpt_lightning.types import TrainSequence
 def plain_logprobs(
     policy: Policy, sequence: TrainSequence, places: Tensor, *, temperature: float, device: torch.device
 ) -> Tensor:
-    """Of the target tokens at ``places`` [K], ascending: log-probs [K] of the tempered distribution, in the dtype of the model's logits.
+    """Return the log-probs of the target tokens at the ascending ``places`` [K].
 
-    ``device`` is where the policy computes. With sharded weights a collective.
+    They are of the tempered distribution, have shape [K] and the dtype of the model's logits. ``device`` is
+    where the policy computes. With sharded weights this is a collective.
     """
     with _plain_forward(policy, device):
         return cast(Tensor, policy(sequence, places, temperature))
@@ -32,13 +34,16 @@ def plain_logprobs(
 
 @contextmanager
 def _plain_forward(policy: Policy, device: torch.device) -> Iterator[None]:
-    """The policy computes as transformers does. Through its own ``__call__``, by which sharded weights are gathered."""
+    """Make the policy compute as transformers does.
+
+    The calls go through the policy's own ``__call__``, which gathers sharded weights.
+    """
     model: Any = policy.model
     attention, before = model.config._attn_implementation, vars(policy).get("forward")
 
     def forward(sequence: TrainSequence, places: Tensor, temperature: float) -> Tensor:
         ids = torch.tensor([sequence.prompt_ids + sequence.target_ids], device=device)
-        kept = (len(sequence.prompt_ids) - 1 + places).to(device)  # where each of those tokens is predicted
+        kept = (len(sequence.prompt_ids) - 1 + places).to(device)  # the positions that predict these tokens
         takes_places = "logits_to_keep" in inspect.signature(model.forward).parameters
         with torch.autocast(device.type, enabled=False):
             logits = model(

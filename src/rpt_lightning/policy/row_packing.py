@@ -1,6 +1,8 @@
-"""Sequences side by side as rows, for models whose layers carry a state from token to token (linear attention) and so cannot take a tree.
+"""Pack sequences side by side as rows, for models that cannot take a tree.
 
-Nothing is shared. Rows are padded on the right, where a causal model does not see it; a group's completions come in their order, next to each other.
+The layers of such models carry a state from token to token (linear attention). Nothing is shared. Rows are
+padded on the right, where a causal model does not see the padding. The completions of a group keep their
+order and stay next to each other.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from rpt_lightning.types import TrainSequence
 
 
 def pack_rows(sequences: Sequence[TrainSequence], *, max_tokens: int) -> Iterator[PackedTree]:
-    """Packs sequences into batches of at most ``max_tokens`` input tokens, padding included (a single longer sequence gets a batch of its own).
+    """Pack sequences into batches of at most ``max_tokens`` input tokens, padding included.
+
+    A single sequence that is longer gets a batch of its own.
 
     Raises:
         ValueError: A sequence has an empty prompt or no target.
@@ -23,7 +27,7 @@ def pack_rows(sequences: Sequence[TrainSequence], *, max_tokens: int) -> Iterato
     batch: list[int] = []
     width = 0
     for index, sequence in enumerate(sequences):
-        length = sequence.num_tokens - 1  # the last token is only ever a target
+        length = sequence.num_tokens - 1  # the last token is only a target
         if batch and (len(batch) + 1) * max(width, length) > max_tokens:
             yield _build(sequences, batch, width)
             batch, width = [], 0

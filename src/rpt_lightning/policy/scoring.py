@@ -25,10 +25,11 @@ def score(
     head_dtype: HeadDtype = "compute",
     chunk_size: int = 512,
 ) -> tuple[Tensor, Tensor]:
-    """Scores the M target tokens of a packed tree. ``head_dtype`` and ``chunk_size`` are as in `Policy`.
+    """Score the M target tokens of a packed tree. `Policy` explains ``head_dtype`` and ``chunk_size``.
 
     Returns:
-        ``(logprobs [M], entropy [M])`` of the tempered distribution, or with ``predict`` ``(logprobs [M], most likely ids [M])``.
+        ``(logprobs [M], entropy [M])`` of the tempered distribution. With ``predict``, the result is
+        ``(logprobs [M], most likely ids [M])``.
     """
     hidden = _hidden(model, tree)[tree.parents]  # [M, D]
     dtype = torch.float32 if head_dtype == "float32" else _compute_dtype(hidden)
@@ -52,18 +53,18 @@ def head_weight(model: PreTrainedModel) -> Tensor:
 
 
 def head_bias(model: PreTrainedModel) -> Tensor | None:
-    """What the output head adds to its logits, ``[V]`` (Phi, GPT-J); None for the many models whose head adds nothing."""
+    """The bias that the output head adds to its logits, ``[V]`` (Phi, GPT-J). Most models have none."""
     bias: Tensor | None = getattr(model.get_output_embeddings(), "bias", None)  # type: ignore[no-untyped-call]
     return bias
 
 
 def _local(tensor: Tensor | None) -> Any:
-    """A head is whole on every tensor-parallel rank."""
+    """Return the local tensor. The head is whole on every tensor-parallel rank."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _hidden(model: PreTrainedModel, tree: PackedTree) -> Tensor:
-    """Final hidden states of the input tokens, ``[N, D]`` (and of what the tree is padded with)."""
+    """Return the final hidden states of the input tokens and of the tree's padding, ``[N, D]``."""
     rows: dict[str, Any] = {}
     if tree.row_length is None:
         if tree.token_ids.is_cuda:

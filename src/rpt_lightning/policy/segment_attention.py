@@ -1,8 +1,11 @@
-"""Attention of a packed tree on CPU, call by call as `segments.plan_segments` cut it.
+"""Attention of a packed tree on CPU, as the sequence of calls that `segments.plan_segments` planned.
 
-The parts of one query are put together by their log-sum-exp, as flash attention does with its blocks (arXiv:2205.14135, section 3.1); the backward pass
-gives each call the output and log-sum-exp of the whole row, which makes its gradients that call's share of the whole. The kernels are the two that
-``scaled_dot_product_attention`` itself runs on CPU; called directly, because the public function does not return the log-sum-exp.
+The partial results for a query are combined by their log-sum-exp, as flash attention does with its blocks
+(arXiv:2205.14135, section 3.1). The backward pass gives each call the output and the log-sum-exp of the whole
+row, so the call's gradients are its share of the whole.
+
+The two kernels are those that ``scaled_dot_product_attention`` itself runs on CPU. They are called directly
+because the public function does not return the log-sum-exp.
 """
 
 from __future__ import annotations
@@ -28,14 +31,14 @@ def segment_attention(
     *,
     scale: float,
 ) -> Tensor:
-    """Attention output ``[1, H, N, d]``.
+    """Compute the attention output, ``[1, H, N, d]``.
 
     Args:
         query: ``[1, H, N, d]``.
-        key: ``[1, H / groups, N, d]``: grouped queries need no copies of keys.
-        value: Like ``key``.
-        calls: From ``plan_segments``.
-        masks: For each "masked" call ``[1, 1, n, n]``, 0 or -inf, in the dtype of ``query``.
+        key: ``[1, H / groups, N, d]``. Grouped queries need no copies of the keys.
+        value: Shaped like ``key``.
+        calls: The calls from ``plan_segments``.
+        masks: For each "masked" call, ``[1, 1, n, n]`` of 0 or -inf, in the dtype of ``query``.
         scale: Factor on the scores.
     """
     output: Tensor = _SegmentAttention.apply(query, key, value, calls, masks, scale)  # type: ignore[no-untyped-call]
@@ -55,9 +58,8 @@ class _SegmentAttention(torch.autograd.Function):
     ) -> Tensor:
         batch, heads, length, width = query.shape
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-        output = query.new_empty(batch, length, heads, width, dtype=wide).transpose(
-            1, 2
-        )  # [1, H, N, d], laid out as the next matrix product reads it
+        # [1, H, N, d], in the memory layout that the next matrix product reads
+        output = query.new_empty(batch, length, heads, width, dtype=wide).transpose(1, 2)
         logsumexp = query.new_empty(batch, heads, length, dtype=wide)
         for call in calls:
             queries, keys = _slices(call)
@@ -97,8 +99,9 @@ class _SegmentAttention(torch.autograd.Function):
         for call in ctx.calls:
             queries, keys = _slices(call)
             parts = _backward(
-                grads[0][:, :, queries], query[:, :, queries], key[:, :, keys], value[:, :, keys], output[:, :, queries],
-                logsumexp[:, :, queries].contiguous(), 0.0, call.kind == "causal", attn_mask=ctx.masks.get(call), scale=ctx.scale,
+                grads[0][:, :, queries], query[:, :, queries], key[:, :, keys], value[:, :, keys],
+                output[:, :, queries], logsumexp[:, :, queries].contiguous(), 0.0, call.kind == "causal",
+                attn_mask=ctx.masks.get(call), scale=ctx.scale,
             )  # fmt: skip
             grad_query[:, :, queries] += parts[0]
             grad_key[:, :, keys] += parts[1]

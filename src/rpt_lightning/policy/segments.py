@@ -1,8 +1,10 @@
-"""How the attention of a packed tree is cut into calls of a dense kernel that together compute (nearly) the permitted pairs and no others.
+"""Plan the attention of a packed tree as calls of a dense kernel.
 
-The tokens that agree in ``subtree_end`` and stand in a row are a chain: each the only child of the one before. A chain attends to itself causally, and
-everything behind it in its subtree attends to all of it. Both are calls on contiguous slices, so nothing is gathered or masked. Where chains are so
-short that the calls would cost more than they save, a whole range is one call with a mask.
+Together the calls compute the permitted pairs and (nearly) no others. Consecutive tokens with the same
+``subtree_end`` form a chain, in which each token is the only child of the one before. A chain attends to
+itself causally. Everything after it in its subtree attends to all of it. Both are calls on contiguous slices,
+so nothing is gathered or masked. If chains are so short that separate calls would cost more than they save, a
+whole range becomes one call with a mask.
 """
 
 from __future__ import annotations
@@ -11,19 +13,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-# Costs are counted in pairs of one query and one key. Measured on two CPU cores in fp32, 9 heads of 64: about 25 million pairs a second forward and
-# backward, 150 us of overhead a call and layer, and 2 us to merge one query's output of two calls.
+# Costs are in units of one pair of a query and a key. Measured on two CPU cores in fp32 with 9 heads of 64:
+# about 25 million pairs a second forward and backward, 150 us of overhead a call and layer, and 2 us to merge
+# one query's output of two calls.
 CALL_COST = 4096
 MERGE_COST = 48
-# A causal kernel skips the upper triangle only in blocks, and its backward pass hardly at all: longer chains are cut so that it becomes calls of full rectangles.
+# A causal kernel skips the upper triangle only in blocks, and its backward pass skips almost none of it.
+# Longer chains are therefore cut, which turns most of the triangle into calls of full rectangles.
 MAX_CHAIN = 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SegmentCall:
-    """One kernel call: queries ``[query_start, query_stop)`` and keys ``[key_start, key_stop)`` in depth-first order.
+    """One kernel call on contiguous ranges of queries and keys, in depth-first order.
 
-    "causal" and "masked" calls are square and hold each token once; "full" calls add the keys of an ancestor chain to what is behind it.
+    The ranges are ``[query_start, query_stop)`` and ``[key_start, key_stop)``. "causal" and "masked" calls
+    are square and contain each token once. "full" calls add the keys of an ancestor chain to the tokens after
+    it.
     """
 
     kind: Literal["causal", "masked", "full"]
@@ -34,21 +40,21 @@ class SegmentCall:
 
     @property
     def num_pairs(self) -> int:
-        """Pairs that the kernel computes (a causal one about half of its square)."""
+        """Number of pairs that the kernel computes, which for a causal call is about half of its square."""
         pairs = (self.query_stop - self.query_start) * (self.key_stop - self.key_start)
         return pairs // 2 if self.kind == "causal" else pairs
 
 
 def plan_segments(subtree_end: Sequence[int]) -> tuple[SegmentCall, ...]:
-    """The cheapest calls for a forest of ``N`` tokens in depth-first order, where token ``i``'s subtree is ``[i, subtree_end[i])``.
+    """Find the cheapest calls for a forest of ``N`` tokens in depth-first order.
 
-    Every permitted pair (``j <= i < subtree_end[j]``) is in exactly one call, and every token is a query of exactly one "causal" or "masked" call, which
-    comes before the "full" ones.
+    Token ``i``'s subtree is ``[i, subtree_end[i])``. Every permitted pair (``j <= i < subtree_end[j]``) is in
+    exactly one call. Every token is a query of exactly one "causal" or "masked" call, which comes before the
+    "full" ones.
     """
     starts = _chain_starts(subtree_end)
-    subtrees: dict[
-        int, Plan
-    ] = {}  # by the first token; filled from the back, so that what is behind a chain is known when the chain is reached
+    # By first token. Filled from the back, so everything after a chain is known when the chain is reached.
+    subtrees: dict[int, Plan] = {}
     for start, stop in zip(reversed(starts), reversed([*starts[1:], len(subtree_end)]), strict=True):
         subtrees[start] = min(
             _apart(subtrees, subtree_end, start, stop),
@@ -71,7 +77,7 @@ def _chain_starts(subtree_end: Sequence[int]) -> list[int]:
 
 
 def _apart(subtrees: dict[int, Plan], subtree_end: Sequence[int], start: int, chain_stop: int) -> Plan:
-    """A chain for itself, and what is behind it on top of it."""
+    """Plan one call for the chain, one from its descendants to it, and the descendants' own calls."""
     length, behind = chain_stop - start, subtree_end[start] - chain_stop
     cost = length * (length + 1) / 2 + CALL_COST
     calls = [
@@ -94,7 +100,11 @@ def _apart(subtrees: dict[int, Plan], subtree_end: Sequence[int], start: int, ch
 
 
 def _forest(subtrees: dict[int, Plan], subtree_end: Sequence[int], start: int, stop: int) -> Plan:
-    """Subtrees side by side: each for itself, or runs of neighbours in one masked call, by dynamic programming over the last run."""
+    """Plan subtrees that lie side by side.
+
+    Each subtree is planned by itself, or a run of neighbours becomes one masked call. Dynamic programming
+    over the last run finds the cheapest choice.
+    """
     bounds = [start]
     while bounds[-1] < stop:
         bounds.append(subtree_end[bounds[-1]])

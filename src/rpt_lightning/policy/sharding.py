@@ -1,7 +1,8 @@
-"""The policy over many devices: built without weights, cut up, and filled shard by shard, so that no process ever holds the whole of it.
+"""Shard the policy over many devices, without any process ever holding all of its weights.
 
-FSDP2 goes layer by layer, with the policy itself as the root, whose ``forward`` holds all that uses embeddings, head and last norm. Where a layer is also
-computed by several devices together (tensor_parallel.py), that is set up first.
+The policy is built without weights, cut up, and then filled shard by shard. FSDP2 shards it layer by layer.
+The root is the policy itself, whose ``forward`` contains everything that uses embeddings, head and last norm.
+If several devices also compute each layer together (tensor_parallel.py), that is set up first.
 """
 
 from __future__ import annotations
@@ -38,18 +39,20 @@ def materialize_sharded(
     cpu_offload: bool = False,
     gather_bf16: bool = False,
 ) -> None:
-    """Gives every process its shards, in fp32. Does nothing where the policy has them already. A collective.
+    """Give every process its shards in fp32, unless the policy has them already. This is a collective.
 
     Args:
-        policy: Not materialized yet.
-        mesh: With the dimensions ``data_parallel`` and ``tensor_parallel``.
-        device: Where this process computes.
-        cpu_offload: Weights, gradients and optimizer state stay in host memory and travel to the device layer by layer.
-        gather_bf16: Layers are gathered and computed in bf16: half the traffic. Shards stay fp32, and gradients are added up over ranks in fp32.
+        policy: A policy that is not materialized yet.
+        mesh: A mesh with the dimensions ``data_parallel`` and ``tensor_parallel``.
+        device: The device on which this process computes.
+        cpu_offload: Keep weights, gradients and optimizer state in host memory and move them to the device
+            layer by layer.
+        gather_bf16: Gather and compute layers in bf16, which halves the traffic. Shards stay fp32, and
+            gradients are summed over ranks in fp32.
 
     Raises:
-        ValueError: The model's folder has no safetensors, or holds other tensors than the model's, or some that are not finite; or tensor parallelism does
-            not fit the model.
+        ValueError: The model's folder has no safetensors, its tensors are not those of the model, some of its
+            values are not finite, or tensor parallelism does not fit the model.
     """
     if hasattr(policy, "model"):
         return
@@ -58,17 +61,17 @@ def materialize_sharded(
     parallelize(policy, mesh["tensor_parallel"])
     _shard(policy, mesh["data_parallel"], cpu_offload=cpu_offload, gather_bf16=gather_bf16)
     home = torch.device("cpu") if cpu_offload else device
-    # Not `to_empty`, which would make garbage of the buffers as well.
+    # `to_empty` would also overwrite the buffers with garbage.
     policy._apply(
         lambda tensor: torch.empty_like(tensor, device=home) if tensor.is_meta else tensor.to(device)
     )  # type: ignore[no-untyped-call]
-    if is_tied:  # it came apart with the move
+    if is_tied:  # the move separated the two
         policy.model.get_output_embeddings().weight = policy.model.get_input_embeddings().weight  # type: ignore[no-untyped-call]
     _read_shards(policy)
 
 
 def _shard(policy: Policy, mesh: DeviceMesh, *, cpu_offload: bool, gather_bf16: bool) -> None:
-    # Pinned memory exists only beside a CUDA device.
+    # Pinned memory needs a CUDA device.
     offload: OffloadPolicy = (
         CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
     )
@@ -86,7 +89,7 @@ def _read_shards(policy: Policy) -> None:
     folder = Path(policy.path).expanduser()
     if not folder.is_dir():
         folder = Path(snapshot_download(policy.path, allow_patterns=["*.safetensors"]))
-    # A buffer that is no part of a checkpoint was computed when the model was built.
+    # Buffers that are not part of a checkpoint were computed when the model was built.
     wanted: dict[str, Tensor] = dict(policy.model.named_parameters())
     reader = HuggingFaceStorageReader(str(folder))
     held = reader.read_metadata().state_dict_metadata
@@ -96,18 +99,19 @@ def _read_shards(policy: Policy) -> None:
         what = (
             f"lacks {absent[:3]}"
             if absent
-            else f"has other shapes of {misshapen[:3]}"
+            else f"has different shapes for {misshapen[:3]}"
             if misshapen
             else "stores weights that transformers converts"
         )
         raise ValueError(
-            f"policy.path={policy.path}: a sharded policy is read from safetensors files that hold the model's own tensors, and this folder {what}; save the "
-            "model with save_pretrained(..., safe_serialization=True), or use a strategy without shards (configs/strategy/single.yaml, ddp.yaml)"
+            f"policy.path={policy.path}: a sharded policy is read from safetensors files that hold the "
+            f"model's own tensors, and this folder {what}; save the model with save_pretrained(..., "
+            "safe_serialization=True), or use a strategy without shards "
+            "(configs/strategy/single.yaml, ddp.yaml)"
         )
     where = f"policy.path={policy.path}"
-    copies = (
-        dict(policy.model.named_parameters(remove_duplicate=False)).keys() - wanted.keys()
-    )  # a tied head under its own name
+    # A tied head under its own name.
+    copies = dict(policy.model.named_parameters(remove_duplicate=False)).keys() - wanted.keys()
     check_names(
         missing=(),
         unknown=own_names(policy.model, held.keys() - wanted.keys() - copies),
@@ -119,7 +123,7 @@ def _read_shards(policy: Policy) -> None:
     differing = [
         name for name in copies & held.keys() if not _is_copy(name, policy.model.get_parameter(name), reader)
     ]
-    # Each rank looks at its own part, and all of them end together.
+    # Each rank checks its own part. The results are combined so that all ranks end together.
     bad, differing = ([name for names in _of_all_ranks(part) for name in names] for part in (bad, differing))
     if bad:
         raise ValueError(not_finite_message(set(bad), where=where))
@@ -128,7 +132,7 @@ def _read_shards(policy: Policy) -> None:
 
 
 def _is_copy(name: str, parameter: Tensor, reader: HuggingFaceStorageReader) -> bool:
-    """Whether the files hold under this name what the parameter is."""
+    """Whether the tensor that the files hold under this name equals the parameter."""
     stored = torch.empty_like(parameter, requires_grad=False)
     load({name: stored}, storage_reader=reader)
     return torch.equal(_own_part(stored), _own_part(parameter))

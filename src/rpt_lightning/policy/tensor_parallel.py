@@ -1,7 +1,9 @@
-"""Layers whose matrices are cut over several devices (Megatron-LM, arXiv:1909.08053), by the plan that transformers has for the family.
+"""Divide the matrices of layers over several devices (Megatron-LM, arXiv:1909.08053).
 
-Attention heads and the MLP's inner units are divided. What lies between, and embeddings and head, is computed by every device of the group alike: exact,
-and without a collective of its own. A head that is divided over the vocabulary would save memory and time, and is not here yet.
+The plan is the one that transformers has for the family. It divides attention heads and the inner units of
+the MLP. Every device of the group computes in full what lies between these, as well as the embeddings and the
+head. This is exact and needs no collective of its own. Dividing the head over the vocabulary would save
+memory and time, but is not implemented.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ from rpt_lightning.policy.model import Policy
 
 
 class Replicated(ParallelStyle):
-    """Every device holds the module's weights and computes all of it, so that all weights of the model are tensors of one mesh."""
+    """A style in which every device holds all of the module's weights and computes all of it.
+
+    It makes all weights of the model tensors of one mesh.
+    """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         def replicate(name: str, part: nn.Module, mesh: DeviceMesh) -> None:
@@ -47,16 +52,18 @@ class Replicated(ParallelStyle):
 STYLES: dict[str, Callable[[], ParallelStyle]] = {
     "colwise": ColwiseParallel,
     "rowwise": RowwiseParallel,
-    # Norms of each head: a device has some of the heads, and the weight's gradient is the sum over all. Heads are dimension 2.
+    # Norms of single heads. A device has some of the heads, so the weight's gradient is the sum over devices.
+    # Heads are dimension 2.
     "replicated_with_grad_allreduce": lambda: SequenceParallel(sequence_dim=2, use_local_output=True),
 }
 
 
 def parallelize(policy: Policy, mesh: DeviceMesh) -> None:
-    """Cuts the layers over the mesh. Does nothing for a mesh of one device.
+    """Divide the layers over the mesh. Do nothing if the mesh has one device.
 
     Raises:
-        ValueError: The family has no plan, or one that asks for more than this file can do, or its heads cannot be divided.
+        ValueError: The family has no plan, its plan needs a style that is not in ``STYLES``, or its heads
+            cannot be divided.
     """
     if mesh.size() == 1:
         return
@@ -66,8 +73,9 @@ def parallelize(policy: Policy, mesh: DeviceMesh) -> None:
     unknown = sorted(set(plan.values()) - STYLES.keys())
     if not plan or unknown:
         raise ValueError(
-            f"{flag}: {type(model).__name__} has {f'a plan with {unknown}' if plan else 'no plan'} for tensor parallelism, which is not supported; set it "
-            "to 1, or use a dense model of the Llama, Qwen2 or Qwen3 family"
+            f"{flag}: {type(model).__name__} has {f'a plan with {unknown}' if plan else 'no plan'} for "
+            "tensor parallelism, which is not supported; set it to 1, or use a "
+            "dense model of the Llama, Qwen2 or Qwen3 family"
         )
     sizes = {
         name: getattr(policy.config, name)
@@ -76,7 +84,8 @@ def parallelize(policy: Policy, mesh: DeviceMesh) -> None:
     uneven = {name: size for name, size in sizes.items() if size % mesh.size()}
     if uneven:
         raise ValueError(
-            f"{flag}: {policy.path} has {uneven}, which cannot be divided by {mesh.size()}; give a divisor of them all"
+            f"{flag}: {policy.path} has {uneven}, which cannot be divided by "
+            f"{mesh.size()}; choose a divisor of all of them"
         )
     base: nn.Module = model.base_model
     is_tied = policy.is_tied

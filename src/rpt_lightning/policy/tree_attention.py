@@ -1,7 +1,9 @@
-"""The attention function that a policy's layers call: every token of a packed tree attends to its ancestors, on each device by the kernel that is good at it.
+"""The attention function of a policy's layers: each token of a packed tree attends to its ancestors.
 
-It is registered with transformers under `NAME`, so any model whose layers ask the registry for their attention can take trees without code of its own.
-The tree travels through the model as the keyword ``tree``; without one the attention is plain causal attention.
+On each kind of device it uses the kernel that is fastest there. It is registered with transformers under
+`NAME`. Any model whose layers look up their attention in the registry can therefore take trees without code
+of its own. The tree passes through the model as the keyword ``tree``. Without a tree, the attention is plain
+causal attention.
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ NAME = "rpt_tree"
 
 
 class TreeMask:
-    """Which token attends to which in a packed tree, in the form that each kernel takes. Each form is made once and used by every layer.
+    """Which token attends to which in a packed tree, in the form that each kernel needs.
+
+    Each form is made once and used by every layer.
 
     Args:
-        subtree_end: ``[N]``: the subtree of token ``i`` is ``[i, subtree_end[i])`` in depth-first order.
-        depth: ``[N]``: number of ancestors.
+        subtree_end: ``[N]``. The subtree of token ``i`` is ``[i, subtree_end[i])`` in depth-first order.
+        depth: ``[N]``. The number of ancestors of each token.
     """
 
     def __init__(self, subtree_end: Tensor, depth: Tensor) -> None:
@@ -37,7 +41,7 @@ class TreeMask:
 
     @cached_property
     def is_chain(self) -> bool:
-        """Whether no token branches: plain causal attention."""
+        """Whether the tree has no branches, so that attention is plain causal attention."""
         return bool((self.subtree_end == self.subtree_end.numel()).all())
 
     @cached_property
@@ -47,13 +51,17 @@ class TreeMask:
     def permitted(
         self, queries: slice = slice(None), keys: slice = slice(None), *, window: int | None = None
     ) -> Tensor:
-        """Bool ``[queries, keys]``: key ``j`` is query ``i`` itself or an ancestor (``j <= i < subtree_end[j]``), and less than ``window`` tokens back."""
+        """Return bool ``[queries, keys]``, True where the query may attend to the key.
+
+        Key ``j`` must be query ``i`` itself or an ancestor (``j <= i < subtree_end[j]``), and less than
+        ``window`` tokens back.
+        """
         index = torch.arange(self.subtree_end.numel(), device=self.subtree_end.device)
         query, key = index[queries, None], index[None, keys]
         allowed = (key <= query) & (query < self.subtree_end[None, keys])
         if window is None:
             return allowed
-        depth = self.depth.int()  # its differences are as many as pairs, at half the memory
+        depth = self.depth.int()  # there are as many differences as pairs, so int32 halves their memory
         return allowed & (depth[queries, None] - depth[None, keys] < window)
 
     @cached_property
@@ -61,7 +69,7 @@ class TreeMask:
         return plan_segments(self.subtree_end.tolist())
 
     def additive(self, dtype: torch.dtype) -> dict[SegmentCall, Tensor]:
-        """For each masked call 0 or -inf, ``[1, 1, n, n]``."""
+        """Return a mask of 0 or -inf for each masked call, ``[1, 1, n, n]``."""
         if dtype not in self._additive:
             self._additive[dtype] = {
                 call: self._additive_of(call, dtype) for call in self.calls if call.kind == "masked"
@@ -73,7 +81,10 @@ class TreeMask:
         return _zero_or_inf(self.permitted(part, part), dtype)[None, None]
 
     def windowed(self, window: int, dtype: torch.dtype) -> Tensor:
-        """0 or -inf for every pair, ``[N, N]``. Of a bool mask sdpa would make such a one in every layer."""
+        """Return 0 or -inf for every pair, ``[N, N]``.
+
+        From a bool mask, sdpa would build this in every layer.
+        """
         if (window, dtype) not in self._windowed:
             self._windowed[window, dtype] = _zero_or_inf(self.permitted(window=window), dtype)
         return self._windowed[window, dtype]
@@ -90,7 +101,7 @@ def _zero_or_inf(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)
 
 
-# Its loops over calls are no graph, and flex_attention is compiled by itself.
+# The loops over calls do not form a graph, and flex_attention is compiled separately.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def tree_attention(
     module: nn.Module,
@@ -105,22 +116,29 @@ def tree_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer, in the interface of transformers. Query ``[1, H, N, d]``, key and value with as many or fewer heads; -> ``[1, N, H, d]``.
+    """Compute the attention of one layer, through the interface of transformers.
 
-    Raises ValueError for a variant that the kernels do not compute: capped scores, attention sinks, values of another width than queries.
+    The query is ``[1, H, N, d]``. Key and value have the same number of heads or fewer. The output is ``[1,
+    N, H, d]``.
+
+    Raises:
+        ValueError: The kernels do not compute this variant (capped scores, attention sinks, or values whose
+            width differs from that of the queries).
     """
     if any(kwargs.get(name) is not None for name in ("softcap", "s_aux")):
         raise ValueError(
-            f"{type(module).__name__} caps its attention scores or has attention sinks, which the attention of packed trees does not compute"
+            f"{type(module).__name__} caps its attention scores or has attention sinks, which the attention "
+            "of packed trees does not support"
         )
     if value.shape[-1] != query.shape[-1]:
         raise ValueError(
-            f"{type(module).__name__} has heads of {query.shape[-1]} numbers for queries and {value.shape[-1]} for values, which the attention of packed "
-            "trees does not compute"
+            f"{type(module).__name__} has heads of {query.shape[-1]} numbers for queries and "
+            f"{value.shape[-1]} for values, which the attention of packed trees does not support"
         )
     device = query.device.type
     if torch.is_autocast_enabled(device):
-        # Rotary embeddings leave query and key in fp32; autocast knows that sdpa casts all three, and knows nothing of the other kernels.
+        # Rotary embeddings leave query and key in fp32. Autocast knows that sdpa casts all three tensors, but
+        # it does not know the other kernels.
         query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     grouped = query.shape[1] != key.shape[1]

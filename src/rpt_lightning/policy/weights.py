@@ -1,4 +1,4 @@
-"""The policy's weights as a stream of (Hugging Face name, tensor), the form in which an engine and an export take them."""
+"""The policy's weights as a stream of (Hugging Face name, tensor), as engines and exports take them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ HEAD_NAME = "lm_head.weight"
 
 
 def named_weights(policy: Policy, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Every weight, or those of ``names``, under its Hugging Face name, one at a time, gathered where it is sharded (a collective: call it on every rank).
+    """Yield weights one at a time under their Hugging Face names.
 
-    A tied output head is one parameter with two names and is yielded under both: vLLM's ``reload_weights`` is silently wrong without it.
+    ``names`` selects weights. None yields all of them. Sharded weights are gathered, which is a collective,
+    so call this on every rank. A tied output head is one parameter with two names, and it is yielded under
+    both. Without the second name, vLLM's ``reload_weights`` is silently wrong.
     """
     if isinstance(policy, FSDPModule):
-        policy.reshard()  # a forward pass without a backward pass leaves the root as it was gathered, which may be in bf16
+        policy.reshard()  # after a forward pass alone, the root stays gathered, perhaps in bf16
     for name, parameter in policy.model.named_parameters():
         if names is None or name in names:
             yield name, _whole(parameter)
@@ -32,5 +34,6 @@ def _whole(parameter: Tensor) -> Tensor:
     tensor = parameter.detach()
     if not isinstance(tensor, DTensor):
         return tensor
-    # With CPU offload the shards are on the host, where gathering goes through sockets: on their devices it goes over the devices' links.
+    # With CPU offload, the shards are on the host, where gathering uses sockets. Moving them to their devices
+    # first uses the links between devices.
     return cast(DTensor, tensor.to(tensor.device_mesh.device_type)).full_tensor()

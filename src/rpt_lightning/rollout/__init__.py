@@ -1,1 +1,1 @@
-"""Rollouts: engines that complete prompts, and the rollouter that turns tasks into paid groups of completions."""
+"""Rollouts: engines complete prompts, and the rollouter turns tasks into rewarded groups of completions."""

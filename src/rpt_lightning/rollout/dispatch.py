@@ -1,8 +1,9 @@
-"""Which server completes which request, and what becomes of the requests of a server that is lost.
+"""Assign requests to servers, and reassign the requests of a server that is lost.
 
-Positions of one document go to one server, which computes their common prefix once. A document is split only where it is more than a server's
-share of all completions. The next document goes to the server that has least to do; what exceeds a server's room waits, so that no server sits idle
-beside another's queue. A completion depends on its request's seed, not on the server, so a lost request is simply asked again elsewhere.
+Positions of one document go to one server, which computes their common prefix once. A document is split only
+if it is more than one server's share of all completions. The next document goes to the server with the least
+work. Whatever exceeds a server's room waits, so no server sits idle while another has a queue. A completion
+depends on its request's seed and not on the server, so a lost request can simply be sent to another one.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from rpt_lightning.rollout.engine import EngineLost, Sample
 from rpt_lightning.rollout.server import ServerLost
 from rpt_lightning.types import GenerationRequest
 
-MOST_TRIES = 10  # of a request: servers that answer with an error at once could be asked for ever
+MOST_TRIES = 10  # per request; without a limit, servers that fail at once could be asked forever
 
 
 class Worker(Protocol):
     """A server that holds the right weights."""
 
     async def generate(self, request: GenerationRequest) -> list[Sample]:
-        """All completions of a request, or ServerLost."""
+        """Return all completions of a request, or raise ServerLost."""
 
     async def watch(self) -> NoReturn:
-        """Ends with ServerLost when the server must not be used any more."""
+        """Raise ServerLost as soon as the server must not be used any more."""
 
 
 async def dispatch(
@@ -36,23 +37,24 @@ async def dispatch(
     room: int,
     on_lost: Callable[[Worker, ServerLost], None],
 ) -> list[list[Sample]]:
-    """The completions of every request, in the order of the requests.
+    """Return the completions of every request, in the order of the requests.
 
     Args:
-        requests: Positions of a document next to each other.
-        find_workers: Asked at the beginning, and again whenever no worker is left; waits for one, or raises.
-        room: Completions that one worker is given at a time (a document that is larger goes to a worker with nothing else to do).
-        on_lost: Told of every worker that is lost.
+        requests: The requests, with positions of one document next to each other.
+        find_workers: Returns the workers. It is called at the start and whenever no worker is left. It waits
+            for a worker or raises.
+        room: Number of completions that one worker is given at a time. A larger document goes to a worker
+            that has nothing else to do.
+        on_lost: Called with every worker that is lost.
 
     Raises:
-        EngineLost: A request that no worker completes.
+        EngineLost: No worker completes one of the requests.
     """
     samples: dict[int, list[Sample]] = {}
-    failures: Counter[int] = Counter()  # of each request's own tries
-    load: dict[Worker, int] = {}  # completions under way
-    running: dict[
-        asyncio.Task[object], tuple[Worker, int | None]
-    ] = {}  # a request's index; None: the watch over the worker
+    failures: Counter[int] = Counter()  # failed tries of each request
+    load: dict[Worker, int] = {}  # completions in progress
+    # The value holds the index of a request, or None if the task watches the worker.
+    running: dict[asyncio.Task[object], tuple[Worker, int | None]] = {}
     waiting: deque[list[int]] = deque()
     try:
         while len(samples) < len(requests):
@@ -74,9 +76,8 @@ async def dispatch(
                 for index in waiting.popleft():
                     running[asyncio.ensure_future(worker.generate(requests[index]))] = (worker, index)
             done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            for task in sorted(
-                done, key=lambda task: task.exception() is not None
-            ):  # what a worker finished before it was lost counts
+            # Successes come first, so what a worker finished before it was lost still counts.
+            for task in sorted(done, key=lambda task: task.exception() is not None):
                 if task not in running:
                     continue
                 worker, done_index = running.pop(task)
@@ -87,7 +88,8 @@ async def dispatch(
                         failures[done_index] += 1
                         if failures[done_index] == MOST_TRIES:
                             raise EngineLost(
-                                f"{requests[done_index].task_id}: a server failed at each of {MOST_TRIES} tries, the last with: {error}"
+                                f"{requests[done_index].task_id}: a server failed at each of {MOST_TRIES} "
+                                f"tries, the last with: {error}"
                             )
                     del load[worker]
                     orphans = [task for task, (owner, _) in running.items() if owner is worker]
@@ -118,7 +120,7 @@ async def dispatch(
 def _bundles(
     requests: Sequence[GenerationRequest], indices: Iterable[int], num_workers: int
 ) -> Iterable[list[int]]:
-    """Requests of the same document together, split where they are more than a worker's share."""
+    """Group the requests of each document, and split groups that exceed one worker's share."""
     documents: dict[str | int, list[int]] = {}
     for index in indices:
         doc_id = requests[index].doc_id

@@ -1,11 +1,13 @@
-"""Dynamic sampling (DAPO, arXiv:2503.14476, section 3.2; RPT uses it from step 500 on): groups that teach nothing give their place to new tasks.
+"""Dynamic sampling (DAPO, arXiv:2503.14476, section 3.2), which RPT uses from step 500 on.
 
-A group whose rewards are all equal (those of masked completions do not count) has zero advantages. It is replaced by the group of a freshly drawn task,
-until every place holds a live group or a limit is reached; the places that are left keep their dead group, so that a step always has the same size.
+If all rewards of a group are equal, its advantages are zero (rewards of masked completions do not count).
+Such a zero-variance group is replaced by the group of a newly drawn task. This continues until every place
+holds a group whose rewards differ or a limit is reached. The remaining places keep their zero-variance group,
+so a step always has the same size.
 
-DAPO oversamples and keeps what is too much for the next step. Here every round draws exactly as many tasks as places are still
-dead, so nothing is left over: no group is trained with weights that it was not generated with, and there is no pool to store in
-a checkpoint.
+DAPO oversamples and keeps the surplus for the next step. Here every round draws exactly as many tasks as
+there are places left with a zero-variance group, so there is no surplus. Every group is trained with the
+weights that generated it, and there is no pool to store in a checkpoint.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ from rpt_lightning.types import RolloutGroup, Task
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FilledBatch:
-    """``groups`` are trained, as many as there were tasks; ``replaced`` are the dead groups that gave up their place.
+    """The result of `fill_batch`. Every rolled-out task is in exactly one of ``groups`` and ``replaced``.
 
-    Every rolled-out task is in exactly one of the two.
+    ``groups`` are trained, and there are as many as there were tasks. ``replaced`` are the zero-variance
+    groups that gave up their place.
     """
 
     groups: tuple[RolloutGroup, ...]
@@ -29,7 +32,7 @@ class FilledBatch:
 
     @property
     def num_dead(self) -> int:
-        """Dead groups that were trained after all."""
+        """Number of zero-variance groups that are trained after all."""
         return sum(not group.is_live for group in self.groups)
 
 
@@ -41,18 +44,22 @@ def fill_batch(
     max_extra_tasks: int,
     over_ranks: Callable[[int], tuple[Sequence[int], int]] = lambda number: ((number,), 0),
 ) -> FilledBatch:
-    """Rolls out the tasks and replaces dead groups by groups of further tasks.
+    """Roll out the tasks and replace zero-variance groups by groups of further tasks.
 
-    The ranks' places, one rank after the other, are those of the whole step, and so are their draws: which place gets which task does not depend on the
-    number of ranks. ``rollout`` may be a collective (a reward may ask the policy): all ranks do as many rounds as the one that needs most, and a rank that
-    needs nothing draws 0 tasks and rolls them out.
+    The places of a step are those of all ranks, one rank after the other, and the ranks draw in this order
+    too. Which place gets which task therefore does not depend on the number of ranks. ``rollout`` may be a
+    collective, because a reward may query the policy. All ranks therefore do as many rounds as the rank that
+    needs the most. A rank that needs nothing draws 0 tasks and rolls them out.
 
     Args:
-        rollout: Groups for tasks, in their order.
-        draw: Takes the next tasks of the stream, so many for each rank, and returns this rank's; fewer, or none, where it ends.
-        tasks: The step's.
-        max_extra_tasks: At most so many tasks are drawn in addition by all ranks together; 0 turns dynamic sampling off.
-        over_ranks: A number of each rank, in their order, and this rank's place among them. A collective.
+        rollout: Returns groups for tasks, in their order.
+        draw: Takes the number of tasks that each rank needs, draws them from the stream and returns this
+            rank's share. It returns fewer, or none, at the end of the stream.
+        tasks: The tasks of the step.
+        max_extra_tasks: Largest number of additional tasks that all ranks may draw together. 0 turns dynamic
+            sampling off.
+        over_ranks: Takes this rank's number and returns the numbers of all ranks in order, with this rank's
+            index. A collective.
     """
     groups = list(rollout(tasks))
     replaced: list[RolloutGroup] = []
@@ -62,7 +69,7 @@ def fill_batch(
     while True:
         dead = [place for place, group in enumerate(groups) if not group.is_live]
         num_dead, rank = over_ranks(0 if stream_ended else len(dead))
-        # What is left is given to the first places of the step.
+        # The remaining budget goes to the first places of the step.
         wanted = [max(0, min(num, num_left - sum(num_dead[:before]))) for before, num in enumerate(num_dead)]
         if sum(wanted) == 0:
             break
@@ -70,7 +77,7 @@ def fill_batch(
         extra = draw(wanted)
         stream_ended = len(extra) < wanted[rank]
         num_rounds += bool(extra)
-        # A dead newcomer takes a place as well, and is replaced in the next round like any other.
+        # A new group with zero variance takes the place too, and the next round replaces it like any other.
         for place, group in zip(dead[: len(extra)], rollout(extra), strict=True):
             replaced.append(groups[place])
             groups[place] = group

@@ -1,8 +1,9 @@
 """The contract of every rollout engine, and the checks that all engines share.
 
-An engine holds its own copy of the policy's weights under a version number and completes prompts with it. It refuses to generate before the first
-update and after an update that failed, so a completion always comes from weights whose version is stamped on it: weights never change while it
-generates. It may generate in another thread than the one that updates it, one after the other.
+An engine holds its own copy of the policy's weights under a version number and completes prompts with it. It
+refuses to generate before the first update and after an update that failed. Weights never change while it
+generates, so a completion always comes from the version that is stamped on it. An engine may generate and
+update in different threads, but only one after the other.
 """
 
 from __future__ import annotations
@@ -27,29 +28,33 @@ from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.types import Completion, GenerationRequest, PromptTokens, SamplingSettings, TokenIds
 
 EngineDtype = Literal["float32", "bfloat16"]
-# Tokens that an engine takes of a model without a limit where nobody says how many, as vLLM does.
+# Used if the model has no limit and none is given, as in vLLM.
 DEFAULT_MODEL_LEN = 2048
 
 
 class EngineLost(RuntimeError):
-    """Nothing can be generated any more, and nothing is wrong with the policy or with what was asked: a run may end and go on later."""
+    """The engine cannot generate any more, although policy and request are valid.
+
+    A run may end because of it and be resumed later.
+    """
 
 
 class GenerationInterrupted(RuntimeError):
-    """``interrupt`` was called: nobody waits for these completions any more."""
+    """``interrupt`` was called, so the completions are no longer needed."""
 
 
 class Sample(NamedTuple):
-    """What a leaf engine returns for one completion: ids up to and including the stop token, and their log-probs (nats)."""
+    """One completion from a leaf engine: ids up to and including the stop token, and log-probs in nats."""
 
     token_ids: TokenIds
     logprobs: tuple[float, ...]
 
 
 class RolloutEngine(ABC):
-    """Start it, give it weights, let it generate, close it (or use it as a context manager).
+    """Base class of rollout engines. Start one, give it weights, let it generate, and close it.
 
-    Leaf engines implement the underscored methods; their flat parameters are those of ``__init__``.
+    An engine is also a context manager. Leaf engines implement the methods with an underscore. The parameters
+    of their ``__init__`` are flat.
     """
 
     def __init__(self, dtype: EngineDtype) -> None:
@@ -58,49 +63,55 @@ class RolloutEngine(ABC):
         self._max_model_len = 0
         self._weight_shapes: dict[str, torch.Size] = {}
         self._token_bytes: TokenBytes | None = None
-        # Plain attributes, since a lock cannot travel to another process with the engine; they guard against a mistake, not a race.
+        # These are plain attributes because a lock could not be sent to another process with the engine. They
+        # catch a programming mistake, not a race.
         self._under_way: str | None = None
         self._is_interrupted = False
         self.prompt_tokens: PromptTokens | None = None
-        """Of all requests since the start; None where the engine has no prefix cache."""
+        """Prompt tokens of all requests since the start, or None if the engine has no prefix cache."""
 
     @property
     def version(self) -> int | None:
-        """The policy version of the weights; None before the first update and after one that failed."""
+        """The policy version of the weights, or None before the first update and after one that failed."""
         return self._version
 
     @property
     def servers(self) -> tuple[int, int] | None:
-        """How many servers can be used, and how often one was lost since the engine was made. None where it has none."""
+        """Number of usable servers, and how often a server was lost. None if the engine has no servers."""
         return None
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The dtype of the weights."""
         return self._dtype
 
     @property
     def max_model_len(self) -> int:
-        """Tokens of prompt and completion together; 0 before the start."""
+        """Largest number of tokens of prompt and completion together. 0 before the start."""
         return self._max_model_len
 
     @property
     def weight_names(self) -> tuple[str, ...]:
-        """The Hugging Face names that every update must deliver, a tied head under its own name too; empty while it is not started."""
+        """The Hugging Face names that every update must contain, including a tied head's own name.
+
+        It is empty while the engine is not started.
+        """
         return tuple(self._weight_shapes)
 
     @property
     @abstractmethod
     def description(self) -> str:
-        """One line that says what runs."""
+        """One line that says what is running."""
 
     def start(self, model_path: str, *, seed: int, max_model_len: int | None = None) -> None:
-        """Builds the model of a Hugging Face folder, without its weights: those come with ``update_weights``.
+        """Build the model of a Hugging Face folder without its weights, which ``update_weights`` provides.
 
         Args:
-            model_path: Folder (or hub id) of configuration and tokenizer.
-            seed: For what the engine draws besides completions (those have their own seeds), such as weights before the first update.
-            max_model_len: Tokens of prompt and completion together; None: what the model was made for.
+            model_path: Folder (or hub id) with configuration and tokenizer.
+            seed: Seed for everything the engine draws except completions, which have their own seeds. An
+                example is the weights before the first update.
+            max_model_len: Tokens of prompt and completion together. None uses the length that the model was
+                made for.
         """
         if self._token_bytes is not None:
             raise RuntimeError(f"{type(self).__name__} is already started; close it first")
@@ -108,7 +119,8 @@ class RolloutEngine(ABC):
         longest = longest_context(config)
         if max_model_len is not None and not 1 <= max_model_len <= (longest or max_model_len):
             raise ValueError(
-                f"max_model_len={max_model_len} must lie between 1 and the {longest or 'unlimited'} positions of {model_path}"
+                f"max_model_len={max_model_len} must lie between 1 and the {longest or 'unlimited'} "
+                f"positions of {model_path}"
             )
         self._max_model_len = max_model_len or longest or DEFAULT_MODEL_LEN
         with torch.device("meta"):
@@ -122,21 +134,23 @@ class RolloutEngine(ABC):
         self._token_bytes = token_bytes
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Completion]]:
-        """``n`` completions for each request, in the order of the requests.
+        """Generate ``n`` completions for each request, in the order of the requests.
 
-        Completion ``i`` is drawn with the seed ``seed + i``, whatever else is generated beside it. Other batches round differently, though, which
-        can turn a near tie: in fp32 hardly ever, in bf16 in a few completions of a hundred tokens.
+        Completion ``i`` is drawn with the seed ``seed + i``, and does not depend on what else is generated
+        beside it. However, other batches round differently, which can decide a near tie. In fp32 this hardly
+        ever happens. In bf16 it happens in a few completions if they are a hundred tokens long.
 
         Raises:
             RuntimeError: The engine has no weights.
-            ValueError: A request that cannot be served; the message names its task.
+            ValueError: A request cannot be served. The message names its task.
             GenerationInterrupted: Another thread called ``interrupt``.
-            EngineLost: What the engine generates on is gone.
+            EngineLost: The servers or processes that generate are gone.
         """
         version = self._version
         if self._token_bytes is None or version is None:
             raise RuntimeError(
-                f"{type(self).__name__} has no policy weights (not started, no update yet, or the last one failed): call update_weights first"
+                f"{type(self).__name__} has no policy weights (not started, no update yet, or the last one "
+                "failed): call update_weights first"
             )
         if not requests:
             return []
@@ -150,12 +164,12 @@ class RolloutEngine(ABC):
         ]
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
-        """Takes over a whole set of weights under their Hugging Face names, and forgets every cache of the old ones.
+        """Load a whole set of weights under their Hugging Face names, and clear every cache of the old ones.
 
         Raises:
-            ValueError: A tensor is missing, unknown or of another shape. The engine then has no version and refuses to generate
-                until an update succeeds.
-            RuntimeError: Another thread is generating: its completions would be of two versions.
+            ValueError: A tensor is missing, unknown or of another shape. The engine then has no version and
+                refuses to generate until an update succeeds.
+            RuntimeError: Another thread is generating, so its completions would mix two versions.
         """
         self._check_started("update_weights")
         if version < 0:
@@ -167,15 +181,18 @@ class RolloutEngine(ABC):
         missing = [name for name in self._weight_shapes if name not in delivered]
         if missing:
             hint = (
-                " (a tied head must be delivered under its own name too)"
+                " (a tied head must be included under its own name too)"
                 if "lm_head.weight" in missing
                 else ""
             )
-            raise ValueError(f"update to version {version} did not deliver {_some(missing)}{hint}")
+            raise ValueError(f"the update to version {version} lacks {_some(missing)}{hint}")
         self._version = version
 
     def read_weights(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Copies on the CPU of the weights that the engine computes with, in its dtype, under their Hugging Face names or names of their parts."""
+        """Copy weights that the engine computes with to the CPU, in its dtype.
+
+        ``names`` are Hugging Face names or names of their parts.
+        """
         self._check_started("read_weights")
         unknown = [name for name in names if split_part(name)[0] not in self._weight_shapes]
         if unknown:
@@ -183,31 +200,36 @@ class RolloutEngine(ABC):
         return self._read_weights(names)
 
     def differing_weights(self, wanted: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
-        """Names of the weights that an engine does not hold bit for bit as ``wanted`` (in its dtype), under the name of each copy that differs.
+        """Return the names of weights that do not equal ``wanted`` bit for bit, for each copy that differs.
 
-        An engine may hold several copies, one a server; one that lives in this process has one. In a run of several ranks a collective.
+        The comparison is in the engine's dtype. The keys are the names of the copies. An engine may hold
+        several copies, one for each server. An engine in this process has one. In a run with several ranks
+        this is a collective.
         """
         self._check_started("differing_weights")
         return self._differing_weights(wanted)
 
     @property
     def sleeps(self) -> bool:
-        """Whether ``sleep`` does anything."""
+        """Whether ``sleep`` has any effect."""
         return False
 
     def sleep(self) -> None:
-        """Nothing is generated for a while: an engine that ``sleeps`` gives back its memory, and has no weights until the next update."""
+        """Free memory while nothing is generated.
+
+        An engine that ``sleeps`` has no weights until the next update.
+        """
         if self.sleeps and self._token_bytes is not None:
             with self._alone("sleep"):
                 self._version = None
                 self._sleep()
 
     def interrupt(self) -> None:
-        """Ends a ``generate`` that runs in another thread soon, and every later one until the engine is started anew."""
+        """Soon end a ``generate`` that runs in another thread, and every later one until the next start."""
         self._is_interrupted = True
 
     def close(self) -> None:
-        """Frees what the engine holds; it may be started again. May be called twice."""
+        """Free what the engine holds. It may be started again, and closed twice."""
         if self._token_bytes is not None:
             self._token_bytes, self._version, self._weight_shapes = None, None, {}
             self._close()
@@ -226,7 +248,7 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def _update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Takes every tensor of the iterator; names and shapes are checked as they pass."""
+        """Consume every tensor of the iterator, which checks names and shapes as they pass."""
 
     @abstractmethod
     def _read_weights(self, names: Sequence[str]) -> dict[str, Tensor]: ...
@@ -235,7 +257,7 @@ class RolloutEngine(ABC):
     def _differing_weights(self, wanted: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]: ...
 
     def _sleep(self) -> None:
-        """Of an engine that ``sleeps``; it may be asleep already. The next ``_update_weights`` wakes it."""
+        """Free memory, if the engine ``sleeps``. It may already be asleep. ``_update_weights`` wakes it."""
         raise NotImplementedError
 
     @abstractmethod
@@ -245,7 +267,8 @@ class RolloutEngine(ABC):
     def _alone(self, method: str) -> Iterator[None]:
         if self._under_way is not None:
             raise RuntimeError(
-                f"{type(self).__name__}.{method} while {self._under_way} runs in another thread: wait for its end"
+                f"{type(self).__name__}.{method} while {self._under_way} runs "
+                "in another thread: wait for it to end"
             )
         self._under_way = method
         try:
@@ -254,7 +277,7 @@ class RolloutEngine(ABC):
             self._under_way = None
 
     def _check_interrupted(self) -> None:
-        """A leaf asks this as often as it can while it generates."""
+        """Raise GenerationInterrupted after ``interrupt``. Leaf engines call this often in ``_generate``."""
         if self._is_interrupted:
             raise GenerationInterrupted(f"{type(self).__name__} was interrupted")
 
@@ -269,11 +292,12 @@ class RolloutEngine(ABC):
             expected = self._weight_shapes.get(name)
             if expected is None:
                 raise ValueError(
-                    f"update to version {version} delivers {name}, which the engine's model does not have"
+                    f"the update to version {version} contains {name}, which the engine's model does not have"
                 )
             if tensor.shape != expected:
                 raise ValueError(
-                    f"update to version {version} delivers {name} of shape {tuple(tensor.shape)}, the engine's model has {tuple(expected)}"
+                    f"the update to version {version} contains {name} with shape {tuple(tensor.shape)}, but "
+                    f"the engine's model has {tuple(expected)}"
                 )
             delivered.add(name)
             yield name, tensor
@@ -303,11 +327,11 @@ class RolloutEngine(ABC):
 
 
 def compare_own_copy(held: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
-    """``differing_weights`` of an engine that lives in this process."""
+    """Compute ``differing_weights`` of an engine that lives in this process."""
     names = tuple(name for name in wanted if not torch.equal(held[name], wanted[name]))
     return {"this process's engine": names} if names else {}
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first few of many names."""
+    """Join the first few names, and count the rest."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,6 +1,7 @@
-"""Weights under the names, and cut up in the way, of the files that a model family publishes, which is what vLLM's loaders are written for.
+"""Weights as a model family publishes them in its files, which is the form that vLLM's loaders expect.
 
-transformers keeps the experts of a mixture as one tensor, and renames some layers, while it loads a folder; ``save_pretrained`` turns it back. So does this.
+While transformers loads a folder, it joins the experts of a mixture into one tensor and renames some layers.
+``save_pretrained`` reverses this, and so does this module.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from transformers.core_model_loading import revert_weight_conversion
 def as_in_files(
     weights: Iterable[tuple[str, Tensor]], config: PreTrainedConfig
 ) -> Iterator[tuple[str, Tensor]]:
-    """Turns a model's parameters, by name, into the tensors of its files.
+    """Turn a model's parameters into the tensors of its files.
 
     Args:
         weights: Names and tensors of transformers' model.
-        config: Of that model.
+        config: The configuration of that model.
     """
     model = _skeleton(config)
     if not get_model_conversion_mapping(model, add_legacy=False):
@@ -33,7 +34,7 @@ def as_in_files(
 
 
 def names_in_files(config: PreTrainedConfig) -> dict[str, list[str]]:
-    """For each parameter of transformers' model, the tensors of the family's files that it is made of."""
+    """Map each parameter of transformers' model to the tensors in the family's files that it is made of."""
     model = _skeleton(config)
     parameters = model.named_parameters(remove_duplicate=False)
     return {name: list(revert_weight_conversion(model, {name: tensor})) for name, tensor in parameters}

@@ -1,4 +1,7 @@
-"""Answers after a thought that the policy did not write: it goes on inside the box, so what differs from an ordinary answer is the thought alone."""
+"""Answers after a thought that the policy did not write.
+
+The policy continues inside the box, so the thought is the only difference from an ordinary answer.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,10 @@ from rpt_lightning.types import Completion, GenerationRequest, SamplingSettings,
 def forced_answers(
     rollouter: Rollouter, tasks: Sequence[Task], thoughts: Sequence[TokenIds | None], *, max_tokens: int
 ) -> list[Completion | None]:
-    r"""What the policy writes, greedily, behind each task's given thought and ``\boxed{``. A collective, as the rollouter's own calls are.
+    r"""Return what the policy writes, greedily, after each task's given thought and ``\boxed{``.
 
-    None without a thought, or where prompt, thought and answer are longer than the engine takes.
+    The result is None for a task without a thought, and if prompt, thought and answer exceed the engine's
+    limit. Like the rollouter's own calls, this is a collective.
     """
     engine, objective = rollouter.engine, rollouter.objective
     sampling = SamplingSettings(

@@ -1,8 +1,9 @@
-"""Rollouts with transformers' own ``generate``: slower than vLLM, and at home wherever torch runs.
+"""Rollouts with transformers' own ``generate``, which is slower than vLLM but runs wherever torch does.
 
-Sampling is exact and does not depend on the batch. With one generator per completion, Gumbel noise is added to the log-probs of
-the distribution and the largest sum is taken, which draws from that distribution (Gumbel-max trick, Maddison et al. 2014,
-arXiv:1411.0030, section 2). What still differs between batches is rounding in the forward pass, which decides ties only.
+Sampling is exact and does not depend on the batch. Each completion has its own generator. Gumbel noise is
+added to the log-probs of the distribution and the largest sum is chosen, which draws from that distribution
+(Gumbel-max trick, Maddison et al. 2014, arXiv:1411.0030, section 2). Batches still differ by rounding in the
+forward pass, which affects only near ties.
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ from rpt_lightning.types import GenerationRequest, SamplingSettings, TokenIds
 
 
 class HFEngine(RolloutEngine):
-    """Args:
-    dtype: Of the engine's copy of the weights.
-    device: Where the copy lives; "auto" takes CUDA or MPS where there is one.
-    max_batch_tokens: Prompts and completions of one batch, padding counted; what bounds the memory.
+    """An engine that generates with transformers.
+
+    Args:
+        dtype: Data type of the engine's copy of the weights.
+        device: Device of the copy. "auto" takes CUDA or MPS if available.
+        max_batch_tokens: Largest number of prompt and completion tokens in one batch, padding included. It
+            limits memory use.
     """
 
     def __init__(
@@ -45,10 +49,13 @@ class HFEngine(RolloutEngine):
 
     @property
     def description(self) -> str:
-        return f"transformers generate, {self.dtype}, on {self.device}, batches of up to {self.max_batch_tokens} tokens"
+        return (
+            f"transformers generate, {self.dtype}, on {self.device}, "
+            f"batches of up to {self.max_batch_tokens} tokens"
+        )
 
     def _start(self, model_path: str, seed: int) -> None:
-        if self.device == "auto":  # known only now: the strategy gives each rank its GPU when the run starts
+        if self.device == "auto":  # decided here, because the strategy assigns GPUs when the run starts
             self.device = _best_device()
         self._model = model_copy.build_model(model_path, self.dtype, torch.device(self.device))
 
@@ -107,13 +114,15 @@ class HFEngine(RolloutEngine):
 
 
 class SeededDraw(LogitsProcessor):
-    """Draws the next token of each row itself and leaves ``generate``'s argmax no choice. Keeps the log-prob of what it drew.
+    """Draw the next token of each row, so that ``generate``'s argmax has only one choice.
+
+    It keeps the log-prob of each token that it draws.
 
     Args:
         sampling: Temperature 0 takes the most likely token, with its log-prob at temperature 1.
-        seeds: [N], one generator each, advanced by one draw of the whole vocabulary a step.
-        device: Of the logits; noise on a GPU differs from noise on a CPU.
-        before_token: Called before each draw; may raise.
+        seeds: [N], for one generator each. Each step advances it by one draw over the whole vocabulary.
+        device: Device of the logits. Noise on a GPU differs from noise on a CPU.
+        before_token: Called before each draw. It may raise.
     """
 
     def __init__(
@@ -127,7 +136,7 @@ class SeededDraw(LogitsProcessor):
         self.before_token = before_token
         self.temperature = sampling.temperature
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        # vLLM's order: min-p first.
+        # Min-p comes first, as in vLLM.
         self.truncate: Any = LogitsProcessorList()
         if sampling.temperature > 0 and sampling.min_p > 0:
             self.truncate.append(MinPLogitsWarper(sampling.min_p))
@@ -153,11 +162,14 @@ class SeededDraw(LogitsProcessor):
         noise = torch.empty_like(like)
         for row, generator in zip(noise, self.generators, strict=True):
             row.exponential_(generator=generator)
-        return -noise.log()  # minus the logarithm of an exponential variable is Gumbel
+        return -noise.log()  # minus the logarithm of an exponential variable has a Gumbel distribution
 
 
 def _batches(requests: Sequence[GenerationRequest], max_tokens: int) -> Iterator[list[tuple[int, int]]]:
-    """Pairs (request, completion index) in batches of one sampling setting each, of similar length, within the token budget where one row fits it."""
+    """Yield batches of pairs (request, completion index) with one sampling setting and similar length each.
+
+    A batch stays within the token budget unless a single row exceeds it.
+    """
     rows = [(row, index) for row, request in enumerate(requests) for index in range(request.n)]
     for sampling in dict.fromkeys(request.sampling for request in requests):
         batch: list[tuple[int, int]] = []
@@ -165,9 +177,8 @@ def _batches(requests: Sequence[GenerationRequest], max_tokens: int) -> Iterator
             (pair for pair in rows if requests[pair[0]].sampling == sampling),
             key=lambda pair: len(requests[pair[0]].prompt_ids),
         ):
-            width = (
-                len(requests[row].prompt_ids) + sampling.max_tokens
-            )  # ascending: the newcomer is the longest
+            # In ascending order, so the new row is the longest.
+            width = len(requests[row].prompt_ids) + sampling.max_tokens
             if batch and (len(batch) + 1) * width > max_tokens:
                 yield batch
                 batch = []

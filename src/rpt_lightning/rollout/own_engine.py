@@ -1,4 +1,7 @@
-"""What the ``_generate`` of an engine must return: one error that names the class, what came, and what is wanted."""
+"""Check the result of an engine's ``_generate``.
+
+Each error names the class, what it returned and what is expected.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,14 @@ from typing import Any
 
 from rpt_lightning.types import GenerationRequest
 
-WANTED = "wanted: a list with a list for each request, of as many Sample(token_ids, logprobs) as its n, the token ids and log-probs of one completion each"
+WANTED = (
+    "wanted: a list with a list for each request, of as many Sample(token_ids, logprobs) as its n, each with "
+    "the token ids and log-probs of one completion"
+)
 
 
 def check_samples(engine_name: str, rows: Any, requests: Sequence[GenerationRequest]) -> None:
-    """Raises ValueError."""
+    """Raise ValueError if ``rows`` is not a valid result for the requests."""
     start = f"the engine {engine_name} returned"
     if not isinstance(rows, (list, tuple)):
         raise ValueError(f"{start} {_said(rows)} for {len(requests)} requests; {WANTED}")
@@ -30,14 +36,16 @@ def check_samples(engine_name: str, rows: Any, requests: Sequence[GenerationRequ
 def _check_sample(sample: Any, start: str) -> None:
     ids, logprobs = getattr(sample, "token_ids", None), getattr(sample, "logprobs", None)
     if not isinstance(ids, tuple) or not isinstance(logprobs, tuple):
-        raise ValueError(f"{start} {_said(sample)} as a completion; {WANTED}, each a tuple")
+        raise ValueError(f"{start} {_said(sample)} as a completion; {WANTED}, both as tuples")
     if not ids or len(ids) != len(logprobs):
         raise ValueError(
-            f"{start} a completion of {len(ids)} tokens with {len(logprobs)} log-probs; {WANTED}, at least one"
+            f"{start} a completion of {len(ids)} tokens with "
+            f"{len(logprobs)} log-probs; {WANTED}, at least one of each"
         )
     if type(ids[0]) is not int or not isinstance(logprobs[0], float):
         raise ValueError(
-            f"{start} a completion of {type(ids[0]).__name__} and {type(logprobs[0]).__name__}; {WANTED}: of int and float"
+            f"{start} a completion of {type(ids[0]).__name__} and "
+            f"{type(logprobs[0]).__name__}; {WANTED}, as int and float"
         )
 
 

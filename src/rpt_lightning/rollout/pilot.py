@@ -1,7 +1,8 @@
-"""Pilot completions: a few of each task first, and the rest of a group only where the few already differ.
+"""Pilot completions: first a few for each task, and the rest of the group only if those few differ in reward.
 
-Most groups of RPT have equal rewards and teach nothing; whether they do is often seen from a few completions. What this does to the estimate is in
-docs/pilot.md: each task's gradient keeps its direction, but tasks count differently, and `tests/rollout/test_pilot_estimate.py` says by how much.
+Most groups in RPT have equal rewards, so nothing is learned from them. A few completions often reveal this.
+docs/pilot.md explains the effect on the estimate: each task's gradient keeps its direction, but tasks are
+weighted differently. `tests/rollout/test_pilot_estimate.py` measures by how much.
 """
 
 from __future__ import annotations
@@ -13,28 +14,34 @@ from rpt_lightning.types import RolloutGroup, Task
 
 
 class PilotRollout:
-    """Rolls out like ``Rollouter.rollout``, which it stands in for before `fill_batch`.
+    """Roll out as ``Rollouter.rollout`` does. It takes that method's place before `fill_batch`.
 
-    A filled group is the group that an undivided draw would have given, completion by completion. The other groups are dead and stay short.
+    A filled group equals, completion by completion, the group that one undivided draw would have given. The
+    other groups have equal rewards and stay short.
 
     Args:
-        rollouter: Draws, reads and pays; its ``group_size`` is that of a filled group.
-        pilot_size: Completions that every task gets, at least 2 (one alone has nothing to differ from) and fewer than ``group_size``.
+        rollouter: Draws, reads and rewards the completions. Its ``group_size`` is the size of a filled group.
+        pilot_size: Completions that every task gets. It is at least 2, because a single one has nothing to
+            differ from, and below ``group_size``.
     """
 
     def __init__(self, rollouter: Rollouter, *, pilot_size: int) -> None:
         if not 2 <= pilot_size < rollouter.group_size:
             raise ValueError(
-                f"--rollout.pilot_size {pilot_size}: a pilot has at least 2 completions and fewer than the group (--rollout.group_size "
-                f"{rollouter.group_size}); null turns it off"
+                f"--rollout.pilot_size {pilot_size}: a pilot needs at least 2 completions and fewer than the "
+                f"group (--rollout.group_size {rollouter.group_size}); null turns it off"
             )
         self.rollouter = rollouter
         self.pilot_size = pilot_size
 
     def rollout(self, tasks: Sequence[Task]) -> list[RolloutGroup]:
-        """One group a task, in the order of the tasks; with several ranks each calls it equally often, with no tasks where it has none."""
+        """Return one group for each task, in order.
+
+        With several ranks, each must call this equally often, with no tasks if it has none.
+        """
         group_size = self.rollouter.group_size
-        # The whole group's completions are set aside, so that neither the same task in a later round nor a resumed run draws others than without pilot.
+        # Indices for the whole group are reserved. The same task in a later round, or after a resume,
+        # therefore draws the same completions as without a pilot.
         first_indices = self.rollouter.reserve(tasks, group_size)
         pilots = self.rollouter.complete(tasks, first_indices, self.pilot_size)
         groups = self.rollouter.groups(tasks, pilots)
@@ -45,7 +52,7 @@ class PilotRollout:
             [first_indices[place] + self.pilot_size for place in places],
             group_size - self.pilot_size,
         )
-        # Paid anew as a whole: a reward may look at all of a group.
+        # The whole group is rewarded again, since a reward may look at all of it.
         filled = self.rollouter.groups(
             promising, [pilots[place] + more for place, more in zip(places, rest, strict=True)]
         )

@@ -1,4 +1,4 @@
-"""What a prefix cache could serve at best: the bound that a real engine's cache is measured against."""
+"""An upper bound on what a prefix cache can serve, with which a real engine's cache is compared."""
 
 from __future__ import annotations
 
@@ -6,29 +6,32 @@ from rpt_lightning.types import TokenIds
 
 
 class UnlimitedPrefixCache:
-    """Keeps the whole blocks of every prompt it has seen; shares what vLLM shares.
+    """A cache that keeps the whole blocks of every prompt and shares what vLLM would share.
 
-    vLLM shares whole blocks from the prompt's beginning on, and always computes at least the last token of a prompt, since its logits are needed:
-    a prompt that consists of whole blocks pays the last of them again. What completions leave in a real cache is not counted here; it helps only
-    where a completion happens to repeat the document.
+    vLLM shares whole blocks from the start of a prompt. It always computes at least the last token of a
+    prompt, since its logits are needed. A prompt that consists of whole blocks therefore computes its last
+    block again. Blocks that completions leave in a real cache are not counted. They help only if a completion
+    happens to repeat the document.
 
     Args:
-        block_size: Tokens of a block.
+        block_size: Tokens in a block.
     """
 
     def __init__(self, block_size: int) -> None:
         if block_size < 1:
             raise ValueError(f"block_size={block_size} must be at least 1")
         self.block_size = block_size
-        self._blocks: dict[
-            tuple[int, TokenIds], int
-        ] = {}  # (number of the block before it, its tokens) -> its number
+        # (number of the previous block, tokens of the block) -> number of the block
+        self._blocks: dict[tuple[int, TokenIds], int] = {}
 
     def serve(self, prompt_ids: TokenIds, n: int = 1) -> int:
-        """Prompt tokens that the cache could give to ``n`` completions of a prompt, one after the other; the prompt is then kept.
+        """Return how many prompt tokens the cache could provide to ``n`` consecutive completions of a prompt.
+
+        The prompt is then added to the cache. In the example, the first completion computes everything, and
+        the other two share (1, 2) and (3, 4).
 
         >>> cache = UnlimitedPrefixCache(block_size=2)
-        >>> cache.serve((1, 2, 3, 4, 5), n=3)    # the first completion pays everything, two others share (1, 2) and (3, 4)
+        >>> cache.serve((1, 2, 3, 4, 5), n=3)
         8
         >>> cache.serve((1, 2, 3, 9))
         2

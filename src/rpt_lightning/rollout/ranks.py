@@ -1,4 +1,4 @@
-"""What one rank does for all: servers are shared by the ranks of a run, so the first one speaks to them where speaking twice would do harm."""
+"""Work that one rank does for all, because the ranks share servers and some calls must happen only once."""
 
 from __future__ import annotations
 
@@ -13,22 +13,19 @@ T = TypeVar("T")
 
 
 def on_first_rank(work: Callable[[], T], *, meanwhile: Callable[[], None] = lambda: None) -> T:
-    """Runs ``work`` on rank 0 and returns its result on every rank (a collective).
+    """Run ``work`` on rank 0 and return its result on every rank. A collective.
 
-    An error on rank 0 is raised on every rank, EngineLost as itself: the others must not wait in a later collective for one that gave up.
+    An error on rank 0 is raised on every rank, so that no rank waits in a later collective for one that gave
+    up. EngineLost stays an EngineLost on every rank.
 
     Args:
-        work: Its result must be a plain Python value.
-        meanwhile: Runs on the other ranks, to take part in collectives of ``work``.
+        work: Returns a plain Python value.
+        meanwhile: Runs on the other ranks, to take part in the collectives of ``work``.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return work()
     error: Exception | None = None
-    outcome: list[Any] = [
-        None,
-        None,
-        RuntimeError,
-    ]  # result, text of the error, what it is to the other ranks
+    outcome: list[Any] = [None, None, RuntimeError]  # result, text of the error, its class on other ranks
     try:
         if dist.get_rank() == 0:
             outcome[0] = work()
@@ -49,5 +46,5 @@ def on_first_rank(work: Callable[[], T], *, meanwhile: Callable[[], None] = lamb
 
 
 def is_first_rank() -> bool:
-    """Also true where there is one process only."""
+    """Return whether this is rank 0 or the only process."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0

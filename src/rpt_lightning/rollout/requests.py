@@ -1,4 +1,4 @@
-"""What every engine asks of a generation request."""
+"""Checks of a generation request that all engines share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rpt_lightning.types import GenerationRequest
 
 
 def check_requests(requests: Sequence[GenerationRequest], *, max_model_len: int) -> None:
-    """Raises ValueError for the first request that an engine of this length cannot serve."""
+    """Raise ValueError for the first request that an engine of this length cannot serve."""
     for request in requests:
         problem = _problem(request, max_model_len)
         if problem:
@@ -24,8 +24,8 @@ def _problem(request: GenerationRequest, max_model_len: int) -> str | None:
         return f"max_tokens={sampling.max_tokens} must be at least 1"
     if prompt_len + sampling.max_tokens > max_model_len:
         return (
-            f"a prompt of {prompt_len} tokens and max_tokens={sampling.max_tokens} exceed max_model_len={max_model_len}; "
-            "shorten the context or max_tokens, or raise max_model_len"
+            f"a prompt of {prompt_len} tokens and max_tokens={sampling.max_tokens} exceed "
+            f"max_model_len={max_model_len}; shorten the context or max_tokens, or raise max_model_len"
         )
     if request.n < 1:
         return f"n={request.n} must be at least 1"

@@ -1,4 +1,4 @@
-"""From tasks to paid groups of completions."""
+"""Turn tasks into rewarded groups of completions."""
 
 from __future__ import annotations
 
@@ -15,22 +15,29 @@ FirstTokenProbs = Callable[[Sequence[Task], Sequence[Sequence[bytes | None]]], S
 
 
 class Rollouter:
-    """Asks the engine for a group of completions a task, reads the predictions and pays them.
+    """Generates a group of completions for each task, reads the predictions and rewards them.
 
     Args:
-        engine: Started and holding weights by the time of ``rollout``.
-        objective: What is asked and what is paid.
-        run_seed: The run's; every completion has its own seed derived from it, the policy version, the task and the completion's index.
-        group_size: Completions a task for training, at least 2 (a group of one has no baseline).
-        temperature: Of training rollouts.
-        max_tokens: Of a completion.
-        top_p, top_k, min_p: 1, 0 and 0: pure temperature sampling.
-        stop_after_first_box: A completion ends with its first box (a change of the paper's rule, docs/decisions.md).
-        max_prompt_tokens: A longer prompt is an error; None leaves the limit to the engine.
-        masks_truncated: Truncated completions are not trained, and so make no group live.
-        first_token_probs: The policy's probability of each prediction's first token, asked directly; needed by the dense rewards only.
-        share_work: Wraps the engine's ``generate`` where several processes roll out together. It may be a collective: each calls ``rollout`` and
-            ``complete`` equally often, with no tasks where it has none.
+        engine: An engine that is started and holds weights when ``rollout`` is called.
+        objective: Defines the prompt and the reward.
+        run_seed: Seed of the run. Every completion's seed is derived from it, the policy version, the task
+            and the completion's index.
+        group_size: Completions for each task in training. At least 2, since a group of one has no baseline.
+        temperature: Temperature of training rollouts.
+        max_tokens: Largest number of tokens in a completion.
+        top_p: 1, with ``top_k`` 0 and ``min_p`` 0, is pure temperature sampling.
+        top_k: See ``top_p``.
+        min_p: See ``top_p``.
+        stop_after_first_box: End a completion at its first box. This changes the paper's rule
+            (docs/decisions.md).
+        max_prompt_tokens: Raise an error for longer prompts. None leaves the limit to the engine.
+        masks_truncated: Do not train truncated completions. They are also ignored when the rewards of a group
+            are compared.
+        first_token_probs: Returns the policy's probability of each prediction's first token. Only dense
+            rewards need it.
+        share_work: Wraps the engine's ``generate`` if several processes roll out together. It may be a
+            collective, so each process must call ``rollout`` and ``complete`` equally often, with no tasks if
+            it has none.
     """
 
     def __init__(
@@ -53,15 +60,18 @@ class Rollouter:
     ) -> None:
         if group_size < 2:
             raise ValueError(
-                f"group_size={group_size}: a group needs at least 2 completions, since each is judged against the others"
+                f"group_size={group_size}: a group needs at least 2 completions, "
+                "since each is compared with the others"
             )
         if temperature <= 0:
             raise ValueError(
-                f"temperature={temperature}: greedy completions of a group are all the same, so a rollout needs a positive temperature"
+                f"temperature={temperature}: greedy completions of a group are all the same, so a rollout "
+                "needs a positive temperature"
             )
         if objective.reward.needs_first_token_probs and first_token_probs is None:
             raise ValueError(
-                f"{type(objective.reward).__name__} is paid by the policy's probability of the first token: give first_token_probs"
+                f"{type(objective.reward).__name__} depends on the policy's probability "
+                "of the first token: give first_token_probs"
             )
         self.engine = engine
         self.objective = objective
@@ -77,11 +87,11 @@ class Rollouter:
         self.masks_truncated = masks_truncated
         self.first_token_probs = first_token_probs
         self.share_work = share_work
-        self._num_drawn: Counter[str] = Counter()  # completions of each task with the weights of this version
+        self._num_drawn: Counter[str] = Counter()  # completions of each task drawn with the current version
         self._version: int | None = None
 
     def sampling(self, *, temperature: float, max_tokens: int) -> SamplingSettings:
-        """How such completions are drawn."""
+        """Return the settings for drawing completions."""
         return SamplingSettings(
             temperature=temperature,
             max_tokens=max_tokens,
@@ -96,17 +106,18 @@ class Rollouter:
     def rollout(
         self, tasks: Sequence[Task], *, n: int | None = None, temperature: float | None = None
     ) -> list[RolloutGroup]:
-        """One group a task, in the order of the tasks.
+        """Return one group for each task, in order.
 
         Args:
-            tasks: One that is given again, in this call or a later one with the same weights (a small corpus starts over), gets other
-                completions. So a group may be drawn in parts.
-            n: Completions a task; None: ``group_size``. 1 is for evaluation.
-            temperature: None: the training temperature; 0: greedy, the same whenever it is asked.
+            tasks: The tasks. One that appears again with the same weights, in this call or a later one (a
+                small corpus starts over), gets different completions. A group may therefore be drawn in
+                parts.
+            n: Completions for each task. None means ``group_size``. Evaluation uses 1.
+            temperature: None means the training temperature. 0 is greedy and gives the same result each time.
 
         Raises:
             ValueError: A prompt is too long.
-            RuntimeError: A completion does not come from the engine's present weights.
+            RuntimeError: A completion does not come from the engine's current weights.
         """
         n = self.group_size if n is None else n
         temperature = self.temperature if temperature is None else temperature
@@ -114,7 +125,10 @@ class Rollouter:
         return self.groups(tasks, self.complete(tasks, first_indices, n, temperature=temperature))
 
     def reserve(self, tasks: Sequence[Task], n: int) -> list[int]:
-        """For each task the index of the first of ``n`` completions that nobody has drawn with the present weights, nor will."""
+        """Reserve ``n`` unused completion indices for each task with the current weights.
+
+        Returns the first index for each task. Nobody else gets these indices.
+        """
         if self.engine.version != self._version:
             self._num_drawn, self._version = Counter(), self.engine.version
         first_indices = []
@@ -132,14 +146,18 @@ class Rollouter:
         temperature: float | None = None,
         max_tokens: int | None = None,
     ) -> list[tuple[Completion, ...]]:
-        """For each task its completions ``first_index`` to ``first_index + n - 1``; raises as ``rollout`` does."""
+        """Return completions ``first_index`` to ``first_index + n - 1`` of each task.
+
+        Raises the errors of ``rollout``.
+        """
         temperature = self.temperature if temperature is None else temperature
         max_tokens = self.max_tokens if max_tokens is None else max_tokens
         requests = [
             self._request(task, n, temperature, first_index, max_tokens)
             for task, first_index in zip(tasks, first_indices, strict=True)
         ]
-        # Positions of a document next to each other, the shorter context first: each finds the one before it in the prefix cache.
+        # Positions of a document are next to each other, shorter contexts first, so each finds the previous
+        # one in the prefix cache.
         order = sorted(range(len(tasks)), key=lambda index: (tasks[index].doc_id, tasks[index].position))
         rows = self.generate([requests[index] for index in order])
         completions = dict(zip(order, map(tuple, rows), strict=True))
@@ -147,14 +165,17 @@ class Rollouter:
         return [completions[index] for index in range(len(tasks))]
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Completion]]:
-        """The engine's ``generate``, together with the other processes where there are any."""
+        """Call the engine's ``generate``, together with the other processes if there are any."""
         generate = self.engine.generate if self.share_work is None else self.share_work(self.engine.generate)
         return generate(requests)
 
     def groups(
         self, tasks: Sequence[Task], completions: Sequence[tuple[Completion, ...]]
     ) -> list[RolloutGroup]:
-        """The groups that given completions make: read and paid. With several ranks the policy may be asked too, so every rank calls it."""
+        """Read and reward completions, and return them as groups.
+
+        With several ranks, the policy may be queried too, so every rank must call this.
+        """
         predictions = [tuple(map(self.objective.prediction, row)) for row in completions]
         probs = (
             self.first_token_probs(tasks, predictions)
@@ -179,13 +200,13 @@ class Rollouter:
         prompt_ids = self.objective.prompt.prompt_ids(task.context_ids)
         if self.max_prompt_tokens is not None and len(prompt_ids) > self.max_prompt_tokens:
             raise ValueError(
-                f"task {task.task_id!r}: its prompt has {len(prompt_ids)} tokens, max_prompt_tokens={self.max_prompt_tokens}; "
-                "raise the limit or cut contexts to it when tasks are made"
+                f"task {task.task_id!r}: its prompt has {len(prompt_ids)} tokens, "
+                f"max_prompt_tokens={self.max_prompt_tokens}; raise the limit or "
+                "cut contexts to it when tasks are made"
             )
         sampling = self.sampling(temperature=temperature, max_tokens=max_tokens)
-        version = (
-            -1 if self.engine.version is None else self.engine.version
-        )  # without weights the engine itself refuses
+        # Without weights, the engine itself refuses to generate.
+        version = -1 if self.engine.version is None else self.engine.version
         seed = request_seed(self.run_seed, version, task.task_id, first_index)
         return GenerationRequest(
             task_id=task.task_id, prompt_ids=prompt_ids, n=n, seed=seed, sampling=sampling, doc_id=task.doc_id
@@ -196,5 +217,6 @@ class Rollouter:
             versions = {completion.policy_version for completion in completions[index]}
             if versions != {self.engine.version}:
                 raise RuntimeError(
-                    f"task {task.task_id!r}: completions of policy versions {sorted(versions)}, the engine holds {self.engine.version}"
+                    f"task {task.task_id!r}: completions of policy versions {sorted(versions)}, the engine "
+                    f"holds {self.engine.version}"
                 )

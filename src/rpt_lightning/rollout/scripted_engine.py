@@ -1,7 +1,8 @@
-"""The stand-in for tests and dry runs: it says lines from a script instead of sampling, and keeps a log of what was asked of it.
+"""A stand-in engine for tests and dry runs, which takes its completions from a script and logs all calls.
 
-Everything but the choice of the line is real: it holds the delivered weights, and the log-probs are those of its own small model, so that whatever
-compares an engine with the policy can run against it.
+Only the choice of the completion is not real. The engine holds the weights that it was given, and the
+log-probs are those of its own small model. Any comparison of an engine with the policy can therefore run
+against it.
 """
 
 from __future__ import annotations
@@ -21,16 +22,15 @@ from rpt_lightning.types import GenerationRequest, TokenIds
 
 
 class ScriptedEngine(RolloutEngine):
-    """Which line completes a prompt is a pure function of (seed, prompt, weights).
+    """An engine that selects scripted completions by a pure function of (seed, prompt, weights).
 
-    So two runs agree exactly as long as their weights agree bit for bit.
+    Two runs therefore agree exactly as long as their weights agree bit for bit. ``events`` lists what
+    happened in order: "start", "update 3", "generate 8 requests" and "close".
 
     Args:
-        completions: The texts to pick from. Each is tokenised as plain text and ends with the request's first stop token,
-            or is cut at ``max_tokens``.
-        dtype: Of the engine's copy of the weights.
-
-    ``events`` holds "start", "update 3", "generate 8 requests" and "close", in order.
+        completions: The texts to pick from. Each is tokenised as plain text and ends with the request's first
+            stop token, or is cut at ``max_tokens``.
+        dtype: Data type of the engine's copy of the weights.
     """
 
     def __init__(self, completions: list[str], dtype: EngineDtype = "float32") -> None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 
-MAX_SEED = 2**63 - 1  # vLLM passes seeds on as signed 64-bit numbers
-_ROOM = 2**20  # completions of one task that may be drawn with one policy
+MAX_SEED = 2**63 - 1  # vLLM passes seeds as signed 64-bit numbers
+_ROOM = 2**20  # largest number of completions of one task with one policy
 
 
 def request_seed(run_seed: int, policy_version: int, task_id: str, first_index: int = 0) -> int:
-    """Seed of completion ``first_index`` of a task; completion ``first_index + i`` has the seed that is ``i`` higher.
+    """Return the seed of completion ``first_index`` of a task. Each further completion adds 1 to the seed.
 
-    The seed depends on nothing else (not on batch, rank or Python's hash seed), so a group may be drawn in parts. Seeds of
-    different requests are 63-bit hashes. torch's CPU generator looks at the low 32 bits only, which are hashed as well as the
-    rest: two requests of a step of 256 x 8 draw the same noise, for different prompts, about once in 8,000 steps. That does no harm.
+    The seed depends on nothing else (not on batch, rank or Python's hash seed), so a group may be drawn in
+    parts. Seeds of different requests are 63-bit hashes. torch's CPU generator uses only the low 32 bits,
+    which are hashed as well as the others. In steps of 256 x 8, two requests draw the same noise about once
+    in 8,000 steps. This does no harm, since their prompts differ.
 
     >>> request_seed(1, 0, "doc-7:4", 3) - request_seed(1, 0, "doc-7:4")
     3

@@ -1,7 +1,8 @@
-"""One vLLM server as a client sees it: HTTP, JSON, token ids in and token ids out. It does not import vllm.
+"""Client for one vLLM server over HTTP and JSON, with token ids in and out. It does not import vllm.
 
-The server carries a *label* for the weights that it holds (vLLM: ``weight_version``), which vLLM itself reports back with every completion, by spans of
-tokens. A server that was restarted has vLLM's own first label again, so a completion from forgotten or half-loaded weights cannot pass for one of ours.
+The server carries a *label* for the weights that it holds (``weight_version`` in vLLM). vLLM reports the
+label with every completion, by spans of tokens. After a restart, the server has vLLM's own first label again,
+so a completion from lost or half-loaded weights cannot be mistaken for one of ours.
 """
 
 from __future__ import annotations
@@ -21,24 +22,26 @@ from rpt_lightning.types import GenerationRequest
 
 T = TypeVar("T")
 LOADING = "loading"
-_PROBE_S = 10.0  # an idle server answers a question about its state in milliseconds
-_GONE = -9999.0  # vLLM's word for a log-prob that is -inf or NaN, neither of which JSON can say
+_PROBE_S = 10.0  # an idle server reports its state within milliseconds
+_GONE = -9999.0  # vLLM's value for log-probs that JSON cannot represent (-inf and NaN)
 
 
 class ServerLost(RuntimeError):
-    """This server is gone, hangs, or failed at what it was asked; another one may well do it."""
+    """This server is gone, hangs or failed at its task. Another server may well succeed."""
 
 
 class ServerRefused(ValueError):
-    """It takes no such question from us: another key, or another program than a server that `rpt serve` started."""
+    """The server rejects our requests: the key is wrong, or `rpt serve` did not start it."""
 
 
 class Server:
-    """Args:
-    url: Such as ``http://10.0.0.5:8000``.
-    session: Carries the key; open as long as this object is used.
-    timeout_s: Longest silence, in seconds, of a server that works.
-    request_timeout_s: Longest time for one request's completions.
+    """A client for one server.
+
+    Args:
+        url: Address of the server, such as ``http://10.0.0.5:8000``.
+        session: HTTP session that carries the key. It must stay open as long as this object is used.
+        timeout_s: Longest time in seconds without an answer from a working server.
+        request_timeout_s: Longest time in seconds for the completions of one request.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class Server:
         self._request_timeout_s = request_timeout_s
 
     async def label(self, *, limit_s: float | None = None) -> str:
-        """The weights it holds, as whoever loaded them called them."""
+        """Return the label of the weights it holds, as set by whoever loaded them."""
         answer = await self.call(
             "GET", "/weight_info", limit_s=min(_PROBE_S, self._timeout_s) if limit_s is None else limit_s
         )
@@ -62,18 +65,22 @@ class Server:
         return (await self.rpc("rpt_describe", limit_s=min(_PROBE_S, self._timeout_s)))[0]
 
     async def watch(self, label: str, *, every_s: float = 1.0) -> NoReturn:
-        """Asks for the label again and again; ends with ServerLost when the answer is another one, or takes too long.
+        """Poll the label. Raise ServerLost if the label changes or the answer takes too long.
 
-        vLLM answers between two steps of generation, so a server that hangs shows here long before its requests would run out of time.
+        vLLM answers between two steps of generation, so this notices a server that hangs long before its
+        requests time out.
         """
         while True:
             await asyncio.sleep(every_s)
             found = await self.label(limit_s=self._timeout_s)
             if found != label:
-                raise ServerLost(f"{self.url} holds weights {found!r} now, not {label!r}")
+                raise ServerLost(f"{self.url} now holds weights {found!r}, not {label!r}")
 
     async def generate(self, request: GenerationRequest, label: str) -> list[Sample]:
-        """The request's completions; ServerLost where not all of their tokens are from the weights of this label."""
+        """Generate the completions of a request.
+
+        Raises ServerLost unless all of their tokens come from the weights with this label.
+        """
         body: dict[str, Any] = {
             "token_ids": list(request.prompt_ids),
             "sampling_params": sampling_json(request),
@@ -84,7 +91,7 @@ class Server:
             for choice in sorted(answer["choices"], key=lambda choice: choice["index"])
         ]
         if len(samples) != body["sampling_params"]["n"]:
-            raise ServerLost(f"{self.url} gave {len(samples)} of {request.n} completions")
+            raise ServerLost(f"{self.url} returned {len(samples)} of {request.n} completions")
         return samples * (request.n // len(samples))
 
     def _sample(self, choice: dict[str, Any], label: str) -> Sample:
@@ -93,7 +100,8 @@ class Server:
         token_ids, spans = choice["token_ids"], choice["weight_versions"]
         if not spans or {span["version"] for span in spans} != {label} or spans[-1]["end"] != len(token_ids):
             raise ServerLost(
-                f"{self.url} generated with weights {spans}, not {label!r}: it was restarted, or someone else changed its weights"
+                f"{self.url} generated with weights {spans}, not {label!r}: it was "
+                "restarted, or someone else changed its weights"
             )
         content = choice["logprobs"]["content"]
         assert [token["token_id"] for token in content] == token_ids
@@ -103,7 +111,10 @@ class Server:
         )
 
     async def may_load(self, label: str, *, for_s: float) -> bool:
-        """Whether this is the only rank that brings these weights in. Say ``loaded`` afterwards, whatever came of it."""
+        """Return whether this rank alone may load these weights.
+
+        Call ``loaded`` afterwards, even after an error.
+        """
         answer = await self.rpc(
             "rpt_may_load", limit_s=min(_PROBE_S, self._timeout_s), label=label, for_s=for_s
         )
@@ -113,16 +124,16 @@ class Server:
         await self.rpc("rpt_loaded", limit_s=min(_PROBE_S, self._timeout_s))
 
     async def hold(self) -> None:
-        """Ends what it generates, takes no more, and has no valid label until ``release``."""
+        """Abort what it generates, accept nothing new, and have no valid label until ``release``."""
         await self.call("POST", "/update_weight_version", {"new_version": LOADING})
         await self.call("POST", "/pause?mode=abort", {})
 
     async def release(self, label: str) -> None:
-        """Forgets cached keys and values of the old weights and generates again."""
+        """Clear the cached keys and values of the old weights and generate again."""
         if not (await self.call("POST", "/reset_prefix_cache", {}))["success"]:
             raise ServerLost(f"{self.url} did not reset its prefix cache: a request is still running")
         await self.call("POST", "/resume", {})
-        # Last of all, so that a server with a valid label is ready: none of ours is sent before.
+        # This comes last, so a server with a valid label is ready. We send it no request before.
         await self.call("POST", "/update_weight_version", {"new_version": label})
 
     async def checksums(self, names: Sequence[str]) -> dict[str, str]:
@@ -132,7 +143,7 @@ class Server:
         return load(base64.b64decode((await self.rpc("rpt_read", names=list(names)))[0]["safetensors"]))
 
     async def rpc(self, method: str, *, limit_s: float | None = None, **kwargs: Any) -> list[dict[str, Any]]:
-        """Calls a method of the server's workers (rollout/vllm_worker.py); one answer a worker."""
+        """Call a method of the server's workers (rollout/vllm_worker.py). Each worker gives one answer."""
         answer = await self.call(
             "POST", "/collective_rpc", {"method": method, "kwargs": kwargs}, limit_s=limit_s
         )
@@ -141,12 +152,13 @@ class Server:
         return list(answer["results"])
 
     async def call(self, verb: str, path: str, body: Any = None, *, limit_s: float | None = None) -> Any:
-        """One HTTP request.
+        """Send one HTTP request.
 
         Raises:
-            ServerLost: No answer within ``limit_s`` seconds (None: the server's ``timeout_s``), or an answer that says it broke down (5xx).
-            ServerRefused: Our key is wrong, or it has no such path: another try would not mend it.
-            ValueError: It refuses what we ask for another reason (4xx): a wrong flag.
+            ServerLost: There was no answer within ``limit_s`` seconds (None: the server's ``timeout_s``), or
+                the server reported an internal error (5xx).
+            ServerRefused: Our key is wrong, or the server has no such path. Another try would not help.
+            ValueError: The server refuses the request for another reason (4xx), such as a wrong flag.
         """
         limit_s = self._timeout_s if limit_s is None else limit_s
         try:
@@ -162,7 +174,8 @@ class Server:
             raise ServerLost(f"{self.url}{path}: status {status}: {text[:500]}")
         if status == 401:
             raise ServerRefused(
-                f"{self.url} refuses our key: rollout.engine.api_key_env or api_key_file must name the key that `rpt serve` was started with"
+                f"{self.url} refuses our key: rollout.engine.api_key_env or api_key_file must name the key "
+                "with which `rpt serve` was started"
             )
         if status >= 400:
             kind = ServerRefused if status in (403, 404, 405) else ValueError
@@ -176,27 +189,33 @@ class Server:
 
 
 def sampling_json(request: GenerationRequest) -> dict[str, Any]:
-    """vLLM's SamplingParams. Completion ``i`` of ``n`` gets the seed ``seed + i`` (vLLM, v1/engine/parallel_sampling.py; a test compares)."""
+    """Return the request as vLLM's SamplingParams.
+
+    Completion ``i`` of ``n`` gets the seed ``seed + i`` (vLLM, v1/engine/parallel_sampling.py). A test
+    compares the two.
+    """
     sampling = request.sampling
     return {
-        "n": request.n
-        if sampling.temperature > 0
-        else 1,  # greedy completions are all the same, and vLLM refuses to repeat itself
+        # Greedy completions are all the same, and vLLM does not allow n > 1 for them.
+        "n": request.n if sampling.temperature > 0 else 1,
         "seed": request.seed,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
-        "top_k": sampling.top_k,  # 0 means no limit here too
+        "top_k": sampling.top_k,  # 0 means no limit in vLLM too
         "min_p": sampling.min_p,
         "max_tokens": sampling.max_tokens,
         "stop_token_ids": list(sampling.stop_token_ids),
-        "ignore_eos": True,  # only the request's own stop tokens stop
-        "logprobs": 0,  # the drawn token's only
+        "ignore_eos": True,  # only the request's own stop tokens end a completion
+        "logprobs": 0,  # only that of the drawn token
         "detokenize": False,
     }
 
 
 class Fleet:
-    """All servers of a run. Each ``run`` opens its connections anew: between two of them a server may have been replaced."""
+    """All servers of a run.
+
+    Each ``run`` opens new connections, since a server may have been replaced since the last one.
+    """
 
     def __init__(
         self, urls: Sequence[str], *, key: str | None, timeout_s: float, request_timeout_s: float
@@ -206,10 +225,10 @@ class Fleet:
         self._limits = {"timeout_s": timeout_s, "request_timeout_s": request_timeout_s}
 
     def run(self, work: Callable[[list[Server]], Awaitable[T]]) -> T:
-        """Runs the coroutine that ``work`` makes of the servers, to its end."""
+        """Run to its end the coroutine that ``work`` returns for the servers."""
 
         async def with_session() -> T:
-            # No limit here: how much one server gets at a time is decided where requests are given out.
+            # There is no limit here. The dispatcher decides how much a server gets at a time.
             async with aiohttp.ClientSession(
                 headers=self._headers, connector=aiohttp.TCPConnector(limit=0)
             ) as session:

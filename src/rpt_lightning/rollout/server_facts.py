@@ -1,4 +1,4 @@
-"""What trainer and server must agree on, asked by the one and answered by the other."""
+"""What trainer and server must agree on. The trainer asks for these facts and the server answers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-# What a trainer may ask of the methods in vllm_worker.py; another number with every change of them.
+# The version of the methods in vllm_worker.py that a trainer may call. It changes whenever they change.
 PROTOCOL = 3
 
 
 def architecture(config: Any) -> dict[str, Any]:
-    """What two model configurations must share for one model to take the other's weights."""
+    """Return what two model configurations must share for one model to take the other's weights."""
     return {
         name: getattr(config, name, None)
         for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "tie_word_embeddings")
@@ -22,10 +22,11 @@ def architecture(config: Any) -> dict[str, Any]:
 def check_facts(
     url: str, facts: Mapping[str, Any], *, dtype: torch.dtype, model: Mapping[str, object], max_model_len: int
 ) -> None:
-    """Raises ValueError where the server at ``url`` cannot serve the run, whose model has the architecture ``model``."""
+    """Raise ValueError if the server at ``url`` cannot serve a run whose model has architecture ``model``."""
     if facts.get("protocol") != PROTOCOL:
         raise ValueError(
-            f"rollout.engine.urls: {url} runs with another version of rpt-lightning than this run. Install one version for both"
+            f"rollout.engine.urls: {url} uses another version of rpt-lightning than "
+            "this run. Install the same version for both"
         )
     wanted = {
         "dtype": str(dtype).removeprefix("torch."),
@@ -37,5 +38,6 @@ def check_facts(
         wrong.append(f"max_model_len {facts['max_model_len']}, less than {max_model_len}")
     if wrong:
         raise ValueError(
-            f"rollout.engine.urls: {url} runs with {'; '.join(wrong)}. Start it with `rpt serve` and this run's config"
+            f"rollout.engine.urls: {url} runs with {'; '.join(wrong)}. Start "
+            "it with `rpt serve` and this run's config"
         )

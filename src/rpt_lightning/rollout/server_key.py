@@ -1,7 +1,7 @@
-"""The guard in front of a vLLM server (``--middleware``): every request needs the key, except GET /health.
+"""A guard for vLLM servers (``--middleware``), which requires the key for every request except GET /health.
 
-vLLM's own ``--api-key`` covers the paths under /v1, /v2, /inference and /cohere only (0.32, authenticate.py), so /collective_rpc, which can change the
-weights, would stand open.
+vLLM's own ``--api-key`` covers only the paths under /v1, /v2, /inference and /cohere (0.32, authenticate.py).
+It would leave /collective_rpc open, which can change the weights.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ _App = Callable[[_Scope, Any, Any], Awaitable[None]]
 
 
 class RequireKey:
-    """ASGI middleware. It reads the key from the environment, since a command line is seen by every user of the machine."""
+    """ASGI middleware that checks the key.
+
+    The key comes from the environment, since every user of the machine can see a command line.
+    """
 
     def __init__(self, app: _App) -> None:
         key = os.environ.get(KEY_VARIABLE, "")
-        if not key:  # fail closed: a server whose key got lost must not start
+        if not key:  # fail closed: a server without its key must not start
             raise ValueError(
                 f"environment variable {KEY_VARIABLE} holds no key; start servers with `rpt serve`"
             )

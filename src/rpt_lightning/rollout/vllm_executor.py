@@ -1,7 +1,8 @@
 """vLLM's in-process executor on the device that the trainer uses.
 
-vLLM's own takes device 0, whichever the process computes on: with several ranks on a node all engines would crowd on the first GPU. Its launcher modes choose
-by rank, but then take the trainer's ranks for their own tensor-parallel group.
+vLLM's own executor takes device 0, even if the process computes on another one. With several ranks on a node,
+all engines would share the first GPU. vLLM's launcher modes choose the device by rank, but they use the
+trainer's ranks for a tensor-parallel group of their own.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 
 class OwnDeviceExecutor(UniProcExecutor):
-    """One worker on ``torch.cuda.current_device()``, which Lightning sets to the rank's own."""
+    """One worker on ``torch.cuda.current_device()``, which Lightning sets to the rank's own device."""
 
     def _distributed_args(self) -> tuple[str, int, int]:
         init_method, rank, local_rank = super()._distributed_args()

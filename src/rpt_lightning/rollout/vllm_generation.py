@@ -1,7 +1,8 @@
-"""Generation with a running vLLM engine: one request a context, its completions drawn with the seeds that we promise.
+"""Generation with a running vLLM engine, with one request for each context and the seeds that we promise.
 
-We step the engine ourselves instead of calling ``LLM.generate``, for two things that it does not tell or do: how many prompt tokens of *each*
-completion came from the prefix cache (it reports those of the completion that ends last), and to end a completion with its first box.
+We step the engine ourselves instead of calling ``LLM.generate``, for two reasons. We need the number of
+prompt tokens that came from the prefix cache for *each* completion (vLLM reports it only for the completion
+that ends last). We also need to end a completion at its first box.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from rpt_lightning.types import GenerationRequest, SamplingSettings
 
 @dataclass(slots=True)
 class Drawn:
-    """One completion, growing; ``num_cached_tokens`` of its prompt came from the prefix cache."""
+    """A completion in progress. ``num_cached_tokens`` of its prompt came from the prefix cache."""
 
     box: FirstBox | None
     token_ids: list[int] = field(default_factory=list)
@@ -36,13 +37,14 @@ def generate(
     bytes_of: Callable[[int], bytes],
     before_step: Callable[[], None],
 ) -> list[list[Drawn]]:
-    """All completions of all requests, in their order.
+    """Generate all completions of all requests, in order.
 
     Args:
-        engine: vLLM's ``LLMEngine``, idle.
-        requests: Served in this order, as far as there is room; what a prompt shares with an earlier one is in the cache by then.
-        bytes_of: The bytes of a token id, for completions that end with their first box.
-        before_step: Called before each of the engine's steps; may raise.
+        engine: An idle vLLM ``LLMEngine``.
+        requests: The requests, served in this order as far as there is room. By then, the cache holds what a
+            prompt shares with an earlier one.
+        bytes_of: Returns the bytes of a token id, for completions that end with their first box.
+        before_step: Called before each step of the engine. It may raise.
     """
     rows = [
         [
@@ -54,7 +56,8 @@ def generate(
     parts: dict[str, list[Drawn]] = {}
     try:
         for request, row in zip(requests, rows, strict=True):
-            # vLLM ends whole requests only, so a completion that may have to end early is one of its own; and it refuses several greedy ones in one.
+            # vLLM can end only whole requests, so a completion that may end early needs its own request. vLLM
+            # also refuses several greedy completions in one request.
             is_divided = request.sampling.stop_after_first_box or request.sampling.temperature == 0
             size = 1 if is_divided else request.n
             (prompt,) = engine.renderer.render_cmpl([{"prompt_token_ids": list(request.prompt_ids)}])
@@ -68,7 +71,7 @@ def generate(
             before_step()
             _step(engine, parts, bytes_of)
     except BaseException:
-        engine.abort_request(list(parts))  # else the next update could not reset the cache
+        engine.abort_request(list(parts))  # or the next update could not reset the cache
         raise
     return rows
 
@@ -88,7 +91,7 @@ def _step(engine: Any, parts: dict[str, list[Drawn]], bytes_of: Callable[[int], 
 
 
 def sampling_params(sampling: SamplingSettings, *, seed: int, n: int) -> Any:
-    """vLLM draws completion ``i`` of ``n`` with the seed ``seed + i``, which a test holds it to."""
+    """Return vLLM's sampling parameters. A test checks that completion ``i`` has the seed ``seed + i``."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -97,14 +100,15 @@ def sampling_params(sampling: SamplingSettings, *, seed: int, n: int) -> Any:
         seed=seed,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
-        top_k=sampling.top_k,  # 0 means no limit here too
+        top_k=sampling.top_k,  # 0 means no limit in vLLM too
         min_p=sampling.min_p,
         max_tokens=sampling.max_tokens,
         stop_token_ids=list(sampling.stop_token_ids),
-        ignore_eos=True,  # only the request's own stop tokens stop
-        logprobs=0,  # the drawn token's only
+        ignore_eos=True,  # only the request's own stop tokens end a completion
+        logprobs=0,  # only that of the drawn token
         detokenize=False,
-        # Each completion reports for itself: its first token, then all others when it ends, or every token where a box may end it.
+        # Each completion reports for itself: first its first token, and all others when it ends. If a box may
+        # end it, it reports every token.
         output_kind=RequestOutputKind.DELTA,
         stream_interval=1 if sampling.stop_after_first_box else sampling.max_tokens,
     )

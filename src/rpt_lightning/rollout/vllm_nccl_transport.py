@@ -1,7 +1,9 @@
-"""Weights over NCCL, by vLLM's own transfer (``vllm.distributed.weight_transfer``): one broadcast from the trainer's first GPU to all GPUs of all servers.
+"""Weight sync over NCCL, through vLLM's own transfer (``vllm.distributed.weight_transfer``).
 
-A thin adapter, because vLLM changes this part from release to release; tests/rollout/test_nccl_transport.py holds what it calls against the installed
-version. Untried: we had no machine with a GPU for the trainer and one for a server.
+One broadcast goes from the trainer's first GPU to all GPUs of all servers. This is a thin adapter, because
+vLLM changes this part from release to release. tests/rollout/test_nccl_transport.py checks the calls against
+the installed version. It has not been tried with real GPUs, since we had no machine with one for the trainer
+and one for a server.
 """
 
 from __future__ import annotations
@@ -22,18 +24,21 @@ from rpt_lightning.rollout.weight_transport import WeightTransport
 
 
 class NCCLTransport(WeightTransport):
-    """A server that lost its weights gets them with the next update: they are nowhere but in the trainer.
+    """A transport that broadcasts weights from the trainer's GPU.
+
+    Only the trainer has the weights, so a server that lost them gets them with the next update.
 
     Args:
-        master_address: The trainer's, as the servers reach it; null: this machine's name.
-        timeout_s: Longest time for one update, in seconds. NCCL waits for ever for a server that died in the middle of one.
+        master_address: Address at which the servers reach the trainer. null means this machine's name.
+        timeout_s: Longest time for one update, in seconds. NCCL itself waits forever for a server that died
+            during an update.
     """
 
     def __init__(self, master_address: str | None = None, timeout_s: float = 600.0) -> None:
         self.master_address = master_address
         self.timeout_s = timeout_s
         self._fleet: Fleet | None = None
-        self._members: dict[str, tuple[str, int]] = {}  # url -> which start of it, number of GPUs
+        self._members: dict[str, tuple[str, int]] = {}  # url -> id of the server's start, number of GPUs
         self._received: set[str] = set()
         self._trainer: Any = None
         self._source: Any = None
@@ -57,13 +62,13 @@ class NCCLTransport(WeightTransport):
         assert self._fleet is not None
         self._received = set()
         members = self._fleet.run(_hold_all)
-        if not members:  # whoever comes later is told to wait for the next update
+        if not members:  # servers that come later are told to wait for the next update
             return
         device = torch.device("cuda", torch.cuda.current_device())
         self._source.fill(weights, dtype, shapes, device)
 
         def send() -> None:
-            torch.cuda.set_device(device)  # belongs to the thread
+            torch.cuda.set_device(device)  # the current device is a property of the thread
             if members != self._members:
                 self._regroup(members)
             self._trainer.send_weights()
@@ -72,7 +77,10 @@ class NCCLTransport(WeightTransport):
         self._received = set(members)
 
     def follow(self, version: int) -> None:
-        """Only the first rank can say to whom it sent them: for the others a server without them is lost."""
+        """Do nothing.
+
+        Only the first rank knows which servers got the weights. To the others, a server without them is lost.
+        """
 
     async def load(self, server: Server) -> None:
         if server.url not in self._received:
@@ -81,7 +89,7 @@ class NCCLTransport(WeightTransport):
             )
 
     def retire(self) -> None:
-        """Nothing is kept."""
+        """Do nothing, since nothing is kept."""
 
     def close(self) -> None:
         if self._trainer is not None:
@@ -89,7 +97,7 @@ class NCCLTransport(WeightTransport):
         self._trainer, self._members, self._received = None, {}, set()
 
     def _regroup(self, members: dict[str, tuple[str, int]]) -> None:
-        """A new NCCL group, since a server came, went or was restarted."""
+        """Form a new NCCL group after a server came, left or was restarted."""
         assert self._fleet is not None
         self.close()
         client = FleetClient(
@@ -109,7 +117,10 @@ class NCCLTransport(WeightTransport):
 def make_trainer(
     client: FleetClient, source: Any, *, master_address: str, master_port: int, world_size: int
 ) -> Any:
-    """vLLM's sender, its group formed with the servers' GPUs. Our other ranks take no part: they gather weights as the iterator passes them."""
+    """Return vLLM's sender in a new group with the servers' GPUs.
+
+    Our other ranks do not join the group. They help to gather the weights as the iterator passes them.
+    """
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
@@ -120,12 +131,11 @@ def make_trainer(
 
 
 def make_source() -> Any:
-    """vLLM's WeightSource over an iterator of weights; ``fill`` it before each use."""
+    """Return a vLLM WeightSource over an iterator of weights. Call its ``fill`` before each use."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
-    is_property = isinstance(
-        inspect.getattr_static(WeightSource, "metadata"), property
-    )  # a method up to vLLM 0.32, a property from 0.33 on
+    # A method up to vLLM 0.32, and a property from 0.33 on.
+    is_property = isinstance(inspect.getattr_static(WeightSource, "metadata"), property)
 
     def metas(stream: Any) -> list[Any]:
         return list(stream.metas)
@@ -145,16 +155,17 @@ def make_source() -> Any:
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
             for name, tensor in self.weights:
-                yield (
-                    name,
-                    tensor.detach().to(self.device, self.dtype).contiguous(),
-                )  # with CPU offload it was gathered on the host
+                # With CPU offload, the tensor was gathered on the host.
+                yield name, tensor.detach().to(self.device, self.dtype).contiguous()
 
     return Stream()
 
 
 class FleetClient:
-    """vLLM's VLLMWeightSyncClient for several servers at once: all are asked at the same time, since they meet in the same NCCL calls."""
+    """vLLM's VLLMWeightSyncClient for several servers at once.
+
+    All servers are called at the same time, since they take part in the same NCCL calls.
+    """
 
     def __init__(self, fleet: Fleet, num_gpus: Mapping[str, int], *, timeout_s: float) -> None:
         self._fleet = fleet
@@ -194,7 +205,7 @@ class FleetClient:
 
 
 async def _hold_all(servers: list[Server]) -> dict[str, tuple[str, int]]:
-    """Puts every server on hold that answers: its start and its number of GPUs."""
+    """Put every server that answers on hold. Return the id of its start and its number of GPUs."""
 
     async def hold(server: Server) -> tuple[str, int]:
         start = (await server.describe())["start"]
@@ -213,8 +224,11 @@ async def _hold_all(servers: list[Server]) -> dict[str, tuple[str, int]]:
 
 
 def _within(limit_s: float, work: Any, what: str) -> None:
-    """Runs ``work`` in a thread that does not keep the process alive. Raises EngineLost: after an error the NCCL group is unusable, and the run ends with a
-    checkpoint.
+    """Run ``work`` in a thread that does not keep the process alive.
+
+    Raises:
+        EngineLost: ``work`` failed or took too long. The NCCL group is then unusable, and the run ends with a
+            checkpoint.
     """
     errors: list[BaseException] = []
 
@@ -233,7 +247,7 @@ def _within(limit_s: float, work: Any, what: str) -> None:
             if not errors
             else f"{type(errors[0]).__name__}: {errors[0]}"
         )
-        raise EngineLost(f"NCCLTransport, {what}: {why}. Continue the run with --ckpt_path last") from (
+        raise EngineLost(f"NCCLTransport, {what}: {why}. Resume the run with --ckpt_path last") from (
             errors[0] if errors else None
         )
 

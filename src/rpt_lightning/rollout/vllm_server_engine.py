@@ -1,16 +1,20 @@
-"""Rollouts by any number of vLLM servers, on this machine or others (`rpt serve` starts them). It speaks HTTP and does not import vllm.
+"""Rollouts on any number of vLLM servers, on this machine or others. `rpt serve` starts them.
 
-No completion from other weights than the trainer's last ones gets through:
+This module speaks HTTP and does not import vllm. It accepts only completions from the trainer's latest
+weights:
 
-- After an update a server carries a label of this start of this run and the version; while it loads, and after a restart, it has none of ours.
-- vLLM says for each completion which label its tokens were generated under. A completion with another one is thrown away and asked for again.
+- After an update, a server carries a label made from this start of this run and the version. While it loads,
+  and after a restart, it has no label of ours.
+- For each completion, vLLM reports the labels under which its tokens were generated. A completion with
+  another label is discarded and requested again.
 - ``check_weights`` compares checksums of tensors on every server with the policy's.
 
-A server that dies, hangs or answers with an error is out until the next update of the weights; its requests go to the others. When none is left, all are
-asked again, less and less often, up to ``max_wait_s``. A server that came back without weights is given them where the transport still has them.
+A server that dies, hangs or answers with an error is left out until the next update of the weights, and its
+requests go to the others. If no server is left, all are tried again at growing intervals for up to
+``max_wait_s``. A server that returns without weights gets them again if the transport still has them.
 
-In a run of several ranks each rank generates on all servers, and rank 0 alone delivers updates and compares them. A server that comes back between two
-updates is given the weights by the rank that asks it first.
+In a run with several ranks, each rank generates on all servers. Only rank 0 sends updates and compares the
+servers' weights. If a server returns between two updates, the first rank that contacts it loads the weights.
 """
 
 from __future__ import annotations
@@ -41,21 +45,26 @@ from rpt_lightning.types import GenerationRequest, PromptTokens
 
 log = logging.getLogger(__name__)
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
-_INTERRUPT_S = 0.2  # between two looks at whether somebody interrupts
+_INTERRUPT_S = 0.2  # interval between checks for an interrupt
 
 
 class VLLMServerEngine(RolloutEngine):
-    """Args:
-    urls: Of the servers, such as ``[http://10.0.0.5:8000, http://10.0.0.6:8000]``.
-    transport: How weights get to them.
-    dtype: Of the weights and the computation; the servers must have been started with the same.
-    api_key_env: Environment variable that holds the servers' key.
-    api_key_file: File that holds it where the variable is not set; nobody else may be able to read it.
-    max_num_seqs: Completions that this process has under way on one server.
-    timeout_s: Longest silence of a server that works, in seconds. After it the server counts as dead.
-    request_timeout_s: Longest time for the completions of one prompt, in seconds; a safeguard beside ``timeout_s``.
-    max_wait_s: With no usable server the run waits so long for one, in seconds, and then ends with a checkpoint; at its start it waits so long for
-        all of them. In a run of several ranks it must be less than the time limit of their collectives.
+    """An engine that generates on vLLM servers.
+
+    Args:
+        urls: Addresses of the servers, such as ``[http://10.0.0.5:8000, http://10.0.0.6:8000]``.
+        transport: How weights reach the servers.
+        dtype: Data type of the weights and the computation. The servers must be started with the same one.
+        api_key_env: Environment variable that holds the servers' key.
+        api_key_file: File with the key, used if the variable is not set. Nobody else may be able to read it.
+        max_num_seqs: Number of completions that this process runs on one server at a time.
+        timeout_s: Longest time without an answer from a working server, in seconds. After it, the server
+            counts as dead.
+        request_timeout_s: Longest time for the completions of one prompt, in seconds. It is a safeguard in
+            addition to ``timeout_s``.
+        max_wait_s: Without a usable server, wait this many seconds for one, and then end the run with a
+            checkpoint. At its start, the run waits this long for all servers. With several ranks, this must
+            be shorter than the time limit of their collectives.
     """
 
     def __init__(
@@ -93,20 +102,23 @@ class VLLMServerEngine(RolloutEngine):
         self.request_timeout_s = request_timeout_s
         self.max_wait_s = max_wait_s
         self.num_lost = 0
-        """Times that a server was lost, since the engine was made."""
+        """How often a server was lost since the engine was made."""
         self._fleet: Fleet | None = None
         self._run_label = ""
-        self._block_sizes: set[int] = set()  # of the servers' prefix caches; 0: a server without one
+        self._block_sizes: set[int] = set()  # of the servers' prefix caches; 0 is a server without one
         self._prefixes: UnlimitedPrefixCache | None = None  # since the last update
         self._weights = PresentWeights("", transport, self._reacquaint)
-        self._out: dict[str, str] = {}  # url -> why
-        self._was_in: set[str] = set()  # urls of servers that held the weights when they were last asked
-        self._differing: str | None = None  # a server that was found to hold other weights
+        self._out: dict[str, str] = {}  # url -> reason
+        self._was_in: set[str] = set()  # urls of servers that held the weights when last checked
+        self._differing: str | None = None  # a server found to hold other weights
         self._architecture: dict[str, object] = {}
 
     @property
     def description(self) -> str:
-        return f"{len(self.urls)} vLLM servers ({', '.join(self.urls)}), {self.dtype}, up to {self.max_num_seqs} completions each at once"
+        return (
+            f"{len(self.urls)} vLLM servers ({', '.join(self.urls)}), {self.dtype}, "
+            f"up to {self.max_num_seqs} completions each at once"
+        )
 
     @property
     def servers(self) -> tuple[int, int]:
@@ -114,7 +126,7 @@ class VLLMServerEngine(RolloutEngine):
 
     @property
     def num_usable(self) -> int:
-        """Servers that are not out."""
+        """Number of servers that are not left out."""
         return len(self.urls) - len(self._out)
 
     def _start(self, model_path: str, seed: int) -> None:
@@ -124,13 +136,17 @@ class VLLMServerEngine(RolloutEngine):
         )
         self._architecture = architecture(AutoConfig.from_pretrained(model_path))
         self._out = {}
-        # A server that hung through the end of an earlier start must not pass for one of this start: its label has another beginning.
+        # Each start has its own label, so a server that hung through the end of an earlier start cannot be
+        # mistaken for one of this start.
         self._run_label, block_size = on_first_rank(self._open)
         self.prompt_tokens = PromptTokens(total=0, cached=0, shareable=0) if block_size else None
         self._prefixes = UnlimitedPrefixCache(block_size) if block_size else None
 
     def _open(self) -> tuple[str, int]:
-        """The beginning of this start's labels, and the size of a block that servers share of prompts; 0: not all of them share."""
+        """Return the prefix of this start's labels, and the block size in which servers share prompts.
+
+        The size is 0 unless all servers share prompts.
+        """
         assert self._fleet is not None
         self.transport.open(self._fleet)
         log.info("waiting for %d servers", len(self.urls))
@@ -161,9 +177,8 @@ class VLLMServerEngine(RolloutEngine):
             self._fleet.run(lambda servers: self._wait(servers, self._reacquaint))
             self.transport.publish(weights, version=version, dtype=self.dtype, shapes=self._weight_shapes)
         finally:
-            _exhaust(
-                weights
-            )  # gathering sharded weights is a collective: the other ranks go on after an error here
+            # Gathering sharded weights is a collective, so the other ranks continue even after an error here.
+            _exhaust(weights)
         usable = self._fleet.run(
             lambda servers: self._wait(servers, self._weights.bring_in, first_try=self._usable(servers))
         )
@@ -178,7 +193,7 @@ class VLLMServerEngine(RolloutEngine):
         bring_in = held.bring_in_as_one_of_several if is_one_of_several else held.bring_in
 
         async def generate(servers: list[Server]) -> list[list[Sample]]:
-            if is_one_of_several:  # not every rank begins with the same server
+            if is_one_of_several:  # so that ranks do not all begin with the same server
                 first = dist.get_rank() % len(servers)
                 servers = servers[first:] + servers[:first]
 
@@ -193,7 +208,7 @@ class VLLMServerEngine(RolloutEngine):
                     self._check_interrupted()
                 return work.result()
             finally:
-                work.cancel()  # requests under way end with their connections
+                work.cancel()  # running requests end with their connections
                 await asyncio.gather(work, return_exceptions=True)
 
         samples = self._fleet.run(generate)
@@ -201,16 +216,18 @@ class VLLMServerEngine(RolloutEngine):
         return samples
 
     def _count_prompts(self, requests: Sequence[GenerationRequest]) -> None:
-        """As if no server's cache were too small, and a document's positions were on one server: what their caches served they do not say."""
+        """Count prompt tokens as if caches were unlimited and each document's positions were on one server.
+
+        The servers do not report what their caches served.
+        """
         if self.prompt_tokens is not None and self._prefixes is not None:
             total = sum(request.n * len(request.prompt_ids) for request in requests)
             cached = sum(self._prefixes.serve(request.prompt_ids, request.n) for request in requests)
-            self.prompt_tokens += PromptTokens(
-                total=total, cached=cached, shareable=0
-            )  # 0: no share of what was possible is measured
+            # shareable is 0 because we do not measure the share of what was possible.
+            self.prompt_tokens += PromptTokens(total=total, cached=cached, shareable=0)
 
     def _read_weights(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """From a server that differed, where the last comparison found one."""
+        """Read from a server that differed in the latest comparison, if there is one."""
         assert self._fleet is not None
 
         async def read(servers: list[Server]) -> dict[str, Tensor]:
@@ -230,7 +247,10 @@ class VLLMServerEngine(RolloutEngine):
     def _compare(
         self, wanted: Mapping[str, Tensor]
     ) -> tuple[dict[str, str], set[str], dict[str, tuple[str, ...]]]:
-        """What the policy has, the servers that have the same, and what others have instead. A server that could not be compared is in neither."""
+        """Return the policy's checksums, the servers that match, and the names that differ on the others.
+
+        A server that could not be compared is in neither of the two.
+        """
         assert self._fleet is not None
         expected = {name: checksum(tensor) for name, tensor in wanted.items()}
 
@@ -259,7 +279,7 @@ class VLLMServerEngine(RolloutEngine):
         self._fleet = None
 
     async def _acquaint(self, server: Server) -> None:
-        """Raises ValueError for a server that cannot serve this run."""
+        """Raise ValueError if the server cannot serve this run."""
         facts = await server.describe()
         check_facts(
             server.url, facts, dtype=self.dtype, model=self._architecture, max_model_len=self.max_model_len
@@ -267,7 +287,7 @@ class VLLMServerEngine(RolloutEngine):
         self._block_sizes.add(facts["prefix_block_size"])
 
     async def _reacquaint(self, server: Server) -> None:
-        """In the middle of a run a server that was started with other flags, or another key, is as good as none."""
+        """Check a server in the middle of a run, when one with other flags or another key counts as lost."""
         try:
             await self._acquaint(server)
         except ValueError as error:
@@ -281,13 +301,13 @@ class VLLMServerEngine(RolloutEngine):
         enough: int = 1,
         first_try: Sequence[Server] | None = None,
     ) -> list[Server]:
-        """Those servers for which ``prepare`` succeeds. The others are out.
+        """Return the servers for which ``prepare`` succeeds, and leave out the others.
 
         Args:
-            servers: All.
-            prepare: Raises ServerLost.
-            enough: Tries again until so many succeed; after ``max_wait_s`` one is enough.
-            first_try: Only if none of these succeeds, all are tried.
+            servers: All servers.
+            prepare: Prepares a server, or raises ServerLost.
+            enough: Try again until this many servers succeed. After ``max_wait_s``, one is enough.
+            first_try: Servers to try first. All are tried only if none of these succeeds.
         """
         start, pause_s, candidates = (
             time.monotonic(),
@@ -310,13 +330,14 @@ class VLLMServerEngine(RolloutEngine):
             waited_s = time.monotonic() - start
             if len(usable) >= enough or (usable and waited_s >= self.max_wait_s):
                 for url, why in self._out.items() if candidates is servers else ():
-                    log.warning("server out until the next update of the weights: %s: %s", url, why)
+                    log.warning("server left out until the next weight update: %s: %s", url, why)
                 return usable
             if waited_s >= self.max_wait_s:
                 raise EngineLost(
-                    f"none of the {len(servers)} servers could be used for {waited_s:.0f} s (rollout.engine.max_wait_s={self.max_wait_s:g}). "
+                    f"none of the {len(servers)} servers could be used for {waited_s:.0f} s "
+                    f"(rollout.engine.max_wait_s={self.max_wait_s:g}). "
                     + "; ".join(f"{url}: {why}" for url, why in self._out.items())
-                    + ". Start them again (`rpt serve`) and continue the run with --ckpt_path last"
+                    + ". Start them again (`rpt serve`) and resume the run with --ckpt_path last"
                 )
             if candidates is servers:
                 log.warning(
@@ -333,18 +354,17 @@ class VLLMServerEngine(RolloutEngine):
         server = worker.server if isinstance(worker, _Holder) else worker
         assert isinstance(server, Server)
         self._put_out(server, error)
-        log.warning("lost a server, its requests go to the others: %s", error)
+        log.warning("lost a server; its requests go to the others: %s", error)
 
     def _put_out(self, server: Server, error: ServerLost | ServerRefused) -> None:
-        self.num_lost += (
-            server.url in self._was_in
-        )  # not one that has held no weights yet, nor one that is out already
+        # Servers that have not held weights yet, or are already out, do not count as lost.
+        self.num_lost += server.url in self._was_in
         self._was_in.discard(server.url)
         self._out[server.url] = str(error)
 
 
 class _Holder:
-    """A server that holds the weights of a label."""
+    """A server that holds the weights with a given label."""
 
     def __init__(self, server: Server, label: str) -> None:
         self.server = server

@@ -1,9 +1,10 @@
-"""The weights that vLLM computes with, under their Hugging Face names.
+"""Read the weights that vLLM computes with, under their Hugging Face names.
 
-vLLM fuses projections (q, k, v into one matrix, gate and up into another), and on CPU it packs most matrices into a kernel's
-own layout and throws the plain tensor away. So on CPU a matrix is read by sending the identity through the layer's own kernel:
-each product adds up one weight and zeros, without rounding (only the sign of a zero is lost). That is slower than a copy and
-better than one: it sees what is really multiplied, such as a packed head that still belongs to the weights before.
+vLLM fuses projections (q, k and v into one matrix, gate and up into another). On CPU it also packs most
+matrices into a kernel's own layout and discards the plain tensor. On CPU, a matrix is therefore read by
+sending the identity through the layer's own kernel. Each product sums one weight and zeros without rounding,
+and only the sign of a zero is lost. This is slower than a copy, but it shows what is really multiplied, such
+as a packed head that still belongs to the previous weights.
 """
 
 from __future__ import annotations
@@ -17,28 +18,32 @@ from torch import Tensor, nn
 from rpt_lightning.rollout.file_names import names_in_files
 from rpt_lightning.rollout.weight_part import split_part, take
 
-_SHARDS = {"q": 0, "k": 1, "v": 2}  # what vLLM calls the parts of a fused attention projection
+_SHARDS = {"q": 0, "k": 1, "v": 2}  # vLLM's names for the parts of a fused attention projection
 
 
 @torch.no_grad()
 def read_weights(model: nn.Module, names: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Copies on the CPU, in the engine's dtype.
+    """Copy weights to the CPU, in the engine's dtype.
 
     Args:
-        model: vLLM's model. Where it is split over devices (tensor parallelism, not pipelines), every worker must call this.
-        names: Hugging Face names, such as ``model.layers.0.self_attn.q_proj.weight``, or names of parts (rollout/weight_part.py).
-        dtype: Of the engine.
+        model: vLLM's model. If it is split over devices (tensor parallelism, not pipelines), every worker
+            must call this.
+        names: Hugging Face names, such as ``model.layers.0.self_attn.q_proj.weight``, or names of parts
+            (rollout/weight_part.py).
+        dtype: Data type of the engine.
 
-    Raises ValueError for a tensor that cannot be found or read.
+    Raises:
+        ValueError: A tensor cannot be found or read.
     """
     return {name: _read(model, name, dtype).to("cpu", dtype, copy=True).contiguous() for name in names}
 
 
 def expect_experts(model: nn.Module) -> None:
-    """Call it before new weights are loaded into a model that holds some already.
+    """Prepare a model that already holds weights for loading new ones.
 
-    vLLM's CPU kernel wants experts packed, and vLLM 0.32 packs them once only, when a layer's kernel is made: an update would be multiplied as if it were
-    packed. A layer without its kernel makes it anew.
+    vLLM's CPU kernel needs packed experts, and vLLM 0.32 packs them only once, when it makes a layer's
+    kernel. After an update, it would multiply the new weights as if they were packed. A layer without a
+    kernel makes a new one.
     """
     for layer in model.modules():
         method: Any = getattr(layer, "quant_method", None)
@@ -50,35 +55,35 @@ def _read(model: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
     name, columns = split_part(name)
     modules = dict(model.named_modules())
     in_files = _names_in_files(model).get(name, [name])
-    if len(in_files) > 1:  # one tensor of the policy, one an expert in files, and one again here
+    if len(in_files) > 1:  # one tensor in the policy, one for each expert in files, and one again in vLLM
         return take(_experts(modules, name, in_files[0]), columns)
     path, kind, index = _place(model, in_files[0], modules)
     layer: Any = modules[path]
-    if hasattr(
-        layer, "embedding_dim"
-    ):  # embedding or head: devices share its rows, so that each has a part of every column
+    # Devices share the rows of an embedding or a head, so each has a part of every column.
+    if hasattr(layer, "embedding_dim"):
         return _whole(layer, _own_part(layer, kind, name, dtype, columns), kind)
     part = _own_part(layer, kind, name, dtype)
     num_replicas = 1
     if index is not None:
         part = part.split_with_sizes(list(layer.output_partition_sizes))[index]
-        # Where there are more devices than key-value heads, several hold the same one.
+        # With more devices than key-value heads, several devices hold the same head.
         num_replicas = getattr(layer, "num_kv_head_replicas", 1) if index > 0 else 1
     whole = _whole(layer, part, kind, num_replicas=num_replicas)
     return take(whole.t() if kind == "weight" and _is_transposed(modules, path) else whole, columns)
 
 
 def _names_in_files(model: nn.Module) -> dict[str, list[str]]:
-    """Kept with the model, since it takes a moment and is the same for every weight."""
+    """Return the names, cached with the model because finding them takes a moment."""
     if not hasattr(model, "_rpt_names_in_files"):
         model._rpt_names_in_files = names_in_files(cast(Any, model).config)  # type: ignore[assignment]
     return cast(dict[str, list[str]], model._rpt_names_in_files)
 
 
 def _place(model: nn.Module, name: str, modules: Mapping[str, nn.Module]) -> tuple[str, str, int | None]:
-    """The layer that holds a tensor of the family's files, what it calls the tensor, and which part of a fused layer it is.
+    """Find the layer that holds a tensor of the family's files.
 
-    Some of vLLM's models say it in a mapping of names, the others in one of layers.
+    Returns the layer's path, the layer's name for the tensor, and the index of the part within a fused layer.
+    Some of vLLM's models map tensor names, and others map layers.
     """
     path, _, kind = name.rpartition(".")
     if path in modules:
@@ -97,7 +102,7 @@ def _place(model: nn.Module, name: str, modules: Mapping[str, nn.Module]) -> tup
 
 
 def _experts(modules: Mapping[str, nn.Module], name: str, in_file: str) -> Tensor:
-    """All experts' gate and up projections [E, 2 I, H], or down projections [E, H, I]."""
+    """Return all experts' gate and up projections [E, 2 I, H], or their down projections [E, H, I]."""
     path = f"{in_file.split('.experts.')[0]}.experts"
     layer: Any = getattr(modules.get(path), "routed_experts", None)
     kinds = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}
@@ -105,23 +110,25 @@ def _experts(modules: Mapping[str, nn.Module], name: str, in_file: str) -> Tenso
         raise ValueError(f"vLLM has no layer of experts that holds {name}")
     if layer.moe_config.tp_size > 1 or layer.moe_config.ep_size > 1:
         raise ValueError(
-            f"the experts of {name} are divided over devices, which cannot be compared: use one device a server"
+            f"the experts of {name} are divided over devices, which cannot be "
+            "compared: use one device for each server"
         )
     tensor: Tensor = getattr(layer, kinds[name.rpartition(".")[2]])
     kernel = layer.quant_method.experts_cls
-    if hasattr(kernel, "isa"):  # packed for a CPU's kernel
+    if hasattr(kernel, "isa"):  # packed for a CPU kernel
         tensor = _unpacked(tensor, kernel.isa)
     size = layer.moe_config.intermediate_size_per_partition_unpadded
     if name.endswith("down_proj"):
         return tensor[..., :size]
-    gate, up = tensor.chunk(2, dim=1)  # each with padding of its own
+    gate, up = tensor.chunk(2, dim=1)  # each has its own padding
     return torch.cat([gate[:, :size], up[:, :size]], dim=1)
 
 
 def _unpacked(packed: Tensor, isa: str) -> Tensor:
-    """The matrices [E, out, in] as they were before vLLM's CPU kernel reordered the entries of each.
+    """Return the matrices [E, out, in] as they were before vLLM's CPU kernel reordered their entries.
 
-    Where each entry went is found by reordering its own number, digit by digit, since bf16 counts to 256 only.
+    To find where each entry went, the entries' own numbers are reordered digit by digit, since bf16 can count
+    only to 256.
     """
     from vllm._custom_ops import cpu_prepack_moe_weight
 
@@ -135,7 +142,7 @@ def _unpacked(packed: Tensor, isa: str) -> Tensor:
 
 
 def _is_transposed(modules: Mapping[str, nn.Module], path: str) -> bool:
-    """GPT-2's files hold some matrices as [in, out]; vLLM turns them while it loads them."""
+    """Whether GPT-2's files hold this matrix as [in, out]. vLLM transposes such matrices during loading."""
     turned: Any = [
         module
         for at, module in modules.items()
@@ -145,7 +152,7 @@ def _is_transposed(modules: Mapping[str, nn.Module], path: str) -> bool:
 
 
 def _own_part(layer: Any, kind: str, name: str, dtype: torch.dtype, columns: slice | None = None) -> Tensor:
-    """What this device holds of the layer's weight or bias, or of some columns of it."""
+    """Return this device's part of the layer's weight or bias, or of some of its columns."""
     tensor: Tensor | None = getattr(layer, kind, None)
     if tensor is None:
         raise ValueError(f"vLLM's layer for {name} ({type(layer).__name__}) has no {kind}")
@@ -158,7 +165,10 @@ def _own_part(layer: Any, kind: str, name: str, dtype: torch.dtype, columns: sli
 
 
 def _whole(layer: Any, part: Tensor, kind: str, *, num_replicas: int = 1) -> Tensor:
-    """The parts of all devices of a tensor-parallel server together (a collective of its workers), without the padding of vocabularies."""
+    """Join the parts of all devices of a tensor-parallel server, without the padding of vocabularies.
+
+    This is a collective of the server's workers.
+    """
     num_devices = getattr(layer, "tp_size", 1)
     splits_inputs = getattr(layer, "input_size_per_partition", None) != getattr(layer, "input_size", None)
     is_replicated = type(layer).__name__ == "ReplicatedLinear" or (splits_inputs and kind == "bias")
@@ -172,8 +182,8 @@ def _whole(layer: Any, part: Tensor, kind: str, *, num_replicas: int = 1) -> Ten
 
 
 def _through_kernel(layer: Any, dtype: torch.dtype, columns: slice | None) -> Tensor:
-    """The layer's matrix [out, in], or some columns of it, as its CPU kernel multiplies it."""
-    # A layer that is whole on every device, such as a router, has no part of its own.
+    """Return the layer's matrix [out, in], or some of its columns, as its CPU kernel multiplies it."""
+    # A layer that every device holds as a whole, such as a router, has no size per partition.
     num_inputs = (
         layer.embedding_dim
         if hasattr(layer, "embedding_dim")

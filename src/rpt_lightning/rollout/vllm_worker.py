@@ -1,7 +1,8 @@
-"""What is added to the workers of a vLLM server (``--worker-extension-cls``) so that a trainer can hand over weights and look at them.
+"""Extend a vLLM server's workers (``--worker-extension-cls``), so that a trainer can load and read weights.
 
-It runs inside the server, in every worker process, and is called by name through POST /collective_rpc. Nothing but JSON and safetensors crosses the
-network. The names begin with ``rpt_`` because they become methods of vLLM's own worker class.
+The code runs inside the server, in every worker process, and is called by name through POST /collective_rpc.
+Only JSON and safetensors cross the network. The names begin with ``rpt_`` because they become methods of
+vLLM's own worker class.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rpt_lightning.rollout.file_names import as_in_files
 from rpt_lightning.rollout.server_facts import PROTOCOL, architecture
 from rpt_lightning.rollout.vllm_weights import expect_experts, read_weights
 
-_START = secrets.token_hex(8)  # another one with every start of the process
+_START = secrets.token_hex(8)  # differs for every start of the process
 
 
 class PolicyWeights:
@@ -30,12 +31,11 @@ class PolicyWeights:
 
     vllm_config: Any
     rank: int
-    _rpt_loader: tuple[str, float] | None = (
-        None  # label of the weights that someone is loading, and until when nobody else may (time.monotonic)
-    )
+    # Label of the weights that someone is loading, and the time (time.monotonic) until which nobody else may.
+    _rpt_loader: tuple[str, float] | None = None
 
     def rpt_describe(self) -> dict[str, Any]:
-        """What a trainer has to know before it trusts this server."""
+        """Return what a trainer must know before it trusts this server."""
         from vllm import __version__
 
         model, cache = self.vllm_config.model_config, self.vllm_config.cache_config
@@ -51,26 +51,31 @@ class PolicyWeights:
         }
 
     def rpt_may_load(self, label: str, for_s: float) -> dict[str, bool]:
-        """Whether the caller is the one of several ranks that loads the weights of this label; for so many seconds, or until ``rpt_loaded``."""
+        """Return whether the caller is the one of several ranks that loads the weights with this label.
+
+        The permission lasts ``for_s`` seconds, or until ``rpt_loaded``.
+        """
         now = time.monotonic()
         if self._rpt_loader is not None and self._rpt_loader[0] == label and now < self._rpt_loader[1]:
-            return {"may_load": False}  # in a dictionary: /collective_rpc makes a text of everything else
+            return {"may_load": False}  # a dictionary, because /collective_rpc turns other types into text
         self._rpt_loader = (label, now + for_s)
         return {"may_load": True}
 
     def rpt_loaded(self) -> None:
-        """Whoever may load has done so, or has failed."""
+        """End the permission to load, after success or failure."""
         self._rpt_loader = None
 
     def rpt_load_folder(self, folder: str) -> dict[str, Any]:
-        """Loads every tensor of a folder's safetensors files in place.
+        """Load every tensor of a folder's safetensors files in place.
 
-        vLLM's own ``reload_weights(weights_path=...)`` refuses a server that was started with dummy weights, and would read pickles too.
+        vLLM's own ``reload_weights(weights_path=...)`` refuses a server that was started with dummy weights.
+        It would also read pickles.
         """
         files = sorted(Path(folder).glob("*.safetensors"))
         if not files:
             raise ValueError(
-                f"{folder} holds no .safetensors file; is it on a disk that the server sees under the same path?"
+                f"{folder} holds no .safetensors file; is it on a disk that "
+                "the server sees under the same path?"
             )
         expect_experts(self.get_model())  # type: ignore[attr-defined]
         weights = as_in_files(_tensors(files), self.vllm_config.model_config.hf_config)
@@ -78,11 +83,14 @@ class PolicyWeights:
         return {"num_files": len(files)}
 
     def rpt_checksums(self, names: list[str]) -> dict[str, str]:
-        """``checksum`` of weights in the engine's dtype, under their Hugging Face names; one after the other, to hold one at a time."""
+        """Return ``checksum`` of weights in the engine's dtype, under their Hugging Face names.
+
+        The weights are read one after the other, so only one is held at a time.
+        """
         return {name: checksum(self._rpt_weight(name)) for name in names}
 
     def rpt_read(self, names: list[str]) -> dict[str, str]:
-        """The weights themselves: one safetensors file, as base64."""
+        """Return the weights themselves as one safetensors file in base64."""
         weights = {name: self._rpt_weight(name) for name in names}
         return {"safetensors": base64.b64encode(save(weights)).decode()} if self.rank == 0 else {}
 
@@ -93,5 +101,5 @@ class PolicyWeights:
 def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
     for file in files:
         with safe_open(file, framework="pt", device="cpu") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (no iterator)
+            for name in tensors.keys():  # noqa: SIM118 (it is not iterable)
                 yield name, tensors.get_tensor(name)

@@ -1,7 +1,8 @@
-"""Some columns of a matrix under a name of their own, ``lm_head.weight[:, 72:144]``, where weights are compared.
+"""Names for some columns of a matrix, such as ``lm_head.weight[:, 72:144]``, used to compare weights.
 
-Embedding and head are a model's largest tensors, and what goes wrong with them on the way to an engine (one is not delivered, an older one stays packed, a
-device's rows are missing) shows in every column.
+Embedding and head are a model's largest tensors. Anything that goes wrong with them on the way to an engine
+shows in every column. Examples are a head that was left out of the update, an older one that stays packed,
+and missing rows of one device.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ _PART = re.compile(r"(?P<name>.+)\[:, (?P<first>\d+):(?P<end>\d+)\]")
 
 
 def part_name(name: str, columns: slice) -> str:
-    """
+    """Return the name of some columns of a matrix.
+
     >>> part_name("lm_head.weight", slice(72, 144))
     'lm_head.weight[:, 72:144]'
     """
@@ -22,7 +24,7 @@ def part_name(name: str, columns: slice) -> str:
 
 
 def split_part(name: str) -> tuple[str, slice | None]:
-    """The tensor's name, and which columns are meant; None: the whole tensor.
+    """Return the tensor's name and the selected columns, or None for the whole tensor.
 
     >>> split_part("lm_head.weight[:, 72:144]")
     ('lm_head.weight', slice(72, 144, None))
@@ -34,5 +36,5 @@ def split_part(name: str) -> tuple[str, slice | None]:
 
 
 def take(tensor: Tensor, columns: slice | None) -> Tensor:
-    """A view."""
+    """Return a view of the columns, or the whole tensor for None."""
     return tensor if columns is None else tensor[:, columns]

@@ -1,4 +1,4 @@
-"""How new weights get from the trainer to its servers."""
+"""Transports that bring new weights from the trainer to its servers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ from rpt_lightning.rollout.server import Fleet, Server
 
 
 class WeightTransport(ABC):
-    """Used by the first rank, except for ``follow`` and ``load``. The order of an update: ``publish`` once, ``load`` for every server that answers, ``retire``."""
+    """A way to send weights to servers.
+
+    The first rank uses all methods except ``follow``. The others use only ``follow`` and ``load``. An update
+    calls ``publish`` once, then ``load`` for every server that answers, then ``retire``.
+    """
 
     @abstractmethod
     def open(self, fleet: Fleet) -> None:
-        """Before the first update."""
+        """Prepare for updates. Called before the first one."""
 
     @abstractmethod
     def publish(
@@ -33,34 +37,39 @@ class WeightTransport(ABC):
         dtype: torch.dtype,
         shapes: Mapping[str, torch.Size],
     ) -> None:
-        """Takes every tensor, under Hugging Face names and a tied head under its own, and offers them in the servers' dtype."""
+        """Take every tensor and offer it in the servers' dtype.
+
+        The names are Hugging Face names. A tied head comes under its own name too.
+        """
 
     @abstractmethod
     def follow(self, version: int) -> None:
-        """On the other ranks: the first has published this version, and they may be asked to ``load`` it."""
+        """Note on the other ranks that the first rank has published this version, so they may ``load`` it."""
 
     @abstractmethod
     async def load(self, server: Server) -> None:
-        """Brings the weights that were published last into a server that is on hold. Raises ServerLost where that fails."""
+        """Load the latest published weights into a server that is on hold. Raise ServerLost if that fails."""
 
     @abstractmethod
     def retire(self) -> None:
-        """What was published before the last time is needed no more."""
+        """Discard everything published before the latest version."""
 
     @abstractmethod
     def close(self) -> None:
-        """Leaves nothing behind. May be called twice."""
+        """Clean up everything. It may be called twice."""
 
 
 class SharedFolderTransport(WeightTransport):
-    """Safetensors in a folder that trainer and servers see under the same path, be it a disk of their own or a network file system.
+    """Weight sync through safetensors files in a folder.
 
-    A server that lost its weights can load them again without the trainer's help.
+    Trainer and servers must see the folder under the same path, on a local disk or a network file system. A
+    server that lost its weights can load them again without the trainer's help.
 
     Args:
-        folder: Belongs to one run: what an earlier start left there is removed, and a second run that names it while the first lives is refused.
-        shard_gib: Size of a file, in GiB. So much memory holds weights that are on their way to the disk.
-        load_timeout_s: Longest time for a server to load, in seconds.
+        folder: Folder for this run only. Files from an earlier start are removed. A second run that uses the
+            folder while the first is alive is refused.
+        shard_gib: Size of a file, in GiB. Weights on their way to disk occupy this much memory.
+        load_timeout_s: Longest time for a server to load the weights, in seconds.
     """
 
     def __init__(self, folder: str, shard_gib: float = 4.0, load_timeout_s: float = 600.0) -> None:
@@ -74,17 +83,18 @@ class SharedFolderTransport(WeightTransport):
         self._lock: IO[str] | None = None
 
     def open(self, fleet: Fleet) -> None:
-        """Raises ValueError where another run uses the folder: each would remove the other's weights, or load them."""
+        """Raise ValueError if another run uses the folder. Each would remove or load the other's weights."""
         self._root.mkdir(parents=True, exist_ok=True)
         if self._lock is None:
             lock = self._root.with_name(self._root.name + ".lock").open("w")
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it does
+                # Held until this process ends, however it ends.
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 lock.close()
                 raise ValueError(
-                    f"transport.folder={self.folder}: another run hands weights over through it. Give each run a folder of its own "
-                    "(--rollout.engine.transport.folder), and servers of its own"
+                    f"transport.folder={self.folder}: another run uses this folder for its weights. Give "
+                    "each run a folder of its own (--rollout.engine.transport.folder), and servers of its own"
                 ) from error
             self._lock = lock
         self._remove_all_but(None)
@@ -100,7 +110,7 @@ class SharedFolderTransport(WeightTransport):
         target = self._folder_of(version)
         partial = target.with_suffix(".partial")
         for path in (target, partial):
-            if path.exists():  # the same version is published again after an update that failed
+            if path.exists():  # after a failed update, the same version is published again
                 shutil.rmtree(path)
         partial.mkdir()
         shard: dict[str, Tensor] = {}
@@ -111,18 +121,18 @@ class SharedFolderTransport(WeightTransport):
             num_files += 1
             try:
                 save_file(shard, partial / f"model-{num_files:05}.safetensors")
-            except Exception as error:  # safetensors' own class for a full disk
+            except Exception as error:  # safetensors has its own class for a full disk
                 shutil.rmtree(partial, ignore_errors=True)
                 raise OSError(
-                    f"transport.folder={self.folder}: weights of version {version} could not be written: {error}"
+                    f"transport.folder={self.folder}: weights of version "
+                    f"{version} could not be written: {error}"
                 ) from error
             shard.clear()
             num_bytes = 0
 
         for name, tensor in weights:
-            shard[name] = (
-                tensor.detach().to("cpu", dtype, copy=True).contiguous()
-            )  # a copy: a tied head shares memory, which safetensors refuses
+            # A copy, because a tied head shares memory, which safetensors refuses.
+            shard[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
             num_bytes += shard[name].nbytes
             if num_bytes >= self.shard_gib * 2**30:
                 write()

@@ -1,13 +1,14 @@
-"""Asks TRL's and verl's own code for losses and gradients on small seeded tensors, and writes trl.json and verl.json beside this file.
+"""Compute golden losses and gradients with TRL's and verl's own code, on small seeded tensors.
 
-Run in an environment of its own, with torch and `pip install trl==1.16.0 verl==0.9.1` (what verl.trainer.ppo.core_algos imports is enough for verl):
+The script writes trl.json and verl.json beside this file. Run it in an environment of its own, with torch and
+`pip install trl==1.16.0 verl==0.9.1` (for verl, the imports of verl.trainer.ppo.core_algos are enough):
 
     python tests/algo/goldens/make_goldens.py
 
-Nothing of rpt_lightning is imported, and no formula is typed again here: TRL's loss is `GRPOTrainer._compute_loss` on a trainer without a model,
-whose log-probs are the given ones; verl's are `compute_policy_loss_vanilla`, `compute_grpo_outcome_advantage` and
-`compute_rollout_correction_weights`. Inputs are stored with the results, so that the tests do not depend on how a version of torch draws random
-numbers.
+It imports nothing from rpt_lightning and repeats no formula. TRL's loss is `GRPOTrainer._compute_loss`, on a
+trainer without a model that is given the log-probs. verl's functions are `compute_policy_loss_vanilla`,
+`compute_grpo_outcome_advantage` and `compute_rollout_correction_weights`. The inputs are stored with the
+results, so the tests do not depend on how a version of torch draws random numbers.
 """
 
 from __future__ import annotations
@@ -146,7 +147,8 @@ def make_verl() -> dict[str, object]:
         )
         for mode in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"):
             for corrected in (False, True):
-                # The dual clip (on by default) is no part of the papers that we follow: set out of reach.
+                # The dual clip (on by default) is not in the papers that we follow, so it is set out of
+                # reach.
                 config = ActorConfig(
                     strategy="fsdp",
                     rollout_n=1,
