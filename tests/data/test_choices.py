@@ -117,10 +117,18 @@ def test_forms(fields: QuestionFields, row: dict[str, Any], letter: str, choices
             {"question": "?", "choices": {"text": ["x", "y"], "label": ["A"]}, "answerKey": "A"},
             r"2 texts and 1 labels",
         ),
-        (FROM_0, {"q": "?", "c": ["x", "y"], "a": 2}, r"'2' is no place of the 2 choices, counted from 0"),
-        (FROM_1, {"q": "?", "c": ["x", "y"], "a": 0}, r"'0' is no place of the 2 choices, counted from 1"),
+        (
+            FROM_0,
+            {"q": "?", "c": ["x", "y"], "a": 2},
+            r"'2' is not the place of one of the 2 choices, counted from 0",
+        ),
+        (
+            FROM_1,
+            {"q": "?", "c": ["x", "y"], "a": 0},
+            r"'0' is not the place of one of the 2 choices, counted from 1",
+        ),
         (FROM_0, {"q": "?", "c": ["x", "y"], "a": True}, r"True \(bool\) is no text"),
-        (FROM_0, {"q": "?", "c": ["x", "y"], "a": "A"}, r"'A' is no place"),
+        (FROM_0, {"q": "?", "c": ["x", "y"], "a": "A"}, r"'A' is not the place"),
         (TEXT, {"q": "?", "c": ["x", "x"], "a": "x"}, r"2 of the choices have the text 'x'"),
         (TEXT, {"q": "?", "c": ["x", "y"], "a": "z"}, r"0 of the choices have the text 'z'"),
         (

@@ -238,7 +238,7 @@ def test_the_manifest_counts_fields_and_marks(
     prepare_small(tmp_path / "odd", source=Listed(documents), max_tokens_per_document=40)
     said = capsys.readouterr().out
     assert "1 of 11 marks have no effect: no token begins in them" in said
-    assert "10 of 11 marks have no effect: they lie behind --max_tokens_per_document 40" in said
+    assert "10 of 11 marks have no effect: they lie beyond --max_tokens_per_document 40" in said
     assert "fields kept at positions: kind, world" in said
 
 
@@ -259,7 +259,7 @@ def test_a_folder_without_fields_has_the_same_shards(
         stored(prepare_small(tmp_path / "thoughts", source=Listed(thoughts)))["chunks"]
         == stored(plain)["chunks"]
     )
-    with pytest.raises(ValueError, match="a task folder made when the text of --source was another"):
+    with pytest.raises(ValueError, match="a task folder made with different text of --source"):
         prepare_small(plain, source=Listed(marked_documents()))
 
 
@@ -339,5 +339,5 @@ def test_stored_fields_that_are_not_those_of_the_positions(marked_folder: Path) 
 
     item = TaskFolder(marked_folder, "train").document(0)
     for wrong in ([], [1] * len(item["positions"]), {"depth": 1}):
-        with pytest.raises(ValueError, match="its stored fields are not one object a position"):
+        with pytest.raises(ValueError, match="its stored fields are not one object per position"):
             decode_item(encode_item(item | {"fields": wrong}))

@@ -159,7 +159,7 @@ def test_what_cannot_be_read_back_is_not_published(
     monkeypatch.setattr(shards, "encode_item", lambda item: original(item) | {"entropy": item["true_prob"]})
     with pytest.raises(
         RuntimeError,
-        match=r"--output_dir .*out: what was written is not what is read back.*train/ holds other documents",
+        match=r"--output_dir .*out: what was written is not what is read back.*train/ holds documents",
     ):
         prepare_small(tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -312,13 +312,13 @@ def test_a_finished_folder_of_other_weights_or_text_is_not_accepted(
     (proxy / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     with pytest.raises(
         ValueError,
-        match=r"--output_dir .*tasks: a task folder made when the weights of --proxy '.*proxy' was another",
+        match=r"--output_dir .*tasks: a task folder made with different weights of --proxy '.*proxy'",
     ):
         prepare_small(folder, **settings)
     (proxy / "model.safetensors").write_bytes(weights)
     corpus.write_text(corpus.read_text().replace('"}', '"} ', 1).replace("a", "b", 1))
     with pytest.raises(
-        ValueError, match=r"--output_dir .*tasks: a task folder made when the text of --source was another"
+        ValueError, match=r"--output_dir .*tasks: a task folder made with different text of --source"
     ):
         prepare_small(folder, **settings)
 

@@ -76,7 +76,7 @@ def test_stopped_it_continues(
     assert process.returncode != 0
     assert not output.exists()
     if stop == signal.SIGINT:
-        assert "What was scored is kept" in said
+        assert "The scores so far are kept" in said
     assert len(list(tmp_path.glob("tasks.partial/*/scores-*.npz"))) == 1
     scored: list[int] = []
     original = ProxyScorer.score

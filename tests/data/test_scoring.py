@@ -185,5 +185,5 @@ def test_a_model_that_changes_its_logits_behind_the_head_is_refused(model) -> No
             output.logits = output.logits * 3
             return output
 
-    with pytest.raises(ValueError, match="changes its logits behind the output layer"):
+    with pytest.raises(ValueError, match="changes its logits after the output layer"):
         scorer(Capped())

@@ -352,7 +352,7 @@ def _accept_finished(output: Path, settings: dict[str, Any], source: CorpusSourc
     ]:
         if not is_same:
             raise ValueError(
-                f"--output_dir {output}: a task folder made when the {what} was different; "
+                f"--output_dir {output}: a task folder made with different {what}; "
                 "remove it or name another folder"
             )
     try:
