@@ -248,7 +248,7 @@ def test_template_args_reach_the_template() -> None:
             {"add_generation_prompt": False},
             r"template_args: add_generation_prompt is set by ChatPrompt itself",
         ),
-        (template("<think></think>Answer: "), None, r"closes the thought and goes on behind it"),
+        (template("<think></think>Answer: "), None, r"closes the thought and continues after it"),
         (
             "{{ raise_exception('only with a system message') }}",
             None,
@@ -339,5 +339,5 @@ def test_a_template_that_cannot_be_used_is_one_error(template: str, cause: str) 
 
 def test_a_template_that_draws_is_refused() -> None:
     template = "{{ range(100000) | random }}" + toys.CHAT_TEMPLATE
-    with pytest.raises(ValueError, match="gives another text in every call"):
+    with pytest.raises(ValueError, match="gives a different text in every call"):
         QuestionPrompt().bind(toys.byte_level(chat_template=template))
