@@ -1,4 +1,4 @@
-"""Choices and answer keys in the forms of the datasets that have them, with made-up content."""
+"""Choices and answer keys in the forms that datasets use, with made-up content."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LABELS = QuestionFields(question="q", choices="c", labels="names", answer="a")
 @pytest.mark.parametrize(
     ("fields", "row", "letter", "choices"),
     [
-        # ARC: letters in most rows, digits in some, always those of the row's own labels.
+        # ARC: most rows have letters and some have digits. The answer is always one of the row's own labels.
         (
             ARC,
             {"question": "?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"},
@@ -47,16 +47,16 @@ LABELS = QuestionFields(question="q", choices="c", labels="names", answer="a")
             "A",
             ("x", "y"),
         ),
-        # MMLU: a place from 0, with an index or a ClassLabel's number.
+        # MMLU: an index from 0, given as a number or as a ClassLabel.
         (FROM_0, {"q": "?", "c": ["x", "y", "z"], "a": 0}, "A", ("x", "y", "z")),
         (FROM_0, {"q": "?", "c": ["x", "y", "z"], "a": "2"}, "C", ("x", "y", "z")),
         (FROM_1, {"q": "?", "c": ["x", "y", "z"], "a": 1}, "A", ("x", "y", "z")),
-        # Letters as people write them.
+        # Letters in the forms that people write.
         *(
             (PLAIN, {"q": "?", "c": ["x", "y", "z"], "a": key}, "C", ("x", "y", "z"))
             for key in ("C", "c", "(C)", " c) ", "C.", ["C"], "(C) z")
         ),
-        # Objects by label, in any order; a table's rows with fewer choices have nulls at the end.
+        # Objects by label, in any order. In a table, rows with fewer choices end with nulls.
         (PLAIN, {"q": "?", "c": {"A": "x", "B": "y"}, "a": "b"}, "B", ("x", "y")),
         (PLAIN, {"q": "?", "c": {"B": "y", "A": "x"}, "a": "A"}, "B", ("y", "x")),
         (PLAIN, {"q": "?", "c": {"A": "x", "B": "y", "E": None}, "a": "B"}, "B", ("x", "y")),
@@ -64,7 +64,7 @@ LABELS = QuestionFields(question="q", choices="c", labels="names", answer="a")
         (COLUMNS, {"q": "?", "A": "x", "B": "y", "C": "z", "D": None, "a": "C"}, "C", ("x", "y", "z")),
         (LABELS, {"q": "?", "c": ["x", "y"], "names": ["ja", "nein"], "a": "Nein"}, "B", ("x", "y")),
         (TEXT, {"q": "?", "c": ["x", "y"], "a": " y "}, "B", ("x", "y")),
-        # Numbers are written out.
+        # Numbers are written out in digits.
         (TEXT, {"q": "?", "c": [0.00001, 2], "a": 0.00001}, "A", ("0.00001", "2")),
     ],
 )

@@ -1,4 +1,4 @@
-"""Files as people have them: marks, compression, folders, patterns, ``~``."""
+"""Files in the state in which people keep them: marks, compression, folders, patterns, ``~``."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_one_file_in_every_form(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(FORMS[name])
     assert [document.text for document in JsonlSource(str(tmp_path / name), "{problem}").documents()] == TEXTS
     assert [question.text for question in JsonlQuestions(str(tmp_path / name)).questions()] == TEXTS
-    if not name.endswith("list.json"):  # lines as text
+    if not name.endswith("list.json"):  # read as lines of text
         (document,) = TextFilesSource(str(tmp_path / name)).documents()
         assert document.text.replace("\ufeff", "") == LINES
 
@@ -77,7 +77,7 @@ def test_ids_name_file_and_line(tmp_path: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Under the home folder."""
+    """A folder under the home folder."""
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = tmp_path / "data [v2]"
     for name, text in {

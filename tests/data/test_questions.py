@@ -1,4 +1,7 @@
-"""From rows to questions: the fields of each benchmark, on rows of its shape with made-up content, and errors that name the row."""
+"""From rows to questions: the fields of each benchmark, and errors that name the row.
+
+The rows have the shape of each benchmark, with made-up content.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from rpt_lightning.data.benchmarks import BENCHMARKS, benchmark_source
 from rpt_lightning.data.questions import HuggingFaceQuestions, JsonlQuestions, QuestionFields, read_all
 from rpt_lightning.types import Question
 
-# One row of each dataset as its card describes it; the contents are ours.
+# One row of each dataset in the form that its card describes. The contents are ours.
 ROWS: dict[str, dict[str, Any]] = {
     "aime24": {
         "id": 60,
@@ -100,7 +103,7 @@ def test_a_folder_that_datasets_reads(tmp_path: Path) -> None:
 
 
 def test_nested_fields_and_answers_in_a_list(tmp_path: Path) -> None:
-    """The shape of Skywork-OR1."""
+    """This is the shape of Skywork-OR1."""
     rows = [
         {"prompt": [{"role": "user", "content": f"Q{number}"}], "reward_model": {"ground_truth": truth}}
         for number, truth in enumerate(['["[1, 2)"]', "[1, 2]"])

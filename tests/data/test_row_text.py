@@ -1,4 +1,4 @@
-"""Values of rows as the text that they say."""
+"""The values of rows as text."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_rows_of_a_dataset(tmp_path) -> None:
 
 
 def test_a_separator_is_told_where_it_is_not_the_usual_one() -> None:
-    """A folder that was prepared before there was a choice is recognised."""
+    """A folder that was prepared before this option existed is recognised."""
     assert JsonlSource("a.jsonl", "{text}").describe() == {
         "kind": "jsonl",
         "path": "a.jsonl",

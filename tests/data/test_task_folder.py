@@ -110,7 +110,7 @@ def test_folders_of_the_earlier_format_are_read_and_have_the_same_chunks(
     (path / "train/index.json").unlink()
     writer = BinaryWriter(str(path / "train"), chunk_bytes="64MB")
     for index in range(2):
-        writer.add_item(index, dict(new.document(index)))  # the id as text
+        writer.add_item(index, dict(new.document(index)))  # with the id as text
     writer.done()
     writer.merge()
     assert json.loads((path / "train/index.json").read_text())["config"]["data_format"][0] == "str"
