@@ -180,9 +180,11 @@ def template(opening: str) -> str:
     )
 
 
-SWITCHED = toys.CHAT_TEMPLATE.replace(  # Qwen 3.5's small models: closed unless it is asked for
+SWITCHED = toys.CHAT_TEMPLATE.replace(  # as in Qwen 3.5's small models: closed by default
     "<|im_start|>assistant\n' }}",
-    "<|im_start|>assistant\n' }}{% if enable_thinking is defined and enable_thinking %}{{ '<think>\n' }}{% else %}{{ '<think>\n\n</think>\n\n' }}{% endif %}",
+    "<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking %}"
+    "{{ '<think>\n' }}{% else %}{{ '<think>\n\n</think>\n\n' }}{% endif %}",
 )
 
 
@@ -205,7 +207,7 @@ def test_forms_of_the_thought(opening: str, shown: str, think: bool) -> None:
         assert rendered(prompt.bind(tokenizer), tokenizer).endswith(
             f"<|im_end|>\n<|im_start|>assistant\n{shown}"
         )
-    # Whoever asks for no marked thought gets the template as it is.
+    # Without a marked thought the template is used unchanged.
     assert rendered(ChatPrompt("v0", None, None).bind(tokenizer), tokenizer).endswith(
         f"<|im_start|>assistant\n{opening}"
     )
@@ -270,7 +272,7 @@ def test_templates_that_are_refused(chat_template: str, args: dict[str, bool] | 
             {"generation_config.json": {"eos_token_id": ["<|im_end|>", "<|endoftext|>", "<|im_start|>"]}},
             ["<|im_end|>", "<|im_start|>"],
         ),
-        ({"generation_config.json": {"eos_token_id": ["a"]}}, ["a"]),  # a list is nobody's default
+        ({"generation_config.json": {"eos_token_id": ["a"]}}, ["a"]),  # a list is never a class's default
         ({"generation_config.json": {"eos_token_id": "<|im_end|>"}}, ["<|im_end|>"]),
         ({"generation_config.json": {"eos_token_id": "a"}}, []),  # such as the 2 of a small Llama
         ({"generation_config.json": {}, "config.json": {"eos_token_id": ["<|im_end|>"]}}, ["<|im_end|>"]),
