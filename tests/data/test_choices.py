@@ -76,8 +76,8 @@ def test_forms(fields: QuestionFields, row: dict[str, Any], letter: str, choices
 @pytest.mark.parametrize(
     ("fields", "row", "message"),
     [
-        (PLAIN, {"q": "?", "c": ["x", None], "a": "A"}, r"row 0, field c, choice B: null is no choice"),
-        (PLAIN, {"q": "?", "c": ["x", " "], "a": "A"}, r"row 0, field c, choice B: ' ' is no choice"),
+        (PLAIN, {"q": "?", "c": ["x", None], "a": "A"}, r"row 0, field c, choice B: null is not a choice"),
+        (PLAIN, {"q": "?", "c": ["x", " "], "a": "A"}, r"row 0, field c, choice B: ' ' is not a choice"),
         (PLAIN, {"q": "?", "c": {"A": None, "B": "y", "C": "z"}, "a": "B"}, r"choice A: null"),
         (
             PLAIN,
@@ -103,10 +103,10 @@ def test_forms(fields: QuestionFields, row: dict[str, Any], letter: str, choices
         (
             PLAIN,
             {"q": "?", "c": ["x", ["y"]], "a": "A"},
-            r"row 0, field c, choice B: \['y'\] \(list\) is no text",
+            r"row 0, field c, choice B: \['y'\] \(list\) is not text",
         ),
-        (PLAIN, {"q": "?", "a": "A"}, r"row 0: no field 'c' \(there is: q, a\)"),
-        (PLAIN, {"q": "?", "c": {"A": "x", "a": "y"}, "a": "A"}, r"two choices have one label"),
+        (PLAIN, {"q": "?", "a": "A"}, r"row 0: no field 'c' \(fields: q, a\)"),
+        (PLAIN, {"q": "?", "c": {"A": "x", "a": "y"}, "a": "A"}, r"two choices have the same label"),
         (
             ARC,
             {"question": "?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "B"},
@@ -127,14 +127,14 @@ def test_forms(fields: QuestionFields, row: dict[str, Any], letter: str, choices
             {"q": "?", "c": ["x", "y"], "a": 0},
             r"'0' is not the place of one of the 2 choices, counted from 1",
         ),
-        (FROM_0, {"q": "?", "c": ["x", "y"], "a": True}, r"True \(bool\) is no text"),
+        (FROM_0, {"q": "?", "c": ["x", "y"], "a": True}, r"True \(bool\) is not text"),
         (FROM_0, {"q": "?", "c": ["x", "y"], "a": "A"}, r"'A' is not the place"),
         (TEXT, {"q": "?", "c": ["x", "x"], "a": "x"}, r"2 of the choices have the text 'x'"),
         (TEXT, {"q": "?", "c": ["x", "y"], "a": "z"}, r"0 of the choices have the text 'z'"),
         (
             LABELS,
             {"q": "?", "c": ["x", "y"], "names": ["ja"], "a": "ja"},
-            r"field names: \['ja'\] where a list of the 2 choices' labels belongs",
+            r"field names: \['ja'\] is not a list of the 2 choices' labels",
         ),
     ],
 )

@@ -127,12 +127,12 @@ def test_files_that_are_not_there(folder: Path) -> None:
     (folder / "only").mkdir()
     (folder / "only" / "notes.docx").write_bytes(b"PK\x03\x04")
     for path, message in {
-        str(folder): r"--source\.init_args\.path .*b\.jsonl and b\.jsonl\.gz are one file twice",
+        str(folder): r"--source\.init_args\.path .*b\.jsonl and b\.jsonl\.gz are the same file",
         f"{folder}/only": r"holds no file named \*\.jsonl or \*\.ndjson or \*\.json \(it holds notes\.docx\)",
         "~/nowhere/*.jsonl": "matches no file",
         "": "path '': empty; name a file, a folder or a pattern",
         "~/nowhere.jsonl": r"'~/nowhere\.jsonl': there is no such file",
-        "~/data [v2]/only/notes.docx": "a zip archive, and text belongs there",
+        "~/data [v2]/only/notes.docx": "a zip archive, but text is needed there",
     }.items():
         with pytest.raises(ValueError, match=message):
             list(JsonlSource(path, "{problem}").documents())

@@ -99,7 +99,7 @@ def test_by_hand() -> None:
     [
         (
             {"fields": {"good": True}},
-            "document 'd': the field 'good' must be text or a finite number, and True is a bool",
+            "document 'd': the field 'good' must be text or a finite number, but True is a bool",
         ),
         ({"fields": {"x": float("nan")}}, "the field 'x' .*nan is not finite"),
         ({"fields": {"x": float("-inf")}}, "the field 'x' .*-inf is not finite"),
@@ -322,15 +322,15 @@ def test_columns_of_a_dataset_are_kept_as_fields(tmp_path: Path) -> None:
     [
         (
             {"depth": None, "world": "cups"},
-            r"the field 'depth' is to be kept, and is missing or null there \(fields: text, depth, world\)",
+            r"the field 'depth' is to be kept, but is missing or null there \(fields: text, depth, world\)",
         ),
         (
             {"depth": [1], "world": "cups"},
-            r"the field 'depth' is to be kept, so it must be text or a finite number, and \[1\] is a list",
+            r"the field 'depth' is to be kept, so it must be text or a finite number, but \[1\] is a list",
         ),
         ({"depth": True, "world": "cups"}, "the field 'depth' .*True is a bool"),
         ({"depth": float("nan"), "world": "cups"}, "the field 'depth' .*nan is not finite"),
-        ({"depth": 3}, "the field 'world' is to be kept, and is missing"),
+        ({"depth": 3}, "the field 'world' is to be kept, but is missing"),
     ],
 )
 def test_a_column_that_cannot_be_kept_names_the_row(

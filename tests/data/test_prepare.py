@@ -253,7 +253,7 @@ def test_a_span_that_is_none(span: object, prepare_small: Prepare, tmp_path: Pat
 
 def test_a_span_that_is_longer_than_every_document(prepare_small: Prepare, tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"--dedup_span 41: no document is so long \(the longest has 40 tokens\).*null"
+        ValueError, match=r"--dedup_span 41: no document is that long \(the longest has 40 tokens\).*null"
     ):
         prepare_small(tmp_path / "out", dedup_span=41, max_tokens_per_document=40)
 
@@ -383,7 +383,8 @@ def test_bad_input(prepare_small: Prepare, tiny_model_dir: Path, tmp_path: Path)
     tokenizer.add_tokens(["<other>"])
     tokenizer.save_pretrained(other)
     with pytest.raises(
-        ValueError, match=r"--proxy '.*other' \(\d+ tokens\) has another tokenizer than --tokenizer '.*tiny'"
+        ValueError,
+        match=r"--proxy '.*other' \(\d+ tokens\) has a different tokenizer from --tokenizer '.*tiny'",
     ):
         prepare_small(output, proxy=str(other))
     with pytest.raises(ValueError, match=r"--proxy '.*other' predicts 512 tokens, but --tokenizer"):

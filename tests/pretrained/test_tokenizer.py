@@ -131,7 +131,7 @@ def test_tokens_without_an_embedding_are_refused(tiny_model_dir: Path) -> None:
     with pytest.raises(
         ValueError,
         match=r"^policy\.path=p: .* 2 tokens without a row .*"
-        r"\('<a>', '<b>', id 512 and on; vocab_size is 512\)",
+        r"\('<a>', '<b>', id 512 and up; vocab_size is 512\)",
     ):
         check_vocabulary(with_tokens(["<a>", "<b>"]), 512, where="policy.path=p")
     # A marker that nothing uses does no harm, such as Gemma 3's for images. One that the chat template or the

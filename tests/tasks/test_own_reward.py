@@ -98,7 +98,7 @@ def test_a_reward_that_does_not_say_what_it_needs():
         def group_rewards(self, predictions, task, first_token_probs=None):
             return (1.0,) * len(predictions)
 
-    with pytest.raises(ValueError, match="the reward Silent does not say needs_first_token_probs"):
+    with pytest.raises(ValueError, match="the reward Silent does not set needs_first_token_probs"):
         Objective(ContinuationPrompt(), Silent())
 
 

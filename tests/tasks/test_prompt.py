@@ -243,7 +243,7 @@ def test_template_args_reach_the_template() -> None:
         (
             SWITCHED,
             {"enable_thinkng": True},
-            r"template_args: the chat template of .* knows no 'enable_thinkng'",
+            r"template_args: the chat template of .* does not know 'enable_thinkng'",
         ),
         (
             SWITCHED,

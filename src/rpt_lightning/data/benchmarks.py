@@ -55,7 +55,7 @@ def benchmark_source(name: str, *, file: Path | None = None, revision: str | Non
     if name not in BENCHMARKS:
         raise ValueError(
             f"--benchmark {name!r}: the benchmarks are {', '.join(BENCHMARKS)}; "
-            "questions of your own go with --questions"
+            "use --questions for questions of your own"
         )
     benchmark = BENCHMARKS[name]
     if file is not None:

@@ -27,8 +27,8 @@ def read_choices(
     value = look_up(row, field) if isinstance(field, str) else [look_up(row, part) for part in field]
     if value is None:
         raise ValueError(
-            f"{where}: no field {field!r} (there is: {', '.join(map(str, row))}); "
-            "say with fields.choices which one has the choices"
+            f"{where}: no field {field!r} (fields: {', '.join(map(str, row))}); "
+            "name the one with the choices in fields.choices"
         )
     listed, labels = _listed(value, at) if isinstance(field, str) else (_without_absent(value), None)
     if labels_field is not None:
@@ -36,10 +36,10 @@ def read_choices(
         if not isinstance(labels, list) or len(labels) != len(listed):
             raise ValueError(
                 f"{where}, field {labels_field}: {short(labels)} "
-                f"where a list of the {len(listed)} choices' labels belongs"
+                f"is not a list of the {len(listed)} choices' labels"
             )
     if not 2 <= len(listed) <= len(LETTERS):
-        raise ValueError(f"{at}: {short(listed)} where a list of 2 to {len(LETTERS)} choices belongs")
+        raise ValueError(f"{at}: {short(listed)} is not a list of 2 to {len(LETTERS)} choices")
     texts = tuple(
         _choice(value, f"{at}, choice {letter}") for letter, value in zip(LETTERS, listed, strict=False)
     )
@@ -48,7 +48,7 @@ def read_choices(
     keys = tuple(_key(label, at) for label in labels)
     if len(set(keys)) < len(keys):
         raise ValueError(
-            f"{at}: two choices have one label ({', '.join(keys)}), "
+            f"{at}: two choices have the same label ({', '.join(keys)}), "
             "so the answer does not say which is right; correct the row"
         )
     return texts, keys
@@ -121,7 +121,7 @@ def _listed(value: Any, where: str) -> tuple[list[Any], Any]:
     ):
         return [part["text"] for part in value], [part["label"] for part in value]
     if not isinstance(value, list):
-        raise ValueError(f"{where}: {short(value)} where a list of 2 to {len(LETTERS)} choices belongs")
+        raise ValueError(f"{where}: {short(value)} is not a list of 2 to {len(LETTERS)} choices")
     return value, None
 
 
@@ -136,7 +136,7 @@ def _choice(value: Any, where: str) -> str:
     text = "" if value is None else as_text(value, where=where, separator=None)
     if not text.strip():
         raise ValueError(
-            f"{where}: {'null' if value is None else repr(text)} is no choice; "
+            f"{where}: {'null' if value is None else repr(text)} is not a choice; "
             "correct the row or leave it out"
         )
     return text

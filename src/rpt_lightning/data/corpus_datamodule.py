@@ -61,7 +61,7 @@ class CorpusDataModule(StreamDataModule):
         )
         if phases is not None and prompt is None:
             raise ValueError(
-                "--data.phases says how worked examples think, and --data.prompt is null, so there are none; "
+                "--data.phases says how worked examples think, but --data.prompt is null, so there are none; "
                 "give a prompt"
             )
         if phases is not None and not phases:
@@ -103,7 +103,8 @@ class CorpusDataModule(StreamDataModule):
             if not any(mark.thought is not None for document in self.documents for mark in document.marks):
                 raise ValueError(
                     f"--data.prompt: worked examples need marks with thoughts, and no document of "
-                    f"{type(self.source).__name__} has one; set --data.prompt null or name a source that has"
+                    f"{type(self.source).__name__} has one; "
+                    "set --data.prompt null or name a source that has them"
                 )
         digest = hashlib.sha256()
         for document in self.documents:

@@ -127,7 +127,7 @@ def find_files(path: str | Path, *, name: str, endings: Sequence[str], what: str
         other = seen.setdefault(without_compression(str(file)), file)
         if other is not file:
             raise ValueError(
-                f"{name}: {other} and {file.name} are one file twice, compressed and not; "
+                f"{name}: {other} and {file.name} are the same file, compressed and uncompressed; "
                 "remove one of the two or name the other"
             )
     return [DataFile(path=file, name=file.relative_to(root).as_posix()) for file in files]
@@ -214,7 +214,8 @@ def _opened(path: Path, name: str) -> Iterator[io.BufferedReader]:
         kind = next((kind for start, kind in _NO_TEXT.items() if beginning.startswith(start)), None)
         if kind is not None:
             raise ValueError(
-                f"{name}: {kind}, and text belongs there; unpack it, or name the source that reads such files"
+                f"{name}: {kind}, but text is needed there; "
+                "unpack it, or name the source that reads such files"
             )
         try:
             yield _decompressed(file, beginning, stack)

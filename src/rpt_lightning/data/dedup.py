@@ -45,7 +45,7 @@ def check_span(span: int | None, *, longest: int) -> None:
     """
     if span is not None and span > longest:
         raise ValueError(
-            f"--dedup_span {span}: no document is so long (the longest has {longest} tokens), "
+            f"--dedup_span {span}: no document is that long (the longest has {longest} tokens), "
             "so nothing would be compared; give a smaller number, "
             "or null if only exact duplicates are to be left out"
         )

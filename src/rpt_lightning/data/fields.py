@@ -51,13 +51,13 @@ def row_fields(names: Sequence[str], row: Mapping[str, Any], *, where: str) -> d
     for name, value in kept.items():
         if value is None:
             raise ValueError(
-                f"{where}: the field {name!r} is to be kept, and is missing or null there "
+                f"{where}: the field {name!r} is to be kept, but is missing or null there "
                 f"(fields: {', '.join(map(str, row))}); correct --source.init_args.fields or the data"
             )
         if problem := value_problem(value):
             raise ValueError(
                 f"{where}: the field {name!r} is to be kept, so it must be text or a finite number, "
-                f"and {problem}; correct --source.init_args.fields or the data"
+                f"but {problem}; correct --source.init_args.fields or the data"
             )
     return kept
 
@@ -175,14 +175,14 @@ def _byte_offsets(text: str) -> NDArray[np.int64]:
 def _check_fields(fields: Any, where: str) -> None:
     if not isinstance(fields, Mapping):
         raise ValueError(
-            f"{where}: its fields are a {type(fields).__name__}, where a mapping of names to values belongs"
+            f"{where}: its fields are a {type(fields).__name__}, but must be a mapping of names to values"
         )
     for name, value in fields.items():
         if not isinstance(name, str) or not name or not _is_unicode(name):
-            raise ValueError(f"{where}: the name of a field is {name!r}, where text belongs")
+            raise ValueError(f"{where}: the name of a field is {name!r}, but must be text")
         problem = value_problem(value)
         if problem:
-            raise ValueError(f"{where}: the field {name!r} must be text or a finite number, and {problem}")
+            raise ValueError(f"{where}: the field {name!r} must be text or a finite number, but {problem}")
 
 
 def _is_unicode(text: str) -> bool:

@@ -100,7 +100,7 @@ def text_array(text: Any, *, what: str) -> NDArray[np.uint8]:
     file name in another encoding.
     """
     if not isinstance(text, str):
-        raise ValueError(f"{what} is a {type(text).__name__}, where text belongs")
+        raise ValueError(f"{what} is a {type(text).__name__}, but must be text")
     try:
         return np.frombuffer(text.encode(), dtype=np.uint8)
     except UnicodeEncodeError as error:

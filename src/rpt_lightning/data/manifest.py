@@ -33,7 +33,7 @@ _ENTRIES: dict[str, type] = {
     },
     **{"sha256": dict, "sha256.train": dict, "sha256.heldout": dict, "sha256.tokenizer": dict},
 }
-_WORDS = {dict: "an object", str: "a text", int: "a whole number"}
+_WORDS = {dict: "an object", str: "text", int: "a whole number"}
 HISTOGRAM_FILE = "histogram.png"
 # Settings of `rpt prepare` that are newer than some folders, with the values used for those folders.
 LATER_SETTINGS: dict[str, Any] = {"dedup_span": 13}
@@ -181,14 +181,14 @@ def _check_entries(manifest: dict[str, Any]) -> None:
                 raise ValueError(f"{path}: there is no such entry{why}")
             value = value[name]
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"{path} is {value!r}, where {_WORDS[kind]} belongs")
+            raise ValueError(f"{path} is {value!r}, but must be {_WORDS[kind]}")
     for part, files in manifest["sha256"].items():
         for name, checksum in files.items():
             if not isinstance(checksum, str) or not re.fullmatch("[0-9a-f]{64}", checksum):
-                raise ValueError(f"sha256.{part}.{name} is {checksum!r}, where a SHA-256 belongs")
+                raise ValueError(f"sha256.{part}.{name} is {checksum!r}, but must be a SHA-256")
     if manifest["answer_reach"] < 1:
-        raise ValueError(f"answer_reach is {manifest['answer_reach']}, where a number of tokens belongs")
+        raise ValueError(f"answer_reach is {manifest['answer_reach']}, but must be a number of tokens")
     for split, counts in manifest.get("splits", {}).items():
         last = counts.get("last_position", 0)
         if not isinstance(last, int) or isinstance(last, bool) or last < 0:
-            raise ValueError(f"splits.{split}.last_position is {last!r}, where a position belongs")
+            raise ValueError(f"splits.{split}.last_position is {last!r}, but must be a position")

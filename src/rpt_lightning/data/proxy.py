@@ -37,7 +37,7 @@ def check_proxy(
     vocabulary = tokenizer.get_vocab()
     if proxy_tokenizer.get_vocab() != vocabulary:
         raise ValueError(
-            f"--proxy {proxy!r} ({len(proxy_tokenizer)} tokens) has another tokenizer than "
+            f"--proxy {proxy!r} ({len(proxy_tokenizer)} tokens) has a different tokenizer from "
             f"--tokenizer {tokenizer_name!r} ({len(tokenizer)} tokens): the same ids mean different text; "
             "name a proxy of the same model family"
         )

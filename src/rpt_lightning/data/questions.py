@@ -149,7 +149,7 @@ def read_question(row: Any, fields: QuestionFields, *, name: str, where: str) ->
         )
     if not isinstance(text, (str, bytes)) or not text.strip():
         raise ValueError(
-            f"{where}, field {fields.question}: {short(text)} is no question, which is a text; "
+            f"{where}, field {fields.question}: {short(text)} is not the text of a question; "
             "name its field with fields.question (a dot leads into nested values)"
         )
     return Question(
@@ -170,8 +170,8 @@ def _value(row: Any, path: str, where: str) -> Any:
     if value is None:
         names = ", ".join(map(str, row)) if isinstance(row, Mapping) else short(row)
         raise ValueError(
-            f"{where}: no field {path!r} (there is: {names}); "
-            "say with fields.question, fields.answer and so on which fields to read"
+            f"{where}: no field {path!r} (fields: {names}); "
+            "name the fields to read with fields.question, fields.answer and so on"
         )
     return value
 
@@ -193,10 +193,10 @@ def _single(value: Any, where: str) -> Any:
 
 def _answer(value: Any, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, bytes, int, float, Decimal)):
-        raise ValueError(f"{where}: {short(value)} is no answer; a text or a number belongs there")
+        raise ValueError(f"{where}: {short(value)} is not an answer; an answer is text or a number")
     text = as_text(value, where=where).strip()
     if not text:
-        raise ValueError(f"{where}: {short(value)} is no answer; a text or a number belongs there")
+        raise ValueError(f"{where}: {short(value)} is not an answer; an answer is text or a number")
     if text.lower().lstrip("+-") in _NO_ANSWERS:
         raise ValueError(
             rf"{where}: {text!r} is what programs write for a missing value; "

@@ -45,7 +45,7 @@ def as_text(value: Any, *, where: str, separator: str | None = DEFAULT_SEPARATOR
     """
     if isinstance(value, (list, tuple)) and separator is not None:
         if not value:
-            raise ValueError(f"{where}: an empty list where text belongs; leave out the row or correct it")
+            raise ValueError(f"{where}: an empty list, but text is needed; leave out the row or correct it")
         if all(isinstance(part, (str, bytes)) for part in value):
             return separator.join(
                 as_text(part, where=f"{where}, entry {index}") for index, part in enumerate(value)
@@ -61,7 +61,7 @@ def as_text(value: Any, *, where: str, separator: str | None = DEFAULT_SEPARATOR
             ) from error
     if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
         return number_text(value, where=where)
-    raise ValueError(f"{where}: {short(value)} ({type(value).__name__}) is no text; {_way_out(value)}")
+    raise ValueError(f"{where}: {short(value)} ({type(value).__name__}) is not text; {_way_out(value)}")
 
 
 def number_text(value: int | float | Decimal, *, where: str) -> str:
@@ -91,7 +91,7 @@ def fill_template(template: str, row: Any, *, where: str, separator: str = DEFAU
     """
     if not isinstance(row, Mapping):
         raise ValueError(
-            f"{where}: a {type(row).__name__} where an object with the template's fields belongs"
+            f"{where}: a {type(row).__name__}, but an object with the template's fields is needed"
         )
     text = ""
     for literal, name, form, conversion in _parts(template):
@@ -101,8 +101,9 @@ def fill_template(template: str, row: Any, *, where: str, separator: str = DEFAU
         value = look_up(row, name)
         if value is None:
             raise ValueError(
-                f"{where}: the template {template!r} needs the field {name!r}, missing or null there "
-                f"(fields: {', '.join(map(str, row))}); correct --source.init_args.template or the data"
+                f"{where}: the template {template!r} needs the field {name!r}, "
+                f"which is missing or null there (fields: {', '.join(map(str, row))}); "
+                "correct --source.init_args.template or the data"
             )
         if conversion:
             raise ValueError(

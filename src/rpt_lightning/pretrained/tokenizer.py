@@ -55,7 +55,7 @@ def as_in_folder(tokenizer: PreTrainedTokenizerBase, *, where: str) -> PreTraine
     if wanted["model"].get("dropout"):
         raise ValueError(
             f"{where}: {file} drops merges at random (dropout {wanted['model']['dropout']}), "
-            "so a text would have other tokens in every call; set dropout to null in its model"
+            "so a text would have different tokens in every call; set dropout to null in its model"
         )
     if not _differences(tokenizer, wanted):
         _check_added_ids(tokenizer, where=where)
@@ -63,8 +63,8 @@ def as_in_folder(tokenizer: PreTrainedTokenizerBase, *, where: str) -> PreTraine
     repaired = PreTrainedTokenizerFast.from_pretrained(tokenizer.name_or_path)
     if parts := _differences(repaired, wanted):
         raise ValueError(
-            f"{where}: the tokenizer that transformers builds from this folder has another "
-            f"{' and '.join(parts)} than its {FILE}, so texts would get other tokens; "
+            f"{where}: the tokenizer that transformers builds from this folder has a different "
+            f"{' and '.join(parts)} from its {FILE}, so texts would get different tokens; "
             "save the right one there with save_pretrained, "
             f'or set "tokenizer_class" to "PreTrainedTokenizerFast" in {CONFIG_FILE} '
             "and remove what contradicts the file"
@@ -131,8 +131,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, num_rows: int, *, where
     )
     if needed:
         raise ValueError(
-            f"{where}: its tokenizer has {len(beyond)} tokens without a row of the model's embedding "
-            f"({', '.join(map(repr, needed[:3]))}, id {beyond[needed[0]]} and on; vocab_size is {num_rows}); "
+            f"{where}: its tokenizer has {len(beyond)} tokens without a row in the model's embedding "
+            f"({', '.join(map(repr, needed[:3]))}, id {beyond[needed[0]]} and up; vocab_size is {num_rows}); "
             "save the model after model.resize_token_embeddings(len(tokenizer)), or remove the tokens"
         )
 

@@ -86,7 +86,7 @@ def check_names(
     if faults:
         raise ValueError(
             f"{where}: its weights do not fit its config.json: they {'; they '.join(faults)}. "
-            f"Without them it would be another model: {WAY_OUT}"
+            f"Without them it would be a different model: {WAY_OUT}"
         )
 
 

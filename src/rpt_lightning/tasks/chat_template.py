@@ -52,7 +52,7 @@ class ChatTemplate:
             # A template ignores arguments that it does not know, and would ignore a mistyped name too.
             if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):
                 raise ValueError(
-                    f"template_args: the chat template of {self.name!r} knows no {name!r}; "
+                    f"template_args: the chat template of {self.name!r} does not know {name!r}; "
                     "correct the name or leave it out"
                 )
 

@@ -56,7 +56,7 @@ def _named(model: str) -> int | list[int] | None:
             wanted = ids if isinstance(ids, list) else [ids]
             if not all(type(token_id) is int for token_id in wanted):
                 raise ValueError(
-                    f"{path}: eos_token_id is {ids!r}, where an id or a list of ids belongs; correct the file"
+                    f"{path}: eos_token_id is {ids!r}, but must be an id or a list of ids; correct the file"
                 )
             return ids
     return None

@@ -51,7 +51,7 @@ class Objective:
         pays_answers = isinstance(reward, AnswerReward)
         if isinstance(prompt, ChatPrompt if pays_answers else QuestionPrompt):
             asks, fitting = (
-                ("the next token", "QuestionPrompt") if pays_answers else ("a question", "ChatPrompt")
+                ("for the next token", "QuestionPrompt") if pays_answers else ("a question", "ChatPrompt")
             )
             raise ValueError(
                 f"the objective's prompt {type(prompt).__name__} asks {asks}, and its reward "

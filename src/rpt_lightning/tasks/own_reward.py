@@ -23,7 +23,7 @@ def check_reward(reward: Reward) -> None:
     name = type(reward).__name__
     if not isinstance(getattr(reward, "needs_first_token_probs", None), bool):
         raise ValueError(
-            f"the reward {name} does not say needs_first_token_probs; "
+            f"the reward {name} does not set needs_first_token_probs; "
             "set it in the class, to False unless it reads first_token_probs"
         )
     signature = inspect.signature(reward.group_rewards)
