@@ -93,7 +93,7 @@ class StreamDataModule(LightningDataModule):
         """Build the training batch from some ``(document, k)`` pairs of the order."""
 
     def begin_stream(self, stream: TaskStream, where: str) -> None:
-        """Start a new stream. Raises ValueError if a step has more items than the stream."""
+        """Start a new stream. Raises ValueError if a step has more items than one epoch of the stream."""
         self.stream = stream
         self._trained = None
         available = self.stream.order.items_per_epoch
@@ -261,8 +261,8 @@ def _tokenizes_alike(folder: TaskFolder, module: Any) -> bool:
     """Whether the module's tokenizer gives the tokens of a folder whose hash covers only part of a tokenizer.
 
     The folder's tokenizer was written by the class that transformers built from it, which may describe the
-    same tokenizer in other words. The last tokens of a truncated document may differ, since they may be the
-    beginning of another token.
+    same tokenizer differently. The last tokens of a truncated document are not compared, since they may be
+    the beginning of another token.
     """
     stored_hash, tokenizer = folder.manifest["tokenizer_hash"], getattr(module, "tokenizer", None)
     if is_whole(stored_hash) or tokenizer is None or not has_hash(tokenizer, stored_hash):

@@ -28,7 +28,7 @@ TOKENS_FILE = "tokens.npz"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoringSettings:
-    """Everything that the scores of given tokens depend on, and the settings of speed.
+    """The settings that determine the scores of given tokens, and those that only affect speed.
 
     They are sent to every scoring process. ``unused_ids`` are the rows of the proxy's vocabulary that are not
     tokens. ``precision`` is one of Fabric's names (32-true, bf16-mixed, bf16-true). ``devices`` is the number

@@ -56,8 +56,7 @@ class TraceWriter:
         usable = [
             (token, prob)
             for token, prob in zip(candidate_ids, candidate_probs, strict=True)
-            # Older folders hold rows of the proxy's vocabulary that are not tokens. `rpt prepare` now omits
-            # them.
+            # Folders from older versions of `rpt prepare` hold vocabulary rows that are not tokens.
             if token in self.token_bytes
             and not self.token_bytes.is_special(token)
             and (

@@ -68,7 +68,8 @@ class AnswerReward(CountingReward):
     """Reward 1 if the answer is right, else 0.
 
     An answer that cannot be checked earns 0 and is counted (``answers/unreadable``, ``timeouts``,
-    ``check_errors``). So does an expression of the question (``answers/quoted``).
+    ``check_errors``). An answer that repeats an expression of the question also earns 0 and is counted
+    (``answers/quoted``).
 
     Args:
         cpu_limit_s: CPU seconds that Math-Verify may use for one answer.

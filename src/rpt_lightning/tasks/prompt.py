@@ -106,8 +106,8 @@ class ChatPrompt(PromptTemplate):
         version: v0 to v6.
         think_open: Marker that opens the thought. null, here and for think_close, asks for no marked thought.
         think_close: Marker that closes the thought.
-        template_args: Arguments for the chat template besides the messages, such as ``enable_thinking:
-            true``.
+        template_args: Arguments for the chat template besides the messages, such as
+            ``enable_thinking: true``.
     """
 
     def __init__(
@@ -139,8 +139,8 @@ class QuestionPrompt(PromptTemplate):
     Args:
         think_open: Marker that opens the thought. null, here and for think_close, asks for no marked thought.
         think_close: Marker that closes the thought.
-        template_args: Arguments for the chat template besides the messages, such as ``enable_thinking:
-            true``.
+        template_args: Arguments for the chat template besides the messages, such as
+            ``enable_thinking: true``.
     """
 
     def __init__(

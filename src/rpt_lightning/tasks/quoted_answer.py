@@ -61,7 +61,8 @@ _BETWEEN = re.compile(r"[=<>≤≥≠≈∈∪∩,;()\[\]⦃⦄]")
 _PRODUCT = re.compile(r"[0-9A-Za-zπ!}]\(|\)[0-9A-Za-zπ(^!\\]")
 _NUMBER = re.compile(r"[-+]?\d*\.?\d*%?")
 _SYMBOL = re.compile(
-    r"[-+]?\d*\.?\d*(?:[A-Za-zπ∞∅]|\\(?!sqrt|frac|binom|sum|int|prod|log|ln|exp|sin|cos|tan|lim|gcd|max|min)[A-Za-z]+)+"
+    r"[-+]?\d*\.?\d*(?:[A-Za-zπ∞∅]|"
+    r"\\(?!sqrt|frac|binom|sum|int|prod|log|ln|exp|sin|cos|tan|lim|gcd|max|min)[A-Za-z]+)+"
 )
 _PARTS = re.compile(r"[-+]?(?:\d+&)?(?P<above>\d*)(?P<root>\\sqrt\d+)?π?/(?P<below>\d+)")
 _ROOT = re.compile(r"[-+]?\d*\\sqrt(?P<root>\d+)")

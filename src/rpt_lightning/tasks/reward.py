@@ -17,9 +17,8 @@ from rpt_lightning.types import Task, TokenTask
 def prefix_match(prediction: bytes, continuation: Sequence[bytes]) -> float:
     """Return 1 iff ``b(y)`` is a prefix of ``b(x_t x_{t+1} ...)`` that ends on a token boundary, else 0.
 
-    This is equation 3 of RPT.
-    ``continuation`` holds the bytes of each ground-truth token in order. A prediction is wrong if it is empty
-    or extends beyond ``continuation``.
+    This is equation 3 of RPT. ``continuation`` holds the bytes of each ground-truth token in order. A
+    prediction is wrong if it is empty or extends beyond ``continuation``.
 
     >>> predictions = (b" the", b" the sum", b" the s", b"the")
     >>> [prefix_match(prediction, [b" the", b" sum"]) for prediction in predictions]
