@@ -131,7 +131,9 @@ def on_rank(
 ) -> AnswerTaskDataModule:
     """Set the module up as one process of a run with several sees it."""
     strategy = SimpleNamespace(distributed_sampler_kwargs={"rank": rank, "num_replicas": num_ranks})
-    data.trainer = SimpleNamespace(strategy=strategy, lightning_module=SimpleNamespace(tokenizer=tokenizer))  # type: ignore[assignment]
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        strategy=strategy, lightning_module=SimpleNamespace(tokenizer=tokenizer)
+    )
     data.setup("fit")
     return data
 

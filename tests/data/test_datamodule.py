@@ -350,7 +350,9 @@ def test_a_folder_of_before_is_taken_where_it_is_right(
     text = "the sum of the numbers and the length of the string"  # it has letters that merge
     data = TokenTaskDataModule(str(folder), tasks_per_step=4)
     data.train = TaskFolder(folder, "train")
-    data.train.token_ids = lambda index: TokenBytes(tiny_tokenizer).encode_plain(text * 3)  # type: ignore[method-assign]
+    data.train.token_ids = (  # type: ignore[method-assign]
+        lambda index: TokenBytes(tiny_tokenizer).encode_plain(text * 3)
+    )
     module = SimpleNamespace(tokenizer=other, tokenizer_hash=tokenizer_hash(other))
     data.trainer = SimpleNamespace(lightning_module=module)  # type: ignore[assignment]
     if change == "other ids":

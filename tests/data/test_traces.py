@@ -309,5 +309,7 @@ def test_text_is_cut_to_the_positions_of_the_model(
     module = TextDataModule(str(write_task_folder(tmp_path / "t", [9, 2])), documents_per_step=2)
     module.setup("fit")
     policy = SimpleNamespace(config=LlamaConfig(max_position_embeddings=4))
-    module.trainer = SimpleNamespace(lightning_module=SimpleNamespace(policy=policy))  # type: ignore[assignment]
+    module.trainer = SimpleNamespace(  # type: ignore[assignment]
+        lightning_module=SimpleNamespace(policy=policy)
+    )
     assert [sequence.num_tokens for sequence in module.make_batch([(0, 0), (1, 0)])["sequences"]] == [4, 3]

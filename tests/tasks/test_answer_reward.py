@@ -196,7 +196,9 @@ def test_what_could_not_be_checked_is_counted_once(answer_reward: AnswerReward) 
 
 
 def test_prompt_reward_and_task_must_fit(answer_reward: AnswerReward) -> None:
-    with pytest.raises(ValueError, match=r"ChatPrompt asks for the next token, .*; give --prompt QuestionPrompt"):
+    with pytest.raises(
+        ValueError, match=r"ChatPrompt asks for the next token, .*; give --prompt QuestionPrompt"
+    ):
         Objective(ChatPrompt(), answer_reward)
     with pytest.raises(ValueError, match=r"QuestionPrompt asks a question, .*; give --prompt ChatPrompt"):
         Objective(QuestionPrompt(), PrefixMatchReward())
