@@ -130,9 +130,9 @@ def test_folders_of_the_earlier_format_are_read_and_have_the_same_chunks(
         ),
         (
             {"entropy": np.zeros(2)},
-            r"document 'd': entropy is float64 \[1 dimensions\] where an array of float32",
+            r"document 'd': entropy is float64 \[1 dimensions\], but must be an array of float32",
         ),
-        ({"positions": [1, 2]}, r"document 'd': positions is list where an array of int32"),
+        ({"positions": [1, 2]}, r"document 'd': positions is list, but must be an array of int32"),
         ({"true_prob": np.array([None, None])}, "true_prob is object"),
         ({"more": np.zeros(2)}, "holds doc_id, .*, and not .*more"),
     ],

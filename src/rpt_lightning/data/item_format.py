@@ -58,8 +58,8 @@ def encode_item(item: Item) -> dict[str, NDArray[Any]]:
                 else type(value).__name__
             )
             raise ValueError(
-                f"document {item['doc_id']!r}: {name} is {found} "
-                f"where an array of {dtype.__name__} [{ndim} dimensions] is stored"
+                f"document {item['doc_id']!r}: {name} is {found}, "
+                f"but must be an array of {dtype.__name__} [{ndim} dimensions]"
             )
     return {name: stored[name] for name in types}
 
