@@ -1,19 +1,24 @@
-"""The records that cross rooms.
+"""The records that pass between rooms.
 
-Every record is frozen and keyword-only, holds plain Python values (no tensors) and carries a worked example. Token ids are tuples so that records
-can be compared, hashed and stored.
+Every record is frozen and keyword-only. It holds plain Python values (no tensors) and has a worked example.
+Token ids are tuples, so that records can be compared, hashed and stored.
 
-Worked example used throughout, with the text ``"2 + 2 = 4."`` cut before ``" 4"`` and a tokenizer that splits it into
-``["2", " +", " 2", " =", " 4", "."]``:
+The example used throughout has the text ``"2 + 2 = 4."``, cut before ``" 4"``, and a tokenizer that splits it
+into ``["2", " +", " 2", " =", " 4", "."]``:
 
 >>> task = TokenTask(
-...     task_id="doc-7:4", doc_id="doc-7", position=4, context_ids=(17, 340, 216, 446), continuation_ids=(218, 30),
-...     continuation=(b" 4", b"."), entropy=1.2, true_prob=0.31, true_rank=0, answerable=True,
+...     task_id="doc-7:4", doc_id="doc-7", position=4, context_ids=(17, 340, 216, 446),
+...     continuation_ids=(218, 30), continuation=(b" 4", b"."),
+...     entropy=1.2, true_prob=0.31, true_rank=0, answerable=True,
 ... )
 >>> completion = Completion(
-...     token_ids=(9, 218, 7), text_bytes=b"hm</think>\\\\boxed{ 4}", rollout_logprobs=(-0.5, -1.2, -0.1), policy_version=3, finish_reason="stop",
+...     token_ids=(9, 218, 7), text_bytes=b"hm</think>\\\\boxed{ 4}",
+...     rollout_logprobs=(-0.5, -1.2, -0.1), policy_version=3, finish_reason="stop",
 ... )
->>> group = RolloutGroup(task=task, prompt_ids=(17, 340, 216, 446, 2), completions=(completion, completion), predictions=(b" 4", b" 4"), rewards=(1.0, 1.0))
+>>> group = RolloutGroup(
+...     task=task, prompt_ids=(17, 340, 216, 446, 2), completions=(completion, completion),
+...     predictions=(b" 4", b" 4"), rewards=(1.0, 1.0),
+... )
 >>> group.is_live          # all rewards equal: every advantage is zero
 False
 """
@@ -32,10 +37,12 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mark:
-    """A stretch of a document's text that its source knows something about: characters ``start`` to ``end`` (exclusive).
+    """A stretch of a document's text that its source knows something about.
 
-    ``fields`` describe what stands there, such as its serial depth. ``thought`` is text that works it out from what stands before, where the source
-    has one.
+    The stretch is the characters ``start`` to ``end`` (exclusive).
+
+    ``fields`` describe the stretch, for example its serial depth. ``thought`` is text that works it out from
+    the text before it, if the source has one.
 
     >>> text = "One cup holds a ball: cup 3."
     >>> mark = Mark(start=25, end=27, fields={"depth": 0}, thought=" cup 3")
@@ -51,9 +58,12 @@ class Mark:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
-    """One text of a corpus, with what its source knows about the whole of it (``fields``) and about places in it (``marks``).
+    """One text of a corpus, with what its source knows about it.
 
-    >>> document = Document(doc_id="sympy.Add", text="Expression representing addition.", fields={"module": "core"})
+    ``fields`` describe the whole text, and ``marks`` describe places in it.
+
+    >>> text = "Expression representing addition."
+    >>> document = Document(doc_id="sympy.Add", text=text, fields={"module": "core"})
     >>> document.fields["module"], document.marks
     ('core', ())
     """
@@ -66,13 +76,15 @@ class Document:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenTask:
-    """One corpus position to predict: the context before it and the ground-truth continuation from it on.
+    """One corpus position to predict: the context before it and the ground-truth continuation.
 
-    ``task_id`` is ``f"{doc_id}:{position}"``; ``position`` is the 0-based index of the first token to predict, so ``len(context_ids) == position``
-    unless the context was cut on the left to fit a prompt limit. ``continuation`` holds the bytes of each ground-truth token (``continuation_ids``), in order.
-    ``entropy`` (nats), ``true_prob`` and ``true_rank`` (0 = most likely) are the proxy model's scores of the position. ``answerable`` says whether any
-    prediction that ends on a token boundary within ``continuation`` survives the box parser at all. ``fields`` are what the corpus knows about the position
-    (``Document.fields``, overlaid by those of marks).
+    ``task_id`` is ``f"{doc_id}:{position}"``. ``position`` is the 0-based index of the first token to
+    predict, so ``len(context_ids) == position`` unless the context was truncated on the left to fit a prompt
+    limit. ``continuation`` holds the bytes of each ground-truth token (``continuation_ids``), in order.
+    ``entropy`` (nats), ``true_prob`` and ``true_rank`` (0 = most likely) are the proxy model's scores of the
+    position. ``answerable`` says whether any prediction that ends on a token boundary within ``continuation``
+    survives the box parser. ``fields`` are what the corpus knows about the position (``Document.fields``,
+    overlaid by those of marks).
     """
 
     task_id: str
@@ -90,9 +102,12 @@ class TokenTask:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """A question whose answer can be checked: by Math-Verify, or, where ``choices`` are given, by the letter of the right one.
+    """A question with an answer that can be checked.
 
-    >>> Question(question_id="q-1", text="What is 2 + 2?", answer="B", choices=("3", "4"), category="sums").is_choice
+    Math-Verify checks the answer. If there are ``choices``, the letter of the right one is checked instead.
+
+    >>> question = Question(question_id="q-1", text="What is 2 + 2?", answer="B", choices=("3", "4"))
+    >>> question.is_choice
     True
     """
 
@@ -109,7 +124,9 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnswerTask:
-    """A question as the policy reads it: ``context_ids`` are the question's text with its choices and the form of the answer, in one model's tokens.
+    """A question as the policy reads it.
+
+    ``context_ids`` are the question's text, its choices and the form of the answer, in one model's tokens.
 
     >>> question = Question(question_id="q-1", text="What is 2 + 2?", answer="4")
     >>> AnswerTask(question=question, context_ids=(17, 340)).task_id
@@ -123,7 +140,7 @@ class AnswerTask:
     def task_id(self) -> str:
         return self.question.question_id
 
-    # What prompts are ordered by: questions share no text.
+    # Prompts are ordered by document and position. Questions share no text.
 
     @property
     def doc_id(self) -> str:
@@ -139,11 +156,14 @@ Task = TokenTask | AnswerTask
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingSettings:
-    """How tokens are drawn. Every field is explicit: what is left unset is filled differently by each engine's own defaults.
+    """How tokens are sampled.
 
-    ``temperature`` 0 is greedy. ``top_p`` 1, ``top_k`` 0 and ``min_p`` 0 mean "no truncation" (pure temperature sampling).
-    ``stop_after_first_box`` ends a completion with the token that completes the first box behind ``think_close``, the mark of the thought's end (None:
-    the thought is not marked, the first box of all counts); no token is added.
+    Every field is explicit, because each engine has its own defaults for unset fields.
+
+    ``temperature`` 0 is greedy. ``top_p`` 1, ``top_k`` 0 and ``min_p`` 0 mean "no truncation" (pure
+    temperature sampling). ``stop_after_first_box`` ends a completion with the token that completes the first
+    box after ``think_close``, the marker that ends the thought. No token is added. If ``think_close`` is
+    None, the thought has no marker, and the first box in the whole text counts.
 
     >>> SamplingSettings(temperature=0.8, max_tokens=32, stop_token_ids=(2,)).is_truncating
     False
@@ -160,15 +180,16 @@ class SamplingSettings:
 
     @property
     def is_truncating(self) -> bool:
-        """Whether some tokens can never be drawn, which makes importance ratios biased."""
+        """Whether some tokens can never be sampled, which makes importance ratios biased."""
         return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationRequest:
-    """``n`` completions of one prompt. Completion ``i`` is drawn with seed ``seed + i``.
+    """A request for ``n`` completions of one prompt. Completion ``i`` is sampled with seed ``seed + i``.
 
-    >>> GenerationRequest(task_id="doc-7:4", prompt_ids=(17, 340), n=8, seed=1, sampling=SamplingSettings(temperature=0.8, max_tokens=4, stop_token_ids=(2,))).n
+    >>> sampling = SamplingSettings(temperature=0.8, max_tokens=4, stop_token_ids=(2,))
+    >>> GenerationRequest(task_id="doc-7:4", prompt_ids=(17, 340), n=8, seed=1, sampling=sampling).n
     8
     """
 
@@ -177,17 +198,19 @@ class GenerationRequest:
     n: int
     seed: int
     sampling: SamplingSettings
-    doc_id: str | None = None  # requests of one document share a beginning; None: this one shares nothing
+    doc_id: str | None = None  # requests with the same document share a beginning; None: it shares nothing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
     """Sampled tokens of one request.
 
-    ``token_ids`` includes the stop token where one was sampled (the policy is trained to stop); ``text_bytes`` does not. ``rollout_logprobs`` are the
-    engine's log-probs (nats) of ``token_ids`` under the distribution that was sampled from, that is, after the temperature (for greedy decoding: at
-    temperature 1). All tokens are of ``policy_version``: an engine takes new weights between completions only. ``finish_reason`` "length" means truncated by
-    ``max_tokens``; a completion that ended with its first box has "stop", and no stop token.
+    ``token_ids`` includes the stop token if one was sampled (the policy is trained to stop). ``text_bytes``
+    does not. ``rollout_logprobs`` are the engine's log-probs (nats) of ``token_ids`` under the distribution
+    that was sampled from, that is, after the temperature (at temperature 1 for greedy decoding). All tokens
+    are of ``policy_version``, because an engine takes new weights only between completions. ``finish_reason``
+    "length" means truncated by ``max_tokens``. A completion that ended with its first box has "stop", and no
+    stop token.
     """
 
     token_ids: TokenIds
@@ -203,8 +226,11 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptTokens:
-    """Tokens of prompts, each prompt counted once a completion: all of them, those that the engine took from its prefix cache, and those that it could
-    have taken, in whole blocks, had it kept every prompt since the last update of the weights.
+    """Counts of prompt tokens, with each prompt counted once per completion.
+
+    ``total`` counts all tokens. ``cached`` counts those that the engine took from its prefix cache.
+    ``shareable`` counts those that it could have taken, in whole blocks, if it had kept every prompt since
+    the last weight sync.
 
     >>> PromptTokens(total=800, cached=640, shareable=704) - PromptTokens(total=100, cached=0, shareable=0)
     PromptTokens(total=700, cached=640, shareable=704)
@@ -233,9 +259,9 @@ class PromptTokens:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutGroup:
-    """All completions of one task, with what each predicted and what it was paid.
+    """All completions of one task, with their predictions and rewards.
 
-    ``masks_truncated`` says that the truncated ones are not trained, and so cannot make the group live.
+    ``masks_truncated`` says that truncated completions are not trained. They cannot make the group live.
     """
 
     task: Task
@@ -257,14 +283,17 @@ class RolloutGroup:
 
     @property
     def is_live(self) -> bool:
-        """Whether the group can teach anything: equal rewards have zero advantages."""
+        """Whether the group has a gradient. Equal rewards give zero advantages."""
         rewards = [reward for _, reward in self.trained]
         return any(reward != rewards[0] for reward in rewards)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainBatch:
-    """What one call of `RPTModule.training_step` learns from: this rank's groups, and how their completions were sampled."""
+    """The input of one call of `RPTModule.training_step`.
+
+    It holds this rank's groups, and how their completions were sampled.
+    """
 
     groups: tuple[RolloutGroup, ...]
     sampling: SamplingSettings
@@ -272,7 +301,7 @@ class TrainBatch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainSequence:
-    """Tokens to learn by next-token prediction: the loss is on ``target_ids`` only, given ``prompt_ids``.
+    """Tokens for next-token training. The loss is on ``target_ids`` only, given ``prompt_ids``.
 
     >>> TrainSequence(prompt_ids=(17, 340), target_ids=(216, 2)).num_tokens
     4

@@ -1,4 +1,7 @@
-"""Task folders: one that ``prepare`` made from a small corpus, and small ones written directly where the test needs to choose their content."""
+"""Task folders for the tests.
+
+``prepare`` makes one from a small corpus. Tests that need to choose the content write small ones directly.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ FORMULAS = ["{x}", "\\frac{1}{2}", "x_{i}", "} else {"]
 
 
 def random_text(rng: random.Random, num_words: int) -> str:
-    """Words that no other document repeats, with a formula now and then, so that some positions have no answer that fits into a box."""
+    """Write words that no other document repeats, and some formulas.
+
+    With the formulas some positions have no answer that fits into a box.
+    """
     words = ["".join(rng.choices("abcdefghijklmnop", k=5)) for _ in range(num_words)]
     return " ".join(
         f"{word} {rng.choice(FORMULAS)}" if index % 4 == 3 else word for index, word in enumerate(words)
@@ -30,7 +36,11 @@ def random_text(rng: random.Random, num_words: int) -> str:
 
 @pytest.fixture(scope="session")
 def corpus_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty documents: 16 unrelated, an exact duplicate, a near duplicate, one that is too short and one with markers of the chat in its text."""
+    """Write twenty documents.
+
+    Sixteen are unrelated. The others are an exact duplicate, a near duplicate, one that is too short, and one
+    with chat markers in its text.
+    """
     rng = random.Random(0)
     texts = [random_text(rng, 12 + index) for index in range(16)]
     texts += [
@@ -50,7 +60,7 @@ def corpus_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def prepare_small(corpus_path: Path, tiny_model_dir: Path) -> Callable[..., Path]:
-    """Run ``prepare`` on the small corpus; keywords override its settings."""
+    """Run ``prepare`` on the small corpus. Keywords override its settings."""
 
     def run(output_dir: Path, **settings: Any) -> Path:
         defaults: dict[str, Any] = {
@@ -77,7 +87,10 @@ def prepared_dir(prepare_small: Callable[..., Path], tmp_path_factory: pytest.Te
 
 @pytest.fixture(scope="session")
 def write_task_folder(tiny_tokenizer: Any) -> Callable[..., Path]:
-    """A task folder with chosen numbers of positions a document. Position ``k`` of a document is token ``k + 1``; all tokens differ."""
+    """Write a task folder with a chosen number of positions per document.
+
+    Position ``k`` of a document is token ``k + 1``. All tokens differ.
+    """
 
     def write(
         path: Path,
@@ -108,7 +121,8 @@ def write_task_folder(tiny_tokenizer: Any) -> Callable[..., Path]:
 
 def _item(doc_id: str, num_positions: int) -> dict[str, Any]:
     entropy = np.linspace(0.6, 2.0, num_positions, dtype=np.float32)
-    # Letters A, B, C ... of the byte-level vocabulary are answerable; the probabilities fall by half.
+    # The letters A, B, C ... of the byte-level vocabulary are answerable. Each probability is half the
+    # previous one.
     candidate_ids = np.tile(np.arange(40, 56, dtype=np.int32), (num_positions, 1))
     return {
         "doc_id": doc_id,

@@ -1,4 +1,4 @@
-"""What a task folder holds, for comparison."""
+"""The contents of a task folder, for comparison."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def items(folder: Path, split: str = "train") -> dict[str, Any]:
 
 
 def stored(folder: Path) -> dict[str, Any]:
-    """Everything that a run may not change, for comparison."""
+    """Return everything that a run may not change."""
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["scoring_tokens_per_s"]
     chunks = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("chunk-*"))}

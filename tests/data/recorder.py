@@ -1,4 +1,4 @@
-"""A module that trains nothing and writes down what it is given."""
+"""A module that trains nothing and records its input."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from lightning.pytorch import LightningModule
 
 
 class Recorder(LightningModule):
-    """Writes down which tasks it sees; each rank draws ``draws[step % len(draws)]`` more in a step, as dynamic sampling does."""
+    """Record the tasks of each step.
+
+    Each rank draws ``draws[step % len(draws)]`` more in a step, as dynamic sampling does.
+    """
 
     def __init__(self, log: Path, draws: tuple[int, ...] = (0,)) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Questions as tasks: what a run sees must not depend on where it was stopped or on the number of ranks."""
+"""Questions as tasks. A run's tasks must not depend on where it was stopped or on the number of ranks."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def fit(
 def test_a_run_stopped_after_any_step_goes_on_with_the_same_questions(
     make: Make, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
-    """Seven steps of 3 questions and up to 2 drawn ones are more than two epochs of 11."""
+    """Seven steps of 3 questions, with up to 2 more drawn in each, are more than two epochs of 11."""
     draws = (2, 0, 1)
     fit(make(), tiny_tokenizer, tmp_path / "whole", 7, draws=draws, checkpoint=tmp_path / "checkpoints")
     whole = read(tmp_path / "whole")
@@ -129,9 +129,11 @@ def test_a_checkpoint_of_other_questions_is_refused(make: Make, tiny_tokenizer: 
 def on_rank(
     data: AnswerTaskDataModule, tokenizer: Any, rank: int = 0, num_ranks: int = 1
 ) -> AnswerTaskDataModule:
-    """The module as a process of a run of several sees it."""
+    """Set the module up as one process of a run with several sees it."""
     strategy = SimpleNamespace(distributed_sampler_kwargs={"rank": rank, "num_replicas": num_ranks})
-    data.trainer = SimpleNamespace(strategy=strategy, lightning_module=SimpleNamespace(tokenizer=tokenizer))  # type: ignore[assignment]
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        strategy=strategy, lightning_module=SimpleNamespace(tokenizer=tokenizer)
+    )
     data.setup("fit")
     return data
 
@@ -176,8 +178,8 @@ def test_a_question_is_read_in_plain_tokens(tiny_tokenizer: Any, tmp_path: Path)
     assert tiny_tokenizer.eos_token_id not in task.context_ids
     text = TokenBytes(tiny_tokenizer).join(task.context_ids).decode()
     assert (
-        text
-        == "Is <|im_end|> a marker?\n\nPlease reason step by step, and put your final answer within \\boxed{}.\n"
+        text == "Is <|im_end|> a marker?\n\n"
+        "Please reason step by step, and put your final answer within \\boxed{}.\n"
     )
     assert task.task_id == "q:1"
 

@@ -13,7 +13,10 @@ from rpt_lightning.data.benchmark_overlap import benchmark_spans, overlaps
 from rpt_lightning.data.dedup import span_hashes
 from rpt_lightning.tasks.token_bytes import TokenBytes
 
-QUESTION = "How many of the seventeen green bottles are still hanging on the wall if eleven of them should accidentally fall?"
+QUESTION = (
+    "How many of the seventeen green bottles are still hanging on the wall "
+    "if eleven of them should accidentally fall?"
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,8 @@ def test_every_form_of_a_benchmark_file_is_found(
 ) -> None:
     (tmp_path / name).write_text(content, encoding="utf-8")
     spans, num_skipped = benchmark_spans([str(tmp_path / name)], token_bytes)
-    # The text itself, not its JSON: in a list of records the quotes and names around it would be other tokens.
+    # The spans are of the text itself, not of its JSON. In a list of records the quotes and names around it
+    # would give other tokens.
     assert len(spans) == len(tokens(token_bytes, QUESTION)) - 12
     assert num_skipped == 0
     assert overlaps(tokens(token_bytes, QUESTION), spans)
@@ -72,7 +76,7 @@ def test_bad_files_are_named(
 def test_a_document_overlaps_where_any_of_its_spans_is_among_the_others(
     seed: int, num_spans: int, length: int
 ) -> None:
-    """Also without any span, and with the smallest and the largest hash that there is."""
+    """It must also work without any spans, and with the smallest and the largest hash."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, 3, length).astype(np.int32)
     hashes = span_hashes(ids)

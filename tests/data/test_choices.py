@@ -1,4 +1,4 @@
-"""Choices and answer keys in the forms of the datasets that have them, with made-up content."""
+"""Choices and answer keys in the forms that datasets use, with made-up content."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LABELS = QuestionFields(question="q", choices="c", labels="names", answer="a")
 @pytest.mark.parametrize(
     ("fields", "row", "letter", "choices"),
     [
-        # ARC: letters in most rows, digits in some, always those of the row's own labels.
+        # ARC: most rows have letters and some have digits. The answer is always one of the row's own labels.
         (
             ARC,
             {"question": "?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"},
@@ -47,16 +47,16 @@ LABELS = QuestionFields(question="q", choices="c", labels="names", answer="a")
             "A",
             ("x", "y"),
         ),
-        # MMLU: a place from 0, with an index or a ClassLabel's number.
+        # MMLU: an index from 0, given as a number or as a ClassLabel.
         (FROM_0, {"q": "?", "c": ["x", "y", "z"], "a": 0}, "A", ("x", "y", "z")),
         (FROM_0, {"q": "?", "c": ["x", "y", "z"], "a": "2"}, "C", ("x", "y", "z")),
         (FROM_1, {"q": "?", "c": ["x", "y", "z"], "a": 1}, "A", ("x", "y", "z")),
-        # Letters as people write them.
+        # Letters in the forms that people write.
         *(
             (PLAIN, {"q": "?", "c": ["x", "y", "z"], "a": key}, "C", ("x", "y", "z"))
             for key in ("C", "c", "(C)", " c) ", "C.", ["C"], "(C) z")
         ),
-        # Objects by label, in any order; a table's rows with fewer choices have nulls at the end.
+        # Objects by label, in any order. In a table, rows with fewer choices end with nulls.
         (PLAIN, {"q": "?", "c": {"A": "x", "B": "y"}, "a": "b"}, "B", ("x", "y")),
         (PLAIN, {"q": "?", "c": {"B": "y", "A": "x"}, "a": "A"}, "B", ("y", "x")),
         (PLAIN, {"q": "?", "c": {"A": "x", "B": "y", "E": None}, "a": "B"}, "B", ("x", "y")),
@@ -64,7 +64,7 @@ LABELS = QuestionFields(question="q", choices="c", labels="names", answer="a")
         (COLUMNS, {"q": "?", "A": "x", "B": "y", "C": "z", "D": None, "a": "C"}, "C", ("x", "y", "z")),
         (LABELS, {"q": "?", "c": ["x", "y"], "names": ["ja", "nein"], "a": "Nein"}, "B", ("x", "y")),
         (TEXT, {"q": "?", "c": ["x", "y"], "a": " y "}, "B", ("x", "y")),
-        # Numbers are written out.
+        # Numbers are written out in digits.
         (TEXT, {"q": "?", "c": [0.00001, 2], "a": 0.00001}, "A", ("0.00001", "2")),
     ],
 )
@@ -76,8 +76,8 @@ def test_forms(fields: QuestionFields, row: dict[str, Any], letter: str, choices
 @pytest.mark.parametrize(
     ("fields", "row", "message"),
     [
-        (PLAIN, {"q": "?", "c": ["x", None], "a": "A"}, r"row 0, field c, choice B: null is no choice"),
-        (PLAIN, {"q": "?", "c": ["x", " "], "a": "A"}, r"row 0, field c, choice B: ' ' is no choice"),
+        (PLAIN, {"q": "?", "c": ["x", None], "a": "A"}, r"row 0, field c, choice B: null is not a choice"),
+        (PLAIN, {"q": "?", "c": ["x", " "], "a": "A"}, r"row 0, field c, choice B: ' ' is not a choice"),
         (PLAIN, {"q": "?", "c": {"A": None, "B": "y", "C": "z"}, "a": "B"}, r"choice A: null"),
         (
             PLAIN,
@@ -103,10 +103,10 @@ def test_forms(fields: QuestionFields, row: dict[str, Any], letter: str, choices
         (
             PLAIN,
             {"q": "?", "c": ["x", ["y"]], "a": "A"},
-            r"row 0, field c, choice B: \['y'\] \(list\) is no text",
+            r"row 0, field c, choice B: \['y'\] \(list\) is not text",
         ),
-        (PLAIN, {"q": "?", "a": "A"}, r"row 0: no field 'c' \(there is: q, a\)"),
-        (PLAIN, {"q": "?", "c": {"A": "x", "a": "y"}, "a": "A"}, r"two choices have one label"),
+        (PLAIN, {"q": "?", "a": "A"}, r"row 0: no field 'c' \(fields: q, a\)"),
+        (PLAIN, {"q": "?", "c": {"A": "x", "a": "y"}, "a": "A"}, r"two choices have the same label"),
         (
             ARC,
             {"question": "?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "B"},
@@ -117,16 +117,24 @@ def test_forms(fields: QuestionFields, row: dict[str, Any], letter: str, choices
             {"question": "?", "choices": {"text": ["x", "y"], "label": ["A"]}, "answerKey": "A"},
             r"2 texts and 1 labels",
         ),
-        (FROM_0, {"q": "?", "c": ["x", "y"], "a": 2}, r"'2' is no place of the 2 choices, counted from 0"),
-        (FROM_1, {"q": "?", "c": ["x", "y"], "a": 0}, r"'0' is no place of the 2 choices, counted from 1"),
-        (FROM_0, {"q": "?", "c": ["x", "y"], "a": True}, r"True \(bool\) is no text"),
-        (FROM_0, {"q": "?", "c": ["x", "y"], "a": "A"}, r"'A' is no place"),
+        (
+            FROM_0,
+            {"q": "?", "c": ["x", "y"], "a": 2},
+            r"'2' is not the place of one of the 2 choices, counted from 0",
+        ),
+        (
+            FROM_1,
+            {"q": "?", "c": ["x", "y"], "a": 0},
+            r"'0' is not the place of one of the 2 choices, counted from 1",
+        ),
+        (FROM_0, {"q": "?", "c": ["x", "y"], "a": True}, r"True \(bool\) is not text"),
+        (FROM_0, {"q": "?", "c": ["x", "y"], "a": "A"}, r"'A' is not the place"),
         (TEXT, {"q": "?", "c": ["x", "x"], "a": "x"}, r"2 of the choices have the text 'x'"),
         (TEXT, {"q": "?", "c": ["x", "y"], "a": "z"}, r"0 of the choices have the text 'z'"),
         (
             LABELS,
             {"q": "?", "c": ["x", "y"], "names": ["ja"], "a": "ja"},
-            r"field names: \['ja'\] where a list of the 2 choices' labels belongs",
+            r"field names: \['ja'\] is not a list of the 2 choices' labels",
         ),
     ],
 )

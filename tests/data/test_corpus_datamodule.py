@@ -166,19 +166,20 @@ def test_what_a_source_must_not_yield(tiny_tokenizer, yielded: Any, named: str) 
 
 
 def test_held_out_positions_of_another_tokenizer_are_refused(tiny_tokenizer, tiny_task_dir) -> None:
-    """Their ids would be other words to this model, and the accuracy would be of something else."""
+    """To this model the ids would mean other words, so the accuracy would be meaningless."""
     data = make(tiny_tokenizer, task_dir=str(tiny_task_dir), eval_min_entropy=0.1)
     assert len(data.val_dataloader()) > 0
     data.trainer.lightning_module.tokenizer_hash = "2:another"
     with pytest.raises(
         ValueError,
-        match=r"--data.task_dir .*: prepared with the tokenizer of .*, which is not that of the model being trained",
+        match=r"--data.task_dir .*: prepared with the tokenizer of .*, "
+        r"which is not that of the model being trained",
     ):
         data.setup("fit")
 
 
 def test_text_is_cut_to_the_positions_of_the_model(tiny_tokenizer) -> None:
-    """As `TextDataModule` does: behind its positions a model would be trained on what it cannot read."""
+    """As in `TextDataModule`, a model must not be trained on text beyond the positions that it can read."""
     data = make(tiny_tokenizer, prompt=None)
     data.trainer.lightning_module.policy = SimpleNamespace(config=LlamaConfig(max_position_embeddings=4))
     assert [sequence.num_tokens for sequence in data.next_batch()["sequences"]] == [4, 4, 4]

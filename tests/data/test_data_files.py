@@ -1,4 +1,4 @@
-"""Files as people have them: marks, compression, folders, patterns, ``~``."""
+"""Files in the state in which people keep them: marks, compression, folders, patterns, ``~``."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_one_file_in_every_form(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(FORMS[name])
     assert [document.text for document in JsonlSource(str(tmp_path / name), "{problem}").documents()] == TEXTS
     assert [question.text for question in JsonlQuestions(str(tmp_path / name)).questions()] == TEXTS
-    if not name.endswith("list.json"):  # lines as text
+    if not name.endswith("list.json"):  # read as lines of text
         (document,) = TextFilesSource(str(tmp_path / name)).documents()
         assert document.text.replace("\ufeff", "") == LINES
 
@@ -77,7 +77,7 @@ def test_ids_name_file_and_line(tmp_path: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Under the home folder."""
+    """A folder under the home folder."""
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = tmp_path / "data [v2]"
     for name, text in {
@@ -127,12 +127,12 @@ def test_files_that_are_not_there(folder: Path) -> None:
     (folder / "only").mkdir()
     (folder / "only" / "notes.docx").write_bytes(b"PK\x03\x04")
     for path, message in {
-        str(folder): r"--source\.init_args\.path .*b\.jsonl and b\.jsonl\.gz are one file twice",
+        str(folder): r"--source\.init_args\.path .*b\.jsonl and b\.jsonl\.gz are the same file",
         f"{folder}/only": r"holds no file named \*\.jsonl or \*\.ndjson or \*\.json \(it holds notes\.docx\)",
         "~/nowhere/*.jsonl": "matches no file",
         "": "path '': empty; name a file, a folder or a pattern",
         "~/nowhere.jsonl": r"'~/nowhere\.jsonl': there is no such file",
-        "~/data [v2]/only/notes.docx": "a zip archive, and text belongs there",
+        "~/data [v2]/only/notes.docx": "a zip archive, but text is needed there",
     }.items():
         with pytest.raises(ValueError, match=message):
             list(JsonlSource(path, "{problem}").documents())

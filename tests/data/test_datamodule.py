@@ -1,4 +1,4 @@
-"""With a real Trainer: what a run sees must not depend on where it was stopped or on the number of ranks."""
+"""With a real Trainer, a run's tasks must not depend on where it was stopped or on the number of ranks."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def fit(
 def test_a_run_stopped_after_any_step_goes_on_with_the_same_tasks(
     draws: tuple[int, ...], val_every: int | None, write_task_folder: Write, tmp_path: Path
 ) -> None:
-    """14 steps of 4 tasks are more than two epochs of 26; one of Lightning's epochs has 6 steps."""
+    """14 steps of 4 tasks are more than two epochs of 26. One of Lightning's epochs has 6 steps."""
     folder = write_task_folder(tmp_path / "tasks", NUM_POSITIONS, chunk_bytes="2KB")
     fit(folder, tmp_path / "whole", 14, draws=draws, checkpoint=tmp_path / "checkpoints", val_every=val_every)
     whole = [record for record in read(tmp_path / "whole") if "step" in record]
@@ -103,7 +103,10 @@ def test_steps_and_draws_follow_one_another(write_task_folder: Write, tmp_path: 
 
 @pytest.mark.long
 def test_two_ranks_share_the_steps_of_one(write_task_folder: Write, tmp_path: Path) -> None:
-    """The same tasks a step, in the same order, each on one rank; draws differ a rank and stay at one place; validation is split too."""
+    """Each step has the same tasks in the same order, each on one rank.
+
+    Draws differ between ranks, but the ranks stay at the same place. Validation is split too.
+    """
     folder = write_task_folder(tmp_path / "tasks", NUM_POSITIONS)
     data = {"tasks_per_step": 5, "num_eval_tasks": 9, "eval_batch_size": 4}
     fit(folder, tmp_path / "one", 4, val_every=4, data=data)
@@ -175,14 +178,15 @@ def test_a_checkpoint_of_other_text_with_equal_counts_is_refused(
 def test_a_checkpoint_of_the_same_documents_in_other_shards_is_refused(
     write_task_folder: Write, tmp_path: Path
 ) -> None:
-    """Shards are shuffled, so the order is another one, though text and counts are the same."""
+    """Shards are shuffled, so the order differs although text and counts are the same."""
     folder = write_task_folder(tmp_path / "tasks", NUM_POSITIONS, chunk_bytes="2KB")
     other = write_task_folder(tmp_path / "other", NUM_POSITIONS)
     assert TaskFolder(folder, "train").chunk_sizes != TaskFolder(other, "train").chunk_sizes
     fit(folder, tmp_path / "log", 1, checkpoint=tmp_path / "checkpoints")
     with pytest.raises(
         ValueError,
-        match=r"--ckpt_path: .* documents in the order with the fingerprint [0-9a-f]{16}, and this run has [0-9a-f]{16};",
+        match=r"--ckpt_path: .* documents in the order with the fingerprint [0-9a-f]{16}, "
+        r"and this run has [0-9a-f]{16};",
     ):
         fit(other, tmp_path / "log", 2, resume=tmp_path / "checkpoints/step=1.ckpt")
 
@@ -211,7 +215,7 @@ MADE_WITH = {
 def test_a_place_among_documents_that_prepare_chose_otherwise_is_refused(
     num_positions: list[int], settings: dict[str, Any], write_task_folder: Write, tmp_path: Path
 ) -> None:
-    """Whole documents are one item each, so the counts of another split of the same corpus are often the same."""
+    """Each whole document is one item, so a different split of the same corpus often has the same counts."""
     state = text_module(write_task_folder(tmp_path / "tasks", [1, 2, 2], settings=MADE_WITH)).state_dict()
     other = text_module(write_task_folder(tmp_path / "other", num_positions, settings=MADE_WITH | settings))
     with pytest.raises(ValueError, match=r"--ckpt_path: .* documents in the order with the fingerprint"):
@@ -283,9 +287,8 @@ def test_validation_is_fixed_spread_and_independent_of_the_batch_size(
     assert chosen == tasks(num_eval_tasks=10, eval_batch_size=100)
     assert len(set(chosen)) == 10
     documents = [task.split(":")[0] for task in chosen]
-    assert set(documents) == {
-        f"heldout-{index}" for index in range(7)
-    }  # each of the 7 documents once, then three of them twice
+    # Each of the 7 documents once, then three of them twice.
+    assert set(documents) == {f"heldout-{index}" for index in range(7)}
     assert documents == sorted(documents)
     assert chosen != tasks(num_eval_tasks=10, eval_batch_size=3, seed=1)
     everything = module_of(folder, num_eval_tasks=100, eval_min_entropy=1.5).eval_tasks()
@@ -328,7 +331,7 @@ def test_a_model_with_another_tokenizer_is_refused(write_task_folder: Write, tmp
 def test_a_folder_of_before_is_taken_where_it_is_right(
     change, write_task_folder: Write, tiny_tokenizer, tmp_path: Path
 ) -> None:
-    """Its hash did not know the pre-tokeniser: the module's tokenizer must write the folder's documents as the folder does."""
+    """The old hash did not cover the pre-tokeniser, so the documents' tokens are compared instead."""
     backend = Tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str())
     if change == "same ids":
         backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -344,10 +347,12 @@ def test_a_folder_of_before_is_taken_where_it_is_right(
     folder = write_task_folder(
         tmp_path / "tasks", [30, 30], tokenizer_hash=earlier_tokenizer_hash(tiny_tokenizer)
     )
-    text = "the sum of the numbers and the length of the string"  # of letters that merge
+    text = "the sum of the numbers and the length of the string"  # it has letters that merge
     data = TokenTaskDataModule(str(folder), tasks_per_step=4)
     data.train = TaskFolder(folder, "train")
-    data.train.token_ids = lambda index: TokenBytes(tiny_tokenizer).encode_plain(text * 3)  # type: ignore[method-assign]
+    data.train.token_ids = (  # type: ignore[method-assign]
+        lambda index: TokenBytes(tiny_tokenizer).encode_plain(text * 3)
+    )
     module = SimpleNamespace(tokenizer=other, tokenizer_hash=tokenizer_hash(other))
     data.trainer = SimpleNamespace(lightning_module=module)  # type: ignore[assignment]
     if change == "other ids":

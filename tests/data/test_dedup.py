@@ -84,7 +84,8 @@ def test_the_split_is_clean(assignment: list[int], seed: int) -> None:
 def test_too_few_components() -> None:
     with pytest.raises(
         ValueError,
-        match=r"--heldout_documents 2: .* only 2 components that share no 13 tokens .*logs.*--dedup_span, which is 13.*null",
+        match=r"--heldout_documents 2: .* only 2 components that share no 13 tokens "
+        r".*logs.*--dedup_span, which is 13.*null",
     ):
         split_components(np.array([0, 0, 1], dtype=np.int32), num_heldout=2, seed=0)
     with pytest.raises(ValueError, match=r"share no 40 tokens in a row.*--dedup_span, which is 40"):
@@ -96,7 +97,7 @@ def test_too_few_components() -> None:
 
 
 def test_without_a_span_no_documents_link() -> None:
-    """Text made from a template: all but two tokens are the same in every document."""
+    """The text is made from a template: all but two tokens are the same in every document."""
     template = list(range(100, 200))
     documents = [tokens(*template, number) for number in range(6)]
     assert components(documents).tolist() == [0] * 6
@@ -115,5 +116,5 @@ def test_shared_spans_are_counted_on_the_tokens() -> None:
     shared = list(range(100, 100 + SPAN + 1))  # two spans
     assert count_shared_spans([tokens(1, *shared)], [tokens(*shared, 2)]) == 2
     assert count_shared_spans([tokens(1, *shared[:12])], [tokens(*shared, 2)]) == 0
-    # The same bytes at an odd offset are not the same tokens.
+    # Equal bytes at an odd offset are not equal tokens.
     assert count_shared_spans([tokens(*([256] * 14))], [tokens(*([1] * 14))]) == 0

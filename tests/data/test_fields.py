@@ -1,4 +1,4 @@
-"""What a source knows about a document, from its characters to stored positions and tasks."""
+"""What a source knows about a document, followed from characters to stored positions and tasks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TEXT = st.text(st.sampled_from("ab 1é漢😀▁\n"), min_size=1, max_size=12)
 
 
 def character_of_each_token(text: str, token_ids: tuple[int, ...], token_bytes: TokenBytes) -> list[int]:
-    """The index of the character in which each token begins, byte by byte."""
+    """Find the index of the character in which each token begins, byte by byte."""
     owner = [
         index for index, character in enumerate(token_bytes.plain_text(text)) for _ in character.encode()
     ]
@@ -72,7 +72,7 @@ def test_a_token_has_the_fields_of_every_mark_in_which_it_begins(
 
 
 def test_by_hand() -> None:
-    """With a token a byte, as byte fallback has it for what it does not know: ж is two tokens, and both begin in its mark."""
+    """Byte fallback gives an unknown character one token per byte: ж is two, and both begin in its mark."""
     token_bytes = TOKENS[1]
     text = "語ж🙂"
     token_ids = token_bytes.encode_plain(text)
@@ -99,7 +99,7 @@ def test_by_hand() -> None:
     [
         (
             {"fields": {"good": True}},
-            "document 'd': the field 'good' must be text or a finite number, and True is a bool",
+            "document 'd': the field 'good' must be text or a finite number, but True is a bool",
         ),
         ({"fields": {"x": float("nan")}}, "the field 'x' .*nan is not finite"),
         ({"fields": {"x": float("-inf")}}, "the field 'x' .*-inf is not finite"),
@@ -136,7 +136,7 @@ def test_what_cannot_be_a_field(change: dict[str, Any], message: str) -> None:
 
 
 class Listed(CorpusSource):
-    """The documents that it is given."""
+    """A source that yields the given documents."""
 
     def __init__(self, documents: list[Document]) -> None:
         self.listed = documents
@@ -166,18 +166,21 @@ def test_the_fingerprint_is_of_fields_and_marks_too() -> None:
     assert source_sha256(Listed([replace(plain, fields=both)])) == source_sha256(
         Listed([replace(plain, fields=turned)])
     )
-    # That of before there were fields: id and text, each closed by a zero byte.
+    # The hash from before fields existed covers id and text, each followed by a zero byte.
     assert source_sha256(Listed([plain])) == hashlib.sha256(b"d\0abc\0").hexdigest()
 
 
 def marked_documents() -> list[Document]:
-    """Twelve documents, of which the last two have no fields and the first ten each a marked word, some with letters of several bytes."""
+    """Make twelve documents.
+
+    The first ten have a marked word each, some with letters of several bytes. The last two have no fields.
+    """
     rng = random.Random(1)
     documents = []
     for number in range(12):
         words = ["".join(rng.choices("abcdefghijklmnopé漢", k=5)) for _ in range(14)]
         text = " ".join(words)
-        start = len(" ".join(words[:9]))  # the word with the space before it
+        start = len(" ".join(words[:9]))  # the word includes the space before it
         mark = Mark(start=start, end=start + 6, fields={"depth": number % 3, "kind": "answer"})
         known = {"fields": {"kind": "text", "world": "cups"}, "marks": (mark,)} if number < 10 else {}
         documents.append(Document(doc_id=f"doc {number}", text=text, **known))
@@ -215,15 +218,21 @@ def test_the_manifest_counts_fields_and_marks(
     prepare_small: Prepare, tmp_path: Path, capsys: pytest.CaptureFixture[str], marked_folder: Path
 ) -> None:
     manifest = json.loads((marked_folder / "manifest.json").read_text())
-    assert {name: manifest["corpus"][name] for name in ("marks", "marks_in_which_no_token_begins", "marks_behind_the_cut")} == {
-        "marks": 10, "marks_in_which_no_token_begins": 0, "marks_behind_the_cut": 0,
-    }  # fmt: skip
+    assert {
+        name: manifest["corpus"][name]
+        for name in ("marks", "marks_in_which_no_token_begins", "marks_behind_the_cut")
+    } == {
+        "marks": 10,
+        "marks_in_which_no_token_begins": 0,
+        "marks_behind_the_cut": 0,
+    }
     counted = manifest["splits"]["train"]["fields"]
     rows = [row for item in items(marked_folder).values() for row in item["fields"] or ()]
     assert counted == {name: sum(name in row for row in rows) for name in ("depth", "kind", "world")}
     assert 0 < counted["depth"] < counted["kind"] == counted["world"]
     documents = marked_documents()
-    # The tokenizer makes one token of "é" in two bytes or of two: between its bytes no character ends, so a mark that no token begins in is a merged one.
+    # The tokenizer makes "é" of two bytes either one token or two. No character ends between its bytes, so a
+    # mark in which no token begins lies inside a merged token.
     tokens = TaskFolder(marked_folder, "train").token_bytes
     text = documents[0].text
     inside = next(
@@ -238,7 +247,7 @@ def test_the_manifest_counts_fields_and_marks(
     prepare_small(tmp_path / "odd", source=Listed(documents), max_tokens_per_document=40)
     said = capsys.readouterr().out
     assert "1 of 11 marks have no effect: no token begins in them" in said
-    assert "10 of 11 marks have no effect: they lie behind --max_tokens_per_document 40" in said
+    assert "10 of 11 marks have no effect: they lie beyond --max_tokens_per_document 40" in said
     assert "fields kept at positions: kind, world" in said
 
 
@@ -259,12 +268,12 @@ def test_a_folder_without_fields_has_the_same_shards(
         stored(prepare_small(tmp_path / "thoughts", source=Listed(thoughts)))["chunks"]
         == stored(plain)["chunks"]
     )
-    with pytest.raises(ValueError, match="a task folder made when the text of --source was another"):
+    with pytest.raises(ValueError, match="a task folder made with different text of --source"):
         prepare_small(plain, source=Listed(marked_documents()))
 
 
 def write_rows(folder: Path, rows: list[dict[str, Any]]) -> list[CorpusSource]:
-    """The same rows as every kind of source that has columns."""
+    """Write the same rows for every kind of source that has columns."""
     names = ["depth", "world"]
     folder.mkdir()
     (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -283,7 +292,7 @@ def test_columns_are_kept_as_fields(tmp_path: Path) -> None:
             {"depth": 12, "world": "people"},
         ]
         assert source.describe()["fields"] == ["depth", "world"]
-    assert "fields" not in JsonlSource("a.jsonl").describe()  # as in folders of before
+    assert "fields" not in JsonlSource("a.jsonl").describe()  # as in older folders
 
 
 def test_a_dot_leads_into_nested_columns(tmp_path: Path) -> None:
@@ -313,15 +322,15 @@ def test_columns_of_a_dataset_are_kept_as_fields(tmp_path: Path) -> None:
     [
         (
             {"depth": None, "world": "cups"},
-            r"the field 'depth' is to be kept, and is missing or null there \(fields: text, depth, world\)",
+            r"the field 'depth' is to be kept, but is missing or null there \(fields: text, depth, world\)",
         ),
         (
             {"depth": [1], "world": "cups"},
-            r"the field 'depth' is to be kept, so it must be text or a finite number, and \[1\] is a list",
+            r"the field 'depth' is to be kept, so it must be text or a finite number, but \[1\] is a list",
         ),
         ({"depth": True, "world": "cups"}, "the field 'depth' .*True is a bool"),
         ({"depth": float("nan"), "world": "cups"}, "the field 'depth' .*nan is not finite"),
-        ({"depth": 3}, "the field 'world' is to be kept, and is missing"),
+        ({"depth": 3}, "the field 'world' is to be kept, but is missing"),
     ],
 )
 def test_a_column_that_cannot_be_kept_names_the_row(
@@ -339,5 +348,5 @@ def test_stored_fields_that_are_not_those_of_the_positions(marked_folder: Path) 
 
     item = TaskFolder(marked_folder, "train").document(0)
     for wrong in ([], [1] * len(item["positions"]), {"depth": 1}):
-        with pytest.raises(ValueError, match="its stored fields are not one object a position"):
+        with pytest.raises(ValueError, match="its stored fields are not one object per position"):
             decode_item(encode_item(item | {"fields": wrong}))

@@ -1,4 +1,7 @@
-"""What a corpus source of the user's own yields: one error that names the class, what came, and what is wanted."""
+"""A user-defined corpus source that yields a wrong value gives a single error.
+
+It names the class, what came, and what is wanted.
+"""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def test_the_folder_holds_what_the_manifest_says(prepared_dir: Path, corpus_path
     train, heldout = items(prepared_dir, "train"), items(prepared_dir, "heldout")
     assert len(heldout) == manifest["splits"]["heldout"]["documents"] == 4
     assert len(train) == manifest["splits"]["train"]["documents"] == 14
-    assert {"corpus.jsonl:5", "corpus.jsonl:18"} <= set(train)  # the near duplicates, the largest component
+    assert {"corpus.jsonl:5", "corpus.jsonl:18"} <= set(train)  # near duplicates form the largest component
     for split, contents in (("train", train), ("heldout", heldout)):
         assert (
             sum(len(item["positions"]) for item in contents.values())
@@ -50,7 +50,7 @@ def test_the_folder_holds_what_the_manifest_says(prepared_dir: Path, corpus_path
 
 
 def test_no_thirteen_tokens_stand_in_both_splits(prepared_dir: Path) -> None:
-    """Counted again from what is on the disk, token by token."""
+    """Count the spans again from the files on disk, token by token."""
     spans: dict[str, set[tuple[int, ...]]] = {}
     for split in ("train", "heldout"):
         rows = [item["token_ids"].tolist() for item in items(prepared_dir, split).values()]
@@ -122,7 +122,7 @@ def test_the_learnability_band_is_for_training_only(
 def test_documents_that_were_cut_leave_out_their_last_positions(
     prepare_small: Prepare, tmp_path: Path
 ) -> None:
-    """Eight tokens of truth are known at every position of a cut document."""
+    """At every position of a truncated document eight tokens of truth are known."""
     folder = prepare_small(tmp_path / "cut", max_tokens_per_document=40, answer_reach=8)
     cut = [item for item in items(folder).values() if len(item["token_ids"]) == 40]
     assert len(cut) > 5
@@ -154,12 +154,12 @@ def test_benchmark_overlap_is_removed(
 def test_what_cannot_be_read_back_is_not_published(
     prepare_small: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A writer that exchanges two values, as one that guesses formats might."""
+    """Use a writer that exchanges two values, as one that guesses formats might."""
     original = shards.encode_item
     monkeypatch.setattr(shards, "encode_item", lambda item: original(item) | {"entropy": item["true_prob"]})
     with pytest.raises(
         RuntimeError,
-        match=r"--output_dir .*out: what was written is not what is read back.*train/ holds other documents",
+        match=r"--output_dir .*out: what was written is not what is read back.*train/ holds documents",
     ):
         prepare_small(tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -170,7 +170,7 @@ def test_what_cannot_be_read_back_is_not_published(
 def test_a_finished_folder_that_cannot_be_read_is_not_accepted(
     prepared_dir: Path, prepare_small: Prepare, tmp_path: Path
 ) -> None:
-    """As earlier versions made them of text files: with pickles."""
+    """Earlier versions made such folders of text files: with pickles."""
     folder = shutil.copytree(prepared_dir, tmp_path / "old")
     index = folder / "heldout/index.json"
     config = json.loads(index.read_text())
@@ -178,7 +178,8 @@ def test_a_finished_folder_that_cannot_be_read_is_not_accepted(
     index.write_text(json.dumps(config))
     with pytest.raises(
         ValueError,
-        match=r"--output_dir .*old: a task folder .* cannot be read: remove it .*names the serializer 'pickle'",
+        match=r"--output_dir .*old: a task folder .* cannot be read: remove it "
+        r".*names the serializer 'pickle'",
     ):
         prepare_small(folder)
     assert index.is_file()
@@ -197,9 +198,10 @@ def test_a_document_whose_id_is_no_text_is_refused_before_anything_is_scored(
 
 @pytest.fixture
 def templated_corpus(tmp_path: Path) -> JsonlSource:
-    """A log: every line of it is one template, filled in differently; and one exact duplicate."""
+    """A log in which every line fills in the same template, with one exact duplicate."""
     lines = [
-        f"2026-11-30 worker {number} of the pool took the next job from the queue and finished it without any error"
+        f"2026-11-30 worker {number} of the pool took the next job from the queue "
+        "and finished it without any error"
         for number in range(9)
     ]
     path = tmp_path / "log.jsonl"
@@ -218,8 +220,8 @@ def test_templated_text_needs_another_span(
     folder = prepare_small(tmp_path / "null", source=templated_corpus, dedup_span=None)
     said = capsys.readouterr().out
     assert (
-        "9 documents in 9 components of one document each (--dedup_span null); using 5 for training and 4 held out"
-        in said
+        "9 documents in 9 components of one document each (--dedup_span null); "
+        "using 5 for training and 4 held out" in said
     )
     assert "0 documents in both splits (--dedup_span null" in said
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -233,7 +235,7 @@ def test_templated_text_needs_another_span(
 def test_the_span_is_what_is_compared_and_counted(
     prepare_small: Prepare, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All but the near duplicates are unrelated words, which still share two tokens in a row somewhere."""
+    """The near duplicates aside, documents are unrelated words, but some share two consecutive tokens."""
     folder = prepare_small(tmp_path / "long", dedup_span=60)
     assert "0 spans of 60 tokens (--dedup_span) in both splits" in capsys.readouterr().out
     assert json.loads((folder / "manifest.json").read_text())["settings"]["dedup_span"] == 60
@@ -251,7 +253,7 @@ def test_a_span_that_is_none(span: object, prepare_small: Prepare, tmp_path: Pat
 
 def test_a_span_that_is_longer_than_every_document(prepare_small: Prepare, tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"--dedup_span 41: no document is so long \(the longest has 40 tokens\).*null"
+        ValueError, match=r"--dedup_span 41: no document is that long \(the longest has 40 tokens\).*null"
     ):
         prepare_small(tmp_path / "out", dedup_span=41, max_tokens_per_document=40)
 
@@ -263,9 +265,8 @@ def test_a_folder_of_before_the_span_could_be_set_counts_as_13(
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["settings"].pop("dedup_span") == 13
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert (
-        TaskFolder(folder, "train").layout == TaskFolder(prepared_dir, "train").layout
-    )  # a run on the one goes on with the other
+    # A run on one of the folders can resume on the other.
+    assert TaskFolder(folder, "train").layout == TaskFolder(prepared_dir, "train").layout
     prepare_small(folder)
     assert "nothing to do" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"\(dedup_span 13 instead of None\)"):
@@ -284,11 +285,12 @@ def test_the_same_command_again_says_that_it_is_there(
     folder = prepare_small(tmp_path / "again")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     capsys.readouterr()
-    prepare_small(folder, batch_tokens=64)  # changes the speed only
+    prepare_small(folder, batch_tokens=64)  # affects only the speed
     assert "nothing to do" in capsys.readouterr().out
     with pytest.raises(
         ValueError,
-        match=r"--output_dir .*again: a task folder made with other settings \(min_context 8 instead of 9\).*remove it",
+        match=r"--output_dir .*again: a task folder made with other settings "
+        r"\(min_context 8 instead of 9\).*remove it",
     ):
         prepare_small(folder, min_context=9)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
@@ -306,19 +308,19 @@ def test_a_finished_folder_of_other_weights_or_text_is_not_accepted(
     settings = {"source": JsonlSource(str(corpus), template="{problem}"), "proxy": str(proxy)}
     folder = prepare_small(tmp_path / "tasks", **settings)
     for path in proxy.iterdir():
-        os.utime(path, (1, 1))  # a copy of the same weights is the same proxy
+        os.utime(path, (1, 1))  # a copy of the same weights counts as the same proxy
     prepare_small(folder, **settings)
     weights = (proxy / "model.safetensors").read_bytes()
     (proxy / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     with pytest.raises(
         ValueError,
-        match=r"--output_dir .*tasks: a task folder made when the weights of --proxy '.*proxy' was another",
+        match=r"--output_dir .*tasks: a task folder made with different weights of --proxy '.*proxy'",
     ):
         prepare_small(folder, **settings)
     (proxy / "model.safetensors").write_bytes(weights)
     corpus.write_text(corpus.read_text().replace('"}', '"} ', 1).replace("a", "b", 1))
     with pytest.raises(
-        ValueError, match=r"--output_dir .*tasks: a task folder made when the text of --source was another"
+        ValueError, match=r"--output_dir .*tasks: a task folder made with different text of --source"
     ):
         prepare_small(folder, **settings)
 
@@ -381,7 +383,8 @@ def test_bad_input(prepare_small: Prepare, tiny_model_dir: Path, tmp_path: Path)
     tokenizer.add_tokens(["<other>"])
     tokenizer.save_pretrained(other)
     with pytest.raises(
-        ValueError, match=r"--proxy '.*other' \(\d+ tokens\) has another tokenizer than --tokenizer '.*tiny'"
+        ValueError,
+        match=r"--proxy '.*other' \(\d+ tokens\) has a different tokenizer from --tokenizer '.*tiny'",
     ):
         prepare_small(output, proxy=str(other))
     with pytest.raises(ValueError, match=r"--proxy '.*other' predicts 512 tokens, but --tokenizer"):

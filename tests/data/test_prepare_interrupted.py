@@ -1,4 +1,4 @@
-"""`rpt prepare` stopped in the middle: what was scored is kept, and nothing else is trusted."""
+"""`rpt prepare` stopped in the middle: scores are kept, and nothing else is trusted."""
 
 from __future__ import annotations
 
@@ -48,15 +48,26 @@ def test_stopped_it_continues(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The parts that were scored are not scored again, and the folder is the one of a run that was not stopped.
+    """Parts with scores are not scored again, and the folder equals that of an undisturbed run.
 
-    The run that was not stopped has the same batches: with others, scores differ in their last bits on some processors.
+    The undisturbed run has the same batches. With other batches, scores differ in their last bits on some
+    processors.
     """
     expected = stored(prepare_small(tmp_path / "undisturbed", batch_tokens=64))
     output = tmp_path / "tasks"
-    settings = {"corpus": str(corpus_path), "output_dir": str(output), "tokenizer": str(tiny_model_dir), "proxy": str(tiny_model_dir)} | {
-        "heldout_documents": 4, "min_context": 8, "window": 64, "overlap": 16, "batch_tokens": 64, "precision": "32-true"
-    }  # fmt: skip
+    settings = {
+        "corpus": str(corpus_path),
+        "output_dir": str(output),
+        "tokenizer": str(tiny_model_dir),
+        "proxy": str(tiny_model_dir),
+    } | {
+        "heldout_documents": 4,
+        "min_context": 8,
+        "window": 64,
+        "overlap": 16,
+        "batch_tokens": 64,
+        "precision": "32-true",
+    }
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, json.dumps(settings)],
         stdout=subprocess.PIPE,
@@ -76,7 +87,7 @@ def test_stopped_it_continues(
     assert process.returncode != 0
     assert not output.exists()
     if stop == signal.SIGINT:
-        assert "What was scored is kept" in said
+        assert "The scores so far are kept" in said
     assert len(list(tmp_path.glob("tasks.partial/*/scores-*.npz"))) == 1
     scored: list[int] = []
     original = ProxyScorer.score
@@ -88,7 +99,7 @@ def test_stopped_it_continues(
     prepare_small(output, batch_tokens=64)
     assert 0 < sum(scored) < 18
     assert stored(output) == expected
-    for split in ("train", "heldout"):  # smaller batches: equal up to rounding
+    for split in ("train", "heldout"):  # the batches are smaller, so scores are equal up to rounding
         for doc_id, item in items(output, split).items():
             np.testing.assert_allclose(
                 item["entropy"], items(prepared_dir, split)[doc_id]["entropy"], atol=1e-5
@@ -99,7 +110,7 @@ def test_stopped_it_continues(
 def test_scores_of_other_settings_are_not_continued_with(
     prepare_small: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that fails after scoring leaves its scores; another window must not take them."""
+    """A run that fails after scoring leaves its scores. A run with another window must not use them."""
     scored: list[int] = []
     original = ProxyScorer.score
     monkeypatch.setattr(
@@ -133,7 +144,7 @@ def test_a_full_disk_leaves_nothing_that_is_trusted(
 
     def save(path: Path, arrays: dict[str, Any]) -> None:
         calls.append(path)
-        if len(calls) == 3:  # tokens, one part, then the disk is full in the middle of a file
+        if len(calls) == 3:  # after the tokens and one part, the disk is full in the middle of a file
             path.write_bytes(b"half a file")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         original(path, arrays)

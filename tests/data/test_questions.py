@@ -1,4 +1,7 @@
-"""From rows to questions: the fields of each benchmark, on rows of its shape with made-up content, and errors that name the row."""
+"""From rows to questions: the fields of each benchmark, and errors that name the row.
+
+The rows have the shape of each benchmark, with made-up content.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from rpt_lightning.data.benchmarks import BENCHMARKS, benchmark_source
 from rpt_lightning.data.questions import HuggingFaceQuestions, JsonlQuestions, QuestionFields, read_all
 from rpt_lightning.types import Question
 
-# One row of each dataset as its card describes it; the contents are ours.
+# One row of each dataset in the form that its card describes. The contents are ours.
 ROWS: dict[str, dict[str, Any]] = {
     "aime24": {
         "id": 60,
@@ -100,7 +103,7 @@ def test_a_folder_that_datasets_reads(tmp_path: Path) -> None:
 
 
 def test_nested_fields_and_answers_in_a_list(tmp_path: Path) -> None:
-    """The shape of Skywork-OR1."""
+    """This is the shape of Skywork-OR1."""
     rows = [
         {"prompt": [{"role": "user", "content": f"Q{number}"}], "reward_model": {"ground_truth": truth}}
         for number, truth in enumerate(['["[1, 2)"]', "[1, 2]"])
@@ -121,24 +124,32 @@ def test_nested_fields_and_answers_in_a_list(tmp_path: Path) -> None:
         (
             QuestionFields(),
             {"question": "?", "answer": "1"},
-            r"line 1: no field 'problem' \(there is: question, answer\)",
+            r"line 1: no field 'problem' \(fields: question, answer\)",
         ),
         (QuestionFields(), {"problem": "?", "answer": None}, r"line 1: no field 'answer'"),
-        (QuestionFields(), {"problem": "?", "answer": " "}, r"line 1, field answer: ' ' is no answer"),
+        (QuestionFields(), {"problem": "?", "answer": " "}, r"line 1, field answer: ' ' is not an answer"),
         (QuestionFields(), {"problem": "?", "answer": ["1", "2"]}, r"line 1, field answer: 2 answers"),
         (QuestionFields(), ["?"], r"line 1: no field 'problem'"),
         (
             QuestionFields(),
             {"problem": ["?"], "answer": "1"},
-            r"line 1, field problem: \['\?'\] is no question, which is a text",
+            r"line 1, field problem: \['\?'\] is not the text of a question",
         ),
-        (QuestionFields(), {"problem": 7, "answer": "1"}, r"line 1, field problem: 7 is no question"),
+        (
+            QuestionFields(),
+            {"problem": 7, "answer": "1"},
+            r"line 1, field problem: 7 is not the text of a question",
+        ),
         (
             QuestionFields(),
             {"problem": {"text": "?"}, "answer": "1"},
-            r"line 1, field problem: \{'text': '\?'\} is no question",
+            r"line 1, field problem: \{'text': '\?'\} is not the text of a question",
         ),
-        (QuestionFields(), {"problem": " ", "answer": "1"}, r"line 1, field problem: ' ' is no question"),
+        (
+            QuestionFields(),
+            {"problem": " ", "answer": "1"},
+            r"line 1, field problem: ' ' is not the text of a question",
+        ),
         (QuestionFields(), {"problem": "?", "answer": float("nan")}, r"line 1, field answer: the number nan"),
         (
             QuestionFields(),
@@ -155,21 +166,21 @@ def test_nested_fields_and_answers_in_a_list(tmp_path: Path) -> None:
             {"problem": "?", "answer": "-inf"},
             r"line 1, field answer: '-inf' is what programs write",
         ),
-        (QuestionFields(), {"problem": "?", "answer": True}, r"line 1, field answer: True is no answer"),
+        (QuestionFields(), {"problem": "?", "answer": True}, r"line 1, field answer: True is not an answer"),
         (
             QuestionFields(),
             {"problem": "?", "answer": {"value": 1}},
-            r"line 1, field answer: \{'value': 1\} is no answer",
+            r"line 1, field answer: \{'value': 1\} is not an answer",
         ),
         (
             QuestionFields(category="tags"),
             {"problem": "?", "answer": 1, "tags": ["a"]},
-            r"line 1, field tags: \['a'\] \(list\) is no text",
+            r"line 1, field tags: \['a'\] \(list\) is not text",
         ),
         (
             QuestionFields(id="key"),
             {"problem": "?", "answer": 1, "key": {"n": 1}},
-            r"line 1, field key: .*\(dict\) is no text",
+            r"line 1, field key: .*\(dict\) is not text",
         ),
         (
             QuestionFields(choices="options"),
@@ -179,7 +190,7 @@ def test_nested_fields_and_answers_in_a_list(tmp_path: Path) -> None:
         (
             QuestionFields(choices="options"),
             {"problem": "?", "answer": "A", "options": "1, 2"},
-            r"field options: '1, 2' where a list of 2 to 26 choices belongs",
+            r"field options: '1, 2' is not a list of 2 to 26 choices",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Values of rows as the text that they say."""
+"""The values of rows as text."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ def test_what_a_value_says(value: Any, text: str) -> None:
     [
         (
             {"body": "x"},
-            r"row 0: \{'body': 'x'\} \(dict\) is no text; name a field inside it, such as a dot and body",
+            r"row 0: \{'body': 'x'\} \(dict\) is not text; name a field inside it, such as a dot and body",
         ),
-        (["one", 2], r"row 0: \['one', 2\] \(list\) is no text"),
-        ([["one"]], r"\(list\) is no text; name an entry of it"),
+        (["one", 2], r"row 0: \['one', 2\] \(list\) is not text"),
+        ([["one"]], r"\(list\) is not text; name an entry of it"),
         ([], "row 0: an empty list"),
-        (["one", None], r"\(list\) is no text"),
-        (True, r"row 0: True \(bool\) is no text"),
+        (["one", None], r"\(list\) is not text"),
+        (True, r"row 0: True \(bool\) is not text"),
         (float("nan"), "row 0: the number nan"),
         (float("-inf"), "row 0: the number -inf"),
         (b"\xff\xfe", r"row 0: bytes that are not UTF-8 \(byte 0\)"),
         (["one", b"\xff"], r"row 0, entry 1: bytes that are not UTF-8"),
-        (object(), r"\(object\) is no text"),
+        (object(), r"\(object\) is not text"),
     ],
 )
 def test_what_says_nothing(value: Any, message: str) -> None:
@@ -82,7 +82,10 @@ def test_templates() -> None:
         ("{}", "empty braces"),
         ("{n", "expected '}'"),
         ("{turns.0.text:d}", r"row 0, field turns.0.text: 'a' cannot be written as 'd'"),
-        ("{turns.0}", r"row 0, field turns.0: .* is no text; name a field inside it, such as a dot and text"),
+        (
+            "{turns.0}",
+            r"row 0, field turns.0: .* is not text; name a field inside it, such as a dot and text",
+        ),
         ("{turns.1.text}", r"row 0: .* needs the field 'turns.1.text'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -113,7 +116,7 @@ def test_columns_of_parquet(tmp_path) -> None:
     assert texts("{solution}") == ["first\n\nsecond", "only"]
     assert texts("{solution}", separator=" / ") == ["first / second", "only"]
     assert texts("{single} {half} {price} {kind} {deep.body}") == ["0.1 0.1 1.10 x p", "0.00001 2.0 2.00 y q"]
-    with pytest.raises(ValueError, match=r"a\.parquet, row 0 \(from 0\), field deep: .*\(dict\) is no text"):
+    with pytest.raises(ValueError, match=r"a\.parquet, row 0 \(from 0\), field deep: .*\(dict\) is not text"):
         texts("{deep}")
 
 
@@ -132,7 +135,7 @@ def test_rows_of_a_dataset(tmp_path) -> None:
 
 
 def test_a_separator_is_told_where_it_is_not_the_usual_one() -> None:
-    """A folder that was prepared before there was a choice is recognised."""
+    """A folder that was prepared before this option existed is recognised."""
     assert JsonlSource("a.jsonl", "{text}").describe() == {
         "kind": "jsonl",
         "path": "a.jsonl",

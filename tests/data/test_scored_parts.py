@@ -1,4 +1,4 @@
-"""Scores that an interrupted `rpt prepare` left behind, when they are damaged."""
+"""Damaged scores that an interrupted `rpt prepare` left behind."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def test_windows_score_every_input_once_with_the_most_context(
         assert 0 <= start <= first < stop <= num_inputs
         assert stop - start <= window
         covered += range(first, stop)
-        if start > 0:  # a window that does not begin the document
+        if start > 0:  # a window that does not start at the document's beginning
             assert first - start + 1 >= overlap
     assert covered == list(range(num_inputs))
 
@@ -66,7 +66,7 @@ def test_scores_equal_a_plain_softmax(model) -> None:
     "unused_ids", [tuple(range(448, 512)), (0, 3, 77, *range(450, 512))], ids=["behind", "between"]
 )
 def test_rows_that_are_no_token_cannot_come(model, unused_ids: tuple[int, ...]) -> None:
-    """Scores are those of a softmax over the tokens alone."""
+    """Scores equal those of a softmax over the tokens alone."""
     ids = (random_documents(30)[0] % 300 + 100).astype(np.int32)
     (plain,) = scorer(model).score([ids])
     assert np.isin(plain.candidate_ids[1:], unused_ids).any()
@@ -87,7 +87,7 @@ def test_rows_that_are_no_token_cannot_come(model, unused_ids: tuple[int, ...]) 
 
 
 def test_scores_under_autocast_are_those_of_the_models_own_logits(model) -> None:
-    """Rounded to bf16 many logits are equal: rank and candidates still agree, the lower id first."""
+    """Rounded to bf16, many logits are equal. Rank and candidates still agree: the lower id comes first."""
 
     def autocast():
         return torch.autocast("cpu", dtype=torch.bfloat16)
@@ -118,7 +118,7 @@ def test_batch_size_and_company_do_not_matter(model) -> None:
 
 
 def test_windows_equal_the_full_context_where_the_model_sees_no_further(model) -> None:
-    """The first window has the whole context; a later window equals a document that begins at its start."""
+    """The first window has the whole context. A later window equals a document that begins at its start."""
     (ids,) = random_documents(100)
     (full,) = scorer(model).score([ids])
     (windowed,) = scorer(model, window=40, overlap=30).score([ids])
@@ -135,7 +135,7 @@ def test_windows_equal_the_full_context_where_the_model_sees_no_further(model) -
 
 
 def test_windowed_scores_of_a_model_with_a_short_sight(tiny_model_dir: Path) -> None:
-    """With one layer that sees 8 tokens back (sliding attention), windows with an overlap of 8 and more give exactly the full scores."""
+    """One layer sees 8 tokens back (sliding attention): overlaps of 8 or more give the full scores."""
     from transformers import MistralConfig, MistralForCausalLM
 
     torch.manual_seed(0)
@@ -185,5 +185,5 @@ def test_a_model_that_changes_its_logits_behind_the_head_is_refused(model) -> No
             output.logits = output.logits * 3
             return output
 
-    with pytest.raises(ValueError, match="changes its logits behind the output layer"):
+    with pytest.raises(ValueError, match="changes its logits after the output layer"):
         scorer(Capped())

@@ -42,7 +42,10 @@ def test_an_epoch_is_every_position_once(layout: Layout, epoch: int) -> None:
 
 
 def bundle_by_bundle(layout: Layout, epoch: int) -> list[tuple[int, int]]:
-    """The order of an epoch as it was first written, one list of pairs a bundle. Checkpoints hold places in it, so it may never change."""
+    """Compute the order of an epoch as it was first written, with one list of pairs per bundle.
+
+    Checkpoints hold places in this order, so it may never change.
+    """
     num_items, chunk_sizes, bundle_size, seed = layout
     bounds = [0, *itertools.accumulate(chunk_sizes)]
     chunks = np.random.default_rng([seed, epoch]).permutation(len(chunk_sizes)).tolist()
@@ -68,7 +71,7 @@ def test_the_order_is_the_one_that_checkpoints_were_made_in(layout: Layout, epoc
 def test_the_order_does_not_depend_on_how_it_is_taken(
     layout: Layout, first: list[int], second: list[int]
 ) -> None:
-    """Any sizes of steps and draws, with a stop and a resumption between them, give the one sequence."""
+    """Steps and draws of any size, with a stop and a resumption between them, give the same sequence."""
     plain = make(layout).next(sum(first) + sum(second))
     before = make(layout)
     taken = [pair for num in first for pair in before.next(num)]
@@ -103,7 +106,7 @@ def test_bundles_have_the_asked_size() -> None:
 
 
 def test_documents_are_mixed_inside_a_window_of_chunks_only() -> None:
-    """So that at most WINDOW_CHUNKS shards are read at a time."""
+    """At most WINDOW_CHUNKS shards are therefore read at a time."""
     num_chunks = 3 * WINDOW_CHUNKS
     order = make(([1] * (2 * num_chunks), [2] * num_chunks, 1, 0)).order
     chunks = [order[0, index][0] // 2 for index in range(2 * num_chunks)]
@@ -140,9 +143,7 @@ def test_a_place_in_another_layout_of_the_same_text_is_refused() -> None:
         match="belongs to documents in the order with the fingerprint left, and this run has right",
     ):
         TaskStream(order, corpus="text", layout="right").load_state_dict(state)
-    del state["made_with"][
-        "documents in the order with the fingerprint"
-    ]  # as checkpoints of earlier versions
+    del state["made_with"]["documents in the order with the fingerprint"]  # as in older checkpoints
     stream = TaskStream(order, corpus="text", layout="right")
     stream.load_state_dict(state | {"index": 3})
     assert stream.place == (0, 3)

@@ -110,7 +110,7 @@ def test_folders_of_the_earlier_format_are_read_and_have_the_same_chunks(
     (path / "train/index.json").unlink()
     writer = BinaryWriter(str(path / "train"), chunk_bytes="64MB")
     for index in range(2):
-        writer.add_item(index, dict(new.document(index)))  # the id as text
+        writer.add_item(index, dict(new.document(index)))  # with the id as text
     writer.done()
     writer.merge()
     assert json.loads((path / "train/index.json").read_text())["config"]["data_format"][0] == "str"
@@ -123,16 +123,16 @@ def test_folders_of_the_earlier_format_are_read_and_have_the_same_chunks(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"doc_id": b"bytes"}, "the id of document b'bytes' is a bytes, where text belongs"),
+        ({"doc_id": b"bytes"}, "the id of document b'bytes' is a bytes, but must be text"),
         (
             {"doc_id": "caf\udce9.txt"},
             r"is not Unicode at character 3; a file whose name is in another encoding must be renamed",
         ),
         (
             {"entropy": np.zeros(2)},
-            r"document 'd': entropy is float64 \[1 dimensions\] where an array of float32",
+            r"document 'd': entropy is float64 \[1 dimensions\], but must be an array of float32",
         ),
-        ({"positions": [1, 2]}, r"document 'd': positions is list where an array of int32"),
+        ({"positions": [1, 2]}, r"document 'd': positions is list, but must be an array of int32"),
         ({"true_prob": np.array([None, None])}, "true_prob is object"),
         ({"more": np.zeros(2)}, "holds doc_id, .*, and not .*more"),
     ],
@@ -163,25 +163,25 @@ def test_pickled_counts_are_never_read(write_task_folder: Write, tmp_path: Path)
             None,
             r"\(settings: there is no such entry\); make the task folder again with `rpt prepare`",
         ),
-        ("settings", [], r"settings is \[\], where an object belongs"),
-        ("settings.tokenizer", 7, r"settings\.tokenizer is 7, where a text belongs"),
+        ("settings", [], r"settings is \[\], but must be an object"),
+        ("settings.tokenizer", 7, r"settings\.tokenizer is 7, but must be text"),
         ("corpus.sha256", None, r"corpus\.sha256: there is no such entry"),
-        ("answer_reach", "3", r"answer_reach is '3', where a whole number belongs"),
+        ("answer_reach", "3", r"answer_reach is '3', but must be a whole number"),
         ("answer_reach", 0, r"answer_reach is 0"),
-        ("proxy", ["models/tiny"], r"proxy is \['models/tiny'\], where a text belongs"),
+        ("proxy", ["models/tiny"], r"proxy is \['models/tiny'\], but must be text"),
         ("sha256", None, r"sha256: there is no such entry; without checksums damage would go unnoticed"),
-        ("sha256", "null", r"sha256 is 'null', where an object belongs"),
+        ("sha256", "null", r"sha256 is 'null', but must be an object"),
         ("sha256.train", None, r"sha256\.train: there is no such entry; without checksums"),
         (
             "sha256.train",
             {"num_positions.npy": None},
-            r"sha256\.train\.num_positions\.npy is None, where a SHA-256 belongs",
+            r"sha256\.train\.num_positions\.npy is None, but must be a SHA-256",
         ),
         ("sha256.train", {}, r"no checksum of train/num_positions\.npy"),
         (
             "splits",
             {"train": {"last_position": "9"}},
-            r"splits\.train\.last_position is '9', where a position belongs",
+            r"splits\.train\.last_position is '9', but must be a position",
         ),
     ],
 )

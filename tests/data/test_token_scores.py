@@ -12,7 +12,7 @@ from rpt_lightning.data.token_scores import largest, ranks, score_logits
 
 
 def test_of_equal_logits_the_lower_id_ranks_first() -> None:
-    """Rank 0 is what argmax takes."""
+    """Rank 0 is the token that argmax selects."""
     logits = torch.tensor([[1.0, 3.0, 2.0, 3.0, 3.0]]).repeat(5, 1)
     assert ranks(logits, torch.arange(5)).tolist() == [4, 0, 3, 1, 2]
     assert logits[0].argmax() == 1
@@ -31,7 +31,7 @@ def test_of_equal_logits_the_lower_id_ranks_first() -> None:
 def test_largest_and_ranks_equal_a_stable_sort(
     seed: int, num_rows: int, vocabulary: int, k: int, num_values: int
 ) -> None:
-    """With few different values most logits are equal; the vocabulary need not be a multiple of the group."""
+    """With few different values most logits are equal. The vocabulary need not be a multiple of the group."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randint(num_values, (num_rows, vocabulary), generator=generator).float()
     expected, order = logits.sort(dim=-1, descending=True, stable=True)

@@ -15,4 +15,4 @@ def test_a_document_that_is_cut_does_not_keep_the_whole_one_in_memory(
     corpus = TokenizedCorpus(source, TokenBytes(tiny_tokenizer), min_context=2, max_tokens=5)
     assert any(corpus.is_cut)
     assert all(len(ids) <= 5 for ids in corpus.token_ids)
-    assert all(ids.base is None for ids in corpus.token_ids)  # no view into a longer array
+    assert all(ids.base is None for ids in corpus.token_ids)  # not a view of a longer array

@@ -88,7 +88,7 @@ def test_candidates_that_cannot_be_boxed_are_left_out(tiny_tokenizer, token_byte
 def test_candidates_that_are_no_token_are_left_out(
     tiny_tokenizer, token_bytes: TokenBytes, only_answerable: bool
 ) -> None:
-    """As in folders that were prepared before the scores left them out."""
+    """Folders that were prepared before scoring left such rows out hold them."""
     a, b, padding = id_of(token_bytes, "a"), id_of(token_bytes, "b"), len(tiny_tokenizer) + 5
     assert a in token_bytes
     assert padding not in token_bytes
@@ -114,7 +114,7 @@ def test_the_marker_of_the_prompt_is_what_cannot_be_boxed(tiny_tokenizer, token_
 
 
 def _store(folder: Path, items: list[Any]) -> Path:
-    """Replaces the split ``train``, and says so in the manifest."""
+    """Replace the split ``train`` and update the manifest."""
     shutil.rmtree(folder / "train")
     write_split(folder / "train", items, chunk_bytes="64MB")
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -124,7 +124,10 @@ def _store(folder: Path, items: list[Any]) -> Path:
 
 
 def permute_truths(folder: Path, target: Path) -> Path:
-    """The same folder with other true tokens: from the first task of a document on the tokens are shuffled among those that are no context of a task."""
+    """Copy the folder with other true tokens.
+
+    From the first task of a document on, the tokens that are not context of any task are shuffled.
+    """
     shutil.copytree(folder, target)
     reader = TaskFolder(folder, "train")
     rng = np.random.default_rng(0)
@@ -140,7 +143,10 @@ def permute_truths(folder: Path, target: Path) -> Path:
 
 
 def last_positions_only(folder: Path, target: Path) -> Path:
-    """One task a document, its last: then no true token is context of another task, and all of them can be exchanged."""
+    """Keep one task per document, its last.
+
+    No true token is then context of another task, so all of them can be exchanged.
+    """
     shutil.copytree(folder, target)
     reader = TaskFolder(folder, "train")
     items = []
@@ -171,7 +177,7 @@ def traces_of(folder: Path, **settings: Any) -> list[Any]:
 
 
 def test_traces_never_see_the_truth(prepared_dir: Path, tmp_path: Path) -> None:
-    """Other true tokens, probabilities and ranks, the same candidates and contexts: the same traces."""
+    """Other true tokens, probabilities and ranks give the same traces if candidates and contexts stay."""
     original = last_positions_only(prepared_dir, tmp_path / "original")
     permuted = permute_truths(original, tmp_path / "permuted")
     left, right = TaskFolder(original, "train"), TaskFolder(permuted, "train")
@@ -204,7 +210,7 @@ def test_a_padded_vocabulary_changes_neither_scores_nor_traces(
     tiny_tokenizer,
     tmp_path: Path,
 ) -> None:
-    """Rows behind the last token, as Qwen's models have them, here often more likely than any token."""
+    """The rows after the last token, as in Qwen's models, are often more likely here than any token."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     num_tokens = len(tiny_tokenizer)
     model.resize_token_embeddings(num_tokens + 64, mean_resizing=False)
@@ -256,7 +262,8 @@ def test_another_models_predictions_are_refused(prepared_dir: Path, tmp_path: Pa
     setup("models/another", allow_other_proxy=True)
     with pytest.raises(
         ValueError,
-        match=r"scored by '.*tiny', but the model being trained is 'models/another'.*--data.allow_other_proxy true",
+        match=r"scored by '.*tiny', but the model being trained is 'models/another'"
+        r".*--data.allow_other_proxy true",
     ):
         setup("models/another")
 
@@ -266,14 +273,8 @@ def test_whole_documents_for_next_token_training(write_task_folder: Write, tmp_p
     module.setup("fit")
     batches = iter(module.train_dataloader())
     sequences = [sequence for _ in range(3) for sequence in next(batches)["sequences"]]
-    assert sorted(sequence.num_tokens for sequence in sequences) == [
-        2,
-        2,
-        5,
-        5,
-        6,
-        6,
-    ]  # two epochs of the three documents
+    # Two epochs of the three documents.
+    assert sorted(sequence.num_tokens for sequence in sequences) == [2, 2, 5, 5, 6, 6]
     assert all(sequence.prompt_ids == (40,) and sequence.target_ids[0] == 41 for sequence in sequences)
     assert len(module.train_dataloader()) == 1
 
@@ -308,5 +309,7 @@ def test_text_is_cut_to_the_positions_of_the_model(
     module = TextDataModule(str(write_task_folder(tmp_path / "t", [9, 2])), documents_per_step=2)
     module.setup("fit")
     policy = SimpleNamespace(config=LlamaConfig(max_position_embeddings=4))
-    module.trainer = SimpleNamespace(lightning_module=SimpleNamespace(policy=policy))  # type: ignore[assignment]
+    module.trainer = SimpleNamespace(  # type: ignore[assignment]
+        lightning_module=SimpleNamespace(policy=policy)
+    )
     assert [sequence.num_tokens for sequence in module.make_batch([(0, 0), (1, 0)])["sequences"]] == [4, 3]

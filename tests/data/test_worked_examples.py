@@ -30,9 +30,8 @@ def writer(tiny_tokenizer, token_bytes):
 
 def test_an_example_thinks_and_answers_in_a_box(writer, token_bytes: TokenBytes, tiny_tokenizer) -> None:
     (example,) = writer().write(DOCUMENT, step=0)
-    assert (
-        token_bytes.join(example.prompt_ids) == b"Two and two<think>"
-    )  # the mark that opens the thought is no target
+    # The marker that opens the thought is not a target.
+    assert token_bytes.join(example.prompt_ids) == b"Two and two<think>"
     end = token_bytes[tiny_tokenizer.eos_token_id]
     completion = token_bytes.join(example.target_ids)
     assert completion == b" one two three four</think>\\boxed{ is four}" + end
@@ -70,14 +69,13 @@ def test_the_share_that_thinks_is_p_cot_and_depends_on_seed_document_and_step(wr
 
     drawn = thinking(0, range(2000))
     assert 0.27 < sum(drawn) / 2000 < 0.33  # four standard deviations are 0.041
-    assert drawn[500:600] == thinking(0, range(500, 600))  # whatever was drawn before
+    assert drawn[500:600] == thinking(0, range(500, 600))  # regardless of earlier draws
     assert drawn != thinking(1, range(2000))
 
 
 def test_a_mark_inside_a_token_is_refused(writer) -> None:
-    document = Document(
-        doc_id="d", text=TEXT, marks=(Mark(start=12, end=19, thought="x"),)
-    )  # " is" is one token
+    # " is" is a single token.
+    document = Document(doc_id="d", text=TEXT, marks=(Mark(start=12, end=19, thought="x"),))
     with pytest.raises(ValueError, match=r"--data.source: the text 'is four' is marked.*mark whole tokens"):
         writer().write(document, step=0)
 

@@ -143,7 +143,7 @@ def test_a_chunk_that_is_damaged_in_storage_is_named(many_chunks, storage):
     folder = TaskFolder(URL, "train")
     with pytest.raises(
         ValueError,
-        match=r"s3://corpora/deep/tasks/train/chunk-0-0\.bin is damaged: its SHA-256.*upload it anew",
+        match=r"s3://corpora/deep/tasks/train/chunk-0-0\.bin is damaged: its SHA-256.*upload it again",
     ):
         folder.document(0)
     client.delete_object(Bucket="corpora", Key=key)

@@ -1,4 +1,7 @@
-"""Version 4's names, as its configuration classes read them (compared by hand with 4.57.6, whose logits are then the same)."""
+"""Version 4's names, as its configuration classes read them.
+
+We compared them by hand with version 4.57.6, whose logits are then the same.
+"""
 
 from __future__ import annotations
 
@@ -59,9 +62,8 @@ def test_rotary_frequencies_have_their_older_names_too(config, older, tmp_path: 
     after = with_older_rope(before)
     assert {name: value for name, value in after.items() if before.get(name) != value} == older
     path.write_text(json.dumps(after))
-    assert (
-        AutoConfig.from_pretrained(tmp_path).rope_parameters == config.rope_parameters
-    )  # this version still reads what it wrote
+    # This version still reads what it wrote.
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == config.rope_parameters
 
 
 def test_nested_configurations_get_them_as_well() -> None:

@@ -1,4 +1,4 @@
-"""Two tokenizers have one hash where they do the same, and two where any part of them differs."""
+"""Tokenizers have the same hash if they behave alike, and different hashes if any part of them differs."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_call_does_not_change_it() -> None:
 
 
 def test_hashes_of_both_versions_are_recognised() -> None:
-    """The earlier hash knew neither normaliser nor pre-tokeniser; what is stored says by its mark which one it is."""
+    """The earlier hash covered neither normaliser nor pre-tokeniser. A mark tells a stored hash's version."""
     other = changed(DIFFERENT["normalizer"])
     assert earlier_tokenizer_hash(other) == earlier_tokenizer_hash(BASE)
     assert has_hash(other, earlier_tokenizer_hash(BASE))
@@ -84,7 +84,7 @@ def test_hashes_of_both_versions_are_recognised() -> None:
 
 
 def test_the_earlier_hash_is_what_it_was() -> None:
-    """Of a tokenizer that is written out here: worked out by the code of before."""
+    """The tokenizer is written out here, and its hash was computed by the earlier code."""
     content = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
     backend = Tokenizer.from_str(
         json.dumps(

@@ -34,7 +34,8 @@ def test_every_family_keeps_it_elsewhere(
         ({"rope_type": "default", "rope_theta": 1e4}, 100),
         ({"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}, 400),
         ({"rope_type": "dynamic", "factor": 2.5, "rope_theta": 1e4}, 250),
-        # The config's number is the scaled one: transformers computes YaRN's ramp from it and from the original one.
+        # The config's number is the scaled one. transformers computes YaRN's ramp from it and the original
+        # one.
         (
             {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 25, "rope_theta": 1e4},
             100,
@@ -85,7 +86,8 @@ def test_quantized_weights_are_refused_by_name(quantization: dict[str, Any]) -> 
     config.quantization_config = quantization
     with pytest.raises(
         ValueError,
-        match=rf"policy.path=m: its config.json says.*\({quantization['quant_method']}\).*give the model's unquantized weights",
+        match=rf"policy.path=m: its config.json says.*\({quantization['quant_method']}\)"
+        r".*give the model's unquantized weights",
     ):
         check_not_quantized(config, where="policy.path=m")
     check_not_quantized(LlamaConfig(), where="policy.path=m")

@@ -1,4 +1,4 @@
-"""What is loaded from a folder is what its tokenizer.json says, or one error."""
+"""A tokenizer loaded from a folder does what its tokenizer.json says, or loading raises a single error."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def folder_of(tokenizer, folder: Path, config=None, **tokenizer_config: object) 
 
 
 def edited(folder: Path, **changes: object) -> Path:
-    """Changes parts of tokenizer.json, of its model by names that begin with ``model_``."""
+    """Change parts of tokenizer.json. Names that begin with ``model_`` change parts of its model."""
     content = json.loads((folder / "tokenizer.json").read_text())
     for name, value in changes.items():
         part, key = (
@@ -40,7 +40,7 @@ def edited(folder: Path, **changes: object) -> Path:
 
 
 def own_split():
-    """Byte-level, with another split pattern than Qwen 2's."""
+    """Make a byte-level tokenizer with a different split pattern from Qwen 2's."""
     tokenizer = toys.byte_level(think_tokens=True)
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     split = pre_tokenizers.Split(Regex(r"\d{1,2}|\s+|\w+|[^\s\w]+"), "isolated")
@@ -55,7 +55,7 @@ def own_split():
 @pytest.mark.parametrize(
     ("make", "config", "tokenizer_class"),
     [
-        (toys.byte_level, LlamaConfig(), "LlamaTokenizerFast"),  # R1-Distill-Llama in a folder of one's own
+        (toys.byte_level, LlamaConfig(), "LlamaTokenizerFast"),  # R1-Distill-Llama in a copied folder
         (toys.byte_level, None, "LlamaTokenizerFast"),
         (toys.byte_level, LlamaConfig(), "GPT2Tokenizer"),
         (own_split, Qwen2Config(), "Qwen2Tokenizer"),
@@ -66,9 +66,8 @@ def own_split():
 def test_a_class_of_another_family_is_repaired(make, config, tokenizer_class: str, tmp_path: Path) -> None:
     folder = folder_of(make(), tmp_path / "model", config, tokenizer_class=tokenizer_class)
     wanted = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(TEXT, add_special_tokens=False).ids
-    assert tokenizer_hash(AutoTokenizer.from_pretrained(folder)) != tokenizer_hash(
-        make()
-    )  # else there is nothing to repair
+    # Otherwise there is nothing to repair.
+    assert tokenizer_hash(AutoTokenizer.from_pretrained(folder)) != tokenizer_hash(make())
     loaded = load_tokenizer(str(folder), flag="--tokenizer")
     assert loaded(TEXT, add_special_tokens=False).input_ids == wanted
     assert loaded.decode(wanted) == TEXT
@@ -131,10 +130,12 @@ def test_tokens_without_an_embedding_are_refused(tiny_model_dir: Path) -> None:
     check_vocabulary(with_tokens([]), 512, where="policy.path=p")
     with pytest.raises(
         ValueError,
-        match=r"^policy\.path=p: .* 2 tokens without a row .*\('<a>', '<b>', id 512 and on; vocab_size is 512\)",
+        match=r"^policy\.path=p: .* 2 tokens without a row .*"
+        r"\('<a>', '<b>', id 512 and up; vocab_size is 512\)",
     ):
         check_vocabulary(with_tokens(["<a>", "<b>"]), 512, where="policy.path=p")
-    # A marker that nothing uses, as Gemma 3's for images, does no harm; one that the chat template or the end of a text uses does.
+    # A marker that nothing uses does no harm, such as Gemma 3's for images. One that the chat template or the
+    # end of a text uses does.
     marker = with_tokens(["<image>"], special=True)
     check_vocabulary(marker, 512, where="policy.path=p")
     marker.chat_template = "{{ '<image>' }}"

@@ -1,4 +1,4 @@
-"""Folders whose weights are not those of their config, each refused with the names of the weights."""
+"""Folders whose weights do not fit their config are each rejected with the names of the weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def folder(tiny_model_dir: Path, tmp_path: Path) -> Path:
 
 
 def rewrite(folder: Path, **weights: torch.Tensor | None) -> None:
-    """Changes the weights of the file: None takes one out. A name's dots are given as double underscores."""
+    """Change the weights of the file. None removes one. Double underscores stand for the dots of a name."""
     content = load_file(folder / "model.safetensors")
     for name, tensor in weights.items():
         content.pop(name.replace("__", "."), None)
@@ -110,12 +110,14 @@ def absent(folder: Path) -> None:
 WRONG = {
     without_a_norm: rf"lack 1 \({NORM}\)",
     under_another_name: rf"lack 1 \({QUERY}\); they hold 1 \(model\.layers\.1\.self_attn\.query\.weight\)",
-    all_under_other_names: r"lack 39 \(lm_head\.weight, model\.embed_tokens\.weight, .*hold 38 \(net\.model\.embed_tokens\.weight, ",
+    all_under_other_names: r"lack 39 \(lm_head\.weight, model\.embed_tokens\.weight, "
+    r".*hold 38 \(net\.model\.embed_tokens\.weight, ",
     fewer_layers: r"lack 9 \(model\.layers\.4\.input_layernorm\.weight, ",
     more_layers: r"hold 9 \(model\.layers\.3\.input_layernorm\.weight, .*does not have",
     biases: r"hold 1 \(model\.layers\.0\.self_attn\.q_proj\.bias\)",
     head_bias: r"hold 1 \(lm_head\.bias\)",
-    other_shape: r"other shapes .*1 \(model\.norm\.weight\) \(model\.norm\.weight: \[64\] instead of \[128\]\)",
+    other_shape: r"other shapes .*1 \(model\.norm\.weight\) "
+    r"\(model\.norm\.weight: \[64\] instead of \[128\]\)",
     another_head: "ties the output head to the embedding",
     not_a_number: r"1 \(model\.norm\.weight\) of its weights hold NaN or infinity",
     infinite: rf"1 \({QUERY}\) of its weights hold NaN or infinity",

@@ -7,5 +7,5 @@ from rpt_lightning.tasks.answer_reward import AnswerReward
 
 @pytest.fixture(scope="session")
 def answer_reward() -> AnswerReward:
-    """One for all tests: starting Math-Verify's process takes a second or two."""
+    """One reward for all tests, because starting Math-Verify's process takes a second or two."""
     return AnswerReward(cpu_limit_s=1.0, num_workers=1)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from rpt_lightning.tasks.answer import FirstBox, answerable_lengths, extract_prediction
 
-# What makes boxes go wrong, with bytes that are no UTF-8 and pieces that split a character.
+# Pieces that break boxes, including bytes that are not UTF-8 and pieces that split a character.
 PIECES = [
     b"\\boxed{",
     b"\\boxed",
@@ -34,7 +34,7 @@ TEXTS = st.lists(st.sampled_from(PIECES), max_size=14).map(b"".join)
 
 
 def by_definition(text: bytes, think_close: bytes | None) -> bytes | None:
-    """The rule of design.md, word by word and without regard to speed."""
+    """The rule of design.md, applied literally and without regard to speed."""
     if think_close is not None:
         if think_close not in text:
             return None
@@ -108,7 +108,7 @@ def test_a_megabyte_takes_linear_time(unit: bytes) -> None:
     text = b"</think>" + unit * (1_000_000 // len(unit)) + b"\\boxed{a}"
     start = time.process_time()
     assert extract_prediction(text) == b"a"
-    assert time.process_time() - start < 5.0  # quadratic time would be hours
+    assert time.process_time() - start < 5.0  # quadratic time would take hours
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=10), st.sampled_from([b"</think>", b"[/T]", None]))
@@ -142,12 +142,10 @@ def test_answerable_lengths_of_a_long_document_take_linear_time() -> None:
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=14), st.sampled_from([b"</think>", None]))
-@example(
-    [b"</think>", b"\\boxed{", b"\\boxed{", b"4", b"}"], b"</think>"
-)  # a box inside a box is complete first, and is the one that counts
-@example(
-    [b"</think>", b"\\boxed{4}</think>", b"\\boxed{5", b"}"], b"</think>"
-)  # the token that closes the box closes the thought once more
+# A box inside a box is complete first, and it is the one that counts.
+@example([b"</think>", b"\\boxed{", b"\\boxed{", b"4", b"}"], b"</think>")
+# The token that closes the box also closes the thought once more.
+@example([b"</think>", b"\\boxed{4}</think>", b"\\boxed{5", b"}"], b"</think>")
 def test_the_first_box_is_complete_when_the_text_so_far_has_a_prediction(
     tokens: list[bytes], think_close: bytes | None
 ) -> None:

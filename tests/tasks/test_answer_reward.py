@@ -1,4 +1,4 @@
-"""From completions to rewards: the format rule for the final box, choice letters, and counts of what could not be checked."""
+"""From completions to rewards: the rule for the final box, choice letters, and counts of failed checks."""
 
 from __future__ import annotations
 
@@ -22,9 +22,17 @@ CHOICE = AnswerTask(
     context_ids=(1,),
 )
 POSITION = TokenTask(
-    task_id="doc:1", doc_id="doc", position=1, context_ids=(1,), continuation_ids=(2,), continuation=(b"a",), entropy=1.0, true_prob=0.5, true_rank=0,
+    task_id="doc:1",
+    doc_id="doc",
+    position=1,
+    context_ids=(1,),
+    continuation_ids=(2,),
+    continuation=(b"a",),
+    entropy=1.0,
+    true_prob=0.5,
+    true_rank=0,
     answerable=True,
-)  # fmt: skip
+)
 
 
 @pytest.fixture
@@ -47,12 +55,10 @@ def completion(text: str, *, finish_reason: Any = "stop") -> Completion:
     [
         (r"hm</think>\boxed{\frac{1}{2}}", 1.0),
         (r"hm</think>It is $\boxed{ 0.5 }$.", 1.0),
-        (
-            r"\boxed{3}</think>not \boxed{3} but \boxed{\dfrac12}",
-            1.0,
-        ),  # the last box after the thought counts
+        # The last box after the thought counts.
+        (r"\boxed{3}</think>not \boxed{3} but \boxed{\dfrac12}", 1.0),
         (r"hm</think>\boxed{\frac12} or rather \boxed{3}", 0.0),
-        (r"hm</think>\boxed{\boxed{\frac{1}{2}}}", 1.0),  # nested: the inner one begins last
+        (r"hm</think>\boxed{\boxed{\frac{1}{2}}}", 1.0),  # nested: the inner box begins last
         (r"hm</think>\boxed{3 \boxed{\frac{1}{2}}}", 1.0),
         (r"\boxed{\frac{1}{2}}", 0.0),  # the thought never ended
         (r"hm</think>\frac{1}{2}", 0.0),  # no box
@@ -115,23 +121,16 @@ def test_choices_are_paid_by_letter_alone(answer_reward: AnswerReward) -> None:
         (r"Compute $\left(2^4\right)$.", "16", "2^4", "quoted"),
         ("Factor $x^2 + 2x + 1$.", "(x+1)^2", "x^2+2x+1", "quoted"),
         ("What is 29 - 14?", "15", "15", "right"),
-        (
-            "What is 29 - 14?",
-            "15",
-            "30 - 15",
-            "right",
-        ),  # worked out, if not to the end; as Math-Verify takes it
+        # This is worked out, though not completely. We follow Math-Verify here.
+        ("What is 29 - 14?", "15", "30 - 15", "right"),
         ("What is 29 - 14?", "16", "29 - 14", "wrong"),
-        (
-            r"Which is larger, $\dfrac{1}{2}$ or $0.4$?",
-            r"\frac{1}{2}",
-            r"\dfrac{1}{2}",
-            "right",
-        ),  # the true answer stands in the question
-        ("Which is larger, -3 or -5?", "-3.0", "-3", "right"),  # a sign is no operation
+        # The true answer is in the question.
+        (r"Which is larger, $\dfrac{1}{2}$ or $0.4$?", r"\frac{1}{2}", r"\dfrac{1}{2}", "right"),
+        ("Which is larger, -3 or -5?", "-3.0", "-3", "right"),  # a sign is not an operation
         (r"An angle of $90^\circ$, or a larger one?", "90", r"90^{\circ}", "right"),
         (r"Is it $2\pi$ or 3?", r"\pi \cdot 2", r"2\pi", "right"),
-        # Nothing is left to work out in what follows, though it stands in the question in another form than the true answer's.
+        # Nothing is left to work out in the following answers. They are in the question, in another form than
+        # the true answer.
         ("Which solves it, x=-2 or x=3?", "-2", "x=-2", "right"),
         ("Which solves it, $x = -2$ or $x = 3$?", "x = -2.0", "x=-2", "right"),
         ("Is it (0,-3) or (1,2)?", r"\left(0, \frac{-6}{2}\right)", "(0,-3)", "right"),
@@ -140,12 +139,8 @@ def test_choices_are_paid_by_letter_alone(answer_reward: AnswerReward) -> None:
         (r"Is the angle $\frac{\pi}{2}$ or $\pi$?", r"\pi/2", r"\frac{\pi}{2}", "right"),
         (r"Is it $[2, \infty)$ or $x \le 1$?", r"x \ge 2", r"[2,\infty)", "right"),
         (r"Is it $3 \cdot x + 1$ or $x$?", "1+3x", r"3\times x+1", "quoted"),
-        (
-            r"Is it $x^2 \cdot 3$ or $x$?",
-            r"x^{2}\times 3",
-            r"x^2 \cdot 3",
-            "right",
-        ),  # the true answer in another notation
+        # This is the true answer in another notation.
+        (r"Is it $x^2 \cdot 3$ or $x$?", r"x^{2}\times 3", r"x^2 \cdot 3", "right"),
         (r"Is it $y = 2x + 1$ or $y = x$?", "2x+1", "y=2x+1", "right"),
         (r"What is $17 \div 5$?", "3.4", r"17\div 5", "quoted"),
         ("What is 12/16?", r"\frac{3}{4}", "12/16", "quoted"),
@@ -185,11 +180,9 @@ def test_what_could_not_be_checked_is_counted_once(answer_reward: AnswerReward) 
         unanswerable: [b"1", b"2"],
         CHOICE: [b"the third", b"C"],
     }
-    assert answer_reward.group_rewards(predictions[SUM][:2], SUM) == (
-        0.0,
-        0.0,
-    )  # pilots, which are paid again with their group
-    assert answer_reward.group_rewards([b"7"], SUM) == (0.0,)  # a trial, which no step trains
+    # Pilots, which are rewarded again with their group.
+    assert answer_reward.group_rewards(predictions[SUM][:2], SUM) == (0.0, 0.0)
+    assert answer_reward.group_rewards([b"7"], SUM) == (0.0,)  # a trial that no step trains
     paid = {task: answer_reward.group_rewards(given, task) for task, given in predictions.items()}
     assert list(paid.values()) == [(0.0, 0.0, 0.0, 1.0), (0.0, 0.0), (0.0, 1.0)]
     metrics = answer_reward.take_metrics([group(task, given) for task, given in predictions.items()])
@@ -203,11 +196,13 @@ def test_what_could_not_be_checked_is_counted_once(answer_reward: AnswerReward) 
 
 
 def test_prompt_reward_and_task_must_fit(answer_reward: AnswerReward) -> None:
-    with pytest.raises(ValueError, match=r"ChatPrompt asks the next token, .*; give --prompt QuestionPrompt"):
+    with pytest.raises(
+        ValueError, match=r"ChatPrompt asks for the next token, .*; give --prompt QuestionPrompt"
+    ):
         Objective(ChatPrompt(), answer_reward)
     with pytest.raises(ValueError, match=r"QuestionPrompt asks a question, .*; give --prompt ChatPrompt"):
         Objective(QuestionPrompt(), PrefixMatchReward())
-    with pytest.raises(ValueError, match=r"task 'doc:1' is no question"):
+    with pytest.raises(ValueError, match=r"task 'doc:1' is not a question"):
         answer_reward.group_rewards([b"a"], POSITION)
     with pytest.raises(ValueError, match=r"task 'sum' is a question"):
         PrefixMatchReward().group_rewards([b"a"], SUM)
@@ -217,5 +212,7 @@ def test_a_question_is_the_users_turn(tiny_tokenizer: Any) -> None:
     prompt = QuestionPrompt().bind(tiny_tokenizer)
     question_ids = tuple(tiny_tokenizer.encode(question_text(SUM.question)))
     assert tiny_tokenizer.decode(prompt.prompt_ids(question_ids)) == (
-        "<|im_start|>user\n1/4 + 1/4?\n\nPlease reason step by step, and put your final answer within \\boxed{}.\n<|im_end|>\n<|im_start|>assistant\n<think>"
+        "<|im_start|>user\n1/4 + 1/4?\n\n"
+        "Please reason step by step, and put your final answer within \\boxed{}.\n"
+        "<|im_end|>\n<|im_start|>assistant\n<think>"
     )

@@ -1,4 +1,4 @@
-"""Math-Verify in processes of its own: answers written by hand, and what goes wrong."""
+"""Math-Verify in its own processes: answers written by hand, and failures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EQUAL = [
     ("4", r"4\text{ cm}"),
     (r"\text{Evelyn}", r"\text{Evelyn}"),
     ("4", r"\boxed{4}"),
-    # As programs write numbers, on either side; Math-Verify alone reads the e as Euler's number.
+    # Numbers as programs write them, on either side. Math-Verify alone reads the e as Euler's number.
     ("0.00001", "1e-05"),
     ("1e-05", r"10^{-5}"),
     ("1500", "1.5e3"),
@@ -64,7 +64,7 @@ def test_answers_written_by_hand(verifier: MathVerifier) -> None:
 
 def test_what_cannot_be_checked_has_a_verdict_of_its_own(verifier: MathVerifier) -> None:
     assert verifier.verdicts([("4", " ")]) == ["unreadable"]
-    assert verifier.verdicts([(" ", "4")]) == ["error"]  # a true answer in which there is nothing to read
+    assert verifier.verdicts([(" ", "4")]) == ["error"]  # there is nothing to read in the true answer
 
 
 def test_it_works_in_any_thread(verifier: MathVerifier) -> None:
@@ -95,13 +95,13 @@ def test_a_process_that_dies_is_an_error_and_is_replaced(verifier: MathVerifier)
 
 
 def test_its_process_ends_when_nobody_asks_any_more(verifier: MathVerifier) -> None:
-    """Its pipe is closed by the kernel when the run ends, however it ends."""
+    """When the run ends, in whatever way, the kernel closes the process's pipe."""
     verifier.verdicts([("4", "4")])
     process = process_of(verifier)
     assert process.stdin is not None
     process.stdin.close()
     assert process.wait(timeout=60) == 0
-    verifier._workers.get()  # a worker of a closed pipe is of no use to other tests
+    verifier._workers.get()  # other tests cannot use a worker with a closed pipe
     verifier._workers.put(_Worker(cpu_limit_s=1.0))
 
 

@@ -1,4 +1,7 @@
-"""What a reward of the user's own returns, or cannot be called with: one error that names the class, what came, and what is wanted."""
+"""A user-defined reward that returns a wrong value or cannot be called gives a single error.
+
+It names the class, what came, and what is wanted.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,17 @@ from rpt_lightning.tasks.reward import Reward
 from rpt_lightning.types import TokenTask
 
 TASK = TokenTask(
-    task_id="d:3", doc_id="d", position=3, context_ids=(1, 2, 3), continuation_ids=(5,), continuation=(b"x",), entropy=1.0,
-    true_prob=0.1, true_rank=3, answerable=True,
-)  # fmt: skip
+    task_id="d:3",
+    doc_id="d",
+    position=3,
+    context_ids=(1, 2, 3),
+    continuation_ids=(5,),
+    continuation=(b"x",),
+    entropy=1.0,
+    true_prob=0.1,
+    true_rank=3,
+    answerable=True,
+)
 
 
 class Returns(Reward):
@@ -61,7 +72,8 @@ def test_numbers_are_taken_as_floats(value):
 def test_anything_else_is_one_error(value, said):
     with pytest.raises(
         ValueError,
-        match=rf"the reward Returns returned {said}.*for the 2 predictions of task 'd:3'; wanted: group_rewards\(",
+        match=rf"the reward Returns returned {said}.*for the 2 predictions of task 'd:3'; "
+        rf"wanted: group_rewards\(",
     ):
         paid(value)
 
@@ -75,7 +87,8 @@ def test_a_reward_that_takes_two_arguments_is_found_before_anything_is_generated
 
     with pytest.raises(
         ValueError,
-        match=r"the reward TakesTwo has group_rewards\(predictions, task\), which cannot be called with three arguments",
+        match=r"the reward TakesTwo has group_rewards\(predictions, task\), "
+        r"which cannot be called with three arguments",
     ):
         Objective(ContinuationPrompt(), TakesTwo())
 
@@ -85,7 +98,7 @@ def test_a_reward_that_does_not_say_what_it_needs():
         def group_rewards(self, predictions, task, first_token_probs=None):
             return (1.0,) * len(predictions)
 
-    with pytest.raises(ValueError, match="the reward Silent does not say needs_first_token_probs"):
+    with pytest.raises(ValueError, match="the reward Silent does not set needs_first_token_probs"):
         Objective(ContinuationPrompt(), Silent())
 
 

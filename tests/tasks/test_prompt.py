@@ -180,9 +180,11 @@ def template(opening: str) -> str:
     )
 
 
-SWITCHED = toys.CHAT_TEMPLATE.replace(  # Qwen 3.5's small models: closed unless it is asked for
+SWITCHED = toys.CHAT_TEMPLATE.replace(  # as in Qwen 3.5's small models: closed by default
     "<|im_start|>assistant\n' }}",
-    "<|im_start|>assistant\n' }}{% if enable_thinking is defined and enable_thinking %}{{ '<think>\n' }}{% else %}{{ '<think>\n\n</think>\n\n' }}{% endif %}",
+    "<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking %}"
+    "{{ '<think>\n' }}{% else %}{{ '<think>\n\n</think>\n\n' }}{% endif %}",
 )
 
 
@@ -205,7 +207,7 @@ def test_forms_of_the_thought(opening: str, shown: str, think: bool) -> None:
         assert rendered(prompt.bind(tokenizer), tokenizer).endswith(
             f"<|im_end|>\n<|im_start|>assistant\n{shown}"
         )
-    # Whoever asks for no marked thought gets the template as it is.
+    # Without a marked thought the template is used unchanged.
     assert rendered(ChatPrompt("v0", None, None).bind(tokenizer), tokenizer).endswith(
         f"<|im_start|>assistant\n{opening}"
     )
@@ -241,14 +243,14 @@ def test_template_args_reach_the_template() -> None:
         (
             SWITCHED,
             {"enable_thinkng": True},
-            r"template_args: the chat template of .* knows no 'enable_thinkng'",
+            r"template_args: the chat template of .* does not know 'enable_thinkng'",
         ),
         (
             SWITCHED,
             {"add_generation_prompt": False},
             r"template_args: add_generation_prompt is set by ChatPrompt itself",
         ),
-        (template("<think></think>Answer: "), None, r"closes the thought and goes on behind it"),
+        (template("<think></think>Answer: "), None, r"closes the thought and continues after it"),
         (
             "{{ raise_exception('only with a system message') }}",
             None,
@@ -270,7 +272,7 @@ def test_templates_that_are_refused(chat_template: str, args: dict[str, bool] | 
             {"generation_config.json": {"eos_token_id": ["<|im_end|>", "<|endoftext|>", "<|im_start|>"]}},
             ["<|im_end|>", "<|im_start|>"],
         ),
-        ({"generation_config.json": {"eos_token_id": ["a"]}}, ["a"]),  # a list is nobody's default
+        ({"generation_config.json": {"eos_token_id": ["a"]}}, ["a"]),  # a list is never a class's default
         ({"generation_config.json": {"eos_token_id": "<|im_end|>"}}, ["<|im_end|>"]),
         ({"generation_config.json": {"eos_token_id": "a"}}, []),  # such as the 2 of a small Llama
         ({"generation_config.json": {}, "config.json": {"eos_token_id": ["<|im_end|>"]}}, ["<|im_end|>"]),
@@ -339,5 +341,5 @@ def test_a_template_that_cannot_be_used_is_one_error(template: str, cause: str) 
 
 def test_a_template_that_draws_is_refused() -> None:
     template = "{{ range(100000) | random }}" + toys.CHAT_TEMPLATE
-    with pytest.raises(ValueError, match="gives another text in every call"):
+    with pytest.raises(ValueError, match="gives a different text in every call"):
         QuestionPrompt().bind(toys.byte_level(chat_template=template))

@@ -1,4 +1,4 @@
-"""The words that questions are asked with stand in lm-eval's task files too, where nothing but this keeps them the same."""
+"""The wording of questions also appears in lm-eval's task files. Only this test keeps the two the same."""
 
 from __future__ import annotations
 

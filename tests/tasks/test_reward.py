@@ -39,7 +39,7 @@ def task_of(*continuation: bytes) -> TokenTask:
     [
         (b" 4", 1.0),
         (b" 4.", 1.0),
-        (b" 4.\xf0\x9f", 1.0),  # ends inside a character, but on a token boundary
+        (b" 4.\xf0\x9f", 1.0),  # it ends inside a character, but on a token boundary
         (b" 4.\xf0\x9f\x98\x80", 1.0),
         (b" 4.\xf0", 0.0),
         (b" ", 0.0),
@@ -56,7 +56,7 @@ def test_prefix_match_by_hand(prediction: bytes, expected: float) -> None:
 @given(st.binary(max_size=6), TOKENS)
 @example(b"", [b""])
 def test_prefix_match_is_the_papers_equation(prediction: bytes, continuation: list[bytes]) -> None:
-    """r = 1 iff b(y) equals the first l bytes of the continuation, for an l among the cumulative byte lengths of its tokens."""
+    """r = 1 iff b(y) is the continuation's first l bytes, with l a cumulative byte length of its tokens."""
     lengths = {len(b"".join(continuation[:n])) for n in range(1, len(continuation) + 1)}
     expected = (
         bool(prediction)

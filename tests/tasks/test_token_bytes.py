@@ -59,7 +59,10 @@ def test_the_tiny_model_is_exact(tiny_tokenizer: PreTrainedTokenizerFast) -> Non
 
 
 def test_the_tokenizers_own_encoder_is_not_plain() -> None:
-    """What encode_plain is for: the usual call turns markers into tokens, and split_special_tokens leaves those that are not declared special."""
+    """encode_plain is needed because the usual call turns markers into tokens.
+
+    split_special_tokens still matches the markers that are not declared special.
+    """
     tokenizer = toys.byte_level(think_tokens=True)
     marker_id = tokenizer.get_added_vocab()["</think>"]
     assert marker_id in tokenizer("a</think>", add_special_tokens=False).input_ids
@@ -88,9 +91,8 @@ def test_ordinary_text_gets_the_tokens_that_the_model_knows() -> None:
 
 
 def test_the_last_usual_call_does_not_change_the_plain_encoder() -> None:
-    tokenizer = copy.deepcopy(
-        toys.byte_level()
-    )  # which other tests share: the call leaves its truncation behind
+    # A copy, because other tests share the tokenizer, and the call leaves its truncation set.
+    tokenizer = copy.deepcopy(toys.byte_level())
     token_bytes = TokenBytes(tokenizer)
     before = token_bytes.encode_plain("x<|im_end|>")
     tokenizer("x<|im_end|>", truncation=True, max_length=1)

@@ -25,7 +25,8 @@ LINES = [
     "def f(x):\n    return {1: 'a', 2: [x]}\n",
 ] * 3
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -38,7 +39,7 @@ def _finished(
         for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     ]
     backend.add_special_tokens(specials)
-    if think_tokens:  # as in Qwen 3: tokens of their own that are not declared special
+    if think_tokens:  # as in Qwen 3: separate tokens that are not declared special
         backend.add_tokens(
             [AddedToken(token, special=False, normalized=False) for token in ("<think>", "</think>")]
         )
@@ -51,7 +52,10 @@ def _finished(
 def byte_level(
     *, think_tokens: bool = False, chat_template: str | None = CHAT_TEMPLATE, add_prefix_space: bool = False
 ) -> PreTrainedTokenizerFast:
-    """GPT-2's kind, with what real ones add: Qwen's NFC, GPT-NeoX's runs of spaces as added tokens, and a prefix space by option."""
+    """Train a tokenizer of GPT-2's kind, with additions of real ones.
+
+    They are Qwen's NFC, GPT-NeoX's runs of spaces as added tokens, and an optional prefix space.
+    """
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -71,7 +75,7 @@ def byte_level(
 
 @cache
 def with_missing_bytes() -> PreTrainedTokenizerFast:
-    """Byte-level, but with the bytes of its training text only, like SmolLM2."""
+    """Train a byte-level tokenizer that has only the bytes of its training text, like SmolLM2."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.train_from_iterator(LINES, trainers.BpeTrainer(vocab_size=300, show_progress=False))
@@ -80,7 +84,11 @@ def with_missing_bytes() -> PreTrainedTokenizerFast:
 
 @cache
 def byte_fallback(*, metaspace: bool = False) -> PreTrainedTokenizerFast:
-    """Llama 2's kind: a prepended space, U+2581 for spaces, <0xNN> for bytes outside the vocabulary, a token that begins every text."""
+    """Train a tokenizer of Llama 2's kind.
+
+    It has a prepended space, U+2581 for spaces, <0xNN> for bytes outside the vocabulary, and a token that
+    begins every text.
+    """
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     if metaspace:
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
@@ -92,7 +100,8 @@ def byte_fallback(*, metaspace: bool = False) -> PreTrainedTokenizerFast:
         vocab_size=400, special_tokens=fallback_pieces, limit_alphabet=60, show_progress=False
     )
     backend.train_from_iterator(LINES, trainer)
-    # The trainer makes added tokens of all pieces that it was told to keep; real tokenizers do so for the markers only.
+    # The trainer makes added tokens of all pieces that it must keep. Real tokenizers do so only for the
+    # markers.
     specification = json.loads(backend.to_str())
     specification["added_tokens"] = [
         token for token in specification["added_tokens"] if token["content"] in ("<unk>", "<s>")
@@ -108,6 +117,6 @@ def byte_fallback(*, metaspace: bool = False) -> PreTrainedTokenizerFast:
 
 @cache
 def word_pieces() -> PreTrainedTokenizerFast:
-    """BERT's kind, whose tokens have no exact bytes."""
+    """Train a tokenizer of BERT's kind, whose tokens have no exact bytes."""
     backend = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
     return PreTrainedTokenizerFast(tokenizer_object=backend)

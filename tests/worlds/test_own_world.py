@@ -1,4 +1,7 @@
-"""A world of one's own is one file: the one in docs/evidence.md, taken through every command that the page names, with short runs."""
+"""A world of your own is one file. The one in docs/evidence.md goes through every command of that page.
+
+The runs are short.
+"""
 
 from __future__ import annotations
 
@@ -37,16 +40,37 @@ def rpt(command: str) -> None:
 def test_the_pages_world_goes_through_every_command(countdown: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["rpt"])
     make_model.make("world", Path("models/countdown"), world="countdown.Countdown", seed=0)
-    short = "--data.documents_per_step 8 --trainer.max_steps 2 --checkpoint.every_n_steps 2 --checkpoint.keep_every_n_steps null"
-    start = f"fit --config {CONFIGS}/demo/start.yaml --data.source countdown.Countdown --model.policy.path models/countdown"
+    short = (
+        "--data.documents_per_step 8 --trainer.max_steps 2 "
+        "--checkpoint.every_n_steps 2 --checkpoint.keep_every_n_steps null"
+    )
+    start = (
+        f"fit --config {CONFIGS}/demo/start.yaml "
+        "--data.source countdown.Countdown --model.policy.path models/countdown"
+    )
     rpt(f"{start} --trainer.default_root_dir runs/start {short}")
     rpt("export --ckpt runs/start/checkpoints/step-000002.ckpt --output runs/start/export")
-    small = "--source.num_documents 60 --heldout_documents 10 --entropy_threshold 0.1 --heldout_entropy_threshold 0.1 --min_context 6"
-    prepare = f"prepare --config {CONFIGS}/prepare/demo.yaml --source countdown.Countdown --tokenizer runs/start/export --proxy runs/start/export"
+    small = (
+        "--source.num_documents 60 --heldout_documents 10 --entropy_threshold 0.1 "
+        "--heldout_entropy_threshold 0.1 --min_context 6"
+    )
+    prepare = (
+        f"prepare --config {CONFIGS}/prepare/demo.yaml --source countdown.Countdown "
+        "--tokenizer runs/start/export --proxy runs/start/export"
+    )
     rpt(f"{prepare} --output_dir tasks/countdown {small}")
-    engine = "--rollout.engine HFEngine --rollout.engine.dtype float32 --rollout.group_size 2 --rollout.max_completion_tokens 4 --rollout.thought_controls false"
-    few = "--data.tasks_per_step 4 --data.num_eval_tasks 1000 --data.eval_min_entropy 0.1 --trainer.max_steps 1 --trainer.val_check_interval 1"
-    run = f"fit --config {CONFIGS}/demo/rpt.yaml --data.task_dir tasks/countdown --model.policy.path runs/start/export {engine} {few}"
+    engine = (
+        "--rollout.engine HFEngine --rollout.engine.dtype float32 --rollout.group_size 2 "
+        "--rollout.max_completion_tokens 4 --rollout.thought_controls false"
+    )
+    few = (
+        "--data.tasks_per_step 4 --data.num_eval_tasks 1000 --data.eval_min_entropy 0.1 "
+        "--trainer.max_steps 1 --trainer.val_check_interval 1"
+    )
+    run = (
+        f"fit --config {CONFIGS}/demo/rpt.yaml --data.task_dir tasks/countdown "
+        f"--model.policy.path runs/start/export {engine} {few}"
+    )
     rpt(f"{run} --trainer.default_root_dir runs/rpt --checkpoint.every_n_steps 1")
     records = [
         json.loads(line) for line in Path("runs/rpt/validation/step-000001.jsonl").read_text().splitlines()
@@ -54,7 +78,8 @@ def test_the_pages_world_goes_through_every_command(countdown: None, monkeypatch
     world = importlib.import_module("countdown").Countdown(num_documents=60, seed=2)
     documents = {document.doc_id: document for document in world.documents()}
     answers = [record for record in records if record["fields"]]
-    # A random model is uncertain everywhere, so each held-out document's answer is among the positions, with the depth that the world gave it.
+    # A random model is uncertain everywhere. Each held-out document's answer is therefore among the
+    # positions, with the depth that the world gave it.
     assert {record["doc_id"] for record in answers} == {record["doc_id"] for record in records}
     assert len({record["doc_id"] for record in records}) == 10
     for record in answers:

@@ -1,4 +1,4 @@
-"""The answers of each world are those that somebody gets who plays it by hand, and a seed always writes the same documents."""
+"""Each world's answers are those of a game played by hand, and a seed always gives the same documents."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def answer(document: Document) -> str:
 
 
 def cups_by_hand(text: str) -> str:
-    """With eight real cups: a move is a way to lay them out anew, and the ball lies in one of them."""
+    """Play with eight real cups. A move lays them out in a new order, and the ball lies in one of them."""
     before, _ = text.rsplit(". The ball", 1)
     start, *moves = re.findall(r"cup (\d)|\d+ ([a-z]+)", before)
     cups = ["ball" if place == int(start[0]) else "" for place in range(1, 9)]
@@ -63,7 +63,7 @@ def test_answers_are_right_and_depths_are_counted(world, by_hand):
     for document in world(num_documents=300, min_depth=1, max_depth=9, seed=3).documents():
         assert answer(document) == by_hand(document.text)
         (mark,) = document.marks
-        # The thought ends where the answer is, after a step for each unit of depth.
+        # The thought ends at the answer, after one step for each unit of depth.
         assert mark.thought.rstrip(".").split()[-1] == answer(document)
         depth = mark.fields["depth"]
         steps = {Cups: r" \d+ (turn|flip|cross|split)", People: r" \d+ (Ann|Bo|Cy|Di)", Boxes: r" says"}[
@@ -75,7 +75,11 @@ def test_answers_are_right_and_depths_are_counted(world, by_hand):
 
 
 def test_a_game_of_cups_word_for_word():
-    """Cup 7 is not among the first two; from the other end it is cup 2; in two halves interleaved, 1 5 2 6 3 7 4 8, cup 2 comes third."""
+    """Check the game by hand.
+
+    Cup 7 is not among the first two. From the other end it is cup 2. In two halves interleaved, 1 5 2 6 3 7 4
+    8, cup 2 comes third.
+    """
     (document,) = Cups(num_documents=1, min_depth=3, max_depth=3, seed=1).documents()
     assert document.text == "The ball is under cup 7. 13 flip 14 cross 15 split. The ball is under cup 3."
     assert document.marks[0].thought == " cup 7. 13 flip 7 14 cross 2 15 split 3."
@@ -84,7 +88,10 @@ def test_a_game_of_cups_word_for_word():
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_the_same_seed_writes_the_same_documents_in_another_process(world):
-    code = f"from rpt_lightning.worlds import {world.__name__} as W; print([d.text for d in W(num_documents=5, seed=7).documents()])"
+    code = (
+        f"from rpt_lightning.worlds import {world.__name__} as W; "
+        "print([d.text for d in W(num_documents=5, seed=7).documents()])"
+    )
     texts = [document.text for document in world(num_documents=5, seed=7).documents()]
     for hash_seed in ("0", "1"):
         printed = subprocess.run(
@@ -109,7 +116,7 @@ def test_noise_is_a_share_of_the_documents_and_nobody_can_work_it_out():
     noisy = [document for document in documents if document.marks[0].fields["noise"]]
     assert 0.45 < len(noisy) / 2000 < 0.55
     assert all(document.marks[0].thought is None for document in noisy)
-    # Chance agrees with the game in one of eight.
+    # A random cup agrees with the game in one of eight cases.
     agrees = sum(answer(document) == cups_by_hand(document.text) for document in noisy)
     assert 0.09 < agrees / len(noisy) < 0.16
 

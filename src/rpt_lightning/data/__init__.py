@@ -1,1 +1,4 @@
-"""From text to tasks: corpus sources, the split, the proxy's scores, shards on disk and the order in which they are trained."""
+"""From text to tasks.
+
+Here are the corpus sources, the split, the proxy's scores, the shards on disk and the training order.
+"""

@@ -1,4 +1,7 @@
-"""Questions with a verifiable answer: reinforcement fine-tuning after RPT (the paper's experiment on RLVR), and the benchmarks."""
+"""Questions with a verifiable answer.
+
+They serve reinforcement fine-tuning after RPT (the paper's RLVR experiment) and the benchmarks.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +23,22 @@ from rpt_lightning.types import AnswerTask, Question
 
 
 class AnswerTaskDataModule(StreamDataModule):
-    """Training batches ``{"tasks": ...}`` hold this rank's share of a step, validation batches ``{"questions": ...}`` its share of the held-out questions.
+    """Serve questions with verifiable answers for training and validation.
 
-    Questions are tokenised with the tokenizer of the model being trained; what looks like its markers is plain text.
+    Training batches ``{"tasks": ...}`` hold this rank's share of a step. Validation batches
+    ``{"questions": ...}`` hold this rank's share of the held-out questions. Questions are tokenised with the
+    tokenizer of the model being trained. Text that looks like one of its markers is encoded as plain text.
 
     Args:
-        train: Questions to learn from; None only where nothing is trained.
-        heldout: Questions of a validation; None: there is none.
-        tasks_per_step: Questions of one step, of all ranks together.
-        max_question_tokens: Leave longer questions out of training; None: a question that does not fit is an error.
-        num_eval_questions: So many of the held-out questions, drawn by the seed; None: all.
-        eval_batch_size: Questions of one validation batch, of all ranks together. Results do not depend on it.
-        seed: Of the order and of the choice of held-out questions.
-        heldout_name: What results call the held-out questions.
+        train: Questions to train on. None is allowed only if nothing is trained.
+        heldout: Questions to validate on. None means no validation.
+        tasks_per_step: Questions in one step, over all ranks.
+        max_question_tokens: Leave longer questions out of training. None keeps them all, and a question that
+            does not fit is then an error.
+        num_eval_questions: Validate on this many held-out questions, drawn with the seed. None uses all.
+        eval_batch_size: Questions in one validation batch, over all ranks. It does not affect the results.
+        seed: Seed of the order and of the choice of held-out questions.
+        heldout_name: Name of the held-out questions in the results.
     """
 
     positions_per_document = 1
@@ -68,7 +74,10 @@ class AnswerTaskDataModule(StreamDataModule):
     # Lightning's hooks
 
     def setup(self, stage: str) -> None:
-        """Read and tokenise the questions. Raises ValueError for a broken source, and for a question that is in both parts."""
+        """Read and tokenise the questions.
+
+        Raises ValueError if a source is broken or if a question is in both parts.
+        """
         assert self.trainer is not None
         token_bytes = TokenBytes(self.trainer.lightning_module.tokenizer)  # type: ignore[arg-type]
         heldout = () if self.heldout_source is None else read_all(self.heldout_source, flag="data.heldout")
@@ -76,12 +85,14 @@ class AnswerTaskDataModule(StreamDataModule):
         if stage != "fit":
             if not heldout:
                 raise ValueError(
-                    "--data.heldout is not set, so there are no questions to validate on; give a source, e.g. JsonlQuestions"
+                    "--data.heldout is not set, so there are no questions to validate on; "
+                    "give a source, e.g. JsonlQuestions"
                 )
             return
         if self.train_source is None:
             raise ValueError(
-                "--data.train is not set, so there are no questions to learn from; give a source, e.g. JsonlQuestions"
+                "--data.train is not set, so there are no questions to learn from; "
+                "give a source, e.g. JsonlQuestions"
             )
         questions = read_all(self.train_source, flag="data.train")
         _check_apart(questions, heldout)
@@ -93,8 +104,8 @@ class AnswerTaskDataModule(StreamDataModule):
         )
         if len(self.train) < len(tasks):
             rank_zero_info(
-                f"data: {len(tasks) - len(self.train)} of {len(tasks)} questions are longer than data.max_question_tokens={self.max_question_tokens} "
-                "and are left out of training"
+                f"data: {len(tasks) - len(self.train)} of {len(tasks)} questions are longer than "
+                f"data.max_question_tokens={self.max_question_tokens} and are left out of training"
             )
         order = ShuffledOrder(
             np.ones(len(self.train), np.int32), [len(self.train)], bundle_size=1, seed=self.seed
@@ -117,12 +128,12 @@ class AnswerTaskDataModule(StreamDataModule):
         return {"tasks": tuple(self.train[question] for question, _ in items)}
 
     def draw(self, wanted: Sequence[int]) -> tuple[AnswerTask, ...]:
-        """Further tasks for this rank (see ``draw_items``)."""
+        """Draw further tasks for this rank (see ``draw_items``)."""
         return tuple(self.train[question] for question, _ in self.draw_items(wanted))
 
 
 def answer_tasks(questions: Iterable[Question], token_bytes: TokenBytes) -> tuple[AnswerTask, ...]:
-    """Questions as a model reads them. Raises ValueError for one that its tokenizer cannot express."""
+    """Tokenise questions for a model. Raises ValueError if its tokenizer cannot express one of them."""
     tasks = []
     for question in questions:
         try:
@@ -134,7 +145,7 @@ def answer_tasks(questions: Iterable[Question], token_bytes: TokenBytes) -> tupl
 
 
 def choose(questions: Sequence[Question], number: int | None, *, seed: int) -> tuple[Question, ...]:
-    """So many of the questions, a function of the seed, in their own order; all where there are not more."""
+    """Choose ``number`` questions with the seed and keep their order. Returns all if there are no more."""
     if number is None or number >= len(questions):
         return tuple(questions)
     chosen = np.sort(np.random.default_rng(seed).permutation(len(questions))[:number])
@@ -146,7 +157,8 @@ def _check_apart(train: Sequence[Question], heldout: Sequence[Question]) -> None
     shared = [question for question in train if question.text in texts]
     if shared:
         raise ValueError(
-            f"--data.heldout: {len(shared)} of its questions are in --data.train too ({texts[shared[0].text]!r} for one), so a validation would measure memory; "
+            f"--data.heldout: {len(shared)} of its questions are in --data.train too "
+            f"({texts[shared[0].text]!r} for one), so a validation would measure memory; "
             "remove them from one of the two"
         )
 

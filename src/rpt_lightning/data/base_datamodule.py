@@ -1,4 +1,8 @@
-"""What all data modules share: one global stream whose place a checkpoint carries, and the same held-out tasks."""
+"""The base classes of all data modules.
+
+Every data module reads one global stream, whose place a checkpoint carries, and one fixed set of held-out
+tasks.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +22,16 @@ from rpt_lightning.pretrained.text_shape import longest_context
 from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.types import Task, TokenTask
 
-NUM_COMPARED_DOCUMENTS, NUM_CUT_TOKENS = 64, 16  # of a folder from before its hash was of the whole tokenizer
+# For folders that were written before their hash covered the whole tokenizer.
+NUM_COMPARED_DOCUMENTS, NUM_CUT_TOKENS = 64, 16
 
 
 class StepLoader:
-    """Makes each training batch when it is asked for, in the main process, so that the stream's place is always that of the last step.
+    """Make each training batch on demand, in the main process.
 
-    It never ends by itself. It has a length because Lightning otherwise fetches one batch ahead; and Lightning neither rewinds nor fast-forwards it
-    when a run resumes, since the place comes from the data module's own state.
+    The stream's place is therefore always that of the last step. The loader never ends by itself. It has a
+    length because Lightning otherwise fetches one batch ahead. Lightning neither rewinds nor fast-forwards
+    it when a run resumes, since the place comes from the data module's own state.
     """
 
     def __init__(self, next_batch: Callable[[], dict[str, Any]], num_steps: int) -> None:
@@ -49,7 +55,10 @@ class StepLoader:
 
 
 class EvalLoader:
-    """Batches of the held-out tasks under ``key``; every rank sees the same number of batches, the last of which may be empty on some."""
+    """Batches of the held-out tasks under ``key``.
+
+    Every rank sees the same number of batches. The last batch may be empty on some ranks.
+    """
 
     def __init__(
         self, tasks: Sequence[Task], *, batch_size: int, rank: int, num_ranks: int, key: str = "tasks"
@@ -65,10 +74,10 @@ class EvalLoader:
 
 
 class StreamDataModule(LightningDataModule):
-    """Trains on the items of ``stream``, which ``setup`` makes, and carries its place."""
+    """Train on the items of ``stream``, which ``setup`` creates, and carry the stream's place."""
 
     stream: TaskStream
-    _trained: Place | None  # behind what is trained, where the stream is read ahead of it
+    _trained: Place | None  # the place after what has been trained, if the stream is read ahead
 
     def __init__(self, *, items_per_step: int, flag: str, seed: int, **at_least_one: int | None) -> None:
         super().__init__()
@@ -81,17 +90,17 @@ class StreamDataModule(LightningDataModule):
 
     @abstractmethod
     def make_batch(self, items: list[tuple[int, int]]) -> dict[str, Any]:
-        """The training batch of some ``(document, k)`` pairs of the order."""
+        """Build the training batch from some ``(document, k)`` pairs of the order."""
 
     def begin_stream(self, stream: TaskStream, where: str) -> None:
-        """Takes a new stream. Raises ValueError where a step has more items than there are."""
+        """Start a new stream. Raises ValueError if a step has more items than one epoch of the stream."""
         self.stream = stream
         self._trained = None
         available = self.stream.order.items_per_epoch
         if self.items_per_step > available:
             raise ValueError(
-                f"--data.{self.flag} {self.items_per_step}: {where} has only {available} to train on, so a step would repeat some; lower it "
-                "or give more"
+                f"--data.{self.flag} {self.items_per_step}: {where} has only {available} to train on, "
+                "so a step would repeat some; lower it or give more"
             )
 
     # Lightning's hooks
@@ -102,7 +111,7 @@ class StreamDataModule(LightningDataModule):
         )
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Records hold no tensors, and Lightning's own walk refuses frozen dataclasses."""
+        """Return the batch as it is: it holds no tensors, and Lightning's walk rejects frozen dataclasses."""
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -110,13 +119,14 @@ class StreamDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
-            return  # a validation may read another folder than the run that made the checkpoint
+            return  # a validation may read a different folder from the run that wrote the checkpoint
         self.stream.load_state_dict(state_dict["stream"])
 
     def draw_items(self, wanted: Sequence[int]) -> list[tuple[int, int]]:
-        """Further items of the same stream, for dynamic sampling: ``wanted[r]`` for data-parallel rank r, of which this rank gets its own.
+        """Draw further items of the same stream, for dynamic sampling.
 
-        The next step continues behind them. Every rank makes the same call, so that all stay at one place.
+        ``wanted[r]`` is the number for data-parallel rank r. Each rank gets its own items. The next step
+        continues after them. Every rank makes the same call, so that all ranks stay at the same place.
         """
         rank, num_ranks = self._data_rank()
         assert len(wanted) == num_ranks
@@ -124,19 +134,21 @@ class StreamDataModule(LightningDataModule):
         start = sum(wanted[:rank])
         return drawn[start : start + wanted[rank]]
 
-    # For whoever reads ahead of the steps
+    # For callers that read ahead of the steps
 
     def next_batch(self) -> dict[str, Any]:
-        """This rank's part of the step behind everything that was drawn."""
+        """Return this rank's part of the step after everything drawn so far."""
         rank, num_ranks = self._data_rank()
         return self.make_batch(
             list(rank_share(self.stream.next(self.items_per_step), rank=rank, num_ranks=num_ranks))
         )
 
     def trained_up_to(self, place: Place) -> None:
-        """The place that a checkpoint holds from now on: what is drawn behind it is not trained yet, so a run that goes on draws it again.
+        """Set the place that a checkpoint holds from now on.
 
-        The first call hands the stream over to the caller, who may then read it in another thread: the loader's own batches are empty.
+        Items drawn after ``place`` have not been trained yet, so a resumed run draws them again. The first
+        call gives the caller control of the stream: it may then read the stream in another thread, and the
+        loader's own batches are empty.
         """
         self._trained = place
 
@@ -146,19 +158,25 @@ class StreamDataModule(LightningDataModule):
         return self.next_batch()
 
     def _num_positions(self) -> int | None:
-        """Tokens that the model being trained can read at once; None where it has no limit, and outside a Trainer."""
+        """Longest context of the model being trained, in tokens. None if unlimited or outside a Trainer."""
         policy = None if self.trainer is None else getattr(self.trainer.lightning_module, "policy", None)
         return None if policy is None else longest_context(policy.config)
 
     def _data_rank(self) -> tuple[int, int]:
-        """This process's data-parallel rank and their number: tensor-parallel ranks of one group get identical tasks."""
+        """This process's data-parallel rank and the number of such ranks.
+
+        Tensor-parallel ranks of one group get identical tasks.
+        """
         strategy = getattr(self.trainer, "strategy", None)
         kwargs = getattr(strategy, "distributed_sampler_kwargs", None)
         return (int(kwargs["rank"]), int(kwargs["num_replicas"])) if kwargs else (0, 1)
 
 
 class TaskFolderDataModule(StreamDataModule):
-    """Trains on the ``train`` split of a task folder in the order of ``stream.py`` and validates on fixed held-out positions."""
+    """Train on the ``train`` split of a task folder and validate on fixed held-out positions.
+
+    ``stream.py`` defines the order of training.
+    """
 
     def __init__(
         self,
@@ -188,12 +206,15 @@ class TaskFolderDataModule(StreamDataModule):
 
     @abstractmethod
     def make_order(self) -> ShuffledOrder:
-        """The order of this module's items; ``self.train`` is open."""
+        """Return the order of this module's items. ``self.train`` is already open."""
 
     # Lightning's hooks
 
     def setup(self, stage: str) -> None:
-        """Open and check the task folder. Raises ValueError where the model being trained has another tokenizer."""
+        """Open and check the task folder.
+
+        Raises ValueError if the model being trained has a different tokenizer.
+        """
         self.train = TaskFolder(self.task_dir, "train", max_context_tokens=self.max_context_tokens)
         self.heldout = TaskFolder(self.task_dir, "heldout", max_context_tokens=self.max_context_tokens)
         self._check_tokenizer()
@@ -206,10 +227,10 @@ class TaskFolderDataModule(StreamDataModule):
         rank, num_ranks = self._data_rank()
         return EvalLoader(self.eval_tasks(), batch_size=self.eval_batch_size, rank=rank, num_ranks=num_ranks)
 
-    # Also for evaluation outside a Trainer
+    # Also used for evaluation outside a Trainer
 
     def eval_tasks(self) -> tuple[TokenTask, ...]:
-        """All held-out tasks, of all ranks."""
+        """Return the held-out tasks of all ranks."""
         return choose_heldout(
             self.heldout, num_tasks=self.num_eval_tasks, min_entropy=self.eval_min_entropy, seed=self.seed
         )
@@ -223,21 +244,25 @@ class TaskFolderDataModule(StreamDataModule):
 
 
 def check_tokenizer(folder: TaskFolder, module: Any, *, task_dir: str) -> None:
-    """Raises ValueError where the model being trained has another tokenizer than the task folder. A module of the user's own may have none."""
+    """Check that the model being trained has the task folder's tokenizer. Raises ValueError if it does not.
+
+    A module of the user's own may have no tokenizer. It then passes.
+    """
     wanted = getattr(module, "tokenizer_hash", None)
     if wanted is not None and wanted != folder.tokenizer_hash and not _tokenizes_alike(folder, module):
         made_with = folder.manifest["settings"]["tokenizer"]
         raise ValueError(
-            f"--data.task_dir {task_dir}: prepared with the tokenizer of {made_with!r}, which is not that of the model being trained; "
-            "prepare the folder with this model's tokenizer or train that model"
+            f"--data.task_dir {task_dir}: prepared with the tokenizer of {made_with!r}, which is not that of "
+            "the model being trained; prepare the folder with this model's tokenizer or train that model"
         )
 
 
 def _tokenizes_alike(folder: TaskFolder, module: Any) -> bool:
-    """Whether a folder whose hash is of before holds its documents as the module's tokenizer would write them.
+    """Whether the module's tokenizer gives the tokens of a folder whose hash covers only part of a tokenizer.
 
-    Its tokenizer was written by the class that transformers made of it, which may say the same in other words. The last tokens of a document that
-    was cut may be another's beginning.
+    The folder's tokenizer was written by the class that transformers built from it, which may describe the
+    same tokenizer differently. The last tokens of a truncated document are not compared, since they may be
+    the beginning of another token.
     """
     stored_hash, tokenizer = folder.manifest["tokenizer_hash"], getattr(module, "tokenizer", None)
     if is_whole(stored_hash) or tokenizer is None or not has_hash(tokenizer, stored_hash):

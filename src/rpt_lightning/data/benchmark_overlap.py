@@ -1,4 +1,4 @@
-"""Documents that hold text of a benchmark would make its scores worthless."""
+"""Find documents that hold text of a benchmark. Training on them would make its scores worthless."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from rpt_lightning.data.dedup import span_hashes
 from rpt_lightning.data.jsonl import read_json, read_jsonl
 from rpt_lightning.tasks.token_bytes import TokenBytes
 
-# Its own constant: --dedup_span says what holds for the split, and a template that is shared with no benchmark needs no other number here.
+# A constant of its own: --dedup_span applies to the split. A corpus made from templates needs no other number
+# here, since benchmarks do not share the templates.
 BENCHMARK_SPAN = 13
 
 
 def benchmark_spans(paths: list[str], token_bytes: TokenBytes) -> tuple[NDArray[np.uint64], int]:
-    """Sorted hashes of all 13-token spans of the files [S], and the number of texts that the tokenizer cannot express: no document holds those.
+    """Hash all 13-token spans of the files.
 
-    A text is every string inside JSON or JSONL records, or a whole file of another kind; a path may be a folder or a pattern. Raises ValueError that
-    names ``--benchmark_files`` and the file.
+    A text is every string inside JSON or JSONL records, or a whole file of another kind. A path may be a
+    folder or a pattern. Returns the sorted hashes [S] and the number of texts that the tokenizer cannot
+    express. No document can hold such a text. Raises ValueError that names ``--benchmark_files`` and the
+    file.
     """
     parts, num_skipped = [], 0
     files = [
@@ -39,7 +42,7 @@ def benchmark_spans(paths: list[str], token_bytes: TokenBytes) -> tuple[NDArray[
 
 
 def overlaps(token_ids: NDArray[np.int32], spans: NDArray[np.uint64]) -> bool:
-    """Whether any 13 tokens in a row are among the sorted ``spans``."""
+    """Whether any 13 consecutive tokens are among the sorted ``spans``."""
     if not len(spans):
         return False
     hashes = span_hashes(token_ids, BENCHMARK_SPAN)

@@ -1,4 +1,8 @@
-"""The benchmarks by name: where each lies on the Hugging Face hub, and what its fields are called (as its dataset card said in November 2026)."""
+"""The benchmarks by name.
+
+Each entry gives the dataset's place on the Hugging Face hub and its field names, as its dataset card gave
+them in November 2026.
+"""
 
 from __future__ import annotations
 
@@ -44,10 +48,14 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 def benchmark_source(name: str, *, file: Path | None = None, revision: str | None = None) -> QuestionSource:
-    """A benchmark from the hub, or from a local JSONL file that holds the rows of its dataset. Raises ValueError for a name that is none."""
+    """Return a benchmark from the hub, or from a local JSONL file that holds the rows of its dataset.
+
+    Raises ValueError if ``name`` is not a benchmark.
+    """
     if name not in BENCHMARKS:
         raise ValueError(
-            f"--benchmark {name!r}: the benchmarks are {', '.join(BENCHMARKS)}; questions of your own go with --questions"
+            f"--benchmark {name!r}: the benchmarks are {', '.join(BENCHMARKS)}; "
+            "use --questions for questions of your own"
         )
     benchmark = BENCHMARKS[name]
     if file is not None:

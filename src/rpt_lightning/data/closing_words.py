@@ -1,4 +1,7 @@
-"""What `rpt prepare` says at its end: how much there is, what the splits share, and what was left out or has no effect."""
+"""The summary that `rpt prepare` prints at its end.
+
+It gives the size of each split, what the splits share, what was left out, and which marks have no effect.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,11 @@ from typing import Any
 
 
 def closing_words(output: Path, manifest: dict[str, Any]) -> str:
-    """One line about a folder that was just published."""
+    """Describe a newly published folder in one line."""
     train, heldout = manifest["splits"]["train"], manifest["splits"]["heldout"]
     words = [
-        f"{split['positions']:,} {name} positions in {split['documents']:,} documents ({split['unanswerable']:,} unanswerable)"
+        f"{split['positions']:,} {name} positions in {split['documents']:,} documents "
+        f"({split['unanswerable']:,} unanswerable)"
         for name, split in (("training", train), ("held-out", heldout))
     ]
     counts, settings = manifest["corpus"], manifest["settings"]
@@ -24,10 +28,10 @@ def closing_words(output: Path, manifest: dict[str, Any]) -> str:
     words.append(shared_words(manifest["shared_spans_between_splits"], settings["dedup_span"]))
     words += [f"left out {count:,} {what}" for what, count in left_out.items() if count]
     without_effect = {
-        "no token begins in them, so their fields are those of no position": counts.get(
+        "no token begins in them, so no position has their fields": counts.get(
             "marks_in_which_no_token_begins", 0
         ),
-        f"they lie behind --max_tokens_per_document {settings['max_tokens_per_document']}": counts.get(
+        f"they lie beyond --max_tokens_per_document {settings['max_tokens_per_document']}": counts.get(
             "marks_behind_the_cut", 0
         ),
     }
@@ -42,7 +46,10 @@ def closing_words(output: Path, manifest: dict[str, Any]) -> str:
 
 
 def shared_words(number: int, span: int | None) -> str:
-    """What both splits hold, where documents that share ``span`` tokens in a row were kept on one side; None: only exact duplicates were left out.
+    """Describe what both splits hold.
+
+    With a ``span``, documents that share ``span`` consecutive tokens were kept on one side. With None, only
+    exact duplicates were left out.
 
     >>> shared_words(0, 13)
     '0 spans of 13 tokens (--dedup_span) in both splits'

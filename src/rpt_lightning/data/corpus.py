@@ -1,4 +1,4 @@
-"""Where text comes from. A source yields the same documents in the same order every time."""
+"""Sources of text. A source yields the same documents in the same order every time."""
 
 from __future__ import annotations
 
@@ -29,21 +29,28 @@ class CorpusSource(ABC):
 
     @abstractmethod
     def documents(self) -> Iterator[Document]:
-        """All documents, in a fixed order. Raises ValueError that names the file, line or field at fault."""
+        """Yield all documents in a fixed order.
+
+        Raises ValueError that names the file, line or field at fault.
+        """
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What the manifest says about the source: its kind and settings, in JSON types."""
+        """Describe the source for the manifest: its kind and settings, in JSON types."""
 
 
 class JsonlSource(CorpusSource):
-    """One JSON object a line; ``template`` says how its fields become the text, and ``fields`` which of them are kept beside it.
+    """A corpus of JSON lines, one object per line.
+
+    ``template`` says how an object's fields become the text. ``fields`` says which of them are kept with it.
 
     Args:
-        path: A file, a folder of them, or a pattern; compressed or not. A ``.json`` file may hold one list of objects.
-        template: Its braces are fields; a dot leads into nested values: ``{messages.0.content}``.
-        fields: Names of what is kept of a line, to break accuracy down by it; a dot leads into nested values.
-        separator: What stands between the texts of a field that is a list of them.
+        path: A file, a folder of files, or a pattern. Files may be compressed. A ``.json`` file may hold one
+            list of objects.
+        template: Text in which names in braces are fields. A dot leads into nested values:
+            ``{messages.0.content}``.
+        fields: Names of the fields to keep, to break accuracy down by them. A dot leads into nested values.
+        separator: Text to put between the texts of a field that is a list of them.
     """
 
     def __init__(
@@ -71,13 +78,14 @@ class JsonlSource(CorpusSource):
 
 
 class ParquetSource(CorpusSource):
-    """The rows of Parquet files; columns named by ``fields`` are kept beside the text.
+    """The rows of Parquet files. The columns named by ``fields`` are kept with the text.
 
     Args:
-        path: A file, a folder of them, or a pattern.
-        template: Its braces are columns; a dot leads into nested values: ``{messages.0.content}``.
-        fields: Columns that are kept, to break accuracy down by them; a dot leads into nested values.
-        separator: What stands between the texts of a column that holds lists of them.
+        path: A file, a folder of files, or a pattern.
+        template: Text in which names in braces are columns. A dot leads into nested values:
+            ``{messages.0.content}``.
+        fields: Names of the columns to keep, to break accuracy down by them. A dot leads into nested values.
+        separator: Text to put between the texts of a column that holds lists of them.
     """
 
     def __init__(
@@ -107,7 +115,10 @@ class ParquetSource(CorpusSource):
 
 
 class TextFilesSource(CorpusSource):
-    """Every file that matches ``pattern`` (``**`` allowed) is a document, in the order of the paths. A folder means all files in it, at any depth."""
+    """The files that match ``pattern``, each of them one document, in the order of their paths.
+
+    The pattern may contain ``**``. A folder means all files in it, at any depth.
+    """
 
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern
@@ -121,16 +132,19 @@ class TextFilesSource(CorpusSource):
 
 
 class HuggingFaceSource(CorpusSource):
-    """A split of a Hugging Face dataset (``pip install 'rpt-lightning[datasets]'``); columns named by ``fields`` are kept beside the text.
+    """A split of a Hugging Face dataset. The columns named by ``fields`` are kept with the text.
+
+    It needs ``pip install 'rpt-lightning[datasets]'``.
 
     Args:
         name: Hub id, or a folder that `datasets` reads.
-        split: Of the dataset.
-        template: Its braces are fields; a dot leads into nested values: ``{messages.0.content}``.
-        config_name: The dataset's configuration, where it has several.
-        revision: Pins a commit.
-        fields: Columns that are kept, to break accuracy down by them; a dot leads into nested values.
-        separator: What stands between the texts of a field that is a list of them.
+        split: Split of the dataset.
+        template: Text in which names in braces are fields. A dot leads into nested values:
+            ``{messages.0.content}``.
+        config_name: Configuration of the dataset, if it has several.
+        revision: Commit to read.
+        fields: Names of the columns to keep, to break accuracy down by them. A dot leads into nested values.
+        separator: Text to put between the texts of a field that is a list of them.
     """
 
     def __init__(
@@ -175,10 +189,12 @@ class HuggingFaceSource(CorpusSource):
 
 
 class DocstringSource(CorpusSource):
-    """Docstrings of an installed package's public classes, functions and methods: real text on any machine.
+    """Docstrings of an installed package's public classes, functions and methods.
 
-    Each object counts once, under the name where it was defined, however often it is imported elsewhere. Docstrings come from the object itself:
-    ``inspect.getdoc`` would repeat a base class's text for every subclass. Modules that fail to import (optional dependencies) are skipped and counted.
+    They are real text that is available on any machine. Each object counts once, under the name where it was
+    defined, however often it is imported elsewhere. Docstrings come from the object itself, because
+    ``inspect.getdoc`` would repeat a base class's text for every subclass. Modules that fail to import
+    (optional dependencies) are skipped and counted.
     """
 
     def __init__(self, package: str = "sympy", min_chars: int = 200) -> None:
@@ -191,18 +207,19 @@ class DocstringSource(CorpusSource):
             root = importlib.import_module(self.package)
         except ImportError as error:
             raise ValueError(
-                f"--source.init_args.package {self.package!r} cannot be imported ({error}); install it or name another package"
+                f"--source.init_args.package {self.package!r} cannot be imported ({error}); "
+                "install it or name another package"
             ) from error
-        objects: dict[
-            int, tuple[str, object]
-        ] = {}  # by identity; the objects stay referenced, so that identities stay unique
+        # The keys are identities. The values keep the objects alive, so that identities stay unique.
+        objects: dict[int, tuple[str, object]] = {}
         for module in self._modules(root):
             for name, member in sorted(vars(module).items()):
                 if not name.startswith("_"):
                     self._collect(member, objects)
         if self.num_skipped_modules:
             print(
-                f"{self.num_skipped_modules} modules of {self.package} do not import here and are left out",
+                f"{self.num_skipped_modules} modules of {self.package} cannot be imported here "
+                "and are left out",
                 flush=True,
             )
         seen: dict[str, int] = {}
@@ -223,13 +240,11 @@ class DocstringSource(CorpusSource):
         }
 
     def _modules(self, root: types.ModuleType) -> list[types.ModuleType]:
-        """The package's public modules by name; its own tests and benchmarks hold no prose."""
+        """Return the package's public modules by name. Its tests and benchmarks hold no prose."""
         self.num_skipped_modules = 0
         modules = [root]
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-        ):  # some modules print when they are imported (sympy.this)
+        # Some modules print when they are imported (sympy.this).
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             pending = sorted(self._submodule_names(root))
             while pending:
@@ -261,9 +276,8 @@ class DocstringSource(CorpusSource):
             or id(member) in objects
         ):
             return
-        if "<" not in name and isinstance(
-            member.__doc__, str
-        ):  # <locals> and <lambda> have no name of their own
+        # <locals> and <lambda> have no name of their own.
+        if "<" not in name and isinstance(member.__doc__, str):
             objects[id(member)] = (name, member)
         if inspect.isclass(member):
             for attribute, value in sorted(vars(member).items()):
@@ -272,14 +286,14 @@ class DocstringSource(CorpusSource):
 
 
 def _unwrapped(member: object) -> object:
-    """The function behind a property, class method, static method or cache."""
+    """Return the function behind a property, class method, static method or cache."""
     if isinstance(member, property):
         member = member.fget
     if isinstance(member, (classmethod, staticmethod)):
         member = member.__func__
     try:
         return inspect.unwrap(member)  # type: ignore[arg-type]
-    except (Exception, SystemExit):  # objects that answer every attribute, such as symbolic expressions
+    except (Exception, SystemExit):  # objects that answer to any attribute, such as symbolic expressions
         return member
 
 
@@ -288,7 +302,10 @@ def _path_flag(path: str) -> str:
 
 
 def _told(fields: Sequence[str], separator: str) -> dict[str, Any]:
-    """What a description says of them: nothing where they are the usual ones, as before there was a choice."""
+    """Describe the fields and the separator.
+
+    Defaults are omitted, so that the description equals that from before these options existed.
+    """
     return ({"fields": list(fields)} if fields else {}) | (
         {} if separator == DEFAULT_SEPARATOR else {"separator": separator}
     )

@@ -1,4 +1,4 @@
-"""Next-token training straight from a corpus: no scored task folder is needed."""
+"""Next-token training straight from a corpus. It needs no scored task folder."""
 
 from __future__ import annotations
 
@@ -20,21 +20,23 @@ from rpt_lightning.types import Document, TrainSequence
 
 
 class CorpusDataModule(StreamDataModule):
-    """Training batches ``{"sequences": ...}`` hold this rank's share of a step: documents, and worked examples of their marked places.
+    """Serve the documents of a corpus, and worked examples of their marked places, for next-token training.
 
-    The documents are kept in memory and tokenized when they are used. Of a document each token is a target but the first.
+    Training batches ``{"sequences": ...}`` hold this rank's share of a step. The documents are kept in memory
+    and tokenized when they are used. Every token of a document except the first is a target.
 
     Args:
-        source: Where the text comes from.
-        documents_per_step: Documents of one step, of all ranks together.
-        prompt: The template of the worked examples; null: there are none.
-        phases: The curriculum of the worked examples: how many think, and over which depths.
-        max_tokens: Cut documents after so many tokens; null: after the positions that the model has.
-        task_dir: Folder that ``rpt prepare`` made, to validate on its held-out positions; null: there is no validation.
-        num_eval_tasks: Held-out positions of a validation.
+        source: Source of the text.
+        documents_per_step: Documents in one step, over all ranks.
+        prompt: Prompt template of the worked examples. null means no worked examples.
+        phases: Curriculum of the worked examples: how many of them think, and over which depths.
+        max_tokens: Truncate documents to this many tokens. null truncates to the model's positions.
+        task_dir: Folder made by ``rpt prepare``, whose held-out positions are used for validation. null means
+            no validation.
+        num_eval_tasks: Number of held-out positions in a validation.
         eval_min_entropy: Validate on positions with more proxy entropy than this, in nats.
-        eval_batch_size: Tasks of one validation batch, of all ranks together.
-        seed: Seed of the order and of which worked examples think.
+        eval_batch_size: Tasks in one validation batch, over all ranks.
+        seed: Seed of the order and of the choice of worked examples that think.
     """
 
     def __init__(
@@ -59,7 +61,8 @@ class CorpusDataModule(StreamDataModule):
         )
         if phases is not None and prompt is None:
             raise ValueError(
-                "--data.phases says how worked examples think, and --data.prompt is null, so there are none; give a prompt"
+                "--data.phases says how worked examples think, but --data.prompt is null, so there are none; "
+                "give a prompt"
             )
         if phases is not None and not phases:
             raise ValueError(
@@ -79,8 +82,11 @@ class CorpusDataModule(StreamDataModule):
         self.eval_batch_size = eval_batch_size
 
     def setup(self, stage: str) -> None:
-        """Read the corpus. Raises ValueError where there is none, where nothing is marked that could be worked out, or where the model being trained has
-        another tokenizer than the task folder."""
+        """Read the corpus.
+
+        Raises ValueError if the corpus is empty, if worked examples are wanted but no mark has a thought, or
+        if the model being trained has a different tokenizer from the task folder.
+        """
         module: Any = None if self.trainer is None else self.trainer.lightning_module
         assert module is not None, "the tokenizer is that of the model being trained"
         tokenizer = module.tokenizer
@@ -96,8 +102,9 @@ class CorpusDataModule(StreamDataModule):
             )
             if not any(mark.thought is not None for document in self.documents for mark in document.marks):
                 raise ValueError(
-                    f"--data.prompt: worked examples need marks with thoughts, and no document of {type(self.source).__name__} has one; set "
-                    "--data.prompt null or name a source that has"
+                    f"--data.prompt: worked examples need marks with thoughts, and no document of "
+                    f"{type(self.source).__name__} has one; "
+                    "set --data.prompt null or name a source that has them"
                 )
         digest = hashlib.sha256()
         for document in self.documents:
@@ -113,7 +120,7 @@ class CorpusDataModule(StreamDataModule):
             check_tokenizer(self.heldout, module, task_dir=str(self.task_dir))
 
     def make_batch(self, items: list[tuple[int, int]]) -> dict[str, Any]:
-        """A document's worked examples stand behind it, so that they share their beginning."""
+        """Build a batch. A document's worked examples follow it, so that they share their beginning."""
         epoch, index = self.stream.place
         step = (epoch * self.stream.order.items_per_epoch + index) // self.items_per_step - 1
         limit, sequences = self.max_tokens or self._num_positions(), list[TrainSequence]()

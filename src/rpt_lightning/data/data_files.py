@@ -1,7 +1,8 @@
-"""Files of text as people have them: compressed, with a byte order mark, many at once, and under ``~``.
+"""Text files in the state in which people keep them.
 
-Compression and encoding are read from a file's first bytes, never from its name: browsers and scripts unpack files and keep the name, or the other way
-round.
+They may be compressed, begin with a byte order mark, come in groups, or be named with ``~``. Compression and
+encoding are read from a file's first bytes, never from its name: browsers and scripts unpack files and keep
+the name, or rename files without unpacking them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-# The first bytes of a compressed file, and pyarrow's name of what opens it; None: the standard library does.
+# The first bytes of a compressed file and pyarrow's name for its format. None: the standard library reads it.
 _COMPRESSIONS: dict[bytes, str | None] = {
     b"\x1f\x8b": None,
     b"BZh": None,
@@ -29,7 +30,7 @@ _COMPRESSIONS: dict[bytes, str | None] = {
     b"\x04\x22\x4d\x18": "lz4",
 }
 _COMPRESSED_ENDINGS = (".gz", ".bz2", ".xz", ".zst", ".zstd", ".lz4")
-# UTF-32's mark begins with UTF-16's.
+# Order matters: the mark of UTF-32 begins with that of UTF-16.
 _MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -47,7 +48,7 @@ _BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 @dataclass(frozen=True, kw_only=True)
 class DataFile:
-    """One of the files that a path names. ``name`` tells it from the others, on any machine.
+    """One of the files that a path names. ``name`` identifies it among them on any machine.
 
     >>> DataFile(path=Path("/data/math/a.jsonl.gz"), name="math/a.jsonl.gz").stem
     'math/a'
@@ -58,26 +59,31 @@ class DataFile:
 
     @property
     def stem(self) -> str:
-        """The name without its endings."""
+        """The name without its extensions."""
         return os.path.splitext(without_compression(self.name))[0]
 
 
 def expand_home(path: str | Path) -> Path:
-    """A path in which a leading ``~`` is the home folder: a shell replaces it in ``--flag ~/x`` only, neither in ``--flag=~/x`` nor in YAML."""
+    """Replace a leading ``~`` with the home folder.
+
+    A shell does so only in ``--flag ~/x``, not in ``--flag=~/x``. YAML does not do so either.
+    """
     return Path(os.path.expanduser(path))
 
 
 def without_compression(name: str) -> str:
-    """A file's name without ``.gz`` and the like."""
+    """Return a file's name without ``.gz`` and the like."""
     root, ending = os.path.splitext(name)
     return root if ending.lower() in _COMPRESSED_ENDINGS else name
 
 
 def find_files(path: str | Path, *, name: str, endings: Sequence[str], what: str = "file") -> list[DataFile]:
-    """The files that a path names, in the order of their names: one file, all files of a folder with one of the ``endings``, or those of a pattern.
+    """List the files that a path names, sorted by name.
 
-    A folder is searched at every depth, but for hidden files; endings may be followed by one of a compression. No ``endings``: all files. Raises
-    ValueError that begins with ``name`` where there is none, or where a file lies there twice, compressed and not.
+    The path may be one file, a folder or a pattern. A folder stands for all files in it, at any depth, with
+    one of the ``endings``. Hidden files are skipped. A compression's extension may follow an ending. Without
+    ``endings`` all files count. Raises ValueError that begins with ``name`` if there is no file, or if a file
+    is there twice, compressed and uncompressed.
     """
     if not str(path):
         raise ValueError(f"{name}: empty; name a {what}, a folder or a pattern")
@@ -101,7 +107,8 @@ def find_files(path: str | Path, *, name: str, endings: Sequence[str], what: str
                 else "it is empty"
             )
             raise ValueError(
-                f"{name}: the folder holds no {what} named *{' or *'.join(endings)} ({held}); name the files by a pattern"
+                f"{name}: the folder holds no {what} named *{' or *'.join(endings)} ({held}); "
+                "name the files by a pattern"
             )
         root = whole
     elif glob.has_magic(str(whole)):
@@ -115,12 +122,13 @@ def find_files(path: str | Path, *, name: str, endings: Sequence[str], what: str
         raise ValueError(f"{name}: there is no such {what}")
     seen: dict[str, Path] = {}
     for file in files:
-        if not file.is_file():  # a link of a hub's cache, say, whose file was deleted
+        if not file.is_file():  # for example, a link in a hub cache whose file was deleted
             raise ValueError(f"{name}: {file} leads to no file; restore or remove it")
         other = seen.setdefault(without_compression(str(file)), file)
         if other is not file:
             raise ValueError(
-                f"{name}: {other} and {file.name} are one file twice, compressed and not; remove one of the two or name the other"
+                f"{name}: {other} and {file.name} are the same file, compressed and uncompressed; "
+                "remove one of the two or name the other"
             )
     return [DataFile(path=file, name=file.relative_to(root).as_posix()) for file in files]
 
@@ -130,7 +138,7 @@ def _is_hidden(relative: Path) -> bool:
 
 
 def _fixed_part(pattern: Path) -> Path:
-    """The folder before the first part with a wildcard."""
+    """Return the folder before the first part with a wildcard."""
     fixed = Path(pattern.parts[0]) if pattern.is_absolute() else Path()
     for part in pattern.parts[1 if pattern.is_absolute() else 0 : -1]:
         if glob.has_magic(part):
@@ -140,7 +148,10 @@ def _fixed_part(pattern: Path) -> Path:
 
 
 def read_text(path: Path, *, name: str) -> str:
-    r"""All of a file, decompressed and without its byte order mark; lines end with ``\n``. Raises ValueError that begins with ``name``."""
+    r"""Read a whole file, decompressed and without its byte order mark, with lines that end with ``\n``.
+
+    Raises ValueError that begins with ``name``.
+    """
     with _opened(path, name) as file:
         encoding = _encoding(file)
         try:
@@ -153,7 +164,10 @@ def read_text(path: Path, *, name: str) -> str:
 
 
 def read_lines(path: Path, *, name: str) -> Iterator[tuple[int, str]]:
-    r"""``(number from 1, text)`` of every line, which ends at ``\n`` alone. Raises ValueError that begins with ``name`` and the line."""
+    r"""Yield ``(number from 1, text)`` of every line. Only ``\n`` ends a line.
+
+    Raises ValueError that begins with ``name`` and the line.
+    """
     with _opened(path, name) as file:
         encoding = _encoding(file)
         if encoding != "utf-8-sig":
@@ -161,7 +175,7 @@ def read_lines(path: Path, *, name: str) -> Iterator[tuple[int, str]]:
             return
         for number, line in enumerate(file, start=1):
             try:
-                # Files that were put together of several may have marks in the middle.
+                # Files concatenated from several may have marks in the middle.
                 yield number, line.decode(encoding)
             except UnicodeDecodeError as error:
                 raise ValueError(
@@ -182,7 +196,7 @@ def _wide_lines(file: io.BufferedReader, encoding: str, name: str) -> Iterator[t
 
 
 def _encoding(file: io.BufferedReader) -> str:
-    """By the byte order mark: Windows' editors write UTF-8's, its PowerShell UTF-16."""
+    """Read the encoding from the byte order mark: Windows editors write UTF-8's, PowerShell UTF-16's."""
     beginning = file.peek(4)
     return next((encoding for mark, encoding in _MARKS.items() if beginning.startswith(mark)), "utf-8-sig")
 
@@ -193,22 +207,24 @@ def _spelled(encoding: str) -> str:
 
 @contextlib.contextmanager
 def _opened(path: Path, name: str) -> Iterator[io.BufferedReader]:
-    """The decompressed bytes. What is raised while they are read names the file."""
+    """Open the decompressed bytes. Errors while they are read name the file."""
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(path.open("rb"))
         beginning = file.peek(8)[:8]
         kind = next((kind for start, kind in _NO_TEXT.items() if beginning.startswith(start)), None)
         if kind is not None:
             raise ValueError(
-                f"{name}: {kind}, and text belongs there; unpack it, or name the source that reads such files"
+                f"{name}: {kind}, but text is needed there; "
+                "unpack it, or name the source that reads such files"
             )
         try:
             yield _decompressed(file, beginning, stack)
         except _BROKEN as error:
-            if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of the content
+            # An errno marks an error of the disk, not of the content.
+            if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise ValueError(
-                f"{name}: the compressed file is damaged or was cut off ({error}); copy it anew"
+                f"{name}: the compressed file is damaged or was cut off ({error}); copy it again"
             ) from error
 
 
@@ -217,9 +233,8 @@ def _decompressed(
 ) -> io.BufferedReader:
     magic = next((magic for magic in _COMPRESSIONS if beginning.startswith(magic)), None)
     stream: Any
-    if magic is None or (
-        magic == b"BZh" and beginning[4:8] != b"1AY&"
-    ):  # a text may begin with these three letters
+    # Plain text may begin with the three letters of bzip2.
+    if magic is None or (magic == b"BZh" and beginning[4:8] != b"1AY&"):
         return file
     if magic == b"\x1f\x8b":
         stream = gzip.GzipFile(fileobj=file)

@@ -11,16 +11,18 @@ from rpt_lightning.types import TokenTask
 
 
 class TokenTaskDataModule(TaskFolderDataModule):
-    """Training batches ``{"tasks": ...}`` hold this rank's share of a step.
+    """Serve next-token reasoning tasks. Training batches ``{"tasks": ...}`` hold this rank's share of a step.
 
     Args:
-        task_dir: Folder that ``rpt prepare`` made.
-        tasks_per_step: Tasks of one step, of all ranks together.
-        positions_per_document: How many positions of a document are trained side by side, where it has so many: they share their prefix.
-        max_context_tokens: Cut longer contexts on the left.
-        num_eval_tasks: Held-out positions of a validation.
+        task_dir: Folder made by ``rpt prepare``.
+        tasks_per_step: Tasks in one step, over all ranks.
+        positions_per_document: Number of positions of a document to train side by side, if it has that many.
+            They share their prefix.
+        max_context_tokens: Truncate longer contexts on the left.
+        num_eval_tasks: Number of held-out positions in a validation.
         eval_min_entropy: Validate on positions with more proxy entropy than this, in nats.
-        eval_batch_size: Tasks of one validation batch, of all ranks together. Of the results only those after shuffled thoughts depend on it.
+        eval_batch_size: Tasks in one validation batch, over all ranks. Only the results after shuffled
+            thoughts depend on it.
         seed: Seed of the order and of the choice of held-out positions.
     """
 
@@ -61,5 +63,5 @@ class TokenTaskDataModule(TaskFolderDataModule):
         return {"tasks": tuple(self.train.task(document, k) for document, k in items)}
 
     def draw(self, wanted: Sequence[int]) -> tuple[TokenTask, ...]:
-        """Further tasks for this rank (see ``draw_items``)."""
+        """Draw further tasks for this rank (see ``draw_items``)."""
         return tuple(self.train.task(document, k) for document, k in self.draw_items(wanted))

@@ -1,11 +1,14 @@
-"""Near-duplicate components and a split that no component straddles.
+"""Group near-duplicate documents into components, and split so that no component is on both sides.
 
-In a corpus of docstrings 19 of 40 validation documents shared 13 tokens in a row with the training text although no document stood in both, so
-splitting by document is not enough. Two documents that share any span of ``span`` tokens are linked; linked documents form components; components are
-split. Templated text (logs, code, generated text) is one component that way, so a user may set another span, or None: every document is a component
-of its own then, and only exact duplicates, which are left out before, count as the same text.
+Splitting by document is not enough. In a corpus of docstrings 19 of 40 validation documents shared 13
+consecutive tokens with the training text, although no document was in both. Two documents that share any span
+of ``span`` tokens are linked. Linked documents form components, and the components are split. Templated text
+(logs, code, generated text) forms a single component that way, so a user may set another span, or None. With
+None every document is a component of its own. Only exact duplicates, which are removed earlier, then count as
+the same text.
 
-The spans are compared by 64-bit hashes (a collision can only merge two components, never hide an overlap). Memory: about 50 bytes a token.
+The spans are compared by 64-bit hashes. A collision can only merge two components, never hide an overlap.
+Memory: about 50 bytes per token.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ LEAST_SPAN = 2
 
 
 def span_words(span: int | None) -> str:
-    """What a component of documents is, in words.
+    """Describe the components of documents in words.
 
     >>> span_words(13), span_words(None)
     ('components that share no 13 tokens in a row', 'components of one document each (--dedup_span null)')
@@ -36,16 +39,20 @@ def span_words(span: int | None) -> str:
 
 
 def check_span(span: int | None, *, longest: int) -> None:
-    """Raises ValueError for a span that no two documents can share: ``longest`` is the number of tokens of the longest document."""
+    """Raise ValueError if no two documents can share the span.
+
+    ``longest`` is the number of tokens of the longest document.
+    """
     if span is not None and span > longest:
         raise ValueError(
-            f"--dedup_span {span}: no document is so long (the longest has {longest} tokens), so nothing would be compared; give a smaller number, or "
-            "null where only exact duplicates are to be left out"
+            f"--dedup_span {span}: no document is that long (the longest has {longest} tokens), "
+            "so nothing would be compared; give a smaller number, "
+            "or null if only exact duplicates are to be left out"
         )
 
 
 def span_hashes(token_ids: NDArray[np.int32], span: int = SPAN) -> NDArray[np.uint64]:
-    """A hash of every ``span`` tokens in a row. [L] -> [max(0, L - span + 1)]."""
+    """Hash every span of ``span`` consecutive tokens. [L] -> [max(0, L - span + 1)]."""
     count = len(token_ids) - span + 1
     if count <= 0:
         return np.zeros(0, np.uint64)
@@ -69,13 +76,14 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def components(documents: Sequence[NDArray[np.int32]], span: int | None = SPAN) -> NDArray[np.int32]:
-    """The component of each document, numbered by first appearance. [D] documents -> [D]
+    """Number the component of each document by first appearance. [D] documents -> [D].
 
-    Documents shorter than ``span`` link only to documents with the very same tokens. With a ``span`` of None no documents link.
+    Documents shorter than ``span`` link only to documents with exactly the same tokens. If ``span`` is None,
+    no documents link.
     """
     if span is None or not documents:
         return np.arange(len(documents), dtype=np.int32)
-    # The length keeps a short document's hash apart from the spans of longer ones.
+    # Adding the length keeps a short document's hash apart from the spans of longer documents.
     hashes = [
         span_hashes(ids, span)
         if len(ids) >= span
@@ -95,7 +103,10 @@ def components(documents: Sequence[NDArray[np.int32]], span: int | None = SPAN) 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Document indices of the two splits, ascending, and what was left out. ``largest_component`` counts documents."""
+    """Document indices of the two splits, ascending, and counts of the components and of what was left out.
+
+    ``largest_component`` counts documents.
+    """
 
     train: tuple[int, ...]
     heldout: tuple[int, ...]
@@ -107,10 +118,12 @@ class Split:
 def split_components(
     component: NDArray[np.int32], *, num_heldout: int, seed: int, span: int | None = SPAN
 ) -> Split:
-    """Hold out ``num_heldout`` documents from as many components; the other documents of those components are left out of both splits.
+    """Hold out ``num_heldout`` documents from as many components.
 
-    One document a component makes held-out documents independent of each other. The largest component always trains: boilerplate may link a good part
-    of a corpus. Raises ValueError, which names the ``span`` that the components were made with, where there are too few.
+    The other documents of those components are left out of both splits. With one document per component the
+    held-out documents are independent of each other. The largest component always trains, because boilerplate
+    may link a good part of a corpus. Raises ValueError if there are too few components. The error names the
+    ``span`` that they were made with.
     """
     sizes = np.bincount(component)
     order = np.random.default_rng(seed).permutation(len(sizes))
@@ -120,11 +133,13 @@ def split_components(
         way_out = "hold out fewer documents or give more text"
         if span is not None:
             way_out += (
-                f"; or, where the text is made from templates (logs, code, generated text), set --dedup_span, which is {span}, to more tokens than "
-                "its templates have in a row, or to null: then only exact duplicates count as the same text"
+                "; or, if the text is made from templates (logs, code, generated text), set --dedup_span, "
+                f"which is {span}, to more tokens than its templates have in a row, or to null: "
+                "then only exact duplicates count as the same text"
             )
         raise ValueError(
-            f"--heldout_documents {num_heldout}: the corpus has only {len(sizes)} {span_words(span)}, and at least one must train; {way_out}"
+            f"--heldout_documents {num_heldout}: the corpus has only {len(sizes)} {span_words(span)}, "
+            f"and at least one must train; {way_out}"
         )
     chosen = np.zeros(len(sizes), bool)
     chosen[order[:num_heldout]] = True
@@ -143,9 +158,11 @@ def split_components(
 def count_shared_spans(
     train: Sequence[NDArray[np.int32]], heldout: Sequence[NDArray[np.int32]], span: int | None = SPAN
 ) -> int:
-    """How many held-out spans of ``span`` tokens stand in train too: the number that the manifest reports. With None: how many held-out documents do.
+    """Count the held-out spans of ``span`` tokens that are also in train, for the manifest.
 
-    Compares the tokens themselves and shares no code with the split, so that it can find a mistake there. Memory: the held-out spans.
+    If ``span`` is None, count the held-out documents that are also in train. This function compares the
+    tokens themselves and shares no code with the split, so that it can find a mistake there. It holds the
+    held-out spans in memory.
     """
     if span is None:
         return len({ids.tobytes() for ids in heldout} & {ids.tobytes() for ids in train})

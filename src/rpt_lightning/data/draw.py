@@ -1,4 +1,4 @@
-"""Draws that depend on a seed and a name alone."""
+"""Random numbers that depend only on a seed and a name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 
 
 def uniform(seed: int, key: str) -> float:
-    """A number in [0, 1) that depends on nothing else: neither on what was drawn before nor on ranks.
+    """Draw a number in [0, 1) that depends only on the seed and the key, not on earlier draws or on ranks.
 
     >>> uniform(0, "doc:1") == uniform(0, "doc:1") != uniform(1, "doc:1")
     True

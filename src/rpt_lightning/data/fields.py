@@ -1,4 +1,6 @@
-"""What a source knows about a document, brought from characters to tokens: fields of the whole, and over them those of marks.
+"""Map what a source knows about a document from characters to tokens.
+
+Fields of the whole document apply to every token. The fields of marks override them.
 
 A mark's fields are those of the tokens that BEGIN inside it (docs/decisions.md, "Fields by token start").
 """
@@ -21,7 +23,7 @@ from rpt_lightning.types import Document, Fields, FieldValue
 
 
 def value_problem(value: Any) -> str | None:
-    """What is wrong with the value of a field, in words; None for text and finite numbers.
+    """Describe what is wrong with the value of a field. Returns None for text and finite numbers.
 
     >>> [value_problem(value) for value in ("cups", 3, 0.5, True, float("nan"), [1])]
     [None, None, None, 'True is a bool', 'nan is not finite', '[1] is a list']
@@ -37,30 +39,34 @@ def value_problem(value: Any) -> str | None:
 
 
 def row_fields(names: Sequence[str], row: Mapping[str, Any], *, where: str) -> dict[str, FieldValue]:
-    """The values of one record that are kept as fields of its document; a dot in a name leads into nested values (`look_up`).
+    """Return the values of one record that are kept as fields of its document.
 
-    Raises ValueError that begins with ``where``.
+    A dot in a name leads into nested values (`look_up`). Raises ValueError that begins with ``where``.
 
-    >>> row_fields(["depth", "about.subject"], {"text": "...", "depth": 3, "about": {"subject": "cups"}}, where="a.jsonl, line 1")
+    >>> row = {"text": "...", "depth": 3, "about": {"subject": "cups"}}
+    >>> row_fields(["depth", "about.subject"], row, where="a.jsonl, line 1")
     {'depth': 3, 'about.subject': 'cups'}
     """
     kept = {name: look_up(row, name) for name in names}
     for name, value in kept.items():
         if value is None:
             raise ValueError(
-                f"{where}: the field {name!r} is to be kept, and is missing or null there (fields: {', '.join(map(str, row))}); correct "
-                "--source.init_args.fields or the data"
+                f"{where}: the field {name!r} is to be kept, but is missing or null there "
+                f"(fields: {', '.join(map(str, row))}); correct --source.init_args.fields or the data"
             )
         if problem := value_problem(value):
             raise ValueError(
-                f"{where}: the field {name!r} is to be kept, so it must be text or a finite number, and {problem}; correct "
-                "--source.init_args.fields or the data"
+                f"{where}: the field {name!r} is to be kept, so it must be text or a finite number, "
+                f"but {problem}; correct --source.init_args.fields or the data"
             )
     return kept
 
 
 def check_document(document: Document, *, number: int) -> None:
-    """Raises ValueError, which names the document by number (from 1) and id, for what cannot be stored or lies outside of its text."""
+    """Check that a document can be stored and that its marks lie inside its text.
+
+    Raises ValueError that names the document by number (from 1) and id.
+    """
     text_array(document.doc_id, what=f"--source: the id of document {number}, {document.doc_id!r},")
     where = f"--source: document {document.doc_id!r}"
     if not isinstance(document.text, str):
@@ -70,13 +76,14 @@ def check_document(document: Document, *, number: int) -> None:
         place = f"{where}, mark {index} (characters {mark.start!r} to {mark.end!r})"
         if not 0 <= mark.start < mark.end <= len(document.text):
             raise ValueError(
-                f"{place}: is empty, or not inside the text, which has {len(document.text)} characters; correct the source"
+                f"{place}: is empty, or not inside the text, which has {len(document.text)} characters; "
+                "correct the source"
             )
         _check_fields(mark.fields, place)
 
 
 def knowledge_bytes(document: Document) -> bytes:
-    """Fields and marks for the fingerprint of a corpus; nothing for a document that has none."""
+    """Return fields and marks for the fingerprint of a corpus. A document without them adds nothing."""
     if not document.fields and not document.marks:
         return b""
     marks = [[mark.start, mark.end, dict(mark.fields), mark.thought] for mark in document.marks]
@@ -85,10 +92,12 @@ def knowledge_bytes(document: Document) -> bytes:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenFields:
-    """Fields of a document by token. ``spans`` are marks: tokens ``first`` to ``stop`` (exclusive), which a later mark overlays where two overlap.
+    """Fields of a document by token.
 
-    ``num_marks`` counts all marks: also those in which no token begins (``num_without_token``), and those that lie wholly behind where the document was
-    cut (``num_behind_cut``).
+    ``spans`` are marks: tokens ``first`` to ``stop`` (exclusive). If two overlap, the later mark takes
+    precedence. ``num_marks`` counts all marks. It includes those in which no token begins
+    (``num_without_token``) and those wholly after the point where the document was truncated
+    (``num_behind_cut``).
     """
 
     fields: Fields
@@ -99,11 +108,14 @@ class TokenFields:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no token has a field."""
+        """Whether no token has any field."""
         return not self.fields and not any(fields for _, _, fields in self.spans)
 
     def at(self, positions: NDArray[np.int32]) -> list[dict[str, FieldValue]] | None:
-        """The fields of the tokens at ascending ``positions`` [P]; None where no token of the document has any."""
+        """Return the fields of the tokens at ascending ``positions`` [P].
+
+        Returns None if no token of the document has any field.
+        """
         if self.is_empty:
             return None
         rows = [dict(self.fields) for _ in positions]
@@ -116,7 +128,11 @@ class TokenFields:
 def token_fields(
     document: Document, token_ids: Sequence[int], token_bytes: TokenBytes, *, num_kept: int
 ) -> TokenFields | None:
-    """The fields of a document of which the first ``num_kept`` of its ``token_ids`` are used; None where its source knows nothing."""
+    """Find the fields of each token of a document.
+
+    Only the first ``num_kept`` of its ``token_ids`` are used. Returns None if the source knows nothing about
+    the document.
+    """
     if not document.marks:
         return (
             TokenFields(fields=document.fields, spans=(), num_marks=0, num_without_token=0, num_behind_cut=0)
@@ -146,7 +162,7 @@ def token_fields(
 
 
 def _byte_offsets(text: str) -> NDArray[np.int64]:
-    """Where each character of a text begins in its UTF-8 bytes, and where the last ends. -> [characters + 1]
+    """Return the byte offset of each character in UTF-8, and the end of the last one. -> [characters + 1].
 
     >>> _byte_offsets("aé€\U0001f600").tolist()
     [0, 1, 3, 6, 10]
@@ -159,14 +175,14 @@ def _byte_offsets(text: str) -> NDArray[np.int64]:
 def _check_fields(fields: Any, where: str) -> None:
     if not isinstance(fields, Mapping):
         raise ValueError(
-            f"{where}: its fields are a {type(fields).__name__}, where a mapping of names to values belongs"
+            f"{where}: its fields are a {type(fields).__name__}, but must be a mapping of names to values"
         )
     for name, value in fields.items():
         if not isinstance(name, str) or not name or not _is_unicode(name):
-            raise ValueError(f"{where}: the name of a field is {name!r}, where text belongs")
+            raise ValueError(f"{where}: the name of a field is {name!r}, but must be text")
         problem = value_problem(value)
         if problem:
-            raise ValueError(f"{where}: the field {name!r} must be text or a finite number, and {problem}")
+            raise ValueError(f"{where}: the field {name!r} must be text or a finite number, but {problem}")
 
 
 def _is_unicode(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""Rows of a dataset that Hugging Face's ``datasets`` reads, from the hub or from a folder."""
+"""Rows of a dataset that Hugging Face's ``datasets`` reads from the hub or from a folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rpt_lightning.data.parquet_rows import with_short_numbers
 def read_dataset(
     name: str, config_name: str | None, *, split: str, revision: str | None
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a split, in their order. Raises ValueError where ``datasets`` is not installed."""
+    """Yield the rows of a split in order. Raises ValueError if ``datasets`` is not installed."""
     try:
         from datasets import load_dataset
     except ImportError as error:

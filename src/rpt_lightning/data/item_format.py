@@ -1,7 +1,8 @@
-"""What a task folder stores of a document (docs/architecture.md): every value is an array of a type that stands here.
+"""The format in which a task folder stores a document (docs/architecture.md).
 
-litdata chooses a serializer by what a value looks like: text that happens to be the path of an existing file is pickled, for one. So text becomes its UTF-8
-bytes before litdata sees it, and nothing is left to be guessed.
+Every value is an array of a type listed here. litdata chooses a serializer by what a value looks like. For
+example, it pickles text that happens to be the path of an existing file. Text is therefore converted to UTF-8
+bytes before litdata sees it, so that litdata has nothing to guess.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 Item = dict[str, Any]
 
 TEXT_TYPE = (np.uint8, 1)  # UTF-8
-# Type and number of dimensions: [L] tokens of the document, [P] stored positions, [P, 16] candidates at each.
+# Type and number of dimensions. [L] are the document's tokens, [P] its stored positions, and [P, 16] the
+# candidates at each of them.
 ITEM_TYPES: dict[str, tuple[type, int]] = {
     "doc_id": TEXT_TYPE,
     "token_ids": (np.int32, 1),
@@ -28,12 +30,16 @@ ITEM_TYPES: dict[str, tuple[type, int]] = {
     "candidate_ids": (np.int32, 2),
     "candidate_probs": (np.float32, 2),
 }
-# In folders whose source knows fields: JSON text, a list with one object a stored position, or null where the document has none.
+# Present in folders whose source knows fields. JSON text: a list with one object per stored position, or null
+# if the document has none.
 FIELDS = "fields"
 
 
 def encode_item(item: Item) -> dict[str, NDArray[Any]]:
-    """An item as it is stored. Raises ValueError for an id that is no text, and for values of other types."""
+    """Convert an item to its stored form.
+
+    Raises ValueError if its id is not text or a value has a wrong type.
+    """
     stored = dict(item) | {
         "doc_id": text_array(item["doc_id"], what=f"the id of document {item['doc_id']!r}")
     }
@@ -52,13 +58,17 @@ def encode_item(item: Item) -> dict[str, NDArray[Any]]:
                 else type(value).__name__
             )
             raise ValueError(
-                f"document {item['doc_id']!r}: {name} is {found} where an array of {dtype.__name__} [{ndim} dimensions] is stored"
+                f"document {item['doc_id']!r}: {name} is {found}, "
+                f"but must be an array of {dtype.__name__} [{ndim} dimensions]"
             )
     return {name: stored[name] for name in types}
 
 
 def decode_item(stored: dict[str, Any]) -> Item:
-    """The item again. Folders of format 1 hold the id as text. Raises ValueError for fields that are not those of the positions."""
+    """Convert a stored item back. Folders of format 1 hold the id as text.
+
+    Raises ValueError if the stored fields do not match the positions.
+    """
     doc_id = stored["doc_id"]
     item = stored | {"doc_id": doc_id if isinstance(doc_id, str) else array_text(doc_id)}
     if FIELDS in stored:
@@ -69,13 +79,14 @@ def decode_item(stored: dict[str, Any]) -> Item:
             or not all(isinstance(row, dict) for row in rows)
         ):
             raise ValueError(
-                f"document {item['doc_id']!r}: its stored fields are not one object a position; make the task folder again with `rpt prepare`"
+                f"document {item['doc_id']!r}: its stored fields are not one object per position; "
+                "make the task folder again with `rpt prepare`"
             )
     return item
 
 
 def item_digest(item: Item) -> bytes:
-    """SHA-256 of all that is stored of an item, names, types and shapes included."""
+    """Compute the SHA-256 of everything that is stored of an item, including names, types and shapes."""
     digest = hashlib.sha256()
     for name, values in encode_item(item).items():
         digest.update(f"{name} {values.dtype.str} {values.shape} ".encode() + values.tobytes())
@@ -83,17 +94,22 @@ def item_digest(item: Item) -> bytes:
 
 
 def text_array(text: Any, *, what: str) -> NDArray[np.uint8]:
-    """Its UTF-8 bytes. Raises ValueError, which begins with ``what``, where it is no text or has no UTF-8 (a file's name in another encoding)."""
+    """Encode text as UTF-8 bytes.
+
+    Raises ValueError that begins with ``what`` if the value is not text or has no UTF-8 encoding, such as a
+    file name in another encoding.
+    """
     if not isinstance(text, str):
-        raise ValueError(f"{what} is a {type(text).__name__}, where text belongs")
+        raise ValueError(f"{what} is a {type(text).__name__}, but must be text")
     try:
         return np.frombuffer(text.encode(), dtype=np.uint8)
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{what} is not Unicode at character {error.start}; a file whose name is in another encoding must be renamed"
+            f"{what} is not Unicode at character {error.start}; "
+            "a file whose name is in another encoding must be renamed"
         ) from error
 
 
 def array_text(array: NDArray[np.uint8]) -> str:
-    """The text of its UTF-8 bytes."""
+    """Decode UTF-8 bytes to text."""
     return array.tobytes().decode()

@@ -1,4 +1,4 @@
-"""Records in JSON, one a line or in one list, with errors that name file and line."""
+"""Read JSON records, one per line or in one list. Errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ENDINGS = (".jsonl", ".ndjson", ".json")
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """A value of a file: ``file`` and ``number`` identify it, ``where`` names it in errors."""
+    """A value of a file. ``file`` and ``number`` identify it, and ``where`` names it in errors."""
 
     file: DataFile
     number: int
@@ -24,9 +24,10 @@ class Record:
 
 
 def read_records(path: str | Path, *, name: str, what: str = "file") -> Iterator[Record]:
-    """The records of a file, of a folder's files, or of the files of a pattern, in order (`find_files`).
+    """Yield the records of a file, a folder's files or the files of a pattern, in order (`find_files`).
 
-    A ``.json`` file may also hold one list, whose entries are the records. Raises ValueError that names the file and the line.
+    A ``.json`` file may also hold one list, whose entries are the records. Raises ValueError that names the
+    file and the line.
     """
     for file in find_files(path, name=name, endings=ENDINGS, what=what):
         if without_compression(file.name).lower().endswith(".json") and _first_character(file.path) == "[":
@@ -38,10 +39,10 @@ def read_records(path: str | Path, *, name: str, what: str = "file") -> Iterator
 
 
 def read_jsonl(path: Path, *, name: str) -> Iterator[tuple[int, Any]]:
-    r"""``(line number from 1, value)`` of every line that is not blank.
+    r"""Yield ``(line number from 1, value)`` of every line that is not blank.
 
-    Lines end at ``\n`` alone: U+2028 and the like stand unescaped in the strings of many files. Raises ValueError that begins with ``name`` and the
-    line, where one is not UTF-8 or no JSON.
+    Only ``\n`` ends a line, because many files have U+2028 and the like unescaped in their strings. Raises
+    ValueError that begins with ``name`` and the line if a line is not UTF-8 or not JSON.
     """
     for number, line in read_lines(path, name=name):
         if line.strip():
@@ -49,8 +50,8 @@ def read_jsonl(path: Path, *, name: str) -> Iterator[tuple[int, Any]]:
 
 
 def read_json(path: Path, *, name: str) -> Any:
-    """The value of a whole file. Raises ValueError that begins with ``name``."""
-    return _parsed(read_text(path, name=name), name, "a file of one object a line is named .jsonl")
+    """Read the value of a whole file. Raises ValueError that begins with ``name``."""
+    return _parsed(read_text(path, name=name), name, "a file with one object per line is named .jsonl")
 
 
 def _parsed(text: str, where: str, way_out: str) -> Any:
@@ -61,10 +62,10 @@ def _parsed(text: str, where: str, way_out: str) -> Any:
         raise ValueError(
             f"{where}{line}: broken JSON ({error.msg} at column {error.colno}); {way_out}"
         ) from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets without end
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or endless brackets
         raise ValueError(f"{where}: JSON that cannot be read ({error}); {way_out}") from error
 
 
 def _first_character(path: Path) -> str:
-    """Of the file, blanks left out."""
+    """Return the file's first character that is not blank."""
     return next((line.strip()[0] for _, line in read_lines(path, name=str(path)) if line.strip()), "")

@@ -1,4 +1,7 @@
-"""What a task folder says about itself: counts, a histogram of the entropy and the ceiling that unanswerable positions put on accuracy."""
+"""The manifest of a task folder.
+
+It holds counts, a histogram of the entropy, and the ceiling that unanswerable positions put on accuracy.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ from numpy.typing import NDArray
 from rpt_lightning.data.item_format import FIELDS, item_digest
 
 MANIFEST_FILE = "manifest.json"
-# 2: a document's id is stored as bytes (item_format.py). Folders of format 1, with text, are still read.
+# 2: a document's id is stored as bytes (item_format.py). Folders of format 1, with text ids, are still read.
 FORMAT = 2
 READABLE_FORMATS = (1, 2)
-# What readers need of a manifest.
+# The entries that readers of a manifest need.
 _ENTRIES: dict[str, type] = {
     **{
         "settings": dict,
@@ -30,17 +33,18 @@ _ENTRIES: dict[str, type] = {
     },
     **{"sha256": dict, "sha256.train": dict, "sha256.heldout": dict, "sha256.tokenizer": dict},
 }
-_WORDS = {dict: "an object", str: "a text", int: "a whole number"}
+_WORDS = {dict: "an object", str: "text", int: "a whole number"}
 HISTOGRAM_FILE = "histogram.png"
-# Settings of `rpt prepare` that are younger than some folders, with what those were made with.
+# Settings of `rpt prepare` that are newer than some folders, with the values used for those folders.
 LATER_SETTINGS: dict[str, Any] = {"dedup_span": 13}
-# Entropy in nats that a position must exceed to belong to the band; so hard positions are medium and easy ones too, as in the paper (section 3.3).
+# A position belongs to a band if its entropy in nats exceeds the threshold. Hard positions are therefore also
+# medium and easy ones, as in the paper (section 3.3).
 BANDS: dict[str, float] = {"easy": 0.5, "medium": 1.0, "hard": 1.5}
 BIN_EDGES = np.round(np.arange(0.0, 2.9, 0.1), 1)  # nats; the entropy of 16 tokens is at most ln 16 = 2.77
 
 
 class SplitStatistics:
-    """Counts of one split, filled while its items are written."""
+    """Counts of one split, collected while its items are written."""
 
     def __init__(self) -> None:
         self.num_documents = 0
@@ -49,7 +53,7 @@ class SplitStatistics:
         self.num_unanswerable = 0
         self.last_position = 0
         self.positions: list[dict[str, NDArray[Any]]] = []
-        self.fields: Counter[str] = Counter()  # how many positions have each
+        self.fields: Counter[str] = Counter()  # number of positions that have each field
         self.digests: list[bytes] = []  # of the items, in their order
         self.histogram = np.zeros(len(BIN_EDGES) - 1, dtype=np.int64)
 
@@ -60,7 +64,7 @@ class SplitStatistics:
         self.histogram += np.histogram(np.clip(scored, BIN_EDGES[0], BIN_EDGES[-1]), BIN_EDGES)[0]
 
     def add_item(self, item: dict[str, Any], num_unanswerable: int) -> None:
-        """Count a document that is written."""
+        """Count a document that is being written."""
         self.num_documents += 1
         self.digests.append(item_digest(item))
         self.fields.update(name for row in item.get(FIELDS) or () for name in row)
@@ -70,7 +74,10 @@ class SplitStatistics:
         self.positions.append({name: item[name] for name in ("entropy", "true_rank", "answerable")})
 
     def summary(self) -> dict[str, Any]:
-        """Counts of stored positions, over all and above each band's threshold, with the proxy's own next-token accuracy there."""
+        """Summarise the stored positions, in total and above each band's threshold.
+
+        The bands include the proxy's own next-token accuracy.
+        """
         columns = {
             name: np.concatenate([row[name] for row in self.positions] or [np.zeros(0)])
             for name in ("entropy", "true_rank", "answerable")
@@ -110,7 +117,7 @@ def _band_summary(true_rank: NDArray[Any], answerable: NDArray[Any]) -> dict[str
 def plot_histogram(
     path: Path, histograms: dict[str, NDArray[np.int64]], thresholds: dict[str, float]
 ) -> None:
-    """Share of the scored positions by entropy, one line a split, and where the thresholds lie."""
+    """Plot the share of scored positions by entropy, with one line per split, and mark the thresholds."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -133,22 +140,23 @@ def plot_histogram(
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """The file whose presence makes a folder a task folder: written last."""
+    """Write the manifest. Its presence makes a folder a task folder, so it is written last."""
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a task folder. Raises ValueError where there is none or it is damaged."""
+    """Read the manifest of a task folder. Raises ValueError if it is missing or damaged."""
     path = folder / MANIFEST_FILE
     if not path.is_file():
         raise ValueError(
-            f"{folder}: not a task folder ({MANIFEST_FILE} is missing); name a folder that `rpt prepare` finished"
+            f"{folder}: not a task folder ({MANIFEST_FILE} is missing); "
+            "name a folder that `rpt prepare` finished"
         )
     return parse_manifest(path.read_bytes(), str(path))
 
 
 def parse_manifest(content: bytes, name: str) -> dict[str, Any]:
-    """Raises ValueError, with the manifest's ``name``, where it is damaged or of another version."""
+    """Parse a manifest. Raises ValueError, with its ``name``, if it is damaged or of another version."""
     try:
         manifest: dict[str, Any] = json.loads(content)
         if manifest["format"] not in READABLE_FORMATS:
@@ -158,12 +166,13 @@ def parse_manifest(content: bytes, name: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         found = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
-            f"{name}: not a manifest that this version reads ({found}); make the task folder again with `rpt prepare`"
+            f"{name}: not a manifest that this version reads ({found}); "
+            "make the task folder again with `rpt prepare`"
         ) from error
 
 
 def _check_entries(manifest: dict[str, Any]) -> None:
-    """Raises ValueError for an entry that is missing or of another type, as in a file that was edited."""
+    """Raise ValueError if an entry is missing or has a wrong type, as in a file that was edited by hand."""
     for path, kind in _ENTRIES.items():
         value: Any = manifest
         for name in path.split("."):
@@ -172,14 +181,14 @@ def _check_entries(manifest: dict[str, Any]) -> None:
                 raise ValueError(f"{path}: there is no such entry{why}")
             value = value[name]
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"{path} is {value!r}, where {_WORDS[kind]} belongs")
+            raise ValueError(f"{path} is {value!r}, but must be {_WORDS[kind]}")
     for part, files in manifest["sha256"].items():
         for name, checksum in files.items():
             if not isinstance(checksum, str) or not re.fullmatch("[0-9a-f]{64}", checksum):
-                raise ValueError(f"sha256.{part}.{name} is {checksum!r}, where a SHA-256 belongs")
+                raise ValueError(f"sha256.{part}.{name} is {checksum!r}, but must be a SHA-256")
     if manifest["answer_reach"] < 1:
-        raise ValueError(f"answer_reach is {manifest['answer_reach']}, where a number of tokens belongs")
+        raise ValueError(f"answer_reach is {manifest['answer_reach']}, but must be a number of tokens")
     for split, counts in manifest.get("splits", {}).items():
         last = counts.get("last_position", 0)
         if not isinstance(last, int) or isinstance(last, bool) or last < 0:
-            raise ValueError(f"splits.{split}.last_position is {last!r}, where a position belongs")
+            raise ValueError(f"splits.{split}.last_position is {last!r}, but must be a position")

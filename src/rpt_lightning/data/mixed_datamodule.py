@@ -1,4 +1,7 @@
-"""Reasoning traces and plain text in every step: the supervised mixture that RPT is compared with, on the same corpus."""
+"""Reasoning traces and plain text in every step.
+
+This is the supervised mixture that RPT is compared with, on the same corpus.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +16,32 @@ from rpt_lightning.data.trace_datamodule import TraceDataModule
 
 
 class MixedDataModule(LightningDataModule):
-    """Training batches ``{"sequences": ...}`` hold a step of both parts; in the loss every target token counts alike.
+    """Serve reasoning traces and plain text together.
+
+    Training batches ``{"sequences": ...}`` hold a step of both parts. Every target token has the same weight
+    in the loss.
 
     Args:
-        traces: Of reasoning; how many a step it says itself. The held-out positions of a validation are its.
-        text: Whole documents of the same task folder, and how many a step.
+        traces: The reasoning traces. Their data module sets how many there are in a step. Its held-out
+            positions are used for validation.
+        text: Whole documents of the same task folder. Their data module sets how many there are in a step.
     """
 
     def __init__(self, traces: TraceDataModule, text: TextDataModule) -> None:
         super().__init__()
         if traces.task_dir != text.task_dir:
             raise ValueError(
-                f"--data.traces.task_dir {traces.task_dir}, --data.text.task_dir {text.task_dir}: a mixture is of one corpus, so give one"
+                f"--data.traces.task_dir {traces.task_dir}, --data.text.task_dir {text.task_dir}: "
+                "a mixture is of one corpus, so give one"
             )
         self.traces = traces
         self.text = text
 
     def setup(self, stage: str) -> None:
-        """Open and check the task folder. Raises ValueError where the model being trained has another tokenizer."""
+        """Open and check the task folder.
+
+        Raises ValueError if the model being trained has a different tokenizer.
+        """
         for part in (self.traces, self.text):
             part.trainer = self.trainer
             part.setup(stage)
@@ -50,7 +61,7 @@ class MixedDataModule(LightningDataModule):
         return self.traces.val_dataloader()
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """As the parts: records hold no tensors."""
+        """Return the batch as it is: records hold no tensors."""
         return batch
 
     def state_dict(self) -> dict[str, Any]:

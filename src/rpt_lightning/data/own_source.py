@@ -1,4 +1,7 @@
-"""What a corpus source of the user's own must yield: one error that names the class, what came, and what is wanted."""
+"""Check the documents of a user-defined corpus source.
+
+A single error names the class, what it yielded, and what is wanted.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ WANTED = (
 
 
 def checked_documents(source: CorpusSource) -> Iterator[Document]:
-    """The documents of a source. Raises ValueError at what is none; what the source itself raises goes through as it is."""
+    """Yield the documents of a source.
+
+    Raises ValueError if it yields anything else. Errors that the source itself raises pass through unchanged.
+    """
     name = type(source).__name__
     documents: Any = source.documents()
     if not isinstance(documents, Iterable):
@@ -25,7 +31,8 @@ def checked_documents(source: CorpusSource) -> Iterator[Document]:
         for field in ("doc_id", "text"):
             if not isinstance(getattr(document, field), str):
                 raise ValueError(
-                    f"the source {name} yielded {_said(getattr(document, field))} as {field} of document {number}; {WANTED}"
+                    f"the source {name} yielded {_said(getattr(document, field))} as {field} "
+                    f"of document {number}; {WANTED}"
                 )
         yield document
 

@@ -15,7 +15,10 @@ _ROWS_AT_ONCE = 1024
 
 
 def read_parquet(path: str | Path, *, name: str) -> Iterator[tuple[DataFile, int, dict[str, Any]]]:
-    """``(file, row from 0, values by column)`` of a file, of a folder's files, or of those of a pattern. Raises ValueError that names the file."""
+    """Yield ``(file, row from 0, values by column)`` of a file, a folder's files or the files of a pattern.
+
+    Raises ValueError that names the file.
+    """
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -33,7 +36,7 @@ def read_parquet(path: str | Path, *, name: str) -> Iterator[tuple[DataFile, int
 
 
 def with_short_numbers(row: dict[str, Any], types: dict[str, str]) -> dict[str, Any]:
-    """A row whose numbers of 16 and 32 bits are those of the fewest digits that mean them: 0.1, not 0.10000000149011612."""
+    """Write a row's 16-bit and 32-bit floats with the fewest digits: 0.1, not 0.10000000149011612."""
     narrow = {"float": np.float32, "float32": np.float32, "halffloat": np.float16, "float16": np.float16}
     found = {
         key: narrow[types[key]]

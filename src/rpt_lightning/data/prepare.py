@@ -1,4 +1,4 @@
-"""`rpt prepare`: text in, a folder of tasks out."""
+"""`rpt prepare`: turn text into a folder of tasks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from rpt_lightning.data.task_folder import TaskFolder
 from rpt_lightning.data.tokenized_corpus import TokenizedCorpus, source_sha256
 from rpt_lightning.tasks.token_bytes import TokenBytes, tokenizer_hash
 
-# Parts of this many batches: what an interruption costs at most.
+# A part has this many batches. An interruption costs at most one part.
 BATCHES_PER_PART = 8
 
 
@@ -68,29 +68,38 @@ def prepare(
 ) -> None:
     """Turn a text corpus into a folder of next-token reasoning tasks.
 
-    Every position is scored by a proxy model; those that are uncertain enough become tasks. Interrupted, the same command continues where it stopped.
+    A proxy model scores every position, and the positions that are uncertain enough become tasks. If the
+    command is interrupted, the same command continues where it stopped.
 
     Args:
-        source: Where the text comes from.
+        source: Source of the text.
         output_dir: The task folder to make. A finished folder is never overwritten.
         tokenizer: Model folder or hub id whose tokenizer the policy uses.
         proxy: Model folder or hub id that scores positions. It must have the policy's vocabulary.
-        entropy_threshold: Train on positions with more entropy than this, in nats over the proxy's 16 most likely tokens.
-        heldout_entropy_threshold: The same for held-out positions; 0.5 keeps the easy, medium and hard bands of the paper.
+        entropy_threshold: Train on positions with more entropy than this, in nats over the proxy's 16 most
+            likely tokens.
+        heldout_entropy_threshold: The same for held-out positions. 0.5 keeps the easy, medium and hard bands
+            of the paper.
         min_context: Least number of tokens before a position.
-        min_true_prob: Learnability band: leave out training positions whose true token the proxy finds less likely than this.
-        max_true_prob: Leave out training positions whose true token the proxy finds more likely than this.
-        keep_unanswerable: Keep training positions of which no right answer fits into a box. Held-out ones are always kept and flagged.
+        min_true_prob: Lower end of the learnability band. Leave out training positions whose true token is
+            less likely than this according to the proxy.
+        max_true_prob: Upper end of the learnability band. Leave out training positions whose true token is
+            more likely than this according to the proxy.
+        keep_unanswerable: Keep training positions for which no right answer fits into a box. Held-out ones
+            are always kept and flagged.
         answer_reach: Longest right answer in tokens.
-        max_tokens_per_document: Cut documents after so many tokens.
-        max_documents: Use a random sample of so many documents, held-out ones included.
-        heldout_documents: How many documents to hold out, no two of which share dedup_span tokens in a row with each other or with the training documents.
-        dedup_span: Documents that share so many tokens in a row are kept on one side of the split. null: only exact duplicates are left out, which is right
-            for text made from templates (logs, code, generated text), where every document shares long spans with every other.
-        benchmark_files: Text or JSONL files; documents that share 13 tokens in a row with one are left out.
-        window: Longest input of the proxy in tokens; longer documents are scored in overlapping windows.
+        max_tokens_per_document: Truncate documents to this many tokens.
+        max_documents: Use a random sample of this many documents, including the held-out ones.
+        heldout_documents: Number of documents to hold out. No two of them share dedup_span consecutive tokens
+            with each other, and none shares them with a training document.
+        dedup_span: Keep documents that share this many consecutive tokens on one side of the split. With
+            null, only exact duplicates are left out. That is right for text made from templates (logs, code,
+            generated text), where every document shares long spans with every other.
+        benchmark_files: Text or JSONL files. Documents that share 13 consecutive tokens with one of them are
+            left out.
+        window: Longest input of the proxy in tokens. Longer documents are scored in overlapping windows.
         overlap: Least context in tokens of a position in a later window.
-        batch_tokens: Tokens the proxy reads at once.
+        batch_tokens: Number of tokens that the proxy reads at once.
         precision: Precision of the proxy, in Lightning Fabric's names.
         accelerator: Accelerator of the proxy, in Lightning Fabric's names.
         devices: Number of scoring processes, each with its own device.
@@ -166,7 +175,7 @@ def prepare(
         scores = iterate_scores(parts, [len(ids) for ids in documents], scoring.part_tokens)
         staging = partial / "folder"
         shutil.rmtree(staging, ignore_errors=True)
-        # The order of the scores: held out first.
+        # The scores come in this order: held-out documents first.
         heldout_statistics = _write_split(
             staging / "heldout", corpus, heldout, scores, heldout_rule, token_bytes, chunk_bytes
         )
@@ -217,7 +226,7 @@ def _write_split(
     token_bytes: TokenBytes,
     chunk_bytes: str,
 ) -> SplitStatistics:
-    """Write the documents that have a position; takes the scores of all ``indices`` from the iterator."""
+    """Write the documents that have a position. Takes the scores of all ``indices`` from the iterator."""
     statistics = SplitStatistics()
 
     def items() -> Iterator[Item]:
@@ -241,34 +250,43 @@ def _write_split(
     if statistics.num_documents == 0:
         flag = "--entropy_threshold" if folder.name == "train" else "--heldout_entropy_threshold"
         raise ValueError(
-            f"{flag} {rule.entropy_threshold}: no position of the {folder.name} documents passes it and the other limits; lower it"
+            f"{flag} {rule.entropy_threshold}: no position of the {folder.name} documents passes it "
+            "and the other limits; lower it"
         )
     return statistics
 
 
 def _read_back(staging: Path, digests: dict[str, list[bytes]], output: Path) -> None:
-    """Opens the folder as a run does and compares every document with what was written. Raises RuntimeError where they differ: nothing is published."""
+    """Open the folder as a run does and compare every document with what was written.
+
+    Raises RuntimeError if they differ, so that nothing is published.
+    """
     try:
         for split, expected in digests.items():
             folder = TaskFolder(staging, "train" if split == "train" else "heldout")
-            folder.tokenizer_hash  # noqa: B018, raises where the stored tokenizer is another
+            folder.tokenizer_hash  # noqa: B018, raises ValueError if the stored tokenizer is another
             if [item_digest(folder.document(index)) for index in range(len(folder))] != expected:
-                raise ValueError(f"{split}/ holds other documents than were written")
+                raise ValueError(f"{split}/ holds documents that differ from those written")
             folder.task(0, 0)
     except ValueError as error:
         raise RuntimeError(
-            f"--output_dir {output}: what was written is not what is read back, so nothing was published ({error})"
+            f"--output_dir {output}: what was written is not what is read back, "
+            f"so nothing was published ({error})"
         ) from error
 
 
 @contextmanager
 def _clear_words(output: Path, partial: Path) -> Iterator[None]:
-    """Say what an interruption left behind, and name the disk where it is full. Nothing of it is trusted without a check."""
+    """Say what an interruption left behind, and name the disk if it is full.
+
+    Whatever is left behind is checked before it is used again.
+    """
     try:
         yield
     except KeyboardInterrupt:
         print(
-            f"\nStopped. What was scored is kept in {partial}; the same command continues there.", flush=True
+            f"\nStopped. The scores so far are kept in {partial}; the same command continues there.",
+            flush=True,
         )
         raise
     except OSError as error:
@@ -276,8 +294,8 @@ def _clear_words(output: Path, partial: Path) -> Iterator[None]:
             raise
         raise OSError(
             error.errno,
-            f"{error.strerror}: --output_dir {output} is not finished. Free some space and run the same command again (what was scored is kept in "
-            f"{partial}), or name a folder on another disk",
+            f"{error.strerror}: --output_dir {output} is not finished. Free some space and run the same "
+            f"command again (the scores so far are kept in {partial}), or name a folder on another disk",
         ) from error
 
 
@@ -288,7 +306,8 @@ def _check_settings(settings: dict[str, Any]) -> None:
     span = settings["dedup_span"]
     if span is not None and (isinstance(span, bool) or not isinstance(span, int) or span < LEAST_SPAN):
         raise ValueError(
-            f"--dedup_span {span}: must be at least {LEAST_SPAN} tokens, or null (only exact duplicates are left out)"
+            f"--dedup_span {span}: must be at least {LEAST_SPAN} tokens, "
+            "or null (only exact duplicates are left out)"
         )
     limit = settings["max_tokens_per_document"]
     if limit is not None and limit <= settings["min_context"]:
@@ -297,16 +316,18 @@ def _check_settings(settings: dict[str, Any]) -> None:
         )
     if settings["max_documents"] is not None and settings["max_documents"] <= settings["heldout_documents"]:
         raise ValueError(
-            f"--max_documents {settings['max_documents']}: must exceed --heldout_documents {settings['heldout_documents']}"
+            f"--max_documents {settings['max_documents']}: must exceed "
+            f"--heldout_documents {settings['heldout_documents']}"
         )
     if settings["min_true_prob"] >= settings["max_true_prob"]:
         raise ValueError(
-            f"--min_true_prob {settings['min_true_prob']}: must be below --max_true_prob {settings['max_true_prob']}"
+            f"--min_true_prob {settings['min_true_prob']}: must be below "
+            f"--max_true_prob {settings['max_true_prob']}"
         )
 
 
 def _accept_finished(output: Path, settings: dict[str, Any], source: CorpusSource) -> None:
-    """Say that the folder is there already. Raises ValueError where it is something else."""
+    """Report that the folder already exists. Raises ValueError if it differs from what was asked for."""
     if not (output / MANIFEST_FILE).is_file():
         raise ValueError(
             f"--output_dir {output}: exists and is not a task folder; name another folder or remove it"
@@ -317,7 +338,8 @@ def _accept_finished(output: Path, settings: dict[str, Any], source: CorpusSourc
     if different:
         name = different[0]
         raise ValueError(
-            f"--output_dir {output}: a task folder made with other settings ({name} {made_with.get(name)!r} instead of {settings[name]!r}); "
+            f"--output_dir {output}: a task folder made with other settings "
+            f"({name} {made_with.get(name)!r} instead of {settings[name]!r}); "
             "it is not overwritten: remove it or name another folder"
         )
     fingerprint = proxy_fingerprint(settings["proxy"])
@@ -330,16 +352,17 @@ def _accept_finished(output: Path, settings: dict[str, Any], source: CorpusSourc
     ]:
         if not is_same:
             raise ValueError(
-                f"--output_dir {output}: a task folder made when the {what} was another; remove it or name another folder"
+                f"--output_dir {output}: a task folder made with different {what}; "
+                "remove it or name another folder"
             )
     try:
         for split in ("train", "heldout"):
             check_split(output / split)
     except ValueError as error:
         raise ValueError(
-            f"--output_dir {output}: a task folder with the same settings, which cannot be read: remove it or name another folder ({error})"
+            f"--output_dir {output}: a task folder with the same settings, which cannot be read: "
+            f"remove it or name another folder ({error})"
         ) from error
-    shutil.rmtree(
-        output.with_name(output.name + ".partial"), ignore_errors=True
-    )  # a run that was stopped at its very end
-    print(f"{output} is finished already, with the same settings: nothing to do", flush=True)
+    # A run that was stopped at its very end may have left this folder.
+    shutil.rmtree(output.with_name(output.name + ".partial"), ignore_errors=True)
+    print(f"{output} is already finished, with the same settings: nothing to do", flush=True)

@@ -1,4 +1,4 @@
-"""The policy's tokenizer, and whether the proxy speaks it."""
+"""Load the policy's tokenizer and check that the proxy has the same one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MIB = 2**20
 
 
 def load_tokenizer(name: str, *, flag: str) -> PreTrainedTokenizerBase:
-    """A tokenizer from a folder or hub id. Raises ValueError that names ``flag``."""
+    """Load a tokenizer from a folder or hub id. Raises ValueError that names ``flag``."""
     try:
         tokenizer = read_tokenizer(name)
     except (OSError, ValueError) as error:
@@ -28,16 +28,18 @@ def load_tokenizer(name: str, *, flag: str) -> PreTrainedTokenizerBase:
 def check_proxy(
     proxy: str, tokenizer: PreTrainedTokenizerBase, *, tokenizer_name: str
 ) -> tuple[TokenIds, TokenIds]:
-    """What the proxy expects in front of every text, and the rows of its vocabulary that are no token: vocabularies are padded to round sizes.
+    """Check that the proxy's token ids mean the same text as the policy's. Raises ValueError if they do not.
 
-    Raises ValueError where its token ids mean something else than the policy's.
+    Returns the tokens that the proxy expects before every text, and the rows of its vocabulary that are not
+    tokens. Such rows exist because vocabularies are padded to round sizes.
     """
     proxy_tokenizer = load_tokenizer(proxy, flag="--proxy")
     vocabulary = tokenizer.get_vocab()
     if proxy_tokenizer.get_vocab() != vocabulary:
         raise ValueError(
-            f"--proxy {proxy!r} ({len(proxy_tokenizer)} tokens) has another tokenizer than --tokenizer {tokenizer_name!r} ({len(tokenizer)} tokens): "
-            "the same ids mean different text; name a proxy of the same model family"
+            f"--proxy {proxy!r} ({len(proxy_tokenizer)} tokens) has a different tokenizer from "
+            f"--tokenizer {tokenizer_name!r} ({len(tokenizer)} tokens): the same ids mean different text; "
+            "name a proxy of the same model family"
         )
     try:
         vocab_size = AutoConfig.from_pretrained(proxy).get_text_config().vocab_size
@@ -47,16 +49,18 @@ def check_proxy(
         ) from error
     if vocab_size < len(tokenizer):
         raise ValueError(
-            f"--proxy {proxy!r} predicts {vocab_size} tokens, but --tokenizer {tokenizer_name!r} has {len(tokenizer)}; name another proxy"
+            f"--proxy {proxy!r} predicts {vocab_size} tokens, but --tokenizer {tokenizer_name!r} has "
+            f"{len(tokenizer)}; name another proxy"
         )
     tokens = set(vocabulary.values())
     return start_ids(proxy_tokenizer), tuple(row for row in range(vocab_size) if row not in tokens)
 
 
 def proxy_fingerprint(proxy: str) -> str:
-    """Tells the weights of a model folder from others that stand under the same path later: configuration, sizes, first and last MiB of the files.
+    """Fingerprint a model folder, to tell its weights from others under the same path later.
 
-    Of a hub id only its name is known.
+    The fingerprint covers the configuration and each file's size and its first and last MiB. For a hub id it
+    covers only the name.
     """
     digest = hashlib.sha256(b"" if Path(proxy).is_dir() else proxy.encode())
     for path in sorted(

@@ -1,4 +1,7 @@
-"""Where questions with a verifiable answer come from. A source yields the same questions in the same order every time."""
+"""Sources of questions with a verifiable answer.
+
+A source yields the same questions in the same order every time.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +25,22 @@ _NO_ANSWERS = ("nan", "inf", "#n/a")
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionFields:
-    """Which fields of a row make a question. A name may lead into nested values: ``reward_model.ground_truth``, ``prompt.0.content``.
+    """The fields of a row that make a question.
+
+    A name may lead into nested values: ``reward_model.ground_truth``, ``prompt.0.content``.
 
     Args:
-        question: Its text.
-        answer: The true answer, as text or number; a list of one, also written as JSON, is that one. With choices it says which is right.
-        choices: A list of texts, lettered from A, or an object of them by label; several names: one choice each. None for questions that
-            Math-Verify checks.
-        labels: The choices' own names, a list as long as theirs, where the answer is one of those.
-        answer_is: How the answer says which choice is right: by its label, else its letter; by its place, counted from 0 or from 1; or by its text.
-        category: What results are grouped by; None: not grouped.
-        id: Tells questions apart; None: the row's number.
+        question: Field with the text of the question.
+        answer: Field with the true answer, as text or a number. A list of one answer, which may be written as
+            JSON, counts as that answer. With choices, the answer says which choice is right.
+        choices: Field with a list of texts, lettered from A, or with an object of texts by label. Several
+            names give one choice each. None for questions that Math-Verify checks.
+        labels: Field with the names of the choices, as a list of the same length. Needed if the answer is one
+            of these names.
+        answer_is: How the answer says which choice is right. "letter": by its label, or by its letter if
+            there are no labels. "index_from_0" or "index_from_1": by its place. "text": by its text.
+        category: Field to group results by. None does not group them.
+        id: Field that identifies a question. None uses the row's number.
     """
 
     question: str = "problem"
@@ -49,13 +57,19 @@ class QuestionSource(ABC):
 
     @abstractmethod
     def questions(self) -> Iterator[Question]:
-        """All questions, in a fixed order. Raises ValueError that names the file or dataset, the row and the field at fault."""
+        """Yield all questions in a fixed order.
+
+        Raises ValueError that names the file or dataset, the row and the field at fault.
+        """
 
 
 class JsonlQuestions(QuestionSource):
-    """Args:
-    path: One JSON object a line: a file, a folder of them, or a pattern; compressed or not. A ``.json`` file may hold one list of objects.
-    fields: Which of its fields make a question.
+    """Questions from JSON lines, one object per line.
+
+    Args:
+        path: A file, a folder of files, or a pattern. Files may be compressed. A ``.json`` file may hold one
+            list of objects.
+        fields: The fields that make a question.
     """
 
     def __init__(self, path: str, fields: QuestionFields = QuestionFields()) -> None:
@@ -74,10 +88,10 @@ class HuggingFaceQuestions(QuestionSource):
 
     Args:
         name: Hub id, or a folder that `datasets` reads.
-        split: Of the dataset.
-        fields: Which fields of a row make a question.
-        config_name: The dataset's configuration, where it has several.
-        revision: Pins a commit.
+        split: Split of the dataset.
+        fields: The fields of a row that make a question.
+        config_name: Configuration of the dataset, if it has several.
+        revision: Commit to read.
     """
 
     def __init__(
@@ -103,7 +117,7 @@ class HuggingFaceQuestions(QuestionSource):
 
 
 def read_all(source: QuestionSource, *, flag: str) -> tuple[Question, ...]:
-    """All questions of a source. Raises ValueError where there are none, or an id occurs twice."""
+    """Read all questions of a source. Raises ValueError if there are none or if an id occurs twice."""
     questions = tuple(source.questions())
     if not questions:
         raise ValueError(f"--{flag}: the source holds no questions")
@@ -111,14 +125,18 @@ def read_all(source: QuestionSource, *, flag: str) -> tuple[Question, ...]:
     for question in questions:
         if question.question_id in seen:
             raise ValueError(
-                f"--{flag}: two questions have the id {question.question_id!r}; name another field with fields.id, or null for row numbers"
+                f"--{flag}: two questions have the id {question.question_id!r}; "
+                "name another field with fields.id, or null for row numbers"
             )
         seen.add(question.question_id)
     return questions
 
 
 def read_question(row: Any, fields: QuestionFields, *, name: str, where: str) -> Question:
-    """One row as a question; ``name`` is its id where no field holds one. Raises ValueError that begins with ``where``."""
+    """Read one row as a question. ``name`` is its id if no field holds one.
+
+    Raises ValueError that begins with ``where``.
+    """
     text = _value(row, fields.question, where)
     answer = _single(_value(row, fields.answer, where), f"{where}, field {fields.answer}")
     choices: tuple[str, ...] = ()
@@ -131,8 +149,8 @@ def read_question(row: Any, fields: QuestionFields, *, name: str, where: str) ->
         )
     if not isinstance(text, (str, bytes)) or not text.strip():
         raise ValueError(
-            f"{where}, field {fields.question}: {short(text)} is no question, which is a text; name its field with fields.question (a dot leads into "
-            "nested values)"
+            f"{where}, field {fields.question}: {short(text)} is not the text of a question; "
+            "name its field with fields.question (a dot leads into nested values)"
         )
     return Question(
         question_id=name if fields.id is None else _name(row, fields.id, where),
@@ -152,17 +170,17 @@ def _value(row: Any, path: str, where: str) -> Any:
     if value is None:
         names = ", ".join(map(str, row)) if isinstance(row, Mapping) else short(row)
         raise ValueError(
-            f"{where}: no field {path!r} (there is: {names}); say with fields.question, fields.answer and so on which fields to read"
+            f"{where}: no field {path!r} (fields: {names}); "
+            "name the fields to read with fields.question, fields.answer and so on"
         )
     return value
 
 
 def _single(value: Any, where: str) -> Any:
-    """The answer of a list that holds nothing else."""
-    if isinstance(value, str) and value.lstrip().startswith(
-        '["'
-    ):  # Skywork-OR1 writes a list of one answer as JSON
-        with contextlib.suppress(json.JSONDecodeError):  # an answer that only begins like one
+    """Return the answer of a list that holds nothing else."""
+    # Skywork-OR1 writes a list of one answer as JSON.
+    if isinstance(value, str) and value.lstrip().startswith('["'):
+        with contextlib.suppress(json.JSONDecodeError):  # an answer that only looks like a list at first
             value = json.loads(value)
     if isinstance(value, list):
         if len(value) != 1:
@@ -175,12 +193,13 @@ def _single(value: Any, where: str) -> Any:
 
 def _answer(value: Any, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, bytes, int, float, Decimal)):
-        raise ValueError(f"{where}: {short(value)} is no answer; a text or a number belongs there")
+        raise ValueError(f"{where}: {short(value)} is not an answer; an answer is text or a number")
     text = as_text(value, where=where).strip()
     if not text:
-        raise ValueError(f"{where}: {short(value)} is no answer; a text or a number belongs there")
+        raise ValueError(f"{where}: {short(value)} is not an answer; an answer is text or a number")
     if text.lower().lstrip("+-") in _NO_ANSWERS:
         raise ValueError(
-            rf"{where}: {text!r} is what programs write for a missing value; correct it or leave out the row (infinity is \infty)"
+            rf"{where}: {text!r} is what programs write for a missing value; "
+            rf"correct it or leave out the row (infinity is \infty)"
         )
     return plain_number(text)

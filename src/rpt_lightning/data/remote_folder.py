@@ -1,7 +1,11 @@
-"""A task folder in S3-compatible storage: files come to this machine when they are first asked for, by litdata's client, and are compared with their checksums.
+"""A task folder in S3-compatible storage.
 
-The storage is named as boto3 does: AWS_ENDPOINT_URL_S3 (or AWS_ENDPOINT_URL) for another than Amazon's, AWS_ACCESS_KEY_ID and its kin or a profile for the
-key. So no key is in a configuration. Copies lie in RPT_CACHE_DIR (default ~/.cache/rpt-lightning), where the ranks of a machine share them; none is deleted.
+Files are fetched by litdata's client when they are first needed, and compared with their checksums.
+
+The storage is configured as in boto3. AWS_ENDPOINT_URL_S3 (or AWS_ENDPOINT_URL) gives the address if the
+storage is not Amazon's. AWS_ACCESS_KEY_ID and its companions, or a profile, give the key. No key is therefore
+in a configuration. Copies are kept in RPT_CACHE_DIR (default ~/.cache/rpt-lightning), which the ranks of a
+machine share. No copy is deleted.
 """
 
 from __future__ import annotations
@@ -20,19 +24,22 @@ PREFIX = "s3://"
 
 
 def is_remote(path: str | Path) -> bool:
-    """Whether it names a folder in storage. Raises ValueError for a storage that is not tried here."""
+    """Whether ``path`` is in remote storage. Raises ValueError if the kind of storage is not supported."""
     scheme, mark, _ = str(path).partition("://")
     if mark and scheme + mark != PREFIX:
         raise ValueError(
-            f"task folder {path}: of remote storage only {PREFIX}bucket/folder is read; copy the folder to this machine, or serve it as S3"
+            f"task folder {path}: of remote storage only {PREFIX}bucket/folder is read; "
+            "copy the folder to this machine, or serve it as S3"
         )
     return bool(mark)
 
 
 class RemoteFolder:
-    """``path`` is the local copy: manifest and tokenizer are there from the start, the files of a split by ``fetch_split``, its chunks by ``fetch``.
+    """A task folder in remote storage, with a local copy at ``path``.
 
-    A copy belongs to one manifest: a folder that was prepared anew under the same address gets a new one.
+    The manifest and the tokenizer are there from the start. ``fetch_split`` fetches the files of a split, and
+    ``fetch`` its chunks. A copy belongs to one manifest: a folder that was prepared again under the same
+    address gets a new copy.
     """
 
     def __init__(self, url: str) -> None:
@@ -47,41 +54,43 @@ class RemoteFolder:
         )
         if "tokenizer" not in self._sha256:
             raise ValueError(
-                f"{self.url} was prepared by an earlier version, without all checksums; make it again with `rpt prepare` and upload that"
+                f"{self.url} was prepared by an earlier version, without all checksums; "
+                "make it again with `rpt prepare` and upload that"
             )
         for tokenizer_file in self._sha256["tokenizer"]:
             self.fetch("tokenizer", tokenizer_file)
         replace_file(self.path / MANIFEST_FILE, lambda path: path.write_bytes(manifest))
 
     def fetch_split(self, split: str) -> None:
-        """All of a split but its chunks."""
+        """Fetch all files of a split except its chunks."""
         self.fetch(split, INDEX_FILE)
         self.fetch(split, NUM_POSITIONS_FILE)
 
     def fetch(self, part: str, name: str) -> Path:
-        """A file of the splits or the tokenizer, whole, here: the one of an earlier run, or a fresh one.
+        """Return a complete local file of a split or the tokenizer, from an earlier run or freshly fetched.
 
         Raises:
-            ValueError: The storage does not give it, or gives another than the manifest says.
+            ValueError: If the storage does not have the file, or has another one than the manifest says.
         """
         from filelock import FileLock
 
         sha256 = self._sha256[part].get(name)
-        if Path(name).name != name or (
-            sha256 is None and name != INDEX_FILE
-        ):  # litdata's index has no checksum, and check_split looks at it
+        # litdata's index has no checksum; check_split examines it.
+        if Path(name).name != name or (sha256 is None and name != INDEX_FILE):
             raise ValueError(
-                f"{self.url}/{part} names a file {name!r}, which its manifest does not hold; make the folder again with `rpt prepare`"
+                f"{self.url}/{part} names a file {name!r}, which its manifest does not hold; "
+                "make the folder again with `rpt prepare`"
             )
         path = self.path / part / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # another rank of this machine may be at it
+        with FileLock(f"{path}.lock"):  # another rank of this machine may be fetching it
             if path.is_file() and (sha256 is None or file_sha256(path) == sha256):
                 return path
             content = self._read(f"{part}/{name}")
             if sha256 not in (None, hashlib.sha256(content).hexdigest()):
                 raise ValueError(
-                    f"{self.url}/{part}/{name} is damaged: its SHA-256 is not the one that `rpt prepare` wrote into the manifest; upload it anew"
+                    f"{self.url}/{part}/{name} is damaged: its SHA-256 is not the one that `rpt prepare` "
+                    "wrote into the manifest; upload it again"
                 )
             replace_file(path, lambda temporary: temporary.write_bytes(content))
         return path
@@ -91,7 +100,8 @@ class RemoteFolder:
         from botocore.config import Config
         from litdata.streaming.downloader import get_downloader
 
-        # litdata would try a thousand times before it says that a storage is not there; boto3's own rule, AWS_MAX_ATTEMPTS, is a few times.
+        # litdata would try a thousand times before it reports that a storage is unreachable. boto3's own
+        # setting, AWS_MAX_ATTEMPTS, defaults to a few attempts.
         return get_downloader(self.url, "", [], storage_options={"config": Config()})
 
     def _read(self, name: str) -> bytes:
@@ -100,11 +110,12 @@ class RemoteFolder:
 
         buffer = io.BytesIO()
         try:
-            # Not download_file: it leaves the file out without a word where another process is at it.
+            # Not download_file: it silently skips the file if another process is fetching it.
             self._downloader.download_fileobj(f"{self.url}/{name}", buffer)
         except (BotoCoreError, ClientError, Boto3Error) as error:
             raise ValueError(
-                f"{self.url}/{name} cannot be had ({error}); check the address, AWS_ENDPOINT_URL_S3 for a storage that is not Amazon's, and the key "
-                "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE)"
+                f"{self.url}/{name} cannot be fetched ({error}); check the address, AWS_ENDPOINT_URL_S3 "
+                "for a storage that is not Amazon's, and the key (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY "
+                "or AWS_PROFILE)"
             ) from error
         return buffer.getvalue()

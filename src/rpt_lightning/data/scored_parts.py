@@ -1,4 +1,7 @@
-"""Scoring that survives an interruption: documents are scored in parts, and each part is a file that is there whole or not at all."""
+"""Scoring that survives an interruption.
+
+Documents are scored in parts, and each part is a file that exists either complete or not at all.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +28,11 @@ TOKENS_FILE = "tokens.npz"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoringSettings:
-    """What the scores of given tokens depend on, and how fast they come. Travels to every scoring process.
+    """The settings that determine the scores of given tokens, and those that only affect speed.
 
-    ``unused_ids`` are the rows of the proxy's vocabulary that are no token. ``precision`` is one of Fabric's names (32-true, bf16-mixed, bf16-true);
-    ``devices`` is the number of processes.
+    They are sent to every scoring process. ``unused_ids`` are the rows of the proxy's vocabulary that are not
+    tokens. ``precision`` is one of Fabric's names (32-true, bf16-mixed, bf16-true). ``devices`` is the number
+    of processes.
     """
 
     proxy: str
@@ -44,7 +48,7 @@ class ScoringSettings:
 
 
 def part_bounds(lengths: Sequence[int], part_tokens: int) -> list[tuple[int, int]]:
-    """Consecutive documents ``[start, stop)`` of about ``part_tokens`` tokens.
+    """Group consecutive documents ``[start, stop)`` into parts of about ``part_tokens`` tokens.
 
     >>> part_bounds([5, 5, 5, 20, 1], 10)
     [(0, 2), (2, 4), (4, 5)]
@@ -59,9 +63,10 @@ def part_bounds(lengths: Sequence[int], part_tokens: int) -> list[tuple[int, int
 
 
 def score_in_parts(documents: Sequence[NDArray[np.int32]], folder: Path, settings: ScoringSettings) -> float:
-    """Score what ``folder`` does not hold yet. Returns the tokens per second of this call (0 where nothing was left to do).
+    """Score the parts that ``folder`` does not hold yet.
 
-    With several devices each process scores every ``devices``-th part; nothing depends on how many there are.
+    Returns the tokens per second of this call, or 0 if nothing was left to do. With several devices each
+    process scores every ``devices``-th part. The scores do not depend on the number of devices.
     """
     from lightning.fabric import Fabric
 
@@ -75,23 +80,27 @@ def score_in_parts(documents: Sequence[NDArray[np.int32]], folder: Path, setting
         return 0.0
     if len(todo) < len(bounds):
         print(
-            f"{len(bounds) - len(todo)} of {len(bounds)} parts were scored before and are kept ({folder})",
+            f"{len(bounds) - len(todo)} of {len(bounds)} parts were scored earlier and are kept ({folder})",
             flush=True,
         )
     started = time.monotonic()
-    # Processes are spawned rather than started as new commands: prepare may be called from Python as well as from the command line.
+    # Processes are spawned rather than started as new commands, because prepare may be called from Python as
+    # well as from the command line.
     strategy = "auto" if settings.devices == 1 else "ddp_spawn"
     precision: Any = settings.precision
     fabric = Fabric(
         accelerator=settings.accelerator, devices=settings.devices, strategy=strategy, precision=precision
     )
-    # Lightning walks through the arguments of what it launches and refuses frozen dataclasses there.
+    # Lightning walks through the arguments of what it launches, and it rejects frozen dataclasses.
     fabric.launch(functools.partial(_score_process, folder=folder, settings=settings, todo=todo))
     return num_tokens / max(time.monotonic() - started, 1e-9)
 
 
 def scores_key(documents: Sequence[NDArray[np.int32]], settings: ScoringSettings) -> str:
-    """Names everything that the scores depend on, so that an interrupted run never continues with scores of another one."""
+    """Hash everything that the scores depend on.
+
+    An interrupted run therefore never continues with the scores of a different one.
+    """
     digest = hashlib.sha256()
     for ids in documents:
         digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
@@ -113,7 +122,7 @@ def scores_key(documents: Sequence[NDArray[np.int32]], settings: ScoringSettings
 
 
 def read_scores(folder: Path, part: int, lengths: Sequence[int]) -> list[DocumentScores]:
-    """The scores of the documents of one part, of ``lengths`` tokens."""
+    """Read the scores of one part's documents, which have ``lengths`` tokens."""
     cuts = np.cumsum(lengths)[:-1]
     path = _part_file(folder, part)
     names = [field.name for field in dataclasses.fields(DocumentScores)]
@@ -122,12 +131,14 @@ def read_scores(folder: Path, part: int, lengths: Sequence[int]) -> list[Documen
             columns = {name: arrays[name] for name in names}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
-            f"{path}: not readable scores of `rpt prepare` ({error}); remove the file, and the same command scores that part again"
+            f"{path}: not readable scores of `rpt prepare` ({error}); "
+            "remove the file, and the same command scores that part again"
         ) from error
     wrong = [name for name, values in columns.items() if len(values) != sum(lengths)]
     if wrong:
         raise ValueError(
-            f"{path}: {len(columns[wrong[0]])} entries of {wrong[0]} for {sum(lengths)} tokens; remove the file, and the same command scores that part again"
+            f"{path}: {len(columns[wrong[0]])} entries of {wrong[0]} for {sum(lengths)} tokens; "
+            "remove the file, and the same command scores that part again"
         )
     fields = {name: np.split(values, cuts) for name, values in columns.items()}
     return [
@@ -175,7 +186,7 @@ def _load_scorer(fabric: Any, settings: ScoringSettings) -> ProxyScorer:
 
 
 def _progress(folder: Path, part_tokens: dict[int, int]) -> Callable[[], None]:
-    """A function that prints how far all processes together are."""
+    """Return a function that prints the progress of all processes together."""
     started = time.monotonic()
     total = sum(part_tokens.values())
 
@@ -184,7 +195,8 @@ def _progress(folder: Path, part_tokens: dict[int, int]) -> Callable[[], None]:
         speed = done / max(time.monotonic() - started, 1e-9)
         left_s = round((total - done) / max(speed, 1e-9))
         print(
-            f"scored {done:,} of {total:,} tokens, {speed:,.0f} tokens/s, {left_s // 60} min {left_s % 60:02d} s left",
+            f"scored {done:,} of {total:,} tokens, {speed:,.0f} tokens/s, "
+            f"{left_s // 60} min {left_s % 60:02d} s left",
             flush=True,
         )
 
@@ -201,6 +213,6 @@ def _save(path: Path, arrays: dict[str, Any]) -> None:
 
 
 def iterate_scores(folder: Path, lengths: Sequence[int], part_tokens: int) -> Iterator[DocumentScores]:
-    """The scores of all documents in order, one part in memory at a time."""
+    """Yield the scores of all documents in order, with one part in memory at a time."""
     for part, (start, stop) in enumerate(part_bounds(lengths, part_tokens)):
         yield from read_scores(folder, part, lengths[start:stop])

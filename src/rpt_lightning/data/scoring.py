@@ -1,4 +1,7 @@
-"""How uncertain a proxy model is at every position (paper, section 3.3: entropy over the 16 most likely next tokens)."""
+"""Measure how uncertain a proxy model is at every position.
+
+The measure is the entropy over the 16 most likely next tokens (paper, section 3.3).
+"""
 
 from __future__ import annotations
 
@@ -17,24 +20,28 @@ from rpt_lightning.pretrained.text_shape import longest_context
 from rpt_lightning.types import TokenIds
 
 NUM_CANDIDATES = 16
-# Rows of logits that exist at once: 1,024 x 152k x 4 bytes = 620 MB at Qwen's vocabulary in fp32. The head's product is slower with fewer.
+# Rows of logits that exist at once: 1,024 x 152k x 4 bytes = 620 MB with Qwen's vocabulary in fp32. With
+# fewer rows the head's matrix product is slower.
 LOGIT_ROWS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentScores:
-    """The proxy's view of each token of a document of ``L`` tokens, given the tokens before it. Row 0 has no context and holds NaN and -1."""
+    """The proxy's scores of each token of a document of ``L`` tokens, given the tokens before it.
+
+    Row 0 has no context and holds NaN and -1.
+    """
 
     entropy: NDArray[np.float32]  # [L] nats, over the candidates, renormalised
     true_prob: NDArray[np.float32]  # [L]
-    true_rank: NDArray[np.int32]  # [L] 0 = most likely; of equal ones the lower id comes first
+    true_rank: NDArray[np.int32]  # [L] 0 = most likely; of equally likely tokens the lower id comes first
     candidate_ids: NDArray[np.int32]  # [L, K] most likely first
     candidate_probs: NDArray[np.float32]  # [L, K]
 
 
 @dataclass(frozen=True)
 class Window:
-    """Input tokens ``[start, stop)`` of a document, of which those from ``first`` on predict their successor."""
+    """Input tokens ``[start, stop)`` of a document. Those from ``first`` on predict their successor."""
 
     document: int
     start: int
@@ -43,16 +50,17 @@ class Window:
 
 
 def windows(num_inputs: int, window: int, overlap: int) -> Iterator[tuple[int, int, int]]:
-    """``(start, first, stop)`` of windows that together score each input once, each with the most context that any window gives it.
+    """Yield ``(start, first, stop)`` of windows that together score each input once.
 
-    After the first window an input that is scored has at least ``overlap`` tokens in front of its prediction, itself included.
+    Each input is scored with the most context that any window gives it. After the first window, a scored
+    input has at least ``overlap`` tokens before its prediction, including itself.
 
     >>> list(windows(10, window=6, overlap=3))
     [(0, 0, 6), (4, 6, 10)]
     """
     start, first = 0, 0
     while first < num_inputs:
-        start = max(0, min(start, num_inputs - window))  # the last window reaches back as far as it can
+        start = max(0, min(start, num_inputs - window))  # the last window reaches back as far as possible
         stop = min(start + window, num_inputs)
         yield start, first, stop
         first = stop
@@ -60,16 +68,17 @@ def windows(num_inputs: int, window: int, overlap: int) -> Iterator[tuple[int, i
 
 
 class ProxyScorer:
-    """Scores documents with a causal language model.
+    """Score documents with a causal language model.
 
     Args:
         model: A transformers causal language model in eval mode.
-        window: Longest input in tokens, ``start_ids`` not counted.
-        overlap: Least number of tokens of context for what a later window scores.
-        batch_tokens: Padded tokens of one forward pass.
-        start_ids: What the model expects in front of every text, such as a beginning-of-text token.
-        unused_ids: Rows of the model's vocabulary that are no token. Scores are those of a model without them.
-        autocast: Gives the context of a forward pass.
+        window: Longest input in tokens, not counting ``start_ids``.
+        overlap: Least number of tokens of context for the positions that a later window scores.
+        batch_tokens: Number of tokens in one forward pass, including padding.
+        start_ids: Tokens that the model expects before every text, such as a beginning-of-text token.
+        unused_ids: Rows of the model's vocabulary that are not tokens. The scores equal those of a model
+            without these rows.
+        autocast: Returns the context manager for a forward pass.
     """
 
     def __init__(
@@ -88,7 +97,8 @@ class ProxyScorer:
         limit = longest_context(model.config)
         if limit is not None and window + len(start_ids) > limit:
             raise ValueError(
-                f"--window {window}: the proxy reads at most {limit} tokens; set --window {limit - len(start_ids)} or less"
+                f"--window {window}: the proxy reads at most {limit} tokens; "
+                f"set --window {limit - len(start_ids)} or less"
             )
         self.model = model
         self.window = window
@@ -101,7 +111,7 @@ class ProxyScorer:
         self._check_head()
 
     def score(self, documents: Sequence[NDArray[np.int32]]) -> list[DocumentScores]:
-        """Scores of each document. The result does not depend on what is scored together (up to rounding)."""
+        """Score each document. The result does not depend on what is scored together (up to rounding)."""
         results = [_empty_scores(len(ids)) for ids in documents]
         for batch in self._batches(documents):
             targets = [documents[w.document][w.first + 1 : w.stop + 1] for w in batch]
@@ -117,7 +127,10 @@ class ProxyScorer:
         return results
 
     def _batches(self, documents: Sequence[NDArray[np.int32]]) -> Iterator[list[Window]]:
-        """Windows of similar length together, at most ``batch_tokens`` with padding (a single window may exceed it)."""
+        """Group windows of similar length.
+
+        A batch has at most ``batch_tokens`` with padding, unless a single window exceeds this.
+        """
         pieces = [
             Window(index, *piece)
             for index, ids in enumerate(documents)
@@ -140,19 +153,18 @@ class ProxyScorer:
     def _forward(
         self, inputs: list[NDArray[np.int32]], skips: list[int], targets: list[NDArray[np.int32]]
     ) -> dict[str, list[NDArray[Any]]]:
-        """The fields of ``DocumentScores`` for each row of a batch, from its ``skips``-th input on."""
+        """Compute the fields of ``DocumentScores`` for each row, from its ``skips``-th input on."""
         head = len(self.start_ids)
         length = head + max(map(len, inputs))
-        ids = torch.zeros(
-            len(inputs), length, dtype=torch.long
-        )  # [N, T]; padding stands right, where a causal model cannot see it
+        # [N, T]; the padding is on the right, where a causal model cannot see it
+        ids = torch.zeros(len(inputs), length, dtype=torch.long)
         wanted = torch.zeros(len(inputs), length, dtype=torch.bool)  # [N, T]
         for row, (tokens, skip) in enumerate(zip(inputs, skips, strict=True)):
             ids[row, :head] = torch.tensor(self.start_ids, dtype=torch.long)
             ids[row, head : head + len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
             wanted[row, head + skip : head + len(tokens)] = True
         true_ids = torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(self.device)  # [M]
-        with self.autocast():  # one context, which casts the head's weight once and not once a chunk
+        with self.autocast():  # a single context: the head's weight is cast once, not once per chunk
             hidden = self._hidden(ids.to(self.device))[wanted.to(self.device)]  # [M, D]
             chunks = [
                 score_logits(self._token_logits(rows), true, NUM_CANDIDATES)
@@ -173,7 +185,7 @@ class ProxyScorer:
         return logits
 
     def _token_logits(self, hidden: Tensor) -> Tensor:
-        """A row that is no token gets a probability of 0."""
+        """Compute logits. A row that is not a token gets a probability of 0."""
         logits = self._logits(hidden)  # [M, V]
         if len(self._unused):
             logits.index_fill_(1, self._unused, float("-inf"))
@@ -181,7 +193,10 @@ class ProxyScorer:
 
     @torch.inference_mode()
     def _check_head(self) -> None:
-        """Some families scale or cap their logits behind the head: their entropy would be silently wrong here."""
+        """Check that the model leaves its logits unchanged after the output layer.
+
+        Some families scale or cap them there. Their entropy would be silently wrong here.
+        """
         ids = torch.arange(4, device=self.device)[None]
         with self.autocast():
             expected = self.model(input_ids=ids, use_cache=False).logits.float()
@@ -189,7 +204,8 @@ class ProxyScorer:
         if not torch.allclose(actual, expected, rtol=1e-2, atol=1e-2):
             name = type(self.model).__name__
             raise ValueError(
-                f"--proxy: {name} changes its logits behind the output layer, which scoring does not support; use another proxy"
+                f"--proxy: {name} changes its logits after the output layer, which scoring does not support; "
+                "use another proxy"
             )
 
 

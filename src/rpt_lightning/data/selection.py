@@ -1,4 +1,4 @@
-"""Which positions of a document become tasks."""
+"""Select the positions of a document that become tasks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from rpt_lightning.tasks.token_bytes import TokenBytes
 
 @dataclass(frozen=True, kw_only=True)
 class PositionRule:
-    """What a position must have: enough entropy (nats; paper, section 3.3), enough context, a true probability inside the learnability band.
+    """The conditions that a position must meet to become a task.
 
-    A position is answerable if some prediction that ends on a token boundary within ``answer_reach`` tokens survives the box parser.
-    The box is read as behind ``</think>``, since the prompt is not chosen yet: for a template with another closing marker the flag is wrong where the
-    truth holds either marker.
+    It needs enough entropy (nats; paper, section 3.3), enough context, and a true probability inside the
+    learnability band. A position is answerable if some prediction that ends on a token boundary within
+    ``answer_reach`` tokens survives the box parser. The prompt is not chosen yet, so the box is parsed as if
+    it came after ``</think>``. For a template with another closing marker, the flag is wrong if the truth
+    holds either marker.
     """
 
     entropy_threshold: float
@@ -30,9 +32,10 @@ class PositionRule:
     max_true_prob: float = 1.0
 
     def positions(self, scores: DocumentScores, *, is_cut: bool) -> NDArray[np.int32]:
-        """Positions of a document that pass, answerable or not. -> [P]
+        """Select the positions of a document that pass, answerable or not. -> [P].
 
-        At the end of a document that ``is_cut`` the truth is unknown, so a right answer of several tokens would count as wrong there.
+        At the end of a document that ``is_cut`` the true continuation is unknown. A right answer of several
+        tokens would count as wrong there.
         """
         kept = scores.entropy > self.entropy_threshold  # [L]; the NaN of position 0 compares as False
         kept &= (scores.true_prob >= self.min_true_prob) & (scores.true_prob <= self.max_true_prob)
@@ -50,7 +53,10 @@ class PositionRule:
         is_cut: bool,
         token_bytes: TokenBytes,
     ) -> tuple[Item, int]:
-        """The stored item (docs/architecture.md) and how many of the positions that passed are unanswerable, kept or not."""
+        """Build the stored item (docs/architecture.md).
+
+        Also returns how many of the positions that passed are unanswerable, whether they are kept or not.
+        """
         positions = self.positions(scores, is_cut=is_cut)
         pieces = [token_bytes[token] for token in token_ids.tolist()]
         answerable = np.array(

@@ -1,4 +1,4 @@
-"""One split on disk: litdata shards with one item a document, and the number of positions of each document beside them."""
+"""One split on disk: litdata shards with one item per document, and each document's number of positions."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from rpt_lightning.data.item_format import Item, encode_item
 
 INDEX_FILE = "index.json"
 NUM_POSITIONS_FILE = "num_positions.npy"
-# Plain arrays, which are all that the writer below hands over, and the text of folders of format 1. Anything else, pickle above all, can run code when it is
-# read.
+# The writer below only writes plain arrays. Folders of format 1 also have text. Anything else, pickle above
+# all, can run code when it is read.
 SAFE_FORMATS = ("str", "numpy", "no_header_numpy")
 
 
 def write_split(folder: Path, items: Iterable[Item], *, chunk_bytes: str) -> NDArray[np.int32]:
-    """Write ``items`` in order. Returns the number of positions of each. -> [D] Without any item there is no readable split."""
+    """Write ``items`` in order. Returns the number of positions of each item. -> [D].
+
+    Without any items the split cannot be read.
+    """
     from litdata.streaming.writer import BinaryWriter
 
     folder.mkdir(parents=True)
@@ -40,9 +43,10 @@ def write_split(folder: Path, items: Iterable[Item], *, chunk_bytes: str) -> NDA
 
 
 def check_split(folder: Path, *, has_chunks: bool = True) -> tuple[list[int], NDArray[np.int32]]:
-    """Documents of each chunk and positions of each document. [C], [D] Without ``has_chunks`` the chunks are not looked at.
+    """Return the number of documents in each chunk [C] and of positions in each document [D].
 
-    Raises ValueError for a folder that is incomplete, damaged or names a serializer that could run code.
+    Without ``has_chunks`` the chunks are not checked. Raises ValueError if the folder is incomplete or
+    damaged, or if it names a serializer that could run code.
     """
     way_out = "make the task folder again with `rpt prepare`"
     try:
@@ -55,7 +59,8 @@ def check_split(folder: Path, *, has_chunks: bool = True) -> tuple[list[int], ND
     unsafe = [name for name in formats if name not in SAFE_FORMATS]
     if unsafe:
         raise ValueError(
-            f"{folder / INDEX_FILE} names the serializer {unsafe[0]!r}; only {', '.join(SAFE_FORMATS)} are read, since others can run code; {way_out}"
+            f"{folder / INDEX_FILE} names the serializer {unsafe[0]!r}; "
+            f"only {', '.join(SAFE_FORMATS)} are read, since others can run code; {way_out}"
         )
     for chunk in chunks if has_chunks else ():
         path = folder / str(chunk["filename"])
@@ -66,18 +71,22 @@ def check_split(folder: Path, *, has_chunks: bool = True) -> tuple[list[int], ND
     sizes = [int(chunk["chunk_size"]) for chunk in chunks]
     if sum(sizes) != len(num_positions):
         raise ValueError(
-            f"{folder}: {sum(sizes)} documents in the shards but {len(num_positions)} in {NUM_POSITIONS_FILE}; {way_out}"
+            f"{folder}: {sum(sizes)} documents in the shards "
+            f"but {len(num_positions)} in {NUM_POSITIONS_FILE}; {way_out}"
         )
     return sizes, num_positions
 
 
 def folder_checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of the files of a split, or of the tokenizer, by name; not of litdata's index, which is never the same twice and which `check_split` looks at."""
+    """Compute the SHA-256 of the files of a split, or of the tokenizer, by name.
+
+    litdata's index is left out: it is never the same twice, and `check_split` examines it.
+    """
     return {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.name != INDEX_FILE}
 
 
 def file_sha256(path: Path) -> str:
-    """Of its content, in hexadecimal."""
+    """Compute the SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -86,16 +95,16 @@ def file_sha256(path: Path) -> str:
 
 
 def check_file(path: Path, sha256: str) -> None:
-    """Raises ValueError where a file is not the one that was written."""
+    """Raise ValueError if a file differs from the one that was written."""
     if file_sha256(path) != sha256:
         raise ValueError(
-            f"{path} is damaged: its SHA-256 is not the one that `rpt prepare` wrote into the manifest; copy the file anew from where it came from, "
-            "or make the task folder again with `rpt prepare`"
+            f"{path} is damaged: its SHA-256 is not the one that `rpt prepare` wrote into the manifest; "
+            "copy the file again from where it came from, or make the task folder again with `rpt prepare`"
         )
 
 
 def replace_file(path: Path, write: Any) -> None:
-    """Call ``write`` with a temporary path and move the result to ``path``: either the whole file is there or nothing."""
+    """Write a file atomically: call ``write`` with a temporary path and move the result to ``path``."""
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         write(temporary)

@@ -1,9 +1,11 @@
-"""The global order of what is trained on: a function of (seed, epoch, index) and of nothing else.
+"""The global order of training items, a function of (seed, epoch, index) and of nothing else.
 
-Ranks, workers and resumption do not enter it: every rank computes the same order, takes the same steps from it and keeps its own share of each
-(``rank_share``). litdata's shuffled order depends on the number of ranks, so a run could not move to another machine.
+It does not depend on ranks, workers or resumption. Every rank computes the same order, takes the same steps
+from it and keeps its own share of each step (``rank_share``). litdata's shuffled order depends on the number
+of ranks, so a run could not move to another machine.
 
-The shuffle is chunk-aware, so that shards can stream: chunks are permuted, and documents are mixed inside a window of ``WINDOW_CHUNKS`` chunks only.
+The shuffle is aware of chunks, so that shards can stream. Chunks are permuted, and documents are mixed only
+within a window of ``WINDOW_CHUNKS`` chunks.
 """
 
 from __future__ import annotations
@@ -16,16 +18,18 @@ from numpy.typing import NDArray
 
 WINDOW_CHUNKS = 8
 T = TypeVar("T")
-Place = tuple[int, int]  # epoch, and index in it of the next item
+Place = tuple[int, int]  # the epoch, and the index of the next item in it
 
 
 class ShuffledOrder:
-    """An order of ``(document, k)`` pairs, k < num_items[document], in which up to ``bundle_size`` items of a document follow each other.
+    """An order of ``(document, k)`` pairs with k < num_items[document].
+
+    Up to ``bundle_size`` items of a document follow each other.
 
     Args:
-        num_items: Items of each document. [D]
-        chunk_sizes: Documents of each chunk, in order. [C]
-        bundle_size: How many items of a document stand side by side: they share their prefix.
+        num_items: Number of items of each document. [D]
+        chunk_sizes: Number of documents in each chunk, in order. [C]
+        bundle_size: Number of items of a document that are next to each other. They share their prefix.
         seed: Seed of the order.
     """
 
@@ -43,7 +47,7 @@ class ShuffledOrder:
         self._window: tuple[int, int] | None = None
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[int, int]:
-        """The pair at ``(epoch, index)``."""
+        """Return the pair at ``(epoch, index)``."""
         epoch, index = key
         assert 0 <= index < self.items_per_epoch
         self._enter_epoch(epoch)
@@ -69,15 +73,14 @@ class ShuffledOrder:
         self._window = (epoch, window)
         rng = np.random.default_rng([self.seed, epoch, window + 1])
         chunks = self._chunks[window * WINDOW_CHUNKS : (window + 1) * WINDOW_CHUNKS]
-        documents = _ranges(
-            self._bounds[chunks], self._bounds[chunks + 1] - self._bounds[chunks]
-        )  # [D of the window]
+        # [D of the window]
+        documents = _ranges(self._bounds[chunks], self._bounds[chunks + 1] - self._bounds[chunks])
         counts = self.num_items[documents].astype(np.int64)  # [D]
         items = np.concatenate([rng.permutation(count) for count in counts.tolist()])  # [P]
         pairs = np.stack([np.repeat(documents, counts), items], axis=1)  # [P, 2]
-        # There may be millions of bundles: only where they start and end is kept.
+        # There may be millions of bundles, so only their starts and ends are kept.
         num_bundles = -(-counts // self.bundle_size)  # [D]
-        ends = np.repeat(np.cumsum(counts), num_bundles)  # [B] of each bundle's document
+        ends = np.repeat(np.cumsum(counts), num_bundles)  # [B] end of each bundle's document
         starts = _ranges(np.cumsum(counts) - counts, num_bundles, step=self.bundle_size)  # [B]
         lengths = np.minimum(ends - starts, self.bundle_size)  # [B]
         order = rng.permutation(len(starts))  # [B]
@@ -85,24 +88,24 @@ class ShuffledOrder:
 
 
 def _ranges(starts: NDArray[Any], lengths: NDArray[Any], *, step: int = 1) -> NDArray[Any]:
-    """``lengths[i]`` numbers from ``starts[i]`` on, ``step`` apart, for one ``i`` after the other. [N], [N] -> [sum of lengths]
+    """Concatenate ranges: for each ``i``, ``lengths[i]`` numbers from ``starts[i]`` on, ``step`` apart.
+
+    [N], [N] -> [sum of lengths].
 
     >>> _ranges(np.array([5, 0, 8]), np.array([2, 0, 3])).tolist()
     [5, 6, 8, 9, 10]
     >>> _ranges(np.array([0, 7]), np.array([3, 1]), step=2).tolist()
     [0, 2, 4, 7]
     """
-    places = np.arange(int(lengths.sum())) - np.repeat(
-        np.cumsum(lengths) - lengths, lengths
-    )  # within each range
+    places = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # in each range
     return np.repeat(starts, lengths) + step * places
 
 
 class TaskStream:
-    """An endless repetition of a ``ShuffledOrder``, epoch after epoch, and the place in it: what a checkpoint stores.
+    """An endless repetition of a ``ShuffledOrder``, epoch after epoch, and the place in it.
 
-    ``corpus`` is the fingerprint of the text that the order is of, ``layout`` that of how it lies in documents and shards; empty where the text alone
-    says it.
+    A checkpoint stores the place. ``corpus`` is the fingerprint of the text that is ordered. ``layout`` is
+    the fingerprint of its division into documents and shards. It is empty if the text alone determines that.
     """
 
     def __init__(self, order: ShuffledOrder, *, corpus: str, layout: str = "") -> None:
@@ -113,7 +116,7 @@ class TaskStream:
         self.index = 0
 
     def next(self, num: int) -> list[tuple[int, int]]:
-        """The next ``num`` pairs; after the last of an epoch the first of the next."""
+        """Take the next ``num`` pairs. After the last pair of an epoch comes the first of the next epoch."""
         pairs = []
         for _ in range(num):
             pairs.append(self.order[self.epoch, self.index])
@@ -131,23 +134,24 @@ class TaskStream:
         self.epoch, self.index = place
 
     def state_dict(self, place: Place | None = None) -> dict[str, Any]:
-        """Of the present place, or of an earlier one."""
+        """Return the state at the present place, or at an earlier ``place``."""
         epoch, index = self.place if place is None else place
         return {"epoch": epoch, "index": index, "made_with": self._settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at a stored place. Raises ValueError where it belongs to another order."""
+        """Continue at a stored place. Raises ValueError if it belongs to a different order."""
         settings = self._settings()
-        # A checkpoint of before corpus or layout were stored does not name them.
+        # A checkpoint from before corpus or layout were stored does not name them.
         different = [
             name for name in settings if state["made_with"].get(name, settings[name]) != settings[name]
         ]
         if different:
             name = different[0]
             raise ValueError(
-                f"--ckpt_path: the checkpoint's place in the data belongs to {name} {state['made_with'].get(name)}, and this run has {settings[name]}; "
-                "continue with the same --data settings and task folder (one that was made again, with the same settings of `rpt prepare`), or start a "
-                "new run from exported weights"
+                f"--ckpt_path: the checkpoint's place in the data belongs to {name} "
+                f"{state['made_with'].get(name)}, and this run has {settings[name]}; "
+                "continue with the same --data settings and task folder (or one that was made again with the "
+                "same settings of `rpt prepare`), or start a new run from exported weights"
             )
         self.epoch, self.index = int(state["epoch"]), int(state["index"])
 
@@ -164,7 +168,9 @@ class TaskStream:
 
 
 def rank_share(items: Sequence[T], *, rank: int, num_ranks: int) -> Sequence[T]:
-    """What one data-parallel rank takes of a step: a contiguous part, so that positions of a document stay together; sizes differ by one at most.
+    """Return the part of a step that one data-parallel rank takes.
+
+    The part is contiguous, so that positions of a document stay together. Sizes differ by at most one.
 
     >>> rank_share("abcde", rank=0, num_ranks=2), rank_share("abcde", rank=1, num_ranks=2)
     ('ab', 'cde')

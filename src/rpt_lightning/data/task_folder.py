@@ -1,4 +1,4 @@
-"""Reading a task folder."""
+"""Read a task folder."""
 
 from __future__ import annotations
 
@@ -22,22 +22,25 @@ from rpt_lightning.pretrained.specification import has_hash, tokenizer_hash
 from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.types import TokenIds, TokenTask
 
-# Documents that stay in memory: the positions of a document come one after the other.
+# Number of documents kept in memory: the positions of a document are read one after the other.
 CACHED_DOCUMENTS = 64
-# Settings of `rpt prepare` that do not decide which training document has which index and which positions: names, which may be others on another machine, the
-# size of a shard, which the shards themselves say, and what is for held-out positions only.
+# Settings of `rpt prepare` that do not affect the index and positions of a training document. They are names,
+# which may differ on another machine, the size of a shard, which the shards themselves tell, and settings for
+# held-out positions only.
 NOT_OF_THE_LAYOUT = frozenset(
     {"source", "tokenizer", "proxy", "benchmark_files", "chunk_bytes", "heldout_entropy_threshold"}
 )
 
 
 class TaskFolder:
-    """One split of a folder that ``rpt prepare`` made, checked when it is opened; documents are read as they are asked for.
+    """One split of a folder made by ``rpt prepare``.
+
+    The folder is checked when it is opened. Documents are read when they are needed.
 
     Args:
-        path: The task folder, here or in storage (``s3://bucket/folder``, remote_folder.py).
+        path: The task folder, on this machine or in storage (``s3://bucket/folder``, remote_folder.py).
         split: "train" or "heldout".
-        max_context_tokens: Cut longer contexts on the left.
+        max_context_tokens: Truncate longer contexts on the left.
     """
 
     def __init__(
@@ -55,7 +58,8 @@ class TaskFolder:
             self._remote.fetch_split(split)
         elif NUM_POSITIONS_FILE not in self._sha256:
             raise ValueError(
-                f"{self.path / MANIFEST_FILE}: no checksum of {split}/{NUM_POSITIONS_FILE}; make the task folder again with `rpt prepare`"
+                f"{self.path / MANIFEST_FILE}: no checksum of {split}/{NUM_POSITIONS_FILE}; "
+                "make the task folder again with `rpt prepare`"
             )
         elif (self.path / split / NUM_POSITIONS_FILE).is_file():
             check_file(self.path / split / NUM_POSITIONS_FILE, self._sha256[NUM_POSITIONS_FILE])
@@ -64,7 +68,7 @@ class TaskFolder:
         self._chunk_ends = np.cumsum(chunk_sizes)  # [C] documents
         self._checked_chunks: set[int] = set()
         self.num_positions: NDArray[np.int32] = num_positions  # [D]
-        # Documents are read in a random order: litdata's own choice would decode 256 neighbours for each of them.
+        # Documents are read in random order. By default litdata would decode 256 neighbours for each of them.
         self._dataset = StreamingDataset(str(self.path / split), batch_decode=0)
         self.document = lru_cache(maxsize=CACHED_DOCUMENTS)(self._read)
 
@@ -82,18 +86,22 @@ class TaskFolder:
 
     @cached_property
     def tokenizer_hash(self) -> str:
-        """What a policy's tokenizer must match. Raises ValueError where the folder's tokenizer is not the one of its manifest."""
+        """The hash that a policy's tokenizer must match.
+
+        Raises ValueError if the folder's tokenizer is not the one that its manifest names.
+        """
         if not has_hash(self.tokenizer, self.manifest["tokenizer_hash"]):
             raise ValueError(
-                f"{self.path}: tokenizer/ is not the tokenizer that the manifest names; make the task folder again with `rpt prepare`"
+                f"{self.path}: tokenizer/ is not the tokenizer that the manifest names; "
+                "make the task folder again with `rpt prepare`"
             )
         return tokenizer_hash(self.tokenizer)
 
     @cached_property
     def last_position(self) -> int:
-        """The largest position of any document: so many tokens has the longest context before it is cut."""
+        """The largest position of any document, which is the length of the longest untruncated context."""
         stored = self.manifest.get("splits", {}).get(self.split, {}).get("last_position")
-        # Folders of before this was counted are read once as a whole.
+        # Folders from before this count existed are read once as a whole.
         return (
             int(stored)
             if stored is not None
@@ -102,14 +110,16 @@ class TaskFolder:
 
     @cached_property
     def layout(self) -> str:
-        """Fingerprint of how the text of the corpus lies in documents, positions and shards, as far as it is known without reading them."""
+        """Fingerprint of the corpus's division into documents, positions and shards.
+
+        It covers only what is known without reading the documents.
+        """
         settings = {
             name: value
             for name, value in self.manifest["settings"].items()
             if name not in NOT_OF_THE_LAYOUT
-            and not (
-                name in LATER_SETTINGS and value == LATER_SETTINGS[name]
-            )  # as if the setting did not exist yet
+            # Defaults count as if the setting did not exist yet.
+            and not (name in LATER_SETTINGS and value == LATER_SETTINGS[name])
         }
         digest = hashlib.sha256(json.dumps([self.chunk_sizes, settings], sort_keys=True).encode())
         digest.update(self.num_positions.astype("<i4").tobytes())
@@ -123,31 +133,35 @@ class TaskFolder:
         ]
 
     def _check_chunk(self, chunk: int) -> None:
-        """When the first of its documents is asked for: a corpus that streams is never read as a whole before it is used."""
+        """Check a chunk when the first of its documents is needed.
+
+        A corpus that streams is therefore never read as a whole before it is used.
+        """
         if chunk not in self._checked_chunks:
             name = self._chunk_names[chunk]
             if self._remote is not None:
                 self._remote.fetch(self.split, name)
             elif name not in self._sha256:
                 raise ValueError(
-                    f"{self.path / self.split / INDEX_FILE} names a chunk {name!r}, which {MANIFEST_FILE} does not hold; copy the folder anew from where "
-                    "it came from, or make it again with `rpt prepare`"
+                    f"{self.path / self.split / INDEX_FILE} names a chunk {name!r}, "
+                    f"which {MANIFEST_FILE} does not hold; copy the folder again from where it came from, "
+                    "or make it again with `rpt prepare`"
                 )
             else:
                 check_file(self.path / self.split / name, self._sha256[name])
             self._checked_chunks.add(chunk)
 
     def _read(self, document_index: int) -> Item:
-        """One stored item (docs/architecture.md): ``document(i)`` keeps the last ones in memory."""
+        """Read one stored item (docs/architecture.md). ``document(i)`` caches the most recent ones."""
         self._check_chunk(int(np.searchsorted(self._chunk_ends, document_index, side="right")))
         return decode_item(self._dataset[document_index])
 
     def token_ids(self, document_index: int) -> TokenIds:
-        """All tokens of a document."""
+        """Return all tokens of a document."""
         return tuple(self.document(document_index)["token_ids"].tolist())
 
     def task(self, document_index: int, k: int) -> TokenTask:
-        """The task at the ``k``-th stored position of a document."""
+        """Build the task at the ``k``-th stored position of a document."""
         item = self.document(document_index)
         position = int(item["positions"][k])
         token_ids, rows = item["token_ids"], item.get(FIELDS)
@@ -168,6 +182,9 @@ class TaskFolder:
         )
 
     def candidates(self, document_index: int, k: int) -> tuple[TokenIds, tuple[float, ...]]:
-        """The proxy's most likely next tokens at a stored position, most likely first, and their probabilities."""
+        """Return the proxy's most likely next tokens at a stored position, and their probabilities.
+
+        The most likely token comes first.
+        """
         item = self.document(document_index)
         return tuple(item["candidate_ids"][k].tolist()), tuple(item["candidate_probs"][k].tolist())

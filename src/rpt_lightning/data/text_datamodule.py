@@ -1,4 +1,4 @@
-"""Continual next-token training on the same documents: the baseline that RPT is compared with."""
+"""Continual next-token training on the same documents, the baseline that RPT is compared with."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from rpt_lightning.types import TrainSequence
 
 
 class TextDataModule(TaskFolderDataModule):
-    """Training batches ``{"sequences": ...}`` hold this rank's share of a step: whole documents as the
-    tokenizer begins them, each token a target but the first.
+    """Serve whole documents for next-token training.
+
+    Training batches ``{"sequences": ...}`` hold this rank's share of a step. Documents begin as the tokenizer
+    begins them. Every token except the first is a target.
 
     Args:
-        task_dir: Folder that ``rpt prepare`` made.
-        documents_per_step: Documents of one step, of all ranks together.
-        max_tokens: Cut longer documents behind so many tokens, the begin-of-text token included; None: the positions that the model has.
-        max_context_tokens: Cut longer contexts of the validation on the left.
-        num_eval_tasks: Held-out positions of a validation.
+        task_dir: Folder made by ``rpt prepare``.
+        documents_per_step: Documents in one step, over all ranks.
+        max_tokens: Truncate longer documents to this many tokens, including the begin-of-text token. None
+            truncates to the model's positions.
+        max_context_tokens: Truncate longer contexts of the validation on the left.
+        num_eval_tasks: Number of held-out positions in a validation.
         eval_min_entropy: Validate on positions with more proxy entropy than this, in nats.
-        eval_batch_size: Tasks of one validation batch, of all ranks together. Of the results only those after shuffled thoughts depend on it.
+        eval_batch_size: Tasks in one validation batch, over all ranks. Only the results after shuffled
+            thoughts depend on it.
         seed: Seed of the order and of the choice of held-out positions.
     """
 

@@ -1,6 +1,7 @@
-"""What a proxy's logits say of the true token: its probability, its rank, and the most likely tokens.
+"""Score the true token by a proxy's logits: its probability, its rank, and the most likely tokens.
 
-Each score costs few passes over the logits and no softmax of the whole vocabulary is kept. On a CPU the rows are taken in blocks that stay in its cache.
+Each score takes only a few passes over the logits, and no softmax over the whole vocabulary is kept. On a CPU
+the rows are processed in blocks that stay in its cache.
 """
 
 from __future__ import annotations
@@ -12,14 +13,20 @@ from torch import Tensor
 
 from rpt_lightning.algo.entropy import topk_entropy
 
-# Neighbours in the vocabulary of which `largest` first keeps the maximum only.
+# Number of vocabulary neighbours of which `largest` first keeps only the maximum.
 GROUP = 64
-# Logits of a block on a CPU: 4 MB in fp32.
+# Number of logits in a block on a CPU: 4 MB in fp32.
 BLOCK_LOGITS = 2**20
 
 
 def score_logits(logits: Tensor, true_ids: Tensor, num_candidates: int) -> dict[str, Tensor]:
-    """The fields of ``DocumentScores`` for logits ``[M, V]`` (any float dtype, computed in fp32) and true tokens ``[M]``; candidates ``[M, K]``."""
+    """Compute the fields of ``DocumentScores`` from logits and true tokens.
+
+    Args:
+        logits: Logits [M, V] of any float dtype. The computation is in fp32.
+        true_ids: The true tokens [M].
+        num_candidates: Number of candidates K. Fields of candidates are [M, K].
+    """
     parts = [_score_block(rows.float(), ids, num_candidates) for rows, ids in _blocks(logits, true_ids)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -44,10 +51,11 @@ def _score_block(logits: Tensor, true_ids: Tensor, num_candidates: int) -> dict[
 
 
 def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The ``k`` largest logits ``[M, K]`` in falling order and their ids ``[M, K]``; of equal ones the lower id stands first.
+    """Return the ``k`` largest logits [M, K] in falling order and their ids [M, K].
 
-    ``topk`` looks at each logit by itself, while a maximum over ``GROUP`` neighbours is a vector operation. The ``k`` largest lie in the ``k`` groups of
-    largest maxima: a logit elsewhere has ``k`` others that are not smaller.
+    Of equal logits the lower id comes first. ``topk`` looks at each logit by itself, while a maximum over
+    ``GROUP`` neighbours is a vector operation. The ``k`` largest logits lie in the ``k`` groups with the
+    largest maxima, because for a logit elsewhere ``k`` others are not smaller.
     """
     num_groups = logits.shape[1] // GROUP
     if num_groups <= k:
@@ -57,9 +65,8 @@ def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         end = num_groups * GROUP
         groups = logits[:, :end].reshape(-1, num_groups, GROUP).amax(-1).topk(k).indices  # [M, K]
         members = (groups[:, :, None] * GROUP + positions[:GROUP]).flatten(1)  # [M, K * GROUP]
-        members = torch.cat(
-            [members, positions[end:].expand(len(logits), -1)], 1
-        )  # and the last tokens, too few for a group
+        # The last tokens are too few to form a group.
+        members = torch.cat([members, positions[end:].expand(len(logits), -1)], 1)
         values, indices = logits.gather(1, members).topk(k)
         ids = members.gather(1, indices)
     ids, order = ids.sort(dim=-1)
@@ -68,9 +75,11 @@ def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def ranks(logits: Tensor, ids: Tensor) -> Tensor:
-    """How many of each row of ``logits`` ``[M, V]`` come before its token ``ids`` ``[M]``: larger ones, and equal ones of a lower id (as argmax orders).
+    """Count the entries of each row of ``logits`` [M, V] that come before its token ``ids`` [M].
 
-    Comparisons are written as 0.0 and 1.0: to compare and sum floats is several times as fast on a CPU as booleans, and exact up to 2^24 tokens.
+    These are larger logits, and equal ones with a lower id (the order of argmax). Comparisons are written as
+    0.0 and 1.0. On a CPU, floats are compared and summed several times faster than booleans. The sums are
+    exact up to 2^24 tokens.
     """
     chosen = logits.gather(-1, ids[:, None])  # [M, 1]
     positions = torch.arange(logits.shape[1], device=logits.device, dtype=torch.float32)  # [V]

@@ -20,7 +20,7 @@ from rpt_lightning.types import Document
 
 
 def source_sha256(source: CorpusSource) -> str:
-    """Fingerprint of all documents of a source, in their order: ``counts["sha256"]`` of the corpus that is made of it."""
+    """Fingerprint all documents of a source in order: ``counts["sha256"]`` of the corpus made from it."""
     digest = hashlib.sha256()
     for document in read_documents(source):
         digest.update(document_bytes(document))
@@ -28,22 +28,24 @@ def source_sha256(source: CorpusSource) -> str:
 
 
 def read_documents(source: CorpusSource) -> Iterator[Document]:
-    """The documents of a source. Raises ValueError at one that is no document, or that cannot be stored."""
+    """Yield the documents of a source. Raises ValueError if one is not a document or cannot be stored."""
     for number, document in enumerate(checked_documents(source), start=1):
         check_document(document, number=number)
         yield document
 
 
 def document_bytes(document: Document) -> bytes:
-    """What a fingerprint of a corpus is made of: id, text, fields and marks."""
+    """Return the bytes of a document that enter a corpus's fingerprint: id, text, fields and marks."""
     return f"{document.doc_id}\0{document.text}\0".encode(errors="surrogatepass") + knowledge_bytes(document)
 
 
 class TokenizedCorpus:
-    """Documents as token ids, without those that are too short, exact duplicates, or of characters that the tokenizer has no tokens for; ``counts``
-    says how many were left out why.
+    """Documents as token ids.
 
-    Special tokens in a text are plain text. ``max_tokens`` cuts documents (``is_cut``). Raises ValueError where nothing is left.
+    Documents are left out if they are too short, are exact duplicates, or contain characters that the
+    tokenizer has no tokens for. ``counts`` gives the number left out for each reason. Special tokens in a
+    text are plain text. ``max_tokens`` truncates documents (``is_cut``). Raises ValueError if nothing is
+    left.
     """
 
     def __init__(
@@ -78,15 +80,18 @@ class TokenizedCorpus:
                 self.fields.append(token_fields(document, full, token_bytes, num_kept=len(token_ids)))
         if num_read == 0:
             raise ValueError(
-                f"--source: the corpus is empty ({json.dumps(source.describe())}); check its path, pattern or split"
+                f"--source: the corpus is empty ({json.dumps(source.describe())}); "
+                "check its path, pattern or split"
             )
         if not self.token_ids:
             if num_inexpressible == num_read:
                 raise ValueError(
-                    f"--tokenizer: it has no tokens for some character of each of the {num_read} documents; name another tokenizer"
+                    f"--tokenizer: it has no tokens for some character of each of the {num_read} documents; "
+                    "name another tokenizer"
                 )
             raise ValueError(
-                f"--min_context {min_context}: none of the {num_read} documents is longer than so many tokens; lower it"
+                f"--min_context {min_context}: none of the {num_read} documents is longer than "
+                "that many tokens; lower it"
             )
         self.counts: dict[str, Any] = {
             "sha256": digest.hexdigest(),
@@ -105,7 +110,8 @@ class TokenizedCorpus:
         self.counts["overlap_with_benchmark_files"] = len(self.token_ids) - len(kept)
         if not kept:
             raise ValueError(
-                f"--benchmark_files [{','.join(paths)}]: every document overlaps with them, so nothing is left; check the files"
+                f"--benchmark_files [{','.join(paths)}]: every document overlaps with them, "
+                "so nothing is left; check the files"
             )
         self.doc_ids = [self.doc_ids[index] for index in kept]
         self.token_ids = [self.token_ids[index] for index in kept]
@@ -120,9 +126,10 @@ class TokenizedCorpus:
     def split(
         self, *, num_heldout: int, max_documents: int | None, span: int | None, seed: int
     ) -> tuple[list[int], list[int]]:
-        """Indices of the held-out and of the training documents, each shuffled: shards in corpus order would make batches of one topic.
+        """Return the indices of the held-out and of the training documents.
 
-        Documents that share ``span`` tokens in a row are on one side (dedup.py).
+        Both are shuffled, because shards in corpus order would make batches of a single topic. Documents that
+        share ``span`` consecutive tokens are on the same side (dedup.py).
         """
         check_span(span, longest=max(map(len, self.token_ids)))
         split = split_components(
@@ -145,14 +152,14 @@ class TokenizedCorpus:
             else f" (the largest, of {split.largest_component:,} documents, is kept for training)"
         )
         print(
-            f"{len(self.token_ids):,} documents in {split.num_components:,} {span_words(span)}{largest}; using {len(train):,} for training and "
-            f"{len(heldout):,} held out",
+            f"{len(self.token_ids):,} documents in {split.num_components:,} {span_words(span)}{largest}; "
+            f"using {len(train):,} for training and {len(heldout):,} held out",
             flush=True,
         )
         return heldout, train
 
     def _count_marks(self, indices: list[int]) -> None:
-        """Of the documents that are used; nothing where the source has no marks."""
+        """Count the marks of the documents that are used. Counts nothing if the source has no marks."""
         marked = [
             fields for index in indices if (fields := self.fields[index]) is not None and fields.num_marks
         ]

@@ -1,4 +1,4 @@
-"""Cold start: traces in the answer format, made from the policy's own predictions."""
+"""Cold start with traces in the answer format, made from the policy's own predictions."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ from rpt_lightning.tasks.prompt import PromptTemplate
 
 
 class TraceDataModule(TaskFolderDataModule):
-    """Training batches ``{"sequences": ...}`` hold this rank's share of a step: one trace a position.
+    """Serve cold-start traces, one per position.
+
+    Training batches ``{"sequences": ...}`` hold this rank's share of a step.
 
     Args:
-        task_dir: Folder that ``rpt prepare`` made, with the policy's own starting weights as proxy.
-        prompt: The template that the policy will be asked with.
-        traces_per_step: Traces of one step, of all ranks together.
-        positions_per_document: How many positions of a document are trained side by side, where it has so many: they share their prefix.
-        num_candidates: How many of the model's most likely next tokens a thought names.
-        only_answerable: Never think of a token that the box parser would not give back.
-        allow_other_proxy: Take another model's predictions as the policy's own.
-        max_context_tokens: Cut longer contexts on the left.
-        num_eval_tasks: Held-out positions of a validation.
+        task_dir: Folder made by ``rpt prepare``, with the policy's own starting weights as the proxy.
+        prompt: Prompt template that the policy will be used with.
+        traces_per_step: Traces in one step, over all ranks.
+        positions_per_document: Number of positions of a document to train side by side, if it has that many.
+            They share their prefix.
+        num_candidates: Number of the model's most likely next tokens that a thought names.
+        only_answerable: Leave out candidates that the box parser would not return.
+        allow_other_proxy: Accept another model's predictions as the policy's own.
+        max_context_tokens: Truncate longer contexts on the left.
+        num_eval_tasks: Number of held-out positions in a validation.
         eval_min_entropy: Validate on positions with more proxy entropy than this, in nats.
-        eval_batch_size: Tasks of one validation batch, of all ranks together. Of the results only those after shuffled thoughts depend on it.
+        eval_batch_size: Tasks in one validation batch, over all ranks. Only the results after shuffled
+            thoughts depend on it.
         seed: Seed of the order, of the drawn answers and of the choice of held-out positions.
     """
 
@@ -86,7 +90,7 @@ class TraceDataModule(TaskFolderDataModule):
         )
 
     def make_batch(self, items: list[tuple[int, int]]) -> dict[str, Any]:
-        """A position none of whose candidates can be an answer gives no trace."""
+        """Build a batch. A position gives no trace if none of its candidates can be an answer."""
         traces = []
         for document, k in items:
             task = self.train.task(document, k)
@@ -102,8 +106,9 @@ class TraceDataModule(TaskFolderDataModule):
         if policy_path is None or self.allow_other_proxy or _same_model(policy_path, proxy):
             return
         raise ValueError(
-            f"--data.task_dir {self.task_dir}: scored by {proxy!r}, but the model being trained is {policy_path!r}, so the traces would not be "
-            "its own predictions; prepare a folder with --proxy set to that model, or set --data.allow_other_proxy true"
+            f"--data.task_dir {self.task_dir}: scored by {proxy!r}, but the model being trained is "
+            f"{policy_path!r}, so the traces would not be its own predictions; "
+            "prepare a folder with --proxy set to that model, or set --data.allow_other_proxy true"
         )
 
 

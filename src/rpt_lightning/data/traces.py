@@ -1,7 +1,8 @@
-"""Cold-start traces: a short thought and an answer that the model itself would give.
+"""Cold-start traces: a short thought, and an answer that the model itself would give.
 
-The thought names the model's own most likely next tokens at a position; the answer is one of them, drawn by its probability. The true continuation is
-not an input of anything in this file: a policy that is taught the format must not be taught the answers at the same time.
+The thought names the model's own most likely next tokens at a position. The answer is one of them, drawn by
+its probability. Nothing in this file takes the true continuation as input, because a policy that is taught
+the format must not be taught the answers at the same time.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ SEPARATOR = "|"
 
 
 class TraceWriter:
-    """Writes the trace of a position.
+    """Write the trace of a position.
 
     Args:
-        prompt: The template that the policy will be asked with.
+        prompt: Prompt template that the policy will be used with.
         token_bytes: Bytes of the policy's tokens.
-        num_candidates: How many of the model's most likely next tokens the thought names.
-        only_answerable: Leave out candidates that the box parser would not give back, such as a single brace.
+        num_candidates: Number of the model's most likely next tokens that the thought names.
+        only_answerable: Leave out candidates that the box parser would not return, such as a single brace.
         seed: Seed of the drawn answers.
     """
 
@@ -47,13 +48,16 @@ class TraceWriter:
     def write(
         self, task_id: str, context_ids: TokenIds, candidate_ids: TokenIds, candidate_probs: tuple[float, ...]
     ) -> TrainSequence | None:
-        """The trace, or None where no candidate can be an answer. Candidates come most likely first; the position's identity seeds the draw."""
+        """Write the trace. Returns None if no candidate can be an answer.
+
+        Candidates come in falling order of probability. The position's identity seeds the draw.
+        """
         think_close = self.prompt.think_close
         usable = [
             (token, prob)
             for token, prob in zip(candidate_ids, candidate_probs, strict=True)
-            if token
-            in self.token_bytes  # folders of before `rpt prepare` left out rows of the proxy's vocabulary that are no token
+            # Folders from older versions of `rpt prepare` hold vocabulary rows that are not tokens.
+            if token in self.token_bytes
             and not self.token_bytes.is_special(token)
             and (
                 not self.only_answerable

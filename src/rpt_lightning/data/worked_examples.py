@@ -1,6 +1,7 @@
 """Worked examples: a document up to an answer that can be worked out, a thought, and the answer in a box.
 
-Some examples think and the others guess at once (arXiv:2510.11495 mixes the two): what reinforcement then finds depends on the share that thinks.
+Some examples think and the others guess at once (arXiv:2510.11495 mixes the two). The share that thinks
+determines what reinforcement then finds.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from rpt_lightning.tasks.prompt import BoundPrompt
 from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.types import Document, Mark, TokenIds, TrainSequence
 
-DEPTH = "depth"  # the field that says how many steps a mark's thought makes, one after the other
+DEPTH = "depth"  # the field with the number of successive steps in a mark's thought
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +22,12 @@ class Phase:
     """A part of the curriculum.
 
     Args:
-        steps: Optimizer steps that it lasts; the last phase lasts to the end, whatever this says.
+        steps: Number of optimizer steps that the phase lasts. The last phase always lasts to the end.
         p_cot: Share of the examples that think. The others have an empty thought and the true answer.
         min_depth: Examples of smaller depth never think.
-        max_depth: Examples of greater depth never think; null: all may.
-        guesses: Whether examples that do not think are given at all.
-        text: Whether the documents themselves are trained too.
+        max_depth: Examples of greater depth never think. null sets no limit.
+        guesses: Whether to include examples that do not think.
+        text: Whether to train on the documents themselves as well.
     """
 
     steps: int = 1
@@ -47,7 +48,7 @@ class Phase:
             )
 
     def may_think(self, mark: Mark) -> bool:
-        """Whether the curriculum lets an example of this mark think."""
+        """Whether the curriculum allows an example of this mark to think."""
         depth = mark.fields.get(DEPTH, self.min_depth)
         assert not isinstance(depth, str)
         return (
@@ -58,13 +59,13 @@ class Phase:
 
 
 class ExampleWriter:
-    """Writes the worked examples of documents.
+    """Write the worked examples of documents.
 
     Args:
-        prompt: The template that the policy will be asked with.
+        prompt: Prompt template that the policy will be used with.
         token_bytes: Bytes of the policy's tokens.
         phases: The curriculum.
-        seed: Seed of which examples think.
+        seed: Seed of the choice of examples that think.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class ExampleWriter:
         self.seed = seed
 
     def phase(self, step: int) -> Phase:
-        """The phase of a step, counted from 0."""
+        """Return the phase of a step, counted from 0."""
         for phase in self.phases[:-1]:
             if step < phase.steps:
                 return phase
@@ -84,7 +85,10 @@ class ExampleWriter:
         return self.phases[-1]
 
     def write(self, document: Document, *, step: int) -> list[TrainSequence]:
-        """One example for each mark that ends at a token boundary, as the phase of ``step`` wants it."""
+        """Write the examples of a document's marks that belong to the phase of ``step``.
+
+        Raises ValueError if a mark does not begin and end at token boundaries.
+        """
         phase, examples = self.phase(step), []
         for number, mark in enumerate(document.marks):
             thinks = (
@@ -103,7 +107,10 @@ class ExampleWriter:
         )
 
     def _split(self, text: str, mark: Mark) -> tuple[TokenIds, TokenIds]:
-        """The tokens before the mark and those of its text, as they stand in the whole document. Raises ValueError where a token straddles an end."""
+        """Return the tokens before the mark and those of its text, as they are in the whole document.
+
+        Raises ValueError if a token straddles either end of the mark.
+        """
         token_ids = self.token_bytes.encode_plain(text)
         ends, length = {0: 0}, 0
         for count, token in enumerate(token_ids, start=1):
@@ -112,7 +119,8 @@ class ExampleWriter:
         first, last = (ends.get(len(text[:place].encode())) for place in (mark.start, mark.end))
         if first is None or last is None:
             raise ValueError(
-                f"--data.source: the text {text[mark.start : mark.end]!r} is marked in a document, but no token begins or ends there with the "
-                "policy's tokenizer; mark whole tokens (a word with the space before it), or train another tokenizer"
+                f"--data.source: the text {text[mark.start : mark.end]!r} is marked in a document, but no "
+                "token begins or ends there with the policy's tokenizer; mark whole tokens (a word with the "
+                "space before it), or train another tokenizer"
             )
         return token_ids[:first], token_ids[first:last]

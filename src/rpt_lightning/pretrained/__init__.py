@@ -1,1 +1,1 @@
-"""What lies in a Hugging Face folder, read so that nothing of it is taken on trust."""
+"""Read a Hugging Face folder without trusting that its parts agree."""

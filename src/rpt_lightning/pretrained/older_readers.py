@@ -1,18 +1,22 @@
-"""Files of an exported folder in words that older versions of transformers read alike (4.57, which evaluation tools and servers pin).
+"""Write the files of an exported folder so that older versions of transformers read them alike.
 
-transformers 5 has names of its own for rotary frequencies and for tokenizer classes. Version 4 passes over the former without a word, and so computes with
-its defaults, and cannot load the latter.
+Version 4.57 matters, because evaluation tools and servers pin it. transformers 5 has its own names for rotary
+frequencies and for tokenizer classes. Version 4 silently ignores the former, and so computes with its
+defaults. It cannot load the latter.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-GENERIC_CLASS = "PreTrainedTokenizerFast"  # version 5 calls it TokenizersBackend and knows this name too
+GENERIC_CLASS = "PreTrainedTokenizerFast"  # version 5 calls it TokenizersBackend but accepts this name too
 
 
 def with_older_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """The content of a config.json with version 4's names beside `rope_parameters`, in nested configurations as well."""
+    """Add version 4's names beside `rope_parameters` to the content of a config.json.
+
+    Nested configurations get them as well.
+    """
     out = {
         name: with_older_rope(value) if name.endswith("_config") and isinstance(value, dict) else value
         for name, value in config.items()
@@ -22,7 +26,7 @@ def with_older_rope(config: dict[str, Any]) -> dict[str, Any]:
         return out
     if "rope_theta" in rope:
         return out | _older(rope, config.get("model_type"))
-    # Gemma 3: one for each kind of layer, of which version 4 scales that of full attention.
+    # Gemma 3 has one for each kind of layer. Version 4 scales the one for full attention.
     full, sliding = rope.get("full_attention"), rope.get("sliding_attention")
     if full and "rope_theta" in full:
         out |= _older(full, config.get("model_type"))
@@ -45,17 +49,16 @@ def _older(rope: dict[str, Any], model_type: str | None) -> dict[str, Any]:
 
 
 def older_tokenizer_config(config: dict[str, Any], *, is_repaired: bool) -> dict[str, Any]:
-    """The content of a tokenizer_config.json without what only version 5 knows.
+    """Remove what only version 5 knows from the content of a tokenizer_config.json.
 
-    A tokenizer that had to be repaired gets the class that takes tokenizer.json as it is, in every version.
+    A tokenizer that had to be repaired gets the class that uses tokenizer.json unchanged in every version.
     """
     out = dict(config)
     if is_repaired or out.get("tokenizer_class") in ("TokenizersBackend", None):
         out["tokenizer_class"] = GENERIC_CLASS
     extra = out.get("extra_special_tokens")
-    if isinstance(
-        extra, list
-    ):  # version 4 wants names for them here, and has another field for those without
+    # Version 4 expects names for these tokens here, and has another field for tokens without names.
+    if isinstance(extra, list):
         del out["extra_special_tokens"]
         named = out.get("additional_special_tokens") or []
         out["additional_special_tokens"] = [*named, *(token for token in extra if token not in named)]

@@ -1,4 +1,7 @@
-"""What a model's config says about its text: the one place that knows under which names families keep it."""
+"""Read from a model's config how it handles text.
+
+Only this module knows under which names the model families keep it.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +16,25 @@ SIZES = (
     "head_dim",
     "vocab_size",
 )
-# Names of the longest context, of which a config has one (transformers gives the first to most families by attribute_map).
+# Names of the longest context. A config has one of them (transformers maps the first to most families' own
+# name by attribute_map).
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
-# With these the positions of the config are those after scaling; others multiply them (the rule of vLLM 0.32 and 0.33, `_get_and_verify_max_len`).
+# With these types the config's positions already include scaling. Other types multiply them (the rule of
+# `_get_and_verify_max_len` in vLLM 0.32 and 0.33).
 ALREADY_SCALED = ("default", "su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
 
 
 def longest_context(config: Any) -> int | None:
-    """Tokens that a model reads at most, RoPE scaling included; None for families without a limit (Mamba, RecurrentGemma, BLOOM's ALiBi).
+    """Return the most tokens that a model can read, including RoPE scaling.
 
-    ``config`` is that of a text model, or of a model with several parts of which one is text (Gemma 3, Mistral 3, Qwen3.5).
+    Returns None for families without a limit (Mamba, RecurrentGemma, BLOOM's ALiBi). ``config`` is that of a
+    text model, or of a model with several parts of which one is text (Gemma 3, Mistral 3, Qwen3.5).
     """
     text = config.get_text_config()
     positions = next(
         (value for name in POSITIONS if isinstance(value := getattr(text, name, None), int)), None
     )
-    if positions is None or "gemma3" in text.model_type:  # Gemma 3's number is scaled already
+    if positions is None or "gemma3" in text.model_type:  # Gemma 3's number already includes scaling
         return positions
     return int(
         positions
@@ -37,7 +43,10 @@ def longest_context(config: Any) -> int | None:
 
 
 def _rope_factor(rope: dict[str, Any]) -> float:
-    """Of one set of RoPE parameters, or of one a kind of layer: all of a model's have the same factor."""
+    """Return the factor of RoPE parameters, given as one set or as one per kind of layer.
+
+    All sets of a model have the same factor.
+    """
     kinds = [value for value in rope.values() if isinstance(value, dict)] or [rope]
     factors = [
         kind["factor"]
@@ -48,14 +57,18 @@ def _rope_factor(rope: dict[str, Any]) -> float:
 
 
 def check_not_quantized(config: Any, *, where: str) -> None:
-    """Raises ValueError for weights in a quantized form: they would be trained as something else than what the config says, or not at all."""
+    """Raise ValueError if the weights are quantized.
+
+    They would be trained as something other than what the config says, or not at all.
+    """
     quantization = getattr(config, "quantization_config", None) or getattr(
         config.get_text_config(), "quantization_config", None
     )
     if quantization:
         settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
         raise ValueError(
-            f"{where}: its config.json says that its weights are quantized ({settings.get('quant_method', 'quantization_config')}), and a policy is trained "
+            f"{where}: its config.json says that its weights are quantized "
+            f"({settings.get('quant_method', 'quantization_config')}), and a policy is trained "
             "in full precision; give the model's unquantized weights"
         )
 

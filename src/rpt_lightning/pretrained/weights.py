@@ -1,6 +1,7 @@
-"""A causal language model from a folder, refused where the folder's weights are not those of its config.
+"""Load a causal language model from a folder, and reject it if its weights do not fit its config.
 
-transformers draws a weight that it does not find at random, leaves out one that it does not know, and says so in a table that scrolls by.
+transformers fills a missing weight with random values and leaves out an unknown one. It only reports this in
+a table that scrolls by.
 """
 
 from __future__ import annotations
@@ -16,18 +17,19 @@ from transformers.utils import logging
 
 from rpt_lightning.pretrained.tokenizer import first_line
 
-WAY_OUT = "copy or download the model anew, or mend its config.json"
+WAY_OUT = "copy or download the model again, or correct its config.json"
 
 
 def load_causal_lm(
     path: str, *, where: str, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The model of a folder or hub id, with all of its weights and no others.
+    """Load the model of a folder or hub id, with all of its weights and no others.
 
-    ``where`` begins every message: the flag and its value. Raises ValueError, with the names of the weights, where one is missing, unknown, of another
-    shape or not finite, where a tied head differs from its embedding, or where the folder cannot be read.
+    ``where`` begins every message: the flag and its value. Raises ValueError that names the weights if one is
+    missing, unknown, of another shape or not finite. Also raises ValueError if a tied head differs from its
+    embedding, or if the folder cannot be read.
     """
-    # The table would say in a hundred lines what the error says in one.
+    # The table would take a hundred lines for what the error says in one.
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
@@ -46,7 +48,7 @@ def load_causal_lm(
         logging.set_verbosity(verbosity)
     check_names(
         missing=found["missing_keys"],
-        # Where weights are missing, every name is of use: they may be there under others.
+        # If weights are missing, every unknown name helps: they may be there under other names.
         unknown=found["unexpected_keys"]
         if found["missing_keys"]
         else own_names(model, found["unexpected_keys"]),
@@ -66,7 +68,10 @@ def check_names(
     misshapen: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
     where: str,
 ) -> None:
-    """Raises ValueError for weights that are not those of the config. ``misshapen`` has the shape in the file and the shape that the config asks for."""
+    """Raise ValueError if the weights are not those of the config.
+
+    ``misshapen`` holds the shape in the file and the shape that the config asks for.
+    """
     faults = []
     if missing:
         faults.append(f"lack {some(missing)}")
@@ -75,18 +80,21 @@ def check_names(
     if misshapen:
         name, (there, wanted) = min(misshapen.items())
         faults.append(
-            f"have other shapes than the config's model: {some(misshapen)} ({name}: {list(there)} instead of {list(wanted)})"
+            f"have other shapes than the config's model: {some(misshapen)} "
+            f"({name}: {list(there)} instead of {list(wanted)})"
         )
     if faults:
         raise ValueError(
-            f"{where}: its weights do not fit its config.json: they {'; they '.join(faults)}. Without them it would be another model: {WAY_OUT}"
+            f"{where}: its weights do not fit its config.json: they {'; they '.join(faults)}. "
+            f"Without them it would be a different model: {WAY_OUT}"
         )
 
 
 def own_names(model: PreTrainedModel, unknown: Iterable[str]) -> list[str]:
-    """Of names that the model does not have, those that would be its own: of its layers, its embeddings or its head.
+    """Select the unknown names that would belong to the model: to its layers, its embeddings or its head.
 
-    What else a file may hold beside them (a value head, another modality) is not a part of the model, which is whole without.
+    A file may hold other weights as well (a value head, another modality). They are not part of the model,
+    which is complete without them.
     """
     head = next(
         (name for name, module in model.named_modules() if module is model.get_output_embeddings()), None
@@ -96,7 +104,10 @@ def own_names(model: PreTrainedModel, unknown: Iterable[str]) -> list[str]:
 
 
 def is_ignored(model: PreTrainedModel, name: str) -> bool:
-    """Whether transformers itself says of a name that files may hold it: buffers that older versions saved, layers of a second head."""
+    """Whether transformers itself allows this name in a file.
+
+    Examples are buffers that older versions saved, and layers of a second head.
+    """
     patterns = {
         *(model._keys_to_ignore_on_load_unexpected or ()),
         r"rotary_emb\.inv_freq",
@@ -106,7 +117,10 @@ def is_ignored(model: PreTrainedModel, name: str) -> bool:
 
 
 def check_tied(model: PreTrainedModel, *, where: str) -> None:
-    """Raises ValueError where the config ties the head to the embedding and the files hold two different ones, which transformers then keeps apart."""
+    """Raise ValueError if the config ties the head to the embedding but the files hold two different ones.
+
+    transformers keeps such a pair apart.
+    """
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     embedding: Any = model.get_input_embeddings()
     if (
@@ -118,30 +132,31 @@ def check_tied(model: PreTrainedModel, *, where: str) -> None:
 
 
 def tied_message(*, where: str) -> str:
-    """For a head and an embedding that the config ties and that differ."""
+    """Return the message for a head and an embedding that the config ties but that differ."""
     return (
-        f"{where}: its config.json ties the output head to the embedding (tie_word_embeddings), and its weights hold two that differ: an engine would compute "
-        "with one of them, the policy with both. Set tie_word_embeddings to false in its config.json, or copy the model anew"
+        f"{where}: its config.json ties the output head to the embedding (tie_word_embeddings), "
+        "and its weights hold two that differ: an engine would compute with one, the policy with both. "
+        "Set tie_word_embeddings to false in its config.json, or copy the model again"
     )
 
 
 def not_finite_message(names: Collection[str], *, where: str) -> str:
-    """For weights with a NaN or an infinity."""
+    """Return the message for weights with a NaN or an infinity."""
     return f"{where}: {some(names)} of its weights hold NaN or infinity; {WAY_OUT}"
 
 
 def not_finite(weights: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of the weights with a NaN or an infinity."""
+    """Return the names of the weights with a NaN or an infinity."""
     return [name for name, tensor in weights if tensor.is_floating_point() and not is_finite(tensor)]
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether every number is: looked at in parts, because a mask of a whole embedding would take a gigabyte."""
+    """Whether every number is finite. It checks in parts: a mask of a whole embedding takes a gigabyte."""
     return all(bool(part.isfinite().all()) for part in torch.split(tensor.detach().flatten(), 2**24))
 
 
 def some(names: Collection[str]) -> str:
-    """How many there are, and the first of them.
+    """Return the number of names, and the first of them.
 
     >>> some({"b", "a", "c", "d"})
     '4 (a, b, c, ...)'

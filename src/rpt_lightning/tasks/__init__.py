@@ -1,1 +1,1 @@
-"""What the policy is asked and what it is paid for."""
+"""How the policy is prompted and rewarded."""

@@ -1,8 +1,9 @@
-r"""The prediction inside a completion: the content of ``\boxed{...}`` after the thought, as bytes.
+r"""The prediction in a completion: the content of ``\boxed{...}`` after the thought, as bytes.
 
-Deviation from LaTeX, on purpose: braces are counted as bytes, and a backslash before a brace changes nothing. ``\boxed{\{}`` is therefore not
-complete; the paper asks for the full content of the box with nested braces and says nothing about escapes, and a rule that depends on escapes would
-make ``\\{`` (a line break, then a group) ambiguous.
+This deviates from LaTeX on purpose. Braces are counted as bytes, and a backslash before a brace changes
+nothing. ``\boxed{\{}`` is therefore not complete. The paper asks for the full content of the box with nested
+braces and says nothing about escapes. A rule that depends on escapes would make ``\\{`` (a line break, then a
+group) ambiguous.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ _BRACES = re.compile(rb"\\boxed\{|[{}]")
 
 
 def extract_prediction(text: bytes, *, think_close: bytes | None = THINK_CLOSE) -> bytes | None:
-    r"""Content of the complete ``\boxed{...}`` that begins last, after the last ``think_close``; None where there is none.
+    r"""Return the content of the last complete ``\boxed{...}`` after the last ``think_close``.
 
-    Complete means that the box's own brace is closed, counting braces in bytes. Nothing is stripped. A box inside a box begins later, so the inner
-    one counts. Where the marker is missing the thought never ended, and there is no prediction; ``think_close=None`` takes the whole text. Linear in
-    the length of the text. Source: RPT, section 3.2.
+    Returns None if there is none. The last box is the one that begins last, so the inner one of two nested
+    boxes counts. A box is complete if its own brace is closed, counting braces in bytes. Nothing is stripped.
+    Without the marker the thought never ended, and there is no prediction. ``think_close=None`` takes the
+    whole text. The time is linear in the length of the text. Source: RPT, section 3.2.
 
     >>> extract_prediction(b"it is 2 + 2</think>So \\boxed{ 4}.")
     b' 4'
@@ -33,7 +35,7 @@ def extract_prediction(text: bytes, *, think_close: bytes | None = THINK_CLOSE) 
         if close_at < 0:
             return None
         start = close_at + len(think_close)
-    # For each brace that is open: where the content of its box starts, or -1 for a plain brace.
+    # For each open brace: the start of its box's content, or -1 for a plain brace.
     open_braces: list[int] = []
     found: tuple[int, int] | None = None
     for match in _BRACES.finditer(text, start):
@@ -50,7 +52,9 @@ def extract_prediction(text: bytes, *, think_close: bytes | None = THINK_CLOSE) 
 
 
 def open_box_content(text: bytes) -> bytes | None:
-    r"""Of a text that goes on inside a box: what stands before the brace that closes it; None where none does.
+    r"""Return the content of a box from a text that starts inside it: everything before its closing brace.
+
+    Returns None if no brace closes the box.
 
     >>> open_box_content(b"x_{1}} and more}")
     b'x_{1}'
@@ -64,9 +68,9 @@ def open_box_content(text: bytes) -> bytes | None:
 
 
 class FirstBox:
-    r"""Reads a completion token by token and says which token completes its first box.
+    r"""Read a completion token by token and find the token that completes its first box.
 
-    That is the first token after which `extract_prediction` finds a prediction in what was read so far.
+    That is the first token after which `extract_prediction` finds a prediction in the text so far.
 
     >>> box = FirstBox(b"</think>")
     >>> [box.completed_by(token) for token in (b"so \\boxed{4}", b"</think>", b"\\boxed{", b"{", b"}", b"}.")]
@@ -78,9 +82,9 @@ class FirstBox:
         self._text = bytearray()
 
     def completed_by(self, token: bytes) -> bool:
-        """Reads the next token."""
+        """Read the next token. Returns whether it completes the first box."""
         self._text += token
-        # Only a brace can complete a box: thoughts are long, and are not searched again for every token.
+        # Only a brace can complete a box. Thoughts are long, so they are not searched again for every token.
         return (
             BOX_CLOSE in token
             and extract_prediction(bytes(self._text), think_close=self._think_close) is not None
@@ -90,9 +94,11 @@ class FirstBox:
 def answerable_lengths(
     continuation: Sequence[bytes], *, think_close: bytes | None = THINK_CLOSE
 ) -> tuple[int, ...]:
-    r"""Token counts ``l`` whose joined bytes survive the box: ``extract_prediction(think_close + b"\boxed{" + joined + b"}") == joined``, joined non-empty.
+    r"""Return the token counts ``l`` whose joined bytes survive the box.
 
-    So the braces of the first ``l`` tokens balance, and neither ``\boxed{`` nor ``think_close`` is inside (None: thoughts have no marker).
+    This means that ``joined`` is not empty and that ``extract_prediction(think_close + b"\boxed{" + joined +
+    b"}") == joined``. The braces of the first ``l`` tokens therefore balance, and they contain neither
+    ``\boxed{`` nor ``think_close`` (None: thoughts have no marker).
 
     >>> answerable_lengths([b"{", b"x", b"}", b"}"])
     (3,)
@@ -100,7 +106,7 @@ def answerable_lengths(
     ((1, 2), ())
     """
     joined = b"".join(continuation)
-    # Prefixes from this length on can never be answered.
+    # Prefixes of this length or more can never be answers.
     limit = len(joined) + 1
     for marker in (BOX_OPEN,) if think_close is None else (BOX_OPEN, think_close):
         marker_at = joined.find(marker)

@@ -1,8 +1,11 @@
-r"""The reward of questions with a verifiable answer: reinforcement fine-tuning after RPT (the paper's experiment on RLVR), and the benchmarks.
+r"""The reward for questions with a verifiable answer.
 
-Format rule: the answer is the content of the complete ``\boxed{...}`` that begins last, after the thought (`extract_prediction`), of a completion that ended
-by itself. A mathematical answer is right if Math-Verify says that it equals the true one and it is no expression of the question's own, a choice if it is
-the right letter.
+It serves reinforcement fine-tuning after RPT (the paper's RLVR experiment) and the benchmarks.
+
+Format rule: the answer is the content of the last complete ``\boxed{...}`` after the thought
+(`extract_prediction`), in a completion that ended by itself. A choice is right if it is the right letter. A
+mathematical answer is right if Math-Verify finds it equal to the true answer and it does not just repeat an
+expression of the question.
 """
 
 from __future__ import annotations
@@ -20,8 +23,11 @@ from rpt_lightning.tasks.reward import Reward
 from rpt_lightning.types import AnswerTask, RolloutGroup, Task
 
 Verdict = MathVerdict | Literal["quoted", "unboxed", "truncated"]
-"""What became of one completion. ``quoted``: it repeats an expression of the question that has the true value. ``unboxed``: it ended without an answer in
-the asked form. ``truncated``: it ran into the token limit."""
+"""The outcome of one completion.
+
+``quoted``: it repeats an expression of the question that has the true value. ``unboxed``: it ended without an
+answer in the required form. ``truncated``: it ran into the token limit.
+"""
 
 METRICS: dict[str, Verdict] = {
     "answers/quoted": "quoted",
@@ -34,9 +40,13 @@ _LETTER = re.compile(r"\(?([A-Za-z])\)?(?:[.:)](?:\s.*)?)?", re.DOTALL)
 
 
 def choice_letter(prediction: str) -> str | None:
-    r"""The letter that a box names, as a capital: alone, in parentheses, in a LaTeX font, or before a ``.``, ``:`` or ``)`` and the choice's text.
+    r"""Return the letter that a box names, as a capital.
 
-    >>> [choice_letter(text) for text in (" B ", "(c)", r"\text{(D)}", "A. a long text", "B: 4", "4", "AB", "A or B", "")]
+    It may be alone, in parentheses or in a LaTeX font. It may also come before a ``.``, ``:`` or ``)`` and
+    the choice's text.
+
+    >>> texts = (" B ", "(c)", r"\text{(D)}", "A. a long text", "B: 4", "4", "AB", "A or B", "")
+    >>> [choice_letter(text) for text in texts]
     ['B', 'C', 'D', 'A', 'B', None, None, None, None]
     """
     match = _LETTER.fullmatch(without_fonts(prediction).strip().strip("$").strip())
@@ -44,20 +54,26 @@ def choice_letter(prediction: str) -> str | None:
 
 
 class CountingReward(Reward):
-    """A reward that asks something which may fail, and says how often it did."""
+    """A reward that depends on a check which may fail, and that counts the failures."""
 
     @abstractmethod
     def take_metrics(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
-        """Counts over a step's groups, which it has paid, always under the same names. Each completion counts once, however often it was paid."""
+        """Return counts over the groups of a step that were rewarded, always under the same names.
+
+        Each completion counts once, however often it was rewarded.
+        """
 
 
 class AnswerReward(CountingReward):
-    """1 if the answer is right, else 0; what cannot be checked is paid 0 and counted (``answers/unreadable``, ``timeouts``, ``check_errors``), and so is an
-    expression of the question (``answers/quoted``).
+    """Reward 1 if the answer is right, else 0.
+
+    An answer that cannot be checked earns 0 and is counted (``answers/unreadable``, ``timeouts``,
+    ``check_errors``). An answer that repeats an expression of the question also earns 0 and is counted
+    (``answers/quoted``).
 
     Args:
-        cpu_limit_s: Seconds of CPU that Math-Verify may take for one answer.
-        num_workers: Processes of each rank that check mathematical answers.
+        cpu_limit_s: CPU seconds that Math-Verify may use for one answer.
+        num_workers: Number of processes on each rank that check mathematical answers.
     """
 
     needs_first_token_probs = False
@@ -65,11 +81,10 @@ class AnswerReward(CountingReward):
     def __init__(self, cpu_limit_s: float = 5.0, num_workers: int = 2) -> None:
         self.verifier = MathVerifier(cpu_limit_s, num_workers)
         self.checked_answers: set[str] = set()
-        """True answers that were compared with themselves (training/unlike_answers.py)."""
-        self._known: dict[
-            tuple[str, bytes | None], Verdict
-        ] = {}  # (question, prediction), of the step that runs
-        self._lock = threading.Lock()  # rollouts may be paid in another thread than the one that logs
+        """True answers that have been compared with themselves (training/unlike_answers.py)."""
+        # Keyed by (question, prediction), for the current step.
+        self._known: dict[tuple[str, bytes | None], Verdict] = {}
+        self._lock = threading.Lock()  # rollouts may be rewarded in one thread and logged in another
 
     def group_rewards(
         self,
@@ -79,7 +94,8 @@ class AnswerReward(CountingReward):
     ) -> tuple[float, ...]:
         if not isinstance(task, AnswerTask):
             raise ValueError(
-                f"task {task.task_id!r} is no question: AnswerReward pays for answers of an AnswerTaskDataModule; give another reward or --data"
+                f"task {task.task_id!r} is not a question: AnswerReward rewards answers of an "
+                "AnswerTaskDataModule; give another reward or --data"
             )
         return tuple(float(verdict == "right") for verdict in self._known_verdicts(task, predictions))
 
@@ -95,9 +111,9 @@ class AnswerReward(CountingReward):
         return {name: float(counts[verdict]) for name, verdict in METRICS.items()}
 
     def _known_verdicts(self, task: AnswerTask, predictions: Sequence[bytes | None]) -> list[Verdict]:
-        """As ``verdicts``; what was checked since the last ``take_metrics`` is not checked again."""
+        """Return the same as ``verdicts``, without repeating checks since the last ``take_metrics``."""
         question_id = task.question.question_id
-        known = self._known  # another thread may begin a new one meanwhile
+        known = self._known  # another thread may start a new one in the meantime
         new = [
             prediction for prediction in dict.fromkeys(predictions) if (question_id, prediction) not in known
         ]
@@ -113,7 +129,7 @@ class AnswerReward(CountingReward):
         ]
 
     def verdicts(self, task: AnswerTask, predictions: Sequence[bytes | None]) -> list[Verdict]:
-        """What became of each prediction; a missing one is ``unboxed``, and so is an empty one."""
+        """Return the outcome of each prediction. A missing or empty prediction is ``unboxed``."""
         texts = [(prediction or b"").decode(errors="replace") for prediction in predictions]
         question = task.question
         if question.is_choice:

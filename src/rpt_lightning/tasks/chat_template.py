@@ -1,4 +1,4 @@
-"""A model's own chat template: what it puts around a message, and whether it has opened the thought already."""
+"""A model's own chat template: the text around a message, and whether it has already opened the thought."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rpt_lightning.tasks.wordings import CONTEXT_SLOT
 
-# What the templates of Llama 3.1 and later write where they are told no date.
+# The date that the templates of Llama 3.1 and later write if they are not given one.
 TEMPLATE_DATE = datetime(2024, 7, 26)
-# What the template is given in any case.
+# Arguments that the template always receives.
 _RESERVED = {
     *(
         "messages",
@@ -32,7 +32,7 @@ _RESERVED = {
 class ChatTemplate:
     """The chat template of a tokenizer, with arguments of its own such as ``enable_thinking``.
 
-    Raises ValueError for a tokenizer without one, and for arguments that it does not know.
+    Raises ValueError if the tokenizer has no chat template, or if the template does not know an argument.
     """
 
     def __init__(
@@ -41,23 +41,29 @@ class ChatTemplate:
         self.name = tokenizer.name_or_path
         if not tokenizer.chat_template:
             raise ValueError(
-                f"tokenizer {self.name!r} has no chat template, which {prompt} needs; use ContinuationPrompt or a chat model"
+                f"tokenizer {self.name!r} has no chat template, which {prompt} needs; "
+                "use ContinuationPrompt or a chat model"
             )
         self._tokenizer = tokenizer
         self._arguments = dict(arguments or {})
         for name in self._arguments:
             if name in _RESERVED:
                 raise ValueError(f"template_args: {name} is set by {prompt} itself; leave it out")
-            # A template ignores what it does not know, and so would a mistyped name.
+            # A template ignores arguments that it does not know, and would ignore a mistyped name too.
             if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):
                 raise ValueError(
-                    f"template_args: the chat template of {self.name!r} knows no {name!r}; correct the name or leave it out"
+                    f"template_args: the chat template of {self.name!r} does not know {name!r}; "
+                    "correct the name or leave it out"
                 )
 
     def around_question(
         self, wording: str, think_open: str | None, think_close: str | None
     ) -> tuple[str, str, bool]:
-        """What stands before and behind the wording's slot as the user's turn, up to where the model writes; and whether the thought is still to be opened."""
+        """Render the text before and after the wording's slot, with the wording as the user's turn.
+
+        The text after the slot ends where the model starts to write. The third value says whether the thought
+        still has to be opened.
+        """
         message = {"role": "user", "content": wording}
         before, after = self._render([message], add_generation_prompt=True)
         if think_open is None or think_close is None:
@@ -68,28 +74,33 @@ class ChatTemplate:
         return before, after[:start] + opening, is_missing
 
     def behind_answer(self) -> str:
-        """What stands behind the assistant's turn."""
+        """Return the text that follows the assistant's turn."""
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": CONTEXT_SLOT}]
         return self._render(messages, add_generation_prompt=False)[1]
 
     def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> tuple[str, str]:
-        """What the chat template puts before and after the slot."""
+        """Return the text that the chat template puts before and after the slot."""
         rendered, again = (
             self._rendered(messages, add_generation_prompt=add_generation_prompt) for _ in range(2)
         )
         if rendered != again:
             raise ValueError(
-                f"the chat template of {self.name!r} gives another text in every call; take out what is random in it"
+                f"the chat template of {self.name!r} gives a different text in every call; "
+                "remove what is random in it"
             )
         before, *after = rendered.split(CONTEXT_SLOT)
         if len(after) != 1:
             raise ValueError(
-                f"the chat template of {self.name!r} shows a message {len(after)} times instead of once; use ContinuationPrompt"
+                f"the chat template of {self.name!r} shows a message {len(after)} times instead of once; "
+                "use ContinuationPrompt"
             )
         return before, after[0]
 
     def _rendered(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        """On every day the same: a template that writes the date gets `TEMPLATE_DATE`, so that a run that is resumed asks as before."""
+        """Render the template with a fixed date, so that a resumed run gives the same prompts as before.
+
+        A template that writes the date receives `TEMPLATE_DATE`.
+        """
         given = {
             "add_generation_prompt": add_generation_prompt,
             "strftime_now": TEMPLATE_DATE.strftime,
@@ -99,27 +110,33 @@ class ChatTemplate:
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **given))
         except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
             raise ValueError(
-                f"the chat template of {self.name!r} cannot be used ({type(error).__name__}: {error}); mend chat_template.jinja, or chat_template in "
-                "tokenizer_config.json, or use ContinuationPrompt"
+                f"the chat template of {self.name!r} cannot be used ({type(error).__name__}: {error}); "
+                "correct chat_template.jinja, or chat_template in tokenizer_config.json, "
+                "or use ContinuationPrompt"
             ) from error
 
 
 def open_thought(opening: str, think_open: str, think_close: str, *, template: str = "") -> tuple[str, bool]:
-    r"""The beginning of the model's turn without a thought that is closed already, and whether the thought is still to be opened behind it.
+    r"""Remove a closed thought from the beginning of the model's turn.
 
-    Templates leave the thought out, open it (R1), begin it, or close it at once where thinking is off: as an empty pair of markers (Qwen 3.5's small
-    models) or as the closing one alone (DeepSeek V3.1). Raises ValueError where text follows a closed thought.
+    Also returns whether the thought still has to be opened after it. Some templates leave the thought out.
+    Others open it (R1), begin it, or close it at once if thinking is off. They close it with an empty pair of
+    markers (Qwen 3.5's small models) or with the closing one alone (DeepSeek V3.1). Raises ValueError if text
+    follows a closed thought.
 
-    >>> open_thought("<a>\n", "<t>", "</t>"), open_thought("<a>\n<t>\n", "<t>", "</t>"), open_thought("<a>\n<t>\n\n</t>\n\n", "<t>", "</t>")
-    (('<a>\n', True), ('<a>\n<t>\n', False), ('<a>\n', True))
+    >>> open_thought("<a>\n", "<t>", "</t>"), open_thought("<a>\n<t>\n", "<t>", "</t>")
+    (('<a>\n', True), ('<a>\n<t>\n', False))
+    >>> open_thought("<a>\n<t>\n\n</t>\n\n", "<t>", "</t>")
+    ('<a>\n', True)
     """
     opened, closed = opening.rfind(think_open), opening.rfind(think_close)
-    if closed <= opened:  # also where there is neither
+    if closed <= opened:  # also if there is neither
         return opening, opened < 0
     if opening[closed + len(think_close) :].strip():
         raise ValueError(
-            f"the chat template of {template!r} closes the thought and goes on behind it, so none can be asked for; turn thinking on with template_args, such as "
-            "enable_thinking: true, or set think_open and think_close to null"
+            f"the chat template of {template!r} closes the thought and continues after it, so no thought can "
+            "be requested; turn thinking on with template_args, such as enable_thinking: true, "
+            "or set think_open and think_close to null"
         )
     begin = opening.rfind(think_open, 0, closed)
     return opening[: closed if begin < 0 or think_close in opening[begin:closed] else begin], True

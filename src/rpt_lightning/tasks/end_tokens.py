@@ -1,4 +1,7 @@
-"""The tokens that end a model's text: its tokenizer names one, its generation_config.json often several (Phi 3.5, Gemma 3, Llama 3)."""
+"""The tokens that end a model's text.
+
+The tokenizer names one, and generation_config.json often names several (Phi 3.5, Gemma 3, Llama 3).
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,17 @@ _FILES = ("generation_config.json", "config.json")
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, token_bytes: TokenBytes) -> TokenIds:
-    """The tokenizer's own end of text first, then the others that the model's folder names, in the order of the first file that names some.
+    """Return the tokenizer's own end-of-text token, then the others that the model's folder names.
 
-    A single id is taken only if it is a marker: configurations of small models carry their class's default, which is any piece of text. Raises
-    ValueError for a tokenizer without an end, and for a file in which none can be read.
+    The others come in the order of the first file that names any. A single id is accepted only if it is a
+    marker: configurations of small models have their class's default, which may be any piece of text. Raises
+    ValueError if the tokenizer has no end-of-text token, or if the file's entry cannot be read.
     """
     eos_id = tokenizer.eos_token_id
     if not isinstance(eos_id, int):
         raise ValueError(
-            f"tokenizer {tokenizer.name_or_path!r} has no end-of-text token (eos_token), so a completion could never stop; set one"
+            f"tokenizer {tokenizer.name_or_path!r} has no end-of-text token (eos_token), "
+            "so a completion could never stop; set one"
         )
     named = _named(tokenizer.name_or_path)
     others = (
@@ -51,20 +56,20 @@ def _named(model: str) -> int | list[int] | None:
             wanted = ids if isinstance(ids, list) else [ids]
             if not all(type(token_id) is int for token_id in wanted):
                 raise ValueError(
-                    f"{path}: eos_token_id is {ids!r}, where an id or a list of ids belongs; correct the file"
+                    f"{path}: eos_token_id is {ids!r}, but must be an id or a list of ids; correct the file"
                 )
             return ids
     return None
 
 
 def _eos_of(content: Any) -> Any:
-    """Models of images and text keep the text's settings apart."""
+    """Return the end-of-text ids. Models of images and text keep the text's settings separately."""
     ids = content.get("eos_token_id")
     return ids if ids is not None else (content.get("text_config") or {}).get("eos_token_id")
 
 
 def _file(model: str, name: str) -> Path | None:
-    """Of a folder, or of a hub id whose tokenizer has just been read."""
+    """Find a file of a model's folder, or of a hub id whose tokenizer was just read."""
     if not model or Path(model).exists():
         path = Path(model) / name
         return path if model and path.is_file() else None
@@ -76,6 +81,6 @@ def _file(model: str, name: str) -> Path | None:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-    except (OSError, ValueError):  # a name of neither kind: a tokenizer that was made in memory
+    except (OSError, ValueError):  # neither a folder nor a hub id: a tokenizer made in memory
         return None
     return None if found is None else Path(found)

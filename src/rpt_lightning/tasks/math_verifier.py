@@ -1,7 +1,8 @@
-"""Whether a prediction equals the true answer, by Math-Verify (https://github.com/huggingface/Math-Verify), from any thread.
+"""Compare a prediction with the true answer, by Math-Verify (https://github.com/huggingface/Math-Verify).
 
-Its own time limits are signals, which work in the main thread alone and not while C code runs, and its errors count as "not equal" without a word. Here
-each comparison runs in another process (math_worker.py) with a limit that always holds, and what went wrong is a verdict of its own.
+This works from any thread. Math-Verify's own time limits are signals, which work only in the main thread and
+not while C code runs, and it silently counts its errors as "not equal". Here each comparison runs in another
+process (math_worker.py) with a limit that always holds, and each kind of failure has its own verdict.
 """
 
 from __future__ import annotations
@@ -22,30 +23,38 @@ from typing import Any, Literal, get_args
 from rpt_lightning.tasks.number_text import plain_number
 
 MathVerdict = Literal["right", "wrong", "unreadable", "timeout", "error"]
-"""``unreadable``: Math-Verify finds nothing in the prediction. ``timeout``: it used up its time. ``error``: Math-Verify failed, or its process died."""
+"""The result of one comparison.
 
-# The clock may run so many times as long as the limit of CPU seconds: for machines without that limit, and processes that wait.
+``unreadable``: Math-Verify finds nothing in the prediction. ``timeout``: it used up its time. ``error``: it
+failed, or its process died.
+"""
+
+# The clock limit is this many times the limit of CPU seconds. It is for machines without a CPU limit, and for
+# processes that wait.
 _CLOCK_FACTOR = 60.0
-_OUT_OF_CPU_TIME = (
-    -int(getattr(signal, "SIGPROF", 0)) or None
-)  # exit status of a process that its own limit ended
+# Exit status of a process that its own limit ended.
+_OUT_OF_CPU_TIME = -int(getattr(signal, "SIGPROF", 0)) or None
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
 
 class MathVerifier:
-    """Args:
-    cpu_limit_s: Seconds of CPU that one comparison may take.
-    num_workers: Processes, each started when it is first needed; about 100 MB each.
+    """Compare predictions with true answers in other processes.
+
+    Args:
+        cpu_limit_s: CPU seconds that one comparison may use.
+        num_workers: Number of processes, each started when it is first needed. Each uses about 100 MB.
     """
 
     def __init__(self, cpu_limit_s: float = 5.0, num_workers: int = 2) -> None:
         if cpu_limit_s <= 0 or num_workers < 1:
             raise ValueError(
-                f"cpu_limit_s={cpu_limit_s}, num_workers={num_workers}: give more than 0 seconds, and at least 1 process"
+                f"cpu_limit_s={cpu_limit_s}, num_workers={num_workers}: "
+                "give more than 0 seconds, and at least 1 process"
             )
         if find_spec("math_verify") is None:
             raise ValueError(
-                "checking mathematical answers needs the package math-verify: pip install 'math-verify>=0.9,<0.10'"
+                "checking mathematical answers needs the package math-verify: "
+                "pip install 'math-verify>=0.9,<0.10'"
             )
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="math-verify")
         self._workers: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
@@ -53,9 +62,9 @@ class MathVerifier:
             self._workers.put(_Worker(cpu_limit_s))
 
     def verdicts(self, pairs: Sequence[tuple[str, str]]) -> list[MathVerdict]:
-        """One verdict for each (true answer, prediction), both as contents of a box; equal pairs are compared once.
+        """Return one verdict for each (true answer, prediction), both as contents of a box.
 
-        A number as programs write it (``1e-05``) is compared in digits.
+        Equal pairs are compared once. A number as programs write it (``1e-05``) is compared in digits.
         """
         plain = [(plain_number(answer), plain_number(prediction)) for answer, prediction in pairs]
         unique = list(dict.fromkeys(plain))
@@ -71,7 +80,7 @@ class MathVerifier:
 
 
 class _Worker:
-    """One process, which ends when this object's pipe to it is closed: with the run, however the run ends."""
+    """One process. It ends when this object's pipe to it is closed, and so ends with the run in any case."""
 
     def __init__(self, cpu_limit_s: float) -> None:
         self.cpu_limit_s = cpu_limit_s
@@ -92,7 +101,7 @@ class _Worker:
             process.stdin.write(json.dumps(pair) + "\n")
             process.stdin.flush()
             answer = _read(process)
-        except BrokenPipeError:  # it died since the last one
+        except BrokenPipeError:  # it has died since the last comparison
             answer = None
         finally:
             watch.cancel()
@@ -113,13 +122,14 @@ class _Worker:
         )
         if _read(process) != "ready":
             raise RuntimeError(
-                f"Math-Verify's process ended with status {process.wait()} before its first answer was checked; what it said stands above"
+                f"Math-Verify's process ended with status {process.wait()} "
+                "before its first answer was checked; see its output above"
             )
         return process
 
 
 def _read(process: subprocess.Popen[str]) -> Any:
-    """The next line's value; None where the process ended."""
+    """Read the next line's value. Returns None if the process ended."""
     assert process.stdout is not None
     line = process.stdout.readline()
     return json.loads(line) if line.endswith("\n") else None

@@ -1,10 +1,13 @@
-"""Math-Verify in a process of its own: one pair (true answer, prediction) a line in, one verdict a line out, as JSON.
+"""Math-Verify in a process of its own.
 
-A prediction is text of a model, and SymPy evaluates what it reads: ``9^{9^{9^9}}`` computes for longer than anyone waits, in C code that no Python signal
-interrupts. So the kernel ends this process when a pair has used up its CPU seconds, and ``math_verifier.py`` starts another. Seconds of CPU and not of
-the clock: a verdict must not depend on what else the machine does.
+It reads one pair (true answer, prediction) per line and writes one verdict per line, as JSON.
 
-Imports nothing of this package, since it is started often.
+A prediction is text of a model, and SymPy evaluates the text that it reads. ``9^{9^{9^9}}`` computes for
+longer than anyone waits, in C code that no Python signal interrupts. The kernel therefore ends this process
+when a pair has used up its CPU seconds, and ``math_verifier.py`` starts another. The limit counts CPU seconds
+rather than clock time, because a verdict must not depend on what else the machine does.
+
+This module imports nothing of this package, since it is started often.
 """
 
 from __future__ import annotations
@@ -20,27 +23,21 @@ MAX_MEMORY = 4 * 2**30  # bytes of address space
 
 
 def main() -> None:
-    """Compares until the other end of the pipe is closed; the argument is the limit of CPU seconds."""
+    """Compare until the other end of the pipe is closed. The argument is the limit of CPU seconds."""
     cpu_limit_s = float(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print must not stand between verdicts
-    for name in (
-        "SIGINT",
-        "SIGTERM",
-        "SIGHUP",
-        "SIGUSR1",
-        "SIGUSR2",
-    ):  # meant for the run, which may still want a verdict; we end with it
+    os.dup2(2, 1)  # text that libraries print must not get between the verdicts
+    # These signals are meant for the run, which may still want a verdict. This process ends with the run.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    with contextlib.suppress(
-        ImportError, ValueError
-    ):  # no such module on Windows; a lower limit is set already
+    # Windows has no such module, or a lower limit is already set.
+    with contextlib.suppress(ImportError, ValueError):
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limits are off
-    # The first of each kind builds its parser, which must not count against a prediction's time.
+    # The first comparison of each kind builds its parser. That must not count against a prediction's time.
     compare(r"\frac{1}{2}", r"\{0, \sqrt{2}\}")
     print(json.dumps("ready"), file=answers)
     for line in sys.stdin:
@@ -55,9 +52,10 @@ def main() -> None:
 
 
 def compare(answer: str, prediction: str) -> str:
-    r"""``right``, ``wrong`` or ``unreadable``; raises what Math-Verify raises. Both are the contents of a ``\boxed{...}``.
+    r"""Return ``right``, ``wrong`` or ``unreadable``. Both texts are the contents of a ``\boxed{...}``.
 
-    Math-Verify's time limits are off: they are signals, which wait for C code to return.
+    Errors of Math-Verify are raised. Its time limits are off: they are signals, which wait for C code to
+    return.
     """
     from math_verify import parse, verify
 
@@ -72,14 +70,18 @@ def compare(answer: str, prediction: str) -> str:
     try:
         return "right" if verify(gold, found, timeout_seconds=None, raise_on_error=True) else "wrong"
     except Exception:
-        # Each is read as an expression and as a string. One comparison failed; another may still find them equal.
+        # Each text is read as an expression and as a string. If one comparison fails, another may find them
+        # equal.
         if verify(gold, found, timeout_seconds=None):
             return "right"
         raise
 
 
 def _set_alarm(cpu_s: float) -> None:
-    """Its default action ends the process, whatever it is computing. Windows has none; the other process has a clock as well."""
+    """Set the CPU alarm, whose default action ends the process, whatever it is computing.
+
+    Windows has no such alarm. There, only the clock of the other process applies.
+    """
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_PROF, cpu_s)
 

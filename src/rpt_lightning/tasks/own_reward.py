@@ -1,4 +1,7 @@
-"""What a reward of the user's own must be and return: one error that names the class, what came, and what is wanted."""
+"""Check a user-defined reward and what it returns.
+
+A single error names the class, what it returned, and what is wanted.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +12,35 @@ from typing import Any
 
 from rpt_lightning.tasks.reward import Reward
 
-WANTED = "wanted: group_rewards(predictions, task, first_token_probs) -> one number a prediction, such as (1.0, 0.0)"
+WANTED = (
+    "wanted: group_rewards(predictions, task, first_token_probs) -> "
+    "one number per prediction, such as (1.0, 0.0)"
+)
 
 
 def check_reward(reward: Reward) -> None:
-    """Before anything is generated. Raises ValueError."""
+    """Check a reward before anything is generated. Raises ValueError if it is not usable."""
     name = type(reward).__name__
     if not isinstance(getattr(reward, "needs_first_token_probs", None), bool):
         raise ValueError(
-            f"the reward {name} does not say needs_first_token_probs; set it in the class, to False unless it reads first_token_probs"
+            f"the reward {name} does not set needs_first_token_probs; "
+            "set it in the class, to False unless it reads first_token_probs"
         )
     signature = inspect.signature(reward.group_rewards)
     try:
         signature.bind((), None, None)
     except TypeError as error:
         raise ValueError(
-            f"the reward {name} has group_rewards{signature}, which cannot be called with three arguments ({error}); {WANTED}"
+            f"the reward {name} has group_rewards{signature}, "
+            f"which cannot be called with three arguments ({error}); {WANTED}"
         ) from error
 
 
 def checked_rewards(reward: Reward, returned: Any, *, num: int, task_id: str) -> tuple[float, ...]:
-    """What a reward returned for the ``num`` predictions of a task. Raises ValueError where it is not one finite number each."""
+    """Check the values that a reward returned for the ``num`` predictions of a task.
+
+    Raises ValueError unless they are one finite number per prediction.
+    """
     where = f"the reward {type(reward).__name__} returned"
     of = f"for the {num} predictions of task {task_id!r}; {WANTED}"
     if not isinstance(returned, (tuple, list)):

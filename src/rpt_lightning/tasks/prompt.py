@@ -1,6 +1,7 @@
-r"""How the policy is asked: a template around the context's token ids, which stay untouched, and the form of an answer.
+r"""How the policy is prompted: a template around the context's token ids, and the form of an answer.
 
-The context is never decoded and tokenised again, since that would move token boundaries, and the reward is about boundaries.
+The context's ids stay untouched. The context is never decoded and tokenised again, since that would move
+token boundaries, and the reward depends on them.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ FILLER = "."
 class BoundPrompt:
     r"""A prompt template in the token ids of one tokenizer.
 
-    A whole sequence is ``prefix_ids + context + suffix_ids`` (the prompt) and ``thought + answer_open_ids + answer + answer_close_ids`` (the
-    completion), where ``answer_open_ids`` is the closing thought marker and ``\boxed{``, and ``answer_close_ids`` the closing brace and the token
-    that ends the turn. ``think_close`` is None where the policy is not asked for a marked thought. ``filler_id`` is a token that says nothing, a full stop.
+    The prompt is ``prefix_ids + context + suffix_ids``. The completion is ``thought + answer_open_ids +
+    answer + answer_close_ids``. ``answer_open_ids`` are the closing thought marker and ``\boxed{``.
+    ``answer_close_ids`` are the closing brace and the token that ends the turn. ``think_close`` is None if
+    the policy is not asked for a marked thought. ``filler_id`` is a token without meaning, a full stop.
     """
 
     prefix_ids: TokenIds
@@ -40,35 +42,39 @@ class BoundPrompt:
 
     @property
     def num_overhead_tokens(self) -> int:
-        """What the template adds to every context."""
+        """Number of tokens that the template adds to every context."""
         return len(self.prefix_ids) + len(self.suffix_ids)
 
     def prompt_ids(self, context_ids: TokenIds) -> TokenIds:
-        """The prompt, with the thought already opened."""
+        """Return the prompt, with the thought already opened."""
         return self.prefix_ids + tuple(context_ids) + self.suffix_ids
 
     def answer_prefix_ids(self, thought_ids: TokenIds) -> TokenIds:
-        r"""What follows the prompt to force a thought: the policy goes on inside ``\boxed{``."""
+        r"""Return the tokens that force a thought when they follow the prompt.
+
+        The policy continues inside ``\boxed{``.
+        """
         return tuple(thought_ids) + self.answer_open_ids
 
     def completion_ids(self, thought_ids: TokenIds, answer_ids: TokenIds) -> TokenIds:
-        """A whole completion as the policy should write it, its stop token included."""
+        """Return a whole completion as the policy should write it, including its stop token."""
         return self.answer_prefix_ids(thought_ids) + tuple(answer_ids) + self.answer_close_ids
 
 
 class PromptTemplate(ABC):
-    """How the policy is asked. ``bind`` raises ValueError for a tokenizer that cannot express the template."""
+    """How the policy is prompted."""
 
     @abstractmethod
     def bind(self, tokenizer: PreTrainedTokenizerBase) -> BoundPrompt:
-        """The template in the token ids of this tokenizer."""
+        """Bind to a tokenizer. Raises ValueError if it cannot express the template."""
 
 
 class ContinuationPrompt(PromptTemplate):
-    """The context as it stands, then the thought: the form that a base or a small model was pre-trained on.
+    """The unchanged context, then the thought.
 
-    A tokenizer that begins every text with a token of its own (Llama 3) gets that token here too. The thought markers may be tokens of the tokenizer
-    or plain text; None for both asks for no marked thought.
+    This is the form that a base model or a small model was pre-trained on. If a tokenizer begins every text
+    with a special token (Llama 3), the prompt does too. The thought markers may be tokens of the tokenizer or
+    plain text. None for both asks for no marked thought.
     """
 
     def __init__(self, think_open: str | None = "<think>", think_close: str | None = "</think>") -> None:
@@ -89,16 +95,19 @@ class ContinuationPrompt(PromptTemplate):
 
 
 class ChatPrompt(PromptTemplate):
-    r"""The paper's question inside the model's own chat template, in the wordings ``v0`` (main runs) to ``v6`` of its Table 10.
+    r"""The paper's question inside the model's own chat template.
 
-    The thought is opened after the template's generation prompt unless the template does so itself (the R1 distillations do); a thought that the
-    template closes again at once is taken out. The turn ends with the token that the template puts after an assistant's message.
+    The wordings are ``v0`` (main runs) to ``v6`` of the paper's Table 10. The thought is opened after the
+    template's generation prompt unless the template does so itself (the R1 distillations do). If the template
+    closes the thought again at once, that closed thought is removed. The turn ends with the token that the
+    template puts after an assistant's message.
 
     Args:
         version: v0 to v6.
-        think_open: What opens the thought; null, like think_close, for no marked thought.
-        think_close: What closes it.
-        template_args: What the chat template is given besides the messages, such as ``enable_thinking: true``.
+        think_open: Marker that opens the thought. null, here and for think_close, asks for no marked thought.
+        think_close: Marker that closes the thought.
+        template_args: Arguments for the chat template besides the messages, such as
+            ``enable_thinking: true``.
     """
 
     def __init__(
@@ -122,14 +131,16 @@ class ChatPrompt(PromptTemplate):
 
 
 class QuestionPrompt(PromptTemplate):
-    """The context as the user's turn of the model's own chat template: for questions, which say themselves what is asked.
+    """The context as the user's turn of the model's own chat template.
 
-    Thought and end of the turn are those of `ChatPrompt`. A base model is asked questions with `ContinuationPrompt`.
+    It is for questions, which say themselves what is asked. The thought and the end of the turn are as in
+    `ChatPrompt`. For a base model use `ContinuationPrompt`.
 
     Args:
-        think_open: What opens the thought; null, like think_close, for no marked thought.
-        think_close: What closes it.
-        template_args: What the chat template is given besides the messages, such as ``enable_thinking: true``.
+        think_open: Marker that opens the thought. null, here and for think_close, asks for no marked thought.
+        think_close: Marker that closes the thought.
+        template_args: Arguments for the chat template besides the messages, such as
+            ``enable_thinking: true``.
     """
 
     def __init__(
@@ -155,7 +166,7 @@ def _chat(
     think_open: str | None,
     think_close: str | None,
 ) -> BoundPrompt:
-    """The wording as the user's turn."""
+    """Build the prompt with the wording as the user's turn."""
     token_bytes = TokenBytes(tokenizer)
     before, after, opens = template.around_question(wording, think_open, think_close)
     suffix_ids = _template_ids(tokenizer, after) + (
@@ -187,7 +198,7 @@ def _bound(
 ) -> BoundPrompt:
     close_id = None if think_close is None else tokenizer.get_added_vocab().get(think_close)
     if close_id is None:
-        # One string, so that the merges across the marker's end are those of ordinary text.
+        # One string, so that the merges across the marker's end are the same as in ordinary text.
         answer_open_ids = token_bytes.encode_plain((think_close or "") + BOX_OPEN.decode())
     else:
         answer_open_ids = (close_id, *token_bytes.encode_plain(BOX_OPEN.decode()))
@@ -205,16 +216,18 @@ def _bound(
 def _check_markers(think_open: str | None, think_close: str | None) -> None:
     if think_open == "" or think_close == "":
         raise ValueError(
-            f"think_open={think_open!r}, think_close={think_close!r}: a marker cannot be empty; use null for no marked thought"
+            f"think_open={think_open!r}, think_close={think_close!r}: a marker cannot be empty; "
+            "use null for no marked thought"
         )
     if (think_open is None) != (think_close is None):
         raise ValueError(
-            f"think_open={think_open!r}, think_close={think_close!r}: give both thought markers, or null for both"
+            f"think_open={think_open!r}, think_close={think_close!r}: "
+            "give both thought markers, or null for both"
         )
 
 
 def _marker_ids(tokenizer: PreTrainedTokenizerBase, token_bytes: TokenBytes, marker: str | None) -> TokenIds:
-    """One id where the tokenizer has the marker as a token of its own (Qwen 3, R1), else the marker's text."""
+    """Return one id if the tokenizer has the marker as a token (Qwen 3, R1), else the ids of its text."""
     if marker is None:
         return ()
     marker_id = tokenizer.get_added_vocab().get(marker)
@@ -222,6 +235,6 @@ def _marker_ids(tokenizer: PreTrainedTokenizerBase, token_bytes: TokenBytes, mar
 
 
 def _template_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> TokenIds:
-    """Ids of the template's own text, in which the markers of the chat are tokens."""
+    """Return the ids of the template's own text, in which the chat markers are tokens."""
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     return tuple(ids)

@@ -1,6 +1,7 @@
-r"""How a question is put: its text, its choices by letter, and the form of the answer. The rest is the prompt template's.
+r"""The text of a question: the question itself, its choices by letter, and the form of the answer.
 
-The wording is the one that the R1 distillations recommend for mathematics; for choices it asks for the letter.
+The prompt template adds the rest. The wording is the one that the R1 distillations recommend for mathematics.
+With choices it asks for the letter.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ _CHOICE_FORM = r"Please reason step by step, and put the letter of the correct c
 
 
 def question_text(question: Question) -> str:
-    r"""What the policy reads.
+    r"""Return the text that the policy reads.
 
-    >>> print(question_text(Question(question_id="q-1", text="What is 2 + 2?", answer="B", choices=("3", "4"))))
+    >>> question = Question(question_id="q-1", text="What is 2 + 2?", answer="B", choices=("3", "4"))
+    >>> print(question_text(question))
     What is 2 + 2?
     <BLANKLINE>
     A. 3

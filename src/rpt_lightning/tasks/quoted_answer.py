@@ -1,7 +1,10 @@
-"""Whether an answer only repeats an expression of the question: Math-Verify compares values, so that "What is 29 - 14?" could be answered by itself.
+"""Detect answers that only repeat an expression of the question.
 
-An expression counts as repeated if something is left to work out in it. A number, a fraction in lowest terms, an interval of them or ``x = -2`` is worked
-out, whether or not the question holds it ("which of these?"), and so is the true answer in another notation.
+Math-Verify compares values, so the question "What is 29 - 14?" could be answered by "29 - 14".
+
+An expression counts as repeated if something is left to work out in it. A number, a fraction in lowest terms,
+an interval of them or ``x = -2`` is worked out, even if the question contains it ("which of these?"). The
+same holds for the true answer in another notation.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from rpt_lightning.types import Question
 
 _MACRO = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mathsf|boldsymbol|mbox)\s*\{([^{}]*)\}")
 _LAYOUT = re.compile(r"\s|\$|\\[,;:! ]|\{,\}|\\(?:left|right|displaystyle)(?![A-Za-z])|\^?\{?\\circ\}?|°")
-# One character for each relation, sign and symbol that has several spellings.
+# One character for each relation, sign or symbol that has several spellings.
 _SPELLINGS: list[tuple[str, str]] = [
     *(
         (rf"\\(?:{names})(?![A-Za-z])", one)
@@ -58,16 +61,20 @@ _BETWEEN = re.compile(r"[=<>≤≥≠≈∈∪∩,;()\[\]⦃⦄]")
 _PRODUCT = re.compile(r"[0-9A-Za-zπ!}]\(|\)[0-9A-Za-zπ(^!\\]")
 _NUMBER = re.compile(r"[-+]?\d*\.?\d*%?")
 _SYMBOL = re.compile(
-    r"[-+]?\d*\.?\d*(?:[A-Za-zπ∞∅]|\\(?!sqrt|frac|binom|sum|int|prod|log|ln|exp|sin|cos|tan|lim|gcd|max|min)[A-Za-z]+)+"
+    r"[-+]?\d*\.?\d*(?:[A-Za-zπ∞∅]|"
+    r"\\(?!sqrt|frac|binom|sum|int|prod|log|ln|exp|sin|cos|tan|lim|gcd|max|min)[A-Za-z]+)+"
 )
 _PARTS = re.compile(r"[-+]?(?:\d+&)?(?P<above>\d*)(?P<root>\\sqrt\d+)?π?/(?P<below>\d+)")
 _ROOT = re.compile(r"[-+]?\d*\\sqrt(?P<root>\d+)")
 
 
 def quotes_question(prediction: str, question: Question) -> bool:
-    r"""Whether the answer stands in the question, leaves something to work out, and is not the true answer as it is written.
+    r"""Whether the answer only repeats an expression of the question.
 
-    >>> difference = Question(question_id="q", text="What is 29 - 14? For which x, x = -2 or x = 15?", answer="15")
+    That is so if it is in the question, leaves something to work out, and is not the true answer as written.
+
+    >>> text = "What is 29 - 14? For which x, x = -2 or x = 15?"
+    >>> difference = Question(question_id="q", text=text, answer="15")
     >>> [quotes_question(text, difference) for text in ("29-14", "$29 - 14$", "15", "29", "30 - 15", "x=-2")]
     [True, True, False, False, False, False]
     """
@@ -80,13 +87,14 @@ def quotes_question(prediction: str, question: Question) -> bool:
 
 
 def plain(text: str) -> str:
-    r"""An expression without layout, fonts and signs of degrees, in one notation of several.
+    r"""Normalise an expression: remove layout, fonts and degree signs, and unify notations.
 
-    >>> [plain(text) for text in (r"$\dfrac{1}{2}$", "1 / 2", r"2 \times x^{2}", r"3\tfrac{1}{2}", r"\frac{x+1}{2}")]
+    >>> texts = (r"$\dfrac{1}{2}$", "1 / 2", r"2 \times x^{2}", r"3\tfrac{1}{2}", r"\frac{x+1}{2}")
+    >>> [plain(text) for text in texts]
     ['1/2', '1/2', '2*x^2', '3&1/2', '(x+1)/2']
     """
     text = without_fonts(text)
-    for pattern, one in _SPELLINGS:  # before blanks go: one may end a command
+    for pattern, one in _SPELLINGS:  # before blanks are removed: a blank may end a command
         text = re.sub(pattern, one, text)
     text = _LAYOUT.sub("", text)
     text = _SHORT_GROUP.sub(r"\1\2", text)
@@ -96,7 +104,7 @@ def plain(text: str) -> str:
 
 
 def without_fonts(text: str) -> str:
-    r"""Without ``\text{...}`` and the like around letters."""
+    r"""Remove ``\text{...}`` and the like around letters."""
     while (bare := _MACRO.sub(r"\1", text)) != text:
         text = bare
     return text
@@ -116,7 +124,11 @@ def _in_a_line(match: re.Match[str]) -> str:
 
 
 def _leaves_work(text: str) -> bool:
-    """Whether any part between relations, commas and brackets is more than a number or a name, or parts are multiplied."""
+    """Whether something is left to work out.
+
+    That is so if a part between relations, commas and brackets is more than a number or a name, or if parts
+    are multiplied.
+    """
     return _PRODUCT.search(text) is not None or not all(
         map(_is_worked_out, filter(None, _BETWEEN.split(text)))
     )

@@ -1,7 +1,9 @@
-"""What a prediction is paid, in bytes (RPT, sections 3.2 and 4: the prefix-matching reward and the three that the paper compares it with).
+"""The reward of a prediction, compared as bytes.
 
-Notation: ``y`` is the prediction, ``x_t x_{t+1} ...`` the ground-truth tokens from the position on, ``b(.)`` their bytes. A missing prediction is
-paid 0 by every reward, and so is an empty one.
+These are the prefix-matching reward and the three that the paper compares it with (RPT, sections 3.2 and 4).
+
+Notation: ``y`` is the prediction, ``x_t x_{t+1} ...`` are the ground-truth tokens from the position on, and
+``b(.)`` are their bytes. A missing or empty prediction earns 0 from every reward.
 """
 
 from __future__ import annotations
@@ -13,12 +15,13 @@ from rpt_lightning.types import Task, TokenTask
 
 
 def prefix_match(prediction: bytes, continuation: Sequence[bytes]) -> float:
-    """RPT, equation 3: 1 iff ``b(y)`` is a prefix of ``b(x_t x_{t+1} ...)`` that ends on a token boundary, else 0.
+    """Return 1 iff ``b(y)`` is a prefix of ``b(x_t x_{t+1} ...)`` that ends on a token boundary, else 0.
 
-    ``continuation`` holds the bytes of each ground-truth token in order. An empty prediction is wrong, and so is one that reaches beyond
-    ``continuation``.
+    This is equation 3 of RPT. ``continuation`` holds the bytes of each ground-truth token in order. A
+    prediction is wrong if it is empty or extends beyond ``continuation``.
 
-    >>> [prefix_match(prediction, [b" the", b" sum"]) for prediction in (b" the", b" the sum", b" the s", b"the")]
+    >>> predictions = (b" the", b" the sum", b" the s", b"the")
+    >>> [prefix_match(prediction, [b" the", b" sum"]) for prediction in predictions]
     [1.0, 1.0, 0.0, 0.0]
     """
     length = 0
@@ -32,22 +35,24 @@ def prefix_match(prediction: bytes, continuation: Sequence[bytes]) -> float:
 
 
 def first_token_match(prediction: bytes, continuation: Sequence[bytes]) -> float:
-    """1 iff ``b(y)`` starts with ``b(x_t)``, else 0.
+    """Return 1 iff ``b(y)`` starts with ``b(x_t)``, else 0.
 
-    Bytes do not show how ``y`` would be cut into tokens: with the truth " the", the prediction " theory" matches too, although its own first token
-    may be " theory". Only a prediction that ends inside the first token, or differs from it, is refused.
+    Bytes do not show how ``y`` would be tokenised. With the truth " the", the prediction " theory" matches
+    too, although its own first token may be " theory". A prediction fails only if it ends inside the first
+    token or differs from it.
 
-    >>> [first_token_match(prediction, [b" the", b" sum"]) for prediction in (b" the", b" the product", b" th")]
+    >>> predictions = (b" the", b" the product", b" th")
+    >>> [first_token_match(prediction, [b" the", b" sum"]) for prediction in predictions]
     [1.0, 1.0, 0.0]
     """
     return float(bool(continuation) and len(continuation[0]) > 0 and prediction.startswith(continuation[0]))
 
 
 class Reward(ABC):
-    """What the completions of one task are paid, all of them together since a reward may look at the whole group."""
+    """The rewards of one task's completions. A reward may depend on the whole group."""
 
     needs_first_token_probs: bool
-    """Whether ``group_rewards`` must be given the policy's own probability of each prediction's first token."""
+    """Whether ``group_rewards`` needs the policy's own probability of each prediction's first token."""
 
     @abstractmethod
     def group_rewards(
@@ -56,15 +61,16 @@ class Reward(ABC):
         task: Task,
         first_token_probs: Sequence[float] | None = None,
     ) -> tuple[float, ...]:
-        """One reward a prediction, in order.
+        """Return one reward per prediction, in order.
 
-        ``first_token_probs[i]`` is ``P(y0 | x_<t)``: the probability, under the policy asked for the next token directly and without a thought, of
-        the first token of prediction ``i``; it is not read where the prediction is missing or empty. None unless ``needs_first_token_probs``.
+        ``first_token_probs[i]`` is ``P(y0 | x_<t)``, the probability of the first token of prediction ``i``.
+        It comes from the policy when asked for the next token directly, without a thought. It is not read if
+        the prediction is missing or empty. The argument is None unless ``needs_first_token_probs``.
         """
 
 
 class PrefixMatchReward(Reward):
-    """``r_i = prefix_match(y_i, x_>=t)``: the reward of the main runs (RPT, equation 3)."""
+    """``r_i = prefix_match(y_i, x_>=t)``, the reward of the main runs (RPT, equation 3)."""
 
     needs_first_token_probs = False
 
@@ -81,7 +87,7 @@ class PrefixMatchReward(Reward):
 
 
 class FirstTokenReward(Reward):
-    """``r_i = 1[b(y_i) starts with b(x_t)]``: only the first token must match (RPT's ablation)."""
+    """``r_i = 1[b(y_i) starts with b(x_t)]``. Only the first token must match (RPT's ablation)."""
 
     needs_first_token_probs = False
 
@@ -95,7 +101,10 @@ class FirstTokenReward(Reward):
 
 
 class DenseReward(Reward):
-    """``r_i = 1`` where the first token matches, else ``P(y0_i | x_<t)`` (RPT's ablation): a likely guess is paid a little."""
+    """``r_i = 1`` if the first token matches, else ``P(y0_i | x_<t)`` (RPT's ablation).
+
+    A likely guess earns a small reward.
+    """
 
     needs_first_token_probs = True
 
@@ -109,7 +118,7 @@ class DenseReward(Reward):
 
 
 class ConditionalDenseReward(Reward):
-    """The dense reward in groups with at least one matching first token; every other group is paid 0 (RPT's ablation)."""
+    """The dense reward if at least one first token of the group matches, else 0 (RPT's ablation)."""
 
     needs_first_token_probs = True
 
@@ -127,7 +136,8 @@ class ConditionalDenseReward(Reward):
 def _continuation(task: Task) -> tuple[bytes, ...]:
     if not isinstance(task, TokenTask):
         raise ValueError(
-            f"task {task.task_id!r} is a question, and this reward pays for next-token predictions; give --rollout.objective.reward AnswerReward"
+            f"task {task.task_id!r} is a question, and this reward is for next-token predictions; "
+            "give --rollout.objective.reward AnswerReward"
         )
     return task.continuation
 

@@ -1,11 +1,13 @@
 """The exact bytes of each token.
 
-Rewards compare bytes, because a token may end inside a character, so decoding to text would lose what the reward is about.
+Rewards compare bytes. A token may end inside a character, so decoding to text would lose the token
+boundaries.
 
-What is exact: ``join(encode_plain(text)) == text.encode()`` for byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM2) that knows every byte. For BPE with
-byte fallback (Llama 2, Mistral, Gemma) the same holds for text without U+2581, the character such tokenizers use for a space. To get there the
-plain encoder leaves out what would change the text: Unicode normalisation (Qwen's NFC), the space that some tokenizers put in front, and added
-tokens.
+The bytes are exact in this sense: ``join(encode_plain(text)) == text.encode()`` for byte-level BPE (GPT-2,
+Llama 3, Qwen, SmolLM2) that knows every byte. For BPE with byte fallback (Llama 2, Mistral, Gemma) the same
+holds for text without U+2581, the character that such tokenizers use for a space. To achieve this, the plain
+encoder leaves out everything that would change the text: Unicode normalisation (Qwen's NFC), the space that
+some tokenizers put before the text, and added tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ NO_TOKEN = "\ufffd".encode()
 
 
 def byte_of_character() -> dict[str, int]:
-    """GPT-2's byte alphabet: printable Latin-1 bytes stand for themselves, the other 68 are moved to U+0100 and up, in order."""
+    """Return GPT-2's byte alphabet.
+
+    Printable Latin-1 bytes stand for themselves. The other 68 are moved to U+0100 and up, in order.
+    """
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -40,14 +45,14 @@ def byte_of_character() -> dict[str, int]:
 
 
 def _steps(component: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """The parts of a tokenizer component, whether it is absent, one step or a sequence."""
+    """List the steps of a tokenizer component, which may be absent, a single step or a sequence."""
     if component is None:
         return []
     return list(component[key]) if component["type"] == "Sequence" else [component]
 
 
 def start_ids(tokenizer: PreTrainedTokenizerBase) -> TokenIds:
-    """What the tokenizer puts in front of every text: a begin-of-text token (Llama 3), or nothing (Qwen, SmolLM2)."""
+    """Return the tokens before every text: a begin-of-text token (Llama 3), or nothing (Qwen, SmolLM2)."""
     bos_id, first_ids = tokenizer.bos_token_id, tokenizer("").input_ids[:1]
     return (
         (bos_id,)
@@ -57,13 +62,14 @@ def start_ids(tokenizer: PreTrainedTokenizerBase) -> TokenIds:
 
 
 class TokenBytes:
-    """The bytes of each token id of a fast tokenizer, and an encoder that treats everything in a text as plain text.
+    """The bytes of each token id of a fast tokenizer, and an encoder that treats all of a text as plain text.
 
-    Added tokens (special or not: ``<|im_end|>``, ``<think>``) have their literal content as bytes and are never produced by ``encode_plain``.
-    Added tokens of whitespace only (the runs of spaces of GPT-NeoX and OLMo) are ordinary vocabulary. ``token_bytes[id]`` raises KeyError for an
-    id that the tokenizer does not have (the padding rows of a model's embedding).
+    Added tokens (special or not: ``<|im_end|>``, ``<think>``) have their literal content as bytes.
+    ``encode_plain`` never produces them. Added tokens that consist of whitespace only (the runs of spaces of
+    GPT-NeoX and OLMo) are ordinary vocabulary. ``token_bytes[id]`` raises KeyError if the tokenizer does not
+    have the id (the padding rows of a model's embedding).
 
-    Raises ValueError for tokenizers that are neither byte-level BPE nor BPE with byte fallback.
+    Raises ValueError if the tokenizer is neither byte-level BPE nor BPE with byte fallback.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -75,8 +81,9 @@ class TokenBytes:
         self._is_byte_level = is_byte_level
         if model["type"] != "BPE" or not (is_byte_level or model.get("byte_fallback")):
             raise ValueError(
-                f"tokenizer {tokenizer.name_or_path!r} is of kind {model['type']} without byte-level pieces or byte fallback, so its tokens have "
-                "no exact bytes; use a model with a byte-level BPE tokenizer (Llama 3, Qwen, SmolLM2) or byte fallback (Llama 2, Mistral, Gemma)"
+                f"tokenizer {tokenizer.name_or_path!r} is of kind {model['type']} without byte-level pieces "
+                "or byte fallback, so its tokens have no exact bytes; use a model with a byte-level BPE "
+                "tokenizer (Llama 3, Qwen, SmolLM2) or byte fallback (Llama 2, Mistral, Gemma)"
             )
         added = specification["added_tokens"]
         ordinary = [
@@ -104,26 +111,33 @@ class TokenBytes:
         return token_id in self._bytes
 
     def drawn(self, token_id: int) -> bytes:
-        """The bytes of a token that a model drew. Embeddings are often padded: a weak policy may draw a row that is no token, shown as U+FFFD."""
+        """Return the bytes of a token that a model drew.
+
+        Embeddings are often padded. A weak policy may draw a row that is not a token, which gives U+FFFD.
+        """
         return self._bytes.get(token_id, NO_TOKEN)
 
     def join(self, token_ids: Iterable[int]) -> bytes:
-        """The bytes of a sequence of tokens, one after the other."""
+        """Concatenate the bytes of a sequence of tokens."""
         return b"".join([self._bytes[token_id] for token_id in token_ids])
 
     def is_special(self, token_id: int) -> bool:
-        """Whether the id is a marker that plain text never contains: an added token, declared special or not."""
+        """Whether the id is a marker that plain text never contains.
+
+        Any added token is one, whether it is declared special or not.
+        """
         return token_id in self._special_ids
 
     def plain_text(self, text: str) -> str:
-        """The text as its tokens have it, character by character: with byte fallback a U+2581 is a space."""
+        """Return the text as its tokens represent it. With byte fallback a U+2581 becomes a space."""
         return text if self._is_byte_level else text.replace(SPACE_MARK, " ")
 
     def encode_plain(self, text: str) -> TokenIds:
-        """Token ids of a text in which ``</think>`` or ``<|im_end|>`` are characters like any others.
+        """Encode a text in which ``</think>`` or ``<|im_end|>`` are characters like any others.
 
-        Raises ValueError for a text that the tokenizer cannot express: some vocabularies lack a few bytes (SmolLM2 has no U+0004), and a Tokenizer
-        would drop them without a word. A lone surrogate raises UnicodeEncodeError, which is a ValueError too.
+        Raises ValueError if the tokenizer cannot express the text. Some vocabularies lack a few bytes
+        (SmolLM2 has no U+0004), and a Tokenizer would silently drop them. A lone surrogate raises
+        UnicodeEncodeError, which is a ValueError too.
         """
         text = self.plain_text(text)
         expected = text.encode()
@@ -136,7 +150,8 @@ class TokenBytes:
             )
             names = ", ".join(map(ascii, missing[:5]))
             raise ValueError(
-                f"tokenizer {self._name!r} has no tokens for the characters {names}; remove them from the text"
+                f"tokenizer {self._name!r} has no tokens for the characters {names}; "
+                "remove them from the text"
             )
         return ids
 
@@ -145,7 +160,8 @@ _BYTE_OF_CHARACTER = byte_of_character()
 
 
 def _byte_level_piece(piece: str) -> bytes:
-    # A piece outside the alphabet was put into the vocabulary as literal text (some tokenizers keep their markers there).
+    # A piece outside the alphabet is in the vocabulary as literal text (some tokenizers keep their markers
+    # there).
     return (
         bytes([_BYTE_OF_CHARACTER[character] for character in piece])
         if all(c in _BYTE_OF_CHARACTER for c in piece)
@@ -162,10 +178,10 @@ def _byte_fallback_piece(piece: str) -> bytes:
 def _plain_encoder(
     specification: dict[str, Any], ordinary: list[dict[str, Any]], *, is_byte_level: bool
 ) -> Tokenizer:
-    """The tokenizer without its markers and without anything that changes the text.
+    """Build the tokenizer without its markers and without anything that changes the text.
 
-    ``split_special_tokens=True`` is not enough: the backend then splits the added tokens that are declared special, and still matches the others,
-    such as the ``<think>`` of Qwen 3 and of the R1 distillations.
+    ``split_special_tokens=True`` is not enough. The backend then splits the added tokens that are declared
+    special, but it still matches the others, such as the ``<think>`` of Qwen 3 and of the R1 distillations.
     """
     plain = {
         **specification,

@@ -1,4 +1,7 @@
-"""Whether true answers can be recognised: each must equal itself written in other ways, else right answers count as wrong."""
+"""Check that true answers can be recognised.
+
+Each must equal itself when it is written in other ways. Otherwise right answers count as wrong.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,11 @@ from collections.abc import Iterable
 from rpt_lightning.tasks.math_verifier import MathVerifier
 from rpt_lightning.tasks.number_text import ANY_EXPONENT, digits
 
-MAX_PLAIN = 500  # answers that nothing speaks against and that are compared all the same; each takes some hundredths of a second
+# Limit on the answers that are compared although nothing suggests a problem. Each takes some hundredths of a
+# second.
+MAX_PLAIN = 500
 
-# Math-Verify reads these in any form.
+# Math-Verify reads such answers in any form.
 _SIMPLE = re.compile(r"-?(?:\d+(?:\.\d+)?|\d+/\d+|\\d?frac\{-?\d+\}\{\d+\})")
 _THOUSANDS = re.compile(
     r"[+-]?\d{1,3}(?:(?P<mark>[,.' _\u00a0\u2009\u202f]|\\,|\\ |\{,\})\d{3})(?:(?P=mark)\d{3})*"
@@ -36,7 +41,7 @@ _LATEX = {
 
 
 def other_ways(answer: str) -> list[str]:
-    r"""The same answer as a policy would write it: in LaTeX, in digits.
+    r"""Return other ways in which a policy might write the same answer: in LaTeX, in digits.
 
     >>> [other_ways(text) for text in ("2√3", "1e-5", "12 500", "3 1/2", "x+1")]
     [['2\\sqrt{3}'], ['0.00001'], ['12500'], ['3\\frac{1}{2}'], []]
@@ -63,9 +68,11 @@ def _in_latex(answer: str) -> str:
 
 
 def unlike_themselves(answers: Iterable[str], verifier: MathVerifier) -> tuple[dict[str, str], int]:
-    """True answers that Math-Verify does not find equal to themselves, each with the other way of writing it; and how many it was not asked about.
+    """Find true answers that Math-Verify does not consider equal to themselves.
 
-    All are asked about that other writings are known of, and the first ``MAX_PLAIN`` of the others but for plain numbers.
+    Returns each of them with the other way of writing it, and the number of answers that were not checked.
+    All answers with known other ways of writing are checked. Of the others, plain numbers are skipped and the
+    first ``MAX_PLAIN`` are checked.
     """
     ways = {answer: other_ways(answer) for answer in dict.fromkeys(answers) if not _SIMPLE.fullmatch(answer)}
     plain = [answer for answer, others in ways.items() if not others]

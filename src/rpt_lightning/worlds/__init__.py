@@ -1,4 +1,7 @@
-"""Small worlds whose text has tokens that can be worked out: where next-token reasoning can be shown, measured and broken."""
+"""Small worlds whose texts have tokens that can be worked out.
+
+They serve to demonstrate, measure and stress next-token reasoning.
+"""
 
 from rpt_lightning.worlds.boxes import Boxes
 from rpt_lightning.worlds.cups import Cups

@@ -1,4 +1,4 @@
-"""Twelve boxes with notes that name another box: pointers to be followed."""
+"""Twelve boxes with notes that each name another box, as pointers to follow."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ NUM_BOXES = 12
 
 
 class Boxes(World):
-    """Each of twelve boxes holds a note that names another box; a walk starts at one and follows some notes.
+    """Each of twelve boxes holds a note that names another box. A walk follows some notes from one box.
 
-    Unlike in `Cups` and `People` everything that the answer depends on stands in the text in no order, and each step looks a note up.
+    Unlike in `Cups` and `People`, the text contains everything that the answer depends on in random order,
+    and each step looks up a note.
 
     Args:
-        num_documents: How many documents there are.
+        num_documents: Number of documents.
         min_depth: Least number of notes that are followed.
-        max_depth: Greatest number of notes that are followed, less than the number of boxes: the walk never comes back.
-        seed: Worlds of different seeds write different documents.
+        max_depth: Greatest number of notes that are followed. It is less than the number of boxes, so the
+            walk never returns to its start.
+        seed: Seed of the documents. Different seeds give different documents.
     """
 
     def __init__(
@@ -31,10 +33,9 @@ class Boxes(World):
             )
 
     def write(self, rng: random.Random, depth: int) -> list[str | Answer]:
-        """The notes in random order, then the walk, whose end is the answer."""
-        cycle = rng.sample(
-            range(1, NUM_BOXES + 1), NUM_BOXES
-        )  # one cycle, so that no walk is caught in a short one
+        """Write the notes in random order, then the walk, whose end is the answer."""
+        # A single cycle, so that no walk is caught in a short one.
+        cycle = rng.sample(range(1, NUM_BOXES + 1), NUM_BOXES)
         note = dict(zip(cycle, cycle[1:] + cycle[:1], strict=True))
         order = rng.sample(range(1, NUM_BOXES + 1), NUM_BOXES)
         notes = " ".join(f"Box {box} says {note[box]}." for box in order)

@@ -7,29 +7,31 @@ from collections.abc import Mapping
 
 from rpt_lightning.worlds.world import Answer, World
 
-# Where the ball is after a move, from cup 1 to cup 8. The moves do not commute, so counting them does not help.
+# The position of the ball after a move, for cups 1 to 8. The moves do not commute, so counting them does not
+# help.
 MOVES: Mapping[str, tuple[int, ...]] = {
     "turn": (2, 3, 4, 5, 6, 7, 8, 1),  # to the next cup
-    "flip": (2, 1, 3, 4, 5, 6, 7, 8),  # the first two change places
-    "cross": (8, 7, 6, 5, 4, 3, 2, 1),  # from the other end
+    "flip": (2, 1, 3, 4, 5, 6, 7, 8),  # the first two swap places
+    "cross": (8, 7, 6, 5, 4, 3, 2, 1),  # reversed
     "split": (1, 3, 5, 7, 2, 4, 6, 8),  # two halves, interleaved: 1 5 2 6 3 7 4 8
 }
 LARGEST_FIRST_NUMBER = 19
 
 
 class Cups(World):
-    """The ball is under a cup, numbered moves shuffle the cups, and at the end the text says where the ball is.
+    """A ball is under a cup, numbered moves shuffle the cups, and the end of the text says where the ball is.
 
-    The permutations generate a group that is not solvable, so a fixed number of layers cannot follow the ball over any number of moves
-    (arXiv:2402.12875); a thought that writes the cup after each move can.
+    The permutations generate a group that is not solvable. A fixed number of layers therefore cannot follow
+    the ball over any number of moves (arXiv:2402.12875). A thought that writes the cup after each move can.
 
     Args:
-        num_documents: How many documents there are.
+        num_documents: Number of documents.
         min_depth: Least number of moves.
         max_depth: Greatest number of moves.
-        noise: Share of the documents whose last sentence names any cup, as a text that is wrong does. Nothing says which documents these are, so that nobody
-            can predict them; their field ``noise`` is 1.
-        seed: Worlds of different seeds write different documents.
+        noise: Share of the documents whose last sentence names a random cup, as a wrong text does. Nothing
+            marks these documents in the text, so that their answer cannot be predicted. Their field ``noise``
+            is 1.
+        seed: Seed of the documents. Different seeds give different documents.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class Cups(World):
         self.noise = noise
 
     def write(self, rng: random.Random, depth: int) -> list[str | Answer]:
-        """The game, its last sentence with the cup as the answer."""
+        """Write the game, whose last sentence has the cup as the answer."""
         cup, number = rng.randint(1, 8), rng.randint(1, LARGEST_FIRST_NUMBER)
         game, thought = f"The ball is under cup {cup}.", f" cup {cup}."
         for step in range(number, number + depth):

@@ -11,19 +11,20 @@ LARGEST_FIRST_NUMBER = 19
 
 
 class People(World):
-    """One of five people has the ball, neighbours swap what they have, and at the end the text says who has the ball.
+    """One of five people has the ball, neighbours swap what they have, and the end says who has the ball.
 
-    Swaps of neighbours generate all permutations of five things, S5, the smallest symmetric group that is not solvable.
+    Swaps of neighbours generate all permutations of five things, S5, the smallest symmetric group that is not
+    solvable.
 
     Args:
-        num_documents: How many documents there are.
+        num_documents: Number of documents.
         min_depth: Least number of swaps.
         max_depth: Greatest number of swaps.
-        seed: Worlds of different seeds write different documents.
+        seed: Seed of the documents. Different seeds give different documents.
     """
 
     def write(self, rng: random.Random, depth: int) -> list[str | Answer]:
-        """The swaps, the last sentence with the holder as the answer."""
+        """Write the swaps, and a last sentence with the holder as the answer."""
         holder, number = rng.randrange(5), rng.randint(1, LARGEST_FIRST_NUMBER)
         text, thought = f"{NAMES[holder]} has the ball.", f" {NAMES[holder]}."
         for step in range(number, number + depth):

@@ -1,4 +1,4 @@
-"""The one interface of a world: a seeded generator of documents with answers that can be worked out.
+"""The single interface of a world: a seeded generator of documents with answers that can be worked out.
 
 A world of your own is one class in one file. It writes a document as a list of text pieces and answers:
 
@@ -7,7 +7,8 @@ A world of your own is one class in one file. It writes a document as a list of 
 ...
 ...     def write(self, rng: random.Random, depth: int) -> list[str | Answer]:
 ...         words = rng.choices(["red", "blue"], k=depth)
-...         return ["Say " + " ".join(words) + ". First was", Answer(text=f" {words[0]}", depth=depth, thought=f" {words[0]}"), "."]
+...         first = Answer(text=f" {words[0]}", depth=depth, thought=f" {words[0]}")
+...         return ["Say " + " ".join(words) + ". First was", first, "."]
 >>> document = next(Echo(num_documents=1, min_depth=2, max_depth=2).documents())
 >>> document.text, document.marks[0].fields["depth"], document.marks[0].thought
 ('Say red red. First was red.', 2, ' red')
@@ -27,10 +28,11 @@ from rpt_lightning.types import Document, Fields, Mark
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A piece of a document that follows from what stands before it.
+    """A piece of a document that follows from the text before it.
 
-    ``depth`` is the number of steps that have to be made one after the other to find it. ``thought`` makes them in words; None where nobody can
-    find it. ``fields`` are kept with the position, beside the depth.
+    ``depth`` is the number of successive steps that it takes to find the piece. ``thought`` writes these
+    steps out. It is None if nobody can find the piece. ``fields`` are kept with the position, in addition to
+    the depth.
     """
 
     text: str
@@ -40,13 +42,13 @@ class Answer:
 
 
 class World(CorpusSource):
-    """A corpus that is generated: document ``i`` depends on the seed and on ``i`` alone.
+    """A generated corpus, whose document ``i`` depends on the seed and on ``i`` alone.
 
     Args:
-        num_documents: How many documents there are.
+        num_documents: Number of documents.
         min_depth: Least serial depth of a document.
-        max_depth: Greatest serial depth of a document; each from ``min_depth`` on is as frequent as any other.
-        seed: Worlds of different seeds write different documents.
+        max_depth: Greatest serial depth of a document. All depths from ``min_depth`` on are equally frequent.
+        seed: Seed of the documents. Different seeds give different documents.
     """
 
     def __init__(
@@ -66,19 +68,22 @@ class World(CorpusSource):
 
     @abstractmethod
     def write(self, rng: random.Random, depth: int) -> list[str | Answer]:
-        """The pieces of one document whose answers have this serial depth. All chance comes from ``rng``."""
+        """Return the pieces of one document whose answers have this serial depth.
+
+        All randomness comes from ``rng``.
+        """
 
     def documents(self) -> Iterator[Document]:
-        """All documents, in a fixed order."""
+        """Yield all documents in a fixed order."""
         name = type(self).__name__.lower()
         for number in range(self.num_documents):
-            # Seeded with text, whose hash is the same in every process and Python version.
+            # Seeded with text, because its hash is the same in every process and Python version.
             rng = random.Random(f"{name}:{self.seed}:{number}")
             depth = rng.randint(self.min_depth, self.max_depth)
             yield _document(f"{name}-{self.seed}-{number}", self.write(rng, depth))
 
     def describe(self) -> dict[str, Any]:
-        """The world's class and settings: every public attribute."""
+        """Return the world's class and settings, which are its public attributes."""
         settings = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         return {"kind": "world", "class": f"{type(self).__module__}.{type(self).__qualname__}", **settings}
 
