@@ -167,12 +167,13 @@ def test_completions_that_were_drawn_otherwise_are_not_compared() -> None:
     )
     refused, without, own = differences([sampled, greedy])
     assert refused == (
-        "- after a thought: greedy - sampled: not compared, since completions were drawn otherwise (completions a question 4 and 1; temperature 0.6 and 0.0)"
+        "- after a thought: greedy - sampled: not compared, because the completions were drawn with other "
+        "settings (completions a question 4 and 1; temperature 0.6 and 0.0)"
     )
     assert without.startswith("- without: greedy - sampled: +100.0 points")  # greedy in both
     assert own.startswith("- greedy: after a thought - without: +0.0 points")
     longer = replace(sampled, results=replace(sampled.results, max_completion_tokens=128))
-    assert "drawn otherwise (token limit 64 and 128)" in differences([sampled, longer])[0]
+    assert "drawn with other settings (token limit 64 and 128)" in differences([sampled, longer])[0]
     with pytest.raises(ValueError, match="are to different questions"):
         differences([sampled, stage("other", question("x", "r"), temperature=0.0)])
 
@@ -202,7 +203,8 @@ def test_a_run_whose_end_was_drawn_otherwise_than_its_start() -> None:
     ]
     assert "- before: rpt - base: +0.0 points" in table
     assert (
-        "- after: rpt - base: not compared, since completions were drawn otherwise (temperature 0.6 and 1.0)"
+        "- after: rpt - base: not compared, because the completions were drawn with other settings "
+        "(temperature 0.6 and 1.0)"
         in table
     )
     assert "- gain: rpt - base: not compared" in table

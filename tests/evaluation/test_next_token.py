@@ -110,7 +110,7 @@ def test_one_policy_and_then_another_against_it(rpt, tiny_model_dir, tiny_task_d
     status, output = rpt(*common, *few)
     assert status == 1
     assert (
-        f"--against {tmp_path / 'one' / 'tiny'}: results at other positions (12) than the 6 that are asked here"
+        f"--against {tmp_path / 'one' / 'tiny'}: these are results at other positions (12) than the 6 asked here"
         in output
     )
     assert not (tmp_path / "three").exists()
