@@ -30,5 +30,5 @@ def test_the_document_shows_what_the_plan_says(table, monkeypatch, tmp_path):
 
 
 def test_a_document_without_marks_is_refused(table):
-    with pytest.raises(ValueError, match="lacks the lines"):
+    with pytest.raises(ValueError, match="a line is missing"):
         table.with_tables("text", "tables")

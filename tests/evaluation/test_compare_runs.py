@@ -120,10 +120,12 @@ def test_what_all_runs_were_asked_is_compared_and_the_rest_is_named(runs):
     assert "not compared" not in both
     positions = comparison([asked_rpt, ntp])
     assert "| held-out positions | rpt | ntp |" in positions
-    assert "Answers to questions are not compared, since some runs were asked none: ntp." in positions
+    assert "Answers to questions are not compared, because some runs were asked none: ntp." in positions
     answers = comparison([asked_rpt, replace(asked_ntp, validations={})])
     assert "| sums | rpt | ntp |" in answers
-    assert "Held-out positions are not compared, since some runs were not validated at any: ntp." in answers
+    assert (
+        "Held-out positions are not compared, because some runs were not validated at any: ntp." in answers
+    )
     with pytest.raises(
         ValueError, match="rpt: was never validated at held-out positions, and ntp was asked no questions"
     ):

@@ -254,4 +254,4 @@ def test_an_evaluation_is_not_overwritten(rpt, tmp_path):
         tmp_path / "old",
     )
     assert status == 1
-    assert "holds an evaluation already" in output
+    assert "already holds an evaluation" in output

@@ -271,10 +271,10 @@ def test_seeds_of_other_positions_are_refused():
 
 
 def test_seeds_of_another_cold_start_or_length_are_refused():
-    with pytest.raises(ValueError, match=r"seeds 0 and 1 have another cold start \(f00 and f11\)"):
+    with pytest.raises(ValueError, match=r"seeds 0 and 1 differ in their cold start \(f00 and f11\)"):
         seed_summary([record(0), replace(record(1), about=ABOUT | {"cold_start_sha256": "f11"})])
     shorter = tuple(one for one in record(1).measured if one.step != 8)
-    with pytest.raises(ValueError, match=r"seeds 0 and 1 have another number of steps \(8 and 4\)"):
+    with pytest.raises(ValueError, match=r"seeds 0 and 1 differ in their number of steps \(8 and 4\)"):
         seed_summary([record(0), replace(record(1), measured=shorter)])
 
 

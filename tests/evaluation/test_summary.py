@@ -126,7 +126,7 @@ def test_summary_has_a_page_and_a_picture(tmp_path: Path):
     )
     markdown = summarise([stage("start", 5), stage("RPT", 40)], log, tmp_path / "report")
     assert (tmp_path / "report" / "summary.md").read_text() == markdown
-    assert "take positions as independent" in markdown
+    assert "treat positions as independent" in markdown
     assert "mean reward: 0.055 in the first 10 steps, 0.205 in the last 10 of 25" in markdown
     picture = imread(tmp_path / "report" / "summary.png")
     without_log = tmp_path / "without"

@@ -115,7 +115,7 @@ def test_what_the_page_holds_of_many_steps_is_said(tmp_path, capsys):
     assert re.search(r"report\.html: \d+\.\d MB, 1 run\. Open it", capsys.readouterr().out)
     text = (tmp_path / "report.html").read_text()
     assert re.findall(r'id="rollouts-0-(\d+)"', text) == ["1", "5", "9"]
-    assert "3 of 9 recorded steps are held here, evenly spread over each run" in text
+    assert "3 of 9 recorded steps are shown here, evenly spread over each run" in text
     with pytest.raises(ValueError, match="rollout_steps=1: give 2"):
         report([tmp_path / "run"], rollout_steps=1)
 
@@ -129,7 +129,7 @@ def test_a_run_with_nothing_but_a_log_says_what_is_missing(tmp_path):
     for missing in (
         "this run was never validated",
         "No run was validated",
-        "needs validations at two steps",
+        "needs validations at two or more steps",
         "No run recorded rollouts",
     ):
         assert missing in text
@@ -146,7 +146,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert cli.main(["report", "a", "nowhere"]) == 1
     assert (
         capsys.readouterr().err
-        == "rpt: error: nowhere: no such run folder. Give what `trainer.default_root_dir` was.\n"
+        == "rpt: error: nowhere: no such run folder. Give the value of `trainer.default_root_dir`.\n"
     )
     with pytest.raises(SystemExit):
         cli.main(["report"])

@@ -107,7 +107,7 @@ def test_the_thought_against_an_empty_one():
     _, thought = verdicts([run(results(3, 3, empty_thought_correct=True))])["run"]
     assert (thought.tone, thought.headline) == (
         "loss",
-        "The thought harms: behind an empty one the same weights answer better.",
+        "The thought harms: after an empty one the same weights answer better.",
     )
 
 
@@ -122,7 +122,7 @@ def test_what_training_changed():
     _, fell = verdicts([run(results(3, 2), results(1, 2, step=50))])["run"]
     assert fell.tone == "loss"
     _, one_validation = verdicts([run(results(3, 2, step=50), rewards=[0.1] * 30)])["run"]
-    assert one_validation.headline.startswith("What training changed cannot be said")
+    assert one_validation.headline.startswith("The effect of training is unknown")
     _, changed = verdicts([run(results(1, 2), results(1, 2, step=3), rewards=[0.1, 0.2, 0.3])])["run"]
     assert changed.tone == "undecided"
 
@@ -145,7 +145,7 @@ def test_other_runs_are_held_against_the_first():
     other = verdicts([rpt, run(results(3, 1, num_documents=39), name="other")])["other"][-1]
     assert (other.tone, other.headline) == (
         "unknown",
-        "It cannot be said whether other by NTP is better than rpt by NTP: the positions differ.",
+        "It is not known whether other by NTP is better than rpt by NTP: the positions differ.",
     )
     assert "Validate both with the same task folder" in other.numbers
     assert "never validated" in verdicts([rpt, run(name="other")])["other"][-1].headline
