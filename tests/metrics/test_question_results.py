@@ -41,7 +41,7 @@ def test_files_that_are_not_whole(tmp_path: Path) -> None:
         (lines[0] + "\n" + lines[1][:20], r"line 2: not an answered question"),
         (
             lines[0] + "\n" + json.dumps(json.loads(lines[1]) | {"verdicts": ["right"]}),
-            r"not every question has as many completions",
+            r"the questions have different numbers of completions",
         ),
     ]:
         path.write_text(text)

@@ -132,7 +132,7 @@ def test_files_of_earlier_versions_are_read(tmp_path: Path):
         ('{"policy_path": "p", "step": 1}', r"v\.json: not an object with"),
         (
             '{"policy_path": "p", "step": 1, "num_positions": 1, "model_size": {"params": 3}}',
-            r"v\.json: model_size \{'params': 3\} is not a model's",
+            r"v\.json: model_size \{'params': 3\} does not describe a model",
         ),
     ],
 )
