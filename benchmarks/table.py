@@ -1,7 +1,9 @@
-"""The table of the stored figures, between marker comments: of all in docs/performance.md, of those with a target in README.md.
+"""Write the table of stored figures between marker comments.
 
-python benchmarks/table.py            # writes it there and prints it
-python benchmarks/table.py --check    # exit status 1 where a document differs from benchmarks/results/
+docs/performance.md shows all figures, and README.md those with a target.
+
+python benchmarks/table.py            # writes and prints the table
+python benchmarks/table.py --check    # exits with status 1 if a document differs from benchmarks/results/
 """
 
 from __future__ import annotations
@@ -15,13 +17,13 @@ from result import MAX_OTHER_LOAD, Result, read_results
 from rpt_lightning.evaluation.marked_section import replace_section
 
 ROOT = Path(__file__).resolve().parents[1]
-# Documents, and whether only figures with a target stand in them.
+# The documents, and whether they show only figures with a target.
 DOCUMENTS = {ROOT / "docs" / "performance.md": False, ROOT / "README.md": True}
 BEGIN, END = "<!-- benchmarks: made by benchmarks/table.py -->", "<!-- end of benchmarks -->"
 
 
 def render(results: list[Result]) -> str:
-    """Markdown. Machines and commits stand below, where all figures share them once."""
+    """Format the figures in Markdown. A machine or commit that several figures share is named once, below."""
     if not results:
         return "Nothing is measured yet: `make bench`."
     lines = ["| figure | value | limit | target | met |", "|---|---|---|---|---|", *map(_row, results), ""]
@@ -33,7 +35,8 @@ def render(results: list[Result]) -> str:
     dates = sorted(result.date[:10] for result in results)
     when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     lines.append(
-        f"Machine: {'; '.join(machines)}. {'Commit' if len(commits) == 1 else 'Commits'} {', '.join(commits)}; {when}."
+        f"Machine: {'; '.join(machines)}. {'Commit' if len(commits) == 1 else 'Commits'} "
+        f"{', '.join(commits)}; {when}."
     )
     return "\n".join(lines)
 
@@ -45,7 +48,10 @@ def _row(result: Result) -> str:
         if result.other_load > MAX_OTHER_LOAD
         else ""
     )
-    return f"| `{result.name}` | {number(result.value)} {result.unit}{disturbed} | {number(result.limit)} | {_target(result)} | {met} |"
+    return (
+        f"| `{result.name}` | {number(result.value)} {result.unit}{disturbed} | {number(result.limit)} "
+        f"| {_target(result)} | {met} |"
+    )
 
 
 def _target(result: Result) -> str:
@@ -61,7 +67,7 @@ def _target(result: Result) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits.
+    """Format a number with three significant digits.
 
     >>> [number(value) for value in (0.01234, 0.0, 1.0, 8.7654, 123.4, 1500.0)]
     ['0.0123', '0', '1.00', '8.77', '123', '1500']
@@ -72,7 +78,7 @@ def number(value: float) -> str:
 
 
 def with_table(text: str, table: str) -> str:
-    """A document with another table between its markers."""
+    """Return a document with a new table between its markers."""
     return replace_section(text, f"{table}\n", begin=BEGIN, end=END, where="the document")
 
 
@@ -92,7 +98,8 @@ def main() -> None:
     if args.check:
         if stale:
             sys.exit(
-                f"{', '.join(str(path.relative_to(ROOT)) for path in stale)}: not the table of benchmarks/results/; run python benchmarks/table.py"
+                f"{', '.join(str(path.relative_to(ROOT)) for path in stale)}: not the table of "
+                "benchmarks/results/; run python benchmarks/table.py"
             )
         return
     for path, updated in stale.items():

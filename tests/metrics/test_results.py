@@ -88,8 +88,8 @@ def test_pairs_follow_the_first_whatever_the_order_of_the_second():
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ((FIRST,), r"2 positions\).*\(1\) are of different positions, 'b:9'"),
-        ((FIRST, replace(SECOND, task_id="c:1")), "different positions, 'b:9'"),
+        ((FIRST,), r"2 positions\).*\(1\) are of different positions, for example 'b:9'"),
+        ((FIRST, replace(SECOND, task_id="c:1")), "different positions, for example 'b:9'"),
         ((FIRST, FIRST), "occurs twice"),
         ((FIRST, replace(SECOND, truth="x")), "'b:9' has the truth"),
     ],
