@@ -1,4 +1,4 @@
-"""Tables of one evaluation, against numbers worked by hand."""
+"""Tables of one evaluation, checked with numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_each_position_is_in_one_disjoint_band():
         [stage("p", *({"entropy": entropy} for entropy in (0.5, 0.50001, 1.0, 1.2, 1.5, 1.6, 9.0)))]
     )
     counts = [cells(table, f"{band} only: positions")[0].split(",")[0] for band in ("easy", "medium", "hard")]
-    assert counts == ["2", "2", "2"]  # 0.5 is in none: a band begins above its threshold
+    assert counts == ["2", "2", "2"]  # 0.5 is in no band, because a band begins above its threshold
 
 
 def test_kinds_that_occur_have_rows():

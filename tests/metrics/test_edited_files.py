@@ -1,4 +1,4 @@
-"""Files that were edited or damaged: one error that names the file, the line and the field."""
+"""Files that were edited or damaged raise one error that names the file, the line and the field."""
 
 from __future__ import annotations
 

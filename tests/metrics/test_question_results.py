@@ -15,11 +15,13 @@ from rpt_lightning.metrics.question_results import (
 )
 
 QUESTION = QuestionResult(
-    question_id="q-1", answer="4", category="sums", prompt_tokens=12, verdicts=("right", "truncated"), predictions=("4\u2028", None), lengths=(9, 64),
+    question_id="q-1", answer="4", category="sums", prompt_tokens=12, verdicts=("right", "truncated"),
+    predictions=("4\u2028", None), lengths=(9, 64),
     direct_verdict="wrong", direct_prediction="5",
 )  # fmt: skip
 RESULTS = QuestionResults(
-    questions=(QUESTION, replace(QUESTION, question_id="q-2")), benchmark="sums", policy_path="models/p", step=3, temperature=0.6, max_completion_tokens=64,
+    questions=(QUESTION, replace(QUESTION, question_id="q-2")), benchmark="sums", policy_path="models/p",
+    step=3, temperature=0.6, max_completion_tokens=64,
     seed=1, ckpt_path="runs/r/step-000003.ckpt",
 )  # fmt: skip
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 class Parsed(html.parser.HTMLParser):
-    """Scripts with their attributes, and every attribute that could load something."""
+    """Collects scripts with their attributes, and every attribute that could load something."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -68,7 +68,10 @@ def test_nothing_is_loaded(page):
 
 
 def test_only_our_scripts_may_run(page):
-    """Three kinds of script elements: ours, data, and what is packed; and the policy names ours and, unpacked, Plotly."""
+    """There are three kinds of script elements: ours, data, and compressed ones.
+
+    The security policy names ours and, decompressed, Plotly.
+    """
     from plotly.offline import get_plotlyjs
 
     _, parsed = page
@@ -87,7 +90,8 @@ def test_scripts_set_text_only(page):
     _, parsed = page
     (ours,) = [text for attributes, text in parsed.scripts if "type" not in attributes]
     assert not re.search(
-        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|fetch\(|XMLHttpRequest|import\(",
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|fetch\(|XMLHttpRequest"
+        r"|import\(",
         ours,
     )
 
@@ -158,7 +162,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.long
 def test_a_wheel_carries_the_page(tmp_path):
-    # Of a copy: a build leaves folders behind that a later build would take its files from.
+    # Build a copy, because a build leaves folders behind from which a later build would take its files.
     source = tmp_path / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
