@@ -169,7 +169,7 @@ def test_completions_that_were_drawn_otherwise_are_not_compared() -> None:
     refused, without, own = differences([sampled, greedy])
     assert refused == (
         "- after a thought: greedy - sampled: not compared, because the completions were drawn with other "
-        "settings (completions a question 4 and 1; temperature 0.6 and 0.0)"
+        "settings (completions per question 4 and 1; temperature 0.6 and 0.0)"
     )
     assert without.startswith("- without: greedy - sampled: +100.0 points")  # greedy in both
     assert own.startswith("- greedy: after a thought - without: +0.0 points")

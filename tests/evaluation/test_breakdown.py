@@ -70,7 +70,7 @@ def test_samples_give_avg_and_the_unbiased_pass():
         "p", {"num_samples": 4, "num_correct": 1}, {"num_samples": 4, "num_correct": 3}, temperature=0.8
     )
     table = sampling_table([sampled, stage("none", {}, {})])
-    assert cells(table, "temperature; samples a position") == ["0.8; 4", "not measured"]
+    assert cells(table, "temperature; samples per position") == ["0.8; 4", "not measured"]
     assert cells(table, "avg@n")[0].startswith("50.0 %")
     assert cells(table, "pass@1")[0].startswith("50.0 %")
     assert cells(table, "pass@2")[0].startswith("75.0 %")  # (1/2 + 1) / 2

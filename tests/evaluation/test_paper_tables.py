@@ -77,7 +77,7 @@ def test_prompt_versions_before_training(chat_model_dir, tiny_task_dir, tmp_path
     assert cli.main(["compare", *runs, "--output", str(output)]) == 0
     text = output.read_text()
     assert "| sampled answers, intervals over documents | v0/chat | v3/chat |" in text
-    assert "| temperature; samples a position | 0.8; 8 | 0.8; 8 |" in text
+    assert "| temperature; samples per position | 0.8; 8 | 0.8; 8 |" in text
     for row in ("avg@n", "pass@8", "NTP accuracy, same positions"):
         assert f"| {row} | " in text
     assert text in capsys.readouterr().out

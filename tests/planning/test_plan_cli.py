@@ -164,7 +164,7 @@ def test_an_engine_that_sleeps_shares_its_memory_with_training(paper_run):
     assert row(asleep, "does it fit?")[2] == "yes"
     # During generation: an eighth of 16 bytes for each of 14.77e9 parameters, 0.55 of 79.1 GiB, and what the
     # engine and torch need besides.
-    assert float(row(asleep, "at most, in turn")[2]) == pytest.approx(
+    assert float(row(asleep, "peak, taking turns")[2]) == pytest.approx(
         14.770e9 * 16 / 8 / 1e9 + (0.55 * 79.1 + 2) * 2**30 / 1e9, abs=0.01
     )
 

@@ -213,7 +213,7 @@ def _before_after(stages: Sequence[AnswerStage]) -> list[str]:
 def _differing_settings(*evaluations: QuestionResults) -> str:
     """Describe the sampling settings that differ, or return an empty string if none do."""
     settings: dict[str, list[float]] = {
-        "completions a question": [results.num_samples for results in evaluations],
+        "completions per question": [results.num_samples for results in evaluations],
         "temperature": [results.temperature for results in evaluations],
         "token limit": [results.max_completion_tokens for results in evaluations],
     }

@@ -101,7 +101,7 @@ def sampling_table(stages: Sequence[Stage]) -> str | None:
         return None
     rows = [
         markdown_row(
-            "temperature; samples a position", [_sampling_settings(stage.results) for stage in stages]
+            "temperature; samples per position", [_sampling_settings(stage.results) for stage in stages]
         )
     ]
     rows.append(

@@ -114,7 +114,7 @@ def _memory_relief(plan: Plan) -> list[str]:
             else "a smaller model.micro_batch_tokens"
         )
     if not fit.is_apart and fit.engine.total_bytes > 0.1 * fit.device_bytes:
-        helping.append("the engine on devices of its own")
+        helping.append("separate devices for the engine")
     return [*helping, "more devices" if fit.strategy == "fsdp2" else "devices with more memory"]
 
 
@@ -151,7 +151,7 @@ def _generation(plan: Plan) -> tuple[str, str]:
     times = plan.times
     if times.prefill_s > times.decode_s:
         return (
-            "most of it to read prompts",
+            "most of it spent on reading prompts",
             "several positions in each document with prefix caching, or shorter contexts",
         )
     if (
@@ -166,13 +166,13 @@ def _generation(plan: Plan) -> tuple[str, str]:
         )
     read = "cached keys and values" if times.decode_cache_frac >= 0.5 else "weights"
     more = "more servers" if plan.settings.num_servers else "more devices for the same step"
-    return f"where most of what decoding reads is {read}", f"shorter completions, or {more}"
+    return f"where decoding mostly reads {read}", f"shorter completions, or {more}"
 
 
 def _training(plan: Plan) -> tuple[str, str]:
     if plan.times.offload_s > max(plan.times.train_network_s, plan.times.train_compute_s):
         return (
-            "most of it for transfers and the optimizer on the host",
+            "most of it spent on transfers and the optimizer on the host",
             "no CPU offload, or fewer and larger micro-batches (model.micro_batch_tokens)",
         )
     if plan.times.train_network_s > plan.times.train_compute_s:
@@ -182,7 +182,7 @@ def _training(plan: Plan) -> tuple[str, str]:
         )
     recompute = ", including activations that are recomputed" if plan.settings.checkpointing else ""
     return (
-        f"by the policy's operations{recompute}",
+        f"spent on the policy's operations{recompute}",
         "several positions in each document (data.positions_per_document), larger micro-batches (fewer "
         "groups are cut), or more devices",
     )
@@ -191,7 +191,7 @@ def _training(plan: Plan) -> tuple[str, str]:
 def _sync(plan: Plan) -> tuple[str, str]:
     if plan.settings.num_servers and plan.settings.transport == "folder":
         return (
-            "to transfer the weights through a folder",
+            "spent on sending the weights through a folder",
             "NCCLTransport, faster storage, or more tasks in each step",
         )
-    return "to transfer the weights", "more tasks in each step"
+    return "spent on sending the weights", "more tasks in each step"

@@ -131,7 +131,7 @@ def _memory(plan: Plan) -> list[str]:
     rows.append(["context, allocator", *(_gb(fit.overhead_bytes) for fit in fits)])
     rows.append(
         [
-            "at most, in turn" if plan.settings.engine_sleeps else "together",
+            "peak, taking turns" if plan.settings.engine_sleeps else "together",
             *(_gb(fit.total_bytes) for fit in fits),
         ]
     )

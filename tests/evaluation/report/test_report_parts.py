@@ -77,7 +77,7 @@ def test_runs_side_by_side():
     rows = {name: cells for name, *cells in table.rows}
     assert table.columns == ["", "one", "two"]
     assert rows["steps logged"] == ["2", "0"]
-    assert rows["time of all steps"] == ["1.00 h, 1800.0 s a step", "not logged"]
+    assert rows["time of all steps"] == ["1.00 h, 1800.0 s per step", "not logged"]
     assert rows["tokens sampled"] == ["1,234", "not logged"]
     assert rows["accuracy by NTP"] == ["75.0 % [30.1, 95.4] 3/4", "not measured"]
     assert rows["NTP loss"] == ["0.500 nats", "not measured"]

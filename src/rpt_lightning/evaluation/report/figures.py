@@ -52,7 +52,7 @@ def all_figures(
         _curve(runs, "Reward", "mean reward of a completion", "reward/mean"),
         heldout_curve(runs),
         _curve(runs, "Completion length", "tokens, mean of a step", "rollout/length_mean"),
-        _curve(runs, "Entropy of the policy", "nats a token", "policy/entropy"),
+        _curve(runs, "Entropy of the policy", "nats per token", "policy/entropy"),
         all_equal_curve(runs),
         logprob_difference(runs),
         *(time_by_phase(runs, number) for number in range(len(runs))),
@@ -234,7 +234,7 @@ def logprob_difference(runs: Sequence[Run]) -> Figure | None:
                 traces.append(line(steps, values, name=f"{run.name}, {metric}", run=number, dash=dash))
     if not traces:
         return None
-    figure = new_figure(traces, "optimizer step", "nats a token")
+    figure = new_figure(traces, "optimizer step", "nats per token")
     figure.update_yaxes(type="log", exponentformat="power", dtick=1)
     return finish(
         figure,
@@ -271,7 +271,7 @@ def time_by_phase(runs: Sequence[Run], number: int) -> Figure | None:
             for name, values, shade in traces
         ],
         "optimizer step",
-        "seconds a step",
+        "seconds per step",
     )
     figure.update_layout(barmode="stack", bargap=0, showlegend=True)
     title = "Time by phase" if len(runs) == 1 else f"{run.name}: time by phase"

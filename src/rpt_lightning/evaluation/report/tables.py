@@ -202,7 +202,7 @@ def _total(run: Run, metric: str) -> str:
 
 def _hours(run: Run) -> str:
     _, seconds = run.series("time/step_s")
-    return f"{sum(seconds) / 3600:.2f} h, {fmean(seconds):.1f} s a step" if seconds else "not logged"
+    return f"{sum(seconds) / 3600:.2f} h, {fmean(seconds):.1f} s per step" if seconds else "not logged"
 
 
 def _rate(run: Run, outcome: str) -> str:
