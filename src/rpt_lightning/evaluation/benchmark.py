@@ -182,7 +182,7 @@ def by_start(stages: Sequence[AnswerStage]) -> list[list[AnswerStage]]:
     for stage in stages:
         if stage.results.step > 0 and _model(stage) in starts:
             ckpt_path = stage.results.ckpt_path
-            # Answers of a run that validates during training have no checkpoint, only a name of their own.
+            # Answers of a run that validates during training have no checkpoint, only their own name.
             folder = stage.name if ckpt_path is None else str(Path(ckpt_path).resolve().parent)
             runs.setdefault((_model(stage), folder), []).append(stage)
     return [

@@ -72,7 +72,7 @@ def length_table(stage: Stage) -> str | None:
     if not ended:
         return None
     lengths = np.array([p.thought_length for p in ended])
-    # "lower" picks lengths that occur, so the bounds of a bin are lengths of its own thoughts.
+    # "lower" picks lengths that occur, so a bin is named by lengths of its own thoughts.
     edges = np.unique(np.quantile(lengths, np.arange(1, NUM_LENGTH_BINS) / NUM_LENGTH_BINS, method="lower"))
     bins = np.searchsorted(edges, lengths)  # a bin includes its upper edge
     rows = []

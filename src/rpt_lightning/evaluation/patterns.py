@@ -31,7 +31,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
 
 
 def _expression(keywords: Iterable[str]) -> re.Pattern[str]:
-    # \b would not do, because it asks for a letter after the full stop of "etc.".
+    # \b cannot be used, because it asks for a letter after the full stop of "etc.".
     phrases = (r"\s+".join(map(re.escape, keyword.split())) for keyword in keywords)
     return re.compile(rf"(?<!\w)(?:{'|'.join(phrases)})(?!\w)", re.IGNORECASE)
 

@@ -39,7 +39,7 @@ class ScalingFit:
 
     @property
     def doubt(self) -> str | None:
-        """Reason why the checkpoints do not show where the curve bends; None if they do."""
+        """The reason why the checkpoints do not show where the curve bends; None if they do."""
         if math.isnan(self.r_squared):
             return "all accuracies are equal"
         if self.amplitude >= 0:
@@ -74,7 +74,7 @@ class ScalingInterval:
 
     @property
     def doubt(self) -> str | None:
-        """Reason why other documents would show another law; None if they would not."""
+        """The reason why other documents would show another law; None if they would not."""
         if any(_at_a_bound(end) for end in self.alpha):
             return (
                 f"with other documents alpha is anything from {self.alpha[0]:.3g} to {self.alpha[1]:.3g}, "

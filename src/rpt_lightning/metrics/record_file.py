@@ -29,7 +29,7 @@ def read_lines(path: Path, parse: Callable[[str, str], T]) -> list[T]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error}). Was it cut off during writing?") from error
-    # splitlines() would not do, because texts may hold other line separators, which JSON leaves as they are.
+    # splitlines() would also split at other line separators in texts, which JSON leaves as they are.
     lines = text.split("\n")
     return [
         parse(line, f"{path} line {number}") for number, line in enumerate(lines, start=1) if line.strip()

@@ -58,7 +58,7 @@ class TrainingMemory:
     gathered_bytes: float  # what FSDP2 holds gathered at the same time
     activations_bytes: float  # kept for the backward pass
     masks_bytes: float
-    # Above all that: the largest of the work to differentiate a layer or the head, or to step the optimizer.
+    # In addition: the largest of the work on a layer, on the head, and in the optimizer's step.
     work_bytes: float
 
     @property

@@ -315,7 +315,7 @@ def pattern_curve(run_name: str, shares: Mapping[int, Mapping[str, Rate]]) -> Fi
     traces = []
     for number, pattern in enumerate(PATTERNS):
         trace = line(list(shares), [], name=pattern, run=None, shade=COLOURS[number], symbol=SYMBOLS[number])
-        # There are no intervals, because six lines with them cannot be read. The table has them.
+        # Intervals are left out, because six lines with intervals cannot be read. The table has them.
         traces.append(trace.update(percent([shares[step][pattern] for step in shares]) | {"error_y": None}))
     figure = new_figure(traces, "optimizer step", "completions with a keyword, %")
     figure.update_layout(showlegend=True)
