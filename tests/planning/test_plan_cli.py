@@ -73,7 +73,7 @@ def test_the_papers_run_on_eight_h100s(paper_run):
     assert row(text, "weights, fp32") == ["59.08", "59.08", "-"]
     assert row(text, "optimizer  ") == ["118.16", "118.16", "-"]
     assert (
-        "weights, gradients and optimizer are in host memory: 29.54 GB a device" in text
+        "weights, gradients and optimizer are in host memory: 29.54 GB per device" in text
     )  # 16 bytes of 14.77e9 / 8
     assert row(text, "autocast's bf16 copy") == ["of", "the", "weights", "0.55", "0.55", "-"]
     assert row(text, "engine: weights") == ["29.54"] * 3

@@ -170,7 +170,7 @@ def _elsewhere(plan: Plan) -> list[str]:
             / plan.settings.num_ranks
         )
         lines.append(
-            f"weights, gradients and optimizer are in host memory: {offloaded / _GB:,.2f} GB for each device"
+            f"weights, gradients and optimizer are in host memory: {offloaded / _GB:,.2f} GB per device"
         )
     return lines
 
