@@ -94,8 +94,7 @@ def test_a_seed_of_another_cold_start_is_not_gone_on_with(project):
     assert status == 1
     assert (
         "runs/reproduction/seed-1 was trained from another cold start than the one in "
-        "runs/demo-text/cold-start/export"
-        in output
+        "runs/demo-text/cold-start/export" in output
     )
 
 
