@@ -1,11 +1,14 @@
-"""Peak memory of log-probs and entropy, forward and backward: ours, TRL's chunked function, and plain full logits.
+"""Compare peak memory of log-probs and entropy, forward and backward: ours, TRL's and plain full logits.
 
     python benchmarks/bench_memory.py
 
-Each path runs in a process of its own on the same fp32 tensors (8,192 hidden states of 896, Qwen2.5-0.5B's head of 151,936 tokens), and the operating system
-measures it: the process's peak resident memory less what was resident before the call. Hidden states, weight and targets exist before and do not count; the
-gradients that the call returns do count, and are the limit that no path can go below. Full logits do not fit many machines at 8,192 tokens, so that
-path runs at 1,024 and is only printed: the reference is the size of the fp32 logits held once. TRL takes part where `pip install trl==1.16.0` was done.
+TRL's path is its chunked function. Each path runs in its own process on the same fp32 tensors (8,192 hidden
+states of 896, Qwen2.5-0.5B's head of 151,936 tokens). The operating system measures it: the process's peak
+resident memory minus what was resident before the call. Hidden states, weight and targets exist before the
+call and do not count. The gradients that the call returns do count, and no path can use less than they need.
+Full logits of 8,192 tokens do not fit on many machines, so that path runs at 1,024 tokens and is only
+printed. The reference is the size of the fp32 logits, held once. TRL takes part if
+`pip install trl==1.16.0` was run.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
 
 
 def trl(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """As `trl.trainer.utils.add_fused_lm_head` calls it."""
+    """Compute log-probs and entropy as `trl.trainer.utils.add_fused_lm_head` does."""
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
 
     outputs = _ChunkedLogProbFunction.apply(
@@ -67,7 +70,7 @@ def make_inputs(tokens: int, vocabulary: int, width: int) -> tuple[Tensor, Tenso
 
 
 def memory(field: str) -> int:
-    """``VmRSS`` or ``VmHWM`` (the peak of it) of this process, in bytes."""
+    """Read ``VmRSS`` or ``VmHWM`` (its peak) of this process, in bytes."""
     (kilobytes,) = re.findall(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return int(kilobytes) * 1024
 
@@ -75,14 +78,14 @@ def memory(field: str) -> int:
 def peak_bytes(path: str, tokens: int, vocabulary: int, width: int) -> int:
     loss_and_gradients(path, *make_inputs(16, 1000, width))  # loads libraries and their buffers
     inputs = make_inputs(tokens, vocabulary, width)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = memory("VmRSS")
     loss_and_gradients(path, *inputs)
     return memory("VmHWM") - before
 
 
 def measure(path: str, tokens: int, vocabulary: int, width: int) -> int:
-    """``peak_bytes`` in a process of its own."""
+    """Measure ``peak_bytes`` in a separate process."""
     command = [
         sys.executable,
         __file__,
@@ -104,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in {"tokens": 8192, "vocabulary": 151936, "width": 896}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--short", action="store_true", help="Tiny shapes, nothing stored.")
+    parser.add_argument("--short", action="store_true", help="Run tiny shapes and store nothing.")
     parser.add_argument("--path", choices=PATHS, help="Measure one path in this process.")
     args = parser.parse_args()
     if args.short:
@@ -116,7 +119,8 @@ def main() -> None:
     logits = 4 * args.tokens * args.vocabulary
     gradients = 4 * args.width * (args.tokens + args.vocabulary)
     print(
-        f"full fp32 logits of {args.tokens:,} tokens, once: {logits / 1e6:,.0f} MB; the gradients that are returned: {gradients / 1e6:,.0f} MB"
+        f"full fp32 logits of {args.tokens:,} tokens, once: {logits / 1e6:,.0f} MB; "
+        f"the gradients that are returned: {gradients / 1e6:,.0f} MB"
     )
     measure("plain", args.tokens // 8, *shape)
     peak = measure("ours", args.tokens, *shape)
@@ -126,11 +130,12 @@ def main() -> None:
         unit="of the size of the full fp32 logits", keep=not args.short,
     )  # fmt: skip
     if importlib.util.find_spec("trl") is None:
-        print("trl is not installed: it takes no part")
+        print("trl is not installed, so it is not measured")
         return
     peak_trl = measure("trl", args.tokens, *shape)
     print(
-        f"  beside the gradients: ours {(peak - gradients) / 1e6:,.0f} MB, TRL {(peak_trl - gradients) / 1e6:,.0f} MB"
+        f"  without the gradients: ours {(peak - gradients) / 1e6:,.0f} MB, "
+        f"TRL {(peak_trl - gradients) / 1e6:,.0f} MB"
     )
     store(
         f"logprob-memory-vs-trl-{name}", peak / peak_trl, limit=gradients / peak_trl, target=1.0,

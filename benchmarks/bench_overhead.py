@@ -1,11 +1,14 @@
-"""How much of a step is neither generation, nor forward and backward, nor the optimizer; and how much of it is the hand-over of weights.
+"""Measure how much of a step is overhead, and how much of it is weight sync.
 
     python benchmarks/bench_overhead.py
 
-A real `rpt fit` by configs/demo-text.yaml in this process: vLLM engine, 32 tasks x 8 completions, step log, TensorBoard. The policy is a random model of
-SmolLM2-135M's size, so its completions run to their limit, and no prediction is ever right: a stand-in for the reward pays every other completion in half of
-the groups (in the demo about half of the groups are live). A step is the time from one step's beginning to the next one's. Generation is what the
-engine's `generate` takes, so what rollouts do besides counts as overhead, and so does the step's share of a checkpoint.
+Overhead is everything except generation, forward and backward, and the optimizer. The benchmark runs a real
+`rpt fit` of configs/demo-text.yaml in this process: vLLM engine, 32 tasks x 8 completions, step log,
+TensorBoard. The policy is a random model of SmolLM2-135M's size, so its completions run to their limit and no
+prediction is ever right. A stand-in for the reward rewards every other completion in half of the groups (in
+the demo, about half of the groups have a gradient). A step is the time from its beginning to the beginning of
+the next one. Generation is the time of the engine's `generate`. The rest of the rollouts counts as overhead,
+and so does the step's share of a checkpoint.
 """
 
 from __future__ import annotations
@@ -36,11 +39,11 @@ OUR_PART = (
     "pack",
     "log",
     "between_steps",
-)  # phases that are named; the rest of the overhead is not
+)  # named phases of the overhead; the rest of it has no name
 
 
 class EveryOther(Reward):
-    """Pays every other completion, in the groups of about half of the tasks."""
+    """Rewards every other completion, in the groups of about half of the tasks."""
 
     needs_first_token_probs = False
 
@@ -55,20 +58,21 @@ class EveryOther(Reward):
 
 
 def prepare_tasks(folder: Path, model: Path, *, short: bool) -> Path:
-    """Positions with 120 to 190 tokens before them, in docstrings of the standard library."""
+    """Prepare positions with 120 to 190 tokens before them, in docstrings of the standard library."""
     from rpt_lightning.data.corpus import DocstringSource
     from rpt_lightning.data.prepare import prepare
 
     prepare(
-        DocstringSource("email", min_chars=300), str(folder), tokenizer=str(model), proxy=str(model), entropy_threshold=0.0, precision="32-true",
-        min_context=20 if short else 120, max_tokens_per_document=40 if short else 190, heldout_documents=2, window=256, overlap=64,
+        DocstringSource("email", min_chars=300), str(folder), tokenizer=str(model), proxy=str(model),
+        entropy_threshold=0.0, precision="32-true", min_context=20 if short else 120,
+        max_tokens_per_document=40 if short else 190, heldout_documents=2, window=256, overlap=64,
         max_documents=16 if short else 80,
     )  # fmt: skip
     return folder
 
 
 def run_config(folder: Path, *, steps: int, short: bool) -> dict[str, Any]:
-    """configs/demo-text.yaml with another policy, other tasks and another reward."""
+    """Load configs/demo-text.yaml with another policy, other tasks and another reward."""
     config = yaml.safe_load((ROOT / "configs" / "demo-text.yaml").read_text())
     config["trainer"] |= {"default_root_dir": str(folder / "run"), "max_steps": steps}
     config["model"]["init_args"]["policy"]["init_args"]["path"] = str(folder / "model")
@@ -89,7 +93,7 @@ def run_config(folder: Path, *, steps: int, short: bool) -> dict[str, Any]:
 
 
 def timed(owner: type, method: str) -> list[float]:
-    """The seconds of every call of a method, from now on."""
+    """Record the seconds of every call of a method from now on."""
     seconds: list[float] = []
     function: Callable[..., Any] = getattr(owner, method)
 
@@ -105,12 +109,12 @@ def timed(owner: type, method: str) -> list[float]:
 
 
 def run(folder: Path, args: argparse.Namespace) -> tuple[list[dict[str, float]], list[float], list[float]]:
-    """The lines of the step log, and the seconds of each call of `generate` and of each checkpoint."""
+    """Return the lines of the step log, and the seconds of each call of `generate` and of each checkpoint."""
     from rpt_lightning.rollout.engine import RolloutEngine
     from rpt_lightning.training.checkpoint import RunCheckpoint
 
     model = make_model_folder(folder / "model", short=args.short)
-    # The tasks need the tokenizer only, so the tiny model scores them.
+    # The tasks only need the tokenizer, so the tiny model scores them.
     prepare_tasks(
         folder / "tasks",
         model if args.short else make_model_folder(folder / "tiny", short=True),
@@ -124,7 +128,8 @@ def run(folder: Path, args: argparse.Namespace) -> tuple[list[dict[str, float]],
     lines = [json.loads(line) for line in (folder / "run" / "steps.jsonl").read_text().splitlines()]
     if len(generations) != len(lines):
         raise SystemExit(
-            f"{len(lines)} steps asked the engine {len(generations)} times: which call belongs to which step?"
+            f"{len(lines)} steps called the engine {len(generations)} times, so calls cannot be matched to "
+            "steps"
         )
     return lines, generations, checkpoints
 
@@ -134,10 +139,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--steps", type=int, default=5, help=f"measured steps, after {WARM_UP_STEPS} that are not"
+        "--steps", type=int, default=5, help=f"measured steps, after {WARM_UP_STEPS} for warm-up"
     )
     parser.add_argument(
-        "--short", action="store_true", help="a tiny model and transformers as engine, nothing stored"
+        "--short", action="store_true", help="run a tiny model with transformers as engine, store nothing"
     )
     args = parser.parse_args()
     if args.short:
@@ -150,7 +155,7 @@ def main() -> None:
         checkpoints[-1]
         / yaml.safe_load((ROOT / "configs" / "demo-text.yaml").read_text())["checkpoint"]["every_n_steps"]
     )
-    # No checkpoint falls between the measured steps: the run's only one is at its end.
+    # No checkpoint falls between the measured steps, because the run's only one is at its end.
     assert len(checkpoints) == 1
     num = len(lines)
     seconds = {
@@ -166,10 +171,11 @@ def main() -> None:
     for name in [*named, "not named"]:
         print(f"  {name:<17} {seconds[name]:8.3f} s {seconds[name] / whole:7.2%}")
     print(
-        f"  perf/tokens_per_s {sum(line['perf/tokens_per_s'] for line in lines) / num:.0f}, live groups {lines[-1]['rollout/live_groups_frac']:.0%}"
+        f"  perf/tokens_per_s {sum(line['perf/tokens_per_s'] for line in lines) / num:.0f}, "
+        f"live groups {lines[-1]['rollout/live_groups_frac']:.0%}"
     )
     if not args.short and whole < 10:
-        print("note: the target speaks of steps of 10 s or more")
+        print("note: the target applies to steps of 10 s or more")
     if any(line["optim/grad_norm"] == 0 for line in lines) or abs(seconds["not named"]) > max(
         0.01 * whole, 0.05
     ):

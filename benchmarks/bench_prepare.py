@@ -1,11 +1,13 @@
-"""Tokens/s of scoring a corpus with a proxy, against a bare forward pass of the same model over the same padded batches.
+"""Compare tokens/s of scoring a corpus with a proxy with a bare forward pass over the same padded batches.
 
     python benchmarks/bench_prepare.py
 
-The reference is `model(input_ids=..., use_cache=False)` in inference mode: body, and the head on every position, padding included; nothing is read from its
-logits. Scoring adds entropy, rank and candidates of each position, and saves the head on padding: its limit is the FLOPs of the two, attention left out, which
-is the same for both. Padding is in both, and printed. The proxy is a random model of SmolLM2-135M's size, the documents are as long as docstrings (60 to 256
-tokens) or fill windows of 1,024.
+The reference is `model(input_ids=..., use_cache=False)` of the same model in inference mode. It runs the
+body, and the head on every position including padding. Nothing is read from its logits. Scoring adds the
+entropy, rank and candidates of each position, and saves the head on padding. Its limit is the FLOPs of the
+two, without attention, which is the same for both. Both include padding, and the benchmark prints its share.
+The proxy is a random model of SmolLM2-135M's size. The documents are as long as docstrings (60 to 256 tokens)
+or fill windows of 1,024.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ def make_documents(kind: str, num: int, vocabulary: int) -> list[NDArray[np.int3
 
 
 def padded_batches(scorer: ProxyScorer, documents: list[NDArray[np.int32]]) -> list[torch.Tensor]:
-    """The input of each forward pass that the scorer makes."""
+    """Return the input of each forward pass that the scorer makes."""
     batches = []
     for batch in scorer._batches(documents):
         ids = torch.zeros(len(batch), max(window.stop - window.start for window in batch), dtype=torch.int64)
@@ -71,7 +73,7 @@ def bare_forward(
 
 @torch.inference_mode()
 def check(model: PreTrainedModel, scorer: ProxyScorer, document: NDArray[np.int32]) -> None:
-    """Nothing is timed that computes something else."""
+    """Check that both sides compute the same before they are timed."""
     ids = torch.from_numpy(document.astype(np.int64))
     with scorer.autocast():
         probs = model(input_ids=ids[None, :-1], use_cache=False).logits[0].double().softmax(-1)
@@ -82,16 +84,19 @@ def check(model: PreTrainedModel, scorer: ProxyScorer, document: NDArray[np.int3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--documents", type=int, default=48, help="As many docstrings, and an eighth as many windows."
+        "--documents", type=int, default=48, help="Number of docstrings. There are an eighth as many windows."
     )
     parser.add_argument(
-        "--batch-tokens", type=int, default=2048, help="As in configs/prepare/demo-text.yaml."
+        "--batch-tokens",
+        type=int,
+        default=2048,
+        help="Tokens in a batch, as in configs/prepare/demo-text.yaml.",
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--precisions", nargs="+", choices=AUTOCAST, default=["32-true"] if bf16_is_slow() else list(AUTOCAST)
     )
-    parser.add_argument("--short", action="store_true", help="A tiny model, nothing stored.")
+    parser.add_argument("--short", action="store_true", help="Run a tiny model and store nothing.")
     args = parser.parse_args()
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -103,7 +108,8 @@ def main() -> None:
         body -= head
     if "bf16-mixed" not in args.precisions:
         print(
-            "bf16-mixed takes no part: this CPU has no fast bf16 products (--precisions bf16-mixed measures it all the same)"
+            "bf16-mixed is not measured: this CPU has no fast bf16 products (--precisions bf16-mixed "
+            "measures it anyway)"
         )
     for precision in args.precisions:
         scorer = ProxyScorer(
@@ -115,7 +121,8 @@ def main() -> None:
             batches = padded_batches(scorer, documents)
             padded, scored = sum(ids.numel() for ids in batches), sum(len(ids) - 1 for ids in documents)
             print(
-                f"{kind}, {precision}: {scored:,} positions in {len(batches)} batches, {1 - scored / padded:.1%} padding",
+                f"{kind}, {precision}: {scored:,} positions in {len(batches)} batches, "
+                f"{1 - scored / padded:.1%} padding",
                 flush=True,
             )
             seconds = alternate(

@@ -1,10 +1,13 @@
-"""Rollouts, from tasks to paid groups, against a bare `LLM.generate` of the same prompts; and how much of what prompts share the cache serves.
+"""Compare rollouts, from tasks to rewarded groups, with a bare `LLM.generate` of the same prompts.
 
     python benchmarks/bench_rollout.py --repeats 5
 
-One vLLM engine in this process generates for both, in turn, with the same sampling and seeds and an empty prefix cache: what is timed beside generation is
-our own part, prompts, requests, counting, parsing and rewards. The policy is a random model of SmolLM2-135M's size, so that completions run to their limit;
-its tokenizer is that of scripts/make_model.py's tiny model, since no word of what it says matters. The limit is 1.0.
+One vLLM engine in this process generates for both, in turn, with the same sampling and seeds and an empty
+prefix cache. Besides generation, the timing covers our own part: prompts, requests, counting, parsing and
+rewards. The limit is 1.0. A second figure shows how much of what prompts share comes from the cache.
+
+The policy is a random model of SmolLM2-135M's size, so completions run to their limit. Its tokenizer is that
+of scripts/make_model.py's tiny model, because no word of its output matters.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ TEMPERATURE = 0.8
 
 
 def make_policy(folder: Path, *, short: bool) -> LlamaForCausalLM:
-    """A random policy, and the folder of its configuration and tokenizer that an engine starts from."""
+    """Make a random policy, and the folder of its configuration and tokenizer that an engine starts from."""
     make_model.make("tiny", folder)
     config = (
         LlamaConfig.from_pretrained(folder)
@@ -49,7 +52,11 @@ def make_policy(folder: Path, *, short: bool) -> LlamaForCausalLM:
 
 
 def make_tasks(args: argparse.Namespace) -> list[TokenTask]:
-    """Documents of random tokens with ``positions`` tasks each, the last of them at ``--context`` tokens, 16 tokens apart; mixed, as a step's tasks may be."""
+    """Make documents of random tokens with ``positions`` tasks each.
+
+    The last task of a document is at ``--context`` tokens, and the others precede it 16 tokens apart. Tasks
+    are mixed, as those of a step may be.
+    """
     numbers = torch.Generator().manual_seed(0)
     tasks = []
     for document in range(args.tasks // args.positions):
@@ -57,15 +64,16 @@ def make_tasks(args: argparse.Namespace) -> list[TokenTask]:
         for k in range(args.positions):
             position = args.context - 16 * k
             task = TokenTask(
-                task_id=f"{document}:{position}", doc_id=str(document), position=position, context_ids=tuple(ids[:position]),
-                continuation_ids=(ids[position],), continuation=(b"?",), entropy=1.0, true_prob=0.5, true_rank=0, answerable=True,
+                task_id=f"{document}:{position}", doc_id=str(document), position=position,
+                context_ids=tuple(ids[:position]), continuation_ids=(ids[position],), continuation=(b"?",),
+                entropy=1.0, true_prob=0.5, true_rank=0, answerable=True,
             )  # fmt: skip
             tasks.append(task)
     return [tasks[index] for index in torch.randperm(len(tasks), generator=numbers).tolist()]
 
 
 class Paths:
-    """Ours and the bare one, on one engine; each keeps what it generated last."""
+    """Our path and the bare one, on one engine. Each keeps what it generated last."""
 
     def __init__(
         self, engine: VLLMEngine, objective: BoundObjective, tasks: list[TokenTask], args: argparse.Namespace
@@ -76,7 +84,7 @@ class Paths:
         self.outputs: list[Any] = []
 
     def _rollouter(self) -> Rollouter:
-        """A new one each time: it has drawn nothing yet, so that every round has the same seeds."""
+        """Make a new rollouter. It has drawn nothing yet, so every round has the same seeds."""
         return Rollouter(
             self.engine,
             self.objective,
@@ -100,8 +108,9 @@ class Paths:
         self._empty_cache()
         sampling = [
             SamplingParams(
-                n=request.n, seed=request.seed, temperature=TEMPERATURE, max_tokens=self.args.completion, logprobs=0, detokenize=False,
-                ignore_eos=True, stop_token_ids=list(request.sampling.stop_token_ids),
+                n=request.n, seed=request.seed, temperature=TEMPERATURE, max_tokens=self.args.completion,
+                logprobs=0, detokenize=False, ignore_eos=True,
+                stop_token_ids=list(request.sampling.stop_token_ids),
             )
             for request in self.requests
         ]  # fmt: skip
@@ -109,7 +118,7 @@ class Paths:
         self.outputs = self.engine._llm.generate(prompts, sampling, use_tqdm=False)
 
     def capture_requests(self) -> None:
-        """What our path asks the engine for, in its order."""
+        """Record what our path asks the engine for, in its order."""
         generate = self.engine.generate
 
         def listen(requests: Sequence[GenerationRequest]) -> list[list[Completion]]:
@@ -121,7 +130,7 @@ class Paths:
         self.engine.generate = generate  # type: ignore[method-assign]
 
     def check(self) -> int:
-        """That both generated the same tokens; how many."""
+        """Check that both generated the same tokens, and return their number."""
         ours = {
             group.task.task_id: [completion.token_ids for completion in group.completions]
             for group in self.groups
@@ -148,7 +157,9 @@ def main() -> None:
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument(
-        "--short", action="store_true", help="a tiny model and small shapes for a few seconds, nothing stored"
+        "--short",
+        action="store_true",
+        help="run a tiny model and small shapes for a few seconds, store nothing",
     )
     args = parser.parse_args()
     if args.short:
@@ -176,10 +187,12 @@ def main() -> None:
             print(engine.description)
 
     print(
-        f"{num_tokens:,} tokens a round: ours {num_tokens / seconds['ours']:,.0f} tokens/s, bare {num_tokens / seconds['bare']:,.0f} tokens/s"
+        f"{num_tokens:,} tokens in each round: ours {num_tokens / seconds['ours']:,.0f} tokens/s, "
+        f"bare {num_tokens / seconds['bare']:,.0f} tokens/s"
     )
     print(
-        f"prompt tokens of all completions: {prompts.total:,}, shareable in whole blocks {prompts.shareable:,}, from the cache {prompts.cached:,}"
+        f"prompt tokens of all completions: {prompts.total:,}, shareable in whole blocks "
+        f"{prompts.shareable:,}, from the cache {prompts.cached:,}"
     )
     shape = f"p{args.context}-c{args.completion}-g{args.group}-k{args.positions}"
     store(

@@ -1,11 +1,12 @@
-"""Hand-over of the policy's weights to a vLLM engine in this process, against a plain copy of the same tensors into new memory.
+"""Compare weight sync to a vLLM engine in this process with a plain copy of the same tensors to new memory.
 
     python benchmarks/bench_sync.py
-    python benchmarks/bench_sync.py --profile         # and what a hand-over spends its time on
+    python benchmarks/bench_sync.py --profile         # also shows where a sync spends its time
 
-The policy is a random model of SmolLM2-135M's size in fp32, the engine's dtype fp32, and bf16 where the CPU has instructions for it. The copy takes the same
-stream of tensors, the tied head under both its names, to the engine's dtype. Verification (`check_weights`) is timed apart. The peak of resident memory
-during a hand-over, over the size of the engine's weights, shows whether there is a second full copy of them.
+The policy is a random model of SmolLM2-135M's size in fp32. The engine's dtype is fp32, and also bf16 if the
+CPU has instructions for it. The copy converts the same stream of tensors, with the tied head under both its
+names, to the engine's dtype. Verification (`check_weights`) is timed separately. The peak of resident memory
+during a sync, divided by the size of the engine's weights, shows whether there is a second full copy of them.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from rpt_lightning.training.sync_check import check_weights
 
 
 def memory(field: str) -> int:
-    """``VmRSS`` or ``VmHWM`` (its peak) of this process, in bytes."""
+    """Read ``VmRSS`` or ``VmHWM`` (its peak) of this process, in bytes."""
     (kilobytes,) = re.findall(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return int(kilobytes) * 1024
 
 
 class Paths:
-    """Hand-over, its verification and the plain copy, of one policy and one engine."""
+    """Weight sync, its verification and the plain copy, for one policy and one engine."""
 
     def __init__(self, policy: Policy, engine: VLLMEngine) -> None:
         self.policy, self.engine = policy, engine
@@ -61,7 +62,7 @@ class Paths:
         del copies
 
     def check_all(self) -> None:
-        """That every weight arrived."""
+        """Check that every weight arrived."""
         weights = dict(named_weights(self.policy))
         held = self.engine.read_weights(tuple(weights))
         wrong = [
@@ -73,16 +74,16 @@ class Paths:
             raise SystemExit(f"the engine does not hold the policy's {', '.join(wrong)}")
 
     def growth(self) -> int:
-        """Bytes by which resident memory grows during a hand-over, at its peak."""
-        ctypes.CDLL(None).malloc_trim(0)  # memory that is free but kept by the allocator would hide a copy
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        """Return the bytes by which resident memory grows during a weight sync, at its peak."""
+        ctypes.CDLL(None).malloc_trim(0)  # free memory that the allocator keeps would hide a copy
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         before = memory("VmRSS")
         self.hand_over()
         return memory("VmHWM") - before
 
 
 def measure(policy: Policy, dtype: str, args: argparse.Namespace) -> None:
-    """All figures of one dtype."""
+    """Measure all figures of one dtype."""
     with VLLMEngine(dtype=dtype, kv_cache_gib=0.25, max_num_seqs=8) as engine:
         engine.start(policy.path, seed=0, max_model_len=256)
         paths = Paths(policy, engine)
@@ -99,15 +100,17 @@ def measure(policy: Policy, dtype: str, args: argparse.Namespace) -> None:
         num_bytes = sum(parameter.numel() for parameter in policy.model.parameters()) * engine.dtype.itemsize
     keep = not args.short
     print(
-        f"  weights {num_bytes / 1e6:,.0f} MB, grew by {growth / 1e6:,.0f} MB; verification {seconds['check']:.2f} s"
+        f"  weights {num_bytes / 1e6:,.0f} MB, grew by {growth / 1e6:,.0f} MB; "
+        f"verification {seconds['check']:.2f} s"
     )
     store(
-        f"sync-vs-copy-{dtype}", seconds["copy"] / seconds["hand-over"], limit=1.0, target=None, unit="of the speed of a plain copy of the weights",
-        keep=keep, weight_bytes=num_bytes,
+        f"sync-vs-copy-{dtype}", seconds["copy"] / seconds["hand-over"], limit=1.0, target=None,
+        unit="of the speed of a plain copy of the weights", keep=keep, weight_bytes=num_bytes,
     )  # fmt: skip
     store(
-        f"sync-memory-{dtype}", growth / num_bytes, limit=0.0, target=0.5, unit="of the weights' size more memory during a hand-over", keep=keep,
-        growth_bytes=growth, weight_bytes=num_bytes,
+        f"sync-memory-{dtype}", growth / num_bytes, limit=0.0, target=0.5,
+        unit="of the weights' size more memory during a hand-over", keep=keep, growth_bytes=growth,
+        weight_bytes=num_bytes,
     )  # fmt: skip
 
 
@@ -116,8 +119,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--profile", action="store_true", help="print where the time of a hand-over goes")
-    parser.add_argument("--short", action="store_true", help="a tiny model for a few seconds, nothing stored")
+    parser.add_argument("--profile", action="store_true", help="print where a weight sync spends its time")
+    parser.add_argument(
+        "--short", action="store_true", help="run a tiny model for a few seconds, store nothing"
+    )
     parser.add_argument(
         "--dtypes",
         nargs="+",

@@ -1,12 +1,14 @@
-"""How OpenMP's threads should wait for each other: steps of two models under five settings, alone and beside one busy process.
+"""Compare how OpenMP's threads wait for each other: steps of two models under five settings.
 
     python benchmarks/bench_threads.py                      # writes benchmarks/results/threads-*.json
     python benchmarks/bench_threads.py --work tiny --rounds 9
 
-Each setting has a process of its own, since OpenMP reads its variables when it is loaded. The processes wait while they are not asked, and all are asked in
-turn, alone and beside the busy process, so that what else the machine does falls on all of them alike. The work: forward and backward of a Llama of 0.7M
-parameters on 64 x 48 tokens; and of four layers of SmolLM2-135M with its embedding and head on 4 x 64 tokens. What `rpt` sets of this is in
-src/rpt_lightning/openmp.py.
+The steps run alone and beside one busy process. Each setting has its own process, because OpenMP reads its
+variables when it is loaded. A process waits until it is asked for a step. All processes are asked in turn,
+alone and beside the busy process, so other load on the machine affects all of them alike. One kind of work is
+forward and backward of a Llama of 0.7M parameters on 64 x 48 tokens. The other is the same for four layers of
+SmolLM2-135M, with its embedding and head, on 4 x 64 tokens. src/rpt_lightning/openmp.py shows which of these
+settings `rpt` uses.
 """
 
 from __future__ import annotations
@@ -31,23 +33,26 @@ SETTINGS: dict[str, dict[str, str]] = {
     "default": {},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
     "no-spin": {"GOMP_SPINCOUNT": "0"},
-    "short-spin": {"GOMP_SPINCOUNT": "10000"},  # a thirtieth of GNU's own: some 0.1 ms
+    "short-spin": {"GOMP_SPINCOUNT": "10000"},  # about 0.1 ms, a thirtieth of GNU's own value
     "one-thread": {"OMP_NUM_THREADS": "1"},
 }
 TINY = {
-    "vocab_size": 350, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
-    "max_position_embeddings": 512,
+    "vocab_size": 350, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512,
 }  # fmt: skip
-# Model and batch [sequences, tokens]; more layers of the large one only take longer.
+# Model and batch [sequences, tokens]. More layers of the large model would only take longer.
 TRAINING = {"tiny": (TINY, (64, 48)), "135m": (SMOLLM2_135M | {"num_hidden_layers": 4}, (4, 64))}
-# It ends with the benchmark, however that ends.
-BUSY = "import os\nparent = os.getppid()\nprint('busy', flush=True)\nwhile os.getppid() == parent:\n    for _ in range(10**6): pass"
+# The busy process ends with the benchmark, whatever the cause.
+BUSY = (
+    "import os\nparent = os.getppid()\nprint('busy', flush=True)\n"
+    "while os.getppid() == parent:\n    for _ in range(10**6): pass"
+)
 LOADS = ("alone", "busy")
-QUIET = 0.05  # of the machine's CPU time in others' hands
+QUIET = 0.05  # share of the machine's CPU time in other processes
 
 
 class Worker:
-    """A process that does a number of steps whenever it is asked, with OpenMP set as given."""
+    """A process that runs a number of steps whenever it is asked, with the given OpenMP settings."""
 
     def __init__(self, work: str, environment: dict[str, str], *, steps: int) -> None:
         inherited = {
@@ -63,7 +68,7 @@ class Worker:
     def wait(self) -> str:
         assert self.process.stdout is not None
         if not (line := self.process.stdout.readline()):
-            raise SystemExit(f"a worker ended with status {self.process.wait()}; its error stands above")
+            raise SystemExit(f"a worker ended with status {self.process.wait()}; its error is shown above")
         return line.strip()
 
     def step(self) -> None:
@@ -73,7 +78,7 @@ class Worker:
 
     def end(self) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.close()  # it reads the end of its input, and ends
+        self.process.stdin.close()  # the worker reads the end of its input and ends
         self.process.wait()
 
 
@@ -93,9 +98,9 @@ def training_step(work: str) -> Callable[[], object]:
 
 
 def work_when_asked(work: str, *, steps: int) -> None:
-    """The worker's side: a line in, steps, a line out."""
+    """Run the worker's side: read a line, run the steps, write a line."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # output of libraries must not count as an answer
     step = training_step(work)
     answers.write(f"{torch.get_num_threads()}\n")
     for _ in sys.stdin:
@@ -106,7 +111,11 @@ def work_when_asked(work: str, *, steps: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One time that a process was asked. ``others`` is the share of the machine's CPU time that others took meanwhile, the busy process not among them."""
+    """One answer of a process.
+
+    ``others`` is the share of the machine's CPU time that other processes took meanwhile, without the busy
+    process.
+    """
 
     seconds: float
     others: float
@@ -120,11 +129,11 @@ def ask(worker: Worker) -> Sample:
 
 @contextlib.contextmanager
 def busy_process() -> Iterator[None]:
-    """Another process, of this one's priority, that computes all the time."""
+    """Run another process with the same priority that computes all the time."""
     process = subprocess.Popen([sys.executable, "-S", "-c", BUSY], stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
-        process.stdout.readline()  # it has begun
+        process.stdout.readline()  # it has started
         yield
     finally:
         process.kill()
@@ -132,7 +141,7 @@ def busy_process() -> Iterator[None]:
 
 
 def wait_for_quiet(until_s: float) -> None:
-    """Returns when others have left the machine alone for a moment, or at ``until_s`` of the monotonic clock."""
+    """Return once other processes are idle for a moment, or at ``until_s`` of the monotonic clock."""
     while time.monotonic() < until_s:
         load = machine.OtherLoad()
         time.sleep(0.3)
@@ -143,7 +152,10 @@ def wait_for_quiet(until_s: float) -> None:
 def sample_all(
     work: str, names: list[str], *, rounds: int, steps: int, patience_s: float
 ) -> tuple[dict[str, list[Sample]], dict[str, int]]:
-    """Samples of each setting alone and busy, ``rounds`` of each behind one that warms up; and the number of threads of each setting."""
+    """Sample each setting alone and busy, ``rounds`` times each after one round for warm-up.
+
+    Also returns the number of threads of each setting.
+    """
     workers = {name: Worker(work, SETTINGS[name], steps=steps) for name in names}
     samples: dict[str, list[Sample]] = {f"{name} {load}": [] for load in LOADS for name in names}
     try:
@@ -171,11 +183,11 @@ def sample_all(
 
 
 def measure(work: str, names: list[str], *, keep: bool, **options: Any) -> None:
-    """Prints the table of one kind of work, and stores what the choice hangs on."""
+    """Print the table of one kind of work, and store the figures that the choice depends on."""
     load = machine.OtherLoad()
     samples, threads = sample_all(work, names, **options)
     print(f"{work}: seconds of {options['steps']} steps, {options['rounds']} rounds\n{table(samples, names)}")
-    # Alone means alone: where there were quiet moments enough, the others are left out.
+    # "Alone" should mean alone: if there were undisturbed samples, the others are left out.
     seconds = keep_rounds(
         {
             name: [sample.seconds for sample in undisturbed(values) or values]
@@ -202,7 +214,8 @@ def measure(work: str, names: list[str], *, keep: bool, **options: Any) -> None:
         unit=unit,
         **details,
     )
-    # The scheduler gives each thread the same time: with one more on the machine ours have cores / (cores + 1) of it.
+    # The scheduler gives each thread the same time. With one more thread on the machine, ours have
+    # cores / (cores + 1) of it.
     cores = os.cpu_count() or 1
     for name in ("default", "passive"):
         share = min(seconds["default alone"], seconds["passive alone"]) / seconds[f"{name} busy"]
@@ -211,12 +224,15 @@ def measure(work: str, names: list[str], *, keep: bool, **options: Any) -> None:
 
 
 def undisturbed(samples: list[Sample]) -> list[Sample]:
-    """Those during which others left the machine alone."""
+    """Return the samples during which other processes were idle."""
     return [sample for sample in samples if sample.others < QUIET]
 
 
 def table(samples: dict[str, list[Sample]], names: list[str]) -> str:
-    """Markdown: a row a setting. Undisturbed are samples during which others left the machine alone."""
+    """Format a table in Markdown with one row for each setting.
+
+    Undisturbed are samples during which other processes were idle.
+    """
     heads = [
         f"{load}{part}"
         for load in LOADS
@@ -253,20 +269,22 @@ def main() -> None:
         nargs="+",
         choices=list(SETTINGS),
         default=list(SETTINGS),
-        help="default and passive are always among them",
+        help="settings to compare; default and passive are always included",
     )
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=1, help="steps of a process each time that it is asked")
+    parser.add_argument(
+        "--steps", type=int, default=1, help="steps that a process runs each time it is asked"
+    )
     parser.add_argument(
         "--patience",
         type=float,
         default=0.0,
-        help="seconds to wait for moments without other processes, in all, for each work",
+        help="total seconds, for each kind of work, to wait for moments without other processes",
     )
     parser.add_argument(
         "--short",
         action="store_true",
-        help="one round of the tiny model under two of the settings, nothing stored",
+        help="run one round of the tiny model under two of the settings, store nothing",
     )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

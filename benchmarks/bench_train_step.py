@@ -1,11 +1,14 @@
-"""Forward and backward of one training step on identical rollouts: ours (prefixes shared), the plain padded step, and TRL's own log-prob and loss path.
+"""Compare forward and backward of one training step on identical rollouts: ours, the plain step and TRL's.
 
     python benchmarks/bench_train_step.py                                             # RPT's shapes
     python benchmarks/bench_train_step.py --prompt 1024 --completion 128 --positions 1
 
-The policy is a random model of SmolLM2-135M's size in fp32. With one position a document there is one prompt; with four, prompts that end 16 tokens apart on
-one document, and the same completions are also trained as four documents with one position each. The limit is what the FLOPs of body, head on completion
-tokens and attention over permitted pairs allow. TRL takes part where it is installed (`make bench` does that), with one position: it is the same for it.
+Ours shares prefixes, the plain step pads, and TRL's uses its own log-prob and loss path. The policy is a
+random model of SmolLM2-135M's size in fp32. One position in each document means one prompt. Four mean prompts
+that end 16 tokens apart on one document. The same completions are then also trained as four documents with
+one position each. The limit is what the FLOPs of body, head on completion tokens and attention over permitted
+pairs allow. TRL takes part if it is installed (`make bench` installs it), and only with one position, because
+more positions make no difference to it.
 """
 
 from __future__ import annotations
@@ -39,9 +42,10 @@ TINY = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-# Shares of the FLOP limit's ratio that we want to reach against the plain step, by positions a document.
+# The shares of the FLOP limit's ratio that we want to reach against the plain step, by positions in a
+# document.
 TARGET_SHARES = {1: 0.85, 4: 0.7}
-# TRL's path: 6 times as fast at (prompt, completion, group) of this shape.
+# Ours should be 6 times as fast as TRL's path at (prompt, completion, group) of this shape.
 TRL_TARGETS = {(1024, 128, 8): 6.0}
 ROUNDS, FEWER_ROUNDS, LONG_ROUND_S = 5, 3, 100.0
 
@@ -49,9 +53,9 @@ ROUNDS, FEWER_ROUNDS, LONG_ROUND_S = 5, 3, 100.0
 def make_rollouts(
     args: argparse.Namespace, *, share_document: bool = True
 ) -> tuple[list[TrainSequence], torch.Tensor]:
-    """``positions`` prompts that end 16 tokens apart, on one document or on one each, with ``group`` completions that share nothing by chance.
+    """Make ``positions`` prompts that end 16 tokens apart, on one document or on one document each.
 
-    Advantages of mean 0.
+    Each has ``group`` completions that share nothing by chance. The advantages have mean 0.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -93,7 +97,10 @@ def ours(
 def plain(
     model: PreTrainedModel, sequences: list[TrainSequence], advantages: torch.Tensor, rows_at_once: int = 2
 ) -> None:
-    """The same loss, each completion with its whole prompt; the head on completion tokens only."""
+    """Train with the same loss, but with the whole prompt before each completion.
+
+    The head runs only on completion tokens.
+    """
     model.zero_grad()
     model.set_attn_implementation("sdpa")
     num_tokens = sum(len(sequence.target_ids) for sequence in sequences)
@@ -128,7 +135,10 @@ def left_padded(batch: list[TrainSequence]) -> tuple[torch.Tensor, torch.Tensor]
 
 
 class TRLPath:
-    """TRL's `_get_per_token_logps_and_entropies` and `_compute_loss` on a trainer without a run, on a copy of the model that TRL's own head is put on."""
+    """TRL's `_get_per_token_logps_and_entropies` and `_compute_loss`, on a trainer without a run.
+
+    It uses a copy of the model with TRL's own head.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         from trl import GRPOTrainer
@@ -139,13 +149,17 @@ class TRLPath:
         add_fused_lm_head(self.model, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
         self.trainer = object.__new__(GRPOTrainer)
         self.trainer.__dict__ |= {
-            "model": self.model, "temperature": TEMPERATURE, "args": SimpleNamespace(delta=None, steps_per_generation=1, report_to=[]),
+            "model": self.model, "temperature": TEMPERATURE,
+            "args": SimpleNamespace(delta=None, steps_per_generation=1, report_to=[]),
             "accelerator": SimpleNamespace(
-                num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x, sync_gradients=True, autocast=nullcontext, is_main_process=True
+                num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x, sync_gradients=True,
+                autocast=nullcontext, is_main_process=True
             ),
-            "_metrics": {"train": defaultdict(list)}, "aux_loss_enabled": False, "top_entropy_quantile": 1.0, "off_policy_mask_threshold": None,
-            "importance_sampling_level": "token", "beta": 0.0, "loss_type": "dapo", "epsilon_low": 0.2, "epsilon_high": 0.2, "use_vllm": False,
-            "vllm_importance_sampling_correction": False, "current_gradient_accumulation_steps": 1, "_entropy_bonus_enabled": False,
+            "_metrics": {"train": defaultdict(list)}, "aux_loss_enabled": False, "top_entropy_quantile": 1.0,
+            "off_policy_mask_threshold": None, "importance_sampling_level": "token", "beta": 0.0,
+            "loss_type": "dapo", "epsilon_low": 0.2, "epsilon_high": 0.2, "use_vllm": False,
+            "vllm_importance_sampling_correction": False, "current_gradient_accumulation_steps": 1,
+            "_entropy_bonus_enabled": False,
         }  # fmt: skip
 
     def __call__(
@@ -160,14 +174,16 @@ class TRLPath:
             with torch.no_grad():
                 old = self.trainer._get_per_token_logps_and_entropies(self.model, ids, mask, length)[0]
             inputs = {
-                "prompt_ids": ids[:, :-length], "prompt_mask": mask[:, :-length], "completion_ids": ids[:, -length:], "completion_mask": mask[:, -length:],
-                "advantages": advantages[start : start + rows_at_once], "old_per_token_logps": old, "num_items_in_batch": num_tokens,
+                "prompt_ids": ids[:, :-length], "prompt_mask": mask[:, :-length],
+                "completion_ids": ids[:, -length:], "completion_mask": mask[:, -length:],
+                "advantages": advantages[start : start + rows_at_once], "old_per_token_logps": old,
+                "num_items_in_batch": num_tokens,
             }  # fmt: skip
             self.trainer._compute_loss(self.model, inputs).backward()
 
 
 def flops(model: PreTrainedModel, sequences: list[TrainSequence], *, shared: bool) -> float:
-    """Forward and backward of all sequences."""
+    """Count the FLOPs of forward and backward of all sequences."""
     work = add_works(
         map(tree_work, pack(sequences, max_tokens=10**9)) if shared else map(sequence_work, sequences)
     )
@@ -175,7 +191,7 @@ def flops(model: PreTrainedModel, sequences: list[TrainSequence], *, shared: boo
 
 
 def check_gradients(functions: dict[str, Callable[[], None]], models: dict[str, PreTrainedModel]) -> None:
-    """Nothing is timed that computes something else."""
+    """Check that all paths compute the same gradient before they are timed."""
     gradients = {}
     for name, function in functions.items():
         function()
@@ -184,11 +200,11 @@ def check_gradients(functions: dict[str, Callable[[], None]], models: dict[str, 
         difference = ((gradient - gradients["plain"]).norm() / gradients["plain"].norm()).item()
         print(f"  relative difference of the gradients, {name} against plain: {difference:.1e}")
         if difference > 1e-4:
-            raise SystemExit(f"{name} computes another gradient than the plain step")
+            raise SystemExit(f"{name} computes a different gradient from the plain step")
 
 
 def measure(model: PreTrainedModel, args: argparse.Namespace) -> None:
-    """All figures of one shape."""
+    """Measure all figures of one shape."""
     shape = f"p{args.prompt}-c{args.completion}-g{args.group}-k{args.positions}"
     print(f"--- {shape}", flush=True)
     sequences, advantages = make_rollouts(args)
@@ -215,21 +231,27 @@ def measure(model: PreTrainedModel, args: argparse.Namespace) -> None:
     limit = flops(model, sequences, shared=False) / shared
     share = TARGET_SHARES.get(args.positions)
     store(
-        f"train-step-vs-plain-{shape}", seconds["plain"] / seconds["ours"], limit=limit, target=share and share * limit, lower_is_better=False, keep=keep,
-        unit="times as fast as the plain padded step", target_share_of_limit=share, ours_gflops_per_s=shared / seconds["ours"] / 1e9,
+        f"train-step-vs-plain-{shape}", seconds["plain"] / seconds["ours"], limit=limit,
+        target=share and share * limit, lower_is_better=False, keep=keep,
+        unit="times as fast as the plain padded step", target_share_of_limit=share,
+        ours_gflops_per_s=shared / seconds["ours"] / 1e9,
         plain_gflops_per_s=limit * shared / seconds["plain"] / 1e9,
     )  # fmt: skip
     if "trl" in seconds:
-        # Beside what the plain step does TRL runs one more forward pass, for the log-probs before the update: 8 FLOPs a weight and token instead of 6.
+        # Besides the plain step's work, TRL runs one more forward pass, for the log-probs before the update.
+        # That is 8 FLOPs for each weight and token instead of 6.
         store(
-            f"train-step-vs-trl-{shape}", seconds["trl"] / seconds["ours"], limit=limit * 4 / 3, lower_is_better=False, keep=keep,
+            f"train-step-vs-trl-{shape}", seconds["trl"] / seconds["ours"], limit=limit * 4 / 3,
+            lower_is_better=False, keep=keep,
             target=TRL_TARGETS.get((args.prompt, args.completion, args.group)),
-            unit="times as fast as TRL 1.16's path", trl_gflops_per_s=limit * 4 / 3 * shared / seconds["trl"] / 1e9,
+            unit="times as fast as TRL 1.16's path",
+            trl_gflops_per_s=limit * 4 / 3 * shared / seconds["trl"] / 1e9,
         )  # fmt: skip
     if args.positions > 1:
         store(
-            f"train-step-vs-one-position-{shape}", seconds["one position a document"] / seconds["ours"], target=1.0, lower_is_better=False, keep=keep,
-            limit=flops(model, alone, shared=True) / shared, unit="times as fast a trained token as with one position a document",
+            f"train-step-vs-one-position-{shape}", seconds["one position a document"] / seconds["ours"],
+            target=1.0, lower_is_better=False, keep=keep, limit=flops(model, alone, shared=True) / shared,
+            unit="times as fast a trained token as with one position a document",
         )  # fmt: skip
 
 
@@ -243,22 +265,23 @@ def main() -> None:
     parser.add_argument(
         "--completion", type=int, nargs="+", default=[24, 128], help="tokens of each completion"
     )
-    parser.add_argument("--positions", type=int, nargs="+", default=[1, 4], help="positions a document")
-    parser.add_argument("--group", type=int, default=8, help="completions a position")
+    parser.add_argument("--positions", type=int, nargs="+", default=[1, 4], help="positions in each document")
+    parser.add_argument("--group", type=int, default=8, help="completions for each position")
     parser.add_argument("--budget", type=int, default=4096, help="tokens of a packed tree")
     parser.add_argument(
         "--repeats",
         type=int,
-        help=f"rounds; left out: {ROUNDS}, or {FEWER_ROUNDS} where one takes longer than {LONG_ROUND_S:.0f} s (the record says so)",
+        help=f"rounds; by default {ROUNDS}, or {FEWER_ROUNDS} if one takes longer than {LONG_ROUND_S:.0f} s "
+        "(the record says so)",
     )
     parser.add_argument(
-        "--short", action="store_true", help="a tiny model and shape for a few seconds, nothing stored"
+        "--short", action="store_true", help="run a tiny model and shape for a few seconds, store nothing"
     )
     args = parser.parse_args()
     if args.short:
         args.prompt, args.completion, args.group, args.repeats = [96], [8], 4, 1
     if importlib.util.find_spec("trl") is None:
-        print("trl is not installed: it takes no part")
+        print("trl is not installed, so it is not measured")
     torch.manual_seed(0)
     config = LlamaConfig(**(TINY if args.short else SMOLLM2_135M), attn_implementation="sdpa")
     model = LlamaForCausalLM(config).train()

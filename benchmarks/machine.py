@@ -1,4 +1,4 @@
-"""On what a figure was measured, and how much of it was taken by others meanwhile."""
+"""The machine that measures a figure, and how much of it other processes used meanwhile."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BF16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16", "avx_ne_convert"}
 
 
 def cpu_model() -> tuple[str, bool]:
-    """The CPU's name, and whether it multiplies bf16 by instructions of its own, which is several times as fast as without."""
+    """Return the CPU's name, and whether it has instructions for bf16, which are several times faster."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return platform.processor() or platform.machine(), False
@@ -28,25 +28,28 @@ def cpu_model() -> tuple[str, bool]:
 
 
 def description() -> str:
-    """One line, for a table."""
+    """Describe the machine in one line, for a table."""
     name, has_bf16 = cpu_model()
     memory_gib = psutil.virtual_memory().total / 2**30
-    return f"{name}, {os.cpu_count()} cores, {memory_gib:.0f} GiB, {'with' if has_bf16 else 'without'} bf16 instructions"
+    return (
+        f"{name}, {os.cpu_count()} cores, {memory_gib:.0f} GiB, "
+        f"{'with' if has_bf16 else 'without'} bf16 instructions"
+    )
 
 
 def device() -> str:
-    """What computes."""
+    """Name the device that computes."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 class OtherLoad:
-    """From its making on, how much of the machine's CPU time went to processes that this one did not start."""
+    """Measures the machine's CPU time, from now on, in processes that this one did not start."""
 
     def __init__(self) -> None:
         self._start = time.monotonic(), _machine_seconds(), _own_seconds()
 
     def share(self) -> float:
-        """Of all cores' time, 0 to 1. What a hypervisor takes away counts as others'."""
+        """Return the share of all cores' time, 0 to 1. Time that a hypervisor takes counts as others'."""
         elapsed, machine, own = (
             time.monotonic() - self._start[0],
             _machine_seconds() - self._start[1],
@@ -61,7 +64,10 @@ def _machine_seconds() -> float:
 
 
 def _own_seconds() -> float:
-    """Of this process, of its children while they run, and of those that ended and were waited for."""
+    """Return the CPU seconds of this process, of its running children, and of those that ended.
+
+    Only ended children that were waited for are counted.
+    """
     seconds = 0.0
     this = psutil.Process()
     for process in [this, *this.children(recursive=True)]:

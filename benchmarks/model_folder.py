@@ -1,4 +1,4 @@
-"""A folder with a random model of SmolLM2-135M's size, for what starts from a folder: policies and engines."""
+"""Make a folder with a random model of SmolLM2-135M's size, for policies and engines that start from one."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import make_model
 
 
 def make_model_folder(folder: Path, *, short: bool) -> Path:
-    """Weights, configuration, and the byte-level tokenizer of scripts/make_model.py's tiny model, since what such a policy says does not matter.
+    """Make weights, configuration and tokenizer.
 
-    ``short`` gives that tiny model itself.
+    The tokenizer is the byte-level one of scripts/make_model.py's tiny model, because the policy's output
+    does not matter. ``short`` makes that tiny model itself.
     """
     make_model.make("tiny", folder)
     if not short:

@@ -1,4 +1,4 @@
-"""One figure of a benchmark: a ratio measured in one run against a named reference, with the limit beside it."""
+"""One figure of a benchmark: a ratio measured in one run against a named reference, with its limit."""
 
 from __future__ import annotations
 
@@ -16,13 +16,18 @@ import machine
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-# Above this share of the machine's CPU time in other processes' hands a figure says as much about them as about us.
+# If other processes take more than this share of the machine's CPU time, a figure says as much about them as
+# about us.
 MAX_OTHER_LOAD = 0.15
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A stored figure. ``lower_is_better`` turns both limit and target around: no value can be below the limit, and a good one is below the target."""
+    """A stored figure.
+
+    ``lower_is_better`` reverses both limit and target: no value can be below the limit, and a good one is
+    below the target.
+    """
 
     name: str
     value: float
@@ -36,8 +41,8 @@ class Result:
     torch: str
     commit: str
     date: str
-    other_load: float  # share of the machine's CPU time that other processes took meanwhile
-    rounds: int = 0  # alternating ones behind the medians; 0 where nothing was repeated
+    other_load: float  # share of the machine's CPU time that other processes took during the measurement
+    rounds: int = 0  # alternating rounds behind the medians; 0 if nothing was repeated
     seconds: dict[str, float] = field(default_factory=dict)  # median of each side
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -50,7 +55,7 @@ class Result:
 
 
 class _Run:
-    """What is known of this process's measurements so far."""
+    """The measurements of this process so far."""
 
     def __init__(self) -> None:
         self.load = machine.OtherLoad()
@@ -65,7 +70,9 @@ _run = _Run()
 def alternate(
     functions: dict[str, Callable[[], object]], repeats: int = 5, *, warm_up: bool = True
 ) -> dict[str, float]:
-    """Median seconds of each function, run in turn so that what else the machine does falls on all of them alike; the first round warms up.
+    """Return the median seconds of each function.
+
+    Functions run in turn, so other load on the machine affects all of them alike. The first round warms up.
 
     ``warm_up=False`` is for functions that have just run.
     """
@@ -83,7 +90,10 @@ def alternate(
 
 
 def keep_rounds(seconds: dict[str, list[float]], *, other_load: float) -> dict[str, float]:
-    """Median seconds of each side, which the next figures are stored with; for benchmarks that time their rounds themselves."""
+    """Return the median seconds of each side, and keep them for the next stored figures.
+
+    This is for benchmarks that time their rounds themselves.
+    """
     _run.rounds, _run.seconds = (
         max(map(len, seconds.values())),
         {name: statistics.median(values) for name, values in seconds.items()},
@@ -103,17 +113,19 @@ def store(
     keep: bool = True,
     **details: Any,
 ) -> None:
-    """Prints a figure and keeps it in ``benchmarks/results/NAME.json``, together with the seconds of the process's last alternation.
+    """Print a figure and keep it in ``benchmarks/results/NAME.json``.
+
+    The file also holds the seconds of the process's last alternation.
 
     Args:
-        name: Also the file's name.
-        value: What was measured, in ``unit``.
-        limit: What nothing can be better than.
-        target: What the project wants; None: nothing was fixed.
-        unit: Reads on from the value: "times as fast as ...".
-        lower_is_better: None: as target and limit lie to each other.
-        keep: False only prints: a trial at tiny shapes is not worth keeping.
-        details: Further facts of the record.
+        name: Name of the figure and of its file.
+        value: The measured value, in ``unit``.
+        limit: The best possible value.
+        target: The project's goal, or None if there is none.
+        unit: Words that follow the value: "times as fast as ...".
+        lower_is_better: Whether lower values are better. None derives it from target and limit.
+        keep: Whether to store the figure. A trial with tiny shapes is only printed.
+        details: Further facts for the record.
     """
     result = Result(
         name=name,
@@ -137,7 +149,8 @@ def store(
     print(f"{name}: {value:.3g} {unit} (limit {limit:.3g}{aim})", flush=True)
     if keep and result.other_load > MAX_OTHER_LOAD:
         print(
-            f"warning: {name}: other processes took {result.other_load:.0%} of the machine's CPU time; measure again alone",
+            f"warning: {name}: other processes took {result.other_load:.0%} of the machine's CPU time; "
+            "measure again on an idle machine",
             flush=True,
         )
     if keep:
@@ -146,12 +159,12 @@ def store(
 
 
 def read_results(folder: Path = RESULTS) -> list[Result]:
-    """All stored figures, by name."""
+    """Read all stored figures, sorted by name."""
     return [Result(**json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
 
 
 def _commit() -> str:
-    """The commit, and whether files of the project differ from it."""
+    """Return the commit, and whether files of the project differ from it."""
     options = {"capture_output": True, "text": True, "cwd": Path(__file__).parent}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **options)
     if commit.returncode:

@@ -1,4 +1,4 @@
-"""`make bench` and `make bench-short`: every benchmark in a process of its own, one after the other, then the table.
+"""`make bench` and `make bench-short`: run every benchmark in its own process, then write the table.
 
 python benchmarks/run_all.py [--short]
 """
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument(
         "--short",
         action="store_true",
-        help="tiny shapes, nothing stored: do they still run, and do both sides compute the same?",
+        help="run tiny shapes and store nothing, to check that all run and that both sides compute the same",
     )
     options = ["--short"] if parser.parse_args().short else []
     failed = []

@@ -20,7 +20,7 @@ BEGIN, END = "<!-- benchmarks: made by benchmarks/table.py -->", "<!-- end of be
 
 
 def render(results: list[Result]) -> str:
-    """Markdown. Machines and commits stand below, where all figures share them once."""
+    """Format the figures in Markdown. A machine or commit that several figures share is named once, below."""
     if not results:
         return "Nothing is measured yet: `make bench`."
     lines = ["| figure | value | limit | target | met |", "|---|---|---|---|---|", *map(_row, results), ""]
@@ -32,7 +32,8 @@ def render(results: list[Result]) -> str:
     dates = sorted(result.date[:10] for result in results)
     when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     lines.append(
-        f"Machine: {'; '.join(machines)}. {'Commit' if len(commits) == 1 else 'Commits'} {', '.join(commits)}; {when}."
+        f"Machine: {'; '.join(machines)}. {'Commit' if len(commits) == 1 else 'Commits'} "
+        f"{', '.join(commits)}; {when}."
     )
     return "\n".join(lines)
 
@@ -44,7 +45,10 @@ def _row(result: Result) -> str:
         if result.other_load > MAX_OTHER_LOAD
         else ""
     )
-    return f"| `{result.name}` | {number(result.value)} {result.unit}{disturbed} | {number(result.limit)} | {_target(result)} | {met} |"
+    return (
+        f"| `{result.name}` | {number(result.value)} {result.unit}{disturbed} | {number(result.limit)} "
+        f"| {_target(result)} | {met} |"
+    )
 
 
 def _target(result: Result) -> str:
@@ -60,7 +64,7 @@ def _target(result: Result) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits.
+    """Format a number with three significant digits.
 
     >>> [number(value) for value in (0.01234, 0.0, 1.0, 8.7654, 123.4, 1500.0)]
     ['0.0123', '0', '1.00', '8.77', '123', '1500']
@@ -71,7 +75,7 @@ def number(value: float) -> str:
 
 
 def with_table(text: str, table: str) -> str:
-    """A document with another table between its markers."""
+    """Return a document with a new table between its markers."""
     return replace_section(text, f"{table}\n", begin=BEGIN, end=END, where="the document")
 
 

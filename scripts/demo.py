@@ -1,10 +1,11 @@
-"""`make demo`: a small world in which next-token reasoning can be seen to work, from random weights to a verdict, in minutes on two cores.
+"""`make demo`: show in minutes, on two cores and from random weights, that next-token reasoning works.
 
-The text tells of a ball under one of eight cups and of moves that shuffle them, and ends by saying where the ball is. That last token cannot be read off in one
-pass, and can be worked out by thinking. A start model that thinks in one of eight examples is trained by RPT, and beside it by next-token prediction at the same
-FLOPs. The demo fails where RPT is not at least 50 points ahead. Interrupted, it continues where it stopped.
+The text tells of a ball under one of eight cups and of moves that shuffle them. It ends by saying where the
+ball is. That last token cannot be predicted in one pass, but it can be worked out by thinking. RPT trains a
+start model that thinks in one of eight examples. A second copy trains by next-token prediction at the same
+FLOPs. The demo fails if RPT is not at least 50 points ahead. If interrupted, it continues where it stopped.
 
-Every stage is one command that a user could type; the demo only runs them in order and keeps the time.
+Every stage is one command that a user could type. The demo only runs them in order and keeps the time.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from rpt_lightning.evaluation.run import read_run
 from rpt_lightning.evaluation.table import INTERVAL_NOTE, Rate, Stage, stage_table
 from rpt_lightning.metrics.results import Results, pair_results, read_results
 
-LEAST_GAIN = 0.50  # what the whole interval of (reasoning after RPT - NTP at RPT's FLOPs) must exceed
+LEAST_GAIN = 0.50  # lower bound for the whole interval of (reasoning after RPT - NTP at RPT's FLOPs)
 CHANCE = 1 / 8  # eight cups
 
 
 def last_results(run: Path) -> Results:
-    """Of the last validation that a run left."""
+    """Read the results of a run's last validation."""
     return read_results(max((run / "validation").glob("step-*.jsonl")))
 
 
 def gain(after: Results, ntp: Results) -> Difference:
-    """Reasoning after RPT minus next-token prediction of the rival, at the same positions."""
+    """Compare reasoning after RPT with the rival's next-token prediction at the same positions."""
     pairs = pair_results(ntp, after)
     return paired_bootstrap(
         [rival.ntp_correct for rival, _ in pairs],
@@ -48,7 +49,7 @@ def percent(rate: Rate) -> str:
 
 
 def show(testbed: Testbed) -> bool:
-    """The table, the picture, two sentences, and whether the demo showed what it is to show."""
+    """Show the table, the figure and two sentences. Return whether RPT is far enough ahead."""
     from rich.console import Console
     from rich.markdown import Markdown
 
@@ -74,22 +75,25 @@ def show(testbed: Testbed) -> bool:
         f"{100 * difference.difference:.1f} points [{100 * difference.low:.1f}, {100 * difference.high:.1f}]"
     )
     sentences = (
-        f"After RPT the model is right at {percent(rates[0])} of {rates[0].count} held-out positions by reasoning; before it was {percent(rates[1])}.\n"
-        f"Next-token training at the same FLOPs reaches {percent(rival)} at the same positions: RPT is {points} ahead (paired over "
-        f"{difference.num_units} documents)."
+        f"After RPT the model is right at {percent(rates[0])} of {rates[0].count} held-out positions by "
+        f"reasoning; before it was {percent(rates[1])}.\n"
+        f"Next-token training at the same FLOPs reaches {percent(rival)} at the same positions: RPT is "
+        f"{points} ahead (paired over {difference.num_units} documents)."
     )
     summary.write_text(f"{table}\n{sentences}\n", encoding="utf-8")
     Console().print(Markdown(table))
     print(
-        f"Picture: {picture}   table: {summary}   report: {testbed.folder / 'report.html'}   trained policy: {checkpoints(testbed.rpt)[-1]}"
+        f"Figure: {picture}   table: {summary}   report: {testbed.folder / 'report.html'}   "
+        f"trained policy: {checkpoints(testbed.rpt)[-1]}"
     )
     print(time_table(testbed.stages()))
     print(f"To start over: rm -r {testbed.folder} {testbed.tasks} {testbed.model}\n\n{sentences}")
     if difference.low > LEAST_GAIN:
         return True
     print(
-        f"\ndemo: FAILED. The interval of RPT's lead should lie above {100 * LEAST_GAIN:.0f} points and begins at {100 * difference.low:.1f}. "
-        f"docs/evidence.md shows what it was elsewhere; {testbed.rpt / 'steps.jsonl'} shows where the reward stayed behind."
+        f"\ndemo: FAILED. The interval of RPT's lead should lie above {100 * LEAST_GAIN:.0f} points but "
+        f"begins at {100 * difference.low:.1f}. docs/evidence.md shows the lead on other machines; "
+        f"{testbed.rpt / 'steps.jsonl'} shows where the reward fell behind."
     )
     return False
 
@@ -98,7 +102,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seed", type=int, default=0, help="other weights, games, order and samples")
+    parser.add_argument("--seed", type=int, default=0, help="selects weights, games, order and samples")
     testbed = Testbed.of(parser.parse_args().seed)
     again = "make demo" if testbed.seed == 0 else f"make demo SEED={testbed.seed}"
     run_stages(testbed.stages(), program="demo", again=again)

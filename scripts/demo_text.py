@@ -1,6 +1,7 @@
-"""`make demo-text`: text in, a policy trained by next-token reasoning out, then a table, a plot and a report. Interrupted, it continues where it stopped.
+"""`make demo-text`: train a policy on text by next-token reasoning, then make a table, a plot and a report.
 
-Every stage is one command that a user could type; the demo only runs them in order and keeps the time.
+Every stage is one command that a user could type. The demo only runs them in order and keeps the time. If
+interrupted, it continues where it stopped.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ COLD_START = DEMO / "cold-start"
 RPT = DEMO / "rpt"
 RPT_CONFIG = "configs/demo-text.yaml"
 REPORT = DEMO / "report.html"
-# Name of each evaluation, and the policy that is evaluated.
+# The name of each evaluation, and its policy.
 EVALUATIONS = {"start": MODEL, "after cold start": COLD_START / "export", "after RPT": RPT / "export"}
 
 
@@ -51,7 +52,7 @@ def evaluation(name: str, minutes: float, *, controls: bool = True) -> Stage:
 COLD_START_STAGES = (
     make_model(),
     prepare(),
-    evaluation("start", 4, controls=False),  # it has no answers that another thought could change
+    evaluation("start", 4, controls=False),  # the start has no answers that another thought could change
     fit("cold start", COLD_START, "configs/demo-text-cold-start.yaml", folder=DEMO, minutes=8.5),
     export(COLD_START, folder=DEMO),
     evaluation("after cold start", 5),
@@ -76,7 +77,7 @@ STAGES = (
 
 
 def show() -> None:
-    """The table, the plot and where everything lies."""
+    """Show the table and the plot, and say where the files are."""
     from rich.console import Console
     from rich.markdown import Markdown
 
@@ -87,7 +88,8 @@ def show() -> None:
     columns = [Column(name=name, results=read_results(results_file(folder_of(name)))) for name in EVALUATIONS]
     Console().print(Markdown(summarise(columns, RPT / "steps.jsonl", DEMO)))
     print(
-        f"Table: {DEMO / 'summary.md'}   plot: {DEMO / 'summary.png'}   report: {REPORT}   trained policy: {RPT / 'export'}"
+        f"Table: {DEMO / 'summary.md'}   plot: {DEMO / 'summary.png'}   report: {REPORT}   "
+        f"trained policy: {RPT / 'export'}"
     )
     print(time_table(STAGES))
     print(f"To start over: rm -r {DEMO} {TASKS}")

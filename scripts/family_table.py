@@ -1,10 +1,13 @@
 """The table of docs/families.md: which model families a policy takes, and which of them each engine runs.
 
-    python scripts/family_table.py run [--families phi gpt2 ...]    tries them, each in its own process (half a minute a family), and writes the table
-    python scripts/family_table.py try phi                          one family: its row as JSON
+    python scripts/family_table.py run [--families phi gpt2 ...]
+        Tries each family in its own process (half a minute each) and, if all are tried, writes the table.
+    python scripts/family_table.py try phi
+        Tries one family and prints its row as JSON.
 
-A small random model of the family is made. It is read by the policy, and by each engine. The engine takes the policy's weights twice, with a change in
-between, and says which of its tensors differ. Then its log-probs of its own completions are compared with the policy's.
+The script makes a small random model of the family, which the policy and each engine read. The engine takes
+the policy's weights twice, with a change in between, and says which of its tensors differ. Then its log-probs
+of its own completions are compared with the policy's.
 """
 
 from __future__ import annotations
@@ -82,7 +85,10 @@ WORKS, COLUMNS = "works", ("policy", "VLLMEngine", "HFEngine")
 
 
 def make_model(family: str, folder: Path, tokenizer: Path) -> None:
-    """Random weights away from what layers begin with, no dropout, and the tokenizer of a tiny model."""
+    """Make a model without dropout, whose random weights differ from layers' initial values.
+
+    Its tokenizer is that of the tiny model.
+    """
     import shutil
 
     import torch
@@ -105,7 +111,7 @@ def make_model(family: str, folder: Path, tokenizer: Path) -> None:
 
 
 def try_family(family: str) -> dict[str, str]:
-    """The family's row: "works", or the error."""
+    """Return the family's row, whose cells say "works" or give the error."""
     from rpt_lightning.policy.model import Policy
     from rpt_lightning.rollout.hf_engine import HFEngine
     from rpt_lightning.rollout.vllm_engine import VLLMEngine
@@ -134,7 +140,7 @@ def try_family(family: str) -> dict[str, str]:
 
 
 def _run(engine: Any, policy: Any, folder: Path) -> str:
-    """What is not caught here is a traceback for the user too."""
+    """Try a family on an engine. An error that is not caught here is a traceback for the user too."""
     import torch
 
     from rpt_lightning.policy.weights import named_weights
@@ -180,7 +186,7 @@ def _short(error: Exception, folder: Path) -> str:
 
 
 def row_of(family: str) -> dict[str, str]:
-    """Tried in a process of its own, since vLLM leaves its settings behind."""
+    """Try a family in its own process, because vLLM leaves its settings behind."""
     done = subprocess.run((sys.executable, __file__, "try", family), capture_output=True, text=True)
     if done.returncode:
         return {"policy": f"TRACEBACK: {done.stderr.strip().splitlines()[-1][:150]}"}
@@ -188,7 +194,7 @@ def row_of(family: str) -> dict[str, str]:
 
 
 def write_page(rows: dict[str, dict[str, str]]) -> None:
-    """Into docs/families.md, between its marks."""
+    """Write the table into docs/families.md, between its marks."""
     lines = [
         markdown_row(f"`{family}`", [row.get(column, "-") for column in COLUMNS])
         for family, row in rows.items()
@@ -205,8 +211,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("try", help="one family").add_argument("family", choices=list(FAMILIES))
-    verbs.add_parser("run", help="all").add_argument(
+    verbs.add_parser("try", help="try one family").add_argument("family", choices=list(FAMILIES))
+    verbs.add_parser("run", help="try all families").add_argument(
         "--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES)
     )
     arguments = parser.parse_args()

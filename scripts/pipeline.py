@@ -1,4 +1,7 @@
-"""A longer computation in stages, each one command that a user could type: run in order, timed, and continued where it was interrupted."""
+"""Run a longer computation in stages, each of which is one command that a user could type.
+
+Stages run in order and are timed. After an interruption the computation continues where it stopped.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,19 @@ Command = Callable[[], tuple[str, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """``output`` is what the command leaves behind, ``minutes`` about how long it takes on two cores. The command is made when the stage begins.
+    """One stage of a computation. Its command is built when the stage begins.
 
-    ``folder`` keeps what is known of finished stages: marks and times; computations that share a stage name one folder.
-    ``run_folder`` is a fit's, which is moved aside when an earlier stage runs again. ``output_comes_last`` is whether the output alone shows that the
-    command came to its end, as a fit's last checkpoint does. ``feeds_later`` is whether later stages use what this one makes. ``always``: it is
-    never skipped.
+    Attributes:
+        name: Name of the stage.
+        command: Builds the command.
+        output: File or folder that the command leaves behind.
+        minutes: Approximate duration on two cores.
+        folder: Keeps the marks and times of finished stages. Computations that share a stage name one folder.
+        run_folder: A fit's folder. It is moved aside if an earlier stage runs again.
+        output_comes_last: Whether the output alone shows that the command finished, as a fit's last
+            checkpoint does.
+        feeds_later: Whether later stages use the output of this one.
+        always: Whether the stage is never skipped.
     """
 
     name: str
@@ -43,11 +53,12 @@ class Stage:
 
     @property
     def is_finished(self) -> bool:
-        # Other outputs may exist before they are complete or be those of an earlier policy, so finishing leaves a mark.
+        # Other outputs may exist before they are complete, or may belong to an earlier policy. So a finished
+        # stage leaves a mark.
         return not self.always and self.output.exists() and (self.output_comes_last or self._mark.exists())
 
     def forget(self) -> None:
-        """What this stage made came from something that is made again now."""
+        """Discard the mark of this stage, because something that it used is made again."""
         self._mark.unlink(missing_ok=True)
         forget_time(self.folder, self.name)
         if self.run_folder is not None and self.run_folder.exists():
@@ -58,25 +69,29 @@ class Stage:
             aside = next(path for path in names if not path.exists())
             self.run_folder.rename(aside)
             print(
-                f"an earlier stage runs again, so {self.run_folder} is made anew; the run that was there is now {aside}"
+                f"an earlier stage runs again, so {self.run_folder} is made again; the previous run is now "
+                f"in {aside}"
             )
 
     def run(self) -> None:
         command = self.command()
         shown = shlex.join(command).replace(EXECUTABLE, "rpt").replace(sys.executable, "python")
         print("$", shown, flush=True)
-        if self._mark.exists():  # it was finished, and what it left is gone
+        if self._mark.exists():  # it finished before, but its output is gone
             forget_time(self.folder, self.name)
         start = time.monotonic()
         try:
             subprocess.run(command, check=True)
-        finally:  # a part that was interrupted is part of the stage's time
+        finally:  # an interrupted part belongs to the stage's time
             add_time(self.folder, self.name, time.monotonic() - start)
         self._mark.parent.mkdir(parents=True, exist_ok=True)
         self._mark.write_text(json.dumps({"command": shown, "commit": commit()}) + "\n")
 
     def history(self) -> dict[str, object]:
-        """How it was run, for a record: seconds, and the command and commit of its end (None where an earlier version finished it)."""
+        """Describe how the stage ran: its seconds, and the command and commit of its last part.
+
+        Command and commit are None if an earlier version finished it.
+        """
         text = self._mark.read_text() if self._mark.exists() else ""
         return {
             "name": self.name,
@@ -86,7 +101,10 @@ class Stage:
 
 
 def commit() -> str | None:
-    """The commit of this program, "+" behind it where files differ from it; None outside of git."""
+    """Return the commit of this program, or None outside of git.
+
+    A "+" follows it if files differ from the commit.
+    """
     git = ("git", "-C", str(ROOT))
     try:
         head = subprocess.run(
@@ -104,7 +122,7 @@ def commit() -> str | None:
 
 
 def read_times(folder: Path) -> dict[str, float]:
-    """Seconds that each stage took, over all calls."""
+    """Read the seconds that each stage took, over all calls."""
     path = folder / "times.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -126,7 +144,7 @@ def forget_time(folder: Path, name: str) -> None:
 
 
 def time_table(stages: Sequence[Stage]) -> str:
-    """Minutes of each stage, the installation not counted."""
+    """Format the minutes of each stage, without the installation."""
     times = {
         stage.name: seconds
         for stage in stages
@@ -137,7 +155,10 @@ def time_table(stages: Sequence[Stage]) -> str:
 
 
 def run_stages(stages: Sequence[Stage], *, program: str, again: str) -> None:
-    """Run what is not finished, in order. ``again`` is the command that a user repeats to go on after an interruption."""
+    """Run the unfinished stages in order.
+
+    ``again`` is the command that resumes the computation after an interruption.
+    """
     start = time.monotonic()
     todo: list[Stage] = []
     for stage in stages:
@@ -152,7 +173,7 @@ def run_stages(stages: Sequence[Stage], *, program: str, again: str) -> None:
             print(f"=== {title}: finished before, skipped")
             continue
         elapsed = (time.monotonic() - start) / 60
-        # What is planned for the rest, scaled by how much slower or faster than planned this machine was so far.
+        # The plan for the rest, scaled by how much slower or faster than planned this machine has been.
         left = sum(other.minutes for other in stages[number - 1 :] if other in todo) * (
             elapsed / planned if planned else 1
         )
@@ -161,7 +182,8 @@ def run_stages(stages: Sequence[Stage], *, program: str, again: str) -> None:
             stage.run()
         except subprocess.CalledProcessError as error:
             raise SystemExit(
-                f"{program}: {title} failed (exit status {error.returncode}, message above). `{again}` tries it again."
+                f"{program}: {title} failed (exit status {error.returncode}, message above). "
+                f"`{again}` tries it again."
             ) from error
         except KeyboardInterrupt:
             raise SystemExit(f"\n{program}: interrupted in {title}. `{again}` continues there.") from None

@@ -1,10 +1,14 @@
-"""`make reproduction SEED=0`: one seed of the small-scale reproduction, from the demo's cold start to a record that is committed.
+"""`make reproduction SEED=0`: one seed of the small-scale reproduction, up to a record that is committed.
 
-Each seed trains by RPT from the same cold start, and by next-token prediction at the same FLOPs; its policies answer the same held-out positions. Seeds differ in
-the order of tasks and text and in what is sampled. Seed 0 is the demo's own run, so a finished demo is taken over as it is.
+Each seed starts from the demo's cold start. One policy trains from it by RPT, and another by next-token
+prediction at the same FLOPs. All policies of a seed answer the same held-out positions. Seeds differ in the
+order of tasks and text and in their samples. Seed 0 is the demo's own run, so a finished demo is used as it
+is.
 
-    python scripts/reproduction.py run --seed 1      every stage, the record, and the summary of all records in docs/results.md
-    python scripts/reproduction.py summary           the last of these alone
+    python scripts/reproduction.py run --seed 1
+        Runs every stage, writes the record, and renews the summary of all records in docs/results.md.
+    python scripts/reproduction.py summary
+        Only renews the summary.
 """
 
 from __future__ import annotations
@@ -41,9 +45,9 @@ from rpt_lightning.evaluation.seed_record import Measured, SeedRecord, measured,
 from rpt_lightning.evaluation.seed_summary import replace_section, seed_summary
 from rpt_lightning.metrics.results import read_results
 
-# The number of positions, the steps and the distance of evaluated checkpoints are those of configs/demo-text.yaml.
+# configs/demo-text.yaml sets the number of positions, the steps and the distance of evaluated checkpoints.
 NTP_CONFIG = "configs/ntp-baseline.yaml"
-NTP_CHECKPOINT_EVERY = 50  # steps; less often than in the configuration, since the run is longer
+NTP_CHECKPOINT_EVERY = 50  # steps; less often than in the configuration, because the run is longer
 RECORDS = Path("docs/reproduction")
 RESULTS = Path("docs/results.md")
 START = COLD_START / "export"
@@ -107,7 +111,7 @@ class Seed:
         )
 
     def _checkpoint_stages(self) -> tuple[Stage, ...]:
-        """For the scaling fit; the last step is what the export holds."""
+        """Return the evaluations for the scaling fit. The export holds the last step."""
         return tuple(
             evaluate(
                 f"evaluate step {step}",
@@ -128,7 +132,8 @@ class Seed:
             *self._flags(self.ntp),
             *flags({"--trainer.limit_val_batches": 0, "--checkpoint.every_n_steps": NTP_CHECKPOINT_EVERY}),
         )
-        # Validated apart, at the positions of RPT's validations: the seed of a run is that of its held-out positions too.
+        # The baseline is validated separately, at the positions of RPT's validations, because the seed of a
+        # run also selects its held-out positions.
         data = settings(RPT_CONFIG)["data"]["init_args"]
         positions = flags({f"--data.{name}": data[name] for name in ("num_eval_tasks", "eval_batch_size")})
         validate = (
@@ -172,15 +177,18 @@ class Seed:
         )
 
     def check_start(self) -> None:
-        """All of a seed is trained from one cold start: stages that are finished are not done again because the demo was made anew."""
+        """Check that the whole seed is trained from one cold start.
+
+        Finished stages do not run again when the demo is made again.
+        """
         noted, weights = self.folder / "start.sha256", sorted(START.glob("*.safetensors"))
         if not weights:
             return
         found = " ".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in weights)
         if noted.exists() and noted.read_text() != found:
             raise SystemExit(
-                f"{self.folder} was trained from another cold start than what {START} holds now. Move {self.folder} aside and run this again, or put the "
-                "earlier cold start back"
+                f"{self.folder} was trained from another cold start than the one in {START}. Move "
+                f"{self.folder} aside and run this again, or restore the earlier cold start"
             )
         noted.parent.mkdir(parents=True, exist_ok=True)
         noted.write_text(found)
@@ -191,7 +199,7 @@ class Seed:
         self.check_start()
 
     def write(self) -> None:
-        """The record, of what the stages left."""
+        """Write the record from the results of the stages."""
         rpt, ntp = read_run(self.rpt), read_run(self.ntp)
         ntp_step = max(ntp.validations)
         self._check_cost(rpt, ntp)
@@ -209,15 +217,18 @@ class Seed:
 
     @staticmethod
     def _check_cost(rpt: Run, ntp: Run) -> None:
-        """The baseline ended with the step that reached RPT's FLOPs: not so where RPT was run again after it."""
+        """Check that the baseline ended with the step that reached RPT's FLOPs.
+
+        This fails if RPT was run again after the baseline.
+        """
         goal, spent = total(rpt, FLOPS), total(ntp, FLOPS)
         last_step = ntp.steps[max(ntp.steps)][FLOPS]
         assert goal is not None
         assert spent is not None
         if not goal <= spent < goal + last_step:
             raise SystemExit(
-                f"the baseline cost {spent:.4g} FLOPs and RPT {goal:.4g}, which is another run than the one that the baseline was measured by. Move "
-                "the baseline's folder aside and run this again"
+                f"the baseline cost {spent:.4g} FLOPs and RPT {goal:.4g}, so the baseline was matched to "
+                "another run. Move the baseline's folder aside and run this again"
             )
 
     @staticmethod
@@ -248,7 +259,7 @@ class Seed:
 
 
 def machine() -> str:
-    """Processor, cores and memory."""
+    """Describe processor, cores and memory."""
     cpuinfo = Path("/proc/cpuinfo")
     names = (
         [
@@ -279,7 +290,7 @@ def versions() -> dict[str, str]:
 
 
 def summarise() -> None:
-    """All records there are, into docs/results.md."""
+    """Write the summary of all records into docs/results.md."""
     records = [read_record(path) for path in sorted(RECORDS.glob("seed-*.json"))]
     RESULTS.write_text(
         replace_section(RESULTS.read_text(encoding="utf-8"), seed_summary(records), where=str(RESULTS)),
@@ -293,7 +304,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("run", help="one seed").add_argument("--seed", type=int, required=True)
+    verbs.add_parser("run", help="run one seed").add_argument("--seed", type=int, required=True)
     verbs.add_parser("summary", help="renew the section of docs/results.md")
     arguments = parser.parse_args()
     if arguments.verb == "run":

@@ -1,9 +1,12 @@
-"""The tables of docs/scaling.md: the plan of the 14B run on 8, 64 and 1,024 H100s, rollouts in the trainer and on servers.
+"""The tables of docs/scaling.md: the plan of the 14B run on 8, 64 and 1,024 H100s.
 
-python scripts/scaling_table.py            # writes them there and prints them
-python scripts/scaling_table.py --check    # exit status 1 where the document has others
+Rollouts are in the trainer or on servers.
 
-All of it is `rpt plan`'s arithmetic on the configuration files and the model's sizes; nothing was measured on a GPU.
+python scripts/scaling_table.py            # writes and prints the tables
+python scripts/scaling_table.py --check    # exits with status 1 if the document has other tables
+
+The numbers are `rpt plan`'s arithmetic on the configuration files and the model's sizes. Nothing was measured
+on a GPU.
 """
 
 from __future__ import annotations
@@ -23,13 +26,13 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "scaling.md"
 BEGIN, END = "<!-- made by scripts/scaling_table.py -->", "<!-- end of tables -->"
 CONFIGS = ROOT / "configs"
-# Sizes of the policy's model; its weights are not needed.
+# Sizes of the policy's model. Its weights are not needed.
 MODEL_CONFIG = ROOT / "scripts" / "qwen2-14b.json"
 IN_TRAINER = ["--config", str(CONFIGS / "14b.yaml"), "--config", str(CONFIGS / "strategy" / "fsdp2.yaml")]
 ON_SERVERS = [*IN_TRAINER, "--config", str(CONFIGS / "rollout" / "servers.yaml")]
 LAYERS = {
     "in the trainer": IN_TRAINER,
-    "in the trainer, asleep in training": IN_TRAINER,  # only where memory is short
+    "in the trainer, asleep in training": IN_TRAINER,  # only if memory is short
     "servers, folder": ON_SERVERS,
     "servers, NCCL": ON_SERVERS,
 }
@@ -43,13 +46,13 @@ FLAGS = [
     "--plan.context_tokens",
     "1920",
 ]
-# Devices in all, and how many of them are servers where the trainer does not generate itself.
+# All devices, and how many of them are servers if the trainer does not generate itself.
 SERVERS = {8: 2, 64: 32, 1024: 512}
 GB = 1e9
 
 
 def plans() -> list[tuple[str, Plan, list[str]]]:
-    """``(where rollouts are, plan, what it assumes)`` of every row."""
+    """Return ``(place of the rollouts, plan, its assumptions)`` for every row."""
     parsed = {name: parse([*layers, *FLAGS]) for name, layers in LAYERS.items()}
     rows = [(name, devices) for devices in SERVERS for name in parsed if devices == 8 or "asleep" not in name]
     return [(name, *plan_of(_sized(parsed[name].clone(), name, devices))) for name, devices in rows]
@@ -64,13 +67,13 @@ def _sized(config: Namespace, name: str, devices: int) -> Namespace:
     if name == "servers, NCCL":
         config.rollout.engine.init_args.transport = Namespace(class_path="NCCLTransport")
     config.plan.num_devices, config.plan.num_servers = devices - servers, servers or None
-    # Eight devices do not hold the optimizer beside an engine of their own that stays awake: configs/14b.yaml.
+    # Eight devices cannot hold the optimizer beside an engine that stays awake: configs/14b.yaml.
     config.trainer.strategy.init_args.cpu_offload = devices == 8 and not servers and not sleeps
     return config
 
 
 def render(rows: list[tuple[str, Plan, list[str]]]) -> str:
-    """Markdown: times, then memory and traffic, then what was assumed."""
+    """Format times, then memory and traffic, then the assumptions, in Markdown."""
     columns = [
         "rollouts",
         "prompts",
@@ -129,12 +132,13 @@ def render(rows: list[tuple[str, Plan, list[str]]]) -> str:
     )
     return "\n".join(
         [
-            "Estimated seconds of a step. Overlapped: the step if the next rollouts were generated while the policy trains. Longest completion: one of 8,192 "
-            "tokens, decoded alone.",
+            "Estimated seconds of a step. Overlapped: the step if the next rollouts were generated while "
+            "the policy trains. Longest completion: one of 8,192 tokens, decoded alone.",
             "",
             *times,
             "",
-            "Estimated GB (10^9 bytes): memory at its fullest, and what one device sends or receives in a step.",
+            "Estimated GB (10^9 bytes): memory at its fullest, and what one device sends or receives in "
+            "a step.",
             "",
             *memory,
             "",
@@ -149,7 +153,7 @@ def _row(cells: list[str]) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits, so that the last one of a processor's arithmetic does not show.
+    """Format three digits, so that differences in processors' arithmetic do not show.
 
     >>> [_number(value) for value in (0.01234, 1.0, 87.654, 1234.5)]
     ['0.0123', '1.00', '87.7', '1,230']
@@ -160,7 +164,7 @@ def _number(value: float) -> str:
 
 
 def with_tables(text: str, tables: str) -> str:
-    """The document with other tables between its markers."""
+    """Return the document with new tables between its markers."""
     return replace_section(text, f"{tables}\n", begin=BEGIN, end=END, where=str(DOCUMENT))
 
 
@@ -170,14 +174,12 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args()
-    sys.argv = sys.argv[:1]  # Lightning's parser warns where the process has arguments of its own
+    sys.argv = sys.argv[:1]  # Lightning's parser warns if the process has arguments of its own
     tables = render(plans())
     text = DOCUMENT.read_text()
     updated = with_tables(text, tables)
     if args.check and updated != text:
-        sys.exit(
-            f"{DOCUMENT.relative_to(ROOT)}: not the tables of the plan; run python scripts/scaling_table.py"
-        )
+        sys.exit(f"{DOCUMENT.relative_to(ROOT)}: not the plan's tables; run python scripts/scaling_table.py")
     if not args.check:
         DOCUMENT.write_text(updated)
         print(tables)

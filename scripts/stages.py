@@ -1,4 +1,7 @@
-"""The stages that training a policy consists of: fit, export, evaluate, in the precision and with the engine that this machine is good at."""
+"""The stages of training a policy: fit, export and evaluate.
+
+Precision and engine are those that suit this machine.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ from pipeline import EXECUTABLE, ROOT, Stage
 from rpt_lightning.metrics.results import read_results, write_results
 from rpt_lightning.training.cpu_precision import bf16_is_slow
 
-# There is a vLLM for Linux only; elsewhere transformers makes the rollouts, which is slower.
+# vLLM exists only for Linux. Elsewhere transformers generates the rollouts, which is slower.
 HAS_VLLM = platform.system() == "Linux"
-# Many CPUs have no instructions for bf16; there fp32 is several times faster, and no less exact.
+# Many CPUs have no instructions for bf16. There fp32 is several times faster, and no less exact.
 IN_FP32 = bf16_is_slow()
 PRECISION = ("--trainer.precision", "32-true") if IN_FP32 else ()
 PREPARE_PRECISION = ("--precision", "32-true") if IN_FP32 else ()
@@ -27,19 +30,21 @@ ENGINE = (
 
 
 def say_what_is_special(program: str) -> None:
-    """What this machine does otherwise than the configurations say."""
+    """Say where this machine departs from the configurations."""
     if not HAS_VLLM:
         print(
-            f"{program}: there is no vLLM for {platform.system()}; transformers makes the rollouts, which takes longer than the times below"
+            f"{program}: there is no vLLM for {platform.system()}; transformers generates the rollouts, "
+            "which takes longer than the times below"
         )
     if IN_FP32:
         print(
-            f"{program}: this CPU has no instructions for bf16; everything is computed in fp32, which is faster here"
+            f"{program}: this CPU has no instructions for bf16; everything is computed in fp32, which is "
+            "faster here"
         )
 
 
 def settings(config: str) -> dict[str, Any]:
-    """A configuration of this project."""
+    """Read a configuration of this project."""
     return yaml.safe_load((ROOT / config).read_text())
 
 
@@ -56,7 +61,7 @@ def checkpoint(run: Path, step: int) -> Path:
 
 
 def results_file(run: Path, step: int = 0) -> Path:
-    """What a validation leaves: step 0 is that of a model folder."""
+    """Return the file of a validation's results. Step 0 is the validation of a model folder."""
     return run / "validation" / f"step-{step:06d}.jsonl"
 
 
@@ -70,7 +75,10 @@ def fit(
     options: tuple[str, ...] = (),
     budget_like: Path | None = None,
 ) -> Stage:
-    """Train into ``run`` up to the configuration's last step, or until it has cost as many FLOPs as the run ``budget_like``."""
+    """Make the stage that trains into ``run`` up to the configuration's last step.
+
+    With ``budget_like`` it trains until it has cost as many FLOPs as that run.
+    """
     budget = (
         ()
         if budget_like is None
@@ -78,7 +86,7 @@ def fit(
     )
 
     def command() -> tuple[str, ...]:
-        # Stopped before its first checkpoint there is nothing to continue: it starts anew.
+        # A run that stopped before its first checkpoint has nothing to resume, so it starts again.
         resume = ("--ckpt_path", "last") if checkpoints(run) else ()
         return (EXECUTABLE, "fit", "--config", config, *PRECISION, *options, *budget, *resume)
 
@@ -117,9 +125,11 @@ def evaluate(
     controls: bool = True,
     options: tuple[str, ...] = (*PRECISION, *ENGINE),
 ) -> Stage:
-    """By reasoning and without. ``policy`` is a model folder; with ``ckpt`` the weights of that checkpoint (of ``step``) take the place of its own.
+    """Make the stage that evaluates a policy with and without reasoning.
 
-    With ``controls`` it is also asked with thoughts that are not its own. ``options`` are flags besides, by default those of this machine.
+    ``policy`` is a model folder. ``ckpt`` is a checkpoint (of ``step``) whose weights replace the folder's
+    own. With ``controls`` the policy also answers after thoughts that are not its own. ``options`` are
+    additional flags, by default those of this machine.
     """
     own: dict[str, object] = {
         "--model.policy.path": policy,
@@ -143,10 +153,12 @@ def evaluate(
 def report(
     run: Path, others: tuple[Path, ...], output: Path, *, before: Path, after: Path | None, folder: Path
 ) -> Stage:
-    """A page about ``run`` beside others. Takes seconds, so it is always made, of whatever the other stages left.
+    """Make the stage that builds a page about ``run`` beside others.
 
-    ``before`` and ``after`` are the evaluations of the model folders that the run began with and that its last checkpoint was exported to; None where the
-    run validates its last step itself. In the run's own folder they are its first and its last step, which `rpt compare` and `rpt scaling` need too.
+    It takes seconds, so it always runs, with whatever the other stages left. ``before`` and ``after`` are
+    the evaluations of two model folders: the one that the run began with, and the one that its last
+    checkpoint was exported to. ``after`` is None if the run validates its last step itself. In the run's own
+    folder they become its first and its last step, which `rpt compare` and `rpt scaling` need too.
     """
 
     def command() -> tuple[str, ...]:

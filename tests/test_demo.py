@@ -81,7 +81,7 @@ def test_a_demo_that_shows_too_little_fails_and_says_why(capsys: pytest.CaptureF
     bed = leave(lambda number: number % 6 == 0 or number % 8 < 5)
     assert not demo.show(bed)
     assert (
-        "demo: FAILED. The interval of RPT's lead should lie above 50 points and begins at 4"
+        "demo: FAILED. The interval of RPT's lead should lie above 50 points but begins at 4"
         in capsys.readouterr().out
     )
 

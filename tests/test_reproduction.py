@@ -93,8 +93,8 @@ def test_a_seed_of_another_cold_start_is_not_gone_on_with(project):
     status, output = reproduction(project, "run", "--seed", "1")
     assert status == 1
     assert (
-        "runs/reproduction/seed-1 was trained from another cold start than what runs/demo-text/cold-start/export holds now"
-        in output
+        "runs/reproduction/seed-1 was trained from another cold start than the one in "
+        "runs/demo-text/cold-start/export" in output
     )
 
 

@@ -25,10 +25,10 @@ def test_the_document_shows_what_the_plan_says(table, monkeypatch, tmp_path):
     monkeypatch.setattr(table, "ROOT", tmp_path)
     monkeypatch.setattr(table, "plans", list)
     monkeypatch.setattr(sys, "argv", ["scaling_table.py", "--check"])
-    with pytest.raises(SystemExit, match=r"stale.md: not the tables of the plan"):
+    with pytest.raises(SystemExit, match=r"stale.md: not the plan's tables"):
         table.main()
 
 
 def test_a_document_without_marks_is_refused(table):
-    with pytest.raises(ValueError, match="lacks the lines"):
+    with pytest.raises(ValueError, match="a line is missing"):
         table.with_tables("text", "tables")

@@ -1,4 +1,4 @@
-"""The tables of answered questions, with numbers worked by hand."""
+"""The tables of answered questions, checked with numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rpt_lightning.metrics.question_results import QuestionResult, QuestionResul
 def question(
     name: str, rights: str, *, category: str | None = None, direct: bool | None = None
 ) -> QuestionResult:
-    """``rights``: r for a right completion, w wrong, t truncated, ? out of time."""
+    """Make a question. ``rights`` has r for a right completion, w wrong, t truncated, ? out of time."""
     verdicts: Any = tuple(
         {"r": "right", "w": "wrong", "t": "truncated", "?": "timeout"}[letter] for letter in rights
     )
@@ -60,7 +60,8 @@ def test_accuracy_pass_at_k_and_what_became_of_completions() -> None:
     table = rows(answer_table([one]))
     assert table["sums"] == ["one"]
     assert table["questions x completions"] == ["3 x 4"]
-    # (4 + 1 + 0) / 12 = 5/12; Var(1, 1/4, 0) = (49 + 4 + 25) / 432, so n = 3 (5/12) (7/12) / Var = 4.0385, and Wilson's formula gives 0.4573 +- 0.3466.
+    # (4 + 1 + 0) / 12 = 5/12. Var(1, 1/4, 0) = (49 + 4 + 25) / 432, so n = 3 (5/12) (7/12) / Var = 4.0385.
+    # Wilson's formula then gives 0.4573 +- 0.3466.
     assert table["accuracy after a thought (avg@4)"] == ["41.7 % [11.1, 80.4] 3 questions x 4"]
     # pass@2 of 4, 1 and 0 right among 4: 1, 1 - C(3, 2) / C(4, 2) = 1/2, 0.
     assert table["pass@2"][0].startswith("50.0 % [")
@@ -99,8 +100,8 @@ def test_differences_are_paired_by_question() -> None:
     lines = differences([first, second])
     # Every question gains exactly one half, so no resample differs.
     assert (
-        lines[0]
-        == "- after a thought: second - first: +50.0 points, 95 % interval [+50.0, +50.0] above 0 (paired bootstrap over 40 questions)"
+        lines[0] == "- after a thought: second - first: +50.0 points, 95 % interval [+50.0, +50.0] above 0 "
+        "(paired bootstrap over 40 questions)"
     )
     assert lines[1].startswith("- without: second - first: +100.0 points")
     assert lines[2].startswith("- second: after a thought - without: -25.0 points")
@@ -167,12 +168,13 @@ def test_completions_that_were_drawn_otherwise_are_not_compared() -> None:
     )
     refused, without, own = differences([sampled, greedy])
     assert refused == (
-        "- after a thought: greedy - sampled: not compared, since completions were drawn otherwise (completions a question 4 and 1; temperature 0.6 and 0.0)"
+        "- after a thought: greedy - sampled: not compared, because the completions were drawn with other "
+        "settings (completions per question 4 and 1; temperature 0.6 and 0.0)"
     )
     assert without.startswith("- without: greedy - sampled: +100.0 points")  # greedy in both
     assert own.startswith("- greedy: after a thought - without: +0.0 points")
     longer = replace(sampled, results=replace(sampled.results, max_completion_tokens=128))
-    assert "drawn otherwise (token limit 64 and 128)" in differences([sampled, longer])[0]
+    assert "drawn with other settings (token limit 64 and 128)" in differences([sampled, longer])[0]
     with pytest.raises(ValueError, match="are to different questions"):
         differences([sampled, stage("other", question("x", "r"), temperature=0.0)])
 
@@ -202,7 +204,7 @@ def test_a_run_whose_end_was_drawn_otherwise_than_its_start() -> None:
     ]
     assert "- before: rpt - base: +0.0 points" in table
     assert (
-        "- after: rpt - base: not compared, since completions were drawn otherwise (temperature 0.6 and 1.0)"
-        in table
+        "- after: rpt - base: not compared, because the completions were drawn with other settings "
+        "(temperature 0.6 and 1.0)" in table
     )
     assert "- gain: rpt - base: not compared" in table

@@ -1,4 +1,4 @@
-"""Tables of one evaluation, against numbers worked by hand."""
+"""Tables of one evaluation, checked with numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_each_position_is_in_one_disjoint_band():
         [stage("p", *({"entropy": entropy} for entropy in (0.5, 0.50001, 1.0, 1.2, 1.5, 1.6, 9.0)))]
     )
     counts = [cells(table, f"{band} only: positions")[0].split(",")[0] for band in ("easy", "medium", "hard")]
-    assert counts == ["2", "2", "2"]  # 0.5 is in none: a band begins above its threshold
+    assert counts == ["2", "2", "2"]  # 0.5 is in no band, because a band begins above its threshold
 
 
 def test_kinds_that_occur_have_rows():
@@ -70,7 +70,7 @@ def test_samples_give_avg_and_the_unbiased_pass():
         "p", {"num_samples": 4, "num_correct": 1}, {"num_samples": 4, "num_correct": 3}, temperature=0.8
     )
     table = sampling_table([sampled, stage("none", {}, {})])
-    assert cells(table, "temperature; samples a position") == ["0.8; 4", "not measured"]
+    assert cells(table, "temperature; samples per position") == ["0.8; 4", "not measured"]
     assert cells(table, "avg@n")[0].startswith("50.0 %")
     assert cells(table, "pass@1")[0].startswith("50.0 %")
     assert cells(table, "pass@2")[0].startswith("75.0 %")  # (1/2 + 1) / 2

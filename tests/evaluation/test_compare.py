@@ -15,7 +15,10 @@ def positions_as_units(num: int) -> list[str]:
 
 
 def test_ends_are_the_quantiles_of_the_exact_binomial():
-    """With no pair lost and 6 of 20 won, a resample's gain is Binomial(20, 0.3) / 20, whose quantiles are known exactly."""
+    """If 6 of 20 pairs are won and none lost, a resample's gain is Binomial(20, 0.3) / 20.
+
+    Its quantiles are known exactly.
+    """
     second = [True] * 6 + [False] * 14
     difference = paired_bootstrap([False] * 20, second, units=positions_as_units(20), num_resamples=40_000)
     exact = scipy.stats.binom(20, 0.3).ppf([0.025, 0.975]) / 20
@@ -49,7 +52,10 @@ def test_documents_of_equal_positions_count_once():
 
 
 def test_documents_of_unequal_size_are_weighted_by_their_positions():
-    """Two documents: one of 1 position (lost nothing, won it), one of 3 (no change). A resample is (1, 1), (1, 3) or (3, 3): means 1, 1/4, 0."""
+    """One document has 1 position (lost to won), the other has 3 (no change).
+
+    A resample is (1, 1), (1, 3) or (3, 3), with means 1, 1/4 and 0.
+    """
     difference = paired_bootstrap([False] * 4, [True, False, False, False], units=["a", "b", "b", "b"])
     assert (difference.low, difference.difference, difference.high) == (0.0, 0.25, 1.0)
 

@@ -18,10 +18,11 @@ def logged(tokens: float, flops: float, seconds: float, **more: float) -> dict[s
 def run(
     name: str, steps: dict[int, dict[str, float]], *, right: range, ntp: range, reasons: bool = True
 ) -> Run:
-    """100 positions of 50 documents, validated at step 2; ``right`` by reasoning, ``ntp`` without."""
+    """Make 100 positions of 50 documents, validated at step 2: ``right`` by reasoning, ``ntp`` without."""
     positions = [
         replace(
-            FIRST, task_id=f"{i // 2}:{i}", doc_id=str(i // 2), position=i, reasoning_correct=i in right if reasons else None, ntp_correct=i in ntp,
+            FIRST, task_id=f"{i // 2}:{i}", doc_id=str(i // 2), position=i,
+            reasoning_correct=i in right if reasons else None, ntp_correct=i in ntp,
             ntp_logprob=-0.5 if reasons else -0.75,
         )
         for i in range(100)
@@ -106,7 +107,12 @@ def test_names_that_begin_alike_are_not_mixed_up():
 
 
 ANSWERS = QuestionResults(
-    questions=(QuestionResult(question_id="q", answer="4", category=None, prompt_tokens=1, verdicts=("right",), predictions=("4",), lengths=(1,)),),
+    questions=(
+        QuestionResult(
+            question_id="q", answer="4", category=None, prompt_tokens=1, verdicts=("right",),
+            predictions=("4",), lengths=(1,),
+        ),
+    ),
     benchmark="sums", policy_path="models/p", step=2, temperature=0.0, max_completion_tokens=8, seed=0,
 )  # fmt: skip
 
@@ -120,10 +126,10 @@ def test_what_all_runs_were_asked_is_compared_and_the_rest_is_named(runs):
     assert "not compared" not in both
     positions = comparison([asked_rpt, ntp])
     assert "| held-out positions | rpt | ntp |" in positions
-    assert "Answers to questions are not compared, since some runs were asked none: ntp." in positions
+    assert "Answers to questions are not compared, because some runs were asked none: ntp." in positions
     answers = comparison([asked_rpt, replace(asked_ntp, validations={})])
     assert "| sums | rpt | ntp |" in answers
-    assert "Held-out positions are not compared, since some runs were not validated at any: ntp." in answers
+    assert "Held-out positions are not compared, because some runs were not validated at any: ntp." in answers
     with pytest.raises(
         ValueError, match="rpt: was never validated at held-out positions, and ntp was asked no questions"
     ):

@@ -1,4 +1,4 @@
-"""Accuracy by the corpus's fields, against numbers worked by hand."""
+"""Accuracy by the corpus's fields, checked with numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ DEPTHS = [1, 1, 1, 1, 3, 3, None, 10]
 
 
 def stage(name, right, *, reasons=True, fields=True):
-    """Eight positions, of which those in ``right`` are right by reasoning; the first is right without."""
+    """Make eight positions: those in ``right`` are right by reasoning, and the first is right without."""
     rows = [
         replace(
-            FIRST, task_id=f"d{k}:{k}", doc_id=f"d{k}", position=k, reasoning_correct=k in right if reasons else None, ntp_correct=k == 0,
+            FIRST, task_id=f"d{k}:{k}", doc_id=f"d{k}", position=k,
+            reasoning_correct=k in right if reasons else None, ntp_correct=k == 0,
             fields={"depth": depth, "world|kind": "a|b\nc"} if fields and depth is not None else None,
         )
         for k, depth in enumerate(DEPTHS)

@@ -63,7 +63,7 @@ def test_one_policy_and_then_another_against_it(rpt, tiny_model_dir, tiny_task_d
     assert results.temperature == 1.0
     for position in results.positions:
         assert position.context_tokens == min(40, position.position) + len(start_ids(tiny_tokenizer))
-        assert position.prompt_tokens > position.context_tokens  # the template's tokens
+        assert position.prompt_tokens > position.context_tokens  # the prompt adds the template's tokens
         assert position.num_samples == 4
         assert 0 <= position.num_correct <= 4
         assert 4 <= position.sampled_tokens <= 32
@@ -96,7 +96,7 @@ def test_one_policy_and_then_another_against_it(rpt, tiny_model_dir, tiny_task_d
     assert again.positions[0].reasoning_correct is None
     assert results.model_size == again.model_size is not None
 
-    # Other positions are refused before a policy is asked.
+    # Other positions are refused before any policy is asked.
     few = [
         "--num_tasks",
         "6",
@@ -110,8 +110,8 @@ def test_one_policy_and_then_another_against_it(rpt, tiny_model_dir, tiny_task_d
     status, output = rpt(*common, *few)
     assert status == 1
     assert (
-        f"--against {tmp_path / 'one' / 'tiny'}: results at other positions (12) than the 6 that are asked here"
-        in output
+        f"--against {tmp_path / 'one' / 'tiny'}: these are results at other positions (12) than the 6 "
+        "asked here" in output
     )
     assert not (tmp_path / "three").exists()
 
@@ -172,7 +172,7 @@ def command(*args):
 
 @pytest.fixture(scope="module")
 def trained(tiny_model_dir, tiny_task_dir, tmp_path_factory):
-    """Two steps of one run, as a file and in shards, and what is exported of these."""
+    """Return two steps of one run, as a file and in shards, and their exports."""
     folder = tmp_path_factory.mktemp("trained")
     config = [
         "--config",
@@ -216,7 +216,8 @@ def test_a_folder_a_file_and_shards_in_one_command(engine, trained, tiny_model_d
     policies = [tiny_model_dir, *trained]
     asked = ["--engine", engine, "--engine.dtype", "float32", "--prompt", "ContinuationPrompt", "--k", 2]
     output = command(
-        "evaluate", "next-token", "--policy", *policies, "--task_dir", tiny_task_dir, *SMALL, *asked, "--output", tmp_path / "evaluation"
+        "evaluate", "next-token", "--policy", *policies, "--task_dir", tiny_task_dir, *SMALL, *asked,
+        "--output", tmp_path / "evaluation"
     )  # fmt: skip
     files = sorted((tmp_path / "evaluation").glob("**/validation/step-*.jsonl"))
     assert len(files) == 4
@@ -254,4 +255,4 @@ def test_an_evaluation_is_not_overwritten(rpt, tmp_path):
         tmp_path / "old",
     )
     assert status == 1
-    assert "holds an evaluation already" in output
+    assert "already holds an evaluation" in output

@@ -1,4 +1,7 @@
-"""The paper's tables that take more than one command: each made on small data by the commands that docs/paper.md names."""
+"""The paper's tables that need more than one command.
+
+Each is made on small data by the commands that docs/paper.md names.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,15 @@ from transformers import AutoTokenizer
 
 from rpt_lightning import cli
 
-CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
 
 
 @pytest.fixture
 def chat_model_dir(tiny_model_dir, tmp_path):
-    """The tiny model with a chat template; its vocabulary, and so its task folders, are the same."""
+    """Make the tiny model with a chat template. Its vocabulary, and so its task folders, are the same."""
     folder = tmp_path / "chat"
     shutil.copytree(tiny_model_dir, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -25,7 +31,10 @@ def chat_model_dir(tiny_model_dir, tmp_path):
 
 
 def test_prompt_versions_before_training(chat_model_dir, tiny_task_dir, tmp_path, monkeypatch, capsys):
-    """Table 10: random@1 is the mean of single samples (avg@n), pass@8 the unbiased estimate from as many."""
+    """In table 10, random@1 is the mean of single samples (avg@n).
+
+    pass@8 is the unbiased estimate from the same samples.
+    """
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     small = [
         "--num_tasks",
@@ -68,7 +77,7 @@ def test_prompt_versions_before_training(chat_model_dir, tiny_task_dir, tmp_path
     assert cli.main(["compare", *runs, "--output", str(output)]) == 0
     text = output.read_text()
     assert "| sampled answers, intervals over documents | v0/chat | v3/chat |" in text
-    assert "| temperature; samples a position | 0.8; 8 | 0.8; 8 |" in text
+    assert "| temperature; samples per position | 0.8; 8 | 0.8; 8 |" in text
     for row in ("avg@n", "pass@8", "NTP accuracy, same positions"):
         assert f"| {row} | " in text
     assert text in capsys.readouterr().out

@@ -54,11 +54,11 @@ def test_texts_of_one_task_are_not_independent():
     tasks = [f"t{number // 8}" for number in range(32)]
     shares = pattern_shares(texts, tasks=tasks)["reflection"]
     assert (shares.successes, shares.count) == (16, 32)
-    # Every task's texts are alike: as much is known as from 4 texts.
+    # The texts of every task agree, so they carry as much information as 4 texts.
     assert shares.interval == pytest.approx(wilson_interval(2, 4))
     assert str(shares) == "50.0 % [15.0, 85.0] 16/32"
     assert pattern_shares(texts)["reflection"].interval == wilson_interval(16, 32)
-    # In another order, and with unequally many texts a task.
+    # Another order, and tasks with unequal numbers of texts.
     mixed = pattern_shares(["wait", "so", "so", "wait", "so"], tasks=["a", "b", "b", "a", "b"])["reflection"]
     assert mixed.interval == pytest.approx(clustered_interval([1.0, 0.0], samples_each=[2, 3]))
 

@@ -1,4 +1,4 @@
-"""What policies are called, since a name is a folder too."""
+"""Names of policies, which are also names of folders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rpt_lightning.evaluation.policies import check_policies, policy_names
     [
         (["models/p", "runs/a/checkpoints/step-000040.ckpt"], ["p", "step-000040"]),
         (["org/q", "other/q"], ["org/q", "other/q"]),  # hub ids
-        (["/p", "/models/p"], ["p", "models/p"]),  # the whole path of the first is an ending of the second's
+        (["/p", "/models/p"], ["p", "models/p"]),  # the whole first path is an ending of the second
         (["x/step-1", "x/step-1.ckpt"], ["step-1", "step-1.ckpt"]),
         (["x/step-1", "y/step-1.ckpt"], ["x/step-1", "y/step-1"]),
         (["runs/../p"], ["p"]),

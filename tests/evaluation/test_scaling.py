@@ -1,4 +1,4 @@
-"""The scaling law is found again where it is known, and its intervals hold it."""
+"""The fit recovers a known scaling law, and its intervals contain it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_an_exact_law_is_found_again(alpha, amplitude, limit, flops_per_step):
 
 
 def test_hand_computed():
-    """0.5 - 0.1 / C at C = 1, 2, 4, 5: A is -0.1 at C = 1, so -0.02 at the largest compute."""
+    """The law is 0.5 - 0.1 / C at C = 1, 2, 4, 5. A is -0.1 at C = 1, so -0.02 at the largest compute."""
     fit = fit_scaling([1, 2, 4, 5], [0.4, 0.45, 0.475, 0.48])
     assert (fit.alpha, fit.amplitude, fit.limit) == (
         pytest.approx(1.0, abs=1e-4),
@@ -49,7 +49,7 @@ def test_intervals_cover_the_truth_and_follow_the_documents():
     truth = 0.45 - 0.02 * (STEPS / STEPS.max()) ** -0.8  # [C] from 0.30 up to 0.43
     thresholds = np.repeat(
         rng.permutation((np.arange(200) + 0.5) / 200), 10
-    )  # positions of a document stand and fall together
+    )  # the positions of a document agree
     correct = thresholds[None, :] < truth[:, None]
     units = [f"doc-{number // 10}" for number in range(2000)]
     by_document = bootstrap_scaling(STEPS, correct, units, num_resamples=200)
@@ -58,7 +58,7 @@ def test_intervals_cover_the_truth_and_follow_the_documents():
     )
     assert by_document.num_units == 200
     assert ((by_document.curve_low < truth) & (truth < by_document.curve_high)).all()
-    # Ten positions that always agree carry the information of one: the interval is about sqrt(10) as wide.
+    # Ten positions that always agree carry the information of one, so the interval is about sqrt(10) as wide.
     ratio = (by_document.curve_high - by_document.curve_low)[-1] / (
         by_position.curve_high - by_position.curve_low
     )[-1]
@@ -66,7 +66,10 @@ def test_intervals_cover_the_truth_and_follow_the_documents():
 
 
 def test_what_the_checkpoints_do_not_determine_is_no_law():
-    """A line in log C has no limit, equal accuracies have nothing to explain; an exact law with its bend in the middle is determined."""
+    """A line in log C has no limit, and equal accuracies have nothing to explain.
+
+    An exact law with its bend in the middle is determined.
+    """
     assert fit_scaling([1, 2, 4, 8], [0.5 - 0.1 / c for c in (1, 2, 4, 8)]).doubt is None
     assert fit_scaling([1, 2, 4, 8], [0.4 + 0.1 / c for c in (1, 2, 4, 8)]).doubt == "accuracy falls"
     straight = fit_scaling([1, 10, 100, 1000], [0.1, 0.2, 0.3, 0.4])
@@ -78,7 +81,7 @@ def test_what_the_checkpoints_do_not_determine_is_no_law():
 
 
 def test_a_law_that_other_documents_would_not_show_is_doubted():
-    """Four checkpoints that rise by chance: the best fit looks like a law, the resampled ones are all over the place."""
+    """Four checkpoints rise by chance. The best fit looks like a law, but the resampled ones vary widely."""
     rng = np.random.default_rng(1)
     correct = rng.random((4, 400)) < np.array([0.26, 0.271, 0.276, 0.279])[:, None]
     interval = bootstrap_scaling(
@@ -99,7 +102,7 @@ def test_too_little_to_fit_is_one_clear_error(compute, message):
 
 
 def test_the_law_that_made_the_points_is_found():
-    """Each law's own points, with the noise of a few hundred positions."""
+    """Each law describes its own points best, with the noise of a few hundred positions."""
     compute = np.geomspace(1e10, 1e12, 16)
     relative = compute / compute.max()
     noise = np.random.default_rng(0).normal(scale=0.01, size=16)
@@ -114,7 +117,10 @@ def test_the_law_that_made_the_points_is_found():
 
 
 def test_akaike_hand_computed():
-    """The line 0, 0.1, 0.2, 0.4 in log2 C: slope 0.13, offset -0.02, squared residual 0.003 of 4 points, so too few for 3 parameters and the noise."""
+    """The line through 0, 0.1, 0.2, 0.4 in log2 C has slope 0.13, offset -0.02 and squared residual 0.003.
+
+    Four points are too few for 3 parameters and the noise.
+    """
     criteria = compare_laws([1, 2, 4, 8], [0.0, 0.1, 0.2, 0.4])
     assert criteria["power"] == criteria["exponential"] == math.inf
     assert criteria["logarithm"] == math.inf  # 2 parameters and the noise need 5 points

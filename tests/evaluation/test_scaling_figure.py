@@ -1,4 +1,4 @@
-"""The scaling figure finds a law that was put into made-up validations, and says what it lacks."""
+"""The scaling figure recovers a law from invented validations, and says what a fit lacks."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from rpt_lightning.metrics.results import write_results
 from sample_results import FIRST, results
 
 STEPS = (1, 2, 4, 8, 10, 12)
-FLOPS = 1e15  # of a step
+FLOPS = 1e15  # for each step
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A run of 12 steps whose accuracy at 400 easy positions is 0.5 - 0.2 / step, and by 0.1 lower at the hard half of them."""
+    """Make a run of 12 steps whose accuracy at 400 easy positions is 0.5 - 0.2 / step.
+
+    At the hard half of them it is lower by 0.1.
+    """
     run = tmp_path / "run"
     run.mkdir()
     (run / "steps.jsonl").write_text(
@@ -53,7 +56,7 @@ def test_the_law_is_found_again(folder):
     assert set(curves) == {
         "easy",
         "medium, hard",
-    }  # of those positions that the medium band holds none is easier than hard
+    }  # if the medium band holds no position that is easier than hard
     easy, hard = curves["easy"], curves["medium, hard"]
     assert easy.steps == STEPS
     assert easy.compute == tuple(step * FLOPS for step in STEPS)
@@ -93,7 +96,7 @@ def test_the_report_draws_the_law_or_says_what_it_lacks(folder):
     assert "R2" in figure.note
     few = replace(run, validations={step: run.validations[step] for step in (0, 1, 2)})
     assert (
-        "No law is fitted. run: validations at 2 steps after the start, and the fit needs 4"
+        "No law is fitted. run: validations at 2 steps after the start, but the fit needs 4"
         in report_figure(few).note
     )
 

@@ -1,4 +1,7 @@
-"""What is committed of a seed comes back as it was measured, and several seeds are summed up by hand-computed numbers."""
+"""The committed record of a seed reads back as it was measured.
+
+Summaries of several seeds agree with hand-computed numbers.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +30,12 @@ ABOUT = {
     ],
 }
 CONTINUAL = "NTP after continual NTP from the cold start, at RPT's FLOPs"
-# Four documents of ten positions; the first two documents are hard, the others easy only.
+# Four documents of ten positions. The first two documents are hard, the others only easy.
 ENTROPY = (2.0, 1.75, 0.7, 0.500001)
 
 
 def answers(*, reasoning: int | None, ntp: int) -> Results:
-    """Right at the first so many positions of each document."""
+    """Make outcomes that are right at the given number of first positions of each document."""
     positions = tuple(
         replace(
             FIRST,
@@ -110,7 +113,7 @@ def test_a_record_comes_back(tmp_path):
 
 
 def test_two_thousand_positions_are_small(tmp_path):
-    """Seven policies, documents' names of 40 characters."""
+    """The record has seven policies, and the names of its documents have 40 characters."""
     many = [
         replace(p, doc_id=f"sympy.core.some.module.Class.{p.doc_id}", task_id=f"{p.task_id}/{n}")
         for n in range(50)
@@ -176,7 +179,7 @@ def test_one_seed_by_hand():
     assert table["NTP of the untrained model"][0].startswith("40.0 % ")
     assert table["NTP before RPT"][0].startswith("30.0 % ")
     assert table[CONTINUAL][0].startswith("60.0 % ")
-    # Every document gains as much, so no resample differs.
+    # Every document has the same gain, so no resample differs.
     assert table["reasoning after RPT - reasoning before RPT"] == ["+30.0 [+30.0, +30.0] above 0"]
     assert table[f"reasoning after RPT - {CONTINUAL}"] == ["-10.0 [-10.0, -10.0] below 0"]
     # A position at 0.500001 nats is easy.
@@ -184,7 +187,7 @@ def test_one_seed_by_hand():
 
 
 def test_seeds_are_averaged_a_position_and_their_spread_is_shown():
-    """Gains of 30 and 60 points: Student's interval of two is 45 +- 12.706 * 21.21 / sqrt(2)."""
+    """For gains of 30 and 60 points, Student's interval is 45 +- 12.706 * 21.21 / sqrt(2)."""
     table = rows(band_table([record(0, after=5), record(1, after=8)], "medium"))
     assert table["medium: entropy > 1.0, 20 positions of 2 documents"] == ["seed 0", "seed 1", "over seeds"]
     assert table["reasoning after RPT"][2] == "mean 65.0 %, from 50.0 to 80.0"
@@ -197,7 +200,10 @@ def test_seeds_are_averaged_a_position_and_their_spread_is_shown():
 
 
 def test_accuracies_take_the_positions_of_a_document_together():
-    """All of one document right, none of another: what two documents say, not twenty positions (Wilson of 1 of 2: 9.5 to 90.5 %)."""
+    """One document is all right and another all wrong.
+
+    The interval is that of two documents, not of twenty positions (Wilson for 1 of 2: 9.5 to 90.5 %).
+    """
     base = record(0)
     split = tuple(
         replace(p, reasoning_correct=p.doc_id == "doc-0") for p in base.measured[0].results.positions
@@ -210,7 +216,10 @@ def test_accuracies_take_the_positions_of_a_document_together():
 
 
 def test_the_interval_over_documents_is_that_of_the_averaged_outcomes():
-    """One document of 10 gains all in both seeds: the mean gain is 10 points, and a resample holds it 0, 1, 2 ... times."""
+    """One document of 10 gains everything in both seeds.
+
+    The mean gain is 10 points, and a resample holds that document 0, 1, 2 ... times.
+    """
 
     def lucky(seed):
         base = record(seed)
@@ -242,7 +251,7 @@ def test_the_whole_summary(monkeypatch):
     assert seed_summary([]) == "No seed has been run yet.\n"
     text = seed_summary([record(1, after=8), record(0)])
     assert text.startswith("2 seeds, 40 held-out positions of 4 documents")
-    assert "| seed 0 | seed 1 |" in text  # in order, whatever order they come in
+    assert "| seed 0 | seed 1 |" in text  # sorted, whatever the order of the input
     assert "| RPT: model FLOPs, rollouts included | 8e+12 | 8e+12 |" in text
     assert "| continual NTP: passes over the training text | 2.5 | 2.5 |" in text
     assert "| minutes of this seed alone | 2 | 2 |" in text
@@ -271,10 +280,10 @@ def test_seeds_of_other_positions_are_refused():
 
 
 def test_seeds_of_another_cold_start_or_length_are_refused():
-    with pytest.raises(ValueError, match=r"seeds 0 and 1 have another cold start \(f00 and f11\)"):
+    with pytest.raises(ValueError, match=r"seeds 0 and 1 differ in their cold start \(f00 and f11\)"):
         seed_summary([record(0), replace(record(1), about=ABOUT | {"cold_start_sha256": "f11"})])
     shorter = tuple(one for one in record(1).measured if one.step != 8)
-    with pytest.raises(ValueError, match=r"seeds 0 and 1 have another number of steps \(8 and 4\)"):
+    with pytest.raises(ValueError, match=r"seeds 0 and 1 differ in their number of steps \(8 and 4\)"):
         seed_summary([record(0), replace(record(1), measured=shorter)])
 
 

@@ -15,7 +15,10 @@ from sample_results import FIRST, results
 
 
 def stage(name: str, num_right: int, *, controls: bool = False) -> Stage:
-    """100 positions of 50 documents, half above 1.5 nats. Right: the first ``num_right``; by NTP the first 30, with an empty thought 20."""
+    """Make 100 positions of 50 documents, half of them above 1.5 nats.
+
+    Reasoning is right at the first ``num_right``, NTP at the first 30, and an empty thought at the first 20.
+    """
     positions = [
         replace(
             FIRST,
@@ -73,7 +76,7 @@ def test_each_band_says_how_many_positions_can_be_answered():
 
 def test_a_control_that_was_not_measured_everywhere_says_where():
     whole = stage("RPT", 36, controls=True)
-    # Not measured at 10 positions, of which reasoning was right at 6 and the empty thought at none.
+    # The control was not measured at 10 positions. There reasoning was right at 6, the empty thought at none.
     gaps = [
         replace(p, empty_thought_correct=None) if 30 <= p.position < 40 else p
         for p in whole.results.positions
@@ -126,7 +129,7 @@ def test_summary_has_a_page_and_a_picture(tmp_path: Path):
     )
     markdown = summarise([stage("start", 5), stage("RPT", 40)], log, tmp_path / "report")
     assert (tmp_path / "report" / "summary.md").read_text() == markdown
-    assert "take positions as independent" in markdown
+    assert "treat positions as independent" in markdown
     assert "mean reward: 0.055 in the first 10 steps, 0.205 in the last 10 of 25" in markdown
     picture = imread(tmp_path / "report" / "summary.png")
     without_log = tmp_path / "without"
@@ -139,7 +142,8 @@ def test_summary_has_a_page_and_a_picture(tmp_path: Path):
 def test_a_resumed_run_counts_each_step_once(tmp_path: Path):
     log = tmp_path / "log.jsonl"
     log.write_text(
-        '{"step": 1, "reward/mean": 0.1}\n{"step": 2, "reward/mean": 0.9}\n{"step": 2, "reward/mean": 0.3}\n{"step": 2, "val": 1}\n'
+        '{"step": 1, "reward/mean": 0.1}\n{"step": 2, "reward/mean": 0.9}\n'
+        '{"step": 2, "reward/mean": 0.3}\n{"step": 2, "val": 1}\n'
     )
     curve = read_rewards(log)
     assert (curve.steps, curve.means) == ((1, 2), (0.1, 0.3))

@@ -8,7 +8,7 @@ import torch
 from rpt_lightning.metrics.accuracy import NextTokenAccuracy
 from rpt_lightning.metrics.interval import wilson_interval
 
-# Entropies on and around the thresholds: a band starts above its threshold.
+# Entropies on and around the thresholds. A band starts above its threshold.
 ENTROPY = torch.tensor([0.2, 0.5, 0.7, 1.0, 1.2, 1.5, 1.6, 3.0])
 CORRECT = torch.tensor([True, True, True, False, True, False, False, True])
 ANSWERABLE = torch.tensor([True, True, False, True, True, True, True, True])
@@ -41,7 +41,7 @@ def test_batches_and_ranks_add_up() -> None:
     ranks = metric_of(slice(0, 3))
     ranks.merge_state(metric_of(slice(3, 8)))
     assert ranks.compute() == whole
-    # What torchmetrics does over ranks: sum, not mean.
+    # torchmetrics reduces over ranks by a sum, not a mean.
     assert all(reduction.__name__ == "dim_zero_sum" for reduction in ranks._reductions.values())
 
 

@@ -1,4 +1,4 @@
-"""Files that were edited or damaged: one error that names the file, the line and the field."""
+"""Files that were edited or damaged raise one error that names the file, the line and the field."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_results_of_positions(suffix: str, name: str, value: Any, message: str, 
             ".jsonl",
             "lengths",
             ["9"],
-            r"line 1: lengths is \('9',\), where a list, each entry of it a whole number, belongs",
+            r"line 1: lengths is \('9',\), where a list with a whole number as each entry belongs",
         ),
         (".jsonl", "verdicts", ["rigth"], r"line 1: verdicts is \('rigth',\), where"),
         (".jsonl", "answer", 4, r"line 1: answer is 4, where a text belongs"),

@@ -36,9 +36,9 @@ def test_many_numbers_are_ranges_of_about_equal_size():
         ("41 to 50", 10),
         ("51 to 60", 10),
     ]
-    # Equal values stay together: 0 is half of all.
+    # Equal values stay together, and 0 is half of all values.
     assert sizes([0] * 13 + [*range(1, 14)]) == [("0", 13), ("1 to 5", 5), ("6 to 9", 4), ("10 to 13", 4)]
-    huge = 2**70  # no float
+    huge = 2**70  # too large for an exact float
     assert sizes([huge + k for k in range(18)])[0] == (f"{huge} to {huge + 2}", 3)
 
 
@@ -48,7 +48,7 @@ def test_many_texts_are_the_most_frequent_and_the_others():
     assert sizes(values) == [(f"v{k:02}", k + 1) for k in range(19, 8, -1)] + [("other", sum(range(1, 10)))]
     named = dict(sizes([*values, *["other"] * 50]))
     assert (named["other"], named["all other"]) == (50, sum(range(1, 11)))
-    # Texts and numbers together are texts, and 1 looks like "1".
+    # In a mix of texts and numbers, all count as texts, and 1 looks like "1".
     assert sizes([1, "1", "x", 2.5]) == [("1", 2), ("2.5", 1), ("x", 1)]
 
 

@@ -47,12 +47,15 @@ def test_answers_to_a_question_that_are_all_alike_count_once(outcomes: list[bool
 
 
 def test_answers_that_differ_as_if_of_different_questions_count_one_by_one() -> None:
-    # 12 of 48 right, 2 of 8 in every question: no spread between questions.
+    # 12 of 48 are right, 2 of 8 in every question, so questions do not differ.
     assert clustered_interval([0.25] * 6, samples_each=8) == pytest.approx(wilson_interval(12, 48), abs=1e-12)
 
 
 def test_it_covers_the_truth_as_often_as_it_says() -> None:
-    """Questions of unequal difficulty (Beta), 8 answers each: the plain Wilson interval over all answers is too narrow, this one is not."""
+    """Questions differ in difficulty (Beta) and have 8 answers each.
+
+    The plain Wilson interval over all answers is too narrow, and this one is not.
+    """
     rng = np.random.default_rng(0)
     hits = {"clustered": 0, "plain": 0}
     runs = 1000
@@ -73,7 +76,8 @@ def test_of_one_question_all_answers_count_once() -> None:
 
 
 def test_questions_of_unequally_many_answers_weigh_by_them() -> None:
-    # 2 of 2 and 0 of 6: p = 1/4, the weighted deviations are 1/2 x 3/4 and 3/2 x -1/4, so n = 2 p (1 - p) / (9/64) = 8/3.
+    # 2 of 2 and 0 of 6: p = 1/4. The weighted deviations are 1/2 x 3/4 and 3/2 x -1/4, so
+    # n = 2 p (1 - p) / (9/64) = 8/3.
     z, p, n = 1.959963984540054, 0.25, 8 / 3
     centre, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     expected = ((centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n))

@@ -15,11 +15,13 @@ from rpt_lightning.metrics.question_results import (
 )
 
 QUESTION = QuestionResult(
-    question_id="q-1", answer="4", category="sums", prompt_tokens=12, verdicts=("right", "truncated"), predictions=("4\u2028", None), lengths=(9, 64),
+    question_id="q-1", answer="4", category="sums", prompt_tokens=12, verdicts=("right", "truncated"),
+    predictions=("4\u2028", None), lengths=(9, 64),
     direct_verdict="wrong", direct_prediction="5",
 )  # fmt: skip
 RESULTS = QuestionResults(
-    questions=(QUESTION, replace(QUESTION, question_id="q-2")), benchmark="sums", policy_path="models/p", step=3, temperature=0.6, max_completion_tokens=64,
+    questions=(QUESTION, replace(QUESTION, question_id="q-2")), benchmark="sums", policy_path="models/p",
+    step=3, temperature=0.6, max_completion_tokens=64,
     seed=1, ckpt_path="runs/r/step-000003.ckpt",
 )  # fmt: skip
 
@@ -41,7 +43,7 @@ def test_files_that_are_not_whole(tmp_path: Path) -> None:
         (lines[0] + "\n" + lines[1][:20], r"line 2: not an answered question"),
         (
             lines[0] + "\n" + json.dumps(json.loads(lines[1]) | {"verdicts": ["right"]}),
-            r"not every question has as many completions",
+            r"the questions have different numbers of completions",
         ),
     ]:
         path.write_text(text)
@@ -74,7 +76,7 @@ def test_a_json_file_that_is_not_whole_or_not_ours(tmp_path: Path) -> None:
 def test_pairs_are_of_the_same_questions() -> None:
     turned = replace(RESULTS, questions=RESULTS.questions[::-1])
     assert pair_questions(RESULTS, turned) == [(question, question) for question in RESULTS.questions]
-    with pytest.raises(ValueError, match=r"are to different questions, 'q-2' for one"):
+    with pytest.raises(ValueError, match=r"are to different questions, for example 'q-2'"):
         pair_questions(RESULTS, replace(RESULTS, questions=RESULTS.questions[:1]))
     with pytest.raises(
         ValueError, match=r"Question 'q-1' has the answer '4' in one result and '5' in the other"

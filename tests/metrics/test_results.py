@@ -88,8 +88,8 @@ def test_pairs_follow_the_first_whatever_the_order_of_the_second():
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ((FIRST,), r"2 positions\).*\(1\) are of different positions, 'b:9'"),
-        ((FIRST, replace(SECOND, task_id="c:1")), "different positions, 'b:9'"),
+        ((FIRST,), r"2 positions\).*\(1\) are of different positions, for example 'b:9'"),
+        ((FIRST, replace(SECOND, task_id="c:1")), "different positions, for example 'b:9'"),
         ((FIRST, FIRST), "occurs twice"),
         ((FIRST, replace(SECOND, truth="x")), "'b:9' has the truth"),
     ],
@@ -132,7 +132,7 @@ def test_files_of_earlier_versions_are_read(tmp_path: Path):
         ('{"policy_path": "p", "step": 1}', r"v\.json: not an object with"),
         (
             '{"policy_path": "p", "step": 1, "num_positions": 1, "model_size": {"params": 3}}',
-            r"v\.json: model_size \{'params': 3\} is not a model's",
+            r"v\.json: model_size \{'params': 3\} does not describe a model",
         ),
     ],
 )

@@ -79,7 +79,10 @@ def test_a_broken_line_is_named(tmp_path, line):
     path.write_text(json.dumps(asdict(SAMPLE)) + "\n" + line)
     with pytest.raises(
         ValueError,
-        match=r"step-000001\.jsonl line 2: not a rollout .* Expected one JSON object with task_id, context, truth",
+        match=(
+            r"step-000001\.jsonl line 2: not a rollout .* Expected one JSON object with task_id, context, "
+            "truth"
+        ),
     ):
         read_samples(path)
 
@@ -87,7 +90,8 @@ def test_a_broken_line_is_named(tmp_path, line):
 def test_samples_of_a_group(tiny_tokenizer):
     token_bytes = TokenBytes(tiny_tokenizer)
     task = TokenTask(
-        task_id="a:3", doc_id="a", position=3, context_ids=(1, 2, 3), continuation_ids=(5, 6), continuation=(b"\xc3", b"\xa9"), entropy=1.5,
+        task_id="a:3", doc_id="a", position=3, context_ids=(1, 2, 3), continuation_ids=(5, 6),
+        continuation=(b"\xc3", b"\xa9"), entropy=1.5,
         true_prob=0.2, true_rank=1, answerable=True,
     )  # fmt: skip
     texts = ["why</think>\\boxed{no}\\boxed{e}", "no box"]
@@ -96,7 +100,10 @@ def test_samples_of_a_group(tiny_tokenizer):
         ids = token_bytes.encode_plain(text)
         logprobs = tuple(-0.12345 for _ in range(len(ids) + 1))
         completions.append(
-            Completion(token_ids=(*ids, tiny_tokenizer.eos_token_id), text_bytes=text.encode(), rollout_logprobs=logprobs, policy_version=4, finish_reason="stop")
+            Completion(
+                token_ids=(*ids, tiny_tokenizer.eos_token_id), text_bytes=text.encode(),
+                rollout_logprobs=logprobs, policy_version=4, finish_reason="stop",
+            )
         )  # fmt: skip
     group = RolloutGroup(
         task=task,
@@ -115,9 +122,10 @@ def test_samples_of_a_group(tiny_tokenizer):
 
 
 def test_a_drawn_row_that_is_no_token_is_shown_as_such(tiny_tokenizer):
-    """Embeddings are often padded beyond the vocabulary, and a weak policy draws what is there."""
+    """Embeddings are often padded beyond the vocabulary, and a weak policy draws tokens from there."""
     task = TokenTask(
-        task_id="a:3", doc_id="a", position=3, context_ids=(1, 2, 3), continuation_ids=(5,), continuation=(b"x",), entropy=1.5, true_prob=0.2,
+        task_id="a:3", doc_id="a", position=3, context_ids=(1, 2, 3), continuation_ids=(5,),
+        continuation=(b"x",), entropy=1.5, true_prob=0.2,
         true_rank=1, answerable=True,
     )  # fmt: skip
     beyond = Completion(

@@ -15,7 +15,8 @@ def group_of(
     truncated: int = 0,
 ) -> RolloutGroup:
     task = TokenTask(
-        task_id="d:1", doc_id="d", position=1, context_ids=(1,), continuation_ids=(2,), continuation=(b"a",), entropy=1, true_prob=0.5, true_rank=0, answerable=True
+        task_id="d:1", doc_id="d", position=1, context_ids=(1,), continuation_ids=(2,), continuation=(b"a",),
+        entropy=1, true_prob=0.5, true_rank=0, answerable=True
     )  # fmt: skip
     completions = tuple(
         Completion(
@@ -73,7 +74,10 @@ def test_with_pilots_means_are_over_what_every_group_has() -> None:
 
 
 def test_masked_completions_make_no_group_live() -> None:
-    """The first of each group is truncated. Trained are rewards of 1, of 0, of 1 and 0, and of nothing."""
+    """The first completion of each group is truncated.
+
+    The trained rewards of the groups are 1; 0; 1 and 0; and none.
+    """
     groups = [
         group_of((0.0, 1.0, 1.0), (None, b"a", b"a"), (3, 1, 1), truncated=1),
         group_of((0.5, 0.0, 0.0), (None, b"a", b"a"), (3, 1, 1), truncated=1),

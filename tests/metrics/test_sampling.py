@@ -17,7 +17,10 @@ def test_it_is_the_share_of_all_choices_of_k_that_hold_a_right_one(case):
 
 
 def test_it_agrees_with_the_published_code():
-    """Chen et al. 2021, figure 3: 1 - prod(1 - k / (n - c + 1), ..., 1 - k / n), or 1 where fewer than k are wrong."""
+    """The formula is 1 - prod(1 - k / (n - c + 1), ..., 1 - k / n), or 1 if fewer than k are wrong.
+
+    It is from Chen et al. 2021, figure 3.
+    """
     for n, c, k in [(200, 3, 100), (8, 2, 4), (8, 6, 4), (10, 0, 5)]:
         expected = 1.0
         if n - c >= k:

@@ -1,4 +1,6 @@
-"""Trains a given model for two real steps in this process, and prints what that took: peak memory beyond what the interpreter and its libraries hold, and tokens.
+"""Train a model for two real steps in this process and print the peak memory and the tokens.
+
+The memory of the interpreter and its libraries is not counted.
 
 python measured_run.py MODEL_DIR RUN_DIR '{"precision": ..., ...}'
 """
@@ -20,7 +22,7 @@ from rpt_lightning.types import Completion, RolloutGroup, SamplingSettings, Toke
 
 
 def peak_rss_bytes() -> int:
-    """Of this program: getrusage's would include the one that started it."""
+    """Return the peak of this program. getrusage's would include the program that started it."""
     (line,) = (
         line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
     )
@@ -28,7 +30,7 @@ def peak_rss_bytes() -> int:
 
 
 def group(index: int, *, prompt_tokens: int, completion_tokens: int, group_size: int) -> RolloutGroup:
-    """Random tokens, one right answer."""
+    """Make a group of random tokens with one right answer."""
     generator = torch.Generator().manual_seed(index)
 
     def tokens(number: int) -> tuple[int, ...]:
@@ -36,7 +38,8 @@ def group(index: int, *, prompt_tokens: int, completion_tokens: int, group_size:
 
     prompt = tokens(prompt_tokens)
     task = TokenTask(
-        task_id=f"d{index}:{prompt_tokens}", doc_id=f"d{index}", position=prompt_tokens, context_ids=prompt, continuation_ids=(1,), continuation=(b"x",),
+        task_id=f"d{index}:{prompt_tokens}", doc_id=f"d{index}", position=prompt_tokens, context_ids=prompt,
+        continuation_ids=(1,), continuation=(b"x",),
         entropy=1.0, true_prob=0.5, true_rank=0, answerable=True,
     )  # fmt: skip
     completions = tuple(
@@ -79,9 +82,12 @@ class KeepMetrics(Callback):
 def main() -> None:
     model_dir, run_dir, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     shape = {name: options[name] for name in ("prompt_tokens", "completion_tokens", "group_size")}
-    batch = {"rollouts": TrainBatch(groups=tuple(group(i, **shape) for i in range(options["tasks"])), sampling=SamplingSettings(
-        temperature=1.0, max_tokens=options["completion_tokens"], stop_token_ids=(0,)
-    ))}  # fmt: skip
+    batch = {"rollouts": TrainBatch(
+        groups=tuple(group(i, **shape) for i in range(options["tasks"])),
+        sampling=SamplingSettings(
+            temperature=1.0, max_tokens=options["completion_tokens"], stop_token_ids=(0,)
+        ),
+    )}  # fmt: skip
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # the first product loads libraries
     before = peak_rss_bytes()
     policy = Policy(model_dir, activation_checkpointing=options["checkpointing"])
@@ -92,7 +98,8 @@ def main() -> None:
     )
     metrics = KeepMetrics()
     trainer = Trainer(
-        default_root_dir=run_dir, accelerator="cpu", devices=1, max_steps=2, precision=options["precision"], logger=False, enable_checkpointing=False,
+        default_root_dir=run_dir, accelerator="cpu", devices=1, max_steps=2, precision=options["precision"],
+        logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[metrics],
     )  # fmt: skip
     trainer.fit(module, SameStep(batch))

@@ -1,4 +1,4 @@
-"""The plan against a real training process: its peak memory and its tokens."""
+"""Compare the plan with a real training process: its peak memory and its tokens."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ STEP = {
 
 @pytest.fixture(scope="module")
 def model_dir(tiny_model_dir, tmp_path_factory):
-    """42M random parameters, so that what is measured is the model and not the interpreter."""
+    """Make 42M random parameters, so that the measurement is of the model and not of the interpreter."""
     folder = shutil.copytree(tiny_model_dir, tmp_path_factory.mktemp("models") / "42M")
     (folder / "model.safetensors").unlink()
     config = LlamaConfig(
-        vocab_size=32000, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
+        vocab_size=32000, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=4,
         max_position_embeddings=2048, tie_word_embeddings=True,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
@@ -51,7 +52,8 @@ def test_a_real_step_takes_what_is_planned(precision, checkpointing, model_dir, 
         str(tmp_path),
         json.dumps(options),
     ]
-    # Large tensors are given back when they are freed: what the C library's heap would keep of them is no part of the plan, and differs from CPU to CPU.
+    # Large tensors are given back when they are freed. Memory that the C library's heap would keep of them is
+    # no part of the plan, and differs from CPU to CPU.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
     run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -68,11 +70,14 @@ def test_a_real_step_takes_what_is_planned(precision, checkpointing, model_dir, 
     assert measured["micro_batches"] == tokens.micro_batches
 
     planned = training_memory(
-        model_shape(load_model_config(str(model_dir))), strategy="single", num_ranks=1, micro_batch_tokens=1100,
-        masked_pairs=tokens.masked_pairs, precision=AUTOCAST if precision == "bf16-mixed" else FP32, checkpointing=checkpointing,
+        model_shape(load_model_config(str(model_dir))), strategy="single", num_ranks=1,
+        micro_batch_tokens=1100,
+        masked_pairs=tokens.masked_pairs, precision=AUTOCAST if precision == "bf16-mixed" else FP32,
+        checkpointing=checkpointing,
         optimizer_bytes_per_param=8, logprob_chunk_size=512, on_gpu=False,
     ).total_bytes  # fmt: skip
     print(
-        f"{precision}, checkpointing {checkpointing}: planned {planned / 1e6:,.0f} MB, measured {measured['peak_bytes'] / 1e6:,.0f} MB"
+        f"{precision}, checkpointing {checkpointing}: planned {planned / 1e6:,.0f} MB, "
+        f"measured {measured['peak_bytes'] / 1e6:,.0f} MB"
     )
     assert planned == pytest.approx(measured["peak_bytes"], rel=0.25)

@@ -1,4 +1,4 @@
-"""The memory's terms against the tensors that autograd really saves."""
+"""Compare the memory's terms with the tensors that autograd actually saves."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ from rpt_lightning.policy.tree_attention import NAME
 from rpt_lightning.types import TrainSequence
 
 SIZES = {
-    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24,
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 24,
 }  # fmt: skip
 
 
 def small_tree():
-    """Short branches, which CPU attention computes under a mask, behind a prompt that is long enough for calls of its own."""
+    """Make short branches, which CPU attention computes under a mask, after a prompt with its own calls."""
     (tree,) = pack(
         [TrainSequence(prompt_ids=tuple(range(200)), target_ids=(g, *range(20))) for g in range(3)],
         max_tokens=1000,
@@ -41,9 +42,12 @@ def small_tree():
 
 
 def saved_bytes(config, tree, *, precision, checkpointing: bool) -> tuple[int, int]:
-    """What the backbone's forward pass keeps for its backward pass besides the weights, and its masks, on a packed tree."""
+    """Measure what the backbone's forward pass keeps for its backward pass on a packed tree.
+
+    Weights are not counted. The masks are returned as well.
+    """
     model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME).train()
-    if precision == GATHERED_BF16:  # as FSDP2 shows the layers to the forward pass
+    if precision == GATHERED_BF16:  # as the layers see their weights under FSDP2
         model.to(torch.bfloat16)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -60,7 +64,7 @@ def saved_bytes(config, tree, *, precision, checkpointing: bool) -> tuple[int, i
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights and not is_cast_weight:
             saved[storage.data_ptr()] = storage.nbytes()
-        alive.append(tensor)  # so that no address is used twice
+        alive.append(tensor)  # so that no address is reused
         return tensor
 
     mask = tree.tree_mask()
@@ -94,14 +98,17 @@ def test_activations_and_masks_are_what_autograd_saves(config_class, precision, 
 
 # A layer of 10 weights is easier to add up than a real one.
 SHAPE = ModelShape(
-    family="llama", num_layers=2, hidden_size=4, intermediate_size=8, vocab_size=10, num_heads=2, attention_width=4, kv_width=2, has_qk_norm=False,
-    is_tied=False, num_params=2 * 100 + 84, layer_params=100, size=ModelSize(body_params=204, head_params=40, attention_width=8),
+    family="llama", num_layers=2, hidden_size=4, intermediate_size=8, vocab_size=10, num_heads=2,
+    attention_width=4, kv_width=2, has_qk_norm=False,
+    is_tied=False, num_params=2 * 100 + 84, layer_params=100,
+    size=ModelSize(body_params=204, head_params=40, attention_width=8),
 )  # fmt: skip
 
 
 def memory(strategy, **options):
     defaults = {
-        "num_ranks": 4, "micro_batch_tokens": 16, "masked_pairs": 0, "precision": FP32, "checkpointing": False, "optimizer_bytes_per_param": 8,
+        "num_ranks": 4, "micro_batch_tokens": 16, "masked_pairs": 0, "precision": FP32,
+        "checkpointing": False, "optimizer_bytes_per_param": 8,
         "logprob_chunk_size": 6, "on_gpu": False,
     }  # fmt: skip
     return training_memory(SHAPE, strategy=strategy, **(defaults | options))
@@ -124,7 +131,10 @@ def test_what_each_strategy_holds():
 
 
 def test_where_bf16_copies_of_the_weights_are():
-    """Autocast's copies are there until the backward pass: of all layers, or of the one that is computed again; FSDP2 in bf16 needs none."""
+    """Autocast's copies last until the backward pass: those of all layers, or of the recomputed one.
+
+    FSDP2 in bf16 needs none.
+    """
     whole = memory("fsdp2", precision=AUTOCAST)
     assert memory("fsdp2", precision=AUTOCAST, checkpointing=True).cast_weights_bytes == 2 * 100
     gathered = memory("fsdp2", precision=GATHERED_BF16)
@@ -134,9 +144,10 @@ def test_where_bf16_copies_of_the_weights_are():
 
 
 def test_activations_by_hand():
-    # Per token in fp32: norms 2 x (8 x 4 + 4), inputs 2 x 16, attention 2 x 16 + 2 x 8 + 8, feed-forward 4 x 32
+    # Per token in fp32: norms 2 x (8 x 4 + 4), inputs 2 x 16, attention 2 x 16 + 2 x 8 + 8,
+    # feed-forward 4 x 32
     assert layer_activation_bytes(SHAPE, precision=FP32) == 72 + 32 + 56 + 128
-    # Under autocast: norms alike, inputs 5 x 8, attention 2 x 8 + 2 x 4 + 8, feed-forward 4 x 16
+    # Under autocast: the same norms, inputs 5 x 8, attention 2 x 8 + 2 x 4 + 8, feed-forward 4 x 16
     assert layer_activation_bytes(SHAPE, precision=AUTOCAST) == 72 + 40 + 32 + 64
     # With weights in bf16: norms 2 x (6 x 4 + 4), inputs 2 x 8
     assert layer_activation_bytes(SHAPE, precision=GATHERED_BF16) == 56 + 16 + 32 + 64
@@ -150,15 +161,15 @@ def test_activations_by_hand():
 def test_work_by_hand():
     # A tile of 6 tokens by 10 words, twice in fp32
     assert logits_bytes(SHAPE, 6, vocab_chunk=10, precision=FP32) == 480
-    # ... and 10 x 4 weights in bf16, and as many to add
+    # ... and 10 x 4 weights in bf16, and the same again to add
     assert logits_bytes(SHAPE, 6, vocab_chunk=10, precision=AUTOCAST) == 480 + 40 * (2 + 2)
-    # ... the weights are bf16 already, and their gradient is summed in fp32
+    # ... the weights are already bf16, and their gradient is summed in fp32
     assert logits_bytes(SHAPE, 6, vocab_chunk=10, precision=GATHERED_BF16) == 480 + 40 * (4 + 2)
     # The head: a tile, the hidden states' gradient twice, its own gradient. A layer: 16 x (3 x 8 + 2 x 4) x 4
     assert memory("single").work_bytes == max(480 + 2 * 4 * 16 * 4 + 4 * 40, 16 * 32 * 4)
-    # ... and what is computed again
+    # ... and the recomputed layer
     assert memory("single", checkpointing=True).work_bytes == 16 * (288 + 32 * 4)
-    # AdamW's square roots of all weights, when the single token's activations are gone
+    # AdamW's square roots of all weights, once the single token's activations are gone
     few = memory("single", micro_batch_tokens=1, on_gpu=True)
     assert few.activations_bytes + few.masks_bytes + few.work_bytes == 1136
     assert (

@@ -12,12 +12,16 @@ from rpt_lightning.policy.model import Policy
 
 QWEN2_14B = Path(__file__).resolve().parents[2] / "scripts" / "qwen2-14b.json"
 SIZES = {
-    "vocab_size": 100, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "vocab_size": 100, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
 }  # fmt: skip
 
 
 def by_hand(family: str, *, is_tied: bool) -> tuple[int, int]:
-    """(all, of one layer) for SIZES, whose queries are 32 and whose keys and values are 16 wide."""
+    """Return the parameters of the model and of one layer for SIZES.
+
+    Queries are 32 wide, and keys and values are 16 wide.
+    """
     q, k, v, o = 16 * 32, 16 * 16, 16 * 16, 32 * 16
     layer = q + k + v + o + 3 * 16 * 40 + 2 * 16
     layer += {"llama": 0, "qwen2": 32 + 16 + 16, "qwen3": 2 * 8}[
@@ -43,7 +47,7 @@ def test_counts_are_those_by_hand_and_of_the_real_model(config_class, is_tied):
 
 
 def test_qwen2_14b_is_as_large_as_its_model_card_says():
-    """14.7B parameters, of them 13.1B without embeddings."""
+    """The model has 14.7B parameters, of which 13.1B are not in embeddings."""
     shape = model_shape(load_model_config(str(QWEN2_14B)))
     layer = 2 * 5120 * 5120 + 2 * 5120 * 1024 + 3 * 5120 * 13824 + 2 * 5120 + (5120 + 2 * 1024)
     assert shape.layer_params == layer

@@ -1,4 +1,4 @@
-"""`rpt plan` as a user meets it."""
+"""`rpt plan` as a user sees it."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def text_of(config) -> str:
 
 
 def row(text: str, label: str) -> list[str]:
-    """The cells behind a label."""
+    """Return the cells after a label."""
     line = next(line for line in text.splitlines() if line.strip().startswith(label))
     return line.strip().removeprefix(label).split()
 
 
 def number(text: str, label: str) -> float:
-    """The first cell behind a label."""
+    """Return the first cell after a label."""
     return float(row(text, label)[0].replace(",", ""))
 
 
 @pytest.fixture(scope="module")
 def paper_run():
-    """(text, parsed configuration) of the paper's run on eight H100s: parsing takes seconds, so once."""
+    """Return (text, parsed configuration) of the paper's run on eight H100s. Parsing takes seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["rpt"])
         config = parse([*PAPER_RUN, *FSDP2, *OFFLOAD])
@@ -59,7 +59,7 @@ def paper_run():
 
 
 def changed(config, **changes):
-    """A copy with other values, by dotted name (``__`` for a dot)."""
+    """Copy a configuration with other values, by dotted name (``__`` for a dot)."""
     copy = config.clone()
     for name, value in changes.items():
         copy[name.replace("__", ".")] = value
@@ -73,19 +73,17 @@ def test_the_papers_run_on_eight_h100s(paper_run):
     assert row(text, "weights, fp32") == ["59.08", "59.08", "-"]
     assert row(text, "optimizer  ") == ["118.16", "118.16", "-"]
     assert (
-        "weights, gradients and optimizer are in host memory: 29.54 GB a device" in text
+        "weights, gradients and optimizer are in host memory: 29.54 GB per device" in text
     )  # 16 bytes of 14.77e9 / 8
     assert row(text, "autocast's bf16 copy") == ["of", "the", "weights", "0.55", "0.55", "-"]
     assert row(text, "engine: weights") == ["29.54"] * 3
     assert row(text, "does it fit?") == ["NO", "NO", "yes"]
-    assert (
-        float(row(text, "together")[2]) < 0.9 * 84.9
-    )  # a margin of a tenth, for what the plan does not know
+    assert float(row(text, "together")[2]) < 0.9 * 84.9  # a margin of a tenth for what the plan does not know
     assert max(map(len, text.splitlines())) <= 100
 
 
 def test_without_offload_eight_devices_have_no_margin(paper_run):
-    """What the header of configs/14b.yaml says."""
+    """The plan agrees with the header of configs/14b.yaml."""
     text = text_of(changed(paper_run[1], trainer__strategy__init_args__cpu_offload=False))
     assert row(text, "weights, fp32") == ["59.08", "59.08", "7.39"]
     assert row(text, "optimizer  ") == ["118.16", "118.16", "14.77"]
@@ -96,8 +94,9 @@ def test_without_offload_eight_devices_have_no_margin(paper_run):
     }
     text = text_of(changed(paper_run[1], **smallest))
     assert float(row(text, "together")[2]) == pytest.approx(84.42, abs=0.01)
-    # By hand: a cached token has 2 x 48 x 1024 x 2 bytes, a sequence 2176 / 8 + 512 of its own, so that 3.14 GB hold 20.3; a pass reads 27.98 GB of weights
-    # and 20.3 x 2688 tokens at 0.7 x 3.35 TB/s, and there are 256 x 1024 / 20.3 of them.
+    # By hand: a cached token has 2 x 48 x 1024 x 2 bytes, and a sequence has 2176 / 8 + 512 tokens of its
+    # own, so 3.14 GB hold 20.3 sequences. A pass reads 27.98 GB of weights and 20.3 x 2688 tokens at
+    # 0.7 x 3.35 TB/s. There are 256 x 1024 / 20.3 passes.
     token, share = 2 * 48 * 1024 * 2, 0.7 * 3.35e12
     sequences = (0.41 * 79.1 * 2**30 - 29.540e9 - 2 * 2**30) / (784 * token)
     seconds = 256 * 1024 / sequences * (2 * 13_991_465_984 + sequences * 2688 * token) / share
@@ -126,7 +125,7 @@ def test_rollouts_on_servers(paper_run):
     assert "engine: weights" not in text
     assert row(text, "does it fit?")[2] == "yes"
     flat = " ".join(text.split())
-    # 0.9 of 84.9 GB, without 29.54 of weights and 2.15 of workspace
+    # 0.9 of 84.9 GB, minus 29.54 of weights and 2.15 of workspace
     assert "a server holds 29.54 GB of weights and 44.75 GB of cached keys and values" in flat
     assert "a server receives 29.5 GB" in flat
     assert (
@@ -163,8 +162,9 @@ def test_an_engine_that_sleeps_shares_its_memory_with_training(paper_run):
     asleep = text_of(changed(paper_run[1], **given, rollout__engine__init_args__sleep_in_training=True))
     assert row(awake, "does it fit?")[2] == "NO"
     assert row(asleep, "does it fit?")[2] == "yes"
-    # While it generates: an eighth of 16 bytes for each of 14.77e9 parameters, 0.55 of 79.1 GiB, and what the engine and torch need besides.
-    assert float(row(asleep, "at most, in turn")[2]) == pytest.approx(
+    # During generation: an eighth of 16 bytes for each of 14.77e9 parameters, 0.55 of 79.1 GiB, and what the
+    # engine and torch need besides.
+    assert float(row(asleep, "peak, taking turns")[2]) == pytest.approx(
         14.770e9 * 16 / 8 / 1e9 + (0.55 * 79.1 + 2) * 2**30 / 1e9, abs=0.01
     )
 
@@ -231,7 +231,7 @@ def test_optimizer_state_is_that_of_the_real_class():
 
 
 def test_prompts_of_the_task_folder(tiny_model_dir, tiny_task_dir):
-    """Counted on the very batch that a run would begin with."""
+    """Tokens are counted on the batch that a run would begin with."""
     from rpt_lightning.data.datamodule import TokenTaskDataModule
     from rpt_lightning.tasks.prompt import ContinuationPrompt
 
@@ -299,7 +299,7 @@ def test_a_hub_id_without_network_names_the_way_out(monkeypatch, capfd):
 
 
 def test_nothing_is_built(monkeypatch, tiny_model_dir, tmp_path, capfd):
-    """Neither weights nor a trainer, nor a run folder."""
+    """The plan needs no weights, no trainer and no run folder."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(
         tiny_model_dir / "config.json", tmp_path / "config.json"

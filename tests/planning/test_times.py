@@ -1,4 +1,4 @@
-"""Seconds and bytes of a step, worked by hand."""
+"""Seconds and bytes of a step, checked with numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -14,25 +14,33 @@ from rpt_lightning.planning.workload import step_tokens
 from rpt_lightning.policy.flops import ModelSize
 
 SHAPE = ModelShape(
-    family="llama", num_layers=2, hidden_size=4, intermediate_size=8, vocab_size=10, num_heads=2, attention_width=4, kv_width=2, has_qk_norm=False,
-    is_tied=False, num_params=2 * 100 + 84, layer_params=100, size=ModelSize(body_params=204, head_params=40, attention_width=8),
+    family="llama", num_layers=2, hidden_size=4, intermediate_size=8, vocab_size=10, num_heads=2,
+    attention_width=4, kv_width=2, has_qk_norm=False,
+    is_tied=False, num_params=2 * 100 + 84, layer_params=100,
+    size=ModelSize(body_params=204, head_params=40, attention_width=8),
 )  # fmt: skip
 DEVICE = Device(
-    name="slow", memory_bytes=1e6, peak_flops=1000.0, bandwidth_bytes_per_s=100.0, link_bytes_per_s=50.0, host_link_bytes_per_s=20.0,
+    name="slow", memory_bytes=1e6, peak_flops=1000.0, bandwidth_bytes_per_s=100.0, link_bytes_per_s=50.0,
+    host_link_bytes_per_s=20.0,
 )  # fmt: skip
-RATES = Rates(mfu=0.5, bandwidth_frac=0.5, storage_bytes_per_s=10.0)  # 500 operations and 50 bytes a second
+RATES = Rates(mfu=0.5, bandwidth_frac=0.5, storage_bytes_per_s=10.0)  # 500 operations and 50 bytes per second
 SETTINGS = RunSettings(
-    tasks_per_step=4, positions_per_document=1, group_size=2, max_prompt_tokens=10, max_context_tokens=None, max_completion_tokens=30, micro_batch_tokens=100,
-    optimizer_steps_per_batch=1, max_steps=10, optimizer_bytes_per_param=8, logprob_chunk_size=8, is_mixed=True, gathers_bf16=True, cpu_offload=False,
-    checkpointing=False, strategy="fsdp2", num_devices=2, num_servers=0, transport="folder", on_gpu=False, engine="vllm", engine_dtype_bytes=2,
-    gpu_memory_utilization=0.5, engine_sleeps=False, kv_cache_bytes=0, max_num_seqs=100, max_batch_tokens=0, shares_prefill=True,
+    tasks_per_step=4, positions_per_document=1, group_size=2, max_prompt_tokens=10, max_context_tokens=None,
+    max_completion_tokens=30, micro_batch_tokens=100,
+    optimizer_steps_per_batch=1, max_steps=10, optimizer_bytes_per_param=8, logprob_chunk_size=8,
+    is_mixed=True, gathers_bf16=True, cpu_offload=False,
+    checkpointing=False, strategy="fsdp2", num_devices=2, num_servers=0, transport="folder", on_gpu=False,
+    engine="vllm", engine_dtype_bytes=2,
+    gpu_memory_utilization=0.5, engine_sleeps=False, kv_cache_bytes=0, max_num_seqs=100, max_batch_tokens=0,
+    shares_prefill=True,
 )  # fmt: skip
-# Four prompts of 3 tokens that share nothing; two completions of 5 tokens each.
+# Four prompts of 3 tokens that share nothing, with two completions of 5 tokens each.
 PROMPTS = [(1, 2, 3), (4, 5, 6), (7, 8, 9), (10, 11, 12)]
 TOKENS = step_tokens(
     PROMPTS, group_size=2, completion_tokens=5, live_frac=1.0, micro_batch_tokens=100, num_ranks=2
 )
-# A sampled token: 2 x (204 + 40) operations at most, and its pairs. In all 8 x (4 tokens fed, 5 scored, 4 + 5 + 6 + 7 pairs).
+# A sampled token takes at most 2 x (204 + 40) operations, and its pairs.
+# In all: 8 x (4 tokens fed, 5 scored, 4 + 5 + 6 + 7 pairs).
 SAMPLING_FLOPS = 8 * (2 * (204 * 4 + 40 * 5) + 4 * 8 * 22)
 # A rank trains 2 groups: 3 + 2 x 4 tokens, 10 scored, 6 + 2 x 22 pairs each.
 TRAIN_FLOPS = 2 * 3 * (2 * (204 * 11 + 40 * 10) + 4 * 8 * 50)
@@ -46,7 +54,8 @@ def test_generation_in_the_trainer():
     step = times()
     # Each of two ranks reads 2 of 4 prompts: 3 tokens, 6 pairs.
     assert step.prefill_s == pytest.approx(2 * (2 * 204 * 3 + 4 * 8 * 6) / 500)
-    # A pass reads 488 bytes of weights and 4 x 5.5 cached tokens of 2 x 2 x 2 x 2 bytes; 4 completions, all at once, take 5 passes.
+    # A pass reads 488 bytes of weights and 4 x 5.5 cached tokens of 2 x 2 x 2 x 2 bytes. 4 completions, all
+    # at once, take 5 passes.
     read_s, compute_s = (488 + 4 * 5.5 * 16) / 50, 4 * SAMPLING_FLOPS / 40 / 500
     assert read_s > compute_s
     assert step.decode_s == pytest.approx(5 * read_s)
@@ -61,7 +70,7 @@ def test_training_and_sync():
     assert step.train_compute_s == pytest.approx(TRAIN_FLOPS / 500)
     assert (
         times(checkpointing=True).train_compute_s == step.train_compute_s
-    )  # what is computed again is not needed: a smaller mfu says it
+    )  # recomputation does not count, because a smaller mfu accounts for it
     # 2 forward, 4 backward, 2 for the log-probs before the update
     assert times(optimizer_steps_per_batch=2).train_compute_s == pytest.approx(8 / 6 * TRAIN_FLOPS / 500)
     # One micro-batch: half of the weights twice in bf16, half of the gradients in fp32.
@@ -73,7 +82,8 @@ def test_training_and_sync():
         0,
     )
     assert step.train_network_s == pytest.approx(142 * 8 / 50)
-    # Gathered in fp32 (embedding and head, 84 parameters, once more to be compared), then read in fp32 and written in bf16.
+    # Gathered in fp32 (embedding and head, 84 parameters, once more for the check), then read in fp32 and
+    # written in bf16.
     assert step.sync_s == pytest.approx((142 + 42) * 4 / 50 + 284 * 6 / 50)
     assert step.offload_s == 0
     assert step.step_s == pytest.approx(
@@ -88,9 +98,9 @@ def test_generation_on_servers():
     step = times(engine="servers", num_servers=4, transport="nccl", concurrent=2.0)
     assert step.decode_s == pytest.approx(5 * (488 + 2 * 5.5 * 16) / 50)
     assert step.train_compute_s == times().train_compute_s
-    # Besides what the trainer does, 568 bytes at 50 GB/s, read and written by the server.
+    # Besides the trainer's work: 568 bytes at 50 GB/s, read and written by the server.
     assert step.sync_s == pytest.approx(times().sync_s + 568 / 50e9 + 284 * 4 / 50)
-    # Through a folder at 10 bytes a second: written once, read by one node and by two.
+    # Through a folder at 10 bytes per second: written once, and read by one node or by two.
     for num_servers, passes in ((4, 2), (9, 3)):
         folder = times(engine="servers", num_servers=num_servers, concurrent=2.0)
         assert folder.sync_s == pytest.approx(times().sync_s + passes * 568 / 10 + 284 * 4 / 50)

@@ -9,21 +9,24 @@ from rpt_lightning.policy.flops import Work
 
 
 def test_a_step_by_hand():
-    """Two documents with two positions each: prompts of 3 and 5 and of 3 and 4 tokens, two completions of 3 tokens, of which the last is not fed."""
+    """Two documents with two positions each have prompts of 3 and 5 tokens, and of 3 and 4 tokens.
+
+    Each prompt has two completions of 3 tokens, of which the last is not fed.
+    """
     prompts = [(1, 2, 3), (1, 2, 3, 4, 5), (7, 8, 9), (7, 8, 9, 10)]
     tokens = step_tokens(
         prompts, group_size=2, completion_tokens=3, live_frac=1.0, micro_batch_tokens=1000, num_ranks=1
     )
-    # 1..5 and 1..4, each attending to what stands before it
+    # 1..5 and 1..4, where each token attends to those before it
     assert tokens.prefill == Work(tokens=5 + 4, pairs=15 + 10)
     assert tokens.prefill_alone == Work(tokens=2 * 15, pairs=2 * (6 + 15 + 6 + 10))
-    # Of three sampled tokens two are fed, behind 3, 5, 3 and 4
+    # Two of three sampled tokens are fed, after 3, 5, 3 and 4
     assert tokens.sampling == Work(
         tokens=2 * 4 * 2, scored_tokens=24, pairs=2 * ((4 + 5) + (6 + 7) + (4 + 5) + (5 + 6))
     )
     assert tokens.mean_prompt_tokens == 15 / 4
     assert tokens.packed.tokens == 5 + 4 + 8 * 2
-    # Prompts: 1..5 and 1..4; completions: two tokens behind 3, 5, 3 and 4
+    # Prompts: 1..5 and 1..4; completions: two tokens after 3, 5, 3 and 4
     assert tokens.packed.pairs == 15 + 10 + 2 * ((4 + 5) + (6 + 7) + (4 + 5) + (5 + 6))
     assert tokens.plain == Work(tokens=2 * (6 + 8 + 6 + 7), scored_tokens=24, pairs=2 * (21 + 36 + 21 + 28))
     assert tokens.packed.scored_tokens == 24
@@ -57,7 +60,7 @@ def test_a_small_budget_computes_prompts_again():
 
 @given(st.integers(1, 9), st.sampled_from([0.25, 0.5, 1.0]), st.sampled_from([1, 2, 16]))
 def test_only_live_groups_are_trained(num_tasks, live_frac, num_ranks):
-    """One at least, and as many however few tasks a rank has."""
+    """At least one group is live, and the share holds however few tasks a rank has."""
     prompts = assumed_prompts(
         num_tasks=num_tasks, positions_per_document=1, context_tokens=4, template_tokens=0
     )

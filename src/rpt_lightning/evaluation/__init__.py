@@ -1,1 +1,1 @@
-"""What a policy can do on held-out text, compared in pairs, as a table and as a picture."""
+"""Held-out evaluation of policies, with paired comparisons, tables and figures."""

@@ -1,7 +1,10 @@
-"""Tables and differences of answered questions, in Markdown: a benchmark's policies side by side, and fine-tuning runs before and after.
+"""Markdown tables and differences of answered questions.
 
-No accuracy stands alone: each has its count and its 95 % interval, in which the completions of a question count as one cluster, and beside it the same
-weights' accuracy without a thought. Differences are paired, question by question.
+They show a benchmark's policies side by side, and fine-tuning runs before and after training.
+
+No accuracy stands alone. Each comes with its count and its 95 % interval, which treats the completions of
+a question as one cluster. Beside it stands the accuracy of the same weights without a thought. Differences
+are paired, question by question.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ from rpt_lightning.metrics.sampling import pass_at_k
 from rpt_lightning.tasks.answer_reward import Verdict
 
 NOTE = (
-    "Intervals are Wilson's, with the completions of a question as one cluster; differences are paired and resample questions. Without a thought: one greedy "
-    "answer, written into a box that is open already."
+    "Intervals are Wilson's, and the completions of a question form one cluster. Differences are paired and "
+    "resample questions. Without a thought: one greedy answer in a box that the prompt has already opened."
 )
 _VERDICT_ROWS: dict[str, Verdict] = {
     "truncated completions": "truncated",
@@ -33,14 +36,17 @@ _VERDICT_ROWS: dict[str, Verdict] = {
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerStage:
-    """One column: weights with a name, and what they answered."""
+    """One column: a named policy and its answers."""
 
     name: str
     results: QuestionResults
 
 
 def answer_table(stages: Sequence[AnswerStage]) -> str:
-    """One column a policy: accuracy with and without a thought, pass@k, and what became of the completions."""
+    """Build the main table, with one column for each policy.
+
+    Its rows are accuracy with and without a thought, pass@k, and the outcomes of the completions.
+    """
     rows = [
         _row(
             "questions x completions",
@@ -73,7 +79,10 @@ def answer_table(stages: Sequence[AnswerStage]) -> str:
 
 
 def category_table(stages: Sequence[AnswerStage]) -> str | None:
-    """Accuracy with and without a thought, category by category; None where questions have none."""
+    """Build the table of accuracy by category, with and without a thought.
+
+    Returns None if the questions have no categories.
+    """
     categories = sorted(
         {question.category for question in stages[0].results.questions if question.category is not None}
     )
@@ -93,12 +102,13 @@ def category_table(stages: Sequence[AnswerStage]) -> str | None:
 
 
 def differences(stages: Sequence[AnswerStage]) -> list[str]:
-    """The last policy against each earlier one, with and without a thought, and against its own answers without.
+    """Compare the last policy with each earlier one, with and without a thought.
 
-    After a thought only where the completions were drawn alike; else the line says what differs.
+    It is also compared with its own answers without a thought. Accuracies after a thought are compared only
+    if both policies drew their completions with the same settings. Otherwise the line says what differs.
 
     Raises:
-        ValueError: two were not asked the same questions.
+        ValueError: Two policies were not asked the same questions.
     """
     last = stages[-1]
     lines = []
@@ -129,10 +139,14 @@ def differences(stages: Sequence[AnswerStage]) -> list[str]:
 
 
 def before_after_table(runs: Sequence[Sequence[AnswerStage]]) -> str | None:
-    """One row a run that was asked before and after training (the paper's table of RLVR after RPT), and the gains against the first such run's; None where none was.
+    """Build a table with one row for each run that was asked before and after training.
 
-    Each run's stages are in the order of their steps: the first is before, if no step was trained yet, and the last after. Beside both accuracies stand
-    those of the same weights without a thought.
+    This is the paper's table of RLVR after RPT. Below it stand the gains against the first such run. Each
+    run's stages are in the order of their steps. The first one counts as "before" if no step was trained
+    yet, and the last one counts as "after". Both accuracies stand beside the accuracy of the same weights
+    without a thought.
+
+    Returns None if there is no such run.
     """
     trained = [stages for stages in runs if stages[0].results.step == 0 < stages[-1].results.step]
     if not trained:
@@ -149,12 +163,12 @@ def before_after_table(runs: Sequence[Sequence[AnswerStage]]) -> str | None:
 
 
 def _gains(first: Sequence[AnswerStage], other: Sequence[AnswerStage]) -> list[str]:
-    """A run against the first, before and after training, and by how much more it gained."""
+    """Compare a run with the first one before and after training, and compare their gains."""
     names = f"{other[-1].name} - {first[-1].name}"
     lines = [
         _thought_line(f"{moment}: {names}", first[place].results, other[place].results)
         for moment, place in (("before", 0), ("after", -1))
-        if first[place] is not other[place]  # two runs of one start
+        if first[place] is not other[place]  # both runs have the same start
     ]
     if differing := _differing_settings(
         *(stages[place].results for stages in (first, other) for place in (0, -1))
@@ -170,7 +184,7 @@ def _gains(first: Sequence[AnswerStage], other: Sequence[AnswerStage]) -> list[s
 def _moments(
     stages: Sequence[AnswerStage], *, like: Sequence[AnswerStage]
 ) -> list[tuple[QuestionResult, QuestionResult]]:
-    """Each question before and after, in the order of ``like``'s first questions."""
+    """Pair each question before and after training, in the order of ``like``'s first questions."""
     order = [question.question_id for question in like[0].results.questions]
     pairs = {
         before.question_id: (before, after)
@@ -197,9 +211,9 @@ def _before_after(stages: Sequence[AnswerStage]) -> list[str]:
 
 
 def _differing_settings(*evaluations: QuestionResults) -> str:
-    """How completions were drawn, where that is not the same everywhere, in words; empty where it is."""
+    """Describe the sampling settings that differ, or return an empty string if none do."""
     settings: dict[str, list[float]] = {
-        "completions a question": [results.num_samples for results in evaluations],
+        "completions per question": [results.num_samples for results in evaluations],
         "temperature": [results.temperature for results in evaluations],
         "token limit": [results.max_completion_tokens for results in evaluations],
     }
@@ -211,7 +225,10 @@ def _differing_settings(*evaluations: QuestionResults) -> str:
 
 
 def _thought_line(name: str, first: QuestionResults, second: QuestionResults) -> str:
-    """Accuracy after a thought of ``second`` minus that of ``first``; raises as `pair_questions`, however the completions were drawn."""
+    """Compare ``second`` with ``first`` by accuracy after a thought.
+
+    Raises ValueError as `pair_questions` does, even if the completions were drawn with other settings.
+    """
     pairs = pair_questions(first, second)
     if differing := _differing_settings(first, second):
         return _refusal(name, differing)
@@ -219,7 +236,7 @@ def _thought_line(name: str, first: QuestionResults, second: QuestionResults) ->
 
 
 def _refusal(name: str, differing: str) -> str:
-    return f"- {name}: not compared, since completions were drawn otherwise ({differing})"
+    return f"- {name}: not compared, because the completions were drawn with other settings ({differing})"
 
 
 def _difference(pairs: Sequence[tuple[float, float, QuestionResult]]) -> Difference:
@@ -235,7 +252,7 @@ def _line(name: str, difference: Difference) -> str:
 
 
 def _accuracy_name(stages: Sequence[AnswerStage]) -> str:
-    """True of every column: avg@k only where all drew as many."""
+    """A label that is true of every column. It says avg@k only if all policies drew equally many samples."""
     numbers = {stage.results.num_samples for stage in stages}
     if len(numbers) > 1:
         return "accuracy after a thought (mean over completions)"

@@ -1,6 +1,8 @@
-"""`rpt evaluate benchmark`: questions with a verifiable answer, put to any policies, after a thought and without one.
+"""`rpt evaluate benchmark`: put questions with verifiable answers to any number of policies.
 
-Like `rpt evaluate next-token` it is a validation, run for each policy in turn: the policy's weights in the engine, verified, and one record a question.
+Each question is asked with a thought and without one. Like `rpt evaluate next-token`, this is a validation
+that runs for each policy in turn. The engine holds the policy's verified weights, and there is one record
+for each question.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ from rpt_lightning.training.quiet import quieten_libraries
 from rpt_lightning.training.rollout_callback import RolloutCallback
 from rpt_lightning.types import Question
 
-# Imported so that they may be named by their short names.
+# Imported so that the command line accepts their short names.
 from rpt_lightning.data.questions import HuggingFaceQuestions, JsonlQuestions  # isort: skip
 from rpt_lightning.rollout.hf_engine import HFEngine  # isort: skip
 from rpt_lightning.rollout.vllm_engine import VLLMEngine  # isort: skip
@@ -73,33 +75,40 @@ def benchmark(
     accelerator: str = "auto",
     seed: int = 0,
 ) -> None:
-    """Accuracy at a benchmark's questions, of each policy; the last is compared with the others.
+    """Measure each policy's accuracy on a benchmark and compare the last policy with the others.
 
-    Writes ``output/summary.md``, and for each policy a folder that `rpt compare` reads as a run's: one record a question.
+    Writes ``output/summary.md``. For each policy it also writes a folder with one record for each question,
+    which `rpt compare` reads like the folder of a run.
 
     Args:
         policy: Hugging Face folders (or hub ids), or checkpoints of `rpt fit`.
-        engine: What generates, e.g. VLLMEngine or HFEngine.
-        prompt: How the policies are asked: QuestionPrompt (their chat template) or ContinuationPrompt (base models).
+        engine: The engine that generates, e.g. VLLMEngine or HFEngine.
+        prompt: How the policies are asked: QuestionPrompt (their chat template) or ContinuationPrompt (for
+            base models).
         benchmark: aime24, aime25, math500, mmlu_pro or supergpqa.
-        file: A JSONL file with the rows of the benchmark's dataset, instead of the hub.
+        file: A JSONL file with the rows of the benchmark's dataset. It replaces the download from the hub.
         revision: Commit of the dataset on the hub.
-        questions: Questions of your own instead of a benchmark, e.g. JsonlQuestions.
-        against: Earlier answers to the same questions to compare with: a records' file (answers/step-N.jsonl) or the folder of a run or evaluation.
-        output: Folder to write; it may not exist yet.
-        num_questions: So many questions, drawn by the seed; None: all.
-        k: Completions a question, for avg@k and pass@k; 0: one greedy completion.
-        temperature: Of those.
-        max_completion_tokens: Longest completion; how many ran into it is shown.
-        stop_after_first_box: End a completion with its first box, as the policies were trained (rollout.stop_after_first_box).
+        questions: Your own questions instead of a benchmark, e.g. JsonlQuestions.
+        against: Earlier answers to the same questions to compare with. Give a file of records
+            (answers/step-N.jsonl) or the folder of a run or an evaluation.
+        output: Folder to write. It must be new or empty.
+        num_questions: How many questions to draw with the seed. None asks all.
+        k: Completions for each question, for avg@k and pass@k. 0 takes one greedy completion.
+        temperature: Sampling temperature of those completions.
+        max_completion_tokens: Maximum length of a completion. The summary shows how many reached it.
+        stop_after_first_box: End a completion after its first box, as in training
+            (rollout.stop_after_first_box).
         direct: Also ask for an answer without a thought.
-        batch_size: Questions at once. Results do not depend on it.
-        precision: Of the policy's own forward pass, with which the engine is compared (the engine has its own dtype).
-        accelerator: Where the policy computes: auto, cpu, gpu.
-        seed: Of the choice of questions and of the samples.
+        batch_size: Questions in one batch. Results do not depend on it.
+        precision: Precision of the policy's own forward pass, which is compared with the engine. The engine
+            has its own dtype.
+        accelerator: Device of the policy: auto, cpu or gpu.
+        seed: Seed for the choice of questions and for sampling.
     """
     if k < 0:
-        raise ValueError(f"--k {k}: give 1 or more completions a question, or 0 for one greedy completion")
+        raise ValueError(
+            f"--k {k}: give 1 or more completions for each question, or 0 for one greedy completion"
+        )
     check_policies(policy)
     quieten_libraries()
     check_new_output(output)
@@ -144,11 +153,14 @@ def benchmark(
         stages.append(AnswerStage(name=short_name, results=_last(output / short_name)))
     text = summary(stages)
     (output / SUMMARY).write_text(text, encoding="utf-8")
-    print(f"\n{text}\n{output / SUMMARY}; one record a question beside it, for rpt compare")
+    print(f"\n{text}\n{output / SUMMARY}; one record for each question stands beside it, for rpt compare")
 
 
 def summary(stages: Sequence[AnswerStage]) -> str:
-    """All tables and differences, in Markdown. Raises ValueError for stages of different questions."""
+    """Write all tables and differences in Markdown.
+
+    Raises ValueError if the stages answered different questions.
+    """
     parts = [
         answer_table(stages),
         before_after_table(by_start(stages)),
@@ -160,16 +172,17 @@ def summary(stages: Sequence[AnswerStage]) -> str:
 
 
 def by_start(stages: Sequence[AnswerStage]) -> list[list[AnswerStage]]:
-    """Each run's checkpoints in the order of their steps, behind the model that the run started from: before and after.
+    """Group the stages by run, each with its starting model first and its checkpoints in order of steps.
 
-    A run is the folder that its checkpoints lie in, since all runs of one model carry the same ``policy_path``. One whose start was not asked is left out.
+    A run is the folder that holds its checkpoints, because all runs of one model carry the same
+    ``policy_path``. A run is left out if its start was not asked.
     """
     starts = {_model(stage): stage for stage in stages if stage.results.step == 0}
     runs: dict[tuple[str, str], list[AnswerStage]] = {}
     for stage in stages:
         if stage.results.step > 0 and _model(stage) in starts:
             ckpt_path = stage.results.ckpt_path
-            # Answers of a run that validates as it trains have no checkpoint, and a name of their own.
+            # Answers of a run that validates during training have no checkpoint, only their own name.
             folder = stage.name if ckpt_path is None else str(Path(ckpt_path).resolve().parent)
             runs.setdefault((_model(stage), folder), []).append(stage)
     return [
@@ -179,7 +192,10 @@ def by_start(stages: Sequence[AnswerStage]) -> list[list[AnswerStage]]:
 
 
 def _model(stage: AnswerStage) -> str:
-    """The start of a stage's training, however its folder was written; a hub id as it is."""
+    """Name the model that a stage's training started from.
+
+    A folder is resolved, so its spelling does not matter. A hub id stays as it is.
+    """
     path = Path(stage.results.policy_path)
     return str(path.resolve()) if path.exists() else stage.results.policy_path
 
@@ -189,7 +205,8 @@ def _questions(
 ) -> tuple[str, QuestionSource]:
     if (benchmark is None) == (questions is None):
         raise ValueError(
-            "give either --benchmark (aime24, aime25, math500, mmlu_pro, supergpqa) or --questions, e.g. --questions JsonlQuestions"
+            "give either --benchmark (aime24, aime25, math500, mmlu_pro, supergpqa) or --questions, "
+            "e.g. --questions JsonlQuestions"
         )
     if questions is not None:
         if file is not None or revision is not None:
@@ -198,24 +215,30 @@ def _questions(
     assert benchmark is not None
     if file is not None and revision is not None:
         raise ValueError(
-            f"--revision {revision}: is a commit on the hub, and --file {file} is read from the disk; give one of them"
+            f"--revision {revision} is a commit on the hub, but --file {file} is read from disk; "
+            "give only one of them"
         )
     return benchmark, benchmark_source(benchmark, file=file, revision=revision)
 
 
 def _check_against(earlier: QuestionResults, asked: Sequence[Question], against: Path) -> None:
-    """Before any policy is asked, which may take hours. Raises ValueError where the two cannot be paired."""
+    """Check, before any policy spends hours on answers, that the two can be paired.
+
+    Raises ValueError if they cannot.
+    """
     before = {question.question_id: question.answer for question in earlier.questions}
     now = {question.question_id: question.answer for question in asked}
     if unpaired := sorted(before.keys() ^ now.keys()):
         raise ValueError(
-            f"--against {against}: answers to other questions ({len(before)} of {earlier.benchmark}) than the {len(now)} that are asked here, {unpaired[0]!r} "
-            "for one. Give the same benchmark, --num_questions and --seed as there"
+            f"--against {against}: these are answers to other questions ({len(before)} of "
+            f"{earlier.benchmark}) than the {len(now)} asked here, for example {unpaired[0]!r}. "
+            "Give the same benchmark, --num_questions and --seed as for the earlier answers"
         )
     for question_id, answer in before.items():
         if answer != now[question_id]:
             raise ValueError(
-                f"--against {against}: question {question_id!r} had the answer {answer!r} there, and has {now[question_id]!r} here"
+                f"--against {against}: question {question_id!r} has the answer {answer!r} there, "
+                f"but {now[question_id]!r} here"
             )
 
 

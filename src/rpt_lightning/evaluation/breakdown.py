@@ -1,4 +1,8 @@
-"""Where a policy is right and what an answer costs: tables in Markdown by disjoint difficulty, kind of token and length of thought, by samples and in FLOPs."""
+"""Markdown tables that show where a policy is right and how much an answer costs.
+
+They split the positions by disjoint difficulty, kind of token and length of thought. They also cover
+sampled answers and FLOPs.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +30,17 @@ from rpt_lightning.policy.flops import Work, add_works, forward_flops, prompt_wo
 NOT_MEASURED = "not measured"
 NUM_LENGTH_BINS = 4
 SAMPLING_NOTE = (
-    "Where no sample counts as right, or every one, the interval is Wilson's of as many documents."
+    "If no sample counts as right, or if every one does, the interval is Wilson's for that many documents."
 )
 COST_NOTE = (
-    "FLOPs of an answer: 2 x parameters a token, and attention's products. By reasoning the tokens are the prompt and the completion, by NTP the context, "
-    "each for one position alone: a prefix that several positions or samples share is counted for each."
+    "FLOPs of an answer are 2 x parameters for each token, plus attention's products. Reasoning processes "
+    "the prompt and the completion, NTP the context. Each position is counted alone: a prefix that several "
+    "positions or samples share is counted for each."
 )
 
 
 def disjoint_table(stages: Sequence[Stage]) -> str:
-    """As `difficulty_table`, each position in one band only."""
+    """Build a table like `difficulty_table`, but with each position in one band only."""
     rows = []
     for name, (low, high) in DISJOINT_BANDS.items():
         meaning = f"entropy {low} to {high}" if np.isfinite(high) else f"entropy > {low}"
@@ -48,7 +53,7 @@ def disjoint_table(stages: Sequence[Stage]) -> str:
 
 
 def kind_table(stages: Sequence[Stage]) -> str:
-    """By the kind of the true token (metrics/token_kind.py); kinds that do not occur are left out."""
+    """Build the table by kind of the true token (metrics/token_kind.py), without kinds that do not occur."""
     rows = []
     for kind in TOKEN_KINDS:
         selections = [[p for p in stage.results.positions if p.token_kind == kind] for stage in stages]
@@ -58,17 +63,18 @@ def kind_table(stages: Sequence[Stage]) -> str:
 
 
 def length_table(stage: Stage) -> str | None:
-    """By length of the greedy thought, in bins of about equal size; None where no thought was measured.
+    """Build the table by length of the greedy thought, in bins of about equal size.
 
-    Equal lengths are in one bin, so bins may be fewer. Positions differ between bins: read reasoning against NTP within a bin.
+    Equal lengths share a bin, so there may be fewer bins. Bins hold different positions, so compare
+    reasoning with NTP within a bin. Returns None if no thought was measured.
     """
     ended = [p for p in stage.results.positions if p.thought_length is not None]
     if not ended:
         return None
     lengths = np.array([p.thought_length for p in ended])
-    # "lower" takes lengths that occur, so that a bin is named by its own lengths.
+    # "lower" picks lengths that occur, so a bin is named by lengths of its own thoughts.
     edges = np.unique(np.quantile(lengths, np.arange(1, NUM_LENGTH_BINS) / NUM_LENGTH_BINS, method="lower"))
-    bins = np.searchsorted(edges, lengths)  # a bin ends with its edge
+    bins = np.searchsorted(edges, lengths)  # a bin includes its upper edge
     rows = []
     for number in np.unique(bins):
         inside = [p for p, own in zip(ended, bins, strict=True) if own == number]
@@ -84,7 +90,10 @@ def length_table(stage: Stage) -> str | None:
 
 
 def sampling_table(stages: Sequence[Stage]) -> str | None:
-    """avg@n and the unbiased pass@k for the powers of two up to n, with intervals over documents; None where nothing was sampled."""
+    """Build the table of avg@n and the unbiased pass@k for the powers of two up to n.
+
+    Intervals resample documents. Returns None if nothing was sampled.
+    """
     num_samples = max(
         (n for stage in stages if (n := samples_a_position(stage.results)) is not None), default=0
     )
@@ -92,7 +101,7 @@ def sampling_table(stages: Sequence[Stage]) -> str | None:
         return None
     rows = [
         markdown_row(
-            "temperature; samples a position", [_sampling_settings(stage.results) for stage in stages]
+            "temperature; samples per position", [_sampling_settings(stage.results) for stage in stages]
         )
     ]
     rows.append(
@@ -107,11 +116,17 @@ def sampling_table(stages: Sequence[Stage]) -> str | None:
                 [_interval_text(stage.results, _pass_outcomes(stage.results, k)) for stage in stages],
             )
         )
-    return f"{markdown_table('sampled answers, intervals over documents', _names(stages), rows)}\n\n{SAMPLING_NOTE}"
+    return (
+        f"{markdown_table('sampled answers, intervals over documents', _names(stages), rows)}\n\n"
+        f"{SAMPLING_NOTE}"
+    )
 
 
 def cost_table(stages: Sequence[Stage]) -> str:
-    """What one greedy answer cost, by reasoning and without (COST_NOTE), and how long a sampled one was."""
+    """Build the table of the cost of one greedy answer, by reasoning and by NTP (COST_NOTE).
+
+    It also shows the mean length of a sampled answer.
+    """
     positions = [stage.results.positions for stage in stages]
     reasoning = [
         _answer_flops(
@@ -150,7 +165,10 @@ def cost_table(stages: Sequence[Stage]) -> str:
 
 
 def further_comparisons(stages: Sequence[Stage]) -> list[str]:
-    """The last stage against each earlier one without reasoning, and by samples where both drew as many at one temperature."""
+    """Compare the last stage with each earlier one by NTP and, if possible, by sampled answers.
+
+    Sampled answers are compared if both stages drew equally many at the same temperature.
+    """
     lines = []
     last = stages[-1]
     for earlier in reversed(stages[:-1]):
@@ -173,13 +191,16 @@ def further_comparisons(stages: Sequence[Stage]) -> list[str]:
 
 
 def samples_a_position(results: Results) -> int | None:
-    """How many answers were sampled at each position; None where there were none, or not the same number everywhere."""
+    """Return how many answers were sampled at each position.
+
+    Returns None if there were none, or if the number differs between positions.
+    """
     numbers = {p.num_samples for p in results.positions}
     return numbers.pop() if len(numbers) == 1 else None
 
 
 def avg_outcomes(results: Results) -> list[float]:
-    """The share of right samples at each position; empty where nothing was sampled."""
+    """Return the share of right samples at each position, or an empty list if nothing was sampled."""
     num_samples = samples_a_position(results)
     return [(p.num_correct or 0) / num_samples for p in results.positions] if num_samples else []
 
@@ -198,7 +219,7 @@ def _interval_text(results: Results, outcomes: Sequence[float]) -> str:
         return NOT_MEASURED
     mean = paired_bootstrap([0.0] * len(outcomes), outcomes, units=[p.doc_id for p in results.positions])
     low, high = mean.low, mean.high
-    if mean.second in (0.0, 1.0):  # every resample is the same, which would claim certainty
+    if mean.second in (0.0, 1.0):  # all resamples are equal, which would claim certainty
         low, high = wilson_interval(int(mean.second) * mean.num_units, mean.num_units)
     return f"{100 * mean.second:.1f} % [{100 * low:.1f}, {100 * high:.1f}] at {mean.num_positions} positions"
 
@@ -209,7 +230,7 @@ def _sampling_settings(results: Results) -> str:
 
 
 def _answer_flops(results: Results, works: Sequence[Work | None]) -> float | None:
-    """Mean over the positions where it was measured."""
+    """Mean FLOPs over the positions where they were measured."""
     measured = [work for work in works if work is not None]
     return (
         forward_flops(results.model_size, add_works(measured)) / len(measured)
@@ -227,7 +248,7 @@ def _answer_work(read_tokens: int | None, sampled_tokens: int | None) -> Work | 
 
 
 def _sample_length(position: PositionResult) -> float | None:
-    """Mean over a position's samples."""
+    """Mean number of tokens over a position's samples."""
     return (
         position.sampled_tokens / position.num_samples
         if position.sampled_tokens is not None and position.num_samples

@@ -1,7 +1,8 @@
-"""Is one policy better than another at the same positions? A paired bootstrap over documents.
+"""Test whether one policy is better than another at the same positions, by a paired bootstrap over documents.
 
-Positions of one document share its topic and its text, so they are not independent: resampling documents (the cluster bootstrap; Davison and Hinkley,
-Bootstrap Methods, 1997, section 3.8) is the honest unit, and resampling positions gives an interval that is too narrow.
+Positions in one document share its topic and its text, so they are not independent. The honest unit to
+resample is therefore the document (the cluster bootstrap; Davison and Hinkley, Bootstrap Methods, 1997,
+section 3.8). Resampling positions gives an interval that is too narrow.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from scipy.stats import t as student_t
 
 from rpt_lightning.metrics.results import PositionResult, Results, pair_results
 
-# Resamples are drawn in blocks of at most this many counts (8 bytes each), so that memory does not grow with the number of resamples.
+# Resamples are drawn in blocks of at most this many counts (8 bytes each), which bounds the memory.
 _MAX_COUNTS = 4_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """``second - first`` in accuracy, as fractions, with its percentile interval."""
+    """The accuracy difference ``second - first``, as fractions, with its percentile interval."""
 
     first: float
     second: float
@@ -46,10 +47,11 @@ class Difference:
 def compare_policies(
     first: Results, second: Results, *, num_resamples: int = 10_000, level: float = 0.95, seed: int = 0
 ) -> Difference:
-    """The reasoning accuracy of ``second`` minus that of ``first``, at the positions that both were asked.
+    """Compare the reasoning accuracy of ``second`` with that of ``first`` at the same positions.
 
     Raises:
-        ValueError: the two are not of the same positions, there are none, or one policy was not asked to reason.
+        ValueError: The two were measured at different positions, there are no positions, or one policy was
+            not asked to reason.
     """
     pairs = pair_results(first, second)
     return paired_bootstrap(
@@ -68,7 +70,8 @@ def _reasoning(results: Results, positions: Sequence[PositionResult]) -> list[bo
     ]
     if len(outcomes) != len(positions):
         raise ValueError(
-            f"Results of {results.policy_path}: no reasoning accuracy. Validate with a config that has a rollout engine."
+            f"Results of {results.policy_path}: no reasoning accuracy. Validate with a config that has a "
+            "rollout engine."
         )
     return outcomes
 
@@ -82,14 +85,16 @@ def paired_bootstrap(
     level: float = 0.95,
     seed: int = 0,
 ) -> Difference:
-    """The mean of ``second - first`` [N] (outcomes, or shares of samples) with its percentile interval; whole ``units`` [N] are resampled, with replacement.
+    """Estimate the mean of ``second - first`` [N] and its percentile interval.
+
+    The values are outcomes, or shares of samples. Whole ``units`` [N] are resampled with replacement.
 
     Raises:
-        ValueError: no positions.
+        ValueError: There are no positions.
     """
     if not len(first) == len(second) == len(units):
         raise ValueError(
-            f"Paired results need one length; got {len(first)}, {len(second)} and {len(units)} units."
+            f"Paired results need equal lengths; got {len(first)}, {len(second)} and {len(units)} units."
         )
     if not len(first):
         raise ValueError("No positions to compare.")
@@ -111,23 +116,29 @@ def paired_bootstrap(
 
 
 def interval_over_runs(gains: Sequence[float], *, level: float = 0.95) -> tuple[float, float]:
-    """Student's interval of the mean of what each run gained: how far other runs of the same experiment, at the same positions, would move it.
+    """Compute Student's interval for the mean gain over runs.
+
+    It says how far other runs of the same experiment would move the mean at the same positions.
 
     >>> low, high = interval_over_runs([0.045, 0.017, 0.005])
     >>> round(low, 3), round(high, 3)
     (-0.029, 0.073)
 
     Raises:
-        ValueError: fewer than two runs, which say nothing about others.
+        ValueError: There are fewer than two runs, which says nothing about other runs.
     """
     if len(gains) < 2:
-        raise ValueError(f"{len(gains)} run: an interval over runs needs two.")
+        raise ValueError(f"{len(gains)} run: an interval over runs needs at least two.")
     half = float(student_t.ppf((1 + level) / 2, len(gains) - 1)) * stdev(gains) / sqrt(len(gains))
     return fmean(gains) - half, fmean(gains) + half
 
 
 def _resampled_means(gain_sums: np.ndarray, sizes: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
-    """[num_resamples] means. How often each of U units is drawn in U draws is multinomial, so that a resample is one product with the sums."""
+    """Return the resampled means, [num_resamples].
+
+    The number of times that each of U units is drawn in U draws is multinomial, so a resample is one
+    product with the sums.
+    """
     num_units = len(sizes)
     if num_resamples * num_units <= _MAX_COUNTS:
         counts = _counts(num_units, num_resamples, seed)
@@ -143,7 +154,10 @@ def _resampled_means(gain_sums: np.ndarray, sizes: np.ndarray, num_resamples: in
 
 @lru_cache(maxsize=2)
 def _counts(num_units: int, num_resamples: int, seed: int) -> np.ndarray:
-    """[R, U] counts: drawing them takes most of the time, and a table makes many comparisons over the same number of documents."""
+    """Draw counts [R, U] and keep them.
+
+    Drawing takes most of the time, and a table makes many comparisons over the same number of documents.
+    """
     return _draw(num_units, num_resamples, np.random.default_rng(seed))
 
 

@@ -1,4 +1,7 @@
-"""`rpt compare`: runs side by side at the same held-out positions, with all that each cost up to there, and at the same questions."""
+"""`rpt compare`: set runs side by side at the same held-out positions and the same questions.
+
+The cost of each run up to its validated step is shown as well.
+"""
 
 from __future__ import annotations
 
@@ -30,16 +33,21 @@ from rpt_lightning.evaluation.table import (
 from rpt_lightning.metrics.results import Results, pair_results
 
 COST_NOTE = (
-    "Cost up to the validated step, without what was before the run (a cold start) and without validation. Tokens through the model, shared prefixes once; "
-    "FLOPs: 2 x parameters a token forward, 6 forward and backward, and attention's products; what is computed again is not counted."
+    "Cost up to the validated step. Training before the run (a cold start) and validation are left out. "
+    "Tokens are those that went through the model, with shared prefixes counted once. FLOPs are 2 x "
+    "parameters for each token forward, 6 x forward and backward, plus attention's products. Recomputation "
+    "is not counted."
 )
 
 
 def compare(runs: list[Path], *, output: Path | None = None) -> None:
-    """Set runs side by side: accuracy with and without reasoning at the same positions, cost, and each run's paired differences to the first.
+    """Set runs side by side: accuracy at the same positions, cost, and differences to the first run.
+
+    Accuracy is shown with and without reasoning. Differences are paired.
 
     Args:
-        runs: Run folders (what trainer.default_root_dir was), or folders that `rpt evaluate` wrote for a policy.
+        runs: Run folders (the value of trainer.default_root_dir), or folders that `rpt evaluate` wrote for
+            a policy.
         output: Also write the text to this file.
     """
     text = comparison(read_runs([Path(run) for run in runs]))
@@ -50,36 +58,45 @@ def compare(runs: list[Path], *, output: Path | None = None) -> None:
 
 
 def comparison(runs: Sequence[Run]) -> str:
-    """The whole text, in Markdown: at held-out positions and at questions, whichever all runs were asked; what only some were asked is said.
+    """Write the whole comparison in Markdown.
+
+    It covers held-out positions and questions, whichever all runs were asked. The text also says what only
+    some runs were asked.
 
     Raises:
-        ValueError: Nothing was asked of all runs, or two were at different positions or questions.
+        ValueError: Nothing was asked of all runs, or two runs were asked different positions or questions.
     """
     unvalidated = [run.name for run in runs if not run.validations]
     unasked = [run.name for run in runs if not run.answers]
     if unvalidated and unasked:
         raise ValueError(
-            f"{unvalidated[0]}: was never validated at held-out positions, and {unasked[0]} was asked no questions, so not all runs have one of the two. "
-            "Run `rpt validate ... --ckpt_path last` into each run's folder, on the same positions or questions"
+            f"{unvalidated[0]}: was never validated at held-out positions, and {unasked[0]} was asked no "
+            "questions, so no comparison covers all runs. Run `rpt validate ... --ckpt_path last` into each "
+            "run's folder, on the same positions or questions"
         )
     parts = []
     if not unvalidated:
         parts.append(position_comparison(runs))
     elif len(unvalidated) < len(runs):
         parts.append(
-            f"Held-out positions are not compared, since some runs were not validated at any: {', '.join(unvalidated)}.\n"
+            "Held-out positions are not compared, because some runs were not validated at any: "
+            f"{', '.join(unvalidated)}.\n"
         )
     if not unasked:
         parts.append(answer_comparison(runs))
     elif len(unasked) < len(runs):
         parts.append(
-            f"Answers to questions are not compared, since some runs were asked none: {', '.join(unasked)}.\n"
+            "Answers to questions are not compared, because some runs were asked none: "
+            f"{', '.join(unasked)}.\n"
         )
     return "\n".join(parts)
 
 
 def position_comparison(runs: Sequence[Run]) -> str:
-    """At the positions of each run's last validation, with cost and paired differences to the first run."""
+    """Compare the runs at the positions of their last validation.
+
+    Includes cost and the paired differences to the first run.
+    """
     stages = [Stage(name=run.name, results=_validated(run)) for run in runs]
     tables = [stage_table(stages), sampling_table(stages), difficulty_table(stages), *field_tables(stages)]
     parts = [*tables, cost_table(runs), COST_NOTE, INTERVAL_NOTE]
@@ -88,7 +105,7 @@ def position_comparison(runs: Sequence[Run]) -> str:
 
 
 def answer_comparison(runs: Sequence[Run]) -> str:
-    """At questions: each run as it was last, and before and after its training."""
+    """Compare the runs' answers to questions: the last answers, and those before and after training."""
     stages = [
         [AnswerStage(name=run.name, results=results) for results in run.answers.values()] for run in runs
     ]
@@ -104,7 +121,10 @@ def answer_comparison(runs: Sequence[Run]) -> str:
 
 
 def cost_table(runs: Sequence[Run]) -> str:
-    """What each run cost: tokens by part, FLOPs also as a multiple of the first run's, seconds by phase."""
+    """Build the table of each run's cost.
+
+    It shows tokens by part, FLOPs (also as a multiple of the first run's), and seconds by phase.
+    """
     metrics = {
         "tokens: prompts computed": "rollout/prefill_tokens",
         "tokens: sampled": "rollout/tokens",
@@ -129,13 +149,16 @@ def cost_table(runs: Sequence[Run]) -> str:
 
 
 def _cost(run: Run, metric: str) -> float | None:
-    """At step 0 nothing was trained yet, whatever came after."""
+    """Sum a cost up to the validated step. At step 0 nothing was trained yet, whatever came later."""
     step = _validated(run).step
     return total(run, metric, last_step=step) if step and run.steps else None
 
 
 def _differences(first: Stage, second: Stage) -> list[str]:
-    """``second`` against ``first``, each mode against the same and, where one of the two reasons, against the other's next token without reasoning."""
+    """Compare ``second`` with ``first``, each mode with the same mode.
+
+    If one of the two reasons, its reasoning is also compared with the other's next-token prediction.
+    """
     lines = []
     if first.has_reasoning and second.has_reasoning:
         lines.append(
@@ -165,7 +188,8 @@ def _differences(first: Stage, second: Stage) -> list[str]:
         [-one.ntp_logprob for one, _ in pairs], [-other.ntp_logprob for _, other in pairs], units=units
     )
     lines.append(
-        f"- NTP loss {second.name} - {first.name}: {loss.difference:+.4f} nats, 95 % interval [{loss.low:+.4f}, {loss.high:+.4f}]"
+        f"- NTP loss {second.name} - {first.name}: {loss.difference:+.4f} nats, 95 % interval "
+        f"[{loss.low:+.4f}, {loss.high:+.4f}]"
     )
     return lines
 

@@ -1,4 +1,4 @@
-"""What training cost up to a step, summed over a run's log; training/cost.py says what is counted."""
+"""Cost of training up to a step, summed over a run's log. training/cost.py says what is counted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ FLOPS, TOKENS, SECONDS = "cost/flops", "cost/tokens", "cost/time_s"
 
 
 def total(run: Run, metric: str, *, last_step: int | None = None) -> float | None:
-    """The sum of a metric over the steps of a run, up to ``last_step``; None where no step logged it.
+    """Sum a metric over the steps of a run, up to ``last_step``.
+
+    Returns None if no step logged it.
 
     Raises:
         ValueError: Some of the steps did not log it, so the sum would be too small.
@@ -20,6 +22,7 @@ def total(run: Run, metric: str, *, last_step: int | None = None) -> float | Non
     if len(values) < len(steps):
         last_step = max(run.steps) if last_step is None else last_step
         raise ValueError(
-            f"{run.name}: {len(values)} of {len(steps)} steps up to {last_step} logged {metric}, so what the run cost cannot be said"
+            f"{run.name}: only {len(values)} of {len(steps)} steps up to {last_step} logged {metric}, so the "
+            "cost of the run is unknown"
         )
     return sum(values)

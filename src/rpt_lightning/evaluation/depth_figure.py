@@ -1,4 +1,7 @@
-"""The picture of what thinking brings: accuracy by serial depth, and reward and length over the steps of training."""
+"""Figure that shows the benefit of thinking.
+
+It plots accuracy by serial depth, and reward and completion length over the steps of training.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,14 @@ DEPTH = "depth"
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A line of the figure: a name, and each position with whether it was right there."""
+    """One line of the figure: a name, and each position with whether the answer there was right."""
 
     name: str
     outcomes: Sequence[tuple[PositionResult, bool | None]]
     style: str = "o-"
 
     def by_depth(self) -> dict[float, Rate]:
-        """The rate of right answers at each depth, ascending."""
+        """Return the rate of right answers at each depth, in ascending order."""
         depths = sorted({_depth(position) for position, _ in self.outcomes})
         return {
             depth: Rate.of([right for position, right in self.outcomes if _depth(position) == depth])
@@ -35,23 +38,24 @@ class Curve:
 
 
 def reasoning(name: str, positions: Sequence[PositionResult], style: str = "o-") -> Curve:
-    """The curve of the answers after a thought."""
+    """Build the curve of answers after a thought."""
     return Curve(
         name=name, outcomes=[(position, position.reasoning_correct) for position in positions], style=style
     )
 
 
 def without_reasoning(name: str, positions: Sequence[PositionResult], style: str = "o-") -> Curve:
-    """The curve of standard next-token prediction."""
+    """Build the curve of standard next-token prediction."""
     return Curve(
         name=name, outcomes=[(position, position.ntp_correct) for position in positions], style=style
     )
 
 
 def plot_depth(curves: Sequence[Curve], run: Run, path: Path, *, chance: float | None = None) -> None:
-    """Write a PNG: accuracy by depth with 95 % intervals, and the reward and the completion length of each step of ``run``.
+    """Write a PNG of accuracy by depth, and of reward and completion length at each step of ``run``.
 
-    ``chance`` draws the accuracy of guessing. Raises ValueError where a position has no depth.
+    Accuracies have 95 % intervals. ``chance`` adds a line at the accuracy of guessing. Raises ValueError if
+    a position has no depth.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -69,7 +73,8 @@ def _depth(position: PositionResult) -> float:
     depth = (position.fields or {}).get(DEPTH)
     if depth is None or isinstance(depth, str):
         raise ValueError(
-            f"position {position.task_id}: its corpus gave it no {DEPTH!r}; prepare the folder from a source that marks answers"
+            f"position {position.task_id}: its corpus gave it no {DEPTH!r}; prepare the folder from a source "
+            "that marks answers"
         )
     return float(depth)
 
@@ -105,7 +110,7 @@ def _accuracy(panel: Axes, curves: Sequence[Curve], chance: float | None) -> Non
     panel.set_ylim(-3, 103)
     panel.legend(
         fontsize=8, loc="center", bbox_to_anchor=(0.5, 0.62), frameon=False
-    )  # between those who think and those who guess
+    )  # between the curves that think and those that guess
     panel.set_title("Who can say what comes next", fontsize=10)
 
 

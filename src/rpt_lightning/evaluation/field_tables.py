@@ -1,4 +1,7 @@
-"""Accuracy by what the corpus knows about a position, such as its serial depth: Markdown tables, one a field."""
+"""Markdown tables of accuracy by what the corpus knows about a position, such as its serial depth.
+
+There is one table for each field.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,11 @@ from rpt_lightning.metrics.results import PositionResult
 
 
 def field_tables(stages: Sequence[Stage]) -> list[str]:
-    """A table for each field that any position has; its rows are the field's values, or ranges of them (metrics/field_groups.py).
+    """Build a table for each field that any position has.
 
-    Positions without the field are left out. Fields belong to a position whoever answers there: results of an earlier version, which have none, take those
-    of the other stages.
+    Its rows are the field's values, or ranges of them (metrics/field_groups.py). Positions without the
+    field are left out. A field belongs to a position, whichever policy answers there. Results of an earlier
+    version have no fields and therefore take those of the other stages.
     """
     columns = _with_fields(stages)
     names = field_names(position for positions in columns for position in positions)
@@ -55,5 +59,5 @@ def _with_fields(stages: Sequence[Stage]) -> list[list[PositionResult]]:
 
 
 def _cell(text: str) -> str:
-    """As it stands in a cell of a Markdown table: on one line, and without a bar that would end it."""
+    """Format text for a cell of a Markdown table: on one line, with every bar escaped."""
     return " ".join(text.split()).replace("|", "\\|") or "(empty)"

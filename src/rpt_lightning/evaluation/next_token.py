@@ -1,7 +1,8 @@
-"""`rpt evaluate next-token`: held-out next-token accuracy of any policies, by reasoning and without, at the same positions.
+"""`rpt evaluate next-token`: held-out next-token accuracy of policies at the same positions.
 
-It is the validation of `rpt validate` (policy, engine, verified weights, records), run for each policy in turn, with the samples and tables that a
-validation while training does not take the time for.
+Each policy answers by reasoning and without it. The command runs the validation of `rpt validate` (policy,
+engine, verified weights, records) for each policy in turn. It adds samples and tables that would take too
+long for a validation during training.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ from rpt_lightning.training.quiet import quieten_libraries
 from rpt_lightning.training.rollout_callback import RolloutCallback
 from rpt_lightning.types import TokenTask
 
-# Imported so that they may be named by their short names.
+# Imported so that the command line accepts their short names.
 from rpt_lightning.rollout.hf_engine import HFEngine  # isort: skip
 from rpt_lightning.rollout.vllm_engine import VLLMEngine  # isort: skip
 
@@ -80,29 +81,34 @@ def next_token(
     accelerator: str = "auto",
     seed: int = 0,
 ) -> None:
-    """Next-token accuracy at held-out positions, of each policy; the last is compared with the others.
+    """Measure next-token accuracy at held-out positions and compare the last policy with the others.
 
-    Writes ``output/summary.md``, and for each policy a folder that `rpt report` and `rpt compare` read as a run's: one record a position.
+    Writes ``output/summary.md``. For each policy it also writes a folder with one record for each position,
+    which `rpt report` and `rpt compare` read like the folder of a run.
 
     Args:
-        policy: Hugging Face folders (or hub ids), or checkpoints of `rpt fit` (a file, or a folder of shards); their tokenizer is the task folder's.
-        task_dir: Folder that `rpt prepare` made; its held-out split is used.
-        engine: What generates, e.g. VLLMEngine or HFEngine. None measures next-token prediction without reasoning only.
-        prompt: The template that the policies are asked with, e.g. ContinuationPrompt; needed with an engine.
-        against: Earlier results at the same positions to compare with: a records' file (validation/step-N.jsonl) or the folder of a run or evaluation.
-        output: Folder to write; it may not exist yet.
-        num_tasks: Held-out positions.
-        min_entropy: Positions with more proxy entropy than this, in nats.
+        policy: Hugging Face folders (or hub ids), or checkpoints of `rpt fit` (a file, or a folder of
+            shards). Their tokenizer must be that of the task folder.
+        task_dir: Folder that `rpt prepare` made. Its held-out split is used.
+        engine: The engine that generates, e.g. VLLMEngine or HFEngine. With None, only next-token prediction
+            without reasoning is measured.
+        prompt: The template that asks the policies, e.g. ContinuationPrompt. It is needed with an engine.
+        against: Earlier results at the same positions to compare with. Give a file of records
+            (validation/step-N.jsonl) or the folder of a run or an evaluation.
+        output: Folder to write. It must be new or empty.
+        num_tasks: Number of held-out positions.
+        min_entropy: Use only positions whose proxy entropy exceeds this value, in nats.
         max_context_tokens: Cut longer contexts on the left.
-        max_completion_tokens: Longest completion.
-        stop_after_first_box: End a completion with its first box, as the policies were trained (rollout.stop_after_first_box).
-        k: Answers sampled a position for avg@k and pass@k, besides the greedy one; 0 samples none.
-        temperature: Of those.
-        thought_controls: Also answer after an empty and after another document's thought.
-        batch_size: Positions at once. Of the results only those after another document's thought depend on it.
-        precision: Of the policy's own forward pass (the engine has its own dtype).
-        accelerator: Where the policy computes: auto, cpu, gpu.
-        seed: Of the choice of positions and of the samples.
+        max_completion_tokens: Maximum length of a completion.
+        stop_after_first_box: End a completion after its first box, as in training
+            (rollout.stop_after_first_box).
+        k: Answers sampled at each position for avg@k and pass@k, besides the greedy one. 0 samples none.
+        temperature: Sampling temperature of those answers.
+        thought_controls: Also answer after an empty thought and after another document's thought.
+        batch_size: Positions in one batch. Only the results after another document's thought depend on it.
+        precision: Precision of the policy's own forward pass. The engine has its own dtype.
+        accelerator: Device of the policy: auto, cpu or gpu.
+        seed: Seed for the choice of positions and for sampling.
     """
     check_policies(policy)
     _check(engine, prompt)
@@ -152,11 +158,17 @@ def next_token(
         stages.append(Stage(name=name, results=_last(output / name)))
     text = summary(stages)
     (output / SUMMARY).write_text(text, encoding="utf-8")
-    print(f"\n{text}\n{output / SUMMARY}; one record a position beside it, for rpt compare and rpt report")
+    print(
+        f"\n{text}\n{output / SUMMARY}; one record for each position stands beside it, for rpt compare "
+        "and rpt report"
+    )
 
 
 def summary(stages: Sequence[Stage]) -> str:
-    """All tables and differences, in Markdown. Raises ValueError for stages of different positions."""
+    """Write all tables and differences in Markdown.
+
+    Raises ValueError if the stages have different positions.
+    """
     differences = [*comparison_lines(stages), *further_comparisons(stages)]
     parts = [
         stage_table(stages),
@@ -177,27 +189,33 @@ def summary(stages: Sequence[Stage]) -> str:
 def _check(engine: RolloutEngine | None, prompt: PromptTemplate | None) -> None:
     if engine is not None and prompt is None:
         raise ValueError(
-            "--prompt is not set: say how the policies are asked to reason, as they were in training, e.g. --prompt ContinuationPrompt"
+            "--prompt is not set: give the template that asks the policies to reason, the same as in "
+            "training, e.g. --prompt ContinuationPrompt"
         )
     if engine is None and prompt is not None:
         raise ValueError(
-            "--prompt asks for reasoning, and --engine is not set: give one, e.g. --engine VLLMEngine"
+            "--prompt asks for reasoning, but --engine is not set: give one, e.g. --engine VLLMEngine"
         )
 
 
 def _check_against(earlier: Results, tasks: Sequence[TokenTask], against: Path) -> None:
-    """Before any policy is asked, which may take hours. Raises ValueError where the two cannot be paired."""
+    """Check, before any policy spends hours on answers, that the two can be paired.
+
+    Raises ValueError if they cannot.
+    """
     before = {position.task_id: position.truth for position in earlier.positions}
     now = {task.task_id: b"".join(task.continuation).decode(errors="replace") for task in tasks}
     if unpaired := sorted(before.keys() ^ now.keys()):
         raise ValueError(
-            f"--against {against}: results at other positions ({len(before)}) than the {len(now)} that are asked here, {unpaired[0]!r} for one. Give the same "
-            "--task_dir, --num_tasks, --min_entropy and --seed as there"
+            f"--against {against}: these are results at other positions ({len(before)}) than the {len(now)} "
+            f"asked here, for example {unpaired[0]!r}. Give the same --task_dir, --num_tasks, --min_entropy "
+            "and --seed as for the earlier results"
         )
     for task_id, truth in before.items():
         if truth != now[task_id]:
             raise ValueError(
-                f"--against {against}: position {task_id!r} had the truth {truth!r} there, and has {now[task_id]!r} here"
+                f"--against {against}: position {task_id!r} has the truth {truth!r} there, "
+                f"but {now[task_id]!r} here"
             )
 
 

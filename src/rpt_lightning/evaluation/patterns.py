@@ -1,4 +1,7 @@
-"""Reasoning patterns: the shares of texts that hold a keyword of one of six groups (RPT's analysis of reasoning patterns)."""
+"""Reasoning patterns: the shares of texts that contain a keyword from one of six groups.
+
+This is RPT's analysis of reasoning patterns.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,11 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     ),
     "deduction": ("summarize", "conclusion", "conclude", "finally", "logically", "consequently"),
 }
-"""The paper's keywords. A text may show several patterns, or none, so the shares do not add up to 1."""
+"""The paper's keywords. A text may show several patterns or none, so the shares do not add up to 1."""
 
 
 def _expression(keywords: Iterable[str]) -> re.Pattern[str]:
-    # Not \b: it asks for a letter after the full stop of "etc.".
+    # \b cannot be used, because it asks for a letter after the full stop of "etc.".
     phrases = (r"\s+".join(map(re.escape, keyword.split())) for keyword in keywords)
     return re.compile(rf"(?<!\w)(?:{'|'.join(phrases)})(?!\w)", re.IGNORECASE)
 
@@ -37,7 +40,9 @@ _EXPRESSIONS = {name: _expression(keywords) for name, keywords in PATTERNS.items
 
 
 def patterns_of(text: str) -> frozenset[str]:
-    """The patterns whose keywords stand in the text as whole words, in any case; a phrase may run over a line's end.
+    """Return the patterns whose keywords occur in the text as whole words, in any case.
+
+    A phrase may run across a line break.
 
     >>> sorted(patterns_of("Wait, either 4 or something\\nlike 5."))
     ['divergent', 'hypothesis', 'reflection']
@@ -48,9 +53,10 @@ def patterns_of(text: str) -> frozenset[str]:
 
 
 def pattern_shares(texts: Iterable[str], *, tasks: Iterable[str] | None = None) -> dict[str, Rate]:
-    """For each pattern the share of texts that show it.
+    """Compute the share of texts that show each pattern.
 
-    ``tasks`` names the task that each text answers: the texts of one task do not count as independent (`clustered_interval`). Without it each is of its own.
+    ``tasks`` names the task that each text answers, and the texts of one task do not count as independent
+    (`clustered_interval`). Without it, each text counts as its own task.
     """
     shown = [patterns_of(text) for text in texts]
     if tasks is None:
@@ -70,7 +76,9 @@ def pattern_shares(texts: Iterable[str], *, tasks: Iterable[str] | None = None) 
 
 
 def relative_change(before: Rate, after: Rate) -> float | None:
-    """How much larger the second share is, as a fraction of the first (the paper's "+161.8 %" is 1.618); None where the first is 0 or unmeasured.
+    """Compute the relative increase from the first share to the second.
+
+    The paper's "+161.8 %" is 1.618. Returns None if the first share is 0 or one of the two is unmeasured.
 
     >>> relative_change(Rate(10, 100), Rate(26, 100))
     1.6

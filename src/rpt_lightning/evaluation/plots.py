@@ -1,4 +1,4 @@
-"""The picture of a run: accuracy of each stage by difficulty beside NTP, and the reward over the steps of training."""
+"""Figure of a run: each stage's accuracy by difficulty, beside NTP, and the reward over training steps."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _SMOOTHING_STEPS = 10
 
 
 def plot_summary(stages: Sequence[Stage], rewards: RewardCurve | None, path: Path) -> None:
-    """Write a PNG: one panel of bars, and a second of the reward curve where there is one."""
+    """Write a PNG with a panel of bars and, if there is a reward curve, a second panel for it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # A Figure of its own rather than pyplot: no global state, no display.
+    # A separate Figure, unlike pyplot, needs no global state and no display.
     figure = Figure(figsize=(14 if rewards else 8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2 if rewards else 1, squeeze=False)[0]
@@ -81,7 +81,10 @@ def _accuracy_bars(panel: Axes, stages: Sequence[Stage]) -> None:
 
 
 def _percent(rates: Sequence[Rate]) -> tuple[np.ndarray, np.ndarray]:
-    """Means [bands] and distances to the interval's ends [2, bands], in percent; a stage without positions in a band shows nothing there."""
+    """Return means [bands] and distances to the interval's ends [2, bands], in percent.
+
+    A stage without positions in a band shows nothing there.
+    """
     means = np.array([100 * rate.mean if rate.count else np.nan for rate in rates])
     ends = np.array(
         [[100 * end for end in rate.interval] if rate.count else [np.nan, np.nan] for rate in rates]

@@ -1,4 +1,4 @@
-"""The policies that an evaluation is asked to measure, the folder that it writes, and the trainer that validates them."""
+"""Policies to evaluate, the output folder, and the trainer that validates the policies."""
 
 from __future__ import annotations
 
@@ -15,30 +15,35 @@ from rpt_lightning.training.strategy import ShardedStrategy
 
 
 def policy_names(policies: Sequence[str]) -> list[str]:
-    """A short name for each, which is its folder too, below that of the evaluation: it neither begins at the root nor leads upwards."""
+    """Return a short name for each policy.
+
+    The name is also the policy's folder below that of the evaluation, so it is never absolute and never
+    leads upwards.
+    """
     places = [Path(os.path.abspath(one)) for one in policies]
     without_suffix = [place.with_suffix("") if place.suffix == ".ckpt" else place for place in places]
-    # A checkpoint and a folder that differ in the suffix alone keep it.
+    # A checkpoint and a folder keep the suffix if their names differ in nothing else.
     return short_names(places if len(set(without_suffix)) < len(policies) else without_suffix)
 
 
 def check_policies(policies: Sequence[str]) -> None:
-    """Raises ValueError where one is named twice, however it is written."""
+    """Raise ValueError if a policy is named twice, even with different spellings."""
     written, resolved = {os.path.abspath(one) for one in policies}, {Path(one).resolve() for one in policies}
     if min(len(written), len(resolved)) < len(policies):
         raise ValueError(f"--policy {' '.join(policies)}: one is named twice")
 
 
 def check_new_output(output: Path) -> None:
-    """Raises ValueError where the folder holds something."""
+    """Raise ValueError if the folder is not empty."""
     if output.exists() and any(output.iterdir()):
         raise ValueError(
-            f"--output {output}: holds an evaluation already. Name a new folder; earlier results can be given with --against"
+            f"--output {output}: already holds an evaluation. Name a new folder; earlier results can be "
+            "given with --against"
         )
 
 
 def policy_source(policy: str) -> tuple[str, str | None]:
-    """The model folder of a policy, and its checkpoint if it is one."""
+    """Return a policy's model folder and, if the policy is a checkpoint, its path."""
     path = Path(policy)
     if path.suffix != ".ckpt" and not path.is_file():
         return policy, None
@@ -55,12 +60,12 @@ def evaluation_trainer(
     precision: Literal["32-true", "bf16-mixed"],
     accelerator: str,
 ) -> Trainer:
-    """A trainer that validates and leaves nothing in the folder but what the callbacks write."""
+    """Build a trainer that validates and writes nothing to the folder except what the callbacks write."""
     return Trainer(
         default_root_dir=folder,
         accelerator=accelerator,
         devices=1,
-        # Shards are read by the strategy that writes them.
+        # Only the strategy that writes shards can read them.
         strategy=ShardedStrategy() if ckpt_path is not None and Path(ckpt_path).is_dir() else "auto",
         precision=precision,
         callbacks=callbacks,

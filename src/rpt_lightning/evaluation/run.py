@@ -1,4 +1,4 @@
-"""A run's folder as evaluation reads it."""
+"""Read the folder of a run for evaluation."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from rpt_lightning.metrics.step_log import read_step_log
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What one folder holds, each by optimizer step, ascending: logged metrics, validations at held-out positions, files of rollouts, and answers to
-    questions. Any of them may be missing."""
+    """The content of one run folder, each part keyed by optimizer step in ascending order.
+
+    The parts are logged metrics, validations at held-out positions, files of rollouts, and answers to
+    questions. Any of them may be missing.
+    """
 
     name: str
     steps: dict[int, dict[str, float]]
@@ -33,7 +36,7 @@ class Run:
         return list(self.answers.values())[-1] if self.answers else None
 
     def series(self, metric: str) -> tuple[list[int], list[float]]:
-        """Steps and values of one metric, where it was logged."""
+        """Return the steps and values of one metric, for the steps that logged it."""
         logged = {step: metrics[metric] for step, metrics in self.steps.items() if metric in metrics}
         return list(logged), list(logged.values())
 
@@ -42,21 +45,21 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Read all folders, in the order given.
 
     Raises:
-        ValueError: no folder, one named twice, one that holds nothing to report, or a broken file.
+        ValueError: There is no folder, one is named twice, one holds nothing to report, or a file is broken.
     """
     if not folders:
         raise ValueError("rpt report needs at least one run folder: rpt report runs/demo/rpt")
     resolved = [folder.resolve() for folder in folders]
     for folder in folders:
         if resolved.count(folder.resolve()) > 1:
-            raise ValueError(f"{folder}: named twice; a run can be compared with others only.")
+            raise ValueError(f"{folder}: named twice; a run can only be compared with other runs.")
     return [read_run(folder, name) for folder, name in zip(folders, short_names(resolved), strict=True)]
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
-    """Read one folder, under its own name unless another is given; raises as `read_runs`."""
+    """Read one folder, under its own name unless another is given. Raises as `read_runs` does."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such run folder. Give what `trainer.default_root_dir` was.")
+        raise ValueError(f"{folder}: no such run folder. Give the value of `trainer.default_root_dir`.")
     log = folder / STEP_LOG
     results = [read_results(path) for path in sorted((folder / VALIDATION_FOLDER).glob("step-*.jsonl"))]
     answers = [read_question_results(path) for path in sorted((folder / ANSWER_FOLDER).glob("step-*.jsonl"))]
@@ -73,13 +76,14 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     )
     if not (run.steps or run.validations or run.rollouts or run.answers):
         raise ValueError(
-            f"{folder}: holds neither {STEP_LOG} nor {VALIDATION_FOLDER}/ nor {ROLLOUT_FOLDER}/ nor {ANSWER_FOLDER}/, so there is nothing to report."
+            f"{folder}: holds neither {STEP_LOG} nor {VALIDATION_FOLDER}/ nor {ROLLOUT_FOLDER}/ nor "
+            f"{ANSWER_FOLDER}/, so there is nothing to report."
         )
     return run
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """The shortest endings of the paths that tell them apart, none of which begins at the root."""
+    """Return the shortest path endings that tell the folders apart. None of them is absolute."""
     parts = [folder.parts[1:] if folder.anchor else folder.parts for folder in folders]
     for depth in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(own[-depth:]) for own in parts]

@@ -1,4 +1,4 @@
-"""The reward of every step, read back from a run's log."""
+"""Read the reward of every step from a run's log."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from rpt_lightning.metrics.step_log import read_step_log
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardCurve:
-    """``means[i]`` is the mean reward of step ``steps[i]``; steps ascend."""
+    """The mean reward ``means[i]`` at each step ``steps[i]``, with ascending steps."""
 
     steps: tuple[int, ...]
     means: tuple[float, ...]
 
     def first(self, num_steps: int) -> float:
-        """Mean over the first ``num_steps`` steps, or over all where there are fewer."""
+        """Mean over the first ``num_steps`` steps, or over all if there are fewer."""
         return sum(self.means[:num_steps]) / len(self.means[:num_steps])
 
     def last(self, num_steps: int) -> float:
@@ -27,7 +27,7 @@ def read_rewards(path: Path) -> RewardCurve:
     """Read the reward curve.
 
     Raises:
-        ValueError: as `read_step_log`, or no line holds a reward.
+        ValueError: The log is broken (see `read_step_log`), or no line holds a reward.
     """
     means = {
         step: metrics["reward/mean"]

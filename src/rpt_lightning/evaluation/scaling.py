@@ -1,7 +1,9 @@
-"""The scaling law of RPT: accuracy at several checkpoints against training compute, P(C) = A / C^alpha + P* (paper, section 4.3).
+"""The scaling law of RPT: P(C) = A / C^alpha + P* (paper, section 4.3).
 
-For a given alpha the law is linear in A and P*, so only alpha is searched for; C is measured in units of the largest compute, which leaves alpha and P*
-as they are. With the few checkpoints of a run alpha and P* are hardly told apart: read the bootstrap interval before the estimate.
+P is the accuracy of a checkpoint and C is its training compute. For a given alpha the law is linear in A
+and P*, so the fit searches only for alpha. C is measured in units of the largest compute, which does not
+change alpha and P*. The few checkpoints of a run hardly tell alpha and P* apart, so read the bootstrap
+interval before the estimate.
 """
 
 from __future__ import annotations
@@ -16,16 +18,17 @@ from scipy.optimize import minimize_scalar
 
 Floats = NDArray[np.float64]
 
-# Beyond these the curve is a straight line in log C, or a step at the first checkpoint.
+# Beyond these bounds the curve is a straight line in log C, or a step at the first checkpoint.
 ALPHA_BOUNDS = (1e-3, 10.0)
 MIN_POINTS = 4  # one more than the law has parameters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScalingFit:
-    """``amplitude`` is A in units of accuracy at the largest compute: accuracy(C) = amplitude (C / C_max)^-alpha + limit.
+    """The fitted law: accuracy(C) = amplitude (C / C_max)^-alpha + limit.
 
-    ``r_squared`` is NaN where all accuracies are equal: there is nothing to explain.
+    ``amplitude`` is A in units of accuracy at the largest compute. ``r_squared`` is NaN if all accuracies
+    are equal, because there is nothing to explain.
     """
 
     amplitude: float
@@ -36,7 +39,7 @@ class ScalingFit:
 
     @property
     def doubt(self) -> str | None:
-        """Why the checkpoints do not show where the curve bends; None where they do."""
+        """The reason why the checkpoints do not show where the curve bends; None if they do."""
         if math.isnan(self.r_squared):
             return "all accuracies are equal"
         if self.amplitude >= 0:
@@ -46,7 +49,7 @@ class ScalingFit:
         return None if 0 <= self.limit <= 1 else f"P* would be {100 * self.limit:.0f} %"
 
     def predict(self, compute: Sequence[float] | Floats) -> Floats:
-        """Accuracy at each compute (FLOPs)."""
+        """Return the accuracy at each compute (FLOPs)."""
         curve: Floats = (
             self.amplitude * (np.asarray(compute, dtype=np.float64) / self.max_compute) ** -self.alpha
             + self.limit
@@ -56,7 +59,10 @@ class ScalingFit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScalingInterval:
-    """Percentile intervals of a fit over resampled documents, and of the curve itself at the compute of each checkpoint, [C]."""
+    """Percentile intervals of a fit over resampled documents.
+
+    They cover the parameters, and the curve itself at the compute of each checkpoint, [C].
+    """
 
     amplitude: tuple[float, float]
     alpha: tuple[float, float]
@@ -68,13 +74,19 @@ class ScalingInterval:
 
     @property
     def doubt(self) -> str | None:
-        """Why other documents would show another law; None where they would not."""
+        """The reason why other documents would show another law; None if they would not."""
         if any(_at_a_bound(end) for end in self.alpha):
-            return f"with other documents alpha is anything from {self.alpha[0]:.3g} to {self.alpha[1]:.3g}, the ends of the search"
+            return (
+                f"with other documents alpha is anything from {self.alpha[0]:.3g} to {self.alpha[1]:.3g}, "
+                "the ends of the search"
+            )
         if self.amplitude[1] >= 0:
             return "with other documents accuracy would not rise"
         if self.limit[0] < 0 or self.limit[1] > 1:
-            return f"with other documents P* is anything from {100 * self.limit[0]:.0f} to {100 * self.limit[1]:.0f} %"
+            return (
+                f"with other documents P* is anything from {100 * self.limit[0]:.0f} to "
+                f"{100 * self.limit[1]:.0f} %"
+            )
         return None
 
 
@@ -84,24 +96,25 @@ def _at_a_bound(alpha: float) -> bool:
 
 
 def fit_scaling(compute: Sequence[float] | Floats, accuracy: Sequence[float] | Floats) -> ScalingFit:
-    """The least-squares fit to accuracies [C] (fractions) at the training compute [C] (FLOPs, above 0).
+    """Fit the law by least squares to accuracies [C] (fractions) at training compute [C] (FLOPs, above 0).
 
     Raises:
-        ValueError: Fewer than four checkpoints of different compute, or a compute that is not above 0.
+        ValueError: There are fewer than four checkpoints of different compute, or a compute is not above 0.
     """
     flops, values = np.asarray(compute, dtype=np.float64), np.asarray(accuracy, dtype=np.float64)
     if len(flops) != len(values) or len(np.unique(flops)) < MIN_POINTS:
         raise ValueError(
-            f"A scaling fit has three parameters and needs at least {MIN_POINTS} checkpoints of different compute; got {len(np.unique(flops))}. "
-            "Keep more with --checkpoint.keep_every_n_steps and validate each."
+            f"A scaling fit has three parameters and needs at least {MIN_POINTS} checkpoints of different "
+            f"compute; got {len(np.unique(flops))}. Keep more with --checkpoint.keep_every_n_steps and "
+            "validate each."
         )
     if flops.min() <= 0:
         raise ValueError(
-            "A scaling fit needs training compute above 0: leave the start of the run (step 0) out."
+            "A scaling fit needs training compute above 0: leave out the start of the run (step 0)."
         )
     relative = flops / flops.max()
 
-    # The residual may have several dips, so the search begins from the best of a grid.
+    # The residual may have several minima, so the search begins at the best point of a grid.
     grid = np.linspace(math.log(ALPHA_BOUNDS[0]), math.log(ALPHA_BOUNDS[1]), 60)
     best = int(np.argmin(_line(relative, values, grid)[2]))
     bounds = (grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)])
@@ -125,7 +138,10 @@ def fit_scaling(compute: Sequence[float] | Floats, accuracy: Sequence[float] | F
 
 
 def _line(relative: Floats, values: Floats, log_alpha: float | Floats) -> tuple[Floats, Floats, Floats]:
-    """A, P* and the squared residual of the least-squares line through (C^-alpha, accuracy), for each alpha [K]."""
+    """Fit the least-squares line through (C^-alpha, accuracy) for each alpha [K].
+
+    Returns A, P* and the squared residual.
+    """
     return _least_squares(relative ** -np.exp(np.atleast_1d(log_alpha))[:, None], values)
 
 
@@ -134,7 +150,10 @@ def _residuals(basis: Floats, values: Floats) -> Floats:
 
 
 def _least_squares(basis: Floats, values: Floats) -> tuple[Floats, Floats, Floats]:
-    """Slope, offset and squared residual of the line through (basis, values), for each of K bases [K, C]."""
+    """Fit the line through (basis, values) for each of K bases [K, C].
+
+    Returns slope, offset and squared residual.
+    """
     centred = basis - basis.mean(axis=1, keepdims=True)
     slope = (centred @ (values - values.mean())) / (centred**2).sum(axis=1)  # [K]
     offset = values.mean() - slope * basis.mean(axis=1)
@@ -142,10 +161,17 @@ def _least_squares(basis: Floats, values: Floats) -> tuple[Floats, Floats, Float
 
 
 def compare_laws(compute: Sequence[float] | Floats, accuracy: Sequence[float] | Floats) -> dict[str, float]:
-    """Akaike's criterion of the paper's law and of two others through the same points [C], corrected for their number: the lowest describes them best.
+    """Compute Akaike's criterion of the paper's law and of two others through the same points [C].
 
-    "power": A / C^alpha + P*; "exponential": A exp(-C / C0) + P*, which reaches its limit sooner; "logarithm": A log C + B, which has none. All by least
-    squares. A difference below 2 is none (Burnham and Anderson 2002, section 2.6). Infinite where there are too few points for a law's parameters.
+    The criterion is corrected for the number of points, and the lowest value marks the best description.
+    The laws, all fitted by least squares, are:
+
+    - "power": A / C^alpha + P*
+    - "exponential": A exp(-C / C0) + P*, which reaches its limit sooner
+    - "logarithm": A log C + B, which has no limit
+
+    A difference below 2 does not count (Burnham and Anderson 2002, section 2.6). The criterion is infinite
+    if there are too few points for a law's parameters.
     """
     flops, values = np.asarray(compute, dtype=np.float64), np.asarray(accuracy, dtype=np.float64)
     relative = flops / flops.max()
@@ -159,7 +185,7 @@ def compare_laws(compute: Sequence[float] | Floats, accuracy: Sequence[float] | 
 
 
 def _akaike(residual: float, num_points: int, num_parameters: int) -> float:
-    num_parameters += 1  # the size of the noise
+    num_parameters += 1  # the size of the noise is a parameter as well
     if num_points <= num_parameters + 1:
         return math.inf
     log_likelihood = -num_points / 2 * math.log(max(residual, 1e-300) / num_points)
@@ -179,15 +205,17 @@ def bootstrap_scaling(
     level: float = 0.95,
     seed: int = 0,
 ) -> ScalingInterval:
-    """How far the fit moves with other documents: whole ``units`` [N] are resampled, the same ones at every checkpoint.
+    """Measure how far the fit moves with other documents.
+
+    Whole ``units`` [N] are resampled, the same ones at every checkpoint.
 
     Args:
-        compute: [C] FLOPs.
-        correct: [C, N] whether each checkpoint was right at each position.
+        compute: FLOPs of training up to each checkpoint, [C].
+        correct: Whether each checkpoint was right at each position, [C, N].
         units: The document of each position.
-        num_resamples: Fits.
-        level: Of the intervals.
-        seed: Of the resamples.
+        num_resamples: Number of resamples, each with its own fit.
+        level: Level of the intervals.
+        seed: Seed of the resamples.
     """
     _, unit_of_position = np.unique(np.asarray(units), return_inverse=True)  # [N]
     sums = np.stack(

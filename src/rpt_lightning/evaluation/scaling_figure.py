@@ -1,4 +1,7 @@
-"""`rpt scaling`: reasoning accuracy at a run's checkpoints against the FLOPs of training, with the fitted law, for the paper's three difficulties."""
+"""`rpt scaling`: reasoning accuracy at a run's checkpoints against the FLOPs of training.
+
+The fitted law is shown for the paper's three difficulties.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +35,10 @@ _NUM_RESAMPLES = 300
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingCurve:
-    """One band of one run: its checkpoints [C] and the law through them, with intervals over documents.
+    """One band of one run: its checkpoints [C], and the fitted law with intervals over documents.
 
-    ``band`` names several difficulties where they hold the same positions, ``threshold`` is the lowest of theirs, in nats.
+    If several difficulties hold the same positions, ``band`` names all of them. ``threshold`` is their
+    lowest entropy, in nats.
     """
 
     band: str
@@ -42,17 +46,20 @@ class ScalingCurve:
     steps: tuple[int, ...]
     compute: tuple[float, ...]
     rates: tuple[Rate, ...]
-    ntp_rates: tuple[Rate, ...]  # of the same weights at the same positions
+    ntp_rates: tuple[Rate, ...]  # NTP of the same weights at the same positions
     fit: ScalingFit
     interval: ScalingInterval
 
     def points(self) -> tuple[list[float], list[float]]:
-        """The curve at many compute values (FLOPs) between the first and the last checkpoint, as accuracies."""
+        """Return compute values (FLOPs) from the first to the last checkpoint, and the law's accuracies."""
         compute = np.geomspace(min(self.compute), max(self.compute), _CURVE_POINTS)
         return compute.tolist(), self.fit.predict(compute).tolist()
 
     def text(self) -> str:
-        """The law in words, with its intervals; or why there is none, so that nobody quotes the parameters of one."""
+        """Describe the law with its intervals.
+
+        If there is no clear law, the text gives the reason instead, so that nobody quotes its parameters.
+        """
         number = len(self.compute)
         if doubt := self.fit.doubt or self.interval.doubt:
             return f"{self.band}: {number} checkpoints do not determine the law ({doubt})"
@@ -60,25 +67,30 @@ class ScalingCurve:
         return (
             f"{self.band}: alpha {self.fit.alpha:.3g} [{alpha[0]:.3g}, {alpha[1]:.3g}], "
             f"P* {100 * self.fit.limit:.1f} % [{100 * limit[0]:.1f}, {100 * limit[1]:.1f}], "
-            f"A {100 * self.fit.amplitude:.3g} [{100 * amplitude[0]:.3g}, {100 * amplitude[1]:.3g}] points at the largest compute, "
-            f"R2 {self.fit.r_squared:.3f} of {number} checkpoints, which leave {number - 3} degrees of freedom"
+            f"A {100 * self.fit.amplitude:.3g} [{100 * amplitude[0]:.3g}, {100 * amplitude[1]:.3g}] points "
+            f"at the largest compute, R2 {self.fit.r_squared:.3f} of {number} checkpoints, which leave "
+            f"{number - 3} degrees of freedom"
         )
 
     def rivals_text(self) -> str:
-        """Which law describes the checkpoints best, and by how much."""
+        """Say which law describes the checkpoints best, and by how much."""
         best, *others = sorted(
             compare_laws(self.compute, [rate.mean for rate in self.rates]).items(), key=lambda law: law[1]
         )
         behind = ", ".join(f"{name} +{value - best[1]:.1f}" for name, value in others)
-        return f"{self.band}: the {best[0]} law describes the checkpoints best; Akaike's criterion of the others: {behind} (below 2 is no difference)"
+        return (
+            f"{self.band}: the {best[0]} law describes the checkpoints best; Akaike's criterion of the "
+            f"others: {behind} (below 2 is no difference)"
+        )
 
 
 def scaling(runs: list[Path], *, output: Path = Path("scaling.png")) -> None:
-    """Fit P(C) = A / C^alpha + P* to a run's validated checkpoints and draw it, a panel a run.
+    """Fit P(C) = A / C^alpha + P* to each run's validated checkpoints and draw one panel for each run.
 
     Args:
-        runs: Run folders (what trainer.default_root_dir was), each with validations at four steps or more after its start.
-        output: The PNG to write; the numbers are written beside it as Markdown, and printed.
+        runs: Run folders (the value of trainer.default_root_dir), each with validations at four or more
+            steps after its start.
+        output: The PNG to write. The numbers are printed and also written beside it as Markdown.
     """
     read = read_runs([Path(run) for run in runs])
     curves = [scaling_curves(run) for run in read]
@@ -90,21 +102,27 @@ def scaling(runs: list[Path], *, output: Path = Path("scaling.png")) -> None:
 
 
 def scaling_curves(run: Run) -> list[ScalingCurve]:
-    """A curve a band that has positions. Step 0 is left out: the law has no compute of 0.
+    """Build a curve for each band that has positions.
+
+    Step 0 is left out, because the law is not defined at a compute of 0.
 
     Raises:
-        ValueError: Fewer than four validated steps, steps that do not say what they cost, or validations at different positions or without reasoning.
+        ValueError: There are fewer than four validated steps, the steps do not say what they cost, or the
+            validations have different positions or no reasoning.
     """
     validations = [results for step, results in run.validations.items() if step > 0]
     if len(validations) < MIN_POINTS:
         raise ValueError(
-            f"{run.name}: validations at {len(validations)} steps after the start, and the fit needs {MIN_POINTS}. Keep checkpoints with "
-            "--checkpoint.keep_every_n_steps and run `rpt validate ... --ckpt_path FILE` on each, or validate while training (trainer.val_check_interval)"
+            f"{run.name}: validations at {len(validations)} steps after the start, but the fit needs "
+            f"{MIN_POINTS}. Keep checkpoints with --checkpoint.keep_every_n_steps and run "
+            "`rpt validate ... --ckpt_path FILE` on each, or validate while training "
+            "(trainer.val_check_interval)"
         )
     compute = [total(run, FLOPS, last_step=results.step) for results in validations]
     if None in compute:
         raise ValueError(
-            f"{run.name}: its steps do not say what they cost ({FLOPS} in steps.jsonl). Was it trained by an earlier version?"
+            f"{run.name}: its steps do not say what they cost ({FLOPS} in steps.jsonl). Was it trained by an "
+            "earlier version?"
         )
     flops = [value for value in compute if value is not None]
     rows = [
@@ -115,7 +133,8 @@ def scaling_curves(run: Run) -> list[ScalingCurve]:
         curves.append(_curve(run.name, bands, [results.step for results in validations], flops, inside))
     if not curves:
         raise ValueError(
-            f"{run.name}: no validated position has an entropy above {min(BANDS.values())}, so there is nothing to fit"
+            f"{run.name}: no validated position has an entropy above {min(BANDS.values())}, so there is "
+            "nothing to fit"
         )
     return curves
 
@@ -123,10 +142,13 @@ def scaling_curves(run: Run) -> list[ScalingCurve]:
 def _bands(
     rows: Sequence[Sequence[PositionResult]],
 ) -> list[tuple[list[str], list[Sequence[PositionResult]]]]:
-    """The paper's difficulties with their positions at each checkpoint; those that hold the same positions are one, under all their names."""
+    """Return the paper's difficulties with their positions at each checkpoint.
+
+    Difficulties that hold the same positions are merged under all their names.
+    """
     found: dict[
         int, tuple[list[str], list[Sequence[PositionResult]]]
-    ] = {}  # by number of positions: a harder band is a part of an easier one
+    ] = {}  # keyed by number of positions, because a harder band is a part of an easier one
     for band, threshold in BANDS.items():
         inside: list[Sequence[PositionResult]] = [above(row, threshold) for row in rows]
         if inside[0]:
@@ -143,7 +165,8 @@ def _curve(
 ) -> ScalingCurve:
     if any(p.reasoning_correct is None for row in rows for p in row):
         raise ValueError(
-            f"{name}: a validation without reasoning accuracy cannot be on its scaling curve; validate with a config that has an engine"
+            f"{name}: a validation without reasoning accuracy cannot be on its scaling curve; validate with "
+            "a config that has an engine"
         )
     correct = np.array([[bool(p.reasoning_correct) for p in row] for row in rows])  # [C, N]
     return ScalingCurve(
@@ -159,7 +182,7 @@ def _curve(
 
 
 def scaling_text(run: Run, curves: Sequence[ScalingCurve]) -> str:
-    """The points and the fits, in Markdown."""
+    """Write the points and the fits in Markdown."""
     rows = [
         markdown_row(f"{run.name}: step, FLOPs", [curve.band for curve in curves]),
         markdown_row("---", ["---"] * len(curves)),
@@ -171,12 +194,19 @@ def scaling_text(run: Run, curves: Sequence[ScalingCurve]) -> str:
         )
     fits = [f"- {text}" for curve in curves for text in (curve.text(), curve.rivals_text())]
     num_documents = curves[0].interval.num_units
-    note = f"P(C) = A / C^alpha + P*, least squares; 95 % intervals by {_NUM_RESAMPLES} resamples of {num_documents} documents."
+    note = (
+        f"P(C) = A / C^alpha + P*, least squares; 95 % intervals by {_NUM_RESAMPLES} resamples of "
+        f"{num_documents} documents."
+    )
     return "\n".join([*rows, "", note, *fits])
 
 
 def plot_scaling(runs: Sequence[Run], curves: Sequence[Sequence[ScalingCurve]], path: Path) -> None:
-    """Write a PNG with a panel a run: points by reasoning and by NTP with intervals, the fitted law, and its interval over documents as a band."""
+    """Write a PNG with one panel for each run.
+
+    A panel shows the points by reasoning and by NTP with their intervals, the fitted law, and a band for
+    the law's interval over documents.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

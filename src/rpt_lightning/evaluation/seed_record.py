@@ -1,7 +1,9 @@
-"""One seed of an experiment as a file small enough to be committed: what its policies did at every held-out position, and what that cost.
+"""One seed of an experiment, in a file small enough to be committed.
 
-An outcome is one character a position (1 right, 0 wrong, - not measured), so that 2,000 positions under seven policies need about 200 kB. Texts are left
-out; whatever can be computed from the outcomes (means, intervals, fits) is not stored.
+It records what the seed's policies did at every held-out position, and what that cost. An outcome is one
+character for each position (1 right, 0 wrong, - not measured), so 2,000 positions under seven policies need
+about 200 kB. Texts are left out. Means, intervals and fits are not stored either, because they can be
+computed from the outcomes.
 """
 
 from __future__ import annotations
@@ -42,9 +44,14 @@ POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One policy: which it is, after how many steps of its own run, what those cost (model FLOPs, policy/flops.py), and what it did.
+    """One measured policy.
 
-    ``results`` that were read from a file have neither texts nor lengths; ``mean_length`` (tokens of a completion) is None without reasoning.
+    Attributes:
+        policy: Which policy it is.
+        step: Number of steps of the policy's own run.
+        flops: Model FLOPs of those steps (policy/flops.py).
+        results: The policy's answers. Results read from a file have neither texts nor lengths.
+        mean_length: Mean tokens of a completion; None without reasoning.
     """
 
     policy: PolicyName
@@ -56,18 +63,21 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class SeedRecord:
-    """All policies of one seed, at the same positions. ``about`` says on what machine, by which commands and in what time they came about."""
+    """All policies of one seed, at the same positions.
+
+    ``about`` names the machine, the commands and the times of the stages that made them.
+    """
 
     seed: int
     about: dict[str, Any]
     measured: tuple[Measured, ...]
 
     def last(self, policy: PolicyName) -> Measured:
-        """After most steps."""
+        """Return the measurement of a policy after the most steps."""
         return max((one for one in self.measured if one.policy == policy), key=lambda one: one.step)
 
     def as_run(self) -> Run:
-        """The RPT run as `rpt scaling` reads it: its checkpoints with what training up to each had cost."""
+        """Return the RPT run as `rpt scaling` reads it: its checkpoints and the training cost up to each."""
         checkpoints = sorted((one for one in self.measured if one.policy == "RPT"), key=lambda one: one.step)
         before = [0.0, *(one.flops for one in checkpoints)]
         return Run(
@@ -81,7 +91,7 @@ class SeedRecord:
 
 
 def measured(policy: PolicyName, results: Results, *, step: int, flops: float) -> Measured:
-    """From what a validation left."""
+    """Build the record of a policy from the results of a validation."""
     lengths = [position.length for position in results.positions if position.length is not None]
     return Measured(
         policy=policy,
@@ -93,10 +103,10 @@ def measured(policy: PolicyName, results: Results, *, step: int, flops: float) -
 
 
 def write_record(record: SeedRecord, path: Path) -> None:
-    """Write it, one line a part.
+    """Write the record, with one line for each part.
 
     Raises:
-        ValueError: Policies were measured at different positions.
+        ValueError: The policies were measured at different positions.
     """
     first = record.measured[0].results
     documents = sorted({position.doc_id for position in first.positions})
@@ -108,7 +118,7 @@ def write_record(record: SeedRecord, path: Path) -> None:
         "documents": documents,
         "document": [places[p.doc_id] for p in first.positions],
         "position": [p.position for p in first.positions],
-        # Nine digits tell every float32 apart, so that no position changes its band.
+        # Nine digits distinguish all float32 values, so no position changes its band.
         "entropy": [float(f"{p.entropy:.9g}") for p in first.positions],
         "answerable": _encode([p.answerable for p in first.positions]),
         "kind": "".join(_KIND_CODES[p.token_kind] for p in first.positions),
@@ -123,10 +133,10 @@ def write_record(record: SeedRecord, path: Path) -> None:
 
 
 def read_record(path: Path) -> SeedRecord:
-    """Read what ``write_record`` wrote.
+    """Read a file that ``write_record`` wrote.
 
     Raises:
-        ValueError: It is not such a file, of this format, or its parts are not of one length.
+        ValueError: The file is not such a record, has another format, or has parts of different lengths.
     """
     try:
         parts = json.loads(path.read_text(encoding="utf-8"))
@@ -207,7 +217,7 @@ def _decode(codes: str) -> list[bool | None]:
 
 
 def _dump(value: object) -> str:
-    """Records of a list on a line each; lists of numbers on one."""
+    """Write JSON with each record of a list on its own line, and a list of numbers on one line."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return (
             "[\n"

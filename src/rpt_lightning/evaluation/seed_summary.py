@@ -1,8 +1,9 @@
-"""What several seeds of one experiment show together, in Markdown.
+"""Markdown summary of several seeds of one experiment.
 
-Inside a seed a difference has the interval of a paired bootstrap over documents. The mean over seeds has two: the same bootstrap of the outcomes averaged a
-position, which says how far other documents would move it with these runs, and Student's over the seeds' gains, which says how far other runs would with
-these documents. A claim about RPT needs both.
+Within a seed, a difference has the interval of a paired bootstrap over documents. The mean over seeds has
+two intervals. The first is the same bootstrap of the outcomes averaged at each position. It says how far
+other documents would move the mean with these runs. The second is Student's over the gains of the seeds. It
+says how far other runs would move the mean with these documents. A claim about RPT needs both.
 """
 
 from __future__ import annotations
@@ -25,20 +26,24 @@ BEGIN, END = "<!-- seeds: written by scripts/reproduction.py summary -->", "<!--
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One way of answering: a policy, by reasoning or without (NTP)."""
+    """One way of answering: a policy, with or without reasoning (NTP)."""
 
     name: str
     policy: PolicyName
     by_reasoning: bool
 
     def of(self, record: SeedRecord, threshold: float) -> list[bool]:
-        """At the positions above an entropy, in the record's order. Raises ValueError where the policy was not asked in this way."""
+        """Return the outcomes at the positions above an entropy, in the record's order.
+
+        Raises ValueError if the policy was not asked in this way.
+        """
         positions = above(record.last(self.policy).results.positions, threshold)
         outcomes = [p.reasoning_correct if self.by_reasoning else p.ntp_correct for p in positions]
         measured = [outcome for outcome in outcomes if outcome is not None]
         if len(measured) < len(outcomes):
             raise ValueError(
-                f"seed {record.seed}: {self.name} was not measured at {len(outcomes) - len(measured)} of {len(outcomes)} positions"
+                f"seed {record.seed}: {self.name} was not measured at {len(outcomes) - len(measured)} of "
+                f"{len(outcomes)} positions"
             )
         return measured
 
@@ -54,15 +59,16 @@ NTP_CONTINUAL = Outcome(
     by_reasoning=False,
 )
 OUTCOMES = (BEFORE, AFTER, NTP_START, NTP_BEFORE, NTP_AFTER, NTP_CONTINUAL)
-# Each is set against reasoning after RPT.
+# Reasoning after RPT is compared with each of these.
 REFERENCES = (BEFORE, NTP_AFTER, NTP_BEFORE, NTP_START, NTP_CONTINUAL)
 
 
 def seed_summary(records: Sequence[SeedRecord]) -> str:
-    """Accuracies, differences, cost and scaling of all seeds.
+    """Write the accuracies, differences, cost and scaling of all seeds.
 
     Raises:
-        ValueError: Seeds that are not of one experiment: of different positions, another cold start, or with other steps of RPT.
+        ValueError: The seeds do not belong to one experiment: their positions, cold starts or numbers of
+            RPT steps differ.
     """
     if not records:
         return "No seed has been run yet.\n"
@@ -71,7 +77,10 @@ def seed_summary(records: Sequence[SeedRecord]) -> str:
     _check_origin(records)
     positions = _positions(records[0])
     num_documents = len({position.doc_id for position in positions})
-    intro = f"{_number(len(records), 'seed')}, {len(positions):,} held-out positions of {num_documents} documents, the same for every seed."
+    intro = (
+        f"{_number(len(records), 'seed')}, {len(positions):,} held-out positions of {num_documents} "
+        "documents, the same for every seed."
+    )
     scaling = [_scaling(record) for record in records]
     return (
         "\n\n".join(
@@ -82,19 +91,29 @@ def seed_summary(records: Sequence[SeedRecord]) -> str:
 
 
 NOTE = (
-    "All intervals are of 95 %. Those of accuracies take the positions of a document together (Wilson's, with the effective number of positions); those of "
-    "differences, in points, are a paired bootstrap over documents (10,000 resamples, percentiles). Behind the mean over seeds stand two: `documents`, the "
-    "same bootstrap of the outcomes averaged over seeds, in which these runs are fixed, and `runs`, Student's interval over the seeds, in which these documents "
-    "are; a claim needs both. The difficulties are nested, so that three rows are largely one finding, and nothing is corrected for the number of intervals: the "
-    "comparisons that this was made for are reasoning after RPT with reasoning before and with continual NTP, at easy positions."
+    "All intervals are 95 % intervals. Those of accuracies are Wilson's and treat the positions of a "
+    "document as one cluster (with the effective number of positions). Those of differences, in points, come "
+    "from a paired bootstrap over documents (10,000 resamples, percentiles). The mean over seeds has two "
+    "intervals. `documents` is the same bootstrap of the outcomes averaged over seeds, with these runs "
+    "fixed. "
+    "`runs` is Student's interval over the seeds, with these documents fixed. A claim needs both. The "
+    "difficulties are nested, so three rows are largely one finding, and nothing is corrected for the number "
+    "of intervals. The comparisons that this experiment was made for are reasoning after RPT with reasoning "
+    "before RPT and with continual NTP, at easy positions."
 )
 
 
 def band_table(records: Sequence[SeedRecord], band: str) -> str:
-    """One difficulty: each way of answering, then reasoning after RPT minus each of the others, a column a seed."""
+    """Build the table of one difficulty, with one column for each seed.
+
+    It shows each way of answering, then the differences between reasoning after RPT and the others.
+    """
     threshold = BANDS[band]
     units = [position.doc_id for position in above(_positions(records[0]), threshold)]
-    title = f"{band}: entropy > {threshold}, {_number(len(units), 'position')} of {_number(len(set(units)), 'document')}"
+    title = (
+        f"{band}: entropy > {threshold}, {_number(len(units), 'position')} of "
+        f"{_number(len(set(units)), 'document')}"
+    )
     columns = [f"seed {record.seed}" for record in records]
     over_seeds = ["over seeds"] if len(records) > 1 else []
     rows = [
@@ -126,14 +145,15 @@ def band_table(records: Sequence[SeedRecord], band: str) -> str:
             mean = paired_bootstrap(means[0], means[1], units=units)
             runs = interval_over_runs([gain.difference for gain in gains])
             cells.append(
-                f"{_points(mean)}; documents {interval_text(mean.low, mean.high)}; runs {interval_text(*runs)}"
+                f"{_points(mean)}; documents {interval_text(mean.low, mean.high)}; "
+                f"runs {interval_text(*runs)}"
             )
         rows.append(markdown_row(f"reasoning after RPT - {reference.name}", cells))
     return "\n".join(rows)
 
 
 def cost_table(records: Sequence[SeedRecord]) -> str:
-    """What RPT and the baseline cost, and how long the seed took."""
+    """Build the table of the cost of RPT and the baseline, and the duration of each seed."""
     rows = [
         markdown_row("loss, cost and length", [f"seed {record.seed}" for record in records]),
         markdown_row("---", ["---"] * len(records)),
@@ -176,7 +196,10 @@ def cost_table(records: Sequence[SeedRecord]) -> str:
 
 
 def replace_section(text: str, section: str, *, where: str) -> str:
-    """``text`` with ``section`` between the markers of the summary. Raises ValueError where they are not there once each, in order."""
+    """Return ``text`` with ``section`` between the markers of the summary.
+
+    Raises ValueError if the markers do not each occur once, in order.
+    """
     return marked_section.replace_section(text, section, begin=BEGIN, end=END, where=where)
 
 
@@ -193,7 +216,8 @@ def _check_positions(records: Sequence[SeedRecord]) -> None:
     for record, other in zip(records[1:], others, strict=True):
         if other != first:
             raise ValueError(
-                f"seeds {records[0].seed} and {record.seed} were measured at different positions, so they are not of one experiment"
+                f"seeds {records[0].seed} and {record.seed} were measured at different positions, so they do "
+                "not belong to one experiment"
             )
 
 
@@ -205,7 +229,8 @@ def _check_origin(records: Sequence[SeedRecord]) -> None:
         for record, value in zip(records[1:], values[1:], strict=True):
             if value != values[0]:
                 raise ValueError(
-                    f"seeds {records[0].seed} and {record.seed} have another {what} ({values[0]} and {value}), so they are not of one experiment"
+                    f"seeds {records[0].seed} and {record.seed} differ in their {what} ({values[0]} and "
+                    f"{value}), so they do not belong to one experiment"
                 )
 
 
@@ -214,13 +239,13 @@ def _positions(record: SeedRecord) -> tuple[PositionResult, ...]:
 
 
 def _minutes(record: SeedRecord) -> str:
-    """Stages whose time is not known make the sum unknown."""
+    """Return the sum of the stages' minutes, or "not recorded" if the time of any stage is unknown."""
     seconds = [stage["seconds"] for stage in record.about["stages"]]
     return "not recorded" if None in seconds else f"{sum(seconds) / 60:.0f}"
 
 
 def _commits(record: SeedRecord) -> str:
-    """Of the programs that ran the stages, not of the one that wrote the record."""
+    """Return the commits of the programs that ran the stages, not of the one that wrote the record."""
     return ", ".join(
         dict.fromkeys(
             str(stage["commit"] or "unknown")
@@ -230,7 +255,7 @@ def _commits(record: SeedRecord) -> str:
 
 
 def _rate(outcomes: Sequence[bool], units: Sequence[str]) -> Rate:
-    """With the positions of a document taken together."""
+    """Return the rate of right answers, with the positions of a document as one cluster."""
     of_unit: dict[str, list[bool]] = {}
     for outcome, unit in zip(outcomes, units, strict=True):
         of_unit.setdefault(unit, []).append(outcome)

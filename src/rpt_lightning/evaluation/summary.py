@@ -1,4 +1,4 @@
-"""What a run achieved, on one page and in one picture."""
+"""Summary of a run: one page and one figure."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ _NUM_REWARD_STEPS = 10
 def summarise(stages: Sequence[Stage], run_log: Path | None, output: Path) -> str:
     """Write ``summary.md`` and ``summary.png`` into the folder ``output`` and return the Markdown.
 
-    ``stages`` come in the order in which they were trained; the last is compared with the others. ``run_log`` is the log of the RPT run.
+    ``stages`` are in the order of their training, and the last one is compared with the others. ``run_log``
+    is the log of the RPT run.
 
     Raises:
-        ValueError: stages of different positions, or a run log without rewards.
+        ValueError: The stages have different positions, or the run log has no rewards.
     """
     rewards = read_rewards(run_log) if run_log else None
     parts = [
@@ -45,6 +46,6 @@ def _reward_lines(rewards: RewardCurve | None) -> list[str]:
         return []
     num_steps = min(_NUM_REWARD_STEPS, len(rewards.steps))
     return [
-        f"- mean reward: {rewards.first(num_steps):.3f} in the first {num_steps} steps, {rewards.last(num_steps):.3f} in the last {num_steps} "
-        f"of {len(rewards.steps)}"
+        f"- mean reward: {rewards.first(num_steps):.3f} in the first {num_steps} steps, "
+        f"{rewards.last(num_steps):.3f} in the last {num_steps} of {len(rewards.steps)}"
     ]

@@ -1,7 +1,8 @@
-"""The table of a run: its stages side by side, in Markdown.
+"""Markdown table of a run, with its stages side by side.
 
-No accuracy stands alone: each has its count and its 95 % interval (Wilson), and reasoning accuracy has beside it the same weights' accuracy without
-reasoning (NTP) at the same positions. A reasoning policy can look better than its start and still be worse than not reasoning at all.
+No accuracy stands alone. Each comes with its count and its 95 % interval (Wilson). Beside reasoning accuracy
+stands the accuracy of the same weights without reasoning (NTP) at the same positions. A reasoning policy can
+look better than its start and still be worse than not reasoning at all.
 """
 
 from __future__ import annotations
@@ -20,27 +21,32 @@ from rpt_lightning.metrics.results import PositionResult, Results
 T = TypeVar("T")
 
 INTERVAL_NOTE = (
-    "Intervals in the tables are Wilson's and take positions as independent, which those of one document are not; the differences below resample whole "
-    "documents."
+    "Intervals in the tables are Wilson's and treat positions as independent, although those of one document "
+    "are not. The differences below resample whole documents."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One column: weights with a name, such as "after RPT", and what they did."""
+    """One column: weights with a name, such as "after RPT", and their results."""
 
     name: str
     results: Results
 
     @property
     def has_reasoning(self) -> bool:
-        """Whether every position was asked for by reasoning; weights of standard next-token training are not."""
+        """Whether every position was answered by reasoning.
+
+        Weights from plain next-token training are not asked to reason.
+        """
         return all(position.reasoning_correct is not None for position in self.results.positions)
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """``successes`` of ``count``, never shown without its interval: ``ends``, or Wilson's where the outcomes are independent and so need no other.
+    """A rate of ``successes`` among ``count`` outcomes, never shown without its interval.
+
+    The interval is ``ends`` or, if the outcomes are independent, Wilson's.
 
     >>> str(Rate(50, 200))
     '25.0 % [19.5, 31.4] 50/200'
@@ -54,7 +60,7 @@ class Rate:
 
     @classmethod
     def of(cls, outcomes: Sequence[bool | None]) -> Rate:
-        """Over the outcomes that were measured."""
+        """Count the outcomes that were measured."""
         measured = _measured(outcomes)
         return cls(sum(measured), len(measured))
 
@@ -74,12 +80,15 @@ class Rate:
 
 
 def above(positions: Sequence[PositionResult], threshold: float) -> list[PositionResult]:
-    """The positions whose entropy (nats) exceeds ``threshold``."""
+    """Return the positions whose entropy (nats) exceeds ``threshold``."""
     return [position for position in positions if position.entropy > threshold]
 
 
 def stage_table(stages: Sequence[Stage]) -> str:
-    """One column a stage, one row a measure; the rows that a stage did not measure say so."""
+    """Build the table with one column for each stage and one row for each measure.
+
+    Cells say so if a stage did not take the measure.
+    """
     all_positions = [stage.results.positions for stage in stages]
     rows = [
         markdown_row(
@@ -126,7 +135,10 @@ def stage_table(stages: Sequence[Stage]) -> str:
 
 
 def difficulty_table(stages: Sequence[Stage]) -> str:
-    """Reasoning and NTP accuracy at easy / medium / hard positions, and how many there are and can be answered: three rows a band."""
+    """Build the table of reasoning and NTP accuracy at easy, medium and hard positions.
+
+    Each band has three rows. The third counts its positions and those that can be answered.
+    """
     rows = []
     for name, threshold in BANDS.items():
         rows += accuracy_rows(
@@ -136,7 +148,7 @@ def difficulty_table(stages: Sequence[Stage]) -> str:
 
 
 def accuracy_rows(name: str, meaning: str, selections: Sequence[Sequence[PositionResult]]) -> list[str]:
-    """Reasoning, NTP and count of the positions that were selected from each stage."""
+    """Build the rows of reasoning, NTP and count for the positions selected from each stage."""
     return [
         markdown_row(
             f"{name} ({meaning}): reasoning",
@@ -151,7 +163,10 @@ def accuracy_rows(name: str, meaning: str, selections: Sequence[Sequence[Positio
 
 
 def comparison_lines(stages: Sequence[Stage]) -> list[str]:
-    """The last stage against each earlier one, against its own NTP and against its own empty thought, each as a paired bootstrap over documents."""
+    """Compare the last stage with each earlier one, with its own NTP and with its own empty thought.
+
+    Each comparison is a paired bootstrap over documents.
+    """
     last = stages[-1]
     if not last.has_reasoning:
         return []
@@ -185,7 +200,10 @@ def comparison_lines(stages: Sequence[Stage]) -> list[str]:
 
 
 def comparison_line(name: str, difference: Difference, *, units: str | None = None) -> str:
-    """One paired difference in words. ``units`` says what was resampled; without it, documents and their positions."""
+    """Describe one paired difference.
+
+    ``units`` names what was resampled. Without it, the line counts documents and their positions.
+    """
     units = units or f"{difference.num_units} documents, {difference.num_positions} positions"
     return (
         f"- {name}: {100 * difference.difference:+.1f} points, {100 * difference.level:.0f} % interval "
@@ -194,16 +212,21 @@ def comparison_line(name: str, difference: Difference, *, units: str | None = No
 
 
 def interval_text(low: float, high: float) -> str:
-    """Of a difference, in points. Where it lies is said of the unrounded ends.
+    """Format the interval of a difference, in points.
+
+    The comparison with 0 uses the unrounded ends.
 
     >>> interval_text(-0.0004, 0.02), interval_text(0.0004, 0.02)
     ('[-0.0, +2.0] contains 0', '[+0.0, +2.0] above 0')
     """
-    return f"[{100 * low:+.1f}, {100 * high:+.1f}] {'above 0' if low > 0 else 'below 0' if high < 0 else 'contains 0'}"
+    return (
+        f"[{100 * low:+.1f}, {100 * high:+.1f}] "
+        f"{'above 0' if low > 0 else 'below 0' if high < 0 else 'contains 0'}"
+    )
 
 
 def _control(outcomes: Sequence[bool | None]) -> str:
-    """A thought control, with the number of positions where it could be measured if that is not all."""
+    """Format a thought control, with the number of measured positions if it is not all of them."""
     rate = Rate.of(outcomes)
     return (
         f"{rate} (measured at {rate.count} of {len(outcomes)})"
@@ -213,15 +236,18 @@ def _control(outcomes: Sequence[bool | None]) -> str:
 
 
 def _count(positions: Sequence[PositionResult]) -> str:
-    """How many positions, and the share that a policy can get right at most."""
+    """Format the number of positions and the highest share that a policy can get right."""
     if not positions:
         return "0"
     answerable = sum(position.answerable for position in positions)
-    return f"{len(positions)}, {len(positions) - answerable} unanswerable: ceiling {100 * answerable / len(positions):.1f} %"
+    return (
+        f"{len(positions)}, {len(positions) - answerable} unanswerable: "
+        f"ceiling {100 * answerable / len(positions):.1f} %"
+    )
 
 
 def mean_text(values: Sequence[float | None], form: str) -> str:
-    """Over what was measured."""
+    """Format the mean of the measured values."""
     measured = _measured(values)
     return format(float(np.mean(measured)), form) if measured else "not measured"
 
@@ -231,10 +257,10 @@ def _measured(values: Sequence[T | None]) -> list[T]:
 
 
 def markdown_table(title: str, columns: Sequence[str], rows: Sequence[str]) -> str:
-    """A head of ``title`` and the columns' names over the rows, which `markdown_row` makes."""
+    """Build a table with ``title`` and the column names above the rows, which come from `markdown_row`."""
     return "\n".join([markdown_row(title, columns), markdown_row("---", ["---"] * len(columns)), *rows])
 
 
 def markdown_row(name: str, cells: Sequence[object]) -> str:
-    """One line of a table."""
+    """Build one line of a table."""
     return "| " + " | ".join([name, *map(str, cells)]) + " |"

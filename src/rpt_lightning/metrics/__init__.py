@@ -1,1 +1,1 @@
-"""TorchMetrics of next-token accuracy and of rollouts."""
+"""TorchMetrics for next-token accuracy and statistics of rollouts."""

@@ -15,8 +15,8 @@ from rpt_lightning.metrics.interval import wilson_interval
 class NextTokenAccuracy(Metric):
     """Accuracy at held-out positions, over all of them and for each band of the proxy's entropy.
 
-    States are counts, so results of ranks and batches add up. Of a sampler that repeats positions to fill the last batch, leave the repeats out
-    before updating.
+    States are counts, so the results of ranks and batches add up. If a sampler repeats positions to fill the
+    last batch, leave the repeats out before updating.
     """
 
     full_state_update = False
@@ -30,7 +30,10 @@ class NextTokenAccuracy(Metric):
             self.add_state(name, default=torch.zeros(1 + len(BANDS), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, correct: Tensor, entropy: Tensor, answerable: Tensor) -> None:
-        """``correct`` and ``answerable`` are booleans, ``entropy`` the proxy's, in nats; all [N]."""
+        """Add positions.
+
+        ``correct`` and ``answerable`` are booleans and ``entropy`` is the proxy's, in nats. All are [N].
+        """
         assert correct.shape == entropy.shape == answerable.shape
         thresholds = torch.tensor([-torch.inf, *BANDS.values()], device=entropy.device, dtype=torch.float64)
         in_band = entropy.double()[:, None] > thresholds  # [N, 1 + bands]
@@ -41,10 +44,11 @@ class NextTokenAccuracy(Metric):
         )
 
     def compute(self) -> dict[str, float]:
-        """For each of ``all``, ``easy``, ``medium``, ``hard``: ``<band>/accuracy``, its 95 % interval ``_low`` and ``_high``, counts and the ceiling.
+        """Compute the results for each of ``all``, ``easy``, ``medium`` and ``hard``.
 
-        The ceiling is the share of positions that have a rewardable answer at all: no policy answers the others through the box. Without positions
-        the accuracy and the ceiling are NaN.
+        They are ``<band>/accuracy``, its 95 % interval ``_low`` and ``_high``, the counts and the ceiling.
+        The ceiling is the share of positions that have a rewardable answer. No policy can answer the others
+        through the box. Without positions, the accuracy and the ceiling are NaN.
         """
         result: dict[str, float] = {}
         for i, band in enumerate(("all", *BANDS)):

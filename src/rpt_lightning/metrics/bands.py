@@ -11,4 +11,4 @@ __all__ = ["BANDS", "DISJOINT_BANDS"]
 DISJOINT_BANDS: dict[str, tuple[float, float]] = dict(
     zip(BANDS, pairwise([*BANDS.values(), float("inf")]), strict=True)
 )
-"""Above the first entropy and up to the second, which belongs to the band: each position is in one band at most."""
+"""Each band's entropy range, without the lower bound and with the upper one. A position is in at most one."""

@@ -1,14 +1,14 @@
-"""How fast GPUs can multiply at most: operations a second in bf16, dense, from NVIDIA's data sheets.
+"""Peak operations per second of GPUs in bf16, dense, from NVIDIA's data sheets.
 
-The sheets give the rate with sparsity for all but the A100, which is twice the dense one. Lightning's table
-(`lightning.fabric.utilities.throughput`) has the sparse rate of some of these, and no Blackwell.
+For all GPUs except the A100 the sheets give the rate with sparsity, which is twice the dense one. Lightning's
+table (`lightning.fabric.utilities.throughput`) has the sparse rate of some of these, and no Blackwell.
 """
 
 from __future__ import annotations
 
 import re
 
-# By words of the name that torch gives the device; what is more special stands first.
+# Keyed by words of torch's device name. More specific keys come first.
 _PEAK_FLOPS = {
     ("H100", "PCIe"): 756e12,  # H100 data sheet: 1,513 TFLOPS sparse
     ("H100", "NVL"): 835e12,  # H100 NVL data sheet: 1,671 TFLOPS sparse
@@ -24,10 +24,14 @@ _PEAK_FLOPS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Of one device, by `torch.cuda.get_device_name`; None where it is not known, and of a part of a device.
+    """Return the peak of a device by `torch.cuda.get_device_name`, or None if it is unknown.
 
-    >>> peak_flops("NVIDIA H100 80GB HBM3"), peak_flops("NVIDIA H100 PCIe"), peak_flops("NVIDIA A100-SXM4-80GB")
-    (989000000000000.0, 756000000000000.0, 312000000000000.0)
+    It is also None for a part of a device (MIG).
+
+    >>> peak_flops("NVIDIA H100 80GB HBM3"), peak_flops("NVIDIA H100 PCIe")
+    (989000000000000.0, 756000000000000.0)
+    >>> peak_flops("NVIDIA A100-SXM4-80GB")
+    312000000000000.0
     >>> peak_flops("NVIDIA H20"), peak_flops("NVIDIA H100 80GB HBM3 MIG 1g.10gb")
     (None, None)
     """

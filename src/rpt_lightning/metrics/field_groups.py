@@ -1,4 +1,4 @@
-"""Held-out positions in groups, by what the corpus knows about them (`PositionResult.fields`)."""
+"""Group held-out positions by what the corpus knows about them (`PositionResult.fields`)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ OTHER = "other"
 
 
 def field_names(positions: Iterable[PositionResult]) -> list[str]:
-    """The fields that any of the positions has, in alphabetical order."""
+    """Return the fields that any of the positions has, in alphabetical order."""
     return sorted({name for position in positions for name in position.fields or ()})
 
 
 def field_value(position: PositionResult, name: str) -> FieldValue | None:
-    """None where the position has no such field."""
+    """Return the value of a field, or None if the position does not have it."""
     return (position.fields or {}).get(name)
 
 
@@ -30,13 +30,18 @@ def is_numeric(positions: Iterable[PositionResult], name: str) -> bool:
 
 
 def field_groups(positions: Sequence[PositionResult], name: str) -> list[tuple[str, list[PositionResult]]]:
-    """The positions that have the field ``name``, in groups with a label each (`value_labels`). No group is empty.
+    """Group the positions that have the field ``name``, with a label for each group (`value_labels`).
+
+    No group is empty.
 
     >>> def position(k, **fields):
     ...     return PositionResult(
-    ...         task_id=f"d:{k}", doc_id="d", position=k, entropy=1.0, answerable=True, truth="", ntp_correct=False, ntp_logprob=-1.0, fields=fields
+    ...         task_id=f"d:{k}", doc_id="d", position=k, entropy=1.0, answerable=True, truth="",
+    ...         ntp_correct=False, ntp_logprob=-1.0, fields=fields
     ...     )
-    >>> groups = field_groups([position(1, depth=10), position(2, depth=2), position(3), position(4, depth=10)], "depth")
+    >>> groups = field_groups(
+    ...     [position(1, depth=10), position(2, depth=2), position(3), position(4, depth=10)], "depth"
+    ... )
     >>> [(label, [one.position for one in members]) for label, members in groups]
     [('2', [2]), ('10', [1, 4])]
     """
@@ -50,10 +55,12 @@ def field_groups(positions: Sequence[PositionResult], name: str) -> list[tuple[s
 
 
 def value_labels(values: Iterable[FieldValue]) -> dict[FieldValue, str]:
-    """The label of each value's group; labels come in the order in which groups are shown.
+    """Return the label of each value's group, in the order in which groups are shown.
 
-    At most 12 distinct values: a group each, numbers in numeric order and texts in alphabetical order. More numbers: about 6 ranges that hold about as many
-    of the ``values`` each. More texts (or texts and numbers): the 11 most frequent, and "other".
+    - At most 12 distinct values have a group each. Numbers are in numeric order and texts in alphabetical
+      order.
+    - More numbers share about 6 ranges that each hold about equally many of the ``values``.
+    - Of more texts (or texts and numbers), the 11 most frequent have a group each, and the rest is "other".
 
     >>> value_labels([3, 1, 2.5, 1])
     {1: '1', 2.5: '2.5', 3: '3'}
@@ -70,7 +77,7 @@ def value_labels(values: Iterable[FieldValue]) -> dict[FieldValue, str]:
 
 
 def _text_labels(counts: Counter[FieldValue]) -> dict[FieldValue, str]:
-    texts = Counter[str]()  # where texts and numbers are mixed, 1 and "1" look the same
+    texts = Counter[str]()  # in a mix of texts and numbers, 1 and "1" look the same
     for value, count in counts.items():
         texts[_text(value)] += count
     shown = sorted(texts)
@@ -88,10 +95,13 @@ def _text_labels(counts: Counter[FieldValue]) -> dict[FieldValue, str]:
 
 
 def _range_labels(values: Sequence[int | float]) -> dict[FieldValue, str]:
-    """Of ascending ``values``, each as often as it occurs. Equal ones are in one range, so there may be fewer ranges."""
+    """Label ascending ``values``, each as often as it occurs.
+
+    Equal values share a range, so there may be fewer ranges.
+    """
     edges = sorted(
         {values[(len(values) * part - 1) // NUM_BINS] for part in range(1, NUM_BINS)}
-    )  # a range ends with its edge
+    )  # a range includes its upper edge
     ranges: dict[int, list[int | float]] = {}
     for value in dict.fromkeys(values):
         ranges.setdefault(bisect_left(edges, value), []).append(value)
@@ -103,7 +113,7 @@ def _range_labels(values: Sequence[int | float]) -> dict[FieldValue, str]:
 
 
 def number_text(value: FieldValue) -> str:
-    """A number as short as it can be told apart from others.
+    """Format a number as briefly as possible while it can still be told apart from others.
 
     >>> [number_text(value) for value in (3, 3.0, 0.5, 0.1 + 0.2, 10**15)]
     ['3', '3', '0.5', '0.30000000000000004', '1000000000000000']

@@ -1,4 +1,4 @@
-"""Confidence intervals of a share."""
+"""Confidence intervals of shares."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ _Z95 = NormalDist().inv_cdf(0.975)
 
 
 def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of ``successes / n`` (Wilson 1927): sensible near 0 and 1, where next-token reasoning starts. (0, 1) where ``n`` is 0.
+    """Compute Wilson's score interval of ``successes / n`` (Wilson 1927).
+
+    It is sensible near 0 and 1, where next-token reasoning starts. It is (0, 1) if ``n`` is 0.
 
     >>> low, high = wilson_interval(3, 96)
     >>> round(low, 4), round(high, 4)
@@ -27,12 +29,18 @@ def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float,
 def clustered_interval(
     means: Sequence[float], *, samples_each: int | Sequence[int] = 1
 ) -> tuple[float, float]:
-    """95 % interval of the mean over all answers, of which ``means`` [N] are the shares of right ones among the ``samples_each`` (one number, or [N]) to each
-    question: Wilson's with the effective sample size p (1 - p) / Var(p), so that answers to one question do not count as independent (Korn and Graubard
-    1998, Survey Methodology 24). Var(p) is that of a mean of N questions, weighted by their answers: with as many each, Var(means) / N.
+    """Compute the 95 % interval of the mean over all answers, with the answers to a question as a cluster.
 
-    That size lies between N (answers to a question all alike) and the number of answers (as if of different questions); N where every answer is right or
-    every one wrong, and of one question, which says nothing about others. With one answer a question this is Wilson's interval. (0, 1) without questions.
+    ``means`` [N] are the shares of right answers to each question, out of ``samples_each`` (one number, or
+    [N]). The interval is Wilson's with the effective sample size p (1 - p) / Var(p), so answers to one
+    question do not count as independent (Korn and Graubard 1998, Survey Methodology 24). Var(p) is the
+    variance of a mean of N questions, weighted by their answers. With equally many answers each, it is
+    Var(means) / N.
+
+    The effective size lies between N (all answers to a question alike) and the number of answers (as if each
+    answered a different question). It is N if every answer is right or every answer is wrong. It is also N
+    for a single question, which says nothing about other questions. With one answer for each question this
+    is Wilson's interval. Without questions it is (0, 1).
 
     >>> low, high = clustered_interval([0.0] * 30, samples_each=8)
     >>> low, round(high, 3)

@@ -1,6 +1,7 @@
-"""One record a question, as validations and benchmarks leave them behind: a JSONL file, and beside it a JSON file with what the policy was.
+"""Records of a validation or benchmark: one for each question.
 
-Results are kept a question so that any two policies can be compared in pairs, long after both runs have ended.
+They are written as a JSONL file, and beside it stands a JSON file that describes the policy. Results are kept
+for each question so that any two policies can be compared in pairs, long after both runs have ended.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from rpt_lightning.tasks.answer_reward import Verdict
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuestionResult:
-    """What one policy answered to one question.
+    """The answers of one policy to one question.
 
-    ``verdicts``, ``predictions`` and ``lengths`` (tokens) have one entry a completion that thinks first. ``direct_verdict`` and ``direct_prediction`` are of
-    one greedy answer without a thought: the policy goes on inside a box; None where it was not asked so.
+    ``verdicts``, ``predictions`` and ``lengths`` (tokens) have one entry for each completion that thinks
+    first. ``direct_verdict`` and ``direct_prediction`` belong to one greedy answer without a thought, which
+    the policy gives inside a box that is already open. They are None if it was not asked for one.
 
     >>> result = QuestionResult(
-    ...     question_id="q-1", answer="4", category=None, prompt_tokens=12, verdicts=("right", "truncated"), predictions=("4", None), lengths=(9, 64),
+    ...     question_id="q-1", answer="4", category=None, prompt_tokens=12, verdicts=("right", "truncated"),
+    ...     predictions=("4", None), lengths=(9, 64),
     ... )
     >>> result.num_right, result.right_frac
     (1, 0.5)
@@ -50,10 +53,12 @@ class QuestionResult:
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionResults:
-    """All questions of one evaluation, and which weights answered: those of ``policy_path`` after ``step`` optimizer steps.
+    """All questions of one evaluation, and the weights that answered.
 
-    ``benchmark`` names the questions. ``temperature`` 0 means one greedy completion a question. ``max_completion_tokens`` is their limit, ``seed`` that of
-    the samples, ``ckpt_path`` the checkpoint the weights were read from, if there was one.
+    The weights are those of ``policy_path`` after ``step`` optimizer steps. ``ckpt_path`` is the checkpoint
+    they were read from, if there was one. ``benchmark`` names the questions. A ``temperature`` of 0 means one
+    greedy completion for each question. ``max_completion_tokens`` limits a completion, and ``seed`` is the
+    seed of the samples.
     """
 
     questions: tuple[QuestionResult, ...]
@@ -71,7 +76,10 @@ class QuestionResults:
 
 
 def write_question_results(results: QuestionResults, path: Path) -> None:
-    """Write ``path`` (one question a line) and, last, ``path`` with the suffix ``.json``, without which the lines are not trusted."""
+    """Write ``path`` (one question for each line) and then the JSON file beside it.
+
+    The JSON file is ``path`` with the suffix ``.json``. Without it the lines are not trusted.
+    """
     write_lines(map(asdict, results.questions), path)
     about = {
         field.name: getattr(results, field.name)
@@ -82,11 +90,12 @@ def write_question_results(results: QuestionResults, path: Path) -> None:
 
 
 def read_question_results(path: Path) -> QuestionResults:
-    """Read what ``write_question_results`` wrote.
+    """Read files that ``write_question_results`` wrote.
 
     Raises:
-        ValueError: a file is missing or broken, the JSON file has a field that is not known, questions have different numbers of completions, or there are
-            fewer lines than the JSON file says (an evaluation that was interrupted).
+        ValueError: A file is missing or broken, the JSON file has an unknown field, questions have different
+            numbers of completions, or there are fewer lines than the JSON file says (an evaluation that was
+            interrupted).
     """
     known = {
         field.name: field.default is MISSING for field in fields(QuestionResults) if field.name != "questions"
@@ -97,17 +106,18 @@ def read_question_results(path: Path) -> QuestionResults:
     num_questions = about.pop("num_questions")
     if unknown := sorted(about.keys() - known.keys()):
         raise ValueError(
-            f"{path.with_suffix('.json')}: {', '.join(unknown)} is not known here. Was it written by a later version? Read it with that one, "
-            "or run `rpt evaluate benchmark` again."
+            f"{path.with_suffix('.json')}: {', '.join(unknown)} is not known here. Was it written by a later "
+            "version? Read it with that version, or run `rpt evaluate benchmark` again."
         )
     questions = tuple(read_lines(path, _parse_line))
     if not questions or len(questions) != num_questions:
         raise ValueError(
-            f"{path}: {len(questions)} questions, which is not what {path.with_suffix('.json').name} says. Run `rpt evaluate benchmark` again."
+            f"{path}: {len(questions)} questions, which is not what {path.with_suffix('.json').name} says. "
+            "Run `rpt evaluate benchmark` again."
         )
     if len({len(question.verdicts) for question in questions}) > 1:
         raise ValueError(
-            f"{path}: not every question has as many completions as the others, so they have no common average."
+            f"{path}: the questions have different numbers of completions, so they have no common average."
         )
     return QuestionResults(questions=questions, **about)
 
@@ -115,23 +125,26 @@ def read_question_results(path: Path) -> QuestionResults:
 def pair_questions(
     first: QuestionResults, second: QuestionResults
 ) -> list[tuple[QuestionResult, QuestionResult]]:
-    """The same questions under two policies, in the order of ``first``.
+    """Pair the questions of two policies, in the order of ``first``.
 
     Raises:
-        ValueError: the two were not asked exactly the same questions.
+        ValueError: The two were not asked exactly the same questions.
     """
     by_id = {question.question_id: question for question in second.questions}
     ids = {question.question_id for question in first.questions}
     if unpaired := sorted(ids ^ by_id.keys()):
         raise ValueError(
-            f"Answers of {first.policy_path} ({len(ids)} questions of {first.benchmark}) and {second.policy_path} ({len(by_id)} of {second.benchmark}) are to "
-            f"different questions, {unpaired[0]!r} for one. Ask both the same benchmark, with the same number of questions and the same seed."
+            f"Answers of {first.policy_path} ({len(ids)} questions of {first.benchmark}) and "
+            f"{second.policy_path} ({len(by_id)} of {second.benchmark}) are to different questions, "
+            f"for example {unpaired[0]!r}. Ask both the same benchmark, with the same number of questions "
+            "and the same seed."
         )
     pairs = [(question, by_id[question.question_id]) for question in first.questions]
     for one, other in pairs:
         if one.answer != other.answer:
             raise ValueError(
-                f"Question {one.question_id!r} has the answer {one.answer!r} in one result and {other.answer!r} in the other."
+                f"Question {one.question_id!r} has the answer {one.answer!r} in one result and "
+                f"{other.answer!r} in the other."
             )
     return pairs
 

@@ -1,4 +1,8 @@
-"""Records in a JSONL file, one a line, and where it holds those of a whole evaluation a JSON file about them beside it, without which they are not trusted."""
+"""Read and write records in a JSONL file, one record for each line.
+
+A file that holds a whole evaluation has a JSON file about it beside it. Without that file the records are not
+trusted.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +15,21 @@ T = TypeVar("T")
 
 
 def write_lines(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """One line a row; the folder is made where it is missing."""
+    """Write one line for each row, and make the folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def read_lines(path: Path, parse: Callable[[str, str], T]) -> list[T]:
-    """What ``parse`` makes of each line and of where it stands, in words. Raises ValueError where the file is not text."""
+    """Parse each line. ``parse`` takes the line and a description of its place.
+
+    Raises ValueError if the file is not text.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error}). Was it cut off while it was written?") from error
-    # Not splitlines(): texts may hold other line separators, which JSON leaves as they are.
+        raise ValueError(f"{path}: not UTF-8 ({error}). Was it cut off during writing?") from error
+    # splitlines() would also split at other line separators in texts, which JSON leaves as they are.
     lines = text.split("\n")
     return [
         parse(line, f"{path} line {number}") for number, line in enumerate(lines, start=1) if line.strip()
@@ -30,7 +37,10 @@ def read_lines(path: Path, parse: Callable[[str, str], T]) -> list[T]:
 
 
 def write_about(about: Mapping[str, Any], path: Path) -> None:
-    """``path`` with the suffix ``.json``. Written last, and all at once, so that it vouches for the lines."""
+    """Write ``about`` to ``path`` with the suffix ``.json``.
+
+    It is written last and in one piece, so that it vouches for the lines.
+    """
     target = path.with_suffix(".json")
     partial = target.with_name(target.name + ".partial")
     partial.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
@@ -38,9 +48,10 @@ def write_about(about: Mapping[str, Any], path: Path) -> None:
 
 
 def read_about(path: Path, *, command: str, needed: Collection[str]) -> dict[str, Any]:
-    """What stands beside ``path``.
+    """Read the JSON file beside ``path``.
 
-    Raises ValueError, with the ``command`` that writes both, where one of the two files is missing, or the second is not an object with what is needed.
+    Raises ValueError if one of the two files is missing, or if the JSON file is not an object with the needed
+    fields. The message names the ``command`` that writes both files.
     """
     about = path.with_suffix(".json")
     for file in (path, about):
@@ -52,7 +63,7 @@ def read_about(path: Path, *, command: str, needed: Collection[str]) -> dict[str
         content = json.loads(about.read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not UTF-8
         raise ValueError(
-            f"{about}: not JSON ({error}). Was it cut off while it was written? Run `{command}` again."
+            f"{about}: not JSON ({error}). Was it cut off during writing? Run `{command}` again."
         ) from error
     if not isinstance(content, dict) or not content.keys() >= set(needed):
         raise ValueError(f"{about}: not an object with {', '.join(needed)}. Run `{command}` again.")

@@ -1,4 +1,4 @@
-"""Whether the fields of a record that was read from JSON are of the types that its class says."""
+"""Check that the fields of a record read from JSON have the types that its class declares."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ _NAMES = {float: "a number", int: "a whole number", str: "a text", bool: "true o
 
 
 def check_types(values: Mapping[str, Any], record: type, where: str) -> None:
-    """Raises ValueError that begins with ``where`` and names the first field of another type. Fields that ``record`` does not have are not looked at."""
+    """Raise ValueError if a field has another type than ``record`` declares.
+
+    The message begins with ``where`` and names the first such field. Fields that ``record`` does not have are
+    not checked.
+    """
     hints = _hints(record)
     for name, value in values.items():
         if name in hints and not _fits(value, hints[name]):
             text = repr(value)
             raise ValueError(
-                f"{where}: {name} is {text if len(text) <= 60 else text[:60] + '...'}, where {_words(hints[name])} belongs."
+                f"{where}: {name} is {text if len(text) <= 60 else text[:60] + '...'}, "
+                f"where {_words(hints[name])} belongs."
             )
 
 
@@ -50,7 +55,7 @@ def _words(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(map(repr, args))
     if origin is tuple:
-        return f"a list, each entry of it {_words(args[0])},"
+        return f"a list with {_words(args[0])} as each entry"
     if origin is Mapping:
-        return f"an object, each value of it {_words(args[1])},"
+        return f"an object with {_words(args[1])} as each value"
     return "null" if hint is type(None) else _NAMES.get(hint, "an object")

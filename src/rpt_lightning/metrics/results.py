@@ -1,6 +1,7 @@
-"""One record a held-out position, as validation leaves them behind: a JSONL file, and beside it a JSON file with what the policy was.
+"""Records of a validation: one for each held-out position.
 
-Results are kept a position so that any two policies can be compared in pairs, long after both runs have ended.
+They are written as a JSONL file, and beside it stands a JSON file that describes the policy. Results are kept
+for each position so that any two policies can be compared in pairs, long after both runs have ended.
 """
 
 from __future__ import annotations
@@ -19,19 +20,28 @@ from rpt_lightning.types import Fields
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PositionResult:
-    """What one policy did at one position.
+    """The results of one policy at one position.
 
-    ``ntp_correct`` is the greedy next token without reasoning, at the same position by the same weights, and ``ntp_logprob`` (nats) what they gave
-    the true token. ``length`` counts the completion's tokens, ``thought_length`` those before the thought's end (None: it never ended). The thought
-    controls (the answer forced after an empty thought, after the thought of another document's position, and after filler as long as the position's own) are
-    None where they were not run, or could not be at this position. ``num_correct`` of ``num_samples`` further completions, drawn at the evaluation's
-    temperature, were right; together they have ``sampled_tokens``. ``context_tokens`` and ``prompt_tokens`` are what the policy read without reasoning and
-    with it. ``token_kind`` is that of the true token (metrics/token_kind.py). ``fields`` are what the corpus knows about the position, None where it knows
-    nothing. Files of earlier versions lack what stands from ``token_kind`` on, which is then None.
+    ``ntp_correct`` tells whether the greedy next token without reasoning was right, at the same position and
+    with the same weights. ``ntp_logprob`` (nats) is what they gave the true token. ``length`` counts the
+    completion's tokens, and ``thought_length`` those before the end of the thought (None: it never ended).
+
+    The thought controls are the answers forced after an empty thought, after the thought of another
+    document's position, and after filler as long as the position's own thought. A control is None if it was
+    not run or could not be run at this position.
+
+    Of ``num_samples`` further completions, drawn at the evaluation's temperature, ``num_correct`` were right.
+    Together they have ``sampled_tokens``. ``context_tokens`` is what the policy read without reasoning, and
+    ``prompt_tokens`` is what it read with reasoning. ``token_kind`` is the kind of the true token
+    (metrics/token_kind.py). ``fields`` holds what the corpus knows about the position, or None.
+
+    In files of earlier versions, ``token_kind`` and all fields after it may be missing. They are then None.
+
 
     >>> result = PositionResult(
-    ...     task_id="doc-7:4", doc_id="doc-7", position=4, entropy=1.2, answerable=True, truth=" 4", prediction=" 4", reasoning_correct=True,
-    ...     ntp_correct=False, ntp_logprob=-1.17, boxed=True, truncated=False, length=9,
+    ...     task_id="doc-7:4", doc_id="doc-7", position=4, entropy=1.2, answerable=True, truth=" 4",
+    ...     prediction=" 4", reasoning_correct=True, ntp_correct=False, ntp_logprob=-1.17, boxed=True,
+    ...     truncated=False, length=9,
     ... )
     >>> result.empty_thought_correct is None
     True
@@ -65,10 +75,12 @@ class PositionResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """All positions of one evaluation, and which weights they belong to: those of ``policy_path`` after ``step`` optimizer steps.
+    """All positions of one evaluation, and the weights that were evaluated.
 
-    ``ckpt_path`` is the checkpoint they were read from; None for those of ``policy_path`` itself or of a run that validates as it trains.
-    ``model_size`` is the policy's; ``temperature`` is that of the sampled completions. None where unknown, as in files of earlier versions.
+    The weights are those of ``policy_path`` after ``step`` optimizer steps. ``ckpt_path`` is the checkpoint
+    they were read from. It is None for the weights of ``policy_path`` itself and for a run that validates
+    during training. ``model_size`` is the policy's, and ``temperature`` is that of the sampled completions.
+    Both are None if unknown, as in files of earlier versions.
     """
 
     positions: tuple[PositionResult, ...]
@@ -80,7 +92,10 @@ class Results:
 
 
 def write_results(results: Results, path: Path) -> None:
-    """Write ``path`` (one position a line) and, last, ``path`` with the suffix ``.json``, without which the lines are not trusted."""
+    """Write ``path`` (one position for each line) and then the JSON file beside it.
+
+    The JSON file is ``path`` with the suffix ``.json``. Without it the lines are not trusted.
+    """
     write_lines(map(asdict, results.positions), path)
     about = {
         "policy_path": results.policy_path,
@@ -94,10 +109,11 @@ def write_results(results: Results, path: Path) -> None:
 
 
 def read_results(path: Path) -> Results:
-    """Read what ``write_results`` wrote.
+    """Read files that ``write_results`` wrote.
 
     Raises:
-        ValueError: a file is missing or broken, or there are fewer lines than the JSON file says (an evaluation that was interrupted).
+        ValueError: A file is missing or broken, or there are fewer lines than the JSON file says (an
+            evaluation that was interrupted).
     """
     about = read_about(path, command="rpt validate", needed=("policy_path", "step", "num_positions"))
     positions = tuple(read_lines(path, _parse_line))
@@ -110,7 +126,8 @@ def read_results(path: Path) -> Results:
         model_size = None if size is None else ModelSize(**size)
     except TypeError as error:
         raise ValueError(
-            f"{path.with_suffix('.json')}: model_size {size!r} is not a model's ({error}). Run `rpt validate` again."
+            f"{path.with_suffix('.json')}: model_size {size!r} does not describe a model ({error}). "
+            "Run `rpt validate` again."
         ) from error
     return Results(
         positions=positions,
@@ -123,27 +140,30 @@ def read_results(path: Path) -> Results:
 
 
 def pair_results(first: Results, second: Results) -> list[tuple[PositionResult, PositionResult]]:
-    """The same positions under two policies, in the order of ``first``.
+    """Pair the positions of two policies, in the order of ``first``.
 
     Raises:
-        ValueError: the two do not hold exactly the same positions with the same truth.
+        ValueError: The two do not hold exactly the same positions with the same truth.
     """
     by_task = {position.task_id: position for position in second.positions}
     tasks = {position.task_id for position in first.positions}
     if len(tasks) != len(first.positions) or len(by_task) != len(second.positions):
         raise ValueError(
-            f"Results of {first.policy_path} or {second.policy_path}: a position occurs twice, so they cannot be paired."
+            f"Results of {first.policy_path} or {second.policy_path}: a position occurs twice, so they "
+            "cannot be paired."
         )
     if unpaired := sorted(tasks ^ by_task.keys()):
         raise ValueError(
-            f"Results of {first.policy_path} ({len(tasks)} positions) and {second.policy_path} ({len(by_task)}) are of different positions, "
-            f"{unpaired[0]!r} for one. Validate both with the same task folder and the same number of positions."
+            f"Results of {first.policy_path} ({len(tasks)} positions) and {second.policy_path} "
+            f"({len(by_task)}) are of different positions, for example {unpaired[0]!r}. Validate both with "
+            "the same task folder and the same number of positions."
         )
     pairs = [(position, by_task[position.task_id]) for position in first.positions]
     for one, other in pairs:
         if one.truth != other.truth:
             raise ValueError(
-                f"Position {one.task_id!r} has the truth {one.truth!r} in one result and {other.truth!r} in the other."
+                f"Position {one.task_id!r} has the truth {one.truth!r} in one result and {other.truth!r} in "
+                "the other."
             )
     return pairs
 

@@ -1,4 +1,7 @@
-"""One record a completion, as training leaves them behind: ``rollouts/step-N.jsonl`` in a run's folder. Writer and reader share the format here."""
+"""Records of training rollouts: one for each completion, in ``rollouts/step-N.jsonl`` in a run's folder.
+
+This module defines the format for both the writer and the reader.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +24,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutSample:
-    """What the policy said at one training position, and what it was paid. Bytes that are no characters are replacement characters.
+    """One completion of the policy at a training position, and its reward.
 
-    ``context`` is the end of the text before the position, ``truth`` the true continuation a token, ``thought`` what stands before the last box (all
-    of it where there is none). ``tokens`` are the completion's tokens as text (see `text_pieces`), the stop token included, and ``logprobs`` the engine's
-    (nats, after the temperature). ``entropy`` is the proxy's, in nats. Of a question ``truth`` is its answer, and it has no entropy. The fields that files
-    of earlier versions lack are None there.
+    Bytes that do not form a character become replacement characters.
+
+    ``context`` is the end of the text before the position. ``truth`` is the true continuation, token by
+    token. ``thought`` is the text before the last box, or the whole text if there is no box. ``tokens`` are
+    the completion's tokens as text (see `text_pieces`), including the stop token. ``logprobs`` are the
+    engine's (nats, after the temperature). ``entropy`` is the proxy's, in nats. For a question, ``truth`` is
+    its answer and there is no entropy. Fields that are missing in files of earlier versions are None.
 
     >>> sample = RolloutSample(
-    ...     task_id="doc-7:4", context="2 + 2 =", truth=(" 4", "."), thought="hm</think>", completion="hm</think>\\\\boxed{ 4}", prediction=" 4",
-    ...     reward=1.0, finish_reason="stop", policy_version=3,
+    ...     task_id="doc-7:4", context="2 + 2 =", truth=(" 4", "."), thought="hm</think>",
+    ...     completion="hm</think>\\\\boxed{ 4}", prediction=" 4", reward=1.0, finish_reason="stop",
+    ...     policy_version=3,
     ... )
     >>> sample.tokens is None
     True
@@ -55,9 +62,11 @@ class RolloutSample:
 
 
 def text_pieces(tokens: Iterable[bytes]) -> tuple[str, ...]:
-    """Each token's share of the text. A character belongs to the token that completes it, so a token that ends inside one may be empty.
+    """Split the text into the shares of its tokens.
 
-    The pieces joined are the tokens' bytes joined and decoded.
+    A character belongs to the token that completes it, so a token that ends inside one may be empty.
+
+    Joined, the pieces are the decoded text of all the tokens' bytes.
 
     >>> text_pieces([b"caf", b"\\xc3", b"\\xa9!"])
     ('caf', '', 'é!')
@@ -70,7 +79,7 @@ def text_pieces(tokens: Iterable[bytes]) -> tuple[str, ...]:
 
 
 def samples_of(group: RolloutGroup, *, context: str, token_bytes: TokenBytes) -> list[RolloutSample]:
-    """One sample a completion, in the group's order."""
+    """Make one sample for each completion, in the group's order."""
     return [
         RolloutSample(
             task_id=group.task.task_id,
@@ -93,17 +102,17 @@ def samples_of(group: RolloutGroup, *, context: str, token_bytes: TokenBytes) ->
 
 
 def write_samples(samples: Iterable[RolloutSample], path: Path) -> None:
-    """One line a sample; the folder is made where it is missing."""
+    """Write one line for each sample, and make the folder if it is missing."""
     names = [field.name for field in fields(RolloutSample)]
-    # Not asdict, which copies every token: seconds at a step of the paper's size.
+    # asdict would copy every token, which takes seconds at a step of the paper's size.
     write_lines(({name: getattr(sample, name) for name in names} for sample in samples), path)
 
 
 def read_samples(path: Path) -> list[RolloutSample]:
-    """Read what ``write_samples`` wrote, or an earlier version.
+    """Read a file that ``write_samples`` of this or an earlier version wrote.
 
     Raises:
-        ValueError: a line is broken or lacks what every version wrote.
+        ValueError: A line is broken or lacks a field that every version wrote.
     """
     return read_lines(path, _parse_line)
 
@@ -136,7 +145,7 @@ def _thought(text: bytes) -> bytes:
 
 
 def sample_files(run_dir: Path) -> dict[int, Path]:
-    """The files of a run by optimizer step, ascending."""
+    """Return the files of a run by optimizer step, in ascending order."""
     files = {
         int(path.stem.removeprefix("step-")): path for path in (run_dir / ROLLOUT_FOLDER).glob("step-*.jsonl")
     }

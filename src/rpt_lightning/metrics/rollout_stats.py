@@ -1,4 +1,7 @@
-"""What a step's rollouts look like: whether the policy answers in the asked form, and whether its groups can teach anything."""
+"""Statistics of a step's rollouts.
+
+They show whether the policy answers in the requested form, and whether its groups can teach anything.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +25,23 @@ STATISTICS = (
 
 
 def rollout_statistics(groups: Sequence[RolloutGroup], *, pilot_size: int | None = None) -> dict[str, float]:
-    """Means over completions (``reward/mean``, ``rollout/boxed_frac``, ``truncated_frac``, ``length_mean``) and over groups (the rest).
+    """Compute the statistics of a step's groups.
 
-    With pilots the means are over the first ``pilot_size`` completions of each group: which groups have more was decided by their rewards, so a mean
-    over all of them would say little about the policy.
+    ``reward/mean``, ``rollout/boxed_frac``, ``truncated_frac`` and ``length_mean`` are means over
+    completions. The others are over groups. With pilots, the means use only the first ``pilot_size``
+    completions of each group. The rewards decided which groups have more completions, so a mean over all of
+    them would say little about the policy.
 
-    A group is live if its rewards differ. All right: every reward is positive and they are equal; all wrong: every reward is 0. Rewards of
-    masked completions count in none of the three (`RolloutGroup.trained`); a group that has no others is all wrong.
-    ``rollout/distinct_predictions`` counts different predictions a group, a missing one not counted. Lengths are in tokens. Raises ValueError without
-    groups.
+    A group is live if its rewards differ. It is all right if its rewards are equal and positive, and all
+    wrong if every reward is 0. Rewards of masked completions do not count in any of the three
+    (`RolloutGroup.trained`), and a group that has only masked completions is all wrong.
+    ``rollout/distinct_predictions`` is the mean number of different predictions in a group, without missing
+    ones. Lengths are in tokens.
+
+    Raises ValueError if there are no groups.
     """
     if not groups:
-        raise ValueError("rollout_statistics of no groups: a step rolls out at least one task")
+        raise ValueError("rollout_statistics got no groups: a step rolls out at least one task")
     completions = [completion for group in groups for completion in group.completions[:pilot_size]]
     num_live = sum(group.is_live for group in groups)
     num_wrong = sum(not any(reward for _, reward in group.trained) for group in groups)

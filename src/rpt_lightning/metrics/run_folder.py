@@ -1,4 +1,4 @@
-"""What a run's folder holds for its readers: training writes it, evaluation reads it."""
+"""Names of the files and folders in a run's folder, which training writes and evaluation reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a token is: a word, a number, a symbol or space."""
+"""The kind of a token: word, number, symbol or space."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ TOKEN_KINDS: tuple[TokenKind, ...] = get_args(TokenKind)
 
 
 def token_kind(token: bytes) -> TokenKind:
-    """The first of these that a token holds: a letter (word), a digit (number), anything else that is not white space (symbol); else it is space.
+    """Return the kind of a token.
 
-    Characters are those of the token's bytes as UTF-8. Bytes that are no whole character, since a token may end inside one, count as symbols.
+    A token with a letter is a word. Otherwise a token with a digit is a number. Otherwise a token with any
+    character that is not white space is a symbol. All other tokens are space.
 
-    >>> [token_kind(token) for token in (b" the", b"x2", b" 4", b"4)", b" \\\\", "é".encode(), b"\\xc3", b"\\n  ")]
+    Characters come from the token's bytes as UTF-8. A token may end inside a character, and bytes that do
+    not form a whole character count as symbols.
+
+    >>> tokens = (b" the", b"x2", b" 4", b"4)", b" \\\\", "é".encode(), b"\\xc3", b"\\n  ")
+    >>> [token_kind(token) for token in tokens]
     ['word', 'word', 'number', 'number', 'symbol', 'word', 'symbol', 'space']
     """
     text = token.decode(errors="replace")

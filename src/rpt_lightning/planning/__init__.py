@@ -1,1 +1,1 @@
-"""What a run will cost, worked out from its configuration before it starts."""
+"""Work out the cost of a run from its configuration before it starts."""

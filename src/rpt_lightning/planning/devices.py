@@ -1,4 +1,4 @@
-"""What devices can do at most."""
+"""Peak capabilities of devices."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from rpt_lightning.metrics.device_peaks import peak_flops
 
 GIB = 2**30
 DEVICES_PER_NODE = 8
-# Between nodes: one 400 Gb/s adapter a device, as in a DGX H100.
+# Between nodes: one 400 Gb/s adapter for each device, as in a DGX H100.
 NODE_LINK_BYTES_PER_S = 50e9
-# A device's share of its host's memory bandwidth: two sockets of eight channels DDR5-4800 for eight devices, as in a DGX H100.
+# A device's share of its host's memory bandwidth. The host has two sockets with eight channels of DDR5-4800
+# each for eight devices, as in a DGX H100.
 HOST_BANDWIDTH_BYTES_PER_S = 77e9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """``peak_flops`` are operations a second in bf16, dense; ``link_bytes_per_s`` goes from one device to another of its node, in one direction.
+    """Peak capabilities of one device.
 
-    ``host_link_bytes_per_s`` goes from the host's memory to the device, or back.
+    ``peak_flops`` are operations per second in bf16, dense. ``link_bytes_per_s`` is the speed in one
+    direction from one device to another in the same node. ``host_link_bytes_per_s`` is the speed from the
+    host's memory to the device, or back.
     """
 
     name: str
@@ -34,8 +37,10 @@ class Device:
     host_link_bytes_per_s: float
 
     def network_bytes_per_s(self, num_devices: int) -> float:
-        """Of rings through so many devices. Between nodes there are as many rings as adapters, and each leaves a node through one: a node sends at the
-        speed of all of them.
+        """Return the speed of rings through ``num_devices`` devices.
+
+        Between nodes there are as many rings as adapters, and each ring leaves a node through one adapter. So
+        a node sends at the speed of all its adapters together.
         """
         return (
             self.link_bytes_per_s
@@ -65,8 +70,9 @@ def _gpu(
     )
 
 
-# NVIDIA's data sheets. They give NVLink and PCIe for both directions together; the peak is that of metrics/device_peaks.py.
-# Memory is what torch reports as the device's total, not the sheet's round number: an "80 GB" card has 79.1 GiB, one of 48 GB with error correction 44.4.
+# From NVIDIA's data sheets, which give NVLink and PCIe for both directions together. The peak comes from
+# metrics/device_peaks.py. Memory is the total that torch reports, not the sheet's round number: an "80 GB"
+# card has 79.1 GiB, and one of 48 GB with error correction has 44.4.
 DEVICES = {
     # H100 Tensor Core GPU data sheet, SXM: 3.35 TB/s, NVLink 900 GB/s, PCIe Gen5 128 GB/s
     "h100": _gpu(
@@ -108,7 +114,10 @@ DEVICES = {
 
 
 def measured_cpu(dtype: torch.dtype, *, num_processes: int = 1) -> Device:
-    """This machine, measured in about a second: its memory, a matrix product, and a copy. Each of the processes gets its share."""
+    """Measure this machine in about a second: its memory, a matrix product and a copy.
+
+    Each of the ``num_processes`` processes gets an equal share.
+    """
     a, b = torch.ones(1024, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
     source, target = torch.ones(2**26), torch.ones(2**26)
     peak = 2 * 1024**3 / _best_s(lambda: torch.mm(a, b))
@@ -125,7 +134,7 @@ def measured_cpu(dtype: torch.dtype, *, num_processes: int = 1) -> Device:
 
 
 def _best_s(function: Callable[[], object]) -> float:
-    """Seconds of the best of five calls."""
+    """Return the seconds of the fastest of five calls."""
     seconds = []
     for _ in range(5):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Where a run's limit lies, in a sentence, and what would move it."""
+"""Describe where a run's limit lies and what would move it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ GB = 1e9
 
 
 def first_limit(plan: Plan) -> str:
-    """The first bottleneck: memory where the run does not fit, else the longest phase of a step."""
+    """Describe the first bottleneck.
+
+    It is memory if the run does not fit, and otherwise the longest phase of a step.
+    """
     if not plan.fit.fits:
         return _memory_limit(plan)
     times = plan.times
@@ -22,14 +25,20 @@ def first_limit(plan: Plan) -> str:
     why, relief = {"generation": _generation, "training": _training, "the sync of the weights": _sync}[
         longest
     ](plan)
-    sentence = f"The first bottleneck is {longest}: {phases[longest] / times.step_s:.0%} of the step, {why}. What would relieve it: {relief}."
+    sentence = (
+        f"The first bottleneck is {longest}: {phases[longest] / times.step_s:.0%} of the step, {why}. "
+        f"What would relieve it: {relief}."
+    )
     idle = plan.settings.num_ranks - plan.tokens.busy_ranks
     if idle > 0:
-        sentence += f" {idle:,} of {plan.settings.num_ranks:,} ranks have nothing to train: a step of this many tasks is too small for so many devices."
+        sentence += (
+            f" {idle:,} of {plan.settings.num_ranks:,} ranks have nothing to train: a step with this many "
+            "tasks is too small for so many devices."
+        )
     if times.longest_decode_s > times.decode_s:
         sentence += (
-            f" A single completion at the limit of its length decodes for {times.longest_decode_s:.3g} s, longer than all of this step's: where such occur, the "
-            "others wait for it."
+            f" A single completion of the maximum length decodes for {times.longest_decode_s:.3g} s, longer "
+            "than the whole decoding of this step. If one occurs, all the others wait for it."
         )
     idle_servers = plan.settings.num_servers - plan.tokens.num_prompts
     if idle_servers > 0:
@@ -38,7 +47,7 @@ def first_limit(plan: Plan) -> str:
 
 
 def bottleneck(plan: Plan) -> str:
-    """The same in a few words, for a table."""
+    """Name the bottleneck in a few words, for a table."""
     if not plan.fit.fits:
         return "memory"
     times = plan.times
@@ -58,8 +67,9 @@ def _memory_limit(plan: Plan) -> str:
     if not fit.engine_starts:
         room = max(0.0, fit.engine.kv_cache_bytes)
         engine = (
-            f"the engine does not start: its share of the device holds its weights ({fit.engine.weights_bytes / GB:.1f} GB) and {room / GB:.1f} GB of cached keys "
-            f"and values, less than the {fit.sequence_cache_bytes / GB:.1f} GB of one longest sequence"
+            f"the engine does not start: its share of the device holds its weights "
+            f"({fit.engine.weights_bytes / GB:.1f} GB) and {room / GB:.1f} GB of cached keys and values, "
+            f"less than the {fit.sequence_cache_bytes / GB:.1f} GB of one sequence of the maximum length"
         )
         if fit.total_bytes <= fit.device_bytes:
             return f"The first bottleneck is memory: {engine}. What would relieve it: {_engine_relief(plan)}."
@@ -74,13 +84,14 @@ def _overflow(plan: Plan) -> str:
     largest = sorted(parts, key=lambda name: -parts[name])[:3]
     named = ", ".join(f"{name} ({parts[name] / GB:.0f} GB)" for name in largest)
     return (
-        f"The first bottleneck is memory: {fit.total_bytes / GB:.0f} GB are needed on a device that has {fit.device_bytes / GB:.0f} GB; the largest parts are "
-        f"{named}. What would relieve it: {'; '.join(_memory_relief(plan))}."
+        f"The first bottleneck is memory: {fit.total_bytes / GB:.0f} GB are needed on a device that has "
+        f"{fit.device_bytes / GB:.0f} GB; the largest parts are {named}. "
+        f"What would relieve it: {'; '.join(_memory_relief(plan))}."
     )
 
 
 def _memory_relief(plan: Plan) -> list[str]:
-    """What makes it fit alone comes first; what only helps follows."""
+    """List what would make the run fit or, if no single change does, what would help."""
     fit = plan.fit
     fitting = [f"the strategy {_NAMES[other.strategy]}" for other in plan.memory if other.fits]
     other = plan.memory_other[plan.memory.index(fit)]
@@ -96,20 +107,23 @@ def _memory_relief(plan: Plan) -> list[str]:
     if fit.training.activations_bytes + fit.training.work_bytes > 0.1 * fit.device_bytes:
         longest_counts = (
             plan.settings.micro_batch_tokens <= plan.settings.longest_sequence
-        )  # and it stays whole, however small the budget
+        )  # the longest sequence stays whole, however small the budget
         helping.append(
             "a shorter rollout.max_completion_tokens"
             if longest_counts
             else "a smaller model.micro_batch_tokens"
         )
     if not fit.is_apart and fit.engine.total_bytes > 0.1 * fit.device_bytes:
-        helping.append("the engine on devices of its own")
+        helping.append("separate devices for the engine")
     return [*helping, "more devices" if fit.strategy == "fsdp2" else "devices with more memory"]
 
 
 def _engine_relief(plan: Plan) -> str:
     if plan.settings.engine == "servers":
-        return "servers with more memory, or a larger --plan.gpu_memory_utilization (and serve.gpu_memory_utilization)"
+        return (
+            "servers with more memory, or a larger --plan.gpu_memory_utilization "
+            "(and serve.gpu_memory_utilization)"
+        )
     if plan.settings.engine == "vllm" and plan.settings.on_gpu:
         return "a larger rollout.engine.gpu_memory_utilization"
     return (
@@ -137,26 +151,28 @@ def _generation(plan: Plan) -> tuple[str, str]:
     times = plan.times
     if times.prefill_s > times.decode_s:
         return (
-            "most of it to read prompts",
-            "several positions a document with prefix caching, or shorter contexts",
+            "most of it spent on reading prompts",
+            "several positions in each document with prefix caching, or shorter contexts",
         )
     if (
         plan.concurrent_sequences < busiest_completions(plan.settings, plan.tokens)
         and times.decode_cache_frac < 0.5
     ):
         return (
-            f"where each pass reads the weights for only {plan.concurrent_sequences:,.0f} sequences at a time",
-            "more sequences at once (rollout.engine.max_num_seqs, room for the cache), or shorter completions",
+            "where each pass reads the weights for only "
+            f"{plan.concurrent_sequences:,.0f} sequences at a time",
+            "more sequences at once (rollout.engine.max_num_seqs, room for the cache), or shorter "
+            "completions",
         )
     read = "cached keys and values" if times.decode_cache_frac >= 0.5 else "weights"
     more = "more servers" if plan.settings.num_servers else "more devices for the same step"
-    return f"where most of what decoding reads is {read}", f"shorter completions, or {more}"
+    return f"where decoding mostly reads {read}", f"shorter completions, or {more}"
 
 
 def _training(plan: Plan) -> tuple[str, str]:
     if plan.times.offload_s > max(plan.times.train_network_s, plan.times.train_compute_s):
         return (
-            "most of it for transfers and the optimizer on the host",
+            "most of it spent on transfers and the optimizer on the host",
             "no CPU offload, or fewer and larger micro-batches (model.micro_batch_tokens)",
         )
     if plan.times.train_network_s > plan.times.train_compute_s:
@@ -164,17 +180,18 @@ def _training(plan: Plan) -> tuple[str, str]:
             "which waits for the network",
             "fewer and larger micro-batches (model.micro_batch_tokens), or a faster network",
         )
-    recompute = ", activations computed again among them" if plan.settings.checkpointing else ""
+    recompute = ", including activations that are recomputed" if plan.settings.checkpointing else ""
     return (
-        f"by the policy's operations{recompute}",
-        "several positions a document (data.positions_per_document), larger micro-batches (fewer groups are cut), or more devices",
+        f"spent on the policy's operations{recompute}",
+        "several positions in each document (data.positions_per_document), larger micro-batches (fewer "
+        "groups are cut), or more devices",
     )
 
 
 def _sync(plan: Plan) -> tuple[str, str]:
     if plan.settings.num_servers and plan.settings.transport == "folder":
         return (
-            "to hand the weights over through a folder",
-            "NCCLTransport, faster storage, or more tasks a step",
+            "spent on sending the weights through a folder",
+            "NCCLTransport, faster storage, or more tasks in each step",
         )
-    return "to hand the weights over", "more tasks a step"
+    return "spent on sending the weights", "more tasks in each step"

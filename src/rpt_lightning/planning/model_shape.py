@@ -1,4 +1,4 @@
-"""The sizes of a model that decide what it costs, from its configuration alone."""
+"""Sizes of a model that determine its cost, from its configuration alone."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from rpt_lightning.policy.flops import ModelSize, model_size
 from rpt_lightning.pretrained.text_shape import check_sizes
 
-# What activations take is worked out (and tested) for these; the policy trains no others.
+# The size of activations is worked out (and tested) for these families. The policy trains no others.
 FAMILIES = ("llama", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """Numbers of parameters are counted on the real model; a tied head is counted once, with the embedding."""
+    """Sizes of a model.
+
+    Parameters are counted on the real model. A tied head is counted once, with the embedding.
+    """
 
     family: str
     num_layers: int
@@ -33,21 +36,21 @@ class ModelShape:
     is_tied: bool
     num_params: int
     layer_params: int  # of one decoder layer
-    size: ModelSize  # what its operations are counted by
+    size: ModelSize  # used to count the model's operations
 
     @property
     def head_params(self) -> int:
-        """Of the output head's product, tied or not."""
+        """Parameters in the product of the output head, tied or not."""
         return self.size.head_params
 
     @property
     def outer_params(self) -> int:
-        """What is in no decoder layer: embedding, head and last norm."""
+        """Parameters outside the decoder layers: embedding, head and last norm."""
         return self.num_params - self.num_layers * self.layer_params
 
     @property
     def body_params(self) -> int:
-        """What every token is multiplied with: all but embedding and head."""
+        """Parameters that multiply every token: all except embedding and head."""
         return self.size.body_params
 
     @property
@@ -55,23 +58,25 @@ class ModelShape:
         return self.attention_width // self.num_heads
 
     def kv_cache_bytes(self, dtype_bytes: int) -> int:
-        """Of one cached token."""
+        """Return the cache size of one token."""
         return 2 * self.num_layers * self.kv_width * dtype_bytes
 
 
 def model_shape(config: PretrainedConfig) -> ModelShape:
-    """Builds the model without memory for its weights (on the meta device) and counts.
+    """Build the model without memory for its weights (on the meta device) and count.
 
     Raises:
-        ValueError: A family, or sliding windows, whose costs are not worked out.
+        ValueError: The costs of the model's family, or of its sliding windows, are not worked out.
     """
     if config.model_type not in FAMILIES:
         raise ValueError(
-            f"the model's type is {config.model_type!r}; rpt plan knows {', '.join(FAMILIES)}. Give --plan.model_config of one of these"
+            f"the model's type is {config.model_type!r}; rpt plan knows {', '.join(FAMILIES)}. "
+            "Give --plan.model_config of one of these"
         )
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         raise ValueError(
-            f"the model ({config.model_type}) has sliding windows; rpt plan works out full attention. Give --plan.model_config of one without them"
+            f"the model ({config.model_type}) has sliding windows, but rpt plan only works out full "
+            "attention. Give --plan.model_config of a model without them"
         )
     with torch.device("meta"):
         model: Any = cast(Any, AutoModelForCausalLM).from_config(config)
@@ -95,13 +100,13 @@ def model_shape(config: PretrainedConfig) -> ModelShape:
 
 
 def load_model_config(path: str) -> PretrainedConfig:
-    """The configuration of a model folder, a ``config.json`` or a hub id; no weights are read.
+    """Load the configuration of a model folder, a ``config.json`` or a hub id, without its weights.
 
     Raises:
-        ValueError: It cannot be had; the message names a way without a network.
+        ValueError: It cannot be loaded. The message names a way without a network.
     """
     way_out = "give a folder with a config.json, or such a file, with --plan.model_config"
-    # A hub id is one name, or two with a slash between them: anything else can only be a path.
+    # A hub id is one name, or two with a slash between them. Anything else can only be a path.
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(".json"):
         folder = Path(path).expanduser()
         if not folder.is_file() and not (folder / "config.json").is_file():
@@ -112,7 +117,7 @@ def load_model_config(path: str) -> PretrainedConfig:
     except (OSError, ValueError, KeyError, ArithmeticError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"the model configuration of {path} cannot be had ({reason}); without a network {way_out}"
+            f"the model configuration of {path} cannot be loaded ({reason}); without a network {way_out}"
         ) from error
     check_sizes(config, where=f"the model configuration of {path}")
     return config

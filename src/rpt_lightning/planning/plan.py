@@ -1,4 +1,4 @@
-"""Puts a run's settings, its model's sizes and its tokens together: memory, operations, times."""
+"""Combine a run's settings, model sizes and tokens into memory, operations and times."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from rpt_lightning.types import TokenIds
 
 @dataclass(frozen=True, kw_only=True)
 class StepFlops:
-    """Of all ranks together."""
+    """Operations of a step, over all ranks."""
 
     train_shared_flops: float
     train_plain_flops: float
@@ -43,22 +43,25 @@ class StepFlops:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryFit:
-    """Training under one strategy on one device, and the engine: beside it, or on a device of its own."""
+    """Memory of training under one strategy on one device, and of the engine.
+
+    The engine shares that device or has one of its own.
+    """
 
     strategy: Strategy
     training: TrainingMemory
     engine: EngineMemory
-    is_apart: bool  # the engine is a server's
-    sleeps: bool  # the engine gives its memory back while the policy trains
+    is_apart: bool  # the engine runs on a server
+    sleeps: bool  # the engine frees its memory while the policy trains
     sequence_cache_bytes: (
-        float  # of the longest prompt and completion: an engine whose cache holds less refuses to start
+        float  # of the longest prompt and completion; an engine with a smaller cache refuses to start
     )
     overhead_bytes: float
     device_bytes: float
 
     @property
     def total_bytes(self) -> float:
-        """At the fullest moment: of training, or of generation where the engine sleeps meanwhile."""
+        """Bytes at the fullest moment: of training, or of generation if the engine sleeps during training."""
         training, engine = self.training.total_bytes, 0 if self.is_apart else self.engine.total_bytes
         together = max(training, self.training.lasting_bytes + engine) if self.sleeps else training + engine
         return together + self.overhead_bytes
@@ -74,21 +77,23 @@ class MemoryFit:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
+    """Everything that `rpt plan` reports."""
+
     settings: RunSettings
     shape: ModelShape
     device: Device
     rates: Rates
     tokens: StepTokens
     memory: tuple[MemoryFit, ...]  # single, ddp, fsdp2, as configured
-    memory_other: tuple[MemoryFit, ...]  # the same with activation checkpointing the other way
+    memory_other: tuple[MemoryFit, ...]  # the same with activation checkpointing switched
     flops: StepFlops
     times: StepTimes
-    concurrent_sequences: float  # that a device decodes at the same time
+    concurrent_sequences: float  # completions that a device decodes at the same time
     traffic: StepTraffic
 
     @property
     def fit(self) -> MemoryFit:
-        """Of the configured strategy."""
+        """The memory fit of the configured strategy."""
         return self.memory[STRATEGIES.index(self.settings.strategy)]
 
 
@@ -102,7 +107,10 @@ def make_plan(
     completion_tokens: int,
     live_frac: float,
 ) -> Plan:
-    """The plan of one step, whose prompts are given and whose completions are assumed to have ``completion_tokens`` each."""
+    """Make the plan of one step with the given prompts.
+
+    Each completion is assumed to have ``completion_tokens`` tokens.
+    """
     tokens = step_tokens(
         prompts,
         group_size=settings.group_size,
@@ -139,7 +147,7 @@ def _engine_memory(settings: RunSettings, shape: ModelShape, device: Device) -> 
         )
     batch_tokens = max(
         settings.max_batch_tokens, settings.longest_sequence
-    )  # a sequence longer than the budget is a batch of its own
+    )  # a sequence longer than the budget forms its own batch
     cache = (
         settings.kv_cache_bytes
         if settings.engine == "vllm"
@@ -188,7 +196,11 @@ def _memory(
 def _concurrent_sequences(
     settings: RunSettings, shape: ModelShape, engine: EngineMemory, tokens: StepTokens
 ) -> float:
-    """Completions that a device decodes at the same time: as many as it has, the engine takes, and the cache holds when they are half done."""
+    """Return the number of completions that a device decodes at the same time.
+
+    It is limited by the device's completions, by what the engine takes, and by what the cache holds when the
+    completions are half done.
+    """
     completions = busiest_completions(settings, tokens)
     if settings.engine not in ("vllm", "servers"):
         return max(1, min(completions, settings.max_batch_tokens // settings.longest_sequence))

@@ -1,4 +1,4 @@
-"""A plan as plain text for a terminal of 100 columns."""
+"""Format a plan as plain text for a terminal with 100 columns."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ _COLUMNS = {"single": "one device", "ddp": "DDP", "fsdp2": "FSDP2"}
 
 
 def report(plan: Plan, *, assumptions: Sequence[str]) -> str:
-    """All sections, the first bottleneck last. ``assumptions`` say where the numbers of the step come from."""
+    """Format all sections, with the first bottleneck last.
+
+    ``assumptions`` say where the numbers of the step come from.
+    """
     sections = [
         ("The step", _arithmetic(plan)),
         ("Assumed", _bullets(assumptions)),
-        ("Tokens a step", _tokens(plan)),
+        ("Tokens per step", _tokens(plan)),
         (
-            f"Memory a device, in GB of 10^9 bytes ({plan.device.name}: {plan.device.memory_bytes / _GB:.0f})",
+            f"Memory per device, in GB of 10^9 bytes ({plan.device.name}: "
+            f"{plan.device.memory_bytes / _GB:.0f})",
             _memory(plan),
         ),
-        ("Operations a step", _flops(plan)),
-        (f"Time a step ({_devices(plan)}, nothing overlaps; an estimate)", _times(plan)),
+        ("Operations per step", _flops(plan)),
+        (f"Time per step ({_devices(plan)}, nothing overlaps; an estimate)", _times(plan)),
         ("The limit", _wrap(first_limit(plan))),
     ]
     return "\n\n".join("\n".join([title, *(_INDENT + line for line in lines)]) for title, lines in sections)
@@ -52,8 +56,9 @@ def _arithmetic(plan: Plan) -> list[str]:
         world_size=settings.num_ranks,
     )
     model = (
-        f"the model: {shape.family}, {shape.num_params:,} parameters, of them {shape.body_params:,} in {shape.num_layers} layers; "
-        f"{'tied' if shape.is_tied else 'untied'} head, vocabulary {shape.vocab_size:,}"
+        f"the model: {shape.family}, {shape.num_params:,} parameters, of which {shape.body_params:,} in "
+        f"{shape.num_layers} layers; {'tied' if shape.is_tied else 'untied'} head, "
+        f"vocabulary {shape.vocab_size:,}"
     )
     return _bullets([*text.splitlines(), model])
 
@@ -82,8 +87,10 @@ def _tokens(plan: Plan) -> list[str]:
         *_table(rows),
         *_bullets(
             [
-                f"generated: {sampled:,.0f} tokens; prompts read: {tokens.prefill.tokens:,} tokens, of {tokens.prefill_alone.tokens:,} without a prefix cache",
-                f"micro-batches: {tokens.micro_batches:,} on the busiest rank, which trains {tokens.busiest.tokens:,} tokens",
+                f"generated: {sampled:,.0f} tokens; prompts read: {tokens.prefill.tokens:,} tokens, or "
+                f"{tokens.prefill_alone.tokens:,} without a prefix cache",
+                f"micro-batches: {tokens.micro_batches:,} on the busiest rank, which trains "
+                f"{tokens.busiest.tokens:,} tokens",
             ]
         ),
     ]
@@ -124,7 +131,7 @@ def _memory(plan: Plan) -> list[str]:
     rows.append(["context, allocator", *(_gb(fit.overhead_bytes) for fit in fits)])
     rows.append(
         [
-            "at most, in turn" if plan.settings.engine_sleeps else "together",
+            "peak, taking turns" if plan.settings.engine_sleeps else "together",
             *(_gb(fit.total_bytes) for fit in fits),
         ]
     )
@@ -136,8 +143,8 @@ def _memory(plan: Plan) -> list[str]:
         *_table(rows),
         *_bullets(
             [
-                "* as configured; at the largest micro-batch, of "
-                f"{plan.settings.largest_micro_batch:,} tokens, with weights, gradients and optimizer there already",
+                "* as configured; with the largest micro-batch, of "
+                f"{plan.settings.largest_micro_batch:,} tokens, after weights, gradients and optimizer exist",
                 f"the engine decodes {plan.concurrent_sequences:,.0f} sequences at a time on a device"
                 if plan.fit.engine_starts
                 else "the engine does not start",
@@ -148,12 +155,13 @@ def _memory(plan: Plan) -> list[str]:
 
 
 def _elsewhere(plan: Plan) -> list[str]:
-    """What is in no training device's memory."""
+    """Describe the memory outside the training devices."""
     lines = []
     if plan.settings.num_servers:
         engine = plan.fit.engine
         lines.append(
-            f"a server holds {engine.weights_bytes / _GB:.2f} GB of weights and {max(0.0, engine.kv_cache_bytes) / _GB:.2f} GB of cached keys and values"
+            f"a server holds {engine.weights_bytes / _GB:.2f} GB of weights and "
+            f"{max(0.0, engine.kv_cache_bytes) / _GB:.2f} GB of cached keys and values"
         )
     if plan.settings.cpu_offload:
         offloaded = (
@@ -162,7 +170,7 @@ def _elsewhere(plan: Plan) -> list[str]:
             / plan.settings.num_ranks
         )
         lines.append(
-            f"weights, gradients and optimizer are in host memory: {offloaded / _GB:,.2f} GB a device"
+            f"weights, gradients and optimizer are in host memory: {offloaded / _GB:,.2f} GB per device"
         )
     return lines
 
@@ -183,7 +191,8 @@ def _flops(plan: Plan) -> list[str]:
         rows.append([name, f"{value:.2e}", f"{value / total:.0%}"])
     return [
         *_table(rows),
-        f"training without sharing: {flops.train_plain_flops:.2e}, {flops.train_plain_flops / flops.train_shared_flops:.2f} times as many",
+        f"training without sharing: {flops.train_plain_flops:.2e}, "
+        f"{flops.train_plain_flops / flops.train_shared_flops:.2f} times as many",
     ]
 
 
@@ -191,7 +200,8 @@ def _times(plan: Plan) -> list[str]:
     times = plan.times
     if not plan.fit.engine_starts:
         return _wrap(
-            f"none: the engine does not start, so there is no decoding to time. Training alone would take {times.train_s:.3g} s."
+            "none: the engine does not start, so there is no decoding to time. Training alone would take "
+            f"{times.train_s:.3g} s."
         )
     rows = [["", "seconds", "of the step"]]
     for name, value in (
@@ -204,28 +214,31 @@ def _times(plan: Plan) -> list[str]:
         rows.append([name, f"{value:.3g}", f"{value / times.step_s:.0%}"])
     hours = times.step_s * plan.settings.max_steps / plan.settings.optimizer_steps_per_batch / 3600
     notes = [
-        f"training computes {times.train_compute_s:.3g} s and sends for {times.train_network_s:.3g} s at the same time"
+        f"training computes for {times.train_compute_s:.3g} s and sends for {times.train_network_s:.3g} s at "
+        "the same time"
         + (
             f"; {times.offload_s:.3g} s more for transfers and optimizer on the host"
             if plan.settings.cpu_offload
             else ""
         ),
-        f"a training device sends {plan.traffic.train_bytes / _GB:,.0f} GB a step, and {plan.traffic.gather_bytes / _GB:,.0f} GB for the sync"
+        f"a training device sends {plan.traffic.train_bytes / _GB:,.0f} GB in a step, and "
+        f"{plan.traffic.gather_bytes / _GB:,.0f} GB for the sync"
         + (
             f"; a server receives {plan.traffic.server_bytes / _GB:,.1f} GB"
             if plan.settings.num_servers
             else ""
         ),
-        f"one completion at the limit of {plan.settings.max_completion_tokens:,} tokens decodes for at least {times.longest_decode_s:.3g} s, however many "
-        "devices there are",
+        f"one completion at the limit of {plan.settings.max_completion_tokens:,} tokens decodes for at least "
+        f"{times.longest_decode_s:.3g} s, however many devices there are",
     ]
     if plan.settings.num_servers:
         notes.append(
-            f"were the next rollouts generated while the policy trains, a step would take {times.overlapped_s:.3g} s"
+            "if the next rollouts were generated while the policy trains, a step would take "
+            f"{times.overlapped_s:.3g} s"
         )
     if plan.settings.max_steps > 0:
         notes.append(
-            f"{plan.settings.max_steps:,} steps: {hours:,.1f} hours, validation and checkpoints not counted"
+            f"{plan.settings.max_steps:,} steps: {hours:,.1f} hours, without validation and checkpoints"
         )
     return [*_table(rows), *_bullets(notes)]
 
@@ -235,7 +248,7 @@ def _gb(size: float) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The first column to the left, the others to the right."""
+    """Align the first column to the left and the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(

@@ -1,4 +1,4 @@
-"""What a plan needs to know of a run, and what it assumes of the devices."""
+"""Settings of a run that a plan needs, and its assumptions about the devices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TransportKind = Literal["nccl", "folder"]
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What the plan needs of a run's configuration."""
+    """The parts of a run's configuration that a plan needs."""
 
     tasks_per_step: int
     positions_per_document: int
@@ -28,20 +28,18 @@ class RunSettings:
     optimizer_bytes_per_param: float
     logprob_chunk_size: int
     is_mixed: bool  # bf16-mixed
-    gathers_bf16: (
-        bool  # FSDP2, under bf16-mixed: weights are gathered in bf16, and the layers compute with those
-    )
+    gathers_bf16: bool  # FSDP2 under bf16-mixed: weights are gathered in bf16, and the layers compute in bf16
     cpu_offload: bool  # FSDP2: weights, gradients and optimizer are in host memory
     checkpointing: bool
     strategy: Strategy
-    num_devices: int  # that train
-    num_servers: int  # devices that only generate, each with a whole model; 0: the training devices generate
+    num_devices: int  # devices that train
+    num_servers: int  # devices that only generate, each with a whole model; 0 if the training devices do
     on_gpu: bool
     engine: EngineKind
-    transport: TransportKind  # how weights get to servers
+    transport: TransportKind  # how the weights get to the servers
     engine_dtype_bytes: int
     gpu_memory_utilization: float  # of vLLM, in the trainer or on a server
-    engine_sleeps: bool  # vLLM in the trainer, on GPU: training and engine have their memory in turn
+    engine_sleeps: bool  # vLLM in the trainer, on GPU: training and engine take turns with the memory
     kv_cache_bytes: float  # of vLLM on CPU
     max_num_seqs: int  # of vLLM
     max_batch_tokens: int  # of transformers
@@ -61,7 +59,10 @@ class RunSettings:
 
     @property
     def largest_micro_batch(self) -> int:
-        """The budget, or one sequence that is longer and gets a tree of its own; on GPUs with its padding."""
+        """The largest micro-batch in tokens: the budget, or a longer single sequence with a tree of its own.
+
+        On GPUs it includes the padding.
+        """
         tokens = max(self.micro_batch_tokens, self.longest_sequence)
         return bucket_length(tokens) if self.on_gpu else tokens
 
@@ -73,10 +74,11 @@ class RunSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What share of a device's peaks is reached: an assumption."""
+    """The assumed shares of a device's peaks that a run reaches."""
 
-    mfu: float  # of the operations a second, by training and prefill; layers that are computed again do not count as operations
+    # Of the peak operations per second, by training and prefill. Recomputed layers do not count.
+    mfu: float
     bandwidth_frac: float  # of the memory bandwidth, by decoding
     storage_bytes_per_s: float = (
-        10e9  # of the folder through which servers get weights, all its readers together
+        10e9  # of the folder through which servers get weights, for all its readers together
     )

@@ -1,6 +1,8 @@
-"""How long a step takes and what it sends, by simple models of the devices: operations at a share of the peak, bytes at a share of a bandwidth.
+"""Estimate how long a step takes and what it sends, with simple models of the devices.
 
-These are estimates; nothing here was measured on a GPU. Decoding reads weights and cached keys and values once a pass, or computes, whichever takes longer.
+Operations run at a share of the peak, and bytes move at a share of a bandwidth. Nothing here was measured on
+a GPU. A decoding pass either reads the weights and the cached keys and values once, or computes, whichever
+takes longer.
 """
 
 from __future__ import annotations
@@ -19,21 +21,23 @@ from rpt_lightning.planning.settings import Rates, RunSettings
 from rpt_lightning.planning.workload import StepTokens
 from rpt_lightning.policy.flops import Work, forward_flops, train_flops
 
-# AdamW on a CPU: weight, gradient and two moments are read, weight and moments written.
+# AdamW on a CPU reads weight, gradient and two moments, and writes weight and moments.
 _CPU_ADAM_BYTES = 7 * FP32_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepTimes:
-    """Of the busiest device. In training, computing and network overlap; phases do not."""
+    """Times of the busiest device. Computing and network overlap in training, but phases do not."""
 
     prefill_s: float
     decode_s: float
-    decode_cache_frac: float  # of what decoding reads, the keys and values; the rest is weights
-    longest_decode_s: float  # of one completion at the limit of its length, alone on a device: no step that draws one generates faster
+    decode_cache_frac: float  # share of keys and values in what decoding reads; the rest is weights
+    # Of one completion of the maximum length, alone on a device. No step that draws one generates faster.
+    longest_decode_s: float
     train_compute_s: float
     train_network_s: float
-    offload_s: float  # CPU offload: transfers between device and host, and the optimizer's work on the host
+    # CPU offload: transfers between device and host, and the optimizer's work on the host.
+    offload_s: float
     sync_s: float
 
     @property
@@ -50,7 +54,10 @@ class StepTimes:
 
     @property
     def overlapped_s(self) -> float:
-        """Were the next rollouts generated while the policy trains (only on devices of their own)."""
+        """Time of a step if the next rollouts were generated while the policy trains.
+
+        That needs separate devices for generation.
+        """
         return max(self.generation_s, self.train_s) + self.sync_s
 
 
@@ -59,17 +66,19 @@ class StepTraffic:
     """Bytes that one device sends (or receives) in a step."""
 
     train_bytes: float  # sent by a training device: weights gathered, gradients scattered
-    gather_bytes: (
-        float  # sent by a training device: weights gathered for the sync and for the comparison after it
-    )
+    gather_bytes: float  # sent by a training device: weights gathered for the sync and for the check after it
     server_bytes: float  # received by a server: the weights in the engine's dtype
 
 
 def step_traffic(settings: RunSettings, shape: ModelShape, tokens: StepTokens) -> StepTraffic:
-    """Every micro-batch sends its gradients in fp32 and, sharded, gathers the weights twice; the sync gathers them once more, in fp32, and of what it
-    compares then embedding and head (the few other tensors are not counted).
+    """Count the bytes that devices send in a step.
 
-    A ring moves (n - 1) / n of the whole for a gather or a scatter, and twice that to add up gradients that everyone keeps.
+    Every micro-batch sends its gradients in fp32. If the weights are sharded, it also gathers them twice. The
+    sync gathers the weights once more, in fp32. The check after the sync gathers embedding and head (the few
+    other tensors are not counted).
+
+    A ring moves (n - 1) / n of the whole for a gather or a scatter. It moves twice that to add up gradients
+    that every rank keeps.
     """
     ring = shape.num_params * (settings.num_ranks - 1) / settings.num_ranks
     server = settings.engine_dtype_bytes * shape.num_params if settings.num_servers else 0
@@ -85,27 +94,31 @@ def step_traffic(settings: RunSettings, shape: ModelShape, tokens: StepTokens) -
 
 
 def _gathered_for_sync(shape: ModelShape) -> float:
-    """In whole models."""
+    """Return what the sync gathers, in units of the whole model."""
     return 1 + shape.outer_params / shape.num_params
 
 
 def prefill_work(settings: RunSettings, tokens: StepTokens) -> Work:
-    """Reading the prompts, with or without a prefix cache."""
+    """Return the work of reading the prompts, with or without a prefix cache."""
     return tokens.prefill if settings.shares_prefill else tokens.prefill_alone
 
 
 def num_passes_of_training(settings: RunSettings) -> float:
-    """In forward and backward passes: with several optimizer steps a batch there is a forward pass more, for the log-probs before the update."""
+    """Return the number of forward and backward passes.
+
+    With several optimizer steps for each batch there is one more forward pass, for the log-probs before the
+    update.
+    """
     return 1 if settings.optimizer_steps_per_batch == 1 else 4 / 3
 
 
 def busiest_completions(settings: RunSettings, tokens: StepTokens) -> int:
-    """Of the device that generates most. A task's completions stay together."""
+    """Return the completions of the device that generates most. The completions of a task stay together."""
     return -(-tokens.num_prompts // settings.num_generators) * settings.group_size
 
 
 def mean_depth(tokens: StepTokens) -> float:
-    """Tokens that a sampled token attends to."""
+    """Return the mean number of tokens that a sampled token attends to."""
     return tokens.mean_prompt_tokens + tokens.completion_tokens / 2
 
 
@@ -117,7 +130,7 @@ def step_times(
     tokens: StepTokens,
     concurrent: float,
 ) -> StepTimes:
-    """With ``concurrent`` completions decoded at a time on a device."""
+    """Estimate the times of a step, with ``concurrent`` completions decoded at a time on a device."""
     flops_per_s = rates.mfu * device.peak_flops
     bytes_per_s = rates.bandwidth_frac * device.bandwidth_bytes_per_s
     link_bytes_per_s = device.network_bytes_per_s(settings.num_ranks)
@@ -134,7 +147,8 @@ def step_times(
     )
     num_passes = completions * tokens.completion_tokens / concurrent
 
-    # Every weight is read in fp32 and written in the engine's dtype, by the trainer and once more by a server that received it.
+    # The trainer reads every weight in fp32 and writes it in the engine's dtype. A server that received it
+    # reads and writes it once more.
     copies = (
         FP32_BYTES
         + settings.engine_dtype_bytes
@@ -157,7 +171,10 @@ def step_times(
 
 
 def _gather_s(settings: RunSettings, shape: ModelShape, device: Device, traffic: StepTraffic) -> float:
-    """With CPU offload a rank's shard is brought to the device first."""
+    """Return the seconds to gather the weights.
+
+    With CPU offload, a rank's shard first moves to the device.
+    """
     shard = (
         FP32_BYTES * shape.num_params / settings.num_ranks * _gathered_for_sync(shape)
         if settings.cpu_offload
@@ -169,7 +186,10 @@ def _gather_s(settings: RunSettings, shape: ModelShape, device: Device, traffic:
 
 
 def _delivery_s(settings: RunSettings, rates: Rates, traffic: StepTraffic) -> float:
-    """From the trainer to the servers: one broadcast, or a folder, which the trainer writes once and every node of servers reads once."""
+    """Return the seconds to bring the weights from the trainer to the servers.
+
+    This is one broadcast, or a folder that the trainer writes once and every node of servers reads once.
+    """
     if settings.transport == "nccl":
         return traffic.server_bytes / NODE_LINK_BYTES_PER_S
     nodes = -(-settings.num_servers // DEVICES_PER_NODE)
@@ -177,7 +197,11 @@ def _delivery_s(settings: RunSettings, rates: Rates, traffic: StepTraffic) -> fl
 
 
 def _offload_s(settings: RunSettings, shape: ModelShape, device: Device, tokens: StepTokens) -> float:
-    """Every micro-batch brings a rank's fp32 shard to the device twice and takes its gradients back, where the host adds them up; then the optimizer steps."""
+    """Return the seconds that CPU offload adds.
+
+    Every micro-batch brings a rank's fp32 shard to the device twice and takes its gradients back to the host,
+    which adds them up. After the last one, the optimizer steps on the host.
+    """
     shard = shape.num_params / settings.num_ranks
     transfers = 3 * FP32_BYTES * shard / device.host_link_bytes_per_s
     additions = 3 * FP32_BYTES * shard / HOST_BANDWIDTH_BYTES_PER_S

@@ -1,4 +1,4 @@
-"""The tokens of one step: what is generated, and what is trained with and without sharing of prefixes."""
+"""Tokens of one step: those generated, and those trained with and without shared prefixes."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from rpt_lightning.types import TokenIds, TrainSequence
 
 @dataclass(frozen=True, kw_only=True)
 class StepTokens:
-    """One step, of all ranks together where nothing else is said."""
+    """Tokens of one step, over all ranks unless a field says otherwise."""
 
     num_prompts: int
     mean_prompt_tokens: float
     completion_tokens: float  # of one completion, mean
-    prefill: Work  # of all prompts, each distinct prefix of a rank's prompts once
-    prefill_alone: Work  # the same without a prefix cache: every completion reads its prompt
+    prefill: Work  # of all prompts, with each distinct prefix of a rank's prompts counted once
+    prefill_alone: Work  # the same without a prefix cache, so every completion reads its prompt
     sampling: Work
     num_completions: int
     packed: Work
     plain: Work
-    busiest: Work  # packed, of the rank that has most
-    micro_batches: int  # of the rank that has most
-    busy_ranks: int  # that have anything to train
+    busiest: Work  # packed, of the rank with the most tokens
+    micro_batches: int  # of the rank with the most micro-batches
+    busy_ranks: int  # ranks that have anything to train
     masked_pairs: (
-        int  # of the tree that has most: pairs that attention on CPU computes under a mask, which it keeps
+        int  # of the tree with the most: pairs that attention on CPU computes under a mask, which it keeps
     )
 
 
@@ -45,16 +45,17 @@ def step_tokens(
     num_ranks: int,
     on_gpu: bool = False,
 ) -> StepTokens:
-    """Packs the step as training would, with completions of the assumed length that share nothing by chance.
+    """Pack the step as training would, with completions of the assumed length that share nothing by chance.
 
     Args:
-        prompts: Of all tasks of the step, in the order of the step.
-        group_size: Completions a prompt.
-        completion_tokens: Assumed length of each.
-        live_frac: Share of the step's groups that are trained: those with unequal rewards, one at least. They lie evenly among the others.
-        micro_batch_tokens: Budget of a tree.
-        num_ranks: Data-parallel ranks.
-        on_gpu: Where attention computes no pairs under a mask of its own.
+        prompts: Prompts of all tasks of the step, in the order of the step.
+        group_size: Completions for each prompt.
+        completion_tokens: Assumed length of each completion.
+        live_frac: Share of the step's groups that are trained, because their rewards differ. At least one
+            group is trained. These groups are spread evenly among the others.
+        micro_batch_tokens: Token budget of a tree.
+        num_ranks: Number of data-parallel ranks.
+        on_gpu: Whether training runs on a GPU, where attention computes no pairs under a separate mask.
     """
     ranks: list[Work] = []
     plain = prefill = Work()
@@ -72,7 +73,7 @@ def step_tokens(
             if trained
         ]
         sequences = [
-            # The first token makes a completion unlike any other; negative ids belong to nobody.
+            # The first token makes each completion unique. No real token has a negative id.
             TrainSequence(prompt_ids=prompt, target_ids=(-1 - g,) + (-1,) * (completion_tokens - 1))
             for prompt in live
             for g in range(group_size)
@@ -101,16 +102,17 @@ def step_tokens(
 
 
 def masked_pairs(tree: PackedTree) -> int:
-    """Pairs of a tree's "masked" calls (policy/segments.py)."""
+    """Count the pairs of a tree's "masked" calls (policy/segments.py)."""
     return sum(call.num_pairs for call in tree.tree_mask().calls if call.kind == "masked")
 
 
 def assumed_prompts(
     *, num_tasks: int, positions_per_document: int, context_tokens: int, template_tokens: int
 ) -> list[TokenIds]:
-    """Prompts of a step whose task folder is not there: the positions of a document lie evenly spread, with ``context_tokens`` as their mean context.
+    """Make the prompts of a step if there is no task folder.
 
-    The template's tokens stand behind the context, where no prompts share them.
+    The positions of a document are evenly spread, with ``context_tokens`` as their mean context. The
+    template's tokens come after the context, where prompts share nothing.
 
     >>> prompts = assumed_prompts(num_tasks=3, positions_per_document=2, context_tokens=3, template_tokens=1)
     >>> [len(prompt) for prompt in prompts]  # two positions of the first document, one of the second
@@ -121,7 +123,7 @@ def assumed_prompts(
     prompts: list[TokenIds] = []
     longest = 2 * context_tokens
     while len(prompts) < num_tasks:
-        first = len(prompts) * longest  # no two documents have an id in common
+        first = len(prompts) * longest  # no two documents share a token id
         number = min(positions_per_document, num_tasks - len(prompts))
         contexts = (max(1, round(longest * (i + 1) / (number + 1))) for i in range(number))
         prompts += [tuple(range(first, first + length)) + (-1,) * template_tokens for length in contexts]
@@ -129,7 +131,7 @@ def assumed_prompts(
 
 
 def _trie_work(prompts: Sequence[TokenIds]) -> Work:
-    """Reading all prompts, each common prefix once."""
+    """Return the work of reading all prompts, with each common prefix read once."""
     ids = [np.asarray(prompt, dtype=np.int64) for prompt in sorted(prompts)]
     shared = [0, *(common_prefix_length(left, right) for left, right in pairwise(ids))][: len(ids)]
     return add_works(

@@ -1,4 +1,4 @@
-"""A headless Chromium of the system."""
+"""A headless Chromium from the system."""
 
 from __future__ import annotations
 
@@ -25,23 +25,28 @@ FLAGS = (
 
 
 class Browser:
-    """A page in Chromium, with what it said and asked for since it was opened."""
+    """A page in Chromium, with its console messages and requests since it was opened."""
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
 
     def open(self, page: Path, at: str = "rollouts") -> None:
-        """At a section. Figures are drawn when they come near the view, so a test that is not about them need not wait for any."""
+        """Open the page at a section.
+
+        Figures are drawn when they come near the view, so a test that is not about them need not wait for
+        any.
+        """
         self.driver.get("about:blank")
         self.console()
         self.requests()
         self.driver.get(f"{page.as_uri()}#{at}")
         self.wait(
-            "return !document.getElementById('browser') || /completions of/.test(document.getElementById('status').textContent)"
+            "return !document.getElementById('browser') "
+            "|| /completions of/.test(document.getElementById('status').textContent)"
         )
 
     def draw_figures(self) -> int:
-        """Scrolls through all; how many there are."""
+        """Scroll through all figures and return their number."""
         charts = self.driver.find_elements("css selector", ".chart")
         for number, chart in enumerate(charts):
             self.run("arguments[0].scrollIntoView()", chart)
@@ -65,14 +70,14 @@ class Browser:
         return self.run("return document.querySelector(arguments[0]).textContent", selector)
 
     def press(self, *keys: str) -> None:
-        """Where the focus is."""
+        """Return the element that has the focus."""
         self.driver.switch_to.active_element.send_keys(*keys)
 
     def console(self) -> list[str]:
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def requests(self) -> list[str]:
-        """Addresses that Chromium asked for, besides the file itself and what the page holds."""
+        """Return the addresses that Chromium requested, except the file itself and what the page holds."""
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         urls = [
             event["params"]["request"]["url"]
@@ -86,7 +91,10 @@ class Browser:
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
     if chromium is None or chromedriver is None:
-        reason = "the page was NOT tried in a browser: no chromium and chromedriver here (Debian: apt-get install chromium chromium-driver)"
+        reason = (
+            "the page was NOT tried in a browser: no chromium and chromedriver here "
+            "(Debian: apt-get install chromium chromium-driver)"
+        )
         if os.environ.get("RPT_REQUIRE_BROWSER"):
             pytest.fail(f"RPT_REQUIRE_BROWSER is set, but {reason}")
         pytest.skip(reason)

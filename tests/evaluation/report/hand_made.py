@@ -1,4 +1,4 @@
-"""What the tests of the report's parts share: four positions, and runs and pattern shares made of numbers."""
+"""Shared data of the tests of the report's parts: four positions, and invented runs and pattern shares."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def position(name, entropy, reasoning, ntp, **fields):
 
 
 POLICY = results(
-    position("a1", 0.6, True, True), position("a2", 1.2, True, False, answerable=False), position("b1", 1.6, False, True), position("b2", 2.0, None, True)
+    position("a1", 0.6, True, True), position("a2", 1.2, True, False, answerable=False),
+    position("b1", 1.6, False, True), position("b2", 2.0, None, True)
 )  # fmt: skip
 
 
@@ -32,5 +33,5 @@ def run(name, *, steps=None, validations=()):
 
 
 def shares(hypothesis):
-    """Of 100 completions that many show a hypothesis, and none another pattern."""
+    """Make shares in which the given number of 100 completions show a hypothesis, and none anything else."""
     return {name: Rate(hypothesis if name == "hypothesis" else 0, 100) for name in PATTERNS}

@@ -1,4 +1,4 @@
-"""A run's folder with made-up numbers, for tests of the report. Nothing in it was measured."""
+"""Make a run's folder with invented numbers, for tests of the report. Nothing in it was measured."""
 
 from __future__ import annotations
 
@@ -51,7 +51,11 @@ def write_run(
     hostile: bool = False,
     seed: int = 0,
 ) -> None:
-    """``accuracies`` are the expected reasoning accuracies of validations, evenly spread over the steps from 0 on; 5 positions a document."""
+    """Write the folder.
+
+    ``accuracies`` are the expected reasoning accuracies of validations, spread evenly over the steps from 0
+    on. Each document has 5 positions.
+    """
     draw = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     write_log(folder / "steps.jsonl", num_steps, draw)

@@ -1,4 +1,7 @@
-"""The page as a person has it, in headless Chromium. Nothing here is timed: what keeps 10,000 rollouts smooth is that the page never holds them."""
+"""The page as a reader sees it, in headless Chromium.
+
+Nothing here is timed. 10,000 rollouts stay smooth because the page never holds them all.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from rpt_lightning.metrics.rollout_samples import read_samples, write_samples
 
 pytestmark = pytest.mark.browser
 
-MAX_ELEMENTS = 1500  # of the rollout browser: about 20 rows, and one task with at most 16 completions
+MAX_ELEMENTS = 1500  # in the rollout browser: about 20 rows, and one task with at most 16 completions
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,7 @@ def hostile_page(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def large_page(tmp_path_factory):
-    """A small step, then one of 10,000 rollouts."""
+    """Write a small step, then one with 10,000 rollouts."""
     folder = tmp_path_factory.mktemp("large")
     write_run(folder, sampled_steps=(1,))
     write_samples(
@@ -52,7 +55,7 @@ def large(browser, large_page):
 
 
 def chosen(browser):
-    """Of the list: the position of the chosen task, counted from 1, as assistive technology is told."""
+    """Return the list position of the selected task, counted from 1, as assistive technology is told."""
     active = browser.run("return document.getElementById('list').getAttribute('aria-activedescendant')")
     return int(browser.find(f"#{active}").get_attribute("aria-posinset"))
 
@@ -77,12 +80,14 @@ def test_opens_without_an_error_and_asks_for_nothing(hostile, hostile_page):
 
 
 def test_the_policy_refuses_scripts_and_requests(hostile):
-    """A guard of the guard: what a page must not do shows."""
+    """The guard itself works: forbidden behaviour of a page is detected."""
     hostile.run(
-        "window.refused = []; addEventListener('securitypolicyviolation', (event) => refused.push(event.effectiveDirective))"
+        "window.refused = [];"
+        "addEventListener('securitypolicyviolation', (event) => refused.push(event.effectiveDirective))"
     )
     hostile.run(
-        "const harm = document.createElement('script'); harm.textContent = 'window.harmed = 1'; document.body.append(harm)"
+        "const harm = document.createElement('script'); harm.textContent = 'window.harmed = 1'; "
+        "document.body.append(harm)"
     )
     hostile.run("document.body.append(Object.assign(new Image(), {src: 'https://example.invalid/x.png'}))")
     hostile.wait("return refused.length === 2")
@@ -113,7 +118,8 @@ def test_truth_has_its_token_boundaries_and_tokens_their_probability(hostile, ho
     shown = hostile.run("return [...document.querySelectorAll('.truth')].map((token) => token.textContent)")
     assert shown == [token.replace(" ", "·").replace("\n", "⏎") for token in first["truth"]]
     tokens = hostile.run(
-        "return [...document.querySelector('.completion').querySelectorAll('.tok')].map((t) => [t.textContent, t.className])"
+        "return [...document.querySelector('.completion').querySelectorAll('.tok')]"
+        ".map((t) => [t.textContent, t.className])"
     )
     assert [text.replace("⏎", "") for text, _ in tokens] == first["tokens"]
     answer_from = [text for text, _ in tokens].index("\\boxed{")
@@ -154,7 +160,8 @@ def test_keys(hostile):
     assert chosen(hostile) == 7
     hostile.press("]")
     hostile.wait(
-        "return document.getElementById('step').value === '21' && /doc-0:/.test(document.querySelector('#task h3').textContent)"
+        "return document.getElementById('step').value === '21' "
+        "&& /doc-0:/.test(document.querySelector('#task h3').textContent)"
     )
     hostile.press("[")
     hostile.wait("return document.getElementById('step').value === '1'")
@@ -162,7 +169,7 @@ def test_keys(hostile):
     assert outcomes(hostile) == {"wrong"}
     hostile.press("t")
     assert outcomes(hostile) == {"truncated"}
-    hostile.press("a", "/", "j", Keys.ESCAPE)  # a letter in the search field is only a letter
+    hostile.press("a", "/", "j", Keys.ESCAPE)  # in the search field a letter is only a letter
     assert hostile.run("return [document.getElementById('find').value, document.activeElement.id]") == [
         "j",
         "list",
@@ -185,7 +192,9 @@ def test_keys_go_on_after_what_had_the_focus_is_gone(hostile):
 
 def test_every_control_has_a_name_and_can_be_reached(hostile):
     nameless = """return [...document.querySelectorAll('button, input, select, [tabindex="0"], [role=img]')]
-        .filter((one) => !(one.getAttribute('aria-label') || one.textContent.trim() || one.labels?.[0]?.textContent.trim())).map((one) => one.outerHTML)"""
+        .filter((one) => !(one.getAttribute('aria-label') || one.textContent.trim()
+          || one.labels?.[0]?.textContent.trim()))
+        .map((one) => one.outerHTML)"""
     assert hostile.run(nameless) == []
     assert (
         hostile.run(
@@ -198,7 +207,10 @@ def test_every_control_has_a_name_and_can_be_reached(hostile):
 def test_runs_can_be_hidden_and_chosen(hostile):
     hostile.run("document.getElementById('training').scrollIntoView()")
     hostile.wait("return document.querySelector('.charts-training .chart .main-svg')")
-    shown = "return document.querySelector('.charts-training .chart').data.filter((trace) => trace.visible).length"
+    shown = (
+        "return document.querySelector('.charts-training .chart').data"
+        ".filter((trace) => trace.visible).length"
+    )
     before = hostile.run(shown)
     hostile.find("[data-run-toggle='1']").click()
     hostile.wait(f"return (() => {{ {shown} }})() < {before}")
@@ -210,7 +222,7 @@ def test_runs_can_be_hidden_and_chosen(hostile):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_light_and_dark_keep_their_contrast(hostile_page, browser, scheme):
-    """WCAG 2's 4.5 between text and what is behind it, for every kind of text, as the browser computes the colours."""
+    """Every kind of text has WCAG 2's contrast of 4.5, with the colours that the browser computes."""
     browser.driver.execute_cdp_cmd(
         "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     )
@@ -230,18 +242,22 @@ def test_light_and_dark_keep_their_contrast(hostile_page, browser, scheme):
 _CONTRAST = """
 const parse = (colour) => colour.match(/[\\d.]+/g).map(Number);
 const over = ([r, g, b, a = 1], under) => [r, g, b].map((value, i) => a * value + (1 - a) * under[i]);
-const luminance = (rgb) => rgb.map((v) => v / 255).map((v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+const luminance = (rgb) => rgb.map((v) => v / 255)
+  .map((v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
   .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
 const ground = (one) => {
   const own = parse(getComputedStyle(one).backgroundColor);
   if (own.length === 3 || own[3] === 1 || !one.parentElement) return own.slice(0, 3);
   return over(own, ground(one.parentElement));
 };
-const texts = [...document.querySelectorAll('main *, header *, footer')].filter((one) => !one.closest('.chart, .hidden, :disabled, .skip')
+const texts = [...document.querySelectorAll('main *, header *, footer')]
+  .filter((one) => !one.closest('.chart, .hidden, :disabled, .skip')
   && [...one.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim()));
 return texts.map((one) => {
-  const under = ground(one), [high, low] = [luminance(over(parse(getComputedStyle(one).color), under)), luminance(under)].sort((a, b) => b - a);
-  return [(high + 0.05) / (low + 0.05), one.tagName + '.' + one.className + ': ' + one.textContent.slice(0, 30)];
+  const under = ground(one), own = luminance(over(parse(getComputedStyle(one).color), under));
+  const [high, low] = [own, luminance(under)].sort((a, b) => b - a);
+  const name = one.tagName + '.' + one.className + ': ' + one.textContent.slice(0, 30);
+  return [(high + 0.05) / (low + 0.05), name];
 }).filter(([contrast]) => contrast < 4.5).slice(0, 5);
 """
 
@@ -256,7 +272,8 @@ def test_a_phone_shows_it_without_scrolling_sideways(hostile_page, browser):
         browser.draw_figures()
         assert browser.run("return document.documentElement.scrollWidth") == 390
         assert browser.run(
-            "return [...document.querySelectorAll('.chart')].every((chart) => chart.getBoundingClientRect().right <= 390)"
+            "return [...document.querySelectorAll('.chart')]"
+            ".every((chart) => chart.getBoundingClientRect().right <= 390)"
         )
     finally:
         browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
@@ -294,7 +311,10 @@ def test_ten_thousand_rollouts_are_never_in_the_page_at_once(large):
 
 @pytest.fixture(scope="module")
 def odd_page(tmp_path_factory):
-    """At step 1 very long completions, and more of one task than are shown at once; at step 2 what earlier versions wrote."""
+    """Write very long completions, and more of one task than are shown at once, at step 1.
+
+    Step 2 has what earlier versions wrote.
+    """
     folder = tmp_path_factory.mktemp("odd")
     write_run(folder, num_tasks=1, sampled_steps=(1, 2))
     first, second = (folder / "rollouts" / f"step-{step:06d}.jsonl" for step in (1, 2))
@@ -321,7 +341,8 @@ def odd_page(tmp_path_factory):
 def test_a_long_completion_is_shown_in_parts(odd_page, browser):
     browser.open(odd_page)
     assert browser.run(
-        "return [document.querySelectorAll('.completion').length, document.querySelectorAll('.said .tok').length]"
+        "return [document.querySelectorAll('.completion').length, "
+        "document.querySelectorAll('.said .tok').length]"
     ) == [16, 6400]
     assert browser.text(".said .more") == "Show 2,100 more tokens"
     browser.find(".said .more").click()

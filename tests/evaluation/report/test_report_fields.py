@@ -1,4 +1,4 @@
-"""The report by what the corpus knows about a position."""
+"""The report's tables and figures by what the corpus knows about a position."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def validated(name, *rows):
 
 
 ONE = validated(
-    "one", (True, False, {"depth": 10}), (True, False, {"depth": 2}), (False, True, {"depth": 2, "world": "<b>"}), (True, True, None)
+    "one", (True, False, {"depth": 10}), (True, False, {"depth": 2}),
+    (False, True, {"depth": 2, "world": "<b>"}), (True, True, None)
 )  # fmt: skip
 TWO = validated("two", (None, True, {"depth": 2}), (None, False, {"depth": 4}))
 

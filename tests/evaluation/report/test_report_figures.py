@@ -25,7 +25,7 @@ def traces(figure):
 
 
 def logged(**metrics):
-    """A run whose metric ``a__b`` takes the given values from step 1 on."""
+    """Make a run whose metric ``a__b`` takes the given values from step 1 on."""
     number = len(next(iter(metrics.values())))
     return run(
         "<i>r</i>",
@@ -82,7 +82,7 @@ def test_few_steps_are_points_and_many_have_a_running_mean():
 
 
 def test_a_value_that_is_not_finite_has_no_point():
-    """JSON has no NaN, and one would keep a browser from reading anything on the page."""
+    """JSON has no NaN, and a single one would keep a browser from reading anything on the page."""
     (figure,) = all_figures([logged(policy__entropy=[0.5, float("nan"), float("inf")])], {"<i>r</i>": {}})
     assert traces(figure)[0]["y"] == [0.5, None, None]
     assert "NaN" not in json_for_script(figure.spec)

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 class Parsed(html.parser.HTMLParser):
-    """Scripts with their attributes, and every attribute that could load something."""
+    """Collects scripts with their attributes, and every attribute that could load something."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -68,7 +68,10 @@ def test_nothing_is_loaded(page):
 
 
 def test_only_our_scripts_may_run(page):
-    """Three kinds of script elements: ours, data, and what is packed; and the policy names ours and, unpacked, Plotly."""
+    """There are three kinds of script elements: ours, data, and compressed ones.
+
+    The security policy names ours and, decompressed, Plotly.
+    """
     from plotly.offline import get_plotlyjs
 
     _, parsed = page
@@ -87,7 +90,8 @@ def test_scripts_set_text_only(page):
     _, parsed = page
     (ours,) = [text for attributes, text in parsed.scripts if "type" not in attributes]
     assert not re.search(
-        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|fetch\(|XMLHttpRequest|import\(",
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|fetch\(|XMLHttpRequest"
+        r"|import\(",
         ours,
     )
 
@@ -115,7 +119,7 @@ def test_what_the_page_holds_of_many_steps_is_said(tmp_path, capsys):
     assert re.search(r"report\.html: \d+\.\d MB, 1 run\. Open it", capsys.readouterr().out)
     text = (tmp_path / "report.html").read_text()
     assert re.findall(r'id="rollouts-0-(\d+)"', text) == ["1", "5", "9"]
-    assert "3 of 9 recorded steps are held here, evenly spread over each run" in text
+    assert "3 of 9 recorded steps are shown here, evenly spread over each run" in text
     with pytest.raises(ValueError, match="rollout_steps=1: give 2"):
         report([tmp_path / "run"], rollout_steps=1)
 
@@ -129,7 +133,7 @@ def test_a_run_with_nothing_but_a_log_says_what_is_missing(tmp_path):
     for missing in (
         "this run was never validated",
         "No run was validated",
-        "needs validations at two steps",
+        "needs validations at two or more steps",
         "No run recorded rollouts",
     ):
         assert missing in text
@@ -146,7 +150,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert cli.main(["report", "a", "nowhere"]) == 1
     assert (
         capsys.readouterr().err
-        == "rpt: error: nowhere: no such run folder. Give what `trainer.default_root_dir` was.\n"
+        == "rpt: error: nowhere: no such run folder. Give the value of `trainer.default_root_dir`.\n"
     )
     with pytest.raises(SystemExit):
         cli.main(["report"])
@@ -158,7 +162,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.long
 def test_a_wheel_carries_the_page(tmp_path):
-    # Of a copy: a build leaves folders behind that a later build would take its files from.
+    # Build a copy, because a build leaves folders behind from which a later build would take its files.
     source = tmp_path / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):

@@ -1,4 +1,4 @@
-"""Accuracy points, tables and the embedded rollouts, by hand-made numbers."""
+"""Accuracy points, tables and the embedded rollouts, checked with hand-made numbers."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ from rpt_lightning.metrics.rollout_samples import RolloutSample
 from sample_results import results
 
 SAMPLE = RolloutSample(
-    task_id="a:3", context="2 + 2 =", truth=(" 4", "."), thought="hm</think>", completion="hm</think>\\boxed{ 4}", prediction=" 4", reward=1.0,
-    finish_reason="stop", policy_version=3, tokens=("hm", "</think>", "\\boxed{", " 4}", "<end>"), logprobs=(-0.5, -0.004, -0.006, -2.0, 0.0), entropy=1.2,
+    task_id="a:3", context="2 + 2 =", truth=(" 4", "."), thought="hm</think>",
+    completion="hm</think>\\boxed{ 4}", prediction=" 4", reward=1.0,
+    finish_reason="stop", policy_version=3, tokens=("hm", "</think>", "\\boxed{", " 4}", "<end>"),
+    logprobs=(-0.5, -0.004, -0.006, -2.0, 0.0), entropy=1.2,
 )  # fmt: skip
 
 
@@ -58,7 +60,8 @@ def test_difficulty_table():
     table = difficulty_table(run("one", validations=[POLICY]))
     assert table.caption == "one at step 7"
     assert [row[:2] for row in table.rows] == [
-        ["all positions", "4"], ["easy (entropy > 0.5 nats)", "4"], ["medium (entropy > 1.0 nats)", "3"], ["hard (entropy > 1.5 nats)", "2"]
+        ["all positions", "4"], ["easy (entropy > 0.5 nats)", "4"], ["medium (entropy > 1.0 nats)", "3"],
+        ["hard (entropy > 1.5 nats)", "2"]
     ]  # fmt: skip
     assert [row[-1] for row in table.rows] == ["75.0 %", "75.0 %", "66.7 %", "100.0 %"]
     assert table.rows[3][3] == "100.0 % [34.2, 100.0] 2/2"
@@ -74,7 +77,7 @@ def test_runs_side_by_side():
     rows = {name: cells for name, *cells in table.rows}
     assert table.columns == ["", "one", "two"]
     assert rows["steps logged"] == ["2", "0"]
-    assert rows["time of all steps"] == ["1.00 h, 1800.0 s a step", "not logged"]
+    assert rows["time of all steps"] == ["1.00 h, 1800.0 s per step", "not logged"]
     assert rows["tokens sampled"] == ["1,234", "not logged"]
     assert rows["accuracy by NTP"] == ["75.0 % [30.1, 95.4] 3/4", "not measured"]
     assert rows["NTP loss"] == ["0.500 nats", "not measured"]
@@ -94,7 +97,9 @@ def test_pattern_tables_give_the_relative_change():
 
 
 @pytest.mark.parametrize(
-    ("steps", "number", "expected"), [([], 3, []), ([4], 2, [4]), ([1, 2, 3], 3, [1, 2, 3]), (list(range(0, 101, 10)), 3, [0, 50, 100]), ([1, 2, 3, 4], 2, [1, 4])]
+    ("steps", "number", "expected"),
+    [([], 3, []), ([4], 2, [4]), ([1, 2, 3], 3, [1, 2, 3]), (list(range(0, 101, 10)), 3, [0, 50, 100]),
+    ([1, 2, 3, 4], 2, [1, 4])]
 )  # fmt: skip
 def test_steps_are_spread_evenly(steps, number, expected):
     assert spread(steps, number) == expected
@@ -102,7 +107,7 @@ def test_steps_are_spread_evenly(steps, number, expected):
 
 def test_outcomes():
     assert outcome(SAMPLE) == 0
-    assert outcome(replace(SAMPLE, reward=0.9)) == 1  # a dense reward of a wrong first token
+    assert outcome(replace(SAMPLE, reward=0.9)) == 1  # a dense reward for a wrong first token
     assert outcome(replace(SAMPLE, reward=0.0, finish_reason="length")) == 2
 
 
@@ -121,7 +126,7 @@ def test_where_the_answer_begins(tokens, thought, expected):
 
 
 def test_a_log_prob_that_is_not_finite_is_as_good_as_impossible():
-    """A server says NaN for -inf; neither is JSON, and one would keep the page from being made."""
+    """A server says NaN for -inf. Neither is JSON, and a single one would prevent the page."""
     odd = replace(SAMPLE, logprobs=(float("nan"), float("-inf"), -0.006, -2.0, 0.0))
     assert step_data([odd])["tasks"][0]["r"][0]["l"] == [IMPOSSIBLE, IMPOSSIBLE, 1, 200, 0]
 
@@ -138,8 +143,10 @@ def test_rollouts_are_grouped_by_task_and_survive_the_packing():
     unpacked = json.loads(gzip.decompress(base64.b64decode(packed)))
     assert unpacked["tasks"][0] == {
         "id": "a:3", "c": "2 + 2 =", "t": [" 4", "."], "e": 1.2, "r": [
-            {"o": 0, "p": " 4", "w": 1.0, "v": 3, "k": ["hm", "</think>", "\\boxed{", " 4}", "<end>"], "l": [50, 0, 1, 200, 0], "n": 2},
-            {"o": 1, "p": " 4", "w": 0.0, "v": 3, "k": ["hm", "</think>", "\\boxed{", " 4}", "<end>"], "l": [50, 0, 1, 200, 0], "n": 2},
+            {"o": 0, "p": " 4", "w": 1.0, "v": 3, "k": ["hm", "</think>", "\\boxed{", " 4}", "<end>"],
+            "l": [50, 0, 1, 200, 0], "n": 2},
+            {"o": 1, "p": " 4", "w": 0.0, "v": 3, "k": ["hm", "</think>", "\\boxed{", " 4}", "<end>"],
+            "l": [50, 0, 1, 200, 0], "n": 2},
         ],
     }  # fmt: skip
     assert unpacked["tasks"][1]["r"] == [

@@ -1,4 +1,4 @@
-"""Words for numbers: 40 documents of 5 positions each, in which who is right is written down."""
+"""Statements about numbers: 40 documents of 5 positions each, with outcomes that are written down."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from sample_results import FIRST
 
 
 def results(reasoning, ntp, *, step=0, num_documents=40, **fields):
-    """``reasoning`` and ``ntp``: how many of every document's 5 positions are right, or a function of the document; reasoning None: not measured."""
+    """Make a run.
+
+    ``reasoning`` and ``ntp`` say how many of every document's 5 positions are right, or are functions of the
+    document. If ``reasoning`` is None, reasoning was not measured.
+    """
 
     def right(rule, document, position):
         return position < (rule(document) if callable(rule) else rule)
@@ -51,7 +55,8 @@ def alternating(document):
             2,
             "gain",
             "Reasoning beats",
-            "by reasoning 60.0 % [53.1, 66.5] 120/200, by NTP 40.0 % [33.5, 46.9] 80/200 at the same positions",
+            "by reasoning 60.0 % [53.1, 66.5] 120/200, by NTP 40.0 % [33.5, 46.9] 80/200 at the same "
+            "positions",
         ),
         (
             2,
@@ -79,7 +84,7 @@ def test_reasoning_against_ntp(reasoning, ntp, tone, words, numbers):
 
 @pytest.mark.parametrize("num_documents", [MIN_DOCUMENTS - 1, 1])
 def test_too_few_positions_are_not_judged(num_documents):
-    """Even where reasoning is right everywhere and NTP nowhere."""
+    """No claim is made, even if reasoning is right everywhere and NTP nowhere."""
     (statement,) = verdicts([run(results(5, 0, num_documents=num_documents))])["run"]
     assert statement.tone == "unknown"
     assert statement.headline.startswith(
@@ -107,7 +112,7 @@ def test_the_thought_against_an_empty_one():
     _, thought = verdicts([run(results(3, 3, empty_thought_correct=True))])["run"]
     assert (thought.tone, thought.headline) == (
         "loss",
-        "The thought harms: behind an empty one the same weights answer better.",
+        "The thought harms: after an empty one the same weights answer better.",
     )
 
 
@@ -122,7 +127,7 @@ def test_what_training_changed():
     _, fell = verdicts([run(results(3, 2), results(1, 2, step=50))])["run"]
     assert fell.tone == "loss"
     _, one_validation = verdicts([run(results(3, 2, step=50), rewards=[0.1] * 30)])["run"]
-    assert one_validation.headline.startswith("What training changed cannot be said")
+    assert one_validation.headline.startswith("The effect of training is unknown")
     _, changed = verdicts([run(results(1, 2), results(1, 2, step=3), rewards=[0.1, 0.2, 0.3])])["run"]
     assert changed.tone == "undecided"
 
@@ -136,7 +141,7 @@ def test_other_runs_are_held_against_the_first():
     assert "rpt by reasoning 60.0 % [53.1, 66.5] 120/200, ntp by NTP 80.0 %" in own.numbers
     assert (without.tone, without.headline) == ("gain", "ntp by NTP is more accurate than rpt by NTP.")
     assert "rpt by NTP 20.0 %" in without.numbers
-    # The same by NTP: what was a gain was one of the way of answering.
+    # By NTP both are the same, so the gain came from the way of answering.
     *_, own, without = verdicts([run(results(1, 4), name="rpt"), ntp])["ntp"]
     assert (own.tone, without.tone) == ("gain", "undecided")
     assert (
@@ -145,7 +150,7 @@ def test_other_runs_are_held_against_the_first():
     other = verdicts([rpt, run(results(3, 1, num_documents=39), name="other")])["other"][-1]
     assert (other.tone, other.headline) == (
         "unknown",
-        "It cannot be said whether other by NTP is better than rpt by NTP: the positions differ.",
+        "It is not known whether other by NTP is better than rpt by NTP: the positions differ.",
     )
     assert "Validate both with the same task folder" in other.numbers
     assert "never validated" in verdicts([rpt, run(name="other")])["other"][-1].headline

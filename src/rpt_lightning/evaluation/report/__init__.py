@@ -1,1 +1,1 @@
-"""``rpt report``: runs as one HTML file that opens from disk."""
+"""``rpt report``: show runs in one HTML file that opens from disk."""

@@ -1,4 +1,4 @@
-"""Accuracy at held-out positions, by reasoning and without, for every band of difficulty."""
+"""Accuracy at held-out positions for every band of difficulty, with and without reasoning."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ THRESHOLDS: dict[str, float] = {ALL: float("-inf"), **BANDS}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AccuracyPoint:
-    """One policy at one band. Reasoning and NTP are of the same weights at the same positions; a reasoning rate of count 0 was not measured."""
+    """The accuracy of one policy in one band.
+
+    Reasoning and NTP use the same weights at the same positions. A reasoning rate with count 0 was not
+    measured.
+    """
 
     step: int
     band: str
@@ -25,7 +29,10 @@ class AccuracyPoint:
 
 
 def accuracy_point(results: Results, band: str) -> AccuracyPoint:
-    """Both accuracies of one evaluation; bands are nested as in the paper: a hard position is also a medium and an easy one."""
+    """Compute both accuracies of one evaluation.
+
+    Bands are nested as in the paper, so a hard position is also a medium and an easy one.
+    """
     positions = above(results.positions, THRESHOLDS[band])
     return AccuracyPoint(
         step=results.step,
@@ -36,23 +43,29 @@ def accuracy_point(results: Results, band: str) -> AccuracyPoint:
 
 
 def accuracy_points(validations: Mapping[int, Results], band: str) -> list[AccuracyPoint]:
-    """One point a validation that has positions in the band."""
+    """Compute one point for each validation that has positions in the band."""
     points = [accuracy_point(results, band) for results in validations.values()]
     return [point for point in points if point.ntp.count]
 
 
 def reasoning_minus_ntp(results: Results, band: str = ALL) -> Difference | None:
-    """The paired difference of the same weights at the same positions; None where reasoning was not measured there."""
+    """Compute the paired difference of the same weights at the same positions.
+
+    Returns None if reasoning was not measured there.
+    """
     return _paired(above(results.positions, THRESHOLDS[band]), "ntp_correct")
 
 
 def reasoning_minus_ntp_at(positions: Sequence[PositionResult]) -> Difference | None:
-    """The same at some positions of one evaluation."""
+    """Compute the same difference for some positions of one evaluation."""
     return _paired(positions, "ntp_correct")
 
 
 def reasoning_minus_empty_thought(results: Results) -> Difference | None:
-    """What the thought is worth: against the same weights' answer after an empty thought, where that control was measured."""
+    """Compute the gain from the thought, at the positions where the control was measured.
+
+    The control is the answer of the same weights after an empty thought.
+    """
     return _paired(results.positions, "empty_thought_correct")
 
 

@@ -1,7 +1,7 @@
 "use strict";
-// What every part of the page uses: elements, embedded data, and light or dark.
+// Shared by every part of the page: elements, embedded data, and the light or dark theme.
 
-/** An element with a class and text. Text is only ever set as text, never as HTML. */
+/** Make an element with a class and text. Text is never set as HTML. */
 function element(tag, className = "", text = "") {
   const made = document.createElement(tag);
   if (className) made.className = className;
@@ -13,7 +13,7 @@ function embeddedJson(id) {
   return JSON.parse(document.getElementById(id).textContent);
 }
 
-/** The text of a block that is base64 of gzip. */
+/** Decode the text of a block: base64, then gzip. */
 async function inflate(id) {
   const bytes = Uint8Array.from(atob(document.getElementById(id).textContent), (character) => character.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
@@ -28,11 +28,11 @@ const theme = (() => {
   const button = document.getElementById("theme");
   const system = matchMedia("(prefers-color-scheme: dark)");
   const listeners = [];
-  let chosen = null; // null: as the system says
+  let chosen = null; // null: follow the system
   try {
     chosen = localStorage.getItem("rpt-report-theme");
   } catch {
-    // A browser may refuse storage to files; the choice then lasts as long as the page.
+    // A browser may refuse storage to files. The choice then lasts as long as the page is open.
   }
 
   const isDark = () => (chosen === null ? system.matches : chosen === "dark");

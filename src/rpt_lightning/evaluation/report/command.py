@@ -1,4 +1,4 @@
-"""`rpt report`: read runs, build the page, write it."""
+"""`rpt report`: read runs, build the page and write it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ PatternsByStep = dict[int, dict[str, Rate]]
 
 
 def report(runs: list[Path], *, output: Path = Path("report.html"), rollout_steps: int = 10) -> None:
-    """Write one HTML file about one or several runs. It opens from disk, without a network.
+    """Write one HTML file about one or more runs. It opens from disk, without a network.
 
     Args:
-        runs: Run folders (what trainer.default_root_dir was). The others are compared with the first.
+        runs: Run folders (the value of trainer.default_root_dir). The others are compared with the first.
         output: The file to write.
-        rollout_steps: Of each run, how many of the steps with recorded rollouts the page holds in full, evenly spread; 2 or more.
+        rollout_steps: How many steps of each run keep their recorded rollouts in full on the page, spread
+            evenly. At least 2.
     """
     if rollout_steps < 2:
         raise ValueError(
@@ -49,12 +50,16 @@ def report(runs: list[Path], *, output: Path = Path("report.html"), rollout_step
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(render(page), encoding="utf-8", newline="\n")
     print(
-        f"{output}: {output.stat().st_size / 1e6:.1f} MB, {len(read)} {'run' if len(read) == 1 else 'runs'}. Open it in a browser."
+        f"{output}: {output.stat().st_size / 1e6:.1f} MB, {len(read)} {'run' if len(read) == 1 else 'runs'}. "
+        "Open it in a browser."
     )
 
 
 def _rollouts(run: Run, number: int, rollout_steps: int, patterns: PatternsByStep) -> Iterator[RolloutBlock]:
-    """Goes through a run's rollout files one at a time, since all of them may not fit into memory; fills ``patterns`` on the way."""
+    """Yield the rollouts of the steps that the page holds, and fill ``patterns`` for all steps.
+
+    Files are read one at a time, because all of them together may not fit into memory.
+    """
     held = spread(list(run.rollouts), rollout_steps)
     for step, path in run.rollouts.items():
         samples = read_samples(path)

@@ -1,4 +1,4 @@
-"""Figures of accuracy by a numeric field of the corpus, such as the serial depth of what stands at a position."""
+"""Figures of accuracy by a numeric field of the corpus, such as the serial depth of a position."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rpt_lightning.metrics.results import PositionResult
 
 
 def field_curves(runs: Sequence[Run]) -> list[Figure]:
-    """One figure for each field whose values are numbers, at the last validation of each run."""
+    """Draw one figure for each field with numeric values, at the last validation of each run."""
     positions = [
         position for run in runs if run.last_validation for position in run.last_validation.positions
     ]
@@ -35,7 +35,7 @@ def _field_curve(name: str, runs: Sequence[Run], positions: Sequence[PositionRes
         value for position in positions if (value := field_value(position, name)) is not None
     )
     has_ranges = len(labels) > MAX_VALUES
-    # A value stands at its place on the axis; ranges stand side by side.
+    # A value stands at its own place on the axis, but ranges stand side by side.
     places = {label: label if has_ranges else value for value, label in labels.items()}
     traces = []
     for number, run in enumerate(runs):
@@ -66,5 +66,8 @@ def _field_curve(name: str, runs: Sequence[Run], positions: Sequence[PositionRes
     figure.update_layout(showlegend=True)
     if has_ranges:
         figure.update_xaxes(type="category", categoryorder="array", categoryarray=list(places))
-    note = "Line: by reasoning. Dashed: NTP of the same weights, at the same positions. Bars: 95 % intervals (Wilson)."
+    note = (
+        "Line: by reasoning. Dashed: NTP of the same weights, at the same positions. "
+        "Bars: 95 % intervals (Wilson)."
+    )
     return finish(figure, "accuracy", f"Accuracy by {name}, at each run's last validation", note)

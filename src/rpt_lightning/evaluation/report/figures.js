@@ -1,11 +1,11 @@
-// Figures: each is drawn in the page's colours when it comes near the view; Plotly is unpacked for the first. A change of theme draws them again.
+// Each figure is drawn in the page's colours when it comes near the view. The first one unpacks Plotly. A change of theme redraws them.
 
 (() => {
   const charts = [...document.querySelectorAll(".chart")];
   const specs = embeddedJson("figures");
   const hidden = new Set(); // numbers of runs
   const drawn = new Set();
-  // Where nothing hovers the buttons would stand over the figure all the time.
+  // Without a pointer that hovers, the buttons would cover the figure all the time.
   const displayModeBar = matchMedia("(hover: hover)").matches ? "hover" : false;
 
   async function unpackPlotly() {
@@ -17,7 +17,7 @@
 
   /** The layout that all figures share; sizes are in CSS pixels. */
   function frame(isTall) {
-    const probe = document.body.appendChild(element("span")); // what a colour of the style is at the moment, the browser says of an element only
+    const probe = document.body.appendChild(element("span")); // the browser gives the current value of a style's colour only for an element
     const colour = (name) => {
       probe.style.color = `var(${name})`;
       return getComputedStyle(probe).color;
@@ -46,7 +46,7 @@
     drawn.add(chart);
     await (unpacked ??= unpackPlotly());
     const { data, layout } = specs[chart.dataset.figure];
-    // An interval in its bar's own colour could not be seen inside the bar.
+    // An interval in the bar's own colour would not show inside the bar.
     const color = getComputedStyle(chart).color;
     const traces = data.map((trace) => ({
       ...trace,

@@ -1,4 +1,4 @@
-"""The report's figures: each a function of runs, which returns nothing where the runs hold no data for it."""
+"""Figures of the report. Each function takes runs and returns nothing if they hold no data for its figure."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ _PHASES = {"rollout": "time/rollout_s", "training": "time/train_s", "weights to 
 def all_figures(
     runs: Sequence[Run], patterns: Mapping[str, Mapping[int, Mapping[str, Rate]]]
 ) -> list[Figure]:
-    """Those for which the runs hold data."""
+    """Draw the figures for which the runs hold data."""
     figures = [
         accuracy_bars(runs),
         *field_curves(runs),
         _curve(runs, "Reward", "mean reward of a completion", "reward/mean"),
         heldout_curve(runs),
         _curve(runs, "Completion length", "tokens, mean of a step", "rollout/length_mean"),
-        _curve(runs, "Entropy of the policy", "nats a token", "policy/entropy"),
+        _curve(runs, "Entropy of the policy", "nats per token", "policy/entropy"),
         all_equal_curve(runs),
         logprob_difference(runs),
         *(time_by_phase(runs, number) for number in range(len(runs))),
@@ -64,7 +64,7 @@ def all_figures(
 
 
 def accuracy_bars(runs: Sequence[Run]) -> Figure | None:
-    """Each run's last validation: a bar by reasoning and a hatched one by NTP, at the same positions."""
+    """Draw each run's last validation as a solid bar (reasoning) and a hatched bar (NTP, same positions)."""
     import plotly.graph_objects as go
 
     validated = [
@@ -110,14 +110,14 @@ def accuracy_bars(runs: Sequence[Run]) -> Figure | None:
     figure.update_layout(barmode="group", bargap=0.25, bargroupgap=0.08, showlegend=True, xaxis_tickangle=0)
     figure.update_yaxes(rangemode="tozero")
     note = (
-        "Solid: by reasoning. Hatched: the same weights' next token without reasoning, at the same positions. "
+        "Solid: by reasoning. Hatched: NTP of the same weights, at the same positions. "
         "Lines: 95 % intervals (Wilson). Bands, by the proxy's entropy, are nested."
     )
     return finish(figure, "accuracy", "Accuracy by difficulty, at each run's last validation", note)
 
 
 def heldout_curve(runs: Sequence[Run]) -> Figure | None:
-    """Accuracy over all held-out positions by step; NTP dashed."""
+    """Draw the accuracy over all held-out positions by step, with NTP as a dashed line."""
     traces = []
     for number, run in enumerate(runs):
         traces += _accuracy_traces(
@@ -139,7 +139,11 @@ def heldout_curve(runs: Sequence[Run]) -> Figure | None:
 
 
 def scaling(run: Run) -> Figure | None:
-    """Accuracy at every validated step for the three difficulties: against FLOPs with the fitted law, or by step with what a fit lacks."""
+    """Draw the accuracy at every validated step for the three difficulties.
+
+    The figure shows accuracy against FLOPs with the fitted law. If a fit is not possible, it shows accuracy
+    by step and gives the reason.
+    """
     try:
         return _fitted_scaling(run, scaling_curves(run))
     except ValueError as error:
@@ -195,14 +199,15 @@ def _fitted_scaling(run: Run, curves: Sequence[ScalingCurve]) -> Figure:
     figure.update_xaxes(type="log", exponentformat="power")
     fits = ". ".join(curve.text() for curve in curves)
     note = (
-        "Full: by reasoning. Hollow, dashed: the same weights' next token without reasoning. "
-        f"Line: P(C) = A / C^alpha + P*. Brackets: 95 % intervals over documents. {fits}. Bars: 95 % intervals (Wilson)."
+        "Full: by reasoning. Hollow, dashed: NTP of the same weights. "
+        "Line: P(C) = A / C^alpha + P*. Brackets: 95 % intervals over documents. "
+        f"{fits}. Bars: 95 % intervals (Wilson)."
     )
     return finish(figure, "scaling", f"{run.name}: accuracy against training compute", note)
 
 
 def all_equal_curve(runs: Sequence[Run]) -> Figure | None:
-    """The share of groups that teach nothing, since all their rewards are equal."""
+    """Draw the share of zero-variance groups. Their rewards are all equal, so they teach nothing."""
     traces = []
     for number, run in enumerate(runs):
         steps, live = run.series("rollout/live_groups_frac")
@@ -215,12 +220,12 @@ def all_equal_curve(runs: Sequence[Run]) -> Figure | None:
         figure,
         "training",
         "Groups of equal rewards",
-        "All completions of the group right, or all wrong: no gradient.",
+        "All completions of the group are right, or all are wrong: no gradient.",
     )
 
 
 def logprob_difference(runs: Sequence[Run]) -> Figure | None:
-    """Engine against policy, on a logarithmic axis."""
+    """Draw the log-prob difference between engine and policy on a logarithmic axis."""
     traces = []
     for number, run in enumerate(runs):
         for metric, dash in (("mean", "solid"), ("max", "dot")):
@@ -229,18 +234,18 @@ def logprob_difference(runs: Sequence[Run]) -> Figure | None:
                 traces.append(line(steps, values, name=f"{run.name}, {metric}", run=number, dash=dash))
     if not traces:
         return None
-    figure = new_figure(traces, "optimizer step", "nats a token")
+    figure = new_figure(traces, "optimizer step", "nats per token")
     figure.update_yaxes(type="log", exponentformat="power", dtick=1)
     return finish(
         figure,
         "training",
         "Log-prob difference, engine and policy",
-        "Line: mean over tokens. Dotted: largest. Steps of exactly 0 have no point.",
+        "Line: mean over tokens. Dotted: largest. Steps with exactly 0 have no point.",
     )
 
 
 def time_by_phase(runs: Sequence[Run], number: int) -> Figure | None:
-    """Where one run's steps spend their time, stacked."""
+    """Draw the time of one run's steps, stacked by phase."""
     import plotly.graph_objects as go
 
     run = runs[number]
@@ -266,17 +271,17 @@ def time_by_phase(runs: Sequence[Run], number: int) -> Figure | None:
             for name, values, shade in traces
         ],
         "optimizer step",
-        "seconds a step",
+        "seconds per step",
     )
     figure.update_layout(barmode="stack", bargap=0, showlegend=True)
     title = "Time by phase" if len(runs) == 1 else f"{run.name}: time by phase"
-    return finish(figure, "training", title, "Stacked; the height is the whole step, without validation.")
+    return finish(figure, "training", title, "Stacked. The height is the whole step, without validation.")
 
 
 def pattern_bars(
     runs: Sequence[Run], patterns: Mapping[str, Mapping[int, Mapping[str, Rate]]]
 ) -> Figure | None:
-    """Shares of completions at each run's last recorded step."""
+    """Draw the shares of completions that show each pattern, at each run's last recorded step."""
     import plotly.graph_objects as go
 
     traces = []
@@ -304,13 +309,13 @@ def pattern_bars(
 
 
 def pattern_curve(run_name: str, shares: Mapping[int, Mapping[str, Rate]]) -> Figure | None:
-    """Shares of completions by recorded step, a line a pattern."""
+    """Draw the shares of completions by recorded step, with one line for each pattern."""
     if len(shares) < 2:
         return None
     traces = []
     for number, pattern in enumerate(PATTERNS):
         trace = line(list(shares), [], name=pattern, run=None, shade=COLOURS[number], symbol=SYMBOLS[number])
-        # Without intervals: six lines with them cannot be read, and the table has them.
+        # Intervals are left out, because six lines with intervals cannot be read. The table has them.
         traces.append(trace.update(percent([shares[step][pattern] for step in shares]) | {"error_y": None}))
     figure = new_figure(traces, "optimizer step", "completions with a keyword, %")
     figure.update_layout(showlegend=True)

@@ -1,7 +1,8 @@
-"""The page: template, style and script put together into one file that may load nothing.
+"""Assemble template, style and script into one HTML file that loads nothing.
 
-A content security policy forbids every request, and every script but ours, which it names by their hashes. What runs recorded is text: Jinja escapes it
-in the template, the script sets it with textContent, and JSON inside a script element has its `<` escaped.
+A content security policy forbids every request and every script except ours, which it names by their
+hashes. Recorded content is always treated as text. Jinja escapes it in the template, the script sets it with
+textContent, and JSON inside a script element has its `<` escaped.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ from rpt_lightning.evaluation.report.verdict import Statement
 from rpt_lightning.evaluation.run import Run
 from rpt_lightning.evaluation.table import INTERVAL_NOTE
 
-# One script element; each file is a part of the page and defines what the next ones use.
+# The files become one script element. Each file uses what the earlier ones define.
 _SCRIPTS = ("app.js", "figures.js", "rollout_view.js", "rollouts.js")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutBlock:
-    """The rollouts of one run's step, compressed. ``has_tokens``: False for files of earlier versions, which hold texts only."""
+    """The compressed rollouts of one step of a run.
+
+    ``has_tokens`` is False for files of earlier versions, which hold only texts.
+    """
 
     run: int
     step: int
@@ -38,7 +42,7 @@ class RolloutBlock:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """All that the template shows."""
+    """Everything that the template shows."""
 
     runs: Sequence[Run]
     verdicts: dict[str, list[Statement]]
@@ -51,7 +55,7 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """The whole HTML file."""
+    """Render the whole HTML file."""
     from jinja2 import Environment
     from plotly.offline import get_plotlyjs
 
@@ -79,17 +83,27 @@ def render(page: Page) -> str:
 
 
 def json_for_script(data: object) -> str:
-    r"""JSON that no string in it can end, or turn into a comment: every ``<`` becomes ``\u003c``, which JSON reads as the same character."""
+    r"""Encode JSON so that no string in it can end the script element or begin a comment.
+
+    Every ``<`` becomes ``\u003c``, which JSON reads as the same character.
+    """
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def _security_policy(scripts: Sequence[str]) -> str:
-    """Nothing is fetched, only these scripts run, and none of them may evaluate text. Plotly sets styles and draws into data and blob images."""
+    """Build the content security policy.
+
+    Nothing is fetched, only these scripts run, and none of them may evaluate text. Plotly sets styles and
+    draws into data and blob images.
+    """
     hashes = " ".join(
         f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
         for script in scripts
     )
-    return f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
+    return (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; "
+        "base-uri 'none'; form-action 'none'"
+    )
 
 
 def _part(name: str) -> str:

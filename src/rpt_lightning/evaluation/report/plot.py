@@ -1,7 +1,7 @@
-"""What all figures of the report are made of: colours, traces and an empty frame, as Plotly specifications.
+"""Shared parts of the report's figures: colours, traces and an empty frame, as Plotly specifications.
 
-The page adds the colours of paper and text for light and dark. Names are escaped, since Plotly reads its texts as a subset of HTML. A trace of one run says
-in ``meta`` which.
+The page adds the colours of paper and text for its light and dark themes. Names are escaped, because Plotly
+reads its texts as a subset of HTML. A trace that belongs to one run gives the run's number in ``meta``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rpt_lightning.evaluation.table import Rate
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers and on both backgrounds.
+# Okabe and Ito's colours can be told apart by colour-blind readers and on both backgrounds.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
 SMOOTHING_STEPS = 10
@@ -28,7 +28,7 @@ _MAX_OWN_TICKS = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """``section`` is where it stands: accuracy, training, scaling or patterns."""
+    """A figure of the report. ``section`` is its place: accuracy, training, scaling or patterns."""
 
     section: str
     title: str
@@ -37,30 +37,33 @@ class Figure:
 
 
 def colour(run: int) -> str:
-    """The colour of a run on the whole page."""
+    """Return the colour of a run on the whole page."""
     return COLOURS[run % len(COLOURS)]
 
 
 def escape(name: str) -> str:
-    """A name as Plotly shows it unchanged."""
+    """Escape a name so that Plotly shows it unchanged."""
     return html.escape(name, quote=False)
 
 
 def symbol_of(number: int) -> str:
-    """The marker of a run, or of a band, for those who do not see the colour."""
+    """Return the marker of a run or band, for readers who cannot see the colour."""
     return SYMBOLS[number % len(SYMBOLS)]
 
 
 def new_figure(traces: Sequence[Any], x_title: str, y_title: str) -> go.Figure:
-    """Without a legend, since most figures show runs and the page has one legend for all of them."""
+    """Build a figure without a legend.
+
+    Most figures show runs, and the page has one legend for all of them.
+    """
     import plotly.graph_objects as go
 
     steps = sorted({step for trace in traces for step in trace.x if isinstance(step, int)})
-    # Plotly would put ticks between steps where there are few.
+    # With few steps, Plotly would put ticks between them.
     ticks = {"tickvals": steps} if 0 < len(steps) <= _MAX_OWN_TICKS else {}
     layout = {
         "xaxis": {"title": {"text": x_title}, **ticks},
-        "yaxis": {"title": {"text": y_title}, "rangemode": "nonnegative"},  # as everything that is drawn
+        "yaxis": {"title": {"text": y_title}, "rangemode": "nonnegative"},  # no plotted value is negative
         "showlegend": False,
         "hovermode": "x unified",
         "template": {},
@@ -69,7 +72,7 @@ def new_figure(traces: Sequence[Any], x_title: str, y_title: str) -> go.Figure:
 
 
 def finish(figure: go.Figure, section: str, title: str, note: str) -> Figure:
-    """The record that the page takes."""
+    """Wrap a figure in the record that the page takes."""
     return Figure(section=section, title=title, note=note, spec=figure.to_plotly_json())
 
 
@@ -83,7 +86,10 @@ def line(
     shade: str | None = None,
     symbol: str | None = None,
 ) -> go.Scatter:
-    """One series over optimizer steps (or FLOPs, or a field's values), in the colour of its run or in ``shade``."""
+    """Draw one series over optimizer steps, FLOPs or a field's values.
+
+    It has the colour of its run, or ``shade``.
+    """
     import plotly.graph_objects as go
 
     return go.Scatter(
@@ -99,7 +105,7 @@ def line(
 
 
 def smoothed(steps: Sequence[int], values: Sequence[float], *, name: str, run: int) -> list[go.Scatter]:
-    """Each step, and over it the mean of the last steps where there are enough to be worth it."""
+    """Draw each step and, if there are enough steps, the mean of the last steps over them."""
     if len(steps) < 2 * SMOOTHING_STEPS:
         return [line(steps, values, name=name, run=run, symbol=symbol_of(run))] if steps else []
     faint = line(steps, values, name=name, run=run).update(opacity=0.3, hoverinfo="skip", hovertemplate=None)
@@ -108,7 +114,7 @@ def smoothed(steps: Sequence[int], values: Sequence[float], *, name: str, run: i
 
 
 def percent(rates: Sequence[Rate]) -> dict[str, Any]:
-    """Heights, interval and hover text of a trace; a rate of nothing shows nothing."""
+    """Return heights, intervals and hover texts of a trace. A rate with count 0 shows nothing."""
     means = [100 * rate.mean if rate.count else None for rate in rates]
     ends = [rate.interval if rate.count else (0.0, 0.0) for rate in rates]
     return {
@@ -131,5 +137,9 @@ def percent(rates: Sequence[Rate]) -> dict[str, Any]:
 
 
 def rounded(values: Any) -> list[float | None]:
-    """Five digits are more than a picture shows, and lists (unlike arrays) stay readable in the file. JSON has no NaN: what is not finite has no point."""
+    """Round values to five digits, which is more than a figure shows.
+
+    Lists (unlike arrays) stay readable in the file. JSON has no NaN, so a value that is not finite has no
+    point.
+    """
     return [float(f"{value:.5g}") if math.isfinite(value) else None for value in values]

@@ -1,4 +1,7 @@
-"""Rollouts as the page holds them: one compressed block a step, decompressed by the browser when that step is looked at."""
+"""Rollouts in the form that the page holds: one compressed block for each step.
+
+The browser decompresses a block when its step is shown.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,9 @@ IMPOSSIBLE = 5000  # hundredths of a nat: 0.0 %
 
 
 def spread(steps: Sequence[int], number: int) -> list[int]:
-    """``number`` of the steps (2 or more), evenly spread, the first and the last among them; all where there are no more.
+    """Choose ``number`` of the steps (2 or more), evenly spread, including the first and the last.
+
+    Returns all steps if there are no more than ``number``.
 
     >>> spread([1, 11, 21, 31, 41], 3)
     [1, 21, 41]
@@ -28,12 +33,18 @@ def spread(steps: Sequence[int], number: int) -> list[int]:
 
 
 def outcome(sample: RolloutSample) -> int:
-    """Right means the full reward: a dense reward pays less than 1 for a wrong first token."""
+    """Classify a sample.
+
+    Right means the full reward, because a dense reward gives less than 1 for a wrong first token.
+    """
     return TRUNCATED if sample.is_truncated else RIGHT if sample.reward >= 1 else WRONG
 
 
 def step_data(samples: Sequence[RolloutSample]) -> dict[str, Any]:
-    """Short keys, since each stands once a completion: see rollout_view.js for what they are."""
+    """Encode the samples of a step.
+
+    Keys are short because each occurs once for every completion. rollout_view.js explains them.
+    """
     tasks = []
     for task_id, group in itertools.groupby(samples, key=lambda sample: sample.task_id):
         rows = list(group)
@@ -50,12 +61,15 @@ def step_data(samples: Sequence[RolloutSample]) -> dict[str, Any]:
 
 
 def compress(text: str) -> str:
-    """gzip, then base64, which cannot end a script element. The same text gives the same characters."""
+    """Compress text with gzip and encode it as base64, which cannot end a script element.
+
+    The same text always gives the same characters.
+    """
     return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode("ascii")
 
 
 def compress_json(data: object) -> str:
-    """`compress` of compact JSON."""
+    """Compress compact JSON with `compress`."""
     return compress(json.dumps(data, ensure_ascii=False, separators=(",", ":")))
 
 
@@ -77,12 +91,15 @@ def _completion(sample: RolloutSample) -> dict[str, Any]:
 
 
 def _hundredths(logprob: float) -> int:
-    """Minus a log-prob in hundredths of a nat. What is not finite (a server says NaN for -inf) is as good as impossible."""
+    """Convert a log-prob to hundredths of a nat, with the sign reversed.
+
+    A value that is not finite (a server says NaN for -inf) counts as impossible.
+    """
     return round(-100 * logprob) if math.isfinite(logprob) else IMPOSSIBLE
 
 
 def num_thought_tokens(tokens: Sequence[str], thought: str) -> int:
-    """How many tokens lie in the thought; one that reaches into the answer counts to the answer.
+    """Count the tokens that lie in the thought. A token that reaches into the answer belongs to the answer.
 
     >>> num_thought_tokens(["a", "b</", "think> \\\\", "boxed{x}"], "ab</think> ")
     2

@@ -2,18 +2,18 @@
 //
 // A task: {id, c: context, t: truth tokens, e: entropy in nats or null, r: completions}.
 // A completion: {o: 0 right, 1 wrong, 2 truncated; p: prediction or null; w: reward; v: policy version; and either
-//   k: tokens, l: -100 x log-probs in nats or null, n: number of tokens in the thought, or (files of earlier versions) h: thought, a: answer}.
+//   k: tokens, l: -100 x log-probs in nats or null, n: number of tokens in the thought, or (in files of earlier versions) h: thought, a: answer}.
 
 const OUTCOMES = ["right", "wrong", "truncated"];
-const MAX_COMPLETIONS = 16; // shown at once of one task, and of one completion:
+const MAX_COMPLETIONS = 16; // shown at once for one task; the next line is the limit for one completion
 const MAX_TOKENS = 400;
 
-/** White space made visible: in a prediction every space counts. */
+/** Make white space visible, because every space in a prediction counts. */
 function visible(text) {
   return text.replaceAll(" ", "·").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
 }
 
-/** Five classes of a token's probability, from likely (0) to surprising (4). */
+/** Return one of five classes of a token's probability, from likely (1) to surprising (5). */
 function probabilityClass(centinats) {
   const probability = Math.exp(-centinats / 100);
   return [0.9, 0.5, 0.2, 0.05].findIndex((limit) => probability >= limit) + 1 || 5;
@@ -35,7 +35,7 @@ function taskView(task, completions) {
   }
   const heading = element("h3", "", task.id);
   const entropy = task.e === null ? "" : `, proxy entropy ${task.e.toFixed(2)} nats`;
-  view.append(heading, element("p", "hint", `Context, then the true continuation by token${entropy}. · is a space, ⏎ a line's end.`), context);
+  view.append(heading, element("p", "hint", `Context, then the true continuation by token${entropy}. · is a space, ⏎ a line break.`), context);
   view.append(moreOf(completions, MAX_COMPLETIONS, completionView, "completions"));
   return view;
 }
@@ -76,7 +76,7 @@ function tokenView(completion, index) {
   return span;
 }
 
-/** The first items, and a button for the others, so that the page never holds more than somebody asked for. */
+/** Show the first items and a button for the others, so that the page never holds more than the reader asked for. */
 function moreOf(items, number, show, noun) {
   const made = document.createDocumentFragment();
   made.append(...items.slice(0, number).map(show));

@@ -1,4 +1,4 @@
-// The rollout browser: which run, step, outcome and task is shown, by pointer and by keys. The list holds only the rows in view.
+// The rollout browser: select run, step, outcome and task with the pointer or the keyboard. The list holds only the rows in view.
 
 (() => {
   if (!document.getElementById("browser")) return;
@@ -9,7 +9,7 @@
   const browser = at("browser"), list = at("list"), rows = at("rows"), article = at("task"), status = at("status");
   const runSelect = at("run"), stepSelect = at("step"), find = at("find");
   const state = { block: null, tasks: [], shown: [], chosen: 0, filter: "all", loading: 0 };
-  const tasksOf = new Map(); // the block that was unpacked last, under its id
+  const tasksOf = new Map(); // the block unpacked last, keyed by its id
 
   function fill(select, entries) {
     select.replaceChildren(...entries.map(([value, text]) => Object.assign(element("option", "", text), { value })));
@@ -29,7 +29,7 @@
     if (!tasksOf.has(id)) {
       status.textContent = "Unpacking…";
       const { tasks } = JSON.parse(await inflate(id));
-      if (turn !== state.loading) return; // another step was chosen meanwhile
+      if (turn !== state.loading) return; // another step was selected meanwhile
       tasksOf.clear();
       tasksOf.set(id, tasks);
     }
@@ -108,7 +108,7 @@
     const hadFocus = article.contains(document.activeElement);
     article.replaceChildren(...(entry ? [turnView(), taskView(entry.task, entry.completions)] : [element("p", "empty", "No completion passes the filter.")]));
     article.scrollTop = 0;
-    if (hadFocus) article.focus({ preventScroll: true }); // else it is lost with what had it, and the keys with it
+    if (hadFocus) article.focus({ preventScroll: true }); // otherwise the focus, and the keys with it, are lost with the element that is gone
   }
 
   function turnView() {

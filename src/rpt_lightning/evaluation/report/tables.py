@@ -1,4 +1,7 @@
-"""The report's tables: plain text in rows and columns. No accuracy stands without its count and its 95 % interval."""
+"""Tables of the report: plain text in rows and columns.
+
+No accuracy stands without its count and its 95 % interval.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ _ACCURACY_COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """``rows[i][0]`` is the row's name."""
+    """A table of the report. ``rows[i][0]`` is the name of row ``i``."""
 
     caption: str
     columns: list[str]
@@ -39,7 +42,7 @@ class Table:
 
 
 def difficulty_table(run: Run) -> Table | None:
-    """The last validation: a row a band, with the paired difference."""
+    """Build the table of the last validation, with one row for each band and the paired difference."""
     results = run.last_validation
     if results is None:
         return None
@@ -57,7 +60,10 @@ def difficulty_table(run: Run) -> Table | None:
 
 
 def field_tables(run: Run) -> list[Table]:
-    """The last validation by each field that the corpus knows: a row a value, or a range of values."""
+    """Build a table of the last validation for each field that the corpus knows.
+
+    Each row is a value or a range of values.
+    """
     results = run.last_validation
     if results is None:
         return []
@@ -94,7 +100,7 @@ def _accuracy_row(name: str, positions: Sequence[PositionResult]) -> list[str]:
 
 
 def run_table(runs: Sequence[Run]) -> Table:
-    """The runs side by side."""
+    """Build the table that sets the runs side by side."""
     measures = {
         "policy": _policy,
         "steps logged": lambda run: f"{len(run.steps):,}",
@@ -122,7 +128,11 @@ def run_table(runs: Sequence[Run]) -> Table:
 
 
 def pattern_tables(patterns: Mapping[str, Mapping[int, Mapping[str, Rate]]]) -> list[Table]:
-    """For every run with rollouts its first and last recorded step; and the last steps of the others against the first such run's."""
+    """Build the pattern tables.
+
+    Every run with rollouts has a table of its first and last recorded steps. The last steps of the other runs
+    are also compared with those of the first run that has rollouts.
+    """
     recorded = {name: shares for name, shares in patterns.items() if shares}
     tables = [_pattern_table(name, shares) for name, shares in recorded.items() if len(shares) > 1]
     last = {name: shares[max(shares)] for name, shares in recorded.items()}
@@ -135,7 +145,7 @@ def pattern_tables(patterns: Mapping[str, Mapping[int, Mapping[str, Rate]]]) -> 
 
 
 def _pattern_table(run_name: str, shares: Mapping[int, Mapping[str, Rate]]) -> Table:
-    """The first and the last recorded step of one run, and the relative change as the paper gives it."""
+    """Build the table of one run's first and last recorded steps, with the paper's relative change."""
     first_step, last_step = min(shares), max(shares)
     first, last = shares[first_step], shares[last_step]
     rows = []
@@ -158,7 +168,7 @@ def _pattern_table(run_name: str, shares: Mapping[int, Mapping[str, Rate]]) -> T
 def _pattern_comparison(
     shares: Mapping[str, Rate], other: Mapping[str, Rate], *, names: tuple[str, str]
 ) -> Table:
-    """Two runs' last recorded steps side by side."""
+    """Build the table of two runs' last recorded steps, side by side."""
     rows = [
         [name, str(shares[name]), str(other[name]), _change(shares[name], other[name])] for name in PATTERNS
     ]
@@ -192,7 +202,7 @@ def _total(run: Run, metric: str) -> str:
 
 def _hours(run: Run) -> str:
     _, seconds = run.series("time/step_s")
-    return f"{sum(seconds) / 3600:.2f} h, {fmean(seconds):.1f} s a step" if seconds else "not logged"
+    return f"{sum(seconds) / 3600:.2f} h, {fmean(seconds):.1f} s per step" if seconds else "not logged"
 
 
 def _rate(run: Run, outcome: str) -> str:

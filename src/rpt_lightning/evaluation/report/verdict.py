@@ -1,4 +1,7 @@
-"""What the numbers say, in words. A claim is made only where the whole interval of a paired difference lies on one side of 0."""
+"""Put the numbers into words.
+
+A claim is made only if the whole interval of a paired difference lies on one side of 0.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,13 @@ Tone = Literal["gain", "loss", "undecided", "unknown"]
 
 MIN_POSITIONS = 100
 MIN_DOCUMENTS = 20
-"""Below these a percentile bootstrap over documents is not to be trusted, and the report judges nothing."""
+"""With fewer, a percentile bootstrap over documents is not reliable, and the report judges nothing."""
 _REWARD_STEPS = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Statement:
-    """One claim with the numbers that it rests on."""
+    """One claim and the numbers that support it."""
 
     tone: Tone
     headline: str
@@ -35,12 +38,19 @@ class Statement:
 
 
 def points(difference: Difference) -> str:
-    """``+1.3 points [-0.4, +3.0]``: the difference with its 95 % interval, in percentage points."""
-    return f"{100 * difference.difference:+.1f} points [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
+    """Format a difference with its 95 % interval in percentage points: ``+1.3 points [-0.4, +3.0]``."""
+    return (
+        f"{100 * difference.difference:+.1f} points "
+        f"[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
+    )
 
 
 def verdicts(runs: Sequence[Run]) -> dict[str, list[Statement]]:
-    """Statements by run name: reasoning against NTP, the thought, what training changed, and the first run against the others."""
+    """Make the statements about each run, keyed by its name.
+
+    They cover reasoning against NTP, the thought, the effect of training, and the other runs against the
+    first.
+    """
     reference = runs[0]
     return {
         run.name: [
@@ -58,8 +68,10 @@ def _of_policy(run: Run) -> list[Statement]:
         return [
             Statement(
                 tone="unknown",
-                headline="This run was asked questions, which this page does not judge.",
-                numbers="`rpt compare` shows its accuracy after a thought and without one, before and after training.",
+                headline="This run was asked questions, and this page does not judge those.",
+                numbers=(
+                    "`rpt compare` shows its accuracy with and without a thought, before and after training."
+                ),
             )
         ]
     if last is None:
@@ -80,7 +92,10 @@ def _of_policy(run: Run) -> list[Statement]:
                 numbers=f"NTP accuracy at step {last.step}: {point.ntp}.",
             )
         ]
-    numbers = f"At step {last.step} by reasoning {point.reasoning}, by NTP {point.ntp} at the same positions{_ceiling(last)}."
+    numbers = (
+        f"At step {last.step} by reasoning {point.reasoning}, by NTP {point.ntp} at the same positions"
+        f"{_ceiling(last)}."
+    )
     statements = [
         _judge(
             difference,
@@ -88,7 +103,10 @@ def _of_policy(run: Run) -> list[Statement]:
             question="whether reasoning beats next-token prediction",
             gain="Reasoning beats next-token prediction.",
             loss="Reasoning does not beat next-token prediction: it is worse.",
-            undecided="Reasoning is not shown to beat next-token prediction: the interval of the difference contains 0.",
+            undecided=(
+                "Reasoning is not shown to beat next-token prediction: the interval of the difference "
+                "contains 0."
+            ),
         )
     ]
     control = reasoning_minus_empty_thought(last)
@@ -103,9 +121,11 @@ def _of_policy(run: Run) -> list[Statement]:
                 control,
                 rates,
                 question="whether the thought helps",
-                gain="Behind an empty thought, which they were not trained on, the same weights answer worse.",
-                loss="The thought harms: behind an empty one the same weights answer better.",
-                undecided="The thought is not shown to help: the interval against an empty thought contains 0.",
+                gain="After an empty thought, which they were not trained on, the same weights answer worse.",
+                loss="The thought harms: after an empty one the same weights answer better.",
+                undecided=(
+                    "The thought is not shown to help: the interval against an empty thought contains 0."
+                ),
             )
         )
     return statements
@@ -120,7 +140,7 @@ def _of_training(run: Run) -> list[Statement]:
         statements.append(
             Statement(
                 tone="unknown",
-                headline="What training changed cannot be said: that needs reasoning accuracy at two steps.",
+                headline="The effect of training is unknown: that needs reasoning accuracy at two steps.",
                 numbers=f"Steps logged: {len(run.steps):,}. Validations by reasoning: {len(measured)}.",
             )
         )
@@ -137,23 +157,33 @@ def _of_training(run: Run) -> list[Statement]:
                 question="whether training raised reasoning accuracy",
                 gain=f"From step {first.step} to step {last.step} reasoning accuracy rose.",
                 loss=f"From step {first.step} to step {last.step} reasoning accuracy fell.",
-                undecided=f"From step {first.step} to step {last.step} reasoning accuracy is not shown to change: the interval contains 0.",
+                undecided=(
+                    f"From step {first.step} to step {last.step} reasoning accuracy is not shown to change: "
+                    "the interval contains 0."
+                ),
             )
         )
     return statements
 
 
 def reward_ends(run: Run) -> str:
-    """Mean reward of the first and last steps, or nothing where none was logged."""
+    """Format the mean reward of the first and last steps, or say that none was logged."""
     _, rewards = run.series("reward/mean")
     if not rewards:
         return "not logged"
     num = min(_REWARD_STEPS, len(rewards))
-    return f"{sum(rewards[:num]) / num:.3f} in the first {num} steps, {sum(rewards[-num:]) / num:.3f} in the last {num}"
+    return (
+        f"{sum(rewards[:num]) / num:.3f} in the first {num} steps, "
+        f"{sum(rewards[-num:]) / num:.3f} in the last {num}"
+    )
 
 
 def _against(reference: Run, run: Run) -> list[Statement]:
-    """The two runs' last policies: each answering in the way that it was asked to (by reasoning if that was measured, else by NTP), and both without reasoning."""
+    """Compare the last policies of two runs.
+
+    Each policy answers in its own way: by reasoning if that was measured, otherwise by NTP. Both are also
+    compared without reasoning.
+    """
     first, second = reference.last_validation, run.last_validation
     if first is None or second is None:
         return [
@@ -211,7 +241,7 @@ def _compare(
     except ValueError as error:
         return Statement(
             tone="unknown",
-            headline=f"It cannot be said {question}: the positions differ.",
+            headline=f"It is not known {question}: the positions differ.",
             numbers=str(error),
         )
     outcomes = [
@@ -235,12 +265,21 @@ def _compare(
 def _judge(
     difference: Difference, numbers: str, *, question: str, gain: str, loss: str, undecided: str
 ) -> Statement:
-    numbers = f"{numbers} Difference {points(difference)}, paired bootstrap over {difference.num_units:,} documents."
+    numbers = (
+        f"{numbers} Difference {points(difference)}, "
+        f"paired bootstrap over {difference.num_units:,} documents."
+    )
     if difference.num_positions < MIN_POSITIONS or difference.num_units < MIN_DOCUMENTS:
         return Statement(
             tone="unknown",
-            headline=f"Too few positions to say {question}: {difference.num_positions:,} of {difference.num_units:,} documents.",
-            numbers=f"{numbers} {MIN_POSITIONS} positions of {MIN_DOCUMENTS} documents are the least that this report judges by.",
+            headline=(
+                f"Too few positions to say {question}: {difference.num_positions:,} of "
+                f"{difference.num_units:,} documents."
+            ),
+            numbers=(
+                f"{numbers} This report needs at least {MIN_POSITIONS} positions of {MIN_DOCUMENTS} "
+                "documents to make a claim."
+            ),
         )
     if difference.is_gain:
         return Statement(tone="gain", headline=gain, numbers=numbers)
