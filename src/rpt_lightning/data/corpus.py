@@ -117,7 +117,8 @@ class ParquetSource(CorpusSource):
 class TextFilesSource(CorpusSource):
     """The files that match ``pattern``, each of them one document, in the order of their paths.
 
-    The pattern may contain ``**``. A folder means all files in it, at any depth.
+    Args:
+        pattern: A file, a folder (all files in it, at any depth) or a pattern, which may contain ``**``.
     """
 
     def __init__(self, pattern: str) -> None:

@@ -45,7 +45,12 @@ class BoundObjective:
 
 
 class Objective:
-    """A prompt template and a reward, as configured. ``bind`` ties them to a tokenizer."""
+    """A prompt template and a reward, as configured. ``bind`` ties them to a tokenizer.
+
+    Args:
+        prompt: How the policy is asked.
+        reward: What its completions earn.
+    """
 
     def __init__(self, prompt: PromptTemplate, reward: Reward) -> None:
         pays_answers = isinstance(reward, AnswerReward)

@@ -74,7 +74,11 @@ class ContinuationPrompt(PromptTemplate):
 
     This is the form that a base model or a small model was pre-trained on. If a tokenizer begins every text
     with a special token (Llama 3), the prompt does too. The thought markers may be tokens of the tokenizer or
-    plain text. None for both asks for no marked thought.
+    plain text.
+
+    Args:
+        think_open: Opens the thought. null, together with think_close, asks for no marked thought.
+        think_close: Closes the thought.
     """
 
     def __init__(self, think_open: str | None = "<think>", think_close: str | None = "</think>") -> None:
