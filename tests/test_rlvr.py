@@ -115,6 +115,6 @@ def test_questions_and_an_objective_for_positions_do_not_fit(config, rpt):
     status, output = rpt("validate", "--config", config)
     assert status == 1
     assert (
-        "held-out questions are checked by AnswerReward, and the objective's reward is PrefixMatchReward"
+        "held-out questions are checked by AnswerReward, but the objective's reward is PrefixMatchReward"
         in output
     )

@@ -172,12 +172,13 @@ def test_going_on_from_an_earlier_checkpoint(run_copy, flags, rpt):
         *lower,
     )
     assert status == 0, output
-    assert "optimizer, from here on as given: lr 1e-05" in output
+    assert "optimizer, as given from here on: lr 1e-05" in output
     assert json.loads((run_copy / "steps.jsonl").read_text().splitlines()[-1])["optim/lr"] == pytest.approx(
         1e-5
     )
     assert (
-        "beyond step 2, from which the run goes on, and therefore now named *.abandoned: checkpoints/step-000004.ckpt, validation/step-"
+        "the run resumes from step 2; files of later steps are now named *.abandoned: "
+        "checkpoints/step-000004.ckpt, validation/step-"
         in output
     )
     assert checkpoints(run_copy) == ["step-000002.ckpt", "step-000003.ckpt", "step-000004.ckpt.abandoned"]

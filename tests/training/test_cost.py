@@ -178,7 +178,7 @@ def test_a_resumed_baseline_knows_what_it_spent(rpt_run, tiny_model_dir, tiny_ta
 
 def test_a_run_that_does_not_say_what_it_cost_is_no_budget(tiny_model_dir, tiny_task_dir, tmp_path):
     (tmp_path / "steps.jsonl").write_text('{"step": 1, "cost/flops": 1.0}\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="not every step says what it cost"):
+    with pytest.raises(ValueError, match="not every step records its cost"):
         text_run(tiny_model_dir, tiny_task_dir, tmp_path / "ntp", 2, Budget(str(tmp_path)))
 
 

@@ -274,7 +274,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(flags, undisturbed, tmp_pa
     newest.write_bytes(content)
     run.finish()
     assert f"{newest} is damaged: its part" in run.text()
-    assert "The run goes on from the one before" in run.text()
+    assert "The run resumes from the one before" in run.text()
     assert f"{newest.name}.abandoned" in run.checkpoints()
     check_same(run, undisturbed(flags), steps=STEPS)
 

@@ -69,7 +69,7 @@ def test_loggers_that_take_text_are_shown_samples_and_others_are_named(make_run,
     _, columns, rows, _ = wandb.texts[0]
     assert "prediction" in columns
     assert all(len(row) == len(columns) for row in rows)
-    assert sum("CSVLogger is shown no text" in message for message in caplog.messages) == 1
+    assert sum("CSVLogger accepts no text" in message for message in caplog.messages) == 1
     assert len(list((tmp_path / "run" / "rollouts").iterdir())) == 2
 
 

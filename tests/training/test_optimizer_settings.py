@@ -52,7 +52,7 @@ def test_a_schedule_goes_on_where_it_is_and_not_with_another_lr():
     assert reached not in (1e-3, 0.5e-3)
     new = going_on(old, adamw(lr=1e-3, weight_decay=0.1), is_scheduled=True)
     assert (new.param_groups[0]["lr"], new.param_groups[0]["weight_decay"]) == (reached, 0.1)
-    with pytest.raises(ValueError, match=r"lr scheduler goes from lr 0\.001, and lr 0\.0001 is given"):
+    with pytest.raises(ValueError, match=r"lr scheduler starts from lr 0\.001, but lr 0\.0001 is given"):
         going_on(old, adamw(lr=1e-4), is_scheduled=True)
 
 

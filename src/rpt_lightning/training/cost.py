@@ -85,9 +85,10 @@ def _works(module: PolicyModule) -> tuple[Work, ...]:
 class Budget(Callback):
     """Ends a run at the step in which its cost reaches that of another run, for baselines at matched cost.
 
-    Args: like: Folder of the run whose whole cost is the budget. None: no budget. by: Cost to match: model
-        FLOPs, tokens through the model, or seconds of all steps. Each of them includes rollouts
-        (docs/decisions.md).
+    Args:
+        like: Folder of the run whose whole cost is the budget. None: no budget.
+        by: Cost to match: model FLOPs, tokens through the model, or seconds of all steps. Each of them
+            includes rollouts (docs/decisions.md).
     """
 
     def __init__(self, like: str | None = None, by: Literal["flops", "tokens", "time"] = "flops") -> None:
