@@ -202,7 +202,7 @@ def test_another_tokenizer_in_the_models_folder_is_refused(checkpoint, tiny_mode
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.add_tokens(["<another>"])
     tokenizer.save_pretrained(source)
-    with pytest.raises(ValueError, match="source, has another tokenizer now than in training"):
+    with pytest.raises(ValueError, match="source, now has another tokenizer than in training"):
         export(save(checkpoint, tmp_path / "last.ckpt"), str(tmp_path / "hf"))
     assert not (tmp_path / "hf").exists()
 

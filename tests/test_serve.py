@@ -112,7 +112,7 @@ def test_a_missing_key_is_made_once_and_only_its_owner_can_read_it(
         (["--rollout.engine.urls", "[http://10.1.2.3:8000]"], r"none of rollout.engine.urls="),
         (
             ["--rollout.engine.urls", "[http://10.1.2.3:8000]", "--serve.urls", "[http://10.1.2.3:8000]"],
-            "nobody would reach http://10.1.2.3:8000",
+            "nobody could reach http://10.1.2.3:8000",
         ),
         (["--rollout.engine.urls", "[http://127.0.0.1]"], "names no port"),
         (["--rollout.engine", "HFEngine"], "rollout.engine is not VLLMServerEngine"),

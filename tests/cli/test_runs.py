@@ -126,7 +126,7 @@ def test_a_run_is_not_overwritten_and_can_be_continued(run_copy, flags, rpt):
     common = ["fit", *flags, "--trainer.default_root_dir", run_copy]
     status, output = rpt(*common)
     assert status == 1
-    assert "holds a run already (its last checkpoint: step 4); continue it with --ckpt_path last" in output
+    assert "already holds a run (its last checkpoint: step 4); continue it with --ckpt_path last" in output
     assert steps_of(run_copy) == [1, 2, 3, 4]
     status, output = rpt(*common, "--ckpt_path", "last")
     assert status == 1
@@ -226,7 +226,7 @@ def test_a_failed_start_does_not_lock_the_folder(flags, rpt, tmp_path):
     assert not (run_dir / "config-2.yaml").exists()
     status, output = rpt(*common)
     assert status == 1
-    assert "holds a run already" in output
+    assert "already holds a run" in output
     status, output = rpt(*launcher, "--trainer.max_steps", "2")
     assert status == 0, output
     assert steps_of(run_dir) == [1, 2]

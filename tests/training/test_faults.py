@@ -106,7 +106,7 @@ def test_kill_in_the_last_validation(flags, undisturbed, tmp_path):
     assert not (run.folder / "validation" / f"step-{STEPS:06d}.jsonl").exists()
     hold.unlink()
     run.finish()
-    assert "complete but for the validation at its last step" in run.text()
+    assert "complete except for the validation at its last step" in run.text()
     # The same answers; only that they are of the checkpoint is said as well.
     assert differences(traces(run.folder), undisturbed(flags)) == [f"/validation/step-{STEPS:06d}.json"]
     run.finish()
