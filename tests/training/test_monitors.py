@@ -35,7 +35,7 @@ def test_samples_of_no_step_are_refused(every_n_steps):
 
 
 class Wandb(WandbLogger):
-    """Without the service: keeps what it is given."""
+    """Keeps what it is given and needs no service."""
 
     def __init__(self):
         self.texts = []
@@ -95,7 +95,10 @@ def test_a_line_holds_what_its_step_logged(make_run, tmp_path):
 def test_a_completion_stays_text_in_tensorboard():
     from tensorboard.plugin_util import markdown_to_safe_html
 
-    hostile = "a ` ![x](http://evil.example/p.png) [click](http://evil.example)\n\n<img src='http://evil.example'>\n\n# heading"
+    hostile = (
+        "a ` ![x](http://evil.example/p.png) [click](http://evil.example)\n\n"
+        "<img src='http://evil.example'>\n\n# heading"
+    )
     html = markdown_to_safe_html(sample_text({"thought": hostile, "prediction": "b"}))
     assert "<img" not in html
     assert "<a " not in html

@@ -1,4 +1,4 @@
-"""Which settings an optimizer has in a run that goes on."""
+"""The optimizer's settings in a resumed run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def adamw(**settings) -> AdamW:
 
 
 def going_on(old: AdamW, new: AdamW, *, is_scheduled: bool = False) -> AdamW:
-    """As Lightning does it: the new start's optimizer takes over the old one's state, and with it its settings."""
+    """Resume as Lightning does: the new optimizer takes over the old one's state, including its settings."""
     given = settings_of(new)
     new.load_state_dict(copy.deepcopy(old.state_dict()))
     apply_settings(new, given, is_scheduled=is_scheduled)
