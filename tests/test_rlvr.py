@@ -1,4 +1,7 @@
-"""Reinforcement fine-tuning on questions, from the command line with configs/rlvr.yaml: a small policy that answers 4 or 5 learns that it is 4."""
+"""Reinforcement fine-tuning on questions, from the command line with configs/rlvr.yaml.
+
+A small policy that answers 4 or 5 learns that the answer is 4.
+"""
 
 from __future__ import annotations
 
