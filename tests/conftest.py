@@ -1,4 +1,4 @@
-"""Fixtures for every room. The tiny model is the one that scripts/make_model.py makes for configs/debug.yaml."""
+"""Fixtures for all tests. scripts/make_model.py makes the tiny model, also for configs/debug.yaml."""
 
 from __future__ import annotations
 
@@ -27,13 +27,20 @@ def load_script(name: str) -> ModuleType:
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
-    """Bytes are named by their argument: a time stamp in them (gzip writes one) gave each of two workers other tests to run, and the run ended there."""
+    """Name bytes by their argument.
+
+    A time stamp in them (gzip writes one) would give each of two workers other tests, which ends the test
+    run.
+    """
     return argname if isinstance(val, bytes) else None
 
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved random Llama (1M parameters, vocabulary 512, tied embeddings) with byte-level tokenizer, eos and chat template. Only read it."""
+    """A saved random Llama (1M parameters, vocabulary 512, tied embeddings). Only read it.
+
+    It has a byte-level tokenizer, eos and chat template.
+    """
     folder = tmp_path_factory.mktemp("models") / "tiny"
     load_script("make_model").make("tiny", folder)
     return folder
@@ -48,7 +55,10 @@ def tiny_tokenizer(tiny_model_dir: Path):
 
 @pytest.fixture(scope="session")
 def tiny_task_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A task folder that `rpt prepare` made from docstrings of the standard library with the tiny model as proxy. Only read it."""
+    """A task folder that `rpt prepare` made from docstrings of the standard library. Only read it.
+
+    The tiny model is its proxy.
+    """
     from rpt_lightning.data.corpus import DocstringSource
     from rpt_lightning.data.prepare import prepare
 
@@ -72,7 +82,7 @@ def tiny_task_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def offline_policy(tiny_model_dir, monkeypatch):
-    """Policies and tokenizers named by a hub id are replaced by the tiny model: a config is tested without a hub."""
+    """Replace policies and tokenizers with a hub id by the tiny model, to test configs without a hub."""
     from rpt_lightning.policy import model
 
     load = model._load
@@ -83,7 +93,10 @@ def offline_policy(tiny_model_dir, monkeypatch):
 
 @pytest.fixture(scope="session")
 def answering_model_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model, taught to answer every question of the form "What is a - b?" with a box that holds 4 or 5, each as often. Only read it."""
+    """The tiny model, taught to answer "What is a - b?" with a box that holds 4 or 5. Only read it.
+
+    Each answer is equally frequent.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,7 +1,9 @@
-"""Processes that must not outlive a test: not a stopped one, not the children of a dead one, and not when the test itself is killed.
+"""Processes that must not outlive a test.
 
-Run as ``python processes.py PID`` it is a guard: it waits for the end of its standard input, which comes when whoever holds the other end closes it or is
-gone in whatever way, and then kills that process and all that came from it.
+This includes a stopped process, the children of a dead one, and the case that the test itself is killed.
+
+Run as ``python processes.py PID`` it is a guard. It waits for the end of its standard input, which comes when
+the holder of the other end closes it or dies. Then it kills that process and everything that came from it.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class Guarded:
         return self.process.poll() is None
 
     def signal(self, number: int) -> None:
-        """To the process and all of its session, such as the engine and the workers of a server."""
+        """Send a signal to the process and its whole session, such as the engine and workers of a server."""
         os.killpg(self.pid, number)
 
     def cpu_s(self) -> float:
@@ -49,7 +51,7 @@ class Guarded:
         return total
 
     def kill(self) -> None:
-        """Returns when nothing is left. May be called twice."""
+        """Kill everything and return when nothing is left. May be called twice."""
         kill_family(self.pid)
         self.process.wait()
         assert self._guard.stdin is not None
@@ -58,7 +60,10 @@ class Guarded:
 
 
 def kill_family(pid: int) -> None:
-    """kill -9 for a process, its descendants, and whatever else runs in their sessions: an orphan's parent is no longer known, its session is."""
+    """kill -9 for a process, its descendants, and everything else in their sessions.
+
+    An orphan's parent is no longer known, but its session is.
+    """
     sessions = {pid, *(_session(process) for process in _descendants(pid))} - {None, os.getsid(0)}
     end = time.monotonic() + 30
     while members := [
@@ -85,7 +90,7 @@ def _session(process: psutil.Process) -> int | None:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """A zombie is not; nor is it reaped, which is its parent's business."""
+    """A zombie is not alive. It is not reaped either: that is its parent's job."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.status() != psutil.STATUS_ZOMBIE
     return False

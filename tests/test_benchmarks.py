@@ -1,4 +1,7 @@
-"""Every benchmark still runs, and both of its sides compute the same; what is stored is judged rightly and stands in the documents."""
+"""Every benchmark still runs and both of its sides compute the same.
+
+Stored results are judged correctly and appear in the documents.
+"""
 
 from __future__ import annotations
 

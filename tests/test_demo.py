@@ -1,4 +1,4 @@
-"""`make demo`: what its last lines say of results that are given, and that its commands are those of one seed."""
+"""`make demo`: what its last lines say about given results, and that its commands belong to one seed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def results(reasoning: Callable[[int], bool | None], ntp: Callable[[int], bool],
 
 
 def leave(after: Callable[[int], bool]) -> object:
-    """What the stages leave: one in six is right at once; RPT is right where ``after`` says."""
+    """The results of the stages: one in six is right at once, and RPT is right where ``after`` says so."""
     bed = testbed.Testbed.of(0)
 
     def sixth(number: int) -> bool:
@@ -54,7 +54,8 @@ def leave(after: Callable[[int], bool]) -> object:
     stages.checkpoint(bed.rpt, bed.last_step).parent.mkdir(parents=True)
     stages.checkpoint(bed.rpt, bed.last_step).touch()
     (bed.rpt / "steps.jsonl").write_text(
-        '{"step": 1, "reward/mean": 0.2, "rollout/length_mean": 10.0}\n{"step": 2, "reward/mean": 0.9, "rollout/length_mean": 30.0}\n'
+        '{"step": 1, "reward/mean": 0.2, "rollout/length_mean": 10.0}\n'
+        '{"step": 2, "reward/mean": 0.9, "rollout/length_mean": 30.0}\n'
     )
     return bed
 
@@ -64,12 +65,12 @@ def test_a_demo_that_works_says_so_with_counts_and_intervals(capsys: pytest.Capt
     assert demo.show(bed)
     output = capsys.readouterr().out
     assert (
-        "After RPT the model is right at 95.0 % [89.5, 97.7] of 120 held-out positions by reasoning; before it was 16.7 % [11.1, 24.3]."
-        in output
+        "After RPT the model is right at 95.0 % [89.5, 97.7] of 120 held-out positions by reasoning; "
+        "before it was 16.7 % [11.1, 24.3]." in output
     )
     assert (
-        "Next-token training at the same FLOPs reaches 16.7 % [11.1, 24.3] at the same positions: RPT is 78.3 points ["
-        in output
+        "Next-token training at the same FLOPs reaches 16.7 % [11.1, 24.3] at the same positions: "
+        "RPT is 78.3 points [" in output
     )
     assert "FAILED" not in output
     assert (bed.folder / "summary.png").stat().st_size > 10_000

@@ -56,7 +56,7 @@ def test_a_failed_demo_continues_with_the_stage_that_failed(capfd: pytest.Captur
 
     Path(
         "two"
-    ).unlink()  # what a finished stage left behind was removed: it is made again, and so is what was made from it
+    ).unlink()  # a finished stage's output was removed, so it and everything made from it are made again
     run(one, two, three)
     assert Path("log").read_text() == "one two two three two three "
 

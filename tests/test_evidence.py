@@ -29,7 +29,9 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def leave_run(folder: Path, reasoning: str, ntp: str) -> Path:
     """A run of two steps whose last validation has a position for each character, at depth 2, 3, 4, ..."""
     positions = tuple(
-        replace(FIRST, task_id=f"g{number}:9", doc_id=f"g{number}", fields={"depth": 2 + number}, reasoning_correct=one == "1", ntp_correct=two == "1",
+        replace(
+            FIRST, task_id=f"g{number}:9", doc_id=f"g{number}", fields={"depth": 2 + number},
+            reasoning_correct=one == "1", ntp_correct=two == "1",
                 length=10 + number)
         for number, (one, two) in enumerate(zip(reasoning, ntp, strict=True))
     )  # fmt: skip
@@ -109,7 +111,7 @@ def test_arms_have_names_of_their_own_and_say_what_is_expected() -> None:
 
 
 def test_the_arms_phases_are_those_of_the_start_models_configuration() -> None:
-    """Start models that branch off go on behind the second phase of the base's."""
+    """Start models that branch off continue after the second phase of the base's."""
     import yaml
 
     config = yaml.safe_load((ROOT / "configs" / "demo" / "start.yaml").read_text())

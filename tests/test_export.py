@@ -42,7 +42,7 @@ def trained(module: NTPModule):
 
 @pytest.fixture
 def checkpoint(module: NTPModule) -> dict[str, Any]:
-    """What Lightning puts into a file, as far as export sees it."""
+    """The contents of a Lightning checkpoint, as far as export reads them."""
     content: dict[str, Any] = {
         "state_dict": module.state_dict(),
         "optimizer_states": [{"unused": torch.zeros(3)}],
@@ -68,7 +68,7 @@ def test_the_folder_computes_what_the_policy_computed(
 
 
 def export_with_generation_config(text: str, checkpoint, tiny_model_dir: Path, tmp_path: Path) -> Path:
-    """Of a policy whose start has this generation_config.json; returns that start."""
+    """Export a policy whose start has this generation_config.json, and return that start."""
     source = tmp_path / "source"
     shutil.copytree(tiny_model_dir, source)
     (source / "generation_config.json").write_text(text)
@@ -158,7 +158,7 @@ def test_what_is_not_our_checkpoint_is_named(checkpoint, tmp_path: Path):
 
 
 def test_shards_are_put_together(checkpoint, trained, tmp_path: Path):
-    """The layout of Lightning's sharded checkpoints: torch's distributed checkpoint, and the rest in meta.pt."""
+    """Lightning's sharded checkpoints: torch's distributed checkpoint, with the rest in meta.pt."""
     folder = tmp_path / "step-000001.ckpt"
     weights = checkpoint.pop("state_dict")
     optimizer = {"exp_avg": torch.zeros(3)}
@@ -202,13 +202,13 @@ def test_another_tokenizer_in_the_models_folder_is_refused(checkpoint, tiny_mode
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.add_tokens(["<another>"])
     tokenizer.save_pretrained(source)
-    with pytest.raises(ValueError, match="source, has another tokenizer now than in training"):
+    with pytest.raises(ValueError, match="source, now has another tokenizer than in training"):
         export(save(checkpoint, tmp_path / "last.ckpt"), str(tmp_path / "hf"))
     assert not (tmp_path / "hf").exists()
 
 
 def test_the_tokenizers_own_files_are_copied(checkpoint, tiny_model_dir: Path, tmp_path: Path):
-    """Byte for byte, but for the class's name, which transformers 4 does not know."""
+    """Byte for byte, except for the class's name, which transformers 4 does not know."""
     source = Path(shutil.copytree(tiny_model_dir, tmp_path / "source"))
     (source / "special_tokens_map.json").write_text('{"eos_token": "<|im_end|>"}')
     settings = json.loads((source / "tokenizer_config.json").read_text())
@@ -224,7 +224,10 @@ def test_the_tokenizers_own_files_are_copied(checkpoint, tiny_model_dir: Path, t
 def test_a_tokenizer_that_was_repaired_is_exported_right_for_all_readers(
     checkpoint, tiny_model_dir: Path, tmp_path: Path
 ):
-    """The class that the folder names is another family's: AutoTokenizer loses the spaces of the source's texts, not of the exported folder's."""
+    """The class that the folder names belongs to another family.
+
+    AutoTokenizer loses the spaces of texts with the source, but not with the exported folder.
+    """
     source = Path(shutil.copytree(tiny_model_dir, tmp_path / "source"))
     settings = json.loads((source / "tokenizer_config.json").read_text())
     (source / "tokenizer_config.json").write_text(
@@ -245,7 +248,7 @@ def test_a_checkpoint_of_before_is_exported_by_its_earlier_hash(checkpoint, modu
 
 
 def test_rotary_frequencies_stand_under_their_older_names_too(checkpoint, tmp_path: Path):
-    """transformers 4.57 knows no rope_parameters and would compute with 10,000."""
+    """transformers 4.57 does not know rope_parameters and would compute with 10,000."""
     config = json.loads(checkpoint["rpt"]["policy_config"])
     config["rope_parameters"]["rope_theta"] = 1000000.0
     checkpoint["rpt"]["policy_config"] = json.dumps(config)
@@ -266,7 +269,8 @@ def test_weights_that_are_not_finite_are_refused_by_name(checkpoint, tmp_path: P
             norm,
             "float32",
             float("nan"),
-            r"as float32, 1 \(model\.norm\.weight\) of its weights hold NaN or infinity; export an earlier checkpoint",
+            r"as float32, 1 \(model\.norm\.weight\) of its weights hold NaN or infinity; "
+            r"export an earlier checkpoint",
         ),
         (query, "bfloat16", float("inf"), r"as bfloat16, 1 \(model\.layers\.1\.self_attn\.q_proj\.weight\) "),
         (
@@ -300,8 +304,12 @@ def test_a_flipped_bit_is_refused(checkpoint, tmp_path: Path):
 VLLM_LOGPROBS = """
 import json, sys
 from vllm import LLM, SamplingParams
-llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=64, logprobs_mode="processed_logprobs", seed=0)
-(output,) = llm.generate([{"prompt_token_ids": json.loads(sys.argv[2])}], SamplingParams(max_tokens=1, temperature=1.0, logprobs=0, seed=0))
+llm = LLM(
+    sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=64,
+    logprobs_mode="processed_logprobs", seed=0,
+)
+params = SamplingParams(max_tokens=1, temperature=1.0, logprobs=0, seed=0)
+(output,) = llm.generate([{"prompt_token_ids": json.loads(sys.argv[2])}], params)
 ((token, logprob),) = output.outputs[0].logprobs[0].items()
 print("RESULT", token, logprob.logprob)
 """

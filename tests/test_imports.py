@@ -22,7 +22,10 @@ def test_imports_go_one_way():
     "name", ["types", "cli", "evaluation.summary", "evaluation.report.command", "export"]
 )
 def test_heavy_libraries_stay_in_their_adapters(name: str):
-    """Only their users pay for what these cost to import (lightning takes seconds) and do to a process (vllm takes over its threads)."""
+    """Only their users pay for importing them and for their effects.
+
+    lightning takes seconds to import, and vllm takes over a process's threads.
+    """
     heavy = {"vllm", "litdata", "lightning", "datasets"}
     done = run(
         sys.executable,

@@ -25,7 +25,7 @@ def test_shell_parses_them(script):
 
 
 def arguments(script, folder, given, **environment):
-    """What the script would start: every program that it calls is replaced by one that prints its arguments."""
+    """What the script would start. Programs that it calls are replaced by one that prints its arguments."""
     for name in ("srun", "torchrun"):
         (folder / name).write_text('#!/bin/bash\nprintf "%s\\n" "$0" "$@"\n')
         (folder / name).chmod(0o755)
@@ -67,7 +67,7 @@ def test_they_start_a_run_that_the_command_line_accepts(
     flags = started[started.index("fit") + 1 :]
     assert flags[-6:] == ["--trainer.num_nodes", "3", "--trainer.devices", "8", "--ckpt_path", "auto"]
     assert "a folder" in flags  # quoted
-    # The verb's own --ckpt_path is checked in tests/cli/test_runs.py; here everything else is parsed, for one CPU.
+    # tests/cli/test_runs.py checks the verb's own --ckpt_path. Everything else is parsed here, for one CPU.
     monkeypatch.chdir(ROOT)
     one = [
         "--trainer.num_nodes",

@@ -1,4 +1,4 @@
-"""What the command sets about waiting threads before torch is imported, and that it says so once."""
+"""The setting of waiting threads before torch is imported, and its single message."""
 
 from __future__ import annotations
 
@@ -13,20 +13,25 @@ from rpt_lightning.openmp import CHOICES, VARIABLE, computes_on_cpu, is_to_be_se
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
-# The command with its work replaced: a child says what it inherited, and whether it would say anything itself.
+# The command with its work replaced. A child says what it inherited, and whether it would print anything
+# itself.
 COMMAND = """
 import subprocess, sys
 from rpt_lightning import cli
 
-CHILD = "import os, rpt_lightning.cli as cli; cli._run_tool = lambda *args: print(os.environ.get('OMP_WAIT_POLICY')); cli.main(['prepare'])"
+CHILD = (
+    "import os, rpt_lightning.cli as cli; "
+    "cli._run_tool = lambda *args: print(os.environ.get('OMP_WAIT_POLICY')); cli.main(['prepare'])"
+)
 cli._run_tool = lambda *args: subprocess.run([sys.executable, "-c", CHILD], check=True)
 sys.exit(cli.main(sys.argv[1:]))
 """
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """As of a user who has set nothing, on a machine that computes on its CPU."""
-    # vLLM on a CPU preloads OpenMP's runtime into the processes that follow; an earlier test may have started it in this one.
+    """The environment of a user who has set nothing, on a machine that computes on its CPU."""
+    # vLLM on a CPU preloads OpenMP's runtime into later processes. An earlier test may have started it in
+    # this one.
     set_here = ("OMP_", "GOMP_", "KMP_", "LD_PRELOAD")
     inherited = {
         name: value
@@ -131,8 +136,11 @@ def test_commands_that_only_read_or_show_say_nothing(args: list[str]):
 
 
 def test_the_runtime_that_torch_loads_obeys():
-    """GNU's runtime shows what it was set to when it is loaded; spinning is then off."""
-    code = "import sys, rpt_lightning.cli as cli; cli._run_tool = lambda *args: __import__('torch'); sys.exit(cli.main(['prepare']))"
+    """GNU's runtime shows its settings when it is loaded. Spinning is then off."""
+    code = (
+        "import sys, rpt_lightning.cli as cli; "
+        "cli._run_tool = lambda *args: __import__('torch'); sys.exit(cli.main(['prepare']))"
+    )
     shown = run(code, OMP_DISPLAY_ENV="VERBOSE").stderr
     if "GOMP_SPINCOUNT =" not in shown:
         pytest.skip("torch's OpenMP is not GNU's")

@@ -1,4 +1,4 @@
-"""No process of a test outlives it, whatever became of the test."""
+"""No process of a test outlives it, whatever happened to the test."""
 
 from __future__ import annotations
 

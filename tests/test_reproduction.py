@@ -1,4 +1,7 @@
-"""`make reproduction` as a user runs it, in a copy of the project with the tiny model and little to do; and that the docs show what the records say."""
+"""`make reproduction` as a user runs it, in a copy of the project with the tiny model and little to do.
+
+The docs show what the records say.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ LAST_STEP, EVERY = 4, 1
 
 @pytest.fixture
 def project(tiny_model_dir, tiny_task_dir, tmp_path):
-    """The project's scripts and configurations, these made small; model and tasks are there already."""
+    """The project's scripts, and its configurations made small. Model and tasks are already there."""
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
     for folder, source in (("models/smollm2-135m", tiny_model_dir), ("tasks/demo-text", tiny_task_dir)):
         (tmp_path / folder).parent.mkdir(parents=True)
@@ -117,7 +120,8 @@ def test_two_seeds_from_nothing_to_the_summary(project):
     last = list(baseline.steps.values())[-1]["cost/flops"]
     assert costs[0] <= costs[1] < costs[0] + last
     assert [one.flops for one in (record.last("RPT"), record.last("continual NTP"))] == pytest.approx(costs)
-    # Every policy answered the same positions, the baseline too, and the record says of each what its validation said.
+    # Every policy, the baseline included, answered the same positions. The record repeats what each
+    # validation said.
     file = project / "runs/reproduction/seed-1/after-RPT/validation/step-000000.jsonl"
     for one, path in (
         (record.last("RPT"), file),
@@ -136,7 +140,7 @@ def test_two_seeds_from_nothing_to_the_summary(project):
         curve.compute for curve in scaling_curves(record.as_run())
     ]
 
-    # Seed 0 takes over what the demo makes, here the cold start; a finished seed has nothing left to do.
+    # Seed 0 takes over what the demo makes, here the cold start. A finished seed has nothing left to do.
     status, output = reproduction(project, "run", "--seed", "0")
     assert status == 0, output
     assert "cold start: finished before, skipped" in output

@@ -1,4 +1,7 @@
-"""Reinforcement fine-tuning on questions, from the command line with configs/rlvr.yaml: a small policy that answers 4 or 5 learns that it is 4."""
+"""Reinforcement fine-tuning on questions, from the command line with configs/rlvr.yaml.
+
+A small policy that answers 4 or 5 learns that the answer is 4.
+"""
 
 from __future__ import annotations
 
@@ -115,6 +118,6 @@ def test_questions_and_an_objective_for_positions_do_not_fit(config, rpt):
     status, output = rpt("validate", "--config", config)
     assert status == 1
     assert (
-        "held-out questions are checked by AnswerReward, and the objective's reward is PrefixMatchReward"
+        "held-out questions are checked by AnswerReward, but the objective's reward is PrefixMatchReward"
         in output
     )

@@ -1,4 +1,4 @@
-"""`rpt serve`: what it starts, what it refuses, and (long) real vLLM servers that it starts, restarts and ends."""
+"""`rpt serve`: what it starts and refuses, and (long) real vLLM servers that it starts, restarts and ends."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def flags(tiny_model_dir: Path, tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[Servers]:
-    """What would be started, in place of starting it."""
+    """The servers that would be started, without starting them."""
     found: list[Servers] = []
     monkeypatch.setattr(Servers, "run", lambda servers, *, ready_timeout_s: found.append(servers))
     monkeypatch.setattr(sys, "argv", list(sys.argv))
@@ -112,7 +112,7 @@ def test_a_missing_key_is_made_once_and_only_its_owner_can_read_it(
         (["--rollout.engine.urls", "[http://10.1.2.3:8000]"], r"none of rollout.engine.urls="),
         (
             ["--rollout.engine.urls", "[http://10.1.2.3:8000]", "--serve.urls", "[http://10.1.2.3:8000]"],
-            "nobody would reach http://10.1.2.3:8000",
+            "nobody could reach http://10.1.2.3:8000",
         ),
         (["--rollout.engine.urls", "[http://127.0.0.1]"], "names no port"),
         (["--rollout.engine", "HFEngine"], "rollout.engine is not VLLMServerEngine"),
@@ -268,7 +268,7 @@ def test_a_server_that_hangs_is_started_again(tmp_path: Path, capfd) -> None:
     )
 
     def watched() -> list[int]:
-        """Processes that were asked whether they hang, one a start."""
+        """Processes that were checked for hanging, one for each start."""
         log = tmp_path / "server.log"
         lines = log.read_text().splitlines() if log.exists() else []
         return list(dict.fromkeys(int(line.split()[1]) for line in lines if line.startswith("/weight_info")))
@@ -300,7 +300,7 @@ def call(url: str, path: str, *, key: str | None = None, body: object = None) ->
 
 
 def wait_for(condition, seconds: float = 900) -> None:
-    """The limit is for a machine with other work; on one without it a vLLM server is up in half a minute."""
+    """The limit is for a busy machine. On an idle one a vLLM server is up in half a minute."""
     for _ in range(int(seconds / 0.2)):
         if condition():
             return
@@ -346,7 +346,8 @@ def test_a_real_server_from_start_to_end(flags, tiny_task_dir: Path, tmp_path: P
         wait_for(lambda: "1 servers are ready" in output.read_text() or not serve.is_running)
         assert serve.is_running, output.read_text()
         key = (tmp_path / "server.key").read_text().strip()
-        # Every way to the weights needs the key; vLLM's own guard leaves those outside /v1 and /inference open.
+        # Every way to the weights needs the key. vLLM's own guard leaves those outside /v1 and /inference
+        # open.
         for path in (
             "/collective_rpc",
             "/update_weights",

@@ -1,4 +1,7 @@
-"""The ``rpt`` command: Lightning's verbs, and the tools around them. Each verb imports what it needs, so that help and tools start fast."""
+"""The ``rpt`` command: Lightning's verbs, and the tools around them.
+
+Each verb imports only what it needs, so that help and tools start fast.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +21,22 @@ LIGHTNING_VERBS = {
     "validate": "next-token accuracy on held-out positions, by reasoning and without, at the same positions",
 }
 TOOLS = {
-    "plan": "what a run of `rpt fit` with the same flags will cost: tokens, memory, operations, time; needs no GPU and no weights",
+    "plan": "what a run of `rpt fit` with the same flags will cost: tokens, memory, operations, time; "
+    "needs no GPU and no weights",
     "prepare": "turn a text corpus into a folder of next-token tasks",
     "export": "turn a checkpoint into a Hugging Face folder",
-    "evaluate next-token": "next-token accuracy of any policies in depth: samples, kinds of token, controls, cost, differences",
-    "evaluate benchmark": "AIME, MATH-500, MMLU-Pro, SuperGPQA or questions of your own: avg@k, pass@k, with and without a thought",
+    "evaluate next-token": "next-token accuracy of any policies in depth: "
+    "samples, kinds of token, controls, cost, differences",
+    "evaluate benchmark": "AIME, MATH-500, MMLU-Pro, SuperGPQA or questions of your own: "
+    "avg@k, pass@k, with and without a thought",
     "compare": "runs side by side, with what they cost: rpt compare RUN...",
     "scaling": "accuracy against training FLOPs with the fitted law: rpt scaling RUN",
     "report": "make one HTML page about runs: rpt report RUN... [--output report.html]",
     "serve": "start the vLLM servers that a run's configuration names",
 }
-# What multiplies matrices; the other commands read files.
+# Commands that multiply matrices. The others only read files.
 _COMPUTING = {*LIGHTNING_VERBS, "prepare", "evaluate", "serve"}
-# Errors of Lightning, torch and safetensors that a file or a flag caused.
+# Errors of Lightning, torch and safetensors that are caused by a file or a flag.
 _LIBRARY_ERRORS = {"MisconfigurationException", "UnpicklingError", "SafetensorError"}
 _MEANING = {
     "UnpicklingError": "a file is damaged, or is not what its flag asks for: ",
@@ -39,9 +45,12 @@ _MEANING = {
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status. Errors that a user can mend are one message, without a traceback (RPT_TRACEBACK=1 shows it)."""
+    """Run one command and return the exit status.
+
+    An error that the user can fix becomes one message without a traceback (RPT_TRACEBACK=1 shows it).
+    """
     args = list(sys.argv[1:] if args is None else args)
-    # Closed by who started the process: what would be shown goes nowhere, and the work goes on.
+    # The parent process may have closed the streams. Output is then discarded and the work continues.
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     command = args[0] if args else "--help"
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
@@ -64,7 +73,7 @@ def main(args: Sequence[str] | None = None) -> int:
             from rpt_lightning.plan_cli import run as run_plan
 
             run_plan(args[1:])
-        elif command == "serve":  # reads a run's configuration, so it has that parser
+        elif command == "serve":  # reads a run's configuration, so it uses the same parser
             from rpt_lightning.serve import serve
 
             serve(args[1:])
@@ -72,7 +81,8 @@ def main(args: Sequence[str] | None = None) -> int:
             _run_tool(tool, args[len(tool.split()) :])
         else:
             raise ValueError(
-                f"'{command}' is not a command of rpt; choose from {', '.join([*LIGHTNING_VERBS, *TOOLS])}, or see rpt --help"
+                f"'{command}' is not a command of rpt; choose from {', '.join([*LIGHTNING_VERBS, *TOOLS])}, "
+                "or see rpt --help"
             )
     except KeyboardInterrupt:
         print("rpt: interrupted", file=sys.stderr)
@@ -133,9 +143,10 @@ def _library_of(file: str) -> str | None:
 
 
 def _is_of_own_code(error: Exception) -> bool:
-    """Whether a class of the user's own raised it, or something that it called: only a traceback says where.
+    """Whether the error comes from the user's own class, or from something that it called.
 
-    That is a frame of a file that is neither this package's, nor an installed library's, nor Python's.
+    Only a traceback shows where. It then has a frame in a file that belongs neither to this package nor to an
+    installed library nor to Python.
     """
     known = [
         str(Path(__file__).parent),
@@ -151,7 +162,10 @@ def _is_of_own_code(error: Exception) -> bool:
 
 
 def _no_progress_bars() -> None:
-    """In a file or a pipe a bar is debris. Both are read when their libraries are imported; what is set already stays."""
+    """Turn progress bars off: in a file or a pipe they are clutter.
+
+    Libraries read both variables when they are imported. A value that is already set stays.
+    """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -166,9 +180,9 @@ _MODULES = {
     "scaling": "rpt_lightning.evaluation.scaling_figure",
     "report": "rpt_lightning.evaluation.report.command",
 }
-# Imported besides, so that their classes can be named by their short names.
+# Imported as well, so that configs can use the short names of their classes.
 _PARTS = {"prepare": "rpt_lightning.worlds"}
-# Parameters that are given as plain words: jsonargparse would take a list as one word in JSON.
+# Parameters that take plain words. jsonargparse would take a list as one word in JSON.
 _RUNS = ("runs", "run folders (what trainer.default_root_dir was)")
 _POLICIES = ("--policy", "Hugging Face folders (or hub ids), or checkpoints of rpt fit")
 _WORDS = {
@@ -221,7 +235,8 @@ def _help() -> str:
     for title, commands in (("training and validation", LIGHTNING_VERBS), ("tools", TOOLS)):
         lines += [f"{title}:", *(f"  {name:<19} {text}" for name, text in commands.items()), ""]
     lines.append(
-        "rpt COMMAND --help lists what can be set; rpt fit --config FILE --print_config prints the whole configuration."
+        "rpt COMMAND --help lists what can be set; "
+        "rpt fit --config FILE --print_config prints the whole configuration."
     )
     return "\n".join(lines)
 

@@ -1,4 +1,7 @@
-"""A Hugging Face folder from one of our checkpoints, for transformers, vLLM or another run's ``--model.policy.path``."""
+"""Makes a Hugging Face folder from one of our checkpoints.
+
+transformers, vLLM and another run's ``--model.policy.path`` can load it.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ from rpt_lightning.training.checkpoint_check import checkpoint_damage
 from rpt_lightning.training.checkpoint_file import SavedPolicy, check_about, read_checkpoint
 
 MAX_FILE_SIZE = "5GB"
-# All that a tokenizer is read from. A chat template may lie in a file of its own.
+# All files that a tokenizer is read from. A chat template may be in a file of its own.
 TOKENIZER_FILES = (
     *(
         "tokenizer.json",
@@ -49,23 +52,25 @@ TOKENIZER_FILES = (
 
 
 def export(ckpt: str, output: str, dtype: Literal["float32", "bfloat16", "float16"] = "float32") -> None:
-    """Write the policy of a checkpoint as a folder that transformers and vLLM load.
+    """Write the policy of a checkpoint as a folder that transformers and vLLM can load.
 
     Args:
-        ckpt: a ``.ckpt`` that ``rpt fit`` wrote: a file, or a folder where the strategy shards weights.
-        output: the folder to make; it appears only when it is complete.
-        dtype: of the weights on disk. float32 is what was trained.
+        ckpt: a ``.ckpt`` that ``rpt fit`` wrote: a file, or a folder if the strategy shards weights.
+        output: the folder to make; it appears only once it is complete.
+        dtype: dtype of the weights on disk. float32 is what was trained.
 
     Raises:
-        ValueError: ``output`` exists, ``ckpt`` is not one of our checkpoints, it is damaged, its weights do not fit its own config or are not
-            finite, or its tokenizer is gone or another.
+        ValueError: ``output`` exists; ``ckpt`` is not one of our checkpoints or is damaged; its weights do
+            not fit its own config or are not finite; or its tokenizer is missing or has changed.
     """
     folder = Path(output)
     if folder.exists():
         raise ValueError(f"--output {output}: exists already. Name a new folder, or remove this one.")
     saved = read_checkpoint(Path(ckpt), flag="--ckpt")
     if damage := checkpoint_damage(Path(ckpt)):
-        raise ValueError(f"--ckpt {ckpt} is not a whole checkpoint: {damage}; name another of its folder")
+        raise ValueError(
+            f"--ckpt {ckpt} is not a whole checkpoint: {damage}; name another checkpoint of its folder"
+        )
     check_about(saved.about, f"--ckpt {ckpt}")
     model = _skeleton(saved, ckpt, getattr(torch, dtype))
     tokenizer = _load_tokenizer(saved.about, ckpt)
@@ -80,7 +85,8 @@ def export(ckpt: str, output: str, dtype: Literal["float32", "bfloat16", "float1
             _save_streamed(model, saved, unfinished, ckpt)
         _write_config(unfinished, model)
         if generation_config is not None:
-            # Not its `save_pretrained`, which refuses files that contradict themselves, as those of some models do (a temperature without `do_sample`).
+            # `save_pretrained` would refuse files that contradict themselves, and some models have such files
+            # (a temperature without `do_sample`).
             (unfinished / GENERATION_CONFIG_NAME).write_text(generation_config.to_json_string())
         _copy_tokenizer(tokenizer, unfinished)
         os.chmod(unfinished, 0o755)
@@ -90,19 +96,22 @@ def export(ckpt: str, output: str, dtype: Literal["float32", "bfloat16", "float1
 
 
 def _skeleton(saved: SavedPolicy, ckpt: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model without storage, after its weights in the checkpoint were found to be complete and of its shapes."""
+    """The model without storage.
+
+    Raises ValueError unless its weights in the checkpoint are complete and fit its shapes.
+    """
     config = AutoConfig.for_model(**json.loads(saved.about["policy_config"]))
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config).to(dtype)  # type: ignore[no-untyped-call]
     model.tie_weights()
-    own = dict(
-        model.named_parameters()
-    )  # a tied head under one of its names, the other may or may not be in the checkpoint
+    # A tied head appears under one of its names. The other may or may not be in the checkpoint.
+    own = dict(model.named_parameters())
     absent = [name for name in own if name not in saved.shapes]
     unexpected = [name for name in saved.shapes if name not in model.state_dict()]
     if absent or unexpected:
         raise ValueError(
-            f"--ckpt {ckpt}: not the whole policy: {len(absent)} tensors are missing {absent[:3]}, {len(unexpected)} are unknown {unexpected[:3]}."
+            f"--ckpt {ckpt}: not the whole policy: {len(absent)} tensors are missing {absent[:3]}, "
+            f"{len(unexpected)} are unknown {unexpected[:3]}."
         )
     misshapen = [name for name, parameter in own.items() if saved.shapes[name] != parameter.shape]
     if misshapen:
@@ -113,7 +122,7 @@ def _skeleton(saved: SavedPolicy, ckpt: str, dtype: torch.dtype) -> PreTrainedMo
 
 
 def _save_streamed(model: PreTrainedModel, saved: SavedPolicy, folder: Path, ckpt: str) -> None:
-    """One file after the other, so that never more than one file's tensors are in memory."""
+    """Write one file after the other, so that memory never holds more than one file's tensors."""
     skeleton: dict[str, Tensor] = dict(model.named_parameters())
     split = split_torch_state_dict_into_shards(skeleton, max_shard_size=MAX_FILE_SIZE)
     for file, names in split.filename_to_tensors.items():
@@ -131,7 +140,10 @@ def _save_streamed(model: PreTrainedModel, saved: SavedPolicy, folder: Path, ckp
 
 
 def _save_converted(model: PreTrainedModel, saved: SavedPolicy, folder: Path, ckpt: str) -> None:
-    """Families whose files hold other tensors or names than the model (experts apart, say): transformers converts them back, of the whole model in memory."""
+    """Write a family whose files hold other tensors or names than the model (separate experts, say).
+
+    transformers converts them back. This takes the whole model in memory.
+    """
     weights = {
         name: tensor.to(model.dtype)
         for name, tensor in saved.read([name for name, _ in model.named_parameters()]).items()
@@ -143,7 +155,10 @@ def _save_converted(model: PreTrainedModel, saved: SavedPolicy, folder: Path, ck
 
 
 def _generation_config(model: PreTrainedModel, saved: SavedPolicy, ckpt: str) -> GenerationConfig | None:
-    """That of the model's folder: a chat model's several end tokens stand only there. The one made from its config is right for the many models without."""
+    """The generation config of the model's folder: only this file has a chat model's several end tokens.
+
+    For the many models without the file, the one made from the model's config is right.
+    """
     path = saved.about["policy_path"]
     try:
         return GenerationConfig.from_pretrained(path)
@@ -151,22 +166,27 @@ def _generation_config(model: PreTrainedModel, saved: SavedPolicy, ckpt: str) ->
         return model.generation_config
     except ValueError as error:
         raise ValueError(
-            f"--ckpt {ckpt}: {GENERATION_CONFIG_NAME} of the model it was trained from, {path}, cannot be: {error}. Mend that file."
+            f"--ckpt {ckpt}: {GENERATION_CONFIG_NAME} of the model it was trained from, {path}, is invalid: "
+            f"{error}. Fix that file."
         ) from error
 
 
 def _check_finite(weights: dict[str, Tensor], ckpt: str, dtype: torch.dtype) -> None:
     if bad := not_finite(weights.items()):
         way_out = "export an earlier checkpoint"
-        if dtype == torch.float16:  # which ends at 65,504
+        if dtype == torch.float16:  # its largest number is 65,504
             way_out = f"give --dtype float32 or bfloat16, or {way_out}"
         raise ValueError(
-            f"--ckpt {ckpt}: as {str(dtype).removeprefix('torch.')}, {some(bad)} of its weights hold NaN or infinity; {way_out}"
+            f"--ckpt {ckpt}: as {str(dtype).removeprefix('torch.')}, {some(bad)} of its weights hold NaN or "
+            f"infinity; {way_out}"
         )
 
 
 def _write_config(folder: Path, model: PreTrainedModel) -> None:
-    """Adds what older readers need to the config.json that transformers wrote, and reads it back: it must still say the same here."""
+    """Add what older readers need to the config.json that transformers wrote.
+
+    The file is then read back: here it must still mean the same.
+    """
     path = folder / CONFIG_NAME
     path.write_text(
         json.dumps(with_older_rope(json.loads(path.read_text())), indent=2, sort_keys=True) + "\n"
@@ -177,7 +197,8 @@ def _write_config(folder: Path, model: PreTrainedModel) -> None:
     )
     if ours != theirs:
         raise RuntimeError(
-            f"the exported {CONFIG_NAME} would be read with the rotary frequencies {theirs} instead of {ours}: nothing was published"
+            f"the exported {CONFIG_NAME} would be read with the rotary frequencies {theirs} instead of "
+            f"{ours}: nothing was published"
         )
 
 
@@ -187,21 +208,23 @@ def _load_tokenizer(saved: dict[str, Any], ckpt: str) -> PreTrainedTokenizerBase
         tokenizer = as_in_folder(read_tokenizer(path), where=f"--ckpt {ckpt}")
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--ckpt {ckpt}: its tokenizer comes from the model it was trained from, {path}, which cannot be loaded ({error}). "
-            "Put that folder back, or run from the directory in which training ran."
+            f"--ckpt {ckpt}: its tokenizer comes from the model it was trained from, {path}, which cannot be "
+            f"loaded ({error}). Put that folder back, or run from the directory in which training ran."
         ) from error
     if not has_hash(tokenizer, saved["tokenizer_hash"]):
         raise ValueError(
-            f"--ckpt {ckpt}: the model it was trained from, {path}, has another tokenizer now than in training, so the exported policy would read "
-            "and write other text. Put back what lay there, or run from the directory in which training ran."
+            f"--ckpt {ckpt}: the model it was trained from, {path}, now has another tokenizer than in "
+            "training, so the exported policy would read and write other text. Restore that folder, or run "
+            "from the directory in which training ran."
         )
     return tokenizer
 
 
 def _copy_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """The files of the model's folder, byte for byte, but for words in tokenizer_config.json that only this version of transformers reads.
+    """Copy the tokenizer's files from the model's folder, byte for byte.
 
-    A folder without a tokenizer.json (a sentencepiece model alone) gets the one that training had.
+    The exception is words in tokenizer_config.json that only this version of transformers reads. A folder
+    without a tokenizer.json (a sentencepiece model alone) gets the one that training used.
     """
     path = tokenizer.name_or_path
     found = {name: file for name in TOKENIZER_FILES if (file := folder_file(path, name)) is not None}
@@ -217,13 +240,13 @@ def _copy_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     exported = read_tokenizer(str(folder))
     if tokenizer_hash(as_in_folder(exported, where=str(folder))) != tokenizer_hash(tokenizer):
         raise RuntimeError(
-            f"the exported tokenizer would read text otherwise than that of {path}: nothing was published"
+            f"the exported tokenizer would read text differently from that of {path}: nothing was published"
         )
-    if tokenizer_hash(exported) != tokenizer_hash(
-        tokenizer
-    ):  # transformers 5 takes the class of some model types, whatever the folder says
+    # For some model types transformers 5 chooses the class itself, whatever the folder says.
+    if tokenizer_hash(exported) != tokenizer_hash(tokenizer):
         print(
-            f"note: AutoTokenizer of transformers {transformers.__version__} builds a {type(exported).__name__} of this model type, which reads text otherwise "
-            f"than {TOKENIZER_FILE}; with it, load the folder's tokenizer by {GENERIC_CLASS}.from_pretrained",
+            f"note: AutoTokenizer of transformers {transformers.__version__} builds a "
+            f"{type(exported).__name__} for this model type, which reads text differently from "
+            f"{TOKENIZER_FILE}; with it, load the folder's tokenizer by {GENERIC_CLASS}.from_pretrained",
             flush=True,
         )

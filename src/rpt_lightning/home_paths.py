@@ -1,4 +1,7 @@
-"""``~`` in every path that a command is given: a shell replaces it in ``--flag ~/x`` only, neither in ``--flag=~/x`` nor in YAML."""
+"""Expands ``~`` in every path that a command gets.
+
+A shell expands it only in ``--flag ~/x``, not in ``--flag=~/x`` and not in YAML.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,13 @@ from typing import Any
 
 
 def with_home(value: Any) -> Any:
-    """A parsed configuration in which every text or path that begins with ``~/`` begins with the home folder. Namespaces are changed in place.
+    """Expand ``~/`` at the beginning of every text or path in a parsed configuration.
 
-    >>> with_home({"path": "~/x", "parts": ["~/y", "a~/b", 3]}) == {"path": os.path.expanduser("~/x"), "parts": [os.path.expanduser("~/y"), "a~/b", 3]}
+    Namespaces are changed in place.
+
+    >>> home = os.path.expanduser("~")
+    >>> with_home({"path": "~/x", "parts": ["~/y", "a~/b", 3]}) == {
+    ...     "path": f"{home}/x", "parts": [f"{home}/y", "a~/b", 3]}
     True
     """
     if isinstance(value, (str, Path)):
@@ -20,7 +27,7 @@ def with_home(value: Any) -> Any:
         return type(value)(with_home(part) for part in value)
     if isinstance(value, dict):
         return {key: with_home(part) for key, part in value.items()}
-    if type(value).__name__ == "Namespace":  # jsonargparse's, which is imported by commands that need it
+    if type(value).__name__ == "Namespace":  # jsonargparse's class, which only some commands import
         for key, part in vars(value).items():
             setattr(value, key, with_home(part))
     return value

@@ -1,4 +1,4 @@
-"""Lightning's command line with the parts of this project: module, data, rollouts, and one explicit folder a run."""
+"""Lightning's command line with this project's parts: module, data, rollouts, and one folder a run."""
 
 from __future__ import annotations
 
@@ -83,18 +83,20 @@ PARTS = (
     People,
     Boxes,
 )
-# What a fit leaves in the run folder besides checkpoints.
+# Files that a fit leaves in the run folder, besides checkpoints.
 RUN_FILES = (
     *(CONFIG_FILE, "config-[0-9]*.yaml", STEP_LOG, "error-*.txt", "tensorboard", ROLLOUT_FOLDER),
     *(f"{folder}/step-*" for folder in (VALIDATION_FOLDER, ANSWER_FOLDER)),
 )
-_BEFORE = (
-    "step-000000."  # records of the weights that a run begins with: a start that failed has not changed them
-)
+# Records of the weights that a run begins with. A start that failed has not changed them.
+_BEFORE = "step-000000."
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """The resolved configuration of every start, in the run folder: ``config.yaml``, and ``config-2.yaml`` and so on for resumed starts."""
+    """Saves the resolved configuration of every start in the run folder.
+
+    The file is ``config.yaml``, or ``config-2.yaml`` and so on for resumed starts.
+    """
 
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         folder = Path(trainer.default_root_dir)
@@ -102,7 +104,8 @@ class SaveRunConfig(SaveConfigCallback):
             self._save(trainer, folder, stage)
         except OSError as error:
             raise ValueError(
-                f"trainer.default_root_dir={folder}: the run's configuration cannot be written there: {error}. Is the disk full? Make room, or name another folder"
+                f"trainer.default_root_dir={folder}: the run's configuration cannot be written there: "
+                f"{error}. Is the disk full? Make room, or name another folder"
             ) from error
 
     def _save(self, trainer: Trainer, folder: Path, stage: str) -> None:
@@ -120,11 +123,14 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 class RunParser(ShortErrors, LightningArgumentParser):
-    """Of `rpt fit` and `rpt validate`."""
+    """Parser of `rpt fit` and `rpt validate`."""
 
 
 class RPTCLI(LightningCLI):
-    """``trainer.default_root_dir`` is the run folder: configuration, logs, checkpoints, samples and validation results all lie in it."""
+    """The command line of a run. ``trainer.default_root_dir`` is the run folder.
+
+    It holds configuration, logs, checkpoints, samples and validation results.
+    """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(RolloutCallback, "rollout")
@@ -140,7 +146,8 @@ class RPTCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         verbs = LightningCLI.subcommands()
-        # Checkpoints never run code: weights_only is always on. Our own text shows a validation's numbers: verbose is always off.
+        # Checkpoints never run code, so weights_only is always on. Our own text shows a validation's numbers,
+        # so verbose is always off.
         return {
             "fit": verbs["fit"] | {"weights_only"},
             "validate": verbs["validate"] | {"weights_only", "verbose"},
@@ -151,26 +158,33 @@ class RPTCLI(LightningCLI):
         with_home(self.config)
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning reads the whole checkpoint here for hyper-parameters. Ours hold none: the configuration is the run folder's."""
+        """Do nothing.
+
+        Lightning reads the whole checkpoint here for hyper-parameters. Ours hold none: the configuration is
+        in the run folder.
+        """
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         folder = config["default_root_dir"]
         if not folder:
             raise ValueError(
-                "trainer.default_root_dir is not set: name the run's folder, e.g. --trainer.default_root_dir runs/my-run"
+                "trainer.default_root_dir is not set: name the run's folder, "
+                "e.g. --trainer.default_root_dir runs/my-run"
             )
         _check_trainer(config)
         if config.get("logger") in (None, True):
-            # Ctrl-C in the middle of TensorBoard's queue can leave its thread asleep until its next flush, for which the end of the run waits: 120 s by default.
+            # Ctrl-C in the middle of TensorBoard's queue can leave its thread asleep until its next flush.
+            # The end of the run waits for that, 120 s by default.
             config["logger"] = TensorBoardLogger(
                 save_dir=str(Path(folder) / "tensorboard"), name="", version="", flush_secs=5
             )
-        # Lightning's own checkpoint callback would be added beside ours.
+        # Otherwise Lightning would add its own checkpoint callback beside ours.
         config["enable_checkpointing"] = True
-        # In a file or a pipe a bar is debris; the line a step is there in any case.
+        # In a file or a pipe a bar is clutter. One line a step is printed in any case.
         config["enable_progress_bar"] = config.get("enable_progress_bar") is not False and sys.stdout.isatty()
         bar = [StepProgressBar()] if config["enable_progress_bar"] else []
-        # StepCost first: a step's cost begins before its rollouts. StepLog behind all that log.
+        # StepCost comes first, because a step's cost begins before its rollouts. StepLog comes after all
+        # callbacks that log.
         return super()._instantiate_trainer(
             config,
             [
@@ -185,9 +199,11 @@ class RPTCLI(LightningCLI):
         )
 
     def fit(self, model: PolicyModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
-        """A run folder holds one run, new or continued; a missing checkpoint is an error, and so is a fit that does no step.
+        """Train a run folder's single run, new or resumed.
 
-        ``--ckpt_path auto`` is for launchers that start a run again and again: the last checkpoint where there is one, else a new run.
+        A missing checkpoint is an error, and so is a fit that does no step. ``--ckpt_path auto`` is for
+        launchers that start a run again and again: it takes the last checkpoint if there is one, and
+        otherwise starts a new run.
         """
         _check_pair(model, self.datamodule)
         path = self._checkpoint(ckpt_path)
@@ -199,40 +215,47 @@ class RPTCLI(LightningCLI):
         checkpoint.resumes_from = path
         with traceback_kept(Path(self.trainer.default_root_dir), rank=self.trainer.global_rank):
             self.trainer.fit(model, ckpt_path=path, weights_only=True, **kwargs)
-        # Counted by the callback on every rank: the step at which a resumed run begins is known only inside fit.
+        # The callback counts on every rank. The step at which a resumed run begins is known only inside fit.
         if checkpoint.start_step in (None, self.trainer.global_step):
-            budget = next(callback for callback in self.trainer.callbacks if isinstance(callback, Budget))  # type: ignore[attr-defined]
+            budget = next(
+                callback
+                for callback in self.trainer.callbacks  # type: ignore[attr-defined]
+                if isinstance(callback, Budget)
+            )
             is_complete = 0 < self.trainer.max_steps <= self.trainer.global_step or budget.is_spent
-            if is_complete and is_missed(
-                self.trainer
-            ):  # killed in it; there is no further step that would make up for it
+            # The run may have been killed in the validation, and no further step would make up for it.
+            if is_complete and is_missed(self.trainer):
                 rank_zero_info(
-                    f"the run is complete but for the validation at its last step, {self.trainer.global_step}, which is made up for"
+                    "the run is complete except for the validation at its last step, "
+                    f"{self.trainer.global_step}, which runs now"
                 )
                 self.trainer.validate(
                     model, ckpt_path=path, weights_only=True, verbose=False, datamodule=self.datamodule
                 )
                 return
-            if (
-                ckpt_path == "auto" and is_complete
-            ):  # a chain of jobs ends with this, and must not take it for a failure
+            # A chain of jobs ends with this, and must not take it for a failure.
+            if ckpt_path == "auto" and is_complete:
                 rank_zero_info(
-                    f"the run is complete: it is at step {self.trainer.global_step}, and nothing is left to do"
+                    f"the run is complete: it is at step {self.trainer.global_step}, and nothing is left to "
+                    "do"
                 )
                 return
             raise ValueError(
-                f"the run did no step: it is at step {self.trainer.global_step} of trainer.max_steps={self.trainer.max_steps} already; "
-                "raise trainer.max_steps"
+                f"the run did no step: it is already at step {self.trainer.global_step} of "
+                f"trainer.max_steps={self.trainer.max_steps}; raise trainer.max_steps"
             )
 
     def validate(self, model: PolicyModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
-        """Of the weights that model.policy.path names, or of a checkpoint of them."""
+        """Validate the weights that model.policy.path names, or a checkpoint of them."""
         self.trainer.validate(
             model, ckpt_path=self._checkpoint(ckpt_path), weights_only=True, verbose=False, **kwargs
         )
 
     def _checkpoint(self, ckpt_path: str | None) -> str | None:
-        """The checkpoint that is meant, looked at before the run starts, so that a file that cannot be used is one clear error."""
+        """The requested checkpoint.
+
+        It is checked before the run starts, so that an unusable file gives one clear error.
+        """
         if ckpt_path == "auto" and not checkpoint_steps(Path(self.trainer.default_root_dir) / FOLDER):
             return None
         if ckpt_path is None:
@@ -245,18 +268,20 @@ class RPTCLI(LightningCLI):
         check_about(read_checkpoint(path, flag="--ckpt_path").about, f"--ckpt_path {path}", resumes=True)
         if ckpt_path not in ("last", "auto") and (damage := checkpoint_damage(path)):
             raise ValueError(
-                f"--ckpt_path {path} is not a whole checkpoint: {damage}; name another of its folder, or --ckpt_path last"
+                f"--ckpt_path {path} is not a whole checkpoint: {damage}; "
+                "name another checkpoint of its folder, or --ckpt_path last"
             )
         if path.is_dir() and not isinstance(self.trainer.strategy, ModelParallelStrategy):
             raise ValueError(
-                f"--ckpt_path {path}: it lies in shards, which a strategy without shards does not read; add --config configs/strategy/fsdp2.yaml (any number "
-                "of --trainer.devices, 1 as well), or start a new run from what `rpt export` makes of it"
+                f"--ckpt_path {path}: it is stored in shards, which a strategy without shards cannot read; "
+                "add --config configs/strategy/fsdp2.yaml (any number of --trainer.devices, 1 as well), or "
+                "start a new run from a model that `rpt export` makes of it"
             )
         return str(path)
 
 
 def _check_trainer(config: Mapping[str, Any]) -> None:
-    """What Lightning would meet later, or not at all. Raises ValueError."""
+    """Raise ValueError for settings that Lightning would reject later, or never."""
     for name, lowest in (
         ("val_check_interval", "above 0"),
         ("check_val_every_n_epoch", "1 or more"),
@@ -275,7 +300,10 @@ def _check_trainer(config: Mapping[str, Any]) -> None:
 
 
 def _check_pair(module: PolicyModule, data: LightningDataModule) -> None:
-    """A user's own data module may make any batch; ours make one kind."""
+    """Raise ValueError if our data module makes batches that the module cannot train on.
+
+    A user's own data module may make any batch. Each of ours makes one kind.
+    """
     makes_tasks = isinstance(data, (TokenTaskDataModule, AnswerTaskDataModule))
     if isinstance(data, (StreamDataModule, MixedDataModule)) and makes_tasks != module.learns_from_rollouts:
         fitting = (
@@ -284,18 +312,23 @@ def _check_pair(module: PolicyModule, data: LightningDataModule) -> None:
             else "TextDataModule, TraceDataModule, CorpusDataModule or MixedDataModule"
         )
         raise ValueError(
-            f"model={type(module).__name__} and data={type(data).__name__} do not fit together: {type(module).__name__} learns from "
-            f"{'tasks by reasoning' if module.learns_from_rollouts else 'given sequences'}; give --data {fitting}, or another --model"
+            f"model={type(module).__name__} and data={type(data).__name__} do not fit together: "
+            f"{type(module).__name__} learns from "
+            f"{'tasks by reasoning' if module.learns_from_rollouts else 'given sequences'}; give --data "
+            f"{fitting}, or another --model"
         )
 
 
 def _start_anew(folder: Path, *, is_global_zero: bool) -> None:
-    """Refuses a folder whose run can be continued. What a start left that never reached a checkpoint is moved aside, so that logs do not mix."""
+    """Refuse a folder whose run can be resumed, and move aside the files of a start without a checkpoint.
+
+    Otherwise the logs of the two starts would mix.
+    """
     steps = checkpoint_steps(folder / FOLDER)
     if steps:
         raise ValueError(
-            f"trainer.default_root_dir={folder} holds a run already (its last checkpoint: step {steps[-1]}); continue it with --ckpt_path last, or name "
-            "another folder with --trainer.default_root_dir"
+            f"trainer.default_root_dir={folder} already holds a run (its last checkpoint: step {steps[-1]}); "
+            "continue it with --ckpt_path last, or name another folder with --trainer.default_root_dir"
         )
     if not is_global_zero or not (folder / CONFIG_FILE).exists():
         return
@@ -310,14 +343,15 @@ def _start_anew(folder: Path, *, is_global_zero: bool) -> None:
         target.parent.mkdir(exist_ok=True)
         path.rename(target)
     rank_zero_info(
-        f"{folder} holds a start that reached no checkpoint: its files are now in {aside.name}/, and the run starts anew"
+        f"{folder} holds a start that reached no checkpoint: its files are now in {aside.name}/, "
+        "and the run starts anew"
     )
 
 
 def make_cli(
     cli: type[RPTCLI] = RPTCLI, *, run: bool = True, args: list[str] | None = None, prog: str = "rpt"
 ) -> RPTCLI:
-    """The command line, run or (``run=False``, without a verb in ``args``) only built."""
+    """Build the command line and run it, or only build it (``run=False``, without a verb in ``args``)."""
     return cli(
         model_class=PolicyModule,
         subclass_mode_model=True,
@@ -328,7 +362,8 @@ def make_cli(
         save_config_kwargs={"save_to_log_dir": False},
         seed_everything_default=0,
         auto_configure_optimizers=False,
-        # Inference tensors cannot be gathered from shards; gloo alone is spared them by Lightning, so that CPUs do not show it.
+        # Inference tensors cannot be gathered from shards. With gloo alone Lightning avoids them, so CPUs do
+        # not show the problem.
         trainer_defaults={
             "inference_mode": False,
             "logger": None,
@@ -343,8 +378,9 @@ def make_cli(
 
 
 def run(args: list[str]) -> None:
-    """Parses ``[verb, ...]`` and runs it."""
-    # LightningCLI warns where both its args and the process's own are given. The first word stays: Lightning starts further ranks by it.
+    """Parse ``[verb, ...]`` and run it."""
+    # LightningCLI warns if both its args and the process's own are given. The first word stays: Lightning
+    # starts further ranks with it.
     sys.argv[1:] = args
     quieten_libraries()
     make_cli()

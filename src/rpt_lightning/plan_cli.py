@@ -1,4 +1,7 @@
-"""``rpt plan``: what a run of ``rpt fit`` with the same configuration will cost. It parses the same files and flags, and builds neither model nor trainer."""
+"""``rpt plan`` estimates what a run of ``rpt fit`` with the same configuration will cost.
+
+It parses the same files and flags, but builds neither model nor trainer.
+"""
 
 from __future__ import annotations
 
@@ -27,29 +30,38 @@ from rpt_lightning.planning.settings import EngineKind, Rates, RunSettings
 from rpt_lightning.planning.workload import assumed_prompts
 from rpt_lightning.types import TokenIds
 
-# Of next-token reasoning at the paper's limit of 8,192 tokens, RMT (arXiv:2509.24375) reports a mean of 872 before it shortens them.
+# RMT (arXiv:2509.24375) reports a mean of 872 tokens for next-token reasoning at the paper's limit of 8,192,
+# before it shortens completions.
 USUAL_COMPLETION_TOKENS = 1024
 
-# What `rpt serve` starts a server with unless told otherwise.
+# `rpt serve` starts a server with this value by default.
 SERVER_MAX_NUM_SEQS = 256
 
 SHARDED = ("ModelParallelStrategy", "ShardedStrategy")
 
 
 class PlanOptions:
-    """Args:
-    device: h100, h200, a100, l40s or cpu (this machine, measured in a second). None: cpu where trainer.accelerator is cpu, else h100.
-    num_devices: That train. None: trainer.devices x trainer.num_nodes, where "auto" counts as 1.
-    num_servers: Devices of their own that generate, with rollout.engine VLLMServerEngine. None: one for each of its urls.
-    gpu_memory_utilization: Share of a server's memory that vLLM takes, as serve.gpu_memory_utilization.
-    model_config: Folder or config.json of the policy's model, where model.policy.path cannot be reached. Weights are never read.
-    completion_tokens: Assumed mean length of a completion. None: half of rollout.max_completion_tokens, at most 1024.
-    context_tokens: Assumed mean length of a context where the task folder is not there. None: half of the longest.
-    live_frac: Assumed share of groups with unequal rewards, which alone are trained.
-    mfu: Assumed share of the device's peak that training and prefill reach, counting needed operations only, as perf/mfu does: not layers that are
-        computed again.
-    bandwidth_frac: Assumed share of the device's memory bandwidth that decoding reaches.
-    shared_storage_gb_per_s: Assumed GB (10^9 bytes) a second of the folder of a SharedFolderTransport, all its readers together.
+    """Options of ``rpt plan``.
+
+    Args:
+        device: h100, h200, a100, l40s or cpu (this machine, measured in a second). None: cpu if
+            trainer.accelerator is cpu, else h100.
+        num_devices: Devices that train. None: trainer.devices x trainer.num_nodes, where "auto" counts as 1.
+        num_servers: Separate devices that generate, with rollout.engine VLLMServerEngine. None: one for each
+            of its urls.
+        gpu_memory_utilization: Share of a server's memory that vLLM takes, as serve.gpu_memory_utilization.
+        model_config: Folder or config.json of the policy's model, if model.policy.path cannot be reached.
+            Weights are never read.
+        completion_tokens: Assumed mean length of a completion. None: half of rollout.max_completion_tokens,
+            at most 1024.
+        context_tokens: Assumed mean length of a context if the task folder is missing. None: half of the
+            longest.
+        live_frac: Assumed share of groups with unequal rewards; only these are trained.
+        mfu: Assumed share of the device's peak that training and prefill reach. As in perf/mfu, only needed
+            operations count, not layers that are computed again.
+        bandwidth_frac: Assumed share of the device's memory bandwidth that decoding reaches.
+        shared_storage_gb_per_s: Assumed speed of the folder of a SharedFolderTransport, in GB (10^9 bytes) a
+            second over all its readers.
     """
 
     def __init__(
@@ -102,28 +114,28 @@ class PlanOptions:
 
 
 class PlanCLI(RPTCLI):
-    """Parses a run and goes no further."""
+    """Parses a run and stops there."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_class_arguments(PlanOptions, "plan")
 
     def instantiate_classes(self) -> None:
-        """Nothing: what is needed of the data is opened by the plan itself."""
+        """Build nothing. The plan itself opens the data that it needs."""
 
     def _set_seed(self) -> None:
-        """Nothing is drawn."""
+        """Do nothing: nothing random is drawn."""
 
 
 def run(args: list[str]) -> None:
-    """Prints the plan of a configuration."""
-    # LightningCLI warns where both its args and the process's own are given.
+    """Print the plan of a configuration."""
+    # LightningCLI warns if both its args and the process's own are given.
     sys.argv = ["rpt"]
     print(plan_text(args))
 
 
 def plan_text(args: list[str]) -> str:
-    """The plan of what ``rpt fit ARGS`` would run."""
+    """The plan of the run that ``rpt fit ARGS`` would start."""
     plan, assumptions = plan_of(parse(args))
     return report(plan, assumptions=assumptions)
 
@@ -134,7 +146,7 @@ def parse(args: list[str]) -> Namespace:
 
 
 def plan_of(config: Namespace) -> tuple[Plan, list[str]]:
-    """The plan of a parsed configuration, and what was assumed for it."""
+    """The plan of a parsed configuration, and the assumptions behind it."""
     options = PlanOptions(**config.plan)
     settings = run_settings(config, options)
     shape = model_shape(
@@ -161,60 +173,68 @@ def plan_of(config: Namespace) -> tuple[Plan, list[str]]:
     )
     assumptions = [
         source,
-        f"completions: {completion_tokens:,} tokens each (--plan.completion_tokens), with nothing in common by chance",
+        f"completions: {completion_tokens:,} tokens each (--plan.completion_tokens), "
+        "with nothing in common by chance",
         f"groups with unequal rewards, which are trained: {options.live_frac:.0%} (--plan.live_frac)"
         + (
-            "; what dynamic sampling generates besides is not counted"
+            "; extra groups from dynamic sampling are not counted"
             if config.rollout.dynamic_sampling_from_step is not None
             else ""
         ),
-        f"training and prefill reach {options.mfu:.0%} of {device.peak_flops / 1e12:,.3g} TFLOP/s (--plan.mfu), decoding "
-        f"{options.bandwidth_frac:.0%} of {device.bandwidth_bytes_per_s / 1e12:,.3g} TB/s (--plan.bandwidth_frac); no waiting for the longest completion",
+        f"training and prefill reach {options.mfu:.0%} of {device.peak_flops / 1e12:,.3g} TFLOP/s "
+        f"(--plan.mfu), decoding {options.bandwidth_frac:.0%} of "
+        f"{device.bandwidth_bytes_per_s / 1e12:,.3g} TB/s (--plan.bandwidth_frac); "
+        "no waiting for the longest completion",
     ]
     if settings.is_mixed:
         assumptions.append(
-            "FSDP2 gathers and computes the layers in bf16 (shards stay fp32), so that autocast makes no copy of the weights"
+            "FSDP2 gathers and computes the layers in bf16 (shards stay fp32), "
+            "so autocast makes no copy of the weights"
             if settings.gathers_bf16
-            else "FSDP2 gathers the weights in fp32, and autocast casts them (with checkpointing a layer at a time)"
+            else "FSDP2 gathers the weights in fp32, and autocast casts them "
+            "(with checkpointing a layer at a time)"
         )
     if settings.num_servers:
         assumptions += [
-            f"a server is one device, whose vLLM takes {options.gpu_memory_utilization:.0%} of it and generates at most {settings.max_num_seqs:,} "
-            "completions at a time",
-            f"weights reach the servers by one broadcast at {NODE_LINK_BYTES_PER_S / 1e9:.0f} GB/s (NCCLTransport)"
+            f"a server is one device, whose vLLM takes {options.gpu_memory_utilization:.0%} of it and "
+            f"generates at most {settings.max_num_seqs:,} completions at a time",
+            f"weights reach the servers by one broadcast at {NODE_LINK_BYTES_PER_S / 1e9:.0f} GB/s "
+            "(NCCLTransport)"
             if settings.transport == "nccl"
-            else f"weights reach the servers through a folder, written once and read once by every node of {DEVICES_PER_NODE} servers, at "
-            f"{options.shared_storage_gb_per_s:g} GB/s in all (SharedFolderTransport, --plan.shared_storage_gb_per_s)",
+            else "weights reach the servers through a folder, written once and read once by every node of "
+            f"{DEVICES_PER_NODE} servers, at "
+            f"{options.shared_storage_gb_per_s:g} GB/s in all (SharedFolderTransport, "
+            "--plan.shared_storage_gb_per_s)",
         ]
     if settings.engine_sleeps:
-        assumptions.append(
-            "the engine sleeps while the policy trains, so that the two need their memory in turn"
-        )
+        assumptions.append("the engine sleeps while the policy trains, so the two use their memory in turn")
     if settings.cpu_offload:
         assumptions.append(
-            f"weights and gradients travel between host and device at {device.host_link_bytes_per_s / 1e9:.0f} GB/s, with nothing else at the same time; the host "
+            "weights and gradients travel between host and device at "
+            f"{device.host_link_bytes_per_s / 1e9:.0f} GB/s, with nothing else at the same time; the host "
             f"adds and steps at {HOST_BANDWIDTH_BYTES_PER_S / 1e9:.0f} GB/s of memory a device"
         )
     return plan, assumptions
 
 
 def run_settings(config: Namespace, options: PlanOptions) -> RunSettings:
-    """What counts of a parsed configuration.
+    """The settings of a parsed configuration that matter for the plan.
 
     Raises:
-        ValueError: A run that the plan cannot work out.
+        ValueError: The plan cannot estimate this run.
     """
     if not config.model.class_path.endswith(".RPTModule"):
         raise ValueError(
-            f"--model {config.model.class_path}: rpt plan works out runs that learn by reasoning (RPTModule)"
+            f"--model {config.model.class_path}: rpt plan estimates runs that learn by reasoning (RPTModule)"
         )
     if config.data.class_path.endswith(".AnswerTaskDataModule"):
         raise ValueError(
-            f"--data {config.data.class_path}: rpt plan works out runs on task folders (TokenTaskDataModule)"
+            f"--data {config.data.class_path}: rpt plan estimates runs on task folders (TokenTaskDataModule)"
         )
     if config.rollout.engine is None:
         raise ValueError(
-            "rollout.engine is not set, and RPTModule learns from rollouts; give one, e.g. --rollout.engine VLLMEngine"
+            "rollout.engine is not set, but RPTModule learns from rollouts; "
+            "give one, e.g. --rollout.engine VLLMEngine"
         )
     model, data, rollout, trainer = (
         config.model.init_args,
@@ -232,7 +252,8 @@ def run_settings(config: Namespace, options: PlanOptions) -> RunSettings:
     num_devices = options.num_devices or _num_devices(trainer)
     if kind != "servers" and options.num_servers is not None:
         raise ValueError(
-            "--plan.num_servers: only rollout.engine VLLMServerEngine has servers; add --config configs/rollout/servers.yaml"
+            "--plan.num_servers: only rollout.engine VLLMServerEngine has servers; "
+            "add --config configs/rollout/servers.yaml"
         )
     return RunSettings(
         tasks_per_step=data.tasks_per_step,
@@ -271,7 +292,7 @@ def run_settings(config: Namespace, options: PlanOptions) -> RunSettings:
 
 
 def optimizer_bytes_per_param(config: Namespace) -> float:
-    """Of an optimizer's state, seen after a step of a real one on a small matrix."""
+    """Bytes of the optimizer's state a parameter, measured after a step of a real one on a small matrix."""
     parameter = torch.nn.Parameter(torch.zeros(64, 64))
     optimizer = _build(config, [parameter])
     parameter.grad = torch.zeros_like(parameter)
@@ -299,7 +320,8 @@ def _strategy(strategy: str | Namespace, *, num_devices: int) -> Strategy:
         parallel = 1 if isinstance(strategy, str) else strategy.init_args.tensor_parallel_size
         if parallel != 1:
             raise ValueError(
-                f"trainer.strategy has tensor_parallel_size={parallel}: rpt plan works out data-parallel sharding only; set it to 1"
+                f"trainer.strategy has tensor_parallel_size={parallel}: "
+                "rpt plan estimates data-parallel sharding only; set it to 1"
             )
         return "fsdp2"
     if name.startswith(("ddp", "DDP")) or (name == "auto" and num_devices > 1):
@@ -307,12 +329,13 @@ def _strategy(strategy: str | Namespace, *, num_devices: int) -> Strategy:
     if name in ("auto", "single_device", "SingleDeviceStrategy"):
         return "single"
     raise ValueError(
-        f"--trainer.strategy {name}: rpt plan knows one device (auto), ddp, and ModelParallelStrategy (configs/strategy/)"
+        f"--trainer.strategy {name}: rpt plan knows one device (auto), ddp, "
+        "and ModelParallelStrategy (configs/strategy/)"
     )
 
 
 def _strategy_option(strategy: str | Namespace, name: str, *, default: bool) -> bool:
-    """A flag of a sharded strategy, and what it does where it does not say."""
+    """A flag of a sharded strategy, or the default if it is not given."""
     return (
         default if isinstance(strategy, str) else bool((strategy.get("init_args") or {}).get(name, default))
     )
@@ -329,7 +352,7 @@ def _device(name: str, settings: RunSettings) -> Device:
 def _prompts(
     config: Namespace, settings: RunSettings, context_tokens: int | None
 ) -> tuple[list[TokenIds], str]:
-    """The prompts of the run's first step, and where they come from."""
+    """The prompts of the run's first step, and their source."""
     folder = config.data.init_args.task_dir
     if os.path.isdir(folder) and context_tokens is None:
         data = _build(config.data)
@@ -343,7 +366,8 @@ def _prompts(
     template_tokens = max(0, settings.max_prompt_tokens - longest)
     if context_tokens is not None and context_tokens > longest:
         raise ValueError(
-            f"--plan.context_tokens {context_tokens}: contexts are cut to {longest} tokens; give at most so many"
+            f"--plan.context_tokens {context_tokens}: contexts are cut to {longest} tokens; "
+            "give that number or less"
         )
     mean = context_tokens or -(-longest // 2)
     prompts = assumed_prompts(
@@ -355,10 +379,11 @@ def _prompts(
     missing = "" if context_tokens is not None else f" (there is no task folder {folder})"
     return (
         prompts,
-        f"prompts{missing}: contexts of {mean:,} tokens in the mean (--plan.context_tokens) and a template of {template_tokens:,} behind them",
+        f"prompts{missing}: contexts of {mean:,} tokens in the mean (--plan.context_tokens), "
+        f"followed by a template of {template_tokens:,}",
     )
 
 
 def _build(config: Namespace, *args: Any) -> Any:
-    """The object of a parsed ``class_path`` whose ``init_args`` are plain values."""
+    """Build the object of a parsed ``class_path`` whose ``init_args`` are plain values."""
     return instantiate_class(args, config.as_dict())

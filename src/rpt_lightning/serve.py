@@ -1,4 +1,7 @@
-"""`rpt serve`: the vLLM servers that a run's configuration names, on this machine. The same files as for `rpt fit`, and flags under ``--serve``."""
+"""`rpt serve` starts the vLLM servers that a run's configuration names, on this machine.
+
+It takes the same files as `rpt fit`, and flags under ``--serve``.
+"""
 
 from __future__ import annotations
 
@@ -21,21 +24,24 @@ from rpt_lightning.training.prompt_room import max_model_len
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeSettings:
-    """How servers run on this machine; what they run is the run's configuration.
+    """How servers run on this machine. The run's configuration says what they serve.
 
     Args:
-        host: Address that servers are bound to. Whoever reaches it and has the key can change the weights; requests and key travel in clear text.
-        urls: Those of rollout.engine.urls that this machine starts; null: those on its loopback address.
-        tensor_parallel_size: GPUs a server. Servers share out the GPUs of CUDA_VISIBLE_DEVICES, or all.
+        host: Address that servers bind to. Anyone who can reach it and has the key can change the weights;
+            requests and key travel in clear text.
+        urls: The addresses in rollout.engine.urls to start on this machine; null: those on its loopback
+            address.
+        tensor_parallel_size: GPUs a server. Servers divide the GPUs of CUDA_VISIBLE_DEVICES, or all GPUs.
         gpu_memory_utilization: Share of a GPU's memory that a server takes. Not used on CPU.
         kv_cache_gib: Key-value cache of a server on CPU, in GiB. Not used on GPU.
         max_num_seqs: Completions that a server generates at the same time.
         enforce_eager: No compilation and no CUDA graphs. null: eager on CPU, graphs on GPU.
         block_size: Tokens of a cache block. null: 32 on CPU, vLLM's choice on GPU.
-        restart: Start a server again that died.
+        restart: Restart a server that died.
         ready_timeout_s: Longest time for the servers to come up, in seconds.
-        hung_s: A server that gave no answer for so long, in seconds, is ended, and started again if one that died is. Longer than it loads weights.
-        log_folder: For their output; null: servers/ in the run's folder.
+        hung_s: Seconds without an answer after which a server is ended, and restarted if ``restart`` is set.
+            It must be longer than loading weights takes.
+        log_folder: Folder for the servers' output; null: servers/ in the run's folder.
     """
 
     host: str = "127.0.0.1"
@@ -57,24 +63,25 @@ class ServeSettings:
                 raise ValueError(f"rpt serve: --serve.{name} {getattr(self, name)} must be positive")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(
-                f"rpt serve: --serve.gpu_memory_utilization {self.gpu_memory_utilization} must be above 0 and at most 1"
+                f"rpt serve: --serve.gpu_memory_utilization {self.gpu_memory_utilization} must be above 0 "
+                "and at most 1"
             )
 
 
 class ServeCLI(RPTCLI):
-    """Reads a run's configuration without building anything of it."""
+    """Reads a run's configuration without building anything from it."""
 
     def add_arguments_to_parser(self, parser: Any) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_class_arguments(ServeSettings, "serve")
 
     def instantiate_classes(self) -> None:
-        """Nothing is built."""
+        """Build nothing."""
 
 
 def serve(args: list[str]) -> None:
-    """Starts the servers and watches over them until SIGTERM or SIGINT."""
-    sys.argv = ["rpt serve", *args]  # LightningCLI warns where both its args and the process's own are given
+    """Start the servers and watch over them until SIGTERM or SIGINT."""
+    sys.argv = ["rpt serve", *args]  # LightningCLI warns if both its args and the process's own are given
     config = make_cli(ServeCLI, run=False, prog="rpt serve").config
     settings = ServeSettings(**config.serve)
     if (engine := config.rollout.engine) is None or not engine.class_path.endswith(".VLLMServerEngine"):
@@ -89,7 +96,7 @@ def serve(args: list[str]) -> None:
 
 
 def server_specs(config: Any, settings: ServeSettings) -> list[ServerSpec]:
-    """What to start here. Raises ValueError for addresses that this machine cannot serve."""
+    """The servers to start here. Raises ValueError if this machine cannot serve an address."""
     engine, path = config.rollout.engine.init_args, config.model.init_args.policy.init_args.path
     urls = [url.rstrip("/") for url in engine.urls]
     here = (
@@ -99,13 +106,14 @@ def server_specs(config: Any, settings: ServeSettings) -> list[ServerSpec]:
     )
     if not here or not set(here) <= set(urls):
         raise ValueError(
-            f"rpt serve: none of rollout.engine.urls={urls} is to be started here (--serve.urls {here}); name some of them in --serve.urls, "
-            "or others in --rollout.engine.urls"
+            f"rpt serve: none of rollout.engine.urls={urls} is to be started here (--serve.urls {here}); "
+            "name some of them in --serve.urls, or others in --rollout.engine.urls"
         )
     outside = [url for url in here if not is_loopback(urlsplit(url).hostname or "")]
     if outside and is_loopback(settings.host):
         raise ValueError(
-            f"rpt serve: nobody would reach {outside[0]} with --serve.host {settings.host}; give the address of this machine, or 0.0.0.0"
+            f"rpt serve: nobody could reach {outside[0]} with --serve.host {settings.host}; "
+            "give the address of this machine, or 0.0.0.0"
         )
     folder = Path(settings.log_folder or Path(config.trainer.default_root_dir or ".") / "servers")
     devices = _devices(len(here), settings.tensor_parallel_size)
@@ -136,10 +144,10 @@ def server_specs(config: Any, settings: ServeSettings) -> list[ServerSpec]:
 
 
 def _log_name(url: str) -> str:
-    """Several nodes may have one folder, and servers of the same port."""
+    """Log file of a server. Several nodes may share one folder, and servers on them may share a port."""
     place = urlsplit(url)
     host = place.hostname or ""
-    # Not `is_loopback`: a machine's own name may well mean its loopback address, on each node.
+    # Not `is_loopback`: a machine's own name may well resolve to its loopback address, on each node.
     return (
         f"server-{place.port}.log"
         if host in ("127.0.0.1", "::1", "localhost")
@@ -148,14 +156,14 @@ def _log_name(url: str) -> str:
 
 
 def _max_model_len(config: Any, path: str) -> int:
-    """As the run itself will ask for it."""
+    """Same value as the run itself will request."""
     needed = int(config.rollout.max_prompt_tokens + config.rollout.max_completion_tokens)
     positions = longest_context(AutoConfig.from_pretrained(path))
     return max_model_len(needed, positions=positions, with_controls=config.rollout.thought_controls)
 
 
 def _devices(num_servers: int, per_server: int) -> list[str | None]:
-    """CUDA_VISIBLE_DEVICES of each server; None where there is no GPU."""
+    """CUDA_VISIBLE_DEVICES of each server. None if there is no GPU."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = (
         [gpu for gpu in visible.split(",") if gpu]
@@ -166,8 +174,8 @@ def _devices(num_servers: int, per_server: int) -> list[str | None]:
         return [None] * num_servers
     if len(gpus) < num_servers * per_server:
         raise ValueError(
-            f"rpt serve: {num_servers} servers of {per_server} GPUs each (--serve.tensor_parallel_size) do not fit on {len(gpus)} GPUs; start fewer here "
-            "(--serve.urls)"
+            f"rpt serve: {num_servers} servers of {per_server} GPUs each (--serve.tensor_parallel_size) do "
+            f"not fit on {len(gpus)} GPUs; start fewer here (--serve.urls)"
         )
     return [
         ",".join(gpus[first : first + per_server]) for first in range(0, num_servers * per_server, per_server)
@@ -175,13 +183,16 @@ def _devices(num_servers: int, per_server: int) -> list[str | None]:
 
 
 def _key(engine: Any) -> str:
-    """Without a key nothing is started: whoever can send requests to a server can change its weights."""
+    """Find or make the key. Nothing starts without one.
+
+    Anyone who can send requests to a server can change its weights.
+    """
     if key := find_key(engine.api_key_env, engine.api_key_file):
         return key
     if engine.api_key_file is None:
         raise ValueError(
-            f"rpt serve: there is no key. Set the environment variable {engine.api_key_env} to a long random text, here and for `rpt fit`, or name a file in "
-            "rollout.engine.api_key_file, which is then made"
+            f"rpt serve: there is no key. Set the environment variable {engine.api_key_env} to a long random "
+            "text, here and for `rpt fit`, or name a file in rollout.engine.api_key_file, which is then made"
         )
     key = make_key(engine.api_key_file)
     print(f"wrote a new key to {engine.api_key_file}; `rpt fit` reads it from there", flush=True)

@@ -1,4 +1,7 @@
-"""What a wrong flag says: the error and where help is. jsonargparse prints the usage before it, which for ``rpt fit`` is 200 lines."""
+"""Short messages for wrong flags: the error, and where to find help.
+
+jsonargparse prints the usage before the error, which for ``rpt fit`` is 200 lines.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any, NoReturn
 
 
 class ShortErrors:
-    """Beside one of jsonargparse's parsers, and before it."""
+    """Mixin for a parser of jsonargparse. List it first among the bases."""
 
     prog: str
     exit_on_error: bool
@@ -22,6 +25,9 @@ class ShortErrors:
         sys.exit(2)
 
     def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:
-        """Lightning calls it by its former name, which each time is a warning of six lines."""
+        """Forward to ``instantiate``.
+
+        Lightning calls it by its former name, which gives a warning of six lines each time.
+        """
         parent: Any = self
         return parent.instantiate(cfg, **kwargs)

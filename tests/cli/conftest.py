@@ -17,7 +17,10 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 @pytest.fixture
 def rpt(capfd, caplog, monkeypatch):
-    """``rpt(...)`` -> (exit status, everything shown), in this process: a new one takes seconds to import its libraries."""
+    """``rpt(...)`` -> (exit status, everything shown), in this process.
+
+    A new process takes seconds to import its libraries.
+    """
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(os, "environ", os.environ.copy())
 
@@ -59,7 +62,7 @@ def flags(tiny_model_dir, tiny_task_dir):
 
 @pytest.fixture(scope="session")
 def finished_run(flags, installed, tmp_path_factory):
-    """By a process of its own, exactly as a user runs it."""
+    """A run in a process of its own, exactly as a user runs it."""
     run_dir = tmp_path_factory.mktemp("runs") / "debug"
     command = [installed, "fit", *map(str, flags), "--trainer.default_root_dir", str(run_dir)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -118,8 +118,8 @@ def test_shards_need_a_strategy_with_shards(finished_run, flags, rpt, tmp_path):
     status, output = rpt("fit", *flags, "--trainer.default_root_dir", tmp_path / "run", "--ckpt_path", folder)
     assert status == 1
     assert (
-        "it lies in shards, which a strategy without shards does not read; add --config configs/strategy/fsdp2.yaml"
-        in output
+        "it is stored in shards, which a strategy without shards cannot read; "
+        "add --config configs/strategy/fsdp2.yaml" in output
     )
 
 

@@ -1,4 +1,4 @@
-"""Errors of a user's own classes keep their traceback; what is wrong with a flag is one line and where help is."""
+"""Errors of a user's own classes keep their traceback. A wrong flag gives one line and where to find help."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ def test_a_closed_output_ends_nothing(monkeypatch):
     [
         (
             {"val_check_interval": 0},
-            "--trainer.val_check_interval 0: give a number above 0; for no validation give --trainer.limit_val_batches 0",
+            "--trainer.val_check_interval 0: give a number above 0; "
+            "for no validation give --trainer.limit_val_batches 0",
         ),
         ({"val_check_interval": -0.5}, "--trainer.val_check_interval -0.5"),
         ({"check_val_every_n_epoch": 0}, "--trainer.check_val_every_n_epoch 0: give a number 1 or more"),

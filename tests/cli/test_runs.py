@@ -70,7 +70,10 @@ def test_no_debris_where_there_is_no_terminal(finished_run):
 
 @pytest.mark.long
 def test_further_ranks_are_started_by_the_installed_command(flags, installed, tmp_path):
-    """Lightning starts them by what stands in ``sys.argv``; every other test with ranks goes by ``python -m`` or torchrun."""
+    """Lightning starts them with ``sys.argv``.
+
+    Every other test with ranks uses ``python -m`` or torchrun.
+    """
     devices = [
         "--trainer.accelerator",
         "cpu",
@@ -97,7 +100,10 @@ def test_further_ranks_are_started_by_the_installed_command(flags, installed, tm
 
 
 def test_no_pass_makes_inference_tensors(flags, tmp_path):
-    """Which cannot be gathered from shards. Lightning spares gloo them, so that no run on a CPU would show it."""
+    """Inference tensors cannot be gathered from shards.
+
+    Lightning avoids them with gloo, so no run on a CPU would show the problem.
+    """
     from rpt_lightning.evaluation.policies import evaluation_trainer
     from rpt_lightning.lightning_cli import make_cli
 
@@ -126,7 +132,7 @@ def test_a_run_is_not_overwritten_and_can_be_continued(run_copy, flags, rpt):
     common = ["fit", *flags, "--trainer.default_root_dir", run_copy]
     status, output = rpt(*common)
     assert status == 1
-    assert "holds a run already (its last checkpoint: step 4); continue it with --ckpt_path last" in output
+    assert "already holds a run (its last checkpoint: step 4); continue it with --ckpt_path last" in output
     assert steps_of(run_copy) == [1, 2, 3, 4]
     status, output = rpt(*common, "--ckpt_path", "last")
     assert status == 1
@@ -172,13 +178,13 @@ def test_going_on_from_an_earlier_checkpoint(run_copy, flags, rpt):
         *lower,
     )
     assert status == 0, output
-    assert "optimizer, from here on as given: lr 1e-05" in output
+    assert "optimizer, as given from here on: lr 1e-05" in output
     assert json.loads((run_copy / "steps.jsonl").read_text().splitlines()[-1])["optim/lr"] == pytest.approx(
         1e-5
     )
     assert (
-        "beyond step 2, from which the run goes on, and therefore now named *.abandoned: checkpoints/step-000004.ckpt, validation/step-"
-        in output
+        "the run resumes from step 2; files of later steps are now named *.abandoned: "
+        "checkpoints/step-000004.ckpt, validation/step-" in output
     )
     assert checkpoints(run_copy) == ["step-000002.ckpt", "step-000003.ckpt", "step-000004.ckpt.abandoned"]
     assert steps_of(run_copy) == [1, 2, 3]
@@ -225,7 +231,7 @@ def test_a_failed_start_does_not_lock_the_folder(flags, rpt, tmp_path):
     assert not (run_dir / "config-2.yaml").exists()
     status, output = rpt(*common)
     assert status == 1
-    assert "holds a run already" in output
+    assert "already holds a run" in output
     status, output = rpt(*launcher, "--trainer.max_steps", "2")
     assert status == 0, output
     assert steps_of(run_dir) == [1, 2]
@@ -242,7 +248,8 @@ def test_ctrl_c_names_the_last_checkpoint_and_the_way_on(flags, tmp_path):
         "0",
     ]
     process = subprocess.Popen(
-        [*COMMAND, "fit", *map(str, flags), *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        [*COMMAND, "fit", *map(str, flags), *options],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         env=os.environ | {"PYTHONFAULTHANDLER": "1"},
     )  # fmt: skip
     try:

@@ -1,4 +1,4 @@
-"""A small run with rollouts in the background, and what it was trained on."""
+"""A small run with rollouts in the background, and the batches that it trained on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OBJECTIVE = Objective(ContinuationPrompt(), SomeAreRight())
 
 
 class Watch(Callback):
-    """Keeps what every step was trained on, and the weights before and after it."""
+    """Keeps the batches that every step trained on, and the weights before and after it."""
 
     def __init__(self):
         self.batches, self.weights = [], []

@@ -1,4 +1,7 @@
-"""Run by the tests of several ranks in processes of its own. The only argument is a JSON object; see `Options`."""
+"""Run by the tests of several ranks in separate processes.
+
+The only argument is a JSON object. See `Options`.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,10 @@ class Options:
 
 
 class Recorded(ScriptedEngine):
-    """Says the same at the same step whatever the last bits of the weights are: recorded rollouts, with fresh log-probs."""
+    """Gives the same answers at the same step, whatever the last bits of the weights are.
+
+    These are recorded rollouts with fresh log-probs.
+    """
 
     def _update_weights(self, weights, version):
         super()._update_weights(weights, version)
@@ -62,7 +68,10 @@ class Recorded(ScriptedEngine):
 
 
 class SomeAreRight(Reward):
-    """A few predictions are right, whichever: about 4 of 10 groups are live, unlike with a random model."""
+    """A few arbitrary predictions are right.
+
+    About 4 of 10 groups have differing rewards, unlike with a random model.
+    """
 
     needs_first_token_probs = False
 
@@ -75,7 +84,10 @@ class SomeAreRight(Reward):
 
 
 class WrongNormalizer(RPTModule):
-    """Each rank divides by its own tokens, the fault of averaging means: right only where all ranks have equally many."""
+    """Each rank divides by its own tokens, which is the fault of averaging means.
+
+    It is right only if all ranks have equally many tokens.
+    """
 
     def _normalizer(self, samples, *, max_tokens):
         return (

@@ -1,6 +1,7 @@
-"""`rpt fit` as real processes that can be killed, and what a run leaves behind, for comparing two runs bit by bit.
+"""`rpt fit` as real processes that can be killed, and the traces of a run, for comparing two runs bit by bit.
 
-The processes are forked by one that has imported everything and computed nothing: a fresh interpreter would import for seconds each time.
+The processes are forked from one that has imported everything and computed nothing. A fresh interpreter would
+spend seconds on imports each time.
 """
 
 from __future__ import annotations
@@ -25,14 +26,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rpt_lightning.tasks.reward import Reward
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-# What the clock, the machine and the number of starts put into the step log.
+# Entries of the step log that depend on the clock, the machine and the number of starts.
 UNEQUAL = ("time", "perf/", "run/", "cost/time_s")
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["rpt_lightning.lightning_cli"])
 
 
 class SomeAreRight(Reward):
-    """Half of the completions, whatever they say: with a random model's own answers no group would be live, and every run the same."""
+    """Half of the completions are right, whatever they say.
+
+    A random model's own answers would all get the same reward, and every run would be the same.
+    """
 
     needs_first_token_probs = False
 
@@ -44,8 +48,9 @@ class SomeAreRight(Reward):
 
 
 class HeldValidation(Callback):
-    """No validation begins while the file is there (another, ``.begun``, says that one would). After ten minutes it begins all the same, so that a test that
-    failed leaves no process behind.
+    """Holds validation back while the file is there. Another file, ``.begun``, shows that one is due.
+
+    After ten minutes it begins anyway, so that a failed test leaves no process behind.
     """
 
     def __init__(self, file: str) -> None:
@@ -59,7 +64,7 @@ class HeldValidation(Callback):
 
 
 class FailsAtStepTwo(Callback):
-    """On the last rank."""
+    """Raises an error on the last rank."""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -69,7 +74,10 @@ class FailsAtStepTwo(Callback):
 
 
 class KilledOnce(Callback):
-    """The last rank kills itself after step 2, unless the file says that it did so before; a step takes a second at least."""
+    """The last rank kills itself after step 2, unless the file says that it already did so.
+
+    A step takes at least a second.
+    """
 
     def __init__(self, file: str) -> None:
         self.file = Path(file)
@@ -88,13 +96,13 @@ class KilledOnce(Callback):
 
 
 def run_cli(args: list[str], log: str, environment: dict[str, str]) -> None:
-    """In the new process."""
+    """Run the command in the new process."""
     os.environ.update(environment)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     sys.stdout = sys.stderr = os.fdopen(handle, "w", buffering=1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the fork server ignores
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server ignores it
     torch.set_num_threads(1)
     from rpt_lightning.cli import main
 
@@ -102,7 +110,7 @@ def run_cli(args: list[str], log: str, environment: dict[str, str]) -> None:
 
 
 class RealRun:
-    """One command in one folder: started, killed, started again."""
+    """One command in one folder, which can be started, killed and started again."""
 
     def __init__(self, folder: Path, flags: list[Any]) -> None:
         self.folder = folder
@@ -134,7 +142,7 @@ class RealRun:
         assert self.status() == 0, self.text()
 
     def wait_for(self, condition: Callable[[], object], timeout_s: float = 120) -> bool:
-        """False where the process ended first."""
+        """Wait until the condition holds. False if the process ended first."""
         end = time.monotonic() + timeout_s
         while not condition():
             if not self.process.is_alive():
@@ -144,7 +152,7 @@ class RealRun:
         return True
 
     def kill_when(self, condition: Callable[[], object], *, after_s: float = 0.0) -> bool:
-        """kill -9; False where the run was done before."""
+        """Send kill -9 when the condition holds. False if the run was already done."""
         if not self.wait_for(condition):
             return False
         time.sleep(after_s)
@@ -152,7 +160,11 @@ class RealRun:
         return self.status() != 0
 
     def start_command(self, *launcher: str) -> subprocess.Popen[bytes]:
-        """By an interpreter of its own, which Lightning needs where it starts further ranks; or by another launcher, such as ``-m torch...run --module``."""
+        """Start the command with its own interpreter or with another launcher.
+
+        Lightning needs its own interpreter if it starts further ranks. An example of a launcher is ``-m
+        torch...run --module``.
+        """
         path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
         command = [sys.executable, *(launcher or ["-m"]), "rpt_lightning.cli", *self.args]
         with self.log.open("ab") as log:
@@ -187,7 +199,10 @@ class RealRun:
         return self.log.read_text() if self.log.exists() else ""
 
     def step(self) -> int:
-        """Steps logged; a start that follows one without a checkpoint moves that one's log aside."""
+        """Number of logged steps.
+
+        A start that follows one without a checkpoint moves that one's log aside.
+        """
         try:
             return (self.folder / "steps.jsonl").read_text().count("\n")
         except FileNotFoundError:
@@ -201,7 +216,10 @@ class RealRun:
 
 
 def traces(folder: Path) -> dict[str, Any]:
-    """Everything of a run that must not depend on what happened on the way: steps, rollouts, validations, weights, optimizer, place in the data."""
+    """Everything of a run that must not depend on interruptions.
+
+    That is steps, rollouts, validations, weights, optimizer and place in the data.
+    """
     steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
     newest = sorted((folder / "checkpoints").glob("step-*.ckpt"))[-1]
     saved = torch.load(newest, weights_only=True)
@@ -223,7 +241,7 @@ def traces(folder: Path) -> dict[str, Any]:
 
 
 def differences(one: Any, two: Any, where: str = "") -> list[str]:
-    """Paths at which two traces differ in a single bit."""
+    """Paths at which two traces differ, even in a single bit."""
     if isinstance(one, dict) and isinstance(two, dict):
         names = sorted({*one, *two}, key=str)
         return [
@@ -250,7 +268,7 @@ def differences(one: Any, two: Any, where: str = "") -> list[str]:
 
 
 def scripted_flags(model: Path, tasks: Path, *, steps: int, engine: str = "ScriptedEngine") -> list[Any]:
-    """A small run that saves, validates and keeps its rollouts at every second or every step."""
+    """A small run that saves, validates and keeps its rollouts at every step or every second step."""
     from small_run import SCRIPT
 
     config = yaml.safe_load((CONFIGS / "debug.yaml").read_text())

@@ -1,4 +1,4 @@
-"""What the tests of training share besides fixtures."""
+"""Helpers that the tests of training share besides fixtures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-# Frequent tokens of the tiny tokenizer's corpus, so that some completions are right; one without an answer, one that never ends in time.
+# Frequent tokens of the tiny tokenizer's corpus, so that some completions are right. One completion has no
+# answer, and one never ends in time.
 SCRIPT = [
     *(f"?</think>\\boxed{{{token}}}" for token in (" ", "e", "t", "s", " the", "in", "a", "r", "o")),
     "no answer",

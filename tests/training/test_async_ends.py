@@ -1,4 +1,4 @@
-"""What becomes of rollouts in the background when a run ends: by an error, by a stop, on one rank or on several."""
+"""What happens to background rollouts when a run ends, by an error or a stop, on one rank or several."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rpt_lightning.training.stop import RunStopped, StopRun
 
 
 class EndsInStep(Callback):
-    """Ends the run as a fault would: in a step, with the next one's rollouts under way."""
+    """Ends the run as a fault would: within a step, while the next one's rollouts are being generated."""
 
     def __init__(self, step):
         self.step = step
@@ -104,7 +104,7 @@ def test_what_fails_in_the_background_fails_in_the_trainer(make_run, tmp_path):
 
 
 class Endless(ScriptedEngine):
-    """From version 1 on a batch would take half a minute."""
+    """From version 1 on a batch takes half a minute."""
 
     was_interrupted = False
 
@@ -147,7 +147,7 @@ class StopsAtThree(Callback):
 
 
 class UnevenReward(SomeAreRight):
-    """Rank 1 has more dead groups than rank 0, so that ranks need rounds of dynamic sampling of their own."""
+    """Rank 1 has more zero-variance groups than rank 0, so they need different rounds of dynamic sampling."""
 
     def group_rewards(self, predictions, task, first_token_probs=None):
         if torch.distributed.get_rank() == 1 and task.position % 2:
@@ -158,7 +158,10 @@ class UnevenReward(SomeAreRight):
 @pytest.mark.long
 @pytest.mark.parametrize("staleness", [1, 2])
 def test_two_ranks_generate_and_stop_together(make_run, tmp_path, staleness):
-    """With rounds of dynamic sampling in the background, and an end while the next batches are under way: a rank that went on alone would hang."""
+    """Dynamic sampling runs in the background, and the run ends while the next batches are under way.
+
+    A rank that continued alone would hang.
+    """
     strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo", timeout=timedelta(seconds=60))
     folder = tmp_path / "two"
     trainer, module, data, _ = make(

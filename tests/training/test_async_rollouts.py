@@ -1,4 +1,4 @@
-"""Rollouts in the background: what is trained, by which weights it was generated, and what becomes of it when a run ends."""
+"""Background rollouts: which batches are trained, by which weights, and what happens at the end."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ from rpt_lightning.types import TrainBatch
 
 
 class ByHand(Callback):
-    """The same without thread and callback of ours: ``lag`` 0 rolls out and trains, ``lag`` 1 rolls out what the next step trains."""
+    """The same without a thread and without our callback.
+
+    With ``lag`` 0 it rolls out and trains. With ``lag`` 1 it rolls out the batch that the next step trains.
+    """
 
     def __init__(self, engine, lag, tasks):
         self.engine, self.lag, self.tasks, self.rolled_out = engine, lag, tasks, []
@@ -71,7 +74,11 @@ def test_the_weights_are_bit_for_bit_those_of_a_run_without_a_thread(make_run, t
 
 
 class MeetsTraining(ScriptedEngine):
-    """Generation of a batch ends only after the training of the one before has begun, which ends only after that generation has begun."""
+    """Generation and training of neighbouring batches wait for each other.
+
+    Generation of a batch ends only after the training of the one before has begun. That training ends only
+    after the generation has begun.
+    """
 
     def __init__(self):
         super().__init__(SCRIPT)
@@ -79,7 +86,7 @@ class MeetsTraining(ScriptedEngine):
         self.batch = -1
 
     def _generate(self, requests):
-        if len(requests) == TASKS:  # not those that are only compared
+        if len(requests) == TASKS:  # not the requests that are only compared
             self.batch += 1
             self.generation[self.batch].set()
             assert self.batch == 0 or self.training[self.batch - 1].wait(60)
@@ -125,7 +132,10 @@ def test_no_batch_is_older_than_allowed_and_tasks_keep_their_order(make_run, tmp
 
 
 def test_the_loss_is_weighted_by_how_much_the_policy_has_moved(make_run, tiny_model_dir, tmp_path):
-    """The step's gradient from one sequence at a time and the formula written out; the engine's log-probs are those of the weights before."""
+    """Compares with the step's gradient from one sequence at a time and the formula written out.
+
+    The engine's log-probs come from the previous weights.
+    """
     cap, lr, folder = 1.01, 2.0, tmp_path / "run"
     options = {
         "module_options": {"correction_cap": cap, "gradient_clip": 0.0},
@@ -174,12 +184,15 @@ def test_the_loss_is_weighted_by_how_much_the_policy_has_moved(make_run, tiny_mo
     assert line["correction/raw_max"] == pytest.approx(raw.max().item(), rel=1e-4)
     assert line["correction/weight_mean"] == pytest.approx(raw.clamp(max=cap).mean().item(), rel=1e-4)
     assert line["correction/above_cap_frac"] == pytest.approx((raw > cap).float().mean().item(), abs=0.01)
-    assert 0.05 < (raw > cap).float().mean() < 0.95  # the cap decides about some and not about all
+    assert 0.05 < (raw > cap).float().mean() < 0.95  # the cap matters for some tokens but not for all
     assert (raw - 1).abs().mean() > 1e-3
 
 
 class TwoStepsOnce(RPTModule):
-    """Announces one optimizer step a batch, and does two on the second batch, as a module that stops by a criterion may."""
+    """Announces one optimizer step a batch, but does two on the second batch.
+
+    A module with a stopping criterion may do so.
+    """
 
     def training_step(self, batch, batch_idx):
         for _ in range(2 if batch_idx == 1 else 1):
@@ -202,7 +215,7 @@ def test_rollouts_that_are_too_old_are_dropped_and_counted(make_run, tmp_path):
     assert versions(watch.batches) == [{0}, {0}, {3}, {3}]
     assert lines[2]["rollout/tokens"] > sum(
         len(c.token_ids) for group in watch.batches[2] for c in group.completions
-    )  # what was dropped has its cost
+    )  # dropped rollouts count towards the cost
     assert task_ids(watch.batches) == [
         task.task_id for tasks in tasks_in_order(make_run, 4) for task in tasks
     ]
@@ -228,7 +241,10 @@ def test_a_validation_in_between_is_of_the_present_weights(make_run, tmp_path):
 
 
 def check_versions_of_logprobs(make_run, tiny_model_dir, engine):
-    """Each token's log-prob is that of the weights whose version the completion carries: nothing is shared with the policy, nothing changes under way."""
+    """Each token's log-prob is that of the weights whose version the completion carries.
+
+    So nothing is shared with the policy, and nothing changes during generation.
+    """
     trainer, module, data, watch = make(make_run, 4, engine)
     trainer.fit(module, data)
     policy = Policy(str(tiny_model_dir))
@@ -323,6 +339,7 @@ def test_a_step_takes_as_long_as_the_longer_of_generation_and_training(make_run,
     )
     ratio = step_s / max(generation_s, training_s)
     print(
-        f"generation {generation_s:.2f} s, training {training_s:.2f} s, a step {step_s:.2f} s: {ratio:.3f} of the longer one"
+        f"generation {generation_s:.2f} s, training {training_s:.2f} s, a step {step_s:.2f} s: "
+        f"{ratio:.3f} of the longer one"
     )
     assert ratio < 1.1

@@ -1,4 +1,4 @@
-"""Checkpoints on the bad days: a full disk, a run that goes back, a file that cannot be read."""
+"""Checkpoints on bad days: a full disk, a run that goes back, a file that cannot be read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from rpt_lightning.training.checkpoint_io import StreamedCheckpointIO
 
 
 class SavesBytes:
-    """Stands for Lightning's trainer: its save writes ``num_bytes`` of the state to disk, as the real one does, until the disk is full."""
+    """Stands in for Lightning's trainer.
+
+    Its save writes ``num_bytes`` of the state to disk until the disk is full, as the real one does.
+    """
 
     is_global_zero = True
     strategy = SimpleNamespace(barrier=lambda name: None)
@@ -44,7 +47,8 @@ def test_a_full_disk_is_one_clear_error_and_leaves_the_last_checkpoint(small_dis
     trainer.global_step = 2
     with pytest.raises(
         RuntimeError,
-        match=r"cannot write the checkpoint of step 2 into .*disk/checkpoints: .*step-000001.ckpt: continue with --ckpt_path last",
+        match=r"cannot write the checkpoint of step 2 into .*disk/checkpoints: "
+        r".*step-000001.ckpt: continue with --ckpt_path last",
     ):
         callback.on_train_batch_end(trainer, None, None, None, 1)
     assert saved(small_disk) == ["step-000001.ckpt"]
@@ -77,7 +81,7 @@ def test_going_back_moves_later_checkpoints_aside(make_run, tmp_path: Path):
     first.write_bytes((run / "checkpoints" / first.name).read_bytes())
     (run / "checkpoints" / "step-000900.ckpt").write_bytes(
         b"a later one"
-    )  # would be the last, and prune each new one
+    )  # it would be the last one and prune each new one
 
     fit(4, str(first))
     assert saved(run) == [
@@ -89,7 +93,7 @@ def test_going_back_moves_later_checkpoints_aside(make_run, tmp_path: Path):
     assert last_checkpoint(run).name == "step-000004.ckpt"
     assert (run / "checkpoints" / "step-000004.ckpt.abandoned").read_bytes() == abandoned
 
-    fit(4, str(first))  # a second time: nothing that was moved aside is overwritten
+    fit(4, str(first))  # a second time: no file that was moved aside is overwritten
     assert "step-000004.ckpt.2.abandoned" in saved(run)
     assert (run / "checkpoints" / "step-000004.ckpt.abandoned").read_bytes() == abandoned
 

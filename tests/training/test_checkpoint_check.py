@@ -18,7 +18,10 @@ from rpt_lightning.training.checkpoint_file import read_checkpoint
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """As Lightning's FSDP2 strategy writes them: weights, moments and numbers by torch.distributed.checkpoint, the rest beside."""
+    """A checkpoint as Lightning's FSDP2 strategy writes it.
+
+    torch.distributed.checkpoint writes weights, moments and numbers; the rest is beside them.
+    """
     folder = tmp_path / "step-000001.ckpt"
     state = {
         "state_dict": {"policy.model.w": torch.arange(5000.0)},
@@ -50,7 +53,7 @@ def test_damaged_shards(shards: Path, damage: str):
 
 
 class Call:
-    """Unpickled, it calls a function."""
+    """Calls a function when it is unpickled."""
 
     def __init__(self, function: Callable[..., Any], *args: Any) -> None:
         self._call = function, args
@@ -65,7 +68,7 @@ class Call:
 def test_an_index_that_would_run_code_is_refused_and_not_run(
     shards: Path, tmp_path: Path, name: tuple[str, str]
 ):
-    """The second is reached through a module that an index names for its own records."""
+    """The second function is reached through a module that an index names for its own records."""
     index = pickle.dumps(Call(os.system, f"touch {tmp_path}/ran"), protocol=4)
     module, function = (pickle.SHORT_BINUNICODE + bytes([len(part)]) + part.encode() for part in name)
     (shards / ".metadata").write_bytes(
@@ -79,7 +82,7 @@ def test_an_index_that_would_run_code_is_refused_and_not_run(
 
 
 def test_a_number_in_a_shard_that_would_run_code_is_refused_and_not_run(tmp_path: Path):
-    """torch.distributed.checkpoint unpickles what is no tensor."""
+    """torch.distributed.checkpoint unpickles everything that is not a tensor."""
     folder = tmp_path / "step-000001.ckpt"
     save(
         {"optimizer_0": {"lr": Call(os.system, f"touch {tmp_path}/ran")}}, checkpoint_id=folder, no_dist=True

@@ -1,4 +1,4 @@
-"""What a step costs, counted independently, and baselines that end at the cost of another run."""
+"""The cost of a step, counted independently, and baselines that end at the cost of another run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from rpt_lightning.types import TrainSequence
 
 
 class Listener(Callback):
-    """What the steps were trained on."""
+    """Keeps the batches that the steps trained on."""
 
     def __init__(self):
         self.batches = []
@@ -86,7 +86,7 @@ def pass_flops(size: ModelSize, tokens: int, scored: int) -> float:
 
 
 def trie_flops(size: ModelSize, sequences: list[TrainSequence]) -> float:
-    """A forward pass over everything that is fed once, and the head at every distinct target; one micro-batch."""
+    """A forward pass in one micro-batch: everything is fed once, with the head at every distinct target."""
     whole = [sequence.prompt_ids + sequence.target_ids for sequence in sequences]
     fed = {ids[:length] for ids in whole for length in range(1, len(ids))}
     scored = {
@@ -106,7 +106,8 @@ def test_a_step_by_reasoning_counts_prompts_samples_checks_and_training(rpt_run)
         sampled = sum(len(completion.token_ids) for group in groups for completion in group.completions)
         prefill = 4 * sum(len(group.prompt_ids) for group in groups)  # this engine has no prefix cache
         assert (entry["rollout/tokens"], entry["rollout/prefill_tokens"]) == (sampled, prefill)
-        # The check of log-probs reads three completions of all groups behind their prompts; what they share is read once, and last tokens are only targets.
+        # The log-prob check reads three completions of all groups behind their prompts. What they share is
+        # read once, and last tokens are only targets.
         check = [sample.sequence for sample in drawn_completions(groups, 3, seed=(0, entry["step"] - 1))]
         whole = [sequence.prompt_ids + sequence.target_ids for sequence in check]
         assert entry["cost/scored_tokens"] == len(
@@ -118,10 +119,11 @@ def test_a_step_by_reasoning_counts_prompts_samples_checks_and_training(rpt_run)
             == prefill + sampled + entry["cost/scored_tokens"] + entry["cost/trained_tokens"]
         )
         read = sum(pass_flops(size, len(group.prompt_ids), 0) for group in groups for _ in group.completions)
-        # The engine feeds all but the last sampled token, each attending to what stands before it and to itself.
+        # The engine feeds all but the last sampled token. Each attends to the tokens before it and to itself.
         drawn = sum(
             2 * size.body_params + 4 * size.attention_width * (len(group.prompt_ids) + place)
-            for group in groups for completion in group.completions for place in range(1, len(completion.token_ids))
+            for group in groups for completion in group.completions
+            for place in range(1, len(completion.token_ids))
         ) + 2 * size.head_params * sampled  # fmt: skip
         train = [
             TrainSequence(prompt_ids=group.prompt_ids, target_ids=completion.token_ids)
@@ -173,17 +175,20 @@ def test_a_resumed_baseline_knows_what_it_spent(rpt_run, tiny_model_dir, tiny_ta
         Budget(like),
         ckpt_path=str(last_checkpoint(tmp_path / "parts")),
     )
-    assert len(again) == len(whole)  # started again at its end it costs no more
+    assert len(again) == len(whole)  # started again at its end, it costs nothing more
 
 
 def test_a_run_that_does_not_say_what_it_cost_is_no_budget(tiny_model_dir, tiny_task_dir, tmp_path):
     (tmp_path / "steps.jsonl").write_text('{"step": 1, "cost/flops": 1.0}\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="not every step says what it cost"):
+    with pytest.raises(ValueError, match="not every step records its cost"):
         text_run(tiny_model_dir, tiny_task_dir, tmp_path / "ntp", 2, Budget(str(tmp_path)))
 
 
 def test_the_time_left_is_that_of_the_budget():
-    """A quarter is spent, 5 of its 25 by an earlier start: 20 took 10 seconds, so the other 75 take 37.5."""
+    """A quarter is spent, and an earlier start spent 5 of these 25 units.
+
+    The other 20 took 10 seconds, so the remaining 75 take 37.5.
+    """
     budget = Budget("run")
     budget._limit, budget._spent, budget._spent_before = 100.0, 25.0, 5.0
     assert budget.share_spent == 0.25

@@ -1,4 +1,7 @@
-"""A run whose engine is lost in the middle of a step: it leaves the step before behind, whole, and goes on from there."""
+"""A run whose engine is lost in the middle of a step.
+
+It leaves a whole checkpoint of the step before and resumes from there.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ VALIDATES = {
 
 
 class IsLost(ScriptedEngine):
-    """From a version on, in a step's first generation or in one of a later round, on all ranks or on one."""
+    """Is lost from a version on: in a step's first generation or in a later round, on all ranks or on one."""
 
     def __init__(self, version, *, in_later_round=False, rank=None):
         super().__init__(SCRIPT)
@@ -69,7 +72,7 @@ def check_goes_on(make_run, folder, engine, **options):
     path = last_checkpoint(folder / "parts")
     assert path.name == f"step-{engine.last_version:06d}.ckpt"
     assert engine.last_version < STEPS
-    assert len(list(path.parent.iterdir())) == 1  # nobody else saved one
+    assert len(list(path.parent.iterdir())) == 1  # nothing else saved one
     trainer, module, data = make(make_run, folder / "parts", ScriptedEngine(SCRIPT), **options)
     trainer.fit(module, data, ckpt_path=str(path), weights_only=True)
     assert differences(traces(folder / "parts"), whole) == []
@@ -82,7 +85,7 @@ def test_the_run_goes_on_bit_for_bit(make_run, tmp_path):
 
 
 def test_in_a_later_round_of_dynamic_sampling(make_run, tmp_path):
-    """Tasks that were drawn beyond the step's own are drawn again too."""
+    """Tasks that were drawn beyond the step's own are drawn again as well."""
     options = {"rollout_options": {"dynamic_sampling_from_step": 0}}
     lost_step = check_goes_on(make_run, tmp_path, IsLost(1, in_later_round=True), **options)
     assert lost_step["rollout/replaced_groups"] > 0
@@ -95,14 +98,17 @@ def test_in_the_first_step_of_an_epoch(make_run, tmp_path):
 @pytest.mark.parametrize("in_later_round", [False, True], ids=["in the validation", "in the step behind it"])
 @pytest.mark.parametrize("steps_per_epoch", [None, pytest.param(3, marks=pytest.mark.long)])
 def test_where_a_validation_was_due(make_run, tmp_path, in_later_round, steps_per_epoch):
-    """Lightning's loops then stand elsewhere than after an ordinary step: with 3 steps an epoch, the step behind the validation is its last."""
+    """Lightning's loops are then in another state than after an ordinary step.
+
+    With 3 steps an epoch, the step after the validation is the epoch's last.
+    """
     engine = IsLost(2, in_later_round=in_later_round)
     check_goes_on(make_run, tmp_path, engine, **VALIDATES, limit_train_batches=steps_per_epoch)
     assert engine.last_version == 2
 
 
 def test_while_rollouts_are_generated_ahead(make_run, tmp_path):
-    """What a run trains is then a question of what was ready; no task is lost or doubled."""
+    """Which rollouts a run trains on then depends on what was ready. No task is lost or doubled."""
     options = {"rollout_options": {"max_staleness": 1}, "module_options": {"correction": "truncate"}}
     trainer, module, data = make(make_run, tmp_path, IsLost(2), **options)
     with pytest.raises(EngineLost):
@@ -130,7 +136,7 @@ def test_before_the_first_step_there_is_nothing_to_save(make_run, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_one_of_two_ranks_loses_it(make_run, tmp_path, staleness):
-    """Saving is a collective: a rank that knew nothing would wait in another one."""
+    """Saving is a collective: a rank that did not know would wait in another one."""
     strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo", timeout=timedelta(seconds=60))
     trainer, module, data = make(
         make_run,

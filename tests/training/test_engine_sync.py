@@ -1,4 +1,4 @@
-"""Each check of an engine's weights finds the engine that holds others, and takes part in what the ranks do together."""
+"""Each check finds an engine that holds other weights, and takes part in what the ranks do together."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ from rpt_lightning.training.sync_check import SyncError, sampled_columns, sample
 
 
 class StaleAfterFirst(ScriptedEngine):
-    """Acknowledges every update and keeps the weights of the first: one real optimizer step behind from step 2 on."""
+    """Acknowledges every update but keeps the weights of the first.
+
+    So it is one real optimizer step behind from step 2 on.
+    """
 
     def _update_weights(self, weights, version):
         if version == 0:
@@ -39,7 +42,10 @@ class StaleAfterFirst(ScriptedEngine):
 
 
 class WrongLogprobs(ScriptedEngine):
-    """Holds the right weights and computes something else from step 2 on, as a wrong temperature or a stale cache would."""
+    """Holds the right weights but computes something else from step 2 on.
+
+    A wrong temperature or a stale cache would do so.
+    """
 
     def _generate(self, requests):
         samples = super()._generate(requests)
@@ -79,7 +85,7 @@ def test_log_probs_of_a_truncating_sampler_are_not_compared(make_run, truncation
 
 
 class Reads(ScriptedEngine):
-    """Keeps which tensors were read back."""
+    """Records which tensors were read back."""
 
     def _read_weights(self, names):
         self.__dict__.setdefault("reads", []).append(tuple(names))
@@ -119,7 +125,10 @@ def test_a_rank_without_completions_takes_part_in_the_policys_passes(make_run, m
 
 
 class OneRareToken(ScriptedEngine):
-    """The first token of each first completion is far off, as a rare one in bf16 may be; all others are right."""
+    """The first token of each first completion is far off, as a rare one in bf16 may be.
+
+    All others are right.
+    """
 
     def _generate(self, requests):
         return [
@@ -146,7 +155,7 @@ def test_rare_tokens_that_are_far_off_are_said_once_and_end_nothing(make_run, mo
     assert error is None
     assert len(watch.batches) == 2
     assert len(said) == 1
-    assert "single tokens' log-probs differ much" in said[0]
+    assert "the log-probs of single tokens differ much" in said[0]
     for metrics, batch in zip(logged, watch.batches, strict=True):
         num_tokens = sum(
             len(completion.token_ids) for group in batch.groups for completion in group.completions
@@ -159,7 +168,7 @@ def test_rare_tokens_that_are_far_off_are_said_once_and_end_nothing(make_run, mo
 
 
 class OneWrongCompletion(ScriptedEngine):
-    """By six times the limit of the mean."""
+    """Its log-probs are off by six times the limit of the mean."""
 
     def _generate(self, requests):
         rows = super()._generate(requests)
@@ -170,7 +179,7 @@ class OneWrongCompletion(ScriptedEngine):
 
 
 def test_on_a_suspicion_more_is_compared_before_anything_ends(make_run, monkeypatch):
-    """All that a first look sees is wrong, and one in thirty-two of all there is."""
+    """Everything that a first look sees is wrong, and so is one in thirty-two of everything else."""
     said, asked, engine = warnings_of(monkeypatch), [], OneWrongCompletion(SCRIPT)
 
     def worst_first(groups, num, *, seed):
@@ -187,11 +196,11 @@ def test_on_a_suspicion_more_is_compared_before_anything_ends(make_run, monkeypa
     assert error is None
     assert asked == [1, 16]
     assert len(watch.batches) == 1
-    assert "over more tokens both agree with transformers' own" in said[0]
+    assert "Over more tokens both agree with transformers' own" in said[0]
 
 
 class WrongPolicy(Policy):
-    """Ignores something of the model, as the bias of a head would be."""
+    """Ignores part of the model, such as the bias of a head."""
 
     def forward(self, tree, **options):
         logprobs, entropy = super().forward(tree, **options)
@@ -204,7 +213,7 @@ def test_a_policy_that_computes_wrongly_is_what_the_error_names(make_run):
     )
     _, _, _, error = run(make_run, 1, ScriptedEngine(SCRIPT), more=[begin])
     assert error.culprit == "policy"
-    assert "The policy is what is wrong" in str(error)
+    assert "The policy is wrong" in str(error)
     assert "the engine's differ by" in str(error)
 
 
@@ -219,7 +228,7 @@ def test_weights_that_are_no_numbers_are_the_folders(make_run):
 
 
 def test_a_config_that_was_changed_is_the_folders(make_run, tiny_model_dir, tmp_path):
-    """The policy has read it, and the engine reads it later."""
+    """The policy has already read it, and the engine reads it later."""
     folder = tmp_path / "model"
     shutil.copytree(tiny_model_dir, folder)
 
@@ -255,7 +264,7 @@ def test_the_draw_of_what_is_compared_is_the_same_each_time_and_another_with_eac
 
 
 class WrongFrom(ScriptedEngine):
-    """Computes something else from a version on, and with ``stale`` keeps old weights instead."""
+    """Computes something else from a version on. With ``stale`` it keeps old weights instead."""
 
     def __init__(self, version, *, stale=False):
         super().__init__(SCRIPT)
@@ -279,7 +288,7 @@ class WrongFrom(ScriptedEngine):
 
 @pytest.mark.parametrize("case", ["log-probs", "weights", "reward", "ahead"])
 def test_what_ends_a_run_in_a_step_saves_the_step_before_first(make_run, tmp_path, case):
-    """And the run goes on from there bit for bit: weights, data, metrics, samples."""
+    """The run then resumes from there bit for bit: weights, data, metrics, samples."""
     steps, wrong_at = 4, 2
     ahead = (
         {"rollout_options": {"max_staleness": 1}, "module_options": {"correction": "truncate"}}
@@ -322,5 +331,5 @@ def test_what_ends_a_run_in_a_step_saves_the_step_before_first(make_run, tmp_pat
     assert torch.load(path, weights_only=True)["TokenTaskDataModule"]["stream"]["index"] == 8 * wrong_at
     trainer, module, data = make(tmp_path / "parts", ScriptedEngine(SCRIPT), SomeAreRight())
     trainer.fit(module, data, ckpt_path=str(path), weights_only=True)
-    if case != "ahead":  # what is ready when is a question of time there
+    if case != "ahead":  # in that case it depends on timing what is ready when
         assert differences(traces(tmp_path / "parts"), traces(tmp_path / "whole")) == []

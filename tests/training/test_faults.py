@@ -1,4 +1,4 @@
-"""What a cluster does to a run, done to real processes: kill -9, SIGTERM, SLURM's signal, Ctrl-C, a full disk."""
+"""A cluster's faults on real processes: kill -9, SIGTERM, SLURM's signal, Ctrl-C, a full disk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS = 6
 
 @pytest.fixture(scope="session")
 def undisturbed(tiny_model_dir, tiny_task_dir, tmp_path_factory):
-    """``undisturbed(flags)`` -> traces of a run that nothing happened to."""
+    """``undisturbed(flags)`` -> traces of a run without any disturbance."""
     known = {}
 
     def run(flags):
@@ -74,7 +74,8 @@ def test_kill_and_stop_between_a_checkpoint_and_its_validation(flags, undisturbe
     assert not (run.folder / "validation" / "step-000002.jsonl").exists()
     begun = hold.with_suffix(".begun")
     begun.unlink(missing_ok=True)
-    run.start()  # the validation is made up for before the first step, and a signal in it waits for the end of that
+    # The validation is made up for before the first step. A signal in it waits for the end of that step.
+    run.start()
     assert run.wait_for(begun.exists)
     run.send(signal.SIGTERM)
     hold.unlink()
@@ -106,8 +107,8 @@ def test_kill_in_the_last_validation(flags, undisturbed, tmp_path):
     assert not (run.folder / "validation" / f"step-{STEPS:06d}.jsonl").exists()
     hold.unlink()
     run.finish()
-    assert "complete but for the validation at its last step" in run.text()
-    # The same answers; only that they are of the checkpoint is said as well.
+    assert "complete except for the validation at its last step" in run.text()
+    # The answers are the same. The record only adds that they come from the checkpoint.
     assert differences(traces(run.folder), undisturbed(flags)) == [f"/validation/step-{STEPS:06d}.json"]
     run.finish()
     assert "nothing is left to do" in run.text()
@@ -116,7 +117,10 @@ def test_kill_in_the_last_validation(flags, undisturbed, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("engine", ["ScriptedEngine", "HFEngine"])
 def test_random_kills(engine, tiny_model_dir, tiny_task_dir, undisturbed, tmp_path):
-    """10 kills an engine, at random points: after so many more steps and so much of a step, or while a checkpoint is being written."""
+    """10 kills for each engine, at random points.
+
+    They come some steps and part of a step later, or while a checkpoint is being written.
+    """
     steps, kills, rng = 24, 10, random.Random(engine)
     flags = scripted_flags(tiny_model_dir, tiny_task_dir, steps=steps, engine=engine)
     expected = undisturbed(flags)
@@ -137,19 +141,21 @@ def test_random_kills(engine, tiny_model_dir, tiny_task_dir, undisturbed, tmp_pa
             points.append(f"{number + 1}: the run was done")
             break
         points.append(
-            f"{number + 1}: {where}, {run.step()} steps logged, checkpoints {run.checkpoints() if (run.folder / 'checkpoints').exists() else []}"
+            f"{number + 1}: {where}, {run.step()} steps logged, checkpoints "
+            f"{run.checkpoints() if (run.folder / 'checkpoints').exists() else []}"
         )
     run.finish() if run.step() < steps or run.status() else None
     print(f"{engine}: {len(points)} kills", *points, sep="\n  ")
     assert sum("done" not in point for point in points) == kills
     check_same(run, expected, steps=steps)
     print(
-        "steps.jsonl, rollouts/, validation/, weights, optimizer and place in the data: equal to the undisturbed run, bit for bit"
+        "steps.jsonl, rollouts/, validation/, weights, optimizer and place in the data: "
+        "equal to the undisturbed run, bit for bit"
     )
 
 
 def trained_tasks(found: dict) -> dict[str, list[str]]:
-    """Of each step, in their order."""
+    """The tasks of each step, in order."""
     return {
         name: list(dict.fromkeys(json.loads(line)["task_id"] for line in text.splitlines()))
         for name, text in found["rollouts"].items()
@@ -159,7 +165,10 @@ def trained_tasks(found: dict) -> dict[str, list[str]]:
 @pytest.mark.long
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
 def test_no_task_is_lost_or_doubled_with_rollouts_ahead(signum, flags, undisturbed, tmp_path):
-    """Ended three times while the next step's rollouts are generated or wait; the same tasks are trained at the same steps, by rollouts of other weights."""
+    """The run is ended three times while the next step's rollouts are generated or wait.
+
+    The same tasks are trained at the same steps, on rollouts of other weights.
+    """
     flags = [
         *flags,
         "--rollout.max_staleness",
@@ -195,8 +204,8 @@ def test_sigterm_ends_after_the_step_with_a_checkpoint(flags, undisturbed, tmp_p
     assert stopped_at in (2, 3, 4)
     assert run.checkpoints() == [f"step-{stopped_at:06d}.ckpt"]
     assert (
-        f"the run stops after step {stopped_at}: SIGTERM received. Exit status 75; continue with --ckpt_path last"
-        in run.text()
+        f"the run stops after step {stopped_at}: SIGTERM received. Exit status 75; "
+        "continue with --ckpt_path last" in run.text()
     )
     run.finish()
     check_same(run, undisturbed(flags), steps=STEPS)
@@ -221,12 +230,12 @@ def test_slurm_requeues_the_job(flags, tmp_path):
     run.start(PATH=f"{scontrol.parent}:{os.environ['PATH']}", SLURM_JOB_NAME="rpt", **job)
     assert run.wait_for(lambda: run.step() >= 1)
     run.send(signal.SIGUSR2)
-    run.send(signal.SIGTERM)  # as SLURM sends it as well
+    run.send(signal.SIGTERM)  # SLURM sends it as well
     assert run.status() == 75, run.text()
     assert calls.read_text().splitlines() == [
         "requeue 4711",
         f"step-{run.step():06d}.ckpt",
-    ]  # asked for once, when the checkpoint was there
+    ]  # requested once, when the checkpoint was there
     assert not list(
         run.folder.glob("hpc_ckpt*")
     )  # Lightning's own handler did not save in the middle of a step
@@ -245,7 +254,10 @@ def test_ctrl_c_says_how_to_go_on(flags, tmp_path):
 
 @pytest.mark.parametrize("small_disk", [45], indirect=True)
 def test_a_full_disk(flags, undisturbed, small_disk):
-    """Room for two checkpoints of 13 MB and not for a third beside them; what fills the disk goes away before the run is started again."""
+    """There is room for two checkpoints of 13 MB but not for a third.
+
+    The file that fills the disk is removed before the run is started again.
+    """
     filler = small_disk / "other people's data"
     filler.write_bytes(bytes(15_000_000))
     run = RealRun(small_disk / "run", flags)
@@ -274,14 +286,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(flags, undisturbed, tmp_pa
     newest.write_bytes(content)
     run.finish()
     assert f"{newest} is damaged: its part" in run.text()
-    assert "The run goes on from the one before" in run.text()
+    assert "The run resumes from the one before" in run.text()
     assert f"{newest.name}.abandoned" in run.checkpoints()
     check_same(run, undisturbed(flags), steps=STEPS)
 
 
 @pytest.mark.long
 def test_an_error_of_another_rank_is_the_errors_text_and_status_1(flags, tmp_path):
-    """Not 137: Lightning's launcher would kill the first rank before it had heard why."""
+    """Not 137: Lightning's launcher would kill the first rank before it learned the reason."""
     launch = [
         "--trainer.devices",
         "2",
@@ -307,7 +319,10 @@ def test_an_error_of_another_rank_is_the_errors_text_and_status_1(flags, tmp_pat
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_is_killed_or_hangs_ends_the_other(fault, victim, flags, tmp_path):
-    """Two gloo ranks; the other one must be gone within a minute and say who is lost. A stopped process keeps its connections open and answers nothing."""
+    """There are two gloo ranks. The other one must end within a minute and name the lost one.
+
+    A stopped process keeps its connections open and answers nothing.
+    """
     launch = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "500"]
     run = RealRun(tmp_path / "run", [*flags, *launch])
     process = run.start_command()
@@ -319,7 +334,7 @@ def test_a_rank_that_is_killed_or_hangs_ends_the_other(fault, victim, flags, tmp
         killed, other = (process.pid, child) if victim == 0 else (child, process.pid)
         os.kill(killed, fault)
         assert run.ends(other, within_s=60, process=process), run.text()
-        # By the watch, or by Lightning's launcher where it started the dead rank and kills the first.
+        # Either the watch ends it, or Lightning's launcher does if it started the dead rank.
         assert (
             f"rpt: error: rank {victim}" in run.text()
             or f"[rank: {victim}] Child process with PID {killed} terminated with code -9" in run.text()

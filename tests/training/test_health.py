@@ -32,7 +32,7 @@ WELL = {"entropy": 1.0, "live_groups": 0.5, "length": 40.0, "truncated": 0.0}
 @pytest.mark.parametrize(
     ("option", "threshold", "signal", "history", "warned_at"),
     [
-        # Means of two steps. At a threshold nothing is said yet; beyond it something is.
+        # Means of two steps. At a threshold there is no warning yet; beyond it there is.
         (
             "min_entropy",
             0.5,
@@ -63,13 +63,13 @@ def test_a_threshold_is_passed_by_its_own_signal(option, threshold, signal, hist
     warnings = {step: health.check(**(WELL | {signal: value})) for step, value in enumerate(history)}
     assert [step for step, texts in warnings.items() if texts] == warned_at
     assert all(f"health.{option}={threshold}" in text for texts in warnings.values() for text in texts)
-    # Other signals do not matter to it, and null turns it off.
+    # Other signals do not affect it, and null turns it off.
     for value in history:
         assert silent.check(**(WELL | {signal: value})) == []
 
 
 def test_thresholds_that_a_run_has_unless_told():
-    """A healthy run is silent, each collapse is noticed after 20 steps."""
+    """A healthy run gives no warning, and each collapse is noticed after 20 steps."""
     for signal, value, well in (
         ("entropy", 0.01, 0.03),
         ("live_groups", 0.04, 0.06),

@@ -1,4 +1,4 @@
-"""What single tokens may do, and what many may not, for any number of tokens that are compared."""
+"""What single tokens may do and what many may not, for any number of compared tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BF16, FP32 = LOGPROB_LIMITS[torch.bfloat16], LOGPROB_LIMITS[torch.float32]
 
 
 def diff(*parts: tuple[int, float]) -> LogprobDiff:
-    """So many tokens that differ by so much, and so on."""
+    """Build a difference from pairs of a number of tokens and their difference."""
     return LogprobDiff(
         torch.cat([torch.full((number,), nats, dtype=torch.float64) for number, nats in parts])
     )
@@ -58,7 +58,7 @@ def test_nothing_to_compare_is_an_error() -> None:
 
 
 def test_the_healthy_run_that_was_stopped_goes_on() -> None:
-    """Step 39 of a trial in bf16: 56 tokens, mean 0.01 but for one rare token."""
+    """Step 39 of a trial in bf16: 56 tokens with a mean of 0.01, except for one rare token."""
     found = diff((55, 0.01), (1, 1.1))
     assert exceeded(found, BF16) == []
     assert has_heavy_tail(found, BF16)
@@ -74,19 +74,25 @@ def test_one_token_ends_nothing_however_far_it_is_off(num_tokens: int, limits: L
 @pytest.mark.parametrize("num_tokens", [8, 31, 32, 56, 400, 4096, 30_000])
 @pytest.mark.parametrize("limits", [BF16, FP32], ids=["bf16", "fp32"])
 def test_tokens_that_are_all_off_end_a_run(num_tokens: int, limits: LogprobLimits) -> None:
-    """As another temperature makes them; a handful must be off by more than rounding ever is."""
+    """As another temperature causes it. A handful of tokens must be off by more than rounding ever is."""
     assert "mean" in exceeded(diff((num_tokens, 5 * limits.mean)), limits)[0]
 
 
 @pytest.mark.parametrize("num_tokens", [56, 75, 400, 4096])
 def test_a_cache_that_is_stale_for_some_prompts_ends_a_run(num_tokens: int) -> None:
-    """Of bf16 with vLLM on a CPU, where half of the prompts met a stale cache: the median does not see it."""
+    """From bf16 with vLLM on a CPU, where half of the prompts met a stale cache.
+
+    The median does not notice it.
+    """
     wrong = round(0.2 * num_tokens)
     assert "mean" in exceeded(diff((num_tokens - wrong, 0.009), (wrong, 1.5)), BF16)[0]
 
 
 def test_outliers_are_counted_as_a_share() -> None:
-    """By hand: 1 % and five standard deviations and five, of 4,096 tokens 40.96 + 32 + 5; likewise 0.1 %, 4.1 + 10.1 + 5."""
+    """By hand: 1 % plus five standard deviations plus five, of 4,096 tokens 40.96 + 32 + 5.
+
+    Likewise for 0.1 %: 4.1 + 10.1 + 5.
+    """
     assert [math.floor(max_outliers(number, 0.01)) for number in (56, 4096, 260_000)] == [9, 77, 2859]
     assert exceeded(diff((4019, 0.01), (77, 0.9)), BF16) == []
     assert exceeded(diff((4018, 0.01), (78, 0.9)), BF16) == ["78 above 0.8 (of 4096 tokens)"]

@@ -1,4 +1,4 @@
-"""docs/metrics.md explains every metric that a run logs, and none that no run logs."""
+"""docs/metrics.md explains every metric that a run logs, and no others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""RPTModule's optimizer step against the plain computation: one sequence at a time, full logits, formulas written out."""
+"""RPTModule's optimizer step against the plain computation.
+
+The plain computation takes one sequence at a time, with full logits and the formulas written out.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,8 @@ def completion(*token_ids, reason="stop", logprob=-1.0):
 
 def group(name, prompt, completions, rewards):
     task = TokenTask(
-        task_id=name, doc_id=name, position=len(prompt), context_ids=prompt, continuation_ids=(5,), continuation=(b"x",), entropy=1.0,
+        task_id=name, doc_id=name, position=len(prompt), context_ids=prompt, continuation_ids=(5,),
+        continuation=(b"x",), entropy=1.0,
         true_prob=0.1, true_rank=3, answerable=True,
     )  # fmt: skip
     return RolloutGroup(
@@ -42,7 +46,8 @@ def group(name, prompt, completions, rewards):
     )
 
 
-# Uneven lengths, a shared document, a dead group (which only counts in the normalizer) and a truncated completion.
+# Uneven lengths, a shared document, a zero-variance group (which only counts in the normalizer) and a
+# truncated completion.
 GROUPS = (
     group(
         "a",
@@ -61,7 +66,7 @@ GROUPS = (
 
 
 class OneBatch(LightningDataModule):
-    """Serves the same rollouts again and again, as if the rollout callback had made them."""
+    """Serves the same rollouts repeatedly, as if the rollout callback had made them."""
 
     def __init__(self, groups):
         super().__init__()
@@ -77,7 +82,7 @@ class OneBatch(LightningDataModule):
 
 
 def train(model_dir, tmp_path, *, steps=1, lr=1.0, groups=GROUPS, **options):
-    """The weights before and after plain SGD steps: with lr 1 the difference is the gradient."""
+    """The weights before and after plain SGD steps. With lr 1 their difference is the gradient."""
     module = RPTModule(
         Policy(str(model_dir)),
         lambda parameters: torch.optim.SGD(parameters, lr=lr),
@@ -161,11 +166,12 @@ def test_on_policy_ratio_is_one_and_loss_is_minus_mean_advantage(tiny_model_dir,
     _, _, _, metrics = train(tiny_model_dir, tmp_path)
     assert metrics["loss/ratio_mean"] == metrics["loss/ratio_max"] == 1.0
     assert metrics["loss/ratio_clipped_frac"] == 0.0
-    # Group a: rewards 1, 0, 0 -> advantages 1.1547, -0.57735 (twice) on 3, 5 and 2 tokens; group b: 0.57735 on 3 and 2 tokens, -1.1547 on 6.
+    # Group a: rewards 1, 0, 0 -> advantages 1.1547, -0.57735 (twice) on 3, 5 and 2 tokens. Group b: 0.57735
+    # on 3 and 2 tokens, -1.1547 on 6.
     advantage_sum = 1.1547 * 3 - 0.57735 * 7 + 0.57735 * 5 - 1.1547 * 6
     assert metrics["loss/total"] == pytest.approx(
         -advantage_sum / 28, abs=1e-4
-    )  # 10 + 11 + 7 tokens, the dead group's among them
+    )  # 10 + 11 + 7 tokens, including those of the zero-variance group
 
 
 class OneOfRanks:
@@ -196,7 +202,10 @@ def test_mini_batches_do_not_depend_on_the_number_of_ranks(sizes):
 
 
 def test_second_optimizer_step_of_a_batch_sees_the_ratio(tiny_model_dir, tmp_path):
-    """Two mini-batches with the same group: the second is taken against the log-probs from before the first."""
+    """There are two mini-batches with the same group.
+
+    The second is compared with the log-probs from before the first.
+    """
     groups = (GROUPS[0], GROUPS[0])
     _, before, after, metrics = train(
         tiny_model_dir,
@@ -232,7 +241,10 @@ def test_second_optimizer_step_of_a_batch_sees_the_ratio(tiny_model_dir, tmp_pat
 
 
 def test_second_optimizer_step_of_a_batch_sees_the_new_weights_under_autocast(tiny_model_dir, tmp_path):
-    """torch's autocast would keep its bf16 copies of the weights, and knows nothing of the optimizer; Lightning's does not keep them."""
+    """torch's autocast would keep its bf16 copies of the weights, since it knows nothing of the optimizer.
+
+    Lightning's does not keep them.
+    """
     calls = []
 
     class Recorded(Policy):
@@ -290,7 +302,7 @@ def test_non_finite_steps_are_skipped_counted_and_stop_the_run(tiny_model_dir, t
 
         def forward(self, tree, **options):
             logprobs, entropy = super().forward(tree, **options)
-            Broken.calls += torch.is_grad_enabled()  # not when the model is checked as it is loaded
+            Broken.calls += torch.is_grad_enabled()  # not when the model is checked at loading
             return (logprobs * float("nan") if Broken.calls in (2, 4, 5, 6) else logprobs), entropy
 
     module = RPTModule(
@@ -303,7 +315,7 @@ def test_non_finite_steps_are_skipped_counted_and_stop_the_run(tiny_model_dir, t
     trainer = quiet_trainer(tmp_path, 10, [watch], enable_checkpointing=False)
     with pytest.raises(RuntimeError, match="3 steps in a row were not finite"):
         trainer.fit(module, OneBatch(GROUPS))
-    assert torch.equal(weights[0], weights[1])  # step 2 was skipped: weights and moments as they were
+    assert torch.equal(weights[0], weights[1])  # step 2 was skipped: weights and moments are unchanged
     assert not torch.equal(weights[1], weights[2])
     assert len(weights) == 6
     assert torch.equal(weights[2], weights[5])

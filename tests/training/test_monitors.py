@@ -35,7 +35,7 @@ def test_samples_of_no_step_are_refused(every_n_steps):
 
 
 class Wandb(WandbLogger):
-    """Without the service: keeps what it is given."""
+    """Keeps what it is given and needs no service."""
 
     def __init__(self):
         self.texts = []
@@ -69,7 +69,7 @@ def test_loggers_that_take_text_are_shown_samples_and_others_are_named(make_run,
     _, columns, rows, _ = wandb.texts[0]
     assert "prediction" in columns
     assert all(len(row) == len(columns) for row in rows)
-    assert sum("CSVLogger is shown no text" in message for message in caplog.messages) == 1
+    assert sum("CSVLogger accepts no text" in message for message in caplog.messages) == 1
     assert len(list((tmp_path / "run" / "rollouts").iterdir())) == 2
 
 
@@ -95,7 +95,10 @@ def test_a_line_holds_what_its_step_logged(make_run, tmp_path):
 def test_a_completion_stays_text_in_tensorboard():
     from tensorboard.plugin_util import markdown_to_safe_html
 
-    hostile = "a ` ![x](http://evil.example/p.png) [click](http://evil.example)\n\n<img src='http://evil.example'>\n\n# heading"
+    hostile = (
+        "a ` ![x](http://evil.example/p.png) [click](http://evil.example)\n\n"
+        "<img src='http://evil.example'>\n\n# heading"
+    )
     html = markdown_to_safe_html(sample_text({"thought": hostile, "prediction": "b"}))
     assert "<img" not in html
     assert "<a " not in html

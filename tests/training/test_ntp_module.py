@@ -14,7 +14,7 @@ from rpt_lightning.tasks.prompt import ContinuationPrompt
 from rpt_lightning.training.ntp_module import NTPModule
 from rpt_lightning.types import TrainSequence
 
-# Shared and own prefixes, targets of uneven length, and one sequence twice.
+# Shared and separate prefixes, targets of uneven length, and one sequence twice.
 SEQUENCES = tuple(
     TrainSequence(prompt_ids=prompt, target_ids=target)
     for prompt, target in [

@@ -1,4 +1,4 @@
-"""Which optimizers and schedulers a run can have, and go on with."""
+"""Which optimizers and schedulers a run can use, and resume with."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def test_a_run_goes_on_with_what_it_began_with():
     check_same_kinds({"optimizer": "AdamW", "lr_scheduler": None}, saved)
     with pytest.raises(
         ValueError,
-        match=r"--model.optimizer SGD: the checkpoint's run has AdamW.*give --model.optimizer AdamW, or start a new run",
+        match=r"--model.optimizer SGD: the checkpoint's run has AdamW"
+        r".*give --model.optimizer AdamW, or start a new run",
     ):
         check_same_kinds(kinds_of(made(SGD), None), saved)
     with pytest.raises(

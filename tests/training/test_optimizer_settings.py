@@ -1,4 +1,4 @@
-"""Which settings an optimizer has in a run that goes on."""
+"""The optimizer's settings in a resumed run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def adamw(**settings) -> AdamW:
 
 
 def going_on(old: AdamW, new: AdamW, *, is_scheduled: bool = False) -> AdamW:
-    """As Lightning does it: the new start's optimizer takes over the old one's state, and with it its settings."""
+    """Resume as Lightning does: the new optimizer takes over the old one's state, including its settings."""
     given = settings_of(new)
     new.load_state_dict(copy.deepcopy(old.state_dict()))
     apply_settings(new, given, is_scheduled=is_scheduled)
@@ -52,7 +52,7 @@ def test_a_schedule_goes_on_where_it_is_and_not_with_another_lr():
     assert reached not in (1e-3, 0.5e-3)
     new = going_on(old, adamw(lr=1e-3, weight_decay=0.1), is_scheduled=True)
     assert (new.param_groups[0]["lr"], new.param_groups[0]["weight_decay"]) == (reached, 0.1)
-    with pytest.raises(ValueError, match=r"lr scheduler goes from lr 0\.001, and lr 0\.0001 is given"):
+    with pytest.raises(ValueError, match=r"lr scheduler starts from lr 0\.001, but lr 0\.0001 is given"):
         going_on(old, adamw(lr=1e-4), is_scheduled=True)
 
 

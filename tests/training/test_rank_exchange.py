@@ -1,4 +1,7 @@
-"""Ranks that generate in the background end together, whoever ends first and wherever the others are. Here ranks are threads."""
+"""Ranks that generate in the background end together.
+
+It does not matter which one ends first and where the others are. Here ranks are threads.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from rpt_lightning.training.rank_exchange import Channel, RankExchange, RanksEnd
 
 
 class Group:
-    """A collective that a rank enters alone breaks the barrier, where real ranks would hang."""
+    """A rank that enters a collective alone breaks the barrier. Real ranks would hang."""
 
     def __init__(self, size: int) -> None:
         self.size, self.barrier, self.values = size, threading.Barrier(size, timeout=10), [None] * size

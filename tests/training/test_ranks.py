@@ -1,4 +1,7 @@
-"""Any number of ranks, and any way to cut a step, is one run: the same tasks, losses, metrics, weights, checkpoints and validation."""
+"""Any number of ranks and any way to cut a step give the same run.
+
+The tasks, losses, metrics, weights, checkpoints and validation are the same.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from rpt_lightning.metrics.results import read_results
 from rpt_lightning.training.checkpoint import last_checkpoint
 
 STEPS = 10
-# What a step costs depends on how it is cut; and each rank compares log-probs of its own completions.
+# A step's cost depends on how it is cut, and each rank compares log-probs of its own completions.
 CUT = ("time", "perf/", "sync/", "train/packed_tokens", "train/micro_batches", "step")
 
 
@@ -50,7 +53,7 @@ def weights(model_folder: Path) -> torch.Tensor:
 
 
 def _without_logprobs(row: dict) -> dict:
-    """What was drawn and paid, to the letter; log-probs are those of weights that agree up to rounding."""
+    """Compares exactly what was drawn and rewarded. Log-probs come from weights that agree up to rounding."""
     return {name: value for name, value in row.items() if name != "logprobs"}
 
 
@@ -66,11 +69,11 @@ class Outcome:
         ]
 
     def distance(self, other: Outcome) -> float:
-        """Of the weights, as a share of the update."""
+        """Distance of the weights, as a share of the update."""
         return ((self.end - other.end).norm() / (other.end - other.start).norm()).item()
 
     def lives(self) -> list[list[bool]]:
-        """Which groups of each step are live; 4 completions a group."""
+        """Whether each group of each step has differing rewards, with 4 completions a group."""
         groups = [[step[start : start + 4] for start in range(0, len(step), 4)] for step in self.rollouts]
         return [[len({row["reward"] for row in group}) > 1 for group in step] for step in groups]
 
@@ -102,7 +105,8 @@ def test_rpt_is_the_same_run_on_any_number_of_ranks(tiny_model_dir, tiny_task_di
     one = outcome("one")
     assert len(one.lives()) == STEPS
     assert all(any(step) for step in one.lives())
-    # What makes it hard: completions of many lengths, and a rank of 4 (and of 2) without a live group in some step.
+    # Two things make it hard: completions of many lengths, and steps in which one rank of 4 (and of 2) has no
+    # group with a gradient.
     assert len({len(row["completion"]) for step in one.rollouts for row in step}) > 5
     for num_ranks in (2, 4):
         assert any(
@@ -114,14 +118,16 @@ def test_rpt_is_the_same_run_on_any_number_of_ranks(tiny_model_dir, tiny_task_di
     assert_same_run(one, outcome("two", ranks=2, strategy="sharded", micro_batch_tokens=300))
     assert_same_run(one, outcome("four", ranks=4, strategy="sharded", micro_batch_tokens=100))
     assert_same_run(one, outcome("ddp", ranks=2, strategy="ddp"))
-    # A fault shows where ranks have unlike numbers of tokens (of 3 tasks one and two), and under SGD: AdamW divides by the gradient's size.
+    # A fault shows if ranks have different numbers of tokens (of 3 tasks one and two), and under SGD: AdamW
+    # divides by the gradient's size.
     uneven = {"optimizer": "SGD", "tasks_per_step": 3}
     one = outcome("one-uneven", **uneven)
     assert_same_run(one, outcome("two-uneven", ranks=2, strategy="sharded", **uneven))
     wrong = outcome("wrong", ranks=2, strategy="sharded", wrong_normalizer=True, **uneven)
     assert wrong.rollouts == one.rollouts
     assert one.distance(wrong) > 0.05
-    # At the first step that learns the weights are still the same. The loss itself may be near 0 on policy, where every ratio is 1.
+    # At the first step that learns, the weights are still the same. The loss itself may be near 0 on policy,
+    # where every ratio is 1.
     ours, theirs = next(
         (a, b) for a, b in zip(one.metrics, wrong.metrics, strict=True) if a["optim/grad_norm"] > 0
     )
@@ -130,7 +136,10 @@ def test_rpt_is_the_same_run_on_any_number_of_ranks(tiny_model_dir, tiny_task_di
 
 @pytest.mark.long
 def test_mini_batches_are_the_same_on_any_number_of_ranks(tiny_model_dir, tiny_task_dir, tmp_path):
-    """8 groups in 3 mini-batches, so that ranks have unlike numbers of them, and one of 4 has none in some."""
+    """There are 8 groups in 3 mini-batches.
+
+    So ranks have different numbers of them, and one of 4 has none in some mini-batches.
+    """
     options = {"steps": 6, "optimizer": "SGD", "lr": 0.1, "optimizer_steps_per_batch": 3}
     more = {
         "one": {},
@@ -187,7 +196,7 @@ def test_a_sharded_run_goes_on_with_another_number_of_ranks(tiny_model_dir, tiny
         run(folder, tiny_model_dir, tiny_task_dir, steps=4, ranks=num_ranks, strategy="sharded", resume=True)
         resumed, undisturbed = Outcome(folder, tiny_model_dir), Outcome(whole, tiny_model_dir)
         assert resumed.distance(undisturbed) <= tolerance, num_ranks
-        assert_same_run(resumed, undisturbed)  # the cursor: the same tasks in steps 3 and 4
+        assert_same_run(resumed, undisturbed)  # the cursor gives the same tasks in steps 3 and 4
     # From one file to shards.
     run(tmp_path / "file", tiny_model_dir, tiny_task_dir, steps=2)
     run(tmp_path / "file", tiny_model_dir, tiny_task_dir, steps=4, ranks=2, strategy="sharded", resume=True)
@@ -196,7 +205,7 @@ def test_a_sharded_run_goes_on_with_another_number_of_ranks(tiny_model_dir, tiny
 
 @pytest.mark.long
 def test_two_ranks_with_an_engine_each(tiny_model_dir, tiny_task_dir, tmp_path):
-    """Completions may differ in a tie that rounding decides; with this model, none does."""
+    """Completions may differ in a tie that rounding decides. With this model none does."""
     for name, options in {"one": {}, "two": {"ranks": 2, "strategy": "sharded"}}.items():
         run(tmp_path / name, tiny_model_dir, tiny_task_dir, steps=2, engine="hf", **options)
     assert_same_run(Outcome(tmp_path / "one", tiny_model_dir), Outcome(tmp_path / "two", tiny_model_dir))
@@ -206,7 +215,10 @@ def test_two_ranks_with_an_engine_each(tiny_model_dir, tiny_task_dir, tmp_path):
 @pytest.mark.vllm
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 def test_two_ranks_with_a_vllm_engine_each(tiny_model_dir, tiny_task_dir, tmp_path):
-    """Every sync is verified on every rank, by tensors and by log-probs: the run would end with an error."""
+    """Every sync is verified on every rank, by tensors and by log-probs.
+
+    A mismatch would end the run with an error.
+    """
     run(tmp_path / "two", tiny_model_dir, tiny_task_dir, steps=2, engine="vllm", ranks=2, strategy="sharded")
     outcome = Outcome(tmp_path / "two", tiny_model_dir)
     assert [len(step) for step in outcome.rollouts] == [32, 32]
@@ -228,7 +240,7 @@ def test_two_ranks_validate_what_one_does(tiny_model_dir, tiny_task_dir, tmp_pat
             strategy="sharded" if num_ranks > 1 else "auto",
             **options,
         )
-        assert done.stdout.count("held-out accuracy of") == 1  # by the first rank alone
+        assert done.stdout.count("held-out accuracy of") == 1  # from the first rank alone
         assert "sync_dist" not in done.stderr
         assert [path.name for path in (folder / "validate" / "validation").glob("*.jsonl")] == [
             "step-000002.jsonl"

@@ -1,4 +1,4 @@
-"""A run that was stopped after any step and resumed is bit for bit the run that was not."""
+"""A run that was stopped after any step and resumed equals the uninterrupted run bit for bit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check_resume(make_run, tmp_path, stop_at, **options):
     )
     assert torch.equal(resumed, weights)
     assert resumed_samples == samples  # the same tasks, completions and rewards
-    assert len(set(samples.values())) == STEPS  # and not the same step again and again
+    assert len(set(samples.values())) == STEPS  # and not the same step repeatedly
 
 
 @pytest.mark.parametrize("stop_at", range(1, STEPS))

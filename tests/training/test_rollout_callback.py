@@ -1,4 +1,4 @@
-"""The order of a step, what is logged of it, and what is refused."""
+"""The order of a step, its logged metrics, and the settings that are refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def test_weights_go_in_before_every_rollout(make_run):
     engine = ScriptedEngine(SCRIPT)
     watch, *_ = run(make_run, 3, engine)
     assert engine.events == [
-        "start", "update 0", "generate 8 requests", "update 1", "generate 8 requests", "update 2", "generate 8 requests", "close",
+        "start", "update 0", "generate 8 requests", "update 1", "generate 8 requests",
+        "update 2", "generate 8 requests", "close",
     ]  # fmt: skip
     for step, batch in enumerate(watch.batches):
         assert len(batch.groups) == 8
@@ -39,7 +40,7 @@ def test_weights_go_in_before_every_rollout(make_run):
 
 
 class SleepyEngine(ScriptedEngine):
-    """Gives its memory back whenever it may."""
+    """Gives its memory back whenever it can."""
 
     sleeps = True
 
@@ -90,7 +91,8 @@ def test_dynamic_sampling_replaces_and_counts(make_run, tmp_path):
     "reward", [DenseReward(), ConditionalDenseReward()], ids=lambda reward: type(reward).__name__
 )
 def test_dense_rewards_are_the_policys_own_probabilities(make_run, reward, tiny_task_dir):
-    # One line is right at some positions: in their groups the conditional reward pays the other answers too.
+    # One line is right at some positions. In their groups the conditional reward rewards the other answers
+    # too.
     folder = TaskFolder(tiny_task_dir, "train")
     firsts = Counter(
         folder.task(document, k).continuation[0]
@@ -177,7 +179,7 @@ def test_groups_that_are_live_by_masked_completions_alone_are_dead(make_run, tmp
     assert line["rollout/live_groups"] == line["train/groups"] == 8 - line["rollout/dead_groups_kept"]
     if truncated == "zero_reward":
         assert line["train/groups"] > 0
-    else:  # all 8 gave their place to others, which are as dead
+    else:  # all 8 were replaced by others, whose rewards are equal as well
         assert (
             line["rollout/replaced_groups"],
             line["rollout/dead_groups_kept"],
@@ -270,7 +272,10 @@ def test_the_first_box_may_end_a_completion(make_run):
 
 
 class OnlyTheFirstRankLearns(Reward):
-    """Every group of rank 0 is live, every group of rank 1 dead; the policy is asked too, which is a collective."""
+    """Every group of rank 0 has differing rewards, every group of rank 1 equal ones.
+
+    The policy is asked as well, which is a collective.
+    """
 
     needs_first_token_probs = True
 
@@ -280,7 +285,10 @@ class OnlyTheFirstRankLearns(Reward):
 
 
 class CountsPrompts(ScriptedEngine):
-    """Says that rank 0 found 6 of 8 shareable tokens in its cache for each completion of a prompt of 10, rank 1 none of 2."""
+    """Reports cached prompt tokens for each completion of a prompt of 10 tokens.
+
+    Rank 0 found 6 of 8 shareable tokens in its cache, rank 1 none of 2.
+    """
 
     def _generate(self, requests):
         total, cached, shareable = (10, 6, 8) if torch.distributed.get_rank() == 0 else (10, 0, 2)
@@ -300,9 +308,10 @@ class CountsPrompts(ScriptedEngine):
 
 @pytest.mark.long
 def test_two_ranks_draw_together_and_log_what_both_did(make_run, tmp_path):
-    """Rank 0 needs no further task, rank 1 four rounds of 4: all that the step may draw. One that draws alone waits for the other until the timeout.
+    """Rank 0 needs no further task, and rank 1 needs four rounds of 4, which is all that the step may draw.
 
-    Rank 0 fills its 4 groups up to 4 completions, rank 1 has 20 that stay at the pilot's 2.
+    A rank that draws alone waits for the other until the timeout. Rank 0 fills its 4 groups up to 4
+    completions, and rank 1 has 20 groups that stay at the pilot's 2.
     """
     strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo", timeout=timedelta(seconds=40))
     trainer, module, data = make_run(

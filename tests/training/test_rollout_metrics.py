@@ -1,4 +1,4 @@
-"""What is logged of a step in which a rank has no task: more ranks than tasks, as on very many devices."""
+"""The logged metrics of a step in which a rank has no task, because there are more ranks than tasks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from rpt_lightning.training.step_rollouts import StepRoller
 from rpt_lightning.types import Completion, PromptTokens, RolloutGroup, TokenTask
 
 TASK = TokenTask(
-    task_id="d:1", doc_id="d", position=1, context_ids=(1,), continuation_ids=(2,), continuation=(b"a",), entropy=1, true_prob=0.5, true_rank=0,
+    task_id="d:1", doc_id="d", position=1, context_ids=(1,), continuation_ids=(2,), continuation=(b"a",),
+    entropy=1, true_prob=0.5, true_rank=0,
     answerable=True,
 )  # fmt: skip
 
@@ -59,16 +60,17 @@ def test_a_rank_without_tasks_says_the_same_names(pilot_size):
 
 
 def test_work_of_rollouts_by_hand():
-    # Prompts: 2 x 4 tokens with 10 pairs each, and 2 with 3. Sampled: 3 (2 fed, at depths 5 and 6), 1 (none), 2 (1, at 3).
+    # Prompts: 2 x 4 tokens with 10 pairs each, and 2 with 3. Sampled: 3 (2 fed, at depths 5 and 6), 1 (none),
+    # 2 (1, at 3).
     sampled = Work(tokens=3, scored_tokens=6, pairs=5 + 6 + 3)
     assert rollout_work(SOMETHING, prefill_tokens=10) == Work(tokens=10, pairs=23) + sampled
-    # Of half of the prompt tokens, half of the pairs.
+    # With half of the prompt tokens, half of the pairs.
     assert rollout_work(SOMETHING, prefill_tokens=5) == Work(tokens=5, pairs=11.5) + sampled
     assert rollout_work(NOTHING, prefill_tokens=0) == Work()
 
 
 class OneOfTwoParts:
-    """What a tensor-parallel rank sees of its fellow's engine."""
+    """The other rank's engine, as a tensor-parallel rank sees it."""
 
     data_rank = 0
 

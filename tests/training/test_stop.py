@@ -1,4 +1,7 @@
-"""A run of several ranks that is asked to end, as launchers and users do it; and one that ends itself because its policy collapsed. Real processes."""
+"""Runs that are asked to end, with real processes.
+
+Launchers and users ask runs of several ranks. One run ends itself because its policy collapsed.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,13 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 
 @pytest.mark.parametrize("is_global_zero", [True, False])
 def test_no_rank_ends_before_the_job_is_queued_again(is_global_zero, monkeypatch):
-    """SLURM may kill the others of a job when one of its processes ends with an error, and 75 is one."""
+    """SLURM may kill the other processes of a job if one of them ends with an error, and 75 is one."""
     events = []
     monkeypatch.setattr("rpt_lightning.training.stop._requeue", lambda trainer: events.append("queued"))
     trainer = SimpleNamespace(
         max_steps=10, global_step=4, checkpoint_callbacks=[], is_global_zero=is_global_zero, local_rank=0,
-        strategy=SimpleNamespace(barrier=lambda name: events.append("barrier")), _accelerator_connector=SimpleNamespace(cluster_environment=None),
+        strategy=SimpleNamespace(barrier=lambda name: events.append("barrier")),
+        _accelerator_connector=SimpleNamespace(cluster_environment=None),
     )  # fmt: skip
     stop = StopRun()
     stop._request = ("SIGUSR1 received", STATUS_SIGNAL, "")
@@ -39,7 +43,7 @@ def flags(tiny_model_dir, tiny_task_dir):
 
 
 def ranks_of(process) -> list[psutil.Process]:
-    """In their order. Lightning's first rank starts the others; torchrun starts all."""
+    """The ranks, in order. Lightning's first rank starts the others; torchrun starts all."""
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     ranks = [
         member
@@ -50,12 +54,13 @@ def ranks_of(process) -> list[psutil.Process]:
 
 
 def check_one_checkpoint(run: RealRun) -> None:
-    """Of the last step, and the run says so once."""
+    """There is one checkpoint, of the last step, and the run reports it once."""
     stopped_at = run.step()
     assert run.checkpoints() == [f"step-{stopped_at:06d}.ckpt"]
     assert (
         run.text().count(
-            f"the run stops after step {stopped_at}: SIGTERM received. Exit status 75; continue with --ckpt_path last"
+            f"the run stops after step {stopped_at}: SIGTERM received. Exit status 75; "
+            "continue with --ckpt_path last"
         )
         == 1
     )
@@ -119,7 +124,10 @@ def end(run: RealRun, process) -> None:
 
 @pytest.mark.long
 def test_a_collapsed_policy_stops_the_run_until_something_is_changed(tiny_model_dir, tiny_task_dir, tmp_path):
-    """It always says the same, so that all groups have equal rewards. Started again as it was, by a launcher, it does not go on."""
+    """The policy always gives the same answer, so all groups have equal rewards.
+
+    If a launcher starts the run again unchanged, it does not continue.
+    """
     (_, config) = scripted_flags(tiny_model_dir, tiny_task_dir, steps=4)
     settings = yaml.safe_load(Path(config).read_text())
     settings["rollout"]["engine"]["init_args"]["completions"] = ["I do not know"]
@@ -137,13 +145,14 @@ def test_a_collapsed_policy_stops_the_run_until_something_is_changed(tiny_model_
         assert run.checkpoints() == ["step-000001.ckpt", "step-000002.ckpt"]
         assert (
             run.text().count(
-                "the run stops after step 2: health.stop, 100% of the groups have equal rewards (mean of 2 steps"
+                "the run stops after step 2: health.stop, "
+                "100% of the groups have equal rewards (mean of 2 steps"
             )
             == starts
         )
     assert (
-        "Exit status 3; look at the last samples; then continue with --ckpt_path last and another setting, or --health.stop false."
-        in run.text()
+        "Exit status 3; look at the last samples; then continue with --ckpt_path last and another setting, "
+        "or --health.stop false." in run.text()
     )
     changed = RealRun(tmp_path / "run", ["--config", config, "--health.max_equal_groups", "null"])
     changed.finish()

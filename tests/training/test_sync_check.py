@@ -75,7 +75,8 @@ def test_one_stale_tensor_is_found_and_named(engine: HFEngine, policy) -> None:
         policy.model.layers[2].mlp.down_proj.weight[0, 0] += 0.5
     with pytest.raises(
         SyncError,
-        match=r"1 of 39 .* model.layers.2.mlp.down_proj.weight \(largest difference 0.5, 1 of 57344 entries\)",
+        match=r"1 of 39 .* model.layers.2.mlp.down_proj.weight "
+        r"\(largest difference 0.5, 1 of 57344 entries\)",
     ):
         check_weights(engine, weights(policy), version=0, num_tensors=1000)
 

@@ -1,4 +1,4 @@
-"""What a run says about true answers at its start."""
+"""A run's report on true answers at its start."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ def test_questions_are_counted_and_named_once(monkeypatch: pytest.MonkeyPatch) -
         for number, answer in enumerate(answers)
     )
     reward = AnswerReward(num_workers=1)
-    for _ in range(2):  # of an evaluation of two policies
+    for _ in range(2):  # as in an evaluation of two policies
         say_unlike_answers(SimpleNamespace(train=tasks[:2], heldout=tasks[2:]), reward)
     assert said == [
-        "true answers: 2 of 3 do not equal themselves to Math-Verify, so right answers to them may count as wrong (question 'q1': '2e-1', written '0.2'; "
+        "true answers: 2 of 3 do not equal themselves according to Math-Verify, so right answers to them may "
+        "count as wrong (question 'q1': '2e-1', written '0.2'; "
         r"question 'q3': '½', written '\\frac{1}{2}'); write them in LaTeX or in digits, or leave them out"
     ]

@@ -1,4 +1,4 @@
-"""Held-out accuracy: against plain transformers logits, whatever the reward, of the weights it says, of all ranks."""
+"""Held-out accuracy: against plain transformers logits, for any reward, the right weights, and all ranks."""
 
 from __future__ import annotations
 
@@ -50,8 +50,9 @@ class Heldout(LightningDataModule):
 
 def task_at(doc, ids, position, entropy=1.2):
     return TokenTask(
-        task_id=f"{doc}:{position}", doc_id=doc, position=position, context_ids=tuple(ids[:position]), continuation_ids=tuple(ids[position:]),
-        continuation=(b"x",) * (len(ids) - position), entropy=entropy, true_prob=0.1, true_rank=3, answerable=True,
+        task_id=f"{doc}:{position}", doc_id=doc, position=position, context_ids=tuple(ids[:position]),
+        continuation_ids=tuple(ids[position:]), continuation=(b"x",) * (len(ids) - position),
+        entropy=entropy, true_prob=0.1, true_rank=3, answerable=True,
     )  # fmt: skip
 
 
@@ -64,7 +65,10 @@ def validate(model_dir, tmp_path, *batches, callbacks=(), **options):
 
 @pytest.fixture(scope="module")
 def documents(tiny_model_dir):
-    """Three documents whose even tokens are what the model predicts, with the model's log-probs [L - 1, V]: row p - 1 scores position p."""
+    """Three documents whose even tokens are those that the model predicts.
+
+    They come with the model's log-probs [L - 1, V], in which row p - 1 scores position p.
+    """
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     out = {}
     generator = torch.Generator().manual_seed(0)
@@ -129,7 +133,7 @@ def test_accuracy_does_not_depend_on_the_reward(make_run, tiny_task_dir, reward)
     _, _, data = make_run(1, **options)
     data.setup("validate")
     (first, _), *_ = Counter(task.continuation[0] for task in data.eval_tasks()).most_common(1)
-    # Often right, and often right in the first token alone, which both rewards pay.
+    # Often right, and often right only in the first token, which both rewards accept.
     script = [f"?</think>\\boxed{{{first.decode()}{more}}}" for more in ("", "@@")]
     results = []
     for objective_reward in (PrefixMatchReward(), reward):
@@ -171,12 +175,12 @@ def test_a_checkpoint_is_validated_under_its_own_step(make_run, tmp_path, capsys
     assert f"held-out accuracy of {ckpt} at step 2:" in text
     assert "unanswerable: ceiling" in text
     assert "update 2" in engine.events
-    trainer.validate(module, data, verbose=False)  # the weights of the process, of no checkpoint
+    trainer.validate(module, data, verbose=False)  # the weights of the process, not of a checkpoint
     assert (tmp_path / "val" / "validation" / "step-000000.json").is_file()
 
 
 def test_the_checkpoint_of_another_model_is_refused_without_its_weights(make_run, tmp_path):
-    """A strategy with sharded weights takes "state_dict" out of the checkpoint before the module sees it."""
+    """A sharded strategy takes "state_dict" out of the checkpoint before the module sees it."""
     trainer, module, data = make_run(1, run_dir=tmp_path / "run")
     module._skipped_in_a_row = 2
     trainer.fit(module, data)

@@ -1,4 +1,7 @@
-"""Every validation on questions leaves one record a question in ``answers/step-N.jsonl``, and its accuracy in the log."""
+"""Every validation on questions writes its records to ``answers/step-N.jsonl`` and logs its accuracy.
+
+There is one record a question.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,13 @@ from rpt_lightning.training.rollout_callback import RolloutCallback
 
 
 class AnswerResults(Callback):
-    """Stands behind the rollout callback, which answers the questions of a validation batch."""
+    """Collects and logs the answers of a validation.
+
+    It runs after the rollout callback, which answers the questions of each batch.
+    """
 
     def __init__(self) -> None:
-        self.results: list[QuestionResult] = []  # of this rank while a pass runs, then of all ranks
+        self.results: list[QuestionResult] = []  # of this rank during a pass, then of all ranks
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.results = []
@@ -44,7 +50,7 @@ class AnswerResults(Callback):
         of_ranks = pl_module.ranks.gather(self.results)
         self.results = list({row.question_id: row for rows in of_ranks for row in rows}.values())
         for name, value in answer_metrics(self.results).items():
-            # The same on every rank already; sync_dist only keeps Lightning from asking for it.
+            # Every rank already has the same value. sync_dist only silences Lightning's request for it.
             pl_module.log(name, value, prog_bar=name == "val/answers/accuracy", sync_dist=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -52,7 +58,11 @@ class AnswerResults(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if trainer.sanity_checking or not self.results or not isinstance(data, AnswerTaskDataModule):
             return
-        rollout = next(callback for callback in trainer.callbacks if isinstance(callback, RolloutCallback))  # type: ignore[attr-defined]
+        rollout = next(
+            callback
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(callback, RolloutCallback)
+        )
         results = QuestionResults(
             questions=tuple(self.results),
             benchmark=data.heldout_name,
@@ -71,7 +81,7 @@ class AnswerResults(Callback):
 
 
 def answer_metrics(results: Sequence[QuestionResult]) -> dict[str, float]:
-    """What is logged of a validation, of gathered records; nothing where there are none."""
+    """The metrics of a validation, from records gathered over ranks. Empty if there are no records."""
     if not results:
         return {}
     low, high = clustered_interval([row.right_frac for row in results], samples_each=len(results[0].verdicts))
@@ -102,7 +112,8 @@ def answers_text(results: QuestionResults) -> str:
     metrics = answer_metrics(results.questions)
     drawn = f"{results.num_samples} at temperature {results.temperature}" if results.temperature else "greedy"
     parts = [
-        f"{len(results.questions):,} questions ({drawn}): {_percent(metrics, 'accuracy')} right after a thought"
+        f"{len(results.questions):,} questions ({drawn}): "
+        f"{_percent(metrics, 'accuracy')} right after a thought"
     ]
     if "val/answers/direct_accuracy" in metrics:
         parts.append(f"{_percent(metrics, 'direct_accuracy')} without")
@@ -114,4 +125,7 @@ def answers_text(results: QuestionResults) -> str:
 
 
 def _percent(metrics: dict[str, float], name: str) -> str:
-    return f"{metrics[f'val/answers/{name}']:.1%} [{metrics[f'val/answers/{name}_low']:.1%}, {metrics[f'val/answers/{name}_high']:.1%}]"
+    return (
+        f"{metrics[f'val/answers/{name}']:.1%} "
+        f"[{metrics[f'val/answers/{name}_low']:.1%}, {metrics[f'val/answers/{name}_high']:.1%}]"
+    )

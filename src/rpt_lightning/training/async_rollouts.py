@@ -1,14 +1,18 @@
-"""Rollouts of the next steps, generated in the background while the policy trains (`rollout.max_staleness`).
+"""Generates the rollouts of the next steps while the policy trains (`rollout.max_staleness`).
 
-The rule: a batch that is to be trained at policy version V is generated only with weights of version V - max_staleness or later. Versions count optimizer
-steps, so both are known before a batch is generated, and nothing is generated in vain. Should a module do more optimizer steps than it announced,
-what comes out too old is dropped, counted, and its tasks are rolled out again.
+The rule: a batch that will be trained at policy version V is generated only with weights of version
+V - max_staleness or later. Versions count optimizer steps, so both versions are known before a batch is
+generated and no work is wasted. If a module does more optimizer steps than it announced, groups that come
+out too old are dropped and counted, and their tasks are rolled out again.
 
-The engine takes weights when it has nothing to do on any rank, between two steps of the trainer. So a completion is of one version, and with
-``max_staleness`` 1 (and one optimizer step a batch) the order is fixed: wait for batch k, weights k into the engine, begin batch k + 1, train batch k. With more
-the engine may be busy between two steps; it then keeps its weights until it has nothing to do, which the rule bounds.
+The engine takes new weights only when it is idle on every rank, between two steps of the trainer. So each
+completion comes from a single version. With ``max_staleness`` 1 and one optimizer step a batch the order is
+fixed: wait for batch k, sync weights k to the engine, begin batch k + 1, train batch k. With a larger
+``max_staleness`` the engine may still be busy between two steps. It then keeps its weights until it is idle,
+and the rule bounds how old they get.
 
-The place in the data that a checkpoint holds is behind the last batch that was trained. A run that goes on draws again what was generated or queued.
+A checkpoint holds the place in the data behind the last trained batch. A resumed run draws again whatever
+had been generated or queued.
 """
 
 from __future__ import annotations
@@ -34,18 +38,21 @@ from rpt_lightning.training.rollout_metrics import COSTS
 from rpt_lightning.training.step_rollouts import StepRoller, StepRollouts
 from rpt_lightning.types import Task
 
-STOP_LIMIT_S = 60.0  # an engine that is interrupted stops at its next token
+STOP_LIMIT_S = 60.0  # an interrupted engine stops at its next token
 
 
 class AsyncRollouts:
-    """Called by the trainer's thread, on every rank alike. From its making to ``close`` the task stream is read in the background.
+    """Hands each step its rollouts and generates the next ones in the background.
+
+    The trainer's thread calls it in the same order on every rank. From construction to ``close`` the task
+    stream is read in the background.
 
     Args:
         roller: Generates, in the background.
-        sync: Used while nothing is generated on any rank.
-        exchange: For the ranks' threads in the background.
-        data: Where tasks come from.
-        trainer: Of the run.
+        sync: Used only while no rank generates.
+        exchange: Connects the ranks' background threads.
+        data: Source of the tasks.
+        trainer: The trainer of the run.
         module: The policy.
         max_staleness: Most policy versions between generation and training.
     """
@@ -69,14 +76,14 @@ class AsyncRollouts:
         self.module = module
         self.max_staleness = max_staleness
         self._temperature = sync.rollouter.temperature
-        self._ahead: deque[Future[StepRollouts]] = deque()  # begun and not trained, in the order of the steps
+        self._ahead: deque[Future[StepRollouts]] = deque()  # begun but not trained, in step order
         data.trained_up_to(data.stream.place)
         self._background: Background[StepRollouts] = Background(
             "rollouts", device=module.device, at_end=exchange.end
         )
 
     def next(self) -> StepRollouts:
-        """What the step that begins trains. Raises what went wrong in the background."""
+        """The rollouts that the current step trains. Raises any error of the background thread."""
         version, clock = self.module.policy_version, self.module.clock
         if not self._ahead:
             self._begin(first=version, try_on=None)
@@ -102,28 +109,36 @@ class AsyncRollouts:
         return dataclasses.replace(rollouts, metrics=compared | own | rollouts.metrics)
 
     def drain(self) -> None:
-        """Returns when nothing is generated on any rank: until ``next`` is called the trainer's thread may use the engine."""
+        """Wait until no rank generates. Until ``next`` is called the trainer's thread may use the engine."""
         for batch in self._ahead:
             batch.result()
-        self.module.ranks.any(False)  # the others are done as well
+        self.module.ranks.any(False)  # waits until the other ranks are done as well
 
     def close(self) -> bool:
-        """Ends what is generated for steps that will not come, and lets go of the engine. False where the engine does not stop. May be called twice."""
+        """Cancel generation for steps that will not come, and release the engine. May be called twice.
+
+        Returns:
+            False if the engine does not stop.
+        """
         self.roller.engine.interrupt()
         has_stopped = self._background.close(limit_s=STOP_LIMIT_S)
         if not has_stopped:
             rank_zero_warn(
-                f"the engine still generates {STOP_LIMIT_S:.0f} s after it was interrupted: it is left to itself and ends with the process"
+                f"the engine still generates {STOP_LIMIT_S:.0f} s after it was interrupted: "
+                "it is abandoned and ends with the process"
             )
         return has_stopped
 
     def _begin(self, *, first: int, try_on: Sequence[Task] | None) -> dict[str, float]:
-        """Unless something is generated still: the policy's weights into the engine, and as many batches begun as the rule allows. Returns what the
-        comparison of log-probs said, where there was one.
+        """Sync weights and begin as many batches as the rule allows, unless generation is still running.
 
         Args:
             first: The version at which the first of all batches ahead is trained.
-            try_on: The engine's log-probs of these tasks are compared with the policy's; None where its first batch will be.
+            try_on: Tasks on which the engine's log-probs are compared with the policy's. None if the first
+                batch itself will be compared.
+
+        Returns:
+            The metrics of the log-prob comparison. Empty if there was none.
         """
         version, step, end = (
             self.module.policy_version,
@@ -133,7 +148,7 @@ class AsyncRollouts:
         versions = [
             trained_at
             for trained_at in range(first + step * len(self._ahead), version + self.max_staleness + 1, step)
-            if end < 0 or trained_at < end  # the run's last steps need none ahead
+            if end < 0 or trained_at < end  # the last steps of the run need no batch ahead
         ]
         if not versions or self.module.ranks.any(not all(batch.done() for batch in self._ahead)):
             return {}
@@ -149,11 +164,15 @@ class AsyncRollouts:
         return compared
 
     def _again(self, stale: StepRollouts) -> StepRollouts:
-        """The same tasks with the present weights; those that dynamic sampling replaced stay replaced."""
+        """Roll out the same tasks with the current weights.
+
+        Tasks that dynamic sampling replaced stay replaced.
+        """
         groups = stale.filled.groups
         rank_zero_warn(
-            f"rollouts of version {stale.policy_version} are dropped at version {self.module.policy_version} (rollout.max_staleness={self.max_staleness}): "
-            f"{type(self.module).__name__} does more optimizer steps a batch than it announces, {self.module.optimizer_steps_per_batch}"
+            f"rollouts of version {stale.policy_version} are dropped at version {self.module.policy_version} "
+            f"(rollout.max_staleness={self.max_staleness}): {type(self.module).__name__} does more optimizer "
+            f"steps a batch than it announces, {self.module.optimizer_steps_per_batch}"
         )
         with self.module.clock.phase("rollout"):
             self.drain()
@@ -182,27 +201,31 @@ class AsyncRollouts:
 def check_settings(
     max_staleness: int, engine: RolloutEngine, module: PolicyModule, reward: Reward, data: object
 ) -> None:
-    """Raises ValueError for what asynchronous rollouts cannot do, or must not."""
+    """Raise ValueError if the settings are impossible or unsafe with asynchronous rollouts."""
     flag = f"--rollout.max_staleness {max_staleness}"
     if not module.corrects_mismatch:
         raise ValueError(
-            f"{flag}: the policy is trained on completions of its earlier weights, which biases the loss unless it is corrected; set --model.correction "
-            "truncate (or mask), or --rollout.max_staleness 0"
+            f"{flag}: the policy trains on completions of its earlier weights, which biases the loss unless "
+            "it is corrected; set --model.correction truncate (or mask), or --rollout.max_staleness 0"
         )
     if engine.sleeps:
         raise ValueError(
-            f"{flag}: the engine generates while the policy trains; set --rollout.engine.sleep_in_training false, or --rollout.max_staleness 0"
+            f"{flag}: the engine generates while the policy trains; "
+            "set --rollout.engine.sleep_in_training false, or --rollout.max_staleness 0"
         )
     if max_staleness < module.optimizer_steps_per_batch:
         raise ValueError(
-            f"{flag}: with --model.optimizer_steps_per_batch {module.optimizer_steps_per_batch} whatever is generated while a batch is trained is as many "
-            f"versions old at its own turn; give {module.optimizer_steps_per_batch} or more, or 0"
+            f"{flag}: with --model.optimizer_steps_per_batch {module.optimizer_steps_per_batch} a batch that "
+            "is generated while another one trains is already that many versions old when its turn comes; "
+            f"give {module.optimizer_steps_per_batch} or more, or 0"
         )
     if reward.needs_first_token_probs:
         raise ValueError(
-            f"{flag}: {type(reward).__name__} asks the policy for probabilities while it is trained; take PrefixMatchReward, or --rollout.max_staleness 0"
+            f"{flag}: {type(reward).__name__} asks the policy for probabilities while it is trained; "
+            "take PrefixMatchReward, or --rollout.max_staleness 0"
         )
     if not isinstance(data, TokenTaskDataModule | AnswerTaskDataModule):
         raise ValueError(
-            f"{flag}: {type(data).__name__} cannot be read ahead of the steps; give --data TokenTaskDataModule, or --rollout.max_staleness 0"
+            f"{flag}: {type(data).__name__} cannot be read ahead of the steps; "
+            "give --data TokenTaskDataModule, or --rollout.max_staleness 0"
         )

@@ -1,6 +1,7 @@
-"""One thread beside the trainer's, which does jobs one after the other.
+"""A single thread beside the trainer's that runs jobs one after the other.
 
-Not a `ThreadPoolExecutor`: that joins its threads when the interpreter exits, and a job that hangs must not keep a run from ending.
+It is not a `ThreadPoolExecutor`. That joins its threads when the interpreter exits, and a job that hangs must
+not keep a run from ending.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ from typing import Generic, TypeVar
 import torch
 
 T = TypeVar("T")
-_END_S = (
-    5.0  # for ``at_end``; where it takes longer (another rank does not answer) the thread is left to itself
-)
+# Time limit for ``at_end``. If it takes longer (another rank does not answer) the thread is abandoned.
+_END_S = 5.0
 
 
 class Background(Generic[T]):
-    """After a job that failed no other is begun: they fail with the same error.
+    """Runs jobs in one thread. After a job fails no further job runs: later jobs fail with the same error.
 
     Args:
-        name: Of the thread.
-        device: That jobs compute on by default; a new thread would take the first GPU.
-        at_end: Called in the thread once no job will run any more, with what went wrong (None: it was closed).
+        name: Name of the thread.
+        device: Device that jobs compute on by default. A new thread would otherwise take the first GPU.
+        at_end: Called in the thread once no job will run any more. Its argument says what went wrong, or is
+            None if the object was closed.
     """
 
     def __init__(self, name: str, *, device: torch.device, at_end: Callable[[str | None], None]) -> None:
@@ -34,18 +35,25 @@ class Background(Generic[T]):
         self._at_end = at_end
         self._is_closed = False
         self._error: BaseException | None = None
-        self._is_quiet = threading.Event()  # no job runs, nor will
+        self._is_quiet = threading.Event()  # no job runs or will run
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, job: Callable[[], T]) -> Future[T]:
-        """The job's result once it has run. Asking for it raises what the job raised, with the traceback of where it happened."""
+        """Queue a job. The future raises whatever the job raised, with the traceback of where it happened."""
         future: Future[T] = Future()
         self._jobs.put((future, job))
         return future
 
     def close(self, *, limit_s: float) -> bool:
-        """Begins no further job, and waits at most ``limit_s`` seconds for the one that runs. Returns whether it has ended. May be called twice."""
+        """Start no further job and wait for the running one. May be called twice.
+
+        Args:
+            limit_s: Longest wait in seconds.
+
+        Returns:
+            Whether the running job has ended.
+        """
         self._is_closed = True
         self._jobs.put(None)
         is_quiet = self._is_quiet.wait(limit_s)

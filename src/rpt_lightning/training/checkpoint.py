@@ -1,8 +1,9 @@
-"""Checkpoints of a run: one file a saved step, complete or absent, the old ones pruned.
+"""Checkpoints of a run: one file for each saved step, complete or absent, with the old ones pruned.
 
-Lightning's ModelCheckpoint saves nothing at the end of a run whose steps do not divide evenly, ignores time under manual optimization and writes in place;
-this one serializes through the same ``trainer.save_checkpoint``. A file gets its name when it is complete and on the disk, so whatever ends the process, and
-whenever, the newest name is a whole checkpoint.
+Lightning's ModelCheckpoint saves nothing at the end of a run whose steps do not divide evenly. It ignores
+time under manual optimization, and it writes in place. This one serializes through the same
+``trainer.save_checkpoint``, but gives a file its name only when the file is complete and on disk. So whenever
+and however the process ends, the newest name is a whole checkpoint.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _ABANDONED = ".abandoned"
 
 
 class CheckpointNotWritten(RuntimeError):
-    """Says why, and how the run goes on."""
+    """Writing a checkpoint failed. The message says why, and how to resume the run."""
 
 
 class RunCheckpoint(Checkpoint):
@@ -42,7 +43,8 @@ class RunCheckpoint(Checkpoint):
     Args:
         every_n_steps: Optimizer steps between checkpoints; the last step of a run is always saved.
         keep: Number of newest checkpoints that are kept.
-        keep_every_n_steps: Steps divisible by this are kept for good, e.g. for a scaling curve. None: only the newest.
+        keep_every_n_steps: Steps divisible by this are kept for good, e.g. for a scaling curve. None keeps
+            only the newest.
     """
 
     def __init__(self, every_n_steps: int = 50, keep: int = 2, keep_every_n_steps: int | None = None) -> None:
@@ -54,35 +56,39 @@ class RunCheckpoint(Checkpoint):
         self.keep = keep
         self.keep_every_n_steps = keep_every_n_steps
         self.resumes_from: str | None = None  # the checkpoint that this rank found; None: a new run
-        self.start_step: int | None = (
-            None  # where training began in this process, on every rank; None: not yet
-        )
+        # Step at which training began in this process, the same on every rank. None: it has not begun.
+        self.start_step: int | None = None
         self._saved_step = 0
-        self._step_end: dict[
-            str, Any
-        ] = {}  # where Lightning's loops and the data stood at the end of the last step
-        self._is_as_at_step_end = False  # whether the policy is still what it was then
+        # State of Lightning's loops and of the data at the end of the last step.
+        self._step_end: dict[str, Any] = {}
+        self._is_as_at_step_end = False  # whether the policy has not changed since then
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # A strategy that writes shards does not use it.
+        # A strategy that writes shards ignores this.
         trainer.strategy.checkpoint_io = StreamedCheckpointIO()
         if stage == TrainerFn.FITTING:
             self._check_same_start(trainer)
 
     def _check_same_start(self, trainer: Trainer) -> None:
-        """Each rank has looked for the last checkpoint by itself, before the ranks met. Raises ValueError, on all of them, where they found different ones."""
+        """Raise ValueError on every rank if the ranks found different last checkpoints.
+
+        Each rank looked for the last checkpoint on its own, before the ranks met.
+        """
         if trainer.world_size == 1:
             return
         found: list[str | None] = [None] * trainer.world_size
         torch.distributed.all_gather_object(found, self.resumes_from and Path(self.resumes_from).name)
         if len(set(found)) > 1:
             ranks = "; ".join(
-                f"{name or 'none'}: rank {', '.join(str(rank) for rank, other in enumerate(found) if other == name)}"
+                f"{name or 'none'}: rank "
+                f"{', '.join(str(rank) for rank, other in enumerate(found) if other == name)}"
                 for name in dict.fromkeys(found)
             )
             raise ValueError(
-                f"the ranks would start from different checkpoints of {_folder(trainer)} ({ranks}). The run folder must be the same one on every node, and "
-                "readable: look at it from each; a network file system may show a new checkpoint half a minute late, then start the run again"
+                f"the ranks would start from different checkpoints of {_folder(trainer)} ({ranks}). The run "
+                "folder must be the same one on every node, and readable: look at it from each node. A "
+                "network file system may show a new checkpoint half a minute late; in that case start the "
+                "run again"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -112,21 +118,23 @@ class RunCheckpoint(Checkpoint):
         self.save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        # Saving is a collective: several ranks save only what ends all of them at one place (`saved_when_lost`).
+        # Saving is a collective. With several ranks only errors that end all of them at the same place are
+        # followed by a save (`saved_when_lost`).
         if (
             trainer.world_size == 1
             and trainer.state.fn == TrainerFn.FITTING
             and not isinstance(exception, (SystemExit, CheckpointNotWritten))
         ):
             self.save_last_step(trainer)
-        # A run that was asked to stop (SystemExit) says so itself, and nothing is said of one that had not begun.
+        # A run that was asked to stop (SystemExit) reports that itself. A run that had not begun reports
+        # nothing.
         if self.start_step is not None and not isinstance(exception, (SystemExit, CheckpointNotWritten)):
             rank_zero_info(f"stopped at step {trainer.global_step}. {_way_on(_folder(trainer))}")
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        # The next step may have begun, or a validation: neither is in the weights.
+        # The next step or a validation may have begun. The weights include neither.
         if self._step_end:
             checkpoint["epoch"], checkpoint["loops"]["fit_loop"] = (
                 self._step_end["epoch"],
@@ -135,7 +143,10 @@ class RunCheckpoint(Checkpoint):
             checkpoint |= self._step_end.get("data", {})
 
     def save(self, trainer: Trainer) -> None:
-        """The policy as of the end of its last step, on every rank, while no step changes it. Nothing where that step is saved already."""
+        """Save the policy as of the end of its last step. Does nothing if that step is already saved.
+
+        Called on every rank, while no step changes the policy.
+        """
         if trainer.global_step <= self._saved_step:
             return
         folder = _folder(trainer)
@@ -143,37 +154,39 @@ class RunCheckpoint(Checkpoint):
         partial = path.with_name(path.name + _PARTIAL)
         try:
             if trainer.is_global_zero:
-                folder.mkdir(parents=True, exist_ok=True)  # it may have been deleted since
-                _remove(partial)  # of a run that was killed
-            trainer.save_checkpoint(partial, weights_only=False)  # the optimizer too
+                folder.mkdir(parents=True, exist_ok=True)  # it may have been deleted meanwhile
+                _remove(partial)  # left by a killed run
+            trainer.save_checkpoint(partial, weights_only=False)  # False: the optimizer too
             if trainer.is_global_zero:
                 flush_to_disk(files_of(partial))
-        except (
-            OSError,
-            CheckpointException,
-        ) as error:  # not a RuntimeError: a collective that fails because a rank died is one
+        # RuntimeError is left out: a collective that fails because a rank died raises it.
+        except (OSError, CheckpointException) as error:
             if trainer.is_global_zero:
                 _remove(partial)
             raise CheckpointNotWritten(
-                f"cannot write the checkpoint of step {trainer.global_step} into {folder}: {error}. Is the disk full? Make room there "
-                f"(a checkpoint holds weights and optimizer) or keep fewer (checkpoint.keep={self.keep}). {_way_on(folder)}"
+                f"cannot write the checkpoint of step {trainer.global_step} into {folder}: {error}. Is the "
+                "disk full? Make room there (a checkpoint holds weights and optimizer) or keep fewer "
+                f"(checkpoint.keep={self.keep}). {_way_on(folder)}"
             ) from error
         if trainer.is_global_zero:
             _remove(path)
             partial.rename(path)
-            flush_to_disk([folder])  # the name as well, before an older checkpoint goes
+            flush_to_disk([folder])  # the new name must be on disk before an older checkpoint is removed
             self._prune(folder)
         trainer.strategy.barrier("checkpoint")
         self._saved_step = trainer.global_step
         rank_zero_info(f"checkpoint: {path}")
 
     def save_last_step(self, trainer: Trainer) -> None:
-        """As ``save``, for a run that ends in the middle of a step: nothing once that step has begun to change the policy, and no error."""
+        """Like ``save``, for a run that ends in the middle of a step. It never raises.
+
+        Does nothing once that step has begun to change the policy.
+        """
         if self.start_step is None or not self._is_as_at_step_end:
             return
         try:
             self.save(trainer)
-        except Exception as failed:  # why the run ends matters more
+        except Exception as failed:  # the reason why the run ends matters more
             rank_zero_info(str(failed))
 
     def _prune(self, folder: Path) -> None:
@@ -187,9 +200,10 @@ class RunCheckpoint(Checkpoint):
 
 @contextlib.contextmanager
 def saved_when_lost(trainer: Trainer) -> Iterator[None]:
-    """For what needs the engine while a run trains: where that is lost or not the policy, on every rank, the last step is saved before the error goes on.
+    """Save the last step if the engine is lost or does not hold the policy's weights, then re-raise.
 
-    Not in ``on_exception``: Lightning does not call that in processes that it spawned.
+    Wrap it around code that needs the engine during training, where every rank fails together. Lightning's
+    ``on_exception`` cannot do this: Lightning does not call it in processes that it spawned.
     """
     try:
         yield
@@ -199,25 +213,28 @@ def saved_when_lost(trainer: Trainer) -> Iterator[None]:
 
 
 def save_last_step(trainer: Trainer) -> None:
-    """What a run that is about to end with an error has done, where it trains. A collective, and no error."""
+    """Save the last completed step of a training run that is about to end with an error.
+
+    A collective. It never raises.
+    """
     for callback in trainer.checkpoint_callbacks if trainer.state.fn == TrainerFn.FITTING else ():
         if isinstance(callback, RunCheckpoint):
             callback.save_last_step(trainer)
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in a folder, ascending."""
+    """Steps of the complete checkpoints in a folder, in ascending order."""
     return sorted(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.ckpt"))
 
 
 def last_checkpoint(run_folder: Path) -> Path:
-    """The newest checkpoint of a run that is whole.
+    """The newest whole checkpoint of a run.
 
-    A damaged one is passed over with a warning, since the steps after the one before are done again exactly; the run that goes on keeps it
-    under another name.
+    A damaged one is skipped with a warning: the resumed run repeats the steps since the one before exactly.
+    It keeps the damaged file under another name.
 
     Raises:
-        ValueError: There is none, or all are damaged.
+        ValueError: There is no checkpoint, or all are damaged.
     """
     folder = run_folder / FOLDER
     steps = checkpoint_steps(folder)
@@ -232,12 +249,13 @@ def last_checkpoint(run_folder: Path) -> Path:
         if damage is None:
             if damages:
                 rank_zero_warn(
-                    f"ckpt_path=last: {'; '.join(damages)}. The run goes on from the one before, {path}"
+                    f"ckpt_path=last: {'; '.join(damages)}. The run resumes from the one before, {path}"
                 )
             return path
         damages.append(f"{path} is damaged: {damage}")
     raise ValueError(
-        f"ckpt_path=last: {'; '.join(damages)}. None is left: put back a copy of one, or name another folder with --trainer.default_root_dir to start anew"
+        f"ckpt_path=last: {'; '.join(damages)}. None is left: restore one from a copy, or name another "
+        "folder with --trainer.default_root_dir to start anew"
     )
 
 
@@ -249,12 +267,18 @@ def _way_on(folder: Path) -> str:
     steps = checkpoint_steps(folder)
     if not steps:
         return "There is no complete checkpoint yet: the same command starts anew."
-    return f"The last complete checkpoint is {folder / f'step-{steps[-1]:06d}.ckpt'}: continue with --ckpt_path last."
+    return (
+        f"The last complete checkpoint is {folder / f'step-{steps[-1]:06d}.ckpt'}: "
+        "continue with --ckpt_path last."
+    )
 
 
 def _abandon_after(step: int, run_folder: Path) -> None:
-    """A run that goes on from an earlier checkpoint makes its later ones anew, and what was recorded of later steps: the old ones must be neither the run's
-    last nor pruned against the new, nor be read as its results.
+    """Rename the files of all steps after ``step``, from which the run resumes.
+
+    The resumed run makes its later checkpoints and records anew. The old checkpoints must not count as the
+    run's last ones, and must not be pruned together with the new ones. The old records must not be read as
+    its results.
     """
     named = [
         run_folder / FOLDER / "step-*.ckpt",
@@ -275,7 +299,7 @@ def _abandon_after(step: int, run_folder: Path) -> None:
     if later:
         names = ", ".join(str(path.relative_to(run_folder)) for path in later)
         rank_zero_info(
-            f"beyond step {step}, from which the run goes on, and therefore now named *{_ABANDONED}: {names}"
+            f"the run resumes from step {step}; files of later steps are now named *{_ABANDONED}: {names}"
         )
 
 
@@ -284,7 +308,7 @@ def _step_of(path: Path) -> int:
 
 
 def _remove(path: Path) -> None:
-    """A checkpoint is a file, or a folder where the strategy writes it sharded."""
+    """Remove a checkpoint: a file, or a folder if the strategy writes it sharded."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

@@ -1,6 +1,6 @@
-"""Is a checkpoint whole, and is it only data? Looked at before anything is loaded from it.
+"""Checks that a checkpoint is whole and holds only data, before anything is loaded from it.
 
-``torch.load`` checks no checksum: a flipped byte of a weight is loaded without a word.
+``torch.load`` verifies no checksum: it silently loads a weight with a flipped byte.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-_INDEX = ".metadata"  # what torch.distributed.checkpoint writes last into a folder of shards: a pickle
-_REST = "meta.pt"  # what Lightning writes beside the shards
-# Whatever else an index could name might run code, and so might what their modules import: each name is given in full.
+_INDEX = ".metadata"  # a pickle that torch.distributed.checkpoint writes last into a folder of shards
+_REST = "meta.pt"  # Lightning writes it beside the shards
+# Anything else that an index names could run code, and so could importing its module. So each name is listed
+# in full.
 _METADATA = "torch.distributed.checkpoint.metadata"
 _INDEX_NAMES = {
     (_METADATA, "Metadata"),
@@ -42,8 +43,10 @@ _INDEX_NAMES = {
 
 
 def checkpoint_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None. Of one file every byte is compared with its checksum; of shards their sizes are compared with the index, and
-    what is no tensor is read.
+    """Describe the damage of a checkpoint, or return None.
+
+    In a single file every byte is verified by its checksum. In a folder of shards the sizes are compared with
+    the index, and everything that is not a tensor is read.
     """
     try:
         return _shard_damage(path) if path.is_dir() else _file_damage(path)
@@ -79,13 +82,19 @@ def _shard_damage(path: Path) -> str | None:
         if size < needed:
             return f"its shard {shard.name} has {size} bytes instead of at least {needed}"
         if entry.transform_descriptors:
-            return f"its shard {shard.name} is transformed ({', '.join(entry.transform_descriptors)}), which shards of ours are not"
+            return (
+                f"its shard {shard.name} is transformed ({', '.join(entry.transform_descriptors)}), "
+                "which shards of ours are not"
+            )
     _check_values(path, index)
     return None
 
 
 def _check_values(path: Path, index: Any) -> None:
-    """What is no tensor (a learning rate, ...) torch reads with ``weights_only=False``: raises UnpicklingError where that would do more than make a value."""
+    """Raise UnpicklingError if an entry that is not a tensor (a learning rate, ...) could run code.
+
+    torch reads these entries with ``weights_only=False``.
+    """
     import torch
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
@@ -107,6 +116,6 @@ class _IndexUnpickler(pickle.Unpickler):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if (module, name) not in _INDEX_NAMES and not is_dtype:
             raise pickle.UnpicklingError(
-                f"its index names {module}.{name}, which no index of ours does: it may run code when it is read"
+                f"its index names {module}.{name}, which no index of ours does: it may run code when read"
             )
         return super().find_class(module, name)

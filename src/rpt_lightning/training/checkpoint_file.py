@@ -1,4 +1,4 @@
-"""A checkpoint as it lies on disk, read without Lightning: one file, or the folder that a strategy with sharded weights writes."""
+"""Reads a checkpoint from disk without Lightning: a single file, or the folder of a sharded strategy."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from rpt_lightning.training.checkpoint_check import checkpoint_damage
 
-_SHARDED_REST = "meta.pt"  # what Lightning writes beside the shards
+_SHARDED_REST = "meta.pt"  # Lightning writes it beside the shards
 
 
 _WEIGHTS_PREFIX = "policy.model."
-# What a checkpoint says of its policy (PolicyModule.on_save_checkpoint).
+# Entries that describe the policy (PolicyModule.on_save_checkpoint).
 _OF_THE_POLICY: dict[str, type] = {"policy_path": str, "policy_config": str, "tokenizer_hash": str}
 _OF_THE_RUN: dict[str, type] = {
     "weight_shapes": dict,
@@ -33,42 +33,49 @@ _OF_THE_RUN: dict[str, type] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SavedPolicy:
-    """What a checkpoint says of its policy, and its weights, which stay on disk until they are read."""
+    """A checkpoint's description of its policy, and its weights. They stay on disk until they are read."""
 
     about: dict[str, Any]  # the checkpoint's entry "rpt"
     shapes: Mapping[str, torch.Size]  # by Hugging Face names
-    read: Callable[[Sequence[str]], dict[str, Tensor]]  # the weights of these names, whole
+    read: Callable[[Sequence[str]], dict[str, Tensor]]  # returns the weights of these names, whole
 
 
 def read_checkpoint(path: Path, *, flag: str) -> SavedPolicy:
-    """The policy in a checkpoint.
+    """Read the policy of a checkpoint.
 
-    ``flag`` is the option that named the file. Raises ValueError where there is no such file, it cannot be read, or it is not one of ours.
+    Args:
+        path: File, or folder of shards.
+        flag: The option that named it, for error texts.
+
+    Raises:
+        ValueError: There is no such file, it cannot be read, or `rpt fit` did not write it.
     """
     if (path / _SHARDED_REST).is_file():
         return _read_sharded(path, flag=flag)
     if not path.is_file():
         raise ValueError(
-            f"{flag} {path}: no such file. `rpt fit` writes checkpoints into the run's folder, as checkpoints/step-N.ckpt."
+            f"{flag} {path}: no such file. "
+            "`rpt fit` writes checkpoints into the run's folder, as checkpoints/step-N.ckpt."
         )
     try:
         # mmap: a checkpoint holds the optimizer too, three times the weights.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(
-            f"{flag} {path}: not a checkpoint that can be read ({type(error).__name__}). Was it cut off while it was written? "
-            "Name another file of the run's checkpoints/."
+            f"{flag} {path}: not a checkpoint that can be read ({type(error).__name__}). Was it cut off "
+            "while it was written? Name another file of the run's checkpoints/."
         ) from error
     if not isinstance(checkpoint, dict) or "rpt" not in checkpoint or "state_dict" not in checkpoint:
         raise ValueError(
-            f"{flag} {path}: not a checkpoint of `rpt fit` (it has no entry 'rpt' that says which policy it holds). "
-            "A Hugging Face model is named by --model.policy.path instead."
+            f"{flag} {path}: not a checkpoint of `rpt fit` (it has no entry 'rpt' that says which policy it "
+            "holds). A Hugging Face model is named by --model.policy.path instead."
         )
     if not isinstance(checkpoint["state_dict"], dict) or not all(
         isinstance(tensor, Tensor) for tensor in checkpoint["state_dict"].values()
     ):
         raise ValueError(
-            f"{flag} {path}: its entry 'state_dict' is not one of weights, so the file is damaged; name another of the run's checkpoints/"
+            f"{flag} {path}: its entry 'state_dict' does not consist of weights, so the file is damaged; "
+            "name another of the run's checkpoints/"
         )
     # torch.load maps the file, so these tensors are read from disk when they are used.
     weights = {
@@ -84,33 +91,43 @@ def read_checkpoint(path: Path, *, flag: str) -> SavedPolicy:
 
 
 def check_about(about: Any, where: str, *, resumes: bool = False) -> None:
-    """Raises ValueError with the entry where a checkpoint does not say of its policy what a reader needs, or one that ``resumes`` its run."""
+    """Raise ValueError that names the entry if a checkpoint's description of its policy is incomplete.
+
+    Args:
+        about: The checkpoint's entry "rpt".
+        where: Names the checkpoint in error texts.
+        resumes: Whether the checkpoint resumes its run, which needs more entries.
+    """
     if not isinstance(about, dict):
         raise ValueError(
-            f"{where}: not a checkpoint of `rpt fit` (its entry 'rpt' is {type(about).__name__}); name another of a run's checkpoints/"
+            f"{where}: not a checkpoint of `rpt fit` (its entry 'rpt' is {type(about).__name__}); "
+            "name another of a run's checkpoints/"
         )
     for name, kind in (_OF_THE_POLICY | (_OF_THE_RUN if resumes else {})).items():
         value = about.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
             found = f"is a {type(value).__name__}" if name in about else "is missing"
             raise ValueError(
-                f"{where}: its entry 'rpt.{name}' {found}, so the file was edited or is damaged; name another of the run's checkpoints/"
+                f"{where}: its entry 'rpt.{name}' {found}, so the file was edited or is damaged; "
+                "name another of the run's checkpoints/"
             )
     try:
         config = json.loads(about["policy_config"])
     except ValueError as error:
         raise ValueError(
-            f"{where}: its entry 'rpt.policy_config' is no JSON ({error}); name another of the run's checkpoints/"
+            f"{where}: its entry 'rpt.policy_config' is not JSON ({error}); "
+            "name another of the run's checkpoints/"
         ) from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise ValueError(
-            f"{where}: its entry 'rpt.policy_config' names no model_type; name another of the run's checkpoints/"
+            f"{where}: its entry 'rpt.policy_config' names no model_type; "
+            "name another of the run's checkpoints/"
         )
 
 
 def _read_sharded(path: Path, *, flag: str) -> SavedPolicy:
-    """The weights that are asked for are put together from their shards in this process."""
-    # Before anything else: torch.distributed.checkpoint would unpickle whatever the index names.
+    """Like ``read_checkpoint``, for shards. The requested weights are assembled in this process."""
+    # This comes first: torch.distributed.checkpoint would unpickle whatever the index names.
     if damage := checkpoint_damage(path):
         raise ValueError(f"{flag} {path} is not a whole checkpoint: {damage}")
     prefix = f"state_dict.{_WEIGHTS_PREFIX}"
@@ -129,5 +146,5 @@ def _read_sharded(path: Path, *, flag: str) -> SavedPolicy:
         return {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
 
     rest = torch.load(path / _SHARDED_REST, map_location="cpu", weights_only=True)
-    about: Any = rest.get("rpt") if isinstance(rest, dict) else None  # looked at by check_about
+    about: Any = rest.get("rpt") if isinstance(rest, dict) else None  # check_about validates it
     return SavedPolicy(about=about, shapes={name: entry.size for name, entry in entries.items()}, read=read)

@@ -1,7 +1,8 @@
-"""How a checkpoint of one file reaches the disk.
+"""How a single-file checkpoint reaches the disk.
 
-Lightning's own way builds the whole file in memory, writes it to the system's temporary folder and copies it from there: a run that is killed meanwhile
-leaves the copy behind, and one of 14B would need the room twice.
+Lightning's own way builds the whole file in memory, writes it to the system's temporary folder and copies it
+from there. A run that is killed meanwhile leaves the copy behind, and a 14B checkpoint would need the space
+twice.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from lightning.fabric.plugins import CheckpointIO
 
 
 class StreamedCheckpointIO(CheckpointIO):
-    """Written straight to where it belongs, and read without running code from it."""
+    """Writes a checkpoint straight to its place, and reads it without running code from it."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.save(checkpoint, path)
-        except RuntimeError as error:  # a full disk, from torch's writer
+        except RuntimeError as error:  # torch's writer raises it on a full disk
             raise OSError(f"{path}: {error}") from error
 
     def load_checkpoint(
@@ -36,7 +37,10 @@ class StreamedCheckpointIO(CheckpointIO):
 
 
 def flush_to_disk(paths: Iterable[Path]) -> None:
-    """Returns when files and folders would survive a power cut. A full disk may be found out only here (network file systems)."""
+    """Return once files and folders would survive a power cut.
+
+    A full disk may surface only here (network file systems).
+    """
     for path in paths:
         handle = os.open(path, os.O_RDONLY)
         try:

@@ -1,12 +1,15 @@
-"""Engine and policy seem to disagree: who is right? transformers itself, asked for the same tokens with the policy's weights in fp32, says it.
+"""Decides who is right when engine and policy seem to disagree.
 
-A run is ended by what more tokens show against that witness, each side by the limits of its own dtype. Rounding of both sides together,
-which is what the first comparison saw, then ends nothing. And the error says which of three is wrong:
+The witness is transformers itself, which scores the same tokens with the policy's weights in fp32. Only what
+more tokens show against that witness ends a run, and each side is judged by the limits of its own dtype. So
+the rounding of both sides together, which the first comparison saw, ends nothing. The error says which of
+three is wrong:
 
-- the engine: transformers agrees with the policy and not with the engine;
-- the policy: transformers agrees with the engine, or with neither and less with the policy. Its own way of computing is wrong for this model;
-- the folder: its files and its config.json describe two models, so that policy (built from both) and engine (built from config.json) cannot agree;
-  or it holds weights that are not numbers.
+- the engine: transformers agrees with the policy but not with the engine;
+- the policy: transformers agrees with the engine, or it agrees with neither and less with the policy. The
+  policy's own way of computing is wrong for this model;
+- the folder: its files and its config.json describe two different models, so the policy (built from both) and
+  the engine (built from config.json) cannot agree. Or it holds weights that are not numbers.
 """
 
 from __future__ import annotations
@@ -31,9 +34,9 @@ from rpt_lightning.training.policy_module import PolicyModule
 from rpt_lightning.training.sync_check import Culprit, SyncError
 from rpt_lightning.types import TrainSequence
 
-# Tokens of a completion that are asked for: their logits exist at the same time.
+# Most tokens scored in one completion. Their logits exist at the same time.
 TOKENS_OF_A_COMPLETION = 256
-# What a config says of how it was read, not of the model.
+# Config entries that record how the config was read and do not describe the model.
 _NOT_OF_THE_MODEL = (
     "transformers_version",
     "_name_or_path",
@@ -46,7 +49,10 @@ _NOT_OF_THE_MODEL = (
 
 @dataclass(frozen=True)
 class CloserLook:
-    """Log-probs of the same tokens of this rank, each [N] in fp64. ``plain`` is None where transformers could not be asked, for ``reason``."""
+    """Log-probs of the same tokens of this rank, each [N] in fp64.
+
+    ``plain`` is None if transformers could not score them, and ``reason`` says why.
+    """
 
     engine: Tensor
     policy: Tensor
@@ -65,11 +71,11 @@ class CloserLook:
         temperature: float,
         seed: int,
     ) -> CloserLook:
-        """Computes them. A collective."""
+        """Compute all three. A collective."""
         scored, policy_dtype = score_samples(trainer, module, samples, temperature=temperature)
         lengths = [len(sample.completion.token_ids) for sample in samples]
         starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
-        broken = ~(scored.engine.isfinite() & scored.policy.isfinite())  # are looked at in any case
+        broken = ~(scored.engine.isfinite() & scored.policy.isfinite())  # always scored
         places = [
             torch.cat(
                 [
@@ -86,12 +92,12 @@ class CloserLook:
             ]
         )
         engine, policy = scored.engine[kept], scored.policy[kept]
-        if module.ranks.num_tensor > 1:  # their head is no module's own any more
+        if module.ranks.num_tensor > 1:  # no single module holds the whole head
             return cls(engine, policy, None, policy_dtype, reason="the policy is tensor-parallel")
         rows: list[Tensor] = []
         try:
             for index in range(int(module.ranks.max(len(samples)))):
-                own = index < len(samples)  # else this rank takes part in the gathering of weights only
+                own = index < len(samples)  # else this rank only takes part in gathering the weights
                 sequence = samples[index].sequence if own else TrainSequence(prompt_ids=(0,), target_ids=(0,))
                 place = places[index] if own else torch.tensor([0])
                 rows += [
@@ -99,7 +105,7 @@ class CloserLook:
                         module.policy, sequence, place, temperature=temperature, device=module.device
                     )
                 ][: int(own)]
-        except Exception as error:  # whatever a model's own code raises: it must not hide what is looked for
+        except Exception as error:  # a model's own code may raise anything; it must not hide the question
             return cls(engine, policy, None, policy_dtype, reason=f"{type(error).__name__}: {error}")
         dtype = rows[0].dtype if rows else torch.float32
         return cls(
@@ -111,7 +117,7 @@ class CloserLook:
         )
 
     def error(self, module: PolicyModule, *, engine_dtype: torch.dtype, tolerance: float) -> SyncError | None:
-        """What is wrong and with which of the three; None where all is well. Of this rank alone."""
+        """The error that names what is wrong of the three, or None if all is well. Of this rank alone."""
         if self.engine.numel() == 0:
             return None
         start = f"version {module.policy_version}: log-probs of engine and policy differ too much, in nats"
@@ -123,7 +129,8 @@ class CloserLook:
             if not over:
                 return None
             return SyncError(
-                f"{start}: {', '.join(over)}. Which of them is wrong is not known, since transformers could not be asked ({self.reason}). {_ENGINE}"
+                f"{start}: {', '.join(over)}. It is unknown which of them is wrong, since transformers could "
+                f"not be asked ({self.reason}). {_ENGINE}"
             )
         of_engine, engine_limits = (
             _diff(self.engine, self.plain),
@@ -141,7 +148,8 @@ class CloserLook:
         )
         culprit: Culprit = "policy" if is_policy else "engine"
         facts = (
-            f"compared with transformers' own of the policy's weights ({str(self.plain_dtype).removeprefix('torch.')}, {of_engine.num_tokens} tokens) "
+            f"compared with transformers' own log-probs of the policy's weights "
+            f"({str(self.plain_dtype).removeprefix('torch.')}, {of_engine.num_tokens} tokens) "
             f"the engine's differ by {of_engine.mean:.2g} in the mean, the policy's by {of_policy.mean:.2g}"
         )
         exceeded_limits = ", ".join(policy_over if culprit == "policy" else engine_over)
@@ -157,36 +165,49 @@ class CloserLook:
         )
 
     def summary(self) -> str:
-        """Mean differences from transformers' own, of this rank."""
+        """Mean differences from transformers' own log-probs, on this rank."""
         if self.engine.numel() == 0:
-            return "another rank's"
+            return "on another rank"
         if self.plain is None:
             return f"not asked: {self.reason}"
         of_engine, of_policy = _diff(self.engine, self.plain), _diff(self.policy, self.plain)
-        return f"{of_engine.num_tokens} tokens, mean difference of the engine {of_engine.mean:.2g} nats, of the policy {of_policy.mean:.2g}"
+        return (
+            f"{of_engine.num_tokens} tokens, mean difference of the engine {of_engine.mean:.2g} nats, "
+            f"of the policy {of_policy.mean:.2g}"
+        )
 
 
 _ENGINE = (
-    "The engine is what is wrong: it computes with other weights, another temperature or a stale cache, or rollout.logprob_tolerance is too small for "
-    "this model: raise it only after looking"
+    "The engine is wrong: it computes with other weights, another temperature or a stale cache. Or "
+    "rollout.logprob_tolerance is too small for this model: raise it only after looking"
 )
 _POLICY = (
-    "The policy is what is wrong: this package's own way of computing gives this model other log-probs than transformers, so it must not be trained "
-    "with it; use a model of the Llama, Qwen2 or Qwen3 family, and report this one"
+    "The policy is wrong: this package's own way of computing gives this model other log-probs than "
+    "transformers does, so the model must not be trained with it; use a model of the Llama, Qwen2 or Qwen3 "
+    "family, and report this one"
 )
 
 
 def folder_contradiction(policy: Policy) -> str | None:
-    """In what the model that was loaded from the folder is another one than its config.json describes, from which engines build theirs."""
+    """How the model loaded from the folder differs from the one that its config.json describes.
+
+    Engines build their model from config.json. None if the two agree.
+    """
     path = policy.path
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=policy.trust_remote_code)
     except (OSError, ValueError) as error:
-        return f"{path}: its config.json, which was read at the start of the run, cannot be read any more: {error}"
+        return (
+            f"{path}: its config.json, which was read at the start of the run, cannot be read any more: "
+            f"{error}"
+        )
     loaded, now = _said(policy.config), _said(config)
     changed = sorted(name for name in loaded.keys() | now.keys() if loaded.get(name) != now.get(name))
     if changed:
-        return f"{path}: its config.json was changed after the policy was loaded ({', '.join(changed[:3])}); put it back, or start the run again"
+        return (
+            f"{path}: its config.json was changed after the policy was loaded ({', '.join(changed[:3])}); "
+            "put it back, or start the run again"
+        )
     with init_empty_weights(include_buffers=False):
         model = cast(Any, AutoModelForCausalLM).from_config(
             config, trust_remote_code=policy.trust_remote_code
@@ -196,20 +217,25 @@ def folder_contradiction(policy: Policy) -> str | None:
     names, held_names = set().union(*described), set().union(*held)
     if other := sorted(names ^ held_names):
         whose = "config.json" if other[0] in names else "weights"
-        return f"{path}: only its {whose} know of {other[0]} ({len(other)} weights are in one of the two alone); make the folder again with save_pretrained"
+        return (
+            f"{path}: only its {whose} know of {other[0]} ({len(other)} weights are in only one of the two); "
+            "make the folder again with save_pretrained"
+        )
     for group in sorted(described, key=sorted):
         if group not in held:
             return (
-                f"{path}: its config.json says that {' and '.join(sorted(group))} are one tensor (tie_word_embeddings), and its weights hold different "
-                "ones; set tie_word_embeddings to false there, or save the weights of one of them only"
+                f"{path}: its config.json says that {' and '.join(sorted(group))} are one tensor "
+                "(tie_word_embeddings), but its weights hold different ones; set tie_word_embeddings to "
+                "false there, or save the weights of only one of them"
                 if len(group) > 1
-                else f"{path}: its config.json says that {next(iter(group))} is a tensor of its own, and it shares one with others; save the model again"
+                else f"{path}: its config.json says that {next(iter(group))} is a tensor of its own, but it "
+                "shares one with others; save the model again"
             )
     return None
 
 
 def _shared_names(model: Any) -> set[frozenset[str]]:
-    """Names of the parameters, those that are one tensor together."""
+    """Names of the parameters, grouped by the tensor that they share."""
     names: dict[int, set[str]] = defaultdict(set)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].add(name)
@@ -227,20 +253,22 @@ def _not_finite(module: PolicyModule) -> SyncError:
         for name, weight in module.policy.model.named_parameters()
         if not getattr(weight, "_local_tensor", weight).isfinite().all()
     ]
-    start = f"version {module.policy_version}: log-probs of the policy are not finite"
+    start = f"version {module.policy_version}: the policy's log-probs are not finite"
     if not broken:
         return SyncError(
-            f"{start}, and its weights are: the model overflows in this precision; try --trainer.precision 32-true",
+            f"{start}, although its weights are: the model overflows in this precision; "
+            "try --trainer.precision 32-true",
             culprit="policy",
         )
     what = f"{len(broken)} of its weights hold values that are not finite ({', '.join(broken[:3])})"
     if module.policy_version == 0:
         return SyncError(
-            f"{start}: {what}, as loaded from policy.path={module.policy.path}; make or download the model again",
+            f"{start}: {what}, as loaded from policy.path={module.policy.path}; make or download the model "
+            "again",
             culprit="folder",
         )
     return SyncError(
-        f"{start}: {what}; go on from an earlier checkpoint, with a lower model.optimizer.lr",
+        f"{start}: {what}; resume from an earlier checkpoint with a lower model.optimizer.lr",
         culprit="policy",
     )
 
@@ -250,5 +278,5 @@ def _diff(one: Tensor, other: Tensor) -> LogprobDiff:
 
 
 def _excess(diff: LogprobDiff, limits: LogprobLimits) -> float:
-    """How far the mean is from its limit, as a factor."""
+    """The mean as a multiple of its limit."""
     return diff.values.clamp(max=CAP * limits.mean).mean().item() / limits.mean

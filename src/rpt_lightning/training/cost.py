@@ -1,4 +1,4 @@
-"""What a step cost, rollouts included, and a run that ends when it has cost as much as another."""
+"""Logs what a step cost, rollouts included, and ends a run once it has cost as much as another run."""
 
 from __future__ import annotations
 
@@ -19,12 +19,17 @@ COSTS = {"flops": "cost/flops", "tokens": "cost/tokens", "time": "cost/time_s"}
 
 
 class StepCost(Callback):
-    """Logs each step's cost over all ranks; it stands before the rollout callback, so that rollouts are in it.
+    """Logs each step's cost over all ranks. It runs before the rollout callback, so rollouts are included.
 
-    Tokens through the model: prompts that the engine computed (`rollout/prefill_tokens`), sampled ones (`rollout/tokens`), those scored without a gradient
-    (`cost/scored_tokens`: the check of log-probs, old log-probs, dense rewards) and those trained (`cost/trained_tokens`), shared prefixes counted once.
-    `cost/tokens` is their sum. `cost/flops` are the model's operations on them (policy/flops.py), `cost/train_flops` those of training alone.
-    `cost/time_s` is the slowest rank's, without validation and checkpoints.
+    `cost/tokens` is the sum of all tokens through the model, with shared prefixes counted once:
+
+    - prompts that the engine computed (`rollout/prefill_tokens`);
+    - sampled tokens (`rollout/tokens`);
+    - tokens scored without a gradient (`cost/scored_tokens`): log-prob check, old log-probs, dense rewards;
+    - trained tokens (`cost/trained_tokens`).
+
+    `cost/flops` counts the model's operations on them (policy/flops.py), and `cost/train_flops` those of
+    training alone. `cost/time_s` is the time of the slowest rank, without validation and checkpoints.
     """
 
     def __init__(self) -> None:
@@ -78,11 +83,12 @@ def _works(module: PolicyModule) -> tuple[Work, ...]:
 
 
 class Budget(Callback):
-    """Ends a run with the step in which it has cost as much as another run did, for baselines at matched cost.
+    """Ends a run at the step in which its cost reaches that of another run, for baselines at matched cost.
 
     Args:
         like: Folder of the run whose whole cost is the budget. None: no budget.
-        by: What is matched: model FLOPs, tokens through the model, or seconds of all steps; rollouts are in each of them (docs/decisions.md).
+        by: Cost to match: model FLOPs, tokens through the model, or seconds of all steps. Each of them
+            includes rollouts (docs/decisions.md).
     """
 
     def __init__(self, like: str | None = None, by: Literal["flops", "tokens", "time"] = "flops") -> None:
@@ -90,7 +96,7 @@ class Budget(Callback):
         self.by = by
         self._limit = float("inf")
         self._spent = 0.0
-        self._spent_before = 0.0  # by earlier starts of this run
+        self._spent_before = 0.0  # in earlier starts of this run
 
     @property
     def is_spent(self) -> bool:
@@ -98,11 +104,17 @@ class Budget(Callback):
 
     @property
     def share_spent(self) -> float | None:
-        """Of the budget; None where there is none."""
+        """The spent share of the budget. None if there is no budget."""
         return None if self.like is None else min(1.0, self._spent / self._limit)
 
     def seconds_left(self, elapsed_s: float) -> float:
-        """At the pace of this start, which began ``elapsed_s`` seconds ago; infinite where there is no budget, or nothing is spent yet."""
+        """Seconds until the budget is spent, at the pace of this start.
+
+        Infinite if there is no budget or nothing has been spent yet.
+
+        Args:
+            elapsed_s: Seconds since this start began.
+        """
         spent = self._spent - self._spent_before
         return (
             float("inf")
@@ -119,13 +131,12 @@ class Budget(Callback):
         self._spent = _spent(own, self.by, last_step=trainer.global_step) if trainer.global_step else 0.0
         self._spent_before = self._spent
         rank_zero_info(
-            f"budget: {self._limit:.4g} {self.by}, what {self.like} cost"
+            f"budget: {self._limit:.4g} {self.by}, the cost of {self.like}"
             + (f"; {self._spent:.4g} are spent" if self._spent else "")
         )
         assert isinstance(pl_module, PolicyModule)
-        trainer.should_stop = (
-            pl_module.ranks.any(self.is_spent) or trainer.should_stop
-        )  # a run that is started again though it had ended
+        # The run may be started again although it had ended.
+        trainer.should_stop = pl_module.ranks.any(self.is_spent) or trainer.should_stop
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -134,27 +145,30 @@ class Budget(Callback):
             return
         self._spent += trainer.callback_metrics[COSTS[self.by]].item()
         assert isinstance(pl_module, PolicyModule)
-        # Tensor-parallel ranks' sums differ in the last digits, and all must end with the same step.
+        # The sums of tensor-parallel ranks differ in the last digits, and all must end at the same step.
         trainer.should_stop = pl_module.ranks.any(self.is_spent) or trainer.should_stop
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.like is not None:
             rank_zero_info(
-                f"budget: {self._spent:.4g} of {self._limit:.4g} {self.by} spent in {trainer.global_step} steps"
+                f"budget: {self._spent:.4g} of {self._limit:.4g} {self.by} spent in {trainer.global_step} "
+                "steps"
             )
             if not self.is_spent:
                 rank_zero_info(
-                    "budget: NOT used up, so this run is no baseline at equal cost; raise --trainer.max_steps and go on with --ckpt_path last"
+                    "budget: NOT used up, so this run is no baseline at equal cost; raise "
+                    "--trainer.max_steps and resume with --ckpt_path last"
                 )
 
 
 def _spent(log: Path, by: str, *, last_step: int | None = None) -> float:
-    """What the steps of a run cost, up to ``last_step``."""
+    """The cost of a run's steps up to ``last_step``."""
     steps = [
         metrics for step, metrics in read_step_log(log).items() if last_step is None or step <= last_step
     ]
     if not steps or any(COSTS[by] not in metrics for metrics in steps):
         raise ValueError(
-            f"{log}: not every step says what it cost ({COSTS[by]}), so it is no budget. Is it the log of an earlier version?"
+            f"{log}: not every step records its cost ({COSTS[by]}), so it cannot be a budget. "
+            "Is it the log of an earlier version?"
         )
     return sum(metrics[COSTS[by]] for metrics in steps)

@@ -1,4 +1,4 @@
-"""The policy's weights into the engine, and the proof that it computes with them."""
+"""Syncs the policy's weights to the engine and proves that the engine computes with them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from rpt_lightning.training.policy_module import PolicyModule
 from rpt_lightning.training.sync_check import SyncError, check_weights, sampled_names
 from rpt_lightning.types import RolloutGroup, Task
 
-# Of a completion that is drawn only to compare its log-probs.
+# Length of a completion that is drawn only to compare its log-probs.
 TRIAL_TOKENS = 32
-# Tokens of a rank that are compared after each sync, drawn from all tokens of `verify_sequences` completions: limits mean the same for any length.
+# Tokens that a rank compares after each sync, drawn from all tokens of `verify_sequences` completions. With a
+# fixed number the limits mean the same for any completion length.
 MAX_TOKENS = 4096
-# How many times as many completions a closer look takes.
+# A closer look takes this many times as many completions.
 CLOSER_LOOK = 16
 METRICS = (
     *(f"sync/logprob_diff_{name}" for name in ("mean", "median", "p99", "max")),
@@ -33,8 +34,11 @@ METRICS = (
 
 
 class EngineSync:
-    """An engine whose weights are not the policy's is found by the version that it acknowledges, by tensors that are read back from it, and by its
-    log-probs; each raises SyncError, on every rank where one of them finds it, so that a checkpoint can still be written.
+    """Syncs weights and raises SyncError if the engine does not hold the policy's weights.
+
+    There are three checks: the version that the engine acknowledges, tensors that are read back from it, and
+    its log-probs. If one rank finds an error, every rank raises SyncError, so that a checkpoint can still be
+    written.
 
     Args:
         rollouter: Holds the engine.
@@ -64,7 +68,7 @@ class EngineSync:
         self._has_warned_of_tail = False
 
     def sync(self, module: PolicyModule) -> None:
-        """Starts the engine where it is not started, and brings it to the policy's version. A collective."""
+        """Start the engine if necessary, and bring it to the policy's version. A collective."""
         if not self.engine.weight_names:
             start = time.perf_counter()
             self.engine.start(module.policy.path, seed=self.seed, max_model_len=self.max_model_len)
@@ -78,9 +82,9 @@ class EngineSync:
                 self._num_weight_checks += 1
 
     def _check_weights(self, module: PolicyModule) -> None:
-        """Raises SyncError. A collective."""
+        """Raise SyncError if sampled tensors of the engine are not the policy's. A collective."""
         found: SyncError | None = None
-        # Gathered once more, but only what is compared.
+        # Gathers again, but only the weights that are compared.
         sampled = named_weights(
             module.policy, sampled_names(self.engine.weight_names, self._num_weight_checks)
         )
@@ -94,16 +98,19 @@ class EngineSync:
 
     @staticmethod
     def _end_together(module: PolicyModule, found: SyncError | None) -> None:
-        """Raises SyncError on every rank where one of them found something. A collective."""
+        """Raise SyncError on every rank if any rank found an error. A collective."""
         if module.ranks.any(found is not None):
             reports = [
                 report for report in module.ranks.gather(found and (str(found), found.culprit)) if report
             ]
-            message, culprit = reports[0] if reports else ("another rank says what", "engine")
+            message, culprit = reports[0] if reports else ("that rank reports the error", "engine")
             raise found or SyncError(f"on another rank: {message}", culprit=culprit)
 
     def try_out(self, trainer: Trainer, module: PolicyModule, tasks: Sequence[Task]) -> dict[str, float]:
-        """As ``check_logprobs``, of the beginnings of completions that are drawn for this only: where those that are trained are of earlier weights."""
+        """Like ``check_logprobs``, on the beginnings of completions that are drawn only for this.
+
+        Used when the trained completions come from earlier weights.
+        """
         tasks = tasks[: self.verify_sequences]
         completions = self.rollouter.complete(
             tasks, [0] * len(tasks), 1, max_tokens=min(TRIAL_TOKENS, self.rollouter.max_tokens)
@@ -116,9 +123,10 @@ class EngineSync:
     def check_logprobs(
         self, trainer: Trainer, module: PolicyModule, groups: Sequence[RolloutGroup], *, temperature: float
     ) -> dict[str, float]:
-        """Compares the engine's log-probs of a few completions of the present weights with the policy's. A collective.
+        """Compare the engine's log-probs of a few completions with the policy's. A collective.
 
-        Where they disagree, more of the completions are looked at, also by transformers itself (closer_look.py), before SyncError is raised.
+        The completions must come from the current weights. If the two disagree, more of the completions are
+        scored, also by transformers itself (closer_look.py), before SyncError is raised.
         """
         if self.verify_sequences == 0:
             return {}
@@ -132,9 +140,10 @@ class EngineSync:
         elif difference is not None and has_heavy_tail(difference, limits) and not self._has_warned_of_tail:
             self._has_warned_of_tail = True
             rank_zero_warn(
-                f"version {version}: single tokens' log-probs differ much between engine and policy (of {difference.num_tokens} the largest by "
-                f"{difference.max:.2g} nats), the mean does not ({difference.mean:.2g}). In bf16 rare tokens may; sync/logprob_outlier_frac counts them, "
-                "and this is said once"
+                f"version {version}: the log-probs of single tokens differ much between engine and policy "
+                f"(the largest of {difference.num_tokens} by {difference.max:.2g} nats), the mean does not "
+                f"({difference.mean:.2g}). Rare tokens may do so in bf16; sync/logprob_outlier_frac counts "
+                "them. This warning appears once"
             )
         if difference is None:
             return dict.fromkeys(METRICS, 0.0) | {"sync/closer_looks": float(self._num_closer_looks)}
@@ -149,16 +158,16 @@ class EngineSync:
         }
 
     def _difference(self, scored: Scored, version: int) -> LogprobDiff | None:
-        """None where there is nothing to compare."""
+        """None if there is nothing to compare."""
         values = (scored.engine - scored.policy).abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
-        if values.isfinite().all():  # else the draw might leave out what is not
+        if values.isfinite().all():  # else the draw might miss the values that are not
             values = values[drawn_tokens(values.numel(), MAX_TOKENS, seed=(self.seed, version))]
         return LogprobDiff(values) if values.numel() else None
 
     def _look_closer(
         self, trainer: Trainer, module: PolicyModule, groups: Sequence[RolloutGroup], *, temperature: float
     ) -> None:
-        """Raises SyncError unless more tokens, at higher precision, say that all is well. A collective."""
+        """Raise SyncError unless more tokens, at higher precision, show that all is well. A collective."""
         self._num_closer_looks += 1
         more = drawn_completions(
             groups, CLOSER_LOOK * self.verify_sequences, seed=(self.seed, module.policy_version)
@@ -167,6 +176,7 @@ class EngineSync:
         found = look.error(module, engine_dtype=self.engine.dtype, tolerance=self.logprob_tolerance)
         self._end_together(module, found)
         rank_zero_warn(
-            f"version {module.policy_version}: log-probs of engine and policy seemed to differ too much; over more tokens both agree with transformers' own "
-            f"({look.summary()}), so the run goes on. Where this comes often, look at sync/logprob_diff_mean"
+            f"version {module.policy_version}: log-probs of engine and policy seemed to differ too much. "
+            f"Over more tokens both agree with transformers' own ({look.summary()}), so the run continues. "
+            "If this happens often, look at sync/logprob_diff_mean"
         )

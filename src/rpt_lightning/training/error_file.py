@@ -1,4 +1,7 @@
-"""The traceback of what ended a run, kept in its folder: on the terminal an error is one line, and a run of a week is not started again to see more."""
+"""Keeps the traceback of the error that ended a run in the run's folder.
+
+The terminal shows only one line, and nobody wants to start a run of a week again to see more.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,14 @@ from pathlib import Path
 
 @contextmanager
 def traceback_kept(folder: Path, *, rank: int) -> Iterator[None]:
-    """Appends the traceback of an exception to ``folder/error-RANK.txt`` and says so; the exception goes on. A folder that is not there is not made."""
+    """Append the traceback of an exception to ``folder/error-RANK.txt``, say so, and re-raise.
+
+    A missing folder is not created.
+    """
     try:
         yield
     except Exception:
-        # The error that counts may be a full disk: it must not be hidden behind one of its own kind.
+        # The error that counts may be a full disk. A second error of that kind must not hide it.
         with suppress(OSError):
             if folder.is_dir():
                 file = folder / f"error-{rank}.txt"

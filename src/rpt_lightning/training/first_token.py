@@ -1,4 +1,7 @@
-"""The policy's own probability of each prediction's first token, which the dense rewards pay (paper, section 3.2, alternative rewards)."""
+"""The policy's own probability of each prediction's first token, which the dense rewards use.
+
+See the paper, section 3.2, alternative rewards.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +34,10 @@ def first_token_probs(
     tasks: Sequence[Task],
     predictions: Sequence[Sequence[bytes | None]],
 ) -> list[list[float]]:
-    """P(y_0 | x_<t) without reasoning, at temperature 1, for each prediction of each task's group; 0 where there is none or it is no text.
+    """P(y_0 | x_<t) without reasoning, at temperature 1, for each prediction of each task's group.
 
-    y_0 is the first token that the tokenizer makes of the prediction.
+    y_0 is the first token that the tokenizer makes of the prediction. The probability is 0 if there is no
+    prediction or if it is not text.
     """
     start = start_ids(module.tokenizer)
     probs = [[0.0] * len(group) for group in predictions]
@@ -54,5 +58,5 @@ def first_token_probs(
 def _first_ids(token_bytes: TokenBytes, prediction: bytes | None) -> tuple[int, ...]:
     try:
         return token_bytes.encode_plain((prediction or b"").decode())[:1]
-    except ValueError:  # not UTF-8, or characters that the tokenizer has no token for
+    except ValueError:  # not UTF-8, or the tokenizer has no token for a character
         return ()

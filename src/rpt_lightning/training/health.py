@@ -1,7 +1,8 @@
-"""Is the policy collapsing? A warning when a signal of it holds over a window of steps, and on request the end of the run.
+"""Warns when the policy seems to collapse, and ends the run on request.
 
-What to look for: an entropy near 0 (always the same answer), groups whose rewards are all equal (nothing to learn), completions that shrink to a fraction
-of their first length, completions that run into the token limit.
+A warning needs a signal that holds over a window of steps. The signals are an entropy near 0 (always the same
+answer), groups whose rewards are all equal (nothing to learn), completions that shrink to a fraction of their
+first length, and completions that run into the token limit.
 """
 
 from __future__ import annotations
@@ -19,15 +20,18 @@ METRICS = ("policy/entropy", "rollout/live_groups_frac", "rollout/length_mean", 
 
 
 class Health(Callback):
-    """Warns once when a mean over the last ``window`` steps passes its threshold, and again only after it has come back. None turns a warning off.
+    """Warns once when a mean over the last ``window`` steps passes its threshold.
+
+    It warns again only after the mean has come back. A threshold of None turns its warning off.
 
     Args:
-        window: Optimizer steps that a mean is over.
-        min_entropy: Of the policy, nats a token.
-        max_equal_groups: Share of groups whose rewards are all equal.
-        min_length: Mean length of completions, as a share of the mean over the first window of the run.
-        max_truncated: Share of completions that ran into the token limit.
-        stop: End the run at the first warning: with a checkpoint, and exit status 3. A launcher that starts it again from there only hears the same.
+        window: Number of optimizer steps to average over.
+        min_entropy: Lowest entropy of the policy, nats a token.
+        max_equal_groups: Largest share of groups whose rewards are all equal.
+        min_length: Lowest mean length of completions, as a share of the mean over the run's first window.
+        max_truncated: Largest share of completions that ran into the token limit.
+        stop: End the run at the first warning, with a checkpoint and exit status 3. A launcher that starts it
+            again from there gets the same warning again.
     """
 
     def __init__(
@@ -47,7 +51,7 @@ class Health(Callback):
             ("max_truncated", max_truncated),
         ):
             if share is not None and not 0 <= share <= 1:
-                raise ValueError(f"health.{name}={share}: is a share, from 0 to 1, or null for no warning")
+                raise ValueError(f"health.{name}={share}: give a share from 0 to 1, or null for no warning")
         check_number("health.min_entropy", min_entropy, least=0, hint=" (nats), or null for no warning")
         self.window = window
         self.min_entropy = min_entropy
@@ -67,7 +71,7 @@ class Health(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not all(name in trainer.callback_metrics for name in METRICS):
-            return  # not a run by rollouts
+            return  # this run does not learn from rollouts
         warnings = self.check(*(float(trainer.callback_metrics[name]) for name in METRICS))
         for text in warnings:
             rank_zero_warn(f"health at step {trainer.global_step}: {text}")
@@ -76,11 +80,14 @@ class Health(Callback):
 
     @staticmethod
     def _ask_to_stop(trainer: Trainer, text: str) -> None:
-        way_on = "look at the last samples; then continue with --ckpt_path last and another setting, or --health.stop false"
+        way_on = (
+            "look at the last samples; then continue with --ckpt_path last and another setting, "
+            "or --health.stop false"
+        )
         StopRun.request(trainer, f"health.stop, {text}", status=STATUS_UNHEALTHY, way_on=way_on)
 
     def check(self, entropy: float, live_groups: float, length: float, truncated: float) -> list[str]:
-        """Takes one step's metrics and returns what has just become worrying."""
+        """Record one step's metrics and return the new warnings."""
         self._recent.append([entropy, live_groups, length, truncated])
         found = self._found()
         new = [text for name, text in found.items() if name not in self._warned]
@@ -88,13 +95,13 @@ class Health(Callback):
         return new
 
     def _found(self) -> dict[str, str]:
-        """What is worrying, by name."""
+        """The current warnings, by name."""
         if len(self._recent) < self.window:
             return {}
         _, live_groups, length, truncated = (
             sum(values) / len(self._recent) for values in zip(*self._recent, strict=True)
         )
-        # A step without a live group trains no token, and its entropy says nothing.
+        # A step without any group whose rewards differ trains no token, so its entropy says nothing.
         entropies = [row[0] for row in self._recent if row[1] != 0]
         entropy = sum(entropies) / len(entropies) if entropies else None
         if self._first_length is None:
@@ -103,19 +110,23 @@ class Health(Callback):
         over = f"mean of {self.window} steps"
         if self.min_entropy is not None and entropy is not None and entropy < self.min_entropy:
             found["entropy"] = (
-                f"the policy's entropy is {entropy:.4f} nats ({over}; health.min_entropy={self.min_entropy}): it always says the same"
+                f"the policy's entropy is {entropy:.4f} nats ({over}; "
+                f"health.min_entropy={self.min_entropy}): it always gives the same answer"
             )
         if self.max_equal_groups is not None and 1 - live_groups > self.max_equal_groups:
             found["equal"] = (
-                f"{1 - live_groups:.0%} of the groups have equal rewards ({over}; health.max_equal_groups={self.max_equal_groups}): hardly anything is learned"
+                f"{1 - live_groups:.0%} of the groups have equal rewards ({over}; "
+                f"health.max_equal_groups={self.max_equal_groups}): hardly anything is learned"
             )
         if self.min_length is not None and length < self.min_length * self._first_length:
             found["length"] = (
-                f"completions have {length:.1f} tokens, {self._first_length:.1f} at the start of the run ({over}; health.min_length={self.min_length})"
+                f"completions have {length:.1f} tokens, {self._first_length:.1f} at the start of the run "
+                f"({over}; health.min_length={self.min_length})"
             )
         if self.max_truncated is not None and truncated > self.max_truncated:
             found["truncated"] = (
-                f"{truncated:.0%} of the completions run into rollout.max_completion_tokens ({over}; health.max_truncated={self.max_truncated})"
+                f"{truncated:.0%} of the completions run into rollout.max_completion_tokens "
+                f"({over}; health.max_truncated={self.max_truncated})"
             )
         return found
 

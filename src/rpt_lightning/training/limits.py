@@ -1,4 +1,4 @@
-"""Bounds of what a flag may be."""
+"""Bounds on the values of flags."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ def check_number(
     below: float | None = None,
     hint: str = "",
 ) -> None:
-    """Raises ValueError that names the flag where its number is out of bounds, or is NaN, which no comparison finds. None is what the flag means by it.
+    """Raise ValueError that names the flag if its number is out of bounds or NaN.
+
+    NaN passes every comparison, so it is tested for. None is always accepted: the flag gives it a meaning.
 
     >>> check_number("rollout.top_p", 1.5, above=0, most=1)
     Traceback (most recent call last):

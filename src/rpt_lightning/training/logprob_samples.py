@@ -1,4 +1,4 @@
-"""Which completions and tokens are compared between engine and policy, and the log-probs that both gave them."""
+"""Selects the completions and tokens to compare between engine and policy, and their log-probs from both."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rpt_lightning.types import Completion, RolloutGroup, TokenIds, TrainSequenc
 
 
 class Sample(NamedTuple):
-    """A completion behind its prompt."""
+    """A completion with its prompt."""
 
     prompt_ids: TokenIds
     completion: Completion
@@ -26,20 +26,24 @@ class Sample(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """Log-probs of all tokens of some completions, one completion after the other, in fp64 on the CPU. Both [N]."""
+    """Log-probs of all tokens of some completions, concatenated, in fp64 on the CPU. Both [N]."""
 
     engine: Tensor
     policy: Tensor
 
 
 def drawn_completions(groups: Sequence[RolloutGroup], num: int, *, seed: Sequence[int]) -> list[Sample]:
-    """At most ``num`` completions of all groups. A cache that is stale for some prompts only is not missed for good, as it would be in the first group."""
+    """Draw at most ``num`` completions from all groups.
+
+    A cache that is stale only for some prompts is found sooner or later. It might never be if only the first
+    group were used.
+    """
     samples = [Sample(group.prompt_ids, completion) for group in groups for completion in group.completions]
     return [samples[index] for index in sorted(np.random.default_rng(seed).permutation(len(samples))[:num])]
 
 
 def drawn_tokens(num_tokens: int, num: int, *, seed: Sequence[int]) -> Tensor:
-    """Ascending places of at most ``num`` of ``num_tokens`` tokens."""
+    """Draw at most ``num`` of ``num_tokens`` indices, in ascending order."""
     if num_tokens <= num:
         return torch.arange(num_tokens)
     return torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(num_tokens)[:num]))
@@ -48,7 +52,10 @@ def drawn_tokens(num_tokens: int, num: int, *, seed: Sequence[int]) -> Tensor:
 def score_samples(
     trainer: Trainer, module: PolicyModule, samples: Sequence[Sample], *, temperature: float
 ) -> tuple[Scored, torch.dtype]:
-    """The engine's log-probs and the policy's, as training computes them; and the dtype in which it does. A collective."""
+    """The log-probs of engine and policy, and the dtype of the policy's. A collective.
+
+    The policy's are computed as in training.
+    """
     rows: list[Tensor] = [torch.empty(0)] * len(samples)
     with trainer.precision_plugin.forward_context():
         device = module.device.type

@@ -1,4 +1,4 @@
-"""What a run makes of its machines, as metrics of every step, and how often it was started again."""
+"""Logs how well a run uses its machines, as metrics of every step, and how often the run was restarted."""
 
 from __future__ import annotations
 
@@ -20,21 +20,28 @@ _GIB = 2**30
 
 
 class MachineStats(Callback):
-    """Logs ``perf/device_tokens_per_s``, ``perf/mfu``, ``perf/host_memory_gib``, ``perf/gpu_memory_gib`` and ``run/restarts`` (docs/metrics.md).
+    """Logs speed, memory and restarts of a run.
 
-    It stands behind `StepCost`, whose counts it divides by. ``perf/mfu`` is the share of the devices' peak that training reaches: the operations of forward and
-    backward over the seconds of these and of the optimizer. Host memory is the process's own resident memory at the end of the step; GPU memory is the
-    largest that torch held during the step; both of the worst rank. Engines in other processes are not in them.
+    The metrics are ``perf/device_tokens_per_s``, ``perf/mfu``, ``perf/host_memory_gib``,
+    ``perf/gpu_memory_gib`` and ``run/restarts`` (docs/metrics.md).
+
+    It runs after `StepCost`, whose counts it divides. ``perf/mfu`` is the share of the devices' peak that
+    training reaches: the operations of the forward and backward passes, divided by the seconds of these
+    passes and of the optimizer. Host memory is the process's own resident memory at the end of the step. GPU
+    memory is the most that torch held during the step. Both are those of the worst rank, without engines in
+    other processes.
 
     Args:
-        peak_flops_per_device: Operations a second that one device could do at most, dense, in the precision of the run. None: known for some GPUs in
-            bf16 (metrics/device_peaks.py); for others, and for CPUs, perf/mfu is left out.
+        peak_flops_per_device: Most operations a second that one device can do, dense, in the precision of the
+            run. None looks it up: it is known for some GPUs in bf16 (metrics/device_peaks.py). For other GPUs
+            and for CPUs perf/mfu is left out.
     """
 
     def __init__(self, peak_flops_per_device: float | None = None) -> None:
         if peak_flops_per_device is not None and peak_flops_per_device <= 0:
             raise ValueError(
-                f"machine.peak_flops_per_device={peak_flops_per_device}: give operations a second, such as 989e12, or null"
+                f"machine.peak_flops_per_device={peak_flops_per_device}: give operations a second, such as "
+                "989e12, or null"
             )
         self.peak_flops_per_device = peak_flops_per_device
         self._peak_flops: float | None = None
@@ -48,7 +55,8 @@ class MachineStats(Callback):
         )
         if self._peak_flops is None:
             rank_zero_info(
-                f"perf/mfu is left out: the peak of {name} in {trainer.precision} is not known here; --machine.peak_flops_per_device says it (operations a second)"
+                f"perf/mfu is left out: the peak of {name} in {trainer.precision} is not known here; "
+                "set it with --machine.peak_flops_per_device (operations a second)"
             )
 
     def on_train_batch_end(
@@ -75,7 +83,13 @@ class MachineStats(Callback):
 
 
 def speed_metrics(logged: dict[str, float], peak: float | None, num_devices: int) -> dict[str, float]:
-    """A device's tokens a second and share of its peak (operations a second; None leaves it out), from a step's metrics over all ranks."""
+    """Tokens a second and share of the peak of one device, from a step's metrics over all ranks.
+
+    Args:
+        logged: The step's metrics.
+        peak: Peak of one device in operations a second. None leaves the share out.
+        num_devices: Number of devices.
+    """
     if "cost/tokens" not in logged:
         return {}
     metrics = {"perf/device_tokens_per_s": logged["cost/tokens"] / logged["cost/time_s"] / num_devices}
@@ -86,7 +100,7 @@ def speed_metrics(logged: dict[str, float], peak: float | None, num_devices: int
 
 
 def start_configs(run_folder: Path) -> list[Path]:
-    """One file for each start of a run: ``config.yaml``, and ``config-2.yaml`` and so on."""
+    """One file for each start of a run: ``config.yaml``, then ``config-2.yaml`` and so on."""
     first = run_folder / CONFIG_FILE
     return [
         path
@@ -96,7 +110,7 @@ def start_configs(run_folder: Path) -> list[Path]:
 
 
 def _resident_bytes() -> int | None:
-    """None where the system does not say (Linux does)."""
+    """Resident memory of this process. None if the system does not report it (Linux does)."""
     if sys.platform != "linux":
         return None
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

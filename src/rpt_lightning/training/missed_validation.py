@@ -1,4 +1,4 @@
-"""The validation that a killed run did not get to."""
+"""Runs the validation that a killed run did not reach."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from rpt_lightning.metrics.run_folder import ANSWER_FOLDER, VALIDATION_FOLDER
 
 
 class MissedValidation(Checkpoint):
-    """A run that was killed after a checkpoint and before the validation that was due there makes up for it when it goes on: Lightning takes it for done.
+    """Makes up for a missed validation when a run resumes.
 
-    It is a ``Checkpoint``, which Lightning calls last, to come behind `StopRun`: a signal in this validation must not find Lightning's own handlers.
+    A run may be killed after a checkpoint but before the validation that is due at the same step. When it
+    resumes, Lightning assumes that the validation took place.
+
+    It is a ``Checkpoint``, which Lightning calls last, so that it runs after `StopRun`. A signal during this
+    validation must not meet Lightning's own handlers.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -24,13 +28,16 @@ class MissedValidation(Checkpoint):
 
 
 def is_missed(trainer: Trainer) -> bool:
-    """Whether a validation was due at the step that was loaded, and left no record. A collective; once the fit has begun."""
+    """Whether a validation was due at the loaded step but left no record.
+
+    A collective. Call it once the fit has begun.
+    """
     folders = (Path(trainer.default_root_dir) / name for name in (VALIDATION_FOLDER, ANSWER_FOLDER))
     is_done = any((folder / f"step-{trainer.global_step:06d}.jsonl").exists() for folder in folders)
     fetcher = trainer.fit_loop._data_fetcher
     is_due = (
         trainer.global_step > 0
         and trainer.enable_validation
-        and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
-    )  # type: ignore[arg-type]
+        and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)  # type: ignore[arg-type]
+    )
     return is_due and not trainer.strategy.broadcast(is_done)

@@ -1,4 +1,4 @@
-"""RPT: the policy is trained with GRPO on groups of completions that the rollout callback puts into the batch (paper, section 3.2)."""
+"""RPT: GRPO on the groups that the rollout callback puts into the batch (paper, section 3.2)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rpt_lightning.types import Completion, RolloutGroup, SamplingSettings, Trai
 
 @dataclass(frozen=True, kw_only=True)
 class _Sample:
-    """One completion that is trained."""
+    """One completion to train on."""
 
     sequence: TrainSequence
     advantage: float
@@ -37,25 +37,32 @@ class RPTModule(PolicyModule):
     """GRPO on groups of completions.
 
     Args:
-    policy: The model that is trained.
-    optimizer: Optimizer over the policy's parameters, e.g. torch.optim.AdamW.
-    lr_scheduler: Learning-rate schedule, advanced once an optimizer step; None keeps the rate constant.
-    micro_batch_tokens: Input tokens of one forward and backward pass. Memory and speed depend on it, results do not.
-    gradient_clip: Largest global gradient norm (the paper's "actor gradient clip"); 0 turns clipping off.
-    max_skipped_steps: A step with a non-finite loss or gradient is skipped; the run stops when this many are skipped in a row.
-    advantage_scale: "std" divides a group's advantages by its standard deviation (GRPO), "none" does not (Dr. GRPO).
-    aggregation: How tokens become one loss, always over the step's global counts: "token_mean" (all tokens alike), "sequence_mean" (all completions
-        alike), "constant" (Dr. GRPO: over completions x max_completion_tokens).
-    clip_low: The ratio is clipped below 1 - clip_low. Only matters with several optimizer steps a batch; against stale rollouts
-        stands `correction_cap`.
-    clip_high: The ratio is clipped above 1 + clip_high.
-    optimizer_steps_per_batch: 1 is exactly on-policy (the paper's batch = mini-batch); more cuts each batch of rollouts into that many
-        mini-batches, which are the same on any number of ranks.
-    correction: "truncate" weights each token by min(policy / engine probability, correction_cap), which corrects what the engine computes differently;
-        "mask" leaves tokens above the cap out. Raw and used weights are logged in any case.
-    correction_cap: Upper bound of those weights.
-    truncated: "zero_reward" trains completions that ran into the token limit with reward 0; "mask" leaves them out of the loss and of the baseline, and of
-        what makes a group live (for dynamic sampling and pilots).
+        policy: The model that is trained.
+        optimizer: Optimizer over the policy's parameters, e.g. torch.optim.AdamW.
+        lr_scheduler: Learning-rate schedule, advanced once an optimizer step; None keeps the rate constant.
+        micro_batch_tokens: Input tokens of one forward and backward pass. Memory and speed depend on it,
+            results do not.
+        gradient_clip: Largest global gradient norm (the paper's "actor gradient clip"); 0 turns clipping off.
+        max_skipped_steps: A step with a non-finite loss or gradient is skipped; the run stops when this many
+            are skipped in a row.
+        advantage_scale: "std" divides a group's advantages by its standard deviation (GRPO), "none" does not
+            (Dr. GRPO).
+        aggregation: How tokens are combined into one loss, always over the step's global counts. "token_mean"
+            weights all tokens equally, "sequence_mean" all completions equally, and "constant" divides by
+            completions x max_completion_tokens (Dr. GRPO).
+        clip_low: The ratio is clipped below 1 - clip_low. This matters only with several optimizer steps a
+            batch. Stale rollouts are handled by `correction_cap`.
+        clip_high: The ratio is clipped above 1 + clip_high.
+        optimizer_steps_per_batch: 1 is exactly on-policy (the paper's batch = mini-batch). A larger number
+            cuts each batch of rollouts into that many mini-batches, which are the same on any number of
+            ranks.
+        correction: "truncate" weights each token by min(policy / engine probability, correction_cap), which
+            corrects for differences in the engine's computation. "mask" leaves out tokens above the cap. Raw
+            and used weights are logged in any case.
+        correction_cap: Upper bound of those weights.
+        truncated: "zero_reward" trains completions that ran into the token limit with reward 0. "mask" leaves
+            them out of the loss and of the baseline. Dynamic sampling and pilots then ignore them too when
+            they decide whether a group's rewards differ.
     """
 
     def __init__(
@@ -80,7 +87,8 @@ class RPTModule(PolicyModule):
         )
         if optimizer_steps_per_batch < 1:
             raise ValueError(
-                f"model.optimizer_steps_per_batch={optimizer_steps_per_batch}: give 1 (exactly on-policy) or more"
+                f"model.optimizer_steps_per_batch={optimizer_steps_per_batch}: give 1 (exactly on-policy) or "
+                "more"
             )
         if correction_cap < 1.0:
             raise ValueError(
@@ -88,7 +96,8 @@ class RPTModule(PolicyModule):
             )
         if not 0 <= clip_low <= 1 or clip_high < 0:
             raise ValueError(
-                f"model.clip_low={clip_low}, model.clip_high={clip_high}: ratios are clipped to [1 - clip_low, 1 + clip_high]"
+                f"model.clip_low={clip_low}, model.clip_high={clip_high}: "
+                "ratios are clipped to [1 - clip_low, 1 + clip_high]"
             )
         check_number("model.correction_cap", correction_cap, least=1)
         check_number("model.clip_high", clip_high, least=0)
@@ -112,7 +121,8 @@ class RPTModule(PolicyModule):
             for groups in mini_batches_of(rollouts.groups, self.optimizer_steps_per_batch, self.ranks)
         ]
         mini_batches = [list(itertools.chain.from_iterable(groups)) for groups in cut]
-        # With one optimizer step a batch the policy before the update is the policy itself: the ratio is exactly 1, and there is nothing to compute.
+        # With one optimizer step a batch the policy has not changed since before the update. The ratio is
+        # exactly 1, so there is nothing to compute.
         on_policy = self.optimizer_steps_per_batch == 1
         old_logprobs = [
             None if on_policy else self._logprobs(_live(samples), temperature) for samples in mini_batches
@@ -185,9 +195,12 @@ class RPTModule(PolicyModule):
         self.log_step(metrics)
 
     def _samples(self, group: RolloutGroup) -> list[_Sample]:
-        """Completions with their advantages. The baseline is computed on what is trained, so a masked completion does not move it."""
+        """Completions with their advantages.
+
+        The baseline is computed only on completions that are trained, so a masked one does not move it.
+        """
         kept = replace(group, masks_truncated=self.masks_truncated).trained
-        if len(kept) < 2:  # one completion alone has nothing to be compared with
+        if len(kept) < 2:  # a single completion cannot be compared with anything
             return []
         rewards = torch.tensor([[reward for _, reward in kept]], dtype=torch.float64)
         advantages = group_advantages(rewards, scale=self.advantage_scale)[0].tolist()
@@ -197,7 +210,7 @@ class RPTModule(PolicyModule):
         ]
 
     def _normalizer(self, samples: Sequence[_Sample], *, max_tokens: int) -> float:
-        """The step's global denominator: tokens, completions, or completions x limit of tokens."""
+        """The step's global denominator: tokens, completions, or completions x token limit."""
         count = {
             "token_mean": sum(len(sample.sequence.target_ids) for sample in samples),
             "sequence_mean": len(samples),
@@ -220,17 +233,21 @@ class RPTModule(PolicyModule):
 
 
 def _live(samples: Sequence[_Sample]) -> list[_Sample]:
-    """What has a gradient: with neither a KL nor an entropy term, a completion with advantage 0 only counts in the normalizer."""
+    """The samples with a gradient.
+
+    There is neither a KL nor an entropy term, so a completion with advantage 0 only counts in the normalizer.
+    """
     return [sample for sample in samples if sample.advantage != 0.0]
 
 
 def mini_batches_of(
     groups: Sequence[RolloutGroup], number: int, ranks: Ranks
 ) -> list[Sequence[RolloutGroup]]:
-    """This rank's share of each of ``number`` mini-batches, given its groups. A collective, with more mini-batches than one.
+    """This rank's share of each of ``number`` mini-batches, given its groups. A collective if ``number`` > 1.
 
-    They are contiguous parts, of nearly equal size, of the groups of all ranks one after the other: which group is in which does not depend on the
-    number of ranks. Each is divided among the ranks anew, since a part of the step would else be the work of a few ranks while the others wait.
+    Mini-batches are contiguous parts, of nearly equal size, of the concatenated groups of all ranks. So the
+    number of ranks does not change which group is in which mini-batch. Each mini-batch is then divided among
+    the ranks again. Otherwise a few ranks would do all the work of a mini-batch while the others wait.
     """
     if number == 1:
         return [groups]

@@ -1,4 +1,7 @@
-"""What a person sees of a run: a line a step, samples, and the results of every validation. One side effect a callback."""
+"""Shows a run to people: one line a step, samples, and the results of every validation.
+
+Each callback has one side effect.
+"""
 
 from __future__ import annotations
 
@@ -28,16 +31,20 @@ from rpt_lightning.training.rollout_callback import RolloutCallback
 from rpt_lightning.training.validation import ntp_accuracy, reasoning_accuracy
 from rpt_lightning.types import RolloutGroup, TrainBatch
 
-_CONTEXT_TOKENS = 200  # of a sample's context, from its end
+_CONTEXT_TOKENS = 200  # tokens shown from the end of a sample's context
 
 
 class StepLog(Callback):
-    """One line a step: all metrics as JSON into the run folder's ``steps.jsonl``, and the important ones on the screen with the time left."""
+    """Logs one line a step.
+
+    All metrics go as JSON to the run folder's ``steps.jsonl``. The important ones go to the screen with the
+    time left.
+    """
 
     def __init__(self) -> None:
         self._start_time = 0.0
         self._start_step = 0
-        self.num_steps = 0  # that this process did
+        self.num_steps = 0  # steps done by this process
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -45,7 +52,7 @@ class StepLog(Callback):
         path = Path(trainer.default_root_dir) / STEP_LOG
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            # Steps beyond the checkpoint are about to be done again.
+            # The steps after the checkpoint are about to be repeated.
             kept = [line for line, step in _logged_steps(path) if step <= trainer.global_step]
             partial = path.with_name(path.name + ".partial")
             partial.write_text("".join(line + "\n" for line in kept))
@@ -90,16 +97,22 @@ class StepLog(Callback):
             for label, (name, form) in shown.items()
             if name in metrics
         ]
-        budget = next((callback for callback in trainer.callbacks if isinstance(callback, Budget)), None)  # type: ignore[attr-defined]
+        budget = next(
+            (
+                callback
+                for callback in trainer.callbacks  # type: ignore[attr-defined]
+                if isinstance(callback, Budget)
+            ),
+            None,
+        )
         seconds_left = (
             seconds_a_step * (trainer.max_steps - trainer.global_step)
             if trainer.max_steps > 0
             else float("inf")
         )
         total = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
-        if (
-            budget is not None and budget.share_spent is not None
-        ):  # its steps are as many as they cost, and --trainer.max_steps is out of reach
+        # With a budget the number of steps follows from their cost, and --trainer.max_steps is out of reach.
+        if budget is not None and budget.share_spent is not None:
             total = f", {budget.share_spent:.0%} of the budget"
             seconds_left = min(seconds_left, budget.seconds_left(elapsed))
         left = f", {seconds_left / 60:.1f} min left" if seconds_left < float("inf") else ""
@@ -107,7 +120,10 @@ class StepLog(Callback):
 
 
 def _logged_steps(path: Path) -> list[tuple[str, int]]:
-    """Lines of a step log and their steps. A run that was killed may leave half a line at the end, which is dropped."""
+    """Lines of a step log with their steps.
+
+    A killed run may leave half a line at the end, which is dropped.
+    """
     lines = path.read_text().splitlines()
     logged = []
     for number, line in enumerate(lines, start=1):
@@ -116,25 +132,28 @@ def _logged_steps(path: Path) -> list[tuple[str, int]]:
         except (ValueError, KeyError, TypeError) as error:
             if number < len(lines):
                 raise ValueError(
-                    f"{path} line {number}: not a step's metrics ({error!r}), so the run cannot be continued in this log; mend or remove the line"
+                    f"{path} line {number}: not a step's metrics ({error!r}), so the run cannot be continued "
+                    "in this log; fix or remove the line"
                 ) from error
     return logged
 
 
 class StepProgressBar(RichProgressBar):
-    """Lightning's Rich bar; a run is counted in steps, since its epochs are nominal."""
+    """Lightning's Rich progress bar. It counts a run in steps, since its epochs are nominal."""
 
     def _get_train_description(self, current_epoch: int) -> str:
         return f"pass {current_epoch + 1} over the tasks"
 
 
 class RolloutSamples(Callback):
-    """Every ``every_n_steps`` steps: all completions that the step trained on (not those of groups that dynamic sampling replaced) to
-    ``rollouts/step-N.jsonl``, and a few of them as text to the loggers that take text.
+    """Writes samples of completions every ``every_n_steps`` steps.
+
+    All completions that the step trained on go to ``rollouts/step-N.jsonl``. Groups that dynamic sampling
+    replaced are left out. A few completions go as text to the loggers that accept text.
 
     Args:
         every_n_steps: Optimizer steps between samples.
-        num_samples: Completions that loggers are shown; the file holds all.
+        num_samples: Completions that loggers receive; the file holds all.
     """
 
     def __init__(self, every_n_steps: int = 10, num_samples: int = 4) -> None:
@@ -150,14 +169,15 @@ class RolloutSamples(Callback):
         for logger in trainer.loggers:
             if not isinstance(logger, (TensorBoardLogger, WandbLogger)):
                 rank_zero_info(
-                    f"samples: {type(logger).__name__} is shown no text; completions go to {ROLLOUT_FOLDER}/ only"
+                    f"samples: {type(logger).__name__} accepts no text; completions go only to "
+                    f"{ROLLOUT_FOLDER}/"
                 )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         rollouts: TrainBatch | None = batch.get("rollouts")
-        # Lightning's batch_idx begins anew with each pass over the tasks.
+        # Lightning's batch_idx restarts with each pass over the tasks.
         if rollouts is None or trainer.fit_loop.epoch_loop.total_batch_idx % self.every_n_steps:
             return
         assert isinstance(pl_module, PolicyModule)
@@ -181,7 +201,7 @@ class RolloutSamples(Callback):
         self._show([group_samples[0] for group_samples in samples[: self.num_samples]], trainer)
 
     def _show(self, samples: list[RolloutSample], trainer: Trainer) -> None:
-        # The tokens' numbers are for the report; a person reads the texts.
+        # The numbers of each token are for the report. People read the texts.
         rows = [
             {name: value for name, value in asdict(sample).items() if name not in ("tokens", "logprobs")}
             for sample in samples
@@ -196,12 +216,19 @@ class RolloutSamples(Callback):
 
 
 def sample_text(row: Mapping[str, object]) -> str:
-    """Markdown, as TensorBoard renders it. Values are blocks of code, which nothing within a line can close: no completion becomes a link or an image."""
+    """A sample as Markdown, as TensorBoard renders it.
+
+    Values are blocks of code, which nothing within a line can close. So no completion becomes a link or an
+    image.
+    """
     return "\n\n".join(f"**{name}**\n\n    {value!r}" for name, value in row.items())
 
 
 class ValidationResults(Callback):
-    """Every validation pass leaves one record a position in ``validation/step-N.jsonl``, so that any two policies can be compared in pairs."""
+    """Writes one record a position to ``validation/step-N.jsonl`` at every validation.
+
+    With these records any two policies can be compared pairwise.
+    """
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -223,13 +250,20 @@ class ValidationResults(Callback):
 
 
 def _sampling_temperature(trainer: Trainer) -> float | None:
-    """Of the further completions of each position; None where there are none."""
-    rollouts = (callback for callback in trainer.callbacks if isinstance(callback, RolloutCallback))  # type: ignore[attr-defined]
+    """Temperature of the further completions of each position. None if there are none."""
+    rollouts = (
+        callback
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if isinstance(callback, RolloutCallback)
+    )
     return next((callback.temperature for callback in rollouts if callback.eval_samples), None)
 
 
 def validation_text(results: Results) -> str:
-    """Accuracy a band of difficulty: by reasoning and without, at the same positions, with count, 95 % interval and ceiling."""
+    """Accuracy by reasoning and without, for each band of difficulty.
+
+    Both are at the same positions, with count, 95 % interval and ceiling.
+    """
     ntp = ntp_accuracy(results.positions)
     reasoning = reasoning_accuracy(results.positions)
     lines = [f"held-out accuracy of {results.ckpt_path or results.policy_path} at step {results.step}:"]
@@ -240,11 +274,14 @@ def validation_text(results: Results) -> str:
         by_reasoning = "not measured" if reasoning is None else _accuracy_text(reasoning, band)
         unanswerable = count - int(ntp[f"{band}/num_answerable"])
         lines.append(
-            f"  {band:<6} by reasoning {by_reasoning}, without {_accuracy_text(ntp, band)}, {count:,} positions, {unanswerable:,} unanswerable: "
-            f"ceiling {ntp[f'{band}/ceiling']:.1%}"
+            f"  {band:<6} by reasoning {by_reasoning}, without {_accuracy_text(ntp, band)}, "
+            f"{count:,} positions, {unanswerable:,} unanswerable: ceiling {ntp[f'{band}/ceiling']:.1%}"
         )
     return "\n".join(lines)
 
 
 def _accuracy_text(metrics: dict[str, float], band: str) -> str:
-    return f"{metrics[f'{band}/accuracy']:.1%} [{metrics[f'{band}/accuracy_low']:.1%}, {metrics[f'{band}/accuracy_high']:.1%}]"
+    return (
+        f"{metrics[f'{band}/accuracy']:.1%} "
+        f"[{metrics[f'{band}/accuracy_low']:.1%}, {metrics[f'{band}/accuracy_high']:.1%}]"
+    )

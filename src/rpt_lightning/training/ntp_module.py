@@ -1,4 +1,7 @@
-"""Standard next-token training of the policy: the cold start on reasoning traces, and the continual-pre-training baseline."""
+"""Standard next-token training of the policy.
+
+It serves for the cold start on reasoning traces and as the continual-pre-training baseline.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ from rpt_lightning.types import TrainSequence
 
 
 class NTPModule(PolicyModule):
-    """Mean negative log-likelihood of the target tokens of each step's sequences, over the step's global number of target tokens."""
+    """Trains on the mean negative log-likelihood of the target tokens of each step's sequences.
+
+    The mean is over the step's global number of target tokens.
+    """
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         sequences: list[TrainSequence] = list(batch["sequences"])

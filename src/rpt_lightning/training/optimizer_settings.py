@@ -1,4 +1,7 @@
-"""The settings of an optimizer (lr, betas, weight decay, ...) in a run that goes on: those that are given hold, not those of the checkpoint."""
+"""Settings of the optimizer (lr, betas, weight decay, ...) in a resumed run.
+
+The given settings override the checkpoint's.
+"""
 
 from __future__ import annotations
 
@@ -12,31 +15,41 @@ Settings = dict[str, Any]
 
 
 def settings_of(optimizer: Optimizer) -> list[Settings]:
-    """Of each of its groups of parameters."""
+    """The settings of each parameter group."""
     return [
         {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
     ]
 
 
 def apply_settings(optimizer: Optimizer, given: Sequence[Settings], *, is_scheduled: bool) -> None:
-    """Puts the given settings in the place of those that a checkpoint has brought, and says what changes.
+    """Replace the settings that came from a checkpoint by the given ones, and report the changes.
 
-    With a scheduler ``given`` are the settings after it was made, since some schedulers (OneCycleLR) set the lr that they begin with. Raises ValueError for
-    another lr where a scheduler drives it: the scheduler's state is that of the old one.
+    Args:
+        optimizer: The optimizer with the checkpoint's settings.
+        given: Settings of each parameter group. With a scheduler they are read after it was made, since some
+            schedulers (OneCycleLR) set their initial lr.
+        is_scheduled: Whether a scheduler drives the lr.
+
+    Raises:
+        ValueError: The checkpoint is of another optimizer, or the lr changes while a scheduler drives it. The
+            scheduler's state belongs to the old lr.
     """
     for group, wanted in zip(optimizer.param_groups, given, strict=True):
         if lacking := sorted(wanted.keys() - group.keys() - {"initial_lr"}):
             raise ValueError(
-                f"--model.optimizer {type(optimizer).__name__}: the checkpoint is of another optimizer, without {', '.join(lacking)}; give the one that "
-                "the run began with, or start a new run from what `rpt export` makes of the checkpoint"
+                f"--model.optimizer {type(optimizer).__name__}: the checkpoint is of another optimizer, "
+                f"without {', '.join(lacking)}; give the one that the run began with, or start a new run "
+                "from a model that `rpt export` makes of the checkpoint"
             )
         wanted_lr = wanted.get("initial_lr", wanted["lr"])
         if is_scheduled and group.get("initial_lr", wanted_lr) != wanted_lr:
             raise ValueError(
-                f"model.optimizer: the checkpoint's lr scheduler goes from lr {group['initial_lr']:g}, and lr {wanted_lr:g} is given. Give the former, or "
-                "start a new run from what `rpt export` makes of the checkpoint"
+                f"model.optimizer: the checkpoint's lr scheduler starts from lr {group['initial_lr']:g}, but "
+                f"lr {wanted_lr:g} is given. Give the former, or start a new run from a model that `rpt "
+                "export` makes of the checkpoint"
             )
-        # What a schedule moves is where the schedule has come to. OneCycleLR and CyclicLR may move the momentum, and mark groups where they do.
+        # Settings that a schedule moves keep the schedule's current values. OneCycleLR and CyclicLR may move
+        # the momentum too, and mark the groups in which they do.
         driven = (
             {"lr", *(("momentum", "betas") if "base_momentum" in group else ())} if is_scheduled else set()
         )
@@ -47,14 +60,14 @@ def apply_settings(optimizer: Optimizer, given: Sequence[Settings], *, is_schedu
         }
         if changed:
             rank_zero_info(
-                "optimizer, from here on as given: "
+                "optimizer, as given from here on: "
                 + ", ".join(f"{name} {value} (was {group[name]})" for name, value in changed.items())
             )
             group.update(changed)
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Checkpoints in shards may make a list of a tuple."""
+    """Compare two settings. A sharded checkpoint may turn a tuple into a list."""
     return (
         list(one) == list(other)
         if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple))

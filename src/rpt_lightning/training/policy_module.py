@@ -1,4 +1,7 @@
-"""What every way of training the policy shares: its weights, the optimizer step over micro-batches, and next-token accuracy on held-out tasks."""
+"""The part that all ways of training the policy share.
+
+It holds the weights, the optimizer step over micro-batches, and next-token accuracy on held-out tasks.
+"""
 
 from __future__ import annotations
 
@@ -46,23 +49,28 @@ PROGRESS_BAR_METRICS = (
 
 
 class PolicyModule(LightningModule, ABC):
-    """Optimization is manual, because a step is cut into micro-batches of tokens, not of samples.
+    """Base of the modules that train a policy.
+
+    Optimization is manual, because a step is cut into micro-batches of tokens, not of samples.
 
     Args:
         policy: The model that is trained.
         optimizer: Optimizer over the policy's parameters, e.g. torch.optim.AdamW.
         lr_scheduler: Learning-rate schedule, advanced once an optimizer step; None keeps the rate constant.
-        micro_batch_tokens: Input tokens of one forward and backward pass. Memory and speed depend on it, results do not.
+        micro_batch_tokens: Input tokens of one forward and backward pass. Memory and speed depend on it,
+            results do not.
         gradient_clip: Largest global gradient norm (the paper's "actor gradient clip"); 0 turns clipping off.
-        max_skipped_steps: A step with a non-finite loss or gradient is skipped; the run stops when this many are skipped in a row.
+        max_skipped_steps: A step with a non-finite loss or gradient is skipped; the run stops when this many
+            are skipped in a row.
     """
 
     learns_from_rollouts = False  # whether training batches need the rollout callback's completions
     optimizer_steps_per_batch = 1
-    corrects_mismatch = False  # whether it uses importance ratios between policy and engine, which a truncating sampler would bias
-    masks_truncated = (
-        False  # whether it leaves truncated completions out, so that a group cannot be live by them
-    )
+    # Whether it uses importance ratios between policy and engine. A truncating sampler would bias them.
+    corrects_mismatch = False
+    # Whether it leaves truncated completions out, so that they do not count when a group's rewards are
+    # compared.
+    masks_truncated = False
 
     def __init__(
         self,
@@ -92,20 +100,17 @@ class PolicyModule(LightningModule, ABC):
         self._last_not_finite = ""
         self._not_written: RuntimeError | None = None
         self._kinds: dict[str, str | None] | None = None  # of optimizer and scheduler
-        self._saved_kinds: dict[str, str | None] | None = (
-            None  # those of the checkpoint that this run goes on from
-        )
+        self._saved_kinds: dict[str, str | None] | None = None  # those of the checkpoint being resumed
         # Of this rank, since the start of the process:
         self.generated_work = Work()  # by the engine for training
         self.scored_work = Work()  # through the policy without a gradient
         self.trained_work = Work()  # with one
         self._loaded_step = 0
-        self.clock = StepClock()  # of the step that runs
-        self._logged: set[str] = set()  # metrics of the step that runs
-        self._logged_before: set[str] = set()  # of all steps before
-        self.results: list[
-            PositionResult
-        ] = []  # of the last validation pass, of all ranks; while a pass runs, this rank's part
+        self.clock = StepClock()  # of the current step
+        self._logged: set[str] = set()  # metrics of the current step
+        self._logged_before: set[str] = set()  # metrics of all earlier steps
+        # Of the last validation pass, from all ranks. During a pass: this rank's part.
+        self.results: list[PositionResult] = []
         self.tokenizer = policy.tokenizer
         self.tokenizer_hash = tokenizer_hash(policy.tokenizer)
 
@@ -114,16 +119,19 @@ class PolicyModule(LightningModule, ABC):
     def setup(self, stage: str) -> None:
         if self.trainer.precision not in PRECISIONS:
             raise ValueError(
-                f"--trainer.precision {self.trainer.precision}: give one of {', '.join(PRECISIONS)}. Master weights stay fp32 (at RPT's learning rate "
-                "a 16-bit weight does not move), and under 16-mixed the gradients would be clipped while they are scaled with the loss"
+                f"--trainer.precision {self.trainer.precision}: give one of {', '.join(PRECISIONS)}. Master "
+                "weights stay in fp32, since a 16-bit weight does not move at RPT's learning rate. Under "
+                "16-mixed, gradients would be clipped while they are still scaled with the loss"
             )
         if self.trainer.precision == "bf16-mixed" and self.device.type == "cpu" and bf16_is_slow():
             rank_zero_info(
-                "precision: this CPU has no instructions for bf16; --trainer.precision 32-true (and --rollout.engine.dtype float32) is several times faster"
+                "precision: this CPU has no instructions for bf16; --trainer.precision 32-true "
+                "(and --rollout.engine.dtype float32) is several times faster"
             )
         if getattr(self.trainer.strategy, "gather_bf16", False) and self.trainer.precision != "bf16-mixed":
             raise ValueError(
-                f"trainer.strategy.gather_bf16 computes in bf16, and --trainer.precision is {self.trainer.precision}; give bf16-mixed"
+                "trainer.strategy.gather_bf16 computes in bf16, but --trainer.precision is "
+                f"{self.trainer.precision}; give bf16-mixed"
             )
 
     def configure_model(self) -> None:
@@ -161,12 +169,15 @@ class PolicyModule(LightningModule, ABC):
 
     @property
     def policy_version(self) -> int:
-        """The number of optimizer steps behind the current weights; a validation of a checkpoint does not count steps itself."""
+        """Number of optimizer steps behind the current weights.
+
+        A validation of a checkpoint does not count steps itself, so it uses the checkpoint's step.
+        """
         return self.global_step if self.evaluated_ckpt_path is None else self._loaded_step
 
     @property
     def evaluated_ckpt_path(self) -> str | None:
-        """The checkpoint whose weights a validation outside of training evaluates; None where there is none."""
+        """The checkpoint whose weights a validation outside of training evaluates. None if there is none."""
         is_training = self.trainer.state.fn == TrainerFn.FITTING
         return None if is_training or self.trainer.ckpt_path is None else str(self.trainer.ckpt_path)
 
@@ -190,26 +201,28 @@ class PolicyModule(LightningModule, ABC):
         saved = checkpoint.get(CHECKPOINT_KEY)
         if saved is None:
             raise ValueError(
-                "ckpt_path: this is not a checkpoint of rpt-lightning; give a file from a run folder's checkpoints/"
+                "ckpt_path: this is not a checkpoint of rpt-lightning; give a file from a run folder's "
+                "checkpoints/"
             )
         check_about(saved, "ckpt_path", resumes=True)
-        # Not the checkpoint's "state_dict": a strategy with sharded weights takes it out before it calls this.
+        # The checkpoint's "state_dict" is not available: a sharded strategy removes it before this call.
         if (
             not has_hash(self.tokenizer, saved["tokenizer_hash"])
             or saved["weight_shapes"] != self._weight_shapes
         ):
             raise ValueError(
-                f"ckpt_path: the checkpoint holds the model of {saved['policy_path']}, the config has model.policy.path={self.policy.path}, and their "
-                "tokenizers or weight shapes differ; give the checkpoint's own model, or another checkpoint"
+                f"ckpt_path: the checkpoint holds the model of {saved['policy_path']}, but the config has "
+                f"model.policy.path={self.policy.path}, and their tokenizers or weight shapes differ; give "
+                "the checkpoint's own model, or another checkpoint"
             )
         self._loaded_step = saved["global_step"]
         self.num_skipped_steps = saved["num_skipped_steps"]
         self._skipped_in_a_row = saved["skipped_in_a_row"]
         is_training = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        self._saved_kinds = (
-            saved.get("kinds") if is_training else None
-        )  # not in a checkpoint of an earlier version
-        if self._saved_kinds is not None and self._kinds is not None:  # with shards the optimizer comes first
+        # Checkpoints of earlier versions lack this entry.
+        self._saved_kinds = saved.get("kinds") if is_training else None
+        # A sharded strategy makes the optimizer before it loads.
+        if self._saved_kinds is not None and self._kinds is not None:
             check_same_kinds(self._kinds, self._saved_kinds)
 
     @property
@@ -223,15 +236,21 @@ class PolicyModule(LightningModule, ABC):
     ) -> dict[str, Tensor]:
         """One optimizer step on a loss that is a sum over the packed trees of ``sequences``.
 
-        ``micro_batch_loss(tree)`` returns that tree's share of the loss: the shares of all trees and ranks add up to the step's loss, so that results
-        do not depend on how the step is cut. Returns metrics, among them the tokens computed (no padding) and the gradient norm before clipping.
+        Args:
+            sequences: Sequences to train on.
+            micro_batch_loss: Returns a tree's share of the loss. The shares of all trees and ranks add up to
+                the step's loss, so results do not depend on how the step is cut.
+
+        Returns:
+            Metrics. They include the computed tokens (without padding) and the gradient norm before clipping.
         """
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         loss_sum = torch.zeros((), device=self.device)
         with self.clock.phase("pack"):
             trees = list(self.policy.pack(sequences, max_tokens=self.micro_batch_tokens))
-        # Every rank takes part in the collectives of every micro-batch, and a step without anything to learn is a zero gradient, not a missing one.
+        # Every rank takes part in the collectives of every micro-batch. A step with nothing to learn must
+        # give a zero gradient, not a missing one.
         num_micro_batches = max(1, int(self.ranks.max(len(trees))))
         with self.clock.phase("forward_backward"):
             for index in range(num_micro_batches):
@@ -240,9 +259,8 @@ class PolicyModule(LightningModule, ABC):
                     if index < len(trees)
                     else self._idle_loss()
                 )
-                self.manual_backward(
-                    loss * self.ranks.num_data
-                )  # gradients are averaged over ranks, the loss is a sum over them
+                # Gradients are averaged over ranks, but the loss is a sum over them.
+                self.manual_backward(loss * self.ranks.num_data)
                 loss_sum += loss.detach()
         work = add_works(map(tree_work, trees))
         self.trained_work += work
@@ -268,7 +286,7 @@ class PolicyModule(LightningModule, ABC):
         if torch.isfinite(norm) and torch.isfinite(loss):
             self._skipped_in_a_row = 0
         else:
-            # A step without gradients leaves every weight and moment as it is, and still counts as a step.
+            # A step without gradients leaves every weight and moment unchanged, but still counts as a step.
             optimizer.zero_grad(set_to_none=True)
             self.num_skipped_steps += 1
             self._skipped_in_a_row += 1
@@ -278,25 +296,35 @@ class PolicyModule(LightningModule, ABC):
         return norm
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Behind all callbacks, and behind the last of a batch's optimizer steps: what is saved here can be resumed."""
+        """End the run if it cannot write or has skipped too many steps.
+
+        This runs after all callbacks and after the last of a batch's optimizer steps, so a checkpoint saved
+        here can be resumed.
+        """
         if self.ranks.any(self._not_written is not None):
             save_last_step(self.trainer)
             raise self._not_written or RuntimeError(
-                "another rank cannot write into the run folder, and says why"
+                "another rank cannot write into the run folder, and that rank says why"
             )
         if self._skipped_in_a_row >= self.max_skipped_steps:
             save_last_step(self.trainer)
             raise RuntimeError(
-                f"{self._last_not_finite} at step {self.global_step}: {self._skipped_in_a_row} steps in a row were not finite, so the run stops; they "
-                "changed no weight. Go on from the last checkpoint with a lower model.optimizer.lr, or look at the samples of these steps"
+                f"{self._last_not_finite} at step {self.global_step}: {self._skipped_in_a_row} steps in a "
+                "row were not finite, so the run stops; they changed no weight. Resume from the last "
+                "checkpoint with a lower model.optimizer.lr, or look at the samples of these steps"
             )
 
     def score_packed(
         self, sequences: Sequence[TrainSequence], **options: Any
     ) -> Iterator[tuple[PackedTree, Tensor, Tensor]]:
-        """Each packed tree with what the policy's ``forward`` gives for it; ``options`` go to ``forward``. Take all of it.
+        """Yield each packed tree with the outputs of the policy's ``forward``. Always exhaust the iterator.
 
-        A forward pass of sharded weights is a collective, so a rank with fewer trees, or none, takes part in those of the others.
+        A forward pass of sharded weights is a collective, so a rank with fewer trees, or with none, takes
+        part in those of the others.
+
+        Args:
+            sequences: Sequences to score.
+            options: Passed on to ``forward``.
         """
         trees = list(self.policy.pack(sequences, max_tokens=self.micro_batch_tokens))
         self.scored_work += add_works(map(tree_work, trees))
@@ -308,12 +336,12 @@ class PolicyModule(LightningModule, ABC):
                 self._idle_loss()
 
     def _idle_loss(self) -> Tensor:
-        """A loss of 0 that touches every weight, for a micro-batch in which this rank has nothing to do."""
+        """A loss of 0 that touches every weight, for a micro-batch in which this rank has no work."""
         (tree,) = self.policy.pack([TrainSequence(prompt_ids=(0,), target_ids=(0,))], max_tokens=1)
         return cast(Tensor, self.policy(tree.to(self.device))[0].sum() * 0.0)
 
     def log_step(self, metrics: Mapping[str, Tensor | float]) -> None:
-        """Logs one step's metrics (already reduced over ranks)."""
+        """Log one step's metrics, which are already reduced over ranks."""
         with self.clock.phase("log"):
             for name, value in metrics.items():
                 self.log(
@@ -323,16 +351,24 @@ class PolicyModule(LightningModule, ABC):
 
     @contextmanager
     def written_or_ended(self, what: str) -> Iterator[None]:
-        """For a callback that writes at the end of a step: where it cannot, the run ends behind all callbacks, with a checkpoint."""
+        """Wrap a callback's writing at the end of a step.
+
+        If writing fails, the run ends after all callbacks, with a checkpoint.
+        """
         try:
             yield
         except OSError as error:
             self._not_written = self._not_written or RuntimeError(
-                f"cannot write {what} at step {self.global_step}: {error}. Is the disk full, or was the run folder deleted or moved while the run went on?"
+                f"cannot write {what} at step {self.global_step}: {error}. Is the disk full, or was the run "
+                "folder deleted or moved during the run?"
             )
 
     def take_stale_metrics(self) -> set[str]:
-        """What earlier steps logged and this one did not, such as a phase that it did not have: Lightning's ``callback_metrics`` still holds it."""
+        """Names of the metrics that earlier steps logged but this one did not.
+
+        An example is a phase that this step lacked. Lightning's ``callback_metrics`` still holds such
+        metrics.
+        """
         stale = self._logged_before - self._logged
         self._logged_before |= self._logged
         self._logged = set()
@@ -340,7 +376,7 @@ class PolicyModule(LightningModule, ABC):
 
     @abstractmethod
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """One optimizer step (or several, see the leaf)."""
+        """Do one optimizer step (or several, see the subclass)."""
 
     # Held-out accuracy
 
@@ -349,9 +385,12 @@ class PolicyModule(LightningModule, ABC):
 
     @torch.no_grad()
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Next-token accuracy at held-out positions: without reasoning always, and by reasoning where the rollout callback put ``answers`` into the batch.
+        """Measure next-token accuracy at held-out positions.
 
-        Held-out questions are answered and recorded by callbacks (training/answer_results.py)."""
+        Accuracy without reasoning is always measured, and by reasoning if the rollout callback put
+        ``answers`` into the batch. Callbacks answer and record held-out questions
+        (training/answer_results.py).
+        """
         if "questions" in batch:
             return
         tasks: tuple[TokenTask, ...] = batch["tasks"]
@@ -372,12 +411,16 @@ class PolicyModule(LightningModule, ABC):
     def on_validation_epoch_end(self) -> None:
         self.results = unique_results(row for rows in self.ranks.gather(self.results) for row in rows)
         for name, value in validation_metrics(self.results).items():
-            # The same on every rank already; sync_dist only keeps Lightning from asking for it.
+            # Every rank already has the same value. sync_dist only silences Lightning's request for it.
             self.log(name, value, prog_bar=name in PROGRESS_BAR_METRICS, sync_dist=True)
 
     @torch.no_grad()
     def score_next_tokens(self, tasks: Iterable[TokenTask]) -> tuple[list[float], list[int]]:
-        """Standard next-token prediction at each task's position: log-prob (nats) of the true token, and the id of the most likely one."""
+        """Standard next-token prediction at each task's position.
+
+        Returns:
+            Log-probs (nats) of the true tokens, and ids of the most likely ones.
+        """
         start = start_ids(self.tokenizer)
         sequences = [
             TrainSequence(prompt_ids=start + task.context_ids, target_ids=task.continuation_ids[:1])
@@ -385,7 +428,8 @@ class PolicyModule(LightningModule, ABC):
         ]
         logprobs, likely = [0.0] * len(sequences), [0] * len(sequences)
         for tree, scores, ids in self.score_packed(sequences, predict=True):
-            # Several documents may share a context and differ in the token: each row is one sequence with one target.
+            # Several documents may share a context and differ in the token. Each row is one sequence with one
+            # target.
             for row, sequence in enumerate(tree.sequence_indices):
                 logprobs[sequence] = scores[tree.rows[row, 0]].item()
                 likely[sequence] = int(ids[tree.rows[row, 0]])

@@ -1,4 +1,7 @@
-"""Room for prompts: whether all of the data fit, said before the first step rather than when the longest is drawn, and what the engine needs."""
+"""Checks that all prompts fit, and computes the engine's context length.
+
+The check runs before the first step, not when the longest prompt is drawn.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +14,31 @@ from rpt_lightning.data.task_folder import TaskFolder
 from rpt_lightning.tasks.prompt import BoundPrompt
 from rpt_lightning.types import Task
 
-CONTROL_TOKENS = 64  # of a forced thought's prompt: the closing marker and the box's beginning, and an answer (rollout/forced_answer.py)
+# Tokens of a forced thought's prompt (closing marker and beginning of the box) and of its answer
+# (rollout/forced_answer.py).
+CONTROL_TOKENS = 64
 
 
 def max_model_len(needed: int, *, positions: int | None, with_controls: bool) -> int:
-    """Tokens of prompt and completion that an engine is started for: ``needed``, and some more for thought controls where the model has the positions.
+    """Tokens of prompt and completion together for which the engine is started.
 
-    ``positions`` is None for models without a limit.
+    Args:
+        needed: Tokens of the longest prompt and completion.
+        positions: Positions of the model. None for models without a limit.
+        with_controls: Whether to add room for thought controls, as far as the model has the positions.
     """
     wanted = needed + CONTROL_TOKENS if with_controls else needed
     return wanted if positions is None else max(needed, min(wanted, positions))
 
 
 def longest_context(folder: TaskFolder) -> int:
-    """Tokens of the longest context that the folder can give."""
+    """Tokens of the longest context in the folder."""
     longest = folder.last_position
     return longest if folder.max_context_tokens is None else min(longest, folder.max_context_tokens)
 
 
 def check_training_prompts(data: Any, prompt: BoundPrompt, *, max_prompt_tokens: int) -> None:
-    """Raises ValueError where a prompt of the training data is too long."""
+    """Raise ValueError if a prompt of the training data is too long."""
     if isinstance(data, AnswerTaskDataModule):
         remedy = "leave longer questions out with --data.max_question_tokens {room}"
         _check(
@@ -50,7 +58,7 @@ def check_training_prompts(data: Any, prompt: BoundPrompt, *, max_prompt_tokens:
 
 
 def check_validation_prompts(data: Any, prompt: BoundPrompt, *, max_prompt_tokens: int) -> None:
-    """Raises ValueError where a held-out prompt is too long. A user's own data module is not looked at."""
+    """Raise ValueError if a held-out prompt is too long. A user's own data module is not checked."""
     if isinstance(data, AnswerTaskDataModule):
         remedy = "take longer questions out of --data.heldout"
         _check(
@@ -84,6 +92,7 @@ def _check(
     overhead = prompt.num_overhead_tokens
     if context_tokens + overhead > max_prompt_tokens:
         raise ValueError(
-            f"--rollout.max_prompt_tokens {max_prompt_tokens}: the longest context of {where} has {context_tokens} tokens, and the prompt template adds "
-            f"{overhead}; raise it to {context_tokens + overhead}, or {remedy.format(room=max(1, max_prompt_tokens - overhead))}"
+            f"--rollout.max_prompt_tokens {max_prompt_tokens}: the longest context of {where} has "
+            f"{context_tokens} tokens, and the prompt template adds {overhead}; raise it to "
+            f"{context_tokens + overhead}, or {remedy.format(room=max(1, max_prompt_tokens - overhead))}"
         )

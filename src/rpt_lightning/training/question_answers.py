@@ -1,4 +1,4 @@
-"""What the policy answers to held-out questions: through the engine, thinking first and at once, each completion with its verdict."""
+"""The policy's answers to held-out questions, with and without thinking, each with its verdict."""
 
 from __future__ import annotations
 
@@ -11,24 +11,34 @@ from rpt_lightning.tasks.answer import open_box_content
 from rpt_lightning.tasks.answer_reward import AnswerReward, Verdict
 from rpt_lightning.types import AnswerTask, Completion, RolloutGroup
 
-DIRECT_TOKENS = (
-    128  # of an answer without a thought, or those of a whole completion where that may have fewer
-)
+# Most tokens of an answer without a thought. A lower limit on whole completions also applies here.
+DIRECT_TOKENS = 128
 
 
 def answer_questions(
     rollouter: Rollouter, tasks: Sequence[AnswerTask], *, num_samples: int, directly: bool
 ) -> tuple[list[RolloutGroup], list[QuestionResult]]:
-    """Completions of each question with what became of them: ``num_samples`` at the rollouter's temperature, or, for 0, one greedy completion.
+    """Answer each question through the engine and judge the completions.
 
-    ``directly``: also one greedy answer without a thought, which the policy writes into a box that is open already; what stands there when it closes the
-    box is the answer, whatever follows. Raises ValueError where the objective's reward does not check answers.
+    Args:
+        rollouter: Holds the engine.
+        tasks: The questions.
+        num_samples: Completions of each question at the rollouter's temperature. 0: one greedy completion.
+        directly: Whether to add one greedy answer without a thought. The policy writes it into a box that is
+            already open, and the text up to the closing of the box is the answer, whatever follows.
+
+    Returns:
+        The completions and their results, by question.
+
+    Raises:
+        ValueError: The objective's reward does not check answers.
     """
     objective = rollouter.objective
     reward = objective.reward
     if not isinstance(reward, AnswerReward):
         raise ValueError(
-            f"held-out questions are checked by AnswerReward, and the objective's reward is {type(reward).__name__}"
+            "held-out questions are checked by AnswerReward, but the objective's reward is "
+            f"{type(reward).__name__}"
         )
     first_indices = rollouter.reserve(tasks, num_samples) if num_samples else [0] * len(tasks)
     rows = rollouter.complete(

@@ -1,4 +1,7 @@
-"""What Lightning and its neighbours say that says nothing about a run: deprecations between libraries, an advertisement, bars of a second."""
+"""Silences messages of Lightning and other libraries that say nothing about a run.
+
+These are deprecations between libraries, an advertisement, and progress bars that last a second.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,12 @@ _NOISE = ("litlogger", "`Trainer(limit_val_batches=1.0)`")
 
 
 def quieten_libraries() -> None:
-    """For the rest of the process; for commands, not for who imports the package."""
+    """Silence them for the rest of the process. For commands, not for programs that import the package."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # vLLM initialises torch.distributed even in a single process; what is logged here is reduced over ranks before.
+    # vLLM initialises torch.distributed even in a single process. Metrics are reduced over ranks before they
+    # are logged.
     warnings.filterwarnings("ignore", message=".*It is recommended to use .self.log.*sync_dist=True.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_says_something)
     disable_progress_bar()  # type: ignore[no-untyped-call]

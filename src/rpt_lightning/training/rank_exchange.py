@@ -1,7 +1,10 @@
-"""What ranks tell each other while they generate in the background, over process groups of their own: those of training are in use by the main thread.
+"""Collectives between ranks that generate in the background.
 
-A background thread may end at any moment: its rank stops, or its rollouts failed. The threads of the other ranks must not wait for it forever, so the
-last thing that a thread does is to take part in the others' next exchange with the word that it ends, and each that hears it ends too.
+They use process groups of their own, since the main thread uses those of training.
+
+A background thread may end at any moment, because its rank stops or its rollouts failed. The threads of the
+other ranks must not wait for it forever. So the last thing that a thread does is to take part in the others'
+next exchange and announce that it ends. Each thread that receives this ends too.
 """
 
 from __future__ import annotations
@@ -19,11 +22,11 @@ R = TypeVar("R")
 
 
 class RanksEnded(RuntimeError):
-    """Another rank's thread ended."""
+    """The background thread of another rank ended."""
 
 
 class RankExchange:
-    """Its methods are collectives of one thread a rank at a time, and raise RanksEnded once one of the ranks has ended."""
+    """Collectives for one thread a rank at a time. They raise RanksEnded once one of the ranks has ended."""
 
     def __init__(self, data: Channel, tensor: Channel) -> None:
         self._data = data
@@ -31,7 +34,7 @@ class RankExchange:
 
     @classmethod
     def over(cls, ranks: Ranks) -> RankExchange:
-        """Over new process groups of these ranks. A collective."""
+        """Create it over new process groups of these ranks. A collective."""
         data, tensor = ranks.further_groups()
         return cls(Channel.over(data), Channel.over(tensor))
 
@@ -40,36 +43,40 @@ class RankExchange:
         return self._data.rank
 
     def gather(self, value: T) -> list[T]:
-        """As ``Ranks.gather``."""
+        """Like ``Ranks.gather``."""
         return self._data.gather(value)
 
     def gather_parts(self, value: T) -> list[T]:
-        """As ``Ranks.gather_parts``."""
+        """Like ``Ranks.gather_parts``."""
         return self._tensor.gather(value)
 
     def any(self, flag: bool) -> bool:
-        """As ``Ranks.any``."""
+        """Like ``Ranks.any``."""
         return any(self._tensor.gather(any(self._data.gather(flag))))
 
     def shared(self, work: Callable[[Sequence[T]], Sequence[R]]) -> Callable[[Sequence[T]], list[R]]:
-        """As ``Ranks.shared``."""
+        """Like ``Ranks.shared``."""
         return shared_work(
             work, rank=self._tensor.rank, num_ranks=self._tensor.size, gather=self._tensor.gather
         )
 
     def end(self, reason: str | None) -> None:
-        """Says that this rank takes part in nothing any more, because of an error or (None) because the run stops."""
+        """Announce that this rank takes part in no further exchange.
+
+        Args:
+            reason: The error that ends it, or None if the run stops.
+        """
         for channel in (self._tensor, self._data):
             channel.end(reason or "the run stops")
 
 
 class Channel:
-    """Some ranks. Values travel with a note: empty, or why the sender ends.
+    """A group of ranks. Each value travels with a note, which is empty or says why the sender ends.
 
     Args:
-        all_gather: One object of each rank, in their order.
-        rank: This one's place among them.
-        size: How many they are.
+        all_gather: Gathers one object from each rank, in rank order.
+        rank: Index of this rank in the group.
+        size: Number of ranks in the group.
     """
 
     def __init__(self, all_gather: Callable[[Any], list[Any]], *, rank: int, size: int) -> None:
@@ -80,7 +87,7 @@ class Channel:
 
     @classmethod
     def over(cls, group: ProcessGroup | None) -> Channel:
-        """Over a process group; None: alone."""
+        """Create it over a process group. None: this process alone."""
         if group is None:
             return cls(lambda value: [value], rank=0, size=1)
 

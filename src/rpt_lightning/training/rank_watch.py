@@ -1,7 +1,8 @@
-"""A rank that dies ends the others: with its name and, where it could say one, its error.
+"""Ends all ranks when one rank dies, and says which one and, if possible, with which error.
 
-Collectives only time out, after half an hour by default and with the name of the collective; with NCCL the process cannot be woken from them. So every
-rank tells a small shared counter that it lives, and a thread of its own watches.
+Collectives only time out, after half an hour by default, and then name the collective. With NCCL nothing can
+wake the process from them. So every rank increments a small shared counter to show that it is alive, and a
+separate thread watches the counters.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ _NEWS = "news"
 
 
 class RankWatch(Callback):
-    """Ends this process within a minute after another rank has died, hung as a whole process, or ended with an error.
+    """Ends this process within a minute after another rank is lost.
+
+    A rank is lost if it has died, hung as a whole process, or ended with an error.
 
     Args:
         limit_s: Seconds without a sign of life after which a rank counts as dead. 0 turns the watch off.
@@ -39,7 +42,8 @@ class RankWatch(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1 and self.limit_s:
-            # A name of its own for each start: torchrun's store may outlive the ranks, and each of its nodes counts restarts by itself.
+            # Each start has a name of its own. torchrun's store may outlive the ranks, and each of its nodes
+            # counts restarts separately.
             name = trainer.strategy.broadcast(f"rank-watch-{secrets.token_hex(8)}")
             self._watch = _Watch(name, trainer.global_rank, trainer.world_size, self.limit_s)
             self._watch.start()
@@ -52,14 +56,16 @@ class RankWatch(Callback):
         if self._watch is None:
             return
         if is_lost_connection(exception):
-            # The error names an address at best: the watch finds out which rank it was, says so and ends the process.
+            # The error names an address at best. The watch finds out which rank it was, reports it and ends
+            # the process.
             print(
-                f"rpt: a connection between ranks broke ({str(exception)[:120]}): looking for the rank that is gone",
+                f"rpt: a connection between ranks broke ({str(exception)[:120]}): "
+                "looking for the rank that is gone",
                 file=sys.stderr,
                 flush=True,
             )
             self._watch.join(self.limit_s * 1.5)
-        elif not isinstance(exception, (SystemExit, KeyboardInterrupt)):  # those end every rank
+        elif not isinstance(exception, (SystemExit, KeyboardInterrupt)):  # these end every rank
             self._watch.tell(f"ended with {type(exception).__name__}: {exception}")
             if is_lightnings_child(trainer):
                 self._watch.stop()  # it would end this process before the traceback is kept
@@ -68,14 +74,17 @@ class RankWatch(Callback):
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """A collective that failed, mostly because another rank is gone. gloo has no class of its own for it."""
+    """Whether a collective failed, usually because another rank is gone. gloo has no class for this error."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and "gloo/transport" in str(error)
     )
 
 
 def is_lightnings_child(trainer: Trainer) -> bool:
-    """Whether Lightning's launcher started this process: it kills the first one, without a word, as soon as one of those that it started ends with an error."""
+    """Whether Lightning's launcher started this process.
+
+    Once such a process ends with an error, the launcher kills the first process without a message.
+    """
     return (
         isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment)
         and trainer.local_rank > 0
@@ -83,14 +92,17 @@ def is_lightnings_child(trainer: Trainer) -> bool:
 
 
 def _wait_for_the_end_of(parent: int, *, limit_s: float) -> None:
-    """The first process has heard the news, says them and ends with an error of its own."""
+    """Wait until the first process has ended. It reports the news and ends with an error of its own."""
     end = time.monotonic() + limit_s
     while os.getppid() == parent and time.monotonic() < end:
         time.sleep(0.1)
 
 
 class _Watch(threading.Thread):
-    """Judges by what `_Signs` last saw, and ends the process; it never waits for the store itself, which may hang with the process that keeps it."""
+    """Judges what `_Signs` last saw, and ends the process.
+
+    It never waits for the store itself, which may hang together with the process that keeps it.
+    """
 
     def __init__(self, name: str, rank: int, num_ranks: int, limit_s: float) -> None:
         super().__init__(daemon=True, name="rank-watch")
@@ -101,7 +113,7 @@ class _Watch(threading.Thread):
         self._signs = _Signs(name, rank, num_ranks, limit_s, self._stopped)
 
     def tell(self, what: str) -> None:
-        """To all ranks, of this one."""
+        """Tell all ranks something about this one."""
         self._signs.tell(f"rank {self.rank} (process {os.getpid()} on {socket.gethostname()}) {what}")
 
     def stop(self) -> None:
@@ -117,13 +129,16 @@ class _Watch(threading.Thread):
                 self._leave(self._signs.news)
             elif (silence := now - self._signs.answered_s) > self.limit_s:
                 self._leave(
-                    f"rank 0, which keeps the ranks together, has not answered for {silence:.0f} s ({self._limit}): its process is dead or hangs"
+                    f"rank 0, which keeps the ranks together, has not answered for {silence:.0f} s "
+                    f"({self._limit}): its process is dead or hangs"
                 )
             elif lost:
-                news = f"rank {lost[0]} has given no sign of life for {silences[lost[0]]:.0f} s ({self._limit}): its process is dead or hangs"
-                threading.Thread(
-                    target=self._signs.tell, args=(news,), daemon=True
-                ).start()  # the store may hang with the rank that is lost
+                news = (
+                    f"rank {lost[0]} has given no sign of life for {silences[lost[0]]:.0f} s "
+                    f"({self._limit}): its process is dead or hangs"
+                )
+                # In a thread, since the store may hang with the lost rank.
+                threading.Thread(target=self._signs.tell, args=(news,), daemon=True).start()
                 self._leave(news)
 
     @property
@@ -131,7 +146,7 @@ class _Watch(threading.Thread):
         return f"ranks.limit_s={self.limit_s:g}"
 
     def _leave(self, news: str) -> None:
-        # A rank that is about to end by itself, with the same error or because all is done, may do so.
+        # A rank that is about to end by itself, with the same error or because it is done, may do so.
         if self._stopped.wait(self.period_s * 2):
             return
         print(
@@ -139,17 +154,19 @@ class _Watch(threading.Thread):
             file=sys.stderr,
             flush=True,
         )
-        os._exit(
-            STATUS_LOST_RANK
-        )  # the main thread may hang in a collective, from which no exception wakes it
+        # The main thread may hang in a collective, from which no exception wakes it.
+        os._exit(STATUS_LOST_RANK)
 
 
 class _Signs(threading.Thread):
-    """Signs of life, given and seen. The first rank looks at all counters, the others at the first rank's and at the news: the number of requests grows
-    only with the number of ranks.
+    """Gives signs of life and watches those of other ranks.
 
-    The counters are kept by the store at which the ranks met (in the first rank's process, or torchrun's), over a connection of our own: that of
-    torch is locked while it waits. A request to a store whose process hangs is never answered.
+    The first rank reads all counters. The others read only the first rank's counter and the news, so the
+    number of requests grows only linearly with the number of ranks.
+
+    The store at which the ranks met keeps the counters (in the first rank's process, or torchrun's). The
+    connection to it is our own, since torch's connection is locked while it waits. A request to a store whose
+    process hangs is never answered.
     """
 
     def __init__(
@@ -167,11 +184,11 @@ class _Signs(threading.Thread):
         self._store: Any = PrefixStore(name, store)
 
     def tell(self, news: str) -> None:
-        """The first news stay."""
+        """Publish news. Only the first news is kept."""
         try:
             self._store.compare_set(_NEWS, "", news)
         except dist.DistError:
-            return  # the rank that keeps the news is gone, which the others see as well
+            return  # the rank that keeps the news is gone, and the others notice that as well
 
     def run(self) -> None:
         beats = dict.fromkeys(self.seen_s, 0)
@@ -184,6 +201,9 @@ class _Signs(threading.Thread):
                 if self._store.check([_NEWS]):
                     self.news = self._store.get(_NEWS).decode()
             except dist.DistError as error:
-                self.news = f"rank 0, which keeps the ranks together, cannot be reached any more ({type(error).__name__}): its process is dead"
+                self.news = (
+                    "rank 0, which keeps the ranks together, cannot be reached any more "
+                    f"({type(error).__name__}): its process is dead"
+                )
                 return
             self.answered_s = time.monotonic()

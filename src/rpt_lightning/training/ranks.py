@@ -1,6 +1,8 @@
-"""Processes in two roles: data-parallel ranks have different tasks; the tensor-parallel ranks of one of them have the same tasks and compute one policy.
+"""Processes have two roles: data-parallel and tensor-parallel.
 
-So whatever is counted is counted over data-parallel ranks: over all processes it would be counted once for every tensor-parallel rank.
+Data-parallel ranks have different tasks. The tensor-parallel ranks of one data-parallel rank have the same
+tasks and together compute one policy. So everything is counted over data-parallel ranks. Over all processes
+it would be counted once for every tensor-parallel rank.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ R = TypeVar("R")
 
 
 class Ranks:
-    """Of a module that is being trained or validated. Everything but the properties is a collective: call it on every process."""
+    """The ranks of a module that is being trained or validated.
+
+    Everything except the properties is a collective: call it on every process.
+    """
 
     def __init__(self, module: LightningModule) -> None:
         self._device = module.device
@@ -45,25 +50,27 @@ class Ranks:
         return self._world_size // self.num_data
 
     def sum(self, value: Tensor | float) -> Tensor:
-        """Over data-parallel ranks, in fp64 where the device has it (counts of tokens outgrow fp32)."""
+        """Sum over data-parallel ranks, in fp64 if the device has it (token counts outgrow fp32)."""
         return self._reduced(value, torch.distributed.ReduceOp.SUM)
 
     def max(self, value: Tensor | float) -> Tensor:
-        """Over data-parallel ranks."""
+        """Maximum over data-parallel ranks."""
         return self._reduced(value, torch.distributed.ReduceOp.MAX)
 
     def gather(self, value: T) -> list[T]:
-        """One object of each data-parallel rank, in their order."""
+        """Gather one object from each data-parallel rank, in rank order."""
         return self._gathered(value, self._group("data_parallel"), self.num_data)
 
     def gather_parts(self, value: T) -> list[T]:
-        """One object of each tensor-parallel rank of this data-parallel one."""
+        """Gather one object from each tensor-parallel rank of this data-parallel rank."""
         return self._gathered(value, self._group("tensor_parallel"), self.num_tensor)
 
     def shared(self, work: Callable[[Sequence[T]], Sequence[R]]) -> Callable[[Sequence[T]], list[R]]:
-        """``work`` on a list that all tensor-parallel ranks hold: each does a part of it, and all get all results.
+        """Divide ``work`` on a list among the tensor-parallel ranks, which all hold the list.
 
-        Were each to do all of it, they could come to different results (sampled tokens, say), which a policy that they compute together must not get.
+        Every rank gets all results.
+        If each rank did all of the work, their results could differ (sampled tokens, for example). A policy
+        that they compute together must not get different inputs.
         """
         if self.num_tensor == 1:
             return lambda items: list(work(items))
@@ -71,7 +78,10 @@ class Ranks:
         return shared_work(work, rank=rank, num_ranks=self.num_tensor, gather=self.gather_parts)
 
     def further_groups(self) -> tuple[ProcessGroup | None, ProcessGroup | None]:
-        """New process groups (gloo) of the data-parallel and the tensor-parallel ranks, for another thread than the one that trains; None alone."""
+        """New process groups (gloo) of the data-parallel and the tensor-parallel ranks.
+
+        They are for a thread other than the one that trains. None for a single process.
+        """
         if self._world_size == 1:
             return None, None
         places = (
@@ -83,7 +93,7 @@ class Ranks:
         return divide(places.T.tolist())[0], divide(places.tolist())[0]
 
     def any(self, flag: bool) -> bool:
-        """Over all processes, tensor-parallel ones too."""
+        """Whether the flag is set on any process, tensor-parallel ones included."""
         value = torch.tensor(float(flag), device=self._device)
         if self._world_size > 1:
             torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
@@ -115,7 +125,7 @@ def shared_work(
     num_ranks: int,
     gather: Callable[[list[R]], list[list[R]]],
 ) -> Callable[[Sequence[T]], list[R]]:
-    """``work`` divided among ranks that hold the same list, each of which gets all results."""
+    """Divide ``work`` among ranks that hold the same list. Each rank gets all results."""
 
     def work_together(items: Sequence[T]) -> list[R]:
         part = list(work(rank_share(items, rank=rank, num_ranks=num_ranks)))

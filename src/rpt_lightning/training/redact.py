@@ -1,4 +1,4 @@
-"""Keys and passwords stay out of what a run writes down about itself."""
+"""Keeps keys and passwords out of a run's records about itself."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ from typing import Any
 
 REDACTED = "(secret, not saved)"
 _SECRET_NAME = re.compile(
-    r"(^|_)(api_?key|password|passwd|secret(_?(access_?)?key)?|access_?key|credentials?|(auth|access|hf|api|bearer)_?token)$",
+    r"(^|_)(api_?key|password|passwd|secret(_?(access_?)?key)?|access_?key|credentials?|"
+    r"(auth|access|hf|api|bearer)_?token)$",
     re.IGNORECASE,
 )
 _USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
 
 
 def redact(config: Any) -> Any:
-    """The same configuration with ``REDACTED`` for every text whose name says that it is a secret, and for user and password in a URL.
+    """Copy a configuration without its secrets.
+
+    Each text whose name marks it as a secret is replaced by ``REDACTED``, and so are user and password in a
+    URL.
 
     >>> redact({"rollout": {"api_key": "abc", "urls": ["http://me:pw@host:8000"]}})
     {'rollout': {'api_key': '(secret, not saved)', 'urls': ['http://(secret, not saved)@host:8000']}}
-    >>> redact({"aws_secret_access_key": "abc", "access_key": "abc", "tokens_per_step": "abc"})
-    {'aws_secret_access_key': '(secret, not saved)', 'access_key': '(secret, not saved)', 'tokens_per_step': 'abc'}
+    >>> redact({"aws_secret_access_key": "abc", "access_key": "abc", "tokens_per_step": "abc"}) == {
+    ...     "aws_secret_access_key": REDACTED, "access_key": REDACTED, "tokens_per_step": "abc"}
+    True
     """
     if isinstance(config, dict):
         return {

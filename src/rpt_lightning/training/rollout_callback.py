@@ -1,7 +1,10 @@
-"""The engine's life beside the trainer: weights in after every optimizer step, completions, predictions and rewards into the batch.
+"""Drives the engine beside the trainer.
 
-The order of a step is: sync (weights, version, verification) -> rollouts -> log-prob check -> training. With `max_staleness` the next steps' rollouts
-are generated meanwhile (async_rollouts.py).
+After every optimizer step it syncs the weights to the engine, then puts completions, predictions and rewards
+into the batch.
+
+The order of a step is: sync (weights, version, verification) -> rollouts -> log-prob check -> training. With
+`max_staleness` the next steps' rollouts are generated during training (async_rollouts.py).
 """
 
 from __future__ import annotations
@@ -37,32 +40,44 @@ from rpt_lightning.types import Task, TrainBatch
 
 
 class RolloutCallback(Callback):
-    """Args:
-    engine: What generates. None evaluates standard next-token prediction only, and cannot train by reasoning.
-    objective: What the policy is asked, and what it is paid for.
-    group_size: Completions a task (G).
-    temperature: Sampling temperature of training rollouts. Evaluation is greedy.
-    max_prompt_tokens: Longest prompt; a longer one is an error (the data module's max_context_tokens cuts contexts).
-    max_completion_tokens: Longest completion.
-    top_p: Below 1 the sampler truncates, which makes importance ratios biased.
-    top_k: Above 0 the sampler truncates.
-    min_p: Above 0 the sampler truncates.
-    seed: Run seed from which every completion's own seed is derived.
-    dynamic_sampling_from_step: From this step on, groups whose rewards are all equal are replaced by new tasks (DAPO; the paper: 500). None: never.
-    dynamic_sampling_max_factor: At most so many times the step's tasks are rolled out in all; the equal groups that are left are then kept.
-    pilot_size: Completions that each task gets first; only where their rewards differ the group is filled up to ``group_size``, the others stay
-        short and dead. None: every task gets a whole group. It changes how much tasks count (docs/decisions.md).
-    stop_after_first_box: A completion ends with the token that completes its first box behind the thought, instead of with the policy's own end. A
-        change of the paper's rule (docs/decisions.md), for validation too.
-    verify_sequences: Fresh completions whose log-probs are compared with the policy's after each sync; 0 turns the comparison off. Where they seem to
-        disagree, 16 times as many are compared, also with transformers' own, before the run is ended.
-    logprob_tolerance: Factor on the limits of that comparison, which are those of the coarser dtype of engine and policy.
-    max_staleness: 0: a step's rollouts come from the very policy that they train (the paper). Otherwise the rollouts of the next steps are generated while the
-        policy trains, by weights that are at most so many optimizer steps behind it when they are trained; this needs ``model.correction``.
-    eval_samples: Further completions of each validation position, at ``temperature``, for avg@k and pass@k; 0 draws none. A held-out question is answered
-        so many times instead of once, greedily.
-    thought_controls: Also answer each validation position after an empty thought, a shuffled one and filler of equal length, and each held-out question
-        without a thought.
+    """Generates the completions of training and validation with an engine.
+
+    Args:
+        engine: Engine that generates. None evaluates standard next-token prediction only, and cannot train by
+            reasoning.
+        objective: The question put to the policy, and its reward.
+        group_size: Completions a task (G).
+        temperature: Sampling temperature of training rollouts. Evaluation is greedy.
+        max_prompt_tokens: Longest prompt; a longer one is an error (the data module's max_context_tokens cuts
+            contexts).
+        max_completion_tokens: Longest completion.
+        top_p: Below 1 the sampler truncates, which makes importance ratios biased.
+        top_k: Above 0 the sampler truncates.
+        min_p: Above 0 the sampler truncates.
+        seed: Run seed from which every completion's own seed is derived.
+        dynamic_sampling_from_step: From this step on, groups whose rewards are all equal are replaced by new
+            tasks (DAPO; the paper: 500). None: never.
+        dynamic_sampling_max_factor: Most tasks that are rolled out in all, as a multiple of the step's tasks.
+            Groups with equal rewards that remain are then kept.
+        pilot_size: Completions that each task gets first. Only if their rewards differ is the group filled up
+            to ``group_size``; the others stay short and give no gradient. None: every task gets a whole
+            group. It changes how much tasks count (docs/decisions.md).
+        stop_after_first_box: End a completion with the token that completes its first box after the thought,
+            instead of at the policy's own end. This changes the paper's rule (docs/decisions.md), for
+            validation too.
+        verify_sequences: Fresh completions whose log-probs are compared with the policy's after each sync; 0
+            turns the comparison off. If they seem to disagree, 16 times as many are compared, also with
+            transformers' own log-probs, before the run ends.
+        logprob_tolerance: Factor on the limits of that comparison. The limits are those of the coarser dtype
+            of engine and policy.
+        max_staleness: 0: a step's rollouts come from the very policy that they train (the paper). Above 0,
+            the rollouts of the next steps are generated while the policy trains. Their weights are at most
+            this many optimizer steps behind the policy when they are trained. This needs
+            ``model.correction``.
+        eval_samples: Further completions of each validation position, at ``temperature``, for avg@k and
+            pass@k; 0 draws none. A held-out question is answered this many times instead of once greedily.
+        thought_controls: Also answer each validation position after an empty thought, a shuffled one and
+            filler of equal length, and each held-out question without a thought.
     """
 
     def __init__(
@@ -89,12 +104,13 @@ class RolloutCallback(Callback):
     ) -> None:
         if dynamic_sampling_max_factor < 1:
             raise ValueError(
-                f"--rollout.dynamic_sampling_max_factor {dynamic_sampling_max_factor}: give 1 (the step's own tasks) or more; to turn dynamic sampling "
-                "off set --rollout.dynamic_sampling_from_step null"
+                f"--rollout.dynamic_sampling_max_factor {dynamic_sampling_max_factor}: give 1 (only the "
+                "step's own tasks) or more; to turn dynamic sampling off set "
+                "--rollout.dynamic_sampling_from_step null"
             )
         if max_staleness < 0:
             raise ValueError(
-                f"--rollout.max_staleness {max_staleness}: give 0 (rollouts of the present policy) or more"
+                f"--rollout.max_staleness {max_staleness}: give 0 (rollouts of the current policy) or more"
             )
         if eval_samples < 0:
             raise ValueError(f"--rollout.eval_samples {eval_samples}: give 0 (none) or more")
@@ -139,9 +155,9 @@ class RolloutCallback(Callback):
         self.thought_controls = thought_controls
         self.bound_objective: BoundObjective | None = None
         self.rollouter: Rollouter | None = None
-        self._exchange: RankExchange | None = None  # of a run with asynchronous rollouts
+        self._exchange: RankExchange | None = None  # only in a run with asynchronous rollouts
         self._ahead: AsyncRollouts | None = None
-        self._step_end: float | None = None  # of the step before, on the clock of time.perf_counter
+        self._step_end: float | None = None  # end of the last step, on the clock of time.perf_counter
 
     # Life of the engine
 
@@ -150,13 +166,15 @@ class RolloutCallback(Callback):
         if self.engine is None:
             if stage == "fit" and getattr(pl_module, "learns_from_rollouts", False):
                 raise ValueError(
-                    "rollout.engine is not set, and this module learns from rollouts; give one, e.g. --rollout.engine VLLMEngine"
+                    "rollout.engine is not set, but this module learns from rollouts; "
+                    "give one, e.g. --rollout.engine VLLMEngine"
                 )
             rank_zero_info("engine: none; validation shows standard next-token prediction only")
             return
         if self.objective is None:
             raise ValueError(
-                "rollout.objective is not set: say what the policy is asked and paid for, e.g. --rollout.objective Objective"
+                "rollout.objective is not set: say what the policy is asked and rewarded for, "
+                "e.g. --rollout.objective Objective"
             )
         self.bound_objective = self.objective.bind(pl_module.tokenizer)
         prompt = self.bound_objective.prompt
@@ -167,8 +185,12 @@ class RolloutCallback(Callback):
         is_async = stage == "fit" and self.max_staleness > 0 and pl_module.learns_from_rollouts
         if is_async:
             check_settings(
-                self.max_staleness, self.engine, pl_module, self.objective.reward, trainer.datamodule
-            )  # type: ignore[attr-defined]
+                self.max_staleness,
+                self.engine,
+                pl_module,
+                self.objective.reward,
+                trainer.datamodule,  # type: ignore[attr-defined]
+            )
         self._exchange = RankExchange.over(pl_module.ranks) if is_async else None
         self.rollouter = Rollouter(
             self.engine,
@@ -193,13 +215,15 @@ class RolloutCallback(Callback):
         )
         if pl_module.corrects_mismatch and self._sampling.is_truncating:
             raise ValueError(
-                f"rollout.top_p={self.top_p}, top_k={self.top_k}, min_p={self.min_p} truncate the distribution, which makes the importance ratios of "
-                "model.correction biased; sample with temperature alone (top_p 1, top_k 0, min_p 0) or set model.correction=none"
+                f"rollout.top_p={self.top_p}, top_k={self.top_k}, min_p={self.min_p} truncate the "
+                "distribution, which makes the importance ratios of model.correction biased; sample with "
+                "temperature alone (top_p 1, top_k 0, min_p 0) or set model.correction=none"
             )
         if self._sampling.is_truncating and self.verify_sequences:
             rank_zero_info(
-                f"rollout.top_p={self.top_p}, top_k={self.top_k}, min_p={self.min_p}: the sampler truncates, so the engine's log-probs are those of another "
-                "distribution than the policy's and are not compared; versions and tensors still are"
+                f"rollout.top_p={self.top_p}, top_k={self.top_k}, min_p={self.min_p}: the sampler truncates, "
+                "so the engine's log-probs belong to another distribution than the policy's and are not "
+                "compared; versions and tensors still are"
             )
         self._sync = EngineSync(
             self.rollouter,
@@ -209,9 +233,8 @@ class RolloutCallback(Callback):
                 positions=longest_context(pl_module.policy.config),
                 with_controls=self.thought_controls,
             ),
-            verify_sequences=0
-            if self._sampling.is_truncating
-            else self.verify_sequences,  # its log-probs are of what is left, renormalised
+            # The log-probs of a truncating sampler are those of the remaining tokens, renormalised.
+            verify_sequences=0 if self._sampling.is_truncating else self.verify_sequences,
             logprob_tolerance=self.logprob_tolerance,
         )
         pilot_size = self.pilot_size
@@ -234,7 +257,11 @@ class RolloutCallback(Callback):
         self.teardown(trainer, pl_module, stage="")
 
     def _end_ahead(self) -> bool:
-        """Whether the engine is the trainer's thread's alone now."""
+        """Stop rollouts ahead of the trainer.
+
+        Returns:
+            Whether the trainer's thread now has the engine to itself.
+        """
         if self._ahead is not None and self._ahead.close():
             self._ahead = None
         return self._ahead is None
@@ -281,7 +308,7 @@ class RolloutCallback(Callback):
         assert isinstance(pl_module, PolicyModule)
         if not pl_module.learns_from_rollouts:
             return
-        pl_module.clock.take()  # what came after the end of the step before, such as a validation
+        pl_module.clock.take()  # discards what came after the last step, such as a validation
         self._step_start = time.perf_counter()
         with saved_when_lost(trainer):
             rollouts = (
@@ -324,7 +351,7 @@ class RolloutCallback(Callback):
             self._step_end = now
 
     def _roll_out(self, trainer: Trainer, module: PolicyModule, tasks: tuple[Task, ...]) -> StepRollouts:
-        """By the very policy that is trained on them."""
+        """Roll out the tasks with the very policy that trains on them."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         self._sync.sync(module)
         with module.clock.phase("rollout"):
@@ -353,8 +380,10 @@ class RolloutCallback(Callback):
         if self.engine is not None:
             assert self.bound_objective is not None
             check_validation_prompts(
-                trainer.datamodule, self.bound_objective.prompt, max_prompt_tokens=self.max_prompt_tokens
-            )  # type: ignore[attr-defined]
+                trainer.datamodule,  # type: ignore[attr-defined]
+                self.bound_objective.prompt,
+                max_prompt_tokens=self.max_prompt_tokens,
+            )
 
     def on_validation_batch_start(
         self,
@@ -367,7 +396,8 @@ class RolloutCallback(Callback):
         if self.engine is None:
             if "questions" in batch:
                 raise ValueError(
-                    "rollout.engine is not set, and held-out questions are answered through one; give one, e.g. --rollout.engine VLLMEngine"
+                    "rollout.engine is not set, but held-out questions are answered through one; "
+                    "give one, e.g. --rollout.engine VLLMEngine"
                 )
             return
         assert isinstance(pl_module, PolicyModule)
@@ -379,7 +409,7 @@ class RolloutCallback(Callback):
             self.engine.sleep()
 
     def _answers(self, trainer: Trainer, module: PolicyModule, batch: Any) -> Any:
-        """To the batch's questions, or at its held-out positions."""
+        """Answer the batch's questions, or predict at its held-out positions."""
         assert self.rollouter is not None
         self._sync.sync(module)
         if "questions" in batch:

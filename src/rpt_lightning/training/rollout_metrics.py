@@ -1,4 +1,4 @@
-"""What is logged of a step's rollouts, over all ranks."""
+"""The logged metrics of a step's rollouts, over all ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ SUMS = (
 
 
 def rollout_metrics(filled: FilledBatch, *, pilot_size: int | None = None) -> dict[str, float]:
-    """Of one rank: statistics of everything that was rolled out, and the sampled tokens. Zeros, which weigh nothing, where a step has fewer tasks than ranks."""
+    """Statistics of everything that one rank rolled out, and its sampled tokens.
+
+    All are zero, which adds nothing, if the step has fewer tasks than ranks.
+    """
     groups = [*filled.groups, *filled.replaced]
     metrics = (
         rollout_statistics(groups, pilot_size=pilot_size) if groups else dict.fromkeys(STATISTICS, 0.0)
@@ -45,9 +48,12 @@ def rollout_metrics(filled: FilledBatch, *, pilot_size: int | None = None) -> di
 
 
 def prompt_metrics(filled: FilledBatch, step: PromptTokens | None) -> dict[str, float]:
-    """Of one data-parallel rank: the prompt tokens that the engine computed in a step, and, where it has a prefix cache (not None), what that saved."""
+    """The prompt tokens that the engine of one data-parallel rank computed in a step.
+
+    If the engine has a prefix cache (``step`` is not None), the tokens that it saved are included.
+    """
     if step is None:
-        # Without a cache every completion has its prompt computed anew.
+        # Without a cache every completion computes its prompt again.
         groups = [*filled.groups, *filled.replaced]
         return {
             "rollout/prefill_tokens": float(
@@ -60,7 +66,7 @@ def prompt_metrics(filled: FilledBatch, step: PromptTokens | None) -> dict[str, 
 
 
 def server_metrics(servers: tuple[int, int] | None) -> dict[str, float]:
-    """Of one rank's engine (`RolloutEngine.servers`)."""
+    """Usable and lost servers of one rank's engine (`RolloutEngine.servers`)."""
     return (
         {}
         if servers is None
@@ -69,9 +75,10 @@ def server_metrics(servers: tuple[int, int] | None) -> dict[str, float]:
 
 
 def rollout_work(filled: FilledBatch, *, prefill_tokens: float) -> Work:
-    """What one rank's engine computed for everything that was rolled out.
+    """Work of one rank's engine for everything that was rolled out.
 
-    Of the prompts only the tokens that were computed are known (`prompt_metrics`), not which: their pairs are taken to be the same share of all pairs.
+    Only the number of computed prompt tokens is known (`prompt_metrics`), not which ones they were. Their
+    share of all token pairs is assumed to be the same.
     """
     groups = [*filled.groups, *filled.replaced]
     prompts = add_works(len(group.completions) * prompt_work(len(group.prompt_ids)) for group in groups)
@@ -84,7 +91,7 @@ def rollout_work(filled: FilledBatch, *, prefill_tokens: float) -> Work:
 
 
 def cached_fractions(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Shares of the sums of `prompt_metrics` over all ranks; a share of nothing is left out."""
+    """Shares of the sums of `prompt_metrics` over all ranks. A share whose denominator is 0 is left out."""
     total, cached, shareable = (metrics.get(name, 0.0) for name in PROMPT_SUMS)
     shares = {"rollout/cached_prompt_frac": total, "rollout/cached_shareable_frac": shareable}
     return {name: cached / tokens for name, tokens in shares.items() if tokens}
@@ -98,7 +105,10 @@ def throughput(
     trained_tokens: float,
     trained_groups: float,
 ) -> dict[str, float]:
-    """What a step did in a second; ``generation_s`` where its rollouts were generated beside the training of others, and not within it."""
+    """What a step did in a second.
+
+    ``generation_s`` is given if the step's rollouts were generated beside the training of other steps.
+    """
     step_s = seconds["time/step_s"]
     return {
         "perf/rollout_tokens_per_s": rollout_tokens / (generation_s or seconds["time/rollout_s"]),
@@ -108,9 +118,11 @@ def throughput(
 
 
 def over_ranks(ranks: Ranks, metrics: Mapping[str, float], *, num_groups: int) -> dict[str, float]:
-    """The same metrics over all ranks: sums add up, times, differences and servers are those of the worst rank, and means weigh every group equally.
+    """Reduce metrics over all ranks. A collective.
 
-    A collective: every rank calls it with the same names and its own ``num_groups``. One process gets its metrics back.
+    Sums add up. Times, differences and servers are those of the worst rank. Means weight every group equally.
+    Every rank calls it with the same names and its own ``num_groups``. With a single process the metrics are
+    unchanged.
     """
     names = sorted(metrics)
     gathered = torch.tensor(

@@ -1,4 +1,7 @@
-"""How ranks generate together, and end together where one of them has lost its engine (all servers are gone, say): a checkpoint can then still be written."""
+"""Lets ranks generate together, and end together if one of them loses its engine (all servers are gone, say).
+
+A checkpoint can then still be written.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,11 @@ from rpt_lightning.types import Completion, GenerationRequest
 
 
 def share_generation(generate: Generate, ranks: Ranks | RankExchange) -> Generate:
-    """``generate`` as a collective: tensor-parallel ranks divide what they all ask for, and EngineLost is raised on every rank or on none."""
+    """Turn ``generate`` into a collective.
+
+    Tensor-parallel ranks divide the requests that they all make. EngineLost is raised on every rank or on
+    none.
+    """
 
     def generate_or_end_together(requests: Sequence[GenerationRequest]) -> list[list[Completion]]:
         rows: list[list[Completion]] = []
@@ -26,7 +33,7 @@ def share_generation(generate: Generate, ranks: Ranks | RankExchange) -> Generat
                 reason for reason in ranks.gather(None if lost is None else str(lost)) if reason is not None
             ]
             raise lost or EngineLost(
-                f"another rank has lost the engine: {reasons[0] if reasons else 'it says why'}"
+                f"another rank has lost the engine: {reasons[0] if reasons else 'that rank says why'}"
             )
         return rows
 

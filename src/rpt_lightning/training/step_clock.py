@@ -1,4 +1,4 @@
-"""Where a step's time goes: seconds of each of its phases."""
+"""Measures the seconds of each phase of a step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class StepClock:
-    """Phases must not overlap, so that they add up to the step.
+    """A clock of phases. They must not overlap, so that they add up to the step.
 
     >>> clock = StepClock()
     >>> with clock.phase("pack"):
@@ -25,11 +25,12 @@ class StepClock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds what runs inside to ``time/{name}_s``."""
+        """Add the time of the block to ``time/{name}_s``."""
         start = time.perf_counter()
         yield
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.synchronize()  # else a phase ends before its kernels do, and the next one is charged for them
+            # Otherwise a phase would end before its kernels do, and the next phase would be charged for them.
+            torch.cuda.synchronize()
         self._seconds[f"time/{name}_s"] += time.perf_counter() - start
 
     def take(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The rollouts of one step on one rank, and what they were generated with."""
+"""The rollouts of one step on one rank, and the weights, work and time behind them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,11 @@ Draw = Callable[[Sequence[int]], Sequence[Task]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepRollouts:
-    """All completions are of ``policy_version``. Where steps are rolled out ahead, ``place`` in the task stream is behind all that was drawn for this one."""
+    """The rollouts of one step. All completions come from ``policy_version``.
+
+    If steps are rolled out ahead, ``place`` is the place in the task stream after everything drawn for this
+    step.
+    """
 
     filled: FilledBatch
     metrics: dict[str, float]  # of this rank
@@ -40,13 +44,15 @@ class StepRollouts:
 
 
 class StepRoller:
-    """Args:
-    engine: Holds weights by the time of ``roll_out``.
-    rollout: Groups for tasks, in their order, by this engine.
-    reward: Pays them; where it counts what went wrong, the counts are taken with the step.
-    pilot_size: As ``RolloutCallback``.
-    dynamic_sampling_from_step: Likewise.
-    dynamic_sampling_max_factor: Likewise.
+    """Rolls out steps on one rank.
+
+    Args:
+        engine: Holds weights by the time of ``roll_out``.
+        rollout: Returns groups for tasks, in task order, by this engine.
+        reward: Rewards the groups. If it counts errors, the counts are taken with the step.
+        pilot_size: See ``RolloutCallback``.
+        dynamic_sampling_from_step: See ``RolloutCallback``.
+        dynamic_sampling_max_factor: See ``RolloutCallback``.
     """
 
     def __init__(
@@ -67,7 +73,7 @@ class StepRoller:
         self.dynamic_sampling_max_factor = dynamic_sampling_max_factor
 
     def max_extra_tasks(self, *, step: int, tasks_per_step: int) -> int:
-        """How many tasks dynamic sampling may draw beyond a step's own, of all ranks together."""
+        """Most tasks that dynamic sampling may draw beyond a step's own, over all ranks."""
         if self.dynamic_sampling_from_step is None or step < self.dynamic_sampling_from_step:
             return 0
         return int((self.dynamic_sampling_max_factor - 1) * tasks_per_step)
@@ -75,7 +81,10 @@ class StepRoller:
     def roll_out(
         self, tasks: Sequence[Task], draw: Draw, *, max_extra_tasks: int, ranks: Ranks | RankExchange
     ) -> StepRollouts:
-        """The groups of a step, with further tasks in the places of dead ones (see ``fill_batch``). A collective."""
+        """The groups of a step, with further tasks in place of zero-variance groups. A collective.
+
+        See ``fill_batch``.
+        """
         start, prompts_before, version = time.perf_counter(), self.engine.prompt_tokens, self.engine.version
         filled = fill_batch(
             self.rollout,
@@ -101,7 +110,10 @@ class StepRoller:
         )
 
     def _read_since(self, before: PromptTokens | None, ranks: Ranks | RankExchange) -> PromptTokens | None:
-        """Tensor-parallel ranks divide a step's requests, so their engines' readings add up."""
+        """Prompt tokens since a reading.
+
+        Tensor-parallel ranks divide a step's requests, so their readings add up.
+        """
         after = self.engine.prompt_tokens
         if before is None or after is None:
             return None

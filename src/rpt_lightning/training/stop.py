@@ -1,7 +1,8 @@
-"""A run that is asked to end does so between two steps, with a checkpoint: at a signal, or because another callback asks.
+"""Ends a run between two steps, with a checkpoint, at a signal or at the request of another callback.
 
-Lightning's own handler for SLURM saves wherever the signal finds the process, also in the middle of an optimizer step, and under a name of its own;
-its handler for SIGTERM takes part in a collective at a moment that the other ranks know nothing of. Here a signal is only noted.
+Lightning's own handler for SLURM saves wherever the signal finds the process, even in the middle of an
+optimizer step, and under another name. Its handler for SIGTERM takes part in a collective at a moment that
+the other ranks do not know of. Here a signal is only noted.
 """
 
 from __future__ import annotations
@@ -21,34 +22,46 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rpt_lightning.training.checkpoint import RunCheckpoint
 from rpt_lightning.training.rank_watch import is_lightnings_child
 
-# Exit statuses of `rpt fit`, beside 0 (all steps done) and 1 (an error, or Ctrl-C).
-STATUS_SIGNAL = 75  # EX_TEMPFAIL: started again, the run goes on. Not 0, so that a launcher does not take the run for complete
+# Exit statuses of `rpt fit`, besides 0 (all steps done) and 1 (an error, or Ctrl-C).
+# EX_TEMPFAIL: started again, the run continues. Not 0, so that a launcher does not consider the run complete.
+STATUS_SIGNAL = 75
 STATUS_UNHEALTHY = 3  # ended by `health.stop`
 
 
 class RunStopped(SystemExit):
-    """Ends the process with ``code`` once Lightning has closed everything; the checkpoint is written."""
+    """Ends the process with ``code`` once Lightning has closed everything.
+
+    The checkpoint is already written.
+    """
 
 
 class StopRun(Checkpoint):
-    """Ends the run after the current step at SIGTERM (checkpoint, exit status 75), and at ``requeue_signal``, which under SLURM also queues the job again.
+    """Ends the run after the current step at SIGTERM or at ``requeue_signal``.
 
-    A signal that arrives during a rollout, an optimizer step or a validation waits for the end of that step, or of the step after the validation: give
-    the run that long between the signal and the kill. It is a ``Checkpoint`` so that Lightning calls it last, after the one that saves.
+    The run ends with a checkpoint and exit status 75. Under SLURM ``requeue_signal`` also queues the job
+    again.
+
+    A signal that arrives during a rollout or an optimizer step waits for the end of that step. One that
+    arrives during a validation waits for the end of the step after it. Leave the run that much time between
+    the signal and the kill. The class is a ``Checkpoint`` so that Lightning calls it last, after the one that
+    saves.
 
     Args:
-        requeue_signal: What SLURM sends before the time limit (``#SBATCH --signal=SIGUSR1@300``).
+        requeue_signal: The signal that SLURM sends before the time limit (``#SBATCH --signal=SIGUSR1@300``).
     """
 
     def __init__(self, requeue_signal: Literal["SIGUSR1", "SIGUSR2"] = "SIGUSR1") -> None:
         self.requeue_signal = signal.Signals[requeue_signal]
         self._received = 0  # number of the first signal; 0: none
         self._request: tuple[str, int, str] | None = None
-        self._handlers: dict[int, Any] = {}  # that ours replaced
+        self._handlers: dict[int, Any] = {}  # the handlers that ours replaced
 
     @staticmethod
     def request(trainer: Trainer, reason: str, *, status: int, way_on: str) -> None:
-        """Asks for the end of the run after this step, or before the first. Every rank asks, at the same step; ``way_on`` tells the user how to continue."""
+        """Ask for the end of the run after this step, or before the first one.
+
+        Every rank asks at the same step. ``way_on`` tells the user how to continue.
+        """
         (stop,) = (callback for callback in trainer.checkpoint_callbacks if isinstance(callback, StopRun))
         stop._request = (reason, status, way_on)
 
@@ -62,7 +75,7 @@ class StopRun(Checkpoint):
     ) -> None:
         received = torch.tensor(self._received, device=trainer.strategy.root_device)
         if trainer.world_size > 1:
-            # A signal reaches one rank, or each at another moment: all stop after the same step.
+            # A signal may reach only one rank, or each at another moment. All stop after the same step.
             received = trainer.strategy.reduce(received, reduce_op="max")
         if int(received):
             signum = signal.Signals(int(received))
@@ -86,9 +99,8 @@ class StopRun(Checkpoint):
         if requeue:
             if trainer.is_global_zero:
                 _requeue(trainer)
-            trainer.strategy.barrier(
-                "requeued"
-            )  # a rank that ends first with this status may make SLURM kill the one that asks it
+            # SLURM may kill the rank that requeues once another rank ends with this status.
+            trainer.strategy.barrier("requeued")
         raise RunStopped(0 if is_lightnings_child(trainer) else status)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -121,5 +133,6 @@ def _requeue(trainer: Trainer) -> None:
         rank_zero_info(f"SLURM job {job} is queued again")
     else:
         rank_zero_warn(
-            f"`{' '.join(command)}` failed ({problem}): SLURM will not start the run again by itself; submit it once more"
+            f"`{' '.join(command)}` failed ({problem}): SLURM will not start the run again by itself; "
+            "submit it once more"
         )

@@ -1,4 +1,7 @@
-"""Lightning's FSDP2 strategy with what it leaves to its users: the number of data-parallel ranks, weights in host memory, layers gathered in bf16."""
+"""Lightning's FSDP2 strategy with the settings that it leaves to its users.
+
+They are the number of data-parallel ranks, weights in host memory, and layers gathered in bf16.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,18 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Weights, gradients and optimizer sharded over data-parallel ranks, each of which may be several devices that compute one layer together.
+    """Shards weights, gradients and optimizer over data-parallel ranks.
+
+    Each rank may be several devices that compute one layer together.
 
     Args:
-        tensor_parallel_size: Devices that compute one policy together; the others are data-parallel ranks. At most the devices of one node.
-        cpu_offload: Weights, gradients and optimizer state live in host memory.
-        gather_bf16: With ``--trainer.precision bf16-mixed``: gather and compute layers in bf16, which halves the traffic. Weights stay fp32 and gradients
-            are added up in fp32; what is different is that activations between layers are bf16 too.
-        timeout_s: Seconds after which a collective that a rank does not take part in ends the run.
+        tensor_parallel_size: Devices that compute one policy together, at most the devices of one node. The
+            other dimension is data-parallel.
+        cpu_offload: Keep weights, gradients and optimizer state in host memory.
+        gather_bf16: With ``--trainer.precision bf16-mixed``: gather and compute layers in bf16, which halves
+            the traffic. Weights stay fp32 and gradients are added up in fp32. The only difference is that
+            activations between layers are bf16 too.
+        timeout_s: Seconds after which a collective ends the run if a rank does not take part in it.
     """
 
     def __init__(
@@ -28,9 +35,10 @@ class ShardedStrategy(ModelParallelStrategy):
     ) -> None:
         if tensor_parallel_size < 1:
             raise ValueError(
-                f"trainer.strategy.tensor_parallel_size={tensor_parallel_size}: give 1 (no tensor parallelism) or more"
+                f"trainer.strategy.tensor_parallel_size={tensor_parallel_size}: "
+                "give 1 (no tensor parallelism) or more"
             )
-        # With weights in host memory there are collectives of the host's tensors too (the gradient norm).
+        # With weights in host memory there are also collectives on host tensors (the gradient norm).
         backend = "cpu:gloo,cuda:nccl" if cpu_offload and torch.cuda.is_available() else None
         super().__init__(
             tensor_parallel_size=tensor_parallel_size,
@@ -42,12 +50,12 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         size = int(self._tensor_parallel_size)
-        # Lightning's own "auto" is the number of nodes.
+        # Lightning's own "auto" would be the number of nodes.
         self._data_parallel_size, rest = divmod(self.num_nodes * self.num_processes, size)
         if rest or self.num_processes % size:
             raise ValueError(
-                f"trainer.strategy.tensor_parallel_size={size}: the {self.num_processes} devices of a node cannot be divided into groups of {size}; give a "
-                "divisor of trainer.devices"
+                f"trainer.strategy.tensor_parallel_size={size}: the {self.num_processes} devices of a node "
+                f"cannot be divided into groups of {size}; give a divisor of trainer.devices"
             )
         super().setup_environment()
 
@@ -55,6 +63,6 @@ class ShardedStrategy(ModelParallelStrategy):
         if not self.cpu_offload:
             super().model_to_device()
             return
-        # The weights are where they belong; only what Lightning notes as the module's device is still missing.
+        # The weights are already in place. Only Lightning's note of the module's device is missing.
         assert self.lightning_module is not None
         self.lightning_module._device = self.root_device

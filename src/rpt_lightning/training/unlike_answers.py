@@ -1,4 +1,4 @@
-"""Says at the start which true answers cannot be checked, before a run is paid by them."""
+"""Reports at the start which true answers cannot be checked, before a run is rewarded by them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ _NUM_NAMED = 5
 
 @rank_zero_only
 def say_unlike_answers(data: Any, reward: Reward) -> None:
-    """Counts and names the questions of a data module whose true answer does not equal itself written otherwise; the run goes on."""
+    """Count and name the questions whose true answer does not equal itself in another notation.
+
+    The run continues.
+    """
     if not isinstance(reward, AnswerReward):
         return
     tasks = [
@@ -34,7 +37,8 @@ def say_unlike_answers(data: Any, reward: Reward) -> None:
     reward.checked_answers |= {question.answer for question in questions}
     if num_unasked:
         rank_zero_info(
-            f"true answers: {num_unasked} of them, which are no plain numbers, were not compared with themselves"
+            f"true answers: {num_unasked} of them, which are not plain numbers, "
+            "were not compared with themselves"
         )
     named = [question for question in questions if question.answer in unlike]
     if named:
@@ -44,6 +48,8 @@ def say_unlike_answers(data: Any, reward: Reward) -> None:
             for question in named[:_NUM_NAMED]
         )
         rank_zero_info(
-            f"true answers: {len(named)} of {len(questions)} do not equal themselves to Math-Verify, so right answers to them may count as wrong ({examples}"
-            f"{'; ...' if len(named) > _NUM_NAMED else ''}); write them in LaTeX or in digits, or leave them out"
+            f"true answers: {len(named)} of {len(questions)} do not equal themselves according to "
+            "Math-Verify, so right answers to them may count as wrong "
+            f"({examples}{'; ...' if len(named) > _NUM_NAMED else ''}); write them in LaTeX or in digits, or "
+            "leave them out"
         )

@@ -1,4 +1,4 @@
-"""The records of one validation: made a position at a time, gathered from all ranks, and summed up."""
+"""The records of one validation: made position by position, gathered from all ranks, and summed up."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ def position_result(
     context_tokens: int,
     answer: HeldoutAnswer | None,
 ) -> PositionResult:
-    """The record of one position; bytes that are no characters are written with replacement characters.
+    """The record of one position. Bytes that are not characters become replacement characters.
 
-    Right means the same whatever the policy is paid for in training: the prediction is the true continuation up to a token boundary.
+    A right prediction always means the same, whatever the policy is rewarded for in training: it is the true
+    continuation up to a token boundary.
     """
     measured: dict[str, Any] = {}
     if answer is not None:
@@ -68,24 +69,24 @@ def _is_right(prediction: bytes | None, task: TokenTask) -> bool:
 
 
 def unique_results(rows: Iterable[PositionResult]) -> list[PositionResult]:
-    """Each position once."""
+    """Drop duplicate positions."""
     return list({row.task_id: row for row in rows}.values())
 
 
 def ntp_accuracy(rows: Sequence[PositionResult]) -> dict[str, float]:
-    """`NextTokenAccuracy` without reasoning, of gathered records."""
+    """`NextTokenAccuracy` without reasoning, from gathered records."""
     return _accuracy(rows, [row.ntp_correct for row in rows])
 
 
 def reasoning_accuracy(rows: Sequence[PositionResult]) -> dict[str, float] | None:
-    """`NextTokenAccuracy` by reasoning, of gathered records; None where it was not measured."""
+    """`NextTokenAccuracy` by reasoning, from gathered records. None if it was not measured."""
     if all(row.reasoning_correct is None for row in rows):
         return None
     return _accuracy(rows, [bool(row.reasoning_correct) for row in rows])
 
 
 def validation_metrics(rows: Sequence[PositionResult]) -> dict[str, float]:
-    """What is logged of a validation, of gathered records; nothing where there are none."""
+    """The metrics of a validation, from gathered records. Empty if there are no records."""
     if not rows:
         return {}
     metrics = {f"val/ntp/{name}": value for name, value in ntp_accuracy(rows).items()}
@@ -100,7 +101,7 @@ def validation_metrics(rows: Sequence[PositionResult]) -> dict[str, float]:
 
 
 def _accuracy(rows: Sequence[PositionResult], correct: Sequence[bool]) -> dict[str, float]:
-    metric = NextTokenAccuracy(sync_on_compute=False)  # the records are those of all ranks already
+    metric = NextTokenAccuracy(sync_on_compute=False)  # the records already come from all ranks
     entropy = torch.tensor([row.entropy for row in rows], dtype=torch.float64)
     metric.update(torch.tensor(correct), entropy, torch.tensor([row.answerable for row in rows]))
     result: dict[str, float] = metric.compute()
