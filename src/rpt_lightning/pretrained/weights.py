@@ -96,9 +96,8 @@ def own_names(model: PreTrainedModel, unknown: Iterable[str]) -> list[str]:
     A file may hold other weights as well (a value head, another modality). They are not part of the model,
     which is complete without them.
     """
-    head = next(
-        (name for name, module in model.named_modules() if module is model.get_output_embeddings()), None
-    )  # type: ignore[no-untyped-call]
+    output: Any = cast(Any, model).get_output_embeddings()
+    head = next((name for name, module in model.named_modules() if module is output), None)
     roots = tuple(f"{root}." for root in (model.base_model_prefix, head) if root)
     return sorted(name for name in unknown if name.startswith(roots) and not is_ignored(model, name))
 

@@ -161,11 +161,8 @@ class PolicyModule(LightningModule, ABC):
         return optimizer if scheduler is None else ([optimizer], [scheduler])
 
     def on_train_start(self) -> None:
-        apply_settings(
-            self.optimizers(use_pl_optimizer=False),
-            self._given_settings,
-            is_scheduled=self.make_lr_scheduler is not None,
-        )  # type: ignore[arg-type]
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        apply_settings(optimizer, self._given_settings, is_scheduled=self.make_lr_scheduler is not None)
 
     @property
     def policy_version(self) -> int:
