@@ -91,7 +91,8 @@ def main() -> None:
     if args.check:
         if updated != text:
             sys.exit(
-                f"{DOCUMENT.relative_to(ROOT)}: not the table of benchmarks/results/; run python benchmarks/table.py"
+                f"{DOCUMENT.relative_to(ROOT)}: the table does not match benchmarks/results/; "
+                "run python benchmarks/table.py"
             )
         return
     DOCUMENT.write_text(updated)

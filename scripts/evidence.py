@@ -1,11 +1,16 @@
-"""`make evidence`: every arm of scripts/evidence_arms.py on the testbed, three seeds each, and the page that shows what came out.
+"""`make evidence`: run every arm of scripts/evidence_arms.py on the testbed and write the page of results.
 
-    python scripts/evidence.py run [--seeds 0 1 2] [--jobs 2] [--arms NAME ...]     what has no record yet, then the page
-    python scripts/evidence.py scaling [--seeds 0 1 2] [--jobs 2]                   the scaling curves that have no record yet, then the page
-    python scripts/evidence.py page                                                 the tables and figures of docs/evidence.md, from the records
+Each arm runs with three seeds.
 
-Each arm is a few commands that a user could type; they stand in its record. A run that was interrupted goes on at its last checkpoint. Two arms run side by
-side, with one thread each.
+    # Run the arms that have no record yet, then write the page.
+    python scripts/evidence.py run [--seeds 0 1 2] [--jobs 2] [--arms NAME ...]
+    # Run the scaling curves that have no record yet, then write the page.
+    python scripts/evidence.py scaling [--seeds 0 1 2] [--jobs 2]
+    # Write the tables and figures of docs/evidence.md from the records.
+    python scripts/evidence.py page
+
+An arm is a few commands that a user could type. Its record lists them. An interrupted run resumes from its
+last checkpoint. Two arms run side by side, with one thread each.
 """
 
 from __future__ import annotations
@@ -50,7 +55,7 @@ _lock = threading.Lock()
 
 
 class Seed:
-    """Folders and commands of one seed."""
+    """The folders and commands of one seed."""
 
     def __init__(self, seed: int) -> None:
         self.testbed = Testbed.of(seed)
@@ -59,7 +64,10 @@ class Seed:
         self.curve = RECORDS / f"scaling-{seed}.json"
 
     def arms_to_run(self, names: list[str]) -> list[Arm]:
-        """Those that have no record yet, all or the named ones. The base comes first; it runs again where a rival needs its run and a clone has none."""
+        """Select the arms that have no record yet, from all arms or from the named ones.
+
+        The base arm comes first. It runs again if a rival needs its run and this clone does not have it.
+        """
         records = read_records(self.record)
         arms = [
             arm
@@ -72,7 +80,7 @@ class Seed:
         return [ARMS[0], *arms] if needs_run and ARMS[0] not in arms else arms
 
     def make_base(self) -> None:
-        """The demo's start model and tasks: taken over where the demo ran."""
+        """Make the demo's start model and tasks, or reuse them if the demo has already run."""
         stages = (*self.testbed.start_stages(), self.testbed.before_stage())
         run_stages(stages, program="evidence", again="make evidence")
 
@@ -85,7 +93,10 @@ class Seed:
         )
 
     def make_start(self, start: Start) -> None:
-        """Another start model: the base's first phases are shared where the curriculum is the same up to there."""
+        """Train another start model.
+
+        It branches off the base start after the first phases if its curriculum is the same up to that point.
+        """
         run = self.folder / f"start-{start.name}"
         if (run / "export").exists():
             return
@@ -110,7 +121,7 @@ class Seed:
         self._run(f"prepare-{name}", (EXECUTABLE, "prepare", "--config", PREPARE_CONFIG, *flags(own)))
 
     def run_arm(self, arm: Arm) -> None:
-        """Train, validate at the base's held-out positions, and write the record."""
+        """Train an arm, validate it at the base's held-out positions, and write its record."""
         begin, run = time.monotonic(), self.folder / arm.name
         commands = {"rpt": self._rpt, "ntp": self._ntp, "sft": self._sft}[arm.kind](arm, run)
         for command in commands:
@@ -124,12 +135,16 @@ class Seed:
         with _lock:
             write_record(self.record, arm.name, measure(run, about=about))
         print(
-            f"evidence: seed {self.testbed.seed}, {arm.name}: {read_records(self.record)[arm.name].headline}, {seconds} s",
+            f"evidence: seed {self.testbed.seed}, {arm.name}: "
+            f"{read_records(self.record)[arm.name].headline}, {seconds} s",
             flush=True,
         )
 
     def run_curve(self) -> None:
-        """A start that always thinks and errs, RPT with validations at logarithmic steps, and the record."""
+        """Run one scaling curve and write its record.
+
+        The start model always thinks but makes mistakes. RPT then validates at roughly logarithmic steps.
+        """
         begin, start, run = time.monotonic(), self.folder / "start-scaling", self.folder / "scaling"
         games = flags(
             {
@@ -191,21 +206,18 @@ class Seed:
 
     def _rpt(self, arm: Arm, run: Path) -> list[tuple[str, ...]]:
         own = self.testbed.run_flags(run, policy=self.start_model(arm.start))
-        validates = (
-            arm.tasks == "base"
-        )  # the fit itself, at its last step: other tasks have other held-out positions
+        # The fit itself validates at its last step, except on other tasks: their held-out positions differ.
+        validates = arm.tasks == "base"
         steps: dict[str, object] = {
             "--trainer.max_steps": STEPS,
             "--trainer.val_check_interval": STEPS,
             "--checkpoint.every_n_steps": STEPS,
         }
-        steps |= {
-            "--data.tasks_per_step": TASKS_PER_STEP
-        }  # the rest is as in the demo, which has as many steps
+        # Everything else is as in the demo, which has the same number of steps.
+        steps |= {"--data.tasks_per_step": TASKS_PER_STEP}
         steps |= {} if validates else {"--trainer.limit_val_batches": 0}
-        steps |= (
-            {} if arm.name == "base" else {"--rollout.thought_controls": False}
-        )  # the page shows the base's
+        # The page shows thought controls for the base arm only.
+        steps |= {} if arm.name == "base" else {"--rollout.thought_controls": False}
         tasks = str(self.tasks(arm.tasks))
         fit = (
             EXECUTABLE,
@@ -240,7 +252,7 @@ class Seed:
         return [fit, self._validate(run, self.testbed.start_model, "last")]
 
     def _sft(self, arm: Arm, run: Path) -> list[tuple[str, ...]]:
-        """On the games that RPT's tasks are of."""
+        """Build supervised training on the games that RPT's tasks come from."""
         games: dict[str, object] = {
             "--data.source.seed": 2 * self.testbed.seed + 2,
             "--data.source.num_documents": 6000,
@@ -282,7 +294,7 @@ class Seed:
         self._run(name, (EXECUTABLE, "export", "--ckpt", str(ckpt), "--output", str(output)))
 
     def _run(self, name: str, command: tuple[str, ...]) -> None:
-        """With its output in a file of the arm's name."""
+        """Run a command and append its output to a log file named after the arm."""
         log = self.folder / "logs" / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as file:
@@ -291,7 +303,8 @@ class Seed:
                 command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
             ).returncode:
                 raise SystemExit(
-                    f"evidence: seed {self.testbed.seed}, {name} failed; {log} ends with why. `make evidence` tries it again"
+                    f"evidence: seed {self.testbed.seed}, {name} failed. The reason is at the end of {log}. "
+                    f"`make evidence` tries it again"
                 )
 
 
@@ -300,17 +313,20 @@ def _shown(command: tuple[str, ...]) -> str:
 
 
 def run(seeds: list[int], jobs: int, names: list[str]) -> None:
-    """One seed after the other, so that an interruption leaves whole ones. The base arm comes before its rivals, whose budget it is."""
+    """Run one seed after another, so that an interruption leaves complete seeds.
+
+    The base arm runs before its rivals because it sets their budget.
+    """
     for seed in map(Seed, seeds):
         arms = seed.arms_to_run(names)
         if not arms:
-            continue  # nothing that its start models are needed for
+            continue  # no arm needs this seed's start models
         starts = [start for start in STARTS if start.name in {arm.start for arm in arms} - {"base"}]
         tasks = [name for name in TASKS if name in {arm.tasks for arm in arms}]
         seed.make_base()
         if arms[0].name == "base":
             seed.run_arm(arms.pop(0))
-        # Arms that need nothing but the base come first, beside the start models and tasks of the others.
+        # Arms that need only the base run first, alongside the start models and tasks of the other arms.
         ready = [arm for arm in arms if arm.start == arm.tasks == "base"]
         waiting = [arm for arm in arms if arm not in ready]
         first: list[Callable[[], None]] = [partial(seed.make_start, start) for start in starts]
@@ -325,7 +341,7 @@ def run(seeds: list[int], jobs: int, names: list[str]) -> None:
 
 
 def run_curves(seeds: list[int], jobs: int) -> None:
-    """Those that have no record, side by side."""
+    """Run the scaling curves that have no record, side by side."""
     wanted = [seed for seed in map(Seed, seeds) if not seed.curve.exists()]
     for seed in wanted:
         seed.make_base()
@@ -339,12 +355,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
-    run_parser = verbs.add_parser("run", help="what has no record yet")
-    for runs in (run_parser, verbs.add_parser("scaling", help="the scaling curves that have no record yet")):
+    run_parser = verbs.add_parser("run", help="run the arms that have no record yet")
+    for runs in (run_parser, verbs.add_parser("scaling", help="run the scaling curves without a record")):
         runs.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-        runs.add_argument("--jobs", type=int, default=2, help="runs side by side, with one thread each")
-    run_parser.add_argument("--arms", nargs="+", default=[], help="only these, and the base arm")
-    verbs.add_parser("page", help="the tables and figures of docs/evidence.md")
+        runs.add_argument("--jobs", type=int, default=2, help="number of runs side by side, one thread each")
+    run_parser.add_argument("--arms", nargs="+", default=[], help="run only these arms and the base arm")
+    verbs.add_parser("page", help="write the tables and figures of docs/evidence.md")
     arguments = parser.parse_args()
     if arguments.verb == "run":
         run(arguments.seeds, arguments.jobs, arguments.arms)

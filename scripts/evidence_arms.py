@@ -1,14 +1,19 @@
-"""The arms of `make evidence`: what each changes, which question it answers, and what was expected before it ran."""
+"""The arms of `make evidence`.
+
+Each arm states what it changes, which question it answers, and what we expected before it ran.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-# Of RPT in every arm: the base arm has risen by then. Half the demo's tasks a step, so that three seeds of all arms take an afternoon.
+# RPT's settings in every arm. The base arm has risen by step 20. Each step has half the demo's tasks, so that
+# three seeds of all arms take an afternoon.
 STEPS, TASKS_PER_STEP = 20, 32
 
-# Of configs/demo/start.yaml: its first two phases, where start models with other shares branch off, and its end.
+# The lengths of the first two phases of configs/demo/start.yaml, and its last step. Start models with other
+# shares branch off after the second phase.
 TAUGHT_STEPS, MIXED_STEPS, LAST_STEP = 200, 80, 380
 BRANCH_STEP = TAUGHT_STEPS + MIXED_STEPS
 TAUGHT = (f"{{steps: {TAUGHT_STEPS}, p_cot: 1.0, text: false}}", f"{{steps: {MIXED_STEPS}, p_cot: 1.0}}")
@@ -16,7 +21,10 @@ TAUGHT = (f"{{steps: {TAUGHT_STEPS}, p_cot: 1.0, text: false}}", f"{{steps: {MIX
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """A start model: the phases of its curriculum. ``branches`` continues the base start behind its second phase instead of beginning anew."""
+    """A start model, given by the phases of its curriculum.
+
+    With ``branches`` it continues the base start after the second phase instead of starting from scratch.
+    """
 
     name: str
     phases: tuple[str, ...]
@@ -27,8 +35,9 @@ class Start:
 class Arm:
     """One run of the evidence.
 
-    ``kind`` says what is trained: "rpt", or one of the rivals at the FLOPs of the base arm. ``start`` and ``tasks`` name the start model and the task
-    folder; ``options`` are flags of `rpt fit` besides. ``expected`` was written down before the arm ran.
+    ``kind`` says how the arm trains: "rpt", or one of the rivals at the base arm's FLOPs. ``start`` and
+    ``tasks`` name the start model and the task folder. ``options`` are further flags of `rpt fit`.
+    ``expected`` was written down before the arm ran.
     """
 
     name: str
@@ -46,7 +55,10 @@ def _p_cot(name: str, share: float) -> Start:
 
 
 def _depths(name: str, low: int, high: int) -> Start:
-    """Only these depths think, and so much more often that 12 % of all examples do."""
+    """Build a start model for which only examples of these depths think.
+
+    They think more often in proportion, so that 12 % of all examples still think.
+    """
     span, share = f"min_depth: {low}, max_depth: {high}", 0.12 * 12 / (high - low + 1)
     phases = (
         f"{{steps: {TAUGHT_STEPS}, p_cot: 1.0, {span}, guesses: false, text: false}}",
@@ -106,7 +118,9 @@ ARMS = (
         group=SHARE,
         what="1 % think",
         start="p_cot-0.01",
-        expected="found in some seeds and not in others within 20 steps: one group of 8 in 13 holds a thought",
+        expected=(
+            "found in some seeds and not in others within 20 steps: one group of 8 in 13 holds a thought"
+        ),
     ),
     Arm(
         name="p_cot-0",

@@ -1,4 +1,4 @@
-"""The tables and figures of docs/evidence.md, made of the records of `make evidence`."""
+"""The tables and figures of docs/evidence.md, made from the records of `make evidence`."""
 
 from __future__ import annotations
 
@@ -23,29 +23,32 @@ Records = dict[int, dict[str, ArmRecord]]  # by seed, then by arm
 
 
 def read_all() -> Records:
-    """The records of every seed that has any."""
+    """Read the records of every seed that has a file."""
     paths = sorted(RECORDS.glob("seed-*.json"))
     return {int(path.stem.removeprefix("seed-")): read_records(path) for path in paths}
 
 
 def of_arm(records: Records, name: str) -> dict[int, ArmRecord]:
-    """An arm's record of each seed that has run it."""
+    """Return an arm's records, keyed by the seeds that have run it."""
     return {seed: arms[name] for seed, arms in records.items() if name in arms}
 
 
 def question_of(arm: Arm) -> str:
-    """Next-token training was not asked to think: its accuracy is that of the next token at once."""
+    """Return the question that measures an arm.
+
+    The next-token arm was never asked to think, so we measure its direct next-token prediction.
+    """
     return "ntp" if arm.kind == "ntp" else "reasoning"
 
 
 def pooled(found: dict[int, ArmRecord], question: str, depths: range | None = None) -> Rate:
-    """Over the positions of all seeds."""
+    """Return the share of right answers over the positions of all seeds."""
     rates = [record.rate(question, depths) for record in found.values()]
     return Rate(sum(rate.successes for rate in rates), sum(rate.count for rate in rates))
 
 
 def group_table(records: Records, group: str) -> str:
-    """What was expected of each arm, and what came out in each seed."""
+    """Tabulate what we expected of each arm in a group, and its result in each seed."""
     rows = []
     for arm in ARMS:
         found = of_arm(records, arm.name)
@@ -85,7 +88,7 @@ def _short(rate: Rate) -> str:
 
 
 def _change(found: dict[int, ArmRecord], curve: str) -> str:
-    """The first and the last step's value, over seeds."""
+    """Format a curve's first and last values, averaged over seeds."""
     values = [record.curves[curve] for record in found.values() if record.curves[curve]]
     if not values:
         return "-"
@@ -94,7 +97,7 @@ def _change(found: dict[int, ArmRecord], curve: str) -> str:
 
 
 def _against_base(records: Records, arm: Arm) -> str:
-    """Paired by position, over the positions of all seeds."""
+    """Format the difference from the base arm, paired by position over all seeds."""
     if arm.name == "base":
         return "-"
     base, other, units = [], [], []
@@ -108,7 +111,7 @@ def _against_base(records: Records, arm: Arm) -> str:
 
 
 def control_table(records: Records) -> str:
-    """The base policy after a thought, without one, and after thoughts that are not its own."""
+    """Tabulate the base policy with its own thought, without a thought, and with control thoughts."""
     found = of_arm(records, "base")
     rows = [
         markdown_row(name, [*(_short(record.rate(name)) for record in found.values()), pooled(found, name)])
@@ -119,7 +122,7 @@ def control_table(records: Records) -> str:
 
 
 def depth_table(records: Records) -> str:
-    """Accuracy by serial depth, over all seeds."""
+    """Tabulate accuracy by serial depth over all seeds."""
     rows = []
     for arm in ARMS:
         found = of_arm(records, arm.name)
@@ -133,7 +136,10 @@ def depth_table(records: Records) -> str:
 
 
 def plot_curves(records: Records, path: Path) -> None:
-    """The mean reward of each step by arm, a panel a group: the mean over seeds, and from the least to the greatest of them."""
+    """Plot the mean reward at each step, with one panel per group and one line per arm.
+
+    The line is the mean over seeds. The band spans the lowest to the highest seed.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -178,7 +184,7 @@ def _band(panel, curves: Sequence[Sequence[float]], name: str, *, colour: str | 
 
 
 def plot_depths(records: Records, path: Path) -> None:
-    """Accuracy at each depth, over the positions of all seeds, with Wilson's intervals."""
+    """Plot accuracy at each depth over the positions of all seeds, with Wilson's intervals."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -212,7 +218,7 @@ def plot_depths(records: Records, path: Path) -> None:
 
 
 def write_page() -> None:
-    """Renew what is made in docs/evidence.md: a table a group, and the figures."""
+    """Update the generated parts of docs/evidence.md: one table per group, and the figures."""
     records = read_all()
     text = PAGE.read_text(encoding="utf-8")
     sections = {group: group_table(records, group) for group in GROUPS}

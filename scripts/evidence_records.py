@@ -1,4 +1,7 @@
-"""What is kept of an arm of `make evidence`: a JSON file a seed, in which each arm has its numbers, its commands and what it did at every position."""
+"""The records of `make evidence`: one JSON file per seed.
+
+For each arm the file holds its numbers, its commands and its outcome at every position.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from rpt_lightning.evaluation.run import read_run
 from rpt_lightning.evaluation.table import Rate
 from rpt_lightning.metrics.results import PositionResult
 
-# What a position may have been asked, and the record of `PositionResult` that says whether the answer was right.
+# The questions that a position can be asked, and the field of `PositionResult` that says whether the answer
+# was right.
 QUESTIONS = {
     "reasoning": "reasoning_correct",
     "ntp": "ntp_correct",
@@ -28,8 +32,10 @@ CURVES = {"reward": "reward/mean", "length": "rollout/length_mean", "live": "rol
 class ArmRecord:
     """One arm of one seed.
 
-    ``right`` has a text of 0 and 1 for each question that was asked, a character a held-out position, in the order of ``depths``. ``curves`` are values by
-    step, from step 1 on. ``flops`` are the model's operations in training, rollouts included; ``sampled_tokens`` those of its completions.
+    ``right`` holds a string of 0 and 1 for each question that was asked, with one character per held-out
+    position in the order of ``depths``. ``curves`` holds one value per step, from step 1 on. ``flops`` counts
+    the model's operations in training, rollouts included. ``sampled_tokens`` counts the tokens of its
+    completions.
     """
 
     right: dict[str, str]
@@ -41,7 +47,7 @@ class ArmRecord:
     about: dict[str, Any]
 
     def rate(self, question: str, depths: range | None = None) -> Rate:
-        """How many answers were right, over all depths or some."""
+        """Return the share of right answers, over all depths or the given ones."""
         marks = self.right.get(question, "")
         return Rate.of(
             [
@@ -57,7 +63,7 @@ class ArmRecord:
 
 
 def measure(run: Path, *, about: dict[str, Any]) -> ArmRecord:
-    """Of the last validation of a run, and of its step log."""
+    """Make a record from a run's last validation and its step log."""
     read = read_run(run)
     results = read.last_validation
     assert results is not None
@@ -99,7 +105,7 @@ def _depth(position: PositionResult) -> int:
 
 
 def read_records(path: Path) -> dict[str, ArmRecord]:
-    """The arms of one seed by name; none where there is no file yet."""
+    """Read the arms of one seed, keyed by name. Returns an empty dict if the file does not exist yet."""
     if not path.exists():
         return {}
     arms = json.loads(path.read_text())
@@ -116,7 +122,7 @@ def read_records(path: Path) -> dict[str, ArmRecord]:
 
 
 def write_record(path: Path, name: str, record: ArmRecord) -> None:
-    """Adds an arm to a seed's file: either the whole new file is there or the old one."""
+    """Add an arm to a seed's file. The replacement is atomic, so the file is always complete."""
     arms = {**read_records(path), name: record}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")

@@ -1,7 +1,8 @@
-"""The scaling curve of docs/evidence.md: accuracy against training FLOPs over two decades, three seeds, with the paper's law.
+"""The scaling curve of docs/evidence.md: accuracy against training FLOPs, with the paper's law.
 
-The start always thinks and is wrong in some of its moves: it left the first phase of configs/demo/start.yaml early. RPT then makes its thoughts right, move by
-move, and that takes far longer than to find thinking.
+The curve covers two decades of FLOPs and three seeds. The start model left the first phase of
+configs/demo/start.yaml early, so it always thinks but gets some of its moves wrong. RPT then corrects its
+thoughts move by move. This takes far longer than discovering that thinking helps.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rpt_lightning.evaluation.scaling import bootstrap_scaling, compare_laws, fi
 from rpt_lightning.evaluation.table import Rate, markdown_row, markdown_table
 
 START_STEPS = 160  # of the first phase
-# Validations begin early and become rare: a power law is read off logarithmic steps.
+# Validations are frequent at first and then rare, because a power law needs points at logarithmic steps.
 FIRST_STEPS, FIRST_EVERY = 16, 2
 LAST_STEP, EVERY = 200, 8
 RPT_SETTINGS: dict[str, object] = {
@@ -34,7 +35,10 @@ CHANCE = 1 / 8
 
 @dataclass(frozen=True, kw_only=True)
 class CurveRecord:
-    """One seed's run: its validated checkpoints with their compute, and what was right at each held-out position, one text of 0 and 1 a checkpoint."""
+    """One seed's run: its validated checkpoints, their compute, and the outcome at each held-out position.
+
+    ``reasoning`` and ``ntp`` hold one string per checkpoint, with a 1 or a 0 for each held-out position.
+    """
 
     steps: tuple[int, ...]
     flops: tuple[float, ...]
@@ -47,7 +51,7 @@ class CurveRecord:
 
 
 def measure_curve(run: Path, *, about: dict[str, Any]) -> CurveRecord:
-    """Of every validation of a run behind its start."""
+    """Collect every validation of a run except the one before its first step."""
     read: Run = read_run(run)
     steps, flops, reasoning, ntp = [], [], [], []
     for step, results in sorted(read.validations.items()):
@@ -72,7 +76,7 @@ def write_curve(path: Path, record: CurveRecord) -> None:
 
 
 def read_curves(folder: Path) -> dict[int, CurveRecord]:
-    """By seed."""
+    """Read the records of all seeds, keyed by seed."""
     curves = {}
     for path in sorted(folder.glob("scaling-*.json")):
         kept = json.loads(path.read_text())
@@ -83,7 +87,7 @@ def read_curves(folder: Path) -> dict[int, CurveRecord]:
 
 
 def law_table(curves: dict[int, CurveRecord]) -> str:
-    """The paper's law of each seed, and which law describes its checkpoints best."""
+    """Tabulate the paper's law for each seed, and the law that fits its checkpoints best."""
     rows = [markdown_row(f"seed {seed}", _law_cells(curve)) for seed, curve in curves.items()]
     columns = [
         "checkpoints",
@@ -115,7 +119,8 @@ def _law_cells(curve: CurveRecord) -> list[object]:
         cells += [f"not determined: {doubt}", "-", "-", "-"]
     else:
         cells += [
-            f"{100 * fit.amplitude:.2f} [{100 * interval.amplitude[0]:.2f}, {100 * interval.amplitude[1]:.2f}]",
+            f"{100 * fit.amplitude:.2f} "
+            f"[{100 * interval.amplitude[0]:.2f}, {100 * interval.amplitude[1]:.2f}]",
             f"{fit.alpha:.2f} [{interval.alpha[0]:.2f}, {interval.alpha[1]:.2f}]",
             f"{100 * fit.limit:.1f} % [{100 * interval.limit[0]:.1f}, {100 * interval.limit[1]:.1f}]",
             f"{fit.r_squared:.3f}",
@@ -125,7 +130,10 @@ def _law_cells(curve: CurveRecord) -> list[object]:
 
 
 def plot_laws(curves: dict[int, CurveRecord], path: Path) -> None:
-    """Accuracy with Wilson's intervals, the law, and its interval over documents as a band: a panel a seed."""
+    """Plot one panel per seed: accuracy with Wilson's intervals, the law, and a band around the law.
+
+    The band is the law's bootstrap interval over documents.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,8 @@
-"""One seed of the testbed, as stages: start model, tasks, RPT, and next-token training at RPT's FLOPs. `make demo` is seed 0; `make evidence` builds on it."""
+"""One seed of the testbed, as a list of stages.
+
+The stages are the start model, its tasks, RPT, and next-token training at RPT's FLOPs. `make demo` runs
+seed 0. `make evidence` builds on the testbed.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,14 @@ START_CONFIG = "configs/demo/start.yaml"
 PREPARE_CONFIG = "configs/prepare/demo.yaml"
 RPT_CONFIG = "configs/demo/rpt.yaml"
 NTP_CONFIG = "configs/demo/ntp.yaml"
-# The configurations compute in fp32, which is right for so small a model on any machine; only the engine depends on the system.
+# The configurations use fp32, which suits so small a model on any machine. Only the engine depends on the
+# system.
 ENGINE = () if HAS_VLLM else ("--rollout.engine", "HFEngine", "--rollout.engine.dtype", "float32")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Testbed:
-    """Folders and stages of one seed."""
+    """The folders and stages of one seed."""
 
     seed: int
     folder: Path
@@ -28,7 +33,11 @@ class Testbed:
 
     @classmethod
     def of(cls, seed: int) -> Testbed:
-        """Seed 0 is the demo's, in the folders that its configurations name; the others have folders of their own."""
+        """Return the testbed of a seed.
+
+        Seed 0 belongs to the demo and uses the folders that its configurations name. Every other seed has its
+        own folders.
+        """
         suffix = "" if seed == 0 else f"-seed-{seed}"
         return cls(
             seed=seed,
@@ -58,7 +67,7 @@ class Testbed:
         return self.folder / "ntp"
 
     def run_flags(self, run: Path, *, policy: Path | None = None) -> tuple[str, ...]:
-        """What a run of this seed gives besides its configuration."""
+        """Return the flags that a run of this seed adds to its configuration."""
         policy = policy or self.start_model
         own = {
             "--seed_everything": self.seed,
@@ -69,7 +78,7 @@ class Testbed:
         return flags(own)
 
     def start_stages(self) -> tuple[Stage, ...]:
-        """From nothing to a model that can think and seldom does, and its tasks."""
+        """Build a model from scratch that can think but seldom does, and its tasks."""
         make = (
             sys.executable,
             "scripts/make_model.py",
@@ -81,7 +90,7 @@ class Testbed:
             "--output",
             str(self.model),
         )
-        # Each seed has games of its own; those of the start model and those of the tasks have different seeds too.
+        # Each seed has its own games. The start model's games and the tasks' games also have different seeds.
         games = flags({"--data.source.seed": 2 * self.seed + 1})
         prepare = {
             "--source.seed": 2 * self.seed + 2,
@@ -111,7 +120,7 @@ class Testbed:
         )
 
     def before_stage(self) -> Stage:
-        """What the start model does at the held-out positions."""
+        """Evaluate the start model at the held-out positions."""
         return evaluate(
             "evaluate before",
             self.start_model,
@@ -133,7 +142,10 @@ class Testbed:
         return fit(name, run, RPT_CONFIG, folder=self.folder, minutes=minutes, options=own)
 
     def ntp_stages(self) -> tuple[Stage, ...]:
-        """As many FLOPs as RPT, rollouts included, then the same held-out positions."""
+        """Train on next tokens for as many FLOPs as RPT used, rollouts included.
+
+        Then evaluate at the same held-out positions.
+        """
         own = (*self.run_flags(self.ntp), "--data.task_dir", str(self.tasks))
         validate = (
             EXECUTABLE,
@@ -177,7 +189,7 @@ class Testbed:
         )
 
     def stages(self) -> tuple[Stage, ...]:
-        """Everything, in order."""
+        """Return all stages in order."""
         return (
             *self.start_stages(),
             self.before_stage(),

@@ -23,7 +23,10 @@ def test_every_public_name_is_there() -> None:
 def test_the_readmes_lines_train_and_evaluate(
     tiny_model_dir: Path, tiny_task_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a tiny model and tasks in the places that they name, transformers' engine, and one step instead of twenty."""
+    """The README's lines run with one step instead of twenty.
+
+    A tiny model and its tasks stand at the paths that the lines name. The engine is transformers'.
+    """
     (lines,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert len([line for line in lines.splitlines() if line.strip()]) <= 13
     for path, there in (("runs/demo/start/export", tiny_model_dir), ("tasks/demo", tiny_task_dir)):

@@ -51,7 +51,10 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if args is None else args)
     # The parent process may have closed the streams. Output is then discarded and the work continues.
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    sys.stdout, sys.stderr = (
+        stream or open(os.devnull, "w")  # noqa: SIM115
+        for stream in (sys.stdout, sys.stderr)
+    )
     command = args[0] if args else "--help"
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
     if command in _COMPUTING and not any(
@@ -97,9 +100,10 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _in_one_line(error: Exception) -> str | None:
-    """The message for an error that a file or a flag can cause; None if only a traceback says where it came from.
+    """Return the message for an error that a file or a flag can cause.
 
-    Libraries' own classes go by their names: importing them would make every command slow.
+    Returns None if only a traceback shows where the error came from. We match the libraries' own error
+    classes by name, because importing them would make every command slow.
     """
     if not _LIBRARY_ERRORS.isdisjoint(cls.__name__ for cls in type(error).__mro__):
         return f"{_MEANING.get(type(error).__name__, '')}{error}"
@@ -111,7 +115,11 @@ def _in_one_line(error: Exception) -> str | None:
 
 
 def _of_a_library(error: Exception) -> str | None:
-    """A KeyError or the like out of an installed library: which library, and what we were doing. None for an error in our own code."""
+    """Describe a KeyError or similar error from an installed library.
+
+    The text names the library and the function of ours that called it. Returns None for an error in our own
+    code.
+    """
     files = [
         (frame.f_code.co_filename, frame.f_code.co_name)
         for frame, _ in traceback.walk_tb(error.__traceback__)
@@ -131,8 +139,8 @@ def _of_a_library(error: Exception) -> str | None:
     file, function = files[last]
     said = str(error) if isinstance(error, (ImportError, AttributeError)) else repr(error)
     return (
-        f"{library} failed in {function} (rpt_lightning/{file.removeprefix(ours)}): {said}. A file, a model or a version that {library} does "
-        "not take is the likely cause; RPT_TRACEBACK=1 shows the traceback"
+        f"{library} failed in {function} (rpt_lightning/{file.removeprefix(ours)}): {said}. The likely cause "
+        f"is a file, a model or a version that {library} does not accept; RPT_TRACEBACK=1 shows the traceback"
     )
 
 

@@ -1,4 +1,7 @@
-"""What must hold of a run after everything that was done to it. Each check returns the faults it found; none is good."""
+"""The checks that a run must pass after all its faults.
+
+Each check returns a list of the errors that it found. An empty list means that the run passed.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from recorded_servers import read_recordings
 from rpt_lightning.data.datamodule import TokenTaskDataModule
 from rpt_lightning.metrics.rollout_samples import read_samples
 
-# Depend on the engine: what its cache served, and how its log-probs round.
+# These metrics depend on the engine: on hits in its cache and on the rounding of its log-probs.
 _OF_THE_ENGINE = (
     "rollout/cached_",
     "rollout/shareable_",
@@ -31,12 +34,12 @@ def step_rows(run_folder: Path) -> list[dict]:
 
 
 def check_steps(run_folder: Path, num_steps: int) -> list[str]:
-    """Every step once, in order, and the last one saved."""
+    """Check that the log has every step once and in order, and that the last step was saved."""
     found = [row["step"] for row in step_rows(run_folder)]
     wrong = (
         []
         if found == list(range(1, num_steps + 1))
-        else [f"the log has {len(found)} steps up to {max(found)}, not each of 1 to {num_steps} once"]
+        else [f"the log has {len(found)} steps up to {max(found)}, not each step from 1 to {num_steps} once"]
     )
     newest = max(path.name for path in (run_folder / "checkpoints").glob("step-*.ckpt"))
     return wrong + (
@@ -49,7 +52,10 @@ def check_steps(run_folder: Path, num_steps: int) -> list[str]:
 def check_tasks(
     run_folder: Path, recordings: Path, data: TokenTaskDataModule, *, group_size: int
 ) -> list[str]:
-    """Each task of the corpus's order was rolled out in exactly one step, none left out, none twice, and those that were trained are among them."""
+    """Check that each task in the corpus's order was rolled out in exactly one step.
+
+    No task may be left out or rolled out twice, and every trained task must be among them.
+    """
     data.setup("fit")
     asked: dict[int, Counter[str]] = defaultdict(Counter)
     for row in read_recordings(recordings):
@@ -66,26 +72,30 @@ def _wrong_steps(
 ) -> Iterator[str]:
     for row in rows:
         step = row["step"]
-        # Every task that dynamic sampling draws replaces one group.
+        # Each extra task that dynamic sampling draws replaces one group.
         place = data.stream.next(data.items_per_step + int(row["rollout/replaced_groups"]))
         expected = Counter({data.train.task(document, k).task_id: 0 for document, k in place})
         for document, k in place:
             expected[data.train.task(document, k).task_id] += group_size
         if asked[step] != expected:
-            yield f"step {step}: the servers were asked for {_difference(asked[step], expected)}"
+            yield f"step {step}: the servers' requests have {_difference(asked[step], expected)}"
         trained = Counter(
             sample.task_id for sample in read_samples(run_folder / "rollouts" / f"step-{step:06d}.jsonl")
         )
         if trained - expected or trained.total() != data.items_per_step * group_size:
-            yield f"step {step}: trained were {_difference(trained, expected)}"
+            yield f"step {step}: the trained tasks have {_difference(trained, expected)}"
 
 
 def _difference(found: Counter[str], expected: Counter[str]) -> str:
-    return f"{dict(found - expected)} too much and {dict(expected - found)} too little"
+    return f"{dict(found - expected)} too many and {dict(expected - found)} too few"
 
 
 def check_replay(run_folder: Path, replay_folder: Path) -> list[str]:
-    """The undisturbed run on the same completions has the same weights, optimizer and place in the data, bit for bit, and the same metrics at every step."""
+    """Check that the undisturbed run on the same completions gives the same result.
+
+    The weights, the optimizer state and the place in the data must match bit for bit. The metrics must match
+    at every step.
+    """
     soak, replay = traces(run_folder), traces(replay_folder)
     wrong = []
     for part in ("weights", "optimizer", "place in the data"):
@@ -105,7 +115,8 @@ def check_replay(run_folder: Path, replay_folder: Path) -> list[str]:
 
 def check_memory(growths: Sequence[Growth]) -> list[str]:
     return [
-        f"{growth.name}: {growth.first_mib:.0f} to {growth.last_mib:.0f} MiB in a life of {growth.life_s:.0f} s"
+        f"{growth.name}: {growth.first_mib:.0f} to {growth.last_mib:.0f} MiB "
+        f"in a life of {growth.life_s:.0f} s"
         for growth in growths
         if not growth.is_flat
     ]
@@ -117,10 +128,13 @@ def check_leftovers(run_folder: Path, weights_folder: Path) -> list[str]:
 
 
 def check_restarts(run_folder: Path, num_lives: int) -> list[str]:
-    """The run has counted them. A start that ended before its first checkpoint is no start of the run; its files are aside."""
+    """Check that the run counted its restarts.
+
+    A start that ended before its first checkpoint does not count. Its files were moved aside.
+    """
     aside = len(list(run_folder.glob("failed-start-*")))
     restarts = int(step_rows(run_folder)[-1]["run/restarts"])
-    # A life that was killed before it wrote its configuration cannot be counted.
+    # The run cannot count a life that was killed before it wrote its configuration.
     configs = len(list(run_folder.glob("config*.yaml")))
     wrong = (
         []
@@ -130,5 +144,5 @@ def check_restarts(run_folder: Path, num_lives: int) -> list[str]:
     return wrong + (
         []
         if configs + aside <= num_lives
-        else [f"{configs} configurations and {aside} failed starts of {num_lives} starts"]
+        else [f"{configs} configurations and {aside} failed starts are more than the {num_lives} starts"]
     )

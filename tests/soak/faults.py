@@ -1,4 +1,4 @@
-"""What is done to the processes of the soak, and what must come of it."""
+"""The faults that the soak inflicts on its processes, and the outcome that each must have."""
 
 from __future__ import annotations
 
@@ -23,12 +23,16 @@ _PATIENCE_S = 400.0  # a busy machine starts a server in minutes
 
 
 class FaultFailed(AssertionError):
-    """What had to follow a fault did not."""
+    """A fault did not have the outcome that it must have."""
 
 
 @dataclass
 class Faults:
-    """``wait(condition, limit_s)`` -> whether it came true, without the trainer's end; meanwhile memory is looked at."""
+    """Makes faults and checks their outcomes.
+
+    ``wait(condition, limit_s)`` waits until the condition is true, the limit passes or the trainer ends. It
+    returns whether the condition is true, and samples memory while it waits.
+    """
 
     trainer: Trainer
     serve: Serve
@@ -37,7 +41,7 @@ class Faults:
     wait: Callable[[Callable[[], object], float], bool]
 
     def make(self, fault: Fault) -> str:
-        """Returns what happened; the trainer may have ended, as it should."""
+        """Make a fault and return what happened. The trainer may have ended, if the fault should end it."""
         return {
             "kill server": self._kill_server,
             "kill engine": self._kill_server,
@@ -52,7 +56,7 @@ class Faults:
             "full disk": self._full_disk,
         }[fault.kind](fault)
 
-    # Servers: the trainer goes on
+    # Faults of servers, which the trainer survives.
 
     def _kill_server(self, fault: Fault) -> str:
         families = self.serve.families()
@@ -63,7 +67,10 @@ class Faults:
         victim = family[-1] if fault.kind == "kill engine" else family[0]
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.kill()
-        return f"killed process {family.index(victim) + 1} of {len(family)} of the server on port {port}; {self._goes_on()}"
+        return (
+            f"killed process {family.index(victim) + 1} of {len(family)} of the server on port {port}; "
+            f"{self._goes_on()}"
+        )
 
     def _kill_all_servers(self, fault: Fault) -> str:
         fronts = self.serve.fronts()
@@ -89,22 +96,25 @@ class Faults:
         before, start = self.trainer.step(), time.monotonic()
         if not self.wait(lambda: self.trainer.step() >= before + 2, _PATIENCE_S):
             raise FaultFailed(
-                f"the trainer did not go on: step {self.trainer.step()}, {before} at the fault; {self.trainer.text()[-1500:]}"
+                f"the trainer did not continue: it is at step {self.trainer.step()} and was at step {before} "
+                f"when the fault struck; {self.trainer.text()[-1500:]}"
             )
-        return f"two steps later after {time.monotonic() - start:.0f} s"
+        return f"two more steps took {time.monotonic() - start:.0f} s"
 
-    # The trainer: it ends, as it should, and is started again
+    # Faults of the trainer. It must end, and the soak starts it again.
 
     def _kill_ranks(self, fault: Fault) -> str:
         found, trained = self.trainer.ranks(), self.trainer.trains
         ranks = list(found) if fault.kind == "kill trainer" else [int(fault.draw * len(found))]
         self.trainer.signal(ranks, signal.SIGKILL)
         end = time.monotonic() + _OTHERS_END_S
-        # Before the first step nothing watches over the ranks yet: the launcher ends those that wait for one that is gone.
+        # Before the first step nothing watches the ranks yet. The launcher then ends ranks that wait for a
+        # dead one.
         while trained and (left := [rank for rank, process in found.items() if is_alive(process)]):
             if time.monotonic() > end:
                 raise FaultFailed(
-                    f"rank {left} still runs {_OTHERS_END_S:g} s after kill -9 of rank {ranks}: {self.trainer.text()[-1500:]}"
+                    f"rank {left} still runs {_OTHERS_END_S:g} s after kill -9 of rank {ranks}: "
+                    f"{self.trainer.text()[-1500:]}"
                 )
             time.sleep(0.1)
         return self._ends(fault, f"kill -9 of rank {ranks}", statuses=None)
@@ -122,7 +132,7 @@ class Faults:
         )
 
     def _wrong_weights(self, fault: Fault) -> str:
-        """The disk changes what was written to it, before the servers read it."""
+        """Corrupt the published weights on disk before the servers read them."""
         self._until_it_trains()
         known = set(self._published())
         end = time.monotonic() + _PATIENCE_S
@@ -148,7 +158,7 @@ class Faults:
         return [path for path in self.weights_folder.glob("weights-v*") if path.suffix != ".partial"]
 
     def _notices_wrong_weights(self) -> bool:
-        """False where the servers were faster than the fault."""
+        """Return whether the trainer noticed. It cannot if the servers read the weights before the fault."""
         step = self.trainer.step()
         self.wait(lambda: self.trainer.step() >= step + 2, 30)
         return not self.trainer.is_running or "compared tensors differ" in self.trainer.text()
@@ -186,7 +196,7 @@ class Faults:
 
     def _until_it_trains(self) -> None:
         if not self.wait(lambda: self.trainer.trains, _PATIENCE_S):
-            raise FaultFailed(f"the trainer does not get to its first step: {self.trainer.text()[-1500:]}")
+            raise FaultFailed(f"the trainer does not reach its first step: {self.trainer.text()[-1500:]}")
 
     def _ends(
         self,
@@ -208,18 +218,22 @@ class Faults:
         life = self.trainer.ended(fault.kind)
         if (statuses is not None and life.status not in statuses) or text not in self.trainer.text():
             raise FaultFailed(
-                f"{what}: the trainer ended with {life.status}, not {statuses} and {text!r}: {self.trainer.text()[-1500:]}"
+                f"{what}: the trainer ended with {life.status}; expected {statuses} and the text {text!r}: "
+                f"{self.trainer.text()[-1500:]}"
             )
         newest = int(self._checkpoints()[-1].stem.removeprefix("step-")) if self._checkpoints() else 0
         if saved and trained and newest != life.last_step:
             raise FaultFailed(
-                f"{what}: the checkpoint is of step {newest}, the last step is {life.last_step}"
+                f"{what}: the newest checkpoint is of step {newest}, but the last step is {life.last_step}"
             )
-        return f"{what}: ended with {life.status} at step {life.last_step}, checkpoint {newest}, after {seconds:.0f} s"
+        return (
+            f"{what}: ended with {life.status} at step {life.last_step}, checkpoint {newest}, "
+            f"after {seconds:.0f} s"
+        )
 
 
 def small_disk(folder: Path, size_mib: int) -> Path | None:
-    """A file system of its own in this folder; None where that is not permitted."""
+    """Mount a small file system at this folder. Returns None if mounting is not permitted."""
     folder.mkdir(parents=True)
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size_mib}m", "tmpfs", str(folder)], capture_output=True
@@ -234,9 +248,9 @@ def _signal(processes: list[psutil.Process], number: int) -> None:
 
 
 def _zero_tensors(file: Path) -> None:
-    """In place: a server that reads the file now gets zeros of the right shapes."""
+    """Zero a file's tensors in place. A server that reads it then gets zeros of the right shapes."""
     with file.open("r+b") as content:
-        start = 8 + int.from_bytes(content.read(8), "little")  # behind the header
+        start = 8 + int.from_bytes(content.read(8), "little")  # the first byte after the header
         size = file.stat().st_size
         content.seek(start)
         content.write(bytes(size - start))

@@ -1,4 +1,4 @@
-"""Resident memory of every process of a run over time, and whether it stays where it is."""
+"""The resident memory of every process of a run over time, and whether it stays flat."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from dataclasses import dataclass
 import psutil
 
 _EVERY_S = 2.0
-_WARM_UP_S = 60.0  # imports, first steps, and what allocators keep from them
+_WARM_UP_S = 60.0  # imports, first steps, and memory that allocators keep from them
 _LEAST_S = 120.0  # shorter lives say nothing
 _MIB = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Growth:
-    """Of one life of one process, between the first and the last quarter of it (medians), after its warm-up."""
+    """The memory growth of one process in one life.
+
+    ``first_mib`` and ``last_mib`` are medians over the first and the last quarter of the life after its
+    warm-up.
+    """
 
     name: str
     life_s: float
@@ -33,13 +37,15 @@ class Growth:
 
 class MemoryLog:
     def __init__(self) -> None:
-        self._rows: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(
-            list
-        )  # (name, pid): seconds, MiB
+        # (name, pid) -> pairs of seconds and MiB
+        self._rows: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
         self._last_s = 0.0
 
     def sample(self, find: Callable[[], dict[str, psutil.Process]]) -> None:
-        """Call it as often as you like: now and then it asks for the processes, by name, and looks at them."""
+        """Sample the memory of the processes that ``find`` returns by name.
+
+        You may call it as often as you like. It samples only every few seconds.
+        """
         now = time.monotonic()
         if now - self._last_s < _EVERY_S:
             return
@@ -49,7 +55,7 @@ class MemoryLog:
                 self._rows[name, process.pid].append((now, process.memory_info().rss / _MIB))
 
     def growths(self) -> list[Growth]:
-        """Of every life that was long enough."""
+        """Return the growth of every life that was long enough."""
         return [
             growth for (name, _), rows in self._rows.items() if (growth := growth_of(name, rows)) is not None
         ]

@@ -1,6 +1,7 @@
-"""Two engines of the soak: one that writes down what the servers said, and one that says it again.
+"""The soak's two engines: one records the servers' completions, the other replays them.
 
-With them the whole disturbed run is done once more without servers and without faults: it must come to the same weights, bit for bit.
+They let us repeat the whole disturbed run without servers or faults. The repeated run must reach the same
+weights, bit for bit.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ LIFE_VARIABLE = "RPT_SOAK_LIFE"  # number of the trainer's start
 
 
 class RecordedServers(VLLMServerEngine):
-    """A file for each life and rank, a line for each request, on the disk before anything is trained with it."""
+    """The servers' engine, which also records every completion.
+
+    It writes one file per life and rank, and one line per request. A line is written before its completions
+    are trained on.
+    """
 
     def __init__(
         self,
@@ -56,7 +61,11 @@ class RecordedServers(VLLMServerEngine):
 
 
 class Replay(ScriptedEngine):
-    """Says what was recorded. It holds the weights, so that versions and tensors are checked as ever, and the policy's log-probs against the recorded."""
+    """An engine that replays the recorded completions.
+
+    It holds the weights, so that versions and tensors are checked as usual. The policy's log-probs are
+    checked against the recorded ones.
+    """
 
     def __init__(self, recordings: str, dtype: EngineDtype = "float32") -> None:
         super().__init__(["nothing of its own"], dtype)
@@ -76,7 +85,10 @@ class Replay(ScriptedEngine):
 
 
 def read_recordings(folder: Path) -> Iterator[dict]:
-    """Of training, each step as its last life did it: a step that was begun before a fault and not saved is no step of the run."""
+    """Read the training requests of each step, as recorded by the last life that ran the step.
+
+    A step that began before a fault and was never saved does not count as a step of the run.
+    """
     last_life: dict[int, int] = {}
     rows = []
     for path in sorted(folder.glob("life-*.jsonl")):
@@ -85,7 +97,7 @@ def read_recordings(folder: Path) -> Iterator[dict]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:
-                break  # the process was killed while it wrote, so nothing comes behind it
+                break  # the process was killed while writing, so nothing follows
             if row["temperature"] > 0:
                 rows.append((life, row))
                 last_life[row["version"]] = life

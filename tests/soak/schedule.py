@@ -1,4 +1,4 @@
-"""Which fault comes when: a function of the seed, so that a soak can be repeated."""
+"""The schedule of faults. It is a function of the seed, so that a soak can be repeated."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TRAINER_FAULTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """``draw``, from 0 to 1, chooses the victim and the moment."""
+    """One scheduled fault. ``draw``, a number from 0 to 1, chooses the victim and the changed byte."""
 
     at_s: float
     kind: str
@@ -30,9 +30,10 @@ class Fault:
 def make_schedule(
     *, seed: int, duration_s: float, every_s: float, leave_out: Sequence[str] = ()
 ) -> list[Fault]:
-    """A fault every ``every_s`` seconds, up to a fifth of that earlier.
+    """Schedule a fault every ``every_s`` seconds, or up to a fifth of that time earlier.
 
-    In the first third only servers suffer, so that one trainer lives long enough for a leak to show; then every kind comes equally often.
+    In the first third only servers suffer faults, so that one trainer lives long enough to reveal a leak.
+    After that every kind of fault occurs equally often.
     """
     rng = random.Random(seed)
     bags: dict[bool, list[str]] = {True: [], False: []}

@@ -1,4 +1,7 @@
-"""`rpt serve` with stand-in servers: the same supervisor, servers that start in a second. python serve_stand_ins.py MODEL LOG_FOLDER PORT..."""
+"""`rpt serve` with stand-in servers, which start in a second. The supervisor is the same.
+
+Usage: python serve_stand_ins.py MODEL LOG_FOLDER PORT...
+"""
 
 from __future__ import annotations
 

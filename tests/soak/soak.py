@@ -1,10 +1,14 @@
-"""A small run of two ranks and two servers that something happens to every minute, and what must hold of it afterwards.
+"""A soak test: a small run of two ranks and two servers that suffers a fault every minute.
 
-    python tests/soak/soak.py --minutes 30                       real vLLM servers, about 45 minutes in all by estimate (`make soak`)
+    # Real vLLM servers; we estimate about 45 minutes in all (`make soak`).
+    python tests/soak/soak.py --minutes 30
+    # Stand-in servers.
     python tests/soak/soak.py --minutes 3 --every_s 20 --servers stand-in
 
-Faults come by a schedule of the seed; which step they meet is up to the machine. At the end every task must have been rolled out once, and the whole run, done
-again without faults on the same completions, must have the same weights bit for bit. Result: ``soak.json`` in the folder, and the exit status.
+The seed sets the schedule of the faults. The step at which each one strikes depends on the machine. At the
+end, every task must have been rolled out once. The whole run is then repeated without faults on the same
+completions and must reach the same weights, bit for bit. The result is ``soak.json`` in the folder, and the
+exit status.
 """
 
 from __future__ import annotations
@@ -50,7 +54,7 @@ from processes import free_port
 ROOT = HERE.parents[1]
 GROUP_SIZE = 4
 DATA = {"tasks_per_step": 8, "positions_per_document": 2, "num_eval_tasks": 8, "eval_batch_size": 8}
-_LAST_STEPS = 4  # after the last fault, to an ordinary end
+_LAST_STEPS = 4  # after the last fault, before the run ends normally
 _READY_S = 600.0
 
 
@@ -70,7 +74,7 @@ class Soak:
         return time.monotonic() - self._start_s
 
     def prepare(self) -> None:
-        """Model, tasks, configurations, a small disk, servers."""
+        """Make the model, tasks, configurations, small disk and servers."""
         if self.folder.exists():
             raise SystemExit(f"{self.folder} exists; remove it, or give another --folder")
         self.run_folder, self.weights, self.recordings = (
@@ -107,8 +111,10 @@ class Soak:
         key = {"RPT_SERVER_KEY": secrets.token_hex(16)}
         os.environ |= key
         if self.servers == "vllm":
-            # A cache on the CPU becomes resident block by block, as it is first used, for minutes: a small one cannot be taken for a leak, nor hide one.
-            # Nor may what oneDNN keeps for each size of a batch that it has met: 1,024 primitives by itself, which took 350 MiB here.
+            # On the CPU the KV cache becomes resident block by block on first use, which takes minutes. A
+            # small cache can neither look like a leak nor hide one. oneDNN also keeps primitives for each
+            # batch size that it meets: 1,024 by default, which took 350 MiB here. We limit those for the
+            # same reason.
             key |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8"}
             flags = [
                 "--serve.kv_cache_gib",
@@ -162,9 +168,8 @@ class Soak:
             "thought_controls": False,
             "verify_sequences": 4 if self.servers == "vllm" else 0,
         }
-        config["rollout"]["objective"]["init_args"]["reward"] = {
-            "class_path": "real_runs.SomeAreRight"
-        }  # a random model is never right
+        # A random model is never right, so this reward makes some completions right.
+        config["rollout"]["objective"]["init_args"]["reward"] = {"class_path": "real_runs.SomeAreRight"}
         config["checkpoint"] = {"every_n_steps": 3, "keep": 2}
         config["ranks"] = {"limit_s": 20.0}
         (self.folder / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
@@ -178,9 +183,9 @@ class Soak:
         for fault in faults:
             self._watch_until(fault.at_s)
             before = self.now_s
-            if (
-                before > duration_s
-            ):  # a busy machine: each fault waits for the run to go on after the one before
+            # Each fault waits until the run has recovered from the one before, which is slow on a busy
+            # machine.
+            if before > duration_s:
                 self.events.append(
                     {"due_s": round(fault.at_s), "kind": fault.kind, "outcome": "not made: no time was left"}
                 )
@@ -199,18 +204,20 @@ class Soak:
                 self._wait(lambda: self.trainer.trains, 400)
                 if "is damaged" not in self.trainer.text():
                     self.failures.append(
-                        f"nothing was said of a damaged checkpoint: {self.trainer.text()[-1500:]}"
+                        f"the trainer did not report a damaged checkpoint: {self.trainer.text()[-1500:]}"
                     )
         self._watch_until(duration_s)
 
     def finish(self) -> int:
-        """SIGTERM, then a few steps more to an ordinary end. Returns the number of steps."""
+        """Send SIGTERM, then run a few more steps to a normal end. Returns the number of steps."""
         self._wait(lambda: self.trainer.trains, 400)
         self.trainer.signal([0, 1], signal.SIGTERM)
         self._wait(lambda: not self.trainer.is_running, 400)
         life = self.trainer.ended("end")
         if life.status != 75:
-            self.failures.append(f"SIGTERM at the end: status {life.status}: {self.trainer.text()[-1500:]}")
+            self.failures.append(
+                f"SIGTERM at the end gave status {life.status}: {self.trainer.text()[-1500:]}"
+            )
         num_steps = self.trainer.step() + _LAST_STEPS
         self.trainer.start(self.now_s, "--trainer.max_steps", str(num_steps))
         self._wait(lambda: not self.trainer.is_running, 400)
@@ -221,12 +228,13 @@ class Soak:
         if (status := self.serve.stop()) != 0:
             self.failures.append(f"the servers' supervisor ended with {status}")
         self._say(
-            f"done with {num_steps} steps in {len(self.trainer.lives)} lives; {self.num_server_restarts} restarts of servers"
+            f"done with {num_steps} steps in {len(self.trainer.lives)} lives; "
+            f"{self.num_server_restarts} server restarts"
         )
         return num_steps
 
     def replay(self, num_steps: int) -> Path:
-        """The same run without faults and servers, on the completions that were recorded."""
+        """Repeat the run without faults or servers, on the recorded completions."""
         replay = Trainer(self.folder / "replay.yaml", self.folder / "replay", self.folder / "logs" / "replay")
         replay.log_folder.mkdir()
         replay.start(
@@ -298,14 +306,14 @@ class Soak:
             subprocess.run(["umount", "-l", str(self.disk)], check=False)
 
     def _watch_until(self, at_s: float) -> None:
-        """A trainer that ends without a fault is a failure, and started again."""
+        """Wait until the given time. If the trainer ends without a fault, record a failure and restart it."""
         while self.now_s < at_s:
             if (
                 not self._wait(lambda: self.now_s >= at_s, at_s - self.now_s + 1)
                 and not self.trainer.is_running
             ):
                 self.failures.append(
-                    f"the trainer ended by itself at {self.now_s:.0f} s: {self.trainer.text()[-3000:]}"
+                    f"the trainer ended on its own at {self.now_s:.0f} s: {self.trainer.text()[-3000:]}"
                 )
                 self._say(self.failures[-1])
             self._start_again()
@@ -378,14 +386,17 @@ def main(args: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--minutes", type=float, default=30.0, help="of faults; start, end and replay come beside it"
+        "--minutes",
+        type=float,
+        default=30.0,
+        help="minutes of faults; start, end and replay take more",
     )
-    parser.add_argument("--every_s", type=float, default=60.0, help="seconds from fault to fault")
-    parser.add_argument("--seed", type=int, default=0, help="of the schedule")
+    parser.add_argument("--every_s", type=float, default=60.0, help="seconds between faults")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the schedule")
     parser.add_argument("--servers", choices=["vllm", "stand-in"], default="vllm")
     parser.add_argument("--folder", type=Path, default=Path("runs/soak"))
     settings = parser.parse_args(args)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("soak: SIGTERM"))  # so that everything is cleaned up
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("soak: SIGTERM"))  # so that clean-up runs
     soak = Soak(settings.folder.resolve(), servers=settings.servers, seed=settings.seed)
     try:
         soak.prepare()
@@ -397,7 +408,7 @@ def main(args: list[str] | None = None) -> int:
             leave_out=leave_out,
         )
         if leave_out:
-            print("mounting a file system is not permitted here: no disk will be full")
+            print("mounting a file system is not permitted here, so the full-disk fault is left out")
         soak.disturb(faults, 60 * settings.minutes)
         num_steps = soak.finish()
         checks = soak.check(num_steps, soak.replay(num_steps))
@@ -406,7 +417,8 @@ def main(args: list[str] | None = None) -> int:
         soak.close()
     for growth in soak.growths:
         print(
-            f"memory of {growth.name}, {growth.life_s:.0f} s: {growth.first_mib:.0f} -> {growth.last_mib:.0f} MiB"
+            f"memory of {growth.name}, {growth.life_s:.0f} s: "
+            f"{growth.first_mib:.0f} -> {growth.last_mib:.0f} MiB"
         )
     for name, wrong in checks.items():
         print(

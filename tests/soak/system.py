@@ -1,4 +1,8 @@
-"""The two commands of the soak, as processes: `rpt fit` with two ranks, and `rpt serve` with two servers (or the same supervisor with stand-ins)."""
+"""The processes of the soak's two commands.
+
+`rpt fit` runs with two ranks. `rpt serve` runs with two servers, or its supervisor runs with stand-in
+servers.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +29,18 @@ PYTHONPATH = os.pathsep.join(
 
 @dataclass
 class Life:
-    """One start of the trainer. Times are seconds of the soak."""
+    """One start of the trainer. Times are in seconds since the start of the soak."""
 
     number: int
     started_s: float
-    first_step: int  # that was logged when it started
+    first_step: int  # the number of logged steps when it started
     last_step: int | None = None
     status: int | None = None
     ended_by: str | None = None
 
 
 class Trainer:
-    """One run, in as many lives as it takes."""
+    """One training run. It may take several lives."""
 
     def __init__(self, config: Path, run_folder: Path, log_folder: Path) -> None:
         self.config = config
@@ -75,17 +79,17 @@ class Trainer:
         return self.log_folder / f"trainer-{self.lives[-1].number:03}.log"
 
     def text(self) -> str:
-        """Of this life."""
+        """Return the output of the current life."""
         return self._log.read_text(errors="replace")
 
     def step(self) -> int:
-        """Number of steps in the log."""
+        """Return the number of steps in the log."""
         path = self.folder / "steps.jsonl"
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
     @property
     def trains(self) -> bool:
-        """Whether this life has done a step."""
+        """Whether the current life is running and has completed a step."""
         return self.is_running and "\nstep " in self.text()
 
     @property
@@ -93,7 +97,7 @@ class Trainer:
         return self._process is not None and self._process.is_running
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """By rank; Lightning's first rank starts the other, which takes some seconds."""
+        """Return the processes by rank. Lightning's first rank starts the other, which takes some seconds."""
         if self._process is None:
             return {}
         found = {}
@@ -113,7 +117,10 @@ class Trainer:
                     process.send_signal(number)
 
     def ended(self, why: str) -> Life:
-        """Call it when the process is no longer running, or to end it: nothing of it is left then."""
+        """Complete the record of the current life.
+
+        Call this when the process has ended, or to end it. No part of it is left running.
+        """
         assert self._process is not None
         self._process.kill()
         life = self.lives[-1]
@@ -122,7 +129,10 @@ class Trainer:
 
 
 class Serve:
-    """Servers by their ports, looked up anew each time: a server that ended is started again by its supervisor."""
+    """The servers and their supervisor.
+
+    Server processes are looked up by port on each call, because the supervisor restarts a server that ended.
+    """
 
     def __init__(
         self, command: list[str], log: Path, ports: list[int], environment: Mapping[str, str]
@@ -151,7 +161,7 @@ class Serve:
         return self._process.is_running
 
     def fronts(self) -> dict[int, psutil.Process]:
-        """The processes that speak HTTP, by port; a server that is being started again is missing."""
+        """Return the processes that serve HTTP, by port. A server that is restarting is missing."""
         found = {}
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(self._process.pid).children():
@@ -162,7 +172,7 @@ class Serve:
         return found
 
     def families(self) -> dict[int, list[psutil.Process]]:
-        """Each server's processes, the one that speaks HTTP first."""
+        """Return each server's processes by port, starting with the one that serves HTTP."""
         found = {}
         for port, front in self.fronts().items():
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -173,7 +183,7 @@ class Serve:
         return self.log.read_text().count("ended with status")
 
     def stop(self) -> int:
-        """SIGTERM, as a user ends it; returns the exit status."""
+        """Stop the servers with SIGTERM, as a user would. Returns the exit status."""
         self._process.process.terminate()
         status = self._process.process.wait(90)
         self._process.kill()

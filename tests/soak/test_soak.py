@@ -1,4 +1,4 @@
-"""The soak in its short form, and its own parts: a check that cannot fail proves nothing."""
+"""The short form of the soak, and tests of its parts. A check that cannot fail proves nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rpt_lightning.data.datamodule import TokenTaskDataModule
 
 @pytest.mark.long
 def test_three_minutes_with_stand_in_servers(tmp_path):
-    """Every part of the real soak except vLLM itself, at a fault every 20 seconds."""
+    """Run every part of the real soak except vLLM itself, with a fault every 20 seconds."""
     script = Path(__file__).with_name("soak.py")
     command = [
         sys.executable,
@@ -56,7 +56,10 @@ def test_a_schedule_is_that_of_its_seed():
 
 @pytest.fixture
 def run(tiny_task_dir, tmp_path):
-    """Two steps of 8 tasks with 4 completions each, and a group that was replaced in the second, as a run leaves them."""
+    """The files that a run leaves after two steps of 8 tasks with 4 completions each.
+
+    One group was replaced in the second step.
+    """
     options = {"tasks_per_step": 8, "positions_per_document": 2}
     data = TokenTaskDataModule(str(tiny_task_dir), **options)
     data.setup("fit")
@@ -123,20 +126,20 @@ def test_a_lost_and_a_doubled_task_are_found(run):
     path = run[0] / "recordings" / "life-0002-rank-0.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[1:]))
-    assert "too little" in check(run)[0]
+    assert "too few" in check(run)[0]
     path.write_text("".join([*lines, lines[0]]))
-    assert "4} too much and {} too little" in check(run)[0]
+    assert "4} too many and {} too few" in check(run)[0]
     path.write_text("".join(lines))
     samples = run[0] / "rollouts" / "step-000002.jsonl"
     first, rest = samples.read_text().split("\n", 1)
     samples.write_text(rest)
-    assert check(run)[0].startswith("step 2: trained were")
+    assert check(run)[0].startswith("step 2: the trained tasks have")
     assert first
 
 
 def test_a_step_that_is_missing_twice_or_not_saved_is_found(run):
     assert check_steps(run[0], 3) == [
-        "the log has 2 steps up to 2, not each of 1 to 3 once",
+        "the log has 2 steps up to 2, not each step from 1 to 3 once",
         "the last checkpoint is step-000002.ckpt, not of step 3",
     ]
 

@@ -93,10 +93,17 @@ def test_the_same_seed_gives_the_same_start_model(countdown: None, monkeypatch: 
     weights = []
     for run, seed in (("one", 3), ("again", 3), ("other", 4)):
         make_model.make("world", Path(f"models/{run}"), world="countdown.Countdown", seed=seed)
-        short = "--data.documents_per_step 8 --trainer.max_steps 3 --checkpoint.every_n_steps 3 --checkpoint.keep_every_n_steps null"
-        start = f"fit --config {CONFIGS}/demo/start.yaml --data.source countdown.Countdown --seed_everything {seed}"
+        short = (
+            "--data.documents_per_step 8 --trainer.max_steps 3 "
+            "--checkpoint.every_n_steps 3 --checkpoint.keep_every_n_steps null"
+        )
+        start = (
+            f"fit --config {CONFIGS}/demo/start.yaml --data.source countdown.Countdown "
+            f"--seed_everything {seed}"
+        )
         rpt(
-            f"{start} --data.seed {seed} --model.policy.path models/{run} --trainer.default_root_dir runs/{run} {short}"
+            f"{start} --data.seed {seed} --model.policy.path models/{run} "
+            f"--trainer.default_root_dir runs/{run} {short}"
         )
         weights.append(
             torch.load(f"runs/{run}/checkpoints/step-000003.ckpt", weights_only=False)["state_dict"]

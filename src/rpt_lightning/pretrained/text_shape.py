@@ -74,7 +74,11 @@ def check_not_quantized(config: Any, *, where: str) -> None:
 
 
 def check_sizes(config: Any, *, where: str) -> None:
-    """Raises ValueError if the sizes in a ``config.json`` do not fit each other, before a library fails somewhere inside."""
+    """Check that the sizes in a ``config.json`` fit each other, before a library fails somewhere inside.
+
+    Raises:
+        ValueError: if they do not.
+    """
     text = config.get_text_config()
     sizes = {name: getattr(text, name, None) for name in SIZES}
     for name, value in sizes.items():
@@ -83,5 +87,6 @@ def check_sizes(config: Any, *, where: str) -> None:
     heads, kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
     if isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads:
         raise ValueError(
-            f"{where}: in its config.json num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})"
+            f"{where}: in its config.json num_attention_heads ({heads}) is not a multiple of "
+            f"num_key_value_heads ({kv_heads})"
         )
