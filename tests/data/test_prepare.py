@@ -401,8 +401,9 @@ def test_every_config_is_understood(config: Path) -> None:
     from jsonargparse import ArgumentParser
 
     lines = config.read_text().splitlines()
-    assert lines[0] == f"# rpt prepare --config configs/prepare/{config.name}"
-    assert lines[1].startswith("# Hardware: ")
+    header = lines[: next(number for number, line in enumerate(lines) if not line.startswith("#"))]
+    assert f"#   rpt prepare --config configs/prepare/{config.name}" in header
+    assert any(line.startswith("# Hardware: ") for line in header)
     parser = ArgumentParser()
     parser.add_argument("--config", action="config")
     parser.add_function_arguments(prepare_function, as_positional=False)

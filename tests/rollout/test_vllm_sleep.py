@@ -5,6 +5,7 @@ vLLM sleeps only on GPUs. A stand-in shows the order of calls, and the test with
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ class RecordingLLM:
         self.calls.append(method)
         for _ in kwargs["weights_iterator"]:
             pass
+
+    def apply_model(self, function: Callable[[torch.nn.Module], None]) -> list[None]:
+        return [function(torch.nn.Module())]
 
     def reset_prefix_cache(self) -> bool:
         self.calls.append("reset_prefix_cache")

@@ -5,6 +5,7 @@ The fitted law is shown for the paper's three difficulties.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,11 +73,12 @@ class ScalingCurve:
             f"{number - 3} degrees of freedom"
         )
 
-    def rivals_text(self) -> str:
-        """Say which law describes the checkpoints best, and by how much."""
-        best, *others = sorted(
-            compare_laws(self.compute, [rate.mean for rate in self.rates]).items(), key=lambda law: law[1]
-        )
+    def rivals_text(self) -> str | None:
+        """Say which law describes the checkpoints best, and by how much. None if they are too few to tell."""
+        criteria = compare_laws(self.compute, [rate.mean for rate in self.rates])
+        if not all(map(math.isfinite, criteria.values())):
+            return None
+        best, *others = sorted(criteria.items(), key=lambda law: law[1])
         behind = ", ".join(f"{name} +{value - best[1]:.1f}" for name, value in others)
         return (
             f"{self.band}: the {best[0]} law describes the checkpoints best; Akaike's criterion of the "
@@ -192,7 +194,7 @@ def scaling_text(run: Run, curves: Sequence[ScalingCurve]) -> str:
         rows.append(
             markdown_row(f"{step}: NTP, same positions", [curve.ntp_rates[index] for curve in curves])
         )
-    fits = [f"- {text}" for curve in curves for text in (curve.text(), curve.rivals_text())]
+    fits = [f"- {text}" for curve in curves for text in (curve.text(), curve.rivals_text()) if text]
     num_documents = curves[0].interval.num_units
     note = (
         f"P(C) = A / C^alpha + P*, least squares; 95 % intervals by {_NUM_RESAMPLES} resamples of "

@@ -127,6 +127,7 @@ class RolloutEngine(ABC):
             skeleton = cast(Any, AutoModelForCausalLM).from_config(config)
         token_bytes = TokenBytes(as_in_folder(read_tokenizer(model_path), where=f"tokenizer of {model_path}"))
         self._is_interrupted = False
+        self._config = config
         self._start(model_path, seed)
         self._weight_shapes = {
             name: weight.shape for name, weight in skeleton.named_parameters(remove_duplicate=False)

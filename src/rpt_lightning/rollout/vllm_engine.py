@@ -21,7 +21,6 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from rpt_lightning.rollout.engine import (
     EngineDtype,
@@ -109,6 +108,7 @@ class VLLMEngine(RolloutEngine):
         self.block_size = block_size
         self.sleep_in_training = sleep_in_training
         self._is_asleep = False
+        self._has_served = False  # completions, since the start
         self._llm: Any = None
         self._is_trainers_group = False
 
@@ -143,7 +143,6 @@ class VLLMEngine(RolloutEngine):
             )
         self._is_trainers_group = torch.distributed.is_initialized()
         VLLMEngine._running = self
-        self._config = AutoConfig.from_pretrained(model_path)
         self._has_served = False
         try:
             with (

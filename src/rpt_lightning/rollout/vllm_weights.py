@@ -74,6 +74,8 @@ def _read(model: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
 
 def _names_in_files(model: nn.Module) -> dict[str, list[str]]:
     """Return the names, cached with the model because finding them takes a moment."""
+    if not hasattr(model, "config"):
+        return {}
     if not hasattr(model, "_rpt_names_in_files"):
         model._rpt_names_in_files = names_in_files(cast(Any, model).config)  # type: ignore[assignment]
     return cast(dict[str, list[str]], model._rpt_names_in_files)
