@@ -120,7 +120,7 @@ def test_documents_show_the_stored_results(table, monkeypatch, tmp_path):
     stale.write_text(f"text\n{table.BEGIN}\nan older table\n{table.END}\n")
     monkeypatch.setattr(table, "ROOT", tmp_path)
     monkeypatch.setattr(table, "DOCUMENT", stale)
-    with pytest.raises(SystemExit, match=r"stale.md: not the table"):
+    with pytest.raises(SystemExit, match=r"stale.md: the table does not match"):
         table.main()
     monkeypatch.setattr(sys, "argv", ["table.py"])
     table.main()
