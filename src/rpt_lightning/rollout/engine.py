@@ -11,15 +11,16 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from typing_extensions import Self
 
 from rpt_lightning.pretrained.text_shape import longest_context
 from rpt_lightning.pretrained.tokenizer import as_in_folder, read_tokenizer
+from rpt_lightning.rollout.file_names import make_skeleton
 from rpt_lightning.rollout.own_engine import check_samples
 from rpt_lightning.rollout.requests import check_requests
 from rpt_lightning.rollout.weight_part import split_part
@@ -123,14 +124,12 @@ class RolloutEngine(ABC):
                 f"positions of {model_path}"
             )
         self._max_model_len = max_model_len or longest or DEFAULT_MODEL_LEN
-        with torch.device("meta"):
-            skeleton = cast(Any, AutoModelForCausalLM).from_config(config)
+        self._skeleton = make_skeleton(config)
         token_bytes = TokenBytes(as_in_folder(read_tokenizer(model_path), where=f"tokenizer of {model_path}"))
         self._is_interrupted = False
-        self._config = config
         self._start(model_path, seed)
         self._weight_shapes = {
-            name: weight.shape for name, weight in skeleton.named_parameters(remove_duplicate=False)
+            name: weight.shape for name, weight in self._skeleton.named_parameters(remove_duplicate=False)
         }
         self._token_bytes = token_bytes
 

@@ -17,29 +17,28 @@ from transformers.core_model_loading import revert_weight_conversion
 
 
 def as_in_files(
-    weights: Iterable[tuple[str, Tensor]], config: PreTrainedConfig
+    weights: Iterable[tuple[str, Tensor]], skeleton: PreTrainedModel
 ) -> Iterator[tuple[str, Tensor]]:
     """Turn a model's parameters into the tensors of its files.
 
     Args:
         weights: Names and tensors of transformers' model.
-        config: The configuration of that model.
+        skeleton: That model without weights (``make_skeleton``).
     """
-    model = _skeleton(config)
-    if not get_model_conversion_mapping(model, add_legacy=False):
+    if not get_model_conversion_mapping(skeleton, add_legacy=False):
         yield from weights
         return
     for name, tensor in weights:
-        yield from revert_weight_conversion(model, {name: tensor}).items()
+        yield from revert_weight_conversion(skeleton, {name: tensor}).items()
 
 
-def names_in_files(config: PreTrainedConfig) -> dict[str, list[str]]:
+def names_in_files(skeleton: PreTrainedModel) -> dict[str, list[str]]:
     """Map each parameter of transformers' model to the tensors in the family's files that it is made of."""
-    model = _skeleton(config)
-    parameters = model.named_parameters(remove_duplicate=False)
-    return {name: list(revert_weight_conversion(model, {name: tensor})) for name, tensor in parameters}
+    parameters = skeleton.named_parameters(remove_duplicate=False)
+    return {name: list(revert_weight_conversion(skeleton, {name: tensor})) for name, tensor in parameters}
 
 
-def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+def make_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build transformers' model on the meta device. Keep it: a large model takes a second."""
     with torch.device("meta"):
         return cast(PreTrainedModel, cast(Any, AutoModelForCausalLM).from_config(config))

@@ -198,7 +198,7 @@ class VLLMEngine(RolloutEngine):
                 self._llm.wake_up(tags=["weights"])
             self._llm.apply_model(expect_experts)
             self._llm.collective_rpc(
-                "reload_weights", kwargs={"weights_iterator": as_in_files(weights, self._config)}
+                "reload_weights", kwargs={"weights_iterator": as_in_files(weights, self._skeleton)}
             )
             if self._is_asleep:  # the cache comes last, so loading can use its memory
                 self._llm.wake_up(tags=["kv_cache"])
@@ -252,7 +252,7 @@ class VLLMEngine(RolloutEngine):
         except FAMILY_ERRORS as error:
             if self._has_served or isinstance(error, GenerationInterrupted | torch.OutOfMemoryError):
                 raise
-            family = ", ".join(self._config.architectures or [self._config.model_type])
+            family = type(self._skeleton).__name__
             raise ValueError(
                 f"engine VLLMEngine: vLLM {_vllm_version()} could not {what} {family} "
                 f"({type(error).__name__}: {error}). If the model family is the cause (docs/families.md "

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from rpt_lightning.rollout.file_names import names_in_files
+from rpt_lightning.rollout.file_names import make_skeleton, names_in_files
 from rpt_lightning.rollout.weight_part import split_part, take
 
 _SHARDS = {"q": 0, "k": 1, "v": 2}  # vLLM's names for the parts of a fused attention projection
@@ -77,7 +77,7 @@ def _names_in_files(model: nn.Module) -> dict[str, list[str]]:
     if not hasattr(model, "config"):
         return {}
     if not hasattr(model, "_rpt_names_in_files"):
-        model._rpt_names_in_files = names_in_files(cast(Any, model).config)  # type: ignore[assignment]
+        model._rpt_names_in_files = names_in_files(make_skeleton(cast(Any, model).config))  # type: ignore[assignment]
     return cast(dict[str, list[str]], model._rpt_names_in_files)
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rpt_lightning.rollout.checksum import checksum
-from rpt_lightning.rollout.file_names import as_in_files
+from rpt_lightning.rollout.file_names import as_in_files, make_skeleton
 from rpt_lightning.rollout.server_facts import PROTOCOL, architecture
 from rpt_lightning.rollout.vllm_weights import expect_experts, read_weights
 
@@ -33,6 +33,7 @@ class PolicyWeights:
     rank: int
     # Label of the weights that someone is loading, and the time (time.monotonic) until which nobody else may.
     _rpt_loader: tuple[str, float] | None = None
+    _rpt_skeleton: Any = None  # transformers' model without weights, from the first load on
 
     def rpt_describe(self) -> dict[str, Any]:
         """Return what a trainer must know before it trusts this server."""
@@ -78,7 +79,9 @@ class PolicyWeights:
                 "the server sees under the same path?"
             )
         expect_experts(self.get_model())  # type: ignore[attr-defined]
-        weights = as_in_files(_tensors(files), self.vllm_config.model_config.hf_config)
+        if self._rpt_skeleton is None:
+            self._rpt_skeleton = make_skeleton(self.vllm_config.model_config.hf_config)
+        weights = as_in_files(_tensors(files), self._rpt_skeleton)
         self.reload_weights(weights_iterator=weights)  # type: ignore[attr-defined]
         return {"num_files": len(files)}
 
