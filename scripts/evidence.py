@@ -22,10 +22,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from evidence_arms import ARMS, BRANCH_STEP, LAST_STEP, STARTS, STEPS, TASKS_PER_STEP, Arm, Start
 from evidence_records import measure, read_records, write_record
@@ -110,7 +111,7 @@ class Seed:
             {"--data.source.seed": 2 * self.testbed.seed + 1, "--data.phases": f"[{', '.join(start.phases)}]"}
         )
         self._run(start.name, (EXECUTABLE, "fit", "--config", START_CONFIG, *own, *games, *resume))
-        self._export(start.name, checkpoint(run, LAST_STEP), run / "export")
+        self._run(start.name, _export(checkpoint(run, LAST_STEP), run / "export"))
 
     def make_tasks(self, name: str) -> None:
         own: dict[str, object] = {
@@ -126,17 +127,12 @@ class Seed:
         commands = {"rpt": self._rpt, "ntp": self._ntp, "sft": self._sft}[arm.kind](arm, run)
         for command in commands:
             self._run(arm.name, command)
-        seconds = round(time.monotonic() - begin)
-        about = {
-            "commands": [_shown(command) for command in commands],
-            "commit": commit(),
-            "seconds": seconds,
-        }
+        about = _about(commands, begin)
         with _lock:
             write_record(self.record, arm.name, measure(run, about=about))
         print(
             f"evidence: seed {self.testbed.seed}, {arm.name}: "
-            f"{read_records(self.record)[arm.name].headline}, {seconds} s",
+            f"{read_records(self.record)[arm.name].headline}, {about['seconds']} s",
             flush=True,
         )
 
@@ -153,24 +149,8 @@ class Seed:
                 "--checkpoint.keep_every_n_steps": "null",
             }
         )
-        teach = (
-            EXECUTABLE,
-            "fit",
-            "--config",
-            START_CONFIG,
-            *self.testbed.run_flags(start, policy=self.testbed.model),
-            *games,
-            "--ckpt_path",
-            "auto",
-        )
-        export = (
-            EXECUTABLE,
-            "export",
-            "--ckpt",
-            str(checkpoint(start, START_STEPS)),
-            "--output",
-            str(start / "export"),
-        )
+        teach = _fit(START_CONFIG, *self.testbed.run_flags(start, policy=self.testbed.model), *games)
+        export = _export(checkpoint(start, START_STEPS), start / "export")
         own = (
             *ENGINE,
             *self.testbed.run_flags(run, policy=start / "export"),
@@ -179,28 +159,25 @@ class Seed:
             *flags(RPT_SETTINGS),
         )
         parts = [
-            (EXECUTABLE, "fit", "--config", RPT_CONFIG, *own, *flags(steps), "--ckpt_path", "auto")
-            for steps in (
-                {
-                    "--trainer.max_steps": FIRST_STEPS,
-                    "--trainer.val_check_interval": FIRST_EVERY,
-                    "--checkpoint.every_n_steps": FIRST_STEPS,
-                },
-                {
-                    "--trainer.max_steps": LAST_CURVE_STEP,
-                    "--trainer.val_check_interval": EVERY,
-                    "--checkpoint.every_n_steps": 5 * EVERY,
-                },
+            _fit(
+                RPT_CONFIG,
+                *own,
+                *flags(
+                    {
+                        "--trainer.max_steps": last,
+                        "--trainer.val_check_interval": every,
+                        "--checkpoint.every_n_steps": saves,
+                    }
+                ),
+            )
+            for last, every, saves in (
+                (FIRST_STEPS, FIRST_EVERY, FIRST_STEPS),
+                (LAST_CURVE_STEP, EVERY, 5 * EVERY),
             )
         ]
-        commands = [*([] if (start / "export").exists() else [teach, export]), *parts]
-        for command in commands:
+        for command in (*([] if (start / "export").exists() else [teach, export]), *parts):
             self._run("scaling", command)
-        about = {
-            "commands": [_shown(command) for command in (teach, export, *parts)],
-            "commit": commit(),
-            "seconds": round(time.monotonic() - begin),
-        }
+        about = _about([teach, export, *parts], begin)
         write_curve(self.curve, measure_curve(run, about=about))
         print(f"evidence: seed {self.testbed.seed}, scaling: {about['seconds']} s", flush=True)
 
@@ -219,20 +196,7 @@ class Seed:
         # The page shows thought controls for the base arm only.
         steps |= {} if arm.name == "base" else {"--rollout.thought_controls": False}
         tasks = str(self.tasks(arm.tasks))
-        fit = (
-            EXECUTABLE,
-            "fit",
-            "--config",
-            RPT_CONFIG,
-            *ENGINE,
-            *own,
-            "--data.task_dir",
-            tasks,
-            *flags(steps),
-            *arm.options,
-            "--ckpt_path",
-            "auto",
-        )
+        fit = _fit(RPT_CONFIG, *ENGINE, *own, "--data.task_dir", tasks, *flags(steps), *arm.options)
         return (
             [fit]
             if validates
@@ -241,14 +205,7 @@ class Seed:
 
     def _ntp(self, arm: Arm, run: Path) -> list[tuple[str, ...]]:
         own = (*self.testbed.run_flags(run), "--data.task_dir", str(self.testbed.tasks))
-        budget = flags(
-            {
-                "--budget.like": self.folder / "base",
-                "--budget.by": "flops",
-                "--trainer.max_steps": MAX_RIVAL_STEPS,
-            }
-        )
-        fit = (EXECUTABLE, "fit", "--config", NTP_CONFIG, *own, *budget, "--ckpt_path", "auto")
+        fit = _fit(NTP_CONFIG, *own, *self._budget())
         return [fit, self._validate(run, self.testbed.start_model, "last")]
 
     def _sft(self, arm: Arm, run: Path) -> list[tuple[str, ...]]:
@@ -262,26 +219,14 @@ class Seed:
             "--model.optimizer.lr": 3e-4,
             "--model.lr_scheduler": "null",
         }
-        budget = flags(
-            {
-                "--budget.like": self.folder / "base",
-                "--budget.by": "flops",
-                "--trainer.max_steps": MAX_RIVAL_STEPS,
-            }
-        )
         own = self.testbed.run_flags(run)
-        fit = (
-            EXECUTABLE,
-            "fit",
-            "--config",
-            START_CONFIG,
-            *own,
-            *flags(games),
-            *budget,
-            "--ckpt_path",
-            "auto",
-        )
+        fit = _fit(START_CONFIG, *own, *flags(games), *self._budget())
         return [fit, self._validate(run, self.testbed.start_model, "last")]
+
+    def _budget(self) -> tuple[str, ...]:
+        """Flags that end a rival's run at the FLOPs of the base arm."""
+        like = {"--budget.like": self.folder / "base", "--budget.by": "flops"}
+        return flags(like | {"--trainer.max_steps": MAX_RIVAL_STEPS})
 
     def _validate(self, run: Path, policy: Path, ckpt: Path | str) -> tuple[str, ...]:
         own = (*self.testbed.run_flags(run, policy=policy), "--data.task_dir", str(self.testbed.tasks))
@@ -289,9 +234,6 @@ class Seed:
             {"--trainer.limit_val_batches": 1.0, "--rollout.thought_controls": False, "--ckpt_path": ckpt}
         )
         return (EXECUTABLE, "validate", "--config", RPT_CONFIG, *ENGINE, *own, *rest)
-
-    def _export(self, name: str, ckpt: Path, output: Path) -> None:
-        self._run(name, (EXECUTABLE, "export", "--ckpt", str(ckpt), "--output", str(output)))
 
     def _run(self, name: str, command: tuple[str, ...]) -> None:
         """Run a command and append its output to a log file named after the arm."""
@@ -306,6 +248,24 @@ class Seed:
                     f"evidence: seed {self.testbed.seed}, {name} failed. The reason is at the end of {log}. "
                     f"`make evidence` tries it again"
                 )
+
+
+def _fit(config: str, *options: str) -> tuple[str, ...]:
+    """Build a fit that resumes where it was interrupted."""
+    return (EXECUTABLE, "fit", "--config", config, *options, "--ckpt_path", "auto")
+
+
+def _export(ckpt: Path, output: Path) -> tuple[str, ...]:
+    return (EXECUTABLE, "export", "--ckpt", str(ckpt), "--output", str(output))
+
+
+def _about(commands: Sequence[tuple[str, ...]], begin: float) -> dict[str, Any]:
+    """How a record came about. ``begin`` is on the clock of time.monotonic."""
+    return {
+        "commands": [_shown(command) for command in commands],
+        "commit": commit(),
+        "seconds": round(time.monotonic() - begin),
+    }
 
 
 def _shown(command: tuple[str, ...]) -> str:
