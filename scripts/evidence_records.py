@@ -72,9 +72,7 @@ def measure(run: Path, *, about: dict[str, Any]) -> ArmRecord:
     flops = total(read, FLOPS)
     assert flops is not None
     right = {
-        question: text
-        for question, name in QUESTIONS.items()
-        if (text := _marks(positions, name)) is not None
+        question: text for question, name in QUESTIONS.items() if (text := marks(positions, name)) is not None
     }
     return ArmRecord(
         right=right,
@@ -90,7 +88,7 @@ def measure(run: Path, *, about: dict[str, Any]) -> ArmRecord:
     )
 
 
-def _marks(positions: list[PositionResult], name: str) -> str | None:
+def marks(positions: list[PositionResult], name: str) -> str | None:
     outcomes = [getattr(position, name) for position in positions]
     return (
         None
@@ -124,8 +122,13 @@ def read_records(path: Path) -> dict[str, ArmRecord]:
 def write_record(path: Path, name: str, record: ArmRecord) -> None:
     """Add an arm to a seed's file. The replacement is atomic, so the file is always complete."""
     arms = {**read_records(path), name: record}
+    lines = ",\n".join(f"{json.dumps(arm)}: {json.dumps(asdict(arms[arm]))}" for arm in sorted(arms))
+    replace_text(path, f"{{\n{lines}\n}}\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file such that either the new text or the old one is there, complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    lines = ",\n".join(f"{json.dumps(arm)}: {json.dumps(asdict(arms[arm]))}" for arm in sorted(arms))
-    temporary.write_text(f"{{\n{lines}\n}}\n")
+    temporary.write_text(text)
     os.replace(temporary, path)

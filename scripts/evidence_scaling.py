@@ -1,6 +1,6 @@
 """The scaling curve of docs/evidence.md: accuracy against training FLOPs, with the paper's law.
 
-The curve covers two decades of FLOPs and three seeds. The start model left the first phase of
+The curve covers almost two decades of FLOPs in each seed. The start model left the first phase of
 configs/demo/start.yaml early, so it always thinks but gets some of its moves wrong. RPT then corrects its
 thoughts move by move. This takes far longer than discovering that thinking helps.
 """
@@ -8,16 +8,22 @@ thoughts move by move. This takes far longer than discovering that thinking help
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from evidence_records import QUESTIONS, marks, replace_text
 
 from rpt_lightning.evaluation.cost import FLOPS, total
 from rpt_lightning.evaluation.run import Run, read_run
-from rpt_lightning.evaluation.scaling import bootstrap_scaling, compare_laws, fit_scaling
+from rpt_lightning.evaluation.scaling import (
+    ScalingFit,
+    ScalingInterval,
+    bootstrap_scaling,
+    compare_laws,
+    fit_scaling,
+)
 from rpt_lightning.evaluation.table import Rate, markdown_row, markdown_table
 
 START_STEPS = 160  # of the first phase
@@ -47,7 +53,7 @@ class CurveRecord:
     about: dict[str, Any]
 
     def rates(self, question: str) -> list[Rate]:
-        return [Rate(marks.count("1"), len(marks)) for marks in getattr(self, question)]
+        return [Rate(outcomes.count("1"), len(outcomes)) for outcomes in getattr(self, question)]
 
 
 def measure_curve(run: Path, *, about: dict[str, Any]) -> CurveRecord:
@@ -61,18 +67,18 @@ def measure_curve(run: Path, *, about: dict[str, Any]) -> CurveRecord:
         positions = sorted(results.positions, key=lambda position: position.task_id)
         steps.append(step)
         flops.append(cost)
-        reasoning.append("".join(str(int(bool(position.reasoning_correct))) for position in positions))
-        ntp.append("".join(str(int(position.ntp_correct)) for position in positions))
+        reasoned, predicted = (marks(positions, QUESTIONS[question]) for question in ("reasoning", "ntp"))
+        if reasoned is None or predicted is None:
+            raise ValueError(f"{run}: the validation at step {step} did not measure every position")
+        reasoning.append(reasoned)
+        ntp.append(predicted)
     return CurveRecord(
         steps=tuple(steps), flops=tuple(flops), reasoning=tuple(reasoning), ntp=tuple(ntp), about=about
     )
 
 
 def write_curve(path: Path, record: CurveRecord) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(record)) + "\n")
-    os.replace(temporary, path)
+    replace_text(path, json.dumps(asdict(record)) + "\n")
 
 
 def read_curves(folder: Path) -> dict[int, CurveRecord]:
@@ -103,10 +109,15 @@ def law_table(curves: dict[int, CurveRecord]) -> str:
     return markdown_table("P(C) = A / C^alpha + P*", columns, rows)
 
 
+def _law(curve: CurveRecord) -> tuple[ScalingFit, ScalingInterval]:
+    """Fit the paper's law, with intervals over documents. A game has one held-out position."""
+    correct = np.array([[mark == "1" for mark in outcomes] for outcomes in curve.reasoning])
+    documents = [str(number) for number in range(correct.shape[1])]
+    return fit_scaling(curve.flops, correct.mean(axis=1)), bootstrap_scaling(curve.flops, correct, documents)
+
+
 def _law_cells(curve: CurveRecord) -> list[object]:
-    correct = np.array([[mark == "1" for mark in marks] for marks in curve.reasoning])
-    fit = fit_scaling(curve.flops, correct.mean(axis=1))
-    interval = bootstrap_scaling(curve.flops, correct, [str(number) for number in range(correct.shape[1])])
+    fit, interval = _law(curve)
     doubt = fit.doubt or interval.doubt
     reasoning, ntp = curve.rates("reasoning"), curve.rates("ntp")
     cells: list[object] = [
@@ -125,7 +136,8 @@ def _law_cells(curve: CurveRecord) -> list[object]:
             f"{100 * fit.limit:.1f} % [{100 * interval.limit[0]:.1f}, {100 * interval.limit[1]:.1f}]",
             f"{fit.r_squared:.3f}",
         ]
-    best, *others = sorted(compare_laws(curve.flops, correct.mean(axis=1)).items(), key=lambda law: law[1])
+    criteria = compare_laws(curve.flops, [rate.mean for rate in reasoning])
+    best, *others = sorted(criteria.items(), key=lambda law: law[1])
     return [*cells, f"{best[0]} ({', '.join(f'{name} +{value - best[1]:.1f}' for name, value in others)})"]
 
 
@@ -142,11 +154,7 @@ def plot_laws(curves: dict[int, CurveRecord], path: Path) -> None:
     for panel, (seed, curve) in zip(
         figure.subplots(1, len(curves), squeeze=False, sharey=True)[0], curves.items(), strict=True
     ):
-        correct = np.array([[mark == "1" for mark in marks] for marks in curve.reasoning])
-        fit = fit_scaling(curve.flops, correct.mean(axis=1))
-        interval = bootstrap_scaling(
-            curve.flops, correct, [str(number) for number in range(correct.shape[1])]
-        )
+        fit, interval = _law(curve)
         for question, style in (("reasoning", "o"), ("ntp", "^")):
             rates = curve.rates(question)
             means = np.array([100 * rate.mean for rate in rates])
