@@ -18,7 +18,7 @@ import json
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ from model_folder import make_model_folder
 from result import store
 
 from rpt_lightning.cli import main as rpt
-from rpt_lightning.tasks.reward import Reward
+from rpt_lightning.objectives.rewards.next_token import Reward
 from rpt_lightning.training.cpu_precision import bf16_is_slow
-from rpt_lightning.types import TokenTask
+from rpt_lightning.types import AnsweredTask
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP_STEPS = 2
@@ -45,16 +45,9 @@ OUR_PART = (
 class EveryOther(Reward):
     """Rewards every other completion, in the groups of about half of the tasks."""
 
-    needs_first_token_probs = False
-
-    def group_rewards(
-        self,
-        predictions: Sequence[bytes | None],
-        task: TokenTask,
-        first_token_probs: Sequence[float] | None = None,
-    ) -> tuple[float, ...]:
-        is_live = zlib.crc32(task.task_id.encode()) % 2
-        return tuple(float(is_live and index % 2) for index in range(len(predictions)))
+    def group_rewards(self, answered: AnsweredTask) -> tuple[float, ...]:
+        is_live = zlib.crc32(answered.task.task_id.encode()) % 2
+        return tuple(float(is_live and index % 2) for index in range(len(answered.predictions)))
 
 
 def prepare_tasks(folder: Path, model: Path, *, short: bool) -> Path:

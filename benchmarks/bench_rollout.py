@@ -24,11 +24,12 @@ from models import SMOLLM2_135M
 from result import alternate, store
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from rpt_lightning.objectives.base import BoundObjective
+from rpt_lightning.objectives.next_token import NextTokenObjective
+from rpt_lightning.objectives.prompts.template import ContinuationPrompt
+from rpt_lightning.objectives.rewards.next_token import PrefixMatchReward
 from rpt_lightning.rollout.rollouter import Rollouter
 from rpt_lightning.rollout.vllm_engine import VLLMEngine
-from rpt_lightning.tasks.objective import BoundObjective, Objective
-from rpt_lightning.tasks.prompt import ContinuationPrompt
-from rpt_lightning.tasks.reward import PrefixMatchReward
 from rpt_lightning.training.cpu_precision import bf16_is_slow
 from rpt_lightning.types import Completion, GenerationRequest, RolloutGroup, TokenTask
 
@@ -168,7 +169,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-rollout-") as temporary:
         folder = Path(temporary) / "model"
         policy = make_policy(folder, short=args.short)
-        objective = Objective(ContinuationPrompt(), PrefixMatchReward()).bind(
+        objective = NextTokenObjective(ContinuationPrompt(), PrefixMatchReward()).bind(
             AutoTokenizer.from_pretrained(folder)
         )
         length = args.context + objective.prompt.num_overhead_tokens + args.completion

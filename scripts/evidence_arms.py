@@ -85,7 +85,7 @@ SHARE, DEPTH, REWARD, STEP, RIVAL, SAMPLING, NOISE = (
     "sampling",
     "noise",
 )
-_REWARDS = "rpt_lightning.tasks.reward"
+_REWARDS = "rpt_lightning.objectives.rewards.next_token"
 
 
 def _reward(name: str) -> tuple[str, ...]:

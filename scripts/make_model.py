@@ -114,7 +114,7 @@ def make_world(output: Path, world: str, seed: int) -> None:
     from tokenizers import AddedToken
 
     from rpt_lightning import worlds
-    from rpt_lightning.tasks.answer import BOX_CLOSE, BOX_OPEN
+    from rpt_lightning.objectives.box import BOX_CLOSE, BOX_OPEN
 
     module, _, name = world.rpartition(".")
     world_class = getattr(import_module(module) if module else worlds, name)

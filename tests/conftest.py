@@ -100,9 +100,9 @@ def answering_model_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathF
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rpt_lightning.tasks.prompt import QuestionPrompt
-    from rpt_lightning.tasks.question_text import question_text
-    from rpt_lightning.tasks.token_bytes import TokenBytes
+    from rpt_lightning.objectives.prompts.template import QuestionPrompt
+    from rpt_lightning.objectives.question_text import question_text
+    from rpt_lightning.pretrained.token_bytes import TokenBytes
     from rpt_lightning.types import Question
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)

@@ -111,8 +111,8 @@ def test_a_run_learns_from_checked_answers_and_is_compared_with_its_start(config
 def test_questions_and_an_objective_for_positions_do_not_fit(config, rpt):
     values = yaml.safe_load(config.read_text())
     values["rollout"]["objective"]["init_args"] = {
-        "prompt": {"class_path": "rpt_lightning.tasks.prompt.ContinuationPrompt"},
-        "reward": {"class_path": "rpt_lightning.tasks.reward.PrefixMatchReward"},
+        "prompt": {"class_path": "rpt_lightning.objectives.prompts.template.ContinuationPrompt"},
+        "reward": {"class_path": "rpt_lightning.objectives.rewards.next_token.PrefixMatchReward"},
     }
     config.write_text(yaml.safe_dump(values))
     status, output = rpt("validate", "--config", config)

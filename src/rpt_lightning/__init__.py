@@ -24,16 +24,19 @@ _MODULES = {
     "ParquetSource": "data.corpus",
     "TextFilesSource": "data.corpus",
     "prepare": "data.prepare",
-    "Objective": "tasks.objective",
-    "ContinuationPrompt": "tasks.prompt",
-    "ChatPrompt": "tasks.prompt",
-    "QuestionPrompt": "tasks.prompt",
-    "Reward": "tasks.reward",
-    "PrefixMatchReward": "tasks.reward",
-    "FirstTokenReward": "tasks.reward",
-    "DenseReward": "tasks.reward",
-    "ConditionalDenseReward": "tasks.reward",
-    "AnswerReward": "tasks.answer_reward",
+    "Objective": "objectives.base",
+    "NextTokenObjective": "objectives.next_token",
+    "QuestionObjective": "objectives.question",
+    "PromptTemplate": "objectives.prompts.template",
+    "ContinuationPrompt": "objectives.prompts.template",
+    "ChatPrompt": "objectives.prompts.template",
+    "QuestionPrompt": "objectives.prompts.template",
+    "Reward": "objectives.rewards.next_token",
+    "PrefixMatchReward": "objectives.rewards.next_token",
+    "FirstTokenReward": "objectives.rewards.next_token",
+    "DenseReward": "objectives.rewards.next_token",
+    "ConditionalDenseReward": "objectives.rewards.next_token",
+    "AnswerReward": "objectives.rewards.answer",
     "HFEngine": "rollout.hf_engine",
     "VLLMEngine": "rollout.vllm_engine",
     "VLLMServerEngine": "rollout.vllm_server_engine",
@@ -50,20 +53,27 @@ if TYPE_CHECKING:
     from rpt_lightning.data.text_datamodule import TextDataModule
     from rpt_lightning.evaluation.run import read_run
     from rpt_lightning.metrics.results import read_results
-    from rpt_lightning.policy.model import Policy
-    from rpt_lightning.rollout.hf_engine import HFEngine
-    from rpt_lightning.rollout.vllm_engine import VLLMEngine
-    from rpt_lightning.rollout.vllm_server_engine import VLLMServerEngine
-    from rpt_lightning.tasks.answer_reward import AnswerReward
-    from rpt_lightning.tasks.objective import Objective
-    from rpt_lightning.tasks.prompt import ChatPrompt, ContinuationPrompt, QuestionPrompt
-    from rpt_lightning.tasks.reward import (
+    from rpt_lightning.objectives.base import Objective
+    from rpt_lightning.objectives.next_token import NextTokenObjective
+    from rpt_lightning.objectives.prompts.template import (
+        ChatPrompt,
+        ContinuationPrompt,
+        PromptTemplate,
+        QuestionPrompt,
+    )
+    from rpt_lightning.objectives.question import QuestionObjective
+    from rpt_lightning.objectives.rewards.answer import AnswerReward
+    from rpt_lightning.objectives.rewards.next_token import (
         ConditionalDenseReward,
         DenseReward,
         FirstTokenReward,
         PrefixMatchReward,
         Reward,
     )
+    from rpt_lightning.policy.model import Policy
+    from rpt_lightning.rollout.hf_engine import HFEngine
+    from rpt_lightning.rollout.vllm_engine import VLLMEngine
+    from rpt_lightning.rollout.vllm_server_engine import VLLMServerEngine
     from rpt_lightning.training.checkpoint import RunCheckpoint
     from rpt_lightning.training.module import RPTModule
     from rpt_lightning.training.ntp_module import NTPModule
@@ -82,10 +92,13 @@ __all__ = [
     "HFEngine",
     "JsonlSource",
     "NTPModule",
+    "NextTokenObjective",
     "Objective",
     "ParquetSource",
     "Policy",
     "PrefixMatchReward",
+    "PromptTemplate",
+    "QuestionObjective",
     "QuestionPrompt",
     "RPTModule",
     "Reward",

@@ -15,7 +15,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from rpt_lightning.data.base_datamodule import StreamDataModule
 from rpt_lightning.home_paths import with_home
 from rpt_lightning.metrics.run_folder import (
     ANSWER_FOLDER,
@@ -52,6 +51,8 @@ from rpt_lightning.data.mixed_datamodule import MixedDataModule  # isort: skip
 from rpt_lightning.data.questions import HuggingFaceQuestions, JsonlQuestions  # isort: skip
 from rpt_lightning.data.text_datamodule import TextDataModule  # isort: skip
 from rpt_lightning.data.trace_datamodule import TraceDataModule  # isort: skip
+from rpt_lightning.objectives.next_token import NextTokenObjective  # isort: skip
+from rpt_lightning.objectives.question import QuestionObjective  # isort: skip
 from rpt_lightning.rollout.hf_engine import HFEngine  # isort: skip
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine  # isort: skip
 from rpt_lightning.rollout.vllm_engine import VLLMEngine  # isort: skip
@@ -71,6 +72,8 @@ PARTS = (
     TextDataModule,
     TraceDataModule,
     MixedDataModule,
+    NextTokenObjective,
+    QuestionObjective,
     JsonlQuestions,
     HuggingFaceQuestions,
     HFEngine,
@@ -304,8 +307,8 @@ def _check_pair(module: PolicyModule, data: LightningDataModule) -> None:
 
     A user's own data module may make any batch. Each of ours makes one kind.
     """
-    makes_tasks = isinstance(data, (TokenTaskDataModule, AnswerTaskDataModule))
-    if isinstance(data, (StreamDataModule, MixedDataModule)) and makes_tasks != module.learns_from_rollouts:
+    makes = getattr(data, "makes", None)
+    if makes is not None and (makes == "tasks") != module.learns_from_rollouts:
         fitting = (
             "TokenTaskDataModule or AnswerTaskDataModule"
             if module.learns_from_rollouts

@@ -357,11 +357,11 @@ def _prompts(
     if os.path.isdir(folder) and context_tokens is None:
         data = _build(config.data)
         data.setup("fit")
-        prompt = _build(config.rollout.objective.init_args.prompt).bind(data.train.tokenizer)
-        tasks = next(iter(data.train_dataloader()))["tasks"]
-        return [
-            prompt.prompt_ids(task.context_ids) for task in tasks
-        ], f"prompts: those of the run's first step, from {folder}"
+        objective = _build(config.rollout.objective)
+        data.use_objective(objective)
+        bound = objective.bind(data.train.tokenizer)
+        prompts = [bound.prompt_ids(task) for task in next(iter(data.train_dataloader())).tasks]
+        return prompts, f"prompts: those of the run's first step, from {folder}"
     longest = settings.max_context_tokens or settings.max_prompt_tokens
     template_tokens = max(0, settings.max_prompt_tokens - longest)
     if context_tokens is not None and context_tokens > longest:
@@ -385,5 +385,12 @@ def _prompts(
 
 
 def _build(config: Namespace, *args: Any) -> Any:
-    """Build the object of a parsed ``class_path`` whose ``init_args`` are plain values."""
-    return instantiate_class(args, config.as_dict())
+    """Build the object of a parsed ``class_path``, with the objects that its ``init_args`` name."""
+    return _instantiate(config.as_dict(), args)
+
+
+def _instantiate(spec: Any, args: tuple[Any, ...] = ()) -> Any:
+    if not isinstance(spec, dict) or "class_path" not in spec:
+        return spec
+    init_args = {name: _instantiate(value) for name, value in (spec.get("init_args") or {}).items()}
+    return instantiate_class(args, {"class_path": spec["class_path"], "init_args": init_args})

@@ -27,12 +27,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 TokenIds = tuple[int, ...]
 FieldValue = str | int | float
 Fields = Mapping[str, FieldValue]
 FinishReason = Literal["stop", "length"]
+Outcome = Literal["right", "wrong", "quoted", "unboxed", "truncated", "unreadable", "timeout", "error"]
+"""The outcome of one completion.
+
+``quoted``: it repeats an expression of the question that has the true value. ``unboxed``: it ended without an
+answer in the required form. ``truncated``: it ran into the token limit. The last three say that the answer
+could not be checked.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +91,8 @@ class TokenTask:
     ``entropy`` (nats), ``true_prob`` and ``true_rank`` (0 = most likely) are the proxy model's scores of the
     position. ``answerable`` says whether any prediction that ends on a token boundary within ``continuation``
     survives the box parser. ``fields`` are what the corpus knows about the position (``Document.fields``,
-    overlaid by those of marks).
+    overlaid by those of marks). ``following_ids`` are the document's tokens from the position on. They are
+    empty unless the objective asks for them (``Objective.num_following_tokens``).
     """
 
     task_id: str
@@ -98,6 +106,7 @@ class TokenTask:
     true_rank: int
     answerable: bool
     fields: Fields = field(default_factory=dict, hash=False)
+    following_ids: TokenIds = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,8 +159,41 @@ class AnswerTask:
     def position(self) -> int:
         return 0
 
+    @property
+    def entropy(self) -> None:
+        """No proxy has scored a question."""
 
-Task = TokenTask | AnswerTask
+    @property
+    def answerable(self) -> bool:
+        return True
+
+    @property
+    def fields(self) -> Fields:
+        return {} if self.question.category is None else {"category": self.question.category}
+
+
+class Task(Protocol):
+    """One place at which the policy is asked something.
+
+    Only an objective knows what kind of task it gets (`TokenTask` and `AnswerTask` are ours). Everything else
+    reads these fields. ``entropy`` is the proxy's, in nats, or None if no proxy scored the place.
+    ``answerable`` says whether some right answer fits into a box.
+    """
+
+    @property
+    def task_id(self) -> str: ...
+    @property
+    def doc_id(self) -> str: ...
+    @property
+    def position(self) -> int: ...
+    @property
+    def context_ids(self) -> TokenIds: ...
+    @property
+    def entropy(self) -> float | None: ...
+    @property
+    def answerable(self) -> bool: ...
+    @property
+    def fields(self) -> Fields: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -258,10 +300,26 @@ class PromptTokens:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AnsweredTask:
+    """All completions of one task with their predictions: what a reward looks at.
+
+    ``logprobs`` are the policy's log-probs (nats, temperature 1) of the target tokens of the sequences that
+    the reward asked for (``Reward.scored_sequences``), in order. They are None for a sequence that was None.
+    """
+
+    task: Task
+    prompt_ids: TokenIds
+    completions: tuple[Completion, ...]
+    predictions: tuple[bytes | None, ...]
+    logprobs: tuple[tuple[float, ...] | None, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutGroup:
     """All completions of one task, with their predictions and rewards.
 
-    ``masks_truncated`` says that truncated completions are not trained. They cannot make the group live.
+    ``truth`` is what the text or the question really says, in pieces. ``masks_truncated`` says that truncated
+    completions are not trained. They cannot make the group live.
     """
 
     task: Task
@@ -269,6 +327,7 @@ class RolloutGroup:
     completions: tuple[Completion, ...]
     predictions: tuple[bytes | None, ...]
     rewards: tuple[float, ...]
+    truth: tuple[bytes, ...] = ()
     masks_truncated: bool = False
 
     @property

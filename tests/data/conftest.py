@@ -18,7 +18,7 @@ from rpt_lightning.data.corpus import JsonlSource
 from rpt_lightning.data.manifest import FORMAT, write_manifest
 from rpt_lightning.data.prepare import prepare
 from rpt_lightning.data.shards import folder_checksums, write_split
-from rpt_lightning.tasks.token_bytes import tokenizer_hash
+from rpt_lightning.pretrained.token_bytes import tokenizer_hash
 
 FORMULAS = ["{x}", "\\frac{1}{2}", "x_{i}", "} else {"]
 

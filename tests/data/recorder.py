@@ -26,7 +26,7 @@ class Recorder(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def training_step(self, batch: Any, batch_idx: int) -> None:
         step = self.global_step
         drawn = self.trainer.datamodule.draw(self.wanted(step))
         optimizer: Any = self.optimizers()
@@ -34,7 +34,7 @@ class Recorder(LightningModule):
         self.write(
             {
                 "step": step,
-                "tasks": [task.task_id for task in batch["tasks"]],
+                "tasks": [task.task_id for task in batch.tasks],
                 "drawn": [task.task_id for task in drawn],
             }
         )
@@ -42,8 +42,8 @@ class Recorder(LightningModule):
     def wanted(self, step: int) -> list[int]:
         return [self.draws[step % len(self.draws)]] * self.trainer.world_size
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self.write({"validation": [task.task_id for task in batch["tasks"]]})
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.write({"validation": [task.task_id for task in batch.tasks]})
 
     def write(self, record: dict[str, Any]) -> None:
         with self.log_path.with_name(f"{self.log_path.name}.{self.global_rank}").open("a") as file:

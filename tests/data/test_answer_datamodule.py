@@ -17,7 +17,7 @@ from recorder import Recorder, read
 
 from rpt_lightning.data.answer_datamodule import AnswerTaskDataModule, choose
 from rpt_lightning.data.questions import JsonlQuestions
-from rpt_lightning.tasks.token_bytes import TokenBytes
+from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.types import Question
 
 NUM_QUESTIONS = 11
@@ -153,12 +153,12 @@ def test_ranks_together_see_what_one_would(
     loaders = [iter(module.train_dataloader()) for module in ranks]
     whole = iter(one.train_dataloader())
     for _ in range(2):
-        assert [task for loader in loaders for task in next(loader)["tasks"]] == list(next(whole)["tasks"])
+        assert [task for loader in loaders for task in next(loader).tasks] == list(next(whole).tasks)
         drawn = [task for module in ranks for task in module.draw(wanted)]
         assert drawn == list(one.draw([sum(wanted)]))
-    validation = [[batch["questions"] for batch in module.val_dataloader()] for module in ranks]
+    validation = [[batch.tasks for batch in module.val_dataloader()] for module in ranks]
     merged = [sum(shares, ()) for shares in zip(*validation, strict=True)]
-    assert merged == [batch["questions"] for batch in one.val_dataloader()]
+    assert merged == [batch.tasks for batch in one.val_dataloader()]
 
 
 @pytest.mark.long

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rpt_lightning.data.benchmark_overlap import benchmark_spans, overlaps
 from rpt_lightning.data.dedup import span_hashes
-from rpt_lightning.tasks.token_bytes import TokenBytes
+from rpt_lightning.pretrained.token_bytes import TokenBytes
 
 QUESTION = (
     "How many of the seventeen green bottles are still hanging on the wall "

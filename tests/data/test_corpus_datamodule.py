@@ -10,8 +10,8 @@ from transformers import LlamaConfig
 from rpt_lightning.data.corpus import CorpusSource
 from rpt_lightning.data.corpus_datamodule import CorpusDataModule
 from rpt_lightning.data.worked_examples import Phase
-from rpt_lightning.tasks.prompt import ContinuationPrompt
-from rpt_lightning.tasks.token_bytes import TokenBytes
+from rpt_lightning.objectives.prompts.template import ContinuationPrompt
+from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.types import Document, Mark
 
 
@@ -46,7 +46,7 @@ def texts(batch: dict[str, Any], tokenizer) -> list[bytes]:
     token_bytes = TokenBytes(tokenizer)
     return [
         token_bytes.join(sequence.prompt_ids) + b"|" + token_bytes.join(sequence.target_ids)
-        for sequence in batch["sequences"]
+        for sequence in batch.sequences
     ]
 
 
@@ -182,6 +182,6 @@ def test_text_is_cut_to_the_positions_of_the_model(tiny_tokenizer) -> None:
     """As in `TextDataModule`, a model must not be trained on text beyond the positions that it can read."""
     data = make(tiny_tokenizer, prompt=None)
     data.trainer.lightning_module.policy = SimpleNamespace(config=LlamaConfig(max_position_embeddings=4))
-    assert [sequence.num_tokens for sequence in data.next_batch()["sequences"]] == [4, 4, 4]
+    assert [sequence.num_tokens for sequence in data.next_batch().sequences] == [4, 4, 4]
     data.max_tokens = 3
-    assert [sequence.num_tokens for sequence in data.next_batch()["sequences"]] == [3, 3, 3]
+    assert [sequence.num_tokens for sequence in data.next_batch().sequences] == [3, 3, 3]

@@ -16,7 +16,7 @@ import pytest
 from rpt_lightning.data.benchmark_overlap import benchmark_spans
 from rpt_lightning.data.corpus import JsonlSource, ParquetSource, TextFilesSource
 from rpt_lightning.data.questions import JsonlQuestions
-from rpt_lightning.tasks.token_bytes import TokenBytes
+from rpt_lightning.pretrained.token_bytes import TokenBytes
 
 ROWS = [{"problem": f"Größe {number}?", "solution": "ja", "answer": number} for number in range(300)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)

@@ -18,7 +18,7 @@ from rpt_lightning.data.datamodule import TokenTaskDataModule
 from rpt_lightning.data.task_folder import TaskFolder
 from rpt_lightning.data.text_datamodule import TextDataModule
 from rpt_lightning.pretrained.specification import earlier_tokenizer_hash, tokenizer_hash
-from rpt_lightning.tasks.token_bytes import TokenBytes
+from rpt_lightning.pretrained.token_bytes import TokenBytes
 
 Write = Callable[..., Path]
 NUM_POSITIONS = [5, 1, 4, 3, 6, 2, 5]  # 26 positions
@@ -278,9 +278,7 @@ def test_validation_is_fixed_spread_and_independent_of_the_batch_size(
 
     def tasks(**settings: Any) -> list[str]:
         return [
-            task.task_id
-            for batch in module_of(folder, **settings).val_dataloader()
-            for task in batch["tasks"]
+            task.task_id for batch in module_of(folder, **settings).val_dataloader() for task in batch.tasks
         ]
 
     chosen = tasks(num_eval_tasks=10, eval_batch_size=3)

@@ -23,7 +23,7 @@ from rpt_lightning.data.corpus import CorpusSource, HuggingFaceSource, JsonlSour
 from rpt_lightning.data.fields import check_document, token_fields
 from rpt_lightning.data.task_folder import TaskFolder
 from rpt_lightning.data.tokenized_corpus import source_sha256
-from rpt_lightning.tasks.token_bytes import TokenBytes
+from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.types import Document, Mark
 
 TOKENS = [TokenBytes(toys.byte_level()), TokenBytes(toys.byte_fallback())]

@@ -5,7 +5,7 @@ import pytest
 from rpt_lightning.data.mixed_datamodule import MixedDataModule
 from rpt_lightning.data.text_datamodule import TextDataModule
 from rpt_lightning.data.trace_datamodule import TraceDataModule
-from rpt_lightning.tasks.prompt import ContinuationPrompt
+from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 
 
 def parts(task_dir):
@@ -30,7 +30,7 @@ def test_a_batch_is_a_step_of_both_parts(tiny_task_dir):
         (iter(part.train_dataloader()) for part in alone),
     )
     for _ in range(3):
-        assert next(batches)["sequences"] == next(traces)["sequences"] + next(text)["sequences"]
+        assert next(batches).sequences == next(traces).sequences + next(text).sequences
     assert len(mixed.train_dataloader()) == min(len(part.train_dataloader()) for part in alone)
     assert mixed.val_dataloader().batches == alone[0].val_dataloader().batches
 

@@ -15,7 +15,7 @@ from rpt_lightning.data import shards
 from rpt_lightning.data.corpus import CorpusSource, JsonlSource, TextFilesSource
 from rpt_lightning.data.prepare import prepare as prepare_function
 from rpt_lightning.data.task_folder import TaskFolder
-from rpt_lightning.tasks.answer import extract_prediction
+from rpt_lightning.objectives.box import extract_prediction
 from rpt_lightning.types import Document
 
 

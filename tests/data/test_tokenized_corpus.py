@@ -5,7 +5,7 @@ from typing import Any
 
 from rpt_lightning.data.corpus import JsonlSource
 from rpt_lightning.data.tokenized_corpus import TokenizedCorpus
-from rpt_lightning.tasks.token_bytes import TokenBytes
+from rpt_lightning.pretrained.token_bytes import TokenBytes
 
 
 def test_a_document_that_is_cut_does_not_keep_the_whole_one_in_memory(

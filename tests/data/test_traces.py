@@ -21,9 +21,9 @@ from rpt_lightning.data.task_folder import TaskFolder
 from rpt_lightning.data.text_datamodule import TextDataModule
 from rpt_lightning.data.trace_datamodule import TraceDataModule
 from rpt_lightning.data.traces import TraceWriter
-from rpt_lightning.tasks.answer import extract_prediction
-from rpt_lightning.tasks.prompt import ChatPrompt, ContinuationPrompt
-from rpt_lightning.tasks.token_bytes import TokenBytes
+from rpt_lightning.objectives.box import extract_prediction
+from rpt_lightning.objectives.prompts.template import ChatPrompt, ContinuationPrompt
+from rpt_lightning.pretrained.token_bytes import TokenBytes
 
 Write = Callable[..., Path]
 
@@ -173,7 +173,7 @@ def traces_of(folder: Path, **settings: Any) -> list[Any]:
         **({"traces_per_step": 14, "positions_per_document": 20} | settings),
     )
     module.setup("fit")
-    return list(next(iter(module.train_dataloader()))["sequences"])
+    return list(next(iter(module.train_dataloader())).sequences)
 
 
 def test_traces_never_see_the_truth(prepared_dir: Path, tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_a_padded_vocabulary_changes_neither_scores_nor_traces(
 def test_traces_in_a_chat(prepared_dir: Path, tiny_tokenizer) -> None:
     module = TraceDataModule(str(prepared_dir), ChatPrompt("v0"), traces_per_step=1)
     module.setup("fit")
-    (trace,) = next(iter(module.train_dataloader()))["sequences"]
+    (trace,) = next(iter(module.train_dataloader())).sequences
     assert trace.target_ids[-1] in ChatPrompt("v0").bind(tiny_tokenizer).stop_token_ids
 
 
@@ -272,7 +272,7 @@ def test_whole_documents_for_next_token_training(write_task_folder: Write, tmp_p
     module = TextDataModule(str(write_task_folder(tmp_path / "t", [5, 1, 4])), documents_per_step=2)
     module.setup("fit")
     batches = iter(module.train_dataloader())
-    sequences = [sequence for _ in range(3) for sequence in next(batches)["sequences"]]
+    sequences = [sequence for _ in range(3) for sequence in next(batches).sequences]
     # Two epochs of the three documents.
     assert sorted(sequence.num_tokens for sequence in sequences) == [2, 2, 5, 5, 6, 6]
     assert all(sequence.prompt_ids == (40,) and sequence.target_ids[0] == 41 for sequence in sequences)
@@ -293,7 +293,7 @@ def test_text_begins_as_the_tokenizer_begins_it_and_is_cut(
     for max_tokens, longest in ((None, 10), (6, 5)):
         module = TextDataModule(str(folder), documents_per_step=2, max_tokens=max_tokens)
         module.setup("fit")
-        sequences = module.make_batch([(0, 0), (1, 0)])["sequences"]
+        sequences = module.make_batch([(0, 0), (1, 0)]).sequences
         assert [sequence.prompt_ids for sequence in sequences] == [(bos,), (bos,)]
         assert [sequence.target_ids for sequence in sequences] == [
             tuple(range(40, 40 + longest)),
@@ -312,4 +312,4 @@ def test_text_is_cut_to_the_positions_of_the_model(
     module.trainer = SimpleNamespace(  # type: ignore[assignment]
         lightning_module=SimpleNamespace(policy=policy)
     )
-    assert [sequence.num_tokens for sequence in module.make_batch([(0, 0), (1, 0)])["sequences"]] == [4, 3]
+    assert [sequence.num_tokens for sequence in module.make_batch([(0, 0), (1, 0)]).sequences] == [4, 3]

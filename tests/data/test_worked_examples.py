@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 
 from rpt_lightning.data.worked_examples import ExampleWriter, Phase
-from rpt_lightning.tasks.answer import extract_prediction
-from rpt_lightning.tasks.prompt import ContinuationPrompt
-from rpt_lightning.tasks.token_bytes import TokenBytes
+from rpt_lightning.objectives.box import extract_prediction
+from rpt_lightning.objectives.prompts.template import ContinuationPrompt
+from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.types import Document, Mark
 
 TEXT = "Two and two is four."

@@ -245,7 +245,7 @@ def test_choices_are_answered_by_letter(rpt, tiny_model_dir, tmp_path):
                 "--file",
                 "nowhere.jsonl",
                 "--prompt",
-                "rpt_lightning.tasks.prompt.ChatPrompt",
+                "rpt_lightning.objectives.prompts.template.ChatPrompt",
             ],
             "give --prompt QuestionPrompt",
         ),

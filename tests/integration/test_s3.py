@@ -101,7 +101,7 @@ def steps(task_dir, num: int, state=None):
     if state is not None:
         data.stream.load_state_dict(state)
     batches = iter(data.train_dataloader())
-    return [next(batches)["tasks"] for _ in range(num)], data.stream.state_dict(), data
+    return [next(batches).tasks for _ in range(num)], data.stream.state_dict(), data
 
 
 def test_a_run_from_storage_trains_on_the_same_tasks(many_chunks, storage, tmp_path):

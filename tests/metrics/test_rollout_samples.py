@@ -15,7 +15,7 @@ from rpt_lightning.metrics.rollout_samples import (
     text_pieces,
     write_samples,
 )
-from rpt_lightning.tasks.token_bytes import TokenBytes
+from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.types import Completion, RolloutGroup, TokenTask
 
 SAMPLE = RolloutSample(

@@ -16,6 +16,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from rpt_lightning.data.base_datamodule import StepLoader
+from rpt_lightning.data.batch import TaskBatch
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.training.module import RPTModule
 from rpt_lightning.types import Completion, RolloutGroup, SamplingSettings, TokenTask, TrainBatch
@@ -82,12 +83,9 @@ class KeepMetrics(Callback):
 def main() -> None:
     model_dir, run_dir, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     shape = {name: options[name] for name in ("prompt_tokens", "completion_tokens", "group_size")}
-    batch = {"rollouts": TrainBatch(
-        groups=tuple(group(i, **shape) for i in range(options["tasks"])),
-        sampling=SamplingSettings(
-            temperature=1.0, max_tokens=options["completion_tokens"], stop_token_ids=(0,)
-        ),
-    )}  # fmt: skip
+    sampling = SamplingSettings(temperature=1.0, max_tokens=options["completion_tokens"], stop_token_ids=(0,))
+    groups = tuple(group(i, **shape) for i in range(options["tasks"]))
+    batch = TaskBatch(rollouts=TrainBatch(groups=groups, sampling=sampling))
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # the first product loads libraries
     before = peak_rss_bytes()
     policy = Policy(model_dir, activation_checkpointing=options["checkpointing"])

@@ -233,7 +233,7 @@ def test_optimizer_state_is_that_of_the_real_class():
 def test_prompts_of_the_task_folder(tiny_model_dir, tiny_task_dir):
     """Tokens are counted on the batch that a run would begin with."""
     from rpt_lightning.data.datamodule import TokenTaskDataModule
-    from rpt_lightning.tasks.prompt import ContinuationPrompt
+    from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 
     flags = [
         "--model.policy.path",
@@ -247,9 +247,7 @@ def test_prompts_of_the_task_folder(tiny_model_dir, tiny_task_dir):
     data = TokenTaskDataModule(str(tiny_task_dir), tasks_per_step=8, positions_per_document=4)
     data.setup("fit")
     prompt = ContinuationPrompt().bind(data.train.tokenizer)
-    lengths = [
-        len(prompt.prompt_ids(task.context_ids)) for task in next(iter(data.train_dataloader()))["tasks"]
-    ]
+    lengths = [len(prompt.prompt_ids(task.context_ids)) for task in next(iter(data.train_dataloader())).tasks]
     assert f"those of the run's first step, from {tiny_task_dir}" in " ".join(text.split())
     assert number(text, "trained, each completion alone") == sum(
         4 * (length + 8) for length in lengths

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, LlamaConfig, Qwen2Config
 
 from rpt_lightning.data.proxy import load_tokenizer
 from rpt_lightning.pretrained.specification import tokenizer_hash
+from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.pretrained.tokenizer import check_vocabulary
-from rpt_lightning.tasks.token_bytes import TokenBytes
 
 TEXT = "hello world  1 of 22 café\n x"
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rpt_lightning.objectives.next_token import NextTokenObjective
+from rpt_lightning.objectives.prompts.template import ContinuationPrompt
+from rpt_lightning.objectives.rewards.next_token import ConditionalDenseReward, PrefixMatchReward, Reward
 from rpt_lightning.rollout.dynamic_sampling import fill_batch
 from rpt_lightning.rollout.pilot import PilotRollout
-from rpt_lightning.rollout.rollouter import FirstTokenProbs, Rollouter
+from rpt_lightning.rollout.rollouter import Rollouter, Score
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine
-from rpt_lightning.tasks.objective import Objective
-from rpt_lightning.tasks.prompt import ContinuationPrompt
-from rpt_lightning.tasks.reward import ConditionalDenseReward, PrefixMatchReward, Reward
-from rpt_lightning.types import RolloutGroup, Task, TokenTask
+from rpt_lightning.types import AnsweredTask, RolloutGroup, TokenTask, TrainSequence
 
 LINES = ["hm</think>\\boxed{ the}", "hm</think>\\boxed{ sum}", "no box", "</think>\\boxed{ a}"]
 
@@ -41,17 +41,17 @@ def engine(tiny_model_dir: Path):
 
 @pytest.fixture
 def make_rollouter(engine: ScriptedEngine, tiny_tokenizer):
-    def make(
-        reward: Reward | None = None, first_token_probs: FirstTokenProbs | None = None, group_size: int = 6
-    ) -> Rollouter:
-        objective = Objective(ContinuationPrompt(), reward or PrefixMatchReward()).bind(tiny_tokenizer)
+    def make(reward: Reward | None = None, score: Score | None = None, group_size: int = 6) -> Rollouter:
+        objective = NextTokenObjective(ContinuationPrompt(), reward or PrefixMatchReward()).bind(
+            tiny_tokenizer
+        )
         return Rollouter(
             engine,
             objective,
             run_seed=1,
             group_size=group_size,
             max_tokens=32,
-            first_token_probs=first_token_probs,
+            score=score,
         )
 
     return make
@@ -93,13 +93,13 @@ def test_the_engine_draws_the_rest_of_mixed_groups_only(make_rollouter, engine: 
 def test_a_reward_that_looks_at_the_group_pays_the_whole_group(make_rollouter) -> None:
     asked: list[int] = []
 
-    def probs(tasks: Sequence[TokenTask], predictions: Sequence[Sequence[bytes | None]]) -> list[list[float]]:
-        asked.append(len(tasks))
-        return [[0.1 if prediction == b" sum" else 0.2 for prediction in row] for row in predictions]
+    def score(sequences: Sequence[TrainSequence]) -> list[tuple[float, ...]]:
+        asked.append(len({sequence.prompt_ids for sequence in sequences}))
+        return [(-float(sequence.target_ids[0]),) for sequence in sequences]
 
-    whole = make_rollouter(ConditionalDenseReward(), probs).rollout(TASKS)
+    whole = make_rollouter(ConditionalDenseReward(), score).rollout(TASKS)
     del asked[:]
-    pilot = PilotRollout(make_rollouter(ConditionalDenseReward(), probs), pilot_size=3)
+    pilot = PilotRollout(make_rollouter(ConditionalDenseReward(), score), pilot_size=3)
     groups = pilot.rollout(TASKS)
     filled = [(group, full) for group, full in zip(groups, whole, strict=True) if len(group.completions) == 6]
     assert len(filled) > 3
@@ -112,15 +112,8 @@ def test_a_reward_that_looks_at_the_group_pays_the_whole_group(make_rollouter) -
 
 
 class PaysWhatHasNoAnswer(Reward):
-    needs_first_token_probs = False
-
-    def group_rewards(
-        self,
-        predictions: Sequence[bytes | None],
-        task: Task,
-        first_token_probs: Sequence[float] | None = None,
-    ) -> tuple[float, ...]:
-        return tuple(float(prediction is None) for prediction in predictions)
+    def group_rewards(self, answered: AnsweredTask) -> tuple[float, ...]:
+        return tuple(float(prediction is None) for prediction in answered.predictions)
 
 
 @pytest.mark.parametrize("masks_truncated", [False, True])
@@ -132,7 +125,7 @@ def test_masked_completions_fill_no_pilot(
     with ScriptedEngine(["hm</think>\\boxed{ a}", "abcdefgh " * 20]) as engine:
         engine.start(str(tiny_model_dir), seed=0)
         engine.update_weights(model.named_parameters(remove_duplicate=False), version=5)
-        objective = Objective(ContinuationPrompt(), PaysWhatHasNoAnswer()).bind(tiny_tokenizer)
+        objective = NextTokenObjective(ContinuationPrompt(), PaysWhatHasNoAnswer()).bind(tiny_tokenizer)
         rollouter = Rollouter(
             engine, objective, run_seed=1, group_size=6, max_tokens=32, masks_truncated=masks_truncated
         )

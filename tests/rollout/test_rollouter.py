@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,12 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rpt_lightning.objectives.base import BoundObjective
+from rpt_lightning.objectives.next_token import NextTokenObjective
+from rpt_lightning.objectives.prompts.template import ContinuationPrompt
+from rpt_lightning.objectives.rewards.next_token import DenseReward, PrefixMatchReward, Reward
 from rpt_lightning.rollout.rollouter import Rollouter
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine
-from rpt_lightning.tasks.objective import BoundObjective, Objective
-from rpt_lightning.tasks.prompt import ContinuationPrompt
-from rpt_lightning.tasks.reward import DenseReward, PrefixMatchReward, Reward
-from rpt_lightning.types import TokenTask
+from rpt_lightning.types import TokenTask, TrainSequence
 
 LINES = ["hm</think>\\boxed{ the}", "hm</think>\\boxed{ sum}", "no box"]
 
@@ -39,7 +41,7 @@ def engine(tiny_model_dir: Path):
 
 
 def bind(tokenizer, reward: Reward) -> BoundObjective:
-    return Objective(ContinuationPrompt(), reward).bind(tokenizer)
+    return NextTokenObjective(ContinuationPrompt(), reward).bind(tokenizer)
 
 
 @pytest.fixture
@@ -179,13 +181,14 @@ def test_dense_rewards_are_given_the_policys_first_token_probabilities(
     engine: ScriptedEngine, tiny_tokenizer
 ) -> None:
     objective = bind(tiny_tokenizer, DenseReward())
-    with pytest.raises(ValueError, match=r"DenseReward.*first_token_probs"):
+    with pytest.raises(ValueError, match=r"DenseReward.*give score"):
         Rollouter(engine, objective, run_seed=1)
 
-    def probs(tasks: Sequence[TokenTask], predictions: Sequence[Sequence[bytes | None]]) -> list[list[float]]:
-        return [[task.position / 100] * len(row) for task, row in zip(tasks, predictions, strict=True)]
+    def score(sequences: Sequence[TrainSequence]) -> list[tuple[float, ...]]:
+        assert {len(sequence.target_ids) for sequence in sequences} == {1}
+        return [(math.log(len(sequence.prompt_ids) / 100),) for sequence in sequences]
 
-    rollouter = Rollouter(engine, objective, run_seed=1, group_size=6, max_tokens=32, first_token_probs=probs)
+    rollouter = Rollouter(engine, objective, run_seed=1, group_size=6, max_tokens=32, score=score)
     for group in rollouter.rollout(TASKS):
-        worth = {b" the": 1.0, b" sum": group.task.position / 100, None: 0.0}
+        worth = {b" the": 1.0, b" sum": pytest.approx(len(group.task.context_ids) / 100), None: 0.0}
         assert group.rewards == tuple(worth[prediction] for prediction in group.predictions)

@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
+from rpt_lightning.objectives.base import BoundObjective
+from rpt_lightning.objectives.next_token import NextTokenObjective
+from rpt_lightning.objectives.prompts.template import ContinuationPrompt
+from rpt_lightning.objectives.rewards.next_token import DenseReward
+from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.rollout.hf_engine import HFEngine
 from rpt_lightning.rollout.rollouter import Rollouter
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine
 from rpt_lightning.rollout.thought_controls import MAX_ANSWER_TOKENS, thought_controls
-from rpt_lightning.tasks.objective import BoundObjective, Objective
-from rpt_lightning.tasks.prompt import ContinuationPrompt
-from rpt_lightning.tasks.reward import DenseReward
-from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.types import Completion, GenerationRequest, RolloutGroup, TokenIds, TokenTask
 
 
@@ -44,15 +45,13 @@ def token_bytes(tiny_tokenizer) -> TokenBytes:
 
 @pytest.fixture(scope="module")
 def objective(tiny_tokenizer) -> BoundObjective:
-    return Objective(ContinuationPrompt(), DenseReward()).bind(tiny_tokenizer)  # any reward would do
+    return NextTokenObjective(ContinuationPrompt(), DenseReward()).bind(tiny_tokenizer)  # any reward would do
 
 
 def controls(
     engine: Any, objective: BoundObjective, groups: Sequence[RolloutGroup]
 ) -> dict[str, list[bool | None]]:
-    return thought_controls(
-        Rollouter(engine, objective, run_seed=0, first_token_probs=lambda tasks, predictions: []), groups
-    )
+    return thought_controls(Rollouter(engine, objective, run_seed=0, score=lambda sequences: []), groups)
 
 
 def said(token_bytes: TokenBytes, text: str) -> TokenIds:

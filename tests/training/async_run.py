@@ -8,14 +8,14 @@ from lightning.pytorch import Callback
 from real_runs import SomeAreRight
 from small_run import flat_weights
 
-from rpt_lightning.tasks.objective import Objective
-from rpt_lightning.tasks.prompt import ContinuationPrompt
+from rpt_lightning.objectives.next_token import NextTokenObjective
+from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.training.rollout_callback import RolloutCallback
 
 TASKS = 8  # a step
 
 
-OBJECTIVE = Objective(ContinuationPrompt(), SomeAreRight())
+OBJECTIVE = NextTokenObjective(ContinuationPrompt(), SomeAreRight())
 
 
 class Watch(Callback):
@@ -28,7 +28,7 @@ class Watch(Callback):
         self.weights.append(flat_weights(pl_module))
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.batches.append(batch["rollouts"].groups)
+        self.batches.append(batch.rollouts.groups)
         self.weights.append(flat_weights(pl_module))
 
 
@@ -71,4 +71,4 @@ def tasks_in_order(make_run, num_steps):
     """The tasks of a run's first steps, read straight from the data."""
     _, _, data = make_run(1)
     data.setup("fit")
-    return [data.next_batch()["tasks"] for _ in range(num_steps)]
+    return [data.next_batch().tasks for _ in range(num_steps)]

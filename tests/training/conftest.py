@@ -12,12 +12,12 @@ import torch
 from small_run import SCRIPT, quiet_trainer
 
 from rpt_lightning.data.datamodule import TokenTaskDataModule
+from rpt_lightning.objectives.next_token import NextTokenObjective
+from rpt_lightning.objectives.prompts.template import ContinuationPrompt
+from rpt_lightning.objectives.rewards.next_token import PrefixMatchReward
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.rollout.engine import RolloutEngine
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine
-from rpt_lightning.tasks.objective import Objective
-from rpt_lightning.tasks.prompt import ContinuationPrompt
-from rpt_lightning.tasks.reward import PrefixMatchReward
 from rpt_lightning.training.checkpoint import RunCheckpoint
 from rpt_lightning.training.module import RPTModule
 from rpt_lightning.training.rollout_callback import RolloutCallback
@@ -45,7 +45,7 @@ def make_run(tiny_model_dir: Path, tiny_task_dir: Path, tmp_path: Path) -> Calla
         )
         rollout = RolloutCallback(
             engine(),
-            Objective(ContinuationPrompt(), PrefixMatchReward()),
+            NextTokenObjective(ContinuationPrompt(), PrefixMatchReward()),
             **(
                 {
                     "group_size": 4,

@@ -19,13 +19,13 @@ from small_run import SCRIPT, quiet_trainer
 
 from rpt_lightning.data.datamodule import TokenTaskDataModule
 from rpt_lightning.data.trace_datamodule import TraceDataModule
+from rpt_lightning.objectives.next_token import NextTokenObjective
+from rpt_lightning.objectives.prompts.template import ContinuationPrompt
+from rpt_lightning.objectives.rewards.next_token import Reward
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.rollout.hf_engine import HFEngine
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine
 from rpt_lightning.rollout.vllm_engine import VLLMEngine
-from rpt_lightning.tasks.objective import Objective
-from rpt_lightning.tasks.prompt import ContinuationPrompt
-from rpt_lightning.tasks.reward import Reward
 from rpt_lightning.training.checkpoint import RunCheckpoint, last_checkpoint
 from rpt_lightning.training.module import RPTModule
 from rpt_lightning.training.monitors import RolloutSamples, StepLog, ValidationResults
@@ -73,12 +73,10 @@ class SomeAreRight(Reward):
     About 4 of 10 groups have differing rewards, unlike with a random model.
     """
 
-    needs_first_token_probs = False
-
-    def group_rewards(self, predictions, task, first_token_probs=None):
+    def group_rewards(self, answered):
         seeds = [
-            None if prediction is None else f"{task.task_id} {prediction!r}".encode()
-            for prediction in predictions
+            None if prediction is None else f"{answered.task.task_id} {prediction!r}".encode()
+            for prediction in answered.predictions
         ]
         return tuple(0.0 if seed is None else float(hashlib.sha256(seed).digest()[0] < 31) for seed in seeds)
 
@@ -131,7 +129,7 @@ def parts(options: Options, folder: Path):
         }[options.engine]()
         rollout = RolloutCallback(
             engine,
-            Objective(ContinuationPrompt(), SomeAreRight()),
+            NextTokenObjective(ContinuationPrompt(), SomeAreRight()),
             group_size=4,
             max_prompt_tokens=96,
             max_completion_tokens=24,

@@ -23,7 +23,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rpt_lightning.tasks.reward import Reward
+from rpt_lightning.objectives.rewards.next_token import Reward
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # Entries of the step log that depend on the clock, the machine and the number of starts.
@@ -38,11 +38,10 @@ class SomeAreRight(Reward):
     A random model's own answers would all get the same reward, and every run would be the same.
     """
 
-    needs_first_token_probs = False
-
-    def group_rewards(self, predictions, task, first_token_probs=None):
+    def group_rewards(self, answered):
         seeds = [
-            f"{task.task_id} {index} {prediction!r}".encode() for index, prediction in enumerate(predictions)
+            f"{answered.task.task_id} {index} {prediction!r}".encode()
+            for index, prediction in enumerate(answered.predictions)
         ]
         return tuple(float(hashlib.sha256(seed).digest()[0] < 128) for seed in seeds)
 

@@ -16,10 +16,10 @@ from lightning.pytorch.strategies import DDPStrategy
 from real_runs import SomeAreRight
 from small_run import SCRIPT
 
+from rpt_lightning.objectives.next_token import NextTokenObjective
+from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.rollout.engine import GenerationInterrupted
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine
-from rpt_lightning.tasks.objective import Objective
-from rpt_lightning.tasks.prompt import ContinuationPrompt
 from rpt_lightning.training.checkpoint import last_checkpoint
 from rpt_lightning.training.monitors import StepLog
 from rpt_lightning.training.stop import RunStopped, StopRun
@@ -149,10 +149,10 @@ class StopsAtThree(Callback):
 class UnevenReward(SomeAreRight):
     """Rank 1 has more zero-variance groups than rank 0, so they need different rounds of dynamic sampling."""
 
-    def group_rewards(self, predictions, task, first_token_probs=None):
-        if torch.distributed.get_rank() == 1 and task.position % 2:
-            return (0.0,) * len(predictions)
-        return super().group_rewards(predictions, task, first_token_probs)
+    def group_rewards(self, answered):
+        if torch.distributed.get_rank() == 1 and answered.task.position % 2:
+            return (0.0,) * len(answered.predictions)
+        return super().group_rewards(answered)
 
 
 @pytest.mark.long
@@ -177,7 +177,7 @@ def test_two_ranks_generate_and_stop_together(make_run, tmp_path, staleness):
         min_epochs=0,
     )
     module.make_optimizer = functools.partial(torch.optim.SGD, lr=0.1)  # travels to the other process
-    rollout_of(trainer).objective = Objective(ContinuationPrompt(), UnevenReward())
+    rollout_of(trainer).objective = NextTokenObjective(ContinuationPrompt(), UnevenReward())
     trainer.fit(module, data)
     lines = lines_of(folder)
     assert [line["step"] for line in lines] == [1, 2, 3]

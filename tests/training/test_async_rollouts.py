@@ -13,15 +13,15 @@ from lightning.pytorch import Callback
 from real_runs import SomeAreRight
 from small_run import SCRIPT
 
+from rpt_lightning.objectives.next_token import NextTokenObjective
+from rpt_lightning.objectives.prompts.template import ContinuationPrompt
+from rpt_lightning.objectives.rewards.next_token import DenseReward
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.weights import named_weights
 from rpt_lightning.rollout.hf_engine import HFEngine
 from rpt_lightning.rollout.rollouter import Rollouter
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine
 from rpt_lightning.rollout.vllm_engine import VLLMEngine
-from rpt_lightning.tasks.objective import Objective
-from rpt_lightning.tasks.prompt import ContinuationPrompt
-from rpt_lightning.tasks.reward import DenseReward
 from rpt_lightning.training.module import RPTModule
 from rpt_lightning.training.monitors import StepLog
 from rpt_lightning.training.rollout_callback import RolloutCallback
@@ -47,7 +47,7 @@ class ByHand(Callback):
         self.engine.update_weights(named_weights(pl_module.policy), version=batch_idx)
         while len(self.rolled_out) <= batch_idx + self.lag:
             self.rolled_out.append(tuple(self.rollouter.rollout(self.tasks[len(self.rolled_out)])))
-        batch["rollouts"] = TrainBatch(groups=self.rolled_out[batch_idx], sampling=self.sampling)
+        batch.rollouts = TrainBatch(groups=self.rolled_out[batch_idx], sampling=self.sampling)
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
@@ -55,7 +55,7 @@ def test_the_weights_are_bit_for_bit_those_of_a_run_without_a_thread(make_run, t
     trainer, module, data, watch = make(make_run, 4, ScriptedEngine(SCRIPT), staleness=staleness)
     sampling = []
     watch.on_train_batch_start = lambda trainer, module, batch, batch_idx: sampling.append(
-        batch["rollouts"].sampling
+        batch.rollouts.sampling
     )
     trainer.fit(module, data)
     reference, plain, plain_data, plain_watch = make(
@@ -306,7 +306,7 @@ def test_what_cannot_be_done_is_said_before_the_first_step(
 ):
     engine = ScriptedEngine(SCRIPT)
     trainer, module, data, _ = make(make_run, 1, engine, staleness=staleness, module_options=module_options)
-    rollout_of(trainer).objective = Objective(ContinuationPrompt(), reward)
+    rollout_of(trainer).objective = NextTokenObjective(ContinuationPrompt(), reward)
     with pytest.raises(ValueError, match=message):
         trainer.fit(module, data)
     assert "start" not in engine.events

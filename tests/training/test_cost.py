@@ -12,12 +12,12 @@ from small_run import SCRIPT, quiet_trainer
 
 from rpt_lightning.data.datamodule import TokenTaskDataModule
 from rpt_lightning.data.text_datamodule import TextDataModule
+from rpt_lightning.objectives.next_token import NextTokenObjective
+from rpt_lightning.objectives.prompts.template import ContinuationPrompt
+from rpt_lightning.objectives.rewards.next_token import PrefixMatchReward
 from rpt_lightning.policy.flops import ModelSize, model_size
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine
-from rpt_lightning.tasks.objective import Objective
-from rpt_lightning.tasks.prompt import ContinuationPrompt
-from rpt_lightning.tasks.reward import PrefixMatchReward
 from rpt_lightning.training.checkpoint import RunCheckpoint, last_checkpoint
 from rpt_lightning.training.cost import Budget, StepCost
 from rpt_lightning.training.logprob_samples import drawn_completions
@@ -52,7 +52,7 @@ def rpt_run(tiny_model_dir, tiny_task_dir, tmp_path_factory):
     folder, listener = tmp_path_factory.mktemp("runs") / "rpt", Listener()
     rollout = RolloutCallback(
         ScriptedEngine(SCRIPT),
-        Objective(ContinuationPrompt(), PrefixMatchReward()),
+        NextTokenObjective(ContinuationPrompt(), PrefixMatchReward()),
         group_size=4,
         max_prompt_tokens=96,
         max_completion_tokens=32,
@@ -102,7 +102,7 @@ def trie_flops(size: ModelSize, sequences: list[TrainSequence]) -> float:
 def test_a_step_by_reasoning_counts_prompts_samples_checks_and_training(rpt_run):
     folder, batches, size = rpt_run
     for entry, batch in zip(log(folder), batches, strict=True):
-        groups = batch["rollouts"].groups
+        groups = batch.rollouts.groups
         sampled = sum(len(completion.token_ids) for group in groups for completion in group.completions)
         prefill = 4 * sum(len(group.prompt_ids) for group in groups)  # this engine has no prefix cache
         assert (entry["rollout/tokens"], entry["rollout/prefill_tokens"]) == (sampled, prefill)

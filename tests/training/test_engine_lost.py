@@ -14,10 +14,10 @@ from lightning.pytorch.strategies import DDPStrategy
 from real_runs import SomeAreRight, differences, traces
 from small_run import SCRIPT
 
+from rpt_lightning.objectives.next_token import NextTokenObjective
+from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.rollout.engine import EngineLost
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine
-from rpt_lightning.tasks.objective import Objective
-from rpt_lightning.tasks.prompt import ContinuationPrompt
 from rpt_lightning.training.checkpoint import RunCheckpoint, last_checkpoint
 from rpt_lightning.training.missed_validation import MissedValidation
 from rpt_lightning.training.monitors import RolloutSamples, StepLog, ValidationResults
@@ -56,7 +56,7 @@ def make(make_run, folder, engine, *, every_n_steps=100, **options):
         if isinstance(callback, RunCheckpoint):
             callback.every_n_steps = every_n_steps
         if isinstance(callback, RolloutCallback):
-            callback.objective = Objective(ContinuationPrompt(), SomeAreRight())
+            callback.objective = NextTokenObjective(ContinuationPrompt(), SomeAreRight())
     (folder / "validation").mkdir(parents=True, exist_ok=True)
     return trainer, module, data
 

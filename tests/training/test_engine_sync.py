@@ -12,12 +12,12 @@ from real_runs import SomeAreRight, differences, traces
 from small_run import SCRIPT, flat_weights
 from watched_run import run
 
+from rpt_lightning.objectives.next_token import NextTokenObjective
+from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.rollout.engine import Sample
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine
 from rpt_lightning.rollout.weight_part import split_part
-from rpt_lightning.tasks.objective import Objective
-from rpt_lightning.tasks.prompt import ContinuationPrompt
 from rpt_lightning.training import engine_sync
 from rpt_lightning.training.checkpoint import RunCheckpoint, last_checkpoint
 from rpt_lightning.training.logprob_samples import drawn_completions, drawn_tokens
@@ -299,11 +299,11 @@ def test_what_ends_a_run_in_a_step_saves_the_step_before_first(make_run, tmp_pat
     class Fails(SomeAreRight):
         calls = 0
 
-        def group_rewards(self, *args, **options):
+        def group_rewards(self, answered):
             self.calls += 1
             if case == "reward" and self.calls > 8 * wrong_at + 3:
                 raise ZeroDivisionError("in the user's own reward")
-            return super().group_rewards(*args, **options)
+            return super().group_rewards(answered)
 
     def make(folder, engine, reward):
         trainer, module, data = make_run(
@@ -317,7 +317,7 @@ def test_what_ends_a_run_in_a_step_saves_the_step_before_first(make_run, tmp_pat
             if isinstance(callback, RunCheckpoint):
                 callback.every_n_steps = 100
             if isinstance(callback, RolloutCallback):
-                callback.objective = Objective(ContinuationPrompt(), reward)
+                callback.objective = NextTokenObjective(ContinuationPrompt(), reward)
         return trainer, module, data
 
     trainer, module, data = make(tmp_path / "whole", ScriptedEngine(SCRIPT), SomeAreRight())

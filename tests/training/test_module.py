@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from small_run import flat_weights, quiet_trainer
 
 from rpt_lightning.data.base_datamodule import StepLoader
+from rpt_lightning.data.batch import TaskBatch
 from rpt_lightning.data.stream import rank_share
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.training.module import RPTModule, mini_batches_of
@@ -74,7 +75,7 @@ class OneBatch(LightningDataModule):
 
     def train_dataloader(self):
         return StepLoader(
-            lambda: {"rollouts": TrainBatch(groups=self.groups, sampling=SAMPLING)}, num_steps=100
+            lambda: TaskBatch(rollouts=TrainBatch(groups=self.groups, sampling=SAMPLING)), num_steps=100
         )
 
     def transfer_batch_to_device(self, batch, device, dataloader_idx):

@@ -8,9 +8,10 @@ from lightning.pytorch import Callback, LightningDataModule
 from small_run import flat_weights, quiet_trainer
 
 from rpt_lightning.data.base_datamodule import StepLoader
+from rpt_lightning.data.batch import SequenceBatch
 from rpt_lightning.data.trace_datamodule import TraceDataModule
+from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.policy.model import Policy
-from rpt_lightning.tasks.prompt import ContinuationPrompt
 from rpt_lightning.training.ntp_module import NTPModule
 from rpt_lightning.types import TrainSequence
 
@@ -29,7 +30,7 @@ SEQUENCES = tuple(
 
 class OneBatch(LightningDataModule):
     def train_dataloader(self):
-        return StepLoader(lambda: {"sequences": SEQUENCES}, num_steps=100)
+        return StepLoader(lambda: SequenceBatch(sequences=tuple(SEQUENCES)), num_steps=100)
 
     def transfer_batch_to_device(self, batch, device, dataloader_idx):
         return batch

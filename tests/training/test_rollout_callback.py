@@ -15,10 +15,10 @@ from small_run import SCRIPT
 from watched_run import Watch, run
 
 from rpt_lightning.data.task_folder import TaskFolder
+from rpt_lightning.objectives.next_token import NextTokenObjective
+from rpt_lightning.objectives.prompts.template import ContinuationPrompt
+from rpt_lightning.objectives.rewards.next_token import ConditionalDenseReward, DenseReward, Reward
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine
-from rpt_lightning.tasks.objective import Objective
-from rpt_lightning.tasks.prompt import ContinuationPrompt
-from rpt_lightning.tasks.reward import ConditionalDenseReward, DenseReward, Reward
 from rpt_lightning.training.monitors import StepLog
 from rpt_lightning.training.prompt_room import longest_context
 from rpt_lightning.training.rollout_callback import RolloutCallback
@@ -106,7 +106,7 @@ def test_dense_rewards_are_the_policys_own_probabilities(make_run, reward, tiny_
         1, engine=lambda: engine, callbacks=[watch], data_options={"tasks_per_step": 64}
     )
     rollout = next(callback for callback in trainer.callbacks if isinstance(callback, RolloutCallback))
-    rollout.objective = Objective(ContinuationPrompt(), reward)
+    rollout.objective = NextTokenObjective(ContinuationPrompt(), reward)
     module.policy.materialize()
     start = module.policy.model.state_dict()
     start = {name: tensor.clone() for name, tensor in start.items()}
@@ -155,10 +155,8 @@ def test_step_log_counts_truncated_and_replaced(make_run, tmp_path):
 
 
 class PaysWhatHasNoAnswer(Reward):
-    needs_first_token_probs = False
-
-    def group_rewards(self, predictions, task, first_token_probs=None):
-        return tuple(float(prediction is None) for prediction in predictions)
+    def group_rewards(self, answered):
+        return tuple(float(prediction is None) for prediction in answered.predictions)
 
 
 @pytest.mark.parametrize("truncated", ["zero_reward", "mask"])
@@ -173,7 +171,7 @@ def test_groups_that_are_live_by_masked_completions_alone_are_dead(make_run, tmp
         rollout_options={"dynamic_sampling_from_step": 0, "dynamic_sampling_max_factor": 2.0},
     )
     rollout = next(callback for callback in trainer.callbacks if isinstance(callback, RolloutCallback))
-    rollout.objective = Objective(ContinuationPrompt(), PaysWhatHasNoAnswer())
+    rollout.objective = NextTokenObjective(ContinuationPrompt(), PaysWhatHasNoAnswer())
     trainer.fit(module, data)
     (line,) = step_lines(tmp_path / "log")
     assert line["rollout/live_groups"] == line["train/groups"] == 8 - line["rollout/dead_groups_kept"]
@@ -277,11 +275,11 @@ class OnlyTheFirstRankLearns(Reward):
     The policy is asked as well, which is a collective.
     """
 
-    needs_first_token_probs = True
+    needs_logprobs = True
 
-    def group_rewards(self, predictions, task, first_token_probs=None):
+    def group_rewards(self, answered):
         best = 1.0 if torch.distributed.get_rank() == 0 else 0.0
-        return (best, *[0.0] * (len(predictions) - 1))
+        return (best, *[0.0] * (len(answered.predictions) - 1))
 
 
 class CountsPrompts(ScriptedEngine):
@@ -329,7 +327,7 @@ def test_two_ranks_draw_together_and_log_what_both_did(make_run, tmp_path):
     )
     module.make_optimizer = functools.partial(torch.optim.AdamW, lr=1e-3)  # travels to the other process
     rollout = next(callback for callback in trainer.callbacks if isinstance(callback, RolloutCallback))
-    rollout.objective = Objective(ContinuationPrompt(), OnlyTheFirstRankLearns())
+    rollout.objective = NextTokenObjective(ContinuationPrompt(), OnlyTheFirstRankLearns())
     trainer.fit(module, data)
     lines = step_lines(tmp_path / "two")
     assert len(lines) == 2

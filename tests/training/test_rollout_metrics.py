@@ -11,10 +11,10 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from rpt_lightning.metrics.rollout_stats import STATISTICS, rollout_statistics
+from rpt_lightning.objectives.rewards.next_token import PrefixMatchReward
 from rpt_lightning.policy.flops import Work
 from rpt_lightning.rollout.dynamic_sampling import FilledBatch
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine
-from rpt_lightning.tasks.reward import PrefixMatchReward
 from rpt_lightning.training.monitors import StepLog
 from rpt_lightning.training.rollout_metrics import over_ranks, rollout_metrics, rollout_work, server_metrics
 from rpt_lightning.training.step_rollouts import StepRoller

@@ -132,7 +132,7 @@ def test_a_collapsed_policy_stops_the_run_until_something_is_changed(tiny_model_
     settings = yaml.safe_load(Path(config).read_text())
     settings["rollout"]["engine"]["init_args"]["completions"] = ["I do not know"]
     settings["rollout"]["objective"]["init_args"]["reward"] = {
-        "class_path": "rpt_lightning.tasks.reward.PrefixMatchReward"
+        "class_path": "rpt_lightning.objectives.rewards.next_token.PrefixMatchReward"
     }
     settings["trainer"]["val_check_interval"] = 4
     settings["health"] = {"window": 2, "stop": True}

@@ -13,11 +13,12 @@ from small_run import quiet_trainer
 from transformers import AutoModelForCausalLM
 
 from rpt_lightning.data.base_datamodule import EvalLoader
+from rpt_lightning.objectives.base import BoundObjective
+from rpt_lightning.objectives.next_token import NextTokenObjective
+from rpt_lightning.objectives.prompts.template import ContinuationPrompt
+from rpt_lightning.objectives.rewards.next_token import DenseReward, FirstTokenReward, PrefixMatchReward
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine
-from rpt_lightning.tasks.objective import Objective
-from rpt_lightning.tasks.prompt import ContinuationPrompt
-from rpt_lightning.tasks.reward import DenseReward, FirstTokenReward, PrefixMatchReward
 from rpt_lightning.training.checkpoint import last_checkpoint
 from rpt_lightning.training.monitors import ValidationResults
 from rpt_lightning.training.ntp_module import NTPModule
@@ -25,12 +26,14 @@ from rpt_lightning.training.rollout_callback import RolloutCallback
 from rpt_lightning.training.validation import position_result, unique_results
 from rpt_lightning.types import TokenTask
 
+NEXT_TOKEN = BoundObjective(NextTokenObjective(ContinuationPrompt(), PrefixMatchReward()), None)
+
 
 def test_what_the_corpus_knows_is_in_the_record():
     task = task_at("d", (40, 41, 42), 2)
     measured = {"ntp_correct": True, "ntp_logprob": -0.5, "context_tokens": 2, "answer": None}
-    assert position_result(replace(task, fields={"depth": 3}), **measured).fields == {"depth": 3}
-    assert position_result(task, **measured).fields is None
+    assert position_result(replace(task, fields={"depth": 3}), NEXT_TOKEN, **measured).fields == {"depth": 3}
+    assert position_result(task, NEXT_TOKEN, **measured).fields is None
 
 
 class Heldout(LightningDataModule):
@@ -39,7 +42,7 @@ class Heldout(LightningDataModule):
     def __init__(self, *batches):
         super().__init__()
         self.loader = EvalLoader((), batch_size=1, rank=0, num_ranks=1)
-        self.loader.batches = [{"tasks": tuple(batch)} for batch in batches]
+        self.loader.shares = [tuple(batch) for batch in batches]
 
     def val_dataloader(self):
         return self.loader
@@ -139,7 +142,7 @@ def test_accuracy_does_not_depend_on_the_reward(make_run, tiny_task_dir, reward)
     for objective_reward in (PrefixMatchReward(), reward):
         trainer, module, data = make_run(1, engine=lambda: ScriptedEngine(script), **options)
         (rollout,) = (callback for callback in trainer.callbacks if isinstance(callback, RolloutCallback))
-        rollout.objective = Objective(ContinuationPrompt(), objective_reward)
+        rollout.objective = NextTokenObjective(ContinuationPrompt(), objective_reward)
         trainer.validate(module, data, verbose=False)
         results.append(module.results)
     assert results[0] == results[1]

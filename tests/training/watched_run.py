@@ -15,7 +15,7 @@ class Watch(Callback):
         self.batches, self.weights = [], []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.batches.append(batch["rollouts"])
+        self.batches.append(batch.rollouts)
         self.weights.append(flat_weights(pl_module))
 
 

@@ -9,25 +9,28 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
-from rpt_lightning.data.base_datamodule import EvalLoader, StreamDataModule
+from rpt_lightning.data.base_datamodule import ContextLimit, EvalLoader, StreamDataModule
+from rpt_lightning.data.batch import TaskBatch
 from rpt_lightning.data.questions import QuestionSource, read_all
 from rpt_lightning.data.stream import ShuffledOrder, TaskStream
-from rpt_lightning.tasks.question_text import question_text
-from rpt_lightning.tasks.token_bytes import TokenBytes
+from rpt_lightning.objectives.base import Objective
+from rpt_lightning.objectives.question import PLACES
+from rpt_lightning.objectives.question_text import question_text
+from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.types import AnswerTask, Question
 
 
 class AnswerTaskDataModule(StreamDataModule):
     """Serve questions with verifiable answers for training and validation.
 
-    Training batches ``{"tasks": ...}`` hold this rank's share of a step. Validation batches
-    ``{"questions": ...}`` hold this rank's share of the held-out questions. Questions are tokenised with the
-    tokenizer of the model being trained. Text that looks like one of its markers is encoded as plain text.
+    Training batches are `TaskBatch`es and validation batches `HeldOutBatch`es. Questions are tokenised with
+    the tokenizer of the model being trained. Text that looks like one of its markers is encoded as plain
+    text.
 
     Args:
         train: Questions to train on. None is allowed only if nothing is trained.
@@ -41,7 +44,7 @@ class AnswerTaskDataModule(StreamDataModule):
         heldout_name: Name of the held-out questions in the results.
     """
 
-    positions_per_document = 1
+    makes = "tasks"
 
     def __init__(
         self,
@@ -118,14 +121,47 @@ class AnswerTaskDataModule(StreamDataModule):
         rank, num_ranks = self._data_rank()
         return (
             EvalLoader(
-                self.heldout, batch_size=self.eval_batch_size, rank=rank, num_ranks=num_ranks, key="questions"
+                self.heldout,
+                batch_size=self.eval_batch_size,
+                rank=rank,
+                num_ranks=num_ranks,
+                records="questions",
             )
             if self.heldout
             else []
         )
 
-    def make_batch(self, items: list[tuple[int, int]]) -> dict[str, Any]:
-        return {"tasks": tuple(self.train[question] for question, _ in items)}
+    # What a run's objective needs
+
+    def use_objective(self, objective: Objective) -> None:
+        if objective.places != PLACES:
+            raise ValueError(
+                f"--data AnswerTaskDataModule serves questions, and {type(objective).__name__} asks about "
+                f"{objective.places}; give --rollout.objective QuestionObjective, or another --data"
+            )
+
+    def context_limit(self, split: Literal["train", "heldout"]) -> ContextLimit | None:
+        tasks = self.train if split == "train" else self.heldout
+        if not tasks:
+            return None
+        remedy = (
+            "leave longer questions out with --data.max_question_tokens {room}"
+            if split == "train"
+            else "take longer questions out of --data.heldout"
+        )
+        return ContextLimit(
+            tokens=max(len(task.context_ids) for task in tasks),
+            where=f"the questions of --data.{split}",
+            remedy=remedy,
+        )
+
+    def known_tasks(self) -> tuple[AnswerTask, ...]:
+        return self.train + self.heldout
+
+    # The stream
+
+    def make_batch(self, items: list[tuple[int, int]]) -> TaskBatch:
+        return TaskBatch(tasks=tuple(self.train[question] for question, _ in items))
 
     def draw(self, wanted: Sequence[int]) -> tuple[AnswerTask, ...]:
         """Draw further tasks for this rank (see ``draw_items``)."""

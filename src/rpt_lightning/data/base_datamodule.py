@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
+from rpt_lightning.data.batch import HeldOutBatch, SequenceBatch, TaskBatch
 from rpt_lightning.data.heldout import choose_heldout
 from rpt_lightning.data.stream import Place, ShuffledOrder, TaskStream, rank_share
 from rpt_lightning.data.task_folder import TaskFolder
+from rpt_lightning.objectives.base import Objective
 from rpt_lightning.pretrained.specification import has_hash, is_whole
 from rpt_lightning.pretrained.text_shape import longest_context
-from rpt_lightning.tasks.token_bytes import TokenBytes
+from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.types import Task, TokenTask
 
 # For folders that were written before their hash covered the whole tokenizer.
@@ -34,14 +37,14 @@ class StepLoader:
     it when a run resumes, since the place comes from the data module's own state.
     """
 
-    def __init__(self, next_batch: Callable[[], dict[str, Any]], num_steps: int) -> None:
+    def __init__(self, next_batch: Callable[[], Any], num_steps: int) -> None:
         self.next_batch = next_batch
         self.num_steps = num_steps
 
     def __len__(self) -> int:
         return self.num_steps
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Any]:
         while True:
             yield self.next_batch()
 
@@ -55,27 +58,49 @@ class StepLoader:
 
 
 class EvalLoader:
-    """Batches of the held-out tasks under ``key``.
+    """Batches of the held-out tasks.
 
     Every rank sees the same number of batches. The last batch may be empty on some ranks.
     """
 
     def __init__(
-        self, tasks: Sequence[Task], *, batch_size: int, rank: int, num_ranks: int, key: str = "tasks"
+        self,
+        tasks: Sequence[Task],
+        *,
+        batch_size: int,
+        rank: int,
+        num_ranks: int,
+        records: Literal["positions", "questions"] = "positions",
     ) -> None:
         batches = [tasks[start : start + batch_size] for start in range(0, len(tasks), batch_size)]
-        self.batches = [{key: tuple(rank_share(batch, rank=rank, num_ranks=num_ranks))} for batch in batches]
+        self.shares = [tuple(rank_share(batch, rank=rank, num_ranks=num_ranks)) for batch in batches]
+        self.records = records
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.shares)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self.batches)
+    def __iter__(self) -> Iterator[HeldOutBatch]:
+        return (HeldOutBatch(tasks=share, records=self.records) for share in self.shares)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ContextLimit:
+    """The longest context of some tasks in tokens, where they are, and how a user can shorten it.
+
+    ``remedy`` has a slot ``{room}`` for the number of tokens that fit.
+    """
+
+    tokens: int
+    where: str
+    remedy: str
 
 
 class StreamDataModule(LightningDataModule):
     """Train on the items of ``stream``, which ``setup`` creates, and carry the stream's place."""
 
+    makes: ClassVar[Literal["tasks", "sequences"]] = "sequences"  # what training batches hold
+    positions_per_document = 1
+    heldout_name = "held-out positions"
     stream: TaskStream
     _trained: Place | None  # the place after what has been trained, if the stream is read ahead
 
@@ -89,7 +114,7 @@ class StreamDataModule(LightningDataModule):
         self.seed = seed
 
     @abstractmethod
-    def make_batch(self, items: list[tuple[int, int]]) -> dict[str, Any]:
+    def make_batch(self, items: list[tuple[int, int]]) -> TaskBatch | SequenceBatch:
         """Build the training batch from some ``(document, k)`` pairs of the order."""
 
     def begin_stream(self, stream: TaskStream, where: str) -> None:
@@ -102,6 +127,22 @@ class StreamDataModule(LightningDataModule):
                 f"--data.{self.flag} {self.items_per_step}: {where} has only {available} to train on, "
                 "so a step would repeat some; lower it or give more"
             )
+
+    # What a run's objective needs
+
+    def use_objective(self, objective: Objective) -> None:
+        """Prepare for a run with this objective, after ``setup``.
+
+        Raises ValueError if the data has no tasks for it.
+        """
+
+    def context_limit(self, split: Literal["train", "heldout"]) -> ContextLimit | None:
+        """Return the longest context of a split. None if there are no tasks."""
+        return None
+
+    def known_tasks(self) -> Sequence[Task]:
+        """Return the tasks that are in memory before the run starts."""
+        return ()
 
     # Lightning's hooks
 
@@ -122,6 +163,10 @@ class StreamDataModule(LightningDataModule):
             return  # a validation may read a different folder from the run that wrote the checkpoint
         self.stream.load_state_dict(state_dict["stream"])
 
+    def draw(self, wanted: Sequence[int]) -> tuple[Task, ...]:
+        """Draw further tasks for this rank (see ``draw_items``)."""
+        raise NotImplementedError(f"{type(self).__name__} makes no tasks")
+
     def draw_items(self, wanted: Sequence[int]) -> list[tuple[int, int]]:
         """Draw further items of the same stream, for dynamic sampling.
 
@@ -136,7 +181,7 @@ class StreamDataModule(LightningDataModule):
 
     # For callers that read ahead of the steps
 
-    def next_batch(self) -> dict[str, Any]:
+    def next_batch(self) -> TaskBatch | SequenceBatch:
         """Return this rank's part of the step after everything drawn so far."""
         rank, num_ranks = self._data_rank()
         return self.make_batch(
@@ -152,9 +197,9 @@ class StreamDataModule(LightningDataModule):
         """
         self._trained = place
 
-    def _next_batch(self) -> dict[str, Any]:
+    def _next_batch(self) -> TaskBatch | SequenceBatch:
         if self._trained is not None:
-            return {}
+            return TaskBatch()
         return self.next_batch()
 
     def _num_positions(self) -> int | None:
@@ -227,6 +272,24 @@ class TaskFolderDataModule(StreamDataModule):
         rank, num_ranks = self._data_rank()
         return EvalLoader(self.eval_tasks(), batch_size=self.eval_batch_size, rank=rank, num_ranks=num_ranks)
 
+    # What a run's objective needs
+
+    def use_objective(self, objective: Objective) -> None:
+        for folder in (self.train, self.heldout):
+            ask_folder(folder, objective, task_dir=self.task_dir)
+
+    def context_limit(self, split: Literal["train", "heldout"]) -> ContextLimit:
+        tokens = (
+            _longest_context(self.train)
+            if split == "train"
+            else max(len(task.context_ids) for task in self.eval_tasks())
+        )
+        return ContextLimit(
+            tokens=tokens,
+            where=f"{self.task_dir}, {split}",
+            remedy="cut contexts with --data.max_context_tokens {room}",
+        )
+
     # Also used for evaluation outside a Trainer
 
     def eval_tasks(self) -> tuple[TokenTask, ...]:
@@ -241,6 +304,23 @@ class TaskFolderDataModule(StreamDataModule):
             None if self.trainer is None else self.trainer.lightning_module,
             task_dir=self.task_dir,
         )
+
+
+def ask_folder(folder: TaskFolder, objective: Objective, *, task_dir: str) -> None:
+    """Make the folder's tasks fit an objective. Raises ValueError if it was prepared for another one."""
+    if objective.places != folder.places:
+        raise ValueError(
+            f"--data.task_dir {task_dir}: prepared for {folder.places}, but {type(objective).__name__} asks "
+            f"about {objective.places}; prepare a folder with rpt prepare --objective "
+            f"{type(objective).__name__}, or give another objective"
+        )
+    folder.num_following_tokens = objective.num_following_tokens
+
+
+def _longest_context(folder: TaskFolder) -> int:
+    """Tokens of the longest context in the folder, after truncation."""
+    longest = folder.last_position
+    return longest if folder.max_context_tokens is None else min(longest, folder.max_context_tokens)
 
 
 def check_tokenizer(folder: TaskFolder, module: Any, *, task_dir: str) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from rpt_lightning.data.data_files import DataFile, find_files, read_text, without_compression
 from rpt_lightning.data.dedup import span_hashes
 from rpt_lightning.data.jsonl import read_json, read_jsonl
-from rpt_lightning.tasks.token_bytes import TokenBytes
+from rpt_lightning.pretrained.token_bytes import TokenBytes
 
 # A constant of its own: --dedup_span applies to the split. A corpus made from templates needs no other number
 # here, since benchmarks do not share the templates.

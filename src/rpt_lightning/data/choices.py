@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from rpt_lightning.data.row_text import as_text, look_up, short
-from rpt_lightning.tasks.answer_reward import choice_letter
-from rpt_lightning.tasks.question_text import LETTERS
+from rpt_lightning.objectives.question_text import LETTERS
+from rpt_lightning.objectives.rewards.answer import choice_letter
 
 AnswerForm = Literal["letter", "index_from_0", "index_from_1", "text"]
 Labels = tuple[str, ...] | None

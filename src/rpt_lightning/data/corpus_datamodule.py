@@ -7,22 +7,24 @@ from typing import Any
 
 import numpy as np
 
-from rpt_lightning.data.base_datamodule import EvalLoader, StreamDataModule, check_tokenizer
+from rpt_lightning.data.base_datamodule import EvalLoader, StreamDataModule, ask_folder, check_tokenizer
+from rpt_lightning.data.batch import SequenceBatch
 from rpt_lightning.data.corpus import CorpusSource
 from rpt_lightning.data.heldout import choose_heldout
 from rpt_lightning.data.stream import ShuffledOrder, TaskStream
 from rpt_lightning.data.task_folder import TaskFolder
 from rpt_lightning.data.tokenized_corpus import document_bytes, read_documents
 from rpt_lightning.data.worked_examples import ExampleWriter, Phase
-from rpt_lightning.tasks.prompt import PromptTemplate
-from rpt_lightning.tasks.token_bytes import TokenBytes, start_ids
+from rpt_lightning.objectives.base import Objective
+from rpt_lightning.objectives.prompts.template import PromptTemplate
+from rpt_lightning.pretrained.token_bytes import TokenBytes, start_ids
 from rpt_lightning.types import Document, TrainSequence
 
 
 class CorpusDataModule(StreamDataModule):
     """Serve the documents of a corpus, and worked examples of their marked places, for next-token training.
 
-    Training batches ``{"sequences": ...}`` hold this rank's share of a step. The documents are kept in memory
+    Training batches are `SequenceBatch`es. The documents are kept in memory
     and tokenized when they are used. Every token of a document except the first is a target.
 
     Args:
@@ -119,7 +121,7 @@ class CorpusDataModule(StreamDataModule):
         if self.heldout is not None:
             check_tokenizer(self.heldout, module, task_dir=str(self.task_dir))
 
-    def make_batch(self, items: list[tuple[int, int]]) -> dict[str, Any]:
+    def make_batch(self, items: list[tuple[int, int]]) -> SequenceBatch:
         """Build a batch. A document's worked examples follow it, so that they share their beginning."""
         epoch, index = self.stream.place
         step = (epoch * self.stream.order.items_per_epoch + index) // self.items_per_step - 1
@@ -131,7 +133,11 @@ class CorpusDataModule(StreamDataModule):
                 sequences.append(TrainSequence(prompt_ids=ids[:1], target_ids=ids[1:]))
             if self.writer is not None:
                 sequences += self.writer.write(document, step=step)
-        return {"sequences": tuple(sequences)}
+        return SequenceBatch(sequences=tuple(sequences))
+
+    def use_objective(self, objective: Objective) -> None:
+        if self.heldout is not None:
+            ask_folder(self.heldout, objective, task_dir=str(self.task_dir))
 
     def val_dataloader(self) -> EvalLoader:
         rank, num_ranks = self._data_rank()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from rpt_lightning.data.base_datamodule import TaskFolderDataModule
+from rpt_lightning.data.batch import TaskBatch
 from rpt_lightning.data.stream import ShuffledOrder
 from rpt_lightning.types import TokenTask
 
 
 class TokenTaskDataModule(TaskFolderDataModule):
-    """Serve next-token reasoning tasks. Training batches ``{"tasks": ...}`` hold this rank's share of a step.
+    """Serve next-token reasoning tasks. Training batches are `TaskBatch`es.
 
     Args:
         task_dir: Folder made by ``rpt prepare``.
@@ -25,6 +25,8 @@ class TokenTaskDataModule(TaskFolderDataModule):
             thoughts depend on it.
         seed: Seed of the order and of the choice of held-out positions.
     """
+
+    makes = "tasks"
 
     def __init__(
         self,
@@ -59,8 +61,8 @@ class TokenTaskDataModule(TaskFolderDataModule):
             seed=self.seed,
         )
 
-    def make_batch(self, items: list[tuple[int, int]]) -> dict[str, Any]:
-        return {"tasks": tuple(self.train.task(document, k) for document, k in items)}
+    def make_batch(self, items: list[tuple[int, int]]) -> TaskBatch:
+        return TaskBatch(tasks=tuple(self.train.task(document, k) for document, k in items))
 
     def draw(self, wanted: Sequence[int]) -> tuple[TokenTask, ...]:
         """Draw further tasks for this rank (see ``draw_items``)."""

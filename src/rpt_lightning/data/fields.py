@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from rpt_lightning.data.item_format import text_array
 from rpt_lightning.data.row_text import look_up
-from rpt_lightning.tasks.token_bytes import TokenBytes
+from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.types import Document, Fields, FieldValue
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rpt_lightning.data.item_format import FIELDS, item_digest
+from rpt_lightning.objectives.next_token import PLACES as NEXT_TOKEN
 
 MANIFEST_FILE = "manifest.json"
 # 2: a document's id is stored as bytes (item_format.py). Folders of format 1, with text ids, are still read.
@@ -36,7 +37,7 @@ _ENTRIES: dict[str, type] = {
 _WORDS = {dict: "an object", str: "text", int: "a whole number"}
 HISTOGRAM_FILE = "histogram.png"
 # Settings of `rpt prepare` that are newer than some folders, with the values used for those folders.
-LATER_SETTINGS: dict[str, Any] = {"dedup_span": 13}
+LATER_SETTINGS: dict[str, Any] = {"dedup_span": 13, "objective": NEXT_TOKEN}
 # A position belongs to a band if its entropy in nats exceeds the threshold. Hard positions are therefore also
 # medium and easy ones, as in the paper (section 3.3).
 BANDS: dict[str, float] = {"easy": 0.5, "medium": 1.0, "hard": 1.5}

@@ -5,27 +5,31 @@ This is the supervised mixture that RPT is compared with, on the same corpus.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
 
-from rpt_lightning.data.base_datamodule import EvalLoader, StepLoader
+from rpt_lightning.data.base_datamodule import ContextLimit, EvalLoader, StepLoader
+from rpt_lightning.data.batch import SequenceBatch
 from rpt_lightning.data.text_datamodule import TextDataModule
 from rpt_lightning.data.trace_datamodule import TraceDataModule
+from rpt_lightning.objectives.base import Objective
 
 
 class MixedDataModule(LightningDataModule):
     """Serve reasoning traces and plain text together.
 
-    Training batches ``{"sequences": ...}`` hold a step of both parts. Every target token has the same weight
-    in the loss.
+    Training batches are `SequenceBatch`es that hold a step of both parts. Every target token has the same
+    weight in the loss.
 
     Args:
         traces: The reasoning traces. Their data module sets how many there are in a step. Its held-out
             positions are used for validation.
         text: Whole documents of the same task folder. Their data module sets how many there are in a step.
     """
+
+    makes = "sequences"
 
     def __init__(self, traces: TraceDataModule, text: TextDataModule) -> None:
         super().__init__()
@@ -46,14 +50,18 @@ class MixedDataModule(LightningDataModule):
             part.trainer = self.trainer
             part.setup(stage)
 
+    def use_objective(self, objective: Objective) -> None:
+        self.traces.use_objective(objective)
+
+    def context_limit(self, split: Literal["train", "heldout"]) -> ContextLimit:
+        return self.traces.context_limit(split)
+
     def train_dataloader(self) -> StepLoader:
         loaders = [self.traces.train_dataloader(), self.text.train_dataloader()]
         return StepLoader(
-            lambda: {
-                "sequences": tuple(
-                    sequence for loader in loaders for sequence in loader.next_batch()["sequences"]
-                )
-            },
+            lambda: SequenceBatch(
+                sequences=tuple(sequence for loader in loaders for sequence in loader.next_batch().sequences)
+            ),
             num_steps=min(loader.num_steps for loader in loaders),
         )
 

@@ -33,7 +33,9 @@ from rpt_lightning.data.selection import PositionRule
 from rpt_lightning.data.shards import check_split, folder_checksums, write_split
 from rpt_lightning.data.task_folder import TaskFolder
 from rpt_lightning.data.tokenized_corpus import TokenizedCorpus, source_sha256
-from rpt_lightning.tasks.token_bytes import TokenBytes, tokenizer_hash
+from rpt_lightning.objectives.base import Objective
+from rpt_lightning.objectives.next_token import PLACES as NEXT_TOKEN
+from rpt_lightning.pretrained.token_bytes import TokenBytes, tokenizer_hash
 
 # A part has this many batches. An interruption costs at most one part.
 BATCHES_PER_PART = 8
@@ -57,6 +59,7 @@ def prepare(
     heldout_documents: int = 200,
     dedup_span: int | None = SPAN,
     benchmark_files: list[str] | None = None,
+    objective: Objective | None = None,
     window: int = 2048,
     overlap: int = 512,
     batch_tokens: int = 8192,
@@ -97,6 +100,8 @@ def prepare(
             generated text), where every document shares long spans with every other.
         benchmark_files: Text or JSONL files. Documents that share 13 consecutive tokens with one of them are
             left out.
+        objective: Objective whose tasks the positions will be, e.g. a class of your own. It may refuse
+            positions. None keeps them for next-token reasoning.
         window: Longest input of the proxy in tokens. Longer documents are scored in overlapping windows.
         overlap: Least context in tokens of a position in a later window.
         batch_tokens: Number of tokens that the proxy reads at once.
@@ -122,6 +127,7 @@ def prepare(
         "heldout_documents": heldout_documents,
         "dedup_span": dedup_span,
         "benchmark_files": benchmark_files,
+        "objective": NEXT_TOKEN if objective is None else objective.places,
         "window": window,
         "overlap": overlap,
         "precision": precision,
@@ -158,6 +164,7 @@ def prepare(
         min_context=min_context,
         answer_reach=answer_reach,
         keep_unanswerable=True,
+        objective=objective,
     )
     train_rule = PositionRule(
         entropy_threshold=entropy_threshold,
@@ -166,6 +173,7 @@ def prepare(
         keep_unanswerable=keep_unanswerable,
         min_true_prob=min_true_prob,
         max_true_prob=max_true_prob,
+        objective=objective,
     )
     partial = output.with_name(output.name + ".partial")
     with _clear_words(output, partial):

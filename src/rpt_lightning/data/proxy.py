@@ -7,8 +7,8 @@ from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from rpt_lightning.pretrained.token_bytes import start_ids
 from rpt_lightning.pretrained.tokenizer import as_in_folder, first_line, read_tokenizer
-from rpt_lightning.tasks.token_bytes import start_ids
 from rpt_lightning.types import TokenIds
 
 _MIB = 2**20

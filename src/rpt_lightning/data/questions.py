@@ -17,7 +17,7 @@ from rpt_lightning.data.choices import AnswerForm, read_choices, right_letter
 from rpt_lightning.data.hub_rows import read_dataset
 from rpt_lightning.data.jsonl import read_records
 from rpt_lightning.data.row_text import as_text, look_up, short
-from rpt_lightning.tasks.number_text import plain_number
+from rpt_lightning.objectives.math.number_text import plain_number
 from rpt_lightning.types import Question
 
 _NO_ANSWERS = ("nan", "inf", "#n/a")

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from rpt_lightning.data.item_format import Item
 from rpt_lightning.data.scoring import DocumentScores
-from rpt_lightning.tasks.answer import answerable_lengths
-from rpt_lightning.tasks.token_bytes import TokenBytes
+from rpt_lightning.objectives.base import Objective
+from rpt_lightning.objectives.box import answerable_lengths
+from rpt_lightning.pretrained.token_bytes import TokenBytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,10 +19,10 @@ class PositionRule:
     """The conditions that a position must meet to become a task.
 
     It needs enough entropy (nats; paper, section 3.3), enough context, and a true probability inside the
-    learnability band. A position is answerable if some prediction that ends on a token boundary within
-    ``answer_reach`` tokens survives the box parser. The prompt is not chosen yet, so the box is parsed as if
-    it came after ``</think>``. For a template with another closing marker, the flag is wrong if the truth
-    holds either marker.
+    learnability band. An ``objective`` may refuse further positions. A position is answerable if some
+    prediction that ends on a token boundary within ``answer_reach`` tokens survives the box parser. The
+    prompt is not chosen yet, so the box is parsed as if it came after ``</think>``. For a template with
+    another closing marker, the flag is wrong if the truth holds either marker.
     """
 
     entropy_threshold: float
@@ -30,6 +31,7 @@ class PositionRule:
     keep_unanswerable: bool
     min_true_prob: float = 0.0
     max_true_prob: float = 1.0
+    objective: Objective | None = None
 
     def positions(self, scores: DocumentScores, *, is_cut: bool) -> NDArray[np.int32]:
         """Select the positions of a document that pass, answerable or not. -> [P].
@@ -59,6 +61,9 @@ class PositionRule:
         """
         positions = self.positions(scores, is_cut=is_cut)
         pieces = [token_bytes[token] for token in token_ids.tolist()]
+        if self.objective is not None:
+            may_ask = self.objective.may_ask
+            positions = np.array([p for p in positions.tolist() if may_ask(pieces, p)], dtype=np.int32)
         answerable = np.array(
             [bool(answerable_lengths(pieces[p : p + self.answer_reach])) for p in positions.tolist()],
             dtype=np.uint8,

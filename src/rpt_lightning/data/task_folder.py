@@ -19,7 +19,7 @@ from rpt_lightning.data.proxy import load_tokenizer
 from rpt_lightning.data.remote_folder import RemoteFolder, is_remote
 from rpt_lightning.data.shards import INDEX_FILE, NUM_POSITIONS_FILE, check_file, check_split
 from rpt_lightning.pretrained.specification import has_hash, tokenizer_hash
-from rpt_lightning.tasks.token_bytes import TokenBytes
+from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.types import TokenIds, TokenTask
 
 # Number of documents kept in memory: the positions of a document are read one after the other.
@@ -41,6 +41,8 @@ class TaskFolder:
         path: The task folder, on this machine or in storage (``s3://bucket/folder``, remote_folder.py).
         split: "train" or "heldout".
         max_context_tokens: Truncate longer contexts on the left.
+
+    ``num_following_tokens`` is how many tokens from the position on a task carries (0 at first).
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class TaskFolder:
     ) -> None:
         from litdata import StreamingDataset
 
+        self.num_following_tokens = 0
         self._remote = RemoteFolder(str(path)) if is_remote(path) else None
         self.path = expand_home(path) if self._remote is None else self._remote.path
         self.split = split
@@ -107,6 +110,12 @@ class TaskFolder:
             if stored is not None
             else max(int(self._read(index)["positions"].max()) for index in range(len(self)))
         )
+
+    @property
+    def places(self) -> str:
+        """What the folder's tasks ask about (``Objective.places``)."""
+        settings = LATER_SETTINGS | self.manifest["settings"]
+        return str(settings["objective"])
 
     @cached_property
     def layout(self) -> str:
@@ -179,6 +188,7 @@ class TaskFolder:
             true_rank=int(item["true_rank"][k]),
             answerable=bool(item["answerable"][k]),
             fields={} if rows is None else rows[k],
+            following_ids=tuple(token_ids[position : position + self.num_following_tokens].tolist()),
         )
 
     def candidates(self, document_index: int, k: int) -> tuple[TokenIds, tuple[float, ...]]:

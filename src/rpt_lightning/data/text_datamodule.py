@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from rpt_lightning.data.base_datamodule import TaskFolderDataModule
+from rpt_lightning.data.batch import SequenceBatch
 from rpt_lightning.data.stream import ShuffledOrder
-from rpt_lightning.tasks.token_bytes import start_ids
+from rpt_lightning.pretrained.token_bytes import start_ids
 from rpt_lightning.types import TrainSequence
 
 
 class TextDataModule(TaskFolderDataModule):
     """Serve whole documents for next-token training.
 
-    Training batches ``{"sequences": ...}`` hold this rank's share of a step. Documents begin as the tokenizer
+    Training batches are `SequenceBatch`es. Documents begin as the tokenizer
     begins them. Every token except the first is a target.
 
     Args:
@@ -67,9 +66,9 @@ class TextDataModule(TaskFolderDataModule):
             np.ones(len(self.train), np.int32), self.train.chunk_sizes, bundle_size=1, seed=self.seed
         )
 
-    def make_batch(self, items: list[tuple[int, int]]) -> dict[str, Any]:
+    def make_batch(self, items: list[tuple[int, int]]) -> SequenceBatch:
         limit = self.max_tokens or self._num_positions()
         token_ids = [(self.start_ids + self.train.token_ids(document))[:limit] for document, _ in items]
-        return {
-            "sequences": tuple(TrainSequence(prompt_ids=ids[:1], target_ids=ids[1:]) for ids in token_ids)
-        }
+        return SequenceBatch(
+            sequences=tuple(TrainSequence(prompt_ids=ids[:1], target_ids=ids[1:]) for ids in token_ids)
+        )

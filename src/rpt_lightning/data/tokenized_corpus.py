@@ -15,7 +15,7 @@ from rpt_lightning.data.corpus import CorpusSource
 from rpt_lightning.data.dedup import check_span, components, span_words, split_components
 from rpt_lightning.data.fields import TokenFields, check_document, knowledge_bytes, token_fields
 from rpt_lightning.data.own_source import checked_documents
-from rpt_lightning.tasks.token_bytes import TokenBytes
+from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.types import Document
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from rpt_lightning.data.base_datamodule import TaskFolderDataModule
+from rpt_lightning.data.batch import SequenceBatch
 from rpt_lightning.data.stream import ShuffledOrder
 from rpt_lightning.data.traces import TraceWriter
-from rpt_lightning.tasks.prompt import PromptTemplate
+from rpt_lightning.objectives.prompts.template import PromptTemplate
 
 
 class TraceDataModule(TaskFolderDataModule):
     """Serve cold-start traces, one per position.
 
-    Training batches ``{"sequences": ...}`` hold this rank's share of a step.
+    Training batches are `SequenceBatch`es.
 
     Args:
         task_dir: Folder made by ``rpt prepare``, with the policy's own starting weights as the proxy.
@@ -89,7 +89,7 @@ class TraceDataModule(TaskFolderDataModule):
             seed=self.seed,
         )
 
-    def make_batch(self, items: list[tuple[int, int]]) -> dict[str, Any]:
+    def make_batch(self, items: list[tuple[int, int]]) -> SequenceBatch:
         """Build a batch. A position gives no trace if none of its candidates can be an answer."""
         traces = []
         for document, k in items:
@@ -97,7 +97,7 @@ class TraceDataModule(TaskFolderDataModule):
             traces.append(
                 self.writer.write(task.task_id, task.context_ids, *self.train.candidates(document, k))
             )
-        return {"sequences": tuple(trace for trace in traces if trace is not None)}
+        return SequenceBatch(sequences=tuple(trace for trace in traces if trace is not None))
 
     def _check_proxy(self) -> None:
         module = None if self.trainer is None else self.trainer.lightning_module

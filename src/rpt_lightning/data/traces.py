@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 
 from rpt_lightning.data.draw import uniform
-from rpt_lightning.tasks.answer import answerable_lengths
-from rpt_lightning.tasks.prompt import BoundPrompt
-from rpt_lightning.tasks.token_bytes import TokenBytes
+from rpt_lightning.objectives.box import answerable_lengths
+from rpt_lightning.objectives.prompts.template import BoundPrompt
+from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.types import TokenIds, TrainSequence
 
 SEPARATOR = "|"

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rpt_lightning.data.draw import uniform
-from rpt_lightning.tasks.prompt import BoundPrompt
-from rpt_lightning.tasks.token_bytes import TokenBytes
+from rpt_lightning.objectives.prompts.template import BoundPrompt
+from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.types import Document, Mark, TokenIds, TrainSequence
 
 DEPTH = "depth"  # the field with the number of successive steps in a mark's thought

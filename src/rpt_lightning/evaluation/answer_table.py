@@ -18,13 +18,13 @@ from rpt_lightning.evaluation.table import Rate, comparison_line, markdown_row, 
 from rpt_lightning.metrics.interval import clustered_interval
 from rpt_lightning.metrics.question_results import QuestionResult, QuestionResults, pair_questions
 from rpt_lightning.metrics.sampling import pass_at_k
-from rpt_lightning.tasks.answer_reward import Verdict
+from rpt_lightning.types import Outcome
 
 NOTE = (
     "Intervals are Wilson's, and the completions of a question form one cluster. Differences are paired and "
     "resample questions. Without a thought: one greedy answer in a box that the prompt has already opened."
 )
-_VERDICT_ROWS: dict[str, Verdict] = {
+_VERDICT_ROWS: dict[str, Outcome] = {
     "truncated completions": "truncated",
     "completions without an answer in a box": "unboxed",
     "answers that repeat the question": "quoted",
@@ -307,7 +307,7 @@ def _is_direct(question: QuestionResult) -> bool:
     return question.direct_verdict == "right"
 
 
-def _share(results: QuestionResults, verdict: Verdict) -> str:
+def _share(results: QuestionResults, verdict: Outcome) -> str:
     verdicts = [found for question in results.questions for found in question.verdicts]
     number = verdicts.count(verdict)
     return f"{100 * number / len(verdicts):.1f} % {number}/{len(verdicts)}"

@@ -31,12 +31,12 @@ from rpt_lightning.evaluation.policies import (
 )
 from rpt_lightning.evaluation.run import read_run
 from rpt_lightning.metrics.question_results import QuestionResults, read_question_results
+from rpt_lightning.objectives.prompts.template import PromptTemplate
+from rpt_lightning.objectives.question import QuestionObjective
+from rpt_lightning.objectives.rewards.answer import AnswerReward
 from rpt_lightning.policy.model import Policy
+from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.rollout.engine import RolloutEngine
-from rpt_lightning.tasks.answer_reward import AnswerReward
-from rpt_lightning.tasks.objective import Objective
-from rpt_lightning.tasks.prompt import PromptTemplate
-from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.training.answer_results import AnswerResults
 from rpt_lightning.training.ntp_module import NTPModule
 from rpt_lightning.training.quiet import quieten_libraries
@@ -47,7 +47,7 @@ from rpt_lightning.types import Question
 from rpt_lightning.data.questions import HuggingFaceQuestions, JsonlQuestions  # isort: skip
 from rpt_lightning.rollout.hf_engine import HFEngine  # isort: skip
 from rpt_lightning.rollout.vllm_engine import VLLMEngine  # isort: skip
-from rpt_lightning.tasks.prompt import ContinuationPrompt, QuestionPrompt  # isort: skip
+from rpt_lightning.objectives.prompts.template import ContinuationPrompt, QuestionPrompt  # isort: skip
 
 PARTS = (HFEngine, VLLMEngine, JsonlQuestions, HuggingFaceQuestions, ContinuationPrompt, QuestionPrompt)
 SUMMARY = "summary.md"
@@ -113,7 +113,7 @@ def benchmark(
     quieten_libraries()
     check_new_output(output)
     name, source = _questions(benchmark, file, revision, questions)
-    objective = Objective(prompt, AnswerReward())
+    objective = QuestionObjective(prompt, AnswerReward())
     asked = choose(read_all(source, flag="benchmark" if benchmark else "questions"), num_questions, seed=seed)
     stages: list[AnswerStage] = []
     if against is not None:

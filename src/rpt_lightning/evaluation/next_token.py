@@ -41,16 +41,17 @@ from rpt_lightning.evaluation.table import (
     stage_table,
 )
 from rpt_lightning.metrics.results import Results, read_results
+from rpt_lightning.objectives.base import Objective
+from rpt_lightning.objectives.next_token import NextTokenObjective
+from rpt_lightning.objectives.prompts.template import ContinuationPrompt, PromptTemplate
+from rpt_lightning.objectives.rewards.next_token import PrefixMatchReward
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.rollout.engine import RolloutEngine
-from rpt_lightning.tasks.objective import Objective
-from rpt_lightning.tasks.prompt import PromptTemplate
-from rpt_lightning.tasks.reward import PrefixMatchReward
 from rpt_lightning.training.monitors import ValidationResults
 from rpt_lightning.training.ntp_module import NTPModule
 from rpt_lightning.training.quiet import quieten_libraries
 from rpt_lightning.training.rollout_callback import RolloutCallback
-from rpt_lightning.types import TokenTask
+from rpt_lightning.types import Task
 
 # Imported so that the command line accepts their short names.
 from rpt_lightning.rollout.hf_engine import HFEngine  # isort: skip
@@ -66,6 +67,7 @@ def next_token(
     task_dir: str,
     engine: RolloutEngine | None = None,
     prompt: PromptTemplate | None = None,
+    objective: Objective | None = None,
     against: Path | None = None,
     output: Path = Path("evaluation"),
     num_tasks: int = 1024,
@@ -92,7 +94,9 @@ def next_token(
         task_dir: Folder that `rpt prepare` made. Its held-out split is used.
         engine: The engine that generates, e.g. VLLMEngine or HFEngine. With None, only next-token prediction
             without reasoning is measured.
-        prompt: The template that asks the policies, e.g. ContinuationPrompt. It is needed with an engine.
+        prompt: The template that asks the policies for the next token, e.g. ContinuationPrompt. An engine
+            needs it, or an objective.
+        objective: Another objective than next-token reasoning, e.g. a class of your own, with its prompt.
         against: Earlier results at the same positions to compare with. Give a file of records
             (validation/step-N.jsonl) or the folder of a run or an evaluation.
         output: Folder to write. It must be new or empty.
@@ -111,7 +115,9 @@ def next_token(
         seed: Seed for the choice of positions and for sampling.
     """
     check_policies(policy)
-    _check(engine, prompt)
+    _check(engine, prompt, objective)
+    if objective is None:
+        objective = NextTokenObjective(prompt or ContinuationPrompt(), PrefixMatchReward())
     quieten_libraries()
     check_new_output(output)
     make_data = partial(
@@ -129,28 +135,29 @@ def next_token(
         earlier = _earlier(against)
         data = make_data()
         data.setup("validate")
-        _check_against(earlier, data.eval_tasks(), against)
+        data.use_objective(objective)
+        _check_against(earlier, data.eval_tasks(), objective, against)
         stages.append(Stage(name=str(against), results=earlier))
     for one, name in zip(policy, policy_names(policy), strict=True):
         path, ckpt_path = policy_source(one)
         module = NTPModule(Policy(path))
         data = make_data()
-        callbacks: list[Callback] = [ValidationResults()]
-        if engine is not None and prompt is not None:
+        callbacks: list[Callback] = [RolloutCallback(None, objective), ValidationResults()]
+        if engine is not None:
             data.setup("validate")
             rollout = RolloutCallback(
                 engine,
-                Objective(prompt, PrefixMatchReward()),
+                objective,
                 temperature=temperature,
-                max_prompt_tokens=max(len(task.context_ids) for task in data.eval_tasks())
-                + prompt.bind(module.tokenizer).num_overhead_tokens,
+                max_prompt_tokens=data.context_limit("heldout").tokens
+                + objective.bind(module.tokenizer).num_overhead_tokens,
                 max_completion_tokens=max_completion_tokens,
                 stop_after_first_box=stop_after_first_box,
                 seed=seed,
                 eval_samples=k,
                 thought_controls=thought_controls,
             )
-            callbacks = [rollout, *callbacks]
+            callbacks[0] = rollout
         trainer = evaluation_trainer(
             output / name, callbacks, ckpt_path=ckpt_path, precision=precision, accelerator=accelerator
         )
@@ -186,8 +193,10 @@ def summary(stages: Sequence[Stage]) -> str:
     return "\n\n".join(part for part in parts if part is not None) + "\n"
 
 
-def _check(engine: RolloutEngine | None, prompt: PromptTemplate | None) -> None:
-    if engine is not None and prompt is None:
+def _check(engine: RolloutEngine | None, prompt: PromptTemplate | None, objective: Objective | None) -> None:
+    if prompt is not None and objective is not None:
+        raise ValueError("--prompt and --objective are both set, but an objective has its own prompt")
+    if engine is not None and prompt is None and objective is None:
         raise ValueError(
             "--prompt is not set: give the template that asks the policies to reason, the same as in "
             "training, e.g. --prompt ContinuationPrompt"
@@ -198,13 +207,13 @@ def _check(engine: RolloutEngine | None, prompt: PromptTemplate | None) -> None:
         )
 
 
-def _check_against(earlier: Results, tasks: Sequence[TokenTask], against: Path) -> None:
+def _check_against(earlier: Results, tasks: Sequence[Task], objective: Objective, against: Path) -> None:
     """Check, before any policy spends hours on answers, that the two can be paired.
 
     Raises ValueError if they cannot.
     """
     before = {position.task_id: position.truth for position in earlier.positions}
-    now = {task.task_id: b"".join(task.continuation).decode(errors="replace") for task in tasks}
+    now = {task.task_id: b"".join(objective.truth(task)).decode(errors="replace") for task in tasks}
     if unpaired := sorted(before.keys() ^ now.keys()):
         raise ValueError(
             f"--against {against}: these are results at other positions ({len(before)}) than the {len(now)} "

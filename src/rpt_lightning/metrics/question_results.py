@@ -13,7 +13,7 @@ from typing import Any
 
 from rpt_lightning.metrics.record_file import read_about, read_lines, write_about, write_lines
 from rpt_lightning.metrics.record_types import check_types
-from rpt_lightning.tasks.answer_reward import Verdict
+from rpt_lightning.types import Outcome
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,10 +36,10 @@ class QuestionResult:
     answer: str
     category: str | None
     prompt_tokens: int
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[Outcome, ...]
     predictions: tuple[str | None, ...]
     lengths: tuple[int, ...]
-    direct_verdict: Verdict | None = None
+    direct_verdict: Outcome | None = None
     direct_prediction: str | None = None
 
     @property

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from rpt_lightning.metrics.record_file import read_lines, write_lines
 from rpt_lightning.metrics.record_types import check_types
 from rpt_lightning.metrics.run_folder import ROLLOUT_FOLDER
-from rpt_lightning.tasks.answer import BOX_OPEN
-from rpt_lightning.types import FinishReason, RolloutGroup, Task, TokenTask
+from rpt_lightning.objectives.box import BOX_OPEN
+from rpt_lightning.types import FinishReason, RolloutGroup
 
 if TYPE_CHECKING:
-    from rpt_lightning.tasks.token_bytes import TokenBytes
+    from rpt_lightning.pretrained.token_bytes import TokenBytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +84,7 @@ def samples_of(group: RolloutGroup, *, context: str, token_bytes: TokenBytes) ->
         RolloutSample(
             task_id=group.task.task_id,
             context=context,
-            truth=_truth(group.task),
+            truth=text_pieces(group.truth),
             thought=_thought(completion.text_bytes).decode(errors="replace"),
             completion=completion.text_bytes.decode(errors="replace"),
             prediction=None if prediction is None else prediction.decode(errors="replace"),
@@ -93,7 +93,7 @@ def samples_of(group: RolloutGroup, *, context: str, token_bytes: TokenBytes) ->
             policy_version=completion.policy_version,
             tokens=text_pieces(token_bytes.drawn(token_id) for token_id in completion.token_ids),
             logprobs=tuple(round(logprob, 3) for logprob in completion.rollout_logprobs),
-            entropy=round(group.task.entropy, 4) if isinstance(group.task, TokenTask) else None,
+            entropy=None if group.task.entropy is None else round(group.task.entropy, 4),
         )
         for completion, prediction, reward in zip(
             group.completions, group.predictions, group.rewards, strict=True
@@ -133,10 +133,6 @@ def _parse_line(line: str, where: str) -> RolloutSample:
     check_types(known, RolloutSample, where)
     known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
     return RolloutSample(**known)
-
-
-def _truth(task: Task) -> tuple[str, ...]:
-    return text_pieces(task.continuation) if isinstance(task, TokenTask) else (task.question.answer,)
 
 
 def _thought(text: bytes) -> bytes:

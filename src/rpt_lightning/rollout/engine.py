@@ -18,14 +18,14 @@ from torch import Tensor
 from transformers import AutoConfig
 from typing_extensions import Self
 
+from rpt_lightning.objectives.box import FirstBox
 from rpt_lightning.pretrained.text_shape import longest_context
+from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.pretrained.tokenizer import as_in_folder, read_tokenizer
 from rpt_lightning.rollout.file_names import make_skeleton
 from rpt_lightning.rollout.own_engine import check_samples
 from rpt_lightning.rollout.requests import check_requests
 from rpt_lightning.rollout.weight_part import split_part
-from rpt_lightning.tasks.answer import FirstBox
-from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.types import Completion, GenerationRequest, PromptTokens, SamplingSettings, TokenIds
 
 EngineDtype = Literal["float32", "bfloat16"]

@@ -27,9 +27,7 @@ def forced_answers(
     for index, (task, thought) in enumerate(zip(tasks, thoughts, strict=True)):
         if thought is None:
             continue
-        prompt_ids = objective.prompt.prompt_ids(task.context_ids) + objective.prompt.answer_prefix_ids(
-            thought
-        )
+        prompt_ids = objective.prompt_ids(task) + objective.prompt.answer_prefix_ids(thought)
         if len(prompt_ids) + max_tokens <= engine.max_model_len:
             requests[index] = GenerationRequest(
                 task_id=task.task_id,

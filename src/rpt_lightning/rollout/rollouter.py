@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+from rpt_lightning.objectives.base import BoundObjective
 from rpt_lightning.rollout.engine import RolloutEngine
 from rpt_lightning.rollout.seeds import request_seed
-from rpt_lightning.tasks.objective import BoundObjective
-from rpt_lightning.types import Completion, GenerationRequest, RolloutGroup, SamplingSettings, Task
+from rpt_lightning.types import (
+    AnsweredTask,
+    Completion,
+    GenerationRequest,
+    RolloutGroup,
+    SamplingSettings,
+    Task,
+    TrainSequence,
+)
 
 Generate = Callable[[Sequence[GenerationRequest]], list[list[Completion]]]
-FirstTokenProbs = Callable[[Sequence[Task], Sequence[Sequence[bytes | None]]], Sequence[Sequence[float]]]
+Score = Callable[[Sequence[TrainSequence]], Sequence[tuple[float, ...]]]
+"""Returns the policy's log-probs (nats, temperature 1) of each sequence's target tokens. A collective."""
 
 
 class Rollouter:
@@ -33,8 +43,7 @@ class Rollouter:
         max_prompt_tokens: Raise an error for longer prompts. None leaves the limit to the engine.
         masks_truncated: Do not train truncated completions. They are also ignored when the rewards of a group
             are compared.
-        first_token_probs: Returns the policy's probability of each prediction's first token. Only dense
-            rewards need it.
+        score: Asks the policy for log-probs. Only an objective that ``needs_logprobs`` needs it.
         share_work: Wraps the engine's ``generate`` if several processes roll out together. It may be a
             collective, so each process must call ``rollout`` and ``complete`` equally often, with no tasks if
             it has none.
@@ -55,7 +64,7 @@ class Rollouter:
         stop_after_first_box: bool = False,
         max_prompt_tokens: int | None = None,
         masks_truncated: bool = False,
-        first_token_probs: FirstTokenProbs | None = None,
+        score: Score | None = None,
         share_work: Callable[[Generate], Generate] | None = None,
     ) -> None:
         if group_size < 2:
@@ -68,10 +77,9 @@ class Rollouter:
                 f"temperature={temperature}: greedy completions of a group are all the same, so a rollout "
                 "needs a positive temperature"
             )
-        if objective.reward.needs_first_token_probs and first_token_probs is None:
+        if objective.objective.needs_logprobs and score is None:
             raise ValueError(
-                f"{type(objective.reward).__name__} depends on the policy's probability "
-                "of the first token: give first_token_probs"
+                f"{type(objective.objective.rewarder).__name__} depends on the policy's log-probs: give score"
             )
         self.engine = engine
         self.objective = objective
@@ -85,7 +93,7 @@ class Rollouter:
         self.stop_after_first_box = stop_after_first_box
         self.max_prompt_tokens = max_prompt_tokens
         self.masks_truncated = masks_truncated
-        self.first_token_probs = first_token_probs
+        self.score = score
         self.share_work = share_work
         self._num_drawn: Counter[str] = Counter()  # completions of each task drawn with the current version
         self._version: int | None = None
@@ -176,28 +184,44 @@ class Rollouter:
 
         With several ranks, the policy may be queried too, so every rank must call this.
         """
-        predictions = [tuple(map(self.objective.prediction, row)) for row in completions]
-        probs = (
-            self.first_token_probs(tasks, predictions)
-            if self.first_token_probs is not None
-            else [None] * len(tasks)
-        )
+        answered = [
+            AnsweredTask(
+                task=task,
+                prompt_ids=self.objective.prompt_ids(task),
+                completions=row,
+                predictions=tuple(map(self.objective.prediction, row)),
+            )
+            for task, row in zip(tasks, completions, strict=True)
+        ]
+        if self.objective.objective.needs_logprobs:
+            answered = self._scored(answered)
         return [
             RolloutGroup(
-                task=task,
-                prompt_ids=self.objective.prompt.prompt_ids(task.context_ids),
-                completions=completions[index],
-                predictions=predictions[index],
-                rewards=self.objective.rewards(task, predictions[index], probs[index]),
+                task=one.task,
+                prompt_ids=one.prompt_ids,
+                completions=one.completions,
+                predictions=one.predictions,
+                rewards=self.objective.rewards(one),
+                truth=self.objective.truth(one.task),
                 masks_truncated=self.masks_truncated,
             )
-            for index, task in enumerate(tasks)
+            for one in answered
+        ]
+
+    def _scored(self, answered: Sequence[AnsweredTask]) -> list[AnsweredTask]:
+        """Add the log-probs that the objective asks for. One call of the policy scores all tasks."""
+        assert self.score is not None
+        wanted = [self.objective.scored_sequences(one) for one in answered]
+        scores = iter(self.score([sequence for row in wanted for sequence in row if sequence is not None]))
+        return [
+            replace(one, logprobs=tuple(None if sequence is None else next(scores) for sequence in row))
+            for one, row in zip(answered, wanted, strict=True)
         ]
 
     def _request(
         self, task: Task, n: int, temperature: float, first_index: int, max_tokens: int
     ) -> GenerationRequest:
-        prompt_ids = self.objective.prompt.prompt_ids(task.context_ids)
+        prompt_ids = self.objective.prompt_ids(task)
         if self.max_prompt_tokens is not None and len(prompt_ids) > self.max_prompt_tokens:
             raise ValueError(
                 f"task {task.task_id!r}: its prompt has {len(prompt_ids)} tokens, "

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.pretrained.tokenizer import as_in_folder, read_tokenizer
 from rpt_lightning.rollout import model_copy
 from rpt_lightning.rollout.engine import EngineDtype, RolloutEngine, Sample, compare_own_copy
-from rpt_lightning.tasks.token_bytes import TokenBytes
 from rpt_lightning.types import GenerationRequest, TokenIds
 
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rpt_lightning.objectives.base import BoundObjective
+from rpt_lightning.objectives.box import BOX_OPEN, open_box_content
 from rpt_lightning.rollout.engine import RolloutEngine
 from rpt_lightning.rollout.forced_answer import forced_answers
 from rpt_lightning.rollout.rollouter import Rollouter
-from rpt_lightning.tasks.answer import BOX_OPEN, open_box_content
-from rpt_lightning.tasks.objective import BoundObjective
-from rpt_lightning.tasks.reward import prefix_match
-from rpt_lightning.types import Completion, RolloutGroup, TokenIds, TokenTask
+from rpt_lightning.types import Completion, RolloutGroup, TokenIds
 
 MAX_ANSWER_TOKENS = 16
 
@@ -55,11 +54,9 @@ def _answers(
     right: list[bool | None] = [None] * len(groups)
     for index, completion in enumerate(answers):
         if completion is not None:
-            task = groups[index].task
-            assert isinstance(task, TokenTask)
             # Only the box was asked for, so what follows it does not matter.
             prediction = open_box_content(completion.text_bytes)
-            right[index] = prediction is not None and prefix_match(prediction, task.continuation) == 1.0
+            right[index] = rollouter.objective.is_right(prediction, groups[index].task)
     return right
 
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rpt_lightning.objectives.box import FirstBox
 from rpt_lightning.rollout.engine import Sample
-from rpt_lightning.tasks.answer import FirstBox
 from rpt_lightning.types import GenerationRequest, SamplingSettings
 
 

@@ -12,11 +12,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rpt_lightning.data.answer_datamodule import AnswerTaskDataModule
 from rpt_lightning.metrics.interval import clustered_interval, wilson_interval
 from rpt_lightning.metrics.question_results import QuestionResult, QuestionResults, write_question_results
 from rpt_lightning.metrics.run_folder import ANSWER_FOLDER
-from rpt_lightning.tasks.answer_reward import METRICS
+from rpt_lightning.objectives.rewards.answer import METRICS
 from rpt_lightning.training.policy_module import PolicyModule
 from rpt_lightning.training.rollout_callback import RolloutCallback
 
@@ -42,8 +41,8 @@ class AnswerResults(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if "questions" in batch:
-            self.results += batch["answers"]
+        if batch.records == "questions":
+            self.results += batch.answers
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PolicyModule)
@@ -55,9 +54,9 @@ class AnswerResults(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PolicyModule)
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if trainer.sanity_checking or not self.results or not isinstance(data, AnswerTaskDataModule):
+        if trainer.sanity_checking or not self.results:
             return
+        data = trainer.datamodule  # type: ignore[attr-defined]
         rollout = next(
             callback
             for callback in trainer.callbacks  # type: ignore[attr-defined]
@@ -65,7 +64,7 @@ class AnswerResults(Callback):
         )
         results = QuestionResults(
             questions=tuple(self.results),
-            benchmark=data.heldout_name,
+            benchmark=getattr(data, "heldout_name", "held-out questions"),
             policy_path=pl_module.policy.path,
             step=pl_module.policy_version,
             ckpt_path=pl_module.evaluated_ckpt_path,

@@ -26,10 +26,10 @@ from concurrent.futures import Future
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from rpt_lightning.data.answer_datamodule import AnswerTaskDataModule
-from rpt_lightning.data.datamodule import TokenTaskDataModule
+from rpt_lightning.data.base_datamodule import StreamDataModule
+from rpt_lightning.data.batch import TaskBatch
+from rpt_lightning.objectives.base import Objective
 from rpt_lightning.rollout.engine import RolloutEngine
-from rpt_lightning.tasks.reward import Reward
 from rpt_lightning.training.background import Background
 from rpt_lightning.training.engine_sync import EngineSync
 from rpt_lightning.training.policy_module import PolicyModule
@@ -63,7 +63,7 @@ class AsyncRollouts:
         sync: EngineSync,
         exchange: RankExchange,
         *,
-        data: TokenTaskDataModule | AnswerTaskDataModule,
+        data: StreamDataModule,
         trainer: Trainer,
         module: PolicyModule,
         max_staleness: int,
@@ -188,9 +188,12 @@ class AsyncRollouts:
     # In the background
 
     def _roll_out_next(self, version: int) -> StepRollouts:
-        tasks = self.data.next_batch()["tasks"]
+        batch = self.data.next_batch()
+        assert isinstance(batch, TaskBatch)
         extra = self.roller.max_extra_tasks(step=version, tasks_per_step=self.data.items_per_step)
-        return dataclasses.replace(self._roll_out(tasks, max_extra_tasks=extra), place=self.data.stream.place)
+        return dataclasses.replace(
+            self._roll_out(batch.tasks, max_extra_tasks=extra), place=self.data.stream.place
+        )
 
     def _roll_out(self, tasks: Sequence[Task], *, max_extra_tasks: int) -> StepRollouts:
         return self.roller.roll_out(
@@ -199,7 +202,7 @@ class AsyncRollouts:
 
 
 def check_settings(
-    max_staleness: int, engine: RolloutEngine, module: PolicyModule, reward: Reward, data: object
+    max_staleness: int, engine: RolloutEngine, module: PolicyModule, objective: Objective, data: object
 ) -> None:
     """Raise ValueError if the settings are impossible or unsafe with asynchronous rollouts."""
     flag = f"--rollout.max_staleness {max_staleness}"
@@ -219,12 +222,12 @@ def check_settings(
             "is generated while another one trains is already that many versions old when its turn comes; "
             f"give {module.optimizer_steps_per_batch} or more, or 0"
         )
-    if reward.needs_first_token_probs:
+    if objective.needs_logprobs:
         raise ValueError(
-            f"{flag}: {type(reward).__name__} asks the policy for probabilities while it is trained; "
+            f"{flag}: {type(objective.rewarder).__name__} asks the policy for log-probs while it is trained; "
             "take PrefixMatchReward, or --rollout.max_staleness 0"
         )
-    if not isinstance(data, TokenTaskDataModule | AnswerTaskDataModule):
+    if getattr(data, "makes", None) != "tasks":
         raise ValueError(
             f"{flag}: {type(data).__name__} cannot be read ahead of the steps; "
             "give --data TokenTaskDataModule, or --rollout.max_staleness 0"

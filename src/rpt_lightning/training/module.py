@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -15,13 +15,14 @@ from rpt_lightning.algo.advantage import group_advantages
 from rpt_lightning.algo.correction import correction_metrics, truncated_importance_weights
 from rpt_lightning.algo.loss import policy_loss, step_metrics
 from rpt_lightning.algo.statistics import add_up
+from rpt_lightning.data.batch import TaskBatch
 from rpt_lightning.data.stream import rank_share
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.packing import PackedTree
 from rpt_lightning.training.limits import check_number
 from rpt_lightning.training.policy_module import PolicyModule
 from rpt_lightning.training.ranks import Ranks
-from rpt_lightning.types import Completion, RolloutGroup, SamplingSettings, TrainBatch, TrainSequence
+from rpt_lightning.types import Completion, RolloutGroup, SamplingSettings, TrainSequence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +114,9 @@ class RPTModule(PolicyModule):
 
     learns_from_rollouts = True
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        rollouts: TrainBatch = batch["rollouts"]
+    def training_step(self, batch: TaskBatch, batch_idx: int) -> None:
+        rollouts = batch.rollouts
+        assert rollouts is not None, "the rollout callback puts them in"
         temperature = rollouts.sampling.temperature
         cut = [
             [self._samples(group) for group in groups]

@@ -23,7 +23,7 @@ from rpt_lightning.metrics.results import Results, write_results
 from rpt_lightning.metrics.rollout_samples import RolloutSample, samples_of, write_samples
 from rpt_lightning.metrics.run_folder import ROLLOUT_FOLDER, STEP_LOG, VALIDATION_FOLDER
 from rpt_lightning.policy.flops import model_size
-from rpt_lightning.tasks.token_bytes import TokenBytes
+from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.training.cost import Budget
 from rpt_lightning.training.limits import check_number
 from rpt_lightning.training.policy_module import PolicyModule
@@ -176,7 +176,7 @@ class RolloutSamples(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        rollouts: TrainBatch | None = batch.get("rollouts")
+        rollouts: TrainBatch | None = getattr(batch, "rollouts", None)
         # Lightning's batch_idx restarts with each pass over the tasks.
         if rollouts is None or trainer.fit_loop.epoch_loop.total_batch_idx % self.every_n_steps:
             return

@@ -5,13 +5,11 @@ It serves for the cold start on reasoning traces and as the continual-pre-traini
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
+from rpt_lightning.data.batch import SequenceBatch
 from rpt_lightning.policy.packing import PackedTree
 from rpt_lightning.training.policy_module import PolicyModule
-from rpt_lightning.types import TrainSequence
 
 
 class NTPModule(PolicyModule):
@@ -20,8 +18,8 @@ class NTPModule(PolicyModule):
     The mean is over the step's global number of target tokens.
     """
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        sequences: list[TrainSequence] = list(batch["sequences"])
+    def training_step(self, batch: SequenceBatch, batch_idx: int) -> None:
+        sequences = list(batch.sequences)
         num_targets = float(self.ranks.sum(sum(len(sequence.target_ids) for sequence in sequences)))
 
         def micro_batch_loss(tree: PackedTree) -> Tensor:

@@ -6,8 +6,10 @@ It holds the weights, the optimizer step over micro-batches, and next-token accu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -18,24 +20,27 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from rpt_lightning.data.batch import HeldOutBatch
 from rpt_lightning.metrics.results import PositionResult
+from rpt_lightning.objectives.base import BoundObjective
+from rpt_lightning.objectives.next_token import NextTokenObjective
+from rpt_lightning.objectives.prompts.template import ContinuationPrompt
+from rpt_lightning.objectives.rewards.next_token import PrefixMatchReward
 from rpt_lightning.policy.flops import Work, add_works, tree_work
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.packing import PackedTree
 from rpt_lightning.policy.sharding import materialize_sharded
 from rpt_lightning.pretrained.specification import has_hash, tokenizer_hash
-from rpt_lightning.tasks.token_bytes import start_ids
 from rpt_lightning.training.checkpoint import save_last_step
 from rpt_lightning.training.checkpoint_file import check_about
 from rpt_lightning.training.cpu_precision import bf16_is_slow
-from rpt_lightning.training.heldout_answers import HeldoutAnswer
 from rpt_lightning.training.limits import check_number
 from rpt_lightning.training.optimizer_kinds import check_kinds, check_same_kinds, kinds_of
 from rpt_lightning.training.optimizer_settings import apply_settings, settings_of
 from rpt_lightning.training.ranks import Ranks
 from rpt_lightning.training.step_clock import StepClock
 from rpt_lightning.training.validation import position_result, unique_results, validation_metrics
-from rpt_lightning.types import TokenTask, TrainSequence
+from rpt_lightning.types import TrainSequence
 
 CHECKPOINT_KEY = "rpt"
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -46,6 +51,18 @@ PROGRESS_BAR_METRICS = (
     "val/reasoning/easy/accuracy",
     "val/ntp/easy/accuracy",
 )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DirectScore:
+    """The policy's answer without a thought.
+
+    ``logprob`` (nats) is that of the true answer. ``is_right`` says whether each of its tokens is the most
+    likely one after those before it.
+    """
+
+    logprob: float
+    is_right: bool
 
 
 class PolicyModule(LightningModule, ABC):
@@ -372,37 +389,44 @@ class PolicyModule(LightningModule, ABC):
         return stale
 
     @abstractmethod
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def training_step(self, batch: Any, batch_idx: int) -> None:
         """Do one optimizer step (or several, see the subclass)."""
 
     # Held-out accuracy
+
+    @cached_property
+    def _next_token(self) -> BoundObjective:
+        """The objective of a validation for which none is configured. Its prompt is never used."""
+        objective = NextTokenObjective(ContinuationPrompt(), PrefixMatchReward())
+        return BoundObjective(objective, self.tokenizer)
 
     def on_validation_epoch_start(self) -> None:
         self.results = []
 
     @torch.no_grad()
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Measure next-token accuracy at held-out positions.
+    def validation_step(self, batch: HeldOutBatch, batch_idx: int) -> None:
+        """Measure accuracy at held-out positions.
 
         Accuracy without reasoning is always measured, and by reasoning if the rollout callback put
-        ``answers`` into the batch. Callbacks answer and record held-out questions
-        (training/answer_results.py).
+        ``answers`` into the batch. Without an objective, the next token is asked for. Callbacks answer and
+        record held-out questions (training/answer_results.py).
         """
-        if "questions" in batch:
+        if batch.records != "positions":
             return
-        tasks: tuple[TokenTask, ...] = batch["tasks"]
-        logprobs, likely = self.score_next_tokens(tasks)
-        answers: list[HeldoutAnswer] | None = batch.get("answers")
-        num_start = len(start_ids(self.tokenizer))
+        objective = batch.objective or self._next_token
+        sequences = [objective.direct_sequence(task) for task in batch.tasks]
         self.results += [
             position_result(
                 task,
-                ntp_correct=likely[i] == task.continuation_ids[0],
-                ntp_logprob=logprobs[i],
-                context_tokens=num_start + len(task.context_ids),
-                answer=None if answers is None else answers[i],
+                objective,
+                ntp_correct=score.is_right,
+                ntp_logprob=score.logprob,
+                context_tokens=len(sequence.prompt_ids),
+                answer=None if batch.answers is None else batch.answers[i],
             )
-            for i, task in enumerate(tasks)
+            for i, (task, sequence, score) in enumerate(
+                zip(batch.tasks, sequences, self.score_direct(sequences), strict=True)
+            )
         ]
 
     def on_validation_epoch_end(self) -> None:
@@ -412,22 +436,15 @@ class PolicyModule(LightningModule, ABC):
             self.log(name, value, prog_bar=name in PROGRESS_BAR_METRICS, sync_dist=True)
 
     @torch.no_grad()
-    def score_next_tokens(self, tasks: Iterable[TokenTask]) -> tuple[list[float], list[int]]:
-        """Standard next-token prediction at each task's position.
-
-        Returns:
-            Log-probs (nats) of the true tokens, and ids of the most likely ones.
-        """
-        start = start_ids(self.tokenizer)
-        sequences = [
-            TrainSequence(prompt_ids=start + task.context_ids, target_ids=task.continuation_ids[:1])
-            for task in tasks
-        ]
-        logprobs, likely = [0.0] * len(sequences), [0] * len(sequences)
-        for tree, scores, ids in self.score_packed(sequences, predict=True):
-            # Several documents may share a context and differ in the token. Each row is one sequence with one
-            # target.
-            for row, sequence in enumerate(tree.sequence_indices):
-                logprobs[sequence] = scores[tree.rows[row, 0]].item()
-                likely[sequence] = int(ids[tree.rows[row, 0]])
-        return logprobs, likely
+    def score_direct(self, sequences: Sequence[TrainSequence]) -> list[DirectScore]:
+        """Score answers without a thought. A collective."""
+        scores = [DirectScore(logprob=0.0, is_right=False)] * len(sequences)
+        for tree, logprobs, likely in self.score_packed(sequences, predict=True):
+            # Several documents may share a context and differ in what follows. Each row is one sequence.
+            for row, index in enumerate(tree.sequence_indices):
+                places = tree.rows[row][tree.mask[row]]
+                scores[index] = DirectScore(
+                    logprob=logprobs[places].sum().item(),
+                    is_right=tuple(likely[places].tolist()) == sequences[index].target_ids,
+                )
+        return scores

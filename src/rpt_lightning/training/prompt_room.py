@@ -5,14 +5,9 @@ The check runs before the first step, not when the longest prompt is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
-from rpt_lightning.data.answer_datamodule import AnswerTaskDataModule
-from rpt_lightning.data.base_datamodule import TaskFolderDataModule
-from rpt_lightning.data.task_folder import TaskFolder
-from rpt_lightning.tasks.prompt import BoundPrompt
-from rpt_lightning.types import Task
+from rpt_lightning.objectives.base import BoundObjective
 
 # Tokens of a forced thought's prompt (closing marker and beginning of the box) and of its answer
 # (rollout/forced_answer.py).
@@ -31,68 +26,19 @@ def max_model_len(needed: int, *, positions: int | None, with_controls: bool) ->
     return wanted if positions is None else max(needed, min(wanted, positions))
 
 
-def longest_context(folder: TaskFolder) -> int:
-    """Tokens of the longest context in the folder."""
-    longest = folder.last_position
-    return longest if folder.max_context_tokens is None else min(longest, folder.max_context_tokens)
-
-
-def check_training_prompts(data: Any, prompt: BoundPrompt, *, max_prompt_tokens: int) -> None:
-    """Raise ValueError if a prompt of the training data is too long."""
-    if isinstance(data, AnswerTaskDataModule):
-        remedy = "leave longer questions out with --data.max_question_tokens {room}"
-        _check(
-            _longest(data.train),
-            prompt,
-            max_prompt_tokens=max_prompt_tokens,
-            where="the questions of --data.train",
-            remedy=remedy,
-        )
-    else:
-        _check(
-            longest_context(data.train),
-            prompt,
-            max_prompt_tokens=max_prompt_tokens,
-            where=f"{data.task_dir}, train",
-        )
-
-
-def check_validation_prompts(data: Any, prompt: BoundPrompt, *, max_prompt_tokens: int) -> None:
-    """Raise ValueError if a held-out prompt is too long. A user's own data module is not checked."""
-    if isinstance(data, AnswerTaskDataModule):
-        remedy = "take longer questions out of --data.heldout"
-        _check(
-            _longest(data.heldout),
-            prompt,
-            max_prompt_tokens=max_prompt_tokens,
-            where="the questions of --data.heldout",
-            remedy=remedy,
-        )
-    elif isinstance(data, TaskFolderDataModule):
-        _check(
-            _longest(data.eval_tasks()),
-            prompt,
-            max_prompt_tokens=max_prompt_tokens,
-            where=f"{data.task_dir}, heldout",
-        )
-
-
-def _longest(tasks: Sequence[Task]) -> int:
-    return max(len(task.context_ids) for task in tasks)
-
-
-def _check(
-    context_tokens: int,
-    prompt: BoundPrompt,
-    *,
-    max_prompt_tokens: int,
-    where: str,
-    remedy: str = "cut contexts with --data.max_context_tokens {room}",
+def check_prompts(
+    data: Any, split: Literal["train", "heldout"], objective: BoundObjective, *, max_prompt_tokens: int
 ) -> None:
-    overhead = prompt.num_overhead_tokens
-    if context_tokens + overhead > max_prompt_tokens:
+    """Raise ValueError if a prompt of a split is too long. A user's own data module may not know."""
+    context_limit = getattr(data, "context_limit", None)
+    limit = None if context_limit is None else context_limit(split)
+    if limit is None:
+        return
+    overhead = objective.num_overhead_tokens
+    if limit.tokens + overhead > max_prompt_tokens:
+        remedy = limit.remedy.format(room=max(1, max_prompt_tokens - overhead))
         raise ValueError(
-            f"--rollout.max_prompt_tokens {max_prompt_tokens}: the longest context of {where} has "
-            f"{context_tokens} tokens, and the prompt template adds {overhead}; raise it to "
-            f"{context_tokens + overhead}, or {remedy.format(room=max(1, max_prompt_tokens - overhead))}"
+            f"--rollout.max_prompt_tokens {max_prompt_tokens}: the longest context of {limit.where} has "
+            f"{limit.tokens} tokens, and the prompt template adds {overhead}; raise it to "
+            f"{limit.tokens + overhead}, or {remedy}"
         )

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rpt_lightning.metrics.question_results import QuestionResult
+from rpt_lightning.objectives.base import BoundObjective
+from rpt_lightning.objectives.box import open_box_content
 from rpt_lightning.rollout.forced_answer import forced_answers
 from rpt_lightning.rollout.rollouter import Rollouter
-from rpt_lightning.tasks.answer import open_box_content
-from rpt_lightning.tasks.answer_reward import AnswerReward, Verdict
-from rpt_lightning.types import AnswerTask, Completion, RolloutGroup
+from rpt_lightning.types import Completion, Outcome, RolloutGroup, Task
 
 # Most tokens of an answer without a thought. A lower limit on whole completions also applies here.
 DIRECT_TOKENS = 128
 
 
 def answer_questions(
-    rollouter: Rollouter, tasks: Sequence[AnswerTask], *, num_samples: int, directly: bool
+    rollouter: Rollouter, tasks: Sequence[Task], *, num_samples: int, directly: bool
 ) -> tuple[list[RolloutGroup], list[QuestionResult]]:
     """Answer each question through the engine and judge the completions.
 
@@ -29,17 +29,8 @@ def answer_questions(
 
     Returns:
         The completions and their results, by question.
-
-    Raises:
-        ValueError: The objective's reward does not check answers.
     """
     objective = rollouter.objective
-    reward = objective.reward
-    if not isinstance(reward, AnswerReward):
-        raise ValueError(
-            "held-out questions are checked by AnswerReward, but the objective's reward is "
-            f"{type(reward).__name__}"
-        )
     first_indices = rollouter.reserve(tasks, num_samples) if num_samples else [0] * len(tasks)
     rows = rollouter.complete(
         tasks, first_indices, num_samples or 1, temperature=None if num_samples else 0.0
@@ -51,8 +42,8 @@ def answer_questions(
     groups, results = [], []
     for task, completions, answer in zip(tasks, rows, direct, strict=True):
         predictions = tuple(map(objective.prediction, completions))
-        verdicts = _verdicts(reward, task, completions, predictions)
-        prompt_ids = objective.prompt.prompt_ids(task.context_ids)
+        verdicts = _verdicts(objective, task, completions, predictions)
+        prompt_ids = objective.prompt_ids(task)
         rewards = tuple(float(verdict == "right") for verdict in verdicts)
         groups.append(
             RolloutGroup(
@@ -63,17 +54,18 @@ def answer_questions(
                 rewards=rewards,
             )
         )
+        truth, category = objective.truth(task), task.fields.get("category")
         content = None if answer is None else open_box_content(answer.text_bytes)
         results.append(
             QuestionResult(
                 question_id=task.task_id,
-                answer=task.question.answer,
-                category=task.question.category,
+                answer=b"".join(truth).decode(errors="replace"),
+                category=None if category is None else str(category),
                 prompt_tokens=len(prompt_ids),
                 verdicts=verdicts,
                 predictions=tuple(map(_text, predictions)),
                 lengths=tuple(len(completion.token_ids) for completion in completions),
-                direct_verdict=None if answer is None else _direct_verdict(reward, task, answer, content),
+                direct_verdict=None if answer is None else _direct_verdict(objective, task, answer, content),
                 direct_prediction=_text(content),
             )
         )
@@ -81,12 +73,12 @@ def answer_questions(
 
 
 def _verdicts(
-    reward: AnswerReward,
-    task: AnswerTask,
+    objective: BoundObjective,
+    task: Task,
     completions: Sequence[Completion],
     predictions: Sequence[bytes | None],
-) -> tuple[Verdict, ...]:
-    checked = reward.verdicts(task, predictions)
+) -> tuple[Outcome, ...]:
+    checked = objective.objective.outcomes(predictions, task)
     return tuple(
         "truncated" if completion.is_truncated else verdict
         for completion, verdict in zip(completions, checked, strict=True)
@@ -94,11 +86,11 @@ def _verdicts(
 
 
 def _direct_verdict(
-    reward: AnswerReward, task: AnswerTask, completion: Completion, content: bytes | None
-) -> Verdict:
+    objective: BoundObjective, task: Task, completion: Completion, content: bytes | None
+) -> Outcome:
     if content is None and completion.is_truncated:
         return "truncated"
-    return reward.verdicts(task, [content])[0]
+    return objective.objective.outcomes([content], task)[0]
 
 
 def _text(prediction: bytes | None) -> str | None:

@@ -16,26 +16,25 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from rpt_lightning.objectives.base import BoundObjective, Objective
 from rpt_lightning.pretrained.text_shape import longest_context
 from rpt_lightning.rollout.engine import RolloutEngine
 from rpt_lightning.rollout.pilot import PilotRollout
 from rpt_lightning.rollout.rollouter import Rollouter
-from rpt_lightning.tasks.objective import BoundObjective, Objective
 from rpt_lightning.training.arithmetic import batch_arithmetic
 from rpt_lightning.training.async_rollouts import AsyncRollouts, check_settings
 from rpt_lightning.training.checkpoint import saved_when_lost
 from rpt_lightning.training.engine_sync import EngineSync
-from rpt_lightning.training.first_token import probs_of_policy
 from rpt_lightning.training.heldout_answers import heldout_answers
 from rpt_lightning.training.limits import check_number
 from rpt_lightning.training.policy_module import PolicyModule
-from rpt_lightning.training.prompt_room import check_training_prompts, check_validation_prompts, max_model_len
+from rpt_lightning.training.policy_scores import scores_of_policy
+from rpt_lightning.training.prompt_room import check_prompts, max_model_len
 from rpt_lightning.training.question_answers import answer_questions
 from rpt_lightning.training.rank_exchange import RankExchange
 from rpt_lightning.training.rollout_metrics import cached_fractions, over_ranks, throughput
 from rpt_lightning.training.shared_generation import share_generation
 from rpt_lightning.training.step_rollouts import StepRoller, StepRollouts
-from rpt_lightning.training.unlike_answers import say_unlike_answers
 from rpt_lightning.types import Task, TrainBatch
 
 
@@ -163,6 +162,12 @@ class RolloutCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         assert isinstance(pl_module, PolicyModule)
+        data: Any = getattr(trainer, "datamodule", None)
+        if self.objective is not None:
+            self.bound_objective = BoundObjective(self.objective, pl_module.tokenizer)
+            # A user's own data module may lack these methods. Its tasks are then taken as they come.
+            if hasattr(data, "use_objective"):
+                data.use_objective(self.objective)
         if self.engine is None:
             if stage == "fit" and getattr(pl_module, "learns_from_rollouts", False):
                 raise ValueError(
@@ -171,24 +176,25 @@ class RolloutCallback(Callback):
                 )
             rank_zero_info("engine: none; validation shows standard next-token prediction only")
             return
-        if self.objective is None:
+        if self.objective is None or self.bound_objective is None:
             raise ValueError(
                 "rollout.objective is not set: say what the policy is asked and rewarded for, "
-                "e.g. --rollout.objective Objective"
+                "e.g. --rollout.objective NextTokenObjective"
             )
-        self.bound_objective = self.objective.bind(pl_module.tokenizer)
         prompt = self.bound_objective.prompt
         pl_module.policy.check_ids(
             prompt.prompt_ids(()) + prompt.answer_open_ids + prompt.answer_close_ids + prompt.stop_token_ids
         )
-        say_unlike_answers(getattr(trainer, "datamodule", None), self.objective.reward)
+        if trainer.is_global_zero and hasattr(data, "known_tasks"):
+            for remark in self.objective.remarks(data.known_tasks()):
+                rank_zero_info(remark)
         is_async = stage == "fit" and self.max_staleness > 0 and pl_module.learns_from_rollouts
         if is_async:
             check_settings(
                 self.max_staleness,
                 self.engine,
                 pl_module,
-                self.objective.reward,
+                self.objective,
                 trainer.datamodule,  # type: ignore[attr-defined]
             )
         self._exchange = RankExchange.over(pl_module.ranks) if is_async else None
@@ -205,9 +211,7 @@ class RolloutCallback(Callback):
             stop_after_first_box=self.stop_after_first_box,
             run_seed=self.seed,
             masks_truncated=pl_module.masks_truncated,
-            first_token_probs=probs_of_policy(trainer, pl_module)
-            if self.objective.reward.needs_first_token_probs
-            else None,
+            score=scores_of_policy(trainer, pl_module) if self.objective.needs_logprobs else None,
             share_work=lambda generate: share_generation(generate, self._exchange or pl_module.ranks),
         )
         self._sampling = self.rollouter.sampling(
@@ -243,7 +247,7 @@ class RolloutCallback(Callback):
             self.rollouter.rollout
             if pilot_size is None
             else PilotRollout(self.rollouter, pilot_size=pilot_size).rollout,
-            reward=self.bound_objective.reward,
+            objective=self.objective,
             pilot_size=pilot_size,
             dynamic_sampling_from_step=self.dynamic_sampling_from_step,
             dynamic_sampling_max_factor=self.dynamic_sampling_max_factor,
@@ -274,7 +278,7 @@ class RolloutCallback(Callback):
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         assert self.bound_objective is not None
-        check_training_prompts(data, self.bound_objective.prompt, max_prompt_tokens=self.max_prompt_tokens)
+        check_prompts(data, "train", self.bound_objective, max_prompt_tokens=self.max_prompt_tokens)
         text = batch_arithmetic(
             tasks_per_step=data.items_per_step,
             positions_per_document=data.positions_per_document,
@@ -312,13 +316,11 @@ class RolloutCallback(Callback):
         self._step_start = time.perf_counter()
         with saved_when_lost(trainer):
             rollouts = (
-                self._roll_out(trainer, pl_module, batch["tasks"])
-                if self._ahead is None
-                else self._ahead.next()
+                self._roll_out(trainer, pl_module, batch.tasks) if self._ahead is None else self._ahead.next()
             )
         filled, metrics = rollouts.filled, rollouts.metrics
         pl_module.generated_work += rollouts.work
-        batch["rollouts"] = TrainBatch(groups=filled.groups, sampling=self._sampling)
+        batch.rollouts = TrainBatch(groups=filled.groups, sampling=self._sampling)
         metrics = over_ranks(pl_module.ranks, metrics, num_groups=len(filled.groups) + len(filled.replaced))
         metrics |= cached_fractions(metrics)
         self._rollout_tokens = metrics["rollout/tokens"]
@@ -329,7 +331,7 @@ class RolloutCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if "rollouts" in batch:
+        if getattr(batch, "rollouts", None) is not None:
             assert isinstance(pl_module, PolicyModule)
             now = time.perf_counter()
             seconds = {"time/train_s": now - self._train_start, "time/step_s": now - self._step_start}
@@ -379,9 +381,10 @@ class RolloutCallback(Callback):
                 self._ahead.drain()
         if self.engine is not None:
             assert self.bound_objective is not None
-            check_validation_prompts(
+            check_prompts(
                 trainer.datamodule,  # type: ignore[attr-defined]
-                self.bound_objective.prompt,
+                "heldout",
+                self.bound_objective,
                 max_prompt_tokens=self.max_prompt_tokens,
             )
 
@@ -393,8 +396,9 @@ class RolloutCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        batch.objective = self.bound_objective
         if self.engine is None:
-            if "questions" in batch:
+            if batch.records == "questions":
                 raise ValueError(
                     "rollout.engine is not set, but held-out questions are answered through one; "
                     "give one, e.g. --rollout.engine VLLMEngine"
@@ -402,7 +406,7 @@ class RolloutCallback(Callback):
             return
         assert isinstance(pl_module, PolicyModule)
         with saved_when_lost(trainer):
-            batch["answers"] = self._answers(trainer, pl_module, batch)
+            batch.answers = self._answers(trainer, pl_module, batch)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.engine is not None and self._ahead is None:
@@ -412,10 +416,10 @@ class RolloutCallback(Callback):
         """Answer the batch's questions, or predict at its held-out positions."""
         assert self.rollouter is not None
         self._sync.sync(module)
-        if "questions" in batch:
+        if batch.records == "questions":
             groups, answers = answer_questions(
                 self.rollouter,
-                batch["questions"],
+                batch.tasks,
                 num_samples=self.eval_samples,
                 directly=self.thought_controls,
             )
@@ -423,7 +427,7 @@ class RolloutCallback(Callback):
                 trainer, module, groups, temperature=self.temperature if self.eval_samples else 1.0
             )
             return answers
-        groups = self.rollouter.rollout(batch["tasks"], n=1, temperature=0.0)
+        groups = self.rollouter.rollout(batch.tasks, n=1, temperature=0.0)
         self._sync.check_logprobs(trainer, module, groups, temperature=1.0)
         return heldout_answers(
             self.rollouter, groups, num_samples=self.eval_samples, with_controls=self.thought_controls

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 
 from rpt_lightning.metrics.rollout_stats import STATISTICS, rollout_statistics
+from rpt_lightning.objectives.rewards.answer import METRICS as ANSWER_COUNTS
 from rpt_lightning.policy.flops import Work, add_works, prompt_work, sampling_work
 from rpt_lightning.rollout.dynamic_sampling import FilledBatch
-from rpt_lightning.tasks.answer_reward import METRICS as ANSWER_COUNTS
 from rpt_lightning.training.ranks import Ranks
 from rpt_lightning.types import PromptTokens
 

@@ -9,11 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rpt_lightning.data.stream import Place
+from rpt_lightning.objectives.base import Objective
 from rpt_lightning.policy.flops import Work
 from rpt_lightning.rollout.dynamic_sampling import FilledBatch, fill_batch
 from rpt_lightning.rollout.engine import RolloutEngine
-from rpt_lightning.tasks.answer_reward import CountingReward
-from rpt_lightning.tasks.reward import Reward
 from rpt_lightning.training.rank_exchange import RankExchange
 from rpt_lightning.training.ranks import Ranks
 from rpt_lightning.training.rollout_metrics import (
@@ -49,7 +48,7 @@ class StepRoller:
     Args:
         engine: Holds weights by the time of ``roll_out``.
         rollout: Returns groups for tasks, in task order, by this engine.
-        reward: Rewards the groups. If it counts errors, the counts are taken with the step.
+        objective: What the groups were rewarded by. Its counts are taken with the step.
         pilot_size: See ``RolloutCallback``.
         dynamic_sampling_from_step: See ``RolloutCallback``.
         dynamic_sampling_max_factor: See ``RolloutCallback``.
@@ -60,14 +59,14 @@ class StepRoller:
         engine: RolloutEngine,
         rollout: Callable[[Sequence[Task]], list[RolloutGroup]],
         *,
-        reward: Reward,
+        objective: Objective,
         pilot_size: int | None,
         dynamic_sampling_from_step: int | None,
         dynamic_sampling_max_factor: float,
     ) -> None:
         self.engine = engine
         self.rollout = rollout
-        self.reward = reward
+        self.objective = objective
         self.pilot_size = pilot_size
         self.dynamic_sampling_from_step = dynamic_sampling_from_step
         self.dynamic_sampling_max_factor = dynamic_sampling_max_factor
@@ -99,8 +98,7 @@ class StepRoller:
         )
         work = rollout_work(filled, prefill_tokens=metrics["rollout/prefill_tokens"])
         metrics |= server_metrics(self.engine.servers)
-        if isinstance(self.reward, CountingReward):
-            metrics |= self.reward.take_metrics([*filled.groups, *filled.replaced])
+        metrics |= self.objective.take_metrics([*filled.groups, *filled.replaced])
         return StepRollouts(
             filled=filled,
             metrics=metrics,

@@ -11,13 +11,14 @@ import torch
 from rpt_lightning.metrics.accuracy import NextTokenAccuracy
 from rpt_lightning.metrics.results import PositionResult
 from rpt_lightning.metrics.token_kind import token_kind
-from rpt_lightning.tasks.reward import prefix_match
+from rpt_lightning.objectives.base import BoundObjective
 from rpt_lightning.training.heldout_answers import HeldoutAnswer
-from rpt_lightning.types import TokenTask
+from rpt_lightning.types import Task
 
 
 def position_result(
-    task: TokenTask,
+    task: Task,
+    objective: BoundObjective,
     *,
     ntp_correct: bool,
     ntp_logprob: float,
@@ -26,16 +27,18 @@ def position_result(
 ) -> PositionResult:
     """The record of one position. Bytes that are not characters become replacement characters.
 
-    A right prediction always means the same, whatever the policy is rewarded for in training: it is the true
-    continuation up to a token boundary.
+    A right prediction always means the same, whatever the policy is rewarded for in training: the objective
+    says what is right. ``ntp_correct`` and ``ntp_logprob`` are the direct answer, without a thought.
     """
+    assert task.entropy is not None
+    truth = objective.truth(task)
     measured: dict[str, Any] = {}
     if answer is not None:
         (completion,), (prediction,) = answer.greedy.completions, answer.greedy.predictions
         measured |= {f"{name}_correct": correct for name, correct in answer.controls.items()}
         measured |= {
             "prediction": None if prediction is None else prediction.decode(errors="replace"),
-            "reasoning_correct": _is_right(prediction, task),
+            "reasoning_correct": objective.is_right(prediction, task),
             "boxed": prediction is not None,
             "truncated": completion.is_truncated,
             "length": len(completion.token_ids),
@@ -45,7 +48,9 @@ def position_result(
         if answer.samples is not None:
             measured |= {
                 "num_samples": len(answer.samples.completions),
-                "num_correct": sum(_is_right(prediction, task) for prediction in answer.samples.predictions),
+                "num_correct": sum(
+                    objective.is_right(prediction, task) for prediction in answer.samples.predictions
+                ),
                 "sampled_tokens": sum(len(sample.token_ids) for sample in answer.samples.completions),
             }
     return PositionResult(
@@ -54,18 +59,14 @@ def position_result(
         position=task.position,
         entropy=task.entropy,
         answerable=task.answerable,
-        truth=b"".join(task.continuation).decode(errors="replace"),
+        truth=b"".join(truth).decode(errors="replace"),
         ntp_correct=ntp_correct,
         ntp_logprob=ntp_logprob,
-        token_kind=token_kind(task.continuation[0]),
+        token_kind=token_kind(truth[0]),
         context_tokens=context_tokens,
         fields=dict(task.fields) or None,
         **measured,
     )
-
-
-def _is_right(prediction: bytes | None, task: TokenTask) -> bool:
-    return prediction is not None and prefix_match(prediction, task.continuation) == 1.0
 
 
 def unique_results(rows: Iterable[PositionResult]) -> list[PositionResult]:

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from rpt_lightning.tasks.objective import BoundObjective, Objective
-from rpt_lightning.tasks.prompt import ContinuationPrompt
-from rpt_lightning.tasks.reward import Reward
-from rpt_lightning.types import TokenTask
+from rpt_lightning.objectives.base import BoundObjective
+from rpt_lightning.objectives.next_token import NextTokenObjective
+from rpt_lightning.objectives.prompts.template import ContinuationPrompt
+from rpt_lightning.objectives.rewards.next_token import Reward
+from rpt_lightning.types import AnsweredTask, TokenTask
 
 TASK = TokenTask(
     task_id="d:3",
@@ -28,18 +29,19 @@ TASK = TokenTask(
 )
 
 
-class Returns(Reward):
-    needs_first_token_probs = False
+ANSWERED = AnsweredTask(task=TASK, prompt_ids=(1, 2, 3), completions=(), predictions=(b"x", None))
 
+
+class Returns(Reward):
     def __init__(self, value):
         self.value = value
 
-    def group_rewards(self, predictions, task, first_token_probs=None):
+    def group_rewards(self, answered):
         return self.value
 
 
 def paid(value):
-    return BoundObjective(prompt=None, reward=Returns(value)).rewards(TASK, (b"x", None))
+    return BoundObjective(NextTokenObjective(ContinuationPrompt(), Returns(value)), None).rewards(ANSWERED)
 
 
 @pytest.mark.parametrize(
@@ -73,39 +75,39 @@ def test_anything_else_is_one_error(value, said):
     with pytest.raises(
         ValueError,
         match=rf"the reward Returns returned {said}.*for the 2 predictions of task 'd:3'; "
-        rf"wanted: group_rewards\(",
+        "wanted: one number per completion",
     ):
         paid(value)
 
 
 def test_a_reward_that_takes_two_arguments_is_found_before_anything_is_generated():
     class TakesTwo(Reward):
-        needs_first_token_probs = False
-
         def group_rewards(self, predictions, task):
             return (1.0,) * len(predictions)
 
     with pytest.raises(
         ValueError,
         match=r"the reward TakesTwo has group_rewards\(predictions, task\), "
-        r"which cannot be called with three arguments",
+        r"which cannot be called with one argument, an AnsweredTask",
     ):
-        Objective(ContinuationPrompt(), TakesTwo())
+        NextTokenObjective(ContinuationPrompt(), TakesTwo())
 
 
-def test_a_reward_that_does_not_say_what_it_needs():
-    class Silent(Reward):
-        def group_rewards(self, predictions, task, first_token_probs=None):
-            return (1.0,) * len(predictions)
+def test_all_but_group_rewards_may_be_left_out():
+    class Least(Reward):
+        def group_rewards(self, answered):
+            return (1.0, 0.0)
 
-    with pytest.raises(ValueError, match="the reward Silent does not set needs_first_token_probs"):
-        Objective(ContinuationPrompt(), Silent())
+    objective = NextTokenObjective(ContinuationPrompt(), Least())
+    assert not objective.needs_logprobs
+    assert objective.take_metrics([]) == {}
+    assert BoundObjective(objective, None).scored_sequences(ANSWERED) == ()
 
 
 def test_what_a_reward_raises_goes_through():
     class Raises(Returns):
-        def group_rewards(self, predictions, task, first_token_probs=None):
+        def group_rewards(self, answered):
             raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine"):
-        BoundObjective(prompt=None, reward=Raises(0)).rewards(TASK, (b"x",))
+        BoundObjective(NextTokenObjective(ContinuationPrompt(), Raises(0)), None).rewards(ANSWERED)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from rpt_lightning.tasks.token_bytes import TokenBytes, byte_of_character, tokenizer_hash
+from rpt_lightning.pretrained.token_bytes import TokenBytes, byte_of_character, tokenizer_hash
 
 MARKERS = [
     "</think>",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from rpt_lightning.tasks import true_answers
-from rpt_lightning.tasks.answer_reward import AnswerReward
-from rpt_lightning.tasks.true_answers import other_ways, unlike_themselves
+from rpt_lightning.objectives.math import true_answers
+from rpt_lightning.objectives.math.true_answers import other_ways, unlike_themselves
+from rpt_lightning.objectives.rewards.answer import AnswerReward
 
 UNLIKE = {
     "2e-1": "0.2",

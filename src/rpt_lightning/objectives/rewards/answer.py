@@ -12,24 +12,16 @@ from __future__ import annotations
 
 import re
 import threading
-from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
 
-from rpt_lightning.tasks.math_verifier import MathVerdict, MathVerifier
-from rpt_lightning.tasks.quoted_answer import quotes_question, without_fonts
-from rpt_lightning.tasks.reward import Reward
-from rpt_lightning.types import AnswerTask, RolloutGroup, Task
+from rpt_lightning.objectives.math.quoted_answer import quotes_question, without_fonts
+from rpt_lightning.objectives.math.true_answers import unlike_answer_remarks
+from rpt_lightning.objectives.math.verifier import MathVerifier
+from rpt_lightning.objectives.rewards.next_token import Reward
+from rpt_lightning.types import AnsweredTask, AnswerTask, Outcome, Question, RolloutGroup, Task
 
-Verdict = MathVerdict | Literal["quoted", "unboxed", "truncated"]
-"""The outcome of one completion.
-
-``quoted``: it repeats an expression of the question that has the true value. ``unboxed``: it ended without an
-answer in the required form. ``truncated``: it ran into the token limit.
-"""
-
-METRICS: dict[str, Verdict] = {
+METRICS: dict[str, Outcome] = {
     "answers/quoted": "quoted",
     "answers/unreadable": "unreadable",
     "answers/timeouts": "timeout",
@@ -53,18 +45,17 @@ def choice_letter(prediction: str) -> str | None:
     return match.group(1).upper() if match else None
 
 
-class CountingReward(Reward):
-    """A reward that depends on a check which may fail, and that counts the failures."""
+def answer_task(task: Task) -> AnswerTask:
+    """Return the task as a question. Raises ValueError if it is not one."""
+    if not isinstance(task, AnswerTask):
+        raise ValueError(
+            f"task {task.task_id!r} is not a question, as AnswerReward needs; give --data "
+            "AnswerTaskDataModule, or --rollout.objective NextTokenObjective"
+        )
+    return task
 
-    @abstractmethod
-    def take_metrics(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
-        """Return counts over the groups of a step that were rewarded, always under the same names.
 
-        Each completion counts once, however often it was rewarded.
-        """
-
-
-class AnswerReward(CountingReward):
+class AnswerReward(Reward):
     """Reward 1 if the answer is right, else 0.
 
     An answer that cannot be checked earns 0 and is counted (``answers/unreadable``, ``timeouts``,
@@ -76,41 +67,42 @@ class AnswerReward(CountingReward):
         num_workers: Number of processes on each rank that check mathematical answers.
     """
 
-    needs_first_token_probs = False
-
     def __init__(self, cpu_limit_s: float = 5.0, num_workers: int = 2) -> None:
         self.verifier = MathVerifier(cpu_limit_s, num_workers)
-        self.checked_answers: set[str] = set()
-        """True answers that have been compared with themselves (training/unlike_answers.py)."""
+        self._compared: set[str] = set()  # true answers that have been compared with themselves
         # Keyed by (question, prediction), for the current step.
-        self._known: dict[tuple[str, bytes | None], Verdict] = {}
+        self._known: dict[tuple[str, bytes | None], Outcome] = {}
         self._lock = threading.Lock()  # rollouts may be rewarded in one thread and logged in another
 
-    def group_rewards(
-        self,
-        predictions: Sequence[bytes | None],
-        task: Task,
-        first_token_probs: Sequence[float] | None = None,
-    ) -> tuple[float, ...]:
-        if not isinstance(task, AnswerTask):
-            raise ValueError(
-                f"task {task.task_id!r} is not a question: AnswerReward rewards answers of an "
-                "AnswerTaskDataModule; give another reward or --data"
-            )
-        return tuple(float(verdict == "right") for verdict in self._known_verdicts(task, predictions))
+    def group_rewards(self, answered: AnsweredTask) -> tuple[float, ...]:
+        verdicts = self._known_verdicts(answer_task(answered.task), answered.predictions)
+        return tuple(float(verdict == "right") for verdict in verdicts)
 
     def take_metrics(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        """Return how many completions of a step had each failure. Each counts once."""
         counts = Counter(
             verdict
             for group in groups
-            if isinstance(group.task, AnswerTask)
-            for verdict in self._known_verdicts(group.task, group.predictions)
+            for verdict in self._known_verdicts(answer_task(group.task), group.predictions)
         )
         with self._lock:
             self._known = {}
         return {name: float(counts[verdict]) for name, verdict in METRICS.items()}
 
-    def _known_verdicts(self, task: AnswerTask, predictions: Sequence[bytes | None]) -> list[Verdict]:
+    def unlike_answers(self, questions: Sequence[Question]) -> list[str]:
+        """Count and name the questions whose true answer does not equal itself in another notation.
+
+        A true answer that was compared before is left out.
+        """
+        asked = [
+            question
+            for question in questions
+            if not question.is_choice and question.answer not in self._compared
+        ]
+        self._compared |= {question.answer for question in asked}
+        return unlike_answer_remarks(asked, self.verifier)
+
+    def _known_verdicts(self, task: AnswerTask, predictions: Sequence[bytes | None]) -> list[Outcome]:
         """Return the same as ``verdicts``, without repeating checks since the last ``take_metrics``."""
         question_id = task.question.question_id
         known = self._known  # another thread may start a new one in the meantime
@@ -128,7 +120,7 @@ class AnswerReward(CountingReward):
             for prediction in predictions
         ]
 
-    def verdicts(self, task: AnswerTask, predictions: Sequence[bytes | None]) -> list[Verdict]:
+    def verdicts(self, task: AnswerTask, predictions: Sequence[bytes | None]) -> list[Outcome]:
         """Return the outcome of each prediction. A missing or empty prediction is ``unboxed``."""
         texts = [(prediction or b"").decode(errors="replace") for prediction in predictions]
         question = task.question
@@ -145,7 +137,7 @@ class AnswerReward(CountingReward):
                 for text in texts
             ]
         asked = [text for text in texts if text.strip()]
-        found: dict[str, Verdict] = dict(
+        found: dict[str, Outcome] = dict(
             zip(asked, self.verifier.verdicts([(question.answer, text) for text in asked]), strict=True)
         )
         quoted = {

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rpt_lightning.tasks.reward import (
+from rpt_lightning.objectives.next_token import NextTokenObjective
+from rpt_lightning.objectives.prompts.template import ContinuationPrompt
+from rpt_lightning.objectives.rewards.next_token import (
     ConditionalDenseReward,
     DenseReward,
     FirstTokenReward,
@@ -12,7 +18,7 @@ from rpt_lightning.tasks.reward import (
     first_token_match,
     prefix_match,
 )
-from rpt_lightning.types import TokenTask
+from rpt_lightning.types import AnsweredTask, TokenTask
 
 TOKENS = st.lists(
     st.sampled_from([b"a", b"ab", b" ", b"\n", b"\xf0\x9f", b"\x98\x80", b"{", b"}", b""]), max_size=8
@@ -31,6 +37,12 @@ def task_of(*continuation: bytes) -> TokenTask:
         true_prob=0.5,
         true_rank=0,
         answerable=True,
+    )
+
+
+def answered(predictions: Sequence[bytes | None], *continuation: bytes) -> AnsweredTask:
+    return AnsweredTask(
+        task=task_of(*continuation), prompt_ids=(1,), completions=(), predictions=tuple(predictions)
     )
 
 
@@ -76,7 +88,7 @@ def test_every_boundary_is_right_and_is_a_first_token_match(continuation: list[b
 
 def test_first_token_reward() -> None:
     predictions = (b" the", b" the sum", b" the wrong", b" theory", b" th", b"the", b"", None)
-    assert FirstTokenReward().group_rewards(predictions, task_of(b" the", b" sum")) == (
+    assert FirstTokenReward().group_rewards(answered(predictions, b" the", b" sum")) == (
         1.0,
         1.0,
         1.0,
@@ -90,7 +102,7 @@ def test_first_token_reward() -> None:
 
 def test_prefix_reward() -> None:
     predictions = (b" the", b" the sum", b" the wrong", b" theory", None, b"")
-    assert PrefixMatchReward().group_rewards(predictions, task_of(b" the", b" sum")) == (
+    assert PrefixMatchReward().group_rewards(answered(predictions, b" the", b" sum")) == (
         1.0,
         1.0,
         0.0,
@@ -101,18 +113,26 @@ def test_prefix_reward() -> None:
 
 
 def test_dense_rewards() -> None:
-    task = task_of(b" the", b" sum")
-    predictions, probs = (b" the", b" a", b"", None), (0.6, 0.25, 0.5, 0.5)
-    assert DenseReward().group_rewards(predictions, task, probs) == (1.0, 0.25, 0.0, 0.0)
-    assert ConditionalDenseReward().group_rewards(predictions, task, probs) == (1.0, 0.25, 0.0, 0.0)
-    assert DenseReward().group_rewards(predictions[1:], task, probs[1:]) == (0.25, 0.0, 0.0)
-    assert ConditionalDenseReward().group_rewards(predictions[1:], task, probs[1:]) == (0.0, 0.0, 0.0)
+    predictions, probs = (b" the", b" a", b"", None), (0.6, 0.25, None, None)
+    logprobs = tuple(None if prob is None else (math.log(prob),) for prob in probs)
+    group = replace(answered(predictions, b" the", b" sum"), logprobs=logprobs)
+    assert DenseReward().group_rewards(group) == pytest.approx((1.0, 0.25, 0.0, 0.0))
+    assert ConditionalDenseReward().group_rewards(group) == pytest.approx((1.0, 0.25, 0.0, 0.0))
+    wrong = replace(group, predictions=predictions[1:], logprobs=logprobs[1:])
+    assert DenseReward().group_rewards(wrong) == pytest.approx((0.25, 0.0, 0.0))
+    assert ConditionalDenseReward().group_rewards(wrong) == (0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("reward", [DenseReward(), ConditionalDenseReward()])
-def test_dense_rewards_ask_for_probabilities(reward) -> None:
-    assert reward.needs_first_token_probs
-    assert not PrefixMatchReward().needs_first_token_probs
-    assert not FirstTokenReward().needs_first_token_probs
-    with pytest.raises(AssertionError):
-        reward.group_rewards((b"a",), task_of(b"a"))
+def test_dense_rewards_ask_for_the_first_token_after_the_plain_context(reward, tiny_tokenizer) -> None:
+    assert reward.needs_logprobs
+    assert not PrefixMatchReward().needs_logprobs
+    assert not FirstTokenReward().needs_logprobs
+    bound = NextTokenObjective(ContinuationPrompt(), reward).bind(tiny_tokenizer)
+    group = answered((b" the sum", b"", None, b"\xff"), b" a")
+    first, *others = bound.scored_sequences(group)
+    assert others == [None, None, None]
+    assert first.prompt_ids == bound.start_ids + group.task.context_ids
+    assert first.target_ids == bound.tokens.encode_plain(" the sum")[:1]
+    with pytest.raises(ValueError, match="zip"):
+        reward.group_rewards(replace(group, predictions=(b" a",)))

@@ -10,33 +10,24 @@ import math
 from numbers import Real
 from typing import Any
 
-from rpt_lightning.tasks.reward import Reward
+from rpt_lightning.objectives.rewards.next_token import Reward
 
-WANTED = (
-    "wanted: group_rewards(predictions, task, first_token_probs) -> "
-    "one number per prediction, such as (1.0, 0.0)"
-)
+WANTED = "wanted: one number per completion, such as (1.0, 0.0)"
 
 
 def check_reward(reward: Reward) -> None:
     """Check a reward before anything is generated. Raises ValueError if it is not usable."""
-    name = type(reward).__name__
-    if not isinstance(getattr(reward, "needs_first_token_probs", None), bool):
-        raise ValueError(
-            f"the reward {name} does not set needs_first_token_probs; "
-            "set it in the class, to False unless it reads first_token_probs"
-        )
     signature = inspect.signature(reward.group_rewards)
     try:
-        signature.bind((), None, None)
+        signature.bind(None)
     except TypeError as error:
         raise ValueError(
-            f"the reward {name} has group_rewards{signature}, "
-            f"which cannot be called with three arguments ({error}); {WANTED}"
+            f"the reward {type(reward).__name__} has group_rewards{signature}, "
+            f"which cannot be called with one argument, an AnsweredTask ({error}); {WANTED}"
         ) from error
 
 
-def checked_rewards(reward: Reward, returned: Any, *, num: int, task_id: str) -> tuple[float, ...]:
+def checked_rewards(reward: object, returned: Any, *, num: int, task_id: str) -> tuple[float, ...]:
     """Check the values that a reward returned for the ``num`` predictions of a task.
 
     Raises ValueError unless they are one finite number per prediction.

@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from rpt_lightning.tasks.answer_reward import AnswerReward
-from rpt_lightning.tasks.math_verifier import MathVerifier, _Worker
+from rpt_lightning.objectives.math.verifier import MathVerifier, _Worker
+from rpt_lightning.objectives.rewards.answer import AnswerReward
 
 
 @pytest.fixture
@@ -115,6 +115,6 @@ def process_of(verifier: MathVerifier) -> subprocess.Popen[str]:
 def test_bad_settings_and_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"cpu_limit_s=0"):
         MathVerifier(cpu_limit_s=0)
-    monkeypatch.setattr("rpt_lightning.tasks.math_verifier.find_spec", lambda _: None)
+    monkeypatch.setattr("rpt_lightning.objectives.math.verifier.find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"pip install 'math-verify"):
         MathVerifier()

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from rpt_lightning.tasks.answer_reward import AnswerReward, choice_letter
-from rpt_lightning.tasks.objective import BoundObjective, Objective
-from rpt_lightning.tasks.prompt import ChatPrompt, ContinuationPrompt, QuestionPrompt
-from rpt_lightning.tasks.question_text import question_text
-from rpt_lightning.tasks.reward import PrefixMatchReward
-from rpt_lightning.types import AnswerTask, Completion, Question, RolloutGroup, TokenTask
+from rpt_lightning.objectives.base import BoundObjective
+from rpt_lightning.objectives.next_token import NextTokenObjective
+from rpt_lightning.objectives.prompts.template import ChatPrompt, ContinuationPrompt, QuestionPrompt
+from rpt_lightning.objectives.question import QuestionObjective
+from rpt_lightning.objectives.question_text import question_text
+from rpt_lightning.objectives.rewards.answer import AnswerReward, choice_letter
+from rpt_lightning.objectives.rewards.next_token import PrefixMatchReward
+from rpt_lightning.types import (
+    AnsweredTask,
+    AnswerTask,
+    Completion,
+    Question,
+    RolloutGroup,
+    Task,
+    TokenTask,
+)
 
 SUM = AnswerTask(
     question=Question(question_id="sum", text="1/4 + 1/4?", answer=r"\frac{1}{2}"), context_ids=(1,)
@@ -37,7 +48,7 @@ POSITION = TokenTask(
 
 @pytest.fixture
 def objective(answer_reward: AnswerReward, tiny_tokenizer: Any) -> BoundObjective:
-    return Objective(ContinuationPrompt(), answer_reward).bind(tiny_tokenizer)
+    return QuestionObjective(ContinuationPrompt(), answer_reward).bind(tiny_tokenizer)
 
 
 def completion(text: str, *, finish_reason: Any = "stop") -> Completion:
@@ -68,12 +79,12 @@ def completion(text: str, *, finish_reason: Any = "stop") -> Completion:
     ],
 )
 def test_the_last_box_after_the_thought_is_checked(objective: BoundObjective, text: str, paid: float) -> None:
-    assert objective.rewards(SUM, [objective.prediction(completion(text))]) == (paid,)
+    assert objective.rewards(answered(SUM, [objective.prediction(completion(text))])) == (paid,)
 
 
 def test_a_truncated_completion_has_no_answer(objective: BoundObjective) -> None:
     assert objective.rewards(
-        SUM, [objective.prediction(completion(r"</think>\boxed{0.5}", finish_reason="length"))]
+        answered(SUM, [objective.prediction(completion(r"</think>\boxed{0.5}", finish_reason="length"))])
     ) == (0.0,)
 
 
@@ -100,8 +111,13 @@ def test_letters_of_choices(text: str, letter: str | None) -> None:
     assert choice_letter(text) == letter
 
 
+def answered(task: Task, predictions: Sequence[bytes | None]) -> AnsweredTask:
+    completions = tuple(completion("") for _ in predictions)
+    return AnsweredTask(task=task, prompt_ids=(1,), completions=completions, predictions=tuple(predictions))
+
+
 def test_choices_are_paid_by_letter_alone(answer_reward: AnswerReward) -> None:
-    assert answer_reward.group_rewards([b"C", b"(c)", b"3", b"B", b"J", None], CHOICE) == (
+    assert answer_reward.group_rewards(answered(CHOICE, [b"C", b"(c)", b"3", b"B", b"J", None])) == (
         1.0,
         1.0,
         0.0,
@@ -154,7 +170,7 @@ def test_an_expression_of_the_question_is_no_answer(
 ) -> None:
     task = AnswerTask(question=Question(question_id="q", text=question, answer=answer), context_ids=(1,))
     assert answer_reward.verdicts(task, [prediction.encode()]) == [verdict]
-    assert answer_reward.group_rewards([prediction.encode()], task) == (float(verdict == "right"),)
+    assert answer_reward.group_rewards(answered(task, [prediction.encode()])) == (float(verdict == "right"),)
     assert answer_reward.take_metrics([group(task, [prediction.encode()])])["answers/quoted"] == (
         verdict == "quoted"
     )
@@ -181,9 +197,9 @@ def test_what_could_not_be_checked_is_counted_once(answer_reward: AnswerReward) 
         CHOICE: [b"the third", b"C"],
     }
     # Pilots, which are rewarded again with their group.
-    assert answer_reward.group_rewards(predictions[SUM][:2], SUM) == (0.0, 0.0)
-    assert answer_reward.group_rewards([b"7"], SUM) == (0.0,)  # a trial that no step trains
-    paid = {task: answer_reward.group_rewards(given, task) for task, given in predictions.items()}
+    assert answer_reward.group_rewards(answered(SUM, predictions[SUM][:2])) == (0.0, 0.0)
+    assert answer_reward.group_rewards(answered(SUM, [b"7"])) == (0.0,)  # a trial that no step trains
+    paid = {task: answer_reward.group_rewards(answered(task, given)) for task, given in predictions.items()}
     assert list(paid.values()) == [(0.0, 0.0, 0.0, 1.0), (0.0, 0.0), (0.0, 1.0)]
     metrics = answer_reward.take_metrics([group(task, given) for task, given in predictions.items()])
     assert metrics == {
@@ -196,16 +212,14 @@ def test_what_could_not_be_checked_is_counted_once(answer_reward: AnswerReward) 
 
 
 def test_prompt_reward_and_task_must_fit(answer_reward: AnswerReward) -> None:
-    with pytest.raises(
-        ValueError, match=r"ChatPrompt asks for the next token, .*; give --prompt QuestionPrompt"
-    ):
-        Objective(ChatPrompt(), answer_reward)
-    with pytest.raises(ValueError, match=r"QuestionPrompt asks a question, .*; give --prompt ChatPrompt"):
-        Objective(QuestionPrompt(), PrefixMatchReward())
+    with pytest.raises(ValueError, match=r"cannot use ChatPrompt.*give --rollout.objective.prompt Question"):
+        QuestionObjective(ChatPrompt(), answer_reward)
+    with pytest.raises(ValueError, match=r"cannot use QuestionPrompt.*give --rollout.objective.prompt Chat"):
+        NextTokenObjective(QuestionPrompt(), PrefixMatchReward())
     with pytest.raises(ValueError, match=r"task 'doc:1' is not a question"):
-        answer_reward.group_rewards([b"a"], POSITION)
-    with pytest.raises(ValueError, match=r"task 'sum' is a question"):
-        PrefixMatchReward().group_rewards([b"a"], SUM)
+        answer_reward.group_rewards(answered(POSITION, [b"a"]))
+    with pytest.raises(ValueError, match=r"task 'sum' is not a position of a text"):
+        PrefixMatchReward().group_rewards(answered(SUM, [b"a"]))
 
 
 def test_a_question_is_the_users_turn(tiny_tokenizer: Any) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rpt_lightning.tasks.answer_reward import AnswerReward
+from rpt_lightning.objectives.rewards.answer import AnswerReward
 
 
 @pytest.fixture(scope="session")

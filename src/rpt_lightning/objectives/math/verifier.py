@@ -2,7 +2,7 @@
 
 This works from any thread. Math-Verify's own time limits are signals, which work only in the main thread and
 not while C code runs, and it silently counts its errors as "not equal". Here each comparison runs in another
-process (math_worker.py) with a limit that always holds, and each kind of failure has its own verdict.
+process (worker.py) with a limit that always holds, and each kind of failure has its own verdict.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from rpt_lightning.tasks.number_text import plain_number
+from rpt_lightning.objectives.math.number_text import plain_number
 
 MathVerdict = Literal["right", "wrong", "unreadable", "timeout", "error"]
 """The result of one comparison.
@@ -34,7 +34,7 @@ failed, or its process died.
 _CLOCK_FACTOR = 60.0
 # Exit status of a process that its own limit ended.
 _OUT_OF_CPU_TIME = -int(getattr(signal, "SIGPROF", 0)) or None
-_PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+_PACKAGE_ROOT = Path(__file__).resolve().parents[3]
 
 
 class MathVerifier:
@@ -113,7 +113,7 @@ class _Worker:
     def _start(self) -> subprocess.Popen[str]:
         path = os.pathsep.join(filter(None, [str(_PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
         process = subprocess.Popen(
-            [sys.executable, "-m", "rpt_lightning.tasks.math_worker", str(self.cpu_limit_s)],
+            [sys.executable, "-m", "rpt_lightning.objectives.math.worker", str(self.cpu_limit_s)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

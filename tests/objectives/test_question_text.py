@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from rpt_lightning.tasks.question_text import question_text
+from rpt_lightning.objectives.question_text import question_text
 from rpt_lightning.types import Question
 
 TASKS = Path(__file__).resolve().parents[2] / "scripts" / "lm_eval"

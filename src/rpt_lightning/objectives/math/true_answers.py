@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from rpt_lightning.tasks.math_verifier import MathVerifier
-from rpt_lightning.tasks.number_text import ANY_EXPONENT, digits
+from rpt_lightning.objectives.math.number_text import ANY_EXPONENT, digits
+from rpt_lightning.objectives.math.verifier import MathVerifier
+from rpt_lightning.types import Question
 
 # Limit on the answers that are compared although nothing suggests a problem. Each takes some hundredths of a
 # second.
 MAX_PLAIN = 500
+_NUM_NAMED = 5
 
 # Math-Verify reads such answers in any form.
 _SIMPLE = re.compile(r"-?(?:\d+(?:\.\d+)?|\d+/\d+|\\d?frac\{-?\d+\}\{\d+\})")
@@ -84,3 +86,28 @@ def unlike_themselves(answers: Iterable[str], verifier: MathVerifier) -> tuple[d
         if verdict != "right":
             unlike.setdefault(answer, other)
     return unlike, len(plain[MAX_PLAIN:])
+
+
+def unlike_answer_remarks(questions: Sequence[Question], verifier: MathVerifier) -> list[str]:
+    """Describe the questions whose true answer does not equal itself in another notation."""
+    unlike, num_unasked = unlike_themselves((question.answer for question in questions), verifier)
+    remarks = []
+    if num_unasked:
+        remarks.append(
+            f"true answers: {num_unasked} of them, which are not plain numbers, "
+            "were not compared with themselves"
+        )
+    named = [question for question in questions if question.answer in unlike]
+    if named:
+        examples = "; ".join(
+            f"question {question.question_id!r}: {question.answer!r}"
+            + ("" if (other := unlike[question.answer]) == question.answer else f", written {other!r}")
+            for question in named[:_NUM_NAMED]
+        )
+        remarks.append(
+            f"true answers: {len(named)} of {len(questions)} do not equal themselves according to "
+            "Math-Verify, so right answers to them may count as wrong "
+            f"({examples}{'; ...' if len(named) > _NUM_NAMED else ''}); write them in LaTeX or in digits, or "
+            "leave them out"
+        )
+    return remarks

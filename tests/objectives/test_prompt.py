@@ -10,18 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from rpt_lightning.tasks.answer import extract_prediction
-from rpt_lightning.tasks.objective import Objective
-from rpt_lightning.tasks.prompt import (
+from rpt_lightning.objectives.box import extract_prediction
+from rpt_lightning.objectives.next_token import NextTokenObjective
+from rpt_lightning.objectives.prompts.template import (
     BoundPrompt,
     ChatPrompt,
     ContinuationPrompt,
     PromptTemplate,
     QuestionPrompt,
 )
-from rpt_lightning.tasks.reward import PrefixMatchReward
-from rpt_lightning.tasks.token_bytes import TokenBytes
-from rpt_lightning.tasks.wordings import CONTEXT_SLOT, WORDINGS
+from rpt_lightning.objectives.prompts.wordings import CONTEXT_SLOT, WORDINGS
+from rpt_lightning.objectives.rewards.next_token import PrefixMatchReward
+from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.types import Completion
 
 OPENING_TEMPLATE = toys.CHAT_TEMPLATE.replace(
@@ -64,7 +64,10 @@ def test_given_ids_are_untouched_slices(
 )
 def test_a_composed_completion_is_parsed_back(template: PromptTemplate, think: bool) -> None:
     tokenizer = toys.byte_level(think_tokens=think)
-    token_bytes, objective = TokenBytes(tokenizer), Objective(template, PrefixMatchReward()).bind(tokenizer)
+    token_bytes, objective = (
+        TokenBytes(tokenizer),
+        NextTokenObjective(template, PrefixMatchReward()).bind(tokenizer),
+    )
     answer = b" {x}\xf0\x9f"
     answer_ids = token_bytes.encode_plain(" {x}") + tuple(
         next(i for i in range(256) if token_bytes[i] == bytes([b])) for b in b"\xf0\x9f"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rpt_lightning.tasks.answer import FirstBox, answerable_lengths, extract_prediction
+from rpt_lightning.objectives.box import FirstBox, answerable_lengths, extract_prediction
 
 # Pieces that break boxes, including bytes that are not UTF-8 and pieces that split a character.
 PIECES = [

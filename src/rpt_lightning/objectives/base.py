@@ -1,0 +1,212 @@
+"""`Objective`: the one interface between a problem that is put to the policy and everything else.
+
+An objective says where in a text its tasks lie, what the policy sees there, how a completion is read, what it
+earns, what counts as right on held-out text whatever the reward, and what the same weights do without a
+thought. Data modules, rollouts, controls, validation and records ask a `BoundObjective` and know no leaf.
+
+`next_token.py` and `question.py` are the two leaves. docs/howto-objective.md shows how to write another one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import ClassVar, Literal, final
+
+from transformers import PreTrainedTokenizerBase
+
+from rpt_lightning.objectives.box import extract_prediction
+from rpt_lightning.objectives.prompts.template import BoundPrompt, ContinuationPrompt, PromptTemplate
+from rpt_lightning.objectives.rewards.check import checked_rewards
+from rpt_lightning.pretrained.token_bytes import TokenBytes, start_ids
+from rpt_lightning.types import (
+    AnsweredTask,
+    Completion,
+    Outcome,
+    RolloutGroup,
+    Task,
+    TokenIds,
+    TrainSequence,
+)
+
+
+class Objective(ABC):
+    """A problem that is put to the policy. Only ``truth`` has no default.
+
+    Args:
+        prompt: How the policy is prompted. None asks nothing besides the context (`ContinuationPrompt`).
+    """
+
+    prompt: PromptTemplate = ContinuationPrompt()
+
+    records: ClassVar[Literal["positions", "questions"]] = "positions"
+    """The form of a validation's records: positions of a text, or questions without one."""
+    num_following_tokens: int = 0
+    """Largest number of tokens from the position on that ``context_ids`` or ``truth`` reads."""
+    num_added_tokens: int = 0
+    """Largest number of tokens that ``context_ids`` has more than ``task.context_ids``."""
+    needs_logprobs: bool = False
+    """Whether ``scored_sequences`` asks the policy for log-probs."""
+
+    def __init__(self, prompt: PromptTemplate | None = None) -> None:
+        if prompt is not None:
+            self.prompt = prompt
+
+    @final
+    def bind(self, tokenizer: PreTrainedTokenizerBase) -> BoundObjective:
+        """Bind to a tokenizer. Raises ValueError if it cannot express the prompt."""
+        bound = BoundObjective(self, tokenizer)
+        bound.prompt  # noqa: B018, raises
+        return bound
+
+    # Where tasks lie
+
+    @property
+    def places(self) -> str:
+        """The name of the places that it asks about. A task folder must have been prepared for them."""
+        return f"{type(self).__module__}.{type(self).__qualname__}"
+
+    def may_ask(self, tokens: Sequence[bytes], position: int) -> bool:
+        """Whether a task may lie at ``position`` of a document. ``tokens`` are the bytes of all its tokens.
+
+        `rpt prepare --objective` asks this for every position that is uncertain enough.
+        """
+        return True
+
+    # What the policy sees
+
+    def context_ids(self, task: Task, tokens: TokenBytes) -> TokenIds:
+        """Return the tokens around which the prompt template is put."""
+        return task.context_ids
+
+    # How a completion is read
+
+    def read(self, text: bytes, *, think_close: bytes | None) -> bytes | None:
+        """Return the prediction in a finished completion, or None if it is not in the required form."""
+        return extract_prediction(text, think_close=think_close)
+
+    # What counts as right
+
+    @abstractmethod
+    def truth(self, task: Task) -> tuple[bytes, ...]:
+        """Return what the text really says, in pieces (the bytes of each token, or a single piece)."""
+
+    def is_right(self, prediction: bytes, task: Task) -> bool:
+        """Whether a prediction is right, whatever the reward. By default it must equal the truth."""
+        return prediction == b"".join(self.truth(task))
+
+    def outcomes(self, predictions: Sequence[bytes | None], task: Task) -> list[Outcome]:
+        """Return one word for each prediction."""
+        return [
+            "unboxed" if not prediction else "right" if self.is_right(prediction, task) else "wrong"
+            for prediction in predictions
+        ]
+
+    # What completions earn
+
+    def rewards(self, answered: AnsweredTask) -> Sequence[float]:
+        """Return one reward for each completion, in order. By default 1 if it is right, else 0."""
+        return [
+            float(prediction is not None and self.is_right(prediction, answered.task))
+            for prediction in answered.predictions
+        ]
+
+    def scored_sequences(
+        self, answered: AnsweredTask, bound: BoundObjective
+    ) -> Sequence[TrainSequence | None]:
+        """Return the sequences whose log-probs ``rewards`` needs. They come as ``answered.logprobs``."""
+        return ()
+
+    @property
+    def rewarder(self) -> object:
+        """The object whose class an error about a wrong reward names."""
+        return self
+
+    # What the same weights do without a thought
+
+    def direct_sequence(self, task: Task, bound: BoundObjective) -> TrainSequence:
+        """Return prompt and true answer without a thought.
+
+        The policy is right without a thought if each target token is the most likely one after those before
+        it. By default the answer stands in a box that is already open.
+        """
+        truth = b"".join(self.truth(task)).decode(errors="replace")
+        prompt_ids = bound.prompt_ids(task) + bound.prompt.answer_prefix_ids(())
+        return TrainSequence(prompt_ids=prompt_ids, target_ids=bound.tokens.encode_plain(truth))
+
+    # Checks and counts
+
+    def remarks(self, tasks: Iterable[Task]) -> list[str]:
+        """Return what a user should know about the tasks before a run begins."""
+        return []
+
+    def take_metrics(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        """Return counts over the groups of a step that were rewarded, always under the same names."""
+        return {}
+
+
+@final
+class BoundObjective:
+    """An objective in the token ids of one tokenizer. The prompt is bound when it is first needed.
+
+    Args:
+        objective: The objective.
+        tokenizer: Tokenizer of the policy.
+    """
+
+    def __init__(self, objective: Objective, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.objective = objective
+        self._tokenizer = tokenizer
+
+    @cached_property
+    def prompt(self) -> BoundPrompt:
+        return self.objective.prompt.bind(self._tokenizer)
+
+    @cached_property
+    def tokens(self) -> TokenBytes:
+        return TokenBytes(self._tokenizer)
+
+    @cached_property
+    def start_ids(self) -> TokenIds:
+        """The tokens before every text."""
+        return start_ids(self._tokenizer)
+
+    def prompt_ids(self, task: Task) -> TokenIds:
+        """Return what the policy reads, with the thought already opened."""
+        return self.prompt.prompt_ids(self.objective.context_ids(task, self.tokens))
+
+    @property
+    def num_overhead_tokens(self) -> int:
+        """Largest number of tokens that a prompt has more than its task's context."""
+        return self.prompt.num_overhead_tokens + self.objective.num_added_tokens
+
+    def prediction(self, completion: Completion) -> bytes | None:
+        """Return the prediction of a completion, or None if it does not answer in the required form.
+
+        A truncated completion has not finished answering, so its prediction is None.
+        """
+        if completion.is_truncated:
+            return None
+        return self.objective.read(completion.text_bytes, think_close=self.prompt.think_close)
+
+    def truth(self, task: Task) -> tuple[bytes, ...]:
+        return self.objective.truth(task)
+
+    def is_right(self, prediction: bytes | None, task: Task) -> bool:
+        return prediction is not None and self.objective.is_right(prediction, task)
+
+    def rewards(self, answered: AnsweredTask) -> tuple[float, ...]:
+        """Return the rewards of a group. Raises ValueError unless they are one finite number each."""
+        return checked_rewards(
+            self.objective.rewarder,
+            self.objective.rewards(answered),
+            num=len(answered.predictions),
+            task_id=answered.task.task_id,
+        )
+
+    def scored_sequences(self, answered: AnsweredTask) -> Sequence[TrainSequence | None]:
+        return self.objective.scored_sequences(answered, self)
+
+    def direct_sequence(self, task: Task) -> TrainSequence:
+        return self.objective.direct_sequence(task, self)
