@@ -1,9 +1,9 @@
-"""docs/metrics.md explains every metric that a run logs, and no others."""
+"""Every metric that a run logs is registered, and no others are. docs/metrics.md is made of them."""
 
 from __future__ import annotations
 
 import inspect
-import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,9 @@ from small_run import SCRIPT, quiet_trainer
 
 from rpt_lightning.data.text_datamodule import TextDataModule
 from rpt_lightning.metrics.bands import BANDS
+from rpt_lightning.metrics.metric import Reduction, Section, row
 from rpt_lightning.metrics.question_results import QuestionResult
+from rpt_lightning.metrics.registry import METRICS, SECTIONS, registered
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine
 from rpt_lightning.training.answer_results import answer_metrics
@@ -23,25 +25,15 @@ from rpt_lightning.training.health import Health
 from rpt_lightning.training.machine_stats import MachineStats
 from rpt_lightning.training.monitors import StepLog
 from rpt_lightning.training.ntp_module import NTPModule
+from rpt_lightning.training.step_clock import StepClock
 from rpt_lightning.training.validation import validation_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
-# The first cells of the tables; BAND stands for any band.
-EXPLAINED = {
-    name
-    for line in TEXT.splitlines()
-    if line.startswith("|")
-    for name in re.findall(r"`(\w+(?:/\w+)+)`", line.split("|")[1])
-}
 
 
-def unexplained(names) -> list[str]:
-    return sorted(
-        {re.sub(f"/({'|'.join(['all', *BANDS])})/", "/BAND/", name) for name in names}
-        - {"step", "time"}
-        - EXPLAINED
-    )
+def unregistered(names) -> list[str]:
+    return sorted(set(names) - {"step", "time"} - METRICS.keys())
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
@@ -62,10 +54,10 @@ def test_of_a_run_by_rollouts(make_run, tmp_path, staleness):
     lines = lines_of(tmp_path / "run")
     assert len(lines) == 2
     assert len(lines[-1]) > 50
-    assert unexplained(lines[-1]) == []
+    assert unregistered(lines[-1]) == []
     validation = validation_metrics(module.results)
     assert "val/reasoning/all/accuracy" in validation
-    assert unexplained(validation) == []
+    assert unregistered(validation) == []
 
 
 def test_of_next_token_training(tiny_model_dir, tiny_task_dir, tmp_path):
@@ -74,7 +66,7 @@ def test_of_next_token_training(tiny_model_dir, tiny_task_dir, tmp_path):
     trainer.fit(module, TextDataModule(str(tiny_task_dir), documents_per_step=1))
     line = lines_of(tmp_path / "run")[-1]
     assert "train/target_tokens" in line
-    assert unexplained(line) == []
+    assert unregistered(line) == []
 
 
 def test_of_a_validation_on_questions():
@@ -88,10 +80,10 @@ def test_of_a_validation_on_questions():
         lengths=(9,),
         direct_verdict="right",
     )
-    assert unexplained(answer_metrics([result])) == []
+    assert unregistered(answer_metrics([result])) == []
 
 
-def test_nothing_else_is_explained():
+def test_nothing_else_is_registered():
     folders = ("algo", "metrics", "tasks", "training")
     source = "".join(
         path.read_text(encoding="utf-8")
@@ -103,11 +95,83 @@ def test_nothing_else_is_explained():
         family, _, last = name.rpartition("/")
         if family == "time" and f'phase("{last.removesuffix("_s")}")' in source:
             return True
-        ways = [f'/{last}"'] if "BAND" in name else [f'"{name}"', f'"{name.removeprefix("val/")}"']
+        is_of_band = name.split("/")[-2] in ("all", *BANDS)
+        ways = [f'/{last}"'] if is_of_band else [f'"{name}"', f'"{name.removeprefix("val/")}"']
         return any(way in source for way in ways)
 
-    assert EXPLAINED
-    assert [name for name in sorted(EXPLAINED) if not is_logged(name)] == []
+    assert METRICS
+    assert [name for name in METRICS if not is_logged(name)] == []
+
+
+def test_the_bands_of_a_row_are_registered_one_by_one():
+    names = [name for name in METRICS if name.startswith("val/ntp/") and name.endswith("/ceiling")]
+    assert names == [f"val/ntp/{band}/ceiling" for band in ("all", *BANDS)]
+    (row,) = (
+        row for section in SECTIONS for row in section.rows if METRICS["val/ntp/hard/ceiling"] in row.metrics
+    )
+    assert row.names[-1] == "val/ntp/BAND/ceiling"
+
+
+def test_an_unregistered_metric_is_an_error():
+    assert registered("time/pack_s").name == "time/pack_s"
+    for name in ("time/napping_s", "val/ntp/BAND/accuracy", "rollout"):
+        with pytest.raises(ValueError, match=f"^{name}: no such metric is registered. Add a row"):
+            registered(name)
+    clock = StepClock()
+    with pytest.raises(ValueError, match="time/napping_s: no such metric"), clock.phase("napping"):
+        pass
+    assert clock.take() == {}
+
+
+@pytest.fixture
+def page(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import metrics_page
+
+    return metrics_page
+
+
+def test_the_document_is_made_of_the_registered_metrics(page, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["metrics_page.py", "--check"])
+    page.main()
+    stale = tmp_path / "stale.md"
+    stale.write_text(TEXT.replace("tokens sampled", "tokens drawn"))
+    monkeypatch.setattr(page, "DOCUMENT", stale)
+    monkeypatch.setattr(page, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match=r"stale.md: not the registered metrics"):
+        page.main()
+    monkeypatch.setattr(sys, "argv", ["metrics_page.py"])
+    page.main()
+    assert stale.read_text() == TEXT
+
+
+def test_a_section_by_hand(page):
+    section = Section(
+        title="Speed",
+        columns=("meaning", "unit", "watch_for"),
+        before="Measured.",
+        rows=(
+            row({"a/b": Reduction.SUM, "a/{band}/c": Reduction.MAX}, meaning="two", unit="s", bands=["easy"]),
+            row({"d/e": Reduction.MIN}, meaning="one", normal="not shown", watch_for="a fall"),
+        ),
+        after="That is all.",
+    )
+    made = page.page(f"above\n{page.BEGIN}\n{page.END}\nbelow\n", [section])
+    assert made.splitlines() == [
+        "above",
+        page.BEGIN,
+        "## Speed",
+        "Measured.",
+        "",
+        "| metric | meaning | unit | look out |",
+        "|---|---|---|---|",
+        "| `a/b`, `a/BAND/c` | two | s | |",
+        "| `d/e` | one | | a fall |",
+        "",
+        "That is all.",
+        page.END,
+        "below",
+    ]
 
 
 def test_thresholds_of_health_are_its_defaults():

@@ -92,6 +92,46 @@ def test_a_line_holds_what_its_step_logged(make_run, tmp_path):
     ]
 
 
+def test_callbacks_read_what_the_step_has_logged_so_far(make_run, tmp_path):
+    """The record holds the loggers' single precision. It is empty when the next step begins."""
+
+    class Reader(Callback):
+        def __init__(self):
+            self.at_start, self.at_end = [], []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.at_start.append(dict(pl_module.step_metrics))
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            pl_module.log_step({"train/tenth": 0.1})
+            self.at_end.append(dict(pl_module.step_metrics))
+            shown = {name: value.item() for name, value in trainer.callback_metrics.items()}
+            assert {name: shown[name] for name in pl_module.step_metrics} == pl_module.step_metrics
+
+    reader = Reader()
+    trainer, module, data = make_run(2, callbacks=[StepLog()])
+    trainer.callbacks.insert(0, reader)
+    trainer.fit(module, data)
+    assert reader.at_start == [{}, {}]
+    assert module.step_metrics == {}
+    rows = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
+    for row, record in zip(rows, reader.at_end, strict=True):
+        assert record["train/tenth"] == 0.10000000149011612
+        assert record.items() < row.items()  # the rollout callback logs times after this one
+        assert "time/step_s" in row.keys() - record.keys()
+
+
+def test_a_metric_keeps_its_place_in_the_lines_of_the_step_log(make_run, tmp_path):
+    trainer, module, data = make_run(3, callbacks=[StepLog()])
+    trainer.fit(module, data)
+    first, *later = [
+        list(json.loads(line)) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()
+    ]
+    assert first[:2] == ["step", "time"]
+    # There is no time since the previous step in the first one.
+    assert later == [[*first, "time/between_steps_s"]] * 2
+
+
 def test_a_completion_stays_text_in_tensorboard():
     from tensorboard.plugin_util import markdown_to_safe_html
 

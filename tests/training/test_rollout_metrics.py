@@ -1,4 +1,7 @@
-"""The logged metrics of a step in which a rank has no task, because there are more ranks than tasks."""
+"""The logged metrics of a step over all ranks.
+
+A rank may have no task, because there are more ranks than tasks.
+"""
 
 from __future__ import annotations
 
@@ -118,6 +121,47 @@ def test_servers_are_those_of_the_rank_that_sees_fewest():
         "run/lost_servers": 3.0,
         "run/usable_servers": 1.0,
     }
+
+
+# Two ranks with 1 and 3 groups, and the values 2 and 6.
+REDUCED = {
+    8.0: (
+        *("rollout/live_groups", "rollout/replaced_groups", "rollout/dead_groups_kept"),
+        *("rollout/dropped_groups", "rollout/tokens", "rollout/prefill_tokens", "rollout/prompt_tokens"),
+        *("rollout/cached_prompt_tokens", "rollout/shareable_prompt_tokens", "answers/quoted"),
+        *("answers/unreadable", "answers/timeouts", "answers/check_errors"),
+    ),
+    5.0: (
+        *("reward/mean", "rollout/boxed_frac", "rollout/truncated_frac", "rollout/length_mean"),
+        *("rollout/live_groups_frac", "rollout/all_wrong_frac", "rollout/all_right_frac"),
+        *("rollout/distinct_predictions", "rollout/pilot_filled_frac", "rollout/staleness"),
+    ),
+    6.0: (
+        *("rollout/length_max", "sync/logprob_diff_mean", "sync/logprob_diff_median"),
+        *("sync/logprob_diff_p99", "sync/logprob_diff_max", "sync/logprob_outlier_frac"),
+        *("sync/compared_tokens", "sync/closer_looks", "run/lost_servers", "time/between_steps_s"),
+        *("time/sync_s", "time/rollout_s", "time/generation_s", "time/logprob_check_s"),
+        *("time/old_logprobs_s", "time/pack_s", "time/forward_backward_s", "time/optimizer_s"),
+        *("time/log_s", "time/train_s", "time/step_s"),
+    ),
+    2.0: ("run/usable_servers",),
+}
+
+
+class OneAndThreeGroups:
+    def gather(self, row):
+        return [row, [3.0, *[6.0] * (len(row) - 1)]]
+
+
+@pytest.mark.parametrize(("expected", "names"), REDUCED.items())
+def test_each_metric_is_reduced_as_it_is_registered(expected, names):
+    reduced = over_ranks(OneAndThreeGroups(), dict.fromkeys(names, 2.0), num_groups=1)
+    assert reduced == dict.fromkeys(names, expected)
+
+
+def test_a_metric_that_is_not_registered_is_not_reduced():
+    with pytest.raises(ValueError, match="rollout/luck_max: no such metric is registered"):
+        over_ranks(OneAndThreeGroups(), {"rollout/tokens": 1.0, "rollout/luck_max": 1.0}, num_groups=1)
 
 
 @pytest.mark.long

@@ -62,9 +62,8 @@ class StepCost(Callback):
         )
         generated_tokens = 0.0
         if pl_module.learns_from_rollouts:
-            generated_tokens = sum(
-                trainer.callback_metrics[name].item() for name in ("rollout/prefill_tokens", "rollout/tokens")
-            )
+            logged = pl_module.step_metrics
+            generated_tokens = logged["rollout/prefill_tokens"] + logged["rollout/tokens"]
         trained_flops = train_flops(self._size, trained)
         pl_module.log_step(
             {
@@ -143,8 +142,8 @@ class Budget(Callback):
     ) -> None:
         if self.like is None:
             return
-        self._spent += trainer.callback_metrics[COSTS[self.by]].item()
         assert isinstance(pl_module, PolicyModule)
+        self._spent += pl_module.step_metrics[COSTS[self.by]]
         # The sums of tensor-parallel ranks differ in the last digits, and all must end at the same step.
         trainer.should_stop = pl_module.ranks.any(self.is_spent) or trainer.should_stop
 

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from rpt_lightning.training.limits import check_number
+from rpt_lightning.training.policy_module import PolicyModule
 from rpt_lightning.training.stop import STATUS_UNHEALTHY, StopRun
 
 METRICS = ("policy/entropy", "rollout/live_groups_frac", "rollout/length_mean", "rollout/truncated_frac")
@@ -70,9 +71,11 @@ class Health(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not all(name in trainer.callback_metrics for name in METRICS):
+        assert isinstance(pl_module, PolicyModule)
+        logged = pl_module.step_metrics
+        if not all(name in logged for name in METRICS):
             return  # this run does not learn from rollouts
-        warnings = self.check(*(float(trainer.callback_metrics[name]) for name in METRICS))
+        warnings = self.check(*(logged[name] for name in METRICS))
         for text in warnings:
             rank_zero_warn(f"health at step {trainer.global_step}: {text}")
         if warnings and self.stop:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,19 +75,18 @@ class MachineStats(Callback):
                 torch.tensor(list(memory.values()), device=pl_module.device), reduce_op="max"
             )
             memory = dict(zip(memory, worst.tolist(), strict=True))
-        logged = {name: value.item() for name, value in trainer.callback_metrics.items()}
         pl_module.log_step(
             memory
-            | speed_metrics(logged, self._peak_flops, trainer.world_size)
+            | speed_metrics(pl_module.step_metrics, self._peak_flops, trainer.world_size)
             | {"run/restarts": float(self._num_restarts)}
         )
 
 
-def speed_metrics(logged: dict[str, float], peak: float | None, num_devices: int) -> dict[str, float]:
+def speed_metrics(logged: Mapping[str, float], peak: float | None, num_devices: int) -> dict[str, float]:
     """Tokens a second and share of the peak of one device, from a step's metrics over all ranks.
 
     Args:
-        logged: The step's metrics.
+        logged: What the step has logged so far.
         peak: Peak of one device in operations a second. None leaves the share out.
         num_devices: Number of devices.
     """

@@ -45,6 +45,8 @@ class StepLog(Callback):
         self._start_time = 0.0
         self._start_step = 0
         self.num_steps = 0  # steps done by this process
+        # The names of all metrics so far. Their order gives a metric the same place in every line.
+        self._names: dict[str, None] = {}
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -64,12 +66,9 @@ class StepLog(Callback):
     ) -> None:
         self.num_steps = trainer.global_step - self._start_step
         assert isinstance(pl_module, PolicyModule)
-        stale = pl_module.take_stale_metrics()
-        metrics = {
-            name: value.item()
-            for name, value in trainer.callback_metrics.items()
-            if not name.startswith("val/") and name not in stale
-        }
+        logged = pl_module.step_metrics
+        self._names |= dict.fromkeys(logged)
+        metrics = {name: logged[name] for name in self._names if name in logged}
         path = Path(trainer.default_root_dir) / STEP_LOG
         with pl_module.written_or_ended(str(path)), path.open("a") as file:
             file.write(json.dumps({"step": trainer.global_step, "time": time.time(), **metrics}) + "\n")

@@ -124,8 +124,8 @@ class PolicyModule(LightningModule, ABC):
         self.trained_work = Work()  # with one
         self._loaded_step = 0
         self.clock = StepClock()  # of the current step
-        self._logged: set[str] = set()  # metrics of the current step
-        self._logged_before: set[str] = set()  # metrics of all earlier steps
+        # What the current step has logged so far. Callbacks read it at the end of the step.
+        self.step_metrics: dict[str, float] = {}
         # Of the last validation pass, from all ranks. During a pass: this rank's part.
         self.results: list[PositionResult] = []
         self.tokenizer = policy.tokenizer
@@ -310,11 +310,12 @@ class PolicyModule(LightningModule, ABC):
         return norm
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """End the run if it cannot write or has skipped too many steps.
+        """Forget the step's metrics, and end the run if it cannot write or has skipped too many steps.
 
         This runs after all callbacks and after the last of a batch's optimizer steps, so a checkpoint saved
         here can be resumed.
         """
+        self.step_metrics = {}
         if self.ranks.any(self._not_written is not None):
             save_last_step(self.trainer)
             raise self._not_written or RuntimeError(
@@ -355,13 +356,16 @@ class PolicyModule(LightningModule, ABC):
         return cast(Tensor, self.policy(tree.to(self.device))[0].sum() * 0.0)
 
     def log_step(self, metrics: Mapping[str, Tensor | float]) -> None:
-        """Log one step's metrics, which are already reduced over ranks."""
+        """Log metrics of the current step, which are already reduced over ranks.
+
+        They are added to ``step_metrics``.
+        """
         with self.clock.phase("log"):
             for name, value in metrics.items():
-                self.log(
-                    name, float(value), on_step=True, on_epoch=False, prog_bar=name in PROGRESS_BAR_METRICS
-                )
-        self._logged.update(metrics)
+                # Lightning passes single precision to loggers. The record holds the same numbers.
+                rounded = torch.tensor(float(value), dtype=torch.float32).item()
+                self.log(name, rounded, on_step=True, on_epoch=False, prog_bar=name in PROGRESS_BAR_METRICS)
+                self.step_metrics[name] = rounded
 
     @contextmanager
     def written_or_ended(self, what: str) -> Iterator[None]:
@@ -376,17 +380,6 @@ class PolicyModule(LightningModule, ABC):
                 f"cannot write {what} at step {self.global_step}: {error}. Is the disk full, or was the run "
                 "folder deleted or moved during the run?"
             )
-
-    def take_stale_metrics(self) -> set[str]:
-        """Names of the metrics that earlier steps logged but this one did not.
-
-        An example is a phase that this step lacked. Lightning's ``callback_metrics`` still holds such
-        metrics.
-        """
-        stale = self._logged_before - self._logged
-        self._logged_before |= self._logged
-        self._logged = set()
-        return stale
 
     @abstractmethod
     def training_step(self, batch: Any, batch_idx: int) -> None:

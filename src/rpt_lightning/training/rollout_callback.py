@@ -339,8 +339,7 @@ class RolloutCallback(Callback):
                 seconds["time/between_steps_s"] = self._step_start - self._step_end
             metrics = over_ranks(pl_module.ranks, seconds | pl_module.clock.take(), num_groups=1)
             trained = {
-                name: trainer.callback_metrics[f"train/{name}"].item()
-                for name in ("completion_tokens", "groups")
+                name: pl_module.step_metrics[f"train/{name}"] for name in ("completion_tokens", "groups")
             }
             metrics |= throughput(
                 metrics,

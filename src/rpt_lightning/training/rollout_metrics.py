@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
+from rpt_lightning.metrics.metric import Reduction
+from rpt_lightning.metrics.registry import registered
 from rpt_lightning.metrics.rollout_stats import STATISTICS, rollout_statistics
 from rpt_lightning.objectives.rewards.answer import METRICS as ANSWER_COUNTS
 from rpt_lightning.policy.flops import Work, add_works, prompt_work, sampling_work
@@ -15,14 +18,6 @@ from rpt_lightning.types import PromptTokens
 
 PROMPT_SUMS = ("rollout/prompt_tokens", "rollout/cached_prompt_tokens", "rollout/shareable_prompt_tokens")
 COSTS = ("rollout/tokens", "rollout/prefill_tokens", *PROMPT_SUMS)
-SUMS = (
-    "rollout/live_groups",
-    "rollout/replaced_groups",
-    "rollout/dead_groups_kept",
-    "rollout/dropped_groups",
-    *ANSWER_COUNTS,
-    *COSTS,
-)
 
 
 def rollout_metrics(filled: FilledBatch, *, pilot_size: int | None = None) -> dict[str, float]:
@@ -118,24 +113,31 @@ def throughput(
 
 
 def over_ranks(ranks: Ranks, metrics: Mapping[str, float], *, num_groups: int) -> dict[str, float]:
-    """Reduce metrics over all ranks. A collective.
+    """Reduce metrics over all ranks, each as it is registered. A collective.
 
-    Sums add up. Times, differences and servers are those of the worst rank. Means weight every group equally.
     Every rank calls it with the same names and its own ``num_groups``. With a single process the metrics are
     unchanged.
+
+    Raises:
+        ValueError: A metric is not registered.
     """
-    names = sorted(metrics)
+    reductions = {name: registered(name).reduction for name in sorted(metrics)}
     gathered = torch.tensor(
-        ranks.gather([float(num_groups), *(metrics[name] for name in names)]), dtype=torch.float64
+        ranks.gather([float(num_groups), *(metrics[name] for name in reductions)]), dtype=torch.float64
     )  # [ranks, 1 + names]
-    weights, reduced = gathered[:, 0], {}
-    for name, values in zip(names, gathered[:, 1:].unbind(1), strict=True):
-        if name in SUMS:
-            reduced[name] = values.sum().item()
-        elif name.startswith(("time/", "sync/")) or name.endswith("_max") or name == "run/lost_servers":
-            reduced[name] = values.max().item()
-        elif name == "run/usable_servers":
-            reduced[name] = values.min().item()
-        else:
-            reduced[name] = ((values * weights).sum() / weights.sum()).item()
-    return reduced
+    return {
+        name: _reduced(values, reduction, num_groups=gathered[:, 0])
+        for (name, reduction), values in zip(reductions.items(), gathered[:, 1:].unbind(1), strict=True)
+    }
+
+
+def _reduced(values: Tensor, reduction: Reduction, *, num_groups: Tensor) -> float:
+    """Reduce a metric's values on all ranks, [ranks]."""
+    if reduction is Reduction.SUM:
+        return float(values.sum())
+    if reduction is Reduction.MAX:
+        return float(values.max())
+    if reduction is Reduction.MIN:
+        return float(values.min())
+    assert reduction is Reduction.MEAN_OVER_GROUPS, "ranks already agree on this metric"
+    return float((values * num_groups).sum() / num_groups.sum())

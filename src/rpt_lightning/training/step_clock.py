@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
+from rpt_lightning.metrics.registry import registered
+
 
 class StepClock:
     """A clock of phases. They must not overlap, so that they add up to the step.
@@ -25,13 +27,14 @@ class StepClock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time of the block to ``time/{name}_s``."""
+        """Add the time of the block to ``time/{name}_s``, which must be registered."""
+        metric = registered(f"time/{name}_s").name
         start = time.perf_counter()
         yield
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             # Otherwise a phase would end before its kernels do, and the next phase would be charged for them.
             torch.cuda.synchronize()
-        self._seconds[f"time/{name}_s"] += time.perf_counter() - start
+        self._seconds[metric] += time.perf_counter() - start
 
     def take(self) -> dict[str, float]:
         """Seconds of each phase since the last call."""

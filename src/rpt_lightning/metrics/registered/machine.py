@@ -1,0 +1,117 @@
+"""Metrics of speed, memory and cost, and of the run's restarts and servers."""
+
+from __future__ import annotations
+
+from rpt_lightning.metrics.metric import Reduction, Section, row
+
+MAX = Reduction.MAX
+MIN = Reduction.MIN
+SAME = Reduction.SAME
+SUM = Reduction.SUM
+
+SECTION = Section(
+    title="Speed, memory, cost",
+    columns=("meaning", "unit", "watch_for"),
+    rows=(
+        row(
+            {"perf/tokens_per_s": SAME},
+            meaning="sampled tokens and trained completion tokens, divided by `time/step_s`",
+            unit="tokens/s",
+        ),
+        row(
+            {"perf/rollout_tokens_per_s": SAME},
+            meaning=(
+                "sampled tokens divided by `time/rollout_s` (with `rollout.max_staleness`, by "
+                "`time/generation_s`)"
+            ),
+            unit="tokens/s",
+            watch_for="a fall: long completions, or lost servers",
+        ),
+        row(
+            {"perf/live_groups_per_s": SAME},
+            meaning="trained groups (`train/groups`) divided by `time/step_s`; the measure of efficiency",
+            unit="groups/s",
+        ),
+        row(
+            {"perf/device_tokens_per_s": SAME},
+            meaning="`cost/tokens` divided by `cost/time_s` and the number of devices",
+            unit="tokens/s",
+        ),
+        row(
+            {"perf/mfu": SAME},
+            meaning=(
+                "share of a device's peak that training reaches: `cost/train_flops` divided by the seconds "
+                "of forward, backward and optimizer, the number of devices and the peak. The known peaks are "
+                "dense bf16 of some GPUs (`metrics/device_peaks.py`). `--machine.peak_flops_per_device` sets "
+                "another. Left out if neither gives a peak."
+            ),
+            unit="share",
+        ),
+        row(
+            {"perf/host_memory_gib": MAX},
+            meaning=(
+                "resident memory of the process at the end of the step, on the worst rank, without engines "
+                "in other processes"
+            ),
+            unit="GiB",
+            watch_for="it grows from step to step",
+        ),
+        row(
+            {"perf/gpu_memory_gib": MAX},
+            meaning="largest memory that torch held during the step, on the worst rank (GPUs only)",
+            unit="GiB",
+            watch_for="near the device's memory",
+        ),
+        row(
+            {"cost/scored_tokens": SUM},
+            meaning=(
+                "tokens that passed through the policy without a gradient: comparison of log-probs, old "
+                "log-probs, dense rewards"
+            ),
+            unit="tokens",
+        ),
+        row(
+            {"cost/trained_tokens": SUM},
+            meaning="tokens trained, with shared prefixes counted once",
+            unit="tokens",
+        ),
+        row(
+            {"cost/tokens": SUM},
+            meaning="all tokens through the model: these two, `rollout/prefill_tokens` and `rollout/tokens`",
+            unit="tokens",
+        ),
+        row(
+            {"cost/train_flops": SUM},
+            meaning="the model's operations in training",
+            unit="FLOPs",
+        ),
+        row(
+            {"cost/flops": SUM},
+            meaning=(
+                'the model\'s operations on all tokens (docs/decisions.md, "What a run costs"); `budget.by` '
+                "and `rpt scaling` add them up"
+            ),
+            unit="FLOPs",
+        ),
+        row(
+            {"cost/time_s": MAX},
+            meaning="seconds of the step with rollouts, without validation and checkpoints",
+            unit="s",
+        ),
+        row(
+            {"run/restarts": SAME},
+            meaning="how often the run was started again",
+            unit="starts",
+            watch_for="it grows by itself: the log says why each start ended",
+        ),
+        row(
+            {"run/usable_servers": MIN, "run/lost_servers": MAX},
+            meaning=(
+                "vLLM servers that can be used, and how often one was lost since this start of the run (only "
+                "with `rollout/servers.yaml`; from the rank that sees most trouble)"
+            ),
+            unit="servers, times",
+            watch_for="fewer than were given: `rpt serve`'s log says why",
+        ),
+    ),
+)

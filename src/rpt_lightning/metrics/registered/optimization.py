@@ -1,0 +1,107 @@
+"""Metrics of the loss and the optimizer step."""
+
+from __future__ import annotations
+
+from rpt_lightning.metrics.metric import Reduction, Section, row
+
+MAX = Reduction.MAX
+SAME = Reduction.SAME
+SUM = Reduction.SUM
+
+SECTION = Section(
+    title="Training",
+    columns=("meaning", "unit", "normal", "watch_for"),
+    rows=(
+        row(
+            {"loss/total": SUM},
+            meaning="the loss",
+            unit="RPT: advantages, which have no scale of their own; next-token training: nats per token",
+            normal="RPT: near 0 when on-policy; next-token training: falls",
+            watch_for="not finite: the step is skipped",
+        ),
+        row(
+            {"loss/ratio_mean": SAME, "loss/ratio_max": SAME},
+            meaning="probability after the optimizer steps of this batch, divided by the probability before",
+            unit="ratio",
+            normal="exactly 1 with one optimizer step per batch",
+            watch_for="far from 1 with several: the learning rate is too high",
+        ),
+        row(
+            {"loss/ratio_after_clip_mean": SAME},
+            meaning="the same after the clip",
+            unit="ratio",
+            normal="exactly 1 with one optimizer step per batch",
+        ),
+        row(
+            {"loss/ratio_clipped_frac": SAME},
+            meaning="tokens whose loss the clip changed",
+            unit="share",
+            normal="0 with one optimizer step per batch; small with several",
+            watch_for="a large share",
+        ),
+        row(
+            {"loss/approx_kl": SAME},
+            meaning="estimate of the KL divergence from the policy before this batch",
+            unit="nats per token",
+            normal="0 with one optimizer step per batch",
+            watch_for="a steady rise",
+        ),
+        row(
+            {"optim/grad_norm": SAME},
+            meaning="norm of the gradient before the clip; 0 if no group had a gradient",
+            normal="below or around `model.gradient_clip`",
+            watch_for="always far above it: every step is clipped; not finite: the step is skipped",
+        ),
+        row(
+            {"optim/lr": SAME},
+            meaning="learning rate of the step",
+        ),
+        row(
+            {"optim/skipped_steps": SAME},
+            meaning="steps so far without an update, because loss or gradient were not finite",
+            unit="steps",
+            normal="0",
+            watch_for="it grows; `model.max_skipped_steps` (3) in a row end the run",
+        ),
+        row(
+            {"train/groups": SUM},
+            meaning="groups that were trained",
+            unit="groups",
+            normal="the step's groups with a gradient",
+            watch_for="0: nothing was learned",
+        ),
+        row(
+            {"train/live_completions": SUM},
+            meaning="completions that were trained, in the optimizer step",
+            unit="completions",
+        ),
+        row(
+            {"train/completion_tokens": SUM},
+            meaning="tokens of those completions",
+            unit="tokens",
+        ),
+        row(
+            {"train/target_tokens": SUM},
+            meaning="tokens that entered the loss (next-token training only)",
+            unit="tokens",
+        ),
+        row(
+            {"train/packed_tokens": SUM},
+            meaning="tokens fed for training, with shared prefixes counted once",
+            unit="tokens",
+        ),
+        row(
+            {"train/plain_tokens": SUM},
+            meaning="the same with every completion beside its whole prompt",
+            unit="tokens",
+            normal="more than `train/packed_tokens`",
+            watch_for="equal: nothing is shared, and the start of the run says why",
+        ),
+        row(
+            {"train/micro_batches": MAX},
+            meaning="forward and backward passes of the optimizer step, on the rank that needs most",
+            unit="passes",
+            watch_for="many with few tokens: a larger `model.micro_batch_tokens` is faster if memory allows",
+        ),
+    ),
+)

@@ -1,0 +1,188 @@
+"""Metrics of a step's rollouts and rewards."""
+
+from __future__ import annotations
+
+from rpt_lightning.metrics.metric import Reduction, Section, row
+
+MAX = Reduction.MAX
+MEAN_OVER_GROUPS = Reduction.MEAN_OVER_GROUPS
+SAME = Reduction.SAME
+SUM = Reduction.SUM
+
+SECTION = Section(
+    title="Rewards and rollouts",
+    columns=("meaning", "unit", "normal", "watch_for"),
+    rows=(
+        row(
+            {"reward/mean": MEAN_OVER_GROUPS},
+            meaning="mean reward of the completions",
+            unit="0 to 1 with the paper's reward",
+            normal="rises slowly (in `make demo-text` from 0.20 to 0.31)",
+            watch_for="stays at 0: see `rollout/boxed_frac`",
+        ),
+        row(
+            {"rollout/boxed_frac": MEAN_OVER_GROUPS},
+            meaning="completions with a prediction",
+            unit="share",
+            normal="near 1 after the cold start (`make demo-text`: 0.99)",
+            watch_for="low: no cold start, or truncated completions",
+        ),
+        row(
+            {"rollout/truncated_frac": MEAN_OVER_GROUPS},
+            meaning="completions that reached the token limit, which have no prediction",
+            unit="share",
+            normal="near 0",
+            watch_for="a warning above 0.75",
+        ),
+        row(
+            {"rollout/length_mean": MEAN_OVER_GROUPS, "rollout/length_max": MAX},
+            meaning="mean and maximum length of completions",
+            unit="tokens",
+            normal="steady, or rising with reasoning models",
+            watch_for="a warning if it falls to a quarter",
+        ),
+        row(
+            {"rollout/live_groups": SUM},
+            meaning=(
+                "groups whose rewards differ (with `model.truncated` mask, this and the next three consider "
+                "only completions that are trained)"
+            ),
+            unit="groups",
+        ),
+        row(
+            {"rollout/live_groups_frac": MEAN_OVER_GROUPS},
+            meaning="their share of all groups; only these groups have a gradient",
+            unit="share",
+            normal="well above 0",
+            watch_for=(
+                "a warning below 0.05; if there are few, raise `rollout.group_size` or change the entropy "
+                "threshold"
+            ),
+        ),
+        row(
+            {"rollout/all_wrong_frac": MEAN_OVER_GROUPS, "rollout/all_right_frac": MEAN_OVER_GROUPS},
+            meaning="groups in which no completion is right, and groups in which all are",
+            unit="share",
+            normal="fall and rise slowly",
+            watch_for="near 1: tasks are too hard, or too easy",
+        ),
+        row(
+            {"rollout/distinct_predictions": MEAN_OVER_GROUPS},
+            meaning="different predictions in a group, not counting missing ones",
+            unit="0 to G",
+            normal="above 1",
+            watch_for="1: no exploration, for example because the temperature is too low",
+        ),
+        row(
+            {"rollout/replaced_groups": SUM},
+            meaning="zero-variance groups (equal rewards) that dynamic sampling replaced",
+            unit="groups",
+            normal="0 before `rollout.dynamic_sampling_from_step`",
+        ),
+        row(
+            {"rollout/dead_groups_kept": SUM},
+            meaning="zero-variance groups left in the step",
+            unit="groups",
+            normal="without dynamic sampling all of them, with it 0",
+            watch_for="above 0 with dynamic sampling: `rollout.dynamic_sampling_max_factor` was reached",
+        ),
+        row(
+            {"rollout/pilot_filled_frac": MEAN_OVER_GROUPS},
+            meaning="groups that were filled up (only with `rollout.pilot_size`)",
+            unit="share",
+            watch_for="near 1: the pilot saves nothing",
+        ),
+        row(
+            {"rollout/tokens": SUM},
+            meaning="tokens sampled",
+            unit="tokens",
+        ),
+        row(
+            {"rollout/prefill_tokens": SUM},
+            meaning=(
+                "prompt tokens that the engine computed, without those from its cache; servers do not report "
+                "this, so we assume that their caches forget nothing"
+            ),
+            unit="tokens",
+        ),
+        row(
+            {"rollout/prompt_tokens": SUM},
+            meaning=(
+                "prompt tokens, counting each prompt once per completion (this and the next four only for "
+                "vLLM in the trainer's process)"
+            ),
+            unit="tokens",
+        ),
+        row(
+            {"rollout/cached_prompt_tokens": SUM},
+            meaning="those of them that came from the prefix cache",
+            unit="tokens",
+        ),
+        row(
+            {"rollout/shareable_prompt_tokens": SUM},
+            meaning="prompt tokens that a cache which forgets nothing could have served; 0 with servers",
+            unit="tokens",
+        ),
+        row(
+            {"rollout/cached_prompt_frac": SAME},
+            meaning="cached tokens, as a share of all prompt tokens",
+            unit="share",
+            normal=(
+                "near (G - 1) / G, and higher if positions share a document; lower by the ends of prompts "
+                "(docs/performance.md)"
+            ),
+        ),
+        row(
+            {"rollout/cached_shareable_frac": SAME},
+            meaning="cached tokens, as a share of the shareable ones",
+            unit="share",
+            normal="near 1",
+            watch_for="low: the cache is too small (`rollout.engine.gpu_memory_utilization`, `kv_cache_gib`)",
+        ),
+        row(
+            {"rollout/staleness": MEAN_OVER_GROUPS},
+            meaning=(
+                "optimizer steps between the weights that generated and those that train (only with "
+                "`rollout.max_staleness`)"
+            ),
+            unit="steps",
+            normal="1",
+        ),
+        row(
+            {"rollout/dropped_groups": SUM},
+            meaning="groups that were too old and were generated again (only with `rollout.max_staleness`)",
+            unit="groups",
+            normal="0",
+            watch_for="above 0: the module does more optimizer steps than it announces",
+        ),
+        row(
+            {"answers/quoted": SUM},
+            meaning=(
+                "answers that repeat an expression of the question with the true value, with reward 0 (this "
+                "and the next three only with `AnswerReward`)"
+            ),
+            unit="answers",
+            normal="few",
+            watch_for="many: the policy learned to copy",
+        ),
+        row(
+            {"answers/unreadable": SUM},
+            meaning="answers that Math-Verify could not read",
+            unit="answers",
+            normal="few",
+            watch_for="many: the policy does not write mathematics in its box",
+        ),
+        row(
+            {"answers/timeouts": SUM},
+            meaning="answers whose check took longer than `AnswerReward.cpu_limit_s`",
+            unit="answers",
+            normal="0 or few",
+        ),
+        row(
+            {"answers/check_errors": SUM},
+            meaning="answers whose check failed",
+            unit="answers",
+            normal="0 or few",
+        ),
+    ),
+)

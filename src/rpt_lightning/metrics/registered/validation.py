@@ -1,0 +1,124 @@
+"""Metrics of a validation on held-out positions or questions."""
+
+from __future__ import annotations
+
+from rpt_lightning.metrics import bands
+from rpt_lightning.metrics.metric import Reduction, Section, row
+
+SAME = Reduction.SAME
+BANDS = ("all", *bands.BANDS)
+
+SECTION = Section(
+    title="Validation",
+    columns=("meaning", "unit", "watch_for"),
+    before=(
+        "BAND is `all`, `easy`, `medium` or `hard` (proxy entropy above 0.5, 1.0, 1.5 nats; a hard "
+        "position is also a medium and an easy one). NTP is next-token prediction without reasoning, at "
+        "the same positions."
+    ),
+    rows=(
+        row(
+            {
+                "val/ntp/{band}/accuracy": SAME,
+                "val/ntp/{band}/accuracy_low": SAME,
+                "val/ntp/{band}/accuracy_high": SAME,
+            },
+            meaning="accuracy without reasoning, and its 95 % interval",
+            unit="share",
+            bands=BANDS,
+        ),
+        row(
+            {
+                "val/ntp/{band}/num_positions": SAME,
+                "val/ntp/{band}/num_answerable": SAME,
+                "val/ntp/{band}/ceiling": SAME,
+            },
+            meaning=(
+                "positions; positions whose true token fits into a box; their share, which bounds the "
+                "accuracy with reasoning"
+            ),
+            unit="positions, share",
+            bands=BANDS,
+        ),
+        row(
+            {"val/ntp/loss": SAME},
+            meaning="negative log-prob of the true token without reasoning",
+            unit="nats",
+            watch_for="a large rise: the policy forgets plain prediction",
+        ),
+        row(
+            {
+                "val/reasoning/{band}/accuracy": SAME,
+                "val/reasoning/{band}/accuracy_low": SAME,
+                "val/reasoning/{band}/accuracy_high": SAME,
+            },
+            meaning="accuracy with reasoning, and its 95 % interval (treating positions as independent)",
+            unit="share",
+            watch_for="compare it with NTP at the same positions",
+            bands=BANDS,
+        ),
+        row(
+            {
+                "val/reasoning/{band}/num_positions": SAME,
+                "val/reasoning/{band}/num_answerable": SAME,
+                "val/reasoning/{band}/ceiling": SAME,
+            },
+            meaning="as above",
+            unit="positions, share",
+            bands=BANDS,
+        ),
+        row(
+            {"val/boxed_frac": SAME, "val/truncated_frac": SAME, "val/length_mean": SAME},
+            meaning="as `rollout/...`, for the greedy completions",
+            unit="share, share, tokens",
+        ),
+        row(
+            {
+                "val/answers/accuracy": SAME,
+                "val/answers/accuracy_low": SAME,
+                "val/answers/accuracy_high": SAME,
+            },
+            meaning=(
+                "accuracy on held-out questions (the mean over a question's completions), and its 95 % "
+                "interval"
+            ),
+            unit="share",
+        ),
+        row(
+            {"val/answers/num_questions": SAME},
+            meaning="questions",
+            unit="questions",
+        ),
+        row(
+            {"val/answers/truncated_frac": SAME, "val/answers/unboxed_frac": SAME},
+            meaning="completions that reached the token limit; completions that ended without a box",
+            unit="share",
+            watch_for="many truncated: raise the limit before you compare accuracies",
+        ),
+        row(
+            {"val/answers/length_mean": SAME},
+            meaning="mean length of completions",
+            unit="tokens",
+        ),
+        row(
+            {
+                "val/answers/quoted": SAME,
+                "val/answers/unreadable": SAME,
+                "val/answers/timeouts": SAME,
+                "val/answers/check_errors": SAME,
+            },
+            meaning="as in training",
+            unit="answers",
+        ),
+        row(
+            {
+                "val/answers/direct_accuracy": SAME,
+                "val/answers/direct_accuracy_low": SAME,
+                "val/answers/direct_accuracy_high": SAME,
+                "val/answers/direct_num_questions": SAME,
+            },
+            meaning="the same without a thought (only with `rollout.thought_controls`)",
+            unit="share, questions",
+        ),
+    ),
+)
