@@ -10,7 +10,6 @@ from torch import Tensor
 from rpt_lightning.metrics.metric import Reduction
 from rpt_lightning.metrics.registry import registered
 from rpt_lightning.metrics.rollout_stats import STATISTICS, rollout_statistics
-from rpt_lightning.objectives.rewards.answer import METRICS as ANSWER_COUNTS
 from rpt_lightning.policy.flops import Work, add_works, prompt_work, sampling_work
 from rpt_lightning.rollout.dynamic_sampling import FilledBatch
 from rpt_lightning.training.ranks import Ranks
