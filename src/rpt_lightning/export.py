@@ -24,9 +24,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
+from rpt_lightning.compat.transformers import converts_weights
 from rpt_lightning.pretrained.older_readers import GENERIC_CLASS, older_tokenizer_config, with_older_rope
 from rpt_lightning.pretrained.specification import has_hash, tokenizer_hash
 from rpt_lightning.pretrained.tokenizer import CONFIG_FILE as TOKENIZER_CONFIG_FILE
@@ -79,7 +79,7 @@ def export(ckpt: str, output: str, dtype: Literal["float32", "bfloat16", "float1
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        if get_model_conversion_mapping(model, add_legacy=False):  # by model type or class
+        if converts_weights(model):
             _save_converted(model, saved, unfinished, ckpt)
         else:
             _save_streamed(model, saved, unfinished, ckpt)

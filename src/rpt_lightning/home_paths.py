@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from rpt_lightning.compat.jsonargparse import is_namespace
+
 
 def with_home(value: Any) -> Any:
     """Expand ``~/`` at the beginning of every text or path in a parsed configuration.
@@ -27,7 +29,7 @@ def with_home(value: Any) -> Any:
         return type(value)(with_home(part) for part in value)
     if isinstance(value, dict):
         return {key: with_home(part) for key, part in value.items()}
-    if type(value).__name__ == "Namespace":  # jsonargparse's class, which only some commands import
+    if is_namespace(value):
         for key, part in vars(value).items():
             setattr(value, key, with_home(part))
     return value

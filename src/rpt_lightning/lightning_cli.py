@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
+from rpt_lightning.compat.lightning import OpenCLI
 from rpt_lightning.home_paths import with_home
 from rpt_lightning.metrics.run_folder import (
     ANSWER_FOLDER,
@@ -129,7 +130,7 @@ class RunParser(ShortErrors, LightningArgumentParser):
     """Parser of `rpt fit` and `rpt validate`."""
 
 
-class RPTCLI(LightningCLI):
+class RPTCLI(OpenCLI):
     """The command line of a run. ``trainer.default_root_dir`` is the run folder.
 
     It holds configuration, logs, checkpoints, samples and validation results.
@@ -160,14 +161,14 @@ class RPTCLI(LightningCLI):
         super().parse_arguments(parser, args)
         with_home(self.config)
 
-    def _parse_ckpt_path(self) -> None:
+    def read_checkpoint_settings(self) -> None:
         """Do nothing.
 
         Lightning reads the whole checkpoint here for hyper-parameters. Ours hold none: the configuration is
         in the run folder.
         """
 
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
+    def make_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         folder = config["default_root_dir"]
         if not folder:
             raise ValueError(
@@ -188,7 +189,7 @@ class RPTCLI(LightningCLI):
         bar = [StepProgressBar()] if config["enable_progress_bar"] else []
         # StepCost comes first, because a step's cost begins before its rollouts. StepLog comes after all
         # callbacks that log.
-        return super()._instantiate_trainer(
+        return super().make_trainer(
             config,
             [
                 StepCost(),

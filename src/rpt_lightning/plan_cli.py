@@ -123,7 +123,7 @@ class PlanCLI(RPTCLI):
     def instantiate_classes(self) -> None:
         """Build nothing. The plan itself opens the data that it needs."""
 
-    def _set_seed(self) -> None:
+    def seed_run(self) -> None:
         """Do nothing: nothing random is drawn."""
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import sys
 from typing import Any, NoReturn
 
+from rpt_lightning.compat.jsonargparse import failed_parser
+
 
 class ShortErrors:
     """Mixin for a parser of jsonargparse. List it first among the bases."""
@@ -19,8 +21,7 @@ class ShortErrors:
         parent: Any = super()
         if not self.exit_on_error:
             parent.error(message, ex)
-        parser = getattr(ex, "subcommand_parser", None) or self
-        command = parser.prog.replace(" [options]", "").strip()
+        command = failed_parser(ex, self).prog.replace(" [options]", "").strip()
         print(f"rpt: error: {message.strip()}\nWhat can be set: {command} --help", file=sys.stderr)
         sys.exit(2)
 

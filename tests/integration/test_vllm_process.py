@@ -115,7 +115,7 @@ def test_the_worker_gets_the_trainers_own_gpu(monkeypatch):
     """This is all that can be tested without GPUs. vLLM's own executor calls this and would return 0."""
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-    from rpt_lightning.rollout.vllm_executor import OwnDeviceExecutor
+    from rpt_lightning.compat.vllm.executor import OwnDeviceExecutor
 
     monkeypatch.setattr(UniProcExecutor, "_distributed_args", lambda self: ("file:///meeting", 0, 0))
     executor = object.__new__(OwnDeviceExecutor)

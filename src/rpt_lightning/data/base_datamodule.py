@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
+from rpt_lightning.compat.lightning import data_rank
 from rpt_lightning.data.batch import HeldOutBatch, SequenceBatch, TaskBatch
 from rpt_lightning.data.heldout import choose_heldout
 from rpt_lightning.data.stream import Place, ShuffledOrder, TaskStream, rank_share
@@ -212,9 +213,7 @@ class StreamDataModule(LightningDataModule):
 
         Tensor-parallel ranks of one group get identical tasks.
         """
-        strategy = getattr(self.trainer, "strategy", None)
-        kwargs = getattr(strategy, "distributed_sampler_kwargs", None)
-        return (int(kwargs["rank"]), int(kwargs["num_replicas"])) if kwargs else (0, 1)
+        return data_rank(getattr(self.trainer, "strategy", None))
 
 
 class TaskFolderDataModule(StreamDataModule):

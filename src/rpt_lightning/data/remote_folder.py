@@ -13,12 +13,14 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
+from rpt_lightning.compat.litdata import INDEX_FILE, s3_fetcher
 from rpt_lightning.data.manifest import MANIFEST_FILE, parse_manifest
-from rpt_lightning.data.shards import INDEX_FILE, NUM_POSITIONS_FILE, file_sha256, replace_file
+from rpt_lightning.data.shards import NUM_POSITIONS_FILE, file_sha256, replace_file
 
 PREFIX = "s3://"
 
@@ -96,13 +98,11 @@ class RemoteFolder:
         return path
 
     @cached_property
-    def _downloader(self) -> Any:
+    def _download(self) -> Callable[[str, BinaryIO], None]:
         from botocore.config import Config
-        from litdata.streaming.downloader import get_downloader
 
-        # litdata would try a thousand times before it reports that a storage is unreachable. boto3's own
-        # setting, AWS_MAX_ATTEMPTS, defaults to a few attempts.
-        return get_downloader(self.url, "", [], storage_options={"config": Config()})
+        # boto3's own setting for the number of attempts, AWS_MAX_ATTEMPTS, defaults to a few.
+        return s3_fetcher(self.url, Config())
 
     def _read(self, name: str) -> bytes:
         from boto3.exceptions import Boto3Error
@@ -110,8 +110,7 @@ class RemoteFolder:
 
         buffer = io.BytesIO()
         try:
-            # Not download_file: it silently skips the file if another process is fetching it.
-            self._downloader.download_fileobj(f"{self.url}/{name}", buffer)
+            self._download(f"{self.url}/{name}", buffer)
         except (BotoCoreError, ClientError, Boto3Error) as error:
             raise ValueError(
                 f"{self.url}/{name} cannot be fetched ({error}); check the address, AWS_ENDPOINT_URL_S3 "

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rpt_lightning.compat.litdata import INDEX_FILE, read_index, write_items
 from rpt_lightning.data.item_format import Item, encode_item
 
-INDEX_FILE = "index.json"
 NUM_POSITIONS_FILE = "num_positions.npy"
 # The writer below only writes plain arrays. Folders of format 1 also have text. Anything else, pickle above
 # all, can run code when it is read.
@@ -26,17 +25,15 @@ def write_split(folder: Path, items: Iterable[Item], *, chunk_bytes: str) -> NDA
 
     Without any items the split cannot be read.
     """
-    from litdata.streaming.writer import BinaryWriter
-
     folder.mkdir(parents=True)
-    writer = BinaryWriter(str(folder), chunk_bytes=chunk_bytes)
     num_positions: list[int] = []
-    for index, item in enumerate(items):
-        writer.add_item(index, encode_item(item))
-        num_positions.append(len(item["positions"]))
-    if num_positions:  # litdata's merge waits forever for the index of a writer that wrote nothing
-        writer.done()
-        writer.merge()
+
+    def encoded() -> Iterator[dict[str, NDArray[Any]]]:
+        for item in items:
+            yield encode_item(item)
+            num_positions.append(len(item["positions"]))
+
+    write_items(folder, encoded(), chunk_bytes=chunk_bytes)
     counts = np.array(num_positions, dtype=np.int32)
     np.save(folder / NUM_POSITIONS_FILE, counts, allow_pickle=False)
     return counts
@@ -50,9 +47,7 @@ def check_split(folder: Path, *, has_chunks: bool = True) -> tuple[list[int], ND
     """
     way_out = "make the task folder again with `rpt prepare`"
     try:
-        index: dict[str, Any] = json.loads((folder / INDEX_FILE).read_text())
-        chunks, config = index["chunks"], index["config"]
-        formats = [str(name).split(":")[0] for name in config["data_format"]]
+        chunks, formats = read_index(folder)
         num_positions: NDArray[np.int32] = np.load(folder / NUM_POSITIONS_FILE, allow_pickle=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: not a readable split of a task folder ({error}); {way_out}") from error
@@ -63,12 +58,12 @@ def check_split(folder: Path, *, has_chunks: bool = True) -> tuple[list[int], ND
             f"only {', '.join(SAFE_FORMATS)} are read, since others can run code; {way_out}"
         )
     for chunk in chunks if has_chunks else ():
-        path = folder / str(chunk["filename"])
+        path = folder / chunk.filename
         size = path.stat().st_size if path.is_file() else None
-        if size != chunk["chunk_bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes instead of {chunk['chunk_bytes']}"
+        if size != chunk.num_bytes:
+            found = "is missing" if size is None else f"has {size} bytes instead of {chunk.num_bytes}"
             raise ValueError(f"{path} {found}: the task folder is incomplete; {way_out}")
-    sizes = [int(chunk["chunk_size"]) for chunk in chunks]
+    sizes = [chunk.num_items for chunk in chunks]
     if sum(sizes) != len(num_positions):
         raise ValueError(
             f"{folder}: {sum(sizes)} documents in the shards "

@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from rpt_lightning.compat.litdata import INDEX_FILE, open_items, read_index
 from rpt_lightning.data.data_files import expand_home
 from rpt_lightning.data.item_format import FIELDS, Item, decode_item
 from rpt_lightning.data.manifest import LATER_SETTINGS, MANIFEST_FILE, read_manifest
 from rpt_lightning.data.proxy import load_tokenizer
 from rpt_lightning.data.remote_folder import RemoteFolder, is_remote
-from rpt_lightning.data.shards import INDEX_FILE, NUM_POSITIONS_FILE, check_file, check_split
+from rpt_lightning.data.shards import NUM_POSITIONS_FILE, check_file, check_split
 from rpt_lightning.pretrained.specification import has_hash, tokenizer_hash
 from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.types import TokenIds, TokenTask
@@ -48,8 +49,6 @@ class TaskFolder:
     def __init__(
         self, path: str | Path, split: Literal["train", "heldout"], *, max_context_tokens: int | None = None
     ) -> None:
-        from litdata import StreamingDataset
-
         self.num_following_tokens = 0
         self._remote = RemoteFolder(str(path)) if is_remote(path) else None
         self.path = expand_home(path) if self._remote is None else self._remote.path
@@ -71,8 +70,7 @@ class TaskFolder:
         self._chunk_ends = np.cumsum(chunk_sizes)  # [C] documents
         self._checked_chunks: set[int] = set()
         self.num_positions: NDArray[np.int32] = num_positions  # [D]
-        # Documents are read in random order. By default litdata would decode 256 neighbours for each of them.
-        self._dataset = StreamingDataset(str(self.path / split), batch_decode=0)
+        self._dataset = open_items(self.path / split)
         self.document = lru_cache(maxsize=CACHED_DOCUMENTS)(self._read)
 
     def __len__(self) -> int:
@@ -136,10 +134,8 @@ class TaskFolder:
 
     @cached_property
     def _chunk_names(self) -> list[str]:
-        return [
-            str(chunk["filename"])
-            for chunk in json.loads((self.path / self.split / INDEX_FILE).read_text())["chunks"]
-        ]
+        chunks, _ = read_index(self.path / self.split)
+        return [chunk.filename for chunk in chunks]
 
     def _check_chunk(self, chunk: int) -> None:
         """Check a chunk when the first of its documents is needed.

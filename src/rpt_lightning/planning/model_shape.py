@@ -10,6 +10,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from rpt_lightning.compat.transformers import attention_facts, decoder_layers
 from rpt_lightning.policy.flops import ModelSize, model_size
 from rpt_lightning.pretrained.text_shape import check_sizes
 
@@ -80,8 +81,8 @@ def model_shape(config: PretrainedConfig) -> ModelShape:
         )
     with torch.device("meta"):
         model: Any = cast(Any, AutoModelForCausalLM).from_config(config)
-    layers = model.base_model.layers
-    head_dim = int(layers[0].self_attn.head_dim)
+    layers = decoder_layers(model)
+    head_dim, has_qk_norm = attention_facts(layers[0])
     return ModelShape(
         family=config.model_type,
         num_layers=len(layers),
@@ -91,7 +92,7 @@ def model_shape(config: PretrainedConfig) -> ModelShape:
         num_heads=config.num_attention_heads,
         attention_width=config.num_attention_heads * head_dim,
         kv_width=config.num_key_value_heads * head_dim,
-        has_qk_norm=hasattr(layers[0].self_attn, "q_norm"),
+        has_qk_norm=has_qk_norm,
         is_tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         num_params=sum(parameter.numel() for parameter in model.parameters()),
         layer_params=sum(parameter.numel() for parameter in layers[0].parameters()),

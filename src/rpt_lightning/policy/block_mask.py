@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from rpt_lightning.compat.torch import allow_recompilations
+
 BLOCK = 128
 MAX_COMPILATIONS = 128
 
@@ -85,5 +87,5 @@ def flex(
 def _compiled() -> Any:
     # Each bucket of lengths and each precision needs a compilation. Beyond the default limit of 8, torch
     # would silently compute every pair.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILATIONS)
+    allow_recompilations(MAX_COMPILATIONS)
     return torch.compile(flex_attention, dynamic=False)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from rpt_lightning.compat.transformers import attention_name, rope_depends_on_call
 from rpt_lightning.policy.packing import PackedTree, pack
 from rpt_lightning.policy.row_packing import pack_rows
 from rpt_lightning.policy.scoring import score
@@ -92,7 +93,7 @@ def check_loaded(model: PreTrainedModel, packing: Packing, *, path: str) -> None
     Raises:
         ValueError: They differ. ``path`` names the model in the message.
     """
-    was_training, was_attention = model.training, model.config._attn_implementation
+    was_training, was_attention = model.training, attention_name(model)
     with torch.random.fork_rng(devices=[]):
         model.train(False).set_attn_implementation("eager")
         expected = own_logprobs(model)
@@ -169,7 +170,7 @@ def _check_rotary_frequencies(config: PreTrainedConfig, path: str) -> None:
     # One dict, or one for each type of layer.
     of_layers = [rope, *(part for part in rope.values() if isinstance(part, dict))]
     types = {str(part["rope_type"]) for part in of_layers if part.get("rope_type")}
-    by_call = sorted(kind for kind in types if kind == "longrope" or "dynamic" in kind)
+    by_call = sorted(kind for kind in types if rope_depends_on_call(kind))
     if by_call:
         raise ValueError(
             f"policy.path={path}: its rope_type {', '.join(by_call)} sets the rotary frequencies by the "

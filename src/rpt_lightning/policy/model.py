@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from rpt_lightning.compat.transformers import decoder_layers
 from rpt_lightning.policy.family import check_loaded, choose_packing
 from rpt_lightning.policy.packing import PackedTree, pack
 from rpt_lightning.policy.row_packing import pack_rows
@@ -120,8 +121,7 @@ class Policy(nn.Module):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model = model.train()  # names in a checkpoint are "policy.model." + the Hugging Face name
         if self.compile_layers:
-            layers: Any = self.model.base_model.layers
-            for layer in layers:
+            for layer in decoder_layers(self.model):
                 layer.compile(dynamic=True)
 
     @property

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from rpt_lightning.compat.transformers import attention_name, supports_sdpa
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.types import TrainSequence
 
@@ -39,7 +40,7 @@ def _plain_forward(policy: Policy, device: torch.device) -> Iterator[None]:
     The calls go through the policy's own ``__call__``, which gathers sharded weights.
     """
     model: Any = policy.model
-    attention, before = model.config._attn_implementation, vars(policy).get("forward")
+    attention, before = attention_name(model), vars(policy).get("forward")
 
     def forward(sequence: TrainSequence, places: Tensor, temperature: float) -> Tensor:
         ids = torch.tensor([sequence.prompt_ids + sequence.target_ids], device=device)
@@ -55,7 +56,7 @@ def _plain_forward(policy: Policy, device: torch.device) -> Iterator[None]:
         return logprobs.gather(-1, ids[0, kept + 1, None])[:, 0].to(dtype)
 
     policy.forward = forward  # type: ignore[assignment,method-assign]
-    model.set_attn_implementation("sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
+    model.set_attn_implementation("sdpa" if supports_sdpa(model) else "eager")
     try:
         yield
     finally:

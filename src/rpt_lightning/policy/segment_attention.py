@@ -4,8 +4,7 @@ The partial results for a query are combined by their log-sum-exp, as flash atte
 (arXiv:2205.14135, section 3.1). The backward pass gives each call the output and the log-sum-exp of the whole
 row, so the call's gradients are its share of the whole.
 
-The two kernels are those that ``scaled_dot_product_attention`` itself runs on CPU. They are called directly
-because the public function does not return the log-sum-exp.
+The two kernels are those that ``scaled_dot_product_attention`` itself runs on CPU (compat/torch.py).
 """
 
 from __future__ import annotations
@@ -16,10 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rpt_lightning.compat.torch import cpu_flash_attention, cpu_flash_attention_backward
 from rpt_lightning.policy.segments import SegmentCall
-
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def segment_attention(
@@ -63,13 +60,12 @@ class _SegmentAttention(torch.autograd.Function):
         logsumexp = query.new_empty(batch, heads, length, dtype=wide)
         for call in calls:
             queries, keys = _slices(call)
-            part, part_logsumexp = _forward(
+            part, part_logsumexp = cpu_flash_attention(
                 query[:, :, queries],
                 key[:, :, keys],
                 value[:, :, keys],
-                0.0,
-                call.kind == "causal",
-                attn_mask=masks.get(call),
+                is_causal=call.kind == "causal",
+                mask=masks.get(call),
                 scale=scale,
             )
             if call.kind != "full":
@@ -98,10 +94,10 @@ class _SegmentAttention(torch.autograd.Function):
         )
         for call in ctx.calls:
             queries, keys = _slices(call)
-            parts = _backward(
+            parts = cpu_flash_attention_backward(
                 grads[0][:, :, queries], query[:, :, queries], key[:, :, keys], value[:, :, keys],
-                output[:, :, queries], logsumexp[:, :, queries].contiguous(), 0.0, call.kind == "causal",
-                attn_mask=ctx.masks.get(call), scale=ctx.scale,
+                output[:, :, queries], logsumexp[:, :, queries].contiguous(),
+                is_causal=call.kind == "causal", mask=ctx.masks.get(call), scale=ctx.scale,
             )  # fmt: skip
             grad_query[:, :, queries] += parts[0]
             grad_key[:, :, keys] += parts[1]

@@ -18,8 +18,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+from rpt_lightning.compat.torch import map_tensors, stored_tensors
+from rpt_lightning.compat.transformers import decoder_layers, type_converts_weights
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.tensor_parallel import parallelize
 from rpt_lightning.pretrained.weights import (
@@ -61,10 +62,9 @@ def materialize_sharded(
     parallelize(policy, mesh["tensor_parallel"])
     _shard(policy, mesh["data_parallel"], cpu_offload=cpu_offload, gather_bf16=gather_bf16)
     home = torch.device("cpu") if cpu_offload else device
-    # `to_empty` would also overwrite the buffers with garbage.
-    policy._apply(
-        lambda tensor: torch.empty_like(tensor, device=home) if tensor.is_meta else tensor.to(device)
-    )  # type: ignore[no-untyped-call]
+    map_tensors(
+        policy, lambda tensor: torch.empty_like(tensor, device=home) if tensor.is_meta else tensor.to(device)
+    )
     if is_tied:  # the move separated the two
         policy.model.get_output_embeddings().weight = policy.model.get_input_embeddings().weight  # type: ignore[no-untyped-call]
     _read_shards(policy)
@@ -80,8 +80,7 @@ def _shard(policy: Policy, mesh: DeviceMesh, *, cpu_offload: bool, gather_bf16: 
         if gather_bf16
         else MixedPrecisionPolicy()
     )
-    layers: Any = policy.model.base_model.layers
-    for module in (*layers, policy):
+    for module in (*decoder_layers(policy.model), policy):
         fully_shard(module, mesh=mesh, offload_policy=offload, mp_policy=precision)
 
 
@@ -92,10 +91,10 @@ def _read_shards(policy: Policy) -> None:
     # Buffers that are not part of a checkpoint were computed when the model was built.
     wanted: dict[str, Tensor] = dict(policy.model.named_parameters())
     reader = HuggingFaceStorageReader(str(folder))
-    held = reader.read_metadata().state_dict_metadata
+    held = stored_tensors(reader)
     absent = sorted(wanted.keys() - held.keys())
-    misshapen = sorted(name for name in wanted.keys() & held.keys() if held[name].size != wanted[name].size())  # type: ignore[union-attr]
-    if absent or misshapen or get_checkpoint_conversion_mapping(policy.config.model_type):  # type: ignore[no-untyped-call]
+    misshapen = sorted(name for name in wanted.keys() & held.keys() if held[name].size != wanted[name].size())
+    if absent or misshapen or type_converts_weights(policy.config.model_type):
         what = (
             f"lacks {absent[:3]}"
             if absent

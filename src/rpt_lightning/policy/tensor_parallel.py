@@ -22,31 +22,31 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from rpt_lightning.compat.transformers import layer_plan
 from rpt_lightning.policy.model import Policy
 
 
-class Replicated(ParallelStyle):
-    """A style in which every device holds all of the module's weights and computes all of it.
+def _replicate(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Let every device hold all of the module's weights and compute all of it.
 
     It makes all weights of the model tensors of one mesh.
     """
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def replicate(name: str, part: nn.Module, mesh: DeviceMesh) -> None:
-            for parameter_name, parameter in part.named_parameters(recurse=False):
-                replicated = DTensor.from_local(parameter.detach(), mesh, [Replicate()], run_check=False)
-                part.register_parameter(parameter_name, nn.Parameter(replicated))
+    def replicate(name: str, part: nn.Module, mesh: DeviceMesh) -> None:
+        for parameter_name, parameter in part.named_parameters(recurse=False):
+            replicated = DTensor.from_local(parameter.detach(), mesh, [Replicate()], run_check=False)
+            part.register_parameter(parameter_name, nn.Parameter(replicated))
 
-        def enter(part: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> Any:
-            return tuple(
-                DTensor.from_local(x, mesh, [Replicate()], run_check=False) if isinstance(x, Tensor) else x
-                for x in inputs
-            )
+    def enter(part: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> Any:
+        return tuple(
+            DTensor.from_local(x, mesh, [Replicate()], run_check=False) if isinstance(x, Tensor) else x
+            for x in inputs
+        )
 
-        def leave(part: nn.Module, outputs: Any, mesh: DeviceMesh) -> Any:
-            return outputs.to_local()
+    def leave(part: nn.Module, outputs: Any, mesh: DeviceMesh) -> Any:
+        return outputs.to_local()
 
-        return distribute_module(module, device_mesh, replicate, enter, leave)
+    distribute_module(module, mesh, replicate, enter, leave)
 
 
 STYLES: dict[str, Callable[[], ParallelStyle]] = {
@@ -68,8 +68,7 @@ def parallelize(policy: Policy, mesh: DeviceMesh) -> None:
     if mesh.size() == 1:
         return
     model, flag = policy.model, f"tensor_parallel_size={mesh.size()}"
-    whole_plan: dict[str, str] = getattr(policy.config, "base_model_tp_plan", None) or {}
-    plan = {name: style for name, style in whole_plan.items() if name.startswith("layers.")}
+    plan = layer_plan(policy.config)
     unknown = sorted(set(plan.values()) - STYLES.keys())
     if not plan or unknown:
         raise ValueError(
@@ -92,6 +91,6 @@ def parallelize(policy: Policy, mesh: DeviceMesh) -> None:
     parallelize_module(base, mesh, {name: STYLES[style]() for name, style in plan.items()})
     for module in list(model.modules()):
         if any(not isinstance(parameter, DTensor) for parameter in module.parameters(recurse=False)):
-            Replicated()._apply(module, mesh)
+            _replicate(module, mesh)
     if is_tied:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight  # type: ignore[no-untyped-call]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from rpt_lightning.compat.transformers import SCORE_CHANGES
 from rpt_lightning.policy.segment_attention import segment_attention
 from rpt_lightning.policy.segments import SegmentCall, plan_segments
 
@@ -125,7 +126,7 @@ def tree_attention(
         ValueError: The kernels do not compute this variant (capped scores, attention sinks, or values whose
             width differs from that of the queries).
     """
-    if any(kwargs.get(name) is not None for name in ("softcap", "s_aux")):
+    if any(kwargs.get(name) is not None for name in SCORE_CHANGES):
         raise ValueError(
             f"{type(module).__name__} caps its attention scores or has attention sinks, which the attention "
             "of packed trees does not support"

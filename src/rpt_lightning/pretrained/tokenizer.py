@@ -13,8 +13,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils.hub import cached_file
 
+from rpt_lightning.compat.transformers import cached_path
 from rpt_lightning.pretrained.specification import canonical, specification
 
 FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
@@ -143,16 +143,9 @@ def folder_file(path: str, name: str) -> Path | None:
         file = Path(path).expanduser() / name
         return file if file.is_file() else None
     try:
-        found = cached_file(
-            path,
-            name,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
+        return cached_path(path, name)
     except OSError:
         return None
-    return None if found is None else Path(found)
 
 
 def first_line(error: Exception) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from rpt_lightning.compat.transformers import ignored_names
 from rpt_lightning.pretrained.tokenizer import first_line
 
 WAY_OUT = "copy or download the model again, or correct its config.json"
@@ -107,12 +108,7 @@ def is_ignored(model: PreTrainedModel, name: str) -> bool:
 
     Examples are buffers that older versions saved, and layers of a second head.
     """
-    patterns = {
-        *(model._keys_to_ignore_on_load_unexpected or ()),
-        r"rotary_emb\.inv_freq",
-        r"(^|\.)position_ids$",
-    }
-    return any(re.search(pattern, name) for pattern in patterns)
+    return any(re.search(pattern, name) for pattern in ignored_names(model))
 
 
 def check_tied(model: PreTrainedModel, *, where: str) -> None:

@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import revert_weight_conversion
+
+from rpt_lightning.compat import transformers as compat
 
 
 def as_in_files(
@@ -25,17 +25,17 @@ def as_in_files(
         weights: Names and tensors of transformers' model.
         skeleton: That model without weights (``make_skeleton``).
     """
-    if not get_model_conversion_mapping(skeleton, add_legacy=False):
+    if not compat.converts_weights(skeleton):
         yield from weights
         return
     for name, tensor in weights:
-        yield from revert_weight_conversion(skeleton, {name: tensor}).items()
+        yield from compat.as_in_files(skeleton, {name: tensor}).items()
 
 
 def names_in_files(skeleton: PreTrainedModel) -> dict[str, list[str]]:
     """Map each parameter of transformers' model to the tensors in the family's files that it is made of."""
     parameters = skeleton.named_parameters(remove_duplicate=False)
-    return {name: list(revert_weight_conversion(skeleton, {name: tensor})) for name, tensor in parameters}
+    return {name: list(compat.as_in_files(skeleton, {name: tensor})) for name, tensor in parameters}
 
 
 def make_skeleton(config: PreTrainedConfig) -> PreTrainedModel:

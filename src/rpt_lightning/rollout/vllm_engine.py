@@ -12,16 +12,23 @@ import contextlib
 import ctypes
 import logging
 import os
-import random
 import sys
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from rpt_lightning.compat.vllm.engine import (
+    cache_block_size,
+    free_process,
+    policys_class_kept,
+    reload_weights,
+    shut_down,
+    trainer_state_kept,
+    trainers_group_kept,
+)
+from rpt_lightning.compat.vllm.layers import expect_experts
 from rpt_lightning.rollout.engine import (
     EngineDtype,
     GenerationInterrupted,
@@ -32,7 +39,7 @@ from rpt_lightning.rollout.engine import (
 from rpt_lightning.rollout.file_names import as_in_files
 from rpt_lightning.rollout.prefix_cache import UnlimitedPrefixCache
 from rpt_lightning.rollout.vllm_generation import generate
-from rpt_lightning.rollout.vllm_weights import expect_experts, read_weights
+from rpt_lightning.rollout.vllm_weights import read_weights
 from rpt_lightning.types import GenerationRequest, PromptTokens
 
 log = logging.getLogger(__name__)
@@ -163,7 +170,7 @@ class VLLMEngine(RolloutEngine):
     def _build(self, model_path: str, seed: int, *, on_gpu: bool) -> Any:
         from vllm import LLM
 
-        from rpt_lightning.rollout.vllm_executor import OwnDeviceExecutor
+        from rpt_lightning.compat.vllm.executor import OwnDeviceExecutor
 
         return LLM(
             model=model_path,
@@ -197,9 +204,7 @@ class VLLMEngine(RolloutEngine):
                 torch.cuda.empty_cache()  # vLLM cannot use memory that the trainer's allocator keeps
                 self._llm.wake_up(tags=["weights"])
             self._llm.apply_model(expect_experts)
-            self._llm.collective_rpc(
-                "reload_weights", kwargs={"weights_iterator": as_in_files(weights, self._skeleton)}
-            )
+            reload_weights(self._llm, as_in_files(weights, self._skeleton))
             if self._is_asleep:  # the cache comes last, so loading can use its memory
                 self._llm.wake_up(tags=["kv_cache"])
                 self._is_asleep = False
@@ -215,7 +220,7 @@ class VLLMEngine(RolloutEngine):
             self._is_asleep = True
 
     def _forget_prompts(self) -> None:
-        self._best_cache = UnlimitedPrefixCache(self._llm.llm_engine.vllm_config.cache_config.block_size)
+        self._best_cache = UnlimitedPrefixCache(cache_block_size(self._llm))
 
     def _generate(self, requests: Sequence[GenerationRequest]) -> list[list[Sample]]:
         with trainer_state_kept(), self._family_named("generate with"):
@@ -263,39 +268,11 @@ class VLLMEngine(RolloutEngine):
         return compare_own_copy(self._read_weights(tuple(wanted)), wanted)
 
     def _close(self) -> None:
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
         with trainer_state_kept(), trainers_group_kept(self._is_trainers_group):
             if self._llm is not None:
-                self._llm.llm_engine.engine_core.shutdown()
+                shut_down(self._llm)
             self._llm, VLLMEngine._running, self.prompt_tokens, self._is_asleep = None, None, None, False
-            cleanup_dist_env_and_memory()
-
-
-@contextlib.contextmanager
-def trainer_state_kept() -> Iterator[None]:
-    """Restore the process's random number generators and thread settings afterwards.
-
-    vLLM seeds the global generators when it starts and draws from them in mixed batches. On CPU, it also
-    replaces ``torch.set_num_threads`` by a function that only warns. If a separate thread generates while the
-    trainer continues, the generators belong to the trainer and are not restored.
-    """
-    is_alone = threading.current_thread() is threading.main_thread()
-    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
-    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    try:
-        yield
-    finally:
-        torch.set_num_threads = set_num_threads
-        if torch.get_num_threads() != num_threads:
-            torch.set_num_threads(num_threads)
-        if is_alone:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-            torch.set_rng_state(torch_state)
-            if cuda_state is not None:
-                torch.cuda.set_rng_state(cuda_state)
+            free_process()
 
 
 def heap_trimmed(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -310,44 +287,6 @@ def heap_trimmed(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, T
         if trim is not None and tensor.nbytes >= LARGE_TENSOR_BYTES:
             trim(0)
         yield name, tensor
-
-
-@contextlib.contextmanager
-def policys_class_kept() -> Iterator[None]:
-    """Protect the transformers class that policy and engine share.
-
-    vLLM runs some families with transformers' own layers (Phi, OLMo 2, GPT-NeoX). To prepare them for
-    compilation it changes the class, and existing models of that class could then no longer be called.
-    Without the change such a family runs uncompiled.
-    """
-    from vllm.model_executor.models.transformers.base import Base
-
-    decorate = Base._decorate_cls_for_torch_compile
-    Base._decorate_cls_for_torch_compile = lambda *args, **kwargs: None  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Base._decorate_cls_for_torch_compile = decorate  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
-def trainers_group_kept(is_trainers: bool) -> Iterator[None]:
-    """Protect a default process group that the trainer made (FSDP) and still needs.
-
-    vLLM's shutdown destroys the default group, whoever made it.
-    """
-    destroy_process_group = torch.distributed.destroy_process_group
-
-    def destroy_other_groups(group: Any = None) -> None:
-        if group is not None:
-            destroy_process_group(group)
-
-    if is_trainers:
-        torch.distributed.destroy_process_group = destroy_other_groups
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group = destroy_process_group
 
 
 def _prepare_environment() -> None:

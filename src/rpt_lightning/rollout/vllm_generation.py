@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rpt_lightning.compat.vllm.engine import rendered_prompt
 from rpt_lightning.objectives.box import FirstBox
 from rpt_lightning.rollout.engine import Sample
 from rpt_lightning.types import GenerationRequest, SamplingSettings
@@ -60,7 +61,7 @@ def generate(
             # also refuses several greedy completions in one request.
             is_divided = request.sampling.stop_after_first_box or request.sampling.temperature == 0
             size = 1 if is_divided else request.n
-            (prompt,) = engine.renderer.render_cmpl([{"prompt_token_ids": list(request.prompt_ids)}])
+            prompt = rendered_prompt(engine, request.prompt_ids)
             for first in range(0, request.n, size):
                 name = str(len(parts))
                 parts[name] = row[first : first + size]

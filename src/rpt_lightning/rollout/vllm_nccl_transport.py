@@ -1,23 +1,23 @@
 """Weight sync over NCCL, through vLLM's own transfer (``vllm.distributed.weight_transfer``).
 
-One broadcast goes from the trainer's first GPU to all GPUs of all servers. This is a thin adapter, because
-vLLM changes this part from release to release. tests/rollout/test_nccl_transport.py checks the calls against
-the installed version. It has not been tried with real GPUs, since we had no machine with one for the trainer
-and one for a server.
+One broadcast goes from the trainer's first GPU to all GPUs of all servers. vLLM
+changes this part from release to release, so compat/vllm/weight_transfer.py makes the calls and
+tests/compat/test_vllm.py checks them against the installed version. It has not been tried with real GPUs,
+since we had no machine with one for the trainer and one for a server.
 """
 
 from __future__ import annotations
 
 import asyncio
-import inspect
 import socket
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rpt_lightning.compat.vllm.weight_transfer import make_sender, make_source
 from rpt_lightning.rollout.engine import EngineLost
 from rpt_lightning.rollout.server import Fleet, Server, ServerLost
 from rpt_lightning.rollout.weight_transport import WeightTransport
@@ -104,7 +104,8 @@ class NCCLTransport(WeightTransport):
             self._fleet, {url: num_gpus for url, (_, num_gpus) in members.items()}, timeout_s=self.timeout_s
         )
         client.leave_group()
-        self._trainer = make_trainer(
+        # Our other ranks do not join the group. They help to gather the weights as the iterator passes them.
+        self._trainer = make_sender(
             client,
             self._source,
             master_address=self.master_address or socket.gethostname(),
@@ -112,53 +113,6 @@ class NCCLTransport(WeightTransport):
             world_size=1 + sum(num_gpus for _, num_gpus in members.values()),
         )
         self._members = members
-
-
-def make_trainer(
-    client: FleetClient, source: Any, *, master_address: str, master_port: int, world_size: int
-) -> Any:
-    """Return vLLM's sender in a new group with the servers' GPUs.
-
-    Our other ranks do not join the group. They help to gather the weights as the iterator passes them.
-    """
-    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
-
-    info = NCCLTrainerInitInfo(
-        master_address=master_address, master_port=master_port, world_size=world_size, rank=0
-    )
-    return WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
-
-
-def make_source() -> Any:
-    """Return a vLLM WeightSource over an iterator of weights. Call its ``fill`` before each use."""
-    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
-
-    # A method up to vLLM 0.32, and a property from 0.33 on.
-    is_property = isinstance(inspect.getattr_static(WeightSource, "metadata"), property)
-
-    def metas(stream: Any) -> list[Any]:
-        return list(stream.metas)
-
-    class Stream(WeightSource):  # type: ignore[misc, unused-ignore]
-        metadata: Any = property(metas) if is_property else metas
-
-        def fill(
-            self,
-            weights: Iterable[tuple[str, Tensor]],
-            dtype: torch.dtype,
-            shapes: Mapping[str, torch.Size],
-            device: torch.device,
-        ) -> None:
-            self.weights, self.dtype, self.device = weights, dtype, device
-            self.metas = [ParamMeta(name, dtype, tuple(shape)) for name, shape in shapes.items()]
-
-        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in self.weights:
-                # With CPU offload, the tensor was gathered on the host.
-                yield name, tensor.detach().to(self.device, self.dtype).contiguous()
-
-    return Stream()
 
 
 class FleetClient:

@@ -1,24 +1,23 @@
-"""Read the weights that vLLM computes with, under their Hugging Face names.
+"""Read the weights that vLLM computes with, under their names in transformers' model.
 
-vLLM fuses projections (q, k and v into one matrix, gate and up into another). On CPU it also packs most
-matrices into a kernel's own layout and discards the plain tensor. On CPU, a matrix is therefore read by
-sending the identity through the layer's own kernel. Each product sums one weight and zeros without rounding,
-and only the sign of a zero is lost. This is slower than a copy, but it shows what is really multiplied, such
-as a packed head that still belongs to the previous weights.
+compat/vllm/layers.py finds a tensor in vLLM's layers by its name in the family's files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from rpt_lightning.compat.vllm.layers import read_experts, read_tensor
 from rpt_lightning.rollout.file_names import make_skeleton, names_in_files
 from rpt_lightning.rollout.weight_part import split_part, take
 
-_SHARDS = {"q": 0, "k": 1, "v": 2}  # vLLM's names for the parts of a fused attention projection
+# Kept with each model, because finding the names takes a moment.
+_NAMES_IN_FILES: WeakKeyDictionary[nn.Module, dict[str, list[str]]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -38,161 +37,17 @@ def read_weights(model: nn.Module, names: Sequence[str], dtype: torch.dtype) -> 
     return {name: _read(model, name, dtype).to("cpu", dtype, copy=True).contiguous() for name in names}
 
 
-def expect_experts(model: nn.Module) -> None:
-    """Prepare a model that already holds weights for loading new ones.
-
-    vLLM's CPU kernel needs packed experts, and vLLM 0.32 packs them only once, when it makes a layer's
-    kernel. After an update, it would multiply the new weights as if they were packed. A layer without a
-    kernel makes a new one.
-    """
-    for layer in model.modules():
-        method: Any = getattr(layer, "quant_method", None)
-        if hasattr(layer, "w13_weight") and hasattr(getattr(method, "experts_cls", None), "isa"):
-            method.moe_kernel = None
-
-
 def _read(model: nn.Module, name: str, dtype: torch.dtype) -> Tensor:
     name, columns = split_part(name)
-    modules = dict(model.named_modules())
     in_files = _names_in_files(model).get(name, [name])
     if len(in_files) > 1:  # one tensor in the policy, one for each expert in files, and one again in vLLM
-        return take(_experts(modules, name, in_files[0]), columns)
-    path, kind, index = _place(model, in_files[0], modules)
-    layer: Any = modules[path]
-    # Devices share the rows of an embedding or a head, so each has a part of every column.
-    if hasattr(layer, "embedding_dim"):
-        return _whole(layer, _own_part(layer, kind, name, dtype, columns), kind)
-    part = _own_part(layer, kind, name, dtype)
-    num_replicas = 1
-    if index is not None:
-        part = part.split_with_sizes(list(layer.output_partition_sizes))[index]
-        # With more devices than key-value heads, several devices hold the same head.
-        num_replicas = getattr(layer, "num_kv_head_replicas", 1) if index > 0 else 1
-    whole = _whole(layer, part, kind, num_replicas=num_replicas)
-    return take(whole.t() if kind == "weight" and _is_transposed(modules, path) else whole, columns)
+        return take(read_experts(model, name, in_files[0]), columns)
+    return read_tensor(model, in_files[0], dtype=dtype, columns=columns, shown_as=name)
 
 
 def _names_in_files(model: nn.Module) -> dict[str, list[str]]:
-    """Return the names, cached with the model because finding them takes a moment."""
     if not hasattr(model, "config"):
         return {}
-    if not hasattr(model, "_rpt_names_in_files"):
-        model._rpt_names_in_files = names_in_files(make_skeleton(cast(Any, model).config))  # type: ignore[assignment]
-    return cast(dict[str, list[str]], model._rpt_names_in_files)
-
-
-def _place(model: nn.Module, name: str, modules: Mapping[str, nn.Module]) -> tuple[str, str, int | None]:
-    """Find the layer that holds a tensor of the family's files.
-
-    Returns the layer's path, the layer's name for the tensor, and the index of the part within a fused layer.
-    Some of vLLM's models map tensor names, and others map layers.
-    """
-    path, _, kind = name.rpartition(".")
-    if path in modules:
-        return path, kind, None
-    mapper: Any = getattr(model, "hf_to_vllm_mapper", None)
-    mapped, shard = (mapper._map_name_with_shard(name) if mapper is not None else None) or (name, None)
-    mapped_path, _, mapped_kind = mapped.rpartition(".")
-    if mapped_path in modules:
-        return mapped_path, mapped_kind, None if shard is None else _SHARDS.get(shard, shard)
-    parent, _, leaf = path.rpartition(".")
-    for fused, parts in getattr(model, "packed_modules_mapping", {}).items():
-        layer = f"{parent}.{fused}" if parent else fused
-        if layer in modules and leaf in parts:
-            return layer, kind, parts.index(leaf)
-    raise ValueError(f"vLLM's {type(model).__name__} has no layer that holds {name}")
-
-
-def _experts(modules: Mapping[str, nn.Module], name: str, in_file: str) -> Tensor:
-    """Return all experts' gate and up projections [E, 2 I, H], or their down projections [E, H, I]."""
-    path = f"{in_file.split('.experts.')[0]}.experts"
-    layer: Any = getattr(modules.get(path), "routed_experts", None)
-    kinds = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}
-    if layer is None or name.rpartition(".")[2] not in kinds:
-        raise ValueError(f"vLLM has no layer of experts that holds {name}")
-    if layer.moe_config.tp_size > 1 or layer.moe_config.ep_size > 1:
-        raise ValueError(
-            f"the experts of {name} are divided over devices, which cannot be "
-            "compared: use one device for each server"
-        )
-    tensor: Tensor = getattr(layer, kinds[name.rpartition(".")[2]])
-    kernel = layer.quant_method.experts_cls
-    if hasattr(kernel, "isa"):  # packed for a CPU kernel
-        tensor = _unpacked(tensor, kernel.isa)
-    size = layer.moe_config.intermediate_size_per_partition_unpadded
-    if name.endswith("down_proj"):
-        return tensor[..., :size]
-    gate, up = tensor.chunk(2, dim=1)  # each has its own padding
-    return torch.cat([gate[:, :size], up[:, :size]], dim=1)
-
-
-def _unpacked(packed: Tensor, isa: str) -> Tensor:
-    """Return the matrices [E, out, in] as they were before vLLM's CPU kernel reordered their entries.
-
-    To find where each entry went, the entries' own numbers are reordered digit by digit, since bf16 can count
-    only to 256.
-    """
-    from vllm._custom_ops import cpu_prepack_moe_weight
-
-    shape = packed.shape[1:]
-    numbers = torch.arange(shape.numel())
-    places = torch.zeros_like(numbers)
-    for digit in range(4):  # up to 2^32 entries
-        digits = (numbers >> 8 * digit & 255).to(packed.dtype).view(1, *shape)
-        places += cpu_prepack_moe_weight(digits, isa).flatten().long() << 8 * digit
-    return torch.empty_like(packed).flatten(1).index_copy_(1, places, packed.flatten(1)).view_as(packed)
-
-
-def _is_transposed(modules: Mapping[str, nn.Module], path: str) -> bool:
-    """Whether GPT-2's files hold this matrix as [in, out]. vLLM transposes such matrices during loading."""
-    turned: Any = [
-        module
-        for at, module in modules.items()
-        if hasattr(module, "_transpose_conv1d") and path.startswith(at)
-    ]
-    return bool(turned) and path.rpartition(".")[2] in ("c_attn", "c_proj", "c_fc")
-
-
-def _own_part(layer: Any, kind: str, name: str, dtype: torch.dtype, columns: slice | None = None) -> Tensor:
-    """Return this device's part of the layer's weight or bias, or of some of its columns."""
-    tensor: Tensor | None = getattr(layer, kind, None)
-    if tensor is None:
-        raise ValueError(f"vLLM's layer for {name} ({type(layer).__name__}) has no {kind}")
-    is_lookup = hasattr(layer, "org_vocab_size") and not type(layer).__name__.startswith("ParallelLMHead")
-    if kind == "weight" and hasattr(layer, "cpu_linear") and not is_lookup:
-        return _through_kernel(layer, dtype, columns)
-    if tensor.ndim == 0 or tensor.numel() == 0:
-        raise ValueError(f"vLLM's layer for {name} ({type(layer).__name__}) keeps no readable {kind}")
-    return take(tensor, columns)
-
-
-def _whole(layer: Any, part: Tensor, kind: str, *, num_replicas: int = 1) -> Tensor:
-    """Join the parts of all devices of a tensor-parallel server, without the padding of vocabularies.
-
-    This is a collective of the server's workers.
-    """
-    num_devices = getattr(layer, "tp_size", 1)
-    splits_inputs = getattr(layer, "input_size_per_partition", None) != getattr(layer, "input_size", None)
-    is_replicated = type(layer).__name__ == "ReplicatedLinear" or (splits_inputs and kind == "bias")
-    if num_devices > 1 and not is_replicated:
-        from vllm.distributed import get_tp_group
-
-        part = get_tp_group().all_gather(part.contiguous(), dim=1 if splits_inputs else 0)
-        if num_replicas > 1:
-            part = torch.cat(part.chunk(num_devices)[::num_replicas])
-    return part[: layer.org_vocab_size] if hasattr(layer, "org_vocab_size") else part
-
-
-def _through_kernel(layer: Any, dtype: torch.dtype, columns: slice | None) -> Tensor:
-    """Return the layer's matrix [out, in], or some of its columns, as its CPU kernel multiplies it."""
-    # A layer that every device holds as a whole, such as a router, has no size per partition.
-    num_inputs = (
-        layer.embedding_dim
-        if hasattr(layer, "embedding_dim")
-        else getattr(layer, "input_size_per_partition", layer.input_size)
-    )
-    inputs = torch.eye(num_inputs, dtype=dtype)
-    outputs: Tensor = layer.cpu_linear(
-        inputs if columns is None else inputs[columns], layer.weight, None
-    )  # [in, out]
-    return outputs.t()
+    if model not in _NAMES_IN_FILES:
+        _NAMES_IN_FILES[model] = names_in_files(make_skeleton(cast(Any, model).config))
+    return _NAMES_IN_FILES[model]

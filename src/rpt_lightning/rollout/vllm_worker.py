@@ -18,10 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from rpt_lightning.compat.vllm.engine import load_in_worker, worker_facts, worker_model
+from rpt_lightning.compat.vllm.layers import expect_experts
 from rpt_lightning.rollout.checksum import checksum
 from rpt_lightning.rollout.file_names import as_in_files, make_skeleton
 from rpt_lightning.rollout.server_facts import PROTOCOL, architecture
-from rpt_lightning.rollout.vllm_weights import expect_experts, read_weights
+from rpt_lightning.rollout.vllm_weights import read_weights
 
 _START = secrets.token_hex(8)  # differs for every start of the process
 
@@ -29,7 +31,6 @@ _START = secrets.token_hex(8)  # differs for every start of the process
 class PolicyWeights:
     """A mixin for vLLM's worker, which has ``vllm_config``, ``get_model`` and ``reload_weights``."""
 
-    vllm_config: Any
     rank: int
     # Label of the weights that someone is loading, and the time (time.monotonic) until which nobody else may.
     _rpt_loader: tuple[str, float] | None = None
@@ -39,16 +40,13 @@ class PolicyWeights:
         """Return what a trainer must know before it trusts this server."""
         from vllm import __version__
 
-        model, cache = self.vllm_config.model_config, self.vllm_config.cache_config
+        _, config, _ = worker_model(self)
         return {
             "protocol": PROTOCOL,
             "vllm": __version__,
             "start": _START,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "max_model_len": model.max_model_len,
-            "prefix_block_size": cache.block_size if cache.enable_prefix_caching else 0,
-            "logprobs_mode": str(getattr(model.logprobs_mode, "value", model.logprobs_mode)),
-            "architecture": architecture(model.hf_config),
+            **worker_facts(self),
+            "architecture": architecture(config),
         }
 
     def rpt_may_load(self, label: str, for_s: float) -> dict[str, bool]:
@@ -78,11 +76,11 @@ class PolicyWeights:
                 f"{folder} holds no .safetensors file; is it on a disk that "
                 "the server sees under the same path?"
             )
-        expect_experts(self.get_model())  # type: ignore[attr-defined]
+        model, config, _ = worker_model(self)
+        expect_experts(model)
         if self._rpt_skeleton is None:
-            self._rpt_skeleton = make_skeleton(self.vllm_config.model_config.hf_config)
-        weights = as_in_files(_tensors(files), self._rpt_skeleton)
-        self.reload_weights(weights_iterator=weights)  # type: ignore[attr-defined]
+            self._rpt_skeleton = make_skeleton(config)
+        load_in_worker(self, as_in_files(_tensors(files), self._rpt_skeleton))
         return {"num_files": len(files)}
 
     def rpt_checksums(self, names: list[str]) -> dict[str, str]:
@@ -98,7 +96,8 @@ class PolicyWeights:
         return {"safetensors": base64.b64encode(save(weights)).decode()} if self.rank == 0 else {}
 
     def _rpt_weight(self, name: str) -> Tensor:
-        return read_weights(self.get_model(), [name], self.vllm_config.model_config.dtype)[name]  # type: ignore[attr-defined]
+        model, _, dtype = worker_model(self)
+        return read_weights(model, [name], dtype)[name]
 
 
 def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,6 @@ and however the process ends, the newest name is a whole checkpoint.
 from __future__ import annotations
 
 import contextlib
-import copy
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from rpt_lightning.compat.lightning_checkpoint import place_of, set_place
 from rpt_lightning.metrics.run_folder import ANSWER_FOLDER, ROLLOUT_FOLDER, VALIDATION_FOLDER
 from rpt_lightning.rollout.engine import EngineLost
 from rpt_lightning.training.checkpoint_check import checkpoint_damage
@@ -100,13 +100,7 @@ class RunCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._step_end = {
-            "epoch": trainer.current_epoch,
-            "fit_loop": copy.deepcopy(trainer.fit_loop.state_dict()),
-        }
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if data is not None and (state := data.state_dict()):
-            self._step_end["data"] = {type(data).__qualname__: copy.deepcopy(state)}
+        self._step_end = place_of(trainer)
         self._is_as_at_step_end = True
         if trainer.global_step - self._saved_step >= self.every_n_steps:
             self.save(trainer)
@@ -136,11 +130,7 @@ class RunCheckpoint(Checkpoint):
     ) -> None:
         # The next step or a validation may have begun. The weights include neither.
         if self._step_end:
-            checkpoint["epoch"], checkpoint["loops"]["fit_loop"] = (
-                self._step_end["epoch"],
-                self._step_end["fit_loop"],
-            )
-            checkpoint |= self._step_end.get("data", {})
+            set_place(checkpoint, self._step_end)
 
     def save(self, trainer: Trainer) -> None:
         """Save the policy as of the end of its last step. Does nothing if that step is already saved.

@@ -11,35 +11,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-_INDEX = ".metadata"  # a pickle that torch.distributed.checkpoint writes last into a folder of shards
-_REST = "meta.pt"  # Lightning writes it beside the shards
-# Anything else that an index names could run code, and so could importing its module. So each name is listed
-# in full.
-_METADATA = "torch.distributed.checkpoint.metadata"
-_INDEX_NAMES = {
-    (_METADATA, "Metadata"),
-    (_METADATA, "MetadataIndex"),
-    (_METADATA, "StorageMeta"),
-    (_METADATA, "BytesStorageMetadata"),
-    (_METADATA, "ChunkStorageMetadata"),
-    (_METADATA, "TensorStorageMetadata"),
-    (_METADATA, "TensorProperties"),
-    (_METADATA, "_MEM_FORMAT_ENCODING"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "Path"),
-    ("pathlib._local", "PosixPath"),
-    ("collections", "OrderedDict"),
-    ("collections", "defaultdict"),
-    ("builtins", "set"),
-    ("builtins", "list"),
-    ("builtins", "dict"),
-    ("builtins", "complex"),
-}
+from rpt_lightning.compat.lightning_checkpoint import SHARDED_REST
+from rpt_lightning.compat.torch import SHARD_INDEX, SHARD_INDEX_NAMES
 
 
 def checkpoint_damage(path: Path) -> str | None:
@@ -71,11 +44,11 @@ def _file_damage(path: Path) -> str | None:
 
 
 def _shard_damage(path: Path) -> str | None:
-    if not (path / _REST).is_file():
-        return f"it has no {_REST}"
-    if damage := _file_damage(path / _REST):
+    if not (path / SHARDED_REST).is_file():
+        return f"it has no {SHARDED_REST}"
+    if damage := _file_damage(path / SHARDED_REST):
         return damage
-    index = _IndexUnpickler(io.BytesIO((path / _INDEX).read_bytes())).load()
+    index = _IndexUnpickler(io.BytesIO((path / SHARD_INDEX).read_bytes())).load()
     for entry in index.storage_data.values():
         shard, needed = path / entry.relative_path, entry.offset + entry.length
         size = shard.stat().st_size if shard.is_file() else 0
@@ -108,13 +81,16 @@ def _check_values(path: Path, index: Any) -> None:
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Builds the records of an index and nothing else."""
+    """Builds the records of an index and nothing else.
+
+    Any other name that an index holds could run code, and so could importing its module.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         import torch
 
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if (module, name) not in _INDEX_NAMES and not is_dtype:
+        if (module, name) not in SHARD_INDEX_NAMES and not is_dtype:
             raise pickle.UnpicklingError(
                 f"its index names {module}.{name}, which no index of ours does: it may run code when read"
             )

@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from rpt_lightning.compat.lightning_checkpoint import SHARDED_REST, SHARDED_WEIGHTS
+from rpt_lightning.compat.torch import stored_tensors
 from rpt_lightning.training.checkpoint_check import checkpoint_damage
-
-_SHARDED_REST = "meta.pt"  # Lightning writes it beside the shards
-
 
 _WEIGHTS_PREFIX = "policy.model."
 # Entries that describe the policy (PolicyModule.on_save_checkpoint).
@@ -50,7 +48,7 @@ def read_checkpoint(path: Path, *, flag: str) -> SavedPolicy:
     Raises:
         ValueError: There is no such file, it cannot be read, or `rpt fit` did not write it.
     """
-    if (path / _SHARDED_REST).is_file():
+    if (path / SHARDED_REST).is_file():
         return _read_sharded(path, flag=flag)
     if not path.is_file():
         raise ValueError(
@@ -130,11 +128,11 @@ def _read_sharded(path: Path, *, flag: str) -> SavedPolicy:
     # This comes first: torch.distributed.checkpoint would unpickle whatever the index names.
     if damage := checkpoint_damage(path):
         raise ValueError(f"{flag} {path} is not a whole checkpoint: {damage}")
-    prefix = f"state_dict.{_WEIGHTS_PREFIX}"
+    prefix = f"{SHARDED_WEIGHTS}{_WEIGHTS_PREFIX}"
     entries = {
         name.removeprefix(prefix): entry
-        for name, entry in FileSystemReader(path).read_metadata().state_dict_metadata.items()
-        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+        for name, entry in stored_tensors(FileSystemReader(path)).items()
+        if name.startswith(prefix)
     }
 
     def read(names: Sequence[str]) -> dict[str, Tensor]:
@@ -145,6 +143,6 @@ def _read_sharded(path: Path, *, flag: str) -> SavedPolicy:
         load(weights, storage_reader=FileSystemReader(path), no_dist=True)
         return {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
 
-    rest = torch.load(path / _SHARDED_REST, map_location="cpu", weights_only=True)
+    rest = torch.load(path / SHARDED_REST, map_location="cpu", weights_only=True)
     about: Any = rest.get("rpt") if isinstance(rest, dict) else None  # check_about validates it
     return SavedPolicy(about=about, shapes={name: entry.size for name, entry in entries.items()}, read=read)

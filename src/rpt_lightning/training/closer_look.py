@@ -24,8 +24,10 @@ import torch
 from accelerate import init_empty_weights
 from lightning.pytorch import Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rpt_lightning.compat.transformers import READING_ENTRIES
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.plain import plain_logprobs
 from rpt_lightning.training.logprob_diff import CAP, LogprobDiff, LogprobLimits, exceeded, logprob_limits
@@ -36,15 +38,6 @@ from rpt_lightning.types import TrainSequence
 
 # Most tokens scored in one completion. Their logits exist at the same time.
 TOKENS_OF_A_COMPLETION = 256
-# Config entries that record how the config was read and do not describe the model.
-_NOT_OF_THE_MODEL = (
-    "transformers_version",
-    "_name_or_path",
-    "dtype",
-    "torch_dtype",
-    "_attn_implementation",
-    "architectures",
-)
 
 
 @dataclass(frozen=True)
@@ -244,14 +237,14 @@ def _shared_names(model: Any) -> set[frozenset[str]]:
 
 def _said(config: Any) -> dict[str, Any]:
     said = cast(dict[str, Any], json.loads(config.to_json_string(use_diff=False)))
-    return {name: value for name, value in said.items() if name not in _NOT_OF_THE_MODEL}
+    return {name: value for name, value in said.items() if name not in READING_ENTRIES}
 
 
 def _not_finite(module: PolicyModule) -> SyncError:
     broken = [
         name
         for name, weight in module.policy.model.named_parameters()
-        if not getattr(weight, "_local_tensor", weight).isfinite().all()
+        if not (weight.to_local() if isinstance(weight, DTensor) else weight).isfinite().all()
     ]
     start = f"version {module.policy_version}: the policy's log-probs are not finite"
     if not broken:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 
-import torch
+from rpt_lightning.compat.torch import has_avx512
 
 
 def bf16_is_slow() -> bool:
@@ -12,4 +12,4 @@ def bf16_is_slow() -> bool:
 
     Measured on an AMD EPYC with AVX2: bf16 runs at 17 GFLOP/s and fp32 at 125.
     """
-    return platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_supported()
+    return platform.machine() in ("x86_64", "AMD64") and not has_avx512()

@@ -7,6 +7,7 @@ from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from rpt_lightning.compat.lightning import is_validation_due, run_validation
 from rpt_lightning.metrics.run_folder import ANSWER_FOLDER, VALIDATION_FOLDER
 
 
@@ -22,9 +23,7 @@ class MissedValidation(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_missed(trainer):
-            trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.run()
-            trainer.training = True
+            run_validation(trainer)
 
 
 def is_missed(trainer: Trainer) -> bool:
@@ -34,10 +33,5 @@ def is_missed(trainer: Trainer) -> bool:
     """
     folders = (Path(trainer.default_root_dir) / name for name in (VALIDATION_FOLDER, ANSWER_FOLDER))
     is_done = any((folder / f"step-{trainer.global_step:06d}.jsonl").exists() for folder in folders)
-    fetcher = trainer.fit_loop._data_fetcher
-    is_due = (
-        trainer.global_step > 0
-        and trainer.enable_validation
-        and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)  # type: ignore[arg-type]
-    )
+    is_due = trainer.global_step > 0 and trainer.enable_validation and is_validation_due(trainer)
     return is_due and not trainer.strategy.broadcast(is_done)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from rpt_lightning.compat.lightning import DescribedProgressBar, batch_index
 from rpt_lightning.metrics.bands import BANDS
 from rpt_lightning.metrics.results import Results, write_results
 from rpt_lightning.metrics.rollout_samples import RolloutSample, samples_of, write_samples
@@ -137,10 +137,10 @@ def _logged_steps(path: Path) -> list[tuple[str, int]]:
     return logged
 
 
-class StepProgressBar(RichProgressBar):
+class StepProgressBar(DescribedProgressBar):
     """Lightning's Rich progress bar. It counts a run in steps, since its epochs are nominal."""
 
-    def _get_train_description(self, current_epoch: int) -> str:
+    def describe_pass(self, current_epoch: int) -> str:
         return f"pass {current_epoch + 1} over the tasks"
 
 
@@ -177,7 +177,7 @@ class RolloutSamples(Callback):
     ) -> None:
         rollouts: TrainBatch | None = getattr(batch, "rollouts", None)
         # Lightning's batch_idx restarts with each pass over the tasks.
-        if rollouts is None or trainer.fit_loop.epoch_loop.total_batch_idx % self.every_n_steps:
+        if rollouts is None or batch_index(trainer) % self.every_n_steps:
             return
         assert isinstance(pl_module, PolicyModule)
         groups = [group for share in pl_module.ranks.gather(rollouts.groups) for group in share]

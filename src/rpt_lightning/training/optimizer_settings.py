@@ -11,6 +11,8 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 
+from rpt_lightning.compat.torch import scheduled_settings
+
 Settings = dict[str, Any]
 
 
@@ -48,11 +50,8 @@ def apply_settings(optimizer: Optimizer, given: Sequence[Settings], *, is_schedu
                 f"lr {wanted_lr:g} is given. Give the former, or start a new run from a model that `rpt "
                 "export` makes of the checkpoint"
             )
-        # Settings that a schedule moves keep the schedule's current values. OneCycleLR and CyclicLR may move
-        # the momentum too, and mark the groups in which they do.
-        driven = (
-            {"lr", *(("momentum", "betas") if "base_momentum" in group else ())} if is_scheduled else set()
-        )
+        # Settings that a schedule moves keep the schedule's current values.
+        driven = scheduled_settings(group) if is_scheduled else set()
         changed = {
             name: value
             for name, value in wanted.items()

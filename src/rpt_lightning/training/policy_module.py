@@ -20,6 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from rpt_lightning.compat.lightning import has_trainer
 from rpt_lightning.data.batch import HeldOutBatch
 from rpt_lightning.metrics.results import PositionResult
 from rpt_lightning.objectives.base import BoundObjective
@@ -152,7 +153,7 @@ class PolicyModule(LightningModule, ABC):
             )
 
     def configure_model(self) -> None:
-        strategy: Any = self.trainer.strategy if self._trainer is not None else None
+        strategy: Any = self.trainer.strategy if has_trainer(self) else None
         if isinstance(strategy, ModelParallelStrategy):
             materialize_sharded(
                 self.policy,
@@ -232,7 +233,7 @@ class PolicyModule(LightningModule, ABC):
         self._loaded_step = saved["global_step"]
         self.num_skipped_steps = saved["num_skipped_steps"]
         self._skipped_in_a_row = saved["skipped_in_a_row"]
-        is_training = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        is_training = has_trainer(self) and self.trainer.state.fn == TrainerFn.FITTING
         # Checkpoints of earlier versions lack this entry.
         self._saved_kinds = saved.get("kinds") if is_training else None
         # A sharded strategy makes the optimizer before it loads.

@@ -10,6 +10,8 @@ import warnings
 
 from transformers.utils.logging import disable_progress_bar
 
+from rpt_lightning.compat.lightning import MESSAGE_LOGGER
+
 _NOISE = ("litlogger", "`Trainer(limit_val_batches=1.0)`")
 
 
@@ -21,7 +23,7 @@ def quieten_libraries() -> None:
     # vLLM initialises torch.distributed even in a single process. Metrics are reduced over ranks before they
     # are logged.
     warnings.filterwarnings("ignore", message=".*It is recommended to use .self.log.*sync_dist=True.*")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_says_something)
+    logging.getLogger(MESSAGE_LOGGER).addFilter(_says_something)
     disable_progress_bar()  # type: ignore[no-untyped-call]
 
 

@@ -21,6 +21,9 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
+from rpt_lightning.compat.lightning import cluster_environment
+from rpt_lightning.compat.torch import is_lost_connection
+
 STATUS_LOST_RANK = 1
 _NEWS = "news"
 
@@ -73,22 +76,12 @@ class RankWatch(Callback):
         self._watch.stop()
 
 
-def is_lost_connection(error: BaseException) -> bool:
-    """Whether a collective failed, usually because another rank is gone. gloo has no class for this error."""
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and "gloo/transport" in str(error)
-    )
-
-
 def is_lightnings_child(trainer: Trainer) -> bool:
     """Whether Lightning's launcher started this process.
 
     Once such a process ends with an error, the launcher kills the first process without a message.
     """
-    return (
-        isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment)
-        and trainer.local_rank > 0
-    )
+    return isinstance(cluster_environment(trainer), LightningEnvironment) and trainer.local_rank > 0
 
 
 def _wait_for_the_end_of(parent: int, *, limit_s: float) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +16,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from rpt_lightning.compat.lightning import collective_timeout
 from rpt_lightning.data.stream import rank_share
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ class Ranks:
         self._device = module.device
         self._world_size, self._global_rank = module.trainer.world_size, module.global_rank
         self._mesh: Any = module.device_mesh
-        self._timeout: timedelta | None = getattr(module.trainer.strategy, "_timeout", None)
+        self._timeout = collective_timeout(module.trainer.strategy)
 
     @property
     def num_data(self) -> int:

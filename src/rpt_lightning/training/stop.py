@@ -19,6 +19,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from rpt_lightning.compat.lightning import cluster_environment
 from rpt_lightning.training.checkpoint import RunCheckpoint
 from rpt_lightning.training.rank_watch import is_lightnings_child
 
@@ -117,7 +118,7 @@ class StopRun(Checkpoint):
 
 
 def _requeue(trainer: Trainer) -> None:
-    environment = trainer._accelerator_connector.cluster_environment
+    environment = cluster_environment(trainer)
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or (isinstance(environment, SLURMEnvironment) and not environment.auto_requeue):
         return

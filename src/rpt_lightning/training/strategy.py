@@ -10,6 +10,8 @@ from datetime import timedelta
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from rpt_lightning.compat.lightning import set_data_parallel_size, set_device, tensor_parallel_size
+
 
 class ShardedStrategy(ModelParallelStrategy):
     """Shards weights, gradients and optimizer over data-parallel ranks.
@@ -49,9 +51,9 @@ class ShardedStrategy(ModelParallelStrategy):
         self.gather_bf16 = gather_bf16
 
     def setup_environment(self) -> None:
-        size = int(self._tensor_parallel_size)
-        # Lightning's own "auto" would be the number of nodes.
-        self._data_parallel_size, rest = divmod(self.num_nodes * self.num_processes, size)
+        size = tensor_parallel_size(self)
+        num_data_parallel, rest = divmod(self.num_nodes * self.num_processes, size)
+        set_data_parallel_size(self, num_data_parallel)
         if rest or self.num_processes % size:
             raise ValueError(
                 f"trainer.strategy.tensor_parallel_size={size}: the {self.num_processes} devices of a node "
@@ -65,4 +67,4 @@ class ShardedStrategy(ModelParallelStrategy):
             return
         # The weights are already in place. Only Lightning's note of the module's device is missing.
         assert self.lightning_module is not None
-        self.lightning_module._device = self.root_device
+        set_device(self.lightning_module, self.root_device)

