@@ -93,8 +93,8 @@ tasks/debug: | $(STAMP) models/tiny
 	$(RPT) prepare --config configs/prepare/debug.yaml
 
 $(STAMP): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
-	  || { echo "$(PYTHON) is not a Python from 3.10 to 3.13. Name one: make venv PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	  || { echo "$(PYTHON) is not a Python from 3.11 to 3.13. Name one: make venv PYTHON=python3.12"; exit 1; }
 	@echo "Setting up .venv (a few minutes, up to 4 GB). $(MESSAGE_$(ENGINE))"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install $(PIP_QUIET) $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") --editable ".[$(EXTRAS_$(ENGINE))]" \

@@ -8,7 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,7 @@ def store(
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         commit=_commit(),
-        date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         other_load=round(_run.load.share() if _run.other_load is None else _run.other_load, 3),
         rounds=_run.rounds,
         seconds=_run.seconds,

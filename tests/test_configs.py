@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from commented_options import uncommented
 from rpt_lightning.rollout.vllm_server_engine import VLLMServerEngine
 from rpt_lightning.rollout.weight_transport import SharedFolderTransport
 from rpt_lightning.training.rollout_callback import RolloutCallback
@@ -98,6 +99,19 @@ def test_data_elsewhere_over_the_paper_run(data, offline_policy, monkeypatch, tm
     assert (cli.datamodule.task_dir, cli.datamodule.items_per_step) == ("s3://bucket/omnimath", 256)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [path for path in [*RUNS, *ROLLOUTS] if uncommented(path.read_text()) != path.read_text()],
+    ids=lambda path: path.stem,
+)
+def test_commented_out_options_can_be_used(config, offline_policy, monkeypatch, tmp_path):
+    file = tmp_path / config.name
+    file.write_text(uncommented(config.read_text()))
+    flags = ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path / "run")]
+    run = [CONFIGS / "14b.yaml"] if config in ROLLOUTS else []
+    instantiate(monkeypatch, *run, file, flags=flags)
+
+
 def test_paper_run_is_the_papers_table_5():
     config = yaml.safe_load((CONFIGS / "14b.yaml").read_text())
     rollout, data, model = config["rollout"], config["data"]["init_args"], config["model"]["init_args"]
@@ -111,8 +125,9 @@ def test_paper_run_is_the_papers_table_5():
     assert (config["trainer"]["max_steps"], rollout["dynamic_sampling_from_step"]) == (1000, 500)
 
 
+@pytest.mark.parametrize("commented", [False, True], ids=["as it is", "with commented-out options"])
 @pytest.mark.parametrize("config", PREPARE, ids=lambda path: path.stem)
-def test_prepare_config(config):
+def test_prepare_config(config, commented):
     from jsonargparse import ArgumentParser
 
     from rpt_lightning.data.corpus import CorpusSource
@@ -120,7 +135,8 @@ def test_prepare_config(config):
 
     parser = ArgumentParser()
     parser.add_function_arguments(prepare, as_group=False)
-    parsed = parser.instantiate_classes(parser.parse_path(config))
+    text = config.read_text()
+    parsed = parser.instantiate_classes(parser.parse_string(uncommented(text) if commented else text))
     assert isinstance(parsed.source, CorpusSource)
 
 

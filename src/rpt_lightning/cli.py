@@ -205,6 +205,7 @@ _WORDS = {
 def _run_tool(tool: str, args: list[str]) -> None:
     from jsonargparse import ArgumentParser, Namespace, auto_cli
 
+    from rpt_lightning.former_names import accept_former_names
     from rpt_lightning.home_paths import with_home
     from rpt_lightning.short_errors import ShortErrors
 
@@ -213,6 +214,7 @@ def _run_tool(tool: str, args: list[str]) -> None:
             parsed: Namespace = with_home(super().parse_args(*args, **kwargs))
             return parsed
 
+    accept_former_names()
     if not sys.stderr.isatty():
         _no_progress_bars()
     function = getattr(importlib.import_module(_MODULES[tool]), tool.split()[-1].replace("-", "_"))

@@ -1,4 +1,4 @@
-"""Class paths of earlier versions in configuration files. They are accepted for one release, with a message."""
+"""Class paths of earlier versions in configurations. They are accepted for one release, with a message."""
 
 from __future__ import annotations
 

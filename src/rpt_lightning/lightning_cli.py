@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from rpt_lightning.compat.lightning import OpenCLI
+from rpt_lightning.former_names import accept_former_names
 from rpt_lightning.home_paths import with_home
 from rpt_lightning.metrics.run_folder import (
     ANSWER_FOLDER,
@@ -356,6 +357,7 @@ def make_cli(
     cli: type[RPTCLI] = RPTCLI, *, run: bool = True, args: list[str] | None = None, prog: str = "rpt"
 ) -> RPTCLI:
     """Build the command line and run it, or only build it (``run=False``, without a verb in ``args``)."""
+    accept_former_names()
     return cli(
         model_class=PolicyModule,
         subclass_mode_model=True,

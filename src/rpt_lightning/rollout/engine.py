@@ -11,12 +11,11 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig
-from typing_extensions import Self
 
 from rpt_lightning.objectives.box import FirstBox
 from rpt_lightning.pretrained.text_shape import longest_context

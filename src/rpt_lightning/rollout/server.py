@@ -166,7 +166,7 @@ class Server:
                 verb, self.url + path, json=body, timeout=aiohttp.ClientTimeout(total=limit_s)
             ) as response:
                 status, text = response.status, (await response.read()).decode(errors="replace")
-        except asyncio.TimeoutError as error:
+        except TimeoutError as error:
             raise ServerLost(f"{self.url}{path}: no answer within {limit_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise ServerLost(f"{self.url}{path}: {error or type(error).__name__}") from error

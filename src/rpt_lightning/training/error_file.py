@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 
@@ -27,8 +27,6 @@ def traceback_kept(folder: Path, *, rank: int) -> Iterator[None]:
             if folder.is_dir():
                 file = folder / f"error-{rank}.txt"
                 with file.open("a", encoding="utf-8", errors="backslashreplace") as output:
-                    output.write(
-                        f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC\n{traceback.format_exc()}\n"
-                    )
+                    output.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n{traceback.format_exc()}\n")
                 print(f"rpt: the traceback is in {file}", file=sys.stderr)
         raise

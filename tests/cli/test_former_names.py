@@ -1,0 +1,53 @@
+"""Configurations of earlier versions still work, and say what changed."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from rpt_lightning.former_names import translated
+
+PROMPT = {"class_path": "rpt_lightning.tasks.prompt.QuestionPrompt"}
+
+
+@pytest.mark.parametrize(
+    ("reward", "objective"),
+    [
+        ("rpt_lightning.tasks.reward.DenseReward", "rpt_lightning.objectives.next_token.NextTokenObjective"),
+        (
+            "rpt_lightning.tasks.answer_reward.AnswerReward",
+            "rpt_lightning.objectives.question.QuestionObjective",
+        ),
+    ],
+)
+def test_the_objective_follows_from_its_reward(reward, objective):
+    former = {
+        "class_path": "rpt_lightning.tasks.objective.Objective",
+        "init_args": {"prompt": PROMPT, "reward": {"class_path": reward}},
+    }
+    with pytest.warns(UserWarning, match="the old name is accepted in this release only"):
+        now = translated({"rollout": [{"objective": former}]})["rollout"][0]["objective"]
+    assert now["class_path"] == objective
+    assert now["init_args"]["prompt"]["class_path"] == (
+        "rpt_lightning.objectives.prompts.template.QuestionPrompt"
+    )
+
+
+def test_a_configuration_of_an_earlier_run_is_read(rpt, flags, tmp_path):
+    status, shown = rpt("fit", *flags, "--print_config")
+    assert status == 0, shown
+    config = yaml.safe_load(shown)
+    assert config["rollout"]["objective"]["class_path"].endswith(".NextTokenObjective")
+    former = shown
+    for now, before in {
+        "objectives.next_token.NextTokenObjective": "tasks.objective.Objective",
+        "objectives.prompts.template.": "tasks.prompt.",
+        "objectives.rewards.next_token.": "tasks.reward.",
+    }.items():
+        assert now in former
+        former = former.replace(now, before)
+    (tmp_path / "config.yaml").write_text(former)
+    with pytest.warns(UserWarning, match="is now rpt_lightning.objectives"):
+        status, shown = rpt("fit", "--config", tmp_path / "config.yaml", "--print_config")
+    assert status == 0, shown
+    assert yaml.safe_load(shown[shown.index("seed_everything") :])["rollout"] == config["rollout"]
