@@ -8,12 +8,9 @@ from typing import Any
 import jsonargparse
 import yaml
 
-_MODULES = {
-    "rpt_lightning.tasks.prompt": "rpt_lightning.objectives.prompts.template",
-    "rpt_lightning.tasks.reward": "rpt_lightning.objectives.rewards.next_token",
-    "rpt_lightning.tasks.answer_reward": "rpt_lightning.objectives.rewards.answer",
-}
-_OBJECTIVES = ("rpt_lightning.tasks.objective.Objective", "Objective")
+# Their prompts and rewards are now named in the package itself.
+_MODULES = ("rpt_lightning.tasks.prompt", "rpt_lightning.tasks.reward", "rpt_lightning.tasks.answer_reward")
+_OBJECTIVES = ("rpt_lightning.tasks.objective.Objective", "rpt_lightning.Objective", "Objective")
 
 
 def accept_former_names() -> None:
@@ -48,8 +45,8 @@ def _today(path: str, init_args: Any) -> str:
     if path in _OBJECTIVES:
         reward = (init_args or {}).get("reward") if isinstance(init_args, dict) else None
         name = reward.get("class_path", "") if isinstance(reward, dict) else str(reward)
-        leaf = "QuestionObjective" if name.endswith("AnswerReward") else "NextTokenObjective"
-        module = "question" if leaf == "QuestionObjective" else "next_token"
-        return f"rpt_lightning.objectives.{module}.{leaf}"
+        return "rpt_lightning." + (
+            "QuestionObjective" if name.endswith("AnswerReward") else "NextTokenObjective"
+        )
     module, _, name = path.rpartition(".")
-    return f"{_MODULES[module]}.{name}" if module in _MODULES else path
+    return f"rpt_lightning.{name}" if module in _MODULES else path

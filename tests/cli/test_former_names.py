@@ -13,10 +13,10 @@ PROMPT = {"class_path": "rpt_lightning.tasks.prompt.QuestionPrompt"}
 @pytest.mark.parametrize(
     ("reward", "objective"),
     [
-        ("rpt_lightning.tasks.reward.DenseReward", "rpt_lightning.objectives.next_token.NextTokenObjective"),
+        ("rpt_lightning.tasks.reward.DenseReward", "rpt_lightning.NextTokenObjective"),
         (
             "rpt_lightning.tasks.answer_reward.AnswerReward",
-            "rpt_lightning.objectives.question.QuestionObjective",
+            "rpt_lightning.QuestionObjective",
         ),
     ],
 )
@@ -28,9 +28,7 @@ def test_the_objective_follows_from_its_reward(reward, objective):
     with pytest.warns(UserWarning, match="the old name is accepted in this release only"):
         now = translated({"rollout": [{"objective": former}]})["rollout"][0]["objective"]
     assert now["class_path"] == objective
-    assert now["init_args"]["prompt"]["class_path"] == (
-        "rpt_lightning.objectives.prompts.template.QuestionPrompt"
-    )
+    assert now["init_args"]["prompt"]["class_path"] == "rpt_lightning.QuestionPrompt"
 
 
 def test_a_configuration_of_an_earlier_run_is_read(rpt, flags, tmp_path):
@@ -40,14 +38,14 @@ def test_a_configuration_of_an_earlier_run_is_read(rpt, flags, tmp_path):
     assert config["rollout"]["objective"]["class_path"].endswith(".NextTokenObjective")
     former = shown
     for now, before in {
-        "objectives.next_token.NextTokenObjective": "tasks.objective.Objective",
-        "objectives.prompts.template.": "tasks.prompt.",
-        "objectives.rewards.next_token.": "tasks.reward.",
+        "rpt_lightning.NextTokenObjective": "rpt_lightning.tasks.objective.Objective",
+        "rpt_lightning.ContinuationPrompt": "rpt_lightning.tasks.prompt.ContinuationPrompt",
+        "rpt_lightning.PrefixMatchReward": "rpt_lightning.tasks.reward.PrefixMatchReward",
     }.items():
         assert now in former
         former = former.replace(now, before)
     (tmp_path / "config.yaml").write_text(former)
-    with pytest.warns(UserWarning, match="is now rpt_lightning.objectives"):
+    with pytest.warns(UserWarning, match="is now rpt_lightning.NextTokenObjective"):
         status, shown = rpt("fit", "--config", tmp_path / "config.yaml", "--print_config")
     assert status == 0, shown
     assert yaml.safe_load(shown[shown.index("seed_everything") :])["rollout"] == config["rollout"]
