@@ -61,12 +61,12 @@ def test_the_cpu_is_described() -> None:
         assert compat.has_avx512() == ("avx512f" in cpuinfo.read_text())
 
 
-def test_the_limit_of_compilations_is_raised_and_never_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_of_compilations_is_raised_and_never_lowered() -> None:
     config: Any = torch._dynamo.config
-    monkeypatch.setattr(config, "recompile_limit", 8)
-    compat.allow_recompilations(16)
-    compat.allow_recompilations(2)
-    assert config.recompile_limit == 16
+    with config.patch(recompile_limit=8):
+        compat.allow_recompilations(16)
+        compat.allow_recompilations(2)
+        assert config.recompile_limit == 16
 
 
 def test_every_parameter_and_buffer_is_replaced() -> None:

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gpt_oss import modeling_gpt_oss
-from transformers.utils.hub import cached_file
+from transformers.utils.hub import cached_file, cached_files
 
 from rpt_lightning.compat import transformers as compat
 
@@ -126,8 +126,9 @@ def test_configurations_differ_only_in_how_they_were_read(tmp_path: Path) -> Non
 
 
 def test_a_missing_file_of_a_hub_id_can_be_no_error() -> None:
+    check_source(cached_file, "cached_files(", "**kwargs", used_by=compat.cached_path)
     check_takes(
-        cached_file,
+        cached_files,
         "_raise_exceptions_for_gated_repo",
         "_raise_exceptions_for_missing_entries",
         "_raise_exceptions_for_connection_errors",
