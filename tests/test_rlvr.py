@@ -110,14 +110,17 @@ def test_a_run_learns_from_checked_answers_and_is_compared_with_its_start(config
 
 def test_questions_and_an_objective_for_positions_do_not_fit(config, rpt):
     values = yaml.safe_load(config.read_text())
-    values["rollout"]["objective"]["init_args"] = {
-        "prompt": {"class_path": "rpt_lightning.objectives.prompts.template.ContinuationPrompt"},
-        "reward": {"class_path": "rpt_lightning.objectives.rewards.next_token.PrefixMatchReward"},
+    values["rollout"]["objective"] = {
+        "class_path": "NextTokenObjective",
+        "init_args": {
+            "prompt": {"class_path": "ContinuationPrompt"},
+            "reward": {"class_path": "PrefixMatchReward"},
+        },
     }
     config.write_text(yaml.safe_dump(values))
     status, output = rpt("validate", "--config", config)
     assert status == 1
     assert (
-        "held-out questions are checked by AnswerReward, but the objective's reward is PrefixMatchReward"
-        in output
+        "AnswerTaskDataModule serves questions, and NextTokenObjective asks about next token; "
+        "give --rollout.objective QuestionObjective" in output
     )

@@ -273,6 +273,7 @@ def test_a_folder_of_before_the_span_could_be_set_counts_as_13(
         prepare_small(folder, dedup_span=None)
 
 
+@pytest.mark.long
 def test_two_processes_give_the_same_folder(
     prepared_dir: Path, prepare_small: Prepare, tmp_path: Path
 ) -> None:

@@ -247,7 +247,7 @@ def test_choices_are_answered_by_letter(rpt, tiny_model_dir, tmp_path):
                 "--prompt",
                 "rpt_lightning.objectives.prompts.template.ChatPrompt",
             ],
-            "give --prompt QuestionPrompt",
+            "cannot use ChatPrompt, which asks for the next token; give the prompt QuestionPrompt",
         ),
     ],
 )

@@ -111,6 +111,7 @@ def test_samples_of_a_group(tiny_tokenizer):
         completions=tuple(completions),
         predictions=(b"e\xc3", None),
         rewards=(1.0, 0.0),
+        truth=task.continuation,
     )
     first, second = samples_of(group, context="caf", token_bytes=token_bytes)
     assert first.truth == ("", "é")

@@ -212,9 +212,9 @@ def test_what_could_not_be_checked_is_counted_once(answer_reward: AnswerReward) 
 
 
 def test_prompt_reward_and_task_must_fit(answer_reward: AnswerReward) -> None:
-    with pytest.raises(ValueError, match=r"cannot use ChatPrompt.*give --rollout.objective.prompt Question"):
+    with pytest.raises(ValueError, match=r"cannot use ChatPrompt.*give the prompt QuestionPrompt"):
         QuestionObjective(ChatPrompt(), answer_reward)
-    with pytest.raises(ValueError, match=r"cannot use QuestionPrompt.*give --rollout.objective.prompt Chat"):
+    with pytest.raises(ValueError, match=r"cannot use QuestionPrompt.*give the prompt ChatPrompt"):
         NextTokenObjective(QuestionPrompt(), PrefixMatchReward())
     with pytest.raises(ValueError, match=r"task 'doc:1' is not a question"):
         answer_reward.group_rewards(answered(POSITION, [b"a"]))

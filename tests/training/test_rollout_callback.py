@@ -14,13 +14,13 @@ from lightning.pytorch.strategies import DDPStrategy
 from small_run import SCRIPT
 from watched_run import Watch, run
 
+from rpt_lightning.data.datamodule import TokenTaskDataModule
 from rpt_lightning.data.task_folder import TaskFolder
 from rpt_lightning.objectives.next_token import NextTokenObjective
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.objectives.rewards.next_token import ConditionalDenseReward, DenseReward, Reward
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine
 from rpt_lightning.training.monitors import StepLog
-from rpt_lightning.training.prompt_room import longest_context
 from rpt_lightning.training.rollout_callback import RolloutCallback
 from rpt_lightning.types import PromptTokens
 
@@ -392,8 +392,13 @@ def test_prompts_that_cannot_fit_are_found_before_the_first_step(make_run):
 def test_the_longest_context_is_the_last_stored_position(tiny_task_dir):
     folder = TaskFolder(tiny_task_dir, "train")
     last = max(int(folder.document(index)["positions"].max()) for index in range(len(folder)))
-    assert folder.last_position == longest_context(folder) == last
-    assert longest_context(TaskFolder(tiny_task_dir, "train", max_context_tokens=5)) == 5
+    for max_context_tokens, tokens in ((None, last), (5, 5)):
+        data = TokenTaskDataModule(
+            str(tiny_task_dir), tasks_per_step=1, max_context_tokens=max_context_tokens
+        )
+        data.setup("fit")
+        assert data.train.last_position == last
+        assert data.context_limit("train").tokens == tokens
 
 
 def test_thought_controls_get_room_where_the_model_has_it(make_run):

@@ -14,6 +14,8 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from rpt_lightning.metrics.rollout_stats import STATISTICS, rollout_statistics
+from rpt_lightning.objectives.next_token import NextTokenObjective
+from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.objectives.rewards.next_token import PrefixMatchReward
 from rpt_lightning.policy.flops import Work
 from rpt_lightning.rollout.dynamic_sampling import FilledBatch
@@ -100,7 +102,7 @@ def test_the_engines_of_tensor_parallel_ranks_add_up(read, expected):
     roller = StepRoller(
         engine,
         rollout,
-        reward=PrefixMatchReward(),
+        objective=NextTokenObjective(ContinuationPrompt(), PrefixMatchReward()),
         pilot_size=None,
         dynamic_sampling_from_step=None,
         dynamic_sampling_max_factor=1.0,

@@ -28,7 +28,7 @@ class NextTokenObjective(Objective):
         if isinstance(prompt, QuestionPrompt):
             raise ValueError(
                 "NextTokenObjective cannot use QuestionPrompt, which does not ask for the next token; "
-                "give --rollout.objective.prompt ChatPrompt or ContinuationPrompt"
+                "give the prompt ChatPrompt or ContinuationPrompt"
             )
         check_reward(reward)
         super().__init__(prompt)

@@ -29,7 +29,7 @@ class QuestionObjective(Objective):
         if isinstance(prompt, ChatPrompt):
             raise ValueError(
                 "QuestionObjective cannot use ChatPrompt, which asks for the next token; "
-                "give --rollout.objective.prompt QuestionPrompt or ContinuationPrompt"
+                "give the prompt QuestionPrompt or ContinuationPrompt"
             )
         super().__init__(prompt)
         self.reward = reward
