@@ -52,8 +52,8 @@ class EveryOther(Reward):
 
 def prepare_tasks(folder: Path, model: Path, *, short: bool) -> Path:
     """Prepare positions with 120 to 190 tokens before them, in docstrings of the standard library."""
-    from rpt_lightning.data.corpus import DocstringSource
-    from rpt_lightning.data.prepare import prepare
+    from rpt_lightning.data.prepare.command import prepare
+    from rpt_lightning.data.sources.corpus import DocstringSource
 
     prepare(
         DocstringSource("email", min_chars=300), str(folder), tokenizer=str(model), proxy=str(model),
@@ -103,8 +103,8 @@ def timed(owner: type, method: str) -> list[float]:
 
 def run(folder: Path, args: argparse.Namespace) -> tuple[list[dict[str, float]], list[float], list[float]]:
     """Return the lines of the step log, and the seconds of each call of `generate` and of each checkpoint."""
-    from rpt_lightning.rollout.engine import RolloutEngine
-    from rpt_lightning.training.checkpoint import RunCheckpoint
+    from rpt_lightning.rollout.engines.base import RolloutEngine
+    from rpt_lightning.training.checkpoint.callback import RunCheckpoint
 
     model = make_model_folder(folder / "model", short=args.short)
     # The tasks only need the tokenizer, so the tiny model scores them.

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from result import alternate, store
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from rpt_lightning.data.scoring import ProxyScorer
+from rpt_lightning.data.prepare.proxy_scores import ProxyScorer
 from rpt_lightning.training.cpu_precision import bf16_is_slow
 
 WINDOW = 1024

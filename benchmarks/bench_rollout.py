@@ -28,8 +28,8 @@ from rpt_lightning.objectives.base import BoundObjective
 from rpt_lightning.objectives.next_token import NextTokenObjective
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.objectives.rewards.next_token import PrefixMatchReward
+from rpt_lightning.rollout.engines.vllm.engine import VLLMEngine
 from rpt_lightning.rollout.rollouter import Rollouter
-from rpt_lightning.rollout.vllm_engine import VLLMEngine
 from rpt_lightning.training.cpu_precision import bf16_is_slow
 from rpt_lightning.types import Completion, GenerationRequest, RolloutGroup, TokenTask
 

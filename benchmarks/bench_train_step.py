@@ -27,10 +27,10 @@ from models import SMOLLM2_135M
 from result import alternate, store
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from rpt_lightning.policy.attention.tree_attention import NAME as TREE_ATTENTION
 from rpt_lightning.policy.flops import add_works, model_size, sequence_work, train_flops, tree_work
 from rpt_lightning.policy.logprobs import chosen_logprobs
-from rpt_lightning.policy.packing import pack
-from rpt_lightning.policy.tree_attention import NAME as TREE_ATTENTION
+from rpt_lightning.policy.packing.trees import pack
 from rpt_lightning.types import TrainSequence
 
 TEMPERATURE = 0.8

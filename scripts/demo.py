@@ -21,8 +21,8 @@ from testbed import Testbed
 from rpt_lightning.evaluation.compare import Difference, paired_bootstrap
 from rpt_lightning.evaluation.depth_figure import plot_depth, reasoning, without_reasoning
 from rpt_lightning.evaluation.run import read_run
-from rpt_lightning.evaluation.table import INTERVAL_NOTE, Rate, Stage, stage_table
-from rpt_lightning.metrics.results import Results, pair_results, read_results
+from rpt_lightning.evaluation.tables.stages import INTERVAL_NOTE, Rate, Stage, stage_table
+from rpt_lightning.records.results import Results, pair_results, read_results
 
 LEAST_GAIN = 0.50  # lower bound for the whole interval of (reasoning after RPT - NTP at RPT's FLOPs)
 CHANCE = 1 / 8  # eight cups

@@ -82,8 +82,8 @@ def show() -> None:
     from rich.markdown import Markdown
 
     from rpt_lightning.evaluation.summary import summarise
-    from rpt_lightning.evaluation.table import Stage as Column
-    from rpt_lightning.metrics.results import read_results
+    from rpt_lightning.evaluation.tables.stages import Stage as Column
+    from rpt_lightning.records.results import read_results
 
     columns = [Column(name=name, results=read_results(results_file(folder_of(name)))) for name in EVALUATIONS]
     Console().print(Markdown(summarise(columns, RPT / "steps.jsonl", DEMO)))

@@ -12,7 +12,7 @@ from evidence_scaling import law_table, plot_laws, read_curves
 
 from rpt_lightning.evaluation.compare import paired_bootstrap
 from rpt_lightning.evaluation.marked_section import replace_section
-from rpt_lightning.evaluation.table import Rate, interval_text, markdown_row, markdown_table
+from rpt_lightning.evaluation.tables.stages import Rate, interval_text, markdown_row, markdown_table
 
 RECORDS = Path("docs/evidence")
 PAGE = Path("docs/evidence.md")

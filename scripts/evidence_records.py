@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rpt_lightning.evaluation.cost import FLOPS, total
 from rpt_lightning.evaluation.run import read_run
-from rpt_lightning.evaluation.table import Rate
-from rpt_lightning.metrics.results import PositionResult
+from rpt_lightning.evaluation.run_cost import FLOPS, total
+from rpt_lightning.evaluation.tables.stages import Rate
+from rpt_lightning.records.results import PositionResult
 
 # The questions that a position can be asked, and the field of `PositionResult` that says whether the answer
 # was right.

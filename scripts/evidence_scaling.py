@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 from evidence_records import QUESTIONS, marks, replace_text
 
-from rpt_lightning.evaluation.cost import FLOPS, total
 from rpt_lightning.evaluation.run import Run, read_run
-from rpt_lightning.evaluation.scaling import (
+from rpt_lightning.evaluation.run_cost import FLOPS, total
+from rpt_lightning.evaluation.scaling.law import (
     ScalingFit,
     ScalingInterval,
     bootstrap_scaling,
     compare_laws,
     fit_scaling,
 )
-from rpt_lightning.evaluation.table import Rate, markdown_row, markdown_table
+from rpt_lightning.evaluation.tables.stages import Rate, markdown_row, markdown_table
 
 START_STEPS = 160  # of the first phase
 # Validations are frequent at first and then rare, because a power law needs points at logarithmic steps.

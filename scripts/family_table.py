@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from rpt_lightning.evaluation.marked_section import replace_section
-from rpt_lightning.evaluation.table import markdown_row, markdown_table
+from rpt_lightning.evaluation.tables.stages import markdown_row, markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, BEGIN, END = (
@@ -102,8 +102,8 @@ def make_model(family: str, folder: Path, tokenizer: Path) -> None:
 def try_family(family: str) -> dict[str, str]:
     """Return the family's row, whose cells say "works" or give the error."""
     from rpt_lightning.policy.model import Policy
-    from rpt_lightning.rollout.hf_engine import HFEngine
-    from rpt_lightning.rollout.vllm_engine import VLLMEngine
+    from rpt_lightning.rollout.engines.hf_engine import HFEngine
+    from rpt_lightning.rollout.engines.vllm.engine import VLLMEngine
 
     with tempfile.TemporaryDirectory() as at:
         tokenizer, folder = Path(at) / "tiny", Path(at) / family

@@ -39,11 +39,17 @@ from stages import (
     settings,
 )
 
-from rpt_lightning.evaluation.cost import FLOPS, total
+from rpt_lightning.evaluation.reproduction.record import (
+    Measured,
+    SeedRecord,
+    measured,
+    read_record,
+    write_record,
+)
+from rpt_lightning.evaluation.reproduction.summary import replace_section, seed_summary
 from rpt_lightning.evaluation.run import Run, read_run
-from rpt_lightning.evaluation.seed_record import Measured, SeedRecord, measured, read_record, write_record
-from rpt_lightning.evaluation.seed_summary import replace_section, seed_summary
-from rpt_lightning.metrics.results import read_results
+from rpt_lightning.evaluation.run_cost import FLOPS, total
+from rpt_lightning.records.results import read_results
 
 # configs/demo-text.yaml sets the number of positions, the steps and the distance of evaluated checkpoints.
 NTP_CONFIG = "configs/ntp-baseline.yaml"

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
+from rpt_lightning.cli.plan import parse, plan_of
 from rpt_lightning.evaluation.marked_section import replace_section
-from rpt_lightning.plan_cli import parse, plan_of
 from rpt_lightning.planning.limits import bottleneck
 from rpt_lightning.planning.plan import Plan
 

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pipeline import EXECUTABLE, ROOT, Stage
 
-from rpt_lightning.metrics.results import read_results, write_results
+from rpt_lightning.records.results import read_results, write_results
 from rpt_lightning.training.cpu_precision import bf16_is_slow
 
 # vLLM exists only for Linux. Elsewhere transformers generates the rollouts, which is slower.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rpt_lightning.metrics.results import PositionResult, Results
+from rpt_lightning.records.results import PositionResult, Results
 
 FIRST = PositionResult(
     task_id="a:3",

@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from commented_options import uncommented
-from rpt_lightning.rollout.vllm_server_engine import VLLMServerEngine
-from rpt_lightning.rollout.weight_transport import SharedFolderTransport
-from rpt_lightning.training.rollout_callback import RolloutCallback
+from rpt_lightning.rollout.servers.engine import VLLMServerEngine
+from rpt_lightning.rollout.sync.transport import SharedFolderTransport
+from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RUNS = sorted([*CONFIGS.glob("*.yaml"), *(CONFIGS / "demo").glob("*.yaml")])
@@ -24,7 +24,7 @@ PREPARE = sorted((CONFIGS / "prepare").glob("*.yaml"))
 
 
 def instantiate(monkeypatch, *configs, flags=()):
-    from rpt_lightning.lightning_cli import make_cli
+    from rpt_lightning.cli.run import make_cli
 
     args = ["fit", *(part for config in configs for part in ("--config", str(config))), *flags]
     monkeypatch.setattr(sys, "argv", ["rpt", *args])
@@ -130,8 +130,8 @@ def test_paper_run_is_the_papers_table_5():
 def test_prepare_config(config, commented):
     from jsonargparse import ArgumentParser
 
-    from rpt_lightning.data.corpus import CorpusSource
-    from rpt_lightning.data.prepare import prepare
+    from rpt_lightning.data.prepare.command import prepare
+    from rpt_lightning.data.sources.corpus import CorpusSource
 
     parser = ArgumentParser()
     parser.add_function_arguments(prepare, as_group=False)

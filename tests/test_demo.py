@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rpt_lightning.metrics.results import Results, write_results
+from rpt_lightning.records.results import Results, write_results
 from sample_results import FIRST
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"

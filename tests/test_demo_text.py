@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rpt_lightning.metrics.results import read_results, write_results
+from rpt_lightning.records.results import read_results, write_results
 from sample_results import FIRST, SECOND, results
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))

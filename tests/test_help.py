@@ -8,8 +8,8 @@ import pytest
 from docstring_parser import parse
 
 import rpt_lightning
-from rpt_lightning import lightning_cli
-from rpt_lightning.data.worked_examples import Phase
+from rpt_lightning.cli import run as lightning_cli
+from rpt_lightning.data.modules.worked_examples import Phase
 from rpt_lightning.policy.model import Policy
 
 CALLBACKS = (

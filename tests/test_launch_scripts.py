@@ -61,7 +61,7 @@ GIVEN = ["--config", "configs/14b.yaml", "--trainer.default_root_dir", "a folder
 def test_they_start_a_run_that_the_command_line_accepts(
     script, environment, tmp_path, offline_policy, monkeypatch
 ):
-    from rpt_lightning.lightning_cli import make_cli
+    from rpt_lightning.cli.run import make_cli
 
     started = arguments(script, tmp_path, GIVEN, **environment)
     flags = started[started.index("fit") + 1 :]

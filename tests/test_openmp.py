@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rpt_lightning.openmp import CHOICES, VARIABLE, computes_on_cpu, is_to_be_set, let_threads_sleep
+from rpt_lightning.cli.openmp import CHOICES, VARIABLE, computes_on_cpu, is_to_be_set, let_threads_sleep
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
@@ -17,10 +17,10 @@ RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 # itself.
 COMMAND = """
 import subprocess, sys
-from rpt_lightning import cli
+from rpt_lightning.cli import command as cli
 
 CHILD = (
-    "import os, rpt_lightning.cli as cli; "
+    "import os; from rpt_lightning.cli import command as cli; "
     "cli._run_tool = lambda *args: print(os.environ.get('OMP_WAIT_POLICY')); cli.main(['prepare'])"
 )
 cli._run_tool = lambda *args: subprocess.run([sys.executable, "-c", CHILD], check=True)

@@ -22,20 +22,21 @@ import yaml
 from lightning.pytorch import LightningDataModule
 
 from commented_options import uncommented
-from rpt_lightning import cli, lightning_cli
-from rpt_lightning.data.corpus import CorpusSource
-from rpt_lightning.data.questions import QuestionFields, QuestionSource
-from rpt_lightning.data.worked_examples import Phase
+from rpt_lightning.cli import command as cli
+from rpt_lightning.cli import run as lightning_cli
+from rpt_lightning.cli.plan import PlanOptions
+from rpt_lightning.cli.serve import ServeSettings
+from rpt_lightning.data.modules.worked_examples import Phase
+from rpt_lightning.data.sources.corpus import CorpusSource
+from rpt_lightning.data.sources.questions import QuestionFields, QuestionSource
 from rpt_lightning.objectives.base import Objective
 from rpt_lightning.objectives.prompts.template import PromptTemplate
 from rpt_lightning.objectives.rewards import answer  # noqa: F401  (defines a reward)
 from rpt_lightning.objectives.rewards.next_token import Reward
-from rpt_lightning.plan_cli import PlanOptions
 from rpt_lightning.policy.model import Policy
-from rpt_lightning.rollout.engine import RolloutEngine
-from rpt_lightning.rollout.weight_transport import WeightTransport
-from rpt_lightning.serve import ServeSettings
-from rpt_lightning.training.policy_module import PolicyModule
+from rpt_lightning.rollout.engines.base import RolloutEngine
+from rpt_lightning.rollout.sync.transport import WeightTransport
+from rpt_lightning.training.modules.policy_module import PolicyModule
 
 ROOT = Path(__file__).resolve().parents[1]
 # Where each kind of part stands in a configuration. The leaves of an abstract class share its places.

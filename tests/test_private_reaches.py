@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "rpt_lightning"
 COMPAT = PACKAGE / "compat"
 # "file: name". Each is documented, or is no library's.
 ALLOWED = {
-    "training/rank_watch.py: _exit",  # os._exit is in Python's documentation
+    "training/callbacks/rank_watch.py: _exit",  # os._exit is in Python's documentation
 }
 _BUILT_IN = ("getattr", "hasattr", "setattr", "delattr")
 
@@ -169,7 +169,7 @@ def test_a_reach_is_found(code: str, name: str) -> None:
     "code",
     [
         "from vllm import __version__",
-        "from rpt_lightning.data.shards import _helper",
+        "from rpt_lightning.data.store.shards import _helper",
         "import sys\nsys.stdout = None",
         "class C:\n    _running = None\n    def f(self, other): return other._running is C._running",
         "class C:\n    def __init__(self): self._x = 1\n    def f(self): return self._x",

@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rpt_lightning.evaluation.reproduction.record import read_record
+from rpt_lightning.evaluation.reproduction.summary import BEGIN, END, replace_section, seed_summary
 from rpt_lightning.evaluation.run import read_run
-from rpt_lightning.evaluation.scaling_figure import scaling_curves
-from rpt_lightning.evaluation.seed_record import read_record
-from rpt_lightning.evaluation.seed_summary import BEGIN, END, replace_section, seed_summary
-from rpt_lightning.metrics.results import read_results
+from rpt_lightning.evaluation.scaling.figure import scaling_curves
+from rpt_lightning.records.results import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_POSITIONS = 12

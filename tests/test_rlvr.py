@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from rpt_lightning import cli
-from rpt_lightning.metrics.question_results import read_question_results
+from rpt_lightning.records.question_results import read_question_results
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "rlvr.yaml"
 

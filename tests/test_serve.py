@@ -18,10 +18,10 @@ import pytest
 
 from processes import Guarded, free_port
 from rpt_lightning import cli
-from rpt_lightning.rollout.server_access import find_key, make_key
-from rpt_lightning.rollout.server_key import RequireKey
-from rpt_lightning.rollout.server_processes import Servers, ServerSpec, is_loopback
-from rpt_lightning.serve import ServeSettings, _log_name
+from rpt_lightning.cli.serve import ServeSettings, _log_name
+from rpt_lightning.rollout.servers.access import find_key, make_key
+from rpt_lightning.rollout.servers.key import RequireKey
+from rpt_lightning.rollout.servers.processes import Servers, ServerSpec, is_loopback
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SECRET = "5ecret-of-this-test"
@@ -68,7 +68,7 @@ def test_servers_are_started_as_the_run_will_ask_for_them(
         "--seed=7",
         "--load-format=dummy",
         "--logprobs-mode=processed_logprobs",
-        "--middleware=rpt_lightning.rollout.server_key.RequireKey",
+        "--middleware=rpt_lightning.rollout.servers.key.RequireKey",
         "--tokens-only",
     ]:
         assert flag in command
@@ -367,7 +367,7 @@ def test_a_real_server_from_start_to_end(flags, tiny_task_dir: Path, tmp_path: P
         family = subprocess.run(
             ["ps", "-ww", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True
         ).stdout
-        assert "rpt_lightning.rollout.server_key" in family
+        assert "rpt_lightning.rollout.servers.key" in family
         assert key not in family
         # A whole run on it: every update is verified by version, tensors and log-probs.
         fit = [

@@ -11,19 +11,19 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "Policy": "policy.model",
-    "RPTModule": "training.module",
-    "NTPModule": "training.ntp_module",
-    "RolloutCallback": "training.rollout_callback",
-    "RunCheckpoint": "training.checkpoint",
-    "ShardedStrategy": "training.strategy",
-    "TokenTaskDataModule": "data.datamodule",
-    "AnswerTaskDataModule": "data.answer_datamodule",
-    "CorpusDataModule": "data.corpus_datamodule",
-    "TextDataModule": "data.text_datamodule",
-    "JsonlSource": "data.corpus",
-    "ParquetSource": "data.corpus",
-    "TextFilesSource": "data.corpus",
-    "prepare": "data.prepare",
+    "RPTModule": "training.modules.rpt_module",
+    "NTPModule": "training.modules.ntp_module",
+    "RolloutCallback": "training.callbacks.rollout_callback",
+    "RunCheckpoint": "training.checkpoint.callback",
+    "ShardedStrategy": "training.distributed.strategy",
+    "TokenTaskDataModule": "data.modules.token_tasks",
+    "AnswerTaskDataModule": "data.modules.answers",
+    "CorpusDataModule": "data.modules.corpus",
+    "TextDataModule": "data.modules.text",
+    "JsonlSource": "data.sources.corpus",
+    "ParquetSource": "data.sources.corpus",
+    "TextFilesSource": "data.sources.corpus",
+    "prepare": "data.prepare.command",
     "Objective": "objectives.base",
     "NextTokenObjective": "objectives.next_token",
     "QuestionObjective": "objectives.question",
@@ -37,22 +37,21 @@ _MODULES = {
     "DenseReward": "objectives.rewards.next_token",
     "ConditionalDenseReward": "objectives.rewards.next_token",
     "AnswerReward": "objectives.rewards.answer",
-    "HFEngine": "rollout.hf_engine",
-    "VLLMEngine": "rollout.vllm_engine",
-    "VLLMServerEngine": "rollout.vllm_server_engine",
+    "HFEngine": "rollout.engines.hf_engine",
+    "VLLMEngine": "rollout.engines.vllm.engine",
+    "VLLMServerEngine": "rollout.servers.engine",
     "read_run": "evaluation.run",
-    "read_results": "metrics.results",
+    "read_results": "records.results",
 }
 
 if TYPE_CHECKING:
-    from rpt_lightning.data.answer_datamodule import AnswerTaskDataModule
-    from rpt_lightning.data.corpus import JsonlSource, ParquetSource, TextFilesSource
-    from rpt_lightning.data.corpus_datamodule import CorpusDataModule
-    from rpt_lightning.data.datamodule import TokenTaskDataModule
-    from rpt_lightning.data.prepare import prepare
-    from rpt_lightning.data.text_datamodule import TextDataModule
+    from rpt_lightning.data.modules.answers import AnswerTaskDataModule
+    from rpt_lightning.data.modules.corpus import CorpusDataModule
+    from rpt_lightning.data.modules.text import TextDataModule
+    from rpt_lightning.data.modules.token_tasks import TokenTaskDataModule
+    from rpt_lightning.data.prepare.command import prepare
+    from rpt_lightning.data.sources.corpus import JsonlSource, ParquetSource, TextFilesSource
     from rpt_lightning.evaluation.run import read_run
-    from rpt_lightning.metrics.results import read_results
     from rpt_lightning.objectives.base import Objective
     from rpt_lightning.objectives.next_token import NextTokenObjective
     from rpt_lightning.objectives.prompts.template import (
@@ -71,14 +70,15 @@ if TYPE_CHECKING:
         Reward,
     )
     from rpt_lightning.policy.model import Policy
-    from rpt_lightning.rollout.hf_engine import HFEngine
-    from rpt_lightning.rollout.vllm_engine import VLLMEngine
-    from rpt_lightning.rollout.vllm_server_engine import VLLMServerEngine
-    from rpt_lightning.training.checkpoint import RunCheckpoint
-    from rpt_lightning.training.module import RPTModule
-    from rpt_lightning.training.ntp_module import NTPModule
-    from rpt_lightning.training.rollout_callback import RolloutCallback
-    from rpt_lightning.training.strategy import ShardedStrategy
+    from rpt_lightning.records.results import read_results
+    from rpt_lightning.rollout.engines.hf_engine import HFEngine
+    from rpt_lightning.rollout.engines.vllm.engine import VLLMEngine
+    from rpt_lightning.rollout.servers.engine import VLLMServerEngine
+    from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
+    from rpt_lightning.training.checkpoint.callback import RunCheckpoint
+    from rpt_lightning.training.distributed.strategy import ShardedStrategy
+    from rpt_lightning.training.modules.ntp_module import NTPModule
+    from rpt_lightning.training.modules.rpt_module import RPTModule
 
 __all__ = [
     "AnswerReward",

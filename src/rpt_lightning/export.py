@@ -33,8 +33,8 @@ from rpt_lightning.pretrained.tokenizer import CONFIG_FILE as TOKENIZER_CONFIG_F
 from rpt_lightning.pretrained.tokenizer import FILE as TOKENIZER_FILE
 from rpt_lightning.pretrained.tokenizer import as_in_folder, folder_file, is_repaired, read_tokenizer
 from rpt_lightning.pretrained.weights import not_finite, some
-from rpt_lightning.training.checkpoint_check import checkpoint_damage
-from rpt_lightning.training.checkpoint_file import SavedPolicy, check_about, read_checkpoint
+from rpt_lightning.training.checkpoint.damage import checkpoint_damage
+from rpt_lightning.training.checkpoint.file import SavedPolicy, check_about, read_checkpoint
 
 MAX_FILE_SIZE = "5GB"
 # All files that a tokenizer is read from. A chat template may be in a file of its own.

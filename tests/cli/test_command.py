@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rpt_lightning import cli
+from rpt_lightning.cli import command as cli
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 COMMAND = [sys.executable, "-m", "rpt_lightning.cli"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import yaml
 
-from rpt_lightning.former_names import translated
+from rpt_lightning.cli import former_names
+from rpt_lightning.cli.former_names import translated
 
 PROMPT = {"class_path": "rpt_lightning.tasks.prompt.QuestionPrompt"}
 
@@ -28,7 +31,31 @@ def test_the_objective_follows_from_its_reward(reward, objective):
     with pytest.warns(UserWarning, match="the old name is accepted in this release only"):
         now = translated({"rollout": [{"objective": former}]})["rollout"][0]["objective"]
     assert now["class_path"] == objective
-    assert now["init_args"]["prompt"]["class_path"] == "rpt_lightning.QuestionPrompt"
+    assert now["init_args"]["prompt"]["class_path"] == (
+        "rpt_lightning.objectives.prompts.template.QuestionPrompt"
+    )
+
+
+@pytest.mark.parametrize(("before", "now"), sorted(former_names._MODULES.items()))
+def test_every_moved_module_is_where_the_table_says(before, now):
+    module = import_module(f"rpt_lightning.{now}")
+    name = next(
+        name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__
+    )
+    with pytest.warns(UserWarning, match="is now"):
+        assert translated({"class_path": f"rpt_lightning.{before}.{name}"}) == {
+            "class_path": f"rpt_lightning.{now}.{name}"
+        }
+
+
+def class_names(value):
+    """Leave only the name of each class path: a public class has two paths."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: item.rpartition(".")[2] if key == "class_path" else class_names(item)
+        for key, item in value.items()
+    }
 
 
 def test_a_configuration_of_an_earlier_run_is_read(rpt, flags, tmp_path):
@@ -48,4 +75,5 @@ def test_a_configuration_of_an_earlier_run_is_read(rpt, flags, tmp_path):
     with pytest.warns(UserWarning, match="is now rpt_lightning.NextTokenObjective"):
         status, shown = rpt("fit", "--config", tmp_path / "config.yaml", "--print_config")
     assert status == 0, shown
-    assert yaml.safe_load(shown[shown.index("seed_everything") :])["rollout"] == config["rollout"]
+    again = yaml.safe_load(shown[shown.index("seed_everything") :])
+    assert class_names(again["rollout"]) == class_names(config["rollout"])

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rpt_lightning.lightning_cli import make_cli
-from rpt_lightning.plan_cli import PlanCLI
+from rpt_lightning.cli.plan import PlanCLI
+from rpt_lightning.cli.run import make_cli
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def test_tools(rpt, home: Path, tiny_model_dir: Path) -> None:
     shutil.copytree(tiny_model_dir, home / "model")
     config = {
         "source": {
-            "class_path": "rpt_lightning.data.corpus.JsonlSource",
+            "class_path": "rpt_lightning.data.sources.corpus.JsonlSource",
             "init_args": {"path": "~/text", "template": "{text}"},
         },
         "tokenizer": "~/model",

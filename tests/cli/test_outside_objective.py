@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from rpt_lightning.data.task_folder import TaskFolder
-from rpt_lightning.metrics.results import read_results
-from rpt_lightning.metrics.rollout_samples import read_samples
+from rpt_lightning.data.store.task_folder import TaskFolder
 from rpt_lightning.objectives.base import BoundObjective
+from rpt_lightning.records.results import read_results
+from rpt_lightning.records.rollout_samples import read_samples
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "masked_word.py"

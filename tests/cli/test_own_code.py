@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from rpt_lightning import cli
+from rpt_lightning.cli import command as cli
 
 
 def fails_in(tmp_path, monkeypatch, text, *, installed=False):
@@ -103,14 +103,14 @@ def test_a_closed_output_ends_nothing(monkeypatch):
     ],
 )
 def test_numbers_that_lightning_would_stumble_over(config, said):
-    from rpt_lightning.lightning_cli import _check_trainer
+    from rpt_lightning.cli.run import _check_trainer
 
     with pytest.raises(ValueError, match=re.escape(said)):
         _check_trainer(config)
 
 
 def test_numbers_that_it_takes():
-    from rpt_lightning.lightning_cli import _check_trainer
+    from rpt_lightning.cli.run import _check_trainer
 
     for devices in ("auto", 1, -1, "2", [0, 1], "0,1"):
         _check_trainer(

@@ -104,8 +104,8 @@ def test_no_pass_makes_inference_tensors(flags, tmp_path):
 
     Lightning avoids them with gloo, so no run on a CPU would show the problem.
     """
+    from rpt_lightning.cli.run import make_cli
     from rpt_lightning.evaluation.policies import evaluation_trainer
-    from rpt_lightning.lightning_cli import make_cli
 
     args = [str(flag) for flag in (*flags, "--trainer.default_root_dir", tmp_path)]
     evaluation = evaluation_trainer(tmp_path, [], ckpt_path=None, precision="32-true", accelerator="cpu")
@@ -116,7 +116,7 @@ def test_no_pass_makes_inference_tensors(flags, tmp_path):
 
 
 def test_a_bar_on_a_terminal_only(flags, monkeypatch, tmp_path):
-    from rpt_lightning.lightning_cli import make_cli
+    from rpt_lightning.cli.run import make_cli
 
     args = [str(flag) for flag in (*flags, "--trainer.default_root_dir", tmp_path)]
     monkeypatch.setattr(sys, "argv", ["rpt"])

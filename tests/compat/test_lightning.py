@@ -19,7 +19,7 @@ from reliance import check_has, check_source
 
 from rpt_lightning.compat import lightning as compat
 from rpt_lightning.compat import lightning_checkpoint as layout
-from rpt_lightning.data.base_datamodule import EvalLoader, StepLoader
+from rpt_lightning.data.modules.base import EvalLoader, StepLoader
 
 
 class Data(LightningDataModule):

@@ -9,7 +9,7 @@ from litdata.streaming.serializers import _SERIALIZERS
 from reliance import check_has, check_takes
 
 from rpt_lightning.compat import litdata as compat
-from rpt_lightning.data.shards import SAFE_FORMATS
+from rpt_lightning.data.store.shards import SAFE_FORMATS
 
 
 def test_items_are_written_indexed_and_read_in_any_order(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from reliance import check_has, check_source, check_takes
 from torch import nn
 
 from rpt_lightning.compat.vllm import engine, layers, weight_transfer
-from rpt_lightning.rollout.vllm_engine import ENVIRONMENT
+from rpt_lightning.rollout.engines.vllm.engine import ENVIRONMENT
 
 ROLLOUT = Path(engine.__file__).parents[2] / "rollout"
 
@@ -266,7 +266,7 @@ def test_the_source_declares_what_it_yields_in_the_servers_dtype() -> None:
 def test_servers_have_the_paths_that_we_request() -> None:
     requested = {
         path
-        for name in ("server.py", "server_processes.py", "vllm_nccl_transport.py")
+        for name in ("servers/server.py", "servers/processes.py", "sync/nccl_transport.py")
         for path in re.findall(r'"(/[a-z_0-9/]+)(?:\?[a-z=]+)?"', (ROLLOUT / name).read_text())
         if not path.startswith("/proc")
     }

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rpt_lightning.data.corpus import JsonlSource
-from rpt_lightning.data.manifest import FORMAT, write_manifest
-from rpt_lightning.data.prepare import prepare
-from rpt_lightning.data.shards import folder_checksums, write_split
+from rpt_lightning.data.prepare.command import prepare
+from rpt_lightning.data.sources.corpus import JsonlSource
+from rpt_lightning.data.store.manifest import FORMAT, write_manifest
+from rpt_lightning.data.store.shards import folder_checksums, write_split
 from rpt_lightning.pretrained.token_bytes import tokenizer_hash
 
 FORMULAS = ["{x}", "\\frac{1}{2}", "x_{i}", "} else {"]

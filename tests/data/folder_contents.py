@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rpt_lightning.data.task_folder import TaskFolder
+from rpt_lightning.data.store.task_folder import TaskFolder
 
 Prepare = Callable[..., Path]
 

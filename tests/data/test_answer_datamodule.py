@@ -15,8 +15,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from recorder import Recorder, read
 
-from rpt_lightning.data.answer_datamodule import AnswerTaskDataModule, choose
-from rpt_lightning.data.questions import JsonlQuestions
+from rpt_lightning.data.modules.answers import AnswerTaskDataModule, choose
+from rpt_lightning.data.sources.questions import JsonlQuestions
 from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.types import Question
 

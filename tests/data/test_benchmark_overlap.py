@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rpt_lightning.data.benchmark_overlap import benchmark_spans, overlaps
-from rpt_lightning.data.dedup import span_hashes
+from rpt_lightning.data.prepare.benchmark_overlap import benchmark_spans, overlaps
+from rpt_lightning.data.prepare.dedup import span_hashes
 from rpt_lightning.pretrained.token_bytes import TokenBytes
 
 QUESTION = (

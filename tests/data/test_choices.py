@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rpt_lightning.data.questions import QuestionFields, read_question
+from rpt_lightning.data.sources.questions import QuestionFields, read_question
 
 ARC = QuestionFields(question="question", choices="choices", answer="answerKey")
 PLAIN = QuestionFields(question="q", choices="c", answer="a")

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rpt_lightning.data.corpus import (
+from rpt_lightning.data.sources.corpus import (
     DocstringSource,
     HuggingFaceSource,
     JsonlSource,

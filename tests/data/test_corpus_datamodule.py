@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-from rpt_lightning.data.corpus import CorpusSource
-from rpt_lightning.data.corpus_datamodule import CorpusDataModule
-from rpt_lightning.data.worked_examples import Phase
+from rpt_lightning.data.modules.corpus import CorpusDataModule
+from rpt_lightning.data.modules.worked_examples import Phase
+from rpt_lightning.data.sources.corpus import CorpusSource
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.types import Document, Mark

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rpt_lightning.data.benchmark_overlap import benchmark_spans
-from rpt_lightning.data.corpus import JsonlSource, ParquetSource, TextFilesSource
-from rpt_lightning.data.questions import JsonlQuestions
+from rpt_lightning.data.prepare.benchmark_overlap import benchmark_spans
+from rpt_lightning.data.sources.corpus import JsonlSource, ParquetSource, TextFilesSource
+from rpt_lightning.data.sources.questions import JsonlQuestions
 from rpt_lightning.pretrained.token_bytes import TokenBytes
 
 ROWS = [{"problem": f"Größe {number}?", "solution": "ja", "answer": number} for number in range(300)]

@@ -14,9 +14,9 @@ from recorder import Recorder, read
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rpt_lightning.data.datamodule import TokenTaskDataModule
-from rpt_lightning.data.task_folder import TaskFolder
-from rpt_lightning.data.text_datamodule import TextDataModule
+from rpt_lightning.data.modules.text import TextDataModule
+from rpt_lightning.data.modules.token_tasks import TokenTaskDataModule
+from rpt_lightning.data.store.task_folder import TaskFolder
 from rpt_lightning.pretrained.specification import earlier_tokenizer_hash, tokenizer_hash
 from rpt_lightning.pretrained.token_bytes import TokenBytes
 

@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rpt_lightning.data.dedup import SPAN, components, count_shared_spans, span_hashes, split_components
+from rpt_lightning.data.prepare.dedup import (
+    SPAN,
+    components,
+    count_shared_spans,
+    span_hashes,
+    split_components,
+)
 
 
 def tokens(*values: int) -> np.ndarray:

@@ -19,10 +19,10 @@ from folder_contents import Prepare, items, stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpt_lightning.data.corpus import CorpusSource, HuggingFaceSource, JsonlSource, ParquetSource
-from rpt_lightning.data.fields import check_document, token_fields
-from rpt_lightning.data.task_folder import TaskFolder
-from rpt_lightning.data.tokenized_corpus import source_sha256
+from rpt_lightning.data.prepare.tokenized_corpus import source_sha256
+from rpt_lightning.data.sources.corpus import CorpusSource, HuggingFaceSource, JsonlSource, ParquetSource
+from rpt_lightning.data.sources.fields import check_document, token_fields
+from rpt_lightning.data.store.task_folder import TaskFolder
 from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.types import Document, Mark
 
@@ -344,7 +344,7 @@ def test_a_column_that_cannot_be_kept_names_the_row(
 
 
 def test_stored_fields_that_are_not_those_of_the_positions(marked_folder: Path) -> None:
-    from rpt_lightning.data.item_format import decode_item, encode_item
+    from rpt_lightning.data.store.item_format import decode_item, encode_item
 
     item = TaskFolder(marked_folder, "train").document(0)
     for wrong in ([], [1] * len(item["positions"]), {"depth": 1}):

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from rpt_lightning.data.mixed_datamodule import MixedDataModule
-from rpt_lightning.data.text_datamodule import TextDataModule
-from rpt_lightning.data.trace_datamodule import TraceDataModule
+from rpt_lightning.data.modules.mixed import MixedDataModule
+from rpt_lightning.data.modules.text import TextDataModule
+from rpt_lightning.data.modules.traces import TraceDataModule
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from rpt_lightning.data.corpus import CorpusSource
-from rpt_lightning.data.own_source import checked_documents
+from rpt_lightning.data.sources.checked_source import checked_documents
+from rpt_lightning.data.sources.corpus import CorpusSource
 from rpt_lightning.types import Document
 
 GOOD = Document(doc_id="a", text="text")

@@ -11,10 +11,10 @@ import pytest
 from folder_contents import Prepare, items, stored
 from transformers import AutoTokenizer
 
-from rpt_lightning.data import shards
-from rpt_lightning.data.corpus import CorpusSource, JsonlSource, TextFilesSource
-from rpt_lightning.data.prepare import prepare as prepare_function
-from rpt_lightning.data.task_folder import TaskFolder
+from rpt_lightning.data.prepare.command import prepare as prepare_function
+from rpt_lightning.data.sources.corpus import CorpusSource, JsonlSource, TextFilesSource
+from rpt_lightning.data.store import shards
+from rpt_lightning.data.store.task_folder import TaskFolder
 from rpt_lightning.objectives.box import extract_prediction
 from rpt_lightning.types import Document
 

@@ -11,8 +11,13 @@ from typing import Any
 
 import pytest
 
-from rpt_lightning.data.benchmarks import BENCHMARKS, benchmark_source
-from rpt_lightning.data.questions import HuggingFaceQuestions, JsonlQuestions, QuestionFields, read_all
+from rpt_lightning.data.sources.benchmarks import BENCHMARKS, benchmark_source
+from rpt_lightning.data.sources.questions import (
+    HuggingFaceQuestions,
+    JsonlQuestions,
+    QuestionFields,
+    read_all,
+)
 from rpt_lightning.types import Question
 
 # One row of each dataset in the form that its card describes. The contents are ours.

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rpt_lightning.data.corpus import HuggingFaceSource, JsonlSource, ParquetSource
-from rpt_lightning.data.row_text import as_text, fill_template, look_up
+from rpt_lightning.data.sources.corpus import HuggingFaceSource, JsonlSource, ParquetSource
+from rpt_lightning.data.sources.row_text import as_text, fill_template, look_up
 
 
 @pytest.mark.parametrize(

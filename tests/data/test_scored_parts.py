@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rpt_lightning.data.scored_parts import read_scores
-from rpt_lightning.data.scoring import DocumentScores
+from rpt_lightning.data.prepare.proxy_scores import DocumentScores
+from rpt_lightning.data.prepare.scored_parts import read_scores
 
 NAMES = [field.name for field in dataclasses.fields(DocumentScores)]
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from rpt_lightning.data.scoring import NUM_CANDIDATES, ProxyScorer, windows
+from rpt_lightning.data.prepare.proxy_scores import NUM_CANDIDATES, ProxyScorer, windows
 
 
 @pytest.fixture(scope="module")

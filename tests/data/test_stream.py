@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rpt_lightning.data.stream import WINDOW_CHUNKS, ShuffledOrder, TaskStream, rank_share
+from rpt_lightning.data.modules.stream import WINDOW_CHUNKS, ShuffledOrder, TaskStream, rank_share
 
 Layout = tuple[list[int], list[int], int, int]
 

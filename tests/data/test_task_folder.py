@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rpt_lightning.data.shards import folder_checksums, write_split
-from rpt_lightning.data.task_folder import TaskFolder
+from rpt_lightning.data.store.shards import folder_checksums, write_split
+from rpt_lightning.data.store.task_folder import TaskFolder
 
 Write = Callable[..., Path]
 

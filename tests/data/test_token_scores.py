@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rpt_lightning.data import token_scores
-from rpt_lightning.data.token_scores import largest, ranks, score_logits
+from rpt_lightning.data.prepare import token_scores
+from rpt_lightning.data.prepare.token_scores import largest, ranks, score_logits
 
 
 def test_of_equal_logits_the_lower_id_ranks_first() -> None:

@@ -3,8 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rpt_lightning.data.corpus import JsonlSource
-from rpt_lightning.data.tokenized_corpus import TokenizedCorpus
+from rpt_lightning.data.prepare.tokenized_corpus import TokenizedCorpus
+from rpt_lightning.data.sources.corpus import JsonlSource
 from rpt_lightning.pretrained.token_bytes import TokenBytes
 
 

@@ -16,11 +16,11 @@ from folder_contents import items
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from rpt_lightning.data.shards import folder_checksums, write_split
-from rpt_lightning.data.task_folder import TaskFolder
-from rpt_lightning.data.text_datamodule import TextDataModule
-from rpt_lightning.data.trace_datamodule import TraceDataModule
-from rpt_lightning.data.traces import TraceWriter
+from rpt_lightning.data.modules.text import TextDataModule
+from rpt_lightning.data.modules.trace_writer import TraceWriter
+from rpt_lightning.data.modules.traces import TraceDataModule
+from rpt_lightning.data.store.shards import folder_checksums, write_split
+from rpt_lightning.data.store.task_folder import TaskFolder
 from rpt_lightning.objectives.box import extract_prediction
 from rpt_lightning.objectives.prompts.template import ChatPrompt, ContinuationPrompt
 from rpt_lightning.pretrained.token_bytes import TokenBytes

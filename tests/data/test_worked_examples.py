@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rpt_lightning.data.worked_examples import ExampleWriter, Phase
+from rpt_lightning.data.modules.worked_examples import ExampleWriter, Phase
 from rpt_lightning.objectives.box import extract_prediction
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.pretrained.token_bytes import TokenBytes

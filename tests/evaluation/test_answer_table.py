@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from rpt_lightning.evaluation.answer_table import (
+from rpt_lightning.evaluation.tables.answers import (
     AnswerStage,
     answer_table,
     before_after_table,
     category_table,
     differences,
 )
-from rpt_lightning.metrics.question_results import QuestionResult, QuestionResults
+from rpt_lightning.records.question_results import QuestionResult, QuestionResults
 
 
 def question(

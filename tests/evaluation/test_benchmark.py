@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from rpt_lightning import cli
-from rpt_lightning.evaluation.answer_table import AnswerStage, before_after_table
 from rpt_lightning.evaluation.benchmark import by_start
-from rpt_lightning.metrics.question_results import QuestionResult, QuestionResults, read_question_results
+from rpt_lightning.evaluation.tables.answers import AnswerStage, before_after_table
+from rpt_lightning.records.question_results import QuestionResult, QuestionResults, read_question_results
 
 ENGINE = [
     "--engine",

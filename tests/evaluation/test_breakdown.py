@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rpt_lightning.evaluation.breakdown import (
+from rpt_lightning.evaluation.tables.breakdown import (
     SAMPLING_NOTE,
     cost_table,
     disjoint_table,
@@ -13,7 +13,7 @@ from rpt_lightning.evaluation.breakdown import (
     length_table,
     sampling_table,
 )
-from rpt_lightning.evaluation.table import Stage
+from rpt_lightning.evaluation.tables.stages import Stage
 from rpt_lightning.policy.flops import ModelSize
 from sample_results import FIRST, results
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from rpt_lightning.evaluation.compare_runs import comparison
-from rpt_lightning.evaluation.field_tables import field_tables
 from rpt_lightning.evaluation.next_token import summary
 from rpt_lightning.evaluation.run import Run
-from rpt_lightning.evaluation.table import Stage
+from rpt_lightning.evaluation.tables.fields import field_tables
+from rpt_lightning.evaluation.tables.stages import Stage
 from sample_results import FIRST, results
 
 DEPTHS = [1, 1, 1, 1, 3, 3, None, 10]

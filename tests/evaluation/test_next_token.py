@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from rpt_lightning import cli
-from rpt_lightning.metrics.results import read_results
 from rpt_lightning.pretrained.token_bytes import start_ids
+from rpt_lightning.records.results import read_results
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TRAINING = Path(__file__).resolve().parents[1] / "training"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpt_lightning.evaluation.scaling import bootstrap_scaling, compare_laws, fit_scaling
+from rpt_lightning.evaluation.scaling.law import bootstrap_scaling, compare_laws, fit_scaling
 
 STEPS = np.array([100, 200, 400, 800, 1000, 1200])  # the paper's checkpoints
 

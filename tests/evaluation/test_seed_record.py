@@ -10,10 +10,16 @@ from dataclasses import replace
 
 import pytest
 
-from rpt_lightning.evaluation.scaling_figure import scaling_curves
-from rpt_lightning.evaluation.seed_record import SeedRecord, measured, read_record, write_record
-from rpt_lightning.evaluation.seed_summary import BEGIN, END, band_table, replace_section, seed_summary
-from rpt_lightning.metrics.results import Results
+from rpt_lightning.evaluation.reproduction.record import SeedRecord, measured, read_record, write_record
+from rpt_lightning.evaluation.reproduction.summary import (
+    BEGIN,
+    END,
+    band_table,
+    replace_section,
+    seed_summary,
+)
+from rpt_lightning.evaluation.scaling.figure import scaling_curves
+from rpt_lightning.records.results import Results
 from sample_results import FIRST
 
 ABOUT = {
@@ -247,7 +253,7 @@ def test_the_interval_over_documents_is_that_of_the_averaged_outcomes():
 
 
 def test_the_whole_summary(monkeypatch):
-    monkeypatch.setattr("rpt_lightning.evaluation.scaling_figure._NUM_RESAMPLES", 20)
+    monkeypatch.setattr("rpt_lightning.evaluation.scaling.figure._NUM_RESAMPLES", 20)
     assert seed_summary([]) == "No seed has been run yet.\n"
     text = seed_summary([record(1, after=8), record(0)])
     assert text.startswith("2 seeds, 40 held-out positions of 4 documents")

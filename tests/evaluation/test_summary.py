@@ -10,7 +10,7 @@ from matplotlib.image import imread
 
 from rpt_lightning.evaluation.run_log import read_rewards
 from rpt_lightning.evaluation.summary import summarise
-from rpt_lightning.evaluation.table import Stage, comparison_lines, difficulty_table, stage_table
+from rpt_lightning.evaluation.tables.stages import Stage, comparison_lines, difficulty_table, stage_table
 from sample_results import FIRST, results
 
 

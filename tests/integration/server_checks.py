@@ -11,9 +11,9 @@ from server_processes_for_tests import KEY, ServerUnderTest
 from stand_in_server import say
 
 from rpt_lightning.policy.model import Policy
-from rpt_lightning.policy.packing import pack
+from rpt_lightning.policy.packing.trees import pack
 from rpt_lightning.policy.weights import named_weights
-from rpt_lightning.rollout.checksum import checksum
+from rpt_lightning.rollout.sync.checksum import checksum
 from rpt_lightning.types import Completion, GenerationRequest, SamplingSettings, TrainSequence
 
 TEMPERATURE = 0.8

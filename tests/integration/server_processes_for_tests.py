@@ -17,8 +17,8 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from processes import Guarded, free_port
-from rpt_lightning.rollout.server_facts import PROTOCOL, architecture
-from rpt_lightning.rollout.server_processes import server_command
+from rpt_lightning.rollout.servers.facts import PROTOCOL, architecture
+from rpt_lightning.rollout.servers.processes import server_command
 
 KEY = "a key that only tests use"
 MAX_MODEL_LEN = 256

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rpt_lightning.export import export
-from rpt_lightning.training.checkpoint import checkpoint_steps, last_checkpoint
+from rpt_lightning.training.checkpoint.callback import checkpoint_steps, last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from rpt_lightning.data.datamodule import TokenTaskDataModule
-from rpt_lightning.data.task_folder import TaskFolder
+from rpt_lightning.data.modules.token_tasks import TokenTaskDataModule
+from rpt_lightning.data.store.task_folder import TaskFolder
 
 # If the project's environment lacks moto, name another one: RPT_MOTO_SERVER=/path/to/bin/moto_server
 MOTO_SERVER = os.environ.get("RPT_MOTO_SERVER") or shutil.which("moto_server")
@@ -82,8 +82,8 @@ def storage(endpoint, monkeypatch, tmp_path):
 @pytest.fixture(scope="session")
 def many_chunks(tiny_model_dir, tmp_path_factory):
     """A prepared folder whose train split has several chunks."""
-    from rpt_lightning.data.corpus import DocstringSource
-    from rpt_lightning.data.prepare import prepare
+    from rpt_lightning.data.prepare.command import prepare
+    from rpt_lightning.data.sources.corpus import DocstringSource
 
     folder = tmp_path_factory.mktemp("tasks") / "chunks"
     prepare(

@@ -16,7 +16,9 @@ import torch
 from small_run import flat_weights, quiet_trainer
 
 from rpt_lightning import cli
-from rpt_lightning.data.corpus import (
+from rpt_lightning.data.modules.text import TextDataModule
+from rpt_lightning.data.prepare.command import prepare
+from rpt_lightning.data.sources.corpus import (
     CorpusSource,
     DocstringSource,
     HuggingFaceSource,
@@ -24,11 +26,9 @@ from rpt_lightning.data.corpus import (
     ParquetSource,
     TextFilesSource,
 )
-from rpt_lightning.data.prepare import prepare
-from rpt_lightning.data.task_folder import TaskFolder
-from rpt_lightning.data.text_datamodule import TextDataModule
+from rpt_lightning.data.store.task_folder import TaskFolder
 from rpt_lightning.policy.model import Policy
-from rpt_lightning.training.ntp_module import NTPModule
+from rpt_lightning.training.modules.ntp_module import NTPModule
 from rpt_lightning.types import Document
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -93,7 +93,7 @@ def leaves(base: type) -> set[type]:
         leaf
         for one in base.__subclasses__()
         for leaf in (leaves(one) or {one})
-        if leaf.__module__.startswith("rpt_lightning.data.corpus")
+        if leaf.__module__.startswith("rpt_lightning.data.sources.corpus")
     }
 
 

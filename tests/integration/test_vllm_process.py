@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rpt_lightning.rollout.vllm_engine import VLLMEngine
+from rpt_lightning.rollout.engines.vllm.engine import VLLMEngine
 from rpt_lightning.types import GenerationRequest, SamplingSettings
 
 pytestmark = [
@@ -40,7 +40,7 @@ def test_other_systems_are_told_which_engine_to_use(
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(
         ValueError,
-        match=r"vLLM does not run on darwin; use the engine rpt_lightning.rollout.hf_engine.HFEngine",
+        match=r"vLLM does not run on darwin; use the engine rpt_lightning.rollout.engines.hf_engine.HFEngine",
     ):
         VLLMEngine().start(str(tiny_model_dir), seed=0)
 

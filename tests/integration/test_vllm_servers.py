@@ -20,11 +20,11 @@ from server_processes_for_tests import KEY, MAX_MODEL_LEN, ForeignProgram, Serve
 
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.weights import named_weights
-from rpt_lightning.rollout.engine import EngineLost, GenerationInterrupted
-from rpt_lightning.rollout.server import Server, ServerLost
-from rpt_lightning.rollout.vllm_server_engine import VLLMServerEngine
-from rpt_lightning.rollout.weight_transport import SharedFolderTransport
-from rpt_lightning.training.sync_check import SyncError, check_weights
+from rpt_lightning.rollout.engines.base import EngineLost, GenerationInterrupted
+from rpt_lightning.rollout.servers.engine import VLLMServerEngine
+from rpt_lightning.rollout.servers.server import Server, ServerLost
+from rpt_lightning.rollout.sync.transport import SharedFolderTransport
+from rpt_lightning.training.sync.sync_check import SyncError, check_weights
 from rpt_lightning.types import Completion, GenerationRequest, PromptTokens
 
 

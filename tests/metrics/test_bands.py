@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 
-from rpt_lightning.data import manifest
+from rpt_lightning.data.store import manifest
 from rpt_lightning.metrics import bands
 
 

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from rpt_lightning.metrics.question_results import (
+from rpt_lightning.records.question_results import (
     QuestionResult,
     QuestionResults,
     read_question_results,
     write_question_results,
 )
-from rpt_lightning.metrics.record_types import check_types
-from rpt_lightning.metrics.results import PositionResult, Results, read_results, write_results
-from rpt_lightning.metrics.rollout_samples import RolloutSample, read_samples, write_samples
-from rpt_lightning.metrics.step_log import read_step_log
+from rpt_lightning.records.record_types import check_types
+from rpt_lightning.records.results import PositionResult, Results, read_results, write_results
+from rpt_lightning.records.rollout_samples import RolloutSample, read_samples, write_samples
+from rpt_lightning.records.step_log import read_step_log
 
 
 @pytest.mark.parametrize(

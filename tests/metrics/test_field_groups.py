@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rpt_lightning.metrics.field_groups import field_groups, field_names, is_numeric, value_labels
+from rpt_lightning.records.field_groups import field_groups, field_names, is_numeric, value_labels
 from sample_results import FIRST
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rpt_lightning.metrics.question_results import (
+from rpt_lightning.records.question_results import (
     QuestionResult,
     QuestionResults,
     pair_questions,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rpt_lightning.metrics.results import PositionResult, pair_results, read_results, write_results
 from rpt_lightning.policy.flops import ModelSize
+from rpt_lightning.records.results import PositionResult, pair_results, read_results, write_results
 from sample_results import FIRST, SECOND, results
 
 SIZE = ModelSize(body_params=106, head_params=28, attention_width=17)

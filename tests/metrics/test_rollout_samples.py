@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rpt_lightning.metrics.rollout_samples import (
+from rpt_lightning.pretrained.token_bytes import TokenBytes
+from rpt_lightning.records.rollout_samples import (
     RolloutSample,
     read_samples,
     sample_files,
@@ -15,7 +16,6 @@ from rpt_lightning.metrics.rollout_samples import (
     text_pieces,
     write_samples,
 )
-from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.types import Completion, RolloutGroup, TokenTask
 
 SAMPLE = RolloutSample(

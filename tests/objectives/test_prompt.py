@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rpt_lightning.objectives.box import extract_prediction
 from rpt_lightning.objectives.next_token import NextTokenObjective
+from rpt_lightning.objectives.prompts.paper_wordings import CONTEXT_SLOT, WORDINGS
 from rpt_lightning.objectives.prompts.template import (
     BoundPrompt,
     ChatPrompt,
@@ -19,7 +20,6 @@ from rpt_lightning.objectives.prompts.template import (
     PromptTemplate,
     QuestionPrompt,
 )
-from rpt_lightning.objectives.prompts.wordings import CONTEXT_SLOT, WORDINGS
 from rpt_lightning.objectives.rewards.next_token import PrefixMatchReward
 from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.types import Completion

@@ -15,10 +15,10 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from rpt_lightning.data.base_datamodule import StepLoader
-from rpt_lightning.data.batch import TaskBatch
+from rpt_lightning.data.modules.base import StepLoader
+from rpt_lightning.data.modules.batch import TaskBatch
 from rpt_lightning.policy.model import Policy
-from rpt_lightning.training.module import RPTModule
+from rpt_lightning.training.modules.rpt_module import RPTModule
 from rpt_lightning.types import Completion, RolloutGroup, SamplingSettings, TokenTask, TrainBatch
 
 

@@ -19,10 +19,10 @@ from rpt_lightning.planning.memory import (
 )
 from rpt_lightning.planning.model_shape import ModelShape, model_shape
 from rpt_lightning.planning.workload import masked_pairs
-from rpt_lightning.policy.block_mask import BLOCK, tree_block_mask
+from rpt_lightning.policy.attention.block_mask import BLOCK, tree_block_mask
+from rpt_lightning.policy.attention.tree_attention import NAME
 from rpt_lightning.policy.flops import ModelSize
-from rpt_lightning.policy.packing import pack
-from rpt_lightning.policy.tree_attention import NAME
+from rpt_lightning.policy.packing.trees import pack
 from rpt_lightning.types import TrainSequence
 
 SIZES = {

@@ -11,8 +11,8 @@ import torch
 from jsonargparse import Namespace
 
 from rpt_lightning import cli
-from rpt_lightning.plan_cli import PlanOptions, optimizer_bytes_per_param, parse, plan_of, plan_text
-from rpt_lightning.planning.report import report
+from rpt_lightning.cli.plan import PlanOptions, optimizer_bytes_per_param, parse, plan_of, plan_text
+from rpt_lightning.planning.plan_text import report
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 QWEN2_14B = str(Path(__file__).resolve().parents[2] / "scripts" / "qwen2-14b.json")
@@ -131,7 +131,7 @@ def test_rollouts_on_servers(paper_run):
     assert (
         "through a folder, written once and read once by every node of 8 servers, at 10 GB/s in all" in flat
     )
-    transport.class_path = "rpt_lightning.rollout.vllm_nccl_transport.NCCLTransport"
+    transport.class_path = "rpt_lightning.rollout.sync.nccl_transport.NCCLTransport"
     nccl = text_of(
         changed(
             paper_run[1],
@@ -232,7 +232,7 @@ def test_optimizer_state_is_that_of_the_real_class():
 
 def test_prompts_of_the_task_folder(tiny_model_dir, tiny_task_dir):
     """Tokens are counted on the batch that a run would begin with."""
-    from rpt_lightning.data.datamodule import TokenTaskDataModule
+    from rpt_lightning.data.modules.token_tasks import TokenTaskDataModule
     from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 
     flags = [
@@ -279,7 +279,7 @@ def test_bad_options(options, expected):
         ({"trainer__strategy": "deepspeed"}, "deepspeed"),
         ({"trainer__strategy__init_args__tensor_parallel_size": 2}, "tensor_parallel_size=2"),
         ({"rollout__engine": None}, "rollout.engine is not set"),
-        ({"model__class_path": "rpt_lightning.training.ntp_module.NTPModule"}, "RPTModule"),
+        ({"model__class_path": "rpt_lightning.training.modules.ntp_module.NTPModule"}, "RPTModule"),
     ],
 )
 def test_runs_that_cannot_be_planned(paper_run, changes, expected):

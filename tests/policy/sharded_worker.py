@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from rpt_lightning.policy.model import Policy
-from rpt_lightning.policy.sharding import materialize_sharded
+from rpt_lightning.policy.parallel.sharding import materialize_sharded
 from rpt_lightning.policy.weights import named_weights
 from rpt_lightning.types import TrainSequence
 

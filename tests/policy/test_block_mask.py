@@ -13,8 +13,8 @@ from random_trees import depths, forest, permitted
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 
-from rpt_lightning.policy.block_mask import BLOCK, bucket_length, flex, tree_block_mask
-from rpt_lightning.policy.tree_attention import TreeMask
+from rpt_lightning.policy.attention.block_mask import BLOCK, bucket_length, flex, tree_block_mask
+from rpt_lightning.policy.attention.tree_attention import TreeMask
 
 # The trees have few branches, so that some blocks are empty, some full and some partial.
 long_forests = st.tuples(

@@ -20,7 +20,7 @@ from rpt_lightning.policy import family
 from rpt_lightning.policy.family import choose_packing, small_copy
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.weights import named_weights
-from rpt_lightning.rollout.hf_engine import HFEngine
+from rpt_lightning.rollout.engines.hf_engine import HFEngine
 from rpt_lightning.types import GenerationRequest, SamplingSettings, TrainSequence
 
 SMALL = {
@@ -116,7 +116,7 @@ def test_every_parameter_of_the_copy_is_random() -> None:
 
 
 def test_a_forgotten_bias_would_be_found(monkeypatch) -> None:
-    monkeypatch.setattr("rpt_lightning.policy.scoring.head_bias", lambda model: None)
+    monkeypatch.setattr("rpt_lightning.policy.tree_scores.head_bias", lambda model: None)
     with pytest.raises(
         ValueError,
         match=r"policy\.path=some: the log-probs of PhiForCausalLM differ from those of its hidden states "

@@ -19,8 +19,8 @@ from rpt_lightning.policy.flops import (
     train_flops,
     tree_work,
 )
-from rpt_lightning.policy.packing import pack
-from rpt_lightning.policy.row_packing import pack_rows
+from rpt_lightning.policy.packing.rows import pack_rows
+from rpt_lightning.policy.packing.trees import pack
 from rpt_lightning.types import TrainSequence
 
 SIZES = {

@@ -30,7 +30,7 @@ from transformers import (
 
 from rpt_lightning.policy.family import choose_packing
 from rpt_lightning.policy.model import Policy
-from rpt_lightning.policy.packing import pack
+from rpt_lightning.policy.packing.trees import pack
 from rpt_lightning.policy.weights import named_weights
 from rpt_lightning.types import TrainSequence
 

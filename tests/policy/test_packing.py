@@ -17,9 +17,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from rpt_lightning.policy.attention.tree_attention import NAME
 from rpt_lightning.policy.logprobs import chosen_logprobs
-from rpt_lightning.policy.packing import pack
-from rpt_lightning.policy.tree_attention import NAME
+from rpt_lightning.policy.packing.trees import pack
 from rpt_lightning.types import TrainSequence
 
 SIZES = {

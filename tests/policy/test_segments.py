@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_trees import forest, forests, permitted
 
-from rpt_lightning.policy import segments
-from rpt_lightning.policy.segment_attention import segment_attention
-from rpt_lightning.policy.segments import SegmentCall, plan_segments
-from rpt_lightning.policy.tree_attention import TreeMask
+from rpt_lightning.policy.attention import segments
+from rpt_lightning.policy.attention.segment_attention import segment_attention
+from rpt_lightning.policy.attention.segments import SegmentCall, plan_segments
+from rpt_lightning.policy.attention.tree_attention import TreeMask
 
 
 @pytest.fixture(params=[1, 64, 4096], ids="call_cost={}".format)

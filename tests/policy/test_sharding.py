@@ -13,7 +13,7 @@ from torch.multiprocessing import spawn
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from rpt_lightning.policy.model import Policy
-from rpt_lightning.policy.tensor_parallel import parallelize
+from rpt_lightning.policy.parallel.tensor_parallel import parallelize
 
 SMALL = {
     "vocab_size": 512,
@@ -128,7 +128,7 @@ def test_files_that_lack_a_tensor_are_named(tiny_model_dir, tmp_path):
         file,
         metadata={"format": "pt"},
     )
-    from rpt_lightning.policy.sharding import _read_shards
+    from rpt_lightning.policy.parallel.sharding import _read_shards
 
     policy = Policy(str(tmp_path / "model"))
     policy.materialize_on_meta()

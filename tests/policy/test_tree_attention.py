@@ -8,7 +8,7 @@ from random_trees import depths, forest, permitted
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from rpt_lightning.policy.tree_attention import TreeMask, tree_attention
+from rpt_lightning.policy.attention.tree_attention import TreeMask, tree_attention
 
 # A row of 12 tokens, and 8 more after the sixth of them, so that places and depths differ.
 BRANCHED = forest([0] * 12 + [6] + [0] * 7)

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpt_lightning.rollout.dispatch import MOST_TRIES, dispatch
-from rpt_lightning.rollout.engine import EngineLost, Sample
-from rpt_lightning.rollout.server import ServerLost
+from rpt_lightning.rollout.engines.base import EngineLost, Sample
+from rpt_lightning.rollout.servers.dispatch import MOST_TRIES, dispatch
+from rpt_lightning.rollout.servers.server import ServerLost
 from rpt_lightning.types import GenerationRequest, SamplingSettings
 
 SAMPLING = SamplingSettings(temperature=1.0, max_tokens=1, stop_token_ids=())

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rpt_lightning.data.stream import rank_share
+from rpt_lightning.data.modules.stream import rank_share
 from rpt_lightning.rollout.dynamic_sampling import fill_batch
 from rpt_lightning.types import Completion, RolloutGroup, TokenTask
 

@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rpt_lightning.objectives.box import extract_prediction
-from rpt_lightning.rollout.engine import GenerationInterrupted, RolloutEngine
-from rpt_lightning.rollout.hf_engine import HFEngine
-from rpt_lightning.rollout.scripted_engine import ScriptedEngine
+from rpt_lightning.rollout.engines.base import GenerationInterrupted, RolloutEngine
+from rpt_lightning.rollout.engines.hf_engine import HFEngine
+from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
 from rpt_lightning.types import Completion, GenerationRequest, SamplingSettings
 
 SAMPLING = SamplingSettings(temperature=0.8, max_tokens=12, stop_token_ids=(7, 11))

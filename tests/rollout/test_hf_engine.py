@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rpt_lightning.rollout.hf_engine import HFEngine, SeededDraw, _batches
+from rpt_lightning.rollout.engines.hf_engine import HFEngine, SeededDraw, _batches
 from rpt_lightning.types import GenerationRequest, SamplingSettings
 
 PROBS = torch.tensor([0.5, 0.3, 0.15, 0.05])

@@ -14,8 +14,8 @@ import threading
 import pytest
 import torch
 
-from rpt_lightning.rollout.engine import EngineLost
-from rpt_lightning.rollout.vllm_nccl_transport import FleetClient, NCCLTransport, _within
+from rpt_lightning.rollout.engines.base import EngineLost
+from rpt_lightning.rollout.sync.nccl_transport import FleetClient, NCCLTransport, _within
 
 
 @pytest.mark.vllm

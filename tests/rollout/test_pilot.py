@@ -11,9 +11,9 @@ from rpt_lightning.objectives.next_token import NextTokenObjective
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.objectives.rewards.next_token import ConditionalDenseReward, PrefixMatchReward, Reward
 from rpt_lightning.rollout.dynamic_sampling import fill_batch
+from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
 from rpt_lightning.rollout.pilot import PilotRollout
 from rpt_lightning.rollout.rollouter import Rollouter, Score
-from rpt_lightning.rollout.scripted_engine import ScriptedEngine
 from rpt_lightning.types import AnsweredTask, RolloutGroup, TokenTask, TrainSequence
 
 LINES = ["hm</think>\\boxed{ the}", "hm</think>\\boxed{ sum}", "no box", "</think>\\boxed{ a}"]

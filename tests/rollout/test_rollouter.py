@@ -13,8 +13,8 @@ from rpt_lightning.objectives.base import BoundObjective
 from rpt_lightning.objectives.next_token import NextTokenObjective
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.objectives.rewards.next_token import DenseReward, PrefixMatchReward, Reward
+from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
 from rpt_lightning.rollout.rollouter import Rollouter
-from rpt_lightning.rollout.scripted_engine import ScriptedEngine
 from rpt_lightning.types import TokenTask, TrainSequence
 
 LINES = ["hm</think>\\boxed{ the}", "hm</think>\\boxed{ sum}", "no box"]

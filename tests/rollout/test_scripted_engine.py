@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rpt_lightning.rollout.scripted_engine import ScriptedEngine
+from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
 from rpt_lightning.types import GenerationRequest, SamplingSettings
 
 LINES = [" the", "</think>\\boxed{ sum}", "0123456789" * 5]

@@ -12,9 +12,9 @@ from rpt_lightning.objectives.next_token import NextTokenObjective
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.objectives.rewards.next_token import DenseReward
 from rpt_lightning.pretrained.token_bytes import TokenBytes
-from rpt_lightning.rollout.hf_engine import HFEngine
+from rpt_lightning.rollout.engines.hf_engine import HFEngine
+from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
 from rpt_lightning.rollout.rollouter import Rollouter
-from rpt_lightning.rollout.scripted_engine import ScriptedEngine
 from rpt_lightning.rollout.thought_controls import MAX_ANSWER_TOKENS, thought_controls
 from rpt_lightning.types import Completion, GenerationRequest, RolloutGroup, TokenIds, TokenTask
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from rpt_lightning.rollout.vllm_weights import read_weights
+from rpt_lightning.rollout.engines.vllm.weights import read_weights
 
 VOCABULARY, PADDED, WIDTH = 5, 7, 8
 

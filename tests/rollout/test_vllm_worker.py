@@ -5,7 +5,7 @@ Tests with real servers cover the rest of the worker (tests/integration/).
 
 from __future__ import annotations
 
-from rpt_lightning.rollout.vllm_worker import PolicyWeights
+from rpt_lightning.rollout.engines.vllm.worker import PolicyWeights
 
 YES, NO = {"may_load": True}, {"may_load": False}  # dictionaries pass through /collective_rpc unchanged
 

@@ -14,8 +14,8 @@ from memory import Growth
 from real_runs import UNEQUAL, differences, traces
 from recorded_servers import read_recordings
 
-from rpt_lightning.data.datamodule import TokenTaskDataModule
-from rpt_lightning.metrics.rollout_samples import read_samples
+from rpt_lightning.data.modules.token_tasks import TokenTaskDataModule
+from rpt_lightning.records.rollout_samples import read_samples
 
 # These metrics depend on the engine: on hits in its cache and on the rounding of its log-probs.
 _OF_THE_ENGINE = (

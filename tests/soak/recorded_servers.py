@@ -11,10 +11,10 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rpt_lightning.rollout.engine import EngineDtype, Sample
-from rpt_lightning.rollout.scripted_engine import ScriptedEngine
-from rpt_lightning.rollout.vllm_server_engine import VLLMServerEngine
-from rpt_lightning.rollout.weight_transport import WeightTransport
+from rpt_lightning.rollout.engines.base import EngineDtype, Sample
+from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
+from rpt_lightning.rollout.servers.engine import VLLMServerEngine
+from rpt_lightning.rollout.sync.transport import WeightTransport
 from rpt_lightning.types import GenerationRequest
 
 LIFE_VARIABLE = "RPT_SOAK_LIFE"  # number of the trainer's start

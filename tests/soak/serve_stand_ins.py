@@ -12,9 +12,9 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from rpt_lightning.rollout.server_facts import PROTOCOL, architecture
-from rpt_lightning.rollout.server_key import KEY_VARIABLE
-from rpt_lightning.rollout.server_processes import Servers, ServerSpec
+from rpt_lightning.rollout.servers.facts import PROTOCOL, architecture
+from rpt_lightning.rollout.servers.key import KEY_VARIABLE
+from rpt_lightning.rollout.servers.processes import Servers, ServerSpec
 
 SCRIPT = Path(__file__).resolve().parents[1] / "integration" / "stand_in_server.py"
 

@@ -254,7 +254,7 @@ class Soak:
         return replay.folder
 
     def check(self, num_steps: int, replay_folder: Path) -> dict[str, list[str]]:
-        from rpt_lightning.data.datamodule import TokenTaskDataModule
+        from rpt_lightning.data.modules.token_tasks import TokenTaskDataModule
 
         self.growths = self.memory.growths()
         data = TokenTaskDataModule(str(self.folder / "tasks"), **DATA)
@@ -359,8 +359,8 @@ def _load_script(name: str) -> Any:
 
 
 def _prepare_tasks(model: Path, output: Path) -> None:
-    from rpt_lightning.data.corpus import DocstringSource
-    from rpt_lightning.data.prepare import prepare
+    from rpt_lightning.data.prepare.command import prepare
+    from rpt_lightning.data.sources.corpus import DocstringSource
 
     limits = {
         "entropy_threshold": 0.5,

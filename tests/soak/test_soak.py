@@ -14,7 +14,7 @@ from memory import Growth, growth_of
 from recorded_servers import read_recordings
 from schedule import SERVER_FAULTS, TRAINER_FAULTS, make_schedule
 
-from rpt_lightning.data.datamodule import TokenTaskDataModule
+from rpt_lightning.data.modules.token_tasks import TokenTaskDataModule
 
 
 @pytest.mark.long

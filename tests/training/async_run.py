@@ -10,7 +10,7 @@ from small_run import flat_weights
 
 from rpt_lightning.objectives.next_token import NextTokenObjective
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt
-from rpt_lightning.training.rollout_callback import RolloutCallback
+from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
 
 TASKS = 8  # a step
 

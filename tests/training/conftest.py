@@ -11,16 +11,16 @@ import pytest
 import torch
 from small_run import SCRIPT, quiet_trainer
 
-from rpt_lightning.data.datamodule import TokenTaskDataModule
+from rpt_lightning.data.modules.token_tasks import TokenTaskDataModule
 from rpt_lightning.objectives.next_token import NextTokenObjective
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.objectives.rewards.next_token import PrefixMatchReward
 from rpt_lightning.policy.model import Policy
-from rpt_lightning.rollout.engine import RolloutEngine
-from rpt_lightning.rollout.scripted_engine import ScriptedEngine
-from rpt_lightning.training.checkpoint import RunCheckpoint
-from rpt_lightning.training.module import RPTModule
-from rpt_lightning.training.rollout_callback import RolloutCallback
+from rpt_lightning.rollout.engines.base import RolloutEngine
+from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
+from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
+from rpt_lightning.training.checkpoint.callback import RunCheckpoint
+from rpt_lightning.training.modules.rpt_module import RPTModule
 
 
 @pytest.fixture

@@ -17,21 +17,21 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from small_run import SCRIPT, quiet_trainer
 
-from rpt_lightning.data.datamodule import TokenTaskDataModule
-from rpt_lightning.data.trace_datamodule import TraceDataModule
+from rpt_lightning.data.modules.token_tasks import TokenTaskDataModule
+from rpt_lightning.data.modules.traces import TraceDataModule
 from rpt_lightning.objectives.next_token import NextTokenObjective
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.objectives.rewards.next_token import Reward
 from rpt_lightning.policy.model import Policy
-from rpt_lightning.rollout.hf_engine import HFEngine
-from rpt_lightning.rollout.scripted_engine import ScriptedEngine
-from rpt_lightning.rollout.vllm_engine import VLLMEngine
-from rpt_lightning.training.checkpoint import RunCheckpoint, last_checkpoint
-from rpt_lightning.training.module import RPTModule
-from rpt_lightning.training.monitors import RolloutSamples, StepLog, ValidationResults
-from rpt_lightning.training.ntp_module import NTPModule
-from rpt_lightning.training.rollout_callback import RolloutCallback
-from rpt_lightning.training.strategy import ShardedStrategy
+from rpt_lightning.rollout.engines.hf_engine import HFEngine
+from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
+from rpt_lightning.rollout.engines.vllm.engine import VLLMEngine
+from rpt_lightning.training.callbacks.logs import RolloutSamples, StepLog, ValidationResults
+from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
+from rpt_lightning.training.checkpoint.callback import RunCheckpoint, last_checkpoint
+from rpt_lightning.training.distributed.strategy import ShardedStrategy
+from rpt_lightning.training.modules.ntp_module import NTPModule
+from rpt_lightning.training.modules.rpt_module import RPTModule
 
 
 @dataclass(kw_only=True)

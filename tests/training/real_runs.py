@@ -29,7 +29,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # Entries of the step log that depend on the clock, the machine and the number of starts.
 UNEQUAL = ("time", "perf/", "run/", "cost/time_s")
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["rpt_lightning.lightning_cli"])
+_context.set_forkserver_preload(["rpt_lightning.cli.run"])
 
 
 class SomeAreRight(Reward):

@@ -18,11 +18,11 @@ from small_run import SCRIPT
 
 from rpt_lightning.objectives.next_token import NextTokenObjective
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt
-from rpt_lightning.rollout.engine import GenerationInterrupted
-from rpt_lightning.rollout.scripted_engine import ScriptedEngine
-from rpt_lightning.training.checkpoint import last_checkpoint
-from rpt_lightning.training.monitors import StepLog
-from rpt_lightning.training.stop import RunStopped, StopRun
+from rpt_lightning.rollout.engines.base import GenerationInterrupted
+from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
+from rpt_lightning.training.callbacks.logs import StepLog
+from rpt_lightning.training.callbacks.stop import RunStopped, StopRun
+from rpt_lightning.training.checkpoint.callback import last_checkpoint
 
 
 class EndsInStep(Callback):

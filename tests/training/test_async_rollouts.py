@@ -18,13 +18,13 @@ from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.objectives.rewards.next_token import DenseReward
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.weights import named_weights
-from rpt_lightning.rollout.hf_engine import HFEngine
+from rpt_lightning.rollout.engines.hf_engine import HFEngine
+from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
+from rpt_lightning.rollout.engines.vllm.engine import VLLMEngine
 from rpt_lightning.rollout.rollouter import Rollouter
-from rpt_lightning.rollout.scripted_engine import ScriptedEngine
-from rpt_lightning.rollout.vllm_engine import VLLMEngine
-from rpt_lightning.training.module import RPTModule
-from rpt_lightning.training.monitors import StepLog
-from rpt_lightning.training.rollout_callback import RolloutCallback
+from rpt_lightning.training.callbacks.logs import StepLog
+from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
+from rpt_lightning.training.modules.rpt_module import RPTModule
 from rpt_lightning.types import TrainBatch
 
 

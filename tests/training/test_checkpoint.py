@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rpt_lightning.training.checkpoint import RunCheckpoint, checkpoint_steps, last_checkpoint
-from rpt_lightning.training.checkpoint_file import read_checkpoint
-from rpt_lightning.training.checkpoint_io import StreamedCheckpointIO
+from rpt_lightning.training.checkpoint.callback import RunCheckpoint, checkpoint_steps, last_checkpoint
+from rpt_lightning.training.checkpoint.file import read_checkpoint
+from rpt_lightning.training.checkpoint.io import StreamedCheckpointIO
 
 
 class SavesBytes:

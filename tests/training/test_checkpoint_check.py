@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint import save
 
-from rpt_lightning.training.checkpoint_check import checkpoint_damage
-from rpt_lightning.training.checkpoint_file import read_checkpoint
+from rpt_lightning.training.checkpoint.damage import checkpoint_damage
+from rpt_lightning.training.checkpoint.file import read_checkpoint
 
 
 @pytest.fixture

@@ -10,21 +10,21 @@ import torch
 from lightning.pytorch import Callback
 from small_run import SCRIPT, quiet_trainer
 
-from rpt_lightning.data.datamodule import TokenTaskDataModule
-from rpt_lightning.data.text_datamodule import TextDataModule
+from rpt_lightning.data.modules.text import TextDataModule
+from rpt_lightning.data.modules.token_tasks import TokenTaskDataModule
 from rpt_lightning.objectives.next_token import NextTokenObjective
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.objectives.rewards.next_token import PrefixMatchReward
 from rpt_lightning.policy.flops import ModelSize, model_size
 from rpt_lightning.policy.model import Policy
-from rpt_lightning.rollout.scripted_engine import ScriptedEngine
-from rpt_lightning.training.checkpoint import RunCheckpoint, last_checkpoint
-from rpt_lightning.training.cost import Budget, StepCost
-from rpt_lightning.training.logprob_samples import drawn_completions
-from rpt_lightning.training.module import RPTModule
-from rpt_lightning.training.monitors import StepLog
-from rpt_lightning.training.ntp_module import NTPModule
-from rpt_lightning.training.rollout_callback import RolloutCallback
+from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
+from rpt_lightning.training.callbacks.logs import StepLog
+from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
+from rpt_lightning.training.callbacks.step_cost import Budget, StepCost
+from rpt_lightning.training.checkpoint.callback import RunCheckpoint, last_checkpoint
+from rpt_lightning.training.modules.ntp_module import NTPModule
+from rpt_lightning.training.modules.rpt_module import RPTModule
+from rpt_lightning.training.sync.logprob_samples import drawn_completions
 from rpt_lightning.types import TrainSequence
 
 

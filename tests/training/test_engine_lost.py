@@ -16,12 +16,12 @@ from small_run import SCRIPT
 
 from rpt_lightning.objectives.next_token import NextTokenObjective
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt
-from rpt_lightning.rollout.engine import EngineLost
-from rpt_lightning.rollout.scripted_engine import ScriptedEngine
-from rpt_lightning.training.checkpoint import RunCheckpoint, last_checkpoint
-from rpt_lightning.training.missed_validation import MissedValidation
-from rpt_lightning.training.monitors import RolloutSamples, StepLog, ValidationResults
-from rpt_lightning.training.rollout_callback import RolloutCallback
+from rpt_lightning.rollout.engines.base import EngineLost
+from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
+from rpt_lightning.training.callbacks.logs import RolloutSamples, StepLog, ValidationResults
+from rpt_lightning.training.callbacks.missed_validation import MissedValidation
+from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
+from rpt_lightning.training.checkpoint.callback import RunCheckpoint, last_checkpoint
 
 STEPS = 5
 VALIDATES = {

@@ -15,16 +15,16 @@ from watched_run import run
 from rpt_lightning.objectives.next_token import NextTokenObjective
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.policy.model import Policy
-from rpt_lightning.rollout.engine import Sample
-from rpt_lightning.rollout.scripted_engine import ScriptedEngine
-from rpt_lightning.rollout.weight_part import split_part
-from rpt_lightning.training import engine_sync
-from rpt_lightning.training.checkpoint import RunCheckpoint, last_checkpoint
-from rpt_lightning.training.logprob_samples import drawn_completions, drawn_tokens
-from rpt_lightning.training.monitors import RolloutSamples, StepLog
-from rpt_lightning.training.ranks import Ranks
-from rpt_lightning.training.rollout_callback import RolloutCallback
-from rpt_lightning.training.sync_check import SyncError, sampled_columns, sampled_names
+from rpt_lightning.rollout.engines.base import Sample
+from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
+from rpt_lightning.rollout.sync.weight_part import split_part
+from rpt_lightning.training.callbacks.logs import RolloutSamples, StepLog
+from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
+from rpt_lightning.training.checkpoint.callback import RunCheckpoint, last_checkpoint
+from rpt_lightning.training.distributed.ranks import Ranks
+from rpt_lightning.training.sync import engine_sync
+from rpt_lightning.training.sync.logprob_samples import drawn_completions, drawn_tokens
+from rpt_lightning.training.sync.sync_check import SyncError, sampled_columns, sampled_names
 
 
 class StaleAfterFirst(ScriptedEngine):
@@ -75,7 +75,7 @@ def test_engine_that_is_not_the_policy_stops_the_run(make_run, tmp_path, engine_
 @pytest.mark.parametrize("truncation", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}])
 def test_log_probs_of_a_truncating_sampler_are_not_compared(make_run, truncation, monkeypatch):
     said = []
-    monkeypatch.setattr("rpt_lightning.training.rollout_callback.rank_zero_info", said.append)
+    monkeypatch.setattr("rpt_lightning.training.callbacks.rollout_callback.rank_zero_info", said.append)
     watch, _, _, error = run(make_run, 2, WrongLogprobs(SCRIPT), rollout_options=truncation)
     assert error is None
     assert len(watch.batches) == 2

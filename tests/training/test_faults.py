@@ -14,7 +14,7 @@ import pytest
 import yaml
 from real_runs import RealRun, differences, scripted_flags, traces
 
-from rpt_lightning.training.stop import STATUS_SIGNAL
+from rpt_lightning.training.callbacks.stop import STATUS_SIGNAL
 
 STEPS = 6
 

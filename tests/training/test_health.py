@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rpt_lightning.training.health import Health
+from rpt_lightning.training.callbacks.health import Health
 
 
 def test_each_collapse_is_said_once_and_again_after_it_came_back():

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from rpt_lightning.training.checkpoint_file import check_about
-from rpt_lightning.training.health import Health
-from rpt_lightning.training.monitors import RolloutSamples
-from rpt_lightning.training.rollout_callback import RolloutCallback
+from rpt_lightning.training.callbacks.health import Health
+from rpt_lightning.training.callbacks.logs import RolloutSamples
+from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
+from rpt_lightning.training.checkpoint.file import check_about
 
 NAN = float("nan")
 
@@ -43,7 +43,7 @@ def test_flags(make: Any, flag: str, value: float) -> None:
 
 def test_a_module_refuses_negative_numbers(tiny_model_dir: Any) -> None:
     from rpt_lightning.policy.model import Policy
-    from rpt_lightning.training.module import RPTModule
+    from rpt_lightning.training.modules.rpt_module import RPTModule
 
     policy = Policy(str(tiny_model_dir))
     flags = {"max_skipped_steps": -1, "gradient_clip": NAN, "correction_cap": NAN, "clip_high": NAN}

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from rpt_lightning.training.cost import StepCost
-from rpt_lightning.training.machine_stats import MachineStats, speed_metrics
-from rpt_lightning.training.monitors import StepLog
+from rpt_lightning.training.callbacks.logs import StepLog
+from rpt_lightning.training.callbacks.machine_stats import MachineStats, speed_metrics
+from rpt_lightning.training.callbacks.step_cost import StepCost
 
 LOGGED = {
     "cost/tokens": 6000.0,

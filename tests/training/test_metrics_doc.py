@@ -11,22 +11,22 @@ import torch
 from async_run import lines_of, make
 from small_run import SCRIPT, quiet_trainer
 
-from rpt_lightning.data.text_datamodule import TextDataModule
+from rpt_lightning.data.modules.text import TextDataModule
 from rpt_lightning.metrics.bands import BANDS
 from rpt_lightning.metrics.metric import Reduction, Section, row
-from rpt_lightning.metrics.question_results import QuestionResult
 from rpt_lightning.metrics.registry import METRICS, SECTIONS, registered
 from rpt_lightning.policy.model import Policy
-from rpt_lightning.rollout.scripted_engine import ScriptedEngine
-from rpt_lightning.training.answer_results import answer_metrics
-from rpt_lightning.training.checkpoint import RunCheckpoint
-from rpt_lightning.training.cost import StepCost
-from rpt_lightning.training.health import Health
-from rpt_lightning.training.machine_stats import MachineStats
-from rpt_lightning.training.monitors import StepLog
-from rpt_lightning.training.ntp_module import NTPModule
+from rpt_lightning.records.question_results import QuestionResult
+from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
+from rpt_lightning.training.callbacks.answer_results import answer_metrics
+from rpt_lightning.training.callbacks.health import Health
+from rpt_lightning.training.callbacks.logs import StepLog
+from rpt_lightning.training.callbacks.machine_stats import MachineStats
+from rpt_lightning.training.callbacks.step_cost import StepCost
+from rpt_lightning.training.checkpoint.callback import RunCheckpoint
+from rpt_lightning.training.modules.ntp_module import NTPModule
 from rpt_lightning.training.step_clock import StepClock
-from rpt_lightning.training.validation import validation_metrics
+from rpt_lightning.training.validation.position_records import validation_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")

@@ -11,11 +11,11 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import LambdaCallback
 from small_run import flat_weights, quiet_trainer
 
-from rpt_lightning.data.base_datamodule import StepLoader
-from rpt_lightning.data.batch import TaskBatch
-from rpt_lightning.data.stream import rank_share
+from rpt_lightning.data.modules.base import StepLoader
+from rpt_lightning.data.modules.batch import TaskBatch
+from rpt_lightning.data.modules.stream import rank_share
 from rpt_lightning.policy.model import Policy
-from rpt_lightning.training.module import RPTModule, mini_batches_of
+from rpt_lightning.training.modules.rpt_module import RPTModule, mini_batches_of
 from rpt_lightning.types import Completion, RolloutGroup, SamplingSettings, TokenTask, TrainBatch
 
 TEMPERATURE = 0.7

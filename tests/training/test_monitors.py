@@ -7,7 +7,7 @@ import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
-from rpt_lightning.training.monitors import RolloutSamples, StepLog, sample_text
+from rpt_lightning.training.callbacks.logs import RolloutSamples, StepLog, sample_text
 
 
 def start(tmp_path, text, step):

@@ -7,12 +7,12 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule
 from small_run import flat_weights, quiet_trainer
 
-from rpt_lightning.data.base_datamodule import StepLoader
-from rpt_lightning.data.batch import SequenceBatch
-from rpt_lightning.data.trace_datamodule import TraceDataModule
+from rpt_lightning.data.modules.base import StepLoader
+from rpt_lightning.data.modules.batch import SequenceBatch
+from rpt_lightning.data.modules.traces import TraceDataModule
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.policy.model import Policy
-from rpt_lightning.training.ntp_module import NTPModule
+from rpt_lightning.training.modules.ntp_module import NTPModule
 from rpt_lightning.types import TrainSequence
 
 # Shared and separate prefixes, targets of uneven length, and one sequence twice.

@@ -14,8 +14,8 @@ from torch.optim.lr_scheduler import (
     ReduceLROnPlateau,
 )
 
-from rpt_lightning.training.optimizer_kinds import check_kinds, check_same_kinds, kinds_of
-from rpt_lightning.training.optimizer_settings import apply_settings, settings_of
+from rpt_lightning.training.modules.optimizer_kinds import check_kinds, check_same_kinds, kinds_of
+from rpt_lightning.training.modules.optimizer_settings import apply_settings, settings_of
 
 
 def made(kind, **settings) -> Optimizer:

@@ -9,7 +9,7 @@ import torch
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LinearLR, OneCycleLR
 
-from rpt_lightning.training.optimizer_settings import apply_settings, settings_of
+from rpt_lightning.training.modules.optimizer_settings import apply_settings, settings_of
 
 
 def adamw(**settings) -> AdamW:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rpt_lightning.training.rank_exchange import Channel, RankExchange, RanksEnded
+from rpt_lightning.training.distributed.rank_exchange import Channel, RankExchange, RanksEnded
 
 
 class Group:

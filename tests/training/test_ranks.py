@@ -17,10 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rpt_lightning.data.stream import rank_share
+from rpt_lightning.data.modules.stream import rank_share
 from rpt_lightning.export import export
-from rpt_lightning.metrics.results import read_results
-from rpt_lightning.training.checkpoint import last_checkpoint
+from rpt_lightning.records.results import read_results
+from rpt_lightning.training.checkpoint.callback import last_checkpoint
 
 STEPS = 10
 # A step's cost depends on how it is cut, and each rank compares log-probs of its own completions.

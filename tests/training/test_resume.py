@@ -6,10 +6,10 @@ import pytest
 import torch
 from small_run import flat_weights
 
-from rpt_lightning.rollout.hf_engine import HFEngine
-from rpt_lightning.rollout.vllm_engine import VLLMEngine
-from rpt_lightning.training.checkpoint import last_checkpoint
-from rpt_lightning.training.monitors import RolloutSamples
+from rpt_lightning.rollout.engines.hf_engine import HFEngine
+from rpt_lightning.rollout.engines.vllm.engine import VLLMEngine
+from rpt_lightning.training.callbacks.logs import RolloutSamples
+from rpt_lightning.training.checkpoint.callback import last_checkpoint
 
 STEPS = 5
 

@@ -14,14 +14,14 @@ from lightning.pytorch.strategies import DDPStrategy
 from small_run import SCRIPT
 from watched_run import Watch, run
 
-from rpt_lightning.data.datamodule import TokenTaskDataModule
-from rpt_lightning.data.task_folder import TaskFolder
+from rpt_lightning.data.modules.token_tasks import TokenTaskDataModule
+from rpt_lightning.data.store.task_folder import TaskFolder
 from rpt_lightning.objectives.next_token import NextTokenObjective
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.objectives.rewards.next_token import ConditionalDenseReward, DenseReward, Reward
-from rpt_lightning.rollout.scripted_engine import ScriptedEngine
-from rpt_lightning.training.monitors import StepLog
-from rpt_lightning.training.rollout_callback import RolloutCallback
+from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
+from rpt_lightning.training.callbacks.logs import StepLog
+from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
 from rpt_lightning.types import PromptTokens
 
 

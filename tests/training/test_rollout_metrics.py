@@ -19,10 +19,10 @@ from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.objectives.rewards.next_token import PrefixMatchReward
 from rpt_lightning.policy.flops import Work
 from rpt_lightning.rollout.dynamic_sampling import FilledBatch
-from rpt_lightning.rollout.scripted_engine import ScriptedEngine
-from rpt_lightning.training.monitors import StepLog
-from rpt_lightning.training.rollout_metrics import over_ranks, rollout_metrics, rollout_work, server_metrics
-from rpt_lightning.training.step_rollouts import StepRoller
+from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
+from rpt_lightning.training.callbacks.logs import StepLog
+from rpt_lightning.training.rollouts.metrics import over_ranks, rollout_metrics, rollout_work, server_metrics
+from rpt_lightning.training.rollouts.step_rollouts import StepRoller
 from rpt_lightning.types import Completion, PromptTokens, RolloutGroup, TokenTask
 
 TASK = TokenTask(

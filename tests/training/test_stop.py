@@ -14,7 +14,7 @@ import pytest
 import yaml
 from real_runs import RealRun, scripted_flags
 
-from rpt_lightning.training.stop import STATUS_SIGNAL, RunStopped, StopRun
+from rpt_lightning.training.callbacks.stop import STATUS_SIGNAL, RunStopped, StopRun
 
 TWO_RANKS = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--checkpoint.every_n_steps", "1000"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -24,7 +24,9 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 def test_no_rank_ends_before_the_job_is_queued_again(is_global_zero, monkeypatch):
     """SLURM may kill the other processes of a job if one of them ends with an error, and 75 is one."""
     events = []
-    monkeypatch.setattr("rpt_lightning.training.stop._requeue", lambda trainer: events.append("queued"))
+    monkeypatch.setattr(
+        "rpt_lightning.training.callbacks.stop._requeue", lambda trainer: events.append("queued")
+    )
     trainer = SimpleNamespace(
         max_steps=10, global_step=4, checkpoint_callbacks=[], is_global_zero=is_global_zero, local_rank=0,
         strategy=SimpleNamespace(barrier=lambda name: events.append("barrier")),

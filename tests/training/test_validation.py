@@ -12,18 +12,18 @@ from lightning.pytorch import LightningDataModule
 from small_run import quiet_trainer
 from transformers import AutoModelForCausalLM
 
-from rpt_lightning.data.base_datamodule import EvalLoader
+from rpt_lightning.data.modules.base import EvalLoader
 from rpt_lightning.objectives.base import BoundObjective
 from rpt_lightning.objectives.next_token import NextTokenObjective
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.objectives.rewards.next_token import DenseReward, FirstTokenReward, PrefixMatchReward
 from rpt_lightning.policy.model import Policy
-from rpt_lightning.rollout.scripted_engine import ScriptedEngine
-from rpt_lightning.training.checkpoint import last_checkpoint
-from rpt_lightning.training.monitors import ValidationResults
-from rpt_lightning.training.ntp_module import NTPModule
-from rpt_lightning.training.rollout_callback import RolloutCallback
-from rpt_lightning.training.validation import position_result, unique_results
+from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
+from rpt_lightning.training.callbacks.logs import ValidationResults
+from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
+from rpt_lightning.training.checkpoint.callback import last_checkpoint
+from rpt_lightning.training.modules.ntp_module import NTPModule
+from rpt_lightning.training.validation.position_records import position_result, unique_results
 from rpt_lightning.types import TokenTask
 
 NEXT_TOKEN = BoundObjective(NextTokenObjective(ContinuationPrompt(), PrefixMatchReward()), None)

@@ -11,17 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from rpt_lightning.data.answer_datamodule import AnswerTaskDataModule, answer_tasks, choose
-from rpt_lightning.data.benchmarks import benchmark_source
-from rpt_lightning.data.questions import QuestionSource, read_all
-from rpt_lightning.evaluation.answer_table import (
-    NOTE,
-    AnswerStage,
-    answer_table,
-    before_after_table,
-    category_table,
-    differences,
-)
+from rpt_lightning.data.modules.answers import AnswerTaskDataModule, answer_tasks, choose
+from rpt_lightning.data.sources.benchmarks import benchmark_source
+from rpt_lightning.data.sources.questions import QuestionSource, read_all
 from rpt_lightning.evaluation.policies import (
     check_new_output,
     check_policies,
@@ -30,23 +22,31 @@ from rpt_lightning.evaluation.policies import (
     policy_source,
 )
 from rpt_lightning.evaluation.run import read_run
-from rpt_lightning.metrics.question_results import QuestionResults, read_question_results
+from rpt_lightning.evaluation.tables.answers import (
+    NOTE,
+    AnswerStage,
+    answer_table,
+    before_after_table,
+    category_table,
+    differences,
+)
 from rpt_lightning.objectives.prompts.template import PromptTemplate
 from rpt_lightning.objectives.question import QuestionObjective
 from rpt_lightning.objectives.rewards.answer import AnswerReward
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.pretrained.token_bytes import TokenBytes
-from rpt_lightning.rollout.engine import RolloutEngine
-from rpt_lightning.training.answer_results import AnswerResults
-from rpt_lightning.training.ntp_module import NTPModule
-from rpt_lightning.training.quiet import quieten_libraries
-from rpt_lightning.training.rollout_callback import RolloutCallback
+from rpt_lightning.records.question_results import QuestionResults, read_question_results
+from rpt_lightning.rollout.engines.base import RolloutEngine
+from rpt_lightning.training.callbacks.answer_results import AnswerResults
+from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
+from rpt_lightning.training.library_noise import quieten_libraries
+from rpt_lightning.training.modules.ntp_module import NTPModule
 from rpt_lightning.types import Question
 
 # Imported so that the command line accepts their short names.
-from rpt_lightning.data.questions import HuggingFaceQuestions, JsonlQuestions  # isort: skip
-from rpt_lightning.rollout.hf_engine import HFEngine  # isort: skip
-from rpt_lightning.rollout.vllm_engine import VLLMEngine  # isort: skip
+from rpt_lightning.data.sources.questions import HuggingFaceQuestions, JsonlQuestions  # isort: skip
+from rpt_lightning.rollout.engines.hf_engine import HFEngine  # isort: skip
+from rpt_lightning.rollout.engines.vllm.engine import VLLMEngine  # isort: skip
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt, QuestionPrompt  # isort: skip
 
 PARTS = (HFEngine, VLLMEngine, JsonlQuestions, HuggingFaceQuestions, ContinuationPrompt, QuestionPrompt)

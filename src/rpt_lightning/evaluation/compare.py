@@ -16,7 +16,7 @@ from statistics import fmean, stdev
 import numpy as np
 from scipy.stats import t as student_t
 
-from rpt_lightning.metrics.results import PositionResult, Results, pair_results
+from rpt_lightning.records.results import PositionResult, Results, pair_results
 
 # Resamples are drawn in blocks of at most this many counts (8 bytes each), which bounds the memory.
 _MAX_COUNTS = 4_000_000

@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rpt_lightning.evaluation.answer_table import (
+from rpt_lightning.evaluation.compare import compare_policies, paired_bootstrap
+from rpt_lightning.evaluation.run import Run, read_runs
+from rpt_lightning.evaluation.run_cost import FLOPS, SECONDS, TOKENS, total
+from rpt_lightning.evaluation.tables.answers import (
     NOTE,
     AnswerStage,
     answer_table,
@@ -16,12 +19,9 @@ from rpt_lightning.evaluation.answer_table import (
     category_table,
     differences,
 )
-from rpt_lightning.evaluation.breakdown import NOT_MEASURED, further_comparisons, sampling_table
-from rpt_lightning.evaluation.compare import compare_policies, paired_bootstrap
-from rpt_lightning.evaluation.cost import FLOPS, SECONDS, TOKENS, total
-from rpt_lightning.evaluation.field_tables import field_tables
-from rpt_lightning.evaluation.run import Run, read_runs
-from rpt_lightning.evaluation.table import (
+from rpt_lightning.evaluation.tables.breakdown import NOT_MEASURED, further_comparisons, sampling_table
+from rpt_lightning.evaluation.tables.fields import field_tables
+from rpt_lightning.evaluation.tables.stages import (
     INTERVAL_NOTE,
     Stage,
     comparison_line,
@@ -30,7 +30,7 @@ from rpt_lightning.evaluation.table import (
     markdown_table,
     stage_table,
 )  # fmt: skip
-from rpt_lightning.metrics.results import Results, pair_results
+from rpt_lightning.records.results import Results, pair_results
 
 COST_NOTE = (
     "Cost up to the validated step. Training before the run (a cold start) and validation are left out. "

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rpt_lightning.evaluation.run import Run
-from rpt_lightning.evaluation.table import Rate
-from rpt_lightning.metrics.results import PositionResult
+from rpt_lightning.evaluation.tables.stages import Rate
+from rpt_lightning.records.results import PositionResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,17 +14,7 @@ from typing import Literal
 
 from lightning.pytorch import Callback
 
-from rpt_lightning.data.datamodule import TokenTaskDataModule
-from rpt_lightning.evaluation.breakdown import (
-    COST_NOTE,
-    cost_table,
-    disjoint_table,
-    further_comparisons,
-    kind_table,
-    length_table,
-    sampling_table,
-)  # fmt: skip
-from rpt_lightning.evaluation.field_tables import field_tables
+from rpt_lightning.data.modules.token_tasks import TokenTaskDataModule
 from rpt_lightning.evaluation.policies import (
     check_new_output,
     check_policies,
@@ -33,29 +23,39 @@ from rpt_lightning.evaluation.policies import (
     policy_source,
 )
 from rpt_lightning.evaluation.run import read_run
-from rpt_lightning.evaluation.table import (
+from rpt_lightning.evaluation.tables.breakdown import (
+    COST_NOTE,
+    cost_table,
+    disjoint_table,
+    further_comparisons,
+    kind_table,
+    length_table,
+    sampling_table,
+)  # fmt: skip
+from rpt_lightning.evaluation.tables.fields import field_tables
+from rpt_lightning.evaluation.tables.stages import (
     INTERVAL_NOTE,
     Stage,
     comparison_lines,
     difficulty_table,
     stage_table,
 )
-from rpt_lightning.metrics.results import Results, read_results
 from rpt_lightning.objectives.base import Objective
 from rpt_lightning.objectives.next_token import NextTokenObjective
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt, PromptTemplate
 from rpt_lightning.objectives.rewards.next_token import PrefixMatchReward
 from rpt_lightning.policy.model import Policy
-from rpt_lightning.rollout.engine import RolloutEngine
-from rpt_lightning.training.monitors import ValidationResults
-from rpt_lightning.training.ntp_module import NTPModule
-from rpt_lightning.training.quiet import quieten_libraries
-from rpt_lightning.training.rollout_callback import RolloutCallback
+from rpt_lightning.records.results import Results, read_results
+from rpt_lightning.rollout.engines.base import RolloutEngine
+from rpt_lightning.training.callbacks.logs import ValidationResults
+from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
+from rpt_lightning.training.library_noise import quieten_libraries
+from rpt_lightning.training.modules.ntp_module import NTPModule
 from rpt_lightning.types import Task
 
 # Imported so that the command line accepts their short names.
-from rpt_lightning.rollout.hf_engine import HFEngine  # isort: skip
-from rpt_lightning.rollout.vllm_engine import VLLMEngine  # isort: skip
+from rpt_lightning.rollout.engines.hf_engine import HFEngine  # isort: skip
+from rpt_lightning.rollout.engines.vllm.engine import VLLMEngine  # isort: skip
 
 PARTS = (HFEngine, VLLMEngine)
 SUMMARY = "summary.md"

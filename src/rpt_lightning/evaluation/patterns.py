@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from rpt_lightning.evaluation.table import Rate
+from rpt_lightning.evaluation.tables.stages import Rate
 from rpt_lightning.metrics.interval import clustered_interval
 
 PATTERNS: dict[str, tuple[str, ...]] = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rpt_lightning.evaluation.run_log import RewardCurve
-from rpt_lightning.evaluation.table import Rate, Stage, above
+from rpt_lightning.evaluation.tables.stages import Rate, Stage, above
 from rpt_lightning.metrics.bands import BANDS
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import Literal
 from lightning.pytorch import Callback, Trainer
 
 from rpt_lightning.evaluation.run import short_names
-from rpt_lightning.training.checkpoint_file import check_about, read_checkpoint
-from rpt_lightning.training.strategy import ShardedStrategy
+from rpt_lightning.training.checkpoint.file import check_about, read_checkpoint
+from rpt_lightning.training.distributed.strategy import ShardedStrategy
 
 
 def policy_names(policies: Sequence[str]) -> list[str]:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rpt_lightning.metrics.question_results import QuestionResults, read_question_results
-from rpt_lightning.metrics.results import Results, read_results
-from rpt_lightning.metrics.rollout_samples import sample_files
-from rpt_lightning.metrics.run_folder import ANSWER_FOLDER, ROLLOUT_FOLDER, STEP_LOG, VALIDATION_FOLDER
-from rpt_lightning.metrics.step_log import read_step_log
+from rpt_lightning.records.question_results import QuestionResults, read_question_results
+from rpt_lightning.records.results import Results, read_results
+from rpt_lightning.records.rollout_samples import sample_files
+from rpt_lightning.records.run_folder import ANSWER_FOLDER, ROLLOUT_FOLDER, STEP_LOG, VALIDATION_FOLDER
+from rpt_lightning.records.step_log import read_step_log
 
 
 @dataclass(frozen=True, kw_only=True)

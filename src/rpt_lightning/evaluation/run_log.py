@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rpt_lightning.metrics.step_log import read_step_log
+from rpt_lightning.records.step_log import read_step_log
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rpt_lightning.evaluation.plots import plot_summary
 from rpt_lightning.evaluation.run_log import RewardCurve, read_rewards
-from rpt_lightning.evaluation.table import (
+from rpt_lightning.evaluation.tables.stages import (
     INTERVAL_NOTE,
     Stage,
     comparison_lines,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rpt_lightning.planning.model_shape import ModelShape
-from rpt_lightning.policy.block_mask import BLOCK
+from rpt_lightning.policy.attention.block_mask import BLOCK
 from rpt_lightning.policy.logprobs import CPU_VOCAB_CHUNK, VOCAB_CHUNK
 
 Strategy = Literal["single", "ddp", "fsdp2"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rpt_lightning.planning.memory import AUTOCAST, FP32, GATHERED_BF16, Precision, Strategy
-from rpt_lightning.policy.block_mask import bucket_length
+from rpt_lightning.policy.attention.block_mask import bucket_length
 
 EngineKind = Literal["vllm", "servers", "transformers", "other"]
 TransportKind = Literal["nccl", "folder"]

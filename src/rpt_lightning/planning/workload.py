@@ -8,9 +8,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from rpt_lightning.data.stream import rank_share
+from rpt_lightning.data.modules.stream import rank_share
 from rpt_lightning.policy.flops import Work, add_works, prompt_work, sampling_work, sequence_work, tree_work
-from rpt_lightning.policy.packing import PackedTree, common_prefix_length, pack
+from rpt_lightning.policy.packing.trees import PackedTree, common_prefix_length, pack
 from rpt_lightning.types import TokenIds, TrainSequence
 
 
@@ -102,7 +102,7 @@ def step_tokens(
 
 
 def masked_pairs(tree: PackedTree) -> int:
-    """Count the pairs of a tree's "masked" calls (policy/segments.py)."""
+    """Count the pairs of a tree's "masked" calls (policy/attention/segments.py)."""
     return sum(call.num_pairs for call in tree.tree_mask().calls if call.kind == "masked")
 
 

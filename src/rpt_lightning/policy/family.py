@@ -22,10 +22,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from rpt_lightning.compat.transformers import attention_name, rope_depends_on_call
-from rpt_lightning.policy.packing import PackedTree, pack
-from rpt_lightning.policy.row_packing import pack_rows
-from rpt_lightning.policy.scoring import score
-from rpt_lightning.policy.tree_attention import NAME
+from rpt_lightning.policy.attention.tree_attention import NAME
+from rpt_lightning.policy.packing.rows import pack_rows
+from rpt_lightning.policy.packing.trees import PackedTree, pack
+from rpt_lightning.policy.tree_scores import score
 from rpt_lightning.types import TrainSequence
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}

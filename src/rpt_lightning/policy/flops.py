@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from rpt_lightning.policy.packing import PackedTree
+    from rpt_lightning.policy.packing.trees import PackedTree
     from rpt_lightning.types import TrainSequence
 
 # Other kinds of layers carry a state. They take few operations a token, which are not counted.

@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from rpt_lightning.compat.transformers import decoder_layers
 from rpt_lightning.policy.family import check_loaded, choose_packing
-from rpt_lightning.policy.packing import PackedTree, pack
-from rpt_lightning.policy.row_packing import pack_rows
-from rpt_lightning.policy.scoring import HeadDtype, head_weight, score
+from rpt_lightning.policy.packing.rows import pack_rows
+from rpt_lightning.policy.packing.trees import PackedTree, pack
+from rpt_lightning.policy.tree_scores import HeadDtype, head_weight, score
 from rpt_lightning.pretrained.text_shape import check_not_quantized, check_sizes
 from rpt_lightning.pretrained.tokenizer import as_in_folder, check_vocabulary, read_tokenizer
 from rpt_lightning.pretrained.weights import load_causal_lm

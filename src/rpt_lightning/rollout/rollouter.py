@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from rpt_lightning.objectives.base import BoundObjective
-from rpt_lightning.rollout.engine import RolloutEngine
+from rpt_lightning.rollout.engines.base import RolloutEngine
 from rpt_lightning.rollout.seeds import request_seed
 from rpt_lightning.types import (
     AnsweredTask,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from rpt_lightning.objectives.base import BoundObjective
 from rpt_lightning.objectives.box import BOX_OPEN, open_box_content
-from rpt_lightning.rollout.engine import RolloutEngine
+from rpt_lightning.rollout.engines.base import RolloutEngine
 from rpt_lightning.rollout.forced_answer import forced_answers
 from rpt_lightning.rollout.rollouter import Rollouter
 from rpt_lightning.types import Completion, RolloutGroup, TokenIds

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from rpt_lightning.data.corpus import CorpusSource
+from rpt_lightning.data.sources.corpus import CorpusSource
 from rpt_lightning.types import Document, Fields, Mark
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from rpt_lightning.evaluation.patterns import PATTERNS
 from rpt_lightning.evaluation.run import Run
-from rpt_lightning.evaluation.table import Rate
+from rpt_lightning.evaluation.tables.stages import Rate
 from sample_results import FIRST, results
 
 

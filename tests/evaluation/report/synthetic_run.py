@@ -7,8 +7,8 @@ import math
 import random
 from pathlib import Path
 
-from rpt_lightning.metrics.results import PositionResult, Results, write_results
-from rpt_lightning.metrics.rollout_samples import RolloutSample, write_samples
+from rpt_lightning.records.results import PositionResult, Results, write_results
+from rpt_lightning.records.rollout_samples import RolloutSample, write_samples
 
 WORDS = [
     "either",

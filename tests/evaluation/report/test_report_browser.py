@@ -13,7 +13,7 @@ import pytest
 from synthetic_run import HOSTILE, samples, write_run
 
 from rpt_lightning.evaluation.report.command import report
-from rpt_lightning.metrics.rollout_samples import read_samples, write_samples
+from rpt_lightning.records.rollout_samples import read_samples, write_samples
 
 pytestmark = pytest.mark.browser
 

@@ -20,8 +20,8 @@ from rpt_lightning.evaluation.report.rollout_data import (
     step_data,
 )
 from rpt_lightning.evaluation.report.tables import difficulty_table, pattern_tables, run_table
-from rpt_lightning.evaluation.table import Rate
-from rpt_lightning.metrics.rollout_samples import RolloutSample
+from rpt_lightning.evaluation.tables.stages import Rate
+from rpt_lightning.records.rollout_samples import RolloutSample
 from sample_results import results
 
 SAMPLE = RolloutSample(

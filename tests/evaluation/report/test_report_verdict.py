@@ -8,7 +8,7 @@ import pytest
 
 from rpt_lightning.evaluation.report.verdict import MIN_DOCUMENTS, MIN_POSITIONS, reward_ends, verdicts
 from rpt_lightning.evaluation.run import Run
-from rpt_lightning.metrics.results import Results
+from rpt_lightning.records.results import Results
 from sample_results import FIRST
 
 

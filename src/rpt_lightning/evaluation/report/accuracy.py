@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rpt_lightning.evaluation.compare import Difference, paired_bootstrap
-from rpt_lightning.evaluation.table import Rate, above
+from rpt_lightning.evaluation.tables.stages import Rate, above
 from rpt_lightning.metrics.bands import BANDS
-from rpt_lightning.metrics.results import PositionResult, Results
+from rpt_lightning.records.results import PositionResult, Results
 
 ALL = "all"
 THRESHOLDS: dict[str, float] = {ALL: float("-inf"), **BANDS}

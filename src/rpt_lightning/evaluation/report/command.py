@@ -12,8 +12,8 @@ from rpt_lightning.evaluation.report.rollout_data import compress_json, spread, 
 from rpt_lightning.evaluation.report.tables import difficulty_table, field_tables, pattern_tables, run_table
 from rpt_lightning.evaluation.report.verdict import verdicts
 from rpt_lightning.evaluation.run import Run, read_runs
-from rpt_lightning.evaluation.table import Rate
-from rpt_lightning.metrics.rollout_samples import read_samples
+from rpt_lightning.evaluation.tables.stages import Rate
+from rpt_lightning.records.rollout_samples import read_samples
 
 PatternsByStep = dict[int, dict[str, Rate]]
 

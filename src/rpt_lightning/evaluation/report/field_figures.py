@@ -15,9 +15,9 @@ from rpt_lightning.evaluation.report.plot import (
     symbol_of,
 )
 from rpt_lightning.evaluation.run import Run
-from rpt_lightning.evaluation.table import Rate
-from rpt_lightning.metrics.field_groups import MAX_VALUES, field_names, field_value, is_numeric, value_labels
-from rpt_lightning.metrics.results import PositionResult
+from rpt_lightning.evaluation.tables.stages import Rate
+from rpt_lightning.records.field_groups import MAX_VALUES, field_names, field_value, is_numeric, value_labels
+from rpt_lightning.records.results import PositionResult
 
 
 def field_curves(runs: Sequence[Run]) -> list[Figure]:

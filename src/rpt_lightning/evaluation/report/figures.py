@@ -32,8 +32,8 @@ from rpt_lightning.evaluation.report.plot import (
     symbol_of,
 )
 from rpt_lightning.evaluation.run import Run
-from rpt_lightning.evaluation.scaling_figure import ScalingCurve, scaling_curves
-from rpt_lightning.evaluation.table import Rate
+from rpt_lightning.evaluation.scaling.figure import ScalingCurve, scaling_curves
+from rpt_lightning.evaluation.tables.stages import Rate
 from rpt_lightning.metrics.bands import BANDS
 
 if TYPE_CHECKING:

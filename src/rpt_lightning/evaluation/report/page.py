@@ -20,7 +20,7 @@ from rpt_lightning.evaluation.report.rollout_data import compress
 from rpt_lightning.evaluation.report.tables import Table
 from rpt_lightning.evaluation.report.verdict import Statement
 from rpt_lightning.evaluation.run import Run
-from rpt_lightning.evaluation.table import INTERVAL_NOTE
+from rpt_lightning.evaluation.tables.stages import INTERVAL_NOTE
 
 # The files become one script element. Each file uses what the earlier ones define.
 _SCRIPTS = ("app.js", "figures.js", "rollout_view.js", "rollouts.js")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rpt_lightning.evaluation.table import Rate
+from rpt_lightning.evaluation.tables.stages import Rate
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

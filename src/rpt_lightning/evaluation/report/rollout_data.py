@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rpt_lightning.metrics.rollout_samples import RolloutSample
+from rpt_lightning.records.rollout_samples import RolloutSample
 
 RIGHT, WRONG, TRUNCATED = 0, 1, 2
 IMPOSSIBLE = 5000  # hundredths of a nat: 0.0 %

@@ -18,9 +18,9 @@ from rpt_lightning.evaluation.report.accuracy import (
 )
 from rpt_lightning.evaluation.report.verdict import points, reward_ends
 from rpt_lightning.evaluation.run import Run
-from rpt_lightning.evaluation.table import Rate, above
-from rpt_lightning.metrics.field_groups import field_groups, field_names
-from rpt_lightning.metrics.results import PositionResult
+from rpt_lightning.evaluation.tables.stages import Rate, above
+from rpt_lightning.records.field_groups import field_groups, field_names
+from rpt_lightning.records.results import PositionResult
 
 NOT_MEASURED = "not measured"
 _ACCURACY_COLUMNS = (

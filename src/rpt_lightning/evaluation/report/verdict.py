@@ -17,8 +17,8 @@ from rpt_lightning.evaluation.report.accuracy import (
     reasoning_minus_ntp,
 )
 from rpt_lightning.evaluation.run import Run
-from rpt_lightning.evaluation.table import Rate
-from rpt_lightning.metrics.results import Results, pair_results
+from rpt_lightning.evaluation.tables.stages import Rate
+from rpt_lightning.records.results import Results, pair_results
 
 Tone = Literal["gain", "loss", "undecided", "unknown"]
 

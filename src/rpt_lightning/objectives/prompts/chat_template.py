@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from rpt_lightning.objectives.prompts.wordings import CONTEXT_SLOT
+from rpt_lightning.objectives.prompts.paper_wordings import CONTEXT_SLOT
 
 # The date that the templates of Llama 3.1 and later write if they are not given one.
 TEMPLATE_DATE = datetime(2024, 7, 26)

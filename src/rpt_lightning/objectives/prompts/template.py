@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from rpt_lightning.objectives.box import BOX_CLOSE, BOX_OPEN
 from rpt_lightning.objectives.prompts.chat_template import ChatTemplate
 from rpt_lightning.objectives.prompts.end_tokens import end_ids
-from rpt_lightning.objectives.prompts.wordings import CONTEXT_SLOT, WORDINGS
+from rpt_lightning.objectives.prompts.paper_wordings import CONTEXT_SLOT, WORDINGS
 from rpt_lightning.pretrained.token_bytes import TokenBytes, start_ids
 from rpt_lightning.types import TokenIds
 

@@ -1,0 +1,1 @@
+"""Lightning data modules: they hand tasks, sequences and held-out tasks to the trainer."""

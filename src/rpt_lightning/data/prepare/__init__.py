@@ -1,0 +1,1 @@
+"""`rpt prepare`: from text to a task folder."""

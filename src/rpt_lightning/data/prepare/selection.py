@@ -1,0 +1,85 @@
+"""Select the positions of a document that become tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rpt_lightning.data.prepare.proxy_scores import DocumentScores
+from rpt_lightning.data.store.item_format import Item
+from rpt_lightning.objectives.base import Objective
+from rpt_lightning.objectives.box import answerable_lengths
+from rpt_lightning.pretrained.token_bytes import TokenBytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionRule:
+    """The conditions that a position must meet to become a task.
+
+    It needs enough entropy (nats; paper, section 3.3), enough context, and a true probability inside the
+    learnability band. An ``objective`` may refuse further positions. A position is answerable if some
+    prediction that ends on a token boundary within ``answer_reach`` tokens survives the box parser. The
+    prompt is not chosen yet, so the box is parsed as if it came after ``</think>``. For a template with
+    another closing marker, the flag is wrong if the truth holds either marker.
+    """
+
+    entropy_threshold: float
+    min_context: int
+    answer_reach: int
+    keep_unanswerable: bool
+    min_true_prob: float = 0.0
+    max_true_prob: float = 1.0
+    objective: Objective | None = None
+
+    def positions(self, scores: DocumentScores, *, is_cut: bool) -> NDArray[np.int32]:
+        """Select the positions of a document that pass, answerable or not. -> [P].
+
+        At the end of a document that ``is_cut`` the true continuation is unknown. A right answer of several
+        tokens would count as wrong there.
+        """
+        kept = scores.entropy > self.entropy_threshold  # [L]; the NaN of position 0 compares as False
+        kept &= (scores.true_prob >= self.min_true_prob) & (scores.true_prob <= self.max_true_prob)
+        kept[: self.min_context] = False
+        if is_cut:
+            kept[max(0, len(kept) - self.answer_reach + 1) :] = False
+        return np.flatnonzero(kept).astype(np.int32)
+
+    def item(
+        self,
+        doc_id: str,
+        token_ids: NDArray[np.int32],
+        scores: DocumentScores,
+        *,
+        is_cut: bool,
+        token_bytes: TokenBytes,
+    ) -> tuple[Item, int]:
+        """Build the stored item (docs/architecture.md).
+
+        Also returns how many of the positions that passed are unanswerable, whether they are kept or not.
+        """
+        positions = self.positions(scores, is_cut=is_cut)
+        pieces = [token_bytes[token] for token in token_ids.tolist()]
+        if self.objective is not None:
+            may_ask = self.objective.may_ask
+            positions = np.array([p for p in positions.tolist() if may_ask(pieces, p)], dtype=np.int32)
+        answerable = np.array(
+            [bool(answerable_lengths(pieces[p : p + self.answer_reach])) for p in positions.tolist()],
+            dtype=np.uint8,
+        )  # [P]
+        num_unanswerable = int((answerable == 0).sum())
+        if not self.keep_unanswerable:
+            positions, answerable = positions[answerable == 1], answerable[answerable == 1]
+        item = {
+            "doc_id": doc_id,
+            "token_ids": token_ids,
+            "positions": positions,
+            "entropy": scores.entropy[positions],
+            "true_prob": scores.true_prob[positions],
+            "true_rank": scores.true_rank[positions],
+            "answerable": answerable,
+            "candidate_ids": scores.candidate_ids[positions],
+            "candidate_probs": scores.candidate_probs[positions],
+        }
+        return item, num_unanswerable

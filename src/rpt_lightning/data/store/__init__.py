@@ -1,0 +1,1 @@
+"""The task folder on disk."""

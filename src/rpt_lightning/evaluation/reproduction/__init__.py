@@ -1,0 +1,1 @@
+"""One seed of the reproduction, and all seeds together."""

@@ -1,0 +1,269 @@
+"""Format a plan as plain text for a terminal with 100 columns."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from rpt_lightning.planning.limits import first_limit
+from rpt_lightning.planning.memory import FP32_BYTES
+from rpt_lightning.planning.plan import MemoryFit, Plan
+from rpt_lightning.training.batch_summary import batch_arithmetic
+
+WIDTH = 98
+_INDENT = "  "
+_GB = 1e9
+_COLUMNS = {"single": "one device", "ddp": "DDP", "fsdp2": "FSDP2"}
+
+
+def report(plan: Plan, *, assumptions: Sequence[str]) -> str:
+    """Format all sections, with the first bottleneck last.
+
+    ``assumptions`` say where the numbers of the step come from.
+    """
+    sections = [
+        ("The step", _arithmetic(plan)),
+        ("Assumed", _bullets(assumptions)),
+        ("Tokens per step", _tokens(plan)),
+        (
+            f"Memory per device, in GB of 10^9 bytes ({plan.device.name}: "
+            f"{plan.device.memory_bytes / _GB:.0f})",
+            _memory(plan),
+        ),
+        ("Operations per step", _flops(plan)),
+        (f"Time per step ({_devices(plan)}, nothing overlaps; an estimate)", _times(plan)),
+        ("The limit", _wrap(first_limit(plan))),
+    ]
+    return "\n\n".join("\n".join([title, *(_INDENT + line for line in lines)]) for title, lines in sections)
+
+
+def _devices(plan: Plan) -> str:
+    if not plan.settings.num_servers:
+        return f"{plan.settings.num_ranks:,} x {plan.device.name}"
+    return f"{plan.settings.num_ranks:,} x {plan.device.name} train, {plan.settings.num_servers:,} generate"
+
+
+def _arithmetic(plan: Plan) -> list[str]:
+    settings, shape = plan.settings, plan.shape
+    text = batch_arithmetic(
+        tasks_per_step=settings.tasks_per_step,
+        positions_per_document=settings.positions_per_document,
+        group_size=settings.group_size,
+        max_completion_tokens=settings.max_completion_tokens,
+        micro_batch_tokens=settings.micro_batch_tokens,
+        optimizer_steps_per_batch=settings.optimizer_steps_per_batch,
+        max_steps=settings.max_steps,
+        world_size=settings.num_ranks,
+    )
+    model = (
+        f"the model: {shape.family}, {shape.num_params:,} parameters, of which {shape.body_params:,} in "
+        f"{shape.num_layers} layers; {'tied' if shape.is_tied else 'untied'} head, "
+        f"vocabulary {shape.vocab_size:,}"
+    )
+    return _bullets([*text.splitlines(), model])
+
+
+def _tokens(plan: Plan) -> list[str]:
+    tokens = plan.tokens
+    rows: list[list[str]] = [["", "tokens", "scored", "pairs"]]
+    for name, part in (
+        ("trained, prefixes shared", tokens.packed),
+        ("trained, each completion alone", tokens.plain),
+    ):
+        rows.append([name, f"{part.tokens:,}", f"{part.scored_tokens:,}", f"{part.pairs:.2e}"])
+    rows.append(
+        [
+            "alone / shared",
+            *(
+                f"{alone / shared:.2f}"
+                for alone, shared in zip(
+                    vars(tokens.plain).values(), vars(tokens.packed).values(), strict=True
+                )
+            ),
+        ]
+    )
+    sampled = tokens.num_completions * tokens.completion_tokens
+    return [
+        *_table(rows),
+        *_bullets(
+            [
+                f"generated: {sampled:,.0f} tokens; prompts read: {tokens.prefill.tokens:,} tokens, or "
+                f"{tokens.prefill_alone.tokens:,} without a prefix cache",
+                f"micro-batches: {tokens.micro_batches:,} on the busiest rank, which trains "
+                f"{tokens.busiest.tokens:,} tokens",
+            ]
+        ),
+    ]
+
+
+def _memory(plan: Plan) -> list[str]:
+    labels = {
+        "weights_bytes": "weights, fp32",
+        "gradients_bytes": "gradients, fp32",
+        "optimizer_bytes": "optimizer",
+        "buckets_bytes": "DDP's buckets",
+        "cast_weights_bytes": "autocast's bf16 copy of the weights",
+        "gathered_bytes": "gathered and being scattered",
+        "activations_bytes": "activations"
+        + (", layers recomputed" if plan.settings.checkpointing else ", all layers kept"),
+        "masks_bytes": "attention masks",
+        "work_bytes": "work of a layer, head or optimizer",
+    }
+    fits = plan.memory
+    rows = [
+        [
+            "",
+            *(
+                _COLUMNS[fit.strategy] + (" *" if fit.strategy == plan.settings.strategy else "  ")
+                for fit in fits
+            ),
+        ]
+    ]
+    rows += [[label, *(_gb(getattr(fit.training, name)) for fit in fits)] for name, label in labels.items()]
+    if not plan.settings.num_servers:
+        rows.append(["engine: weights", *(_gb(fit.engine.weights_bytes) for fit in fits)])
+        rows.append(
+            [
+                "engine: KV cache and workspace",
+                *(_gb(max(0.0, fit.engine.kv_cache_bytes) + fit.engine.workspace_bytes) for fit in fits),
+            ]
+        )
+    rows.append(["context, allocator", *(_gb(fit.overhead_bytes) for fit in fits)])
+    rows.append(
+        [
+            "peak, taking turns" if plan.settings.engine_sleeps else "together",
+            *(_gb(fit.total_bytes) for fit in fits),
+        ]
+    )
+    rows.append(["does it fit?", *(_verdict(fit) for fit in fits)])
+    other = "without" if plan.settings.checkpointing else "with"
+    rows.append([f"{other} activation checkpointing", *(_gb(fit.total_bytes) for fit in plan.memory_other)])
+    rows.append(["does it fit?", *(_verdict(fit) for fit in plan.memory_other)])
+    return [
+        *_table(rows),
+        *_bullets(
+            [
+                "* as configured; with the largest micro-batch, of "
+                f"{plan.settings.largest_micro_batch:,} tokens, after weights, gradients and optimizer exist",
+                f"the engine decodes {plan.concurrent_sequences:,.0f} sequences at a time on a device"
+                if plan.fit.engine_starts
+                else "the engine does not start",
+                *_elsewhere(plan),
+            ]
+        ),
+    ]
+
+
+def _elsewhere(plan: Plan) -> list[str]:
+    """Describe the memory outside the training devices."""
+    lines = []
+    if plan.settings.num_servers:
+        engine = plan.fit.engine
+        lines.append(
+            f"a server holds {engine.weights_bytes / _GB:.2f} GB of weights and "
+            f"{max(0.0, engine.kv_cache_bytes) / _GB:.2f} GB of cached keys and values"
+        )
+    if plan.settings.cpu_offload:
+        offloaded = (
+            (2 * FP32_BYTES + plan.settings.optimizer_bytes_per_param)
+            * plan.shape.num_params
+            / plan.settings.num_ranks
+        )
+        lines.append(
+            f"weights, gradients and optimizer are in host memory: {offloaded / _GB:,.2f} GB per device"
+        )
+    return lines
+
+
+def _verdict(fit: MemoryFit) -> str:
+    return "yes  " if fit.fits else "NO  "
+
+
+def _flops(plan: Plan) -> list[str]:
+    flops = plan.flops
+    total = flops.train_shared_flops + flops.prefill_flops + flops.decode_flops
+    rows = [["", "operations", "of the step"]]
+    for name, value in (
+        ("training, prefixes shared", flops.train_shared_flops),
+        ("generation: prompts", flops.prefill_flops),
+        ("generation: sampled tokens", flops.decode_flops),
+    ):
+        rows.append([name, f"{value:.2e}", f"{value / total:.0%}"])
+    return [
+        *_table(rows),
+        f"training without sharing: {flops.train_plain_flops:.2e}, "
+        f"{flops.train_plain_flops / flops.train_shared_flops:.2f} times as many",
+    ]
+
+
+def _times(plan: Plan) -> list[str]:
+    times = plan.times
+    if not plan.fit.engine_starts:
+        return _wrap(
+            "none: the engine does not start, so there is no decoding to time. Training alone would take "
+            f"{times.train_s:.3g} s."
+        )
+    rows = [["", "seconds", "of the step"]]
+    for name, value in (
+        ("generation: prompts", times.prefill_s),
+        ("generation: decoding", times.decode_s),
+        ("training", times.train_s),
+        ("sync of the weights", times.sync_s),
+        ("together", times.step_s),
+    ):
+        rows.append([name, f"{value:.3g}", f"{value / times.step_s:.0%}"])
+    hours = times.step_s * plan.settings.max_steps / plan.settings.optimizer_steps_per_batch / 3600
+    notes = [
+        f"training computes for {times.train_compute_s:.3g} s and sends for {times.train_network_s:.3g} s at "
+        "the same time"
+        + (
+            f"; {times.offload_s:.3g} s more for transfers and optimizer on the host"
+            if plan.settings.cpu_offload
+            else ""
+        ),
+        f"a training device sends {plan.traffic.train_bytes / _GB:,.0f} GB in a step, and "
+        f"{plan.traffic.gather_bytes / _GB:,.0f} GB for the sync"
+        + (
+            f"; a server receives {plan.traffic.server_bytes / _GB:,.1f} GB"
+            if plan.settings.num_servers
+            else ""
+        ),
+        f"one completion at the limit of {plan.settings.max_completion_tokens:,} tokens decodes for at least "
+        f"{times.longest_decode_s:.3g} s, however many devices there are",
+    ]
+    if plan.settings.num_servers:
+        notes.append(
+            "if the next rollouts were generated while the policy trains, a step would take "
+            f"{times.overlapped_s:.3g} s"
+        )
+    if plan.settings.max_steps > 0:
+        notes.append(
+            f"{plan.settings.max_steps:,} steps: {hours:,.1f} hours, without validation and checkpoints"
+        )
+    return [*_table(rows), *_bullets(notes)]
+
+
+def _gb(size: float) -> str:
+    return "-  " if size == 0 else f"{size / _GB:,.2f}  "
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Align the first column to the left and the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(max(width, 11))
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _bullets(texts: Sequence[str]) -> list[str]:
+    return [line for text in texts for line in _wrap(text, indent=_INDENT)]
+
+
+def _wrap(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(
+        text, WIDTH - len(_INDENT), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )

@@ -1,0 +1,1 @@
+"""Packs sequences into trees or rows."""

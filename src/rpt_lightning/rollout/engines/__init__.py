@@ -1,0 +1,1 @@
+"""Engines: they hold weights and complete prompts."""

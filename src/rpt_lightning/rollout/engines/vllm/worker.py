@@ -1,0 +1,107 @@
+"""Extend a vLLM server's workers (``--worker-extension-cls``), so that a trainer can load and read weights.
+
+The code runs inside the server, in every worker process, and is called by name through POST /collective_rpc.
+Only JSON and safetensors cross the network. The names begin with ``rpt_`` because they become methods of
+vLLM's own worker class.
+"""
+
+from __future__ import annotations
+
+import base64
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from rpt_lightning.compat.vllm.engine import load_in_worker, worker_facts, worker_model
+from rpt_lightning.compat.vllm.layers import expect_experts
+from rpt_lightning.rollout.engines.vllm.weights import read_weights
+from rpt_lightning.rollout.servers.facts import PROTOCOL, architecture
+from rpt_lightning.rollout.sync.checksum import checksum
+from rpt_lightning.rollout.sync.file_names import as_in_files, make_skeleton
+
+_START = secrets.token_hex(8)  # differs for every start of the process
+
+
+class PolicyWeights:
+    """A mixin for vLLM's worker, which has ``vllm_config``, ``get_model`` and ``reload_weights``."""
+
+    rank: int
+    # Label of the weights that someone is loading, and the time (time.monotonic) until which nobody else may.
+    _rpt_loader: tuple[str, float] | None = None
+    _rpt_skeleton: Any = None  # transformers' model without weights, from the first load on
+
+    def rpt_describe(self) -> dict[str, Any]:
+        """Return what a trainer must know before it trusts this server."""
+        from vllm import __version__
+
+        _, config, _ = worker_model(self)
+        return {
+            "protocol": PROTOCOL,
+            "vllm": __version__,
+            "start": _START,
+            **worker_facts(self),
+            "architecture": architecture(config),
+        }
+
+    def rpt_may_load(self, label: str, for_s: float) -> dict[str, bool]:
+        """Return whether the caller is the one of several ranks that loads the weights with this label.
+
+        The permission lasts ``for_s`` seconds, or until ``rpt_loaded``.
+        """
+        now = time.monotonic()
+        if self._rpt_loader is not None and self._rpt_loader[0] == label and now < self._rpt_loader[1]:
+            return {"may_load": False}  # a dictionary, because /collective_rpc turns other types into text
+        self._rpt_loader = (label, now + for_s)
+        return {"may_load": True}
+
+    def rpt_loaded(self) -> None:
+        """End the permission to load, after success or failure."""
+        self._rpt_loader = None
+
+    def rpt_load_folder(self, folder: str) -> dict[str, Any]:
+        """Load every tensor of a folder's safetensors files in place.
+
+        vLLM's own ``reload_weights(weights_path=...)`` refuses a server that was started with dummy weights.
+        It would also read pickles.
+        """
+        files = sorted(Path(folder).glob("*.safetensors"))
+        if not files:
+            raise ValueError(
+                f"{folder} holds no .safetensors file; is it on a disk that "
+                "the server sees under the same path?"
+            )
+        model, config, _ = worker_model(self)
+        expect_experts(model)
+        if self._rpt_skeleton is None:
+            self._rpt_skeleton = make_skeleton(config)
+        load_in_worker(self, as_in_files(_tensors(files), self._rpt_skeleton))
+        return {"num_files": len(files)}
+
+    def rpt_checksums(self, names: list[str]) -> dict[str, str]:
+        """Return ``checksum`` of weights in the engine's dtype, under their Hugging Face names.
+
+        The weights are read one after the other, so only one is held at a time.
+        """
+        return {name: checksum(self._rpt_weight(name)) for name in names}
+
+    def rpt_read(self, names: list[str]) -> dict[str, str]:
+        """Return the weights themselves as one safetensors file in base64."""
+        weights = {name: self._rpt_weight(name) for name in names}
+        return {"safetensors": base64.b64encode(save(weights)).decode()} if self.rank == 0 else {}
+
+    def _rpt_weight(self, name: str) -> Tensor:
+        model, _, dtype = worker_model(self)
+        return read_weights(model, [name], dtype)[name]
+
+
+def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    for file in files:
+        with safe_open(file, framework="pt", device="cpu") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (it is not iterable)
+                yield name, tensors.get_tensor(name)

@@ -1,0 +1,142 @@
+"""The logged metrics of a step's rollouts, over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rpt_lightning.metrics.metric import Reduction
+from rpt_lightning.metrics.registry import registered
+from rpt_lightning.metrics.rollout_stats import STATISTICS, rollout_statistics
+from rpt_lightning.policy.flops import Work, add_works, prompt_work, sampling_work
+from rpt_lightning.rollout.dynamic_sampling import FilledBatch
+from rpt_lightning.training.distributed.ranks import Ranks
+from rpt_lightning.types import PromptTokens
+
+PROMPT_SUMS = ("rollout/prompt_tokens", "rollout/cached_prompt_tokens", "rollout/shareable_prompt_tokens")
+COSTS = ("rollout/tokens", "rollout/prefill_tokens", *PROMPT_SUMS)
+
+
+def rollout_metrics(filled: FilledBatch, *, pilot_size: int | None = None) -> dict[str, float]:
+    """Statistics of everything that one rank rolled out, and its sampled tokens.
+
+    All are zero, which adds nothing, if the step has fewer tasks than ranks.
+    """
+    groups = [*filled.groups, *filled.replaced]
+    metrics = (
+        rollout_statistics(groups, pilot_size=pilot_size) if groups else dict.fromkeys(STATISTICS, 0.0)
+    ) | {
+        "rollout/replaced_groups": float(len(filled.replaced)),
+        "rollout/dead_groups_kept": float(filled.num_dead),
+        "rollout/tokens": float(
+            sum(len(completion.token_ids) for group in groups for completion in group.completions)
+        ),
+    }
+    if pilot_size is not None:
+        metrics["rollout/pilot_filled_frac"] = sum(
+            len(group.completions) > pilot_size for group in groups
+        ) / max(1, len(groups))
+    return metrics
+
+
+def prompt_metrics(filled: FilledBatch, step: PromptTokens | None) -> dict[str, float]:
+    """The prompt tokens that the engine of one data-parallel rank computed in a step.
+
+    If the engine has a prefix cache (``step`` is not None), the tokens that it saved are included.
+    """
+    if step is None:
+        # Without a cache every completion computes its prompt again.
+        groups = [*filled.groups, *filled.replaced]
+        return {
+            "rollout/prefill_tokens": float(
+                sum(len(group.prompt_ids) * len(group.completions) for group in groups)
+            )
+        }
+    return {"rollout/prefill_tokens": float(step.total - step.cached)} | dict(
+        zip(PROMPT_SUMS, map(float, (step.total, step.cached, step.shareable)), strict=True)
+    )
+
+
+def server_metrics(servers: tuple[int, int] | None) -> dict[str, float]:
+    """Usable and lost servers of one rank's engine (`RolloutEngine.servers`)."""
+    return (
+        {}
+        if servers is None
+        else {"run/usable_servers": float(servers[0]), "run/lost_servers": float(servers[1])}
+    )
+
+
+def rollout_work(filled: FilledBatch, *, prefill_tokens: float) -> Work:
+    """Work of one rank's engine for everything that was rolled out.
+
+    Only the number of computed prompt tokens is known (`prompt_metrics`), not which ones they were. Their
+    share of all token pairs is assumed to be the same.
+    """
+    groups = [*filled.groups, *filled.replaced]
+    prompts = add_works(len(group.completions) * prompt_work(len(group.prompt_ids)) for group in groups)
+    sampling = add_works(
+        sampling_work(len(group.prompt_ids), len(completion.token_ids))
+        for group in groups
+        for completion in group.completions
+    )
+    return prefill_tokens / max(1, prompts.tokens) * prompts + sampling
+
+
+def cached_fractions(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Shares of the sums of `prompt_metrics` over all ranks. A share whose denominator is 0 is left out."""
+    total, cached, shareable = (metrics.get(name, 0.0) for name in PROMPT_SUMS)
+    shares = {"rollout/cached_prompt_frac": total, "rollout/cached_shareable_frac": shareable}
+    return {name: cached / tokens for name, tokens in shares.items() if tokens}
+
+
+def throughput(
+    seconds: Mapping[str, float],
+    *,
+    rollout_tokens: float,
+    generation_s: float | None,
+    trained_tokens: float,
+    trained_groups: float,
+) -> dict[str, float]:
+    """What a step did in a second.
+
+    ``generation_s`` is given if the step's rollouts were generated beside the training of other steps.
+    """
+    step_s = seconds["time/step_s"]
+    return {
+        "perf/rollout_tokens_per_s": rollout_tokens / (generation_s or seconds["time/rollout_s"]),
+        "perf/tokens_per_s": (rollout_tokens + trained_tokens) / step_s,
+        "perf/live_groups_per_s": trained_groups / step_s,
+    }
+
+
+def over_ranks(ranks: Ranks, metrics: Mapping[str, float], *, num_groups: int) -> dict[str, float]:
+    """Reduce metrics over all ranks, each as it is registered. A collective.
+
+    Every rank calls it with the same names and its own ``num_groups``. With a single process the metrics are
+    unchanged.
+
+    Raises:
+        ValueError: A metric is not registered.
+    """
+    reductions = {name: registered(name).reduction for name in sorted(metrics)}
+    gathered = torch.tensor(
+        ranks.gather([float(num_groups), *(metrics[name] for name in reductions)]), dtype=torch.float64
+    )  # [ranks, 1 + names]
+    return {
+        name: _reduced(values, reduction, num_groups=gathered[:, 0])
+        for (name, reduction), values in zip(reductions.items(), gathered[:, 1:].unbind(1), strict=True)
+    }
+
+
+def _reduced(values: Tensor, reduction: Reduction, *, num_groups: Tensor) -> float:
+    """Reduce a metric's values on all ranks, [ranks]."""
+    if reduction is Reduction.SUM:
+        return float(values.sum())
+    if reduction is Reduction.MAX:
+        return float(values.max())
+    if reduction is Reduction.MIN:
+        return float(values.min())
+    assert reduction is Reduction.MEAN_OVER_GROUPS, "ranks already agree on this metric"
+    return float((values * num_groups).sum() / num_groups.sum())

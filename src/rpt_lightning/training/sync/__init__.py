@@ -1,0 +1,1 @@
+"""Whether engine and policy agree."""
