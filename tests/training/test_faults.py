@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -272,6 +273,41 @@ def test_a_full_disk(flags, undisturbed, small_disk):
     subprocess.run(["mount", "-o", "remount,size=200m", small_disk], check=True)
     run.finish()
     check_same(run, undisturbed(flags), steps=STEPS)
+
+
+@pytest.mark.parametrize("small_disk", [1], indirect=True)
+def test_a_disk_that_is_full_at_the_start(flags, small_disk):
+    filler = small_disk / "other people's data"
+    with pytest.raises(OSError, match="No space left"):
+        filler.write_bytes(bytes(2_000_000))
+    run = RealRun(small_disk / "run", flags)
+    run.log = small_disk.parent / "run.log"
+    run.start()
+    assert run.status() == 1, run.text()
+    error = [line for line in run.text().splitlines() if line.startswith("rpt: error:")]
+    assert len(error) == 1
+    assert f"trainer.default_root_dir={run.folder}: the run cannot write there" in error[0]
+    assert "Make room or put the folder back" in error[0]
+    assert "Traceback" not in run.text()
+
+
+@pytest.mark.parametrize("what", ["deleted", "moved"])
+def test_a_run_folder_that_goes_away(what, flags, tmp_path):
+    run = RealRun(tmp_path / "run", flags)
+    run.log = tmp_path / "run.log"
+    run.start()
+    assert run.wait_for(lambda: run.step() >= 2)
+    if what == "moved":
+        run.folder.rename(tmp_path / "moved")
+    else:
+        shutil.rmtree(run.folder, ignore_errors=True)
+    assert run.status() == 1, run.text()
+    error = [line for line in run.text().splitlines() if line.startswith("rpt: error:")]
+    assert len(error) == 1, run.text()
+    assert f"trainer.default_root_dir={run.folder}: the run cannot write there" in error[0]
+    assert "Traceback" not in run.text()
+    if what == "moved":  # nothing that was written is lost
+        assert list((tmp_path / "moved" / "checkpoints").glob("step-*.ckpt"))
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_said(flags, undisturbed, tmp_path):

@@ -15,6 +15,7 @@ from rpt_lightning.data.modules.base import StepLoader
 from rpt_lightning.data.modules.batch import TaskBatch
 from rpt_lightning.data.modules.stream import rank_share
 from rpt_lightning.policy.model import Policy
+from rpt_lightning.training.checkpoint.callback import RunCheckpoint
 from rpt_lightning.training.modules.rpt_module import RPTModule, mini_batches_of
 from rpt_lightning.types import Completion, RolloutGroup, SamplingSettings, TokenTask, TrainBatch
 
@@ -313,9 +314,13 @@ def test_non_finite_steps_are_skipped_counted_and_stop_the_run(tiny_model_dir, t
     )
     weights = []
     watch = LambdaCallback(on_train_batch_end=lambda *_: weights.append(flat_weights(module)))
-    trainer = quiet_trainer(tmp_path, 10, [watch], enable_checkpointing=False)
+    trainer = quiet_trainer(tmp_path, 10, [watch, RunCheckpoint(every_n_steps=100)])
     with pytest.raises(RuntimeError, match="3 steps in a row were not finite"):
         trainer.fit(module, OneBatch(GROUPS))
+    # What stops a run at a step saves a checkpoint first, and its weights are finite.
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000006.ckpt"]
+    saved = torch.load(tmp_path / "checkpoints" / "step-000006.ckpt", weights_only=True)
+    assert all(torch.isfinite(value).all() for value in saved["state_dict"].values())
     assert torch.equal(weights[0], weights[1])  # step 2 was skipped: weights and moments are unchanged
     assert not torch.equal(weights[1], weights[2])
     assert len(weights) == 6

@@ -43,7 +43,7 @@ from rpt_lightning.training.checkpoint.callback import (
 )
 from rpt_lightning.training.checkpoint.damage import checkpoint_damage
 from rpt_lightning.training.checkpoint.file import check_about, read_checkpoint
-from rpt_lightning.training.error_file import traceback_kept
+from rpt_lightning.training.error_file import folder_named, traceback_kept
 from rpt_lightning.training.library_noise import quieten_libraries
 from rpt_lightning.training.modules.ntp_module import NTPModule
 from rpt_lightning.training.modules.policy_module import PolicyModule
@@ -223,7 +223,8 @@ class RPTCLI(OpenCLI):
             callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, RunCheckpoint)
         )
         checkpoint.resumes_from = path
-        with traceback_kept(Path(self.trainer.default_root_dir), rank=self.trainer.global_rank):
+        folder = Path(self.trainer.default_root_dir)
+        with folder_named(folder), traceback_kept(folder, rank=self.trainer.global_rank):
             self.trainer.fit(model, ckpt_path=path, weights_only=True, **kwargs)
         # The callback counts on every rank. The step at which a resumed run begins is known only inside fit.
         if checkpoint.start_step in (None, self.trainer.global_step):
