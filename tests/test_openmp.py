@@ -138,7 +138,7 @@ def test_commands_that_only_read_or_show_say_nothing(args: list[str]):
 def test_the_runtime_that_torch_loads_obeys():
     """GNU's runtime shows its settings when it is loaded. Spinning is then off."""
     code = (
-        "import sys, rpt_lightning.cli as cli; "
+        "import sys; from rpt_lightning.cli import command as cli; "
         "cli._run_tool = lambda *args: __import__('torch'); sys.exit(cli.main(['prepare']))"
     )
     shown = run(code, OMP_DISPLAY_ENV="VERBOSE").stderr

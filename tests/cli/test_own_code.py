@@ -47,7 +47,7 @@ def test_an_error_of_another_kind_in_a_library_is_one_line_that_says_where(
     fails_in(tmp_path, monkeypatch, text, installed=True)
     assert cli.main(["compare"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("rpt: error: own_module_for_test failed in main (rpt_lightning/cli.py): ")
+    assert line.startswith("rpt: error: own_module_for_test failed in main (rpt_lightning/cli/command.py): ")
     assert "theirs" in line or "IndexError" in line
     assert "RPT_TRACEBACK=1" in line
 
