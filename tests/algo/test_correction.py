@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rpt_lightning.algo.correction import correction_metrics, truncated_importance_weights
+from rpt_lightning.algo.correction import CorrectionStatistics, truncated_importance_weights
 
 VERL = json.loads((Path(__file__).parent / "goldens/verl.json").read_text())
 OLD = torch.tensor([[4.0, 1.0, 0.5], [1.5, 9.0, 1.0]]).log()
@@ -19,10 +19,10 @@ MASK = torch.tensor([[True, True, True], [True, False, False]])
     [("truncate", [[2.0, 1.0, 0.5], [1.5, 1.0, 1.0]]), ("mask", [[0.0, 1.0, 0.5], [1.5, 1.0, 1.0]])],
 )
 def test_hand_computed(mode, expected: list[list[float]]) -> None:
-    weights, sums = truncated_importance_weights(OLD, torch.zeros(2, 3), MASK, cap=2.0, mode=mode)
+    weights, statistics = truncated_importance_weights(OLD, torch.zeros(2, 3), MASK, cap=2.0, mode=mode)
     torch.testing.assert_close(weights, torch.tensor(expected))
     assert not weights.requires_grad
-    metrics = correction_metrics([sums])
+    metrics = CorrectionStatistics.combined([statistics]).metrics()
     assert metrics["correction/raw_mean"] == pytest.approx(7.0 / 4)
     assert metrics["correction/raw_max"] == pytest.approx(4.0)
     assert metrics["correction/weight_mean"] == pytest.approx((5.0 if mode == "truncate" else 3.0) / 4)
@@ -35,7 +35,7 @@ def test_statistics_of_micro_batches_combine_exactly() -> None:
         truncated_importance_weights(OLD[rows], torch.zeros(1, 3), MASK[rows], cap=1.2)[1]
         for rows in ([0], [1])
     ]
-    assert correction_metrics(parts) == pytest.approx(correction_metrics([whole]))
+    assert CorrectionStatistics.combined(parts).metrics() == pytest.approx(whole.metrics())
 
 
 def test_parity_with_verl() -> None:
@@ -55,11 +55,11 @@ def test_parity_with_verl() -> None:
 
 
 def test_garbage_under_the_mask() -> None:
-    weights, sums = truncated_importance_weights(
+    weights, statistics = truncated_importance_weights(
         torch.tensor([[math.nan, 0.0]]), torch.zeros(1, 2), torch.tensor([[False, True]]), cap=2.0
     )
     assert weights.tolist() == [[1.0, 1.0]]
-    assert correction_metrics([sums])["correction/raw_max"] == 1.0
+    assert statistics.metrics()["correction/raw_max"] == 1.0
 
 
 def test_refused_options() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rpt_lightning.algo.loss import policy_loss, step_metrics
+from rpt_lightning.algo.loss import LossStatistics, policy_loss
 
 GOLDENS = Path(__file__).parent / "goldens"
 TRL, VERL = (json.loads((GOLDENS / f"{name}.json").read_text()) for name in ("trl", "verl"))
@@ -22,18 +22,18 @@ def as_tensor(values: object) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def loss_and_gradient(inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def loss_and_gradient(inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor, LossStatistics]:
     logprobs = inputs["logprobs"].clone().requires_grad_()
     options = {"clip_low": 0.2, "clip_high": 0.2} | options
-    loss, metrics = policy_loss(
+    loss, statistics = policy_loss(
         logprobs, inputs["old_logprobs"], inputs["advantages"], inputs["mask"], **options
     )
     (gradient,) = torch.autograd.grad(loss, logprobs)
-    return loss.detach(), gradient, metrics
+    return loss.detach(), gradient, statistics
 
 
-def check_golden(case: dict[str, Any], inputs: dict[str, Any], **options: Any) -> dict[str, Tensor]:
-    loss, gradient, metrics = loss_and_gradient(
+def check_golden(case: dict[str, Any], inputs: dict[str, Any], **options: Any) -> LossStatistics:
+    loss, gradient, statistics = loss_and_gradient(
         {name: as_tensor(values) for name, values in inputs.items()},
         clip_low=case["clip"][0],
         clip_high=case["clip"][1],
@@ -44,7 +44,7 @@ def check_golden(case: dict[str, Any], inputs: dict[str, Any], **options: Any) -
     assert loss.item() == pytest.approx(case["loss"], abs=2e-8)
     torch.testing.assert_close(gradient, as_tensor(case["gradient"]), rtol=0, atol=2e-8)
     assert gradient.abs().max() > 1e-3
-    return metrics
+    return statistics
 
 
 @pytest.mark.parametrize("case", TRL["losses"], ids=lambda case: case["name"])
@@ -65,10 +65,10 @@ def test_parity_with_verl(case: dict[str, Any]) -> None:
     }[case["mode"]]
     # verl counts the sequences that have a token, and multiplies by the padded length.
     constant = sum(any(row) for row in inputs["mask"]) * len(inputs["mask"][0])
-    metrics = check_golden(
+    statistics = check_golden(
         case, inputs, aggregation=aggregation, normalizer=constant if aggregation == "constant" else None
     )
-    assert step_metrics([metrics])["loss/ratio_clipped_frac"] == pytest.approx(case["clipped_frac"], abs=1e-6)
+    assert statistics.metrics()["loss/ratio_clipped_frac"] == pytest.approx(case["clipped_frac"], abs=1e-6)
 
 
 # Two sequences of one and two tokens, with ratios 2, 1/2 and 1.
@@ -92,14 +92,14 @@ BY_HAND = {
     ],
 )
 def test_hand_computed_loss(aggregation: str, normalizer: float | None, expected: float) -> None:
-    loss, gradient, metrics = loss_and_gradient(BY_HAND, aggregation=aggregation, normalizer=normalizer)
+    loss, gradient, statistics = loss_and_gradient(BY_HAND, aggregation=aggregation, normalizer=normalizer)
     assert loss.item() == pytest.approx(expected, abs=1e-12)
     # Both tokens outside the trust region have no gradient. The token with ratio 1 and advantage -1 pushes
     # its log-prob down.
     assert gradient[0].tolist() == [0.0, 0.0]
     assert gradient[1, 0].item() == 0.0
     assert gradient[1, 1].item() > 0.0
-    combined = step_metrics([metrics])
+    combined = LossStatistics.combined([statistics]).metrics()
     assert combined["loss/ratio_mean"] == pytest.approx(3.5 / 3)
     assert combined["loss/ratio_max"] == pytest.approx(2.0)
     assert combined["loss/ratio_after_clip_mean"] == pytest.approx((1.2 + 0.8 + 1.0) / 3)
@@ -159,12 +159,12 @@ def test_what_is_under_the_mask_never_counts(garbage: float, aggregation: str) -
         dirty[name][0, 1] = garbage
     correction = torch.ones(2, 2, dtype=torch.float64)
     correction[0, 1] = garbage
-    loss, gradient, metrics = loss_and_gradient(
+    loss, gradient, statistics = loss_and_gradient(
         dirty, aggregation=aggregation, normalizer=3, correction=correction
     )
     assert loss == clean[0]
     assert torch.equal(gradient, clean[1])
-    assert metrics == clean[2]
+    assert statistics == clean[2]
 
 
 @settings(max_examples=40, deadline=None)
@@ -189,8 +189,8 @@ def test_micro_batches_add_up(seed: int, aggregation: str, parts: list[int], cor
     correction = normal(8, 5).exp() if corrected else None
     normalizer = 1.0 + float(inputs["mask"].sum())
     options: dict[str, Any] = {"aggregation": aggregation, "normalizer": normalizer}
-    loss, gradient, metrics = loss_and_gradient(inputs, **options, correction=correction)
-    sums: list[dict[str, Tensor]] = []
+    loss, gradient, statistics = loss_and_gradient(inputs, **options, correction=correction)
+    sums: list[LossStatistics] = []
     total, pieces = 0.0, torch.zeros_like(gradient)
     for part in range(4):
         # May be empty, like a rank without sequences.
@@ -205,7 +205,7 @@ def test_micro_batches_add_up(seed: int, aggregation: str, parts: list[int], cor
         sums.append(piece[2])
     assert total == pytest.approx(loss.item(), abs=1e-12)
     torch.testing.assert_close(pieces, gradient, rtol=0, atol=1e-12)
-    assert step_metrics(sums) == pytest.approx(step_metrics([metrics]))
+    assert LossStatistics.combined(sums).metrics() == pytest.approx(statistics.metrics())
 
 
 def test_no_token_at_all_is_zero_and_finite() -> None:

@@ -9,15 +9,47 @@ Sources: Yao et al. 2025, "Your efficient RL framework secretly brings you off-p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rpt_lightning.algo.statistics import add_up
+from rpt_lightning.algo.statistics import Number, Statistics, larger
 
 CorrectionMode = Literal["truncate", "mask"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrectionStatistics(Statistics):
+    """Sums and the maximum of the importance weights of some tokens. Raw weights are those before the cap."""
+
+    raw_sum: Number = 0.0
+    raw_max: Number = 0.0
+    weight_sum: Number = 0.0
+    num_above_cap: Number = 0.0  # tokens
+
+    def __add__(self, other: CorrectionStatistics) -> CorrectionStatistics:
+        return CorrectionStatistics(
+            num_tokens=self.num_tokens + other.num_tokens,
+            raw_sum=self.raw_sum + other.raw_sum,
+            raw_max=larger(self.raw_max, other.raw_max),
+            weight_sum=self.weight_sum + other.weight_sum,
+            num_above_cap=self.num_above_cap + other.num_above_cap,
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Return what is logged.
+
+        These are the mean and maximum of the raw weights, the mean of the weights that were used, and the
+        share of tokens above the cap.
+        """
+        return {
+            "correction/raw_mean": self.per_token(self.raw_sum),
+            "correction/raw_max": float(self.raw_max),
+            "correction/weight_mean": self.per_token(self.weight_sum),
+            "correction/above_cap_frac": self.per_token(self.num_above_cap),
+        }
 
 
 @torch.no_grad()
@@ -28,7 +60,7 @@ def truncated_importance_weights(
     *,
     cap: float,
     mode: CorrectionMode = "truncate",
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, CorrectionStatistics]:
     """Compute ``min(exp(old_logprobs - rollout_logprobs), cap)`` for each token. All tensors are [N, T].
 
     Args:
@@ -39,7 +71,7 @@ def truncated_importance_weights(
         mode: "truncate" gives a token above the cap the weight ``cap``, "mask" gives it the weight 0.
 
     Returns:
-        Detached weights, and statistics for ``correction_metrics``.
+        Detached weights, and their statistics, which combine exactly over micro-batches and ranks.
 
     Raises:
         ValueError: ``cap`` is below 1. It would reduce the weight of tokens on which both sides agree.
@@ -52,27 +84,11 @@ def truncated_importance_weights(
     raw = (old_logprobs - rollout_logprobs).masked_fill(~mask, 0.0).exp()  # [N, T]
     is_above = raw > cap
     weights = raw.clamp(max=cap) if mode == "truncate" else raw.masked_fill(is_above, 0.0)
-    metrics = {
-        "sum_tokens": mask.sum().double(),
-        "sum_raw": raw[mask].double().sum(),
-        "max_raw": raw.masked_fill(~mask, 0.0).double().max() if raw.numel() else raw.new_zeros(()).double(),
-        "sum_weight": weights[mask].double().sum(),
-        "sum_above_cap": (is_above & mask).sum().double(),
-    }
-    return weights, metrics
-
-
-def correction_metrics(parts: Sequence[Mapping[str, Tensor | float]]) -> dict[str, float]:
-    """Combine the statistics of a step's micro-batches and ranks.
-
-    Returns the mean and maximum of the raw weights, the mean of the weights that were used, and the share of
-    tokens above the cap.
-    """
-    total = add_up(parts)
-    num_tokens = max(1.0, total.get("sum_tokens", 0.0))
-    return {
-        "correction/raw_mean": total.get("sum_raw", 0.0) / num_tokens,
-        "correction/raw_max": total.get("max_raw", 0.0),
-        "correction/weight_mean": total.get("sum_weight", 0.0) / num_tokens,
-        "correction/above_cap_frac": total.get("sum_above_cap", 0.0) / num_tokens,
-    }
+    statistics = CorrectionStatistics(
+        num_tokens=mask.sum().double(),
+        raw_sum=raw[mask].double().sum(),
+        raw_max=raw.masked_fill(~mask, 0.0).double().max() if raw.numel() else raw.new_zeros(()).double(),
+        weight_sum=weights[mask].double().sum(),
+        num_above_cap=(is_above & mask).sum().double(),
+    )
+    return weights, statistics

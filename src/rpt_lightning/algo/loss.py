@@ -6,15 +6,51 @@ term is here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rpt_lightning.algo.statistics import add_up
+from rpt_lightning.algo.statistics import Number, Statistics, larger
 
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossStatistics(Statistics):
+    """Sums and the maximum of the ratios of some tokens."""
+
+    ratio_sum: Number = 0.0
+    ratio_max: Number = 0.0
+    clipped_ratio_sum: Number = 0.0
+    num_changed_by_clipping: Number = 0.0  # tokens whose loss is another one than without clipping
+    approx_kl_sum: Number = 0.0  # nats
+
+    def __add__(self, other: LossStatistics) -> LossStatistics:
+        return LossStatistics(
+            num_tokens=self.num_tokens + other.num_tokens,
+            ratio_sum=self.ratio_sum + other.ratio_sum,
+            ratio_max=larger(self.ratio_max, other.ratio_max),
+            clipped_ratio_sum=self.clipped_ratio_sum + other.clipped_ratio_sum,
+            num_changed_by_clipping=self.num_changed_by_clipping + other.num_changed_by_clipping,
+            approx_kl_sum=self.approx_kl_sum + other.approx_kl_sum,
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Return what is logged. Means and fractions are over tokens.
+
+        ``loss/ratio_mean`` and ``loss/ratio_max`` describe the raw ratio. ``loss/ratio_after_clip_mean`` is
+        the mean of the clipped ratio. ``loss/ratio_clipped_frac`` is the share of tokens whose loss was
+        changed by clipping.
+        """
+        return {
+            "loss/ratio_mean": self.per_token(self.ratio_sum),
+            "loss/ratio_max": float(self.ratio_max),
+            "loss/ratio_after_clip_mean": self.per_token(self.clipped_ratio_sum),
+            "loss/ratio_clipped_frac": self.per_token(self.num_changed_by_clipping),
+            "loss/approx_kl": self.per_token(self.approx_kl_sum),
+        }
 
 
 def policy_loss(
@@ -28,7 +64,7 @@ def policy_loss(
     aggregation: Aggregation,
     normalizer: float | None = None,
     correction: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, LossStatistics]:
     """Sum ``-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)`` over the tokens and divide the sum.
 
     The ratio is ``exp(logprobs - old_logprobs)``. ``logprobs``, ``old_logprobs``, ``mask`` (True = the token
@@ -45,8 +81,7 @@ def policy_loss(
     *add up* to those of the step. If it is None, the function counts the tokens in its own tensors, or the
     sequences with at least one token. ``constant`` has no such default.
 
-    Returns the loss and its statistics. Those named ``sum_`` add up exactly over micro-batches and ranks, and
-    those named ``max_`` combine by their maximum. See ``step_metrics``.
+    Returns the loss and its statistics, which combine exactly over micro-batches and ranks.
     """
     if aggregation not in ("token_mean", "sequence_mean", "constant"):
         raise ValueError(f"aggregation={aggregation!r}: choose token_mean, sequence_mean or constant")
@@ -78,37 +113,15 @@ def policy_loss(
     loss = total / (count.clamp(min=1) if normalizer is None else normalizer)
 
     with torch.no_grad():
-        metrics = {
-            "sum_tokens": mask.sum().double(),
-            "sum_ratio": ratio[mask].double().sum(),
-            "max_ratio": ratio.masked_fill(~mask, 0.0).double().max()
+        statistics = LossStatistics(
+            num_tokens=mask.sum().double(),
+            ratio_sum=ratio[mask].double().sum(),
+            ratio_max=ratio.masked_fill(~mask, 0.0).double().max()
             if ratio.numel()
             else ratio.new_zeros(()).double(),
-            "sum_ratio_after_clip": clipped_ratio[mask].double().sum(),
-            "sum_ratio_clipped": (clipped_loss > unclipped_loss)[mask].double().sum(),
+            clipped_ratio_sum=clipped_ratio[mask].double().sum(),
+            num_changed_by_clipping=(clipped_loss > unclipped_loss)[mask].double().sum(),
             # k3 of http://joschu.net/blog/kl-approx.html, a non-negative estimate of KL(old || new).
-            "sum_approx_kl": (ratio - 1.0 - log_ratio)[mask].double().sum(),
-        }
-    return loss, metrics
-
-
-def step_metrics(parts: Sequence[Mapping[str, Tensor | float]]) -> dict[str, float]:
-    """Combine the statistics of a step's micro-batches and ranks. Each must appear once.
-
-    ``loss/ratio_mean`` and ``loss/ratio_max`` describe the raw ratio. ``loss/ratio_after_clip_mean`` is the
-    mean of the clipped ratio. ``loss/ratio_clipped_frac`` is the share of tokens whose loss was changed by
-    clipping. Means and fractions are over tokens.
-    """
-    total = add_up(parts)
-    num_tokens = max(1.0, total.get("sum_tokens", 0.0))
-
-    def mean(name: str) -> float:
-        return total.get(name, 0.0) / num_tokens
-
-    return {
-        "loss/ratio_mean": mean("sum_ratio"),
-        "loss/ratio_max": total.get("max_ratio", 0.0),
-        "loss/ratio_after_clip_mean": mean("sum_ratio_after_clip"),
-        "loss/ratio_clipped_frac": mean("sum_ratio_clipped"),
-        "loss/approx_kl": mean("sum_approx_kl"),
-    }
+            approx_kl_sum=(ratio - 1.0 - log_ratio)[mask].double().sum(),
+        )
+    return loss, statistics

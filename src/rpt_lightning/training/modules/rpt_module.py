@@ -12,9 +12,11 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from rpt_lightning.algo.advantage import group_advantages
-from rpt_lightning.algo.correction import correction_metrics, truncated_importance_weights
-from rpt_lightning.algo.loss import policy_loss, step_metrics
-from rpt_lightning.algo.statistics import add_up
+from rpt_lightning.algo.correction import (
+    CorrectionStatistics,
+    truncated_importance_weights,
+)
+from rpt_lightning.algo.loss import LossStatistics, policy_loss
 from rpt_lightning.data.modules.batch import TaskBatch
 from rpt_lightning.data.modules.stream import rank_share
 from rpt_lightning.policy.model import Policy
@@ -147,8 +149,8 @@ class RPTModule(PolicyModule):
         """One optimizer step."""
         normalizer = self._normalizer(samples, max_tokens=sampling.max_tokens)
         live = _live(samples)
-        loss_parts: list[dict[str, Tensor]] = []
-        correction_parts: list[dict[str, Tensor]] = []
+        loss_parts: list[LossStatistics] = []
+        correction_parts: list[CorrectionStatistics] = []
         entropies: list[Tensor] = []
 
         def micro_batch_loss(tree: PackedTree) -> Tensor:
@@ -162,11 +164,11 @@ class RPTModule(PolicyModule):
             )
             rollout_logprobs = _padded([row.rollout_logprobs for row in rows], like=logprobs)
             mode = "truncate" if self.correction == "none" else self.correction
-            weights, metrics = truncated_importance_weights(
+            weights, correction_part = truncated_importance_weights(
                 old, rollout_logprobs, tree.mask, cap=self.correction_cap, mode=mode
             )
-            correction_parts.append(metrics)
-            loss, metrics = policy_loss(
+            correction_parts.append(correction_part)
+            loss, loss_part = policy_loss(
                 logprobs,
                 old,
                 torch.tensor([row.advantage for row in rows], dtype=logprobs.dtype, device=logprobs.device),
@@ -177,17 +179,17 @@ class RPTModule(PolicyModule):
                 normalizer=normalizer,
                 correction=weights if self.corrects_mismatch else None,
             )
-            loss_parts.append(metrics)
+            loss_parts.append(loss_part)
             entropies.append(tree.unpack(token_entropy.detach())[tree.mask])
             return loss
 
         metrics: dict[str, Tensor | float] = {}
         metrics |= self.optimizer_step_over([sample.sequence for sample in live], micro_batch_loss)
-        # A rank without a live completion has no statistics.
-        of_ranks = self.ranks.gather((add_up(loss_parts), add_up(correction_parts)))
-        metrics |= step_metrics([loss for loss, _ in of_ranks if loss]) | correction_metrics(
-            [correction for _, correction in of_ranks if correction]
+        of_ranks = self.ranks.gather(
+            (LossStatistics.combined(loss_parts), CorrectionStatistics.combined(correction_parts))
         )
+        metrics |= LossStatistics.combined(loss for loss, _ in of_ranks).metrics()
+        metrics |= CorrectionStatistics.combined(correction for _, correction in of_ranks).metrics()
         entropy_sum = self.ranks.sum(sum((part.double().sum() for part in entropies), torch.zeros(())))
         num_tokens = self.ranks.sum(sum(part.numel() for part in entropies))
         metrics |= {
