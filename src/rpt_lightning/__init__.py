@@ -26,6 +26,7 @@ _MODULES = {
     "prepare": "data.prepare",
     "Objective": "objectives.base",
     "NextTokenObjective": "objectives.next_token",
+    "InformationGainObjective": "objectives.information_gain",
     "QuestionObjective": "objectives.question",
     "PromptTemplate": "objectives.prompts.template",
     "ContinuationPrompt": "objectives.prompts.template",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from rpt_lightning.evaluation.run import read_run
     from rpt_lightning.metrics.results import read_results
     from rpt_lightning.objectives.base import Objective
+    from rpt_lightning.objectives.information_gain import InformationGainObjective
     from rpt_lightning.objectives.next_token import NextTokenObjective
     from rpt_lightning.objectives.prompts.template import (
         ChatPrompt,
@@ -90,6 +92,7 @@ __all__ = [
     "DenseReward",
     "FirstTokenReward",
     "HFEngine",
+    "InformationGainObjective",
     "JsonlSource",
     "NTPModule",
     "NextTokenObjective",

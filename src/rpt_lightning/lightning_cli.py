@@ -53,6 +53,7 @@ from rpt_lightning.data.mixed_datamodule import MixedDataModule  # isort: skip
 from rpt_lightning.data.questions import HuggingFaceQuestions, JsonlQuestions  # isort: skip
 from rpt_lightning.data.text_datamodule import TextDataModule  # isort: skip
 from rpt_lightning.data.trace_datamodule import TraceDataModule  # isort: skip
+from rpt_lightning.objectives.information_gain import InformationGainObjective  # isort: skip
 from rpt_lightning.objectives.next_token import NextTokenObjective  # isort: skip
 from rpt_lightning.objectives.question import QuestionObjective  # isort: skip
 from rpt_lightning.rollout.hf_engine import HFEngine  # isort: skip
@@ -75,6 +76,7 @@ PARTS = (
     TraceDataModule,
     MixedDataModule,
     NextTokenObjective,
+    InformationGainObjective,
     QuestionObjective,
     JsonlQuestions,
     HuggingFaceQuestions,
