@@ -26,6 +26,7 @@ _MODULES = {
     "prepare": "data.prepare.command",
     "Objective": "objectives.base",
     "NextTokenObjective": "objectives.next_token",
+    "InformationGainObjective": "objectives.information_gain",
     "QuestionObjective": "objectives.question",
     "PromptTemplate": "objectives.prompts.template",
     "ContinuationPrompt": "objectives.prompts.template",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from rpt_lightning.data.sources.corpus import JsonlSource, ParquetSource, TextFilesSource
     from rpt_lightning.evaluation.run import read_run
     from rpt_lightning.objectives.base import Objective
+    from rpt_lightning.objectives.information_gain import InformationGainObjective
     from rpt_lightning.objectives.next_token import NextTokenObjective
     from rpt_lightning.objectives.prompts.template import (
         ChatPrompt,
@@ -90,6 +92,7 @@ __all__ = [
     "DenseReward",
     "FirstTokenReward",
     "HFEngine",
+    "InformationGainObjective",
     "JsonlSource",
     "NTPModule",
     "NextTokenObjective",

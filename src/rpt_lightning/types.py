@@ -26,7 +26,7 @@ False
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 TokenIds = tuple[int, ...]
@@ -205,7 +205,8 @@ class SamplingSettings:
     ``temperature`` 0 is greedy. ``top_p`` 1, ``top_k`` 0 and ``min_p`` 0 mean "no truncation" (pure
     temperature sampling). ``stop_after_first_box`` ends a completion with the token that completes the first
     box after ``think_close``, the marker that ends the thought. No token is added. If ``think_close`` is
-    None, the thought has no marker, and the first box in the whole text counts.
+    None, the thought has no marker, and the first box in the whole text counts. ``tokens_after_thought`` ends
+    a completion that many tokens after the one that completes ``think_close``. Then boxes do not matter.
 
     >>> SamplingSettings(temperature=0.8, max_tokens=32, stop_token_ids=(2,)).is_truncating
     False
@@ -219,6 +220,12 @@ class SamplingSettings:
     min_p: float = 0.0
     stop_after_first_box: bool = False
     think_close: bytes | None = None
+    tokens_after_thought: int | None = None
+
+    @property
+    def may_end_early(self) -> bool:
+        """Whether a completion may end with a token that is no stop token."""
+        return self.stop_after_first_box or self.tokens_after_thought is not None
 
     @property
     def is_truncating(self) -> bool:
@@ -251,8 +258,8 @@ class Completion:
     does not. ``rollout_logprobs`` are the engine's log-probs (nats) of ``token_ids`` under the distribution
     that was sampled from, that is, after the temperature (at temperature 1 for greedy decoding). All tokens
     are of ``policy_version``, because an engine takes new weights only between completions. ``finish_reason``
-    "length" means truncated by ``max_tokens``. A completion that ended with its first box has "stop", and no
-    stop token.
+    "length" means truncated by ``max_tokens``. A completion that ended early (``may_end_early``) has "stop",
+    and no stop token.
     """
 
     token_ids: TokenIds
@@ -319,7 +326,8 @@ class RolloutGroup:
     """All completions of one task, with their predictions and rewards.
 
     ``truth`` is what the text or the question really says, in pieces. ``masks_truncated`` says that truncated
-    completions are not trained. They cannot make the group live.
+    completions are not trained. They cannot make the group live. ``num_trained`` are the numbers of tokens of
+    each completion that are trained, from its first on. If it is empty, all are.
     """
 
     task: Task
@@ -329,11 +337,25 @@ class RolloutGroup:
     rewards: tuple[float, ...]
     truth: tuple[bytes, ...] = ()
     masks_truncated: bool = False
+    num_trained: tuple[int, ...] = ()
 
     @property
     def trained(self) -> list[tuple[Completion, float]]:
-        """The completions that are trained and compared with each other, with their rewards."""
-        pairs = zip(self.completions, self.rewards, strict=True)
+        """The completions that are trained and compared with each other, with their rewards.
+
+        Each is cut after its last trained token.
+        """
+        completions = self.completions
+        if self.num_trained:
+            completions = tuple(
+                replace(
+                    completion,
+                    token_ids=completion.token_ids[:num],
+                    rollout_logprobs=completion.rollout_logprobs[:num],
+                )
+                for completion, num in zip(completions, self.num_trained, strict=True)
+            )
+        pairs = zip(completions, self.rewards, strict=True)
         return [
             (completion, reward)
             for completion, reward in pairs

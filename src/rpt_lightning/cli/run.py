@@ -51,6 +51,7 @@ from rpt_lightning.training.modules.rpt_module import RPTModule
 from rpt_lightning.training.redact import redact
 
 # Imported so that configs may name them by their short names.
+from rpt_lightning.objectives.information_gain import InformationGainObjective  # isort: skip
 from rpt_lightning.data.modules.answers import AnswerTaskDataModule  # isort: skip
 from rpt_lightning.data.modules.corpus import CorpusDataModule  # isort: skip
 from rpt_lightning.data.modules.token_tasks import TokenTaskDataModule  # isort: skip
@@ -80,6 +81,7 @@ PARTS = (
     TraceDataModule,
     MixedDataModule,
     NextTokenObjective,
+    InformationGainObjective,
     QuestionObjective,
     JsonlQuestions,
     HuggingFaceQuestions,

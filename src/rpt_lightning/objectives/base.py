@@ -16,7 +16,7 @@ from typing import ClassVar, Literal, final
 
 from transformers import PreTrainedTokenizerBase
 
-from rpt_lightning.objectives.box import extract_prediction
+from rpt_lightning.objectives.box import extract_prediction, open_box_content
 from rpt_lightning.objectives.prompts.template import BoundPrompt, ContinuationPrompt, PromptTemplate
 from rpt_lightning.objectives.rewards.check import checked_rewards
 from rpt_lightning.pretrained.token_bytes import TokenBytes, start_ids
@@ -46,6 +46,8 @@ class Objective(ABC):
     """Largest number of tokens from the position on that ``context_ids`` or ``truth`` reads."""
     num_added_tokens: int = 0
     """Largest number of tokens that ``context_ids`` has more than ``task.context_ids``."""
+    tokens_after_thought: int | None = None
+    """A completion ends this many tokens after its thought. None: the policy itself ends it."""
     needs_logprobs: bool = False
     """Whether ``scored_sequences`` asks the policy for log-probs."""
 
@@ -86,6 +88,14 @@ class Objective(ABC):
         """Return the prediction in a finished completion, or None if it is not in the required form."""
         return extract_prediction(text, think_close=think_close)
 
+    def answer_open_ids(self, bound: BoundObjective) -> TokenIds:
+        """Return the tokens between a thought and an answer. By default they close it and open a box."""
+        return bound.prompt.answer_open_ids
+
+    def read_answer(self, text: bytes) -> bytes | None:
+        """Return the prediction in a text that begins after ``answer_open_ids``."""
+        return open_box_content(text)  # what follows the box does not matter
+
     # What counts as right
 
     @abstractmethod
@@ -118,6 +128,10 @@ class Objective(ABC):
         """Return the sequences whose log-probs ``rewards`` needs. They come as ``answered.logprobs``."""
         return ()
 
+    def num_trained(self, completion: Completion, bound: BoundObjective) -> int:
+        """Return how many of a completion's tokens, from its first on, the reward trains. By default all."""
+        return len(completion.token_ids)
+
     @property
     def rewarder(self) -> object:
         """The object whose class an error about a wrong reward names."""
@@ -132,7 +146,7 @@ class Objective(ABC):
         it. By default the answer stands in a box that is already open.
         """
         truth = b"".join(self.truth(task)).decode(errors="replace")
-        prompt_ids = bound.prompt_ids(task) + bound.prompt.answer_prefix_ids(())
+        prompt_ids = bound.prompt_ids(task) + bound.answer_prefix_ids(())
         return TrainSequence(prompt_ids=prompt_ids, target_ids=bound.tokens.encode_plain(truth))
 
     # Checks and counts
@@ -176,6 +190,10 @@ class BoundObjective:
         """Return what the policy reads, with the thought already opened."""
         return self.prompt.prompt_ids(self.objective.context_ids(task, self.tokens))
 
+    def answer_prefix_ids(self, thought_ids: TokenIds) -> TokenIds:
+        """Return the tokens that force a thought when they follow the prompt. The answer comes next."""
+        return tuple(thought_ids) + self.objective.answer_open_ids(self)
+
     @property
     def num_overhead_tokens(self) -> int:
         """Largest number of tokens that a prompt has more than its task's context."""
@@ -207,6 +225,9 @@ class BoundObjective:
 
     def scored_sequences(self, answered: AnsweredTask) -> Sequence[TrainSequence | None]:
         return self.objective.scored_sequences(answered, self)
+
+    def num_trained(self, completion: Completion) -> int:
+        return self.objective.num_trained(completion, self)
 
     def direct_sequence(self, task: Task) -> TrainSequence:
         return self.objective.direct_sequence(task, self)

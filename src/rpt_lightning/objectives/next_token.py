@@ -13,7 +13,38 @@ from rpt_lightning.types import AnsweredTask, RolloutGroup, Task, TrainSequence
 PLACES = "next token"
 
 
-class NextTokenObjective(Objective):
+class AboutNextToken(Objective):
+    """What all objectives about the next token have in common.
+
+    A prediction is right if it is the true continuation up to a token boundary (RPT, equation 3). Without a
+    thought, the policy predicts the next token of the plain context.
+    """
+
+    def __init__(self, prompt: PromptTemplate) -> None:
+        if isinstance(prompt, QuestionPrompt):
+            raise ValueError(
+                f"{type(self).__name__} cannot use QuestionPrompt, which does not ask for the next token; "
+                "give --rollout.objective.prompt ChatPrompt or ContinuationPrompt"
+            )
+        super().__init__(prompt)
+
+    @property
+    def places(self) -> str:
+        return PLACES
+
+    def truth(self, task: Task) -> tuple[bytes, ...]:
+        return token_task(task).continuation
+
+    def is_right(self, prediction: bytes, task: Task) -> bool:
+        return prefix_match(prediction, token_task(task).continuation) == 1.0
+
+    def direct_sequence(self, task: Task, bound: BoundObjective) -> TrainSequence:
+        return TrainSequence(
+            prompt_ids=bound.start_ids + task.context_ids, target_ids=token_task(task).continuation_ids[:1]
+        )
+
+
+class NextTokenObjective(AboutNextToken):
     """Predict how the text continues at an uncertain position.
 
     A prediction is right if it is the true continuation up to a token boundary (equation 3), whatever the
@@ -25,25 +56,10 @@ class NextTokenObjective(Objective):
     """
 
     def __init__(self, prompt: PromptTemplate, reward: Reward) -> None:
-        if isinstance(prompt, QuestionPrompt):
-            raise ValueError(
-                "NextTokenObjective cannot use QuestionPrompt, which does not ask for the next token; "
-                "give the prompt ChatPrompt or ContinuationPrompt"
-            )
-        check_reward(reward)
         super().__init__(prompt)
+        check_reward(reward)
         self.reward = reward
         self.needs_logprobs = reward.needs_logprobs
-
-    @property
-    def places(self) -> str:
-        return PLACES
-
-    def truth(self, task: Task) -> tuple[bytes, ...]:
-        return token_task(task).continuation
-
-    def is_right(self, prediction: bytes, task: Task) -> bool:
-        return prefix_match(prediction, token_task(task).continuation) == 1.0
 
     def rewards(self, answered: AnsweredTask) -> Sequence[float]:
         return self.reward.group_rewards(answered)
@@ -56,11 +72,6 @@ class NextTokenObjective(Objective):
     @property
     def rewarder(self) -> object:
         return self.reward
-
-    def direct_sequence(self, task: Task, bound: BoundObjective) -> TrainSequence:
-        return TrainSequence(
-            prompt_ids=bound.start_ids + task.context_ids, target_ids=token_task(task).continuation_ids[:1]
-        )
 
     def take_metrics(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
         return self.reward.take_metrics(groups)

@@ -1,6 +1,6 @@
 """Answers after a thought that the policy did not write.
 
-The policy continues inside the box, so the thought is the only difference from an ordinary answer.
+The policy continues where its answer stands, so the thought is the only difference from an ordinary answer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rpt_lightning.types import Completion, GenerationRequest, SamplingSettings,
 def forced_answers(
     rollouter: Rollouter, tasks: Sequence[Task], thoughts: Sequence[TokenIds | None], *, max_tokens: int
 ) -> list[Completion | None]:
-    r"""Return what the policy writes, greedily, after each task's given thought and ``\boxed{``.
+    r"""Return what the policy writes, greedily, after each task's given thought and what opens an answer.
 
     The result is None for a task without a thought, and if prompt, thought and answer exceed the engine's
     limit. Like the rollouter's own calls, this is a collective.
@@ -27,7 +27,7 @@ def forced_answers(
     for index, (task, thought) in enumerate(zip(tasks, thoughts, strict=True)):
         if thought is None:
             continue
-        prompt_ids = objective.prompt_ids(task) + objective.prompt.answer_prefix_ids(thought)
+        prompt_ids = objective.prompt_ids(task) + objective.answer_prefix_ids(thought)
         if len(prompt_ids) + max_tokens <= engine.max_model_len:
             requests[index] = GenerationRequest(
                 task_id=task.task_id,

@@ -109,6 +109,7 @@ class Rollouter:
             min_p=self.min_p,
             stop_after_first_box=self.stop_after_first_box,
             think_close=self.objective.prompt.think_close,
+            tokens_after_thought=self.objective.objective.tokens_after_thought,
         )
 
     def rollout(
@@ -204,6 +205,7 @@ class Rollouter:
                 rewards=self.objective.rewards(one),
                 truth=self.objective.truth(one.task),
                 masks_truncated=self.masks_truncated,
+                num_trained=tuple(map(self.objective.num_trained, one.completions)),
             )
             for one in answered
         ]

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rpt_lightning.objectives.base import BoundObjective
-from rpt_lightning.objectives.box import BOX_OPEN, open_box_content
+from rpt_lightning.objectives.box import BOX_OPEN
+from rpt_lightning.objectives.thought import thought_span
 from rpt_lightning.rollout.engines.base import RolloutEngine
 from rpt_lightning.rollout.forced_answer import forced_answers
 from rpt_lightning.rollout.rollouter import Rollouter
@@ -48,14 +49,17 @@ def thought_controls(rollouter: Rollouter, groups: Sequence[RolloutGroup]) -> di
 def _answers(
     rollouter: Rollouter, groups: Sequence[RolloutGroup], thoughts: Sequence[TokenIds | None]
 ) -> list[bool | None]:
+    objective = rollouter.objective.objective
     answers = forced_answers(
-        rollouter, [group.task for group in groups], thoughts, max_tokens=MAX_ANSWER_TOKENS
+        rollouter,
+        [group.task for group in groups],
+        thoughts,
+        max_tokens=objective.tokens_after_thought or MAX_ANSWER_TOKENS,
     )
     right: list[bool | None] = [None] * len(groups)
     for index, completion in enumerate(answers):
         if completion is not None:
-            # Only the box was asked for, so what follows it does not matter.
-            prediction = open_box_content(completion.text_bytes)
+            prediction = objective.read_answer(completion.text_bytes)
             right[index] = rollouter.objective.is_right(prediction, groups[index].task)
     return right
 
@@ -79,17 +83,8 @@ def _donors(groups: Sequence[RolloutGroup]) -> list[int | None]:
 def thought_ids(engine: RolloutEngine, objective: BoundObjective, completion: Completion) -> TokenIds | None:
     """Return the policy's own tokens before the last closing marker, or None if there is none.
 
-    If thoughts have no markers, the last box takes the marker's place. The search is in bytes, because the
-    policy may write the marker with other tokens than the template. A token that overlaps the marker is left
-    out.
+    If thoughts have no markers, the last box takes the marker's place. A token that overlaps the marker is
+    left out.
     """
-    thought_length = completion.text_bytes.rfind(objective.prompt.think_close or BOX_OPEN)
-    if thought_length < 0:
-        return None
-    num_tokens = length = 0
-    for token_id in completion.token_ids:
-        length += len(engine._bytes_of(token_id))
-        if length > thought_length:
-            break
-        num_tokens += 1
-    return completion.token_ids[:num_tokens]
+    span = thought_span(completion, objective.prompt.think_close or BOX_OPEN, engine._bytes_of)
+    return None if span is None else completion.token_ids[: span[0]]

@@ -29,7 +29,8 @@ class BoundPrompt:
     The prompt is ``prefix_ids + context + suffix_ids``. The completion is ``thought + answer_open_ids +
     answer + answer_close_ids``. ``answer_open_ids`` are the closing thought marker and ``\boxed{``.
     ``answer_close_ids`` are the closing brace and the token that ends the turn. ``think_close`` is None if
-    the policy is not asked for a marked thought. ``filler_id`` is a token without meaning, a full stop.
+    the policy is not asked for a marked thought. ``filler_id`` is a token without meaning, a full stop. ``close_ids``
+    are the closing thought marker alone.
     """
 
     prefix_ids: TokenIds
@@ -39,6 +40,7 @@ class BoundPrompt:
     stop_token_ids: TokenIds
     think_close: bytes | None
     filler_id: int
+    close_ids: TokenIds
 
     @property
     def num_overhead_tokens(self) -> int:
@@ -214,6 +216,7 @@ def _bound(
         stop_token_ids=stop_token_ids,
         think_close=None if think_close is None else think_close.encode(),
         filler_id=token_bytes.encode_plain(FILLER)[0],
+        close_ids=_marker_ids(tokenizer, token_bytes, think_close),
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from rpt_lightning.objectives.box import FirstBox
+from rpt_lightning.objectives.thought import num_until_early_end
 from rpt_lightning.pretrained.text_shape import longest_context
 from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.pretrained.tokenizer import as_in_folder, read_tokenizer
@@ -305,13 +305,9 @@ class RolloutEngine(ABC):
         token_ids = sample.token_ids
         stopped = token_ids[-1] in sampling.stop_token_ids
         tokens = [self._bytes_of(token_id) for token_id in (token_ids[:-1] if stopped else token_ids)]
-        if sampling.stop_after_first_box:
-            box = FirstBox(sampling.think_close)
-            num_kept = next(
-                (num for num, token in enumerate(tokens, start=1) if box.completed_by(token)), None
-            )
-            if num_kept is not None:
-                token_ids, tokens, stopped = token_ids[:num_kept], tokens[:num_kept], True
+        num_kept = num_until_early_end(tokens, sampling)
+        if num_kept is not None:
+            token_ids, tokens, stopped = token_ids[:num_kept], tokens[:num_kept], True
         return Completion(
             token_ids=token_ids,
             text_bytes=b"".join(tokens),

@@ -49,7 +49,8 @@ class RPTModule(PolicyModule):
         max_skipped_steps: A step with a non-finite loss or gradient is skipped; the run stops when this many
             are skipped in a row.
         advantage_scale: "std" divides a group's advantages by its standard deviation (GRPO), "none" does not
-            (Dr. GRPO).
+            (Dr. GRPO). "rloo" compares each reward with the mean of the others (RLOO), and "maxrl" divides by
+            the mean reward, which favours hard tasks (MaxRL; only for rewards of at least 0).
         aggregation: How tokens are combined into one loss, always over the step's global counts. "token_mean"
             weights all tokens equally, "sequence_mean" all completions equally, and "constant" divides by
             completions x max_completion_tokens (Dr. GRPO).
@@ -63,6 +64,11 @@ class RPTModule(PolicyModule):
             corrects for differences in the engine's computation. "mask" leaves out tokens above the cap. Raw
             and used weights are logged in any case.
         correction_cap: Upper bound of those weights.
+        correction_level: "token" takes the ratio of each token, "sequence" the geometric mean over the whole
+            completion, for all of its tokens (as GSPO does). Means lie much nearer to 1, so set the cap near
+            1 as well.
+        correction_floor: With "mask", also leave out tokens whose ratio is below this (IcePop: 0.5, with cap
+            5). None: no floor.
         truncated: "zero_reward" trains completions that ran into the token limit with reward 0. "mask" leaves
             them out of the loss and of the baseline. Dynamic sampling and pilots then ignore them too when
             they decide whether a group's rewards differ.
@@ -76,13 +82,15 @@ class RPTModule(PolicyModule):
         micro_batch_tokens: int = 16384,
         gradient_clip: float = 0.2,
         max_skipped_steps: int = 3,
-        advantage_scale: Literal["std", "none"] = "std",
+        advantage_scale: Literal["std", "none", "rloo", "maxrl"] = "std",
         aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean",
         clip_low: float = 0.2,
         clip_high: float = 0.2,
         optimizer_steps_per_batch: int = 1,
         correction: Literal["none", "truncate", "mask"] = "none",
         correction_cap: float = 2.0,
+        correction_level: Literal["token", "sequence"] = "token",
+        correction_floor: float | None = None,
         truncated: Literal["zero_reward", "mask"] = "zero_reward",
     ) -> None:
         super().__init__(
@@ -96,6 +104,12 @@ class RPTModule(PolicyModule):
         if correction_cap < 1.0:
             raise ValueError(
                 f"model.correction_cap={correction_cap}: weights are capped at 1 or above; 2 is a usual value"
+            )
+        if correction_floor is not None and (correction != "mask" or not 0 < correction_floor <= 1):
+            raise ValueError(
+                f"model.correction_floor={correction_floor}, model.correction={correction}: a floor leaves "
+                "out ratios below it, so it is above 0 and at most 1 and needs --model.correction mask; "
+                "null is no floor"
             )
         if not 0 <= clip_low <= 1 or clip_high < 0:
             raise ValueError(
@@ -112,6 +126,8 @@ class RPTModule(PolicyModule):
         self.correction = correction
         self.corrects_mismatch = correction != "none"
         self.correction_cap = correction_cap
+        self.correction_level = correction_level
+        self.correction_floor = correction_floor
         self.masks_truncated = truncated == "mask"
 
     learns_from_rollouts = True
@@ -165,7 +181,13 @@ class RPTModule(PolicyModule):
             rollout_logprobs = _padded([row.rollout_logprobs for row in rows], like=logprobs)
             mode = "truncate" if self.correction == "none" else self.correction
             weights, correction_part = truncated_importance_weights(
-                old, rollout_logprobs, tree.mask, cap=self.correction_cap, mode=mode
+                old,
+                rollout_logprobs,
+                tree.mask,
+                cap=self.correction_cap,
+                mode=mode,
+                level=self.correction_level,
+                floor=self.correction_floor,
             )
             correction_parts.append(correction_part)
             loss, loss_part = policy_loss(

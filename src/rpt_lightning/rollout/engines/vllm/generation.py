@@ -2,7 +2,7 @@
 
 We step the engine ourselves instead of calling ``LLM.generate``, for two reasons. We need the number of
 prompt tokens that came from the prefix cache for *each* completion (vLLM reports it only for the completion
-that ends last). We also need to end a completion at its first box.
+that ends last). We also need to end a completion at its first box, or after its thought.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from rpt_lightning.compat.vllm.engine import rendered_prompt
 from rpt_lightning.objectives.box import FirstBox
+from rpt_lightning.objectives.thought import AfterThought, early_end
 from rpt_lightning.rollout.engines.base import Sample
 from rpt_lightning.types import GenerationRequest, SamplingSettings
 
@@ -21,7 +22,7 @@ from rpt_lightning.types import GenerationRequest, SamplingSettings
 class Drawn:
     """A completion in progress. ``num_cached_tokens`` of its prompt came from the prefix cache."""
 
-    box: FirstBox | None
+    end: FirstBox | AfterThought | None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     num_cached_tokens: int = 0
@@ -44,22 +45,16 @@ def generate(
         engine: An idle vLLM ``LLMEngine``.
         requests: The requests, served in this order as far as there is room. By then, the cache holds what a
             prompt shares with an earlier one.
-        bytes_of: Returns the bytes of a token id, for completions that end with their first box.
+        bytes_of: Returns the bytes of a token id, for completions that may end early.
         before_step: Called before each step of the engine. It may raise.
     """
-    rows = [
-        [
-            Drawn(FirstBox(request.sampling.think_close) if request.sampling.stop_after_first_box else None)
-            for _ in range(request.n)
-        ]
-        for request in requests
-    ]
+    rows = [[Drawn(early_end(request.sampling)) for _ in range(request.n)] for request in requests]
     parts: dict[str, list[Drawn]] = {}
     try:
         for request, row in zip(requests, rows, strict=True):
             # vLLM can end only whole requests, so a completion that may end early needs its own request. vLLM
             # also refuses several greedy completions in one request.
-            is_divided = request.sampling.stop_after_first_box or request.sampling.temperature == 0
+            is_divided = request.sampling.may_end_early or request.sampling.temperature == 0
             size = 1 if is_divided else request.n
             prompt = rendered_prompt(engine, request.prompt_ids)
             for first in range(0, request.n, size):
@@ -86,7 +81,7 @@ def _step(engine: Any, parts: dict[str, list[Drawn]], bytes_of: Callable[[int], 
             for token_id, candidates in zip(part.token_ids, part.logprobs, strict=True):
                 drawn.token_ids.append(token_id)
                 drawn.logprobs.append(candidates[token_id].logprob)
-                if drawn.box is not None and drawn.box.completed_by(bytes_of(token_id)):
+                if drawn.end is not None and drawn.end.completed_by(bytes_of(token_id)):
                     done.append(output.request_id)
     engine.abort_request(done)
 
@@ -108,8 +103,8 @@ def sampling_params(sampling: SamplingSettings, *, seed: int, n: int) -> Any:
         ignore_eos=True,  # only the request's own stop tokens end a completion
         logprobs=0,  # only that of the drawn token
         detokenize=False,
-        # Each completion reports for itself: first its first token, and all others when it ends. If a box may
-        # end it, it reports every token.
+        # Each completion reports for itself: first its first token, and all others when it ends. If it may
+        # end early, it reports every token.
         output_kind=RequestOutputKind.DELTA,
-        stream_interval=1 if sampling.stop_after_first_box else sampling.max_tokens,
+        stream_interval=1 if sampling.may_end_early else sampling.max_tokens,
     )
