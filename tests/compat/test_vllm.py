@@ -234,33 +234,89 @@ def test_the_transfer_of_weights_has_what_we_call() -> None:
     assert list(inspect.signature(trainer_init).parameters)[:1] == ["init_info"]
     check_takes(trainer_init, "client", "source", used_by=weight_transfer.make_sender)
     assert list(inspect.signature(NCCLTrainerWeightTransferEngine.send_weights).parameters) == ["self"]
+    check_source(
+        NCCLTrainerWeightTransferEngine.send_weights,
+        "source = self.source",
+        used_by=weight_transfer.send_weights,
+    )
     assert callable(NCCLTrainerWeightTransferEngine.shutdown)
-    assert [field.name for field in dataclasses.fields(ParamMeta)] == ["name", "dtype", "shape"]
+    needed = [field.name for field in dataclasses.fields(ParamMeta) if field.default is dataclasses.MISSING]
+    assert needed == ["name", "dtype", "shape"], f"ParamMeta now needs {needed}"
 
 
-def test_the_source_declares_what_it_yields_in_the_servers_dtype() -> None:
-    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine
+class Client:
+    """Stands for the servers. It records what they would be told."""
 
-    weights = {"a": torch.ones(2, 3), "lm_head.weight": torch.zeros(3, 4).t()}
-    source = weight_transfer.make_source()
-    for _ in range(2):  # one after the other, like updates
-        source.fill(
-            iter(weights.items()),
-            torch.bfloat16,
-            {name: weight.shape for name, weight in weights.items()},
-            torch.device("cpu"),
-        )
-        metas = (
-            source.metadata
-            if isinstance(inspect.getattr_static(type(source), "metadata"), property)
-            else source.metadata()
-        )
-        # vLLM's own check of the two.
-        sent = dict(NCCLTrainerWeightTransferEngine._checked_iter(source, metas))
-        assert all(
-            torch.equal(sent[name], weights[name].bfloat16()) and sent[name].is_contiguous()
-            for name in weights
-        )
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.calls.append(("init", init_info))
+
+    def start_weight_update(self) -> None:
+        self.calls.append(("start", None))
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.calls.append(("update", update_info))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self.calls.append(("finish", weight_version))
+
+
+def test_vllms_sender_sends_each_update_in_the_servers_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own sender runs, with a group in place of NCCL that keeps what is broadcast."""
+    from vllm.distributed.weight_transfer import nccl_engine
+
+    class Group:
+        def __init__(self) -> None:
+            self.sent: list[torch.Tensor] = []
+
+        def broadcast(self, tensor: torch.Tensor, src: int, stream: Any = None) -> None:
+            assert tensor.is_contiguous()
+            self.sent.append(tensor.clone())
+
+        def destroy(self) -> None:
+            self.sent = []
+
+    group = Group()
+    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: group)
+    monkeypatch.setattr(
+        nccl_engine,
+        "packed_nccl_broadcast_producer",  # it needs CUDA's streams
+        lambda iterator, group, src, post_iter_func, **options: [
+            group.broadcast(post_iter_func(item), src=src) for item in iterator
+        ],
+    )
+    client, device = Client(), torch.device("cpu")
+    shapes = {"a": torch.Size((2, 3)), "lm_head.weight": torch.Size((4, 3))}
+
+    def source_of(value: float, **more: torch.Tensor) -> Any:
+        weights = {"a": torch.full((2, 3), value), "lm_head.weight": torch.full((3, 4), value).t(), **more}
+        return weight_transfer.make_source(iter(weights.items()), torch.bfloat16, shapes, device)
+
+    first = source_of(1.0)
+    sender = weight_transfer.make_sender(
+        client, first, master_address="trainer", master_port=1234, world_size=3
+    )
+    weight_transfer.send_weights(sender, first)
+    weight_transfer.send_weights(sender, source_of(2.0))
+    assert [tensor.dtype for tensor in group.sent] == [torch.bfloat16] * 4
+    assert [tuple(tensor.shape) for tensor in group.sent] == [(2, 3), (4, 3)] * 2
+    assert [tensor.unique().tolist() for tensor in group.sent] == [[1.0], [1.0], [2.0], [2.0]]
+    assert [name for name, _ in client.calls] == ["init", *("start", "update", "finish") * 2]
+    init, update = client.calls[0][1], client.calls[2][1]
+    assert [init["rank_offset"], init["world_size"], init["master_port"]] == [1, 3, 1234]
+    assert update == {
+        "names": ["a", "lm_head.weight"],
+        "dtype_names": ["bfloat16"] * 2,
+        "shapes": [[2, 3], [4, 3]],
+    }
+    # The same from vLLM 0.32 every time. From 0.33 on, the servers remember what has not changed.
+    assert client.calls[5][1] in (update, {"names": [], "dtype_names": [], "shapes": []})
+    with pytest.raises(ValueError, match="more parameters than"):  # vLLM compares both channels
+        weight_transfer.send_weights(sender, source_of(3.0, b=torch.ones(1)))
+    sender.shutdown()
+    assert group.sent == []
 
 
 def test_servers_have_the_paths_that_we_request() -> None:

@@ -47,6 +47,20 @@ class IsLost(ScriptedEngine):
         return super()._generate(requests)
 
 
+class IsLostInUpdate(ScriptedEngine):
+    """Is lost while it gets the weights of a version."""
+
+    def __init__(self, version):
+        super().__init__(SCRIPT)
+        self.lost_at, self.last_version = version, None
+
+    def _update_weights(self, weights, version):
+        self.last_version = version
+        if version == self.lost_at:
+            raise EngineLost("none of the 2 servers could be used")
+        super()._update_weights(weights, version)
+
+
 def make(make_run, folder, engine, *, every_n_steps=100, **options):
     callbacks = [StepLog(), RolloutSamples(every_n_steps=1), ValidationResults(), MissedValidation()]
     trainer, module, data = make_run(
@@ -82,6 +96,10 @@ def check_goes_on(make_run, folder, engine, **options):
 
 def test_the_run_goes_on_bit_for_bit(make_run, tmp_path):
     check_goes_on(make_run, tmp_path, IsLost(3))
+
+
+def test_in_an_update_of_the_weights(make_run, tmp_path):
+    check_goes_on(make_run, tmp_path, IsLostInUpdate(3))
 
 
 def test_in_a_later_round_of_dynamic_sampling(make_run, tmp_path):

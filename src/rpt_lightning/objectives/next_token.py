@@ -24,7 +24,7 @@ class AboutNextToken(Objective):
         if isinstance(prompt, QuestionPrompt):
             raise ValueError(
                 f"{type(self).__name__} cannot use QuestionPrompt, which does not ask for the next token; "
-                "give --rollout.objective.prompt ChatPrompt or ContinuationPrompt"
+                "give the prompt ChatPrompt or ContinuationPrompt"
             )
         super().__init__(prompt)
 

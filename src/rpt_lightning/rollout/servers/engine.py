@@ -20,6 +20,7 @@ servers' weights. If a server returns between two updates, the first rank that c
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
@@ -176,9 +177,14 @@ class VLLMServerEngine(RolloutEngine):
         try:
             self._fleet.run(lambda servers: self._wait(servers, self._reacquaint))
             self.transport.publish(weights, version=version, dtype=self.dtype, shapes=self._weight_shapes)
-        finally:
+        except BaseException:
             # Gathering sharded weights is a collective, so the other ranks continue even after an error here.
-            _exhaust(weights)
+            # A transport that gave up may still hold the iterator in a thread. The first error is the one to
+            # raise.
+            with contextlib.suppress(Exception):
+                _exhaust(weights)
+            raise
+        _exhaust(weights)  # a transport without a server does not read them
         usable = self._fleet.run(
             lambda servers: self._wait(servers, self._weights.bring_in, first_try=self._usable(servers))
         )

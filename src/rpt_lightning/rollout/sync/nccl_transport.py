@@ -1,26 +1,32 @@
 """Weight sync over NCCL, through vLLM's own transfer (``vllm.distributed.weight_transfer``).
 
 One broadcast goes from the trainer's first GPU to all GPUs of all servers. vLLM
-changes this part from release to release, so compat/vllm/weight_transfer.py makes the calls and
-tests/compat/test_vllm.py checks them against the installed version. It has not been tried with real GPUs,
-since we had no machine with one for the trainer and one for a server.
+changes this part from release to release, so compat/vllm/weight_transfer.py makes the calls.
+tests/compat/test_vllm.py checks them against the installed version, and test_vllm_wheels.py against every
+version that pyproject.toml allows. It has not been tried with real GPUs, since we had no machine with one for
+the trainer and one for a server.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import importlib.util
 import socket
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rpt_lightning.compat.vllm.weight_transfer import make_sender, make_source
+from rpt_lightning.compat.vllm.weight_transfer import make_sender, make_source, send_weights
 from rpt_lightning.rollout.engines.base import EngineLost
 from rpt_lightning.rollout.servers.server import Fleet, Server, ServerLost
 from rpt_lightning.rollout.sync.transport import WeightTransport
+
+# After a failed update, wait this long for the thread that sent it to let go of the weights, in seconds.
+_ABORT_S = 60.0
 
 
 class NCCLTransport(WeightTransport):
@@ -40,16 +46,21 @@ class NCCLTransport(WeightTransport):
         self._fleet: Fleet | None = None
         self._members: dict[str, tuple[str, int]] = {}  # url -> id of the server's start, number of GPUs
         self._received: set[str] = set()
-        self._trainer: Any = None
-        self._source: Any = None
+        self._sender: Any = None
 
     def open(self, fleet: Fleet) -> None:
         if not torch.cuda.is_available():
             raise ValueError(
                 "rollout.engine.transport NCCLTransport needs a GPU in the trainer; use SharedFolderTransport"
             )
+        if importlib.util.find_spec("vllm") is None:
+            raise ValueError(
+                "rollout.engine.transport NCCLTransport needs vLLM in the trainer too; install "
+                "rpt-lightning[vllm], or use SharedFolderTransport"
+            )
         self._fleet = fleet
-        self._source = make_source()
+        # If the installed vLLM has another interface, this fails before the first step.
+        make_source((), torch.bfloat16, {}, torch.device("cpu"))
 
     def publish(
         self,
@@ -65,15 +76,20 @@ class NCCLTransport(WeightTransport):
         if not members:  # servers that come later are told to wait for the next update
             return
         device = torch.device("cuda", torch.cuda.current_device())
-        self._source.fill(weights, dtype, shapes, device)
+        source = make_source(weights, dtype, shapes, device)
 
         def send() -> None:
             torch.cuda.set_device(device)  # the current device is a property of the thread
             if members != self._members:
-                self._regroup(members)
-            self._trainer.send_weights()
+                self._regroup(members, source)
+            send_weights(self._sender, source)
 
-        _within(self.timeout_s, send, f"sending the weights of version {version} to {', '.join(members)}")
+        _within(
+            self.timeout_s,
+            send,
+            f"sending the weights of version {version} to {', '.join(members)}",
+            give_up=self.close,
+        )
         self._received = set(members)
 
     def follow(self, version: int) -> None:
@@ -92,11 +108,12 @@ class NCCLTransport(WeightTransport):
         """Do nothing, since nothing is kept."""
 
     def close(self) -> None:
-        if self._trainer is not None:
-            self._trainer.shutdown()
-        self._trainer, self._members, self._received = None, {}, set()
+        """Leave the NCCL group. vLLM aborts it, which also ends a transfer that hangs."""
+        sender, self._sender, self._members, self._received = self._sender, None, {}, set()
+        if sender is not None:
+            sender.shutdown()
 
-    def _regroup(self, members: dict[str, tuple[str, int]]) -> None:
+    def _regroup(self, members: dict[str, tuple[str, int]], source: Any) -> None:
         """Form a new NCCL group after a server came, left or was restarted."""
         assert self._fleet is not None
         self.close()
@@ -105,9 +122,9 @@ class NCCLTransport(WeightTransport):
         )
         client.leave_group()
         # Our other ranks do not join the group. They help to gather the weights as the iterator passes them.
-        self._trainer = make_sender(
+        self._sender = make_sender(
             client,
-            self._source,
+            source,
             master_address=self.master_address or socket.gethostname(),
             master_port=_free_port(),
             world_size=1 + sum(num_gpus for _, num_gpus in members.values()),
@@ -177,8 +194,14 @@ async def _hold_all(servers: list[Server]) -> dict[str, tuple[str, int]]:
     }
 
 
-def _within(limit_s: float, work: Any, what: str) -> None:
+def _within(limit_s: float, work: Callable[[], None], what: str, *, give_up: Callable[[], None]) -> None:
     """Run ``work`` in a thread that does not keep the process alive.
+
+    Args:
+        limit_s: Longest time for ``work``, in seconds.
+        work: What to run.
+        what: What ``work`` does, for the error.
+        give_up: Called if ``work`` failed or took too long. It should let ``work`` end.
 
     Raises:
         EngineLost: ``work`` failed or took too long. The NCCL group is then unusable, and the run ends with a
@@ -195,15 +218,21 @@ def _within(limit_s: float, work: Any, what: str) -> None:
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(limit_s)
-    if thread.is_alive() or errors:
+    is_late, first = thread.is_alive(), next(iter(errors), None)
+    if is_late or first is not None:
         why = (
             f"not done within {limit_s:g} s (transport.timeout_s)"
-            if not errors
-            else f"{type(errors[0]).__name__}: {errors[0]}"
+            if first is None
+            else f"{type(first).__name__}: {first}"
         )
-        raise EngineLost(f"NCCLTransport, {what}: {why}. Resume the run with --ckpt_path last") from (
-            errors[0] if errors else None
-        )
+        with contextlib.suppress(Exception):  # the first error is the one to report
+            give_up()
+        thread.join(_ABORT_S)
+        # vLLM's workers refuse a new group while they wait for the rest of an update.
+        raise EngineLost(
+            f"NCCLTransport, {what}: {why}. The servers may still wait for the rest of this update: start "
+            "them anew (`rpt serve`), then resume the run with --ckpt_path last"
+        ) from first
 
 
 def _free_port() -> int:
