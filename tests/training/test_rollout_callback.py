@@ -20,7 +20,6 @@ from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.objectives.rewards.next_token import ConditionalDenseReward, DenseReward, Reward
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine
 from rpt_lightning.training.monitors import StepLog
-from rpt_lightning.training.prompt_room import longest_context
 from rpt_lightning.training.rollout_callback import RolloutCallback
 from rpt_lightning.types import PromptTokens
 
@@ -392,8 +391,7 @@ def test_prompts_that_cannot_fit_are_found_before_the_first_step(make_run):
 def test_the_longest_context_is_the_last_stored_position(tiny_task_dir):
     folder = TaskFolder(tiny_task_dir, "train")
     last = max(int(folder.document(index)["positions"].max()) for index in range(len(folder)))
-    assert folder.last_position == longest_context(folder) == last
-    assert longest_context(TaskFolder(tiny_task_dir, "train", max_context_tokens=5)) == 5
+    assert folder.last_position == last
 
 
 def test_thought_controls_get_room_where_the_model_has_it(make_run):
@@ -405,5 +403,8 @@ def test_thought_controls_get_room_where_the_model_has_it(make_run):
 
 
 def test_a_factor_below_one_is_refused():
-    with pytest.raises(ValueError, match=r"--rollout.dynamic_sampling_max_factor 0\.5"):
+    with pytest.raises(
+        ValueError,
+        match=r"rollout.dynamic_sampling_max_factor=0\.5: .* --rollout.dynamic_sampling_from_step null",
+    ):
         RolloutCallback(dynamic_sampling_max_factor=0.5)

@@ -14,13 +14,16 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from rpt_lightning.metrics.rollout_stats import STATISTICS, rollout_statistics
+from rpt_lightning.objectives.next_token import NextTokenObjective
+from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.objectives.rewards.next_token import PrefixMatchReward
 from rpt_lightning.policy.flops import Work
 from rpt_lightning.rollout.dynamic_sampling import FilledBatch
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine
+from rpt_lightning.rollout.settings import DynamicSampling
 from rpt_lightning.training.monitors import StepLog
 from rpt_lightning.training.rollout_metrics import over_ranks, rollout_metrics, rollout_work, server_metrics
-from rpt_lightning.training.step_rollouts import StepRoller
+from rpt_lightning.training.rollout_step import StepRoller
 from rpt_lightning.types import Completion, PromptTokens, RolloutGroup, TokenTask
 
 TASK = TokenTask(
@@ -100,10 +103,9 @@ def test_the_engines_of_tensor_parallel_ranks_add_up(read, expected):
     roller = StepRoller(
         engine,
         rollout,
-        reward=PrefixMatchReward(),
+        objective=NextTokenObjective(ContinuationPrompt(), PrefixMatchReward()),
+        dynamic_sampling=DynamicSampling(from_step=None),
         pilot_size=None,
-        dynamic_sampling_from_step=None,
-        dynamic_sampling_max_factor=1.0,
     )
     metrics = roller.roll_out([TASK], lambda wanted: [], max_extra_tasks=0, ranks=OneOfTwoParts()).metrics
     if expected is None:  # each completion's prompt, which all of these ranks know

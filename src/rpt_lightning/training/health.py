@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from rpt_lightning.training.limits import check_number
+from rpt_lightning.limits import check_number
 from rpt_lightning.training.policy_module import PolicyModule
 from rpt_lightning.training.stop import STATUS_UNHEALTHY, StopRun
 

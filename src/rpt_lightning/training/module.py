@@ -17,9 +17,9 @@ from rpt_lightning.algo.loss import policy_loss, step_metrics
 from rpt_lightning.algo.statistics import add_up
 from rpt_lightning.data.batch import TaskBatch
 from rpt_lightning.data.stream import rank_share
+from rpt_lightning.limits import check_number
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.packing import PackedTree
-from rpt_lightning.training.limits import check_number
 from rpt_lightning.training.policy_module import PolicyModule
 from rpt_lightning.training.ranks import Ranks
 from rpt_lightning.types import Completion, RolloutGroup, SamplingSettings, TrainSequence
