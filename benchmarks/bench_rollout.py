@@ -30,6 +30,7 @@ from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.objectives.rewards.next_token import PrefixMatchReward
 from rpt_lightning.rollout.engines.vllm.engine import VLLMEngine
 from rpt_lightning.rollout.rollouter import Rollouter
+from rpt_lightning.rollout.settings import Sampling
 from rpt_lightning.training.cpu_precision import bf16_is_slow
 from rpt_lightning.types import Completion, GenerationRequest, RolloutGroup, TokenTask
 
@@ -91,8 +92,7 @@ class Paths:
             self.objective,
             run_seed=0,
             group_size=self.args.group,
-            temperature=TEMPERATURE,
-            max_tokens=self.args.completion,
+            sampling=Sampling(temperature=TEMPERATURE, max_completion_tokens=self.args.completion),
         )
 
     def _empty_cache(self) -> None:

@@ -14,6 +14,7 @@ from rpt_lightning.rollout.dynamic_sampling import fill_batch
 from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
 from rpt_lightning.rollout.pilot import PilotRollout
 from rpt_lightning.rollout.rollouter import Rollouter, Score
+from rpt_lightning.rollout.settings import Sampling
 from rpt_lightning.types import AnsweredTask, RolloutGroup, TokenTask, TrainSequence
 
 LINES = ["hm</think>\\boxed{ the}", "hm</think>\\boxed{ sum}", "no box", "</think>\\boxed{ a}"]
@@ -50,7 +51,7 @@ def make_rollouter(engine: ScriptedEngine, tiny_tokenizer):
             objective,
             run_seed=1,
             group_size=group_size,
-            max_tokens=32,
+            sampling=Sampling(max_completion_tokens=32),
             score=score,
         )
 
@@ -127,7 +128,12 @@ def test_masked_completions_fill_no_pilot(
         engine.update_weights(model.named_parameters(remove_duplicate=False), version=5)
         objective = NextTokenObjective(ContinuationPrompt(), PaysWhatHasNoAnswer()).bind(tiny_tokenizer)
         rollouter = Rollouter(
-            engine, objective, run_seed=1, group_size=6, max_tokens=32, masks_truncated=masks_truncated
+            engine,
+            objective,
+            run_seed=1,
+            group_size=6,
+            sampling=Sampling(max_completion_tokens=32),
+            masks_truncated=masks_truncated,
         )
         groups = PilotRollout(rollouter, pilot_size=2).rollout(TASKS)
     assert any(len(set(group.rewards[:2])) == 2 for group in groups)  # one of the two is truncated

@@ -15,6 +15,7 @@ from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.objectives.rewards.next_token import DenseReward, PrefixMatchReward, Reward
 from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
 from rpt_lightning.rollout.rollouter import Rollouter
+from rpt_lightning.rollout.settings import Sampling
 from rpt_lightning.types import TokenTask, TrainSequence
 
 LINES = ["hm</think>\\boxed{ the}", "hm</think>\\boxed{ sum}", "no box"]
@@ -47,7 +48,11 @@ def bind(tokenizer, reward: Reward) -> BoundObjective:
 @pytest.fixture
 def rollouter(engine: ScriptedEngine, tiny_tokenizer) -> Rollouter:
     return Rollouter(
-        engine, bind(tiny_tokenizer, PrefixMatchReward()), run_seed=1, group_size=6, max_tokens=32
+        engine,
+        bind(tiny_tokenizer, PrefixMatchReward()),
+        run_seed=1,
+        group_size=6,
+        sampling=Sampling(max_completion_tokens=32),
     )
 
 
@@ -86,7 +91,13 @@ def test_the_engine_sees_a_document_at_a_time_shortest_context_first(
 
 
 def afresh(rollouter: Rollouter) -> Rollouter:
-    return Rollouter(rollouter.engine, rollouter.objective, run_seed=1, group_size=6, max_tokens=32)
+    return Rollouter(
+        rollouter.engine,
+        rollouter.objective,
+        run_seed=1,
+        group_size=6,
+        sampling=Sampling(max_completion_tokens=32),
+    )
 
 
 def test_a_group_depends_on_its_task_alone_and_may_be_drawn_in_parts(rollouter: Rollouter) -> None:
@@ -125,7 +136,9 @@ def test_other_runs_and_versions_draw_other_completions(
     rollouter: Rollouter, engine: ScriptedEngine, tiny_tokenizer
 ) -> None:
     said = [group.predictions for group in rollouter.rollout(TASKS)]
-    other_run = Rollouter(engine, rollouter.objective, run_seed=2, group_size=6, max_tokens=32)
+    other_run = Rollouter(
+        engine, rollouter.objective, run_seed=2, group_size=6, sampling=Sampling(max_completion_tokens=32)
+    )
     assert [group.predictions for group in other_run.rollout(TASKS)] != said
     weights = engine.read_weights(engine.weight_names)
     engine.update_weights(weights.items(), version=6)
@@ -161,14 +174,19 @@ def test_a_prompt_beyond_the_limit_is_an_error_that_names_the_task(
     engine: ScriptedEngine, tiny_tokenizer
 ) -> None:
     limited = Rollouter(
-        engine, bind(tiny_tokenizer, PrefixMatchReward()), run_seed=1, max_tokens=32, max_prompt_tokens=8
+        engine,
+        bind(tiny_tokenizer, PrefixMatchReward()),
+        run_seed=1,
+        sampling=Sampling(max_completion_tokens=32),
+        max_prompt_tokens=8,
     )
     with pytest.raises(ValueError, match=r"task 'b:9'.*max_prompt_tokens=8"):
         limited.rollout(TASKS)
 
 
 @pytest.mark.parametrize(
-    ("setting", "message"), [({"group_size": 1}, "group_size=1"), ({"temperature": 0.0}, "temperature=0.0")]
+    ("setting", "message"),
+    [({"group_size": 1}, "group_size=1"), ({"sampling": Sampling(temperature=0.0)}, "temperature=0.0")],
 )
 def test_settings_that_cannot_teach_are_refused(
     engine: ScriptedEngine, tiny_tokenizer, setting: dict, message: str
@@ -188,7 +206,9 @@ def test_dense_rewards_are_given_the_policys_first_token_probabilities(
         assert {len(sequence.target_ids) for sequence in sequences} == {1}
         return [(math.log(len(sequence.prompt_ids) / 100),) for sequence in sequences]
 
-    rollouter = Rollouter(engine, objective, run_seed=1, group_size=6, max_tokens=32, score=score)
+    rollouter = Rollouter(
+        engine, objective, run_seed=1, group_size=6, sampling=Sampling(max_completion_tokens=32), score=score
+    )
     for group in rollouter.rollout(TASKS):
         worth = {b" the": 1.0, b" sum": pytest.approx(len(group.task.context_ids) / 100), None: 0.0}
         assert group.rewards == tuple(worth[prediction] for prediction in group.predictions)

@@ -22,6 +22,7 @@ from rpt_lightning.rollout.engines.hf_engine import HFEngine
 from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
 from rpt_lightning.rollout.engines.vllm.engine import VLLMEngine
 from rpt_lightning.rollout.rollouter import Rollouter
+from rpt_lightning.rollout.settings import Sampling
 from rpt_lightning.training.callbacks.logs import StepLog
 from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
 from rpt_lightning.training.modules.rpt_module import RPTModule
@@ -42,7 +43,11 @@ class ByHand(Callback):
             self.engine.start(pl_module.policy.path, seed=0, max_model_len=128)
             objective = OBJECTIVE.bind(pl_module.tokenizer)
             self.rollouter = Rollouter(
-                self.engine, objective, run_seed=0, group_size=4, temperature=0.8, max_tokens=32
+                self.engine,
+                objective,
+                run_seed=0,
+                group_size=4,
+                sampling=Sampling(temperature=0.8, max_completion_tokens=32),
             )
         self.engine.update_weights(named_weights(pl_module.policy), version=batch_idx)
         while len(self.rolled_out) <= batch_idx + self.lag:
@@ -310,7 +315,7 @@ def test_what_cannot_be_done_is_said_before_the_first_step(
     with pytest.raises(ValueError, match=message):
         trainer.fit(module, data)
     assert "start" not in engine.events
-    with pytest.raises(ValueError, match=r"--rollout\.max_staleness -1"):
+    with pytest.raises(ValueError, match=r"rollout\.max_staleness=-1: "):
         RolloutCallback(max_staleness=-1)
 
 

@@ -46,9 +46,12 @@ def log(folder):
     return [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def rpt_run(tiny_model_dir, tiny_task_dir, tmp_path_factory):
-    """Two steps by reasoning: (folder, batches, size of the model)."""
+@pytest.fixture(scope="module", params=["cost first", "rollouts first"])
+def rpt_run(request, tiny_model_dir, tiny_task_dir, tmp_path_factory):
+    """Two steps by reasoning: (folder, batches, size of the model).
+
+    The costs do not depend on which of the two callbacks Lightning calls first.
+    """
     folder, listener = tmp_path_factory.mktemp("runs") / "rpt", Listener()
     rollout = RolloutCallback(
         ScriptedEngine(SCRIPT),
@@ -61,7 +64,8 @@ def rpt_run(tiny_model_dir, tiny_task_dir, tmp_path_factory):
     )
     module = RPTModule(Policy(str(tiny_model_dir)), optimizer)
     data = TokenTaskDataModule(str(tiny_task_dir), tasks_per_step=8)
-    quiet_trainer(folder, 2, [StepCost(), rollout, StepLog(), listener]).fit(module, data)
+    first = [StepCost(), rollout] if request.param == "cost first" else [rollout, StepCost()]
+    quiet_trainer(folder, 2, [*first, StepLog(), listener]).fit(module, data)
     return folder, listener.batches, model_size(module.policy.model)
 
 

@@ -119,7 +119,7 @@ def test_a_rank_without_completions_takes_part_in_the_policys_passes(make_run, m
     passes = []
     module.policy.register_forward_hook(lambda *_: passes.append(1))
     monkeypatch.setattr(Ranks, "max", lambda self, number: torch.tensor(2.0))
-    difference = rollout._sync.check_logprobs(trainer, module, (), temperature=1.0)
+    difference = rollout.parts.sync.check_logprobs(trainer, module, (), temperature=1.0)
     assert len(passes) == 2  # as many as the rank that needs most
     assert difference["sync/logprob_diff_max"] == 0
 

@@ -410,5 +410,8 @@ def test_thought_controls_get_room_where_the_model_has_it(make_run):
 
 
 def test_a_factor_below_one_is_refused():
-    with pytest.raises(ValueError, match=r"--rollout.dynamic_sampling_max_factor 0\.5"):
+    with pytest.raises(
+        ValueError,
+        match=r"rollout.dynamic_sampling_max_factor=0\.5: .* --rollout.dynamic_sampling_from_step null",
+    ):
         RolloutCallback(dynamic_sampling_max_factor=0.5)

@@ -20,9 +20,10 @@ from rpt_lightning.objectives.rewards.next_token import PrefixMatchReward
 from rpt_lightning.policy.flops import Work
 from rpt_lightning.rollout.dynamic_sampling import FilledBatch
 from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
+from rpt_lightning.rollout.settings import DynamicSampling
 from rpt_lightning.training.callbacks.logs import StepLog
 from rpt_lightning.training.rollouts.metrics import over_ranks, rollout_metrics, rollout_work, server_metrics
-from rpt_lightning.training.rollouts.step_rollouts import StepRoller
+from rpt_lightning.training.rollouts.step import StepRoller
 from rpt_lightning.types import Completion, PromptTokens, RolloutGroup, TokenTask
 
 TASK = TokenTask(
@@ -103,9 +104,8 @@ def test_the_engines_of_tensor_parallel_ranks_add_up(read, expected):
         engine,
         rollout,
         objective=NextTokenObjective(ContinuationPrompt(), PrefixMatchReward()),
+        dynamic_sampling=DynamicSampling(from_step=None),
         pilot_size=None,
-        dynamic_sampling_from_step=None,
-        dynamic_sampling_max_factor=1.0,
     )
     metrics = roller.roll_out([TASK], lambda wanted: [], max_extra_tasks=0, ranks=OneOfTwoParts()).metrics
     if expected is None:  # each completion's prompt, which all of these ranks know

@@ -195,8 +195,8 @@ class RPTCLI(OpenCLI):
         # In a file or a pipe a bar is clutter. One line a step is printed in any case.
         config["enable_progress_bar"] = config.get("enable_progress_bar") is not False and sys.stdout.isatty()
         bar = [StepProgressBar()] if config["enable_progress_bar"] else []
-        # StepCost comes first, because a step's cost begins before its rollouts. StepLog comes after all
-        # callbacks that log.
+        # StepCost stands before those who read the cost (Budget, MachineStats), StepLog after all who log.
+        # Lightning has no later hook for them that still comes before the checkpoint of the step.
         return super().make_trainer(
             config,
             [

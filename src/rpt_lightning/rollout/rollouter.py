@@ -9,6 +9,7 @@ from dataclasses import replace
 from rpt_lightning.objectives.base import BoundObjective
 from rpt_lightning.rollout.engines.base import RolloutEngine
 from rpt_lightning.rollout.seeds import request_seed
+from rpt_lightning.rollout.settings import Sampling
 from rpt_lightning.types import (
     AnsweredTask,
     Completion,
@@ -33,13 +34,7 @@ class Rollouter:
         run_seed: Seed of the run. Every completion's seed is derived from it, the policy version, the task
             and the completion's index.
         group_size: Completions for each task in training. At least 2, since a group of one has no baseline.
-        temperature: Temperature of training rollouts.
-        max_tokens: Largest number of tokens in a completion.
-        top_p: 1, with ``top_k`` 0 and ``min_p`` 0, is pure temperature sampling.
-        top_k: See ``top_p``.
-        min_p: See ``top_p``.
-        stop_after_first_box: End a completion at its first box. This changes the paper's rule
-            (docs/decisions.md).
+        sampling: How completions are drawn. None: with the defaults.
         max_prompt_tokens: Raise an error for longer prompts. None leaves the limit to the engine.
         masks_truncated: Do not train truncated completions. They are also ignored when the rewards of a group
             are compared.
@@ -56,12 +51,7 @@ class Rollouter:
         *,
         run_seed: int,
         group_size: int = 8,
-        temperature: float = 0.8,
-        max_tokens: int = 1024,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        stop_after_first_box: bool = False,
+        sampling: Sampling | None = None,
         max_prompt_tokens: int | None = None,
         masks_truncated: bool = False,
         score: Score | None = None,
@@ -72,10 +62,11 @@ class Rollouter:
                 f"group_size={group_size}: a group needs at least 2 completions, "
                 "since each is compared with the others"
             )
-        if temperature <= 0:
+        sampling = sampling or Sampling()
+        if sampling.temperature <= 0:
             raise ValueError(
-                f"temperature={temperature}: greedy completions of a group are all the same, so a rollout "
-                "needs a positive temperature"
+                f"rollout.temperature={sampling.temperature}: greedy completions of a group are all the "
+                "same, so a rollout needs a positive temperature"
             )
         if objective.objective.needs_logprobs and score is None:
             raise ValueError(
@@ -85,12 +76,7 @@ class Rollouter:
         self.objective = objective
         self.run_seed = run_seed
         self.group_size = group_size
-        self.temperature = temperature
-        self.max_tokens = max_tokens
-        self.top_p = top_p
-        self.top_k = top_k
-        self.min_p = min_p
-        self.stop_after_first_box = stop_after_first_box
+        self.sampling = sampling
         self.max_prompt_tokens = max_prompt_tokens
         self.masks_truncated = masks_truncated
         self.score = score
@@ -98,16 +84,19 @@ class Rollouter:
         self._num_drawn: Counter[str] = Counter()  # completions of each task drawn with the current version
         self._version: int | None = None
 
-    def sampling(self, *, temperature: float, max_tokens: int) -> SamplingSettings:
-        """Return the settings for drawing completions."""
+    def request_sampling(
+        self, *, temperature: float | None = None, max_tokens: int | None = None
+    ) -> SamplingSettings:
+        """Return what the engine is asked for. None takes the temperature or length of training rollouts."""
+        own = self.sampling
         return SamplingSettings(
-            temperature=temperature,
-            max_tokens=max_tokens,
+            temperature=own.temperature if temperature is None else temperature,
+            max_tokens=own.max_completion_tokens if max_tokens is None else max_tokens,
             stop_token_ids=self.objective.prompt.stop_token_ids,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            stop_after_first_box=self.stop_after_first_box,
+            top_p=own.top_p,
+            top_k=own.top_k,
+            min_p=own.min_p,
+            stop_after_first_box=own.stop_after_first_box,
             think_close=self.objective.prompt.think_close,
             tokens_after_thought=self.objective.objective.tokens_after_thought,
         )
@@ -129,7 +118,7 @@ class Rollouter:
             RuntimeError: A completion does not come from the engine's current weights.
         """
         n = self.group_size if n is None else n
-        temperature = self.temperature if temperature is None else temperature
+        temperature = self.sampling.temperature if temperature is None else temperature
         first_indices = self.reserve(tasks, n) if temperature > 0 else [0] * len(tasks)
         return self.groups(tasks, self.complete(tasks, first_indices, n, temperature=temperature))
 
@@ -159,10 +148,9 @@ class Rollouter:
 
         Raises the errors of ``rollout``.
         """
-        temperature = self.temperature if temperature is None else temperature
-        max_tokens = self.max_tokens if max_tokens is None else max_tokens
+        sampling = self.request_sampling(temperature=temperature, max_tokens=max_tokens)
         requests = [
-            self._request(task, n, temperature, first_index, max_tokens)
+            self._request(task, n, sampling, first_index)
             for task, first_index in zip(tasks, first_indices, strict=True)
         ]
         # Positions of a document are next to each other, shorter contexts first, so each finds the previous
@@ -220,9 +208,7 @@ class Rollouter:
             for one, row in zip(answered, wanted, strict=True)
         ]
 
-    def _request(
-        self, task: Task, n: int, temperature: float, first_index: int, max_tokens: int
-    ) -> GenerationRequest:
+    def _request(self, task: Task, n: int, sampling: SamplingSettings, first_index: int) -> GenerationRequest:
         prompt_ids = self.objective.prompt_ids(task)
         if self.max_prompt_tokens is not None and len(prompt_ids) > self.max_prompt_tokens:
             raise ValueError(
@@ -230,7 +216,6 @@ class Rollouter:
                 f"max_prompt_tokens={self.max_prompt_tokens}; raise the limit or "
                 "cut contexts to it when tasks are made"
             )
-        sampling = self.sampling(temperature=temperature, max_tokens=max_tokens)
         # Without weights, the engine itself refuses to generate.
         version = -1 if self.engine.version is None else self.engine.version
         seed = request_seed(self.run_seed, version, task.task_id, first_index)

@@ -24,6 +24,22 @@ class StepClock:
 
     def __init__(self) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._start_s: float | None = None
+
+    def begin(self) -> None:
+        """Begin the step, unless another callback has begun it already."""
+        if self._start_s is None:
+            self._start_s = time.perf_counter()
+
+    def end(self) -> None:
+        """End the step, if one has begun."""
+        self._start_s = None
+
+    @property
+    def start_s(self) -> float:
+        """When the step began, on the clock of ``time.perf_counter``, in seconds."""
+        assert self._start_s is not None, "no step has begun"
+        return self._start_s
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -23,7 +23,7 @@ from rpt_lightning.training.modules.policy_module import PolicyModule
 class AnswerResults(Callback):
     """Collects and logs the answers of a validation.
 
-    It runs after the rollout callback, which answers the questions of each batch.
+    The rollout callback answers the questions of a batch when it begins. They are read when it ends.
     """
 
     def __init__(self) -> None:
@@ -68,8 +68,8 @@ class AnswerResults(Callback):
             policy_path=pl_module.policy.path,
             step=pl_module.policy_version,
             ckpt_path=pl_module.evaluated_ckpt_path,
-            temperature=rollout.temperature if rollout.eval_samples else 0.0,
-            max_completion_tokens=rollout.max_completion_tokens,
+            temperature=rollout.sampling.temperature if rollout.evaluation.samples else 0.0,
+            max_completion_tokens=rollout.sampling.max_completion_tokens,
             seed=rollout.seed,
         )
         if trainer.is_global_zero:

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from rpt_lightning.compat.lightning import DescribedProgressBar, batch_index
+from rpt_lightning.limits import check_number
 from rpt_lightning.metrics.bands import BANDS
 from rpt_lightning.policy.flops import model_size
 from rpt_lightning.pretrained.token_bytes import TokenBytes
@@ -26,7 +27,6 @@ from rpt_lightning.records.rollout_samples import RolloutSample, samples_of, wri
 from rpt_lightning.records.run_folder import ROLLOUT_FOLDER, STEP_LOG, VALIDATION_FOLDER
 from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
 from rpt_lightning.training.callbacks.step_cost import Budget
-from rpt_lightning.training.limits import check_number
 from rpt_lightning.training.modules.policy_module import PolicyModule
 from rpt_lightning.training.validation.position_records import ntp_accuracy, reasoning_accuracy
 from rpt_lightning.types import RolloutGroup, TrainBatch
@@ -255,7 +255,7 @@ def _sampling_temperature(trainer: Trainer) -> float | None:
         for callback in trainer.callbacks  # type: ignore[attr-defined]
         if isinstance(callback, RolloutCallback)
     )
-    return next((callback.temperature for callback in rollouts if callback.eval_samples), None)
+    return next((callback.sampling.temperature for callback in rollouts if callback.evaluation.samples), None)
 
 
 def validation_text(results: Results) -> str:

@@ -19,7 +19,7 @@ COSTS = {"flops": "cost/flops", "tokens": "cost/tokens", "time": "cost/time_s"}
 
 
 class StepCost(Callback):
-    """Logs each step's cost over all ranks. It runs before the rollout callback, so rollouts are included.
+    """Logs each step's cost over all ranks, rollouts included.
 
     `cost/tokens` is the sum of all tokens through the model, with shared prefixes counted once:
 
@@ -33,26 +33,32 @@ class StepCost(Callback):
     """
 
     def __init__(self) -> None:
-        self._start_s = 0.0
         self._size: ModelSize
         self._before: tuple[Work, ...] = ()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PolicyModule)
         self._size = model_size(pl_module.policy.model)
+        self._before = _works(pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, PolicyModule)
-        self._start_s = time.perf_counter()
-        self._before = _works(pl_module)
+        # The work is not read here: the rollout callback may have done its part of the step already.
+        pl_module.clock.begin()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, PolicyModule)
+        self._before = _works(pl_module)  # a validation is no part of a step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, PolicyModule)
-        step = [work + -1 * before for work, before in zip(_works(pl_module), self._before, strict=True)]
+        works, before = _works(pl_module), self._before
+        step = [work + -1 * earlier for work, earlier in zip(works, before, strict=True)]
+        self._before = works
         counts = torch.tensor(
             [[work.tokens, work.scored_tokens, work.pairs] for work in step], dtype=torch.float64
         )
@@ -72,7 +78,7 @@ class StepCost(Callback):
                 "cost/tokens": generated_tokens + scored.tokens + trained.tokens,
                 "cost/train_flops": trained_flops,
                 "cost/flops": forward_flops(self._size, generated + scored) + trained_flops,
-                "cost/time_s": float(pl_module.ranks.max(time.perf_counter() - self._start_s)),
+                "cost/time_s": float(pl_module.ranks.max(time.perf_counter() - pl_module.clock.start_s)),
             }
         )
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rpt_lightning.compat.lightning import has_trainer
 from rpt_lightning.data.modules.batch import HeldOutBatch
+from rpt_lightning.limits import check_number
 from rpt_lightning.objectives.base import BoundObjective
 from rpt_lightning.objectives.next_token import NextTokenObjective
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt
@@ -36,7 +37,6 @@ from rpt_lightning.training.checkpoint.callback import save_last_step
 from rpt_lightning.training.checkpoint.file import check_about
 from rpt_lightning.training.cpu_precision import bf16_is_slow
 from rpt_lightning.training.distributed.ranks import Ranks
-from rpt_lightning.training.limits import check_number
 from rpt_lightning.training.modules.optimizer_kinds import check_kinds, check_same_kinds, kinds_of
 from rpt_lightning.training.modules.optimizer_settings import apply_settings, settings_of
 from rpt_lightning.training.step_clock import StepClock
@@ -183,6 +183,7 @@ class PolicyModule(LightningModule, ABC):
         return optimizer if scheduler is None else ([optimizer], [scheduler])
 
     def on_train_start(self) -> None:
+        self.clock.end()  # an earlier run of this module may have ended within a step
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
         apply_settings(optimizer, self._given_settings, is_scheduled=self.make_lr_scheduler is not None)
 
@@ -321,6 +322,7 @@ class PolicyModule(LightningModule, ABC):
         here can be resumed.
         """
         self.step_metrics = {}
+        self.clock.end()
         if self.ranks.any(self._not_written is not None):
             save_last_step(self.trainer)
             raise self._not_written or RuntimeError(

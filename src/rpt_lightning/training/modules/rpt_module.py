@@ -19,10 +19,10 @@ from rpt_lightning.algo.correction import (
 from rpt_lightning.algo.loss import LossStatistics, policy_loss
 from rpt_lightning.data.modules.batch import TaskBatch
 from rpt_lightning.data.modules.stream import rank_share
+from rpt_lightning.limits import check_number
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.packing.trees import PackedTree
 from rpt_lightning.training.distributed.ranks import Ranks
-from rpt_lightning.training.limits import check_number
 from rpt_lightning.training.modules.policy_module import PolicyModule
 from rpt_lightning.types import Completion, RolloutGroup, SamplingSettings, TrainSequence
 

@@ -34,14 +34,14 @@ from rpt_lightning.training.distributed.rank_exchange import RankExchange
 from rpt_lightning.training.modules.policy_module import PolicyModule
 from rpt_lightning.training.rollouts.background import Background
 from rpt_lightning.training.rollouts.metrics import COSTS
-from rpt_lightning.training.rollouts.step_rollouts import StepRoller, StepRollouts
+from rpt_lightning.training.rollouts.step import RolloutStep, StepRoller, StepRollouts
 from rpt_lightning.training.sync.engine_sync import EngineSync
 from rpt_lightning.types import Task
 
 STOP_LIMIT_S = 60.0  # an interrupted engine stops at its next token
 
 
-class AsyncRollouts:
+class AsyncRollouts(RolloutStep):
     """Hands each step its rollouts and generates the next ones in the background.
 
     The trainer's thread calls it in the same order on every rank. From construction to ``close`` the task
@@ -75,15 +75,19 @@ class AsyncRollouts:
         self.trainer = trainer
         self.module = module
         self.max_staleness = max_staleness
-        self._temperature = sync.rollouter.temperature
+        self._temperature = sync.rollouter.sampling.temperature
         self._ahead: deque[Future[StepRollouts]] = deque()  # begun but not trained, in step order
         data.trained_up_to(data.stream.place)
         self._background: Background[StepRollouts] = Background(
             "rollouts", device=module.device, at_end=exchange.end
         )
 
-    def next(self) -> StepRollouts:
-        """The rollouts that the current step trains. Raises any error of the background thread."""
+    def next(self, tasks: Sequence[Task]) -> StepRollouts:
+        """Return the rollouts of the current step. Raises any error of the background thread.
+
+        ``tasks`` is empty, because the background thread reads the stream.
+        """
+        assert not tasks
         version, clock = self.module.policy_version, self.module.clock
         if not self._ahead:
             self._begin(first=version, try_on=None)
@@ -91,14 +95,16 @@ class AsyncRollouts:
             rollouts = self._ahead.popleft().result()
         if version - rollouts.policy_version > self.max_staleness:
             rollouts = self._again(rollouts)
-        tasks = [group.task for group in rollouts.filled.groups]
         compared = {}
         if rollouts.policy_version == version:
             with clock.phase("logprob_check"):
                 compared = self.sync.check_logprobs(
                     self.trainer, self.module, rollouts.filled.groups, temperature=self._temperature
                 )
-        compared |= self._begin(first=version + self.module.optimizer_steps_per_batch, try_on=tasks)
+        compared |= self._begin(
+            first=version + self.module.optimizer_steps_per_batch,
+            try_on=[group.task for group in rollouts.filled.groups],
+        )
         assert rollouts.place is not None
         self.data.trained_up_to(rollouts.place)
         own = {
@@ -109,17 +115,11 @@ class AsyncRollouts:
         return dataclasses.replace(rollouts, metrics=compared | own | rollouts.metrics)
 
     def drain(self) -> None:
-        """Wait until no rank generates. Until ``next`` is called the trainer's thread may use the engine."""
         for batch in self._ahead:
             batch.result()
         self.module.ranks.any(False)  # waits until the other ranks are done as well
 
     def close(self) -> bool:
-        """Cancel generation for steps that will not come, and release the engine. May be called twice.
-
-        Returns:
-            False if the engine does not stop.
-        """
         self.roller.engine.interrupt()
         has_stopped = self._background.close(limit_s=STOP_LIMIT_S)
         if not has_stopped:
@@ -190,7 +190,9 @@ class AsyncRollouts:
     def _roll_out_next(self, version: int) -> StepRollouts:
         batch = self.data.next_batch()
         assert isinstance(batch, TaskBatch)
-        extra = self.roller.max_extra_tasks(step=version, tasks_per_step=self.data.items_per_step)
+        extra = self.roller.dynamic_sampling.max_extra_tasks(
+            step=version, tasks_per_step=self.data.items_per_step
+        )
         return dataclasses.replace(
             self._roll_out(batch.tasks, max_extra_tasks=extra), place=self.data.stream.place
         )

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from rpt_lightning.policy.weights import named_weights
 from rpt_lightning.rollout.rollouter import Rollouter
+from rpt_lightning.rollout.settings import EngineCheck
 from rpt_lightning.training.modules.policy_module import PolicyModule
 from rpt_lightning.training.sync.closer_look import CloserLook, folder_contradiction
 from rpt_lightning.training.sync.logprob_diff import LogprobDiff, exceeded, has_heavy_tail, logprob_limits
@@ -44,8 +45,7 @@ class EngineSync:
         rollouter: Holds the engine.
         seed: Run seed.
         max_model_len: Tokens of prompt and completion together.
-        verify_sequences: Completions whose log-probs are compared; 0: none.
-        logprob_tolerance: Factor on the limits of the dtypes.
+        check: How log-probs are compared.
     """
 
     def __init__(
@@ -54,15 +54,13 @@ class EngineSync:
         *,
         seed: int,
         max_model_len: int,
-        verify_sequences: int,
-        logprob_tolerance: float,
+        check: EngineCheck,
     ) -> None:
         self.rollouter = rollouter
         self.engine = rollouter.engine
         self.seed = seed
         self.max_model_len = max_model_len
-        self.verify_sequences = verify_sequences
-        self.logprob_tolerance = logprob_tolerance
+        self.check = check
         self._num_weight_checks = 0
         self._num_closer_looks = 0
         self._has_warned_of_tail = False
@@ -111,12 +109,18 @@ class EngineSync:
 
         Used when the trained completions come from earlier weights.
         """
-        tasks = tasks[: self.verify_sequences]
+        tasks = tasks[: self.check.verify_sequences]
         completions = self.rollouter.complete(
-            tasks, [0] * len(tasks), 1, max_tokens=min(TRIAL_TOKENS, self.rollouter.max_tokens)
+            tasks,
+            [0] * len(tasks),
+            1,
+            max_tokens=min(TRIAL_TOKENS, self.rollouter.sampling.max_completion_tokens),
         )
         return self.check_logprobs(
-            trainer, module, self.rollouter.groups(tasks, completions), temperature=self.rollouter.temperature
+            trainer,
+            module,
+            self.rollouter.groups(tasks, completions),
+            temperature=self.rollouter.sampling.temperature,
         )
 
     @torch.no_grad()
@@ -128,13 +132,13 @@ class EngineSync:
         The completions must come from the current weights. If the two disagree, more of the completions are
         scored, also by transformers itself (closer_look.py), before SyncError is raised.
         """
-        if self.verify_sequences == 0:
+        if self.check.verify_sequences == 0:
             return {}
         version = module.policy_version
-        few = drawn_completions(groups, self.verify_sequences, seed=(self.seed, version))
+        few = drawn_completions(groups, self.check.verify_sequences, seed=(self.seed, version))
         scored, policy_dtype = score_samples(trainer, module, few, temperature=temperature)
         difference = self._difference(scored, version)
-        limits = logprob_limits(self.engine.dtype, policy_dtype).times(self.logprob_tolerance)
+        limits = logprob_limits(self.engine.dtype, policy_dtype).times(self.check.logprob_tolerance)
         if module.ranks.any(difference is not None and bool(exceeded(difference, limits))):
             self._look_closer(trainer, module, groups, temperature=temperature)
         elif difference is not None and has_heavy_tail(difference, limits) and not self._has_warned_of_tail:
@@ -170,10 +174,10 @@ class EngineSync:
         """Raise SyncError unless more tokens, at higher precision, show that all is well. A collective."""
         self._num_closer_looks += 1
         more = drawn_completions(
-            groups, CLOSER_LOOK * self.verify_sequences, seed=(self.seed, module.policy_version)
+            groups, CLOSER_LOOK * self.check.verify_sequences, seed=(self.seed, module.policy_version)
         )
         look = CloserLook.at(trainer, module, more, temperature=temperature, seed=self.seed)
-        found = look.error(module, engine_dtype=self.engine.dtype, tolerance=self.logprob_tolerance)
+        found = look.error(module, engine_dtype=self.engine.dtype, tolerance=self.check.logprob_tolerance)
         self._end_together(module, found)
         rank_zero_warn(
             f"version {module.policy_version}: log-probs of engine and policy seemed to differ too much. "

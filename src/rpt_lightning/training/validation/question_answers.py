@@ -37,7 +37,7 @@ def answer_questions(
     )
     direct: Sequence[Completion | None] = [None] * len(tasks)
     if directly:
-        max_tokens = min(DIRECT_TOKENS, rollouter.max_tokens)
+        max_tokens = min(DIRECT_TOKENS, rollouter.sampling.max_completion_tokens)
         direct = forced_answers(rollouter, tasks, [()] * len(tasks), max_tokens=max_tokens)
     groups, results = [], []
     for task, completions, answer in zip(tasks, rows, direct, strict=True):

@@ -1,0 +1,127 @@
+"""Settings of rollouts in groups. Each group is declared here alone and checks its own numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rpt_lightning.limits import check_number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How completions are drawn.
+
+    Args:
+        temperature: Sampling temperature of training rollouts. Evaluation is greedy.
+        top_p: Below 1 the sampler truncates, which makes importance ratios biased.
+        top_k: Above 0 the sampler truncates.
+        min_p: Above 0 the sampler truncates.
+        max_completion_tokens: Longest completion.
+        stop_after_first_box: End a completion with the token that completes its first box after the thought,
+            instead of at the policy's own end. This changes the paper's rule (docs/decisions.md), for
+            validation too.
+    """
+
+    temperature: float = 0.8
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_completion_tokens: int = 8192
+    stop_after_first_box: bool = False
+
+    def __post_init__(self) -> None:
+        check_number("rollout.temperature", self.temperature, least=0)
+        check_number("rollout.top_p", self.top_p, above=0, most=1)
+        check_number("rollout.top_k", self.top_k, least=0)
+        check_number("rollout.min_p", self.min_p, least=0, below=1)
+        check_number("rollout.max_completion_tokens", self.max_completion_tokens, least=1)
+
+    @property
+    def truncation(self) -> str:
+        """The settings that may truncate the distribution, in words for messages."""
+        return f"rollout.top_p={self.top_p}, top_k={self.top_k}, min_p={self.min_p}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicSampling:
+    """When zero-variance groups are replaced by groups of new tasks (DAPO, arXiv:2503.14476).
+
+    Args:
+        from_step: From this step on, groups whose rewards are all equal are replaced by new tasks (the paper:
+            500). None: never.
+        max_factor: Most tasks that are rolled out in all, as a multiple of the step's tasks. Groups with
+            equal rewards that remain are then kept.
+    """
+
+    from_step: int | None = 500
+    max_factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        check_number(
+            "rollout.dynamic_sampling_from_step",
+            self.from_step,
+            least=0,
+            hint=", or null for no dynamic sampling",
+        )
+        check_number(
+            "rollout.dynamic_sampling_max_factor",
+            self.max_factor,
+            least=1,
+            hint=" (1: only the step's own tasks); to turn dynamic sampling off set "
+            "--rollout.dynamic_sampling_from_step null",
+        )
+
+    def max_extra_tasks(self, *, step: int, tasks_per_step: int) -> int:
+        """Return the most tasks that may be drawn beyond a step's own, over all ranks.
+
+        >>> DynamicSampling(from_step=3, max_factor=2.5).max_extra_tasks(step=3, tasks_per_step=8)
+        12
+        """
+        if self.from_step is None or step < self.from_step:
+            return 0
+        return int((self.max_factor - 1) * tasks_per_step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineCheck:
+    """How the engine's log-probs are compared with the policy's after each sync.
+
+    Args:
+        verify_sequences: Fresh completions whose log-probs are compared with the policy's after each sync; 0
+            turns the comparison off. If they seem to disagree, 16 times as many are compared, also with
+            transformers' own log-probs, before the run ends.
+        logprob_tolerance: Factor on the limits of that comparison. The limits are those of the coarser dtype
+            of engine and policy.
+    """
+
+    verify_sequences: int = 4
+    logprob_tolerance: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number(
+            "rollout.verify_sequences", self.verify_sequences, least=0, hint="; 0 compares no log-probs"
+        )
+        check_number(
+            "rollout.logprob_tolerance",
+            self.logprob_tolerance,
+            above=0,
+            hint=", a factor on limits; verify_sequences 0 turns them off",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What a validation asks the policy besides one greedy answer.
+
+    Args:
+        samples: Further completions of each validation position, at ``sampling.temperature``, for avg@k and
+            pass@k; 0 draws none. A held-out question is answered this many times instead of once greedily.
+        thought_controls: Also answer each validation position after an empty thought, a shuffled one and
+            filler of equal length, and each held-out question without a thought.
+    """
+
+    samples: int = 0
+    thought_controls: bool = False
+
+    def __post_init__(self) -> None:
+        check_number("rollout.eval_samples", self.samples, least=0, hint="; 0 draws none")
