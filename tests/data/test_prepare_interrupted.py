@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from folder_contents import Prepare, items, stored
 
-from rpt_lightning.data.prepare.command import scored_parts
+from rpt_lightning.data.prepare import scored_parts
 from rpt_lightning.data.prepare.proxy_scores import ProxyScorer
 
 SCRIPT = """

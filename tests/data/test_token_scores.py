@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rpt_lightning.data.prepare.command import token_scores
+from rpt_lightning.data.prepare import token_scores
 from rpt_lightning.data.prepare.token_scores import largest, ranks, score_logits
 
 

@@ -75,7 +75,7 @@ def test_engine_that_is_not_the_policy_stops_the_run(make_run, tmp_path, engine_
 @pytest.mark.parametrize("truncation", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}])
 def test_log_probs_of_a_truncating_sampler_are_not_compared(make_run, truncation, monkeypatch):
     said = []
-    monkeypatch.setattr("rpt_lightning.training.callbacks.rollout_callback.rank_zero_info", said.append)
+    monkeypatch.setattr("rpt_lightning.training.rollouts.parts.rank_zero_info", said.append)
     watch, _, _, error = run(make_run, 2, WrongLogprobs(SCRIPT), rollout_options=truncation)
     assert error is None
     assert len(watch.batches) == 2
