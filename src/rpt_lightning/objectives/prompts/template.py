@@ -29,8 +29,8 @@ class BoundPrompt:
     The prompt is ``prefix_ids + context + suffix_ids``. The completion is ``thought + answer_open_ids +
     answer + answer_close_ids``. ``answer_open_ids`` are the closing thought marker and ``\boxed{``.
     ``answer_close_ids`` are the closing brace and the token that ends the turn. ``think_close`` is None if
-    the policy is not asked for a marked thought. ``filler_id`` is a token without meaning, a full stop. ``close_ids``
-    are the closing thought marker alone.
+    the policy is not asked for a marked thought. ``filler_id`` is a token without meaning, a full stop.
+    ``close_ids`` are the closing thought marker alone.
     """
 
     prefix_ids: TokenIds
