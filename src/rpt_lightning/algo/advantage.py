@@ -4,7 +4,8 @@
 
 - "std": ``(r_i - mean) / (std + eps)``. GRPO, arXiv:2402.03300, section 4.1.2.
 - "none": ``r_i - mean``. Dr. GRPO, arXiv:2503.20783.
-- "rloo": ``G / (G - 1) (r_i - mean)``, which is ``r_i`` minus the mean of the others. RLOO, arXiv:2402.14740.
+- "rloo": ``G / (G - 1) (r_i - mean)``, which is ``r_i`` minus the mean of the others. RLOO,
+  arXiv:2402.14740.
 - "maxrl": ``(r_i - mean) / mean``, and 0 if the mean is 0. For rewards of at least 0. MaxRL,
   arXiv:2602.02710.
 
@@ -45,8 +46,8 @@ def group_advantages(rewards: Tensor, *, scale: AdvantageScale = "std", eps: flo
     if scale == "maxrl" and (exact < 0).any():
         raise ValueError(
             f"model.advantage_scale=maxrl: a completion earned {exact.min().item():g}, but the rewards of a "
-            "group are divided by their mean, so they must be at least 0; take --model.advantage_scale rloo, "
-            "or a reward that is never negative"
+            "group are divided by their mean, so they must be at least 0; take "
+            "--model.advantage_scale rloo, or a reward that is never negative"
         )
     num = exact.shape[1]
     mean = exact.mean(dim=1, keepdim=True)  # [B, 1]

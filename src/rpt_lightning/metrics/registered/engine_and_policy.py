@@ -84,6 +84,13 @@ SECTION = Section(
             watch_for="some per cent",
         ),
         row(
+            {"correction/below_floor_frac": SAME},
+            meaning="tokens below `model.correction_floor`, which are left out; 0 without a floor",
+            unit="share",
+            normal="near 0",
+            watch_for="some per cent",
+        ),
+        row(
             {"policy/entropy": SAME},
             meaning=(
                 "entropy of the policy at the sampling temperature, over trained tokens; 0 if none was "

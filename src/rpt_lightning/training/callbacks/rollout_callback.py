@@ -1,7 +1,7 @@
 """Drives the engine beside the trainer, for training and for validation.
 
-The callback owns the engine's life: its settings, its parts (rollouts/parts.py) and its end. What happens in a
-training step is in one place, `RolloutStep.next` (rollouts/step.py). Its result goes into the batch as a
+The callback owns the engine's life: its settings, its parts (rollouts/parts.py) and its end. What happens in
+a training step is in one place, `RolloutStep.next` (rollouts/step.py). Its result goes into the batch as a
 `TrainBatch`.
 """
 
