@@ -162,6 +162,33 @@ def test_a_completion_may_end_with_its_first_box(
     assert 3 < num_cut < len(pairs)
 
 
+def test_a_completion_may_end_after_its_thought(
+    engine: RolloutEngine, policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.update_weights(named_weights(policy), version=0)
+    monkeypatch.setattr(engine, "_bytes_of", boxes_everywhere)
+    request = replace(REQUEST, n=24)
+    ending = replace(SAMPLING, think_close=b"|", tokens_after_thought=1)
+    (whole,) = engine.generate([request])
+    (cut,) = engine.generate([replace(request, sampling=ending)])
+    num_cut = 0
+    for full, short in zip(whole, cut, strict=True):
+        stopped = full.token_ids[-1] in SAMPLING.stop_token_ids
+        place = full.text_bytes.find(b"|")
+        before = [boxes_everywhere(token_id) for token_id in full.token_ids[: -1 if stopped else None]]
+        closed = next((number for number, token in enumerate(before) if token == b"|"), None)
+        if closed is None or closed + 2 > len(before):
+            assert short == full
+            continue
+        num_cut += 1
+        assert place >= 0
+        assert short.token_ids == full.token_ids[: closed + 2]
+        assert short.text_bytes == b"".join(before[: closed + 2])
+        assert short.rollout_logprobs == pytest.approx(full.rollout_logprobs[: closed + 2], abs=2e-5)
+        assert short.finish_reason == "stop"
+    assert num_cut > 3
+
+
 def check_first_box(full: Completion, cut: Completion, think_close: bytes | None) -> bool:
     """Compare a completion with the same one without the rule. Return whether the rule ended it."""
     tokens = [

@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from rpt_lightning.objectives.base import BoundObjective
+from rpt_lightning.objectives.information_gain import InformationGainObjective
 from rpt_lightning.objectives.next_token import NextTokenObjective
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.objectives.rewards.next_token import DenseReward
@@ -146,6 +147,23 @@ def test_a_thought_is_found_in_whatever_tokens_it_was_written(
         engine.heard[1][0].prompt_ids[prompt:]
         == said(token_bytes, "b says") + objective.prompt.answer_open_ids
     )
+
+
+def test_without_a_box_the_next_token_answers(
+    tiny_model_dir: Path, tiny_tokenizer, token_bytes: TokenBytes
+) -> None:
+    objective = InformationGainObjective(ContinuationPrompt()).bind(tiny_tokenizer)
+    first = token_bytes[token_bytes.encode_plain(" the sum")[0]]
+    groups = [
+        group(objective, token_bytes, "a", 1, "one</think> the", (first,)),
+        group(objective, token_bytes, "b", 1, "four</think> the", (b"x",)),
+    ]
+    with Listening([" the sum"]) as engine:
+        start(engine, tiny_model_dir)
+        answers = controls(engine, objective, groups)
+        assert answers["shuffled_thought"] == [True, False]
+        assert forced(engine, token_bytes, groups, 1) == [b"four</think>", b"one</think>"]
+        assert {request.sampling.max_tokens for request in engine.heard[1]} == {1}
 
 
 def test_without_another_document_nothing_is_shuffled(

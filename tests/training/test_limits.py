@@ -50,6 +50,11 @@ def test_a_module_refuses_negative_numbers(tiny_model_dir: Any) -> None:
     for flag, value in flags.items():
         with pytest.raises(ValueError, match=rf"model\.{flag}={value}: "):
             RPTModule(policy, **{flag: value})  # type: ignore[arg-type]
+    for floor, correction in ((0.5, "truncate"), (0.5, "none"), (1.5, "mask"), (0.0, "mask"), (NAN, "mask")):
+        with pytest.raises(
+            ValueError, match=rf"model\.correction_floor={floor}, model\.correction={correction}"
+        ):
+            RPTModule(policy, correction=correction, correction_floor=floor)  # type: ignore[arg-type]
 
 
 GOOD: dict[str, Any] = {

@@ -11,7 +11,8 @@
 
 For rewards 0 and 1 and a task of success probability p, the expected gradient is that of p itself times a
 weight: 1 for "rloo" (exactly) and "none" (times (G - 1) / G), about ``1 / sqrt(p (1 - p))`` for "std", and
-about ``1 / p`` for "maxrl". The last is the gradient of log p, so hard tasks count most.
+``(1 - (1 - p)^(G - 1)) / p`` for "maxrl". The last approaches ``1 / p``, the gradient of log p, as G grows.
+Hard tasks then count most.
 """
 
 from __future__ import annotations

@@ -78,14 +78,16 @@ SECTION = Section(
         ),
         row(
             {"correction/above_cap_frac": SAME},
-            meaning="tokens above the cap",
+            meaning=(
+                "tokens above the cap; with `model.correction_level` sequence, tokens of completions above it"
+            ),
             unit="share",
             normal="near 0",
             watch_for="some per cent",
         ),
         row(
             {"correction/below_floor_frac": SAME},
-            meaning="tokens below `model.correction_floor`, which are left out; 0 without a floor",
+            meaning="the same below `model.correction_floor`; 0 without one",
             unit="share",
             normal="near 0",
             watch_for="some per cent",
