@@ -40,6 +40,10 @@ _MODULES = {
     "HFEngine": "rollout.hf_engine",
     "VLLMEngine": "rollout.vllm_engine",
     "VLLMServerEngine": "rollout.vllm_server_engine",
+    "Sampling": "rollout.settings",
+    "DynamicSampling": "rollout.settings",
+    "EngineCheck": "rollout.settings",
+    "Evaluation": "rollout.settings",
     "read_run": "evaluation.run",
     "read_results": "metrics.results",
 }
@@ -72,6 +76,7 @@ if TYPE_CHECKING:
     )
     from rpt_lightning.policy.model import Policy
     from rpt_lightning.rollout.hf_engine import HFEngine
+    from rpt_lightning.rollout.settings import DynamicSampling, EngineCheck, Evaluation, Sampling
     from rpt_lightning.rollout.vllm_engine import VLLMEngine
     from rpt_lightning.rollout.vllm_server_engine import VLLMServerEngine
     from rpt_lightning.training.checkpoint import RunCheckpoint
@@ -88,6 +93,9 @@ __all__ = [
     "ContinuationPrompt",
     "CorpusDataModule",
     "DenseReward",
+    "DynamicSampling",
+    "EngineCheck",
+    "Evaluation",
     "FirstTokenReward",
     "HFEngine",
     "JsonlSource",
@@ -104,6 +112,7 @@ __all__ = [
     "Reward",
     "RolloutCallback",
     "RunCheckpoint",
+    "Sampling",
     "ShardedStrategy",
     "TextDataModule",
     "TextFilesSource",

@@ -25,6 +25,7 @@ from rpt_lightning.objectives.rewards.next_token import Reward
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.rollout.hf_engine import HFEngine
 from rpt_lightning.rollout.scripted_engine import ScriptedEngine
+from rpt_lightning.rollout.settings import DynamicSampling, Sampling
 from rpt_lightning.rollout.vllm_engine import VLLMEngine
 from rpt_lightning.training.checkpoint import RunCheckpoint, last_checkpoint
 from rpt_lightning.training.module import RPTModule
@@ -132,9 +133,8 @@ def parts(options: Options, folder: Path):
             NextTokenObjective(ContinuationPrompt(), SomeAreRight()),
             group_size=4,
             max_prompt_tokens=96,
-            max_completion_tokens=24,
-            dynamic_sampling_from_step=options.dynamic_sampling_from_step,
-            dynamic_sampling_max_factor=2.0,
+            sampling=Sampling(max_completion_tokens=24),
+            dynamic_sampling=DynamicSampling(from_step=options.dynamic_sampling_from_step, max_factor=2.0),
         )
         callbacks = [rollout, *callbacks]
     strategy: Any = {

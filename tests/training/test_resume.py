@@ -7,6 +7,7 @@ import torch
 from small_run import flat_weights
 
 from rpt_lightning.rollout.hf_engine import HFEngine
+from rpt_lightning.rollout.settings import DynamicSampling
 from rpt_lightning.rollout.vllm_engine import VLLMEngine
 from rpt_lightning.training.checkpoint import last_checkpoint
 from rpt_lightning.training.monitors import RolloutSamples
@@ -45,7 +46,7 @@ def test_dynamic_sampling(make_run, tmp_path):
         make_run,
         tmp_path,
         2,
-        rollout_options={"dynamic_sampling_from_step": 0},
+        rollout_options={"dynamic_sampling": DynamicSampling(from_step=0)},
         module_options={"correction": "truncate"},
     )
 
