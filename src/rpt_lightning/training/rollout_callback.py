@@ -93,11 +93,7 @@ class RolloutCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         assert isinstance(pl_module, PolicyModule)
         data: Any = getattr(trainer, "datamodule", None)
-        if self.objective is not None:
-            self.bound_objective = BoundObjective(self.objective, pl_module.tokenizer)
-            # A user's own data module may lack these methods. Its tasks are then taken as they come.
-            if hasattr(data, "use_objective"):
-                data.use_objective(self.objective)
+        self._bind_objective(pl_module, data)
         trains = stage == "fit" and pl_module.learns_from_rollouts
         if self.engine is None:
             if trains:
@@ -107,21 +103,15 @@ class RolloutCallback(Callback):
                 )
             rank_zero_info("engine: none; validation shows standard next-token prediction only")
             return
-        if self.objective is None or self.bound_objective is None:
+        if self.bound_objective is None:
             raise ValueError(
                 "rollout.objective is not set: say what the policy is asked and rewarded for, "
                 "e.g. --rollout.objective NextTokenObjective"
             )
-        prompt = self.bound_objective.prompt
-        pl_module.policy.check_ids(
-            prompt.prompt_ids(()) + prompt.answer_open_ids + prompt.answer_close_ids + prompt.stop_token_ids
-        )
-        if trainer.is_global_zero and hasattr(data, "known_tasks"):
-            for remark in self.objective.remarks(data.known_tasks()):
-                rank_zero_info(remark)
+        _look_at_objective(self.bound_objective, trainer, pl_module, data)
         is_ahead = trains and self.max_staleness > 0
         if is_ahead:
-            check_settings(self.max_staleness, self.engine, pl_module, self.objective, data)
+            check_settings(self.max_staleness, self.engine, pl_module, self.bound_objective.objective, data)
         self.parts = build_parts(
             self.engine,
             self.bound_objective,
@@ -137,6 +127,13 @@ class RolloutCallback(Callback):
             with_controls=self.evaluation.thought_controls,
             is_ahead=is_ahead,
         )
+
+    def _bind_objective(self, module: PolicyModule, data: Any) -> None:
+        if self.objective is not None:
+            self.bound_objective = BoundObjective(self.objective, module.tokenizer)
+            # A user's own data module may lack these methods. Its tasks are then taken as they come.
+            if hasattr(data, "use_objective"):
+                data.use_objective(self.objective)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.engine is not None and self._end_step():
@@ -287,3 +284,14 @@ class RolloutCallback(Callback):
         return heldout_answers(
             rollouter, groups, num_samples=evaluation.samples, with_controls=evaluation.thought_controls
         )
+
+
+def _look_at_objective(objective: BoundObjective, trainer: Trainer, module: PolicyModule, data: Any) -> None:
+    """Show remarks about the tasks. Raises ValueError if the policy lacks a token of the prompt."""
+    prompt = objective.prompt
+    module.policy.check_ids(
+        prompt.prompt_ids(()) + prompt.answer_open_ids + prompt.answer_close_ids + prompt.stop_token_ids
+    )
+    if trainer.is_global_zero and hasattr(data, "known_tasks"):
+        for remark in objective.objective.remarks(data.known_tasks()):
+            rank_zero_info(remark)
