@@ -71,7 +71,7 @@ def run_config(folder: Path, *, steps: int, short: bool) -> dict[str, Any]:
     config["model"]["init_args"]["policy"]["init_args"]["path"] = str(folder / "model")
     config["data"]["init_args"] |= {"task_dir": str(folder / "tasks"), "num_eval_tasks": 8}
     config["rollout"]["objective"]["init_args"]["reward"] = {"class_path": "bench_overhead.EveryOther"}
-    config["rollout"] |= {"max_completion_tokens": 24}
+    config["rollout"]["sampling"] |= {"max_completion_tokens": 24}
     if short or bf16_is_slow():  # as in the demo
         config["trainer"]["precision"] = "32-true"
         config["rollout"]["engine"]["init_args"]["dtype"] = "float32"
@@ -80,8 +80,8 @@ def run_config(folder: Path, *, steps: int, short: bool) -> dict[str, Any]:
         config["rollout"] |= {
             "engine": {"class_path": "HFEngine", "init_args": {"dtype": "float32"}},
             "group_size": 4,
-            "max_completion_tokens": 4,
         }
+        config["rollout"]["sampling"] |= {"max_completion_tokens": 4}
     return config
 
 

@@ -194,7 +194,7 @@ class Seed:
         steps |= {"--data.tasks_per_step": TASKS_PER_STEP}
         steps |= {} if validates else {"--trainer.limit_val_batches": 0}
         # The page shows thought controls for the base arm only.
-        steps |= {} if arm.name == "base" else {"--rollout.thought_controls": False}
+        steps |= {} if arm.name == "base" else {"--rollout.evaluation.thought_controls": False}
         tasks = str(self.tasks(arm.tasks))
         fit = _fit(RPT_CONFIG, *ENGINE, *own, "--data.task_dir", tasks, *flags(steps), *arm.options)
         return (
@@ -231,7 +231,11 @@ class Seed:
     def _validate(self, run: Path, policy: Path, ckpt: Path | str) -> tuple[str, ...]:
         own = (*self.testbed.run_flags(run, policy=policy), "--data.task_dir", str(self.testbed.tasks))
         rest = flags(
-            {"--trainer.limit_val_batches": 1.0, "--rollout.thought_controls": False, "--ckpt_path": ckpt}
+            {
+                "--trainer.limit_val_batches": 1.0,
+                "--rollout.evaluation.thought_controls": False,
+                "--ckpt_path": ckpt,
+            }
         )
         return (EXECUTABLE, "validate", "--config", RPT_CONFIG, *ENGINE, *own, *rest)
 

@@ -182,7 +182,7 @@ ARMS = (
         name="dynamic-sampling",
         group=STEP,
         what="dynamic sampling from step 10 on",
-        options=("--rollout.dynamic_sampling_from_step", "10"),
+        options=("--rollout.dynamic_sampling.from_step", "10"),
         expected="as the base, at more rollouts: there is little left to learn when it begins to matter",
     ),
     Arm(
@@ -210,7 +210,7 @@ ARMS = (
         name="temperature-0.6",
         group=SAMPLING,
         what="temperature 0.6",
-        options=("--rollout.temperature", "0.6"),
+        options=("--rollout.sampling.temperature", "0.6"),
         expected="later than at 1.0: thoughts begin with a token of 12 %, which 0.6 makes 3 %",
     ),
     Arm(

@@ -34,7 +34,7 @@ RPT_SETTINGS: dict[str, object] = {
     "--model.optimizer.lr": 1e-4,
     "--model.lr_scheduler": "null",
     "--data.tasks_per_step": 32,
-    "--rollout.thought_controls": False,
+    "--rollout.evaluation.thought_controls": False,
 }
 CHANCE = 1 / 8
 

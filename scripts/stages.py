@@ -136,7 +136,7 @@ def evaluate(
         "--trainer.default_root_dir": run,
         "--trainer.limit_val_batches": 1.0,
     }
-    own |= ({"--rollout.thought_controls": True} if controls else {}) | (
+    own |= ({"--rollout.evaluation.thought_controls": True} if controls else {}) | (
         {"--ckpt_path": ckpt} if ckpt is not None else {}
     )
     command = (EXECUTABLE, "validate", "--config", config, *options, *flags(own))

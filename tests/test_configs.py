@@ -115,14 +115,11 @@ def test_commented_out_options_can_be_used(config, offline_policy, monkeypatch, 
 def test_paper_run_is_the_papers_table_5():
     config = yaml.safe_load((CONFIGS / "14b.yaml").read_text())
     rollout, data, model = config["rollout"], config["data"]["init_args"], config["model"]["init_args"]
-    assert (data["tasks_per_step"], rollout["group_size"], rollout["temperature"]) == (256, 8, 0.8)
+    assert (data["tasks_per_step"], rollout["group_size"]) == (256, 8)
+    assert rollout["sampling"] == {"temperature": 0.8, "max_completion_tokens": 8192}
     assert model["optimizer"]["init_args"] == {"lr": 1e-6, "betas": [0.9, 0.999], "weight_decay": 0.01}
-    assert (rollout["max_prompt_tokens"], rollout["max_completion_tokens"], model["gradient_clip"]) == (
-        4096,
-        8192,
-        0.2,
-    )
-    assert (config["trainer"]["max_steps"], rollout["dynamic_sampling_from_step"]) == (1000, 500)
+    assert (rollout["max_prompt_tokens"], model["gradient_clip"]) == (4096, 0.2)
+    assert (config["trainer"]["max_steps"], rollout["dynamic_sampling"]["from_step"]) == (1000, 500)
 
 
 @pytest.mark.parametrize("commented", [False, True], ids=["as it is", "with commented-out options"])

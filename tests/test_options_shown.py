@@ -4,7 +4,7 @@ An option counts as shown
 - as a key of its section in a config (`rollout: {top_p: 0.9}`), also if the line is commented out: then as
   `# key: value  # half a sentence`, with exactly one space after the first `#`. tests/test_configs.py builds
   the configs with these lines as well.
-- as a flag or a dotted name (`--rollout.top_p`, `rollout.top_p`) in text.
+- as a flag or a dotted name (`--rollout.sampling.top_p`, `rollout.sampling.top_p`) in text.
 - for `rpt prepare`, `rpt evaluate` and the other tools, as a flag below a heading, or in a file, that names
   the tool.
 """
@@ -35,6 +35,7 @@ from rpt_lightning.objectives.rewards import answer  # noqa: F401  (defines a re
 from rpt_lightning.objectives.rewards.next_token import Reward
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.rollout.engines.base import RolloutEngine
+from rpt_lightning.rollout.settings import DynamicSampling, EngineCheck, Evaluation, Sampling
 from rpt_lightning.rollout.sync.transport import WeightTransport
 from rpt_lightning.training.modules.policy_module import PolicyModule
 
@@ -55,6 +56,10 @@ PLACES: dict[type, set[str]] = {
     Reward: {"reward"},
     lightning_cli.ShardedStrategy: {"strategy"},
     lightning_cli.RolloutCallback: {"rollout"},
+    Sampling: {"sampling"},
+    DynamicSampling: {"dynamic_sampling"},
+    EngineCheck: {"check"},
+    Evaluation: {"evaluation"},
     lightning_cli.RunCheckpoint: {"checkpoint"},
     lightning_cli.StopRun: {"stop"},
     lightning_cli.RankWatch: {"ranks"},
@@ -177,6 +182,7 @@ def test_the_options_of_every_kind_of_part_are_found() -> None:
         ("AnswerReward", "num_workers"),
         ("ShardedStrategy", "gather_bf16"),
         ("ServeSettings", "restart"),
+        ("DynamicSampling", "from_step"),
         ("rpt evaluate benchmark", "k"),
     }
 

@@ -59,8 +59,7 @@ def make_small(config):
         config["rollout"] |= {
             "group_size": 4,
             "max_prompt_tokens": 100,
-            "max_completion_tokens": 6,
-            "temperature": 1.0,
+            "sampling": {"temperature": 1.0, "max_completion_tokens": 6},
         }
         config["rollout"]["engine"] = {"class_path": "HFEngine", "init_args": {"dtype": "float32"}}
         config["checkpoint"] = {"every_n_steps": EVERY, "keep_every_n_steps": EVERY}

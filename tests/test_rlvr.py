@@ -47,9 +47,8 @@ def config(answering_model_dir, tmp_path):
     values["data"]["init_args"] |= {"tasks_per_step": 4}
     values["rollout"] |= {
         "max_prompt_tokens": 128,
-        "max_completion_tokens": 32,
-        "temperature": 1.0,
-        "eval_samples": 4,
+        "sampling": {"temperature": 1.0, "max_completion_tokens": 32},
+        "evaluation": {"samples": 4, "thought_controls": True},
     }
     values["rollout"]["engine"] = {"class_path": "HFEngine", "init_args": {"dtype": "float32"}}
     values["rollout"]["objective"]["init_args"]["reward"]["init_args"] = {"num_workers": 1}

@@ -41,6 +41,10 @@ _MODULES = {
     "HFEngine": "rollout.engines.hf_engine",
     "VLLMEngine": "rollout.engines.vllm.engine",
     "VLLMServerEngine": "rollout.servers.engine",
+    "Sampling": "rollout.settings",
+    "DynamicSampling": "rollout.settings",
+    "EngineCheck": "rollout.settings",
+    "Evaluation": "rollout.settings",
     "read_run": "evaluation.run",
     "read_results": "records.results",
 }
@@ -76,6 +80,7 @@ if TYPE_CHECKING:
     from rpt_lightning.rollout.engines.hf_engine import HFEngine
     from rpt_lightning.rollout.engines.vllm.engine import VLLMEngine
     from rpt_lightning.rollout.servers.engine import VLLMServerEngine
+    from rpt_lightning.rollout.settings import DynamicSampling, EngineCheck, Evaluation, Sampling
     from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
     from rpt_lightning.training.checkpoint.callback import RunCheckpoint
     from rpt_lightning.training.distributed.strategy import ShardedStrategy
@@ -90,6 +95,9 @@ __all__ = [
     "ContinuationPrompt",
     "CorpusDataModule",
     "DenseReward",
+    "DynamicSampling",
+    "EngineCheck",
+    "Evaluation",
     "FirstTokenReward",
     "HFEngine",
     "InformationGainObjective",
@@ -107,6 +115,7 @@ __all__ = [
     "Reward",
     "RolloutCallback",
     "RunCheckpoint",
+    "Sampling",
     "ShardedStrategy",
     "TextDataModule",
     "TextFilesSource",

@@ -17,9 +17,9 @@ def check_number(
 
     NaN passes every comparison, so it is tested for. None is always accepted: the flag gives it a meaning.
 
-    >>> check_number("rollout.top_p", 1.5, above=0, most=1)
+    >>> check_number("rollout.sampling.top_p", 1.5, above=0, most=1)
     Traceback (most recent call last):
-    ValueError: rollout.top_p=1.5: give a number above 0 and of at most 1
+    ValueError: rollout.sampling.top_p=1.5: give a number above 0 and of at most 1
     """
     if value is None:
         return

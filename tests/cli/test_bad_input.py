@@ -19,7 +19,7 @@ BAD = {
     "missing model": (["--model.policy.path", "no/such/folder"], "no/such/folder"),
     "missing task folder": (["--data.task_dir", "no/such/tasks"], "no/such/tasks"),
     "group of one": (["--rollout.group_size", "1"], "group_size=1"),
-    "greedy training": (["--rollout.temperature", "0"], "temperature=0"),
+    "greedy training": (["--rollout.sampling.temperature", "0"], "temperature=0"),
     "prompt limit": (["--rollout.max_prompt_tokens", "4"], "max_prompt_tokens"),
     "no checkpoint": (["--ckpt_path", "last"], "there is no checkpoint"),
     "missing checkpoint": (["--ckpt_path", "no/such.ckpt"], "no/such.ckpt: no such file"),
@@ -28,7 +28,7 @@ BAD = {
         "v9",
     ),
     "truncating sampler with correction": (
-        ["--rollout.top_p", "0.9", "--model.correction", "truncate"],
+        ["--rollout.sampling.top_p", "0.9", "--model.correction", "truncate"],
         "top_p=0.9",
     ),
     "too many tasks": (["--data.tasks_per_step", "1000000"], "tasks_per_step"),

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from rpt_lightning.cli import former_names
-from rpt_lightning.cli.former_names import translated
+from rpt_lightning.cli.former_names import translated, translated_flags
 
 PROMPT = {"class_path": "rpt_lightning.tasks.prompt.QuestionPrompt"}
 
@@ -77,3 +77,65 @@ def test_a_configuration_of_an_earlier_run_is_read(rpt, flags, tmp_path):
     assert status == 0, shown
     again = yaml.safe_load(shown[shown.index("seed_everything") :])
     assert class_names(again["rollout"]) == class_names(config["rollout"])
+
+
+FORMER_SETTINGS = {
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "top_k": 7,
+    "min_p": 0.1,
+    "max_completion_tokens": 12,
+    "stop_after_first_box": True,
+    "dynamic_sampling_from_step": None,
+    "dynamic_sampling_max_factor": 2.5,
+    "verify_sequences": 0,
+    "logprob_tolerance": 1.5,
+    "eval_samples": 3,
+    "thought_controls": False,
+}
+TODAY = {
+    "sampling": {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 7,
+        "min_p": 0.1,
+        "max_completion_tokens": 12,
+        "stop_after_first_box": True,
+    },
+    "dynamic_sampling": {"from_step": None, "max_factor": 2.5},
+    "check": {"verify_sequences": 0, "logprob_tolerance": 1.5},
+    "evaluation": {"samples": 3, "thought_controls": False},
+}
+
+
+def test_settings_of_rollouts_move_into_their_groups(rpt, flags, tmp_path):
+    """In a file and as flags. Both reach every option, or `rpt fit` would not know it."""
+    (tmp_path / "former.yaml").write_text(yaml.safe_dump({"rollout": FORMER_SETTINGS}))
+    ways = {
+        "rollout.": ["--config", tmp_path / "former.yaml"],
+        "--rollout.": [
+            f"--rollout.{name}={'null' if value is None else value}"
+            for name, value in FORMER_SETTINGS.items()
+        ],
+    }
+    for prefix, former in ways.items():
+        with pytest.warns(UserWarning, match="accepted in this release only") as warned:
+            status, shown = rpt("fit", *flags, *former, "--print_config")
+        assert status == 0, shown
+        said = {str(warning.message).split(" ")[0] for warning in warned}
+        assert said >= {prefix + name for name in FORMER_SETTINGS}
+        found = yaml.safe_load(shown[shown.index("seed_everything") :])["rollout"]
+        assert {group: found[group] for group in TODAY} == TODAY
+
+
+def test_other_words_of_a_command_line_stay():
+    words = ["fit", "--rollout.seed", "3", "--rollout.sampling.top_p", "0.5", "--temperature", "1"]
+    assert translated_flags(words) == words
+    with pytest.warns(UserWarning, match=r"--rollout\.eval_samples is now --rollout\.evaluation\.samples;"):
+        assert translated_flags(["--rollout.eval_samples", "2"]) == ["--rollout.evaluation.samples", "2"]
+
+
+def test_a_setting_under_both_its_names_is_refused():
+    both = {"rollout": {"temperature": 1.0, "sampling": {"temperature": 0.8}}}
+    with pytest.raises(ValueError, match=r"rollout\.temperature=1\.0: .* remove rollout\.temperature"):
+        translated(both)

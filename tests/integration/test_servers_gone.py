@@ -28,7 +28,7 @@ def flags_for(servers: list[ServerUnderTest], model: Path, tasks: Path, folder: 
         "transport": transport,
     }
     config["rollout"]["engine"] = {"class_path": "VLLMServerEngine", "init_args": settings}
-    config["rollout"]["verify_sequences"] = 0  # a stand-in invents its log-probs
+    config["rollout"]["check"] = {"verify_sequences": 0}  # a stand-in invents its log-probs
     config["trainer"]["limit_val_batches"] = 0
     config["checkpoint"] = {"every_n_steps": 1000}
     path = folder / "servers.yaml"

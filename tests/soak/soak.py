@@ -161,12 +161,12 @@ class Soak:
             "engine": engine,
             "group_size": GROUP_SIZE,
             "max_prompt_tokens": 96,
-            "max_completion_tokens": 24,
         }
+        config["rollout"]["sampling"] |= {"max_completion_tokens": 24}
+        config["rollout"]["dynamic_sampling"] |= {"from_step": 1}
         config["rollout"] |= {
-            "dynamic_sampling_from_step": 1,
-            "thought_controls": False,
-            "verify_sequences": 4 if self.servers == "vllm" else 0,
+            "evaluation": {"thought_controls": False},
+            "check": {"verify_sequences": 4 if self.servers == "vllm" else 0},
         }
         # A random model is never right, so this reward makes some completions right.
         config["rollout"]["objective"]["init_args"]["reward"] = {"class_path": "real_runs.SomeAreRight"}

@@ -18,6 +18,7 @@ from rpt_lightning.objectives.rewards.next_token import PrefixMatchReward
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.rollout.engines.base import RolloutEngine
 from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
+from rpt_lightning.rollout.settings import DynamicSampling, Sampling
 from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
 from rpt_lightning.training.checkpoint.callback import RunCheckpoint
 from rpt_lightning.training.modules.rpt_module import RPTModule
@@ -50,8 +51,8 @@ def make_run(tiny_model_dir: Path, tiny_task_dir: Path, tmp_path: Path) -> Calla
                 {
                     "group_size": 4,
                     "max_prompt_tokens": 96,
-                    "max_completion_tokens": 32,
-                    "dynamic_sampling_from_step": None,
+                    "sampling": Sampling(max_completion_tokens=32),
+                    "dynamic_sampling": DynamicSampling(from_step=None),
                 }
                 | (rollout_options or {})
             ),

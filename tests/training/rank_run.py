@@ -26,6 +26,7 @@ from rpt_lightning.policy.model import Policy
 from rpt_lightning.rollout.engines.hf_engine import HFEngine
 from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
 from rpt_lightning.rollout.engines.vllm.engine import VLLMEngine
+from rpt_lightning.rollout.settings import DynamicSampling, Sampling
 from rpt_lightning.training.callbacks.logs import RolloutSamples, StepLog, ValidationResults
 from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
 from rpt_lightning.training.checkpoint.callback import RunCheckpoint, last_checkpoint
@@ -132,9 +133,8 @@ def parts(options: Options, folder: Path):
             NextTokenObjective(ContinuationPrompt(), SomeAreRight()),
             group_size=4,
             max_prompt_tokens=96,
-            max_completion_tokens=24,
-            dynamic_sampling_from_step=options.dynamic_sampling_from_step,
-            dynamic_sampling_max_factor=2.0,
+            sampling=Sampling(max_completion_tokens=24),
+            dynamic_sampling=DynamicSampling(from_step=options.dynamic_sampling_from_step, max_factor=2.0),
         )
         callbacks = [rollout, *callbacks]
     strategy: Any = {

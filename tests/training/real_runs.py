@@ -281,10 +281,10 @@ def scripted_flags(model: Path, tasks: Path, *, steps: int, engine: str = "Scrip
     }
     config["rollout"] |= {
         "max_prompt_tokens": 96,
-        "max_completion_tokens": 24,
-        "dynamic_sampling_from_step": 1,
-        "thought_controls": False,
+        "dynamic_sampling": {"from_step": 1, "max_factor": 2.0},
+        "evaluation": {"thought_controls": False},
     }
+    config["rollout"]["sampling"] |= {"max_completion_tokens": 24}
     config["rollout"]["objective"]["init_args"]["reward"] = {"class_path": "real_runs.SomeAreRight"}
     if engine == "ScriptedEngine":
         config["rollout"]["engine"] = {"class_path": engine, "init_args": {"completions": SCRIPT}}

@@ -20,6 +20,7 @@ from rpt_lightning.objectives.next_token import NextTokenObjective
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.rollout.engines.base import GenerationInterrupted
 from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
+from rpt_lightning.rollout.settings import DynamicSampling
 from rpt_lightning.training.callbacks.logs import StepLog
 from rpt_lightning.training.callbacks.stop import RunStopped, StopRun
 from rpt_lightning.training.checkpoint.callback import last_checkpoint
@@ -36,12 +37,12 @@ class EndsInStep(Callback):
             raise OSError("power failure")
 
 
-@pytest.mark.parametrize("dynamic_sampling_from_step", [None, 0])
-def test_a_resumed_run_draws_again_what_was_under_way(make_run, tmp_path, dynamic_sampling_from_step):
+@pytest.mark.parametrize("from_step", [None, 0])
+def test_a_resumed_run_draws_again_what_was_under_way(make_run, tmp_path, from_step):
     folder = tmp_path / "run"
     options = {
         "run_dir": folder,
-        "rollout_options": {"dynamic_sampling_from_step": dynamic_sampling_from_step},
+        "rollout_options": {"dynamic_sampling": DynamicSampling(from_step=from_step)},
     }
     trainer, module, data, first = make(
         make_run, 6, ScriptedEngine(SCRIPT), more=[StepLog(), EndsInStep(3)], **options
@@ -67,7 +68,7 @@ def test_a_resumed_run_draws_again_what_was_under_way(make_run, tmp_path, dynami
     in_order = [
         task.task_id for tasks in tasks_in_order(make_run, int(6 + replaced // TASKS + 1)) for task in tasks
     ]
-    if dynamic_sampling_from_step is None:
+    if from_step is None:
         assert ids == in_order[: 6 * TASKS]  # none lost, none doubled, none in another step
     else:
         assert replaced > 0
@@ -171,7 +172,7 @@ def test_two_ranks_generate_and_stop_together(make_run, tmp_path, staleness):
         staleness=staleness,
         more=[StepLog(), StopsAtThree()],
         run_dir=folder,
-        rollout_options={"dynamic_sampling_from_step": 0, "dynamic_sampling_max_factor": 3.0},
+        rollout_options={"dynamic_sampling": DynamicSampling(from_step=0, max_factor=3.0)},
         devices=2,
         strategy=strategy,
         min_epochs=0,

@@ -18,6 +18,7 @@ from rpt_lightning.objectives.rewards.next_token import PrefixMatchReward
 from rpt_lightning.policy.flops import ModelSize, model_size
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
+from rpt_lightning.rollout.settings import DynamicSampling, EngineCheck, Sampling
 from rpt_lightning.training.callbacks.logs import StepLog
 from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
 from rpt_lightning.training.callbacks.step_cost import Budget, StepCost
@@ -58,9 +59,9 @@ def rpt_run(request, tiny_model_dir, tiny_task_dir, tmp_path_factory):
         NextTokenObjective(ContinuationPrompt(), PrefixMatchReward()),
         group_size=4,
         max_prompt_tokens=96,
-        max_completion_tokens=32,
-        dynamic_sampling_from_step=None,
-        verify_sequences=3,
+        sampling=Sampling(max_completion_tokens=32),
+        dynamic_sampling=DynamicSampling(from_step=None),
+        check=EngineCheck(verify_sequences=3),
     )
     module = RPTModule(Policy(str(tiny_model_dir)), optimizer)
     data = TokenTaskDataModule(str(tiny_task_dir), tasks_per_step=8)
@@ -101,6 +102,22 @@ def trie_flops(size: ModelSize, sequences: list[TrainSequence]) -> float:
     return sum(
         2 * size.body_params + 4 * size.attention_width * len(prefix) for prefix in fed
     ) + 2 * size.head_params * len(scored)
+
+
+def test_a_validation_between_two_steps_is_no_part_of_either(make_run, tmp_path):
+    validates = {
+        "limit_val_batches": 1,
+        "val_check_interval": 1,
+        "data_options": {"num_eval_tasks": 4, "eval_batch_size": 4},
+    }
+    scored = []
+    for name, options in {"without": {}, "with": validates}.items():
+        trainer, module, data = make_run(
+            3, callbacks=[StepCost(), StepLog()], run_dir=tmp_path / name, **options
+        )
+        trainer.fit(module, data)
+        scored.append([line["cost/scored_tokens"] for line in log(tmp_path / name)])
+    assert scored[0] == scored[1]
 
 
 def test_a_step_by_reasoning_counts_prompts_samples_checks_and_training(rpt_run):

@@ -18,6 +18,7 @@ from rpt_lightning.objectives.next_token import NextTokenObjective
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.rollout.engines.base import EngineLost
 from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
+from rpt_lightning.rollout.settings import DynamicSampling
 from rpt_lightning.training.callbacks.logs import RolloutSamples, StepLog, ValidationResults
 from rpt_lightning.training.callbacks.missed_validation import MissedValidation
 from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
@@ -104,7 +105,7 @@ def test_in_an_update_of_the_weights(make_run, tmp_path):
 
 def test_in_a_later_round_of_dynamic_sampling(make_run, tmp_path):
     """Tasks that were drawn beyond the step's own are drawn again as well."""
-    options = {"rollout_options": {"dynamic_sampling_from_step": 0}}
+    options = {"rollout_options": {"dynamic_sampling": DynamicSampling(from_step=0)}}
     lost_step = check_goes_on(make_run, tmp_path, IsLost(1, in_later_round=True), **options)
     assert lost_step["rollout/replaced_groups"] > 0
 

@@ -17,6 +17,7 @@ from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.rollout.engines.base import Sample
 from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
+from rpt_lightning.rollout.settings import EngineCheck, Sampling
 from rpt_lightning.rollout.sync.weight_part import split_part
 from rpt_lightning.training.callbacks.logs import RolloutSamples, StepLog
 from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
@@ -74,13 +75,14 @@ def test_engine_that_is_not_the_policy_stops_the_run(make_run, tmp_path, engine_
 
 @pytest.mark.parametrize("truncation", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}])
 def test_log_probs_of_a_truncating_sampler_are_not_compared(make_run, truncation, monkeypatch):
+    options = {"sampling": Sampling(max_completion_tokens=32, **truncation)}
     said = []
     monkeypatch.setattr("rpt_lightning.training.rollouts.parts.rank_zero_info", said.append)
-    watch, _, _, error = run(make_run, 2, WrongLogprobs(SCRIPT), rollout_options=truncation)
+    watch, _, _, error = run(make_run, 2, WrongLogprobs(SCRIPT), rollout_options=options)
     assert error is None
     assert len(watch.batches) == 2
     assert sum("are not compared" in line for line in said) == 1
-    _, _, _, error = run(make_run, 2, StaleAfterFirst(SCRIPT), rollout_options=truncation)
+    _, _, _, error = run(make_run, 2, StaleAfterFirst(SCRIPT), rollout_options=options)
     assert "compared tensors differ" in str(error)
 
 
@@ -99,7 +101,7 @@ def test_each_check_looks_at_the_next_tensors_however_versions_advance(make_run)
         20,
         engine,
         module_options={"optimizer_steps_per_batch": 4},
-        rollout_options={"verify_sequences": 0},
+        rollout_options={"check": EngineCheck(verify_sequences=0)},
     )
     assert [event for event in engine.events if event.startswith("update")] == [
         f"update {4 * step}" for step in range(5)
@@ -150,7 +152,11 @@ def test_rare_tokens_that_are_far_off_are_said_once_and_end_nothing(make_run, mo
     said, logged = warnings_of(monkeypatch), []
     log = LambdaCallback(on_train_batch_end=lambda trainer, *_: logged.append(dict(trainer.callback_metrics)))
     watch, _, _, error = run(
-        make_run, 2, OneRareToken(SCRIPT), more=[log], rollout_options={"verify_sequences": 1000}
+        make_run,
+        2,
+        OneRareToken(SCRIPT),
+        more=[log],
+        rollout_options={"check": EngineCheck(verify_sequences=1000)},
     )
     assert error is None
     assert len(watch.batches) == 2
@@ -192,7 +198,7 @@ def test_on_a_suspicion_more_is_compared_before_anything_ends(make_run, monkeypa
         )
 
     monkeypatch.setattr(engine_sync, "drawn_completions", worst_first)
-    watch, _, _, error = run(make_run, 1, engine, rollout_options={"verify_sequences": 1})
+    watch, _, _, error = run(make_run, 1, engine, rollout_options={"check": EngineCheck(verify_sequences=1)})
     assert error is None
     assert asked == [1, 16]
     assert len(watch.batches) == 1

@@ -176,7 +176,7 @@ def test_no_task_is_lost_or_doubled_with_rollouts_ahead(signum, flags, undisturb
         "1",
         "--model.correction",
         "truncate",
-        "--rollout.dynamic_sampling_from_step",
+        "--rollout.dynamic_sampling.from_step",
         "null",
     ]
     expected = undisturbed(flags)

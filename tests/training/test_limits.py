@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from rpt_lightning.rollout.settings import DynamicSampling, EngineCheck, Evaluation, Sampling
 from rpt_lightning.training.callbacks.health import Health
 from rpt_lightning.training.callbacks.logs import RolloutSamples
 from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
@@ -18,17 +19,17 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("make", "flag", "value"),
     [
-        *((RolloutCallback, "verify_sequences", value) for value in (-1, -4)),
-        *((RolloutCallback, "logprob_tolerance", value) for value in (0.0, -1.0, NAN)),
-        *((RolloutCallback, "top_p", value) for value in (0.0, 1.5, -0.1, NAN)),
-        *((RolloutCallback, "min_p", value) for value in (-0.1, 1.0, NAN)),
-        *(
-            (RolloutCallback, name, -1)
-            for name in ("top_k", "temperature", "max_prompt_tokens", "dynamic_sampling_from_step")
-        ),
-        (RolloutCallback, "max_completion_tokens", 0),
-        (RolloutCallback, "temperature", NAN),
-        (RolloutCallback, "dynamic_sampling_max_factor", NAN),
+        *((EngineCheck, "verify_sequences", value) for value in (-1, -4)),
+        *((EngineCheck, "logprob_tolerance", value) for value in (0.0, -1.0, NAN)),
+        *((Sampling, "top_p", value) for value in (0.0, 1.5, -0.1, NAN)),
+        *((Sampling, "min_p", value) for value in (-0.1, 1.0, NAN)),
+        *((Sampling, name, -1) for name in ("top_k", "temperature")),
+        (RolloutCallback, "max_prompt_tokens", -1),
+        (DynamicSampling, "from_step", -1),
+        (Evaluation, "samples", -1),
+        (Sampling, "max_completion_tokens", 0),
+        (Sampling, "temperature", NAN),
+        (DynamicSampling, "max_factor", NAN),
         (RolloutSamples, "num_samples", -1),
         *((RolloutSamples, "every_n_steps", value) for value in (0, -10)),
         (Health, "min_entropy", -0.1),

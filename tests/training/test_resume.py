@@ -8,6 +8,7 @@ from small_run import flat_weights
 
 from rpt_lightning.rollout.engines.hf_engine import HFEngine
 from rpt_lightning.rollout.engines.vllm.engine import VLLMEngine
+from rpt_lightning.rollout.settings import DynamicSampling
 from rpt_lightning.training.callbacks.logs import RolloutSamples
 from rpt_lightning.training.checkpoint.callback import last_checkpoint
 
@@ -45,7 +46,7 @@ def test_dynamic_sampling(make_run, tmp_path):
         make_run,
         tmp_path,
         2,
-        rollout_options={"dynamic_sampling_from_step": 0},
+        rollout_options={"dynamic_sampling": DynamicSampling(from_step=0)},
         module_options={"correction": "truncate"},
     )
 

@@ -20,6 +20,7 @@ from rpt_lightning.objectives.next_token import NextTokenObjective
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.objectives.rewards.next_token import ConditionalDenseReward, DenseReward, Reward
 from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
+from rpt_lightning.rollout.settings import DynamicSampling, Evaluation, Sampling
 from rpt_lightning.training.callbacks.logs import StepLog
 from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
 from rpt_lightning.types import PromptTokens
@@ -76,7 +77,7 @@ def test_dynamic_sampling_replaces_and_counts(make_run, tmp_path):
         make_run,
         2,
         engine,
-        rollout_options={"dynamic_sampling_from_step": 1, "dynamic_sampling_max_factor": 3.0},
+        rollout_options={"dynamic_sampling": DynamicSampling(from_step=1, max_factor=3.0)},
     )
     first, second = watch.batches
     assert len(first.groups) == len(second.groups) == 8
@@ -133,7 +134,7 @@ def step_lines(folder):
 
 def test_step_log_counts_truncated_and_replaced(make_run, tmp_path):
     engine = ScriptedEngine(SCRIPT)
-    options = {"dynamic_sampling_from_step": 1, "dynamic_sampling_max_factor": 3.0}
+    options = {"dynamic_sampling": DynamicSampling(from_step=1, max_factor=3.0)}
     run(make_run, 3, engine, more=[StepLog()], run_dir=tmp_path / "log", rollout_options=options)
     lines = step_lines(tmp_path / "log")
     assert len(lines) == 3
@@ -168,7 +169,7 @@ def test_groups_that_are_live_by_masked_completions_alone_are_dead(make_run, tmp
         callbacks=[StepLog()],
         run_dir=tmp_path / "log",
         module_options={"truncated": truncated},
-        rollout_options={"dynamic_sampling_from_step": 0, "dynamic_sampling_max_factor": 2.0},
+        rollout_options={"dynamic_sampling": DynamicSampling(from_step=0, max_factor=2.0)},
     )
     rollout = next(callback for callback in trainer.callbacks if isinstance(callback, RolloutCallback))
     rollout.objective = NextTokenObjective(ContinuationPrompt(), PaysWhatHasNoAnswer())
@@ -251,7 +252,10 @@ def test_pilots_leave_filled_and_short_groups_for_training(make_run, tmp_path):
 def test_the_first_box_may_end_a_completion(make_run):
     script = [line + " and more" for line in SCRIPT]
     watch, _, _, error = run(
-        make_run, 2, ScriptedEngine(script), rollout_options={"stop_after_first_box": True}
+        make_run,
+        2,
+        ScriptedEngine(script),
+        rollout_options={"sampling": Sampling(max_completion_tokens=32, stop_after_first_box=True)},
     )
     assert error is None
     assert {
@@ -318,8 +322,7 @@ def test_two_ranks_draw_together_and_log_what_both_did(make_run, tmp_path):
         callbacks=[StepLog()],
         run_dir=tmp_path / "two",
         rollout_options={
-            "dynamic_sampling_from_step": 0,
-            "dynamic_sampling_max_factor": 3.0,
+            "dynamic_sampling": DynamicSampling(from_step=0, max_factor=3.0),
             "pilot_size": 2,
         },
         devices=2,
@@ -404,7 +407,10 @@ def test_the_longest_context_is_the_last_stored_position(tiny_task_dir):
 def test_thought_controls_get_room_where_the_model_has_it(make_run):
     for max_completion_tokens, room in ((32, 64), (1024 - 96 - 10, 10), (1024 - 96, 0)):
         engine = ScriptedEngine(SCRIPT)
-        options = {"thought_controls": True, "max_completion_tokens": max_completion_tokens}
+        options = {
+            "sampling": Sampling(max_completion_tokens=max_completion_tokens),
+            "evaluation": Evaluation(thought_controls=True),
+        }
         run(make_run, 1, engine, rollout_options=options)
         assert engine.max_model_len == 96 + max_completion_tokens + room
 
@@ -412,6 +418,6 @@ def test_thought_controls_get_room_where_the_model_has_it(make_run):
 def test_a_factor_below_one_is_refused():
     with pytest.raises(
         ValueError,
-        match=r"rollout.dynamic_sampling_max_factor=0\.5: .* --rollout.dynamic_sampling_from_step null",
+        match=r"rollout.dynamic_sampling.max_factor=0\.5: .* --rollout.dynamic_sampling.from_step null",
     ):
-        RolloutCallback(dynamic_sampling_max_factor=0.5)
+        DynamicSampling(max_factor=0.5)

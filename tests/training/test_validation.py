@@ -19,6 +19,7 @@ from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.objectives.rewards.next_token import DenseReward, FirstTokenReward, PrefixMatchReward
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
+from rpt_lightning.rollout.settings import Evaluation
 from rpt_lightning.training.callbacks.logs import ValidationResults
 from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
 from rpt_lightning.training.checkpoint.callback import last_checkpoint
@@ -130,7 +131,7 @@ def test_a_position_that_two_ranks_measured_counts_once(tiny_model_dir, tmp_path
 def test_accuracy_does_not_depend_on_the_reward(make_run, tiny_task_dir, reward):
     options = {
         "data_options": {"num_eval_tasks": 48, "eval_batch_size": 24},
-        "rollout_options": {"thought_controls": True},
+        "rollout_options": {"evaluation": Evaluation(thought_controls=True)},
         "limit_val_batches": 1.0,
     }
     _, _, data = make_run(1, **options)

@@ -61,7 +61,7 @@ def test_the_pages_world_goes_through_every_command(countdown: None, monkeypatch
     rpt(f"{prepare} --output_dir tasks/countdown {small}")
     engine = (
         "--rollout.engine HFEngine --rollout.engine.dtype float32 --rollout.group_size 2 "
-        "--rollout.max_completion_tokens 4 --rollout.thought_controls false"
+        "--rollout.sampling.max_completion_tokens 4 --rollout.evaluation.thought_controls false"
     )
     few = (
         "--data.tasks_per_step 4 --data.num_eval_tasks 1000 --data.eval_min_entropy 0.1 "

@@ -52,8 +52,8 @@ class PlanOptions:
         gpu_memory_utilization: Share of a server's memory that vLLM takes, as serve.gpu_memory_utilization.
         model_config: Folder or config.json of the policy's model, if model.policy.path cannot be reached.
             Weights are never read.
-        completion_tokens: Assumed mean length of a completion. None: half of rollout.max_completion_tokens,
-            at most 1024.
+        completion_tokens: Assumed mean length of a completion. None: half of
+            rollout.sampling.max_completion_tokens, at most 1024.
         context_tokens: Assumed mean length of a context if the task folder is missing. None: half of the
             longest.
         live_frac: Assumed share of groups with unequal rewards; only these are trained.
@@ -178,7 +178,7 @@ def plan_of(config: Namespace) -> tuple[Plan, list[str]]:
         f"groups with unequal rewards, which are trained: {options.live_frac:.0%} (--plan.live_frac)"
         + (
             "; extra groups from dynamic sampling are not counted"
-            if config.rollout.dynamic_sampling_from_step is not None
+            if config.rollout.dynamic_sampling.from_step is not None
             else ""
         ),
         f"training and prefill reach {options.mfu:.0%} of {device.peak_flops / 1e12:,.3g} TFLOP/s "
@@ -261,7 +261,7 @@ def run_settings(config: Namespace, options: PlanOptions) -> RunSettings:
         group_size=rollout.group_size,
         max_prompt_tokens=rollout.max_prompt_tokens,
         max_context_tokens=data.max_context_tokens,
-        max_completion_tokens=rollout.max_completion_tokens,
+        max_completion_tokens=rollout.sampling.max_completion_tokens,
         micro_batch_tokens=model.micro_batch_tokens,
         optimizer_steps_per_batch=model.optimizer_steps_per_batch,
         max_steps=trainer.max_steps,

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from rpt_lightning.cli.former_names import accept_former_names
+from rpt_lightning.cli.former_names import accept_former_names, translated_flags
 from rpt_lightning.cli.home_paths import with_home
 from rpt_lightning.cli.short_errors import ShortErrors
 from rpt_lightning.compat.lightning import OpenCLI
@@ -366,6 +366,11 @@ def make_cli(
 ) -> RPTCLI:
     """Build the command line and run it, or only build it (``run=False``, without a verb in ``args``)."""
     accept_former_names()
+    if args is None:
+        # In place: Lightning starts further ranks with these words.
+        sys.argv[1:] = translated_flags(sys.argv[1:])
+    else:
+        args = translated_flags(args)
     return cli(
         model_class=PolicyModule,
         subclass_mode_model=True,

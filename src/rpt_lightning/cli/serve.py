@@ -157,9 +157,11 @@ def _log_name(url: str) -> str:
 
 def _max_model_len(config: Any, path: str) -> int:
     """Same value as the run itself will request."""
-    needed = int(config.rollout.max_prompt_tokens + config.rollout.max_completion_tokens)
+    needed = int(config.rollout.max_prompt_tokens + config.rollout.sampling.max_completion_tokens)
     positions = longest_context(AutoConfig.from_pretrained(path))
-    return max_model_len(needed, positions=positions, with_controls=config.rollout.thought_controls)
+    return max_model_len(
+        needed, positions=positions, with_controls=config.rollout.evaluation.thought_controls
+    )
 
 
 def _devices(num_servers: int, per_server: int) -> list[str | None]:

@@ -37,6 +37,7 @@ from rpt_lightning.policy.model import Policy
 from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.records.question_results import QuestionResults, read_question_results
 from rpt_lightning.rollout.engines.base import RolloutEngine
+from rpt_lightning.rollout.settings import Evaluation, Sampling
 from rpt_lightning.training.callbacks.answer_results import AnswerResults
 from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
 from rpt_lightning.training.library_noise import quieten_libraries
@@ -97,7 +98,7 @@ def benchmark(
         temperature: Sampling temperature of those completions.
         max_completion_tokens: Maximum length of a completion. The summary shows how many reached it.
         stop_after_first_box: End a completion after its first box, as in training
-            (rollout.stop_after_first_box).
+            (rollout.sampling.stop_after_first_box).
         direct: Also ask for an answer without a thought.
         batch_size: Questions in one batch. Results do not depend on it.
         precision: Precision of the policy's own forward pass, which is compared with the engine. The engine
@@ -134,13 +135,14 @@ def benchmark(
         rollout = RolloutCallback(
             engine,
             objective,
-            temperature=temperature,
             max_prompt_tokens=longest + prompt.bind(module.tokenizer).num_overhead_tokens,
-            max_completion_tokens=max_completion_tokens,
-            stop_after_first_box=stop_after_first_box,
             seed=seed,
-            eval_samples=k,
-            thought_controls=direct,
+            sampling=Sampling(
+                temperature=temperature,
+                max_completion_tokens=max_completion_tokens,
+                stop_after_first_box=stop_after_first_box,
+            ),
+            evaluation=Evaluation(samples=k, thought_controls=direct),
         )
         trainer = evaluation_trainer(
             output / short_name,

@@ -47,6 +47,7 @@ from rpt_lightning.objectives.rewards.next_token import PrefixMatchReward
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.records.results import Results, read_results
 from rpt_lightning.rollout.engines.base import RolloutEngine
+from rpt_lightning.rollout.settings import Evaluation, Sampling
 from rpt_lightning.training.callbacks.logs import ValidationResults
 from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
 from rpt_lightning.training.library_noise import quieten_libraries
@@ -105,7 +106,7 @@ def next_token(
         max_context_tokens: Cut longer contexts on the left.
         max_completion_tokens: Maximum length of a completion.
         stop_after_first_box: End a completion after its first box, as in training
-            (rollout.stop_after_first_box).
+            (rollout.sampling.stop_after_first_box).
         k: Answers sampled at each position for avg@k and pass@k, besides the greedy one. 0 samples none.
         temperature: Sampling temperature of those answers.
         thought_controls: Also answer after an empty thought and after another document's thought.
@@ -148,14 +149,15 @@ def next_token(
             rollout = RolloutCallback(
                 engine,
                 objective,
-                temperature=temperature,
                 max_prompt_tokens=data.context_limit("heldout").tokens
                 + objective.bind(module.tokenizer).num_overhead_tokens,
-                max_completion_tokens=max_completion_tokens,
-                stop_after_first_box=stop_after_first_box,
                 seed=seed,
-                eval_samples=k,
-                thought_controls=thought_controls,
+                sampling=Sampling(
+                    temperature=temperature,
+                    max_completion_tokens=max_completion_tokens,
+                    stop_after_first_box=stop_after_first_box,
+                ),
+                evaluation=Evaluation(samples=k, thought_controls=thought_controls),
             )
             callbacks[0] = rollout
         trainer = evaluation_trainer(

@@ -109,7 +109,7 @@ def _memory_relief(plan: Plan) -> list[str]:
             plan.settings.micro_batch_tokens <= plan.settings.longest_sequence
         )  # the longest sequence stays whole, however small the budget
         helping.append(
-            "a shorter rollout.max_completion_tokens"
+            "a shorter rollout.sampling.max_completion_tokens"
             if longest_counts
             else "a smaller model.micro_batch_tokens"
         )

@@ -65,8 +65,8 @@ class Rollouter:
         sampling = sampling or Sampling()
         if sampling.temperature <= 0:
             raise ValueError(
-                f"rollout.temperature={sampling.temperature}: greedy completions of a group are all the "
-                "same, so a rollout needs a positive temperature"
+                f"rollout.sampling.temperature={sampling.temperature}: greedy completions of a group are all "
+                "the same, so a rollout needs a positive temperature"
             )
         if objective.objective.needs_logprobs and score is None:
             raise ValueError(

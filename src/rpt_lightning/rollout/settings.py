@@ -30,16 +30,16 @@ class Sampling:
     stop_after_first_box: bool = False
 
     def __post_init__(self) -> None:
-        check_number("rollout.temperature", self.temperature, least=0)
-        check_number("rollout.top_p", self.top_p, above=0, most=1)
-        check_number("rollout.top_k", self.top_k, least=0)
-        check_number("rollout.min_p", self.min_p, least=0, below=1)
-        check_number("rollout.max_completion_tokens", self.max_completion_tokens, least=1)
+        check_number("rollout.sampling.temperature", self.temperature, least=0)
+        check_number("rollout.sampling.top_p", self.top_p, above=0, most=1)
+        check_number("rollout.sampling.top_k", self.top_k, least=0)
+        check_number("rollout.sampling.min_p", self.min_p, least=0, below=1)
+        check_number("rollout.sampling.max_completion_tokens", self.max_completion_tokens, least=1)
 
     @property
     def truncation(self) -> str:
         """The settings that may truncate the distribution, in words for messages."""
-        return f"rollout.top_p={self.top_p}, top_k={self.top_k}, min_p={self.min_p}"
+        return f"rollout.sampling.top_p={self.top_p}, top_k={self.top_k}, min_p={self.min_p}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,17 +58,17 @@ class DynamicSampling:
 
     def __post_init__(self) -> None:
         check_number(
-            "rollout.dynamic_sampling_from_step",
+            "rollout.dynamic_sampling.from_step",
             self.from_step,
             least=0,
             hint=", or null for no dynamic sampling",
         )
         check_number(
-            "rollout.dynamic_sampling_max_factor",
+            "rollout.dynamic_sampling.max_factor",
             self.max_factor,
             least=1,
             hint=" (1: only the step's own tasks); to turn dynamic sampling off set "
-            "--rollout.dynamic_sampling_from_step null",
+            "--rollout.dynamic_sampling.from_step null",
         )
 
     def max_extra_tasks(self, *, step: int, tasks_per_step: int) -> int:
@@ -99,10 +99,10 @@ class EngineCheck:
 
     def __post_init__(self) -> None:
         check_number(
-            "rollout.verify_sequences", self.verify_sequences, least=0, hint="; 0 compares no log-probs"
+            "rollout.check.verify_sequences", self.verify_sequences, least=0, hint="; 0 compares no log-probs"
         )
         check_number(
-            "rollout.logprob_tolerance",
+            "rollout.check.logprob_tolerance",
             self.logprob_tolerance,
             above=0,
             hint=", a factor on limits; verify_sequences 0 turns them off",
@@ -124,4 +124,4 @@ class Evaluation:
     thought_controls: bool = False
 
     def __post_init__(self) -> None:
-        check_number("rollout.eval_samples", self.samples, least=0, hint="; 0 draws none")
+        check_number("rollout.evaluation.samples", self.samples, least=0, hint="; 0 draws none")

@@ -20,7 +20,7 @@ SECTION = Section(
             unit="nats",
             normal="mean: fp32 7e-6, bf16 0.045 (SmolLM2-135M)",
             watch_for=(
-                "Above 1e-4 and 8e-5 (bf16: 0.12 and 0.1), times `rollout.logprob_tolerance`, more "
+                "Above 1e-4 and 8e-5 (bf16: 0.12 and 0.1), times `rollout.check.logprob_tolerance`, more "
                 "completions are compared. The run ends if they confirm the difference. For this check a "
                 "token counts in the mean for at most 8 times the limit. If the value rises steadily, find "
                 "out why before it gets there."
@@ -50,7 +50,7 @@ SECTION = Section(
             {"sync/compared_tokens": MAX},
             meaning=(
                 "tokens that were compared, on the rank with the most; at most 4,096, drawn from all of "
-                "`rollout.verify_sequences` completions"
+                "`rollout.check.verify_sequences` completions"
             ),
             unit="tokens",
             watch_for="few: single tokens dominate mean and p99",

@@ -77,14 +77,14 @@ SECTION = Section(
             {"rollout/replaced_groups": SUM},
             meaning="zero-variance groups (equal rewards) that dynamic sampling replaced",
             unit="groups",
-            normal="0 before `rollout.dynamic_sampling_from_step`",
+            normal="0 before `rollout.dynamic_sampling.from_step`",
         ),
         row(
             {"rollout/dead_groups_kept": SUM},
             meaning="zero-variance groups left in the step",
             unit="groups",
             normal="without dynamic sampling all of them, with it 0",
-            watch_for="above 0 with dynamic sampling: `rollout.dynamic_sampling_max_factor` was reached",
+            watch_for="above 0 with dynamic sampling: `rollout.dynamic_sampling.max_factor` was reached",
         ),
         row(
             {"rollout/pilot_filled_frac": MEAN_OVER_GROUPS},

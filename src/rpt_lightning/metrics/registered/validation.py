@@ -117,7 +117,7 @@ SECTION = Section(
                 "val/answers/direct_accuracy_high": SAME,
                 "val/answers/direct_num_questions": SAME,
             },
-            meaning="the same without a thought (only with `rollout.thought_controls`)",
+            meaning="the same without a thought (only with `rollout.evaluation.thought_controls`)",
             unit="share, questions",
         ),
     ),

@@ -128,7 +128,7 @@ class Health(Callback):
             )
         if self.max_truncated is not None and truncated > self.max_truncated:
             found["truncated"] = (
-                f"{truncated:.0%} of the completions run into rollout.max_completion_tokens "
+                f"{truncated:.0%} of the completions run into rollout.sampling.max_completion_tokens "
                 f"({over}; health.max_truncated={self.max_truncated})"
             )
         return found

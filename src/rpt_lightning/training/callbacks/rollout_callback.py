@@ -38,37 +38,20 @@ class RolloutCallback(Callback):
             reasoning.
         objective: The question put to the policy, and its reward.
         group_size: Completions a task (G).
-        temperature: Sampling temperature of training rollouts. Evaluation is greedy.
         max_prompt_tokens: Longest prompt; a longer one is an error (the data module's max_context_tokens cuts
             contexts).
-        max_completion_tokens: Longest completion.
-        top_p: Below 1 the sampler truncates, which makes importance ratios biased.
-        top_k: Above 0 the sampler truncates.
-        min_p: Above 0 the sampler truncates.
         seed: Run seed from which every completion's own seed is derived.
-        dynamic_sampling_from_step: From this step on, groups whose rewards are all equal are replaced by new
-            tasks (DAPO; the paper: 500). None: never.
-        dynamic_sampling_max_factor: Most tasks that are rolled out in all, as a multiple of the step's tasks.
-            Groups with equal rewards that remain are then kept.
         pilot_size: Completions that each task gets first. Only if their rewards differ is the group filled up
             to ``group_size``; the others stay short and give no gradient. None: every task gets a whole
             group. It changes how much tasks count (docs/decisions.md).
-        stop_after_first_box: End a completion with the token that completes its first box after the thought,
-            instead of at the policy's own end. This changes the paper's rule (docs/decisions.md), for
-            validation too.
-        verify_sequences: Fresh completions whose log-probs are compared with the policy's after each sync; 0
-            turns the comparison off. If they seem to disagree, 16 times as many are compared, also with
-            transformers' own log-probs, before the run ends.
-        logprob_tolerance: Factor on the limits of that comparison. The limits are those of the coarser dtype
-            of engine and policy.
         max_staleness: 0: a step's rollouts come from the very policy that they train (the paper). Above 0,
             the rollouts of the next steps are generated while the policy trains. Their weights are at most
             this many optimizer steps behind the policy when they are trained. This needs
             ``model.correction``.
-        eval_samples: Further completions of each validation position, at ``temperature``, for avg@k and
-            pass@k; 0 draws none. A held-out question is answered this many times instead of once greedily.
-        thought_controls: Also answer each validation position after an empty thought, a shuffled one and
-            filler of equal length, and each held-out question without a thought.
+        sampling: How completions are drawn.
+        dynamic_sampling: When zero-variance groups are replaced by groups of new tasks.
+        check: How the engine's log-probs are compared with the policy's after each sync.
+        evaluation: What a validation asks the policy besides one greedy answer.
     """
 
     def __init__(
@@ -76,22 +59,14 @@ class RolloutCallback(Callback):
         engine: RolloutEngine | None = None,
         objective: Objective | None = None,
         group_size: int = 8,
-        temperature: float = 0.8,
         max_prompt_tokens: int = 4096,
-        max_completion_tokens: int = 8192,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        min_p: float = 0.0,
         seed: int = 0,
-        dynamic_sampling_from_step: int | None = 500,
-        dynamic_sampling_max_factor: float = 4.0,
         pilot_size: int | None = None,
-        stop_after_first_box: bool = False,
-        verify_sequences: int = 4,
-        logprob_tolerance: float = 1.0,
         max_staleness: int = 0,
-        eval_samples: int = 0,
-        thought_controls: bool = False,
+        sampling: Sampling = Sampling(),
+        dynamic_sampling: DynamicSampling = DynamicSampling(),
+        check: EngineCheck = EngineCheck(),
+        evaluation: Evaluation = Evaluation(),
     ) -> None:
         check_number(
             "rollout.max_staleness", max_staleness, least=0, hint=" (0: rollouts of the current policy)"
@@ -104,19 +79,10 @@ class RolloutCallback(Callback):
         self.seed = seed
         self.pilot_size = pilot_size
         self.max_staleness = max_staleness
-        self.sampling = Sampling(
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            max_completion_tokens=max_completion_tokens,
-            stop_after_first_box=stop_after_first_box,
-        )
-        self.dynamic_sampling = DynamicSampling(
-            from_step=dynamic_sampling_from_step, max_factor=dynamic_sampling_max_factor
-        )
-        self.check = EngineCheck(verify_sequences=verify_sequences, logprob_tolerance=logprob_tolerance)
-        self.evaluation = Evaluation(samples=eval_samples, thought_controls=thought_controls)
+        self.sampling = sampling
+        self.dynamic_sampling = dynamic_sampling
+        self.check = check
+        self.evaluation = evaluation
         self.bound_objective: BoundObjective | None = None
         self.parts: RolloutParts | None = None
         self._step: RolloutStep | None = None  # only during training
@@ -127,11 +93,7 @@ class RolloutCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         assert isinstance(pl_module, PolicyModule)
         data: Any = getattr(trainer, "datamodule", None)
-        if self.objective is not None:
-            self.bound_objective = BoundObjective(self.objective, pl_module.tokenizer)
-            # A user's own data module may lack these methods. Its tasks are then taken as they come.
-            if hasattr(data, "use_objective"):
-                data.use_objective(self.objective)
+        self._bind_objective(pl_module, data)
         trains = stage == "fit" and pl_module.learns_from_rollouts
         if self.engine is None:
             if trains:
@@ -141,21 +103,15 @@ class RolloutCallback(Callback):
                 )
             rank_zero_info("engine: none; validation shows standard next-token prediction only")
             return
-        if self.objective is None or self.bound_objective is None:
+        if self.bound_objective is None:
             raise ValueError(
                 "rollout.objective is not set: say what the policy is asked and rewarded for, "
                 "e.g. --rollout.objective NextTokenObjective"
             )
-        prompt = self.bound_objective.prompt
-        pl_module.policy.check_ids(
-            prompt.prompt_ids(()) + prompt.answer_open_ids + prompt.answer_close_ids + prompt.stop_token_ids
-        )
-        if trainer.is_global_zero and hasattr(data, "known_tasks"):
-            for remark in self.objective.remarks(data.known_tasks()):
-                rank_zero_info(remark)
+        _look_at_objective(self.bound_objective, trainer, pl_module, data)
         is_ahead = trains and self.max_staleness > 0
         if is_ahead:
-            check_settings(self.max_staleness, self.engine, pl_module, self.objective, data)
+            check_settings(self.max_staleness, self.engine, pl_module, self.bound_objective.objective, data)
         self.parts = build_parts(
             self.engine,
             self.bound_objective,
@@ -171,6 +127,13 @@ class RolloutCallback(Callback):
             with_controls=self.evaluation.thought_controls,
             is_ahead=is_ahead,
         )
+
+    def _bind_objective(self, module: PolicyModule, data: Any) -> None:
+        if self.objective is not None:
+            self.bound_objective = BoundObjective(self.objective, module.tokenizer)
+            # A user's own data module may lack these methods. Its tasks are then taken as they come.
+            if hasattr(data, "use_objective"):
+                data.use_objective(self.objective)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.engine is not None and self._end_step():
@@ -321,3 +284,14 @@ class RolloutCallback(Callback):
         return heldout_answers(
             rollouter, groups, num_samples=evaluation.samples, with_controls=evaluation.thought_controls
         )
+
+
+def _look_at_objective(objective: BoundObjective, trainer: Trainer, module: PolicyModule, data: Any) -> None:
+    """Show remarks about the tasks. Raises ValueError if the policy lacks a token of the prompt."""
+    prompt = objective.prompt
+    module.policy.check_ids(
+        prompt.prompt_ids(()) + prompt.answer_open_ids + prompt.answer_close_ids + prompt.stop_token_ids
+    )
+    if trainer.is_global_zero and hasattr(data, "known_tasks"):
+        for remark in objective.objective.remarks(data.known_tasks()):
+            rank_zero_info(remark)

@@ -172,7 +172,7 @@ class CloserLook:
 
 _ENGINE = (
     "The engine is wrong: it computes with other weights, another temperature or a stale cache. Or "
-    "rollout.logprob_tolerance is too small for this model: raise it only after looking"
+    "rollout.check.logprob_tolerance is too small for this model: raise it only after looking"
 )
 _POLICY = (
     "The policy is wrong: this package's own way of computing gives this model other log-probs than "
