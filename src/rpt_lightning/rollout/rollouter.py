@@ -204,6 +204,7 @@ class Rollouter:
                 rewards=self.objective.rewards(one),
                 truth=self.objective.truth(one.task),
                 masks_truncated=self.masks_truncated,
+                num_prefix_tokens=len(self.objective.prompt.prefix_ids),
             )
             for one in answered
         ]
