@@ -32,8 +32,8 @@ class PackedTree:
     index, among the M scored tokens, of the t-th target token of sequence s. ``mask[s, t]`` is False where
     that sequence is shorter. ``sequence_indices[s]`` is the sequence's place in the list that was packed.
 
-    ``own_temperatures`` are those of the scored tokens whose sequences have their own, and NaN for the others.
-    They are None if no sequence has one.
+    ``own_temperatures`` are those of the scored tokens whose sequences have their own, and NaN for the
+    others. They are None if no sequence has one.
 
     If ``row_length`` is set, the input tokens are rows of that length with one sequence each, and nothing is
     shared (row_packing.py). The first ``row_sizes[s]`` tokens of a row belong to the sequence and the rest is

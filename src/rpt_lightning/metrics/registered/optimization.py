@@ -16,7 +16,8 @@ SECTION = Section(
             {"loss/total": SUM},
             meaning="the loss",
             unit="RPT: advantages, which have no scale of their own; next-token training: nats per token",
-            normal="RPT: near 0 when on-policy, plus `model.ntp_weight` times `loss/ntp`; next-token training: falls",
+            normal="RPT: near 0 when on-policy, plus `model.ntp_weight` times `loss/ntp`; "
+            "next-token training: falls",
             watch_for="not finite: the step is skipped",
         ),
         row(
