@@ -18,6 +18,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RUNS = sorted([*CONFIGS.glob("*.yaml"), *(CONFIGS / "demo").glob("*.yaml")])
 STRATEGIES = sorted((CONFIGS / "strategy").glob("*.yaml"))
 ROLLOUTS = sorted((CONFIGS / "rollout").glob("*.yaml"))
+MODELS = sorted((CONFIGS / "model").glob("*.yaml"))
 DATA = sorted((CONFIGS / "data").glob("*.yaml"))
 SERVERS = CONFIGS / "rollout" / "servers.yaml"
 PREPARE = sorted((CONFIGS / "prepare").glob("*.yaml"))
@@ -85,6 +86,15 @@ def test_rollouts_elsewhere_over_a_run(run, offline_policy, monkeypatch, tmp_pat
     assert isinstance(engine.transport, SharedFolderTransport)
 
 
+@pytest.mark.parametrize("run", ["debug", "14b"])
+def test_the_trunk_over_a_run(run, offline_policy, monkeypatch, tmp_path):
+    flags = ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path)]
+    config = CONFIGS / f"{run}.yaml"
+    cli = instantiate(monkeypatch, config, CONFIGS / "model" / "trunk.yaml", flags=flags)
+    own = yaml.safe_load(config.read_text())["model"]["init_args"]
+    assert (cli.model.ntp_weight, cli.model.micro_batch_tokens) == (0.3, own["micro_batch_tokens"])
+
+
 @pytest.mark.parametrize("data", DATA, ids=lambda path: path.stem)
 def test_data_elsewhere_over_the_paper_run(data, offline_policy, monkeypatch, tmp_path):
     flags = [
@@ -101,14 +111,14 @@ def test_data_elsewhere_over_the_paper_run(data, offline_policy, monkeypatch, tm
 
 @pytest.mark.parametrize(
     "config",
-    [path for path in [*RUNS, *ROLLOUTS] if uncommented(path.read_text()) != path.read_text()],
+    [path for path in [*RUNS, *ROLLOUTS, *MODELS] if uncommented(path.read_text()) != path.read_text()],
     ids=lambda path: path.stem,
 )
 def test_commented_out_options_can_be_used(config, offline_policy, monkeypatch, tmp_path):
     file = tmp_path / config.name
     file.write_text(uncommented(config.read_text()))
     flags = ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path / "run")]
-    run = [CONFIGS / "14b.yaml"] if config in ROLLOUTS else []
+    run = [CONFIGS / "14b.yaml"] if config in [*ROLLOUTS, *MODELS] else []
     instantiate(monkeypatch, *run, file, flags=flags)
 
 

@@ -327,7 +327,8 @@ class RolloutGroup:
 
     ``truth`` is what the text or the question really says, in pieces. ``masks_truncated`` says that truncated
     completions are not trained. They cannot make the group live. ``num_trained`` are the numbers of tokens of
-    each completion that are trained, from its first on. If it is empty, all are.
+    each completion that are trained, from its first on. If it is empty, all are. ``num_prefix_tokens`` is the
+    number of tokens that the prompt template puts before the context.
     """
 
     task: Task
@@ -338,6 +339,7 @@ class RolloutGroup:
     truth: tuple[bytes, ...] = ()
     masks_truncated: bool = False
     num_trained: tuple[int, ...] = ()
+    num_prefix_tokens: int = 0
 
     @property
     def trained(self) -> list[tuple[Completion, float]]:
@@ -384,12 +386,16 @@ class TrainBatch:
 class TrainSequence:
     """Tokens for next-token training. The loss is on ``target_ids`` only, given ``prompt_ids``.
 
+    ``temperature`` divides the logits of its targets, whatever the other sequences of a pass are scored at.
+    None: the temperature of the pass.
+
     >>> TrainSequence(prompt_ids=(17, 340), target_ids=(216, 2)).num_tokens
     4
     """
 
     prompt_ids: TokenIds
     target_ids: TokenIds
+    temperature: float | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -19,6 +19,7 @@ from transformers import (
 
 from rpt_lightning.policy.attention.tree_attention import NAME
 from rpt_lightning.policy.logprobs import chosen_logprobs
+from rpt_lightning.policy.packing.rows import pack_rows
 from rpt_lightning.policy.packing.trees import pack
 from rpt_lightning.types import TrainSequence
 
@@ -70,7 +71,7 @@ def score_packed(model, tree, temperature):
         hidden[tree.parents],
         model.get_output_embeddings().weight,
         tree.targets,
-        temperature=temperature,
+        temperature=tree.temperatures(temperature),
         chunk_size=3,
     )
 
@@ -120,6 +121,62 @@ def test_packed_equals_separate(kind, tied, sequences, max_tokens, seed):
         seen += tree.sequence_indices
     assert sorted(seen) == list(range(len(sequences)))
     torch.testing.assert_close(flat_grad(model), expected_grad, rtol=0, atol=1e-9)
+
+
+temperatures = st.sampled_from([None, None, 1.0, 0.5])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sequences=st.lists(
+        st.builds(TrainSequence, prompt_ids=ids, target_ids=ids, temperature=temperatures),
+        min_size=1,
+        max_size=7,
+    ),
+    max_tokens=st.integers(1, 30),
+)
+def test_sequences_have_their_own_temperatures(sequences, max_tokens):
+    """A token that is a target at two temperatures is scored at both. The gradients add up."""
+    model = build_model("llama", tied=False)
+
+    def expected(sequence):
+        return score_alone(model, sequence, sequence.temperature or 0.75)  # exact in float32
+
+    model.zero_grad()
+    sum(expected(sequence)[0].sum() + 0.3 * expected(sequence)[1].sum() for sequence in sequences).backward()
+    expected_grad = flat_grad(model)
+    model.zero_grad()
+    seen = []
+    for tree in pack(sequences, max_tokens=max_tokens):
+        assert (tree.own_temperatures is None) == all(
+            sequences[index].temperature is None for index in tree.sequence_indices
+        )
+        scores = score_packed(model, tree, 0.75)
+        sum(
+            tree.unpack(values).sum() * weight for values, weight in zip(scores, (1.0, 0.3), strict=True)
+        ).backward()
+        for row, index in enumerate(tree.sequence_indices):
+            own = tree.keep([row])
+            assert own.sequence_indices == (index,)
+            for values, alone in zip(scores, expected(sequences[index]), strict=True):
+                torch.testing.assert_close(own.unpack(values)[0], alone, rtol=0, atol=1e-9)
+        seen += tree.sequence_indices
+    assert sorted(seen) == list(range(len(sequences)))
+    torch.testing.assert_close(flat_grad(model), expected_grad, rtol=0, atol=1e-9)
+
+
+def test_tokens_of_one_temperature_are_scored_once():
+    sequences = [
+        TrainSequence(prompt_ids=(5,), target_ids=(6, 7), temperature=temperature)
+        for temperature in (None, 1.0, 1.0, None)
+    ]
+    (tree,) = pack(sequences, max_tokens=100)
+    assert tree.token_ids.tolist() == [5, 6]
+    assert sorted(tree.temperatures(0.5).tolist()) == [0.5, 0.5, 1.0, 1.0]
+    (tree,) = pack(sequences[::3], max_tokens=100)
+    assert tree.temperatures(0.5) == 0.5
+    (tree,) = pack_rows(sequences[:2], max_tokens=100)
+    assert tree.temperatures(0.5).tolist() == [0.5, 0.5, 1.0, 1.0]
 
 
 def test_worked_example():

@@ -59,6 +59,9 @@ def rollouter(engine: ScriptedEngine, tiny_tokenizer) -> Rollouter:
 def test_groups_are_read_and_paid_in_the_order_of_the_tasks(rollouter: Rollouter) -> None:
     groups = rollouter.rollout(TASKS)
     assert [group.task for group in groups] == TASKS
+    for group in groups:
+        context_ids = group.task.context_ids
+        assert group.prompt_ids[group.num_prefix_tokens :][: len(context_ids)] == context_ids
     paid = {
         LINES[0].encode(): (b" the", 1.0),
         LINES[1].encode(): (b" sum", 0.0),

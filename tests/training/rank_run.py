@@ -53,6 +53,7 @@ class Options:
     optimizer: str = "AdamW"  # of RPT; AdamW hides the gradient's scale, SGD does not
     optimizer_steps_per_batch: int = 1
     dynamic_sampling_from_step: int | None = None
+    ntp_weight: float = 0.0
     resume: bool = False
     validate: bool = False
 
@@ -116,7 +117,10 @@ def parts(options: Options, folder: Path):
             eval_batch_size=6,
         )
     else:
-        common |= {"optimizer_steps_per_batch": options.optimizer_steps_per_batch}
+        common |= {
+            "optimizer_steps_per_batch": options.optimizer_steps_per_batch,
+            "ntp_weight": options.ntp_weight,
+        }
         module = (WrongNormalizer if options.wrong_normalizer else RPTModule)(
             policy, make_optimizer, correction="truncate", **common
         )

@@ -48,6 +48,7 @@ def test_a_module_refuses_negative_numbers(tiny_model_dir: Any) -> None:
 
     policy = Policy(str(tiny_model_dir))
     flags = {"max_skipped_steps": -1, "gradient_clip": NAN, "correction_cap": NAN, "clip_high": NAN}
+    flags |= {"ntp_weight": -0.1}
     for flag, value in flags.items():
         with pytest.raises(ValueError, match=rf"model\.{flag}={value}: "):
             RPTModule(policy, **{flag: value})  # type: ignore[arg-type]

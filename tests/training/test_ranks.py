@@ -156,6 +156,24 @@ def test_mini_batches_are_the_same_on_any_number_of_ranks(tiny_model_dir, tiny_t
 
 
 @pytest.mark.long
+def test_contexts_are_trained_alike_on_any_number_of_ranks(tiny_model_dir, tiny_task_dir, tmp_path):
+    """There are 5 tasks, 2 of a document. So a document lies on two ranks, which must count it once."""
+    options = {"steps": 4, "optimizer": "SGD", "lr": 0.1, "tasks_per_step": 5, "ntp_weight": 0.3}
+    more = {
+        "one": {},
+        "small": {"micro_batch_tokens": 60},
+        "two": {"ranks": 2, "strategy": "sharded", "micro_batch_tokens": 100},
+        "ddp": {"ranks": 2, "strategy": "ddp"},
+    }
+    for name, of_run in more.items():
+        run(tmp_path / name, tiny_model_dir, tiny_task_dir, **options, **of_run)
+    one, *others = (Outcome(tmp_path / name, tiny_model_dir) for name in more)
+    assert all(step["loss/ntp"] > 0 < step["train/ntp_tokens"] for step in one.metrics)
+    for other in others:
+        assert_same_run(one, other, tolerance=1e-3)
+
+
+@pytest.mark.long
 def test_dynamic_sampling_draws_the_same_on_any_number_of_ranks(tiny_model_dir, tiny_task_dir, tmp_path):
     outcomes = []
     for num_ranks in (1, 2):

@@ -30,7 +30,7 @@ def chosen_logprobs(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     chunk_size: int = 512,
 ) -> tuple[Tensor, Tensor]:
     """Compute the log-prob of each target token and the entropy, both of the tempered distribution.
@@ -41,13 +41,13 @@ def chosen_logprobs(
             copy of the weight and of its gradient.
         targets: ``[N]`` int64 token ids.
         bias: ``[V]`` bias of the output head, if it has one (Phi, GPT-J). It is added in the softmax's dtype.
-        temperature: Divides the logits. It must be above 0.
+        temperature: Divides the logits. It must be above 0. A tensor ``[N]`` has one for each token.
         chunk_size: Number of tokens whose logits exist at the same time, for one chunk of the vocabulary.
 
     Returns:
         ``(logprobs [N], entropy [N])`` in nats, differentiable in ``hidden``, ``weight`` and ``bias``.
     """
-    if temperature <= 0:
+    if torch.any(torch.as_tensor(temperature) <= 0):
         raise ValueError(
             f"temperature is {temperature}; log-probs need a temperature above 0 "
             "(score greedy completions at 1.0)"
@@ -76,6 +76,11 @@ def most_likely(
             ids[rows] = torch.where(values > highest[rows], indices + columns.start, ids[rows])
             highest[rows] = torch.maximum(highest[rows], values)
     return ids
+
+
+def _of_rows(temperature: float | Tensor, rows: slice) -> float | Tensor:
+    """Return the temperature of a chunk of tokens, ``[C, 1]`` if each token has its own."""
+    return temperature[rows, None] if isinstance(temperature, Tensor) else temperature
 
 
 def _vocab_chunks(weight: Tensor) -> list[slice]:
@@ -135,7 +140,7 @@ class _ChosenLogprobs(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        temperature: float,
+        temperature: float | Tensor,
         chunk_size: int,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -153,7 +158,7 @@ class _ChosenLogprobs(torch.autograd.Function):
                 weight_part = weight[columns].to(hidden.dtype)  # [V', D]
                 for rows in _chunks(hidden.shape[0], chunk_size):
                     logits = _logits(hidden[rows], weight_part, bias, columns, dtype).div_(
-                        temperature
+                        _of_rows(temperature, rows)
                     )  # [C, V']
                     index, is_inside = _within(targets[rows], columns)
                     chosen[rows] += logits.gather(-1, index[:, None])[:, 0] * is_inside
@@ -196,7 +201,7 @@ class _ChosenLogprobs(torch.autograd.Function):
                 grad_weight_part = None if grad_weight is None else grad_weight[columns].to(dtype)  # [V', D]
                 for rows in _chunks(hidden.shape[0], ctx.chunk_size):
                     logits = _logits(hidden[rows], weight_part, bias, columns, dtype)  # [C, V']
-                    logp = logits.div_(ctx.temperature).sub_(logsumexp[rows, None])
+                    logp = logits.div_(_of_rows(ctx.temperature, rows)).sub_(logsumexp[rows, None])
                     if grad_entropy is None:
                         grad = logp.exp_().mul_(-grad_logprobs[rows, None])
                     else:

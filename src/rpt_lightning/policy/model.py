@@ -158,6 +158,11 @@ class Policy(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Score the M target tokens of a packed tree.
 
+        Args:
+            tree: The packed tree.
+            temperature: Divides the logits of sequences without a temperature of their own.
+            predict: Whether to return the most likely ids.
+
         Returns:
             ``(logprobs [M], entropy [M])`` of the tempered distribution. With ``predict``, the result is
             ``(logprobs [M], most likely ids [M])``.

@@ -27,6 +27,8 @@ def score(
 ) -> tuple[Tensor, Tensor]:
     """Score the M target tokens of a packed tree. `Policy` explains ``head_dtype`` and ``chunk_size``.
 
+    ``temperature`` is that of the sequences without one of their own.
+
     Returns:
         ``(logprobs [M], entropy [M])`` of the tempered distribution. With ``predict``, the result is
         ``(logprobs [M], most likely ids [M])``.
@@ -38,7 +40,12 @@ def score(
     # Autocast would cast the fp32 product back to bf16.
     with torch.autocast(hidden.device.type, enabled=False):
         logprobs, entropy = chosen_logprobs(
-            hidden, weight, tree.targets, bias=bias, temperature=temperature, chunk_size=chunk_size
+            hidden,
+            weight,
+            tree.targets,
+            bias=bias,
+            temperature=tree.temperatures(temperature),
+            chunk_size=chunk_size,
         )
         return (
             (logprobs, most_likely(hidden, weight, bias=bias, chunk_size=chunk_size))

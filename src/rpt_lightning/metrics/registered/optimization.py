@@ -16,8 +16,17 @@ SECTION = Section(
             {"loss/total": SUM},
             meaning="the loss",
             unit="RPT: advantages, which have no scale of their own; next-token training: nats per token",
-            normal="RPT: near 0 when on-policy; next-token training: falls",
+            normal="RPT: near 0 when on-policy, plus `model.ntp_weight` times `loss/ntp`; "
+            "next-token training: falls",
             watch_for="not finite: the step is skipped",
+        ),
+        row(
+            {"loss/ntp": SUM},
+            meaning="mean next-token loss of the step's context tokens, at temperature 1 "
+            "(`model.ntp_weight` above 0)",
+            unit="nats per token",
+            normal="falls slowly; the text's own noise is its floor",
+            watch_for="it rises: the policy gradient overwrites the language model",
         ),
         row(
             {"loss/ratio_mean": SAME, "loss/ratio_max": SAME},
@@ -83,6 +92,11 @@ SECTION = Section(
         row(
             {"train/target_tokens": SUM},
             meaning="tokens that entered the loss (next-token training only)",
+            unit="tokens",
+        ),
+        row(
+            {"train/ntp_tokens": SAME},
+            meaning="context tokens that entered `loss/ntp`, each position of a document once",
             unit="tokens",
         ),
         row(

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 
-from rpt_lightning.policy.packing.trees import PackedTree, check_sequences
+from rpt_lightning.policy.packing.trees import PackedTree, check_sequences, own_or_none, temperatures_of
 from rpt_lightning.types import TrainSequence
 
 
@@ -53,6 +54,7 @@ def _build(sequences: Sequence[TrainSequence], batch: Sequence[int], width: int)
         first = row * width + len(sequence.prompt_ids) - 1
         parents += range(first, first + lengths[row])
         targets += sequence.target_ids
+    own = temperatures_of([sequences[index] for index in batch])
     place = torch.arange(len(batch) * width)
     return PackedTree(
         token_ids=token_ids.flatten(),
@@ -63,6 +65,7 @@ def _build(sequences: Sequence[TrainSequence], batch: Sequence[int], width: int)
         rows=rows,
         mask=mask,
         sequence_indices=tuple(batch),
+        own_temperatures=own_or_none(np.repeat(own, lengths)),
         row_length=width,
         row_sizes=tuple(sequences[index].num_tokens - 1 for index in batch),
     )

@@ -7,7 +7,7 @@ this mask, and with each token's depth as its position id, every token sees what
 log-probs and gradients are therefore those of the separate sequences.
 
 Two further savings are also exact. A leaf (usually an end token) is only a target, so it is not fed to the
-model. A token that several completions share is scored once.
+model. A token that several completions share is scored once, or once for each temperature.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ class PackedTree:
     index, among the M scored tokens, of the t-th target token of sequence s. ``mask[s, t]`` is False where
     that sequence is shorter. ``sequence_indices[s]`` is the sequence's place in the list that was packed.
 
+    ``own_temperatures`` are those of the scored tokens whose sequences have their own, and NaN for the
+    others. They are None if no sequence has one.
+
     If ``row_length`` is set, the input tokens are rows of that length with one sequence each, and nothing is
     shared (row_packing.py). The first ``row_sizes[s]`` tokens of a row belong to the sequence and the rest is
     padding.
@@ -45,6 +48,7 @@ class PackedTree:
     rows: Tensor  # [S, T] int64
     mask: Tensor  # [S, T] bool
     sequence_indices: tuple[int, ...]  # [S]
+    own_temperatures: Tensor | None = None  # [M] float32
     row_length: int | None = None
     row_sizes: tuple[int, ...] = ()  # [S] with a row_length
 
@@ -70,6 +74,32 @@ class PackedTree:
             subtree_end=torch.cat([self.subtree_end, alone]),
         )
 
+    def temperatures(self, temperature: float) -> float | Tensor:
+        """Return the temperature of the scored tokens, ``[M]`` if any has its own.
+
+        Args:
+            temperature: That of the sequences without one of their own.
+        """
+        own = self.own_temperatures
+        return temperature if own is None else torch.where(own.isnan(), temperature, own)
+
+    def keep(self, rows: Sequence[int]) -> PackedTree:
+        """Return the tree with the targets of some of its sequences only, to unpack values for them.
+
+        The tokens that are fed and scored stay the same.
+        """
+        if len(rows) == len(self.sequence_indices):
+            return self
+        chosen = torch.tensor(rows, dtype=torch.int64, device=self.rows.device)
+        mask = self.mask[chosen]
+        width = int(mask.sum(1).max()) if len(rows) else 0
+        return replace(
+            self,
+            rows=self.rows[chosen, :width],
+            mask=mask[:, :width],
+            sequence_indices=tuple(self.sequence_indices[row] for row in rows),
+        )
+
     def unpack(self, values: Tensor) -> Tensor:
         """Arrange per-token values ``[M]`` by sequence, ``[S, T]``, with 0 where ``mask`` is False."""
         return torch.where(
@@ -82,7 +112,8 @@ class PackedTree:
             name: getattr(self, name).to(device)
             for name in ("token_ids", "position_ids", "subtree_end", "parents", "targets", "rows", "mask")
         }
-        return replace(self, **moved)
+        own = self.own_temperatures
+        return replace(self, **moved, own_temperatures=None if own is None else own.to(device))
 
 
 def pack(sequences: Sequence[TrainSequence], *, max_tokens: int) -> Iterator[PackedTree]:
@@ -195,17 +226,19 @@ def _build_tree(
     keep[parent[parent >= 0]] = True
     before = np.concatenate([[0], np.cumsum(keep)])
 
-    is_target = np.zeros(total, dtype=bool)
-    for index, nodes in zip(chosen, paths, strict=True):
-        is_target[nodes[len(sequences[index].prompt_ids) :]] = True
-    target_nodes = np.flatnonzero(is_target)
-    target_index = np.cumsum(is_target) - 1
+    own = temperatures_of([sequences[index] for index in chosen])
+    kinds, kind_of_row = np.unique(own, return_inverse=True)  # all NaN are one kind
+    is_target = np.zeros((len(kinds), total), dtype=bool)
+    for kind, index, nodes in zip(kind_of_row, chosen, paths, strict=True):
+        is_target[kind, nodes[len(sequences[index].prompt_ids) :]] = True
+    kind_of_target, target_nodes = np.nonzero(is_target)
+    target_index = np.cumsum(is_target).reshape(is_target.shape) - 1
 
     width = max(len(sequences[index].target_ids) for index in chosen)
     rows = np.zeros((len(chosen), width), dtype=np.int64)
     mask = np.zeros((len(chosen), width), dtype=bool)
     for row, (index, nodes) in enumerate(zip(chosen, paths, strict=True)):
-        targets = target_index[nodes[len(sequences[index].prompt_ids) :]]
+        targets = target_index[kind_of_row[row], nodes[len(sequences[index].prompt_ids) :]]
         rows[row, : len(targets)] = targets
         mask[row, : len(targets)] = True
 
@@ -218,4 +251,16 @@ def _build_tree(
         rows=torch.from_numpy(rows),
         mask=torch.from_numpy(mask),
         sequence_indices=tuple(chosen),
+        own_temperatures=own_or_none(kinds[kind_of_target]),
     )
+
+
+def temperatures_of(sequences: Sequence[TrainSequence]) -> np.ndarray:
+    """Return the own temperature of each sequence, float32 ``[S]``, and NaN for those without one."""
+    own = [sequence.temperature for sequence in sequences]
+    return np.array([np.nan if value is None else value for value in own], dtype=np.float32)
+
+
+def own_or_none(temperatures: np.ndarray) -> Tensor | None:
+    """Return ``PackedTree.own_temperatures`` of scored tokens: None if all of them are NaN."""
+    return None if np.isnan(temperatures).all() else torch.from_numpy(temperatures)

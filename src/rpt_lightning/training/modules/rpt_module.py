@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -22,8 +23,10 @@ from rpt_lightning.data.modules.stream import rank_share
 from rpt_lightning.limits import check_number
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.packing.trees import PackedTree
+from rpt_lightning.pretrained.token_bytes import start_ids
 from rpt_lightning.training.distributed.ranks import Ranks
 from rpt_lightning.training.modules.policy_module import PolicyModule
+from rpt_lightning.training.modules.trunk import Contexts, context_sequences, mean_loss
 from rpt_lightning.types import Completion, RolloutGroup, SamplingSettings, TrainSequence
 
 
@@ -72,6 +75,11 @@ class RPTModule(PolicyModule):
         truncated: "zero_reward" trains completions that ran into the token limit with reward 0. "mask" leaves
             them out of the loss and of the baseline. Dynamic sampling and pilots then ignore them too when
             they decide whether a group's rewards differ.
+        ntp_weight: To the loss is added this weight times the mean next-token loss (nats a token,
+            temperature 1) over the context tokens of the step's tasks, each position of a document once and
+            zero-variance groups included. 0 leaves it out.
+        ntp_in_prompt: Train the context's tokens where they stand inside the prompt, behind the template's
+            own words. false trains the bare text, which a chat prompt does not share with its completions.
     """
 
     def __init__(
@@ -92,6 +100,8 @@ class RPTModule(PolicyModule):
         correction_level: Literal["token", "sequence"] = "token",
         correction_floor: float | None = None,
         truncated: Literal["zero_reward", "mask"] = "zero_reward",
+        ntp_weight: float = 0.0,
+        ntp_in_prompt: bool = False,
     ) -> None:
         super().__init__(
             policy, optimizer, lr_scheduler, micro_batch_tokens, gradient_clip, max_skipped_steps
@@ -118,6 +128,7 @@ class RPTModule(PolicyModule):
             )
         check_number("model.correction_cap", correction_cap, least=1)
         check_number("model.clip_high", clip_high, least=0)
+        check_number("model.ntp_weight", ntp_weight, least=0, below=math.inf, hint="; 0 leaves the term out")
         self.advantage_scale = advantage_scale
         self.aggregation = aggregation
         self.clip_low = clip_low
@@ -129,6 +140,8 @@ class RPTModule(PolicyModule):
         self.correction_level = correction_level
         self.correction_floor = correction_floor
         self.masks_truncated = truncated == "mask"
+        self.ntp_weight = ntp_weight
+        self.ntp_in_prompt = ntp_in_prompt
 
     learns_from_rollouts = True
 
@@ -136,10 +149,8 @@ class RPTModule(PolicyModule):
         rollouts = batch.rollouts
         assert rollouts is not None, "the rollout callback puts them in"
         temperature = rollouts.sampling.temperature
-        cut = [
-            [self._samples(group) for group in groups]
-            for groups in mini_batches_of(rollouts.groups, self.optimizer_steps_per_batch, self.ranks)
-        ]
+        parts = mini_batches_of(rollouts.groups, self.optimizer_steps_per_batch, self.ranks)
+        cut = [[self._samples(group) for group in groups] for groups in parts]
         mini_batches = [list(itertools.chain.from_iterable(groups)) for groups in cut]
         # With one optimizer step a batch the policy has not changed since before the update. The ratio is
         # exactly 1, so there is nothing to compute.
@@ -147,8 +158,8 @@ class RPTModule(PolicyModule):
         old_logprobs = [
             None if on_policy else self._logprobs(_live(samples), temperature) for samples in mini_batches
         ]
-        for samples, old in zip(mini_batches, old_logprobs, strict=True):
-            self._optimize(samples, old, rollouts.sampling)
+        for groups, samples, old in zip(parts, mini_batches, old_logprobs, strict=True):
+            self._optimize(samples, old, rollouts.sampling, self._contexts(groups))
         trained = [_live(samples) for groups in cut for samples in groups]
         self.log_step(
             {
@@ -159,8 +170,20 @@ class RPTModule(PolicyModule):
             }
         )
 
+    def _contexts(self, groups: Sequence[RolloutGroup]) -> Contexts:
+        """What the next-token term trains with these groups. A collective if there is such a term."""
+        if self.ntp_weight == 0:
+            return Contexts()
+        return context_sequences(
+            groups, start_ids=start_ids(self.tokenizer), in_prompt=self.ntp_in_prompt, ranks=self.ranks
+        )
+
     def _optimize(
-        self, samples: Sequence[_Sample], old_logprobs: list[Tensor] | None, sampling: SamplingSettings
+        self,
+        samples: Sequence[_Sample],
+        old_logprobs: list[Tensor] | None,
+        sampling: SamplingSettings,
+        contexts: Contexts,
     ) -> None:
         """One optimizer step."""
         normalizer = self._normalizer(samples, max_tokens=sampling.max_tokens)
@@ -168,9 +191,14 @@ class RPTModule(PolicyModule):
         loss_parts: list[LossStatistics] = []
         correction_parts: list[CorrectionStatistics] = []
         entropies: list[Tensor] = []
+        ntp_parts: list[Tensor] = []
 
         def micro_batch_loss(tree: PackedTree) -> Tensor:
             token_logprobs, token_entropy = self.policy(tree, temperature=sampling.temperature)
+            ntp_loss, tree = contexts.loss(tree, token_logprobs, first=len(live))
+            ntp_parts.append(ntp_loss.detach())
+            if not tree.sequence_indices:  # it holds contexts only
+                return self.ntp_weight * ntp_loss
             logprobs = tree.unpack(token_logprobs)  # [S, T]
             rows = [live[index] for index in tree.sequence_indices]
             old = (
@@ -203,10 +231,16 @@ class RPTModule(PolicyModule):
             )
             loss_parts.append(loss_part)
             entropies.append(tree.unpack(token_entropy.detach())[tree.mask])
-            return loss
+            return loss + self.ntp_weight * ntp_loss
 
         metrics: dict[str, Tensor | float] = {}
-        metrics |= self.optimizer_step_over([sample.sequence for sample in live], micro_batch_loss)
+        sequences = [sample.sequence for sample in live]
+        metrics |= self.optimizer_step_over([*sequences, *contexts.sequences], micro_batch_loss)
+        if self.ntp_weight > 0:
+            metrics |= {
+                "loss/ntp": mean_loss(ntp_parts, self.ranks),
+                "train/ntp_tokens": float(contexts.num_targets),
+            }
         of_ranks = self.ranks.gather(
             (LossStatistics.combined(loss_parts), CorrectionStatistics.combined(correction_parts))
         )
