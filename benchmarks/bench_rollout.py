@@ -28,7 +28,7 @@ from rpt_lightning.objectives.base import BoundObjective
 from rpt_lightning.objectives.next_token import NextTokenObjective
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.objectives.rewards.next_token import PrefixMatchReward
-from rpt_lightning.rollout.engines.vllm.engine import VLLMEngine
+from rpt_lightning.rollout.engines.vllm.vllm_engine import VLLMEngine
 from rpt_lightning.rollout.rollouter import Rollouter
 from rpt_lightning.rollout.settings import Sampling
 from rpt_lightning.training.cpu_precision import bf16_is_slow

@@ -26,9 +26,9 @@ from result import alternate, store
 
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.weights import named_weights
-from rpt_lightning.rollout.engines.vllm.engine import VLLMEngine
+from rpt_lightning.rollout.engines.vllm.vllm_engine import VLLMEngine
 from rpt_lightning.training.cpu_precision import bf16_is_slow
-from rpt_lightning.training.sync.sync_check import check_weights
+from rpt_lightning.training.engine_check.sync_check import check_weights
 
 
 def memory(field: str) -> int:

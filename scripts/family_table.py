@@ -103,7 +103,7 @@ def try_family(family: str) -> dict[str, str]:
     """Return the family's row, whose cells say "works" or give the error."""
     from rpt_lightning.policy.model import Policy
     from rpt_lightning.rollout.engines.hf_engine import HFEngine
-    from rpt_lightning.rollout.engines.vllm.engine import VLLMEngine
+    from rpt_lightning.rollout.engines.vllm.vllm_engine import VLLMEngine
 
     with tempfile.TemporaryDirectory() as at:
         tokenizer, folder = Path(at) / "tiny", Path(at) / family

@@ -10,8 +10,8 @@ import torch
 import yaml
 
 from commented_options import uncommented
-from rpt_lightning.rollout.servers.engine import VLLMServerEngine
-from rpt_lightning.rollout.sync.transport import SharedFolderTransport
+from rpt_lightning.rollout.servers.server_engine import VLLMServerEngine
+from rpt_lightning.rollout.weight_sync.transport import SharedFolderTransport
 from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -137,7 +137,7 @@ def test_paper_run_is_the_papers_table_5():
 def test_prepare_config(config, commented):
     from jsonargparse import ArgumentParser
 
-    from rpt_lightning.data.prepare.command import prepare
+    from rpt_lightning.data.prepare.prepare_command import prepare
     from rpt_lightning.data.sources.corpus import CorpusSource
 
     parser = ArgumentParser()

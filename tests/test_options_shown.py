@@ -36,7 +36,7 @@ from rpt_lightning.objectives.rewards.next_token import Reward
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.rollout.engines.base import RolloutEngine
 from rpt_lightning.rollout.settings import DynamicSampling, EngineCheck, Evaluation, Sampling
-from rpt_lightning.rollout.sync.transport import WeightTransport
+from rpt_lightning.rollout.weight_sync.transport import WeightTransport
 from rpt_lightning.training.modules.policy_module import PolicyModule
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -188,7 +188,7 @@ def test_only_the_vllm_adapters_use_vllms_part_of_compat() -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rpt_lightning.compat.vllm")
     }
     assert users
-    adapters = ("rollout/engines/vllm/", "rollout/sync/nccl_transport.py")
+    adapters = ("rollout/engines/vllm/", "rollout/weight_sync/nccl_transport.py")
     assert all(file.startswith(adapters) for file in users), sorted(users)
 
 

@@ -23,7 +23,7 @@ _MODULES = {
     "JsonlSource": "data.sources.corpus",
     "ParquetSource": "data.sources.corpus",
     "TextFilesSource": "data.sources.corpus",
-    "prepare": "data.prepare.command",
+    "prepare": "data.prepare.prepare_command",
     "Objective": "objectives.base",
     "NextTokenObjective": "objectives.next_token",
     "InformationGainObjective": "objectives.information_gain",
@@ -39,8 +39,8 @@ _MODULES = {
     "ConditionalDenseReward": "objectives.rewards.next_token",
     "AnswerReward": "objectives.rewards.answer",
     "HFEngine": "rollout.engines.hf_engine",
-    "VLLMEngine": "rollout.engines.vllm.engine",
-    "VLLMServerEngine": "rollout.servers.engine",
+    "VLLMEngine": "rollout.engines.vllm.vllm_engine",
+    "VLLMServerEngine": "rollout.servers.server_engine",
     "Sampling": "rollout.settings",
     "DynamicSampling": "rollout.settings",
     "EngineCheck": "rollout.settings",
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from rpt_lightning.data.modules.corpus import CorpusDataModule
     from rpt_lightning.data.modules.text import TextDataModule
     from rpt_lightning.data.modules.token_tasks import TokenTaskDataModule
-    from rpt_lightning.data.prepare.command import prepare
+    from rpt_lightning.data.prepare.prepare_command import prepare
     from rpt_lightning.data.sources.corpus import JsonlSource, ParquetSource, TextFilesSource
     from rpt_lightning.evaluation.run import read_run
     from rpt_lightning.objectives.base import Objective
@@ -78,8 +78,8 @@ if TYPE_CHECKING:
     from rpt_lightning.policy.model import Policy
     from rpt_lightning.records.results import read_results
     from rpt_lightning.rollout.engines.hf_engine import HFEngine
-    from rpt_lightning.rollout.engines.vllm.engine import VLLMEngine
-    from rpt_lightning.rollout.servers.engine import VLLMServerEngine
+    from rpt_lightning.rollout.engines.vllm.vllm_engine import VLLMEngine
+    from rpt_lightning.rollout.servers.server_engine import VLLMServerEngine
     from rpt_lightning.rollout.settings import DynamicSampling, EngineCheck, Evaluation, Sampling
     from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
     from rpt_lightning.training.checkpoint.callback import RunCheckpoint

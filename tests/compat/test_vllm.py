@@ -15,7 +15,7 @@ from reliance import check_has, check_source, check_takes
 from torch import nn
 
 from rpt_lightning.compat.vllm import engine, layers, weight_transfer
-from rpt_lightning.rollout.engines.vllm.engine import ENVIRONMENT
+from rpt_lightning.rollout.engines.vllm.vllm_engine import ENVIRONMENT
 
 ROLLOUT = Path(engine.__file__).parents[2] / "rollout"
 
@@ -322,7 +322,7 @@ def test_vllms_sender_sends_each_update_in_the_servers_dtype(monkeypatch: pytest
 def test_servers_have_the_paths_that_we_request() -> None:
     requested = {
         path
-        for name in ("servers/server.py", "servers/processes.py", "sync/nccl_transport.py")
+        for name in ("servers/server.py", "servers/processes.py", "weight_sync/nccl_transport.py")
         for path in re.findall(r'"(/[a-z_0-9/]+)(?:\?[a-z=]+)?"', (ROLLOUT / name).read_text())
         if not path.startswith("/proc")
     }

@@ -11,7 +11,7 @@ import pytest
 from folder_contents import Prepare, items, stored
 from transformers import AutoTokenizer
 
-from rpt_lightning.data.prepare.command import prepare as prepare_function
+from rpt_lightning.data.prepare.prepare_command import prepare as prepare_function
 from rpt_lightning.data.sources.corpus import CorpusSource, JsonlSource, TextFilesSource
 from rpt_lightning.data.store import shards
 from rpt_lightning.data.store.task_folder import TaskFolder

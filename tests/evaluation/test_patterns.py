@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rpt_lightning.evaluation.patterns import PATTERNS, pattern_shares, patterns_of, relative_change
+from rpt_lightning.evaluation.reasoning_patterns import PATTERNS, pattern_shares, patterns_of, relative_change
 from rpt_lightning.evaluation.tables.stages import Rate
 from rpt_lightning.metrics.interval import clustered_interval, wilson_interval
 

@@ -13,7 +13,7 @@ from stand_in_server import say
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.packing.trees import pack
 from rpt_lightning.policy.weights import named_weights
-from rpt_lightning.rollout.sync.checksum import checksum
+from rpt_lightning.rollout.weight_sync.checksum import checksum
 from rpt_lightning.types import Completion, GenerationRequest, SamplingSettings, TrainSequence
 
 TEMPERATURE = 0.8

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rpt_lightning.rollout.sync.file_names import as_in_files, make_skeleton, names_in_files
+from rpt_lightning.rollout.weight_sync.file_names import as_in_files, make_skeleton, names_in_files
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))

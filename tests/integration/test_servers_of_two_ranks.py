@@ -17,7 +17,7 @@ from stand_in_server import say
 from processes import free_port
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.weights import named_weights
-from rpt_lightning.rollout.sync.checksum import checksum
+from rpt_lightning.rollout.weight_sync.checksum import checksum
 
 
 @pytest.fixture

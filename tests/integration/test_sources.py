@@ -17,7 +17,7 @@ from small_run import flat_weights, quiet_trainer
 
 from rpt_lightning import cli
 from rpt_lightning.data.modules.text import TextDataModule
-from rpt_lightning.data.prepare.command import prepare
+from rpt_lightning.data.prepare.prepare_command import prepare
 from rpt_lightning.data.sources.corpus import (
     CorpusSource,
     DocstringSource,

@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from rpt_lightning.objectives.box import extract_prediction
-from rpt_lightning.rollout.engines.vllm.engine import VLLMEngine
-from rpt_lightning.rollout.sync.weight_part import part_name
-from rpt_lightning.training.sync.logprob_diff import LOGPROB_LIMITS, compare_logprobs
-from rpt_lightning.training.sync.sync_check import SyncError, check_logprobs, check_weights
+from rpt_lightning.rollout.engines.vllm.vllm_engine import VLLMEngine
+from rpt_lightning.rollout.weight_sync.weight_part import part_name
+from rpt_lightning.training.engine_check.logprob_diff import LOGPROB_LIMITS, compare_logprobs
+from rpt_lightning.training.engine_check.sync_check import SyncError, check_logprobs, check_weights
 from rpt_lightning.types import Completion, GenerationRequest, SamplingSettings
 
 pytestmark = [

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rpt_lightning.rollout.engines.vllm.engine import VLLMEngine
+from rpt_lightning.rollout.engines.vllm.vllm_engine import VLLMEngine
 from rpt_lightning.types import GenerationRequest, SamplingSettings
 
 pytestmark = [

@@ -21,10 +21,10 @@ from server_processes_for_tests import KEY, MAX_MODEL_LEN, ForeignProgram, Serve
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.weights import named_weights
 from rpt_lightning.rollout.engines.base import EngineLost, GenerationInterrupted
-from rpt_lightning.rollout.servers.engine import VLLMServerEngine
 from rpt_lightning.rollout.servers.server import Server, ServerLost
-from rpt_lightning.rollout.sync.transport import SharedFolderTransport
-from rpt_lightning.training.sync.sync_check import SyncError, check_weights
+from rpt_lightning.rollout.servers.server_engine import VLLMServerEngine
+from rpt_lightning.rollout.weight_sync.transport import SharedFolderTransport
+from rpt_lightning.training.engine_check.sync_check import SyncError, check_weights
 from rpt_lightning.types import Completion, GenerationRequest, PromptTokens
 
 

@@ -13,9 +13,9 @@ import torch
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.packing.trees import pack
 from rpt_lightning.policy.weights import named_weights
-from rpt_lightning.rollout.engines.vllm.engine import VLLMEngine
-from rpt_lightning.training.sync.logprob_diff import compare_logprobs, logprob_limits
-from rpt_lightning.training.sync.sync_check import SyncError, check_logprobs, check_weights
+from rpt_lightning.rollout.engines.vllm.vllm_engine import VLLMEngine
+from rpt_lightning.training.engine_check.logprob_diff import compare_logprobs, logprob_limits
+from rpt_lightning.training.engine_check.sync_check import SyncError, check_logprobs, check_weights
 from rpt_lightning.types import GenerationRequest, SamplingSettings, TrainSequence
 
 pytestmark = [

@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.weights import named_weights
-from rpt_lightning.rollout.servers.engine import VLLMServerEngine
-from rpt_lightning.rollout.sync.transport import SharedFolderTransport
-from rpt_lightning.training.sync.sync_check import check_weights
+from rpt_lightning.rollout.servers.server_engine import VLLMServerEngine
+from rpt_lightning.rollout.weight_sync.transport import SharedFolderTransport
+from rpt_lightning.training.engine_check.sync_check import check_weights
 from rpt_lightning.types import GenerationRequest, SamplingSettings
 
 

@@ -131,7 +131,7 @@ def test_rollouts_on_servers(paper_run):
     assert (
         "through a folder, written once and read once by every node of 8 servers, at 10 GB/s in all" in flat
     )
-    transport.class_path = "rpt_lightning.rollout.sync.nccl_transport.NCCLTransport"
+    transport.class_path = "rpt_lightning.rollout.weight_sync.nccl_transport.NCCLTransport"
     nccl = text_of(
         changed(
             paper_run[1],

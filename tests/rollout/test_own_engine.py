@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rpt_lightning.rollout.engines.base import Sample
-from rpt_lightning.rollout.engines.own_engine import check_samples
+from rpt_lightning.rollout.engines.result_check import check_samples
 from rpt_lightning.types import GenerationRequest, SamplingSettings
 
 SAMPLING = SamplingSettings(temperature=1.0, max_tokens=4, stop_token_ids=(1,))

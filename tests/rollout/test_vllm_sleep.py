@@ -14,7 +14,7 @@ import torch
 
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.weights import named_weights
-from rpt_lightning.rollout.engines.vllm.engine import VLLMEngine
+from rpt_lightning.rollout.engines.vllm.vllm_engine import VLLMEngine
 from rpt_lightning.types import GenerationRequest, SamplingSettings
 
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from rpt_lightning.rollout.servers.server import Fleet
-from rpt_lightning.rollout.sync.checksum import checksum
-from rpt_lightning.rollout.sync.transport import SharedFolderTransport
+from rpt_lightning.rollout.weight_sync.checksum import checksum
+from rpt_lightning.rollout.weight_sync.transport import SharedFolderTransport
 
 EMBEDDING = torch.arange(600, dtype=torch.float32).view(20, 30) / 7
 WEIGHTS = [

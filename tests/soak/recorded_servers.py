@@ -13,8 +13,8 @@ from pathlib import Path
 
 from rpt_lightning.rollout.engines.base import EngineDtype, Sample
 from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
-from rpt_lightning.rollout.servers.engine import VLLMServerEngine
-from rpt_lightning.rollout.sync.transport import WeightTransport
+from rpt_lightning.rollout.servers.server_engine import VLLMServerEngine
+from rpt_lightning.rollout.weight_sync.transport import WeightTransport
 from rpt_lightning.types import GenerationRequest
 
 LIFE_VARIABLE = "RPT_SOAK_LIFE"  # number of the trainer's start

@@ -25,7 +25,7 @@ from rpt_lightning.objectives.rewards.next_token import Reward
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.rollout.engines.hf_engine import HFEngine
 from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
-from rpt_lightning.rollout.engines.vllm.engine import VLLMEngine
+from rpt_lightning.rollout.engines.vllm.vllm_engine import VLLMEngine
 from rpt_lightning.rollout.settings import DynamicSampling, Sampling
 from rpt_lightning.training.callbacks.logs import RolloutSamples, StepLog, ValidationResults
 from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback

@@ -20,7 +20,7 @@ from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.weights import named_weights
 from rpt_lightning.rollout.engines.hf_engine import HFEngine
 from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
-from rpt_lightning.rollout.engines.vllm.engine import VLLMEngine
+from rpt_lightning.rollout.engines.vllm.vllm_engine import VLLMEngine
 from rpt_lightning.rollout.rollouter import Rollouter
 from rpt_lightning.rollout.settings import Sampling
 from rpt_lightning.training.callbacks.logs import StepLog

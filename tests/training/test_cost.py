@@ -23,9 +23,9 @@ from rpt_lightning.training.callbacks.logs import StepLog
 from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
 from rpt_lightning.training.callbacks.step_cost import Budget, StepCost
 from rpt_lightning.training.checkpoint.callback import RunCheckpoint, last_checkpoint
+from rpt_lightning.training.engine_check.logprob_samples import drawn_completions
 from rpt_lightning.training.modules.ntp_module import NTPModule
 from rpt_lightning.training.modules.rpt_module import RPTModule
-from rpt_lightning.training.sync.logprob_samples import drawn_completions
 from rpt_lightning.types import TrainSequence
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from real_runs import SomeAreRight, differences, traces
+from rpt_lightning.training.sync import engine_sync
 from small_run import SCRIPT, flat_weights
 from watched_run import run
 
@@ -18,14 +19,13 @@ from rpt_lightning.policy.model import Policy
 from rpt_lightning.rollout.engines.base import Sample
 from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
 from rpt_lightning.rollout.settings import EngineCheck, Sampling
-from rpt_lightning.rollout.sync.weight_part import split_part
+from rpt_lightning.rollout.weight_sync.weight_part import split_part
 from rpt_lightning.training.callbacks.logs import RolloutSamples, StepLog
 from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
 from rpt_lightning.training.checkpoint.callback import RunCheckpoint, last_checkpoint
 from rpt_lightning.training.distributed.ranks import Ranks
-from rpt_lightning.training.sync import engine_sync
-from rpt_lightning.training.sync.logprob_samples import drawn_completions, drawn_tokens
-from rpt_lightning.training.sync.sync_check import SyncError, sampled_columns, sampled_names
+from rpt_lightning.training.engine_check.logprob_samples import drawn_completions, drawn_tokens
+from rpt_lightning.training.engine_check.sync_check import SyncError, sampled_columns, sampled_names
 
 
 class StaleAfterFirst(ScriptedEngine):
@@ -77,7 +77,7 @@ def test_engine_that_is_not_the_policy_stops_the_run(make_run, tmp_path, engine_
 def test_log_probs_of_a_truncating_sampler_are_not_compared(make_run, truncation, monkeypatch):
     options = {"sampling": Sampling(max_completion_tokens=32, **truncation)}
     said = []
-    monkeypatch.setattr("rpt_lightning.training.rollouts.parts.rank_zero_info", said.append)
+    monkeypatch.setattr("rpt_lightning.training.step.parts.rank_zero_info", said.append)
     watch, _, _, error = run(make_run, 2, WrongLogprobs(SCRIPT), rollout_options=options)
     assert error is None
     assert len(watch.batches) == 2

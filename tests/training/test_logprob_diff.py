@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rpt_lightning.training.sync.logprob_diff import (
+from rpt_lightning.training.engine_check.logprob_diff import (
     LOGPROB_LIMITS,
     LogprobDiff,
     LogprobLimits,
@@ -17,7 +17,7 @@ from rpt_lightning.training.sync.logprob_diff import (
     logprob_limits,
     max_outliers,
 )
-from rpt_lightning.training.sync.sync_check import SyncError, check_logprobs
+from rpt_lightning.training.engine_check.sync_check import SyncError, check_logprobs
 
 BF16, FP32 = LOGPROB_LIMITS[torch.bfloat16], LOGPROB_LIMITS[torch.float32]
 

@@ -7,7 +7,7 @@ import torch
 from small_run import flat_weights
 
 from rpt_lightning.rollout.engines.hf_engine import HFEngine
-from rpt_lightning.rollout.engines.vllm.engine import VLLMEngine
+from rpt_lightning.rollout.engines.vllm.vllm_engine import VLLMEngine
 from rpt_lightning.rollout.settings import DynamicSampling
 from rpt_lightning.training.callbacks.logs import RolloutSamples
 from rpt_lightning.training.checkpoint.callback import last_checkpoint

@@ -22,8 +22,8 @@ from rpt_lightning.rollout.dynamic_sampling import FilledBatch
 from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
 from rpt_lightning.rollout.settings import DynamicSampling
 from rpt_lightning.training.callbacks.logs import StepLog
-from rpt_lightning.training.rollouts.metrics import over_ranks, rollout_metrics, rollout_work, server_metrics
-from rpt_lightning.training.rollouts.step import StepRoller
+from rpt_lightning.training.step.metrics import over_ranks, rollout_metrics, rollout_work, server_metrics
+from rpt_lightning.training.step.rollout_step import StepRoller
 from rpt_lightning.types import Completion, PromptTokens, RolloutGroup, TokenTask
 
 TASK = TokenTask(

@@ -7,7 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rpt_lightning.rollout.engines.hf_engine import HFEngine
-from rpt_lightning.training.sync.sync_check import SyncError, check_weights, sampled_columns, sampled_names
+from rpt_lightning.training.engine_check.sync_check import (
+    SyncError,
+    check_weights,
+    sampled_columns,
+    sampled_names,
+)
 
 NAMES = ["model.embed_tokens.weight", *[f"w{index}" for index in range(7)], "lm_head.weight"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning.pytorch import Callback
 from small_run import flat_weights
 
-from rpt_lightning.training.sync.sync_check import SyncError
+from rpt_lightning.training.engine_check.sync_check import SyncError
 
 
 class Watch(Callback):

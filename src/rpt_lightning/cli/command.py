@@ -181,13 +181,13 @@ def _no_progress_bars() -> None:
 
 # Imported by name, so that one tool does not pay for another's libraries.
 _MODULES = {
-    "prepare": "rpt_lightning.data.prepare.command",
+    "prepare": "rpt_lightning.data.prepare.prepare_command",
     "export": "rpt_lightning.export",
     "evaluate next-token": "rpt_lightning.evaluation.next_token",
     "evaluate benchmark": "rpt_lightning.evaluation.benchmark",
     "compare": "rpt_lightning.evaluation.compare_runs",
     "scaling": "rpt_lightning.evaluation.scaling.figure",
-    "report": "rpt_lightning.evaluation.report.command",
+    "report": "rpt_lightning.evaluation.report.report_command",
 }
 # Imported as well, so that configs can use the short names of their classes.
 _PARTS = {"prepare": "rpt_lightning.worlds"}

@@ -48,7 +48,7 @@ from rpt_lightning.training.library_noise import quieten_libraries
 from rpt_lightning.training.modules.ntp_module import NTPModule
 from rpt_lightning.training.modules.policy_module import PolicyModule
 from rpt_lightning.training.modules.rpt_module import RPTModule
-from rpt_lightning.training.redact import redact
+from rpt_lightning.training.secrets import redact
 
 # Imported so that configs may name them by their short names.
 from rpt_lightning.objectives.information_gain import InformationGainObjective  # isort: skip
@@ -63,10 +63,10 @@ from rpt_lightning.objectives.next_token import NextTokenObjective  # isort: ski
 from rpt_lightning.objectives.question import QuestionObjective  # isort: skip
 from rpt_lightning.rollout.engines.hf_engine import HFEngine  # isort: skip
 from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine  # isort: skip
-from rpt_lightning.rollout.engines.vllm.engine import VLLMEngine  # isort: skip
-from rpt_lightning.rollout.sync.nccl_transport import NCCLTransport  # isort: skip
-from rpt_lightning.rollout.servers.engine import VLLMServerEngine  # isort: skip
-from rpt_lightning.rollout.sync.transport import SharedFolderTransport  # isort: skip
+from rpt_lightning.rollout.engines.vllm.vllm_engine import VLLMEngine  # isort: skip
+from rpt_lightning.rollout.weight_sync.nccl_transport import NCCLTransport  # isort: skip
+from rpt_lightning.rollout.servers.server_engine import VLLMServerEngine  # isort: skip
+from rpt_lightning.rollout.weight_sync.transport import SharedFolderTransport  # isort: skip
 from rpt_lightning.training.distributed.strategy import ShardedStrategy  # isort: skip
 from rpt_lightning.worlds import Boxes, Cups, People  # isort: skip
 

@@ -47,7 +47,7 @@ from rpt_lightning.types import Question
 # Imported so that the command line accepts their short names.
 from rpt_lightning.data.sources.questions import HuggingFaceQuestions, JsonlQuestions  # isort: skip
 from rpt_lightning.rollout.engines.hf_engine import HFEngine  # isort: skip
-from rpt_lightning.rollout.engines.vllm.engine import VLLMEngine  # isort: skip
+from rpt_lightning.rollout.engines.vllm.vllm_engine import VLLMEngine  # isort: skip
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt, QuestionPrompt  # isort: skip
 
 PARTS = (HFEngine, VLLMEngine, JsonlQuestions, HuggingFaceQuestions, ContinuationPrompt, QuestionPrompt)

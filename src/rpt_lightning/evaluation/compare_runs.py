@@ -20,7 +20,7 @@ from rpt_lightning.evaluation.tables.answers import (
     differences,
 )
 from rpt_lightning.evaluation.tables.breakdown import NOT_MEASURED, further_comparisons, sampling_table
-from rpt_lightning.evaluation.tables.fields import field_tables
+from rpt_lightning.evaluation.tables.by_field import field_tables
 from rpt_lightning.evaluation.tables.stages import (
     INTERVAL_NOTE,
     Stage,

@@ -32,7 +32,7 @@ from rpt_lightning.evaluation.tables.breakdown import (
     length_table,
     sampling_table,
 )  # fmt: skip
-from rpt_lightning.evaluation.tables.fields import field_tables
+from rpt_lightning.evaluation.tables.by_field import field_tables
 from rpt_lightning.evaluation.tables.stages import (
     INTERVAL_NOTE,
     Stage,
@@ -56,7 +56,7 @@ from rpt_lightning.types import Task
 
 # Imported so that the command line accepts their short names.
 from rpt_lightning.rollout.engines.hf_engine import HFEngine  # isort: skip
-from rpt_lightning.rollout.engines.vllm.engine import VLLMEngine  # isort: skip
+from rpt_lightning.rollout.engines.vllm.vllm_engine import VLLMEngine  # isort: skip
 
 PARTS = (HFEngine, VLLMEngine)
 SUMMARY = "summary.md"

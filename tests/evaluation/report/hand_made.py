@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rpt_lightning.evaluation.patterns import PATTERNS
+from rpt_lightning.evaluation.reasoning_patterns import PATTERNS
 from rpt_lightning.evaluation.run import Run
 from rpt_lightning.evaluation.tables.stages import Rate
 from sample_results import FIRST, results

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 from synthetic_run import HOSTILE, samples, write_run
 
-from rpt_lightning.evaluation.report.command import report
+from rpt_lightning.evaluation.report.report_command import report
 from rpt_lightning.records.rollout_samples import read_samples, write_samples
 
 pytestmark = pytest.mark.browser

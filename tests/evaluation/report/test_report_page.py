@@ -16,8 +16,8 @@ import pytest
 from synthetic_run import HOSTILE, write_run
 
 from rpt_lightning import cli
-from rpt_lightning.evaluation.report.command import report
 from rpt_lightning.evaluation.report.page import json_for_script
+from rpt_lightning.evaluation.report.report_command import report
 
 ROOT = Path(__file__).resolve().parents[3]
 

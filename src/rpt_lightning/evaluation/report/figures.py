@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rpt_lightning.evaluation.patterns import PATTERNS
+from rpt_lightning.evaluation.reasoning_patterns import PATTERNS
 from rpt_lightning.evaluation.report.accuracy import (
     ALL,
     THRESHOLDS,

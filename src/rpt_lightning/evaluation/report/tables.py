@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from rpt_lightning.evaluation.patterns import PATTERNS, relative_change
+from rpt_lightning.evaluation.reasoning_patterns import PATTERNS, relative_change
 from rpt_lightning.evaluation.report.accuracy import (
     ALL,
     THRESHOLDS,

@@ -21,10 +21,10 @@ from rpt_lightning.objectives.thought import num_until_early_end
 from rpt_lightning.pretrained.text_shape import longest_context
 from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.pretrained.tokenizer import as_in_folder, read_tokenizer
-from rpt_lightning.rollout.engines.own_engine import check_samples
+from rpt_lightning.rollout.engines.result_check import check_samples
 from rpt_lightning.rollout.requests import check_requests
-from rpt_lightning.rollout.sync.file_names import make_skeleton
-from rpt_lightning.rollout.sync.weight_part import split_part
+from rpt_lightning.rollout.weight_sync.file_names import make_skeleton
+from rpt_lightning.rollout.weight_sync.weight_part import split_part
 from rpt_lightning.types import Completion, GenerationRequest, PromptTokens, SamplingSettings, TokenIds
 
 EngineDtype = Literal["float32", "bfloat16"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from rpt_lightning.rollout.sync.weight_part import split_part, take
+from rpt_lightning.rollout.weight_sync.weight_part import split_part, take
 
 
 def build_model(model_path: str, dtype: torch.dtype, device: torch.device) -> Any:

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Awaitable, Callable
 
 from rpt_lightning.rollout.servers.server import Server, ServerLost, ServerRefused
-from rpt_lightning.rollout.sync.transport import WeightTransport
+from rpt_lightning.rollout.weight_sync.transport import WeightTransport
 
 _LONGEST_LOAD_S = 900.0
 

@@ -1,7 +1,7 @@
 """Drives the engine beside the trainer, for training and for validation.
 
-The callback owns the engine's life: its settings, its parts (rollouts/parts.py) and its end. What happens in
-a training step is in one place, `RolloutStep.next` (rollouts/step.py). Its result goes into the batch as a
+The callback owns the engine's life: its settings, its parts (step/parts.py) and its end. What happens in
+a training step is in one place, `RolloutStep.next` (step/rollout_step.py). Its result goes into the batch as a
 `TrainBatch`.
 """
 
@@ -20,10 +20,10 @@ from rpt_lightning.rollout.settings import DynamicSampling, EngineCheck, Evaluat
 from rpt_lightning.training.batch_summary import batch_arithmetic
 from rpt_lightning.training.checkpoint.callback import saved_when_lost
 from rpt_lightning.training.modules.policy_module import PolicyModule
-from rpt_lightning.training.rollouts.async_rollouts import check_settings
-from rpt_lightning.training.rollouts.metrics import cached_fractions, over_ranks, throughput
-from rpt_lightning.training.rollouts.parts import RolloutParts, build_parts
-from rpt_lightning.training.rollouts.step import RolloutStep
+from rpt_lightning.training.step.async_rollouts import check_settings
+from rpt_lightning.training.step.metrics import cached_fractions, over_ranks, throughput
+from rpt_lightning.training.step.parts import RolloutParts, build_parts
+from rpt_lightning.training.step.rollout_step import RolloutStep
 from rpt_lightning.training.validation.heldout_answers import heldout_answers
 from rpt_lightning.training.validation.prompt_limits import check_prompts
 from rpt_lightning.training.validation.question_answers import answer_questions

@@ -26,7 +26,7 @@ from rpt_lightning.records.run_folder import ANSWER_FOLDER, ROLLOUT_FOLDER, VALI
 from rpt_lightning.rollout.engines.base import EngineLost
 from rpt_lightning.training.checkpoint.damage import checkpoint_damage
 from rpt_lightning.training.checkpoint.io import StreamedCheckpointIO, files_of, flush_to_disk
-from rpt_lightning.training.sync.sync_check import SyncError
+from rpt_lightning.training.engine_check.sync_check import SyncError
 
 FOLDER = "checkpoints"
 _PARTIAL = ".partial"

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from rpt_lightning.compat.vllm.layers import read_experts, read_tensor
-from rpt_lightning.rollout.sync.file_names import make_skeleton, names_in_files
-from rpt_lightning.rollout.sync.weight_part import split_part, take
+from rpt_lightning.rollout.weight_sync.file_names import make_skeleton, names_in_files
+from rpt_lightning.rollout.weight_sync.weight_part import split_part, take
 
 # Kept with each model, because finding the names takes a moment.
 _NAMES_IN_FILES: WeakKeyDictionary[nn.Module, dict[str, list[str]]] = WeakKeyDictionary()
@@ -28,7 +28,7 @@ def read_weights(model: nn.Module, names: Sequence[str], dtype: torch.dtype) -> 
         model: vLLM's model. If it is split over devices (tensor parallelism, not pipelines), every worker
             must call this.
         names: Hugging Face names, such as ``model.layers.0.self_attn.q_proj.weight``, or names of parts
-            (rollout/sync/weight_part.py).
+            (rollout/weight_sync/weight_part.py).
         dtype: Data type of the engine.
 
     Raises:

@@ -22,8 +22,8 @@ from rpt_lightning.compat.vllm.engine import load_in_worker, worker_facts, worke
 from rpt_lightning.compat.vllm.layers import expect_experts
 from rpt_lightning.rollout.engines.vllm.weights import read_weights
 from rpt_lightning.rollout.servers.facts import PROTOCOL, architecture
-from rpt_lightning.rollout.sync.checksum import checksum
-from rpt_lightning.rollout.sync.file_names import as_in_files, make_skeleton
+from rpt_lightning.rollout.weight_sync.checksum import checksum
+from rpt_lightning.rollout.weight_sync.file_names import as_in_files, make_skeleton
 
 _START = secrets.token_hex(8)  # differs for every start of the process
 

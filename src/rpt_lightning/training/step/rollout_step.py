@@ -28,14 +28,14 @@ from rpt_lightning.rollout.engines.base import RolloutEngine
 from rpt_lightning.rollout.settings import DynamicSampling
 from rpt_lightning.training.distributed.rank_exchange import RankExchange
 from rpt_lightning.training.distributed.ranks import Ranks
+from rpt_lightning.training.engine_check.engine_sync import EngineSync
 from rpt_lightning.training.modules.policy_module import PolicyModule
-from rpt_lightning.training.rollouts.metrics import (
+from rpt_lightning.training.step.metrics import (
     prompt_metrics,
     rollout_metrics,
     rollout_work,
     server_metrics,
 )
-from rpt_lightning.training.sync.engine_sync import EngineSync
 from rpt_lightning.types import PromptTokens, RolloutGroup, Task
 
 Draw = Callable[[Sequence[int]], Sequence[Task]]

@@ -39,7 +39,7 @@ from rpt_lightning.rollout.engines.base import (
 from rpt_lightning.rollout.engines.vllm.generation import generate
 from rpt_lightning.rollout.engines.vllm.weights import read_weights
 from rpt_lightning.rollout.prefix_cache import UnlimitedPrefixCache
-from rpt_lightning.rollout.sync.file_names import as_in_files
+from rpt_lightning.rollout.weight_sync.file_names import as_in_files
 from rpt_lightning.types import GenerationRequest, PromptTokens
 
 log = logging.getLogger(__name__)

@@ -29,11 +29,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rpt_lightning.compat.transformers import READING_ENTRIES
 from rpt_lightning.policy.model import Policy
-from rpt_lightning.policy.plain import plain_logprobs
+from rpt_lightning.policy.transformers_logprobs import plain_logprobs
+from rpt_lightning.training.engine_check.logprob_diff import (
+    CAP,
+    LogprobDiff,
+    LogprobLimits,
+    exceeded,
+    logprob_limits,
+)
+from rpt_lightning.training.engine_check.logprob_samples import Sample, drawn_tokens, score_samples
+from rpt_lightning.training.engine_check.sync_check import Culprit, SyncError
 from rpt_lightning.training.modules.policy_module import PolicyModule
-from rpt_lightning.training.sync.logprob_diff import CAP, LogprobDiff, LogprobLimits, exceeded, logprob_limits
-from rpt_lightning.training.sync.logprob_samples import Sample, drawn_tokens, score_samples
-from rpt_lightning.training.sync.sync_check import Culprit, SyncError
 from rpt_lightning.types import TrainSequence
 
 # Most tokens scored in one completion. Their logits exist at the same time.

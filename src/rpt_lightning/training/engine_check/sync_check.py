@@ -6,7 +6,7 @@
    show. Rounding to bf16 hides most of such a step too: in a tiny model 4 % of the matrices' entries change
    and no norm does. Tensors that are equal after rounding are genuinely what the engine should compute with,
    whichever step they come from; the version still tells the steps apart. Only some columns of embedding and
-   head are read. Read whole, they took a third of the weight sync (rollout/sync/weight_part.py).
+   head are read. Read whole, they took a third of the weight sync (rollout/weight_sync/weight_part.py).
 3. Log-probs: the engine's log-probs of its own completions are compared with the policy's (logprob_diff.py).
    This finds errors that tensors cannot show: another rotary base, a wrong temperature, a stale prefix cache,
    a kernel that computes something else.
@@ -20,8 +20,8 @@ from typing import Literal
 from torch import Tensor
 
 from rpt_lightning.rollout.engines.base import RolloutEngine
-from rpt_lightning.rollout.sync.weight_part import part_name, split_part, take
-from rpt_lightning.training.sync.logprob_diff import LogprobDiff, LogprobLimits, exceeded
+from rpt_lightning.rollout.weight_sync.weight_part import part_name, split_part, take
+from rpt_lightning.training.engine_check.logprob_diff import LogprobDiff, LogprobLimits, exceeded
 
 Culprit = Literal["engine", "policy", "folder"]
 

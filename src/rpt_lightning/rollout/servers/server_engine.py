@@ -40,8 +40,8 @@ from rpt_lightning.rollout.servers.facts import architecture, check_facts
 from rpt_lightning.rollout.servers.rank0_sync import is_first_rank, on_first_rank
 from rpt_lightning.rollout.servers.server import Fleet, Server, ServerLost, ServerRefused
 from rpt_lightning.rollout.servers.weights import PresentWeights
-from rpt_lightning.rollout.sync.checksum import checksum
-from rpt_lightning.rollout.sync.transport import WeightTransport
+from rpt_lightning.rollout.weight_sync.checksum import checksum
+from rpt_lightning.rollout.weight_sync.transport import WeightTransport
 from rpt_lightning.types import GenerationRequest, PromptTokens
 
 log = logging.getLogger(__name__)

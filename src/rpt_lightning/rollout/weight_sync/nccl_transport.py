@@ -23,7 +23,7 @@ from torch import Tensor
 from rpt_lightning.compat.vllm.weight_transfer import make_sender, make_source, send_weights
 from rpt_lightning.rollout.engines.base import EngineLost
 from rpt_lightning.rollout.servers.server import Fleet, Server, ServerLost
-from rpt_lightning.rollout.sync.transport import WeightTransport
+from rpt_lightning.rollout.weight_sync.transport import WeightTransport
 
 # After a failed update, wait this long for the thread that sent it to let go of the weights, in seconds.
 _ABORT_S = 60.0

@@ -12,11 +12,21 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rpt_lightning.policy.weights import named_weights
 from rpt_lightning.rollout.rollouter import Rollouter
 from rpt_lightning.rollout.settings import EngineCheck
+from rpt_lightning.training.engine_check.logprob_diff import (
+    LogprobDiff,
+    exceeded,
+    has_heavy_tail,
+    logprob_limits,
+)
+from rpt_lightning.training.engine_check.logprob_recheck import CloserLook, folder_contradiction
+from rpt_lightning.training.engine_check.logprob_samples import (
+    Scored,
+    drawn_completions,
+    drawn_tokens,
+    score_samples,
+)
+from rpt_lightning.training.engine_check.sync_check import SyncError, check_weights, sampled_names
 from rpt_lightning.training.modules.policy_module import PolicyModule
-from rpt_lightning.training.sync.closer_look import CloserLook, folder_contradiction
-from rpt_lightning.training.sync.logprob_diff import LogprobDiff, exceeded, has_heavy_tail, logprob_limits
-from rpt_lightning.training.sync.logprob_samples import Scored, drawn_completions, drawn_tokens, score_samples
-from rpt_lightning.training.sync.sync_check import SyncError, check_weights, sampled_names
 from rpt_lightning.types import RolloutGroup, Task
 
 # Length of a completion that is drawn only to compare its log-probs.
@@ -130,7 +140,7 @@ class EngineSync:
         """Compare the engine's log-probs of a few completions with the policy's. A collective.
 
         The completions must come from the current weights. If the two disagree, more of the completions are
-        scored, also by transformers itself (closer_look.py), before SyncError is raised.
+        scored, also by transformers itself (logprob_recheck.py), before SyncError is raised.
         """
         if self.check.verify_sequences == 0:
             return {}

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from rpt_lightning.data.prepare.closing_words import closing_words, shared_words
 from rpt_lightning.data.prepare.dedup import LEAST_SPAN, SPAN, count_shared_spans
-from rpt_lightning.data.prepare.proxy import check_proxy, load_tokenizer, proxy_fingerprint
+from rpt_lightning.data.prepare.position_rule import PositionRule
+from rpt_lightning.data.prepare.proxy_model import check_proxy, load_tokenizer, proxy_fingerprint
 from rpt_lightning.data.prepare.proxy_scores import DocumentScores
 from rpt_lightning.data.prepare.scored_parts import (
     ScoringSettings,
@@ -22,7 +23,6 @@ from rpt_lightning.data.prepare.scored_parts import (
     score_in_parts,
     scores_key,
 )
-from rpt_lightning.data.prepare.selection import PositionRule
 from rpt_lightning.data.prepare.tokenized_corpus import TokenizedCorpus, source_sha256
 from rpt_lightning.data.sources.corpus import CorpusSource
 from rpt_lightning.data.store.item_format import FIELDS, Item, item_digest

@@ -16,11 +16,11 @@ from rpt_lightning.rollout.rollouter import Rollouter
 from rpt_lightning.rollout.settings import DynamicSampling, EngineCheck, Sampling
 from rpt_lightning.training.distributed.rank_exchange import RankExchange
 from rpt_lightning.training.distributed.shared_generation import share_generation
+from rpt_lightning.training.engine_check.engine_sync import EngineSync
 from rpt_lightning.training.modules.policy_module import PolicyModule
-from rpt_lightning.training.rollouts.async_rollouts import AsyncRollouts
-from rpt_lightning.training.rollouts.policy_scores import scores_of_policy
-from rpt_lightning.training.rollouts.step import CurrentRollouts, RolloutStep, StepRoller
-from rpt_lightning.training.sync.engine_sync import EngineSync
+from rpt_lightning.training.step.async_rollouts import AsyncRollouts
+from rpt_lightning.training.step.policy_scores import scores_of_policy
+from rpt_lightning.training.step.rollout_step import CurrentRollouts, RolloutStep, StepRoller
 from rpt_lightning.training.validation.prompt_limits import max_model_len
 from rpt_lightning.types import SamplingSettings
 

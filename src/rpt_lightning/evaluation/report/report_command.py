@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from rpt_lightning.evaluation.patterns import pattern_shares
+from rpt_lightning.evaluation.reasoning_patterns import pattern_shares
 from rpt_lightning.evaluation.report.figures import all_figures
 from rpt_lightning.evaluation.report.page import Page, RolloutBlock, render
 from rpt_lightning.evaluation.report.rollout_data import compress_json, spread, step_data

@@ -31,11 +31,11 @@ from rpt_lightning.data.modules.batch import TaskBatch
 from rpt_lightning.objectives.base import Objective
 from rpt_lightning.rollout.engines.base import RolloutEngine
 from rpt_lightning.training.distributed.rank_exchange import RankExchange
+from rpt_lightning.training.engine_check.engine_sync import EngineSync
 from rpt_lightning.training.modules.policy_module import PolicyModule
-from rpt_lightning.training.rollouts.background import Background
-from rpt_lightning.training.rollouts.metrics import COSTS
-from rpt_lightning.training.rollouts.step import RolloutStep, StepRoller, StepRollouts
-from rpt_lightning.training.sync.engine_sync import EngineSync
+from rpt_lightning.training.step.background import Background
+from rpt_lightning.training.step.metrics import COSTS
+from rpt_lightning.training.step.rollout_step import RolloutStep, StepRoller, StepRollouts
 from rpt_lightning.types import Task
 
 STOP_LIMIT_S = 60.0  # an interrupted engine stops at its next token

@@ -1,0 +1,1 @@
+"""Weight sync, and whether engine and policy agree."""

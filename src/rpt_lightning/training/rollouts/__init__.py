@@ -1,1 +1,0 @@
-"""The rollouts of a step."""

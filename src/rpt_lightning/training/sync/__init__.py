@@ -1,1 +1,0 @@
-"""Whether engine and policy agree."""
