@@ -1,8 +1,8 @@
 """Drives the engine beside the trainer, for training and for validation.
 
-The callback owns the engine's life: its settings, its parts (step/parts.py) and its end. What happens in
-a training step is in one place, `RolloutStep.next` (step/rollout_step.py). Its result goes into the batch as a
-`TrainBatch`.
+The callback owns the engine's life: its settings, its parts (step/parts.py) and its end. What happens in a
+training step is in one place, `RolloutStep.next` (step/rollout_step.py). Its result goes into the batch as
+a `TrainBatch`.
 """
 
 from __future__ import annotations
