@@ -19,7 +19,7 @@ def test_imports_go_one_way():
 
 
 @pytest.mark.parametrize(
-    "name", ["types", "cli", "evaluation.summary", "evaluation.report.command", "export"]
+    "name", ["types", "cli", "evaluation.summary", "evaluation.report.report_command", "export"]
 )
 def test_heavy_libraries_stay_in_their_adapters(name: str):
     """Only their users pay for importing them and for their effects.

@@ -15,10 +15,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rpt_lightning.rollout.sync import nccl_transport as vllm_nccl_transport
 
 from rpt_lightning.rollout.engines.base import EngineLost
 from rpt_lightning.rollout.servers.server_engine import VLLMServerEngine
+from rpt_lightning.rollout.weight_sync import nccl_transport as vllm_nccl_transport
 from rpt_lightning.rollout.weight_sync.nccl_transport import FleetClient, NCCLTransport, _within
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from real_runs import SomeAreRight, differences, traces
-from rpt_lightning.training.sync import engine_sync
 from small_run import SCRIPT, flat_weights
 from watched_run import run
 
@@ -24,6 +23,7 @@ from rpt_lightning.training.callbacks.logs import RolloutSamples, StepLog
 from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
 from rpt_lightning.training.checkpoint.callback import RunCheckpoint, last_checkpoint
 from rpt_lightning.training.distributed.ranks import Ranks
+from rpt_lightning.training.engine_check import engine_sync
 from rpt_lightning.training.engine_check.logprob_samples import drawn_completions, drawn_tokens
 from rpt_lightning.training.engine_check.sync_check import SyncError, sampled_columns, sampled_names
 
