@@ -116,7 +116,8 @@ def test_paper_run_is_the_papers_table_5():
     config = yaml.safe_load((CONFIGS / "14b.yaml").read_text())
     rollout, data, model = config["rollout"], config["data"]["init_args"], config["model"]["init_args"]
     assert (data["tasks_per_step"], rollout["group_size"], rollout["temperature"]) == (256, 8, 0.8)
-    assert model["optimizer"]["init_args"] == {"lr": 1e-6, "betas": [0.9, 0.999], "weight_decay": 0.01}
+    optimizer = {"lr": 1e-6, "betas": [0.9, 0.999], "weight_decay": 0.01}
+    assert model["optimizer"]["init_args"] == optimizer | {"fused": True}
     assert (rollout["max_prompt_tokens"], rollout["max_completion_tokens"], model["gradient_clip"]) == (
         4096,
         8192,
