@@ -1,6 +1,6 @@
 # Set-up, tests and the demo. `make` alone lists what there is; docs/install.md says what the set-up does and what can go wrong.
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-text evidence reproduction debug test test-long soak bench bench-short lint clean
+.PHONY: help venv demo demo-text evidence reproduction debug test test-long soak bench bench-short gpu-check lint clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -75,6 +75,9 @@ bench: $(BENCH_STAMP)  ## measure speed and memory against named references: two
 
 bench-short: $(STAMP)  ## every benchmark at tiny shapes, in a minute or two; nothing is stored
 	$(BIN)/python benchmarks/run_all.py --short
+
+gpu-check: $(STAMP)  ## look at a machine with GPUs part by part: environment, plan, contracts, kernels (docs/gpu.md)
+	$(BIN)/python scripts/gpu_check.py
 
 lint: $(STAMP)  ## ruff, mypy, lint-imports
 	$(BIN)/ruff check --quiet

@@ -127,7 +127,8 @@ def test_paper_run_is_the_papers_table_5():
     rollout, data, model = config["rollout"], config["data"]["init_args"], config["model"]["init_args"]
     assert (data["tasks_per_step"], rollout["group_size"]) == (256, 8)
     assert rollout["sampling"] == {"temperature": 0.8, "max_completion_tokens": 8192}
-    assert model["optimizer"]["init_args"] == {"lr": 1e-6, "betas": [0.9, 0.999], "weight_decay": 0.01}
+    optimizer = {"lr": 1e-6, "betas": [0.9, 0.999], "weight_decay": 0.01}
+    assert model["optimizer"]["init_args"] == optimizer | {"fused": True}
     assert (rollout["max_prompt_tokens"], model["gradient_clip"]) == (4096, 0.2)
     assert (config["trainer"]["max_steps"], rollout["dynamic_sampling"]["from_step"]) == (1000, 500)
 
@@ -136,8 +137,8 @@ def test_paper_run_is_the_papers_table_5():
 @pytest.mark.parametrize("config", PREPARE, ids=lambda path: path.stem)
 def test_prepare_config(config, commented):
     from jsonargparse import ArgumentParser
+    from rpt_lightning.data.prepare.prepare_command.prepare_command import prepare
 
-    from rpt_lightning.data.prepare.prepare_command import prepare
     from rpt_lightning.data.sources.corpus import CorpusSource
 
     parser = ArgumentParser()

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from rpt_lightning.planning.devices import DEVICES, Device
+from rpt_lightning.planning.host_memory import offloaded_bytes, pinned_shard_bytes
 from rpt_lightning.planning.model_shape import ModelShape
 from rpt_lightning.planning.settings import Rates, RunSettings
 from rpt_lightning.planning.times import busiest_completions, step_times, step_traffic
@@ -28,6 +29,7 @@ SETTINGS = RunSettings(
     tasks_per_step=4, positions_per_document=1, group_size=2, max_prompt_tokens=10, max_context_tokens=None,
     max_completion_tokens=30, micro_batch_tokens=100,
     optimizer_steps_per_batch=1, max_steps=10, optimizer_bytes_per_param=8, logprob_chunk_size=8,
+    is_fused=True,
     is_mixed=True, gathers_bf16=True, cpu_offload=False,
     checkpointing=False, strategy="fsdp2", num_devices=2, num_servers=0, transport="folder", on_gpu=False,
     engine="vllm", engine_dtype_bytes=2,
@@ -109,16 +111,33 @@ def test_generation_on_servers():
 
 def test_what_offload_costs():
     step = times(cpu_offload=True)
-    shard = 142
-    transfers = 3 * 4 * shard / 20  # to the device twice, gradients back
-    host = (
-        3 * 4 * shard + 7 * 4 * shard
-    ) / 77e9  # two numbers are read and one is written; AdamW reads four and writes three
-    assert step.offload_s == pytest.approx(transfers + host)
+    shard = 4 * 142
+    # One micro-batch: to the device twice, gradients back. AdamW reads four numbers and writes three.
+    assert step.offload_s == pytest.approx(3 * shard / 20 + 7 * shard / 77e9)
+    unfused = times(cpu_offload=True, is_fused=False)
+    assert unfused.offload_s - step.offload_s == pytest.approx(7 * 7 * shard / 77e9, abs=1e-12)
     assert step.train_s == pytest.approx(max(step.train_compute_s, step.train_network_s) + step.offload_s)
     assert step.sync_s == pytest.approx(
         times().sync_s + (142 + 42) * 4 / 20
     )  # to the device, to be gathered there
+
+
+def test_gradients_after_the_first_micro_batch_go_to_new_memory():
+    tokens = replace(TOKENS, micro_batches=5)
+    settings = replace(SETTINGS, cpu_offload=True)
+    step = step_times(settings, SHAPE, replace(DEVICE, host_link_bytes_per_s=64e9), RATES, tokens, 4.0)
+    shard = 4 * 142
+    # Two numbers are read and one is written for each addition.
+    seconds = (2 * 5 + 1) * shard / 64e9 + 4 * (shard / 8e9 + 3 * shard / 77e9) + 7 * shard / 77e9
+    assert step.offload_s == pytest.approx(seconds)
+
+
+def test_pinned_memory_comes_in_powers_of_two():
+    # Rows over two ranks: q and o 2 x 4, k and v 1 x 4, gate and up 4 x 4, down 2 x 8 numbers; 5 x 4 outside.
+    assert pinned_shard_bytes(SHAPE, num_ranks=2) == 2 * (2 * 32 + 2 * 16 + 3 * 64) + 2 * 128
+    assert pinned_shard_bytes(replace(SHAPE, is_tied=True), num_ranks=2) == 2 * 288 + 128
+    offloaded = offloaded_bytes(SHAPE, num_ranks=2, optimizer_bytes_per_param=8)
+    assert offloaded == 2 * (2 * 288 + 256) + 8 * 142
 
 
 def test_a_node_sends_at_the_speed_of_all_its_adapters():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rpt_lightning.policy import logprobs as module
-from rpt_lightning.policy.logprobs import chosen_logprobs, most_likely
+from rpt_lightning.policy.logprobs import chosen_logprobs, most_likely, token_chunk
 
 
 def plain(hidden, weight, targets, temperature, bias=0.0):
@@ -185,3 +185,7 @@ def test_an_fp32_head_is_fp32_under_autocast():
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gpu_takes_more_tokens_at_a_time_unless_a_number_is_given():
+    assert (token_chunk(on_gpu=False), token_chunk(on_gpu=True)) == (512, 4096)

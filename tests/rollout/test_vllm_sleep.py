@@ -77,6 +77,30 @@ def test_weights_have_memory_before_they_come_and_the_cache_after_them(
     ]
 
 
+def test_the_trainers_free_memory_is_returned_before_vllm_takes_any(
+    engine: VLLMEngine, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gathering the weights leaves some in torch's allocator, where the cache cannot use it."""
+    calls = engine._llm.calls
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty_cache"))
+    engine.update_weights(iter(weights.items()), version=0)
+    engine.sleep()
+    calls.clear()
+    engine.update_weights(iter(weights.items()), version=1)
+    assert calls == [
+        *("empty_cache", "wake weights", "reload_weights"),
+        *("empty_cache", "wake kv_cache", "reset_prefix_cache"),
+    ]
+
+
+def test_without_a_number_vllm_chooses_how_many_completions_run_on_a_gpu() -> None:
+    assert VLLMEngine()._max_num_seqs(on_gpu=True) is None
+    assert VLLMEngine()._max_num_seqs(on_gpu=False) == 128
+    assert [VLLMEngine(max_num_seqs=7)._max_num_seqs(on_gpu=on_gpu) for on_gpu in (True, False)] == [7, 7]
+    with pytest.raises(ValueError, match="max_num_seqs=0 must be at least 1; leave it out"):
+        VLLMEngine(max_num_seqs=0)
+
+
 def test_a_sleeping_engine_has_no_weights(engine: VLLMEngine, weights: dict[str, torch.Tensor]) -> None:
     engine.update_weights(iter(weights.items()), version=0)
     engine.sleep()

@@ -18,6 +18,7 @@ from rpt_lightning.planning.devices import (
     DEVICES,
     DEVICES_PER_NODE,
     HOST_BANDWIDTH_BYTES_PER_S,
+    NEW_MEMORY_BYTES_PER_S,
     NODE_LINK_BYTES_PER_S,
     Device,
     measured_cpu,
@@ -28,6 +29,8 @@ from rpt_lightning.planning.plan import Plan, make_plan
 from rpt_lightning.planning.plan_text import report
 from rpt_lightning.planning.settings import EngineKind, Rates, RunSettings
 from rpt_lightning.planning.workload import assumed_prompts
+from rpt_lightning.policy.logprobs import token_chunk
+from rpt_lightning.rollout.engines.vllm.vllm_engine import CPU_MAX_NUM_SEQS
 from rpt_lightning.types import TokenIds
 
 # RMT (arXiv:2509.24375) reports a mean of 872 tokens for next-token reasoning at the paper's limit of 8,192,
@@ -211,8 +214,10 @@ def plan_of(config: Namespace) -> tuple[Plan, list[str]]:
     if settings.cpu_offload:
         assumptions.append(
             "weights and gradients travel between host and device at "
-            f"{device.host_link_bytes_per_s / 1e9:.0f} GB/s, with nothing else at the same time; the host "
+            f"{device.host_link_bytes_per_s / 1e9:.0f} GB/s, with nothing else at the same time, and "
+            f"gradients after the first micro-batch at {NEW_MEMORY_BYTES_PER_S / 1e9:.0f}; the host "
             f"adds and steps at {HOST_BANDWIDTH_BYTES_PER_S / 1e9:.0f} GB/s of memory a device"
+            + ("" if settings.is_fused else " (unfused optimizer: an eighth of that)")
         )
     return plan, assumptions
 
@@ -266,7 +271,8 @@ def run_settings(config: Namespace, options: PlanOptions) -> RunSettings:
         optimizer_steps_per_batch=model.optimizer_steps_per_batch,
         max_steps=trainer.max_steps,
         optimizer_bytes_per_param=optimizer_bytes_per_param(model.optimizer),
-        logprob_chunk_size=policy.logprob_chunk_size,
+        is_fused=bool((model.optimizer.get("init_args") or {}).get("fused")),
+        logprob_chunk_size=policy.logprob_chunk_size or token_chunk(on_gpu=trainer.accelerator != "cpu"),
         is_mixed=trainer.precision == "bf16-mixed",
         gathers_bf16=_strategy_option(trainer.strategy, "gather_bf16", default=True),
         cpu_offload=_strategy_option(trainer.strategy, "cpu_offload", default=False),
@@ -285,10 +291,20 @@ def run_settings(config: Namespace, options: PlanOptions) -> RunSettings:
         else engine.get("gpu_memory_utilization", 0.0),
         engine_sleeps=kind == "vllm" and bool(engine.get("sleep_in_training")),
         kv_cache_bytes=engine.get("kv_cache_gib", 0.0) * 2**30,
-        max_num_seqs=SERVER_MAX_NUM_SEQS if kind == "servers" else engine.get("max_num_seqs", 1),
+        max_num_seqs=SERVER_MAX_NUM_SEQS
+        if kind == "servers"
+        else engine.get("max_num_seqs") or _engines_max_num_seqs(options.device, trainer.accelerator),
         max_batch_tokens=engine.get("max_batch_tokens", 0),
         shares_prefill=kind == "servers" or (kind == "vllm" and bool(engine.get("enable_prefix_caching"))),
     )
+
+
+def _engines_max_num_seqs(device: str | None, accelerator: str) -> int:
+    """What vLLM in the trainer takes if no number is given (vLLM 0.32 and 0.33, ``EngineArgs``)."""
+    if accelerator == "cpu":
+        return CPU_MAX_NUM_SEQS
+    chip = DEVICES[device if device in DEVICES else "h100"]
+    return 1024 if chip.memory_bytes >= 70 * 2**30 and "A100" not in chip.name else 256
 
 
 def optimizer_bytes_per_param(config: Namespace) -> float:

@@ -18,6 +18,10 @@ NODE_LINK_BYTES_PER_S = 50e9
 # A device's share of its host's memory bandwidth. The host has two sockets with eight channels of DDR5-4800
 # each for eight devices, as in a DGX H100.
 HOST_BANDWIDTH_BYTES_PER_S = 77e9
+# From a device into new, unpinned memory of its host, with every device of the node at once. The system
+# clears each page first, so this is far slower than the link. An assumption: on two cores, a copy into new
+# memory reached 1.2 GB/s, and into memory that was kept 3.
+NEW_MEMORY_BYTES_PER_S = 8e9
 
 
 @dataclass(frozen=True, kw_only=True)

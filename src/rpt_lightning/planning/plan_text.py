@@ -5,8 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
+from rpt_lightning.planning.host_memory import PROCESS_BYTES, offloaded_bytes
 from rpt_lightning.planning.limits import first_limit
-from rpt_lightning.planning.memory import FP32_BYTES
 from rpt_lightning.planning.plan import MemoryFit, Plan
 from rpt_lightning.training.batch_summary import batch_arithmetic
 
@@ -164,13 +164,14 @@ def _elsewhere(plan: Plan) -> list[str]:
             f"{max(0.0, engine.kv_cache_bytes) / _GB:.2f} GB of cached keys and values"
         )
     if plan.settings.cpu_offload:
-        offloaded = (
-            (2 * FP32_BYTES + plan.settings.optimizer_bytes_per_param)
-            * plan.shape.num_params
-            / plan.settings.num_ranks
+        offloaded = offloaded_bytes(
+            plan.shape,
+            num_ranks=plan.settings.num_ranks,
+            optimizer_bytes_per_param=plan.settings.optimizer_bytes_per_param,
         )
         lines.append(
-            f"weights, gradients and optimizer are in host memory: {offloaded / _GB:,.2f} GB per device"
+            f"weights, gradients and optimizer are in host memory: {offloaded / _GB:,.2f} GB per device, in "
+            f"pinned blocks of powers of two, and about {PROCESS_BYTES / _GB:.0f} GB for its process"
         )
     return lines
 

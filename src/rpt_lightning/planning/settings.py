@@ -26,6 +26,7 @@ class RunSettings:
     optimizer_steps_per_batch: int
     max_steps: int
     optimizer_bytes_per_param: float
+    is_fused: bool  # the optimizer is torch's fused one
     logprob_chunk_size: int
     is_mixed: bool  # bf16-mixed
     gathers_bf16: bool  # FSDP2 under bf16-mixed: weights are gathered in bf16, and the layers compute in bf16

@@ -35,7 +35,8 @@ class Policy(nn.Module):
 
     Args:
         path: Hugging Face folder (or hub id) of the model and its tokenizer.
-        logprob_chunk_size: Number of tokens whose logits exist at the same time.
+        logprob_chunk_size: Number of tokens whose logits exist at the same time. null means 512 on CPU and
+            4,096 on GPU.
         head_dtype: "compute" multiplies the head in the precision of the rest (bf16 under autocast).
             "float32" uses fp32, which narrows the gap to an fp32 engine.
         activation_checkpointing: Recompute each layer in the backward pass instead of keeping its
@@ -52,7 +53,7 @@ class Policy(nn.Module):
     def __init__(
         self,
         path: str,
-        logprob_chunk_size: int = 512,
+        logprob_chunk_size: int | None = None,
         head_dtype: HeadDtype = "compute",
         activation_checkpointing: bool = False,
         compile_layers: bool = False,

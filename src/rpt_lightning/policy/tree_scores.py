@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from rpt_lightning.policy.attention.block_mask import bucket_length
-from rpt_lightning.policy.logprobs import chosen_logprobs, most_likely
+from rpt_lightning.policy.logprobs import chosen_logprobs, most_likely, token_chunk
 from rpt_lightning.policy.packing.trees import PackedTree
 
 HeadDtype = Literal["compute", "float32"]
@@ -23,7 +23,7 @@ def score(
     temperature: float = 1.0,
     predict: bool = False,
     head_dtype: HeadDtype = "compute",
-    chunk_size: int = 512,
+    chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Score the M target tokens of a packed tree. `Policy` explains ``head_dtype`` and ``chunk_size``.
 
@@ -37,6 +37,7 @@ def score(
     dtype = torch.float32 if head_dtype == "float32" else _compute_dtype(hidden)
     weight, bias = _local(head_weight(model)), _local(head_bias(model))
     hidden = hidden.to(dtype)  # the weight is cast tile by tile
+    chunk_size = chunk_size or token_chunk(on_gpu=hidden.is_cuda)
     # Autocast would cast the fp32 product back to bf16.
     with torch.autocast(hidden.device.type, enabled=False):
         logprobs, entropy = chosen_logprobs(

@@ -14,8 +14,12 @@ from typing import Any, Literal
 
 from rpt_lightning.data.prepare.closing_words import closing_words, shared_words
 from rpt_lightning.data.prepare.dedup import LEAST_SPAN, SPAN, count_shared_spans
-from rpt_lightning.data.prepare.position_rule import PositionRule
-from rpt_lightning.data.prepare.proxy_model import check_proxy, load_tokenizer, proxy_fingerprint
+from rpt_lightning.data.prepare.prepare_command.position_rule import PositionRule
+from rpt_lightning.data.prepare.prepare_command.proxy_model import (
+    check_proxy,
+    load_tokenizer,
+    proxy_fingerprint,
+)
 from rpt_lightning.data.prepare.proxy_scores import DocumentScores
 from rpt_lightning.data.prepare.scored_parts import (
     ScoringSettings,

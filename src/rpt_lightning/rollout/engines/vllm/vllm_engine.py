@@ -54,6 +54,7 @@ ENVIRONMENT = {
 # For tensors of this size, it is worth returning free heap memory first. That takes a millisecond, while the
 # copy takes a tenth of a second.
 LARGE_TENSOR_BYTES = 64 * 2**20
+CPU_MAX_NUM_SEQS = 128
 # Errors that a library raises if it does not support something. Running out of memory is not among them.
 FAMILY_ERRORS = (
     ArithmeticError,
@@ -76,7 +77,8 @@ class VLLMEngine(RolloutEngine):
         gpu_memory_utilization: Share of the GPU's memory that vLLM takes, weights included. The trainer needs
             the rest. Not used on CPU.
         kv_cache_gib: Size of the key-value cache on CPU, in GiB. Not used on GPU.
-        max_num_seqs: Number of completions that are generated at the same time.
+        max_num_seqs: Number of completions that are generated at the same time. None means 128 on CPU, and
+            vLLM's own choice for the device on GPU.
         enforce_eager: Use neither compilation nor CUDA graphs. None means eager on CPU, where compilation
             costs more than it saves, and graphs on GPU.
         enable_prefix_caching: Compute the shared beginning of prompts once. The cache is cleared with every
@@ -85,8 +87,7 @@ class VLLMEngine(RolloutEngine):
             (with vLLM's own 128, short contexts would share almost nothing) and vLLM's choice on GPU.
         sleep_in_training: Free the GPU's memory while the policy trains (vLLM's sleep mode, level 2, which
             drops weights and cache, since new weights come anyway). Training and engine then need their
-            memory in turn. This works only on GPU and with rollouts of the current policy, and not with
-            PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.
+            memory in turn. This works only on GPU and with rollouts of the current policy.
     """
 
     _running: ClassVar[VLLMEngine | None] = None
@@ -96,7 +97,7 @@ class VLLMEngine(RolloutEngine):
         dtype: EngineDtype = "bfloat16",
         gpu_memory_utilization: float = 0.4,
         kv_cache_gib: float = 1.0,
-        max_num_seqs: int = 128,
+        max_num_seqs: int | None = None,
         enforce_eager: bool | None = None,
         enable_prefix_caching: bool = True,
         block_size: int | None = None,
@@ -107,6 +108,10 @@ class VLLMEngine(RolloutEngine):
             raise ValueError(f"gpu_memory_utilization={gpu_memory_utilization} must lie between 0 and 1")
         if kv_cache_gib <= 0:
             raise ValueError(f"kv_cache_gib={kv_cache_gib} must be positive")
+        if max_num_seqs is not None and max_num_seqs < 1:
+            raise ValueError(
+                f"max_num_seqs={max_num_seqs} must be at least 1; leave it out for the default of the device"
+            )
         self.gpu_memory_utilization = gpu_memory_utilization
         self.kv_cache_gib = kv_cache_gib
         self.max_num_seqs = max_num_seqs
@@ -127,8 +132,10 @@ class VLLMEngine(RolloutEngine):
             else f"CPU ({torch.get_num_threads()} threads)"
         )
         caching = "with" if self.enable_prefix_caching else "without"
+        limit = self._max_num_seqs(on_gpu=torch.cuda.is_available())
+        at_once = "vLLM's own number of" if limit is None else f"up to {limit}"
         return (
-            f"vLLM {_vllm_version()} in this process, {self.dtype}, on {where}, up to {self.max_num_seqs} "
+            f"vLLM {_vllm_version()} in this process, {self.dtype}, on {where}, {at_once} "
             f"sequences at once, {caching} prefix cache"
             + (", asleep while the policy trains" if self.sleep_in_training else "")
         )
@@ -167,6 +174,10 @@ class VLLMEngine(RolloutEngine):
             self._close()  # a failed start leaves process groups behind
             raise
 
+    def _max_num_seqs(self, *, on_gpu: bool) -> int | None:
+        """The number that vLLM is told. None lets vLLM choose."""
+        return CPU_MAX_NUM_SEQS if self.max_num_seqs is None and not on_gpu else self.max_num_seqs
+
     def _build(self, model_path: str, seed: int, *, on_gpu: bool) -> Any:
         from vllm import LLM
 
@@ -180,7 +191,7 @@ class VLLMEngine(RolloutEngine):
             dtype=cast(Any, str(self.dtype).removeprefix("torch.")),
             seed=seed % 2**32,
             max_model_len=self.max_model_len,
-            max_num_seqs=self.max_num_seqs,
+            max_num_seqs=self._max_num_seqs(on_gpu=on_gpu),
             enforce_eager=self.enforce_eager if self.enforce_eager is not None else not on_gpu,
             enable_prefix_caching=self.enable_prefix_caching,
             block_size=self.block_size if self.block_size is not None or on_gpu else 32,
@@ -206,6 +217,7 @@ class VLLMEngine(RolloutEngine):
             self._llm.apply_model(expect_experts)
             reload_weights(self._llm, as_in_files(weights, self._skeleton))
             if self._is_asleep:  # the cache comes last, so loading can use its memory
+                torch.cuda.empty_cache()  # what gathering the weights left in the trainer's allocator
                 self._llm.wake_up(tags=["kv_cache"])
                 self._is_asleep = False
             # Cached keys and values belong to the old weights.
