@@ -52,8 +52,7 @@ class EveryOther(Reward):
 
 def prepare_tasks(folder: Path, model: Path, *, short: bool) -> Path:
     """Prepare positions with 120 to 190 tokens before them, in docstrings of the standard library."""
-    from rpt_lightning.data.prepare.prepare_command.prepare_command import prepare
-
+    from rpt_lightning.data.prepare.prepare_command import prepare
     from rpt_lightning.data.sources.corpus import DocstringSource
 
     prepare(

@@ -59,8 +59,7 @@ def tiny_task_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
 
     The tiny model is its proxy.
     """
-    from rpt_lightning.data.prepare.prepare_command.prepare_command import prepare
-
+    from rpt_lightning.data.prepare.prepare_command import prepare
     from rpt_lightning.data.sources.corpus import DocstringSource
 
     folder = tmp_path_factory.mktemp("tasks") / "tiny"

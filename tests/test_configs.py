@@ -137,8 +137,8 @@ def test_paper_run_is_the_papers_table_5():
 @pytest.mark.parametrize("config", PREPARE, ids=lambda path: path.stem)
 def test_prepare_config(config, commented):
     from jsonargparse import ArgumentParser
-    from rpt_lightning.data.prepare.prepare_command.prepare_command import prepare
 
+    from rpt_lightning.data.prepare.prepare_command import prepare
     from rpt_lightning.data.sources.corpus import CorpusSource
 
     parser = ArgumentParser()

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from rpt_lightning.data.modules.corpus import CorpusDataModule
     from rpt_lightning.data.modules.text import TextDataModule
     from rpt_lightning.data.modules.token_tasks import TokenTaskDataModule
-    from rpt_lightning.data.prepare.prepare_command.prepare_command import prepare
+    from rpt_lightning.data.prepare.prepare_command import prepare
     from rpt_lightning.data.sources.corpus import JsonlSource, ParquetSource, TextFilesSource
     from rpt_lightning.evaluation.run import read_run
     from rpt_lightning.objectives.base import Objective

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rpt_lightning.data.prepare.prepare_command.prepare_command import prepare
 
+from rpt_lightning.data.prepare.prepare_command import prepare
 from rpt_lightning.data.sources.corpus import JsonlSource
 from rpt_lightning.data.store.manifest import FORMAT, write_manifest
 from rpt_lightning.data.store.shards import folder_checksums, write_split

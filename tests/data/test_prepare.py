@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from folder_contents import Prepare, items, stored
-from rpt_lightning.data.prepare.prepare_command.prepare_command import prepare as prepare_function
 from transformers import AutoTokenizer
 
+from rpt_lightning.data.prepare.prepare_command import prepare as prepare_function
 from rpt_lightning.data.sources.corpus import CorpusSource, JsonlSource, TextFilesSource
 from rpt_lightning.data.store import shards
 from rpt_lightning.data.store.task_folder import TaskFolder

@@ -82,8 +82,7 @@ def storage(endpoint, monkeypatch, tmp_path):
 @pytest.fixture(scope="session")
 def many_chunks(tiny_model_dir, tmp_path_factory):
     """A prepared folder whose train split has several chunks."""
-    from rpt_lightning.data.prepare.prepare_command.prepare_command import prepare
-
+    from rpt_lightning.data.prepare.prepare_command import prepare
     from rpt_lightning.data.sources.corpus import DocstringSource
 
     folder = tmp_path_factory.mktemp("tasks") / "chunks"

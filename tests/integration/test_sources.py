@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from rpt_lightning.data.prepare.prepare_command.prepare_command import prepare
 from small_run import flat_weights, quiet_trainer
 
 from rpt_lightning import cli
 from rpt_lightning.data.modules.text import TextDataModule
+from rpt_lightning.data.prepare.prepare_command import prepare
 from rpt_lightning.data.sources.corpus import (
     CorpusSource,
     DocstringSource,

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import toy_tokenizers as toys
-from rpt_lightning.data.prepare.prepare_command.proxy_model import load_tokenizer
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, Qwen2Config
 
+from rpt_lightning.data.prepare.proxy_model import load_tokenizer
 from rpt_lightning.pretrained.specification import tokenizer_hash
 from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.pretrained.tokenizer import check_vocabulary

@@ -359,8 +359,7 @@ def _load_script(name: str) -> Any:
 
 
 def _prepare_tasks(model: Path, output: Path) -> None:
-    from rpt_lightning.data.prepare.prepare_command.prepare_command import prepare
-
+    from rpt_lightning.data.prepare.prepare_command import prepare
     from rpt_lightning.data.sources.corpus import DocstringSource
 
     limits = {

@@ -181,7 +181,7 @@ def _no_progress_bars() -> None:
 
 # Imported by name, so that one tool does not pay for another's libraries.
 _MODULES = {
-    "prepare": "rpt_lightning.data.prepare.prepare_command.prepare_command",
+    "prepare": "rpt_lightning.data.prepare.prepare_command",
     "export": "rpt_lightning.export",
     "evaluate next-token": "rpt_lightning.evaluation.next_token",
     "evaluate benchmark": "rpt_lightning.evaluation.benchmark",

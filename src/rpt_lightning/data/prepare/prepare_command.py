@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from rpt_lightning.data.prepare.closing_words import closing_words, shared_words
 from rpt_lightning.data.prepare.dedup import LEAST_SPAN, SPAN, count_shared_spans
-from rpt_lightning.data.prepare.prepare_command.position_rule import PositionRule
-from rpt_lightning.data.prepare.prepare_command.proxy_model import (
+from rpt_lightning.data.prepare.position_rule import PositionRule
+from rpt_lightning.data.prepare.proxy_model import (
     check_proxy,
     load_tokenizer,
     proxy_fingerprint,

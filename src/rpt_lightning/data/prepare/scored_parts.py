@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rpt_lightning.data.prepare.prepare_command.proxy_model import proxy_fingerprint
+from rpt_lightning.data.prepare.proxy_model import proxy_fingerprint
 from rpt_lightning.data.prepare.proxy_scores import DocumentScores, ProxyScorer
 from rpt_lightning.data.store.shards import replace_file
 from rpt_lightning.types import TokenIds

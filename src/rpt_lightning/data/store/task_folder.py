@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from rpt_lightning.compat.litdata import INDEX_FILE, open_items, read_index
-from rpt_lightning.data.prepare.prepare_command.proxy_model import load_tokenizer
+from rpt_lightning.data.prepare.proxy_model import load_tokenizer
 from rpt_lightning.data.sources.data_files import expand_home
 from rpt_lightning.data.store.item_format import FIELDS, Item, decode_item
 from rpt_lightning.data.store.manifest import LATER_SETTINGS, MANIFEST_FILE, read_manifest
