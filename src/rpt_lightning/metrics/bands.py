@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from rpt_lightning.data.manifest import BANDS
+from rpt_lightning.data.split_statistics import BANDS
 
 __all__ = ["BANDS", "DISJOINT_BANDS"]
 
