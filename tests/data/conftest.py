@@ -16,7 +16,7 @@ import pytest
 
 from rpt_lightning.data.prepare.prepare_command import prepare
 from rpt_lightning.data.sources.corpus import JsonlSource
-from rpt_lightning.data.store.manifest import FORMAT, write_manifest
+from rpt_lightning.data.store.manifest import FORMAT, MANIFEST_FILE
 from rpt_lightning.data.store.shards import folder_checksums, write_split
 from rpt_lightning.pretrained.token_bytes import tokenizer_hash
 
@@ -113,7 +113,8 @@ def write_task_folder(tiny_tokenizer: Any) -> Callable[..., Path]:
             "corpus": {"sha256": "0" * 64},
         }
         checksums = {part: folder_checksums(path / part) for part in ("train", "heldout", "tokenizer")}
-        write_manifest(path, defaults | {"sha256": checksums} | manifest)
+        content = defaults | {"sha256": checksums} | manifest
+        (path / MANIFEST_FILE).write_text(json.dumps(content))
         return path
 
     return write

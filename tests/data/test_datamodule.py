@@ -14,6 +14,7 @@ from recorder import Recorder, read
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from rpt_lightning.data.modules.stream import Place
 from rpt_lightning.data.modules.text import TextDataModule
 from rpt_lightning.data.modules.token_tasks import TokenTaskDataModule
 from rpt_lightning.data.store.task_folder import TaskFolder
@@ -235,7 +236,7 @@ def test_a_place_goes_with_the_folder_to_a_machine_where_files_have_other_names(
     }
     after = text_module(write_task_folder(tmp_path / "other", [1, 2, 2], settings=MADE_WITH | elsewhere))
     after.load_state_dict(before.state_dict())
-    assert after.stream.place == (0, 1)
+    assert after.stream.place == Place(epoch=0, index=1)
 
 
 def test_validating_a_checkpoint_on_another_folder(write_task_folder: Write, tmp_path: Path) -> None:
@@ -266,9 +267,9 @@ def test_the_loader_has_a_length_and_makes_batches_when_asked(
     loader = module.train_dataloader()
     assert len(loader) == 26 // 4
     batches = iter(loader)
-    assert module.stream.index == 0
+    assert module.stream.place.index == 0
     next(batches)
-    assert module.stream.index == 4
+    assert module.stream.place.index == 4
 
 
 def test_validation_is_fixed_spread_and_independent_of_the_batch_size(

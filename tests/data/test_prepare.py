@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from rpt_lightning.data.prepare.prepare_command import prepare as prepare_function
 from rpt_lightning.data.sources.corpus import CorpusSource, JsonlSource, TextFilesSource
 from rpt_lightning.data.store import shards
+from rpt_lightning.data.store.manifest import read_manifest, write_manifest
 from rpt_lightning.data.store.task_folder import TaskFolder
 from rpt_lightning.objectives.box import extract_prediction
 from rpt_lightning.types import Document
@@ -47,6 +48,13 @@ def test_the_folder_holds_what_the_manifest_says(prepared_dir: Path, corpus_path
         assert len(histogram["scored_positions"]) == len(histogram["bin_edges_nats"]) - 1
     assert (prepared_dir / "histogram.png").read_bytes()[:4] == b"\x89PNG"
     assert not prepared_dir.with_name(prepared_dir.name + ".partial").exists()
+
+
+def test_a_manifest_is_written_as_it_was_read(prepared_dir: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(prepared_dir)
+    assert (manifest.corpus.too_short, manifest.splits["heldout"].documents) == (1, 4)
+    write_manifest(tmp_path, manifest)
+    assert (tmp_path / "manifest.json").read_bytes() == (prepared_dir / "manifest.json").read_bytes()
 
 
 def test_no_thirteen_tokens_stand_in_both_splits(prepared_dir: Path) -> None:

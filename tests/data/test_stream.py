@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rpt_lightning.data.modules.stream import WINDOW_CHUNKS, ShuffledOrder, TaskStream, rank_share
+from rpt_lightning.data.modules.stream import WINDOW_CHUNKS, Place, ShuffledOrder, TaskStream, rank_share
 
 Layout = tuple[list[int], list[int], int, int]
 
@@ -35,7 +35,7 @@ def make(layout: Layout) -> TaskStream:
 @given(layouts(), st.integers(0, 3))
 def test_an_epoch_is_every_position_once(layout: Layout, epoch: int) -> None:
     order = make(layout).order
-    pairs = [order[epoch, index] for index in range(order.items_per_epoch)]
+    pairs = [order[Place(epoch, index)] for index in range(order.items_per_epoch)]
     assert Counter(pairs) == Counter(
         (document, k) for document, count in enumerate(layout[0]) for k in range(count)
     )
@@ -64,7 +64,9 @@ def bundle_by_bundle(layout: Layout, epoch: int) -> list[tuple[int, int]]:
 @given(layouts(), st.integers(0, 3))
 def test_the_order_is_the_one_that_checkpoints_were_made_in(layout: Layout, epoch: int) -> None:
     order = make(layout).order
-    assert [order[epoch, index] for index in range(order.items_per_epoch)] == bundle_by_bundle(layout, epoch)
+    assert [order[Place(epoch, index)] for index in range(order.items_per_epoch)] == bundle_by_bundle(
+        layout, epoch
+    )
 
 
 @given(layouts(), st.lists(st.integers(0, 7), max_size=8), st.lists(st.integers(0, 7), max_size=8))
@@ -84,7 +86,7 @@ def test_the_order_does_not_depend_on_how_it_is_taken(
 @given(layouts())
 def test_random_access_equals_reading_in_order(layout: Layout) -> None:
     order = make(layout).order
-    keys = [(epoch, index) for epoch in range(2) for index in range(order.items_per_epoch)]
+    keys = [Place(epoch, index) for epoch in range(2) for index in range(order.items_per_epoch)]
     in_order = {key: order[key] for key in keys}
     rng = np.random.default_rng(0)
     shuffled = [keys[index] for index in rng.permutation(len(keys))]
@@ -94,14 +96,14 @@ def test_random_access_equals_reading_in_order(layout: Layout) -> None:
 @given(layouts())
 def test_positions_of_a_document_come_side_by_side(layout: Layout) -> None:
     order = make(layout).order
-    documents = [order[0, index][0] for index in range(order.items_per_epoch)]
+    documents = [order[Place(0, index)][0] for index in range(order.items_per_epoch)]
     runs = 1 + sum(left != right for left, right in itertools.pairwise(documents))
     assert runs <= sum(-(-count // order.bundle_size) for count in layout[0])
 
 
 def test_bundles_have_the_asked_size() -> None:
     order = make(([6, 6, 6, 6], [4], 3, 0)).order
-    documents = [order[0, index][0] for index in range(24)]
+    documents = [order[Place(0, index)][0] for index in range(24)]
     assert all(len(set(documents[start : start + 3])) == 1 for start in range(0, 24, 3))
 
 
@@ -109,7 +111,7 @@ def test_documents_are_mixed_inside_a_window_of_chunks_only() -> None:
     """At most WINDOW_CHUNKS shards are therefore read at a time."""
     num_chunks = 3 * WINDOW_CHUNKS
     order = make(([1] * (2 * num_chunks), [2] * num_chunks, 1, 0)).order
-    chunks = [order[0, index][0] // 2 for index in range(2 * num_chunks)]
+    chunks = [order[Place(0, index)][0] // 2 for index in range(2 * num_chunks)]
     windows = [
         set(chunks[start : start + 2 * WINDOW_CHUNKS])
         for start in range(0, 2 * num_chunks, 2 * WINDOW_CHUNKS)
@@ -121,7 +123,7 @@ def test_documents_are_mixed_inside_a_window_of_chunks_only() -> None:
 def test_epochs_and_seeds_differ() -> None:
     layout = ([3] * 20, [5] * 4, 2, 0)
     order = make(layout).order
-    first, second = ([order[epoch, index] for index in range(60)] for epoch in range(2))
+    first, second = ([order[Place(epoch, index)] for index in range(60)] for epoch in range(2))
     other = make((*layout[:3], 1)).next(60)
     assert first != second
     assert first != other
@@ -146,7 +148,7 @@ def test_a_place_in_another_layout_of_the_same_text_is_refused() -> None:
     del state["made_with"]["documents in the order with the fingerprint"]  # as in older checkpoints
     stream = TaskStream(order, corpus="text", layout="right")
     stream.load_state_dict(state | {"index": 3})
-    assert stream.place == (0, 3)
+    assert stream.place == Place(epoch=0, index=3)
 
 
 @given(st.lists(st.integers(), max_size=20), st.integers(1, 7))

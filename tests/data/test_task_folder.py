@@ -183,6 +183,7 @@ def test_pickled_counts_are_never_read(write_task_folder: Write, tmp_path: Path)
             {"train": {"last_position": "9"}},
             r"splits\.train\.last_position is '9', but must be a position",
         ),
+        ("splits", {"train": 5}, r"splits\.train is 5, but must be an object"),
     ],
 )
 def test_a_manifest_that_was_edited_is_named(

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import math
 
-from rpt_lightning.data.store import manifest
+from rpt_lightning.data import split_statistics
 from rpt_lightning.metrics import bands
 
 
 def test_a_manifest_counts_in_the_bands_of_the_metrics() -> None:
-    assert bands.BANDS is manifest.BANDS
+    assert bands.BANDS is split_statistics.BANDS
     apart = {"easy": (0.5, 1.0), "medium": (1.0, 1.5), "hard": (1.5, math.inf)}
     assert apart == bands.DISJOINT_BANDS

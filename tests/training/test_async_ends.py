@@ -55,7 +55,7 @@ def test_a_resumed_run_draws_again_what_was_under_way(make_run, tmp_path, from_s
     replaced = sum(line["rollout/replaced_groups"] for line in lines_of(folder))
     assert path.name == "step-000003.ckpt"
     assert place == 3 * TASKS + replaced
-    assert data.stream.index > place  # the stream was read ahead of what is trained
+    assert data.stream.place.index > place  # the stream was read ahead of what is trained
     trainer, module, data, second = make(make_run, 6, ScriptedEngine(SCRIPT), more=[StepLog()], **options)
     trainer.fit(module, data, ckpt_path=str(path), weights_only=True)
     assert torch.equal(second.weights[0], trained)

@@ -11,17 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from lightning.pytorch import Callback
+
 from rpt_lightning.data.modules.answers import AnswerTaskDataModule, answer_tasks, choose
 from rpt_lightning.data.sources.benchmarks import benchmark_source
 from rpt_lightning.data.sources.questions import QuestionSource, read_all
-from rpt_lightning.evaluation.policies import (
-    check_new_output,
-    check_policies,
-    evaluation_trainer,
-    policy_names,
-    policy_source,
-)
-from rpt_lightning.evaluation.run import read_run
+from rpt_lightning.evaluation.earlier import Records, check_against
+from rpt_lightning.evaluation.policies import PolicyEvaluation
 from rpt_lightning.evaluation.tables.answers import (
     NOTE,
     AnswerStage,
@@ -33,14 +29,12 @@ from rpt_lightning.evaluation.tables.answers import (
 from rpt_lightning.objectives.prompts.template import PromptTemplate
 from rpt_lightning.objectives.question import QuestionObjective
 from rpt_lightning.objectives.rewards.answer import AnswerReward
-from rpt_lightning.policy.model import Policy
 from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.records.question_results import QuestionResults, read_question_results
 from rpt_lightning.rollout.engines.base import RolloutEngine
 from rpt_lightning.rollout.settings import Evaluation, Sampling
 from rpt_lightning.training.callbacks.answer_results import AnswerResults
 from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
-from rpt_lightning.training.library_noise import quieten_libraries
 from rpt_lightning.training.modules.ntp_module import NTPModule
 from rpt_lightning.types import Question
 
@@ -51,7 +45,11 @@ from rpt_lightning.rollout.engines.vllm.vllm_engine import VLLMEngine  # isort: 
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt, QuestionPrompt  # isort: skip
 
 PARTS = (HFEngine, VLLMEngine, JsonlQuestions, HuggingFaceQuestions, ContinuationPrompt, QuestionPrompt)
-SUMMARY = "summary.md"
+ANSWERS = Records(
+    read_file=read_question_results,
+    last_of=lambda run: run.last_answers,
+    what="answered questions (answers/step-N.jsonl)",
+)
 
 
 def benchmark(
@@ -110,20 +108,15 @@ def benchmark(
         raise ValueError(
             f"--k {k}: give 1 or more completions for each question, or 0 for one greedy completion"
         )
-    check_policies(policy)
-    quieten_libraries()
-    check_new_output(output)
+    evaluation = PolicyEvaluation(
+        policies=policy, output=output, precision=precision, accelerator=accelerator
+    )
+    evaluation.begin()
     name, source = _questions(benchmark, file, revision, questions)
     objective = QuestionObjective(prompt, AnswerReward())
     asked = choose(read_all(source, flag="benchmark" if benchmark else "questions"), num_questions, seed=seed)
-    stages: list[AnswerStage] = []
-    if against is not None:
-        earlier = _earlier(against)
-        _check_against(earlier, asked, against)
-        stages.append(AnswerStage(name=str(against), results=earlier))
-    for one, short_name in zip(policy, policy_names(policy), strict=True):
-        path, ckpt_path = policy_source(one)
-        module = NTPModule(Policy(path))
+
+    def parts(module: NTPModule) -> tuple[AnswerTaskDataModule, list[Callback]]:
         data = AnswerTaskDataModule(
             heldout=source,
             num_eval_questions=num_questions,
@@ -144,18 +137,18 @@ def benchmark(
             ),
             evaluation=Evaluation(samples=k, thought_controls=direct),
         )
-        trainer = evaluation_trainer(
-            output / short_name,
-            [rollout, AnswerResults()],
-            ckpt_path=ckpt_path,
-            precision=precision,
-            accelerator=accelerator,
-        )
-        trainer.validate(module, data, ckpt_path=ckpt_path, weights_only=True, verbose=False)
-        stages.append(AnswerStage(name=short_name, results=_last(output / short_name)))
-    text = summary(stages)
-    (output / SUMMARY).write_text(text, encoding="utf-8")
-    print(f"\n{text}\n{output / SUMMARY}; one record for each question stands beside it, for rpt compare")
+        return data, [rollout, AnswerResults()]
+
+    stages: list[AnswerStage] = []
+    if against is not None:
+        earlier = ANSWERS.read(against)
+        _check_against(earlier, asked, against)
+        stages.append(AnswerStage(name=str(against), results=earlier))
+    for short_name, folder in evaluation.run(parts):
+        stages.append(AnswerStage(name=short_name, results=ANSWERS.read(folder)))
+    evaluation.write_summary(
+        summary(stages), beside="one record for each question stands beside it, for rpt compare"
+    )
 
 
 def summary(stages: Sequence[AnswerStage]) -> str:
@@ -224,32 +217,13 @@ def _questions(
 
 
 def _check_against(earlier: QuestionResults, asked: Sequence[Question], against: Path) -> None:
-    """Check, before any policy spends hours on answers, that the two can be paired.
-
-    Raises ValueError if they cannot.
-    """
     before = {question.question_id: question.answer for question in earlier.questions}
-    now = {question.question_id: question.answer for question in asked}
-    if unpaired := sorted(before.keys() ^ now.keys()):
-        raise ValueError(
-            f"--against {against}: these are answers to other questions ({len(before)} of "
-            f"{earlier.benchmark}) than the {len(now)} asked here, for example {unpaired[0]!r}. "
-            "Give the same benchmark, --num_questions and --seed as for the earlier answers"
-        )
-    for question_id, answer in before.items():
-        if answer != now[question_id]:
-            raise ValueError(
-                f"--against {against}: question {question_id!r} has the answer {answer!r} there, "
-                f"but {now[question_id]!r} here"
-            )
-
-
-def _earlier(path: Path) -> QuestionResults:
-    return _last(path) if path.is_dir() else read_question_results(path)
-
-
-def _last(folder: Path) -> QuestionResults:
-    results = read_run(folder).last_answers
-    if results is None:
-        raise ValueError(f"{folder}: holds no records of answered questions (answers/step-N.jsonl)")
-    return results
+    check_against(
+        against,
+        before,
+        {question.question_id: question.answer for question in asked},
+        others=f"answers to other questions ({len(before)} of {earlier.benchmark})",
+        same_flags="benchmark, --num_questions and --seed as for the earlier answers",
+        item="question",
+        truth="answer",
+    )

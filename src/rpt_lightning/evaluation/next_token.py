@@ -15,14 +15,8 @@ from typing import Literal
 from lightning.pytorch import Callback
 
 from rpt_lightning.data.modules.token_tasks import TokenTaskDataModule
-from rpt_lightning.evaluation.policies import (
-    check_new_output,
-    check_policies,
-    evaluation_trainer,
-    policy_names,
-    policy_source,
-)
-from rpt_lightning.evaluation.run import read_run
+from rpt_lightning.evaluation.earlier import Records, check_against
+from rpt_lightning.evaluation.policies import PolicyEvaluation
 from rpt_lightning.evaluation.tables.breakdown import (
     COST_NOTE,
     cost_table,
@@ -44,13 +38,11 @@ from rpt_lightning.objectives.base import Objective
 from rpt_lightning.objectives.next_token import NextTokenObjective
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt, PromptTemplate
 from rpt_lightning.objectives.rewards.next_token import PrefixMatchReward
-from rpt_lightning.policy.model import Policy
 from rpt_lightning.records.results import Results, read_results
 from rpt_lightning.rollout.engines.base import RolloutEngine
 from rpt_lightning.rollout.settings import Evaluation, Sampling
 from rpt_lightning.training.callbacks.logs import ValidationResults
 from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
-from rpt_lightning.training.library_noise import quieten_libraries
 from rpt_lightning.training.modules.ntp_module import NTPModule
 from rpt_lightning.types import Task
 
@@ -59,7 +51,11 @@ from rpt_lightning.rollout.engines.hf_engine import HFEngine  # isort: skip
 from rpt_lightning.rollout.engines.vllm.vllm_engine import VLLMEngine  # isort: skip
 
 PARTS = (HFEngine, VLLMEngine)
-SUMMARY = "summary.md"
+POSITIONS = Records(
+    read_file=read_results,
+    last_of=lambda run: run.last_validation,
+    what="held-out positions (validation/step-N.jsonl)",
+)
 
 
 def next_token(
@@ -115,12 +111,16 @@ def next_token(
         accelerator: Device of the policy: auto, cpu or gpu.
         seed: Seed for the choice of positions and for sampling.
     """
-    check_policies(policy)
+    evaluation = PolicyEvaluation(
+        policies=policy, output=output, precision=precision, accelerator=accelerator
+    )
     _check(engine, prompt, objective)
-    if objective is None:
-        objective = NextTokenObjective(prompt or ContinuationPrompt(), PrefixMatchReward())
-    quieten_libraries()
-    check_new_output(output)
+    evaluation.begin()
+    asked = (
+        NextTokenObjective(prompt or ContinuationPrompt(), PrefixMatchReward())
+        if objective is None
+        else objective
+    )
     make_data = partial(
         TokenTaskDataModule,
         task_dir,
@@ -131,45 +131,40 @@ def next_token(
         eval_batch_size=batch_size,
         seed=seed,
     )
+
+    def parts(module: NTPModule) -> tuple[TokenTaskDataModule, list[Callback]]:
+        data = make_data()
+        if engine is None:
+            return data, [RolloutCallback(None, asked), ValidationResults()]
+        data.setup("validate")
+        rollout = RolloutCallback(
+            engine,
+            asked,
+            max_prompt_tokens=data.context_limit("heldout").tokens
+            + asked.bind(module.tokenizer).num_overhead_tokens,
+            seed=seed,
+            sampling=Sampling(
+                temperature=temperature,
+                max_completion_tokens=max_completion_tokens,
+                stop_after_first_box=stop_after_first_box,
+            ),
+            evaluation=Evaluation(samples=k, thought_controls=thought_controls),
+        )
+        return data, [rollout, ValidationResults()]
+
     stages: list[Stage] = []
     if against is not None:
-        earlier = _earlier(against)
+        earlier = POSITIONS.read(against)
         data = make_data()
         data.setup("validate")
-        data.use_objective(objective)
-        _check_against(earlier, data.eval_tasks(), objective, against)
+        data.use_objective(asked)
+        _check_against(earlier, data.eval_tasks(), asked, against)
         stages.append(Stage(name=str(against), results=earlier))
-    for one, name in zip(policy, policy_names(policy), strict=True):
-        path, ckpt_path = policy_source(one)
-        module = NTPModule(Policy(path))
-        data = make_data()
-        callbacks: list[Callback] = [RolloutCallback(None, objective), ValidationResults()]
-        if engine is not None:
-            data.setup("validate")
-            rollout = RolloutCallback(
-                engine,
-                objective,
-                max_prompt_tokens=data.context_limit("heldout").tokens
-                + objective.bind(module.tokenizer).num_overhead_tokens,
-                seed=seed,
-                sampling=Sampling(
-                    temperature=temperature,
-                    max_completion_tokens=max_completion_tokens,
-                    stop_after_first_box=stop_after_first_box,
-                ),
-                evaluation=Evaluation(samples=k, thought_controls=thought_controls),
-            )
-            callbacks[0] = rollout
-        trainer = evaluation_trainer(
-            output / name, callbacks, ckpt_path=ckpt_path, precision=precision, accelerator=accelerator
-        )
-        trainer.validate(module, data, ckpt_path=ckpt_path, weights_only=True, verbose=False)
-        stages.append(Stage(name=name, results=_last(output / name)))
-    text = summary(stages)
-    (output / SUMMARY).write_text(text, encoding="utf-8")
-    print(
-        f"\n{text}\n{output / SUMMARY}; one record for each position stands beside it, for rpt compare "
-        "and rpt report"
+    for name, folder in evaluation.run(parts):
+        stages.append(Stage(name=name, results=POSITIONS.read(folder)))
+    evaluation.write_summary(
+        summary(stages),
+        beside="one record for each position stands beside it, for rpt compare and rpt report",
     )
 
 
@@ -210,32 +205,13 @@ def _check(engine: RolloutEngine | None, prompt: PromptTemplate | None, objectiv
 
 
 def _check_against(earlier: Results, tasks: Sequence[Task], objective: Objective, against: Path) -> None:
-    """Check, before any policy spends hours on answers, that the two can be paired.
-
-    Raises ValueError if they cannot.
-    """
     before = {position.task_id: position.truth for position in earlier.positions}
-    now = {task.task_id: b"".join(objective.truth(task)).decode(errors="replace") for task in tasks}
-    if unpaired := sorted(before.keys() ^ now.keys()):
-        raise ValueError(
-            f"--against {against}: these are results at other positions ({len(before)}) than the {len(now)} "
-            f"asked here, for example {unpaired[0]!r}. Give the same --task_dir, --num_tasks, --min_entropy "
-            "and --seed as for the earlier results"
-        )
-    for task_id, truth in before.items():
-        if truth != now[task_id]:
-            raise ValueError(
-                f"--against {against}: position {task_id!r} has the truth {truth!r} there, "
-                f"but {now[task_id]!r} here"
-            )
-
-
-def _earlier(path: Path) -> Results:
-    return _last(path) if path.is_dir() else read_results(path)
-
-
-def _last(folder: Path) -> Results:
-    results = read_run(folder).last_validation
-    if results is None:
-        raise ValueError(f"{folder}: holds no records of held-out positions (validation/step-N.jsonl)")
-    return results
+    check_against(
+        against,
+        before,
+        {task.task_id: b"".join(objective.truth(task)).decode(errors="replace") for task in tasks},
+        others=f"results at other positions ({len(before)})",
+        same_flags="--task_dir, --num_tasks, --min_entropy and --seed as for the earlier results",
+        item="position",
+        truth="truth",
+    )

@@ -1,17 +1,70 @@
-"""Policies to evaluate, the output folder, and the trainer that validates the policies."""
+"""Policies to evaluate: their names, their validation one after the other, and the output folder."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 
 from rpt_lightning.evaluation.run import short_names
+from rpt_lightning.policy.model import Policy
 from rpt_lightning.training.checkpoint.file import check_about, read_checkpoint
 from rpt_lightning.training.distributed.strategy import ShardedStrategy
+from rpt_lightning.training.library_noise import quieten_libraries
+from rpt_lightning.training.modules.ntp_module import NTPModule
+
+SUMMARY = "summary.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyEvaluation:
+    """The validation of several policies in turn, with one folder for each in ``output``.
+
+    Raises ValueError if a policy is named twice.
+    """
+
+    policies: Sequence[str]
+    output: Path
+    precision: Literal["32-true", "bf16-mixed"]
+    accelerator: str
+
+    def __post_init__(self) -> None:
+        check_policies(self.policies)
+
+    def begin(self) -> None:
+        """Silence the libraries' notes. Raises ValueError if the output already holds something."""
+        quieten_libraries()
+        check_new_output(self.output)
+
+    def run(
+        self, parts: Callable[[NTPModule], tuple[LightningDataModule, list[Callback]]]
+    ) -> Iterator[tuple[str, Path]]:
+        """Validate each policy, and yield its name and the folder that holds its records.
+
+        ``parts`` returns the data and the callbacks for a policy. One of the callbacks writes the records.
+        """
+        for policy, name in zip(self.policies, policy_names(self.policies), strict=True):
+            path, ckpt_path = policy_source(policy)
+            module = NTPModule(Policy(path))
+            data, callbacks = parts(module)
+            trainer = evaluation_trainer(
+                self.output / name,
+                callbacks,
+                ckpt_path=ckpt_path,
+                precision=self.precision,
+                accelerator=self.accelerator,
+            )
+            trainer.validate(module, data, ckpt_path=ckpt_path, weights_only=True, verbose=False)
+            yield name, self.output / name
+
+    def write_summary(self, text: str, *, beside: str) -> None:
+        """Write and print the summary. ``beside`` says what else the output folder holds."""
+        (self.output / SUMMARY).write_text(text, encoding="utf-8")
+        print(f"\n{text}\n{self.output / SUMMARY}; {beside}")
 
 
 def policy_names(policies: Sequence[str]) -> list[str]:

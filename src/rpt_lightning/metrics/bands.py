@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from rpt_lightning.data.store.manifest import BANDS
+from rpt_lightning.data.prepare.split_statistics import BANDS
 
 __all__ = ["BANDS", "DISJOINT_BANDS"]
 

@@ -263,7 +263,7 @@ class TaskFolderDataModule(StreamDataModule):
         self.heldout = TaskFolder(self.task_dir, "heldout", max_context_tokens=self.max_context_tokens)
         self._check_tokenizer()
         stream = TaskStream(
-            self.make_order(), corpus=self.train.manifest["corpus"]["sha256"], layout=self.train.layout
+            self.make_order(), corpus=self.train.manifest.corpus.sha256, layout=self.train.layout
         )
         self.begin_stream(stream, self.task_dir)
 
@@ -329,10 +329,10 @@ def check_tokenizer(folder: TaskFolder, module: Any, *, task_dir: str) -> None:
     """
     wanted = getattr(module, "tokenizer_hash", None)
     if wanted is not None and wanted != folder.tokenizer_hash and not _tokenizes_alike(folder, module):
-        made_with = folder.manifest["settings"]["tokenizer"]
         raise ValueError(
-            f"--data.task_dir {task_dir}: prepared with the tokenizer of {made_with!r}, which is not that of "
-            "the model being trained; prepare the folder with this model's tokenizer or train that model"
+            f"--data.task_dir {task_dir}: prepared with the tokenizer of {folder.manifest.tokenizer!r}, "
+            "which is not that of the model being trained; prepare the folder with this model's tokenizer "
+            "or train that model"
         )
 
 
@@ -343,7 +343,7 @@ def _tokenizes_alike(folder: TaskFolder, module: Any) -> bool:
     same tokenizer differently. The last tokens of a truncated document are not compared, since they may be
     the beginning of another token.
     """
-    stored_hash, tokenizer = folder.manifest["tokenizer_hash"], getattr(module, "tokenizer", None)
+    stored_hash, tokenizer = folder.manifest.tokenizer_hash, getattr(module, "tokenizer", None)
     if is_whole(stored_hash) or tokenizer is None or not has_hash(tokenizer, stored_hash):
         return False
     encode, join = TokenBytes(tokenizer).encode_plain, folder.token_bytes.join

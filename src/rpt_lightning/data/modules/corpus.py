@@ -123,8 +123,8 @@ class CorpusDataModule(StreamDataModule):
 
     def make_batch(self, items: list[tuple[int, int]]) -> SequenceBatch:
         """Build a batch. A document's worked examples follow it, so that they share their beginning."""
-        epoch, index = self.stream.place
-        step = (epoch * self.stream.order.items_per_epoch + index) // self.items_per_step - 1
+        place = self.stream.place
+        step = (place.epoch * self.stream.order.items_per_epoch + place.index) // self.items_per_step - 1
         limit, sequences = self.max_tokens or self._num_positions(), list[TrainSequence]()
         for number, _ in items:
             document = self.documents[number]

@@ -11,6 +11,7 @@ within a window of ``WINDOW_CHUNKS`` chunks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,7 +19,14 @@ from numpy.typing import NDArray
 
 WINDOW_CHUNKS = 8
 T = TypeVar("T")
-Place = tuple[int, int]  # the epoch, and the index of the next item in it
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A place in an endless order: the epoch, and the index of the next item in it. Both count from 0."""
+
+    epoch: int
+    index: int
 
 
 class ShuffledOrder:
@@ -46,9 +54,9 @@ class ShuffledOrder:
         self._epoch: int | None = None
         self._window: tuple[int, int] | None = None
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[int, int]:
-        """Return the pair at ``(epoch, index)``."""
-        epoch, index = key
+    def __getitem__(self, place: Place) -> tuple[int, int]:
+        """Return the pair at a place."""
+        epoch, index = place.epoch, place.index
         assert 0 <= index < self.items_per_epoch
         self._enter_epoch(epoch)
         window = int(np.searchsorted(self._window_ends, index, side="right"))
@@ -102,7 +110,7 @@ def _ranges(starts: NDArray[Any], lengths: NDArray[Any], *, step: int = 1) -> ND
 
 
 class TaskStream:
-    """An endless repetition of a ``ShuffledOrder``, epoch after epoch, and the place in it.
+    """An endless repetition of a ``ShuffledOrder``, epoch after epoch, and the ``place`` in it.
 
     A checkpoint stores the place. ``corpus`` is the fingerprint of the text that is ordered. ``layout`` is
     the fingerprint of its division into documents and shards. It is empty if the text alone determines that.
@@ -112,31 +120,22 @@ class TaskStream:
         self.order = order
         self.corpus = corpus
         self.layout = layout
-        self.epoch = 0
-        self.index = 0
+        self.place = Place(epoch=0, index=0)
 
     def next(self, num: int) -> list[tuple[int, int]]:
         """Take the next ``num`` pairs. After the last pair of an epoch comes the first of the next epoch."""
         pairs = []
         for _ in range(num):
-            pairs.append(self.order[self.epoch, self.index])
-            self.index += 1
-            if self.index == self.order.items_per_epoch:
-                self.epoch, self.index = self.epoch + 1, 0
+            pairs.append(self.order[self.place])
+            epoch, index = self.place.epoch, self.place.index + 1
+            is_last = index == self.order.items_per_epoch
+            self.place = Place(epoch + 1, 0) if is_last else Place(epoch, index)
         return pairs
-
-    @property
-    def place(self) -> Place:
-        return self.epoch, self.index
-
-    @place.setter
-    def place(self, place: Place) -> None:
-        self.epoch, self.index = place
 
     def state_dict(self, place: Place | None = None) -> dict[str, Any]:
         """Return the state at the present place, or at an earlier ``place``."""
-        epoch, index = self.place if place is None else place
-        return {"epoch": epoch, "index": index, "made_with": self._settings()}
+        stored = self.place if place is None else place
+        return {"epoch": stored.epoch, "index": stored.index, "made_with": self._settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at a stored place. Raises ValueError if it belongs to a different order."""
@@ -153,7 +152,7 @@ class TaskStream:
                 "continue with the same --data settings and task folder (or one that was made again with the "
                 "same settings of `rpt prepare`), or start a new run from exported weights"
             )
-        self.epoch, self.index = int(state["epoch"]), int(state["index"])
+        self.place = Place(epoch=int(state["epoch"]), index=int(state["index"]))
 
     def _settings(self) -> dict[str, int | str]:
         order = self.order

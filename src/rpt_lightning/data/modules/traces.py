@@ -102,7 +102,7 @@ class TraceDataModule(TaskFolderDataModule):
     def _check_proxy(self) -> None:
         module = None if self.trainer is None else self.trainer.lightning_module
         policy_path = getattr(getattr(module, "policy", None), "path", None)
-        proxy = self.train.manifest["proxy"]
+        proxy = self.train.manifest.proxy
         if policy_path is None or self.allow_other_proxy or _same_model(policy_path, proxy):
             return
         raise ValueError(

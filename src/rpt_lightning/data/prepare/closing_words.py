@@ -6,41 +6,40 @@ It gives the size of each split, what the splits share, what was left out, and w
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+
+from rpt_lightning.data.store.manifest import Manifest
 
 
-def closing_words(output: Path, manifest: dict[str, Any]) -> str:
+def closing_words(output: Path, manifest: Manifest) -> str:
     """Describe a newly published folder in one line."""
-    train, heldout = manifest["splits"]["train"], manifest["splits"]["heldout"]
+    train, heldout = manifest.splits["train"], manifest.splits["heldout"]
     words = [
-        f"{split['positions']:,} {name} positions in {split['documents']:,} documents "
-        f"({split['unanswerable']:,} unanswerable)"
+        f"{split.positions:,} {name} positions in {split.documents:,} documents "
+        f"({split.unanswerable:,} unanswerable)"
         for name, split in (("training", train), ("held-out", heldout))
     ]
-    counts, settings = manifest["corpus"], manifest["settings"]
+    counts, settings = manifest.corpus, manifest.settings
     left_out = {
-        f"documents of at most --min_context {settings['min_context']} tokens": counts["too_short"],
-        "documents with characters that the tokenizer has no tokens for": counts["inexpressible"],
-        "benchmark texts with such characters (no document can hold them)": counts.get(
-            "inexpressible_benchmark_texts", 0
+        f"documents of at most --min_context {settings['min_context']} tokens": counts.too_short,
+        "documents with characters that the tokenizer has no tokens for": counts.inexpressible,
+        "benchmark texts with such characters (no document can hold them)": (
+            counts.inexpressible_benchmark_texts
         ),
     }
-    words.append(shared_words(manifest["shared_spans_between_splits"], settings["dedup_span"]))
+    words.append(shared_words(manifest.shared_spans_between_splits, settings["dedup_span"]))
     words += [f"left out {count:,} {what}" for what, count in left_out.items() if count]
     without_effect = {
-        "no token begins in them, so no position has their fields": counts.get(
-            "marks_in_which_no_token_begins", 0
-        ),
-        f"they lie beyond --max_tokens_per_document {settings['max_tokens_per_document']}": counts.get(
-            "marks_behind_the_cut", 0
+        "no token begins in them, so no position has their fields": counts.marks_in_which_no_token_begins,
+        f"they lie beyond --max_tokens_per_document {settings['max_tokens_per_document']}": (
+            counts.marks_behind_the_cut
         ),
     }
     words += [
-        f"{count:,} of {counts['marks']:,} marks have no effect: {why}"
+        f"{count:,} of {counts.marks:,} marks have no effect: {why}"
         for why, count in without_effect.items()
         if count
     ]
-    if names := sorted(train.get("fields", {}).keys() | heldout.get("fields", {}).keys()):
+    if names := sorted(train.fields.keys() | heldout.fields.keys()):
         words.append(f"fields kept at positions: {', '.join(names)}")
     return f"{output}: {'; '.join(words)}"
 

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import errno
 import itertools
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rpt_lightning.data.prepare.closing_words import closing_words, shared_words
-from rpt_lightning.data.prepare.dedup import LEAST_SPAN, SPAN, count_shared_spans
+from rpt_lightning.data.prepare.dedup import SPAN, count_shared_spans
+from rpt_lightning.data.prepare.finished_folder import accept_finished
 from rpt_lightning.data.prepare.position_rule import PositionRule
-from rpt_lightning.data.prepare.proxy_model import (
-    check_proxy,
-    load_tokenizer,
-    proxy_fingerprint,
-)
+from rpt_lightning.data.prepare.proxy_model import check_proxy, load_tokenizer, proxy_fingerprint
 from rpt_lightning.data.prepare.proxy_scores import DocumentScores
 from rpt_lightning.data.prepare.scored_parts import (
     ScoringSettings,
@@ -27,27 +27,16 @@ from rpt_lightning.data.prepare.scored_parts import (
     score_in_parts,
     scores_key,
 )
-from rpt_lightning.data.prepare.tokenized_corpus import TokenizedCorpus, source_sha256
+from rpt_lightning.data.prepare.settings import PrepareSettings
+from rpt_lightning.data.prepare.split_statistics import HISTOGRAM_FILE, SplitStatistics, plot_histogram
+from rpt_lightning.data.prepare.tokenized_corpus import TokenizedCorpus
 from rpt_lightning.data.sources.corpus import CorpusSource
 from rpt_lightning.data.store.item_format import FIELDS, Item, item_digest
-from rpt_lightning.data.store.manifest import (
-    FORMAT,
-    HISTOGRAM_FILE,
-    LATER_SETTINGS,
-    MANIFEST_FILE,
-    SplitStatistics,
-    plot_histogram,
-    read_manifest,
-    write_manifest,
-)
-from rpt_lightning.data.store.shards import check_split, folder_checksums, write_split
+from rpt_lightning.data.store.manifest import Manifest, write_manifest
+from rpt_lightning.data.store.shards import folder_checksums, write_split
 from rpt_lightning.data.store.task_folder import TaskFolder
 from rpt_lightning.objectives.base import Objective
-from rpt_lightning.objectives.next_token import PLACES as NEXT_TOKEN
 from rpt_lightning.pretrained.token_bytes import TokenBytes, tokenizer_hash
-
-# A part has this many batches. An interruption costs at most one part.
-BATCHES_PER_PART = 8
 
 
 def prepare(
@@ -120,170 +109,205 @@ def prepare(
         chunk_bytes: Size of a shard.
         seed: Seed of the split, the sample and the order of the shards.
     """
-    settings: dict[str, Any] = {
-        "source": source.describe(),
-        "tokenizer": tokenizer,
-        "proxy": proxy,
-        "entropy_threshold": entropy_threshold,
-        "heldout_entropy_threshold": heldout_entropy_threshold,
-        "min_context": min_context,
-        "min_true_prob": min_true_prob,
-        "max_true_prob": max_true_prob,
-        "keep_unanswerable": keep_unanswerable,
-        "answer_reach": answer_reach,
-        "max_tokens_per_document": max_tokens_per_document,
-        "max_documents": max_documents,
-        "heldout_documents": heldout_documents,
-        "dedup_span": dedup_span,
-        "benchmark_files": benchmark_files,
-        "objective": NEXT_TOKEN if objective is None else objective.places,
-        "window": window,
-        "overlap": overlap,
-        "precision": precision,
-        "chunk_bytes": chunk_bytes,
-        "seed": seed,
-    }
-    _check_settings(settings)
-    output = Path(output_dir)
-    if output.exists():
-        _accept_finished(output, settings, source)
+    prepare_folder(
+        PrepareSettings(
+            source=source,
+            output_dir=output_dir,
+            tokenizer=tokenizer,
+            proxy=proxy,
+            entropy_threshold=entropy_threshold,
+            heldout_entropy_threshold=heldout_entropy_threshold,
+            min_context=min_context,
+            min_true_prob=min_true_prob,
+            max_true_prob=max_true_prob,
+            keep_unanswerable=keep_unanswerable,
+            answer_reach=answer_reach,
+            max_tokens_per_document=max_tokens_per_document,
+            max_documents=max_documents,
+            heldout_documents=heldout_documents,
+            dedup_span=dedup_span,
+            benchmark_files=benchmark_files,
+            objective=objective,
+            window=window,
+            overlap=overlap,
+            batch_tokens=batch_tokens,
+            precision=precision,
+            accelerator=accelerator,
+            devices=devices,
+            chunk_bytes=chunk_bytes,
+            seed=seed,
+        )
+    )
+
+
+def prepare_folder(settings: PrepareSettings) -> None:
+    """Make the task folder: choose documents, score them, write their positions, check and publish."""
+    if settings.output.exists():
+        accept_finished(settings)
         return
-    policy_tokenizer = load_tokenizer(tokenizer, flag="--tokenizer")
-    start_ids, unused_ids = check_proxy(proxy, policy_tokenizer, tokenizer_name=tokenizer)
-    token_bytes = TokenBytes(policy_tokenizer)
-    corpus = TokenizedCorpus(source, token_bytes, min_context=min_context, max_tokens=max_tokens_per_document)
-    corpus.drop_benchmark_overlap(benchmark_files or [], token_bytes)
-    heldout, train = corpus.split(
-        num_heldout=heldout_documents, max_documents=max_documents, span=dedup_span, seed=seed
-    )
-    scoring = ScoringSettings(
-        proxy=proxy,
-        start_ids=start_ids,
-        unused_ids=unused_ids,
-        precision=precision,
-        window=window,
-        overlap=overlap,
-        batch_tokens=batch_tokens,
-        part_tokens=BATCHES_PER_PART * batch_tokens,
-        devices=devices,
-        accelerator=accelerator,
-    )
-    heldout_rule = PositionRule(
-        entropy_threshold=heldout_entropy_threshold,
-        min_context=min_context,
-        answer_reach=answer_reach,
-        keep_unanswerable=True,
-        objective=objective,
-    )
-    train_rule = PositionRule(
-        entropy_threshold=entropy_threshold,
-        min_context=min_context,
-        answer_reach=answer_reach,
-        keep_unanswerable=keep_unanswerable,
-        min_true_prob=min_true_prob,
-        max_true_prob=max_true_prob,
-        objective=objective,
-    )
-    partial = output.with_name(output.name + ".partial")
-    with _clear_words(output, partial):
-        documents = [corpus.token_ids[index] for index in (*heldout, *train)]
-        parts = partial / scores_key(documents, scoring)
-        tokens_per_s = score_in_parts(documents, parts, scoring)
-        scores = iterate_scores(parts, [len(ids) for ids in documents], scoring.part_tokens)
-        staging = partial / "folder"
+    tokenizer = load_tokenizer(settings.tokenizer, flag="--tokenizer")
+    scoring = settings.scoring(*check_proxy(settings.proxy, tokenizer, tokenizer_name=settings.tokenizer))
+    token_bytes = TokenBytes(tokenizer)
+    chosen = _choose(settings, token_bytes)
+    with _clear_words(settings):
+        scores = _score(chosen, scoring, settings.partial)
+        staging = settings.partial / "folder"
         shutil.rmtree(staging, ignore_errors=True)
-        # The scores come in this order: held-out documents first.
-        heldout_statistics = _write_split(
-            staging / "heldout", corpus, heldout, scores, heldout_rule, token_bytes, chunk_bytes
-        )
-        train_statistics = _write_split(
-            staging / "train", corpus, train, scores, train_rule, token_bytes, chunk_bytes
-        )
-        policy_tokenizer.save_pretrained(staging / "tokenizer")
+        written = _write_splits(staging, chosen, scores.documents, settings, token_bytes)
+        tokenizer.save_pretrained(staging / "tokenizer")
         plot_histogram(
             staging / HISTOGRAM_FILE,
-            {"train": train_statistics.histogram, "held out": heldout_statistics.histogram},
-            {"train": entropy_threshold, "held out": heldout_entropy_threshold},
+            {"train": written.train.histogram, "held out": written.heldout.histogram},
+            {"train": settings.entropy_threshold, "held out": settings.heldout_entropy_threshold},
         )
-        shared_spans = count_shared_spans(
-            [corpus.token_ids[i] for i in train], [corpus.token_ids[i] for i in heldout], dedup_span
+        manifest = Manifest(
+            settings=settings.stored,
+            tokenizer_hash=tokenizer_hash(tokenizer),
+            proxy=settings.proxy,
+            proxy_fingerprint=proxy_fingerprint(settings.proxy),
+            answer_reach=settings.answer_reach,
+            corpus=chosen.corpus.counts,
+            shared_spans_between_splits=_check_apart(chosen, settings.dedup_span),
+            splits={"train": written.train.summary(), "heldout": written.heldout.summary()},
+            sha256={part: folder_checksums(staging / part) for part in ("train", "heldout", "tokenizer")},
+            scoring_tokens_per_s=round(scores.tokens_per_s, 1),
         )
-        if shared_spans:
-            raise RuntimeError(
-                f"{shared_words(shared_spans, dedup_span)}: the split is wrong, and nothing was published"
-            )
-        manifest = {
-            "format": FORMAT,
-            "settings": settings,
-            "tokenizer_hash": tokenizer_hash(policy_tokenizer),
-            "proxy": proxy,
-            "proxy_fingerprint": proxy_fingerprint(proxy),
-            "answer_reach": answer_reach,
-            "corpus": corpus.counts,
-            "shared_spans_between_splits": shared_spans,
-            "splits": {"train": train_statistics.summary(), "heldout": heldout_statistics.summary()},
-            "sha256": {part: folder_checksums(staging / part) for part in ("train", "heldout", "tokenizer")},
-            "scoring_tokens_per_s": round(tokens_per_s, 1),
-        }
         write_manifest(staging, manifest)
-        _read_back(
-            staging, {"train": train_statistics.digests, "heldout": heldout_statistics.digests}, output
+        _read_back(staging, written, settings.output)
+        os.replace(staging, settings.output)
+    shutil.rmtree(settings.partial, ignore_errors=True)
+    print(closing_words(settings.output, manifest), flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chosen:
+    """The documents of a corpus that are used, by their indices."""
+
+    corpus: TokenizedCorpus
+    heldout: list[int]
+    train: list[int]
+
+    def token_ids(self, indices: list[int]) -> list[NDArray[np.int32]]:
+        return [self.corpus.token_ids[index] for index in indices]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scores:
+    """The scores of the chosen documents, which can be read once: held-out documents come first."""
+
+    documents: Iterator[DocumentScores]
+    tokens_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Written:
+    """Statistics of the two splits that were written."""
+
+    train: SplitStatistics
+    heldout: SplitStatistics
+
+
+def _choose(settings: PrepareSettings, token_bytes: TokenBytes) -> _Chosen:
+    """Read the source, and choose the documents that are held out and those that train."""
+    corpus = TokenizedCorpus(
+        settings.source,
+        token_bytes,
+        min_context=settings.min_context,
+        max_tokens=settings.max_tokens_per_document,
+    )
+    corpus.drop_benchmark_overlap(settings.benchmark_files or [], token_bytes)
+    heldout, train = corpus.split(
+        num_heldout=settings.heldout_documents,
+        max_documents=settings.max_documents,
+        span=settings.dedup_span,
+        seed=settings.seed,
+    )
+    return _Chosen(corpus=corpus, heldout=heldout, train=train)
+
+
+def _score(chosen: _Chosen, scoring: ScoringSettings, partial: Path) -> _Scores:
+    """Score the documents with the proxy, except those that an interrupted run has scored."""
+    documents = chosen.token_ids([*chosen.heldout, *chosen.train])
+    parts = partial / scores_key(documents, scoring)
+    tokens_per_s = score_in_parts(documents, parts, scoring)
+    scores = iterate_scores(parts, [len(ids) for ids in documents], scoring.part_tokens)
+    return _Scores(documents=scores, tokens_per_s=tokens_per_s)
+
+
+def _write_splits(
+    staging: Path,
+    chosen: _Chosen,
+    scores: Iterator[DocumentScores],
+    settings: PrepareSettings,
+    token_bytes: TokenBytes,
+) -> _Written:
+    """Write both splits, in the order of the scores."""
+
+    def write(split: str, indices: list[int], rule: PositionRule, flag: str) -> SplitStatistics:
+        statistics = SplitStatistics()
+        items = _items(
+            chosen.corpus, indices, itertools.islice(scores, len(indices)), rule, token_bytes, statistics
         )
-        os.replace(staging, output)
-    shutil.rmtree(partial, ignore_errors=True)
-    print(closing_words(output, manifest), flush=True)
+        write_split(staging / split, items, chunk_bytes=settings.chunk_bytes)
+        if statistics.num_documents == 0:
+            raise ValueError(
+                f"{flag} {rule.entropy_threshold}: no position of the {split} documents passes it "
+                "and the other limits; lower it"
+            )
+        return statistics
+
+    heldout = write("heldout", chosen.heldout, settings.heldout_rule, "--heldout_entropy_threshold")
+    train = write("train", chosen.train, settings.train_rule, "--entropy_threshold")
+    return _Written(train=train, heldout=heldout)
 
 
-def _write_split(
-    folder: Path,
+def _items(
     corpus: TokenizedCorpus,
     indices: list[int],
     scores: Iterator[DocumentScores],
     rule: PositionRule,
     token_bytes: TokenBytes,
-    chunk_bytes: str,
-) -> SplitStatistics:
-    """Write the documents that have a position. Takes the scores of all ``indices`` from the iterator."""
-    statistics = SplitStatistics()
-
-    def items() -> Iterator[Item]:
-        for index, document_scores in zip(indices, itertools.islice(scores, len(indices)), strict=True):
-            statistics.add_scores(document_scores.entropy)
-            item, num_unanswerable = rule.item(
-                corpus.doc_ids[index],
-                corpus.token_ids[index],
-                document_scores,
-                is_cut=corpus.is_cut[index],
-                token_bytes=token_bytes,
-            )
-            if corpus.has_fields:
-                fields = corpus.fields[index]
-                item[FIELDS] = None if fields is None else fields.at(item["positions"])
-            if len(item["positions"]):
-                statistics.add_item(item, num_unanswerable)
-                yield item
-
-    write_split(folder, items(), chunk_bytes=chunk_bytes)
-    if statistics.num_documents == 0:
-        flag = "--entropy_threshold" if folder.name == "train" else "--heldout_entropy_threshold"
-        raise ValueError(
-            f"{flag} {rule.entropy_threshold}: no position of the {folder.name} documents passes it "
-            "and the other limits; lower it"
+    statistics: SplitStatistics,
+) -> Iterator[Item]:
+    """Yield the documents that have a position, and count all of them."""
+    for index, document_scores in zip(indices, scores, strict=True):
+        statistics.add_scores(document_scores.entropy)
+        item, num_unanswerable = rule.item(
+            corpus.doc_ids[index],
+            corpus.token_ids[index],
+            document_scores,
+            is_cut=corpus.is_cut[index],
+            token_bytes=token_bytes,
         )
-    return statistics
+        if corpus.has_fields:
+            fields = corpus.fields[index]
+            item[FIELDS] = None if fields is None else fields.at(item["positions"])
+        if len(item["positions"]):
+            statistics.add_item(item, num_unanswerable)
+            yield item
 
 
-def _read_back(staging: Path, digests: dict[str, list[bytes]], output: Path) -> None:
+def _check_apart(chosen: _Chosen, span: int | None) -> int:
+    """Count what both splits hold, which is 0. Raises RuntimeError if it is not."""
+    shared = count_shared_spans(chosen.token_ids(chosen.train), chosen.token_ids(chosen.heldout), span)
+    if shared:
+        raise RuntimeError(f"{shared_words(shared, span)}: the split is wrong, and nothing was published")
+    return shared
+
+
+def _read_back(staging: Path, written: _Written, output: Path) -> None:
     """Open the folder as a run does and compare every document with what was written.
 
     Raises RuntimeError if they differ, so that nothing is published.
     """
     try:
-        for split, expected in digests.items():
-            folder = TaskFolder(staging, "train" if split == "train" else "heldout")
+        for folder, statistics in [
+            (TaskFolder(staging, "train"), written.train),
+            (TaskFolder(staging, "heldout"), written.heldout),
+        ]:
             folder.tokenizer_hash  # noqa: B018, raises ValueError if the stored tokenizer is another
-            if [item_digest(folder.document(index)) for index in range(len(folder))] != expected:
-                raise ValueError(f"{split}/ holds documents that differ from those written")
+            if [item_digest(folder.document(index)) for index in range(len(folder))] != statistics.digests:
+                raise ValueError(f"{folder.split}/ holds documents that differ from those written")
             folder.task(0, 0)
     except ValueError as error:
         raise RuntimeError(
@@ -293,7 +317,7 @@ def _read_back(staging: Path, digests: dict[str, list[bytes]], output: Path) -> 
 
 
 @contextmanager
-def _clear_words(output: Path, partial: Path) -> Iterator[None]:
+def _clear_words(settings: PrepareSettings) -> Iterator[None]:
     """Say what an interruption left behind, and name the disk if it is full.
 
     Whatever is left behind is checked before it is used again.
@@ -302,7 +326,7 @@ def _clear_words(output: Path, partial: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         print(
-            f"\nStopped. The scores so far are kept in {partial}; the same command continues there.",
+            f"\nStopped. The scores so far are kept in {settings.partial}; the same command continues there.",
             flush=True,
         )
         raise
@@ -311,75 +335,7 @@ def _clear_words(output: Path, partial: Path) -> Iterator[None]:
             raise
         raise OSError(
             error.errno,
-            f"{error.strerror}: --output_dir {output} is not finished. Free some space and run the same "
-            f"command again (the scores so far are kept in {partial}), or name a folder on another disk",
+            f"{error.strerror}: --output_dir {settings.output} is not finished. Free some space "
+            f"and run the same command again (the scores so far are kept in {settings.partial}), "
+            "or name a folder on another disk",
         ) from error
-
-
-def _check_settings(settings: dict[str, Any]) -> None:
-    for name, least in [("min_context", 1), ("answer_reach", 1), ("heldout_documents", 1)]:
-        if settings[name] < least:
-            raise ValueError(f"--{name} {settings[name]}: must be at least {least}")
-    span = settings["dedup_span"]
-    if span is not None and (isinstance(span, bool) or not isinstance(span, int) or span < LEAST_SPAN):
-        raise ValueError(
-            f"--dedup_span {span}: must be at least {LEAST_SPAN} tokens, "
-            "or null (only exact duplicates are left out)"
-        )
-    limit = settings["max_tokens_per_document"]
-    if limit is not None and limit <= settings["min_context"]:
-        raise ValueError(
-            f"--max_tokens_per_document {limit}: leaves nothing after --min_context {settings['min_context']}"
-        )
-    if settings["max_documents"] is not None and settings["max_documents"] <= settings["heldout_documents"]:
-        raise ValueError(
-            f"--max_documents {settings['max_documents']}: must exceed "
-            f"--heldout_documents {settings['heldout_documents']}"
-        )
-    if settings["min_true_prob"] >= settings["max_true_prob"]:
-        raise ValueError(
-            f"--min_true_prob {settings['min_true_prob']}: must be below "
-            f"--max_true_prob {settings['max_true_prob']}"
-        )
-
-
-def _accept_finished(output: Path, settings: dict[str, Any], source: CorpusSource) -> None:
-    """Report that the folder already exists. Raises ValueError if it differs from what was asked for."""
-    if not (output / MANIFEST_FILE).is_file():
-        raise ValueError(
-            f"--output_dir {output}: exists and is not a task folder; name another folder or remove it"
-        )
-    manifest = read_manifest(output)
-    made_with = LATER_SETTINGS | manifest["settings"]
-    different = [name for name in settings if made_with.get(name) != json.loads(json.dumps(settings[name]))]
-    if different:
-        name = different[0]
-        raise ValueError(
-            f"--output_dir {output}: a task folder made with other settings "
-            f"({name} {made_with.get(name)!r} instead of {settings[name]!r}); "
-            "it is not overwritten: remove it or name another folder"
-        )
-    fingerprint = proxy_fingerprint(settings["proxy"])
-    for what, is_same in [
-        (
-            f"weights of --proxy {settings['proxy']!r}",
-            manifest.get("proxy_fingerprint", fingerprint) == fingerprint,
-        ),
-        ("text of --source", manifest["corpus"]["sha256"] == source_sha256(source)),
-    ]:
-        if not is_same:
-            raise ValueError(
-                f"--output_dir {output}: a task folder made with different {what}; "
-                "remove it or name another folder"
-            )
-    try:
-        for split in ("train", "heldout"):
-            check_split(output / split)
-    except ValueError as error:
-        raise ValueError(
-            f"--output_dir {output}: a task folder with the same settings, which cannot be read: "
-            f"remove it or name another folder ({error})"
-        ) from error
-    # A run that was stopped at its very end may have left this folder.
-    shutil.rmtree(output.with_name(output.name + ".partial"), ignore_errors=True)
-    print(f"{output} is already finished, with the same settings: nothing to do", flush=True)

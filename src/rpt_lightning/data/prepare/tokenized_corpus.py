@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +15,13 @@ from rpt_lightning.data.prepare.dedup import check_span, components, span_words,
 from rpt_lightning.data.sources.checked_source import checked_documents
 from rpt_lightning.data.sources.corpus import CorpusSource
 from rpt_lightning.data.sources.fields import TokenFields, check_document, knowledge_bytes, token_fields
+from rpt_lightning.data.store.manifest import CorpusCounts
 from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.types import Document
 
 
 def source_sha256(source: CorpusSource) -> str:
-    """Fingerprint all documents of a source in order: ``counts["sha256"]`` of the corpus made from it."""
+    """Fingerprint all documents of a source in order: ``counts.sha256`` of the corpus made from it."""
     digest = hashlib.sha256()
     for document in read_documents(source):
         digest.update(document_bytes(document))
@@ -93,21 +94,25 @@ class TokenizedCorpus:
                 f"--min_context {min_context}: none of the {num_read} documents is longer than "
                 "that many tokens; lower it"
             )
-        self.counts: dict[str, Any] = {
-            "sha256": digest.hexdigest(),
-            "documents_read": num_read,
-            "too_short": num_short,
-            "inexpressible": num_inexpressible,
-            "exact_duplicates": num_duplicates,
-        }
+        self.counts = CorpusCounts(
+            sha256=digest.hexdigest(),
+            documents_read=num_read,
+            too_short=num_short,
+            inexpressible=num_inexpressible,
+            exact_duplicates=num_duplicates,
+        )
 
     def drop_benchmark_overlap(self, paths: list[str], token_bytes: TokenBytes) -> None:
         """Leave out documents that share a span of 13 tokens with a benchmark file."""
         if not paths:
             return
-        spans, self.counts["inexpressible_benchmark_texts"] = benchmark_spans(paths, token_bytes)
+        spans, num_inexpressible = benchmark_spans(paths, token_bytes)
         kept = [index for index, ids in enumerate(self.token_ids) if not overlaps(ids, spans)]
-        self.counts["overlap_with_benchmark_files"] = len(self.token_ids) - len(kept)
+        self.counts = replace(
+            self.counts,
+            inexpressible_benchmark_texts=num_inexpressible,
+            overlap_with_benchmark_files=len(self.token_ids) - len(kept),
+        )
         if not kept:
             raise ValueError(
                 f"--benchmark_files [{','.join(paths)}]: every document overlaps with them, "
@@ -139,12 +144,13 @@ class TokenizedCorpus:
         heldout, train = rng.permutation(split.heldout).tolist(), rng.permutation(split.train).tolist()
         if max_documents is not None:
             train = train[: max_documents - num_heldout]
-        self.counts |= {
-            "components": split.num_components,
-            "largest_component": split.largest_component,
-            "siblings_of_heldout_documents": split.num_heldout_siblings,
-            "not_sampled": len(split.train) - len(train),
-        }
+        self.counts = replace(
+            self.counts,
+            components=split.num_components,
+            largest_component=split.largest_component,
+            siblings_of_heldout_documents=split.num_heldout_siblings,
+            not_sampled=len(split.train) - len(train),
+        )
         self._count_marks([*heldout, *train])
         largest = (
             ""
@@ -164,8 +170,9 @@ class TokenizedCorpus:
             fields for index in indices if (fields := self.fields[index]) is not None and fields.num_marks
         ]
         if marked:
-            self.counts |= {
-                "marks": sum(fields.num_marks for fields in marked),
-                "marks_in_which_no_token_begins": sum(fields.num_without_token for fields in marked),
-                "marks_behind_the_cut": sum(fields.num_behind_cut for fields in marked),
-            }
+            self.counts = replace(
+                self.counts,
+                marks=sum(fields.num_marks for fields in marked),
+                marks_in_which_no_token_begins=sum(fields.num_without_token for fields in marked),
+                marks_behind_the_cut=sum(fields.num_behind_cut for fields in marked),
+            )

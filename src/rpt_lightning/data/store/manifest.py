@@ -1,27 +1,21 @@
-"""The manifest of a task folder.
-
-It holds counts, a histogram of the entropy, and the ceiling that unanswerable positions put on accuracy.
-"""
+"""The manifest of a task folder: what it was made with, what it holds, and the checksums of its files."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from rpt_lightning.data.store.item_format import FIELDS, item_digest
 from rpt_lightning.objectives.next_token import PLACES as NEXT_TOKEN
 
 MANIFEST_FILE = "manifest.json"
 # 2: a document's id is stored as bytes (item_format.py). Folders of format 1, with text ids, are still read.
 FORMAT = 2
 READABLE_FORMATS = (1, 2)
-# The entries that readers of a manifest need.
+# The entries without which a folder cannot be used.
 _ENTRIES: dict[str, type] = {
     **{
         "settings": dict,
@@ -35,117 +29,121 @@ _ENTRIES: dict[str, type] = {
     **{"sha256": dict, "sha256.train": dict, "sha256.heldout": dict, "sha256.tokenizer": dict},
 }
 _WORDS = {dict: "an object", str: "text", int: "a whole number"}
-HISTOGRAM_FILE = "histogram.png"
 # Settings of `rpt prepare` that are newer than some folders, with the values used for those folders.
 LATER_SETTINGS: dict[str, Any] = {"dedup_span": 13, "objective": NEXT_TOKEN}
-# A position belongs to a band if its entropy in nats exceeds the threshold. Hard positions are therefore also
-# medium and easy ones, as in the paper (section 3.3).
-BANDS: dict[str, float] = {"easy": 0.5, "medium": 1.0, "hard": 1.5}
-BIN_EDGES = np.round(np.arange(0.0, 2.9, 0.1), 1)  # nats; the entropy of 16 tokens is at most ln 16 = 2.77
+R = TypeVar("R")
 
 
-class SplitStatistics:
-    """Counts of one split, collected while its items are written."""
+@dataclass(frozen=True, kw_only=True)
+class CorpusCounts:
+    """What the source held, and how many of its documents were left out for which reason.
 
-    def __init__(self) -> None:
-        self.num_documents = 0
-        self.num_tokens = 0
-        self.num_scored = 0
-        self.num_unanswerable = 0
-        self.last_position = 0
-        self.positions: list[dict[str, NDArray[Any]]] = []
-        self.fields: Counter[str] = Counter()  # number of positions that have each field
-        self.digests: list[bytes] = []  # of the items, in their order
-        self.histogram = np.zeros(len(BIN_EDGES) - 1, dtype=np.int64)
+    ``sha256`` is the fingerprint of all its documents. A count is None if there was nothing to count it in:
+    no benchmark files, or no marks. A count that an older folder does not have is 0.
+    """
 
-    def add_scores(self, entropy: NDArray[np.float32]) -> None:
-        """Count the entropies of all scored positions of a document, selected or not."""
-        scored = entropy[~np.isnan(entropy)]
-        self.num_scored += len(scored)
-        self.histogram += np.histogram(np.clip(scored, BIN_EDGES[0], BIN_EDGES[-1]), BIN_EDGES)[0]
+    sha256: str
+    documents_read: int = 0
+    too_short: int = 0
+    inexpressible: int = 0
+    exact_duplicates: int = 0
+    inexpressible_benchmark_texts: int | None = None
+    overlap_with_benchmark_files: int | None = None
+    components: int = 0
+    largest_component: int = 0
+    siblings_of_heldout_documents: int = 0
+    not_sampled: int = 0
+    marks: int | None = None
+    marks_in_which_no_token_begins: int | None = None
+    marks_behind_the_cut: int | None = None
 
-    def add_item(self, item: dict[str, Any], num_unanswerable: int) -> None:
-        """Count a document that is being written."""
-        self.num_documents += 1
-        self.digests.append(item_digest(item))
-        self.fields.update(name for row in item.get(FIELDS) or () for name in row)
-        self.num_tokens += len(item["token_ids"])
-        self.num_unanswerable += num_unanswerable
-        self.last_position = max(self.last_position, int(item["positions"].max()))
-        self.positions.append({name: item[name] for name in ("entropy", "true_rank", "answerable")})
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
-    def summary(self) -> dict[str, Any]:
-        """Summarise the stored positions, in total and above each band's threshold.
 
-        The bands include the proxy's own next-token accuracy.
-        """
-        columns = {
-            name: np.concatenate([row[name] for row in self.positions] or [np.zeros(0)])
-            for name in ("entropy", "true_rank", "answerable")
+@dataclass(frozen=True, kw_only=True)
+class SplitSummary:
+    """What one split holds.
+
+    ``fields`` counts the positions that have each field, and ``last_position`` is the largest position of any
+    document. An older folder does not have all counts. They are 0 then, and ``last_position`` is None.
+    """
+
+    fields: Mapping[str, int] = field(default_factory=dict)
+    documents: int = 0
+    tokens: int = 0
+    scored_positions: int = 0
+    positions: int = 0
+    unanswerable: int = 0
+    last_position: int | None = None
+    entropy_histogram: Mapping[str, Any] = field(default_factory=dict)  # for people; no code reads it
+    bands: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # likewise
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "fields" or value}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The manifest of a task folder.
+
+    ``settings`` are those of ``rpt prepare``, in JSON types and under their flags' names. ``proxy`` is the
+    model that scored the positions. ``answer_reach`` is the longest right answer in tokens. ``sha256`` has
+    the checksum of every file of ``train``, ``heldout`` and ``tokenizer`` by its name.
+    """
+
+    settings: Mapping[str, Any]
+    tokenizer_hash: str
+    proxy: str
+    proxy_fingerprint: str | None = None  # None: the folder is from before it was stored
+    answer_reach: int
+    corpus: CorpusCounts
+    shared_spans_between_splits: int = 0
+    splits: Mapping[str, SplitSummary] = field(default_factory=dict)
+    sha256: Mapping[str, Mapping[str, str]]
+    scoring_tokens_per_s: float = 0.0
+
+    @property
+    def all_settings(self) -> dict[str, Any]:
+        """The settings, including those that did not exist yet when the folder was made."""
+        return LATER_SETTINGS | dict(self.settings)
+
+    @property
+    def tokenizer(self) -> str:
+        """Model folder or hub id that the tokenizer was taken from."""
+        return str(self.settings["tokenizer"])
+
+    @property
+    def places(self) -> str:
+        """What the folder's tasks ask about (``Objective.places``)."""
+        return str(self.all_settings["objective"])
+
+    def last_position(self, split: str) -> int | None:
+        """Return the largest position of any document of a split, or None if it was not stored."""
+        return self.splits[split].last_position if split in self.splits else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "settings": dict(self.settings),
+            "tokenizer_hash": self.tokenizer_hash,
+            "proxy": self.proxy,
+            "proxy_fingerprint": self.proxy_fingerprint,
+            "answer_reach": self.answer_reach,
+            "corpus": self.corpus.to_json(),
+            "shared_spans_between_splits": self.shared_spans_between_splits,
+            "splits": {split: summary.to_json() for split, summary in self.splits.items()},
+            "sha256": {part: dict(files) for part, files in self.sha256.items()},
+            "scoring_tokens_per_s": self.scoring_tokens_per_s,
         }
-        fields = {"fields": dict(sorted(self.fields.items()))} if self.fields else {}
-        return fields | {
-            "documents": self.num_documents,
-            "tokens": self.num_tokens,
-            "scored_positions": self.num_scored,
-            "positions": len(columns["entropy"]),
-            "unanswerable": self.num_unanswerable,
-            "last_position": self.last_position,
-            "entropy_histogram": {
-                "bin_edges_nats": BIN_EDGES.tolist(),
-                "scored_positions": self.histogram.tolist(),
-            },
-            "bands": {
-                band: _band_summary(
-                    columns["true_rank"][columns["entropy"] > threshold],
-                    columns["answerable"][columns["entropy"] > threshold],
-                )
-                for band, threshold in BANDS.items()
-            },
-        }
 
 
-def _band_summary(true_rank: NDArray[Any], answerable: NDArray[Any]) -> dict[str, Any]:
-    count = len(true_rank)
-    return {
-        "positions": count,
-        "unanswerable": int((answerable == 0).sum()),
-        "accuracy_ceiling": round(float(answerable.mean()), 4) if count else None,
-        "proxy_next_token_accuracy": round(float((true_rank == 0).mean()), 4) if count else None,
-    }
-
-
-def plot_histogram(
-    path: Path, histograms: dict[str, NDArray[np.int64]], thresholds: dict[str, float]
-) -> None:
-    """Plot the share of scored positions by entropy, with one line per split, and mark the thresholds."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for name, counts in histograms.items():
-        axes.stairs(
-            counts / max(counts.sum(), 1),
-            BIN_EDGES,
-            label=f"{name}: {int(counts.sum()):,} positions",
-            linewidth=1.8,
-        )
-    for style, (name, threshold) in zip(("-", "--", ":"), thresholds.items(), strict=False):
-        axes.axvline(threshold, color="0.4", linestyle=style, linewidth=1.0, label=f"{name} > {threshold:g}")
-    axes.set_xlabel("proxy entropy over its 16 most likely tokens (nats)")
-    axes.set_ylabel("share of scored positions")
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-
-
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest. Its presence makes a folder a task folder, so it is written last."""
-    (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest.to_json(), indent=2) + "\n")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a task folder. Raises ValueError if it is missing or damaged."""
     path = folder / MANIFEST_FILE
     if not path.is_file():
@@ -156,14 +154,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return parse_manifest(path.read_bytes(), str(path))
 
 
-def parse_manifest(content: bytes, name: str) -> dict[str, Any]:
+def parse_manifest(content: bytes, name: str) -> Manifest:
     """Parse a manifest. Raises ValueError, with its ``name``, if it is damaged or of another version."""
     try:
-        manifest: dict[str, Any] = json.loads(content)
-        if manifest["format"] not in READABLE_FORMATS:
-            raise ValueError(f"format {manifest['format']}, not one of {READABLE_FORMATS}")
-        _check_entries(manifest)
-        return manifest
+        stored: dict[str, Any] = json.loads(content)
+        if stored["format"] not in READABLE_FORMATS:
+            raise ValueError(f"format {stored['format']}, not one of {READABLE_FORMATS}")
+        _check_entries(stored)
+        records = {
+            "corpus": _record(CorpusCounts, stored["corpus"]),
+            "splits": {
+                split: _record(SplitSummary, summary) for split, summary in stored.get("splits", {}).items()
+            },
+        }
+        return _record(Manifest, stored | records)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         found = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
@@ -172,10 +176,16 @@ def parse_manifest(content: bytes, name: str) -> dict[str, Any]:
         ) from error
 
 
-def _check_entries(manifest: dict[str, Any]) -> None:
+def _record(kind: type[R], stored: Mapping[str, Any]) -> R:
+    """Build a record from the entries that it knows."""
+    known: Any = kind
+    return kind(**{entry.name: stored[entry.name] for entry in fields(known) if entry.name in stored})
+
+
+def _check_entries(stored: dict[str, Any]) -> None:
     """Raise ValueError if an entry is missing or has a wrong type, as in a file that was edited by hand."""
     for path, kind in _ENTRIES.items():
-        value: Any = manifest
+        value: Any = stored
         for name in path.split("."):
             if name not in value:
                 why = "; without checksums damage would go unnoticed" if path.startswith("sha256") else ""
@@ -183,13 +193,15 @@ def _check_entries(manifest: dict[str, Any]) -> None:
             value = value[name]
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{path} is {value!r}, but must be {_WORDS[kind]}")
-    for part, files in manifest["sha256"].items():
+    for part, files in stored["sha256"].items():
         for name, checksum in files.items():
             if not isinstance(checksum, str) or not re.fullmatch("[0-9a-f]{64}", checksum):
                 raise ValueError(f"sha256.{part}.{name} is {checksum!r}, but must be a SHA-256")
-    if manifest["answer_reach"] < 1:
-        raise ValueError(f"answer_reach is {manifest['answer_reach']}, but must be a number of tokens")
-    for split, counts in manifest.get("splits", {}).items():
-        last = counts.get("last_position", 0)
+    if stored["answer_reach"] < 1:
+        raise ValueError(f"answer_reach is {stored['answer_reach']}, but must be a number of tokens")
+    for split, summary in stored.get("splits", {}).items():
+        if not isinstance(summary, dict):
+            raise ValueError(f"splits.{split} is {summary!r}, but must be an object")
+        last = summary.get("last_position", 0)
         if not isinstance(last, int) or isinstance(last, bool) or last < 0:
             raise ValueError(f"splits.{split}.last_position is {last!r}, but must be a position")

@@ -51,14 +51,7 @@ class RemoteFolder:
         self.path = (
             Path(os.environ.get("RPT_CACHE_DIR", "~/.cache/rpt-lightning")).expanduser() / "tasks" / name
         )
-        self._sha256: dict[str, dict[str, str]] = parse_manifest(manifest, f"{self.url}/{MANIFEST_FILE}").get(
-            "sha256", {}
-        )
-        if "tokenizer" not in self._sha256:
-            raise ValueError(
-                f"{self.url} was prepared by an earlier version, without all checksums; "
-                "make it again with `rpt prepare` and upload that"
-            )
+        self._sha256 = parse_manifest(manifest, f"{self.url}/{MANIFEST_FILE}").sha256
         for tokenizer_file in self._sha256["tokenizer"]:
             self.fetch("tokenizer", tokenizer_file)
         replace_file(self.path / MANIFEST_FILE, lambda path: path.write_bytes(manifest))

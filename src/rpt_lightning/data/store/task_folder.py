@@ -6,7 +6,7 @@ import hashlib
 import json
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,8 +54,8 @@ class TaskFolder:
         self.path = expand_home(path) if self._remote is None else self._remote.path
         self.split = split
         self.max_context_tokens = max_context_tokens
-        self.manifest: dict[str, Any] = read_manifest(self.path)
-        self._sha256: dict[str, str] = self.manifest["sha256"][split]  # by file
+        self.manifest = read_manifest(self.path)
+        self._sha256 = self.manifest.sha256[split]  # by file
         if self._remote is not None:
             self._remote.fetch_split(split)
         elif NUM_POSITIONS_FILE not in self._sha256:
@@ -91,7 +91,7 @@ class TaskFolder:
 
         Raises ValueError if the folder's tokenizer is not the one that its manifest names.
         """
-        if not has_hash(self.tokenizer, self.manifest["tokenizer_hash"]):
+        if not has_hash(self.tokenizer, self.manifest.tokenizer_hash):
             raise ValueError(
                 f"{self.path}: tokenizer/ is not the tokenizer that the manifest names; "
                 "make the task folder again with `rpt prepare`"
@@ -101,10 +101,10 @@ class TaskFolder:
     @cached_property
     def last_position(self) -> int:
         """The largest position of any document, which is the length of the longest untruncated context."""
-        stored = self.manifest.get("splits", {}).get(self.split, {}).get("last_position")
+        stored = self.manifest.last_position(self.split)
         # Folders from before this count existed are read once as a whole.
         return (
-            int(stored)
+            stored
             if stored is not None
             else max(int(self._read(index)["positions"].max()) for index in range(len(self)))
         )
@@ -112,8 +112,7 @@ class TaskFolder:
     @property
     def places(self) -> str:
         """What the folder's tasks ask about (``Objective.places``)."""
-        settings = LATER_SETTINGS | self.manifest["settings"]
-        return str(settings["objective"])
+        return self.manifest.places
 
     @cached_property
     def layout(self) -> str:
@@ -123,7 +122,7 @@ class TaskFolder:
         """
         settings = {
             name: value
-            for name, value in self.manifest["settings"].items()
+            for name, value in self.manifest.settings.items()
             if name not in NOT_OF_THE_LAYOUT
             # Defaults count as if the setting did not exist yet.
             and not (name in LATER_SETTINGS and value == LATER_SETTINGS[name])
@@ -171,7 +170,7 @@ class TaskFolder:
         position = int(item["positions"][k])
         token_ids, rows = item["token_ids"], item.get(FIELDS)
         start = 0 if self.max_context_tokens is None else max(0, position - self.max_context_tokens)
-        continuation_ids = tuple(token_ids[position : position + self.manifest["answer_reach"]].tolist())
+        continuation_ids = tuple(token_ids[position : position + self.manifest.answer_reach].tolist())
         return TokenTask(
             task_id=f"{item['doc_id']}:{position}",
             doc_id=item["doc_id"],

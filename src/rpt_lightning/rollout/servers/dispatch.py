@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import NoReturn, Protocol, cast
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol, cast
 
 from rpt_lightning.rollout.engines.base import EngineLost, Sample
 from rpt_lightning.rollout.servers.server import ServerLost
@@ -50,71 +51,122 @@ async def dispatch(
     Raises:
         EngineLost: No worker completes one of the requests.
     """
-    samples: dict[int, list[Sample]] = {}
-    failures: Counter[int] = Counter()  # failed tries of each request
-    load: dict[Worker, int] = {}  # completions in progress
-    # The value holds the index of a request, or None if the task watches the worker.
-    running: dict[asyncio.Task[object], tuple[Worker, int | None]] = {}
-    waiting: deque[list[int]] = deque()
+    dispatcher = _Dispatcher(requests, room=room, on_lost=on_lost)
     try:
-        while len(samples) < len(requests):
-            if not load:
-                for worker in await find_workers():
-                    load[worker] = 0
-                    running[asyncio.ensure_future(worker.watch())] = (worker, None)
-                waiting = deque(
-                    _bundles(
-                        requests, (index for index in range(len(requests)) if index not in samples), len(load)
-                    )
-                )
-            while waiting:
-                worker = min(load, key=lambda worker: load[worker])
-                size = sum(requests[index].n for index in waiting[0])
-                if load[worker] and load[worker] + size > room:
-                    break
-                load[worker] += size
-                for index in waiting.popleft():
-                    running[asyncio.ensure_future(worker.generate(requests[index]))] = (worker, index)
-            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            # Successes come first, so what a worker finished before it was lost still counts.
-            for task in sorted(done, key=lambda task: task.exception() is not None):
-                if task not in running:
-                    continue
-                worker, done_index = running.pop(task)
-                error = task.exception()
-                if isinstance(error, ServerLost):
-                    on_lost(worker, error)
-                    if done_index is not None:
-                        failures[done_index] += 1
-                        if failures[done_index] == MOST_TRIES:
-                            raise EngineLost(
-                                f"{requests[done_index].task_id}: a server failed at each of {MOST_TRIES} "
-                                f"tries, the last with: {error}"
-                            )
-                    del load[worker]
-                    orphans = [task for task, (owner, _) in running.items() if owner is worker]
-                    lost = [done_index, *(running.pop(task)[1] for task in orphans)]
-                    await _cancel(orphans)
-                    waiting.extendleft(
-                        reversed(
-                            list(
-                                _bundles(
-                                    requests,
-                                    sorted(index for index in lost if index is not None),
-                                    max(len(load), 1),
-                                )
-                            )
-                        )
-                    )
-                elif error is not None:
-                    raise error
-                else:
-                    assert done_index is not None
-                    samples[done_index] = cast("list[Sample]", task.result())
-                    load[worker] -= requests[done_index].n
-        return [samples[index] for index in range(len(requests))]
+        while not dispatcher.is_finished:
+            if not dispatcher.has_workers:
+                dispatcher.begin_with(await find_workers())
+            dispatcher.give_out()
+            await dispatcher.settle_next()
+        return dispatcher.samples_in_order()
     finally:
-        await _cancel(running)
+        await dispatcher.cancel()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a running task does: complete the request with this index, or watch the worker if it is None."""
+
+    worker: Worker
+    index: int | None
+
+
+class _Dispatcher:
+    """The requests that are completed, in progress and waiting, and the workers that are left."""
+
+    def __init__(
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        room: int,
+        on_lost: Callable[[Worker, ServerLost], None],
+    ) -> None:
+        self._requests = requests
+        self._room = room
+        self._on_lost = on_lost
+        self._samples: dict[int, list[Sample]] = {}
+        self._failures: Counter[int] = Counter()  # failed tries of each request
+        self._load: dict[Worker, int] = {}  # completions in progress
+        self._running: dict[asyncio.Task[object], _Job] = {}
+        self._waiting: deque[list[int]] = deque()
+
+    @property
+    def is_finished(self) -> bool:
+        return len(self._samples) == len(self._requests)
+
+    @property
+    def has_workers(self) -> bool:
+        return bool(self._load)
+
+    def samples_in_order(self) -> list[list[Sample]]:
+        return [self._samples[index] for index in range(len(self._requests))]
+
+    def begin_with(self, workers: Sequence[Worker]) -> None:
+        """Divide everything that is not completed anew among these workers."""
+        for worker in workers:
+            self._load[worker] = 0
+            self._run(worker.watch(), _Job(worker, None))
+        left = [index for index in range(len(self._requests)) if index not in self._samples]
+        self._waiting = deque(_bundles(self._requests, left, len(self._load)))
+
+    def give_out(self) -> None:
+        """Give the next documents to the workers with the least work, as far as they have room."""
+        while self._waiting:
+            worker = min(self._load, key=lambda worker: self._load[worker])
+            size = sum(self._requests[index].n for index in self._waiting[0])
+            if self._load[worker] and self._load[worker] + size > self._room:
+                break
+            self._load[worker] += size
+            for index in self._waiting.popleft():
+                self._run(worker.generate(self._requests[index]), _Job(worker, index))
+
+    async def settle_next(self) -> None:
+        """Wait until something ends, and settle all that has ended."""
+        done, _ = await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
+        # Successes come first, so what a worker finished before it was lost still counts.
+        for task in sorted(done, key=lambda task: task.exception() is not None):
+            if task not in self._running:  # its worker was lost a moment ago
+                continue
+            job, error = self._running.pop(task), task.exception()
+            if error is None:
+                self._complete(job, cast("list[Sample]", task.result()))
+            elif isinstance(error, ServerLost):
+                await self._lose(job, error)
+            else:
+                raise error
+
+    async def cancel(self) -> None:
+        await _cancel(self._running)
+
+    def _run(self, work: Coroutine[Any, Any, object], job: _Job) -> None:
+        self._running[asyncio.ensure_future(work)] = job
+
+    def _complete(self, job: _Job, samples: list[Sample]) -> None:
+        assert job.index is not None, "a watch never returns"
+        self._samples[job.index] = samples
+        self._load[job.worker] -= self._requests[job.index].n
+
+    async def _lose(self, job: _Job, error: ServerLost) -> None:
+        """Let the other workers complete what the job's worker has in progress, before everything else."""
+        self._on_lost(job.worker, error)
+        if job.index is not None:
+            self._count_failure(job.index, error)
+        del self._load[job.worker]
+        orphans = {task: other for task, other in self._running.items() if other.worker is job.worker}
+        for task in orphans:
+            del self._running[task]
+        await _cancel(orphans)
+        lost = sorted(lost.index for lost in (job, *orphans.values()) if lost.index is not None)
+        bundles = list(_bundles(self._requests, lost, max(len(self._load), 1)))
+        self._waiting.extendleft(reversed(bundles))
+
+    def _count_failure(self, index: int, error: ServerLost) -> None:
+        self._failures[index] += 1
+        if self._failures[index] == MOST_TRIES:
+            raise EngineLost(
+                f"{self._requests[index].task_id}: a server failed at each of {MOST_TRIES} "
+                f"tries, the last with: {error}"
+            )
 
 
 def _bundles(

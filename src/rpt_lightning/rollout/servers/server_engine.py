@@ -310,48 +310,58 @@ class VLLMServerEngine(RolloutEngine):
         """Return the servers for which ``prepare`` succeeds, and leave out the others.
 
         Args:
-            servers: All servers.
+            servers: All servers. They are tried again and again, at growing intervals.
             prepare: Prepares a server, or raises ServerLost.
             enough: Try again until this many servers succeed. After ``max_wait_s``, one is enough.
-            first_try: Servers to try first. All are tried only if none of these succeeds.
+            first_try: Servers to try first. If any of these succeeds, the others are not tried.
+
+        Raises:
+            EngineLost: No server succeeds within ``max_wait_s``.
         """
-        start, pause_s, candidates = (
-            time.monotonic(),
-            _FIRST_WAIT_S,
-            servers if first_try is None else first_try,
-        )
+        started_s, pause_s = time.monotonic(), _FIRST_WAIT_S
+        if first_try is not None:
+            if usable := await self._prepared(first_try, prepare):
+                return usable
+            self._check_waited(time.monotonic() - started_s)
         while True:
-            outcomes = await asyncio.gather(
-                *(prepare(server) for server in candidates), return_exceptions=True
-            )
-            usable = []
-            for server, outcome in zip(candidates, outcomes, strict=True):
-                if isinstance(outcome, ServerLost):
-                    self._put_out(server, outcome)
-                elif outcome is not None:
-                    raise outcome
-                else:
-                    self._out.pop(server.url, None)
-                    usable.append(server)
-            waited_s = time.monotonic() - start
+            usable = await self._prepared(servers, prepare)
+            waited_s = time.monotonic() - started_s
             if len(usable) >= enough or (usable and waited_s >= self.max_wait_s):
-                for url, why in self._out.items() if candidates is servers else ():
+                for url, why in self._out.items():
                     log.warning("server left out until the next weight update: %s: %s", url, why)
                 return usable
-            if waited_s >= self.max_wait_s:
-                raise EngineLost(
-                    f"none of the {len(servers)} servers could be used for {waited_s:.0f} s "
-                    f"(rollout.engine.max_wait_s={self.max_wait_s:g}). "
-                    + "; ".join(f"{url}: {why}" for url, why in self._out.items())
-                    + ". Start them again (`rpt serve`) and resume the run with --ckpt_path last"
-                )
-            if candidates is servers:
-                log.warning(
-                    "%d of %d servers can be used; trying again in %.1f s", len(usable), len(servers), pause_s
-                )
-                await asyncio.sleep(min(pause_s, self.max_wait_s - waited_s))
-                pause_s = min(2 * pause_s, _LONGEST_WAIT_S)
-            candidates = servers
+            self._check_waited(waited_s)
+            log.warning(
+                "%d of %d servers can be used; trying again in %.1f s", len(usable), len(servers), pause_s
+            )
+            await asyncio.sleep(min(pause_s, self.max_wait_s - waited_s))
+            pause_s = min(2 * pause_s, _LONGEST_WAIT_S)
+
+    async def _prepared(
+        self, servers: Sequence[Server], prepare: Callable[[Server], Awaitable[None]]
+    ) -> list[Server]:
+        """Prepare these servers once, all at the same time. Return those that can be used."""
+        outcomes = await asyncio.gather(*(prepare(server) for server in servers), return_exceptions=True)
+        usable = []
+        for server, outcome in zip(servers, outcomes, strict=True):
+            if isinstance(outcome, ServerLost):
+                self._put_out(server, outcome)
+            elif outcome is not None:
+                raise outcome
+            else:
+                self._out.pop(server.url, None)
+                usable.append(server)
+        return usable
+
+    def _check_waited(self, waited_s: float) -> None:
+        """Raise EngineLost if the wait for a server has taken too long."""
+        if waited_s >= self.max_wait_s:
+            raise EngineLost(
+                f"none of the {len(self.urls)} servers could be used for {waited_s:.0f} s "
+                f"(rollout.engine.max_wait_s={self.max_wait_s:g}). "
+                + "; ".join(f"{url}: {why}" for url, why in self._out.items())
+                + ". Start them again (`rpt serve`) and resume the run with --ckpt_path last"
+            )
 
     def _usable(self, servers: Sequence[Server]) -> list[Server]:
         return [server for server in servers if server.url not in self._out]
