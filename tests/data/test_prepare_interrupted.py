@@ -137,7 +137,7 @@ def test_other_thresholds_do_use_the_scores_again(
 def test_a_full_disk_leaves_nothing_that_is_trusted(
     prepare_small: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rpt_lightning.data.prepare.prepare_command.BATCHES_PER_PART", 2)
+    monkeypatch.setattr("rpt_lightning.data.prepare.settings.BATCHES_PER_PART", 2)
     expected = stored(prepare_small(tmp_path / "undisturbed"))
     calls: list[Path] = []
     original = scored_parts._save
