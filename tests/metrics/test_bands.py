@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 
-from rpt_lightning.data import split_statistics
+from rpt_lightning.data.prepare import split_statistics
 from rpt_lightning.metrics import bands
 
 
