@@ -18,19 +18,19 @@ from rpt_lightning.cli.openmp import let_threads_sleep
 
 LIGHTNING_VERBS = {
     "fit": "train a policy (by reasoning: RPTModule; by standard next-token prediction: NTPModule)",
-    "validate": "next-token accuracy on held-out positions, by reasoning and without, at the same positions",
+    "validate": "measure next-token accuracy at the same held-out positions, with and without reasoning",
 }
 TOOLS = {
-    "plan": "what a run of `rpt fit` with the same flags will cost: tokens, memory, operations, time; "
-    "needs no GPU and no weights",
+    "plan": "estimate what a run of `rpt fit` with the same flags will cost: tokens, memory, operations, "
+    "time; needs no GPU and no weights",
     "prepare": "turn a text corpus into a folder of next-token tasks",
     "export": "turn a checkpoint into a Hugging Face folder",
-    "evaluate next-token": "next-token accuracy of any policies in depth: "
+    "evaluate next-token": "measure the next-token accuracy of any policies in depth: "
     "samples, kinds of token, controls, cost, differences",
-    "evaluate benchmark": "AIME, MATH-500, MMLU-Pro, SuperGPQA or questions of your own: "
+    "evaluate benchmark": "measure accuracy on AIME, MATH-500, MMLU-Pro, SuperGPQA or your own questions: "
     "avg@k, pass@k, with and without a thought",
-    "compare": "runs side by side, with what they cost: rpt compare RUN...",
-    "scaling": "accuracy against training FLOPs with the fitted law: rpt scaling RUN",
+    "compare": "show runs side by side, with what they cost: rpt compare RUN...",
+    "scaling": "plot accuracy against training FLOPs, with the fitted law: rpt scaling RUN",
     "report": "make one HTML page about runs: rpt report RUN... [--output report.html]",
     "serve": "start the vLLM servers that a run's configuration names",
 }
@@ -192,7 +192,7 @@ _MODULES = {
 # Imported as well, so that configs can use the short names of their classes.
 _PARTS = {"prepare": "rpt_lightning.worlds"}
 # Parameters that take plain words. jsonargparse would take a list as one word in JSON.
-_RUNS = ("runs", "run folders (what trainer.default_root_dir was)")
+_RUNS = ("runs", "run folders (the values of trainer.default_root_dir)")
 _POLICIES = ("--policy", "Hugging Face folders (or hub ids), or checkpoints of rpt fit")
 _WORDS = {
     "compare": _RUNS,
@@ -227,7 +227,7 @@ def _run_tool(tool: str, args: list[str]) -> None:
     words, meaning = _WORDS[tool]
     parser = Parser(prog=f"rpt {tool}", description=(function.__doc__ or "").split("\n", 1)[0])
     if words.startswith("--"):
-        parser.add_argument("--config", action="config", help="a YAML file of these parameters")
+        parser.add_argument("--config", action="config", help="a YAML file that sets these parameters")
         parser.add_argument(words, nargs="+", required=True, help=meaning)
     else:
         parser.add_argument(words, nargs="+", metavar=words.removesuffix("s").upper(), help=meaning)

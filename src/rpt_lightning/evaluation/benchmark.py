@@ -82,8 +82,8 @@ def benchmark(
     Args:
         policy: Hugging Face folders (or hub ids), or checkpoints of `rpt fit`.
         engine: The engine that generates, e.g. VLLMEngine or HFEngine.
-        prompt: How the policies are asked: QuestionPrompt (their chat template) or ContinuationPrompt (for
-            base models).
+        prompt: Template of the questions: QuestionPrompt (the policies' chat template) or ContinuationPrompt
+            (for base models).
         benchmark: aime24, aime25, math500, mmlu_pro or supergpqa.
         file: A JSONL file with the rows of the benchmark's dataset. It replaces the download from the hub.
         revision: Commit of the dataset on the hub.
@@ -91,7 +91,7 @@ def benchmark(
         against: Earlier answers to the same questions to compare with. Give a file of records
             (answers/step-N.jsonl) or the folder of a run or an evaluation.
         output: Folder to write. It must be new or empty.
-        num_questions: How many questions to draw with the seed. None asks all.
+        num_questions: Number of questions to draw with the seed. None asks all of them.
         k: Completions for each question, for avg@k and pass@k. 0 takes one greedy completion.
         temperature: Sampling temperature of those completions.
         max_completion_tokens: Maximum length of a completion. The summary shows how many reached it.

@@ -1,6 +1,6 @@
 """Test whether one policy is better than another at the same positions, by a paired bootstrap over documents.
 
-Positions in one document share its topic and its text, so they are not independent. The honest unit to
+Positions in one document share its topic and its text, so they are not independent. The right unit to
 resample is therefore the document (the cluster bootstrap; Davison and Hinkley, Bootstrap Methods, 1997,
 section 3.8). Resampling positions gives an interval that is too narrow.
 """

@@ -22,7 +22,7 @@ DEPTH = "depth"
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """One line of the figure: a name, and each position with whether the answer there was right."""
+    """One line of the figure: its name, and whether the answer at each position was right."""
 
     name: str
     outcomes: Sequence[tuple[PositionResult, bool | None]]

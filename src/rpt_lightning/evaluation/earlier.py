@@ -49,10 +49,11 @@ def check_against(
         against: Where the earlier results are.
         before: Their truths by id.
         now: The truths of what is asked now, by id.
-        others: What the earlier results are if the ids differ, e.g. "results at other positions (9)".
-        same_flags: What makes the ids the same.
-        item: What has an id, e.g. "position".
-        truth: What it has, e.g. "truth".
+        others: How an error describes the earlier results if the ids differ,
+            e.g. "results at other positions (9)".
+        same_flags: Flags that must be the same for the ids to be the same.
+        item: Name of what has an id, e.g. "position".
+        truth: Name of its truth, e.g. "truth".
 
     Raises:
         ValueError: The ids or the truths differ.

@@ -92,8 +92,8 @@ def next_token(
         engine: The engine that generates, e.g. VLLMEngine or HFEngine. With None, only next-token prediction
             without reasoning is measured.
         prompt: The template that asks the policies for the next token, e.g. ContinuationPrompt. An engine
-            needs it, or an objective.
-        objective: Another objective than next-token reasoning, e.g. a class of your own, with its prompt.
+            needs either this or an objective.
+        objective: An objective other than next-token reasoning, e.g. a class of your own, with its prompt.
         against: Earlier results at the same positions to compare with. Give a file of records
             (validation/step-N.jsonl) or the folder of a run or an evaluation.
         output: Folder to write. It must be new or empty.

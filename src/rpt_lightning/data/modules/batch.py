@@ -12,9 +12,9 @@ from rpt_lightning.types import Task, TrainBatch, TrainSequence
 
 @dataclass(kw_only=True, slots=True)
 class TaskBatch:
-    """This rank's tasks of one step. The rollout callback puts their ``rollouts`` in.
+    """This rank's tasks of one step. The rollout callback adds their ``rollouts``.
 
-    There are no tasks if the callback itself reads the stream, ahead of the steps.
+    There are no tasks if the callback itself reads the stream, ahead of the training steps.
     """
 
     tasks: tuple[Task, ...] = ()
@@ -32,8 +32,8 @@ class SequenceBatch:
 class HeldOutBatch:
     """This rank's part of one validation batch.
 
-    ``records`` is the form of the records that come of it (`Objective.records`). The rollout callback puts
-    the objective in, if one is configured, and the policy's ``answers``, one for each task.
+    ``records`` is the form of the records that result from it (`Objective.records`). The rollout callback
+    adds the objective, if one is configured, and the policy's ``answers``, one for each task.
     """
 
     tasks: tuple[Task, ...]

@@ -22,7 +22,7 @@ from rpt_lightning.types import Document, TrainSequence
 
 
 class CorpusDataModule(StreamDataModule):
-    """Serve the documents of a corpus, and worked examples of their marked places, for next-token training.
+    """Serve the documents of a corpus, and worked examples at their marked places, for next-token training.
 
     Training batches are `SequenceBatch`es. The documents are kept in memory
     and tokenized when they are used. Every token of a document except the first is a target.
@@ -32,11 +32,12 @@ class CorpusDataModule(StreamDataModule):
         documents_per_step: Documents in one step, over all ranks.
         prompt: Prompt template of the worked examples. null means no worked examples.
         phases: Curriculum of the worked examples: how many of them think, and over which depths.
-        max_tokens: Truncate documents to this many tokens. null truncates to the model's positions.
+        max_tokens: Truncate documents to this many tokens. null truncates to the longest
+            input that the model supports.
         task_dir: Folder made by ``rpt prepare``, whose held-out positions are used for validation. null means
             no validation.
         num_eval_tasks: Number of held-out positions in a validation.
-        eval_min_entropy: Validate on positions with more proxy entropy than this, in nats.
+        eval_min_entropy: Validate only on positions whose proxy entropy exceeds this, in nats.
         eval_batch_size: Tasks in one validation batch, over all ranks.
         seed: Seed of the order and of the choice of worked examples that think.
     """

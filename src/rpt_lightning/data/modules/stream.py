@@ -2,7 +2,7 @@
 
 It does not depend on ranks, workers or resumption. Every rank computes the same order, takes the same steps
 from it and keeps its own share of each step (``rank_share``). litdata's shuffled order depends on the number
-of ranks, so a run could not move to another machine.
+of ranks, so with it a run could not move to another machine.
 
 The shuffle is aware of chunks, so that shards can stream. Chunks are permuted, and documents are mixed only
 within a window of ``WINDOW_CHUNKS`` chunks.

@@ -14,17 +14,17 @@ from rpt_lightning.types import TrainSequence
 class TextDataModule(TaskFolderDataModule):
     """Serve whole documents for next-token training.
 
-    Training batches are `SequenceBatch`es. Documents begin as the tokenizer
-    begins them. Every token except the first is a target.
+    Training batches are `SequenceBatch`es. Documents begin with whatever tokens the tokenizer
+    puts at the start of a text. Every token except the first is a target.
 
     Args:
         task_dir: Folder made by ``rpt prepare``.
         documents_per_step: Documents in one step, over all ranks.
         max_tokens: Truncate longer documents to this many tokens, including the begin-of-text token. None
-            truncates to the model's positions.
-        max_context_tokens: Truncate longer contexts of the validation on the left.
+            truncates to the longest input that the model supports.
+        max_context_tokens: In a validation, truncate longer contexts on the left.
         num_eval_tasks: Number of held-out positions in a validation.
-        eval_min_entropy: Validate on positions with more proxy entropy than this, in nats.
+        eval_min_entropy: Validate only on positions whose proxy entropy exceeds this, in nats.
         eval_batch_size: Tasks in one validation batch, over all ranks. Only the results after shuffled
             thoughts depend on it.
         seed: Seed of the order and of the choice of held-out positions.

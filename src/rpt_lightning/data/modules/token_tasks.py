@@ -16,11 +16,11 @@ class TokenTaskDataModule(TaskFolderDataModule):
     Args:
         task_dir: Folder made by ``rpt prepare``.
         tasks_per_step: Tasks in one step, over all ranks.
-        positions_per_document: Number of positions of a document to train side by side, if it has that many.
+        positions_per_document: Number of positions of a document to train on together, if it has that many.
             They share their prefix.
         max_context_tokens: Truncate longer contexts on the left.
         num_eval_tasks: Number of held-out positions in a validation.
-        eval_min_entropy: Validate on positions with more proxy entropy than this, in nats.
+        eval_min_entropy: Validate only on positions whose proxy entropy exceeds this, in nats.
         eval_batch_size: Tasks in one validation batch, over all ranks. Only the results after shuffled
             thoughts depend on it.
         seed: Seed of the order and of the choice of held-out positions.

@@ -20,14 +20,14 @@ class TraceDataModule(TaskFolderDataModule):
         task_dir: Folder made by ``rpt prepare``, with the policy's own starting weights as the proxy.
         prompt: Prompt template that the policy will be used with.
         traces_per_step: Traces in one step, over all ranks.
-        positions_per_document: Number of positions of a document to train side by side, if it has that many.
+        positions_per_document: Number of positions of a document to train on together, if it has that many.
             They share their prefix.
         num_candidates: Number of the model's most likely next tokens that a thought names.
         only_answerable: Leave out candidates that the box parser would not return.
         allow_other_proxy: Accept another model's predictions as the policy's own.
         max_context_tokens: Truncate longer contexts on the left.
         num_eval_tasks: Number of held-out positions in a validation.
-        eval_min_entropy: Validate on positions with more proxy entropy than this, in nats.
+        eval_min_entropy: Validate only on positions whose proxy entropy exceeds this, in nats.
         eval_batch_size: Tasks in one validation batch, over all ranks. Only the results after shuffled
             thoughts depend on it.
         seed: Seed of the order, of the drawn answers and of the choice of held-out positions.

@@ -81,28 +81,28 @@ def prepare(
             likely tokens.
         heldout_entropy_threshold: The same for held-out positions. 0.5 keeps the easy, medium and hard bands
             of the paper.
-        min_context: Least number of tokens before a position.
+        min_context: Minimum number of tokens before a position.
         min_true_prob: Lower end of the learnability band. Leave out training positions whose true token is
             less likely than this according to the proxy.
         max_true_prob: Upper end of the learnability band. Leave out training positions whose true token is
             more likely than this according to the proxy.
         keep_unanswerable: Keep training positions for which no right answer fits into a box. Held-out ones
             are always kept and flagged.
-        answer_reach: Longest right answer in tokens.
+        answer_reach: Length of the longest right answer, in tokens.
         max_tokens_per_document: Truncate documents to this many tokens.
         max_documents: Use a random sample of this many documents, including the held-out ones.
         heldout_documents: Number of documents to hold out. No two of them share dedup_span consecutive tokens
             with each other, and none shares them with a training document.
-        dedup_span: Keep documents that share this many consecutive tokens on one side of the split. With
+        dedup_span: Keep documents that share this many consecutive tokens on the same side of the split. With
             null, only exact duplicates are left out. That is right for text made from templates (logs, code,
             generated text), where every document shares long spans with every other.
         benchmark_files: Text or JSONL files. Documents that share 13 consecutive tokens with one of them are
             left out.
-        objective: Objective whose tasks the positions will be, e.g. a class of your own. It may refuse
-            positions. None keeps them for next-token reasoning.
+        objective: Objective that will make tasks of the positions, e.g. a class of your own. It may
+            refuse positions. None keeps them for next-token reasoning.
         window: Longest input of the proxy in tokens. Longer documents are scored in overlapping windows.
-        overlap: Least context in tokens of a position in a later window.
-        batch_tokens: Number of tokens that the proxy reads at once.
+        overlap: Minimum context, in tokens, of a position in a later window.
+        batch_tokens: Number of tokens that the proxy reads in one batch.
         precision: Precision of the proxy, in Lightning Fabric's names.
         accelerator: Accelerator of the proxy, in Lightning Fabric's names.
         devices: Number of scoring processes, each with its own device.

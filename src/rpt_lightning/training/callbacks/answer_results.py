@@ -1,6 +1,6 @@
 """Every validation on questions writes its records to ``answers/step-N.jsonl`` and logs its accuracy.
 
-There is one record a question.
+There is one record for each question.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A warning needs a signal that holds over a window of steps. The signals are an entropy near 0 (always the same
 answer), groups whose rewards are all equal (nothing to learn), completions that shrink to a fraction of their
-first length, and completions that run into the token limit.
+initial length, and completions that run into the token limit.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ METRICS = ("policy/entropy", "rollout/live_groups_frac", "rollout/length_mean", 
 class Health(Callback):
     """Warns once when a mean over the last ``window`` steps passes its threshold.
 
-    It warns again only after the mean has come back. A threshold of None turns its warning off.
+    It warns again only after the mean has returned to the allowed side. A threshold of None turns off its
+    warning.
 
     Args:
         window: Number of optimizer steps to average over.
-        min_entropy: Lowest entropy of the policy, nats a token.
+        min_entropy: Lowest entropy of the policy, in nats per token.
         max_equal_groups: Largest share of groups whose rewards are all equal.
         min_length: Lowest mean length of completions, as a share of the mean over the run's first window.
         max_truncated: Largest share of completions that ran into the token limit.

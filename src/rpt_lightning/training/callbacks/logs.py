@@ -1,4 +1,4 @@
-"""Shows a run to people: one line a step, samples, and the results of every validation.
+"""Shows a run to people: one line for each step, samples, and the results of every validation.
 
 Each callback has one side effect.
 """
@@ -35,10 +35,10 @@ _CONTEXT_TOKENS = 200  # tokens shown from the end of a sample's context
 
 
 class StepLog(Callback):
-    """Logs one line a step.
+    """Logs one line for each step.
 
-    All metrics go as JSON to the run folder's ``steps.jsonl``. The important ones go to the screen with the
-    time left.
+    All metrics go as JSON to the run folder's ``steps.jsonl``. The important ones appear on the screen with
+    the time left.
     """
 
     def __init__(self) -> None:
@@ -151,8 +151,8 @@ class RolloutSamples(Callback):
     replaced are left out. A few completions go as text to the loggers that accept text.
 
     Args:
-        every_n_steps: Optimizer steps between samples.
-        num_samples: Completions that loggers receive; the file holds all.
+        every_n_steps: Number of optimizer steps between samples.
+        num_samples: Number of completions that the loggers receive. The file holds all of them.
     """
 
     def __init__(self, every_n_steps: int = 10, num_samples: int = 4) -> None:
@@ -224,9 +224,9 @@ def sample_text(row: Mapping[str, object]) -> str:
 
 
 class ValidationResults(Callback):
-    """Writes one record a position to ``validation/step-N.jsonl`` at every validation.
+    """Writes one record for each position to ``validation/step-N.jsonl`` at every validation.
 
-    With these records any two policies can be compared pairwise.
+    With these records, any two policies can be compared position by position.
     """
 
     @rank_zero_only

@@ -33,9 +33,9 @@ class MachineStats(Callback):
     other processes.
 
     Args:
-        peak_flops_per_device: Most operations a second that one device can do, dense, in the precision of the
-            run. None looks it up: it is known for some GPUs in bf16 (metrics/device_peaks.py). For other GPUs
-            and for CPUs perf/mfu is left out.
+        peak_flops_per_device: Largest number of dense operations per second that one device can do, in the
+            run's precision. None looks it up. It is known for some GPUs in bf16 (metrics/device_peaks.py).
+            For other GPUs and for CPUs, perf/mfu is left out.
     """
 
     def __init__(self, peak_flops_per_device: float | None = None) -> None:
@@ -83,11 +83,11 @@ class MachineStats(Callback):
 
 
 def speed_metrics(logged: Mapping[str, float], peak: float | None, num_devices: int) -> dict[str, float]:
-    """Tokens a second and share of the peak of one device, from a step's metrics over all ranks.
+    """Tokens per second and share of the peak of one device, from a step's metrics over all ranks.
 
     Args:
         logged: What the step has logged so far.
-        peak: Peak of one device in operations a second. None leaves the share out.
+        peak: Peak of one device, in operations per second. None leaves the share out.
         num_devices: Number of devices.
     """
     if "cost/tokens" not in logged:

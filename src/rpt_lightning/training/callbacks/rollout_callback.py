@@ -36,19 +36,19 @@ class RolloutCallback(Callback):
     Args:
         engine: Engine that generates. None evaluates standard next-token prediction only, and cannot train by
             reasoning.
-        objective: The question put to the policy, and its reward.
-        group_size: Completions a task (G).
-        max_prompt_tokens: Longest prompt; a longer one is an error (the data module's max_context_tokens cuts
-            contexts).
+        objective: The question that the policy is asked, and its reward.
+        group_size: Number of completions for each task (G).
+        max_prompt_tokens: Longest allowed prompt. A longer one is an error. The data module's
+            max_context_tokens cuts contexts.
         seed: Run seed from which every completion's own seed is derived.
-        pilot_size: Completions that each task gets first. Only if their rewards differ is the group filled up
-            to ``group_size``; the others stay short and give no gradient. None: every task gets a whole
-            group. It changes how much tasks count (docs/decisions.md).
-        max_staleness: 0: a step's rollouts come from the very policy that they train (the paper). Above 0,
-            the rollouts of the next steps are generated while the policy trains. Their weights are at most
-            this many optimizer steps behind the policy when they are trained. This needs
-            ``model.correction``.
-        sampling: How completions are drawn.
+        pilot_size: Number of completions that each task gets first. If their rewards differ, the group is
+            filled up to ``group_size``. The other groups stay short and give no gradient. With None, every
+            task gets a whole group. Pilots change how much each task counts (docs/decisions.md).
+        max_staleness: With 0, a step's rollouts come from exactly the policy that trains on them (the paper).
+            Above 0, the rollouts of the next steps are generated while the policy trains. The weights that
+            generated them are then at most this many optimizer steps behind the policy that trains on them.
+            This needs ``model.correction``.
+        sampling: How completions are sampled.
         dynamic_sampling: When zero-variance groups are replaced by groups of new tasks.
         check: How the engine's log-probs are compared with the policy's after each sync.
         evaluation: What a validation asks the policy besides one greedy answer.

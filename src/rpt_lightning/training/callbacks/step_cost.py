@@ -91,7 +91,7 @@ class Budget(Callback):
     """Ends a run at the step in which its cost reaches that of another run, for baselines at matched cost.
 
     Args:
-        like: Folder of the run whose whole cost is the budget. None: no budget.
+        like: Folder of the run whose total cost is the budget. With None there is no budget.
         by: Cost to match: model FLOPs, tokens through the model, or seconds of all steps. Each of them
             includes rollouts (docs/decisions.md).
     """
@@ -113,7 +113,7 @@ class Budget(Callback):
         return None if self.like is None else min(1.0, self._spent / self._limit)
 
     def seconds_left(self, elapsed_s: float) -> float:
-        """Seconds until the budget is spent, at the pace of this start.
+        """Seconds until the budget is spent, at the pace since this start.
 
         Infinite if there is no budget or nothing has been spent yet.
 

@@ -2,7 +2,7 @@
 
 Lightning's own handler for SLURM saves wherever the signal finds the process, even in the middle of an
 optimizer step, and under another name. Its handler for SIGTERM takes part in a collective at a moment that
-the other ranks do not know of. Here a signal is only noted.
+the other ranks do not know of. Here, a signal is only recorded.
 """
 
 from __future__ import annotations

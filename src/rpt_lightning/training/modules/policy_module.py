@@ -78,10 +78,10 @@ class PolicyModule(LightningModule, ABC):
     Args:
         policy: The model that is trained.
         optimizer: Optimizer over the policy's parameters, e.g. torch.optim.AdamW.
-        lr_scheduler: Learning-rate schedule, advanced once an optimizer step; None keeps the rate constant.
+        lr_scheduler: Learning-rate schedule, advanced once per optimizer step; None keeps the rate constant.
         micro_batch_tokens: Input tokens of one forward and backward pass. Memory and speed depend on it,
-            results do not.
-        gradient_clip: Largest global gradient norm (the paper's "actor gradient clip"); 0 turns clipping off.
+            but results do not.
+        gradient_clip: Largest global gradient norm (the paper's "actor gradient clip"); 0 turns off clipping.
         max_skipped_steps: A step with a non-finite loss or gradient is skipped; the run stops when this many
             are skipped in a row.
     """

@@ -4,7 +4,7 @@ The packed tree forwards every context for its completions anyway. `Trunk` makes
 which `pack` merges with the prompts that begin with the same tokens. Their targets then cost the head, a
 larger backward pass, and the contexts of zero-variance groups.
 
-Each position of a document is a target once in a step, however many tasks, groups and ranks hold it.
+Each position of a document is a target only once in a step, however many tasks, groups and ranks hold it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Contexts:
 def context_sequences(
     groups: Sequence[RolloutGroup], *, start_ids: TokenIds, in_prompt: bool, ranks: Ranks
 ) -> Contexts:
-    """Return sequences in which each context position of the step is a target once. A collective.
+    """Return sequences in which each context position of the step is a target once. This is a collective.
 
     A context's first token is no target, as in next-token training. A document that several ranks hold is
     trained on the first of them.
@@ -73,7 +73,7 @@ def context_sequences(
     Args:
         groups: This rank's groups of the optimizer step, zero-variance groups included.
         start_ids: The tokens before every text.
-        in_prompt: Take each context as it stands in its prompt. Otherwise it is a text of its own.
+        in_prompt: Take each context as it stands in its prompt. Otherwise it is a separate text.
         ranks: The ranks of the step.
 
     Raises:
