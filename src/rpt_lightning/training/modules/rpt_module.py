@@ -23,10 +23,11 @@ from rpt_lightning.data.modules.stream import rank_share
 from rpt_lightning.limits import check_number
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.packing.trees import PackedTree
+from rpt_lightning.pretrained.text_shape import longest_context
 from rpt_lightning.pretrained.token_bytes import start_ids
 from rpt_lightning.training.distributed.ranks import Ranks
 from rpt_lightning.training.modules.policy_module import PolicyModule
-from rpt_lightning.training.modules.trunk import Contexts, context_sequences, mean_loss
+from rpt_lightning.training.modules.trunk import Contexts, check_rests, context_sequences, mean_loss
 from rpt_lightning.types import Completion, RolloutGroup, SamplingSettings, TrainSequence
 
 
@@ -81,6 +82,8 @@ class RPTModule(PolicyModule):
         ntp_in_prompt: Train on the context's tokens where they stand inside the prompt, after the template's
             own words. false trains on the bare text, which with a chat prompt needs a forward pass of its
             own.
+        ntp_whole_documents: Train each document of the step to its end, or to the longest input of the model,
+            and not only the text before its last task. The rest needs a forward pass of its own.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class RPTModule(PolicyModule):
         truncated: Literal["zero_reward", "mask"] = "zero_reward",
         ntp_weight: float = 0.0,
         ntp_in_prompt: bool = False,
+        ntp_whole_documents: bool = False,
     ) -> None:
         super().__init__(
             policy, optimizer, lr_scheduler, micro_batch_tokens, gradient_clip, max_skipped_steps
@@ -130,6 +134,12 @@ class RPTModule(PolicyModule):
         check_number("model.correction_cap", correction_cap, least=1)
         check_number("model.clip_high", clip_high, least=0)
         check_number("model.ntp_weight", ntp_weight, least=0, below=math.inf, hint="; 0 leaves the term out")
+        if ntp_whole_documents and (ntp_in_prompt or ntp_weight == 0):
+            raise ValueError(
+                f"model.ntp_whole_documents=true with model.ntp_in_prompt={str(ntp_in_prompt).lower()}, "
+                f"model.ntp_weight={ntp_weight}: a prompt holds no text behind its position, and a weight of "
+                "0 trains no text; give false, or ntp_in_prompt false and a weight above 0"
+            )
         self.advantage_scale = advantage_scale
         self.aggregation = aggregation
         self.clip_low = clip_low
@@ -143,6 +153,7 @@ class RPTModule(PolicyModule):
         self.masks_truncated = truncated == "mask"
         self.ntp_weight = ntp_weight
         self.ntp_in_prompt = ntp_in_prompt
+        self.trains_whole_documents = ntp_whole_documents
 
     learns_from_rollouts = True
 
@@ -175,8 +186,14 @@ class RPTModule(PolicyModule):
         """What the next-token term trains with these groups. A collective if there is such a term."""
         if self.ntp_weight == 0:
             return Contexts()
+        if self.trains_whole_documents:
+            check_rests(groups)
         return context_sequences(
-            groups, start_ids=start_ids(self.tokenizer), in_prompt=self.ntp_in_prompt, ranks=self.ranks
+            groups,
+            start_ids=start_ids(self.tokenizer),
+            in_prompt=self.ntp_in_prompt,
+            ranks=self.ranks,
+            max_tokens=longest_context(self.policy.config),
         )
 
     def _optimize(
