@@ -59,8 +59,8 @@ NTP_CONFIG = "configs/ntp-baseline.yaml"
 NTP_CHECKPOINT_EVERY = 50  # steps; less often than in the configuration, because the run is longer
 RECORDS = Path("docs/reproduction")
 PAGES = {"rpt": Path("docs/results.md"), "trunk": Path("docs/trunk.md")}
-# What an arm adds to configs/demo-text.yaml. The trunk term trains at temperature 1, and so do its rollouts. With
-# the term the gradient's norm is about 1, which 0.2 would nearly always clip.
+# What an arm adds to configs/demo-text.yaml. The trunk term trains at temperature 1, and so do its rollouts.
+# With the term the gradient's norm is about 1, which 0.2 would nearly always clip.
 TRUNK_SETTING = {"--rollout.sampling.temperature": 1.0, "--model.gradient_clip": 1.0}
 ARMS: dict[str, dict[str, object]] = {
     "rpt": {},

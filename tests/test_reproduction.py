@@ -152,7 +152,7 @@ def test_two_seeds_from_nothing_to_the_summary(project):
     text = (project / "docs/results.md").read_text()
     assert f"2 seeds, {NUM_POSITIONS} held-out positions" in text
     assert text.endswith(f"{END}\nAfter it.\n")
-    # Another arm has folders and a record of its own, starts from the same cold start, and has no scaling fit.
+    # Another arm has folders and a record of its own, starts from the same cold start, and no scaling fit.
     status, output = reproduction(project, "run", "--seed", "0", "--arm", "trunk")
     assert status == 0, output
     assert "cold start: finished before, skipped" in output
