@@ -189,6 +189,31 @@ def test_dynamic_sampling_draws_the_same_on_any_number_of_ranks(tiny_model_dir, 
 
 
 @pytest.mark.long
+def test_the_same_tasks_are_selected_on_any_number_of_ranks(tiny_model_dir, tiny_task_dir, tmp_path):
+    """There are 5 tasks, so ranks have different numbers of places. Dynamic sampling draws as well."""
+    options = {
+        "steps": 3,
+        "optimizer": "SGD",
+        "lr": 0.1,
+        "tasks_per_step": 5,
+        "dynamic_sampling_from_step": 1,
+        "selection": {"min_true_prob": 0.0019, "max_draws": 4},
+    }
+    more = {
+        "one": {},
+        "two": {"ranks": 2, "strategy": "sharded", "micro_batch_tokens": 100},
+        "four": {"ranks": 4, "strategy": "sharded", "strategy_options": {"tensor_parallel_size": 2}},
+    }
+    for name, of_run in more.items():
+        run(tmp_path / name, tiny_model_dir, tiny_task_dir, **options, **of_run)
+    one, *others = (Outcome(tmp_path / name, tiny_model_dir) for name in more)
+    assert all(step["selection/drawn"] > step["selection/kept"] for step in one.metrics)
+    assert sum(step["rollout/replaced_groups"] for step in one.metrics) > 0
+    for other in others:
+        assert_same_run(one, other)
+
+
+@pytest.mark.long
 def test_tensor_parallel_ranks_are_one(tiny_model_dir, tiny_task_dir, tmp_path):
     run(tmp_path / "one", tiny_model_dir, tiny_task_dir, steps=3)
     run(

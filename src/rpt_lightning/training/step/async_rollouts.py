@@ -30,6 +30,7 @@ from rpt_lightning.data.modules.base import StreamDataModule
 from rpt_lightning.data.modules.batch import TaskBatch
 from rpt_lightning.objectives.base import Objective
 from rpt_lightning.rollout.engines.base import RolloutEngine
+from rpt_lightning.rollout.settings import Selection
 from rpt_lightning.training.distributed.rank_exchange import RankExchange
 from rpt_lightning.training.engine_check.engine_sync import EngineSync
 from rpt_lightning.training.modules.policy_module import PolicyModule
@@ -204,7 +205,13 @@ class AsyncRollouts(RolloutStep):
 
 
 def check_settings(
-    max_staleness: int, engine: RolloutEngine, module: PolicyModule, objective: Objective, data: object
+    max_staleness: int,
+    engine: RolloutEngine,
+    module: PolicyModule,
+    objective: Objective,
+    data: object,
+    *,
+    selection: Selection = Selection(),
 ) -> None:
     """Raise ValueError if the settings are impossible or unsafe with asynchronous rollouts."""
     flag = f"--rollout.max_staleness {max_staleness}"
@@ -228,6 +235,12 @@ def check_settings(
         raise ValueError(
             f"{flag}: {type(objective.rewarder).__name__} asks the policy for log-probs while it is trained; "
             "take PrefixMatchReward, or --rollout.max_staleness 0"
+        )
+    if selection.is_on:
+        raise ValueError(
+            f"{flag}: rollout.selection asks the policy about tasks while it is trained; leave "
+            "--rollout.selection.min_true_prob at 0 and max_true_prob at 1 and choose positions in `rpt "
+            "prepare` (--min_true_prob, --max_true_prob), or set --rollout.max_staleness 0"
         )
     if getattr(data, "makes", None) != "tasks":
         raise ValueError(
