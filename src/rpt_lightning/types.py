@@ -92,7 +92,9 @@ class TokenTask:
     position. ``answerable`` says whether any prediction that ends on a token boundary within ``continuation``
     survives the box parser. ``fields`` are what the corpus knows about the position (``Document.fields``,
     overlaid by those of marks). ``following_ids`` are the document's tokens from the position on. They are
-    empty unless the objective asks for them (``Objective.num_following_tokens``).
+    empty unless the objective asks for them (``Objective.num_following_tokens``). ``budget`` is the number of
+    tokens that the prompt allows for a completion. It is None until the task is put to the policy, and
+    without a budget (`ThoughtBudget`).
     """
 
     task_id: str
@@ -107,6 +109,7 @@ class TokenTask:
     answerable: bool
     fields: Fields = field(default_factory=dict, hash=False)
     following_ids: TokenIds = ()
+    budget: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,6 +139,7 @@ class AnswerTask:
     """A question as the policy reads it.
 
     ``context_ids`` are the question's text, its choices and the form of the answer, in one model's tokens.
+    ``budget`` is as in `TokenTask`.
 
     >>> question = Question(question_id="q-1", text="What is 2 + 2?", answer="4")
     >>> AnswerTask(question=question, context_ids=(17, 340)).task_id
@@ -144,6 +148,7 @@ class AnswerTask:
 
     question: Question
     context_ids: TokenIds
+    budget: int | None = None
 
     @property
     def task_id(self) -> str:
