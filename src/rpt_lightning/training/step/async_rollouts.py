@@ -180,7 +180,12 @@ class AsyncRollouts(RolloutStep):
         self.sync.sync(self.module)
         with self.module.clock.phase("rollout"):
             fresh = self._background.submit(
-                functools.partial(self._roll_out, [group.task for group in groups], max_extra_tasks=0)
+                functools.partial(
+                    self._roll_out,
+                    [group.task for group in groups],
+                    step=self.module.policy_version,
+                    max_extra_tasks=0,
+                )
             ).result()
         spent = {name: fresh.metrics[name] + stale.metrics[name] for name in COSTS if name in fresh.metrics}
         metrics = fresh.metrics | spent | {"rollout/dropped_groups": float(len(groups))}
@@ -195,12 +200,12 @@ class AsyncRollouts(RolloutStep):
             step=version, tasks_per_step=self.data.items_per_step
         )
         return dataclasses.replace(
-            self._roll_out(batch.tasks, max_extra_tasks=extra), place=self.data.stream.place
+            self._roll_out(batch.tasks, step=version, max_extra_tasks=extra), place=self.data.stream.place
         )
 
-    def _roll_out(self, tasks: Sequence[Task], *, max_extra_tasks: int) -> StepRollouts:
+    def _roll_out(self, tasks: Sequence[Task], *, step: int, max_extra_tasks: int) -> StepRollouts:
         return self.roller.roll_out(
-            tasks, self.data.draw, max_extra_tasks=max_extra_tasks, ranks=self.exchange
+            tasks, self.data.draw, step=step, max_extra_tasks=max_extra_tasks, ranks=self.exchange
         )
 
 
