@@ -54,6 +54,7 @@ class Options:
     optimizer_steps_per_batch: int = 1
     dynamic_sampling_from_step: int | None = None
     ntp_weight: float = 0.0
+    offload_moments: bool = False
     resume: bool = False
     validate: bool = False
 
@@ -98,7 +99,10 @@ class WrongNormalizer(RPTModule):
 def parts(options: Options, folder: Path):
     optimizer = torch.optim.SGD if options.kind == "ntp" else getattr(torch.optim, options.optimizer)
     policy, make_optimizer = Policy(options.model), lambda parameters: optimizer(parameters, lr=options.lr)
-    common = {"micro_batch_tokens": options.micro_batch_tokens}
+    common = {
+        "micro_batch_tokens": options.micro_batch_tokens,
+        "offload_moments": options.offload_moments,
+    }
     callbacks: list[Any] = [
         RunCheckpoint(every_n_steps=options.steps),
         StepLog(),
