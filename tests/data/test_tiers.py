@@ -186,6 +186,6 @@ def test_a_tier_without_tasks():
 
 
 def test_a_tier_with_too_few_tasks_for_a_step():
-    with pytest.raises(ValueError, match=r"tasks_per_step 8: tier 3 of 3 .* only 3 tasks .* about 5 of it"):
-        order(items_per_step=8)
+    with pytest.raises(ValueError, match=r"tasks_per_step 6: tier 3 of 3 .* only 3 tasks .* about 4 of it"):
+        order(items_per_step=6)
     order(items_per_step=5)  # 3 of 5
