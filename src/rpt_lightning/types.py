@@ -92,7 +92,8 @@ class TokenTask:
     position. ``answerable`` says whether any prediction that ends on a token boundary within ``continuation``
     survives the box parser. ``fields`` are what the corpus knows about the position (``Document.fields``,
     overlaid by those of marks). ``following_ids`` are the document's tokens from the position on. They are
-    empty unless the objective asks for them (``Objective.num_following_tokens``).
+    empty unless the objective asks for them (``Objective.num_following_tokens``). ``material`` is what the
+    objective stored with the position when the folder was prepared (``Objective.material``).
     """
 
     task_id: str
@@ -107,6 +108,7 @@ class TokenTask:
     answerable: bool
     fields: Fields = field(default_factory=dict, hash=False)
     following_ids: TokenIds = ()
+    material: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
