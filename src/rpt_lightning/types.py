@@ -96,6 +96,8 @@ class TokenTask:
     document's tokens from the position on. They are empty unless the run trains whole documents
     (``model.ntp_whole_documents``). ``budget`` is the number of tokens that the prompt allows for a
     completion. It is None until the task is put to the policy, and without a budget (`ThoughtBudget`).
+    ``material`` is what the objective stored with the position when the folder was prepared
+    (``Objective.material``).
     """
 
     task_id: str
@@ -112,6 +114,7 @@ class TokenTask:
     following_ids: TokenIds = ()
     rest_ids: TokenIds = ()
     budget: int | None = None
+    material: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
