@@ -86,9 +86,14 @@ class AsyncRollouts(RolloutStep):
     def next(self, tasks: Sequence[Task]) -> StepRollouts:
         """Return the rollouts of the current step. Raises any error of the background thread.
 
-        ``tasks`` is empty, because the background thread reads the stream.
+        ``tasks`` is empty, because the background thread reads the stream. Otherwise ValueError is raised.
         """
-        assert not tasks
+        if tasks:
+            raise ValueError(
+                f"rollout.max_staleness={self.max_staleness}: {type(self.data).__name__} puts "
+                f"{len(tasks)} tasks into a batch, but the rollouts read the tasks ahead of the steps; leave "
+                "its train_dataloader as StreamDataModule has it, or give 0"
+            )
         version, clock = self.module.policy_version, self.module.clock
         if not self._ahead:
             self._begin(first=version, try_on=None)
