@@ -34,7 +34,7 @@ def instantiate(monkeypatch, *configs, flags=()):
 
 
 def below(config: Path) -> list[Path]:
-    """Return the config that this one is added to, besides a run: a judge needs the objective it judges for."""
+    """Return what this config is added to besides a run: a judge needs the objective it judges for."""
     return [CONFIGS / "objective" / "next-segment.yaml"] if config.stem.startswith("judge") else []
 
 
