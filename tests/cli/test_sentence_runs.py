@@ -85,7 +85,7 @@ def test_next_segment_through_every_command(rpt, tiny_model_dir, tmp_path):
         added = objective.context_ids(task, bound.tokens)[len(task.context_ids) :]
         assert len(added) <= objective.num_added_tokens
         shown_behind = bound.tokens.join(added).decode()
-        assert shown_behind == (f" ____{segment.behind[0]}" if objective.asks_middle(task) else "")
+        assert shown_behind == (f" ____ {segment.behind[0]}" if objective.asks_middle(task) else "")
     assert {objective.asks_middle(task) for task in tasks} == {False, True}
 
     # A random model closes such a thought by chance.
@@ -99,7 +99,8 @@ def test_next_segment_through_every_command(rpt, tiny_model_dir, tmp_path):
     # A folder for segments is none for other sizes of sentences.
     status, shown = rpt(
         "fit", "--config", CONFIGS / "debug.yaml", "--model.policy.path", tiny_model_dir,
-        "--data.task_dir", folder, *ask, "--rollout.objective.max_tokens", "32", "--trainer.default_root_dir", tmp_path / "other",
+        "--data.task_dir", folder, *ask, "--rollout.objective.max_tokens", "32",
+        "--trainer.default_root_dir", tmp_path / "other",
     )  # fmt: skip
     assert status == 1
     assert (
@@ -134,7 +135,7 @@ def test_next_sentence_through_every_command(rpt, tiny_model_dir, tmp_path, from
         for task in some:
             choice = choice_of(task)
             assert len(set(choice.candidates)) == 3
-            # The right one stands at the position, and as many as were asked for come from the document itself.
+            # The right one stands at the position. As many as were asked for come from other documents.
             following = prepared.token_bytes.join(task.continuation_ids).decode(errors="ignore")
             assert " ".join(following.split()).startswith(choice.candidates[choice.right][:6])
             others = [text for text in choice.candidates if text not in documents[task.doc_id]]

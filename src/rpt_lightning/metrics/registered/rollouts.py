@@ -251,5 +251,20 @@ SECTION = Section(
             unit="answers",
             normal="0 or few",
         ),
+        row(
+            {"judge/asked": SUM},
+            meaning=(
+                "predictions that the judge was asked about since the last step, those of a validation "
+                "included (this and the next only with `JudgeReward`)"
+            ),
+            unit="predictions",
+        ),
+        row(
+            {"judge/unreadable": SUM},
+            meaning="replies of the judge that had no verdict; a second one in a row stops the run",
+            unit="replies",
+            normal="few",
+            watch_for="many: the judge does not follow instructions, or its replies are cut off",
+        ),
     ),
 )

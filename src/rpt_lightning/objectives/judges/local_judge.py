@@ -78,7 +78,12 @@ class LocalJudge(SegmentJudge):
                 raise ValueError(
                     f"{where}: its tokenizer has no chat template, so it cannot be asked; give a chat model"
                 )
-            model = load_causal_lm(self.model, where=where, dtype=getattr(torch, self.dtype))
+            try:
+                model = load_causal_lm(self.model, where=where, dtype=getattr(torch, self.dtype))
+            except ValueError as error:
+                if str(error).startswith(where):
+                    raise
+                raise ValueError(f"{where}: it cannot be loaded ({first_line(error)})") from error
             is_cuda = self.device == "auto" and torch.cuda.is_available()
             device = f"cuda:{torch.cuda.current_device()}" if is_cuda else self.device
             model = model.to("cpu" if device == "auto" else device).eval()  # type: ignore[arg-type]

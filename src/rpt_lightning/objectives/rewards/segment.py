@@ -152,7 +152,7 @@ class JudgeReward(SegmentReward):
         texts = [(one or b"").decode(errors="replace").strip() for one in answered.predictions]
         known = {"": False, truth.strip(): True}
         new = [text for text in dict.fromkeys(texts) if text not in known]
-        reference = truth.strip() + "".join(behind)
+        reference = " ".join([truth.strip(), *behind])
         asked = [JudgeQuestion(prediction=text, reference=reference) for text in new]
         known |= zip(new, self._verdicts(asked, answered.task.task_id), strict=True)
         return tuple(float(known[text]) for text in texts)
