@@ -70,7 +70,7 @@ def test_right_completions_become_text_and_held_out_documents_stay(folder, tiny_
         sample(tasks[0], "so it is", right[0]),
         sample(tasks[0], "no", "never this"),
         sample(tasks[1], "two tokens", two),
-        sample(tasks[2], "half a token", "", prediction=None),
+        sample(tasks[2], "no box", None),
     ]
     run = write(tmp_path / "run", {3: samples}, tiny_task_dir)
     documents = list(OwnTraces(run).documents())
