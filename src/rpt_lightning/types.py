@@ -94,9 +94,12 @@ class TokenTask:
     position. ``answerable`` says whether any prediction that ends on a token boundary within ``continuation``
     survives the box parser. ``fields`` are what the corpus knows about the position (``Document.fields``,
     overlaid by those of marks). ``following_ids`` are the document's tokens from the position on. They are
-    empty unless the objective asks for them (``Objective.num_following_tokens``). ``budget`` is the number of
-    tokens that the prompt allows for a completion. It is None until the task is put to the policy, and
-    without a budget (`ThoughtBudget`).
+    empty unless the objective asks for them (``Objective.num_following_tokens``). ``rest_ids`` are all of the
+    document's tokens from the position on. They are empty unless the run trains whole documents
+    (``model.ntp_whole_documents``). ``budget`` is the number of tokens that the prompt allows for a
+    completion. It is None until the task is put to the policy, and without a budget (`ThoughtBudget`).
+    ``material`` is what the objective stored with the position when the folder was prepared
+    (``Objective.material``).
     """
 
     task_id: str
@@ -111,7 +114,9 @@ class TokenTask:
     answerable: bool
     fields: Fields = field(default_factory=dict, hash=False)
     following_ids: TokenIds = ()
+    rest_ids: TokenIds = ()
     budget: int | None = None
+    material: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,6 +180,11 @@ class AnswerTask:
         return True
 
     @property
+    def rest_ids(self) -> TokenIds:
+        """Nothing follows a question."""
+        return ()
+
+    @property
     def fields(self) -> Fields:
         return {} if self.question.category is None else {"category": self.question.category}
 
@@ -184,7 +194,8 @@ class Task(Protocol):
 
     Only an objective knows what kind of task it gets (`TokenTask` and `AnswerTask` are ours). Everything else
     reads these fields. ``entropy`` is the proxy's, in nats, or None if no proxy scored the place.
-    ``answerable`` says whether some right answer fits into a box.
+    ``answerable`` says whether some right answer fits into a box. ``rest_ids`` are the text from the position
+    on, if the run trains whole documents.
     """
 
     @property
@@ -199,6 +210,8 @@ class Task(Protocol):
     def entropy(self) -> float | None: ...
     @property
     def answerable(self) -> bool: ...
+    @property
+    def rest_ids(self) -> TokenIds: ...
     @property
     def fields(self) -> Fields: ...
 

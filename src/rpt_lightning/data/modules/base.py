@@ -262,6 +262,8 @@ class TaskFolderDataModule(StreamDataModule):
         """
         self.train = TaskFolder(self.task_dir, "train", max_context_tokens=self.max_context_tokens)
         self.heldout = TaskFolder(self.task_dir, "heldout", max_context_tokens=self.max_context_tokens)
+        module = None if self.trainer is None else self.trainer.lightning_module
+        self.train.carries_rest = getattr(module, "trains_whole_documents", False)
         self._check_tokenizer()
         stream = TaskStream(
             self.make_order(), corpus=self.train.manifest.corpus.sha256, layout=self.train.layout

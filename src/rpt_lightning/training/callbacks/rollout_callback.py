@@ -17,12 +17,17 @@ from rpt_lightning.limits import check_number
 from rpt_lightning.objectives.base import BoundObjective, Objective
 from rpt_lightning.objectives.thought_budget import ThoughtBudget
 from rpt_lightning.rollout.engines.base import RolloutEngine
-from rpt_lightning.rollout.settings import DynamicSampling, EngineCheck, Evaluation, Sampling
+from rpt_lightning.rollout.settings import DynamicSampling, EngineCheck, Evaluation, Sampling, Selection
 from rpt_lightning.training.batch_summary import batch_arithmetic
 from rpt_lightning.training.checkpoint.callback import saved_when_lost
 from rpt_lightning.training.modules.policy_module import PolicyModule
 from rpt_lightning.training.step.async_rollouts import check_settings
-from rpt_lightning.training.step.metrics import cached_fractions, over_ranks, throughput
+from rpt_lightning.training.step.metrics import (
+    cached_fractions,
+    over_ranks,
+    selection_fractions,
+    throughput,
+)
 from rpt_lightning.training.step.parts import RolloutParts, build_parts
 from rpt_lightning.training.step.rollout_step import RolloutStep
 from rpt_lightning.training.validation.heldout_answers import heldout_answers
@@ -51,6 +56,7 @@ class RolloutCallback(Callback):
             This needs ``model.correction``.
         sampling: How completions are sampled.
         dynamic_sampling: When zero-variance groups are replaced by groups of new tasks.
+        selection: Which tasks are rolled out, by the policy's own chance of the truth.
         check: How the engine's log-probs are compared with the policy's after each sync.
         evaluation: What a validation asks the policy besides one greedy answer.
         thought_budget: A falling budget of tokens for each completion, and a reward for keeping to it.
@@ -67,6 +73,7 @@ class RolloutCallback(Callback):
         max_staleness: int = 0,
         sampling: Sampling = Sampling(),
         dynamic_sampling: DynamicSampling = DynamicSampling(),
+        selection: Selection = Selection(),
         check: EngineCheck = EngineCheck(),
         evaluation: Evaluation = Evaluation(),
         thought_budget: ThoughtBudget = ThoughtBudget(),
@@ -84,6 +91,7 @@ class RolloutCallback(Callback):
         self.max_staleness = max_staleness
         self.sampling = sampling
         self.dynamic_sampling = dynamic_sampling
+        self.selection = selection
         self.check = check
         self.evaluation = evaluation
         self.thought_budget = thought_budget
@@ -116,7 +124,14 @@ class RolloutCallback(Callback):
         _look_at_objective(self.bound_objective, trainer, pl_module, data)
         is_ahead = trains and self.max_staleness > 0
         if is_ahead:
-            check_settings(self.max_staleness, self.engine, pl_module, self.bound_objective.objective, data)
+            check_settings(
+                self.max_staleness,
+                self.engine,
+                pl_module,
+                self.bound_objective.objective,
+                data,
+                selection=self.selection,
+            )
         self.parts = build_parts(
             self.engine,
             self.bound_objective,
@@ -128,6 +143,7 @@ class RolloutCallback(Callback):
             seed=self.seed,
             sampling=self.sampling,
             dynamic_sampling=self.dynamic_sampling,
+            selection=self.selection,
             check=self.check,
             with_controls=self.evaluation.thought_controls,
             is_ahead=is_ahead,
@@ -205,7 +221,7 @@ class RolloutCallback(Callback):
         metrics = over_ranks(
             pl_module.ranks, rollouts.metrics, num_groups=len(filled.groups) + len(filled.replaced)
         )
-        pl_module.log_step(metrics | cached_fractions(metrics))
+        pl_module.log_step(metrics | cached_fractions(metrics) | selection_fractions(metrics))
         self._train_start = time.perf_counter()
 
     def on_train_batch_end(

@@ -30,6 +30,7 @@ from rpt_lightning.data.modules.base import StreamDataModule
 from rpt_lightning.data.modules.batch import TaskBatch
 from rpt_lightning.objectives.base import Objective
 from rpt_lightning.rollout.engines.base import RolloutEngine
+from rpt_lightning.rollout.settings import Selection
 from rpt_lightning.training.distributed.rank_exchange import RankExchange
 from rpt_lightning.training.engine_check.engine_sync import EngineSync
 from rpt_lightning.training.modules.policy_module import PolicyModule
@@ -85,9 +86,14 @@ class AsyncRollouts(RolloutStep):
     def next(self, tasks: Sequence[Task]) -> StepRollouts:
         """Return the rollouts of the current step. Raises any error of the background thread.
 
-        ``tasks`` is empty, because the background thread reads the stream.
+        ``tasks`` is empty, because the background thread reads the stream. Otherwise ValueError is raised.
         """
-        assert not tasks
+        if tasks:
+            raise ValueError(
+                f"rollout.max_staleness={self.max_staleness}: {type(self.data).__name__} puts "
+                f"{len(tasks)} tasks into a batch, but the rollouts read the tasks ahead of the steps; leave "
+                "its train_dataloader as StreamDataModule has it, or give 0"
+            )
         version, clock = self.module.policy_version, self.module.clock
         if not self._ahead:
             self._begin(first=version, try_on=None)
@@ -209,7 +215,13 @@ class AsyncRollouts(RolloutStep):
 
 
 def check_settings(
-    max_staleness: int, engine: RolloutEngine, module: PolicyModule, objective: Objective, data: object
+    max_staleness: int,
+    engine: RolloutEngine,
+    module: PolicyModule,
+    objective: Objective,
+    data: object,
+    *,
+    selection: Selection = Selection(),
 ) -> None:
     """Raise ValueError if the settings are impossible or unsafe with asynchronous rollouts."""
     flag = f"--rollout.max_staleness {max_staleness}"
@@ -233,6 +245,12 @@ def check_settings(
         raise ValueError(
             f"{flag}: {type(objective.rewarder).__name__} asks the policy for log-probs while it is trained; "
             "take PrefixMatchReward, or --rollout.max_staleness 0"
+        )
+    if selection.is_on:
+        raise ValueError(
+            f"{flag}: rollout.selection asks the policy about tasks while it is trained; leave "
+            "--rollout.selection.min_true_prob at 0 and max_true_prob at 1 and choose positions in `rpt "
+            "prepare` (--min_true_prob, --max_true_prob), or set --rollout.max_staleness 0"
         )
     if getattr(data, "makes", None) != "tasks":
         raise ValueError(

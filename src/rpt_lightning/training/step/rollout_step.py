@@ -1,8 +1,8 @@
 """What lies between two optimizer steps: `RolloutStep.next` gives a training step its rewarded rollouts.
 
-It does so in this order: weight sync, generation, rewards, dynamic sampling, log-prob check. Three files hold
-the details: engine_sync.py (sync and check), rollout/rollouter.py (generation and rewards) and
-rollout/dynamic_sampling.py.
+It does so in this order: selection of tasks, weight sync, generation, rewards, dynamic sampling, log-prob
+check. Four files hold the details: rollout/selection.py, engine_sync.py (sync and check),
+rollout/rollouter.py (generation and rewards) and rollout/dynamic_sampling.py.
 
 `CurrentRollouts` does all of it before the step trains, as the paper does. `AsyncRollouts`
 (async_rollouts.py) generates while earlier steps train.
@@ -25,6 +25,8 @@ from rpt_lightning.objectives.base import BoundObjective
 from rpt_lightning.policy.flops import Work
 from rpt_lightning.rollout.dynamic_sampling import FilledBatch, fill_batch
 from rpt_lightning.rollout.engines.base import RolloutEngine
+from rpt_lightning.rollout.places import Draw
+from rpt_lightning.rollout.selection import TaskSelector
 from rpt_lightning.rollout.settings import DynamicSampling
 from rpt_lightning.training.distributed.rank_exchange import RankExchange
 from rpt_lightning.training.distributed.ranks import Ranks
@@ -34,11 +36,10 @@ from rpt_lightning.training.step.metrics import (
     prompt_metrics,
     rollout_metrics,
     rollout_work,
+    selection_metrics,
     server_metrics,
 )
 from rpt_lightning.types import PromptTokens, RolloutGroup, Task
-
-Draw = Callable[[Sequence[int]], Sequence[Task]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +95,7 @@ class CurrentRollouts(RolloutStep):
     Args:
         roller: Generates, rewards and replaces zero-variance groups.
         sync: Brings the weights into the engine and compares its log-probs.
+        selector: Chooses the tasks that are rolled out. None: all tasks are.
         data: Source of further tasks.
         trainer: The trainer of the run.
         module: The policy.
@@ -103,6 +105,7 @@ class CurrentRollouts(RolloutStep):
         self,
         roller: StepRoller,
         sync: EngineSync,
+        selector: TaskSelector | None,
         *,
         data: StreamDataModule,
         trainer: Trainer,
@@ -110,17 +113,24 @@ class CurrentRollouts(RolloutStep):
     ) -> None:
         self.roller = roller
         self.sync = sync
+        self.selector = selector
         self.data = data
         self.trainer = trainer
         self.module = module
 
     def next(self, tasks: Sequence[Task]) -> StepRollouts:
         clock = self.module.clock
+        draw: Draw = self.data.draw
+        if self.selector is not None:
+            # Before the sync, which wakes an engine that shares the device's memory with the policy.
+            with clock.phase("selection"):
+                tasks = self.selector.select(tasks, draw, over_ranks=self._over_ranks)
+            draw = self.selector.selecting(draw, over_ranks=self._over_ranks)
         self.sync.sync(self.module)
         with clock.phase("rollout"):
             rollouts = self.roller.roll_out(
                 tasks,
-                self.data.draw,
+                draw,
                 step=self.module.policy_version,
                 max_extra_tasks=self.roller.dynamic_sampling.max_extra_tasks(
                     step=self.module.global_step, tasks_per_step=self.data.items_per_step
@@ -136,7 +146,14 @@ class CurrentRollouts(RolloutStep):
                 rollouts.filled.groups,
                 temperature=self.sync.rollouter.sampling.temperature,
             )
-        return replace(rollouts, metrics=compared | rollouts.metrics)
+        metrics = compared | rollouts.metrics
+        if self.selector is not None:
+            metrics |= selection_metrics(self.selector.take_counts())
+        return replace(rollouts, metrics=metrics)
+
+    def _over_ranks(self, number: int) -> tuple[list[int], int]:
+        ranks = self.module.ranks
+        return ranks.gather(number), ranks.data_rank
 
     def drain(self) -> None:
         pass
