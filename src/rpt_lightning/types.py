@@ -67,7 +67,8 @@ class Mark:
 class Document:
     """One text of a corpus, with what its source knows about it.
 
-    ``fields`` describe the whole text, and ``marks`` describe places in it.
+    ``fields`` describe the whole text, and ``marks`` describe places in it. ``split`` is the side of the
+    split on which it belongs, if its source knows that. A source knows it of all its documents or of none.
 
     >>> text = "Expression representing addition."
     >>> document = Document(doc_id="sympy.Add", text=text, fields={"module": "core"})
@@ -79,6 +80,7 @@ class Document:
     text: str
     fields: Fields = field(default_factory=dict, hash=False)
     marks: tuple[Mark, ...] = ()
+    split: Literal["train", "heldout"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -97,7 +97,8 @@ def prepare(
         max_tokens_per_document: Truncate documents to this many tokens.
         max_documents: Use a random sample of this many documents, including the held-out ones.
         heldout_documents: Number of documents to hold out. No two of them share dedup_span consecutive tokens
-            with each other, and none shares them with a training document.
+            with each other, and none shares them with a training document. Ignored if the source itself says
+            which documents are held out (OwnTraces).
         dedup_span: Keep documents that share this many consecutive tokens on the same side of the split. With
             null, only exact duplicates are left out. That is right for text made from templates (logs, code,
             generated text), where every document shares long spans with every other.
