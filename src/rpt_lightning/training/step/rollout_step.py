@@ -119,7 +119,8 @@ class CurrentRollouts(RolloutStep):
         self.module = module
 
     def next(self, tasks: Sequence[Task]) -> StepRollouts:
-        clock, draw = self.module.clock, self.data.draw
+        clock = self.module.clock
+        draw: Draw = self.data.draw
         if self.selector is not None:
             # Before the sync, which wakes an engine that shares the device's memory with the policy.
             with clock.phase("selection"):
