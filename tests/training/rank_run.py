@@ -56,6 +56,7 @@ class Options:
     dynamic_sampling_from_step: int | None = None
     ntp_weight: float = 0.0
     selection: dict[str, Any] = field(default_factory=dict)
+    offload_moments: bool = False
     resume: bool = False
     validate: bool = False
 
@@ -100,7 +101,10 @@ class WrongNormalizer(RPTModule):
 def parts(options: Options, folder: Path):
     optimizer = torch.optim.SGD if options.kind == "ntp" else getattr(torch.optim, options.optimizer)
     policy, make_optimizer = Policy(options.model), lambda parameters: optimizer(parameters, lr=options.lr)
-    common = {"micro_batch_tokens": options.micro_batch_tokens}
+    common = {
+        "micro_batch_tokens": options.micro_batch_tokens,
+        "offload_moments": options.offload_moments,
+    }
     callbacks: list[Any] = [
         RunCheckpoint(every_n_steps=options.steps),
         StepLog(),

@@ -248,6 +248,19 @@ def test_a_sharded_run_goes_on_with_another_number_of_ranks(tiny_model_dir, tiny
 
 
 @pytest.mark.long
+def test_moments_in_host_memory_change_nothing(tiny_model_dir, tiny_task_dir, tmp_path):
+    """Neither the weights nor what a sharded checkpoint holds, whichever kind of run resumes it."""
+    common = {"ranks": 2, "strategy": "sharded"}
+    run(tmp_path / "whole", tiny_model_dir, tiny_task_dir, steps=4, **common)
+    whole = Outcome(tmp_path / "whole", tiny_model_dir)
+    for first, second in ((True, True), (True, False), (False, True)):
+        folder = tmp_path / f"{first} {second}"
+        run(folder, tiny_model_dir, tiny_task_dir, steps=2, offload_moments=first, **common)
+        run(folder, tiny_model_dir, tiny_task_dir, steps=4, offload_moments=second, resume=True, **common)
+        assert torch.equal(Outcome(folder, tiny_model_dir).end, whole.end), (first, second)
+
+
+@pytest.mark.long
 def test_two_ranks_with_an_engine_each(tiny_model_dir, tiny_task_dir, tmp_path):
     """Completions may differ in a tie that rounding decides. With this model none does."""
     for name, options in {"one": {}, "two": {"ranks": 2, "strategy": "sharded"}}.items():

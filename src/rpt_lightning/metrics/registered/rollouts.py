@@ -42,6 +42,29 @@ SECTION = Section(
             watch_for="a warning if it falls to a quarter",
         ),
         row(
+            {"rollout/thought_budget": MAX},
+            meaning="tokens that the prompts of the step allow (this and the next two only with a budget)",
+            unit="tokens",
+            normal="falls as `rollout.thought_budget` says",
+        ),
+        row(
+            {"rollout/over_budget_frac": MEAN_OVER_GROUPS},
+            meaning="completions that are longer than that",
+            unit="share",
+            normal="falls",
+            watch_for="near 1: the budget falls faster than the policy learns to be brief",
+        ),
+        row(
+            {"reward/objective_mean": MEAN_OVER_GROUPS, "reward/length_mean": MEAN_OVER_GROUPS},
+            meaning="the two parts of `reward/mean`: what the objective pays, and the length term",
+            unit="the first as the objective's rewards, the second 0 to 1",
+            normal="the first as without a budget",
+            watch_for=(
+                "the second rises while the first falls: length pays more than being right, so lower "
+                "`rollout.thought_budget.weight` or raise `least`"
+            ),
+        ),
+        row(
             {"rollout/live_groups": SUM},
             meaning=(
                 "groups whose rewards differ (with `model.truncated` mask, this and the next three consider "

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from rpt_lightning.limits import check_number
 from rpt_lightning.objectives.base import BoundObjective, Objective
+from rpt_lightning.objectives.thought_budget import ThoughtBudget
 from rpt_lightning.rollout.engines.base import RolloutEngine
 from rpt_lightning.rollout.position_kinds import KindShares
 from rpt_lightning.rollout.settings import DynamicSampling, EngineCheck, Evaluation, Sampling, Selection
@@ -59,6 +60,7 @@ class RolloutCallback(Callback):
         selection: Which tasks are rolled out, by the policy's own chance of the truth.
         check: How the engine's log-probs are compared with the policy's after each sync.
         evaluation: What a validation asks the policy besides one greedy answer.
+        thought_budget: A falling budget of tokens for each completion, and a reward for keeping to it.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class RolloutCallback(Callback):
         selection: Selection = Selection(),
         check: EngineCheck = EngineCheck(),
         evaluation: Evaluation = Evaluation(),
+        thought_budget: ThoughtBudget = ThoughtBudget(),
     ) -> None:
         check_number(
             "rollout.max_staleness", max_staleness, least=0, hint=" (0: rollouts of the current policy)"
@@ -95,6 +98,7 @@ class RolloutCallback(Callback):
         )
         self.check = check
         self.evaluation = evaluation
+        self.thought_budget = thought_budget
         self.bound_objective: BoundObjective | None = None
         self.parts: RolloutParts | None = None
         self._step: RolloutStep | None = None  # only during training
@@ -120,6 +124,7 @@ class RolloutCallback(Callback):
                 "rollout.objective is not set: say what the policy is asked and rewarded for, "
                 "e.g. --rollout.objective NextTokenObjective"
             )
+        self.bound_objective.check_budget(max_completion_tokens=self.sampling.max_completion_tokens)
         _look_at_objective(self.bound_objective, trainer, pl_module, data)
         is_ahead = trains and self.max_staleness > 0
         if is_ahead:
@@ -151,7 +156,7 @@ class RolloutCallback(Callback):
 
     def _bind_objective(self, module: PolicyModule, data: Any) -> None:
         if self.objective is not None:
-            self.bound_objective = BoundObjective(self.objective, module.tokenizer)
+            self.bound_objective = BoundObjective(self.objective, module.tokenizer, self.thought_budget)
             # A user's own data module may lack these methods. Its tasks are then taken as they come.
             if hasattr(data, "use_objective"):
                 data.use_objective(self.objective)
@@ -279,6 +284,8 @@ class RolloutCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         batch.objective = self.bound_objective
+        if self.bound_objective is not None:
+            batch.tasks = self.bound_objective.posed(batch.tasks, step=None)
         if self.engine is None:
             if batch.records == "questions":
                 raise ValueError(

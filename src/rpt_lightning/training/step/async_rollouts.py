@@ -86,9 +86,14 @@ class AsyncRollouts(RolloutStep):
     def next(self, tasks: Sequence[Task]) -> StepRollouts:
         """Return the rollouts of the current step. Raises any error of the background thread.
 
-        ``tasks`` is empty, because the background thread reads the stream.
+        ``tasks`` is empty, because the background thread reads the stream. Otherwise ValueError is raised.
         """
-        assert not tasks
+        if tasks:
+            raise ValueError(
+                f"rollout.max_staleness={self.max_staleness}: {type(self.data).__name__} puts "
+                f"{len(tasks)} tasks into a batch, but the rollouts read the tasks ahead of the steps; leave "
+                "its train_dataloader as StreamDataModule has it, or give 0"
+            )
         version, clock = self.module.policy_version, self.module.clock
         if not self._ahead:
             self._begin(first=version, try_on=None)
@@ -180,7 +185,12 @@ class AsyncRollouts(RolloutStep):
         self.sync.sync(self.module)
         with self.module.clock.phase("rollout"):
             fresh = self._background.submit(
-                functools.partial(self._roll_out, [group.task for group in groups], max_extra_tasks=0)
+                functools.partial(
+                    self._roll_out,
+                    [group.task for group in groups],
+                    step=self.module.policy_version,
+                    max_extra_tasks=0,
+                )
             ).result()
         spent = {name: fresh.metrics[name] + stale.metrics[name] for name in COSTS if name in fresh.metrics}
         metrics = fresh.metrics | spent | {"rollout/dropped_groups": float(len(groups))}
@@ -195,12 +205,12 @@ class AsyncRollouts(RolloutStep):
             step=version, tasks_per_step=self.data.items_per_step
         )
         return dataclasses.replace(
-            self._roll_out(batch.tasks, max_extra_tasks=extra), place=self.data.stream.place
+            self._roll_out(batch.tasks, step=version, max_extra_tasks=extra), place=self.data.stream.place
         )
 
-    def _roll_out(self, tasks: Sequence[Task], *, max_extra_tasks: int) -> StepRollouts:
+    def _roll_out(self, tasks: Sequence[Task], *, step: int, max_extra_tasks: int) -> StepRollouts:
         return self.roller.roll_out(
-            tasks, self.data.draw, max_extra_tasks=max_extra_tasks, ranks=self.exchange
+            tasks, self.data.draw, step=step, max_extra_tasks=max_extra_tasks, ranks=self.exchange
         )
 
 

@@ -130,7 +130,7 @@ def build_parts(
     roller = StepRoller(
         engine,
         rollouter.rollout if pilot_size is None else PilotRollout(rollouter, pilot_size=pilot_size).rollout,
-        objective=objective.objective,
+        objective=objective,
         dynamic_sampling=dynamic_sampling,
         pilot_size=pilot_size,
     )

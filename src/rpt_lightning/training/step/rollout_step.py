@@ -21,7 +21,7 @@ from lightning.pytorch import Trainer
 
 from rpt_lightning.data.modules.base import StreamDataModule
 from rpt_lightning.data.modules.stream import Place
-from rpt_lightning.objectives.base import Objective
+from rpt_lightning.objectives.base import BoundObjective
 from rpt_lightning.policy.flops import Work
 from rpt_lightning.rollout.dynamic_sampling import FilledBatch, fill_batch
 from rpt_lightning.rollout.engines.base import RolloutEngine
@@ -132,6 +132,7 @@ class CurrentRollouts(RolloutStep):
             rollouts = self.roller.roll_out(
                 tasks,
                 draw,
+                step=self.module.policy_version,
                 max_extra_tasks=self.roller.dynamic_sampling.max_extra_tasks(
                     step=self.module.global_step, tasks_per_step=self.data.items_per_step
                 ),
@@ -170,7 +171,7 @@ class StepRoller:
     Args:
         engine: Holds weights by the time of ``roll_out``.
         rollout: Returns groups for tasks, in task order, by this engine.
-        objective: What the groups were rewarded by. Its counts are taken with the step.
+        objective: Says how tasks are put to the policy at a step. Its counts are taken with the step.
         dynamic_sampling: When zero-variance groups are replaced.
         pilot_size: Completions of the first part of a group. None if groups are drawn whole.
     """
@@ -180,7 +181,7 @@ class StepRoller:
         engine: RolloutEngine,
         rollout: Callable[[Sequence[Task]], list[RolloutGroup]],
         *,
-        objective: Objective,
+        objective: BoundObjective,
         dynamic_sampling: DynamicSampling,
         pilot_size: int | None,
     ) -> None:
@@ -191,17 +192,28 @@ class StepRoller:
         self.pilot_size = pilot_size
 
     def roll_out(
-        self, tasks: Sequence[Task], draw: Draw, *, max_extra_tasks: int, ranks: Ranks | RankExchange
+        self,
+        tasks: Sequence[Task],
+        draw: Draw,
+        *,
+        step: int,
+        max_extra_tasks: int,
+        ranks: Ranks | RankExchange,
     ) -> StepRollouts:
         """The groups of a step, with further tasks in place of zero-variance groups. A collective.
 
-        See ``fill_batch``.
+        Args:
+            tasks: This rank's tasks of the step.
+            draw: See ``fill_batch``, like ``max_extra_tasks``.
+            step: Optimizer steps before the one that trains the groups. Rollouts ahead know it too.
+            max_extra_tasks: Most further tasks.
+            ranks: All ranks.
         """
         start, prompts_before, version = time.perf_counter(), self.engine.prompt_tokens, self.engine.version
         filled = fill_batch(
             self.rollout,
-            draw,
-            tasks,
+            lambda wanted: self.objective.posed(draw(wanted), step=step),
+            self.objective.posed(tasks, step=step),
             max_extra_tasks=max_extra_tasks,
             over_ranks=lambda number: (ranks.gather(number), ranks.data_rank),
         )
@@ -211,7 +223,9 @@ class StepRoller:
         )
         work = rollout_work(filled, prefill_tokens=metrics["rollout/prefill_tokens"])
         metrics |= server_metrics(self.engine.servers)
-        metrics |= self.objective.take_metrics([*filled.groups, *filled.replaced])
+        groups = [*filled.groups, *filled.replaced]
+        metrics |= self.objective.objective.take_metrics(groups)
+        metrics |= self.objective.budget_metrics(groups, step=step, pilot_size=self.pilot_size)
         return StepRollouts(
             filled=filled,
             metrics=metrics,
