@@ -112,7 +112,7 @@ SECTION = Section(
         row(
             {"selection/drawn": SUM},
             meaning=(
-                "tasks that were drawn and scored by the policy before the rollouts (this and the next five "
+                "tasks that were drawn and scored by the policy before the rollouts (this and the next seven "
                 "only with `rollout.selection`)"
             ),
             unit="tasks",
@@ -139,6 +139,25 @@ SECTION = Section(
             unit="tasks",
             normal="0",
             watch_for="above 0 in most steps: widen the band, or raise `rollout.selection.max_draws`",
+        ),
+        row(
+            {"selection/accepted": SUM},
+            meaning=(
+                "tasks in the band whose kind was accepted (this and the next only with "
+                "`rollout.selection.by_kind`)"
+            ),
+            unit="tasks",
+            normal="all at first",
+        ),
+        row(
+            {"selection/best_kind_frac": MAX},
+            meaning=(
+                "smoothed share of groups with a gradient of the best kind of positions, before this step's "
+                "groups count"
+            ),
+            unit="share",
+            normal="1 in the first step, then above `rollout/live_groups_frac`",
+            watch_for="falls to it: kinds do not differ any more, and preferring them only costs draws",
         ),
         row(
             {"selection/in_band_frac": SAME},

@@ -249,8 +249,8 @@ def check_settings(
     if selection.is_on:
         raise ValueError(
             f"{flag}: rollout.selection asks the policy about tasks while it is trained; leave "
-            "--rollout.selection.min_true_prob at 0 and max_true_prob at 1 and choose positions in `rpt "
-            "prepare` (--min_true_prob, --max_true_prob), or set --rollout.max_staleness 0"
+            "--rollout.selection.min_true_prob at 0, max_true_prob at 1 and by_kind false, and choose "
+            "positions in `rpt prepare` (--min_true_prob, --max_true_prob); or set --rollout.max_staleness 0"
         )
     if getattr(data, "makes", None) != "tasks":
         raise ValueError(
