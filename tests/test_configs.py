@@ -19,6 +19,7 @@ RUNS = sorted([*CONFIGS.glob("*.yaml"), *(CONFIGS / "demo").glob("*.yaml")])
 STRATEGIES = sorted((CONFIGS / "strategy").glob("*.yaml"))
 ROLLOUTS = sorted((CONFIGS / "rollout").glob("*.yaml"))
 MODELS = sorted((CONFIGS / "model").glob("*.yaml"))
+OBJECTIVES = sorted((CONFIGS / "objective").glob("*.yaml"))
 DATA = sorted((CONFIGS / "data").glob("*.yaml"))
 SERVERS = CONFIGS / "rollout" / "servers.yaml"
 PREPARE = sorted((CONFIGS / "prepare").glob("*.yaml"))
@@ -95,6 +96,16 @@ def test_the_trunk_over_a_run(run, offline_policy, monkeypatch, tmp_path):
     assert (cli.model.ntp_weight, cli.model.micro_batch_tokens) == (0.3, own["micro_batch_tokens"])
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("run", ["debug", "14b"])
+def test_an_objective_over_a_run(run, objective, offline_policy, monkeypatch, tmp_path):
+    flags = ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path)]
+    cli = instantiate(monkeypatch, CONFIGS / f"{run}.yaml", objective, flags=flags)
+    (callback,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, RolloutCallback)]
+    named = yaml.safe_load(objective.read_text())["rollout"]["objective"]["class_path"]
+    assert type(callback.objective).__name__ == named
+
+
 @pytest.mark.parametrize("data", DATA, ids=lambda path: path.stem)
 def test_data_elsewhere_over_the_paper_run(data, offline_policy, monkeypatch, tmp_path):
     flags = [
@@ -111,14 +122,18 @@ def test_data_elsewhere_over_the_paper_run(data, offline_policy, monkeypatch, tm
 
 @pytest.mark.parametrize(
     "config",
-    [path for path in [*RUNS, *ROLLOUTS, *MODELS] if uncommented(path.read_text()) != path.read_text()],
+    [
+        path
+        for path in [*RUNS, *ROLLOUTS, *MODELS, *OBJECTIVES]
+        if uncommented(path.read_text()) != path.read_text()
+    ],
     ids=lambda path: path.stem,
 )
 def test_commented_out_options_can_be_used(config, offline_policy, monkeypatch, tmp_path):
     file = tmp_path / config.name
     file.write_text(uncommented(config.read_text()))
     flags = ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path / "run")]
-    run = [CONFIGS / "14b.yaml"] if config in [*ROLLOUTS, *MODELS] else []
+    run = [CONFIGS / "14b.yaml"] if config in [*ROLLOUTS, *MODELS, *OBJECTIVES] else []
     instantiate(monkeypatch, *run, file, flags=flags)
 
 
@@ -149,7 +164,7 @@ def test_prepare_config(config, commented):
 
 
 @pytest.mark.parametrize(
-    "config", [*RUNS, *STRATEGIES, *ROLLOUTS, *DATA, *PREPARE], ids=lambda path: path.stem
+    "config", [*RUNS, *STRATEGIES, *ROLLOUTS, *OBJECTIVES, *DATA, *PREPARE], ids=lambda path: path.stem
 )
 def test_header_says_command_hardware_time_and_result(config):
     header = " ".join(line for line in config.read_text().splitlines() if line.startswith("#"))

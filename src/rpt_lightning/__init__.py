@@ -27,6 +27,7 @@ _MODULES = {
     "Objective": "objectives.base",
     "NextTokenObjective": "objectives.next_token",
     "InformationGainObjective": "objectives.information_gain",
+    "MaskedSpanObjective": "objectives.masked_span",
     "QuestionObjective": "objectives.question",
     "PromptTemplate": "objectives.prompts.template",
     "ContinuationPrompt": "objectives.prompts.template",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from rpt_lightning.evaluation.run import read_run
     from rpt_lightning.objectives.base import Objective
     from rpt_lightning.objectives.information_gain import InformationGainObjective
+    from rpt_lightning.objectives.masked_span import MaskedSpanObjective
     from rpt_lightning.objectives.next_token import NextTokenObjective
     from rpt_lightning.objectives.prompts.template import (
         ChatPrompt,
@@ -102,6 +104,7 @@ __all__ = [
     "HFEngine",
     "InformationGainObjective",
     "JsonlSource",
+    "MaskedSpanObjective",
     "NTPModule",
     "NextTokenObjective",
     "Objective",

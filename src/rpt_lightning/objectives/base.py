@@ -4,7 +4,7 @@ An objective says where in a text its tasks lie, what the policy sees there, how
 earns, what counts as right on held-out text whatever the reward, and what the same weights do without a
 thought. Data modules, rollouts, controls, validation and records ask a `BoundObjective` and know no leaf.
 
-`next_token.py` and `question.py` are the two leaves. docs/howto-objective.md shows how to write another one.
+The other modules of this folder are its leaves. docs/howto-objective.md shows how to write another one.
 """
 
 from __future__ import annotations
@@ -44,6 +44,11 @@ class Objective(ABC):
     """The form of a validation's records: positions of a text, or questions without one."""
     num_following_tokens: int = 0
     """Largest number of tokens from the position on that ``context_ids`` or ``truth`` reads."""
+    num_truth_tokens: int = 0
+    """Number of tokens of ``task.continuation`` that ``truth`` needs, if the text has that many.
+
+    A task folder must have been prepared with an ``--answer_reach`` of at least as many.
+    """
     num_added_tokens: int = 0
     """Largest number of tokens that ``context_ids`` has more than ``task.context_ids``."""
     tokens_after_thought: int | None = None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from rpt_lightning.data.modules.draw import uniform
 from rpt_lightning.data.prepare.proxy_scores import DocumentScores
 from rpt_lightning.data.store.item_format import Item
 from rpt_lightning.objectives.base import Objective
@@ -19,7 +20,8 @@ class PositionRule:
     """The conditions that a position must meet to become a task.
 
     It needs enough entropy (nats; paper, section 3.3), enough context, and a true probability inside the
-    learnability band. An ``objective`` may refuse further positions. A position is answerable if some
+    learnability band. With ``random_share`` each position passes with that probability instead, whatever its
+    entropy. An ``objective`` may refuse further positions. A position is answerable if some
     prediction that ends on a token boundary within ``answer_reach`` tokens survives the box parser. The
     prompt is not chosen yet, so the box is parsed as if it came after ``</think>``. For a template with
     another closing marker, the flag is wrong if the truth holds either marker.
@@ -32,19 +34,31 @@ class PositionRule:
     min_true_prob: float = 0.0
     max_true_prob: float = 1.0
     objective: Objective | None = None
+    random_share: float | None = None
+    seed: int = 0
 
-    def positions(self, scores: DocumentScores, *, is_cut: bool) -> NDArray[np.int32]:
+    def positions(self, doc_id: str, scores: DocumentScores, *, is_cut: bool) -> NDArray[np.int32]:
         """Select the positions of a document that pass, answerable or not. -> [P].
 
         At the end of a document that ``is_cut`` the true continuation is unknown. A right answer of several
         tokens would count as wrong there.
         """
-        kept = scores.entropy > self.entropy_threshold  # [L]; the NaN of position 0 compares as False
+        kept = self._drawn(doc_id, scores)  # [L]
         kept &= (scores.true_prob >= self.min_true_prob) & (scores.true_prob <= self.max_true_prob)
         kept[: self.min_context] = False
         if is_cut:
             kept[max(0, len(kept) - self.answer_reach + 1) :] = False
         return np.flatnonzero(kept).astype(np.int32)
+
+    def _drawn(self, doc_id: str, scores: DocumentScores) -> NDArray[np.bool_]:
+        """Select the positions of a document by entropy or at random. -> [L].
+
+        A random choice depends on the seed, the document and the position alone.
+        """
+        if self.random_share is None:
+            return scores.entropy > self.entropy_threshold  # the NaN of position 0 compares as False
+        chances = [uniform(self.seed, f"{doc_id}:{position}") for position in range(len(scores.entropy))]
+        return ~np.isnan(scores.entropy) & (np.array(chances) < self.random_share)
 
     def item(
         self,
@@ -59,7 +73,7 @@ class PositionRule:
 
         Also returns how many of the positions that passed are unanswerable, whether they are kept or not.
         """
-        positions = self.positions(scores, is_cut=is_cut)
+        positions = self.positions(doc_id, scores, is_cut=is_cut)
         pieces = [token_bytes[token] for token in token_ids.tolist()]
         if self.objective is not None:
             may_ask = self.objective.may_ask
