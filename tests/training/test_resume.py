@@ -8,7 +8,7 @@ from small_run import flat_weights
 
 from rpt_lightning.rollout.engines.hf_engine import HFEngine
 from rpt_lightning.rollout.engines.vllm.vllm_engine import VLLMEngine
-from rpt_lightning.rollout.settings import DynamicSampling
+from rpt_lightning.rollout.settings import DynamicSampling, Selection
 from rpt_lightning.training.callbacks.logs import RolloutSamples
 from rpt_lightning.training.checkpoint.callback import last_checkpoint
 
@@ -49,6 +49,17 @@ def test_dynamic_sampling(make_run, tmp_path):
         rollout_options={"dynamic_sampling": DynamicSampling(from_step=0)},
         module_options={"correction": "truncate"},
     )
+
+
+@pytest.mark.parametrize("max_factor", [None, 2.0], ids=["by itself", "with dynamic sampling"])
+def test_selection(make_run, tmp_path, max_factor):
+    """About half of the tasks lie in the band: the tiny model's chances are near 1 / 512."""
+    sampling = DynamicSampling(from_step=None if max_factor is None else 0, max_factor=max_factor or 1.0)
+    rollout_options = {
+        "selection": Selection(min_true_prob=0.0019, max_draws=3),
+        "dynamic_sampling": sampling,
+    }
+    check_resume(make_run, tmp_path, 2, rollout_options=rollout_options)
 
 
 def test_transformers_engine(make_run, tmp_path):

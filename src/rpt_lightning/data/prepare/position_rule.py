@@ -20,11 +20,15 @@ class PositionRule:
     """The conditions that a position must meet to become a task.
 
     It needs enough entropy (nats; paper, section 3.3), enough context, and a true probability inside the
-    learnability band. With ``random_share`` each position passes with that probability instead, whatever its
-    entropy. An ``objective`` may refuse further positions. A position is answerable if some
-    prediction that ends on a token boundary within ``answer_reach`` tokens survives the box parser. The
-    prompt is not chosen yet, so the box is parsed as if it came after ``</think>``. For a template with
-    another closing marker, the flag is wrong if the truth holds either marker.
+    learnability band. With ``max_true_rank`` the true token must also be among the proxy's most likely ones
+    (0 = the most likely), so that it can be inferred although it is not expected. This is the idea of REER-PT
+    (arXiv:2608.30627) in its simplest form, and not its formula. With ``random_share`` each position passes
+    with that probability, whatever its entropy. An ``objective`` may refuse further positions.
+
+    A position is answerable if some prediction that ends on a token boundary within ``answer_reach`` tokens
+    survives the box parser. The prompt is not chosen yet, so the box is parsed as if it came after
+    ``</think>``. For a template with another closing marker, the flag is wrong if the truth holds either
+    marker.
     """
 
     entropy_threshold: float
@@ -33,6 +37,7 @@ class PositionRule:
     keep_unanswerable: bool
     min_true_prob: float = 0.0
     max_true_prob: float = 1.0
+    max_true_rank: int | None = None
     objective: Objective | None = None
     random_share: float | None = None
     seed: int = 0
@@ -45,6 +50,8 @@ class PositionRule:
         """
         kept = self._drawn(doc_id, scores)  # [L]
         kept &= (scores.true_prob >= self.min_true_prob) & (scores.true_prob <= self.max_true_prob)
+        if self.max_true_rank is not None:
+            kept &= scores.true_rank <= self.max_true_rank  # position 0 has rank -1, but never enough context
         kept[: self.min_context] = False
         if is_cut:
             kept[max(0, len(kept) - self.answer_reach + 1) :] = False

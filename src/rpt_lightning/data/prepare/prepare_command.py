@@ -50,6 +50,7 @@ def prepare(
     min_context: int = 16,
     min_true_prob: float = 0.0,
     max_true_prob: float = 1.0,
+    max_true_rank: int | None = None,
     keep_unanswerable: bool = False,
     answer_reach: int = 8,
     max_tokens_per_document: int | None = None,
@@ -87,6 +88,9 @@ def prepare(
             less likely than this according to the proxy.
         max_true_prob: Upper end of the learnability band. Leave out training positions whose true token is
             more likely than this according to the proxy.
+        max_true_rank: Leave out training positions whose true token has a higher rank than this according to
+            the proxy (0: the most likely token). With a low max_true_prob this keeps positions that are hard
+            but inferable: the truth is unlikely, and still among the candidates. null sets no limit.
         keep_unanswerable: Keep training positions for which no right answer fits into a box. Held-out ones
             are always kept and flagged.
         answer_reach: Length of the longest right answer, in tokens.
@@ -123,6 +127,7 @@ def prepare(
             min_context=min_context,
             min_true_prob=min_true_prob,
             max_true_prob=max_true_prob,
+            max_true_rank=max_true_rank,
             keep_unanswerable=keep_unanswerable,
             answer_reach=answer_reach,
             max_tokens_per_document=max_tokens_per_document,

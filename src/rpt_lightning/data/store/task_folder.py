@@ -43,13 +43,15 @@ class TaskFolder:
         split: "train" or "heldout".
         max_context_tokens: Truncate longer contexts on the left.
 
-    ``num_following_tokens`` is how many tokens from the position on a task carries (0 at first).
+    ``num_following_tokens`` is how many tokens from the position on a task carries (0 at first). With
+    ``carries_rest`` (False at first) a task also carries the whole rest of its document.
     """
 
     def __init__(
         self, path: str | Path, split: Literal["train", "heldout"], *, max_context_tokens: int | None = None
     ) -> None:
         self.num_following_tokens = 0
+        self.carries_rest = False
         self._remote = RemoteFolder(str(path)) if is_remote(path) else None
         self.path = expand_home(path) if self._remote is None else self._remote.path
         self.split = split
@@ -184,6 +186,7 @@ class TaskFolder:
             answerable=bool(item["answerable"][k]),
             fields={} if rows is None else rows[k],
             following_ids=tuple(token_ids[position : position + self.num_following_tokens].tolist()),
+            rest_ids=tuple(token_ids[position:].tolist()) if self.carries_rest else (),
         )
 
     def candidates(self, document_index: int, k: int) -> tuple[TokenIds, tuple[float, ...]]:
