@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from rpt_lightning.compat.peft import adapted_layers, parts
+from rpt_lightning.policy.adapter import base_parameters, merged
 from rpt_lightning.policy.model import Policy
 
 HEAD_NAME = "lm_head.weight"
@@ -19,15 +21,23 @@ def named_weights(policy: Policy, names: Collection[str] | None = None) -> Itera
 
     ``names`` selects weights. None yields all of them. Sharded weights are gathered, which is a collective,
     so call this on every rank. A tied output head is one parameter with two names, and it is yielded under
-    both. Without the second name, vLLM's ``reload_weights`` is silently wrong.
+    both. Without the second name, vLLM's ``reload_weights`` is silently wrong. An adapter
+    is merged into the weights of its layers, in fp32.
     """
     if isinstance(policy, FSDPModule):
         policy.reshard()  # after a forward pass alone, the root stays gathered, perhaps in bf16
-    for name, parameter in policy.model.named_parameters():
+    layers = adapted_layers(policy.model) if policy.adapter is not None else {}
+    for name, parameter in base_parameters(policy.model):
         if names is None or name in names:
-            yield name, _whole(parameter)
+            layer = layers.get(name.removesuffix(".weight"))
+            yield name, _whole(parameter) if layer is None else _merged(layer)
     if policy.is_tied and (names is None or HEAD_NAME in names):
         yield HEAD_NAME, _whole(policy.head_weight)
+
+
+def _merged(layer: Any) -> Tensor:
+    weight, a, b, scale = parts(layer)
+    return merged(_whole(weight), _whole(a), _whole(b), scale)
 
 
 def _whole(parameter: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class EngineSync:
         """Start the engine if necessary, and bring it to the policy's version. A collective."""
         if not self.engine.weight_names:
             start = time.perf_counter()
-            self.engine.start(module.policy.path, seed=self.seed, max_model_len=self.max_model_len)
+            self.engine.start(module.policy.model_path, seed=self.seed, max_model_len=self.max_model_len)
             rank_zero_info(
                 f"engine: {self.engine.description}, started in {time.perf_counter() - start:.0f} s"
             )

@@ -33,6 +33,7 @@ from rpt_lightning.policy.packing.trees import PackedTree
 from rpt_lightning.policy.parallel.sharding import materialize_sharded
 from rpt_lightning.pretrained.specification import has_hash, tokenizer_hash
 from rpt_lightning.records.results import PositionResult
+from rpt_lightning.training.checkpoint.adapter import about_adapter, check_same_adapter
 from rpt_lightning.training.checkpoint.callback import save_last_step
 from rpt_lightning.training.checkpoint.file import check_about
 from rpt_lightning.training.cpu_precision import bf16_is_slow
@@ -150,6 +151,16 @@ class PolicyModule(LightningModule, ABC):
                 "precision: this CPU has no instructions for bf16; --trainer.precision 32-true "
                 "(and --rollout.engine.dtype float32) is several times faster"
             )
+        adapter = self.policy.adapter
+        if (
+            adapter is not None
+            and adapter.base_dtype == "bfloat16"
+            and self.trainer.precision != "bf16-mixed"
+        ):
+            raise ValueError(
+                "model.policy.adapter.base_dtype is bfloat16, but --trainer.precision is "
+                f"{self.trainer.precision}; give bf16-mixed, or --model.policy.adapter.base_dtype float32"
+            )
         if getattr(self.trainer.strategy, "gather_bf16", False) and self.trainer.precision != "bf16-mixed":
             raise ValueError(
                 "trainer.strategy.gather_bf16 computes in bf16, but --trainer.precision is "
@@ -173,7 +184,7 @@ class PolicyModule(LightningModule, ABC):
         rank_zero_info(f"policy: {self.policy.packing}")
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self.policy.parameters())
+        optimizer = self.make_optimizer(self.policy.trained_parameters())
         scheduler = None if self.make_lr_scheduler is None else self.make_lr_scheduler(optimizer)
         check_kinds(optimizer, scheduler)
         self._given_settings = settings_of(optimizer)
@@ -201,20 +212,17 @@ class PolicyModule(LightningModule, ABC):
         is_training = self.trainer.state.fn == TrainerFn.FITTING
         return None if is_training or self.trainer.ckpt_path is None else str(self.trainer.ckpt_path)
 
-    @property
-    def _weight_shapes(self) -> dict[str, list[int]]:
-        return {name: list(weight.shape) for name, weight in self.policy.model.state_dict().items()}
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[CHECKPOINT_KEY] = {
             "policy_path": self.policy.path,
             "policy_config": self.policy.config.to_json_string(),
             "tokenizer_hash": self.tokenizer_hash,
-            "weight_shapes": self._weight_shapes,
+            "weight_shapes": self.policy.saved_shapes(),
             "global_step": self.global_step,
             "num_skipped_steps": self.num_skipped_steps,
             "skipped_in_a_row": self._skipped_in_a_row,
             "kinds": self._kinds,
+            **about_adapter(self.policy),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -225,10 +233,11 @@ class PolicyModule(LightningModule, ABC):
                 "checkpoints/"
             )
         check_about(saved, "ckpt_path", resumes=True)
+        check_same_adapter(saved, self.policy, "ckpt_path")
         # The checkpoint's "state_dict" is not available: a sharded strategy removes it before this call.
         if (
             not has_hash(self.tokenizer, saved["tokenizer_hash"])
-            or saved["weight_shapes"] != self._weight_shapes
+            or saved["weight_shapes"] != self.policy.saved_shapes()
         ):
             raise ValueError(
                 f"ckpt_path: the checkpoint holds the model of {saved['policy_path']}, but the config has "
