@@ -96,6 +96,16 @@ def part_names(layer_name: str) -> tuple[str, str]:
     return f"{layer_name}.lora_A.{_NAME}.weight", f"{layer_name}.lora_B.{_NAME}.weight"
 
 
+def split_part_name(name: str) -> tuple[str, str]:
+    """Split the name of an A or B into the layer's name and "lora_A" or "lora_B".
+
+    >>> split_part_name("model.layers.0.mlp.up_proj.lora_B.default.weight")
+    ('model.layers.0.mlp.up_proj', 'lora_B')
+    """
+    layer, kind = name.removesuffix(f".{_NAME}.weight").rsplit(".", 1)
+    return layer, kind
+
+
 def name_in_file(name: str) -> str:
     """Return the name that peft's files use for one of the model's parameters.
 
