@@ -48,9 +48,9 @@ demo-text: $(STAMP)  ## a real 135M model on real text: half an hour on two core
 evidence: $(STAMP)  ## every arm of docs/evidence.md, three seeds each: a few hours on two cores; continues where it was interrupted
 	$(BIN)/python scripts/evidence.py run
 
-reproduction: $(STAMP)  ## one seed of docs/results.md, "Reproduction": make reproduction SEED=0 (takes over demo-text's run)
+reproduction: $(STAMP)  ## one seed of docs/results.md, "Reproduction": make reproduction SEED=0 (takes over demo-text's run); ARM=trunk is docs/trunk.md's
 	$(if $(SEED),,$(error Name a seed: make reproduction SEED=0))
-	$(BIN)/python scripts/reproduction.py run --seed $(SEED)
+	$(BIN)/python scripts/reproduction.py run --seed $(SEED) $(if $(ARM),--arm $(ARM))
 
 debug: $(STAMP) models/tiny tasks/debug  ## every part once, on a tiny random model, in a minute
 	rm -rf runs/debug

@@ -127,7 +127,7 @@ def main() -> None:
     name = f"n{args.tokens}-v{args.vocabulary}-d{args.width}"
     store(
         f"logprob-memory-vs-full-logits-{name}", peak / logits, limit=gradients / logits, target=1 / 8,
-        unit="of the size of the full fp32 logits", keep=not args.short,
+        unit="times the size of the full fp32 logits", keep=not args.short,
     )  # fmt: skip
     if importlib.util.find_spec("trl") is None:
         print("trl is not installed, so it is not measured")
@@ -139,7 +139,7 @@ def main() -> None:
     )
     store(
         f"logprob-memory-vs-trl-{name}", peak / peak_trl, limit=gradients / peak_trl, target=1.0,
-        unit="of the peak of TRL 1.16's chunked function", keep=not args.short,
+        unit="times the peak of TRL 1.16's chunked function", keep=not args.short,
     )  # fmt: skip
 
 

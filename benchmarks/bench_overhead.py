@@ -180,14 +180,14 @@ def main() -> None:
         "step-overhead",
         overhead / whole,
         target=0.05,
-        unit="of a step is neither generation, forward and backward nor optimizer",
+        unit="of a step is spent outside generation, forward and backward, and the optimizer",
         **options,
     )
     store(
         "step-sync",
         seconds["sync"] / whole,
         target=0.02,
-        unit="of a step is hand-over of weights and its verification",
+        unit="of a step is spent on the weight sync, including its verification",
         **options,
     )
 

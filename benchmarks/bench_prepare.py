@@ -138,7 +138,7 @@ def main() -> None:
             store(
                 f"prepare-vs-forward-{kind}-{precision}", seconds["bare forward"] / seconds["scoring"],
                 limit=(body + head) * padded / (body * padded + head * scored), target=0.8,
-                unit="of the tokens/s of a bare forward pass", keep=not args.short,
+                unit="times the tokens/s of a bare forward pass", keep=not args.short,
             )  # fmt: skip
 
 

@@ -198,7 +198,7 @@ def main() -> None:
     shape = f"p{args.context}-c{args.completion}-g{args.group}-k{args.positions}"
     store(
         f"rollout-vs-llm-generate-{shape}", seconds["bare"] / seconds["ours"], limit=1.0, target=0.95,
-        unit="of the tokens/s of a bare LLM.generate", keep=not args.short,
+        unit="times the tokens/s of a bare LLM.generate", keep=not args.short,
     )  # fmt: skip
     store(
         f"rollout-cache-share-{shape}", prompts.cached / prompts.shareable, limit=1.0, target=0.9,

@@ -45,7 +45,7 @@ class Paths:
         self.versions = itertools.count()
         self.turns = itertools.count()
 
-    def hand_over(self) -> None:
+    def sync(self) -> None:
         self.engine.update_weights(named_weights(self.policy), version=next(self.versions))
 
     def check(self) -> None:
@@ -78,7 +78,7 @@ class Paths:
         ctypes.CDLL(None).malloc_trim(0)  # free memory that the allocator keeps would hide a copy
         Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         before = memory("VmRSS")
-        self.hand_over()
+        self.sync()
         return memory("VmHWM") - before
 
 
@@ -89,13 +89,13 @@ def measure(policy: Policy, dtype: str, args: argparse.Namespace) -> None:
         paths = Paths(policy, engine)
         print(f"--- {engine.description}", flush=True)
         seconds = alternate(
-            {"hand-over": paths.hand_over, "check": paths.check, "copy": paths.copy}, args.repeats
+            {"weight sync": paths.sync, "check": paths.check, "copy": paths.copy}, args.repeats
         )
         paths.check_all()
         growth = paths.growth()
         if args.profile:
             with cProfile.Profile() as profile:
-                paths.hand_over()
+                paths.sync()
             pstats.Stats(profile).sort_stats("tottime").print_stats(15)
         num_bytes = sum(parameter.numel() for parameter in policy.model.parameters()) * engine.dtype.itemsize
     keep = not args.short
@@ -104,13 +104,13 @@ def measure(policy: Policy, dtype: str, args: argparse.Namespace) -> None:
         f"verification {seconds['check']:.2f} s"
     )
     store(
-        f"sync-vs-copy-{dtype}", seconds["copy"] / seconds["hand-over"], limit=1.0, target=None,
-        unit="of the speed of a plain copy of the weights", keep=keep, weight_bytes=num_bytes,
+        f"sync-vs-copy-{dtype}", seconds["copy"] / seconds["weight sync"], limit=1.0, target=None,
+        unit="times the speed of a plain copy of the weights", keep=keep, weight_bytes=num_bytes,
     )  # fmt: skip
     store(
         f"sync-memory-{dtype}", growth / num_bytes, limit=0.0, target=0.5,
-        unit="of the weights' size more memory during a hand-over", keep=keep, growth_bytes=growth,
-        weight_bytes=num_bytes,
+        unit="times the weights' size in extra memory during a weight sync", keep=keep,
+        growth_bytes=growth, weight_bytes=num_bytes,
     )  # fmt: skip
 
 

@@ -206,7 +206,7 @@ def measure(work: str, names: list[str], *, keep: bool, **options: Any) -> None:
             for name, values in samples.items()
         },
     }
-    unit = "of the speed of threads that spin while they wait, where nothing else is to run"
+    unit = "times the speed of threads that spin while they wait, with nothing else running"
     store(
         f"threads-passive-alone-{work}",
         seconds["default alone"] / seconds["passive alone"],
@@ -219,7 +219,7 @@ def measure(work: str, names: list[str], *, keep: bool, **options: Any) -> None:
     cores = os.cpu_count() or 1
     for name in ("default", "passive"):
         share = min(seconds["default alone"], seconds["passive alone"]) / seconds[f"{name} busy"]
-        unit = "of the speed alone is left beside one busy process"
+        unit = "times the speed without other processes, beside one busy process"
         store(f"threads-{name}-busy-{work}", share, limit=cores / (cores + 1), unit=unit, **details)
 
 

@@ -251,7 +251,7 @@ def measure(model: PreTrainedModel, args: argparse.Namespace) -> None:
         store(
             f"train-step-vs-one-position-{shape}", seconds["one position a document"] / seconds["ours"],
             target=1.0, lower_is_better=False, keep=keep, limit=flops(model, alone, shared=True) / shared,
-            unit="times as fast a trained token as with one position a document",
+            unit="times as fast per trained token as with one position per document",
         )  # fmt: skip
 
 

@@ -5,10 +5,13 @@ prediction at the same FLOPs. All policies of a seed answer the same held-out po
 order of tasks and text and in their samples. Seed 0 is the demo's own run, so a finished demo is used as it
 is.
 
-    python scripts/reproduction.py run --seed 1
-        Runs every stage, writes the record, and renews the summary of all records in docs/results.md.
+An arm is RPT with other options (`ARMS`). Each arm has its own continual next-token training at the arm's
+FLOPs.
+
+    python scripts/reproduction.py run --seed 1 [--arm trunk]
+        Runs every stage, writes the record, and renews the summary of the arm's records.
     python scripts/reproduction.py summary
-        Only renews the summary.
+        Only renews the summaries: of RPT itself in docs/results.md, and of the trunk term in docs/trunk.md.
 """
 
 from __future__ import annotations
@@ -55,30 +58,39 @@ from rpt_lightning.records.results import read_results
 NTP_CONFIG = "configs/ntp-baseline.yaml"
 NTP_CHECKPOINT_EVERY = 50  # steps; less often than in the configuration, because the run is longer
 RECORDS = Path("docs/reproduction")
-RESULTS = Path("docs/results.md")
+PAGES = {"rpt": Path("docs/results.md"), "trunk": Path("docs/trunk.md")}
+# What an arm adds to configs/demo-text.yaml. The trunk term trains at temperature 1, and so do its rollouts.
+# With the term the gradient's norm is about 1, which 0.2 would nearly always clip.
+TRUNK_SETTING = {"--rollout.sampling.temperature": 1.0, "--model.gradient_clip": 1.0}
+ARMS: dict[str, dict[str, object]] = {
+    "rpt": {},
+    "trunk": {"--model.ntp_weight": 0.3, **TRUNK_SETTING},
+    "trunk-off": TRUNK_SETTING,  # what temperature and clip do by themselves
+}
 START = COLD_START / "export"
 
 
 class Seed:
-    """Folders and stages of one seed."""
+    """Folders and stages of one seed of an arm."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, arm: str) -> None:
         self.seed = seed
-        self.folder = Path("runs/reproduction") / f"seed-{seed}"
+        self.arm = arm
+        name = f"seed-{seed}" if arm == "rpt" else f"{arm}-{seed}"
+        self.folder = Path("runs/reproduction") / name
         self.page = self.folder / "report.html"
-        self.record = RECORDS / f"seed-{seed}.json"
-        self.rpt = RPT if seed == 0 else self.folder / "rpt"
-        self.after = folder_of("after RPT") if seed == 0 else self.folder / "after-RPT"
+        self.record = RECORDS / f"{name}.json"
+        is_demo = arm == "rpt" and seed == 0
+        self.rpt = RPT if is_demo else self.folder / "rpt"
+        self.after = folder_of("after RPT") if is_demo else self.folder / "after-RPT"
         self.ntp = self.folder / "ntp"
         config = settings(RPT_CONFIG)
         self.last_step: int = config["trainer"]["max_steps"]
-        self.earlier_steps = range(
-            config["checkpoint"]["keep_every_n_steps"],
-            self.last_step,
-            config["checkpoint"]["keep_every_n_steps"],
-        )
+        every = config["checkpoint"]["keep_every_n_steps"]
+        # Only RPT itself has a scaling fit.
+        self.earlier_steps = range(every, self.last_step, every) if arm == "rpt" else range(0)
         self.own_stages = (
-            *(RPT_STAGES if seed == 0 else self._rpt_stages()),
+            *(RPT_STAGES if is_demo else self._rpt_stages()),
             *self._checkpoint_stages(),
             *self._ntp_stages(),
             self._report(),
@@ -103,7 +115,7 @@ class Seed:
                 RPT_CONFIG,
                 folder=self.folder,
                 minutes=28,
-                options=(*ENGINE, *self._flags(self.rpt)),
+                options=(*ENGINE, *flags(ARMS[self.arm]), *self._flags(self.rpt)),
             ),
             export(self.rpt, folder=self.folder),
             evaluate(
@@ -201,7 +213,11 @@ class Seed:
 
     def run(self) -> None:
         self.check_start()
-        run_stages(self.stages, program="reproduction", again=f"make reproduction SEED={self.seed}")
+        run_stages(
+            self.stages,
+            program="reproduction",
+            again=f"make reproduction SEED={self.seed}{'' if self.arm == 'rpt' else f' ARM={self.arm}'}",
+        )
         self.check_start()
 
     def write(self) -> None:
@@ -247,6 +263,7 @@ class Seed:
         documents = json.loads((TASKS / "manifest.json").read_text())["splits"]["train"]["documents"]
         return {
             "commit": commit(),
+            "arm": {"name": self.arm, "options": ARMS[self.arm]},
             "machine": machine(),
             "precision": "fp32" if IN_FP32 else settings(RPT_CONFIG)["trainer"]["precision"],
             "versions": versions(),
@@ -296,13 +313,17 @@ def versions() -> dict[str, str]:
 
 
 def summarise() -> None:
-    """Write the summary of all records into docs/results.md."""
-    records = [read_record(path) for path in sorted(RECORDS.glob("seed-*.json"))]
-    RESULTS.write_text(
-        replace_section(RESULTS.read_text(encoding="utf-8"), seed_summary(records), where=str(RESULTS)),
-        encoding="utf-8",
-    )
-    print(f"{RESULTS}: {len(records)} seeds")
+    """Write the summary of each arm's records into its page."""
+    for arm, page in PAGES.items():
+        if not page.exists():
+            continue
+        pattern = "seed-[0-9]*.json" if arm == "rpt" else f"{arm}-[0-9]*.json"
+        records = [read_record(path) for path in sorted(RECORDS.glob(pattern))]
+        page.write_text(
+            replace_section(page.read_text(encoding="utf-8"), seed_summary(records), where=str(page)),
+            encoding="utf-8",
+        )
+        print(f"{page}: {len(records)} seeds")
 
 
 def main() -> None:
@@ -310,11 +331,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("run", help="run one seed").add_argument("--seed", type=int, required=True)
-    verbs.add_parser("summary", help="renew the section of docs/results.md")
+    run = verbs.add_parser("run", help="run one seed")
+    run.add_argument("--seed", type=int, required=True)
+    run.add_argument("--arm", choices=ARMS, default="rpt", help="RPT itself (the default), or with a change")
+    verbs.add_parser("summary", help="renew the sections of docs/results.md and docs/trunk.md")
     arguments = parser.parse_args()
     if arguments.verb == "run":
-        seed = Seed(arguments.seed)
+        seed = Seed(arguments.seed, arguments.arm)
         say_what_is_special("reproduction")
         seed.run()
         seed.write()

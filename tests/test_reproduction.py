@@ -152,11 +152,29 @@ def test_two_seeds_from_nothing_to_the_summary(project):
     text = (project / "docs/results.md").read_text()
     assert f"2 seeds, {NUM_POSITIONS} held-out positions" in text
     assert text.endswith(f"{END}\nAfter it.\n")
+    # Another arm has folders and a record of its own, starts from the same cold start, and no scaling fit.
+    status, output = reproduction(project, "run", "--seed", "0", "--arm", "trunk")
+    assert status == 0, output
+    assert "cold start: finished before, skipped" in output
+    trunk = read_record(project / "docs/reproduction/trunk-0.json")
+    assert trunk.about["arm"]["options"]["--model.ntp_weight"] == 0.3
+    assert [(one.policy, one.step) for one in trunk.measured][:-1] == [
+        ("start", 0),
+        ("cold start", 0),
+        ("RPT", 4),
+    ]
+    assert all(
+        "loss/ntp" in step for step in read_run(project / "runs/reproduction/trunk-0/rpt").steps.values()
+    )
+    assert "2 seeds" in (project / "docs/results.md").read_text()
     histories = json.loads((project / "docs/reproduction/seed-0.json").read_text())["stages"]
     assert all(history["seconds"] > 0 and history["command"].startswith("rpt ") for history in histories)
 
 
-def test_results_show_what_the_records_say():
-    records = [read_record(path) for path in sorted((ROOT / "docs/reproduction").glob("seed-*.json"))]
-    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
-    assert replace_section(text, seed_summary(records), where="docs/results.md") == text
+@pytest.mark.parametrize(
+    ("page", "records"), [("results.md", "seed-*.json"), ("trunk.md", "trunk-[0-9]*.json")]
+)
+def test_the_page_shows_what_the_records_say(page, records):
+    found = [read_record(path) for path in sorted((ROOT / "docs/reproduction").glob(records))]
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert replace_section(text, seed_summary(found), where=page) == text

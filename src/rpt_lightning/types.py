@@ -67,7 +67,8 @@ class Mark:
 class Document:
     """One text of a corpus, with what its source knows about it.
 
-    ``fields`` describe the whole text, and ``marks`` describe places in it.
+    ``fields`` describe the whole text, and ``marks`` describe places in it. ``split`` is the side of the
+    split on which it belongs, if its source knows that. A source knows it of all its documents or of none.
 
     >>> text = "Expression representing addition."
     >>> document = Document(doc_id="sympy.Add", text=text, fields={"module": "core"})
@@ -79,6 +80,7 @@ class Document:
     text: str
     fields: Fields = field(default_factory=dict, hash=False)
     marks: tuple[Mark, ...] = ()
+    split: Literal["train", "heldout"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +94,12 @@ class TokenTask:
     position. ``answerable`` says whether any prediction that ends on a token boundary within ``continuation``
     survives the box parser. ``fields`` are what the corpus knows about the position (``Document.fields``,
     overlaid by those of marks). ``following_ids`` are the document's tokens from the position on. They are
-    empty unless the objective asks for them (``Objective.num_following_tokens``).
+    empty unless the objective asks for them (``Objective.num_following_tokens``). ``rest_ids`` are all of the
+    document's tokens from the position on. They are empty unless the run trains whole documents
+    (``model.ntp_whole_documents``). ``budget`` is the number of tokens that the prompt allows for a
+    completion. It is None until the task is put to the policy, and without a budget (`ThoughtBudget`).
+    ``material`` is what the objective stored with the position when the folder was prepared
+    (``Objective.material``).
     """
 
     task_id: str
@@ -107,6 +114,9 @@ class TokenTask:
     answerable: bool
     fields: Fields = field(default_factory=dict, hash=False)
     following_ids: TokenIds = ()
+    rest_ids: TokenIds = ()
+    budget: int | None = None
+    material: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,6 +146,7 @@ class AnswerTask:
     """A question as the policy reads it.
 
     ``context_ids`` are the question's text, its choices and the form of the answer, in one model's tokens.
+    ``budget`` is as in `TokenTask`.
 
     >>> question = Question(question_id="q-1", text="What is 2 + 2?", answer="4")
     >>> AnswerTask(question=question, context_ids=(17, 340)).task_id
@@ -144,6 +155,7 @@ class AnswerTask:
 
     question: Question
     context_ids: TokenIds
+    budget: int | None = None
 
     @property
     def task_id(self) -> str:
@@ -168,6 +180,11 @@ class AnswerTask:
         return True
 
     @property
+    def rest_ids(self) -> TokenIds:
+        """Nothing follows a question."""
+        return ()
+
+    @property
     def fields(self) -> Fields:
         return {} if self.question.category is None else {"category": self.question.category}
 
@@ -177,7 +194,8 @@ class Task(Protocol):
 
     Only an objective knows what kind of task it gets (`TokenTask` and `AnswerTask` are ours). Everything else
     reads these fields. ``entropy`` is the proxy's, in nats, or None if no proxy scored the place.
-    ``answerable`` says whether some right answer fits into a box.
+    ``answerable`` says whether some right answer fits into a box. ``rest_ids`` are the text from the position
+    on, if the run trains whole documents.
     """
 
     @property
@@ -192,6 +210,8 @@ class Task(Protocol):
     def entropy(self) -> float | None: ...
     @property
     def answerable(self) -> bool: ...
+    @property
+    def rest_ids(self) -> TokenIds: ...
     @property
     def fields(self) -> Fields: ...
 

@@ -36,6 +36,14 @@ def test_long_contexts_are_cut_on_the_left(write_task_folder: Write, tmp_path: P
     assert folder.task(0, 4).position == 5
 
 
+def test_a_task_carries_the_rest_of_its_document_on_request(write_task_folder: Write, tmp_path: Path) -> None:
+    folder = TaskFolder(write_task_folder(tmp_path / "t", [6]), "train", max_context_tokens=2)
+    assert folder.task(0, 4).rest_ids == ()
+    folder.carries_rest = True
+    task = folder.task(0, 4)
+    assert (task.context_ids, task.rest_ids, task.following_ids) == ((43, 44), (45, 46), ())
+
+
 def test_the_prepared_folder_reads_back(prepared_dir: Path) -> None:
     folder = TaskFolder(prepared_dir, "heldout")
     for document in range(len(folder)):

@@ -15,10 +15,11 @@ from test_resume import check_resume
 
 from rpt_lightning.data.modules.base import StepLoader
 from rpt_lightning.data.modules.batch import SequenceBatch
-from rpt_lightning.data.modules.stream import rank_share
+from rpt_lightning.data.modules.stream import TaskStream, rank_share
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.packing.rows import pack_rows
 from rpt_lightning.training.modules.ntp_module import NTPModule
+from rpt_lightning.training.modules.rpt_module import RPTModule
 from rpt_lightning.training.modules.trunk import Span, context_sequences, first_target_positions
 from rpt_lightning.types import TrainSequence
 
@@ -210,13 +211,15 @@ def test_positions_of_a_whole_document_are_one_sequence():
 
 
 class OneOfRanks:
-    def __init__(self, groups, rank, num_ranks):
+    def __init__(self, groups, rank, num_ranks, max_tokens=None):
         self.data_rank = rank
+        self.max_tokens = max_tokens
         self.parts = [rank_share(groups, rank=other, num_ranks=num_ranks) for other in range(num_ranks)]
 
     def gather(self, spans):
-        assert spans == [Span.of(one.task) for one in self.parts[self.data_rank]]
-        return [[Span.of(one.task) for one in part] for part in self.parts]
+        of_parts = [[Span.of(one.task, max_tokens=self.max_tokens) for one in part] for part in self.parts]
+        assert spans == of_parts[self.data_rank]
+        return of_parts
 
 
 def at(span):
@@ -249,3 +252,57 @@ def test_ranks_share_the_contexts_of_a_step(contexts, num_ranks):
 
 def test_a_resumed_run_is_exact(make_run, tmp_path):
     check_resume(make_run, tmp_path, 2, module_options={"micro_batch_tokens": 200, "ntp_weight": 0.3})
+
+
+# Whole documents
+
+WHOLE = {"ntp_weight": 0.3, "ntp_whole_documents": True}
+
+
+def with_rest(one, document):
+    return replace(one, task=replace(one.task, rest_ids=document[one.task.position :]))
+
+
+def test_documents_are_trained_to_their_end(tiny_model_dir, tmp_path):
+    documents = {"a": (*A, 26, 27), "b": (*B, 72)}
+    groups = tuple(with_rest(one, documents[one.task.doc_id]) for one in ALIVE)
+    expected = plain_gradient(tiny_model_dir, groups, [(ids, 1) for ids in documents.values()], 0.3, 11)
+    _, before, after, metrics = train(tiny_model_dir, tmp_path, groups=groups, **WHOLE)
+    assert ((before - after) - expected).norm() / expected.norm() < 1e-5
+    assert metrics["train/ntp_tokens"] == 11  # 8 and 5 tokens, without the first ones
+
+
+def test_documents_end_with_the_longest_input_of_the_model():
+    (group_a,) = (with_rest(ALIVE[0], (*A, 26, 27)),)
+    cut = context_sequences(
+        (group_a,), start_ids=(7,), in_prompt=False, ranks=OneOfRanks((group_a,), 0, 1, 5), max_tokens=6
+    )
+    (sequence,) = cut.sequences
+    assert sequence.prompt_ids + sequence.target_ids == (7, 20, 21, 22, 23, 24)
+    assert cut.num_targets == 4
+
+
+def test_all_documents_of_a_real_run_are_trained_whole(make_run):
+    trainer, module, data = make_run(1, module_options=WHOLE)
+    trainer.fit(module, data)
+    lengths = {data.train.document(i)["doc_id"]: len(data.train.token_ids(i)) for i in range(len(data.train))}
+    rng = data.stream.order
+    first = TaskStream(rng, corpus="", layout="").next(8)
+    documents = {document for document, _ in first}
+    expected = sum(lengths[data.train.document(i)["doc_id"]] - 1 for i in documents)
+    assert trainer.callback_metrics["train/ntp_tokens"] == expected
+
+
+def test_a_resumed_run_on_whole_documents_is_exact(make_run, tmp_path):
+    check_resume(make_run, tmp_path, 2, module_options={"micro_batch_tokens": 200} | WHOLE)
+
+
+def test_a_task_without_the_rest_of_its_document_is_refused(tiny_model_dir, tmp_path):
+    with pytest.raises(ValueError, match=r"ntp_whole_documents=true: the data module hands out a:3 without"):
+        train(tiny_model_dir, tmp_path, groups=ALIVE, **WHOLE)
+
+
+@pytest.mark.parametrize("other", [{"ntp_weight": 0.0}, {"ntp_in_prompt": True}])
+def test_whole_documents_need_a_term_on_bare_text(tiny_model_dir, other):
+    with pytest.raises(ValueError, match=r"model\.ntp_whole_documents=true with model\.ntp_in_prompt="):
+        RPTModule(Policy(str(tiny_model_dir)), **WHOLE | other)

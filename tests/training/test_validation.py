@@ -186,14 +186,14 @@ def test_a_checkpoint_is_validated_under_its_own_step(make_run, tmp_path, capsys
 def test_the_checkpoint_of_another_model_is_refused_without_its_weights(make_run, tmp_path):
     """A sharded strategy takes "state_dict" out of the checkpoint before the module sees it."""
     trainer, module, data = make_run(1, run_dir=tmp_path / "run")
-    module._skipped_in_a_row = 2
+    module.skipped_steps.in_a_row = 2
     trainer.fit(module, data)
-    module._skipped_in_a_row = 2
+    module.skipped_steps.in_a_row = 2
     saved = {}
     module.on_save_checkpoint(saved)
-    module._skipped_in_a_row = 0
+    module.skipped_steps.in_a_row = 0
     module.on_load_checkpoint(saved)
-    assert module._skipped_in_a_row == 2
+    assert module.skipped_steps.in_a_row == 2
     shapes = saved["rpt"]["weight_shapes"]
     assert all(type(size) is int for shape in shapes.values() for size in shape)
     shapes["model.norm.weight"] = [7]

@@ -53,12 +53,12 @@ def cpu_flash_attention_backward(
     return parts
 
 
-def has_avx512() -> bool:
-    """Whether this CPU has AVX-512.
+def has_bf16_instructions() -> bool:
+    """Whether this x86 CPU multiplies bf16 matrices by itself, with AVX-512 BF16 or AMX.
 
-    Relies on ``torch.cpu._is_avx512_supported``.
+    Relies on ``torch.cpu._is_avx512_bf16_supported`` and ``torch.cpu._is_amx_tile_supported``.
     """
-    return torch.cpu._is_avx512_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def allow_recompilations(most: int) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from rpt_lightning.compat.litdata import INDEX_FILE, open_items, read_index
 from rpt_lightning.data.prepare.proxy_model import load_tokenizer
 from rpt_lightning.data.sources.data_files import expand_home
-from rpt_lightning.data.store.item_format import FIELDS, Item, decode_item
+from rpt_lightning.data.store.item_format import FIELDS, MATERIAL, Item, decode_item
 from rpt_lightning.data.store.manifest import LATER_SETTINGS, MANIFEST_FILE, read_manifest
 from rpt_lightning.data.store.remote_folder import RemoteFolder, is_remote
 from rpt_lightning.data.store.shards import NUM_POSITIONS_FILE, check_file, check_split
@@ -43,13 +43,15 @@ class TaskFolder:
         split: "train" or "heldout".
         max_context_tokens: Truncate longer contexts on the left.
 
-    ``num_following_tokens`` is how many tokens from the position on a task carries (0 at first).
+    ``num_following_tokens`` is how many tokens from the position on a task carries (0 at first). With
+    ``carries_rest`` (False at first) a task also carries the whole rest of its document.
     """
 
     def __init__(
         self, path: str | Path, split: Literal["train", "heldout"], *, max_context_tokens: int | None = None
     ) -> None:
         self.num_following_tokens = 0
+        self.carries_rest = False
         self._remote = RemoteFolder(str(path)) if is_remote(path) else None
         self.path = expand_home(path) if self._remote is None else self._remote.path
         self.split = split
@@ -168,7 +170,7 @@ class TaskFolder:
         """Build the task at the ``k``-th stored position of a document."""
         item = self.document(document_index)
         position = int(item["positions"][k])
-        token_ids, rows = item["token_ids"], item.get(FIELDS)
+        token_ids, rows, materials = item["token_ids"], item.get(FIELDS), item.get(MATERIAL)
         start = 0 if self.max_context_tokens is None else max(0, position - self.max_context_tokens)
         continuation_ids = tuple(token_ids[position : position + self.manifest.answer_reach].tolist())
         return TokenTask(
@@ -184,6 +186,8 @@ class TaskFolder:
             answerable=bool(item["answerable"][k]),
             fields={} if rows is None else rows[k],
             following_ids=tuple(token_ids[position : position + self.num_following_tokens].tolist()),
+            rest_ids=tuple(token_ids[position:].tolist()) if self.carries_rest else (),
+            material="" if materials is None else materials[k],
         )
 
     def candidates(self, document_index: int, k: int) -> tuple[TokenIds, tuple[float, ...]]:

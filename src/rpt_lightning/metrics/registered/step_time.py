@@ -26,6 +26,14 @@ SECTION = Section(
             watch_for="large without a validation: slow storage, or a slow logger",
         ),
         row(
+            {"time/selection_s": MAX},
+            meaning=(
+                "the policy's scores of the step's tasks and of those drawn instead (only with "
+                "`rollout.selection`; the draws of dynamic sampling are part of `time/rollout_s`)"
+            ),
+            unit="s",
+        ),
+        row(
             {"time/sync_s": MAX},
             meaning="loading weights into the engine and verifying them",
             unit="s",

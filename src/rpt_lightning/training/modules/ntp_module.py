@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rpt_lightning.data.modules.batch import SequenceBatch
 from rpt_lightning.policy.packing.trees import PackedTree
+from rpt_lightning.training.modules.optimizer_step import optimizer_step
 from rpt_lightning.training.modules.policy_module import PolicyModule
 
 
@@ -26,6 +27,6 @@ class NTPModule(PolicyModule):
             logprobs, _ = self.policy(tree)
             return -tree.unpack(logprobs).sum() / num_targets
 
-        metrics = self.optimizer_step_over(sequences, micro_batch_loss)
+        metrics = optimizer_step(self, sequences, micro_batch_loss)
         seconds = {name: self.ranks.max(value) for name, value in self.clock.take().items()}
         self.log_step(metrics | seconds | {"train/target_tokens": num_targets})

@@ -24,15 +24,21 @@ TEMPERATURE = 1.0  # next-token prediction is measured at 1, whatever rollouts a
 
 
 class Span(NamedTuple):
-    """A task's context: the tokens ``start`` to ``end`` (exclusive) of a document."""
+    """The text that a task carries: the tokens ``start`` to ``end`` (exclusive) of a document."""
 
     doc_id: str
     start: int
     end: int
 
     @classmethod
-    def of(cls, task: Task) -> Span:
-        return cls(task.doc_id, task.position - len(task.context_ids), task.position)
+    def of(cls, task: Task, *, max_tokens: int | None = None) -> Span:
+        """Return a task's context, and the rest of its document if the task carries it.
+
+        The span has at most ``max_tokens`` tokens.
+        """
+        start = task.position - len(task.context_ids)
+        end = task.position + len(task.rest_ids)
+        return cls(task.doc_id, start, end if max_tokens is None else min(end, start + max_tokens))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,24 +68,41 @@ class Contexts:
         return -tree.keep(contexts).unpack(logprobs).sum() / self.num_targets, tree.keep(others)
 
 
+def check_rests(groups: Sequence[RolloutGroup]) -> None:
+    """Check that all tasks carry the rest of their documents. Raises ValueError if one does not."""
+    for group in groups:
+        if not group.task.rest_ids:
+            raise ValueError(
+                f"model.ntp_whole_documents=true: the data module hands out {group.task.task_id} without the "
+                "rest of its document; give false, or use TokenTaskDataModule"
+            )
+
+
 def context_sequences(
-    groups: Sequence[RolloutGroup], *, start_ids: TokenIds, in_prompt: bool, ranks: Ranks
+    groups: Sequence[RolloutGroup],
+    *,
+    start_ids: TokenIds,
+    in_prompt: bool,
+    ranks: Ranks,
+    max_tokens: int | None = None,
 ) -> Contexts:
     """Return sequences in which each context position of the step is a target once. This is a collective.
 
-    A context's first token is no target, as in next-token training. A document that several ranks hold is
-    trained on the first of them.
+    Where tasks carry the rest of their documents, its positions are targets too. A context's first token is
+    no target, as in next-token training. A document that several ranks hold is trained on the first of them.
 
     Args:
         groups: This rank's groups of the optimizer step, zero-variance groups included.
         start_ids: The tokens before every text.
         in_prompt: Take each context as it stands in its prompt. Otherwise it is a separate text.
         ranks: The ranks of the step.
+        max_tokens: Most tokens of a sequence, with ``start_ids``. None sets no limit.
 
     Raises:
         ValueError: With ``in_prompt``, a prompt does not hold the context.
     """
-    spans = [Span.of(group.task) for group in groups]
+    limit = None if max_tokens is None else max_tokens - len(start_ids)
+    spans = [Span.of(group.task, max_tokens=limit) for group in groups]
     of_ranks = ranks.gather(spans)
     first_targets = first_target_positions(span for part in of_ranks for span in part)
     num_targets = sum(span.end - first for span, first in first_targets.items())
@@ -89,12 +112,12 @@ def context_sequences(
         first = first_targets.pop(span, None)
         if first is not None and span not in elsewhere:
             before = _prefix_ids(group) if in_prompt else start_ids
-            context_ids = tuple(group.task.context_ids)
+            text_ids = (*group.task.context_ids, *group.task.rest_ids)[: span.end - span.start]
             cut = first - span.start
             sequences.append(
                 TrainSequence(
-                    prompt_ids=before + context_ids[:cut],
-                    target_ids=context_ids[cut:],
+                    prompt_ids=before + text_ids[:cut],
+                    target_ids=text_ids[cut:],
                     temperature=TEMPERATURE,
                 )
             )
