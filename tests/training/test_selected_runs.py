@@ -136,7 +136,7 @@ def test_a_prompt_that_states_a_budget_states_that_of_the_step(make_run, tmp_pat
         rollout_options={
             "selection": Selection(max_true_prob=0.5),
             "thought_budget": ThoughtBudget(initial=32, steps=2, decay=0.5),
-            "max_prompt_tokens": 160,
+            "max_prompt_tokens": 300,
         },
     )
     rollout_of(trainer).objective = Asks(ChatPrompt())
