@@ -28,6 +28,7 @@ _MODULES = {
     "NextTokenObjective": "objectives.next_token",
     "InformationGainObjective": "objectives.information_gain",
     "MaskedSpanObjective": "objectives.masked_span",
+    "ProposedSpanObjective": "objectives.proposed_span",
     "QuestionObjective": "objectives.question",
     "PromptTemplate": "objectives.prompts.template",
     "ContinuationPrompt": "objectives.prompts.template",
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
         PromptTemplate,
         QuestionPrompt,
     )
+    from rpt_lightning.objectives.proposed_span import ProposedSpanObjective
     from rpt_lightning.objectives.question import QuestionObjective
     from rpt_lightning.objectives.rewards.answer import AnswerReward
     from rpt_lightning.objectives.rewards.next_token import (
@@ -112,6 +114,7 @@ __all__ = [
     "Policy",
     "PrefixMatchReward",
     "PromptTemplate",
+    "ProposedSpanObjective",
     "QuestionObjective",
     "QuestionPrompt",
     "RPTModule",
