@@ -28,6 +28,7 @@ _MODULES = {
     "NextTokenObjective": "objectives.next_token",
     "InformationGainObjective": "objectives.information_gain",
     "MaskedSpanObjective": "objectives.masked_span",
+    "ProposedSpanObjective": "objectives.proposed_span",
     "NextSegmentObjective": "objectives.next_segment",
     "NextSentenceObjective": "objectives.next_sentence",
     "SegmentReward": "objectives.rewards.segment",
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
         PromptTemplate,
         QuestionPrompt,
     )
+    from rpt_lightning.objectives.proposed_span import ProposedSpanObjective
     from rpt_lightning.objectives.question import QuestionObjective
     from rpt_lightning.objectives.rewards.answer import AnswerReward
     from rpt_lightning.objectives.rewards.next_token import (
@@ -122,6 +124,7 @@ __all__ = [
     "Policy",
     "PrefixMatchReward",
     "PromptTemplate",
+    "ProposedSpanObjective",
     "QuestionObjective",
     "QuestionPrompt",
     "RPTModule",

@@ -382,7 +382,8 @@ def _prompts(
         bound = objective.bind(data.train.tokenizer, budget)
         tasks = bound.posed(next(iter(data.train_dataloader())).tasks, step=0)
         prompts = [bound.prompt_ids(task) for task in tasks]
-        return prompts, f"prompts: those of the run's first step, from {folder}"
+        missing = " (without the tasks that follow from its completions)" * objective.has_follow_ups
+        return prompts, f"prompts: those of the run's first step, from {folder}{missing}"
     longest = settings.max_context_tokens or settings.max_prompt_tokens
     template_tokens = max(0, settings.max_prompt_tokens - longest)
     if context_tokens is not None and context_tokens > longest:
