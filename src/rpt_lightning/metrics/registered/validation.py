@@ -34,8 +34,8 @@ SECTION = Section(
                 "val/ntp/{band}/ceiling": SAME,
             },
             meaning=(
-                "positions; those whose true token fits into a box; and their fraction, which limits the accuracy "
-                "with reasoning"
+                "positions; those whose true token fits into a box; and their fraction, which limits the "
+                "accuracy with reasoning"
             ),
             unit="positions, fraction",
             bands=BANDS,
