@@ -76,7 +76,7 @@ STARTS = (
     _depths("depth-8-12", 8, 12),
 )
 
-SHARE, DEPTH, REWARD, STEP, RIVAL, SAMPLING, NOISE = (
+SHARE, DEPTH, REWARD, STEP, RIVAL, SAMPLING, NOISE, OBJECTIVE = (
     "the share of worked examples that think",
     "the depth of the examples that think",
     "the reward",
@@ -84,12 +84,65 @@ SHARE, DEPTH, REWARD, STEP, RIVAL, SAMPLING, NOISE = (
     "the rivals at equal FLOPs",
     "sampling",
     "noise",
+    "objectives and worlds",
 )
 _REWARDS = "rpt_lightning.objectives.rewards.next_token"
 
 
 def _reward(name: str) -> tuple[str, ...]:
     return ("--rollout.objective.reward", f"{_REWARDS}.{name}")
+
+
+_GAIN = (
+    *("--rollout.objective", "InformationGainObjective", "--rollout.objective.boxed", "true"),
+    *("--model.advantage_scale", "rloo", "--model.aggregation", "sequence_mean"),
+)
+# What else can be optimized (docs/objectives.md, docs/trunk.md), and the flags for it.
+OBJECTIVES: dict[str, tuple[str, ...]] = {
+    "rloo": ("--model.advantage_scale", "rloo"),
+    "maxrl": ("--model.advantage_scale", "maxrl"),
+    "gain": _GAIN,
+    "weighted": (*_GAIN, "--rollout.objective.gain", "weighted_prob"),
+    "trunk": ("--model.ntp_weight", "0.3"),
+}
+# The worlds in which they are tried, and the arm of plain RPT in each.
+WORLDS = {"12 % think": "base", "3 % think": "p_cot-0.03", "half are noise": "noise-50"}
+# Written before the runs, for the worlds in this order.
+_EXPECTED = {
+    "rloo": ("within 3 points of RPT", "at least 5 points behind RPT", "within 3 points of RPT"),
+    "maxrl": ("within 3 points of RPT", "at least 5 points ahead of RPT", "within 3 points of RPT"),
+    "gain": ("below 60 %: it stops thinking", "below 40 %", "below 40 %: noise makes thoughts costly"),
+    "weighted": ("above 95 %", "within 5 points of RPT", "above 90 %"),
+    "trunk": (
+        "within 3 points of RPT; no gain without a thought either",
+        "within 5 points of RPT",
+        "within 3 points of RPT",
+    ),
+}
+
+
+def objective_arm(objective: str, world: str) -> str:
+    """Return the name of an objective's arm in a world."""
+    return f"{objective}@{WORLDS[world]}"
+
+
+def _objective_arms() -> tuple[Arm, ...]:
+    arms = []
+    for objective, options in OBJECTIVES.items():
+        for (world, plain), expected in zip(WORLDS.items(), _EXPECTED[objective], strict=True):
+            start, tasks = (plain, "base") if plain.startswith("p_cot") else ("base", plain)
+            arms.append(
+                Arm(
+                    name=objective_arm(objective, world),
+                    group=OBJECTIVE,
+                    what=f"{objective}, {world}",
+                    expected=expected,
+                    start=start,
+                    tasks=tasks,
+                    options=options,
+                )
+            )
+    return tuple(arms)
 
 
 ARMS = (
@@ -241,4 +294,5 @@ ARMS = (
         tasks="noise-90",
         expected="later, and not in every seed: one text in ten says which answers are right",
     ),
+    *_objective_arms(),
 )

@@ -6,7 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from evidence_arms import ARMS, DEPTH, NOISE, REWARD, RIVAL, SAMPLING, SHARE, STEP, Arm
+from evidence_arms import (
+    ARMS,
+    DEPTH,
+    NOISE,
+    OBJECTIVE,
+    OBJECTIVES,
+    REWARD,
+    RIVAL,
+    SAMPLING,
+    SHARE,
+    STEP,
+    WORLDS,
+    Arm,
+    objective_arm,
+)
 from evidence_records import QUESTIONS, ArmRecord, read_records
 from evidence_scaling import law_table, plot_laws, read_curves
 
@@ -16,7 +30,7 @@ from rpt_lightning.evaluation.tables.stages import Rate, interval_text, markdown
 
 RECORDS = Path("docs/evidence")
 PAGE = Path("docs/evidence.md")
-GROUPS = (SHARE, DEPTH, REWARD, STEP, RIVAL, SAMPLING, NOISE)
+GROUPS = (SHARE, DEPTH, REWARD, STEP, RIVAL, SAMPLING, NOISE, OBJECTIVE)
 DEPTHS = {"2 to 4": range(1, 5), "5 to 7": range(5, 8), "8 to 12": range(8, 13)}
 DEPTH_ARMS = ("base", "depth-1-4", "depth-8-12", "trained-short", "ntp", "sft")
 Records = dict[int, dict[str, ArmRecord]]  # by seed, then by arm
@@ -64,7 +78,12 @@ def group_table(records: Records, group: str) -> str:
         rows.append(
             markdown_row(
                 f"**{arm.name}**: {arm.what}",
-                [*cells, _against_base(records, arm), _change(found, "reward"), _change(found, "length")],
+                [
+                    *cells,
+                    _difference(records, arm, "base"),
+                    _change(found, "reward"),
+                    _change(found, "length"),
+                ],
             )
         )
     columns = [
@@ -96,18 +115,57 @@ def _change(found: dict[int, ArmRecord], curve: str) -> str:
     return f"{first:.2f} -> {last:.2f}" if curve == "reward" else f"{first:.0f} -> {last:.0f}"
 
 
-def _against_base(records: Records, arm: Arm) -> str:
-    """Format the difference from the base arm, paired by position over all seeds."""
-    if arm.name == "base":
+def _difference(records: Records, arm: Arm, reference: str) -> str:
+    """Format the difference from another arm, paired by position over all seeds."""
+    if arm.name == reference:
         return "-"
     base, other, units = [], [], []
     for seed, record in of_arm(records, arm.name).items():
-        marks = records[seed]["base"].right["reasoning"]
+        marks = records[seed][reference].right["reasoning"]
         base += [mark == "1" for mark in marks]
         other += [mark == "1" for mark in record.right[question_of(arm)]]
         units += [f"{seed}:{number}" for number in range(len(marks))]
     difference = paired_bootstrap(base, other, units=units)
     return f"{100 * difference.difference:+.1f} {interval_text(difference.low, difference.high)}"
+
+
+def objective_table(records: Records) -> str:
+    """Tabulate the objectives in each world beside plain RPT there: accuracy, cost and length."""
+    named = {arm.name: arm for arm in ARMS}
+    rows = []
+    for world, plain in WORLDS.items():
+        for objective in ("RPT", *OBJECTIVES):
+            arm = named[plain if objective == "RPT" else objective_arm(objective, world)]
+            found = of_arm(records, arm.name)
+            if not found:
+                continue
+            cells = [
+                "-" if objective == "RPT" else arm.expected,
+                ", ".join(_short(record.rate("reasoning")) for record in found.values()),
+                pooled(found, "reasoning"),
+                pooled(found, "ntp"),
+                _difference(records, arm, plain),
+                _cost(records, arm, plain),
+                _change(found, "length"),
+            ]
+            rows.append(markdown_row(f"{world}: **{objective}**", cells))
+    columns = [
+        "expected",
+        "each seed",
+        "all seeds",
+        "next token at once, same positions",
+        "minus RPT (points)",
+        "FLOPs of RPT",
+        "length",
+    ]
+    return markdown_table(OBJECTIVE, columns, rows)
+
+
+def _cost(records: Records, arm: Arm, reference: str) -> str:
+    """Format an arm's FLOPs as a multiple of another arm's in the same seeds."""
+    found = of_arm(records, arm.name)
+    own = sum(record.flops for record in found.values())
+    return f"{own / sum(records[seed][reference].flops for seed in found):.2f} x"
 
 
 def control_table(records: Records) -> str:
@@ -146,7 +204,8 @@ def plot_curves(records: Records, path: Path) -> None:
     groups = [
         group
         for group in GROUPS
-        if any(arm.group == group and arm.kind == "rpt" and of_arm(records, arm.name) for arm in ARMS)
+        if group != OBJECTIVE
+        and any(arm.group == group and arm.kind == "rpt" and of_arm(records, arm.name) for arm in ARMS)
     ]
     figure = Figure(figsize=(13, 3.2 * -(-len(groups) // 3)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -221,7 +280,8 @@ def write_page() -> None:
     """Update the generated parts of docs/evidence.md: one table per group, and the figures."""
     records = read_all()
     text = PAGE.read_text(encoding="utf-8")
-    sections = {group: group_table(records, group) for group in GROUPS}
+    sections = {group: group_table(records, group) for group in GROUPS if group != OBJECTIVE}
+    sections |= {OBJECTIVE: objective_table(records)}
     sections |= {"thought controls": control_table(records), "by depth": depth_table(records)}
     curves = read_curves(RECORDS)
     if curves:

@@ -18,6 +18,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RUNS = sorted([*CONFIGS.glob("*.yaml"), *(CONFIGS / "demo").glob("*.yaml")])
 STRATEGIES = sorted((CONFIGS / "strategy").glob("*.yaml"))
 ROLLOUTS = sorted((CONFIGS / "rollout").glob("*.yaml"))
+OBJECTIVES = sorted((CONFIGS / "objective").glob("*.yaml"))
 MODELS = sorted((CONFIGS / "model").glob("*.yaml"))
 DATA = sorted((CONFIGS / "data").glob("*.yaml"))
 SERVERS = CONFIGS / "rollout" / "servers.yaml"
@@ -30,6 +31,11 @@ def instantiate(monkeypatch, *configs, flags=()):
     args = ["fit", *(part for config in configs for part in ("--config", str(config))), *flags]
     monkeypatch.setattr(sys, "argv", ["rpt", *args])
     return make_cli(run=False, args=args[1:])
+
+
+def below(config: Path) -> list[Path]:
+    """Return what this config is added to besides a run: a judge needs the objective it judges for."""
+    return [CONFIGS / "objective" / "next-segment.yaml"] if config.stem.startswith("judge") else []
 
 
 @pytest.mark.parametrize("config", RUNS, ids=lambda path: path.stem)
@@ -95,6 +101,30 @@ def test_the_trunk_over_a_run(run, offline_policy, monkeypatch, tmp_path):
     assert (cli.model.ntp_weight, cli.model.micro_batch_tokens) == (0.3, own["micro_batch_tokens"])
 
 
+@pytest.mark.parametrize("run", ["debug", "14b"])
+@pytest.mark.parametrize("config", OBJECTIVES, ids=lambda path: path.stem)
+def test_an_objective_over_a_run(run, config, offline_policy, monkeypatch, tmp_path):
+    flags = ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path)]
+    cli = instantiate(monkeypatch, CONFIGS / f"{run}.yaml", *below(config), config, flags=flags)
+    (callback,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, RolloutCallback)]
+    wanted = yaml.safe_load(config.read_text())["rollout"]["objective"]
+    assert type(callback.objective).__name__ == wanted["class_path"]
+    if "reward" in wanted["init_args"]:
+        assert type(callback.objective.reward).__name__ == wanted["init_args"]["reward"]["class_path"]
+    assert type(callback.objective.prompt).__name__ == "QuestionPrompt"
+    assert cli.datamodule.eval_min_entropy == 0.0
+
+
+def test_an_objective_without_a_reward_does_not_keep_that_of_the_config(
+    offline_policy, monkeypatch, tmp_path
+):
+    flags = ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path)]
+    flags += ["--rollout.objective", "NextSegmentObjective"]
+    cli = instantiate(monkeypatch, CONFIGS / "debug.yaml", flags=flags)
+    (callback,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, RolloutCallback)]
+    assert type(callback.objective.reward).__name__ == "PrefixShareReward"
+
+
 @pytest.mark.parametrize("data", DATA, ids=lambda path: path.stem)
 def test_data_elsewhere_over_the_paper_run(data, offline_policy, monkeypatch, tmp_path):
     flags = [
@@ -111,14 +141,19 @@ def test_data_elsewhere_over_the_paper_run(data, offline_policy, monkeypatch, tm
 
 @pytest.mark.parametrize(
     "config",
-    [path for path in [*RUNS, *ROLLOUTS, *MODELS] if uncommented(path.read_text()) != path.read_text()],
+    [
+        path
+        for path in [*RUNS, *ROLLOUTS, *MODELS, *OBJECTIVES]
+        if uncommented(path.read_text()) != path.read_text()
+    ],
     ids=lambda path: path.stem,
 )
 def test_commented_out_options_can_be_used(config, offline_policy, monkeypatch, tmp_path):
     file = tmp_path / config.name
     file.write_text(uncommented(config.read_text()))
     flags = ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path / "run")]
-    run = [CONFIGS / "14b.yaml"] if config in [*ROLLOUTS, *MODELS] else []
+    run = [CONFIGS / "14b.yaml"] if config in [*ROLLOUTS, *MODELS, *OBJECTIVES] else []
+    run += below(config)
     instantiate(monkeypatch, *run, file, flags=flags)
 
 
@@ -149,7 +184,7 @@ def test_prepare_config(config, commented):
 
 
 @pytest.mark.parametrize(
-    "config", [*RUNS, *STRATEGIES, *ROLLOUTS, *DATA, *PREPARE], ids=lambda path: path.stem
+    "config", [*RUNS, *STRATEGIES, *ROLLOUTS, *OBJECTIVES, *DATA, *PREPARE], ids=lambda path: path.stem
 )
 def test_header_says_command_hardware_time_and_result(config):
     header = " ".join(line for line in config.read_text().splitlines() if line.startswith("#"))

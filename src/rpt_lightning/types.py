@@ -67,7 +67,8 @@ class Mark:
 class Document:
     """One text of a corpus, with what its source knows about it.
 
-    ``fields`` describe the whole text, and ``marks`` describe places in it.
+    ``fields`` describe the whole text, and ``marks`` describe places in it. ``split`` is the side of the
+    split on which it belongs, if its source knows that. A source knows it of all its documents or of none.
 
     >>> text = "Expression representing addition."
     >>> document = Document(doc_id="sympy.Add", text=text, fields={"module": "core"})
@@ -79,6 +80,7 @@ class Document:
     text: str
     fields: Fields = field(default_factory=dict, hash=False)
     marks: tuple[Mark, ...] = ()
+    split: Literal["train", "heldout"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +96,10 @@ class TokenTask:
     overlaid by those of marks). ``following_ids`` are the document's tokens from the position on. They are
     empty unless the objective asks for them (``Objective.num_following_tokens``). ``rest_ids`` are all of the
     document's tokens from the position on. They are empty unless the run trains whole documents
-    (``model.ntp_whole_documents``).
+    (``model.ntp_whole_documents``). ``budget`` is the number of tokens that the prompt allows for a
+    completion. It is None until the task is put to the policy, and without a budget (`ThoughtBudget`).
+    ``material`` is what the objective stored with the position when the folder was prepared
+    (``Objective.material``).
     """
 
     task_id: str
@@ -110,6 +115,8 @@ class TokenTask:
     fields: Fields = field(default_factory=dict, hash=False)
     following_ids: TokenIds = ()
     rest_ids: TokenIds = ()
+    budget: int | None = None
+    material: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,6 +146,7 @@ class AnswerTask:
     """A question as the policy reads it.
 
     ``context_ids`` are the question's text, its choices and the form of the answer, in one model's tokens.
+    ``budget`` is as in `TokenTask`.
 
     >>> question = Question(question_id="q-1", text="What is 2 + 2?", answer="4")
     >>> AnswerTask(question=question, context_ids=(17, 340)).task_id
@@ -147,6 +155,7 @@ class AnswerTask:
 
     question: Question
     context_ids: TokenIds
+    budget: int | None = None
 
     @property
     def task_id(self) -> str:

@@ -127,6 +127,60 @@ def test_the_learnability_band_is_for_training_only(
     )
 
 
+def test_an_inferable_truth_is_among_the_candidates(
+    prepared_dir: Path, prepare_small: Prepare, tmp_path: Path
+) -> None:
+    folder = prepare_small(tmp_path / "rank", max_true_prob=0.01, max_true_rank=15)
+    number = 0
+    for doc_id, item in items(folder).items():
+        truth = item["token_ids"][item["positions"]]
+        assert (item["candidate_ids"] == truth[:, None]).any(1).all()
+        assert item["true_prob"].max() <= 0.01
+        everything = items(prepared_dir)[doc_id]
+        passes = (everything["true_rank"] < 16) & (everything["true_prob"] <= 0.01)
+        assert item["positions"].tolist() == everything["positions"][passes].tolist()
+        number += len(truth)
+    assert number > 0
+    assert (
+        stored(folder)["chunks"]["heldout/chunk-0-0.bin"]
+        == (stored(prepared_dir)["chunks"]["heldout/chunk-0-0.bin"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"max_true_rank": -1},
+            r"--max_true_rank=-1: give a number of at least 0 \(0: the most likely token",
+        ),
+        ({"min_true_prob": float("nan")}, r"--min_true_prob nan: must be below --max_true_prob 1\.0"),
+        ({"min_true_prob": 0.5, "max_true_prob": 0.5}, r"--min_true_prob 0\.5: must be below"),
+    ],
+)
+def test_a_band_that_is_none(
+    settings: dict[str, float], message: str, prepare_small: Prepare, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare_small(tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_before_the_rank_could_be_limited_has_no_limit(
+    prepared_dir: Path, prepare_small: Prepare, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(prepared_dir, tmp_path / "old")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["settings"].pop("max_true_rank") is None
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    # A run on one of the folders can resume on the other.
+    assert TaskFolder(folder, "train").layout == TaskFolder(prepared_dir, "train").layout
+    prepare_small(folder)
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"\(max_true_rank None instead of 15\)"):
+        prepare_small(folder, max_true_rank=15)
+
+
 def test_documents_that_were_cut_leave_out_their_last_positions(
     prepare_small: Prepare, tmp_path: Path
 ) -> None:

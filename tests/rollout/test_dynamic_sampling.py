@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rank_threads import Ranks
 
 from rpt_lightning.data.modules.stream import rank_share
 from rpt_lightning.rollout.dynamic_sampling import fill_batch
@@ -102,30 +102,6 @@ def test_a_group_that_is_live_by_masked_completions_alone_is_dead() -> None:
     filled = fill_batch(rollout, lambda wanted: [task(1)], [task(0)], max_extra_tasks=1)
     assert (filled.groups, filled.replaced, filled.num_dead) == ((groups[1],), (masked,), 0)
     assert fill_batch(rollout, lambda wanted: [], [task(0)], max_extra_tasks=0).num_dead == 1
-
-
-class Ranks:
-    """Collectives for ranks that are threads.
-
-    A collective that only one rank calls breaks the barrier, where real ranks would hang.
-    """
-
-    def __init__(self, num_ranks: int) -> None:
-        self.barrier, self.said = threading.Barrier(num_ranks, timeout=5), [0] * num_ranks
-
-    def run(self, work: Callable[[int], None]) -> None:
-        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(self.said))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
-    def all_gather(self, rank: int, number: int) -> list[int]:
-        self.said[rank] = number
-        self.barrier.wait()
-        numbers = list(self.said)
-        self.barrier.wait()
-        return numbers
 
 
 def test_ranks_with_different_numbers_of_dead_groups_draw_together() -> None:

@@ -23,10 +23,11 @@ from rpt_lightning.objectives.next_token import NextTokenObjective
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.objectives.rewards.next_token import Reward
 from rpt_lightning.policy.model import Policy
+from rpt_lightning.rollout import position_kinds
 from rpt_lightning.rollout.engines.hf_engine import HFEngine
 from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
 from rpt_lightning.rollout.engines.vllm.vllm_engine import VLLMEngine
-from rpt_lightning.rollout.settings import DynamicSampling, Sampling
+from rpt_lightning.rollout.settings import DynamicSampling, Sampling, Selection
 from rpt_lightning.training.callbacks.logs import RolloutSamples, StepLog, ValidationResults
 from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
 from rpt_lightning.training.checkpoint.callback import RunCheckpoint, last_checkpoint
@@ -54,6 +55,8 @@ class Options:
     optimizer_steps_per_batch: int = 1
     dynamic_sampling_from_step: int | None = None
     ntp_weight: float = 0.0
+    selection: dict[str, Any] = field(default_factory=dict)
+    offload_moments: bool = False
     resume: bool = False
     validate: bool = False
 
@@ -98,7 +101,10 @@ class WrongNormalizer(RPTModule):
 def parts(options: Options, folder: Path):
     optimizer = torch.optim.SGD if options.kind == "ntp" else getattr(torch.optim, options.optimizer)
     policy, make_optimizer = Policy(options.model), lambda parameters: optimizer(parameters, lr=options.lr)
-    common = {"micro_batch_tokens": options.micro_batch_tokens}
+    common = {
+        "micro_batch_tokens": options.micro_batch_tokens,
+        "offload_moments": options.offload_moments,
+    }
     callbacks: list[Any] = [
         RunCheckpoint(every_n_steps=options.steps),
         StepLog(),
@@ -139,6 +145,7 @@ def parts(options: Options, folder: Path):
             max_prompt_tokens=96,
             sampling=Sampling(max_completion_tokens=24),
             dynamic_sampling=DynamicSampling(from_step=options.dynamic_sampling_from_step, max_factor=2.0),
+            selection=Selection(**options.selection),
         )
         callbacks = [rollout, *callbacks]
     strategy: Any = {
@@ -160,6 +167,8 @@ def parts(options: Options, folder: Path):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     options = Options(**json.loads(sys.argv[1]))
+    # The tiny model's chances are near 1 / 512, so kinds are divided there.
+    position_kinds.PROB_EDGES = (0.0005, 0.0015, 0.0018, 0.0019, 0.002, 0.0021, 0.003)
     folder = Path(options.folder)
     trainer, module, data = parts(options, folder)
     trainer.fit(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from rpt_lightning.rollout.settings import DynamicSampling, EngineCheck, Evaluation, Sampling
+from rpt_lightning.rollout.settings import DynamicSampling, EngineCheck, Evaluation, Sampling, Selection
 from rpt_lightning.training.callbacks.health import Health
 from rpt_lightning.training.callbacks.logs import RolloutSamples
 from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
@@ -30,6 +30,10 @@ NAN = float("nan")
         (Sampling, "max_completion_tokens", 0),
         (Sampling, "temperature", NAN),
         (DynamicSampling, "max_factor", NAN),
+        *((Selection, "min_true_prob", value) for value in (-0.1, 1.0, NAN)),
+        *((Selection, "max_true_prob", value) for value in (0.0, 1.1, NAN)),
+        *((Selection, "max_draws", value) for value in (1, 0)),
+        *((Selection, name, value) for name in ("kind_floor", "kind_decay") for value in (0.0, 1.5, NAN)),
         (RolloutSamples, "num_samples", -1),
         *((RolloutSamples, "every_n_steps", value) for value in (0, -10)),
         (Health, "min_entropy", -0.1),
@@ -40,6 +44,14 @@ NAN = float("nan")
 def test_flags(make: Any, flag: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"\.{flag}={value}: "):
         make(**{flag: value})
+
+
+def test_a_band_that_holds_nothing() -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"selection\.min_true_prob=0\.8: must be below rollout\.selection\.max_true_prob=0\.2",
+    ):
+        Selection(min_true_prob=0.8, max_true_prob=0.2)
 
 
 def test_a_module_refuses_negative_numbers(tiny_model_dir: Any) -> None:

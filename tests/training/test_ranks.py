@@ -189,6 +189,32 @@ def test_dynamic_sampling_draws_the_same_on_any_number_of_ranks(tiny_model_dir, 
 
 
 @pytest.mark.long
+def test_the_same_tasks_are_selected_on_any_number_of_ranks(tiny_model_dir, tiny_task_dir, tmp_path):
+    """There are 5 tasks, so ranks have different numbers of places. Dynamic sampling draws as well."""
+    options = {
+        "steps": 3,
+        "optimizer": "SGD",
+        "lr": 0.1,
+        "tasks_per_step": 5,
+        "dynamic_sampling_from_step": 1,
+        "selection": {"min_true_prob": 0.0018, "max_draws": 4, "by_kind": True},
+    }
+    more = {
+        "one": {},
+        "two": {"ranks": 2, "strategy": "sharded", "micro_batch_tokens": 100},
+        "four": {"ranks": 4, "strategy": "sharded", "strategy_options": {"tensor_parallel_size": 2}},
+    }
+    for name, of_run in more.items():
+        run(tmp_path / name, tiny_model_dir, tiny_task_dir, **options, **of_run)
+    one, *others = (Outcome(tmp_path / name, tiny_model_dir) for name in more)
+    assert all(step["selection/drawn"] > step["selection/kept"] for step in one.metrics)
+    assert any(step["selection/accepted"] < step["selection/in_band"] for step in one.metrics)
+    assert sum(step["rollout/replaced_groups"] for step in one.metrics) > 0
+    for other in others:
+        assert_same_run(one, other)
+
+
+@pytest.mark.long
 def test_tensor_parallel_ranks_are_one(tiny_model_dir, tiny_task_dir, tmp_path):
     run(tmp_path / "one", tiny_model_dir, tiny_task_dir, steps=3)
     run(
@@ -219,6 +245,19 @@ def test_a_sharded_run_goes_on_with_another_number_of_ranks(tiny_model_dir, tiny
     run(tmp_path / "file", tiny_model_dir, tiny_task_dir, steps=2)
     run(tmp_path / "file", tiny_model_dir, tiny_task_dir, steps=4, ranks=2, strategy="sharded", resume=True)
     assert_same_run(Outcome(tmp_path / "file", tiny_model_dir), Outcome(whole, tiny_model_dir))
+
+
+@pytest.mark.long
+def test_moments_in_host_memory_change_nothing(tiny_model_dir, tiny_task_dir, tmp_path):
+    """Neither the weights nor what a sharded checkpoint holds, whichever kind of run resumes it."""
+    common = {"ranks": 2, "strategy": "sharded"}
+    run(tmp_path / "whole", tiny_model_dir, tiny_task_dir, steps=4, **common)
+    whole = Outcome(tmp_path / "whole", tiny_model_dir)
+    for first, second in ((True, True), (True, False), (False, True)):
+        folder = tmp_path / f"{first} {second}"
+        run(folder, tiny_model_dir, tiny_task_dir, steps=2, offload_moments=first, **common)
+        run(folder, tiny_model_dir, tiny_task_dir, steps=4, offload_moments=second, resume=True, **common)
+        assert torch.equal(Outcome(folder, tiny_model_dir).end, whole.end), (first, second)
 
 
 @pytest.mark.long

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from rpt_lightning.metrics.rollout_stats import STATISTICS, rollout_statistics
+from rpt_lightning.objectives.base import BoundObjective
 from rpt_lightning.objectives.next_token import NextTokenObjective
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.objectives.rewards.next_token import PrefixMatchReward
@@ -103,11 +104,13 @@ def test_the_engines_of_tensor_parallel_ranks_add_up(read, expected):
     roller = StepRoller(
         engine,
         rollout,
-        objective=NextTokenObjective(ContinuationPrompt(), PrefixMatchReward()),
+        objective=BoundObjective(NextTokenObjective(ContinuationPrompt(), PrefixMatchReward()), None),
         dynamic_sampling=DynamicSampling(from_step=None),
         pilot_size=None,
     )
-    metrics = roller.roll_out([TASK], lambda wanted: [], max_extra_tasks=0, ranks=OneOfTwoParts()).metrics
+    metrics = roller.roll_out(
+        [TASK], lambda wanted: [], step=0, max_extra_tasks=0, ranks=OneOfTwoParts()
+    ).metrics
     if expected is None:  # each completion's prompt, which all of these ranks know
         expected = {"rollout/prefill_tokens": 8.0}
     assert {name: metrics[name] for name in expected} == expected
@@ -132,6 +135,7 @@ REDUCED = {
         *("rollout/dropped_groups", "rollout/tokens", "rollout/prefill_tokens", "rollout/prompt_tokens"),
         *("rollout/cached_prompt_tokens", "rollout/shareable_prompt_tokens", "answers/quoted"),
         *("answers/unreadable", "answers/timeouts", "answers/check_errors"),
+        *("judge/asked", "judge/unreadable"),
     ),
     5.0: (
         *("reward/mean", "rollout/boxed_frac", "rollout/truncated_frac", "rollout/length_mean"),

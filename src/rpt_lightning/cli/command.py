@@ -190,7 +190,10 @@ _MODULES = {
     "report": "rpt_lightning.evaluation.report.report_command",
 }
 # Imported as well, so that configs can use the short names of their classes.
-_PARTS = {"prepare": "rpt_lightning.worlds"}
+_OBJECTIVES = tuple(
+    f"rpt_lightning.objectives.{name}" for name in ("information_gain", "next_segment", "next_sentence")
+)
+_PARTS = {"prepare": ("rpt_lightning.worlds", *_OBJECTIVES), "evaluate next-token": _OBJECTIVES}
 # Parameters that take plain words. jsonargparse would take a list as one word in JSON.
 _RUNS = ("runs", "run folders (the values of trainer.default_root_dir)")
 _POLICIES = ("--policy", "Hugging Face folders (or hub ids), or checkpoints of rpt fit")
@@ -219,8 +222,8 @@ def _run_tool(tool: str, args: list[str]) -> None:
     if not sys.stderr.isatty():
         _no_progress_bars()
     function = getattr(importlib.import_module(_MODULES[tool]), tool.split()[-1].replace("-", "_"))
-    if tool in _PARTS:
-        importlib.import_module(_PARTS[tool])
+    for module in _PARTS.get(tool, ()):
+        importlib.import_module(module)
     if tool not in _WORDS:
         auto_cli(function, args=args, as_positional=False, prog=f"rpt {tool}", parser_class=Parser)
         return

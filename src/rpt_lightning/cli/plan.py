@@ -14,6 +14,8 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
 
 from rpt_lightning.cli.run import RPTCLI, make_cli
+from rpt_lightning.data.modules.tiers import Tiers
+from rpt_lightning.objectives.thought_budget import ThoughtBudget
 from rpt_lightning.planning.devices import (
     DEVICES,
     DEVICES_PER_NODE,
@@ -372,11 +374,14 @@ def _prompts(
     folder = config.data.init_args.task_dir
     if os.path.isdir(folder) and context_tokens is None:
         data = _build(config.data)
+        data.tiers = Tiers(**config.data.init_args.tiers.as_dict())
         data.setup("fit")
         objective = _build(config.rollout.objective)
         data.use_objective(objective)
-        bound = objective.bind(data.train.tokenizer)
-        prompts = [bound.prompt_ids(task) for task in next(iter(data.train_dataloader())).tasks]
+        budget = ThoughtBudget(**config.rollout.thought_budget.as_dict())
+        bound = objective.bind(data.train.tokenizer, budget)
+        tasks = bound.posed(next(iter(data.train_dataloader())).tasks, step=0)
+        prompts = [bound.prompt_ids(task) for task in tasks]
         return prompts, f"prompts: those of the run's first step, from {folder}"
     longest = settings.max_context_tokens or settings.max_prompt_tokens
     template_tokens = max(0, settings.max_prompt_tokens - longest)

@@ -38,6 +38,7 @@ from rpt_lightning.objectives.base import Objective
 from rpt_lightning.objectives.next_token import NextTokenObjective
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt, PromptTemplate
 from rpt_lightning.objectives.rewards.next_token import PrefixMatchReward
+from rpt_lightning.objectives.thought_budget import NO_BUDGET, WORDING, ThoughtBudget
 from rpt_lightning.records.results import Results, read_results
 from rpt_lightning.rollout.engines.base import RolloutEngine
 from rpt_lightning.rollout.settings import Evaluation, Sampling
@@ -72,6 +73,8 @@ def next_token(
     max_context_tokens: int | None = None,
     max_completion_tokens: int = 1024,
     stop_after_first_box: bool = False,
+    budget: int | None = None,
+    budget_wording: str = WORDING,
     k: int = 8,
     temperature: float = 0.8,
     thought_controls: bool = True,
@@ -103,6 +106,9 @@ def next_token(
         max_completion_tokens: Maximum length of a completion.
         stop_after_first_box: End a completion after its first box, as in training
             (rollout.sampling.stop_after_first_box).
+        budget: Number of tokens that prompts allow for a completion. A policy that was trained with a budget
+            (rollout.thought_budget) is used to such prompts. None states no number.
+        budget_wording: How prompts state it, as in training (rollout.thought_budget.wording).
         k: Answers sampled at each position for avg@k and pass@k, besides the greedy one. 0 samples none.
         temperature: Sampling temperature of those answers.
         thought_controls: Also answer after an empty thought and after another document's thought.
@@ -121,6 +127,9 @@ def next_token(
         if objective is None
         else objective
     )
+    thought_budget = NO_BUDGET
+    if budget is not None:
+        thought_budget = ThoughtBudget(initial=budget, steps=1, decay=1.0, wording=budget_wording)
     make_data = partial(
         TokenTaskDataModule,
         task_dir,
@@ -135,13 +144,13 @@ def next_token(
     def parts(module: NTPModule) -> tuple[TokenTaskDataModule, list[Callback]]:
         data = make_data()
         if engine is None:
-            return data, [RolloutCallback(None, asked), ValidationResults()]
+            return data, [RolloutCallback(None, asked, thought_budget=thought_budget), ValidationResults()]
         data.setup("validate")
         rollout = RolloutCallback(
             engine,
             asked,
             max_prompt_tokens=data.context_limit("heldout").tokens
-            + asked.bind(module.tokenizer).num_overhead_tokens,
+            + asked.bind(module.tokenizer, thought_budget).num_overhead_tokens,
             seed=seed,
             sampling=Sampling(
                 temperature=temperature,
@@ -149,6 +158,7 @@ def next_token(
                 stop_after_first_box=stop_after_first_box,
             ),
             evaluation=Evaluation(samples=k, thought_controls=thought_controls),
+            thought_budget=thought_budget,
         )
         return data, [rollout, ValidationResults()]
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from rpt_lightning.rollout.places import Draw, OverRanks, alone, fill_places
 from rpt_lightning.types import RolloutGroup, Task
 
 
@@ -38,47 +39,31 @@ class FilledBatch:
 
 def fill_batch(
     rollout: Callable[[Sequence[Task]], Sequence[RolloutGroup]],
-    draw: Callable[[Sequence[int]], Sequence[Task]],
+    draw: Draw,
     tasks: Sequence[Task],
     *,
     max_extra_tasks: int,
-    over_ranks: Callable[[int], tuple[Sequence[int], int]] = lambda number: ((number,), 0),
+    over_ranks: OverRanks = alone,
 ) -> FilledBatch:
-    """Roll out the tasks and replace zero-variance groups by groups of further tasks.
+    """Roll out the tasks and replace zero-variance groups by groups of further tasks (`fill_places`).
 
-    The places of a step are those of all ranks, one rank after the other, and the ranks draw in this order
-    too. Which place gets which task therefore does not depend on the number of ranks. ``rollout`` may be a
-    collective, because a reward may query the policy. All ranks therefore do as many rounds as the rank that
-    needs the most. A rank that needs nothing draws 0 tasks and rolls them out.
+    ``rollout`` may be a collective, because a reward may query the policy.
 
     Args:
         rollout: Returns groups for tasks, in their order.
-        draw: Takes the number of tasks that each rank needs, draws them from the stream and returns this
-            rank's share. It returns fewer, or none, at the end of the stream.
+        draw: Draws further tasks. It returns fewer, or none, at the end of the stream.
         tasks: The tasks of the step.
         max_extra_tasks: Largest number of additional tasks that all ranks may draw together. 0 turns dynamic
             sampling off.
         over_ranks: Takes this rank's number and returns the numbers of all ranks in order, with this rank's
             index. A collective.
     """
-    groups = list(rollout(tasks))
-    replaced: list[RolloutGroup] = []
-    num_rounds = 0
-    stream_ended = False
-    num_left = max_extra_tasks
-    while True:
-        dead = [place for place, group in enumerate(groups) if not group.is_live]
-        num_dead, rank = over_ranks(0 if stream_ended else len(dead))
-        # The remaining budget goes to the first places of the step.
-        wanted = [max(0, min(num, num_left - sum(num_dead[:before]))) for before, num in enumerate(num_dead)]
-        if sum(wanted) == 0:
-            break
-        num_left -= sum(wanted)
-        extra = draw(wanted)
-        stream_ended = len(extra) < wanted[rank]
-        num_rounds += bool(extra)
-        # A new group with zero variance takes the place too, and the next round replaces it like any other.
-        for place, group in zip(dead[: len(extra)], rollout(extra), strict=True):
-            replaced.append(groups[place])
-            groups[place] = group
-    return FilledBatch(groups=tuple(groups), replaced=tuple(replaced), num_rounds=num_rounds)
+    places = fill_places(
+        rollout,
+        lambda group: group.is_live,
+        draw,
+        tasks,
+        max_extra_tasks=max_extra_tasks,
+        over_ranks=over_ranks,
+    )
+    return FilledBatch(groups=places.kept, replaced=places.replaced, num_rounds=places.num_rounds)

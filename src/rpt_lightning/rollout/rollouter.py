@@ -194,7 +194,7 @@ class Rollouter:
                 truth=self.objective.truth(one.task),
                 masks_truncated=self.masks_truncated,
                 num_trained=tuple(map(self.objective.num_trained, one.completions)),
-                num_prefix_tokens=len(self.objective.prompt.prefix_ids),
+                num_prefix_tokens=len(self.objective.prompt_of(one.task).prefix_ids),
             )
             for one in answered
         ]

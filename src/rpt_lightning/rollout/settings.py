@@ -83,6 +83,78 @@ class DynamicSampling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which tasks are rolled out, by the current policy's own chance of the truth (docs/selection.md).
+
+    Before the rollouts of a step, the policy scores each task's true answer without a thought (for next
+    tokens, the true token after the bare context), at temperature 1. With the defaults nothing is scored.
+
+    Args:
+        min_true_prob: Do not roll out tasks at which the policy gives the truth a lower probability.
+        max_true_prob: Do not roll out tasks at which the policy gives the truth a higher probability.
+        max_draws: Most tasks that are drawn for each place of a step, its own task included. Places that are
+            still open then keep the task that was drawn last.
+        by_kind: Also prefer kinds of positions (by probability of the truth and entropy) whose groups have
+            had a gradient in this run. They are accepted in proportion to their share of such groups.
+        kind_floor: Lowest probability with which a task of any kind is accepted.
+        kind_decay: Factor on the counts of each kind after every step. A smaller one forgets sooner, and 1
+            forgets nothing.
+    """
+
+    min_true_prob: float = 0.0
+    max_true_prob: float = 1.0
+    max_draws: int = 8
+    by_kind: bool = False
+    kind_floor: float = 0.1
+    kind_decay: float = 0.9
+
+    def __post_init__(self) -> None:
+        check_number("rollout.selection.min_true_prob", self.min_true_prob, least=0, below=1)
+        check_number("rollout.selection.max_true_prob", self.max_true_prob, above=0, most=1)
+        check_number(
+            "rollout.selection.max_draws",
+            self.max_draws,
+            least=2,
+            hint=", since with 1 every task would be kept; for no selection leave "
+            "rollout.selection.min_true_prob at 0, max_true_prob at 1 and by_kind false",
+        )
+        check_number(
+            "rollout.selection.kind_floor",
+            self.kind_floor,
+            above=0,
+            most=1,
+            hint=", so that no kind starves",
+        )
+        check_number("rollout.selection.kind_decay", self.kind_decay, above=0, most=1)
+        if self.min_true_prob >= self.max_true_prob:
+            raise ValueError(
+                f"rollout.selection.min_true_prob={self.min_true_prob}: must be below "
+                f"rollout.selection.max_true_prob={self.max_true_prob}; 0 and 1 select nothing"
+            )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the policy scores tasks before they are rolled out."""
+        return self.min_true_prob > 0 or self.max_true_prob < 1 or self.by_kind
+
+    def has_in_band(self, true_prob: float) -> bool:
+        """Whether a probability of the truth lies in the band, whose ends belong to it.
+
+        >>> [Selection(min_true_prob=0.05, max_true_prob=0.8).has_in_band(p) for p in (0.04, 0.05, 0.8, 0.9)]
+        [False, True, True, False]
+        """
+        return self.min_true_prob <= true_prob <= self.max_true_prob
+
+    def max_extra_tasks(self, num_places: int) -> int:
+        """Return the most tasks that may be drawn beyond the first ones of some places, over all ranks.
+
+        >>> Selection(max_draws=4).max_extra_tasks(8)
+        24
+        """
+        return (self.max_draws - 1) * num_places
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineCheck:
     """How the engine's log-probs are compared with the policy's after each sync.
 

@@ -18,7 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rpt_lightning.compat.lightning import data_rank
 from rpt_lightning.data.modules.batch import HeldOutBatch, SequenceBatch, TaskBatch
 from rpt_lightning.data.modules.heldout import choose_heldout
-from rpt_lightning.data.modules.stream import Place, ShuffledOrder, TaskStream, rank_share
+from rpt_lightning.data.modules.stream import Order, Place, TaskStream, rank_share
 from rpt_lightning.data.store.task_folder import TaskFolder
 from rpt_lightning.objectives.base import Objective
 from rpt_lightning.pretrained.specification import has_hash, is_whole
@@ -185,6 +185,7 @@ class StreamDataModule(LightningDataModule):
     def next_batch(self) -> TaskBatch | SequenceBatch:
         """Return this rank's part of the step after everything drawn so far."""
         rank, num_ranks = self._data_rank()
+        self.stream.begin_step()
         return self.make_batch(
             list(rank_share(self.stream.next(self.items_per_step), rank=rank, num_ranks=num_ranks))
         )
@@ -249,7 +250,7 @@ class TaskFolderDataModule(StreamDataModule):
         self.eval_batch_size = eval_batch_size
 
     @abstractmethod
-    def make_order(self) -> ShuffledOrder:
+    def make_order(self) -> Order:
         """Return the order of this module's items. ``self.train`` is already open."""
 
     # Lightning's hooks

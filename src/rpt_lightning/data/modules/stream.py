@@ -10,6 +10,7 @@ within a window of ``WINDOW_CHUNKS`` chunks.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 WINDOW_CHUNKS = 8
+TIERS = "tiers"  # what a stored place calls an order by tiers
 T = TypeVar("T")
 
 
@@ -29,7 +31,59 @@ class Place:
     index: int
 
 
-class ShuffledOrder:
+class Order(ABC):
+    """An endless order of ``(document, k)`` pairs, in which a place leads to the next one.
+
+    Args:
+        num_documents: Number of documents that are ordered.
+        items_per_epoch: Number of pairs.
+        bundle_size: Number of items of a document that follow each other.
+        seed: Seed of the order.
+    """
+
+    def __init__(self, *, num_documents: int, items_per_epoch: int, bundle_size: int, seed: int) -> None:
+        self.num_documents = num_documents
+        self.items_per_epoch = items_per_epoch
+        self.bundle_size = bundle_size
+        self.seed = seed
+
+    @property
+    def first(self) -> Place:
+        """The place at which a run begins."""
+        return Place(epoch=0, index=0)
+
+    @abstractmethod
+    def __getitem__(self, place: Place) -> tuple[int, int]:
+        """Return the pair at a place."""
+
+    @abstractmethod
+    def after(self, place: Place) -> Place:
+        """Return the place after the pair at a place."""
+
+    def at_next_step(self, place: Place) -> Place:
+        """Return the place at which the next step begins. An order may depend on the step."""
+        return place
+
+    @property
+    def settings(self) -> dict[str, int | str]:
+        """What the order was made with, by its name in messages."""
+        return {
+            "seed": self.seed,
+            "positions_per_document": self.bundle_size,
+            "number of documents": self.num_documents,
+            "number of positions": self.items_per_epoch,
+        }
+
+    def stored(self, place: Place) -> dict[str, Any]:
+        """Return a place in JSON types."""
+        return {"epoch": place.epoch, "index": place.index}
+
+    def restored(self, state: dict[str, Any]) -> Place:
+        """Return a stored place."""
+        return Place(epoch=int(state["epoch"]), index=int(state["index"]))
+
+
+class ShuffledOrder(Order):
     """An order of ``(document, k)`` pairs with k < num_items[document].
 
     Up to ``bundle_size`` items of a document follow each other.
@@ -44,10 +98,13 @@ class ShuffledOrder:
     def __init__(
         self, num_items: NDArray[np.int32], chunk_sizes: Sequence[int], *, bundle_size: int, seed: int
     ) -> None:
+        super().__init__(
+            num_documents=len(num_items),
+            items_per_epoch=int(num_items.sum()),
+            bundle_size=bundle_size,
+            seed=seed,
+        )
         self.num_items = num_items
-        self.bundle_size = bundle_size
-        self.seed = seed
-        self.items_per_epoch = int(num_items.sum())
         self._bounds = np.concatenate([[0], np.cumsum(chunk_sizes)])  # [C + 1] documents
         cumulative = np.concatenate([[0], np.cumsum(num_items)])
         self._chunk_items = np.diff(cumulative[self._bounds])  # [C] items of each chunk
@@ -64,6 +121,11 @@ class ShuffledOrder:
         start = self._window_ends[window - 1] if window else 0
         document, item = self._pairs[index - start]
         return int(document), int(item)
+
+    def after(self, place: Place) -> Place:
+        """Return the place after it. After the last pair of an epoch comes the first of the next epoch."""
+        index = place.index + 1
+        return Place(place.epoch + 1, 0) if index == self.items_per_epoch else Place(place.epoch, index)
 
     def _enter_epoch(self, epoch: int) -> None:
         if epoch == self._epoch:
@@ -110,57 +172,54 @@ def _ranges(starts: NDArray[Any], lengths: NDArray[Any], *, step: int = 1) -> ND
 
 
 class TaskStream:
-    """An endless repetition of a ``ShuffledOrder``, epoch after epoch, and the ``place`` in it.
+    """The items of an order, one after the other, and the ``place`` in it.
 
     A checkpoint stores the place. ``corpus`` is the fingerprint of the text that is ordered. ``layout`` is
     the fingerprint of its division into documents and shards. It is empty if the text alone determines that.
     """
 
-    def __init__(self, order: ShuffledOrder, *, corpus: str, layout: str = "") -> None:
+    def __init__(self, order: Order, *, corpus: str, layout: str = "") -> None:
         self.order = order
         self.corpus = corpus
         self.layout = layout
-        self.place = Place(epoch=0, index=0)
+        self.place = order.first
+
+    def begin_step(self) -> None:
+        """Go to where the next step begins. What is taken until the next call belongs to that step."""
+        self.place = self.order.at_next_step(self.place)
 
     def next(self, num: int) -> list[tuple[int, int]]:
-        """Take the next ``num`` pairs. After the last pair of an epoch comes the first of the next epoch."""
+        """Take the next ``num`` pairs."""
         pairs = []
         for _ in range(num):
             pairs.append(self.order[self.place])
-            epoch, index = self.place.epoch, self.place.index + 1
-            is_last = index == self.order.items_per_epoch
-            self.place = Place(epoch + 1, 0) if is_last else Place(epoch, index)
+            self.place = self.order.after(self.place)
         return pairs
 
     def state_dict(self, place: Place | None = None) -> dict[str, Any]:
         """Return the state at the present place, or at an earlier ``place``."""
         stored = self.place if place is None else place
-        return {"epoch": stored.epoch, "index": stored.index, "made_with": self._settings()}
+        return self.order.stored(stored) | {"made_with": self._settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at a stored place. Raises ValueError if it belongs to a different order."""
         settings = self._settings()
+        # Without tiers, nothing is stored of them.
+        made_with, settings = ({TIERS: "none"} | found for found in (state["made_with"], settings))
         # A checkpoint from before corpus or layout were stored does not name them.
-        different = [
-            name for name in settings if state["made_with"].get(name, settings[name]) != settings[name]
-        ]
+        different = [name for name in settings if made_with.get(name, settings[name]) != settings[name]]
         if different:
             name = different[0]
             raise ValueError(
                 f"--ckpt_path: the checkpoint's place in the data belongs to {name} "
-                f"{state['made_with'].get(name)}, and this run has {settings[name]}; "
+                f"{made_with.get(name)}, and this run has {settings[name]}; "
                 "continue with the same --data settings and task folder (or one that was made again with the "
                 "same settings of `rpt prepare`), or start a new run from exported weights"
             )
-        self.place = Place(epoch=int(state["epoch"]), index=int(state["index"]))
+        self.place = self.order.restored(state)
 
     def _settings(self) -> dict[str, int | str]:
-        order = self.order
-        return {
-            "seed": order.seed,
-            "positions_per_document": order.bundle_size,
-            "number of documents": len(order.num_items),
-            "number of positions": order.items_per_epoch,
+        return self.order.settings | {
             "text with the fingerprint": self.corpus,
             "documents in the order with the fingerprint": self.layout,
         }

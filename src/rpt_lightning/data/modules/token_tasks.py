@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from rpt_lightning.data.modules.base import TaskFolderDataModule
 from rpt_lightning.data.modules.batch import TaskBatch
-from rpt_lightning.data.modules.stream import ShuffledOrder
+from rpt_lightning.data.modules.stream import Order, ShuffledOrder
+from rpt_lightning.data.modules.tiers import TieredOrder, Tiers
 from rpt_lightning.types import TokenTask
 
 
@@ -24,6 +25,8 @@ class TokenTaskDataModule(TaskFolderDataModule):
         eval_batch_size: Tasks in one validation batch, over all ranks. Only the results after shuffled
             thoughts depend on it.
         seed: Seed of the order and of the choice of held-out positions.
+        tiers: Order of the tasks from easy to hard, by their entropy. It reads the whole folder once at the
+            start.
     """
 
     makes = "tasks"
@@ -38,6 +41,7 @@ class TokenTaskDataModule(TaskFolderDataModule):
         eval_min_entropy: float = 0.5,
         eval_batch_size: int = 256,
         seed: int = 0,
+        tiers: Tiers = Tiers(),
     ) -> None:
         super().__init__(
             task_dir,
@@ -52,8 +56,19 @@ class TokenTaskDataModule(TaskFolderDataModule):
         if positions_per_document < 1:
             raise ValueError(f"--data.positions_per_document {positions_per_document}: must be at least 1")
         self.positions_per_document = positions_per_document
+        self.tiers = tiers
 
-    def make_order(self) -> ShuffledOrder:
+    def make_order(self) -> Order:
+        if self.tiers.are_set:
+            return TieredOrder(
+                [self.train.document(index)["entropy"] for index in range(len(self.train))],
+                self.train.chunk_sizes,
+                self.tiers,
+                bundle_size=self.positions_per_document,
+                seed=self.seed,
+                items_per_step=self.items_per_step,
+                where=f"{self.task_dir}, train",
+            )
         return ShuffledOrder(
             self.train.num_positions,
             self.train.chunk_sizes,

@@ -10,6 +10,7 @@ from rpt_lightning.data.prepare.dedup import LEAST_SPAN
 from rpt_lightning.data.prepare.position_rule import PositionRule
 from rpt_lightning.data.prepare.scored_parts import ScoringSettings
 from rpt_lightning.data.sources.corpus import CorpusSource
+from rpt_lightning.limits import check_number
 from rpt_lightning.objectives.base import Objective
 from rpt_lightning.objectives.next_token import PLACES as NEXT_TOKEN
 from rpt_lightning.types import TokenIds
@@ -34,6 +35,7 @@ class PrepareSettings:
     min_context: int
     min_true_prob: float
     max_true_prob: float
+    max_true_rank: int | None
     keep_unanswerable: bool
     answer_reach: int
     max_tokens_per_document: int | None
@@ -75,7 +77,10 @@ class PrepareSettings:
                 f"--max_documents {self.max_documents}: must exceed "
                 f"--heldout_documents {self.heldout_documents}"
             )
-        if self.min_true_prob >= self.max_true_prob:
+        check_number(
+            "--max_true_rank", self.max_true_rank, least=0, hint=" (0: the most likely token), or null"
+        )
+        if not self.min_true_prob < self.max_true_prob:
             raise ValueError(
                 f"--min_true_prob {self.min_true_prob}: must be below --max_true_prob {self.max_true_prob}"
             )
@@ -102,6 +107,7 @@ class PrepareSettings:
             "min_context": self.min_context,
             "min_true_prob": self.min_true_prob,
             "max_true_prob": self.max_true_prob,
+            "max_true_rank": self.max_true_rank,
             "keep_unanswerable": self.keep_unanswerable,
             "answer_reach": self.answer_reach,
             "max_tokens_per_document": self.max_tokens_per_document,
@@ -126,6 +132,7 @@ class PrepareSettings:
             keep_unanswerable=self.keep_unanswerable,
             min_true_prob=self.min_true_prob,
             max_true_prob=self.max_true_prob,
+            max_true_rank=self.max_true_rank,
             objective=self.objective,
         )
 

@@ -66,8 +66,8 @@ SECTION = Section(
         row(
             {"cost/scored_tokens": SUM},
             meaning=(
-                "tokens that passed through the policy without a gradient: comparison of log-probs, old "
-                "log-probs, dense rewards"
+                "tokens that passed through the policy without a gradient: selection of tasks, comparison of "
+                "log-probs, old log-probs, dense rewards"
             ),
             unit="tokens",
         ),

@@ -42,6 +42,29 @@ SECTION = Section(
             watch_for="falls to a quarter: the run warns",
         ),
         row(
+            {"rollout/thought_budget": MAX},
+            meaning="tokens that the prompts of the step allow (this and the next two only with a budget)",
+            unit="tokens",
+            normal="falls as `rollout.thought_budget` says",
+        ),
+        row(
+            {"rollout/over_budget_frac": MEAN_OVER_GROUPS},
+            meaning="completions that are longer than that",
+            unit="fraction",
+            normal="falls",
+            watch_for="near 1: the budget falls faster than the policy learns to be brief",
+        ),
+        row(
+            {"reward/objective_mean": MEAN_OVER_GROUPS, "reward/length_mean": MEAN_OVER_GROUPS},
+            meaning="the two parts of `reward/mean`: what the objective pays, and the length term",
+            unit="the first as the objective's rewards, the second 0 to 1",
+            normal="the first as without a budget",
+            watch_for=(
+                "the second rises while the first falls: length pays more than being right, so lower "
+                "`rollout.thought_budget.weight` or raise `least`"
+            ),
+        ),
+        row(
             {"rollout/live_groups": SUM},
             meaning=(
                 "groups whose rewards differ (with `model.truncated` mask, considering only "
@@ -90,6 +113,71 @@ SECTION = Section(
             unit="groups",
             normal="all zero-variance groups without dynamic sampling, 0 with it",
             watch_for="above 0 with dynamic sampling: `rollout.dynamic_sampling.max_factor` was reached",
+        ),
+        row(
+            {"selection/drawn": SUM},
+            meaning=(
+                "tasks that were drawn and scored by the policy before the rollouts (all `selection/` "
+                "metrics only with `rollout.selection`)"
+            ),
+            unit="tasks",
+        ),
+        row(
+            {"selection/in_band": SUM},
+            meaning=(
+                "drawn tasks at which the policy's probability of the true token lies between "
+                "`rollout.selection.min_true_prob` and `max_true_prob`"
+            ),
+            unit="tasks",
+        ),
+        row(
+            {"selection/kept": SUM},
+            meaning="tasks that were rolled out, including those that replaced zero-variance groups",
+            unit="tasks",
+        ),
+        row(
+            {"selection/kept_outside": SUM},
+            meaning=(
+                "tasks that were rolled out although they were not selected, because "
+                "`rollout.selection.max_draws` was reached"
+            ),
+            unit="tasks",
+            normal="0",
+            watch_for="above 0 in most steps: widen the band, or raise `rollout.selection.max_draws`",
+        ),
+        row(
+            {"selection/accepted": SUM},
+            meaning=("tasks in the band whose kind was accepted (only with `rollout.selection.by_kind`)"),
+            unit="tasks",
+            normal="all at first",
+        ),
+        row(
+            {"selection/best_kind_frac": MAX},
+            meaning=(
+                "smoothed fraction of groups with a gradient for the best kind of positions, not "
+                "counting this step's groups (only with `rollout.selection.by_kind`)"
+            ),
+            unit="fraction",
+            normal="1 in the first step, then above `rollout/live_groups_frac`",
+            watch_for=(
+                "falls to `rollout/live_groups_frac`: kinds no longer differ, and preferring some of "
+                "them only costs draws"
+            ),
+        ),
+        row(
+            {"selection/in_band_frac": SAME},
+            meaning="`selection/in_band` divided by `selection/drawn`",
+            unit="fraction",
+            normal="changes slowly, as the policy learns",
+            watch_for="falls steadily: the policy has learned this text, or the band no longer suits it",
+        ),
+        row(
+            {"selection/drawn_per_kept": SAME},
+            meaning=(
+                "`selection/drawn` divided by `selection/kept`; the corpus is used up this many times as fast"
+            ),
+            unit="tasks",
+            normal="1 / `selection/in_band_frac`",
         ),
         row(
             {"rollout/pilot_filled_frac": MEAN_OVER_GROUPS},
@@ -197,6 +285,21 @@ SECTION = Section(
             meaning="answers whose check failed (only with `AnswerReward`)",
             unit="answers",
             normal="0 or few",
+        ),
+        row(
+            {"judge/asked": SUM},
+            meaning=(
+                "predictions that the judge was asked about since the last step, those of a validation "
+                "included (this and the next only with `JudgeReward`)"
+            ),
+            unit="predictions",
+        ),
+        row(
+            {"judge/unreadable": SUM},
+            meaning="replies of the judge that had no verdict; a second one in a row stops the run",
+            unit="replies",
+            normal="few",
+            watch_for="many: the judge does not follow instructions, or its replies are cut off",
         ),
     ),
 )

@@ -26,6 +26,14 @@ SECTION = Section(
             watch_for="large without a validation: storage or a logger is slow",
         ),
         row(
+            {"time/selection_s": MAX},
+            meaning=(
+                "the policy's scores of the step's tasks and of those drawn instead (only with "
+                "`rollout.selection`; the draws of dynamic sampling are part of `time/rollout_s`)"
+            ),
+            unit="s",
+        ),
+        row(
             {"time/sync_s": MAX},
             meaning="loading weights into the engine and verifying them",
             unit="s",
@@ -37,7 +45,7 @@ SECTION = Section(
                 "sampling; with `rollout.max_staleness` only the time spent waiting for them"
             ),
             unit="s",
-            watch_for=("with `rollout.max_staleness`, well above 0: generation takes longer than training"),
+            watch_for="with `rollout.max_staleness`, well above 0: generation takes longer than training",
         ),
         row(
             {"time/generation_s": MAX},

@@ -8,6 +8,8 @@ a fenced context. ``v6`` has the idea of ``v3``, with the instruction repeated a
 from __future__ import annotations
 
 CONTEXT_SLOT = "@@RPT-CONTEXT@@"
+NOTE_SLOT = "@@RPT-NOTE@@"
+_CONTEXT_HEADING = "### Context"
 
 _FENCED = f"### Context\n```\n{CONTEXT_SLOT}\n```"
 
@@ -71,3 +73,13 @@ WORDINGS: dict[str, str] = {
     "v5": f"{_V0}\n{_FENCED}",
     "v6": f"{_V3}\n{_FENCED}\n\n{_REMINDER}",
 }
+
+
+def with_note(wording: str) -> str:
+    r"""Return a wording with `NOTE_SLOT` as a paragraph of its own before the context's heading.
+
+    >>> with_note(f"Predict.\n\n### Context\n{CONTEXT_SLOT}")
+    'Predict.\n\n@@RPT-NOTE@@\n\n### Context\n@@RPT-CONTEXT@@'
+    """
+    before, heading, after = wording.rpartition(_CONTEXT_HEADING)
+    return f"{before}{NOTE_SLOT}\n\n{heading}{after}"

@@ -7,7 +7,8 @@ token boundaries, and the reward depends on them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from rpt_lightning.objectives.box import BOX_CLOSE, BOX_OPEN
 from rpt_lightning.objectives.prompts.chat_template import ChatTemplate
 from rpt_lightning.objectives.prompts.end_tokens import end_ids
-from rpt_lightning.objectives.prompts.paper_wordings import CONTEXT_SLOT, WORDINGS
+from rpt_lightning.objectives.prompts.paper_wordings import CONTEXT_SLOT, NOTE_SLOT, WORDINGS, with_note
 from rpt_lightning.pretrained.token_bytes import TokenBytes, start_ids
 from rpt_lightning.types import TokenIds
 
@@ -70,6 +71,18 @@ class PromptTemplate(ABC):
     def bind(self, tokenizer: PreTrainedTokenizerBase) -> BoundPrompt:
         """Bind to a tokenizer. Raises ValueError if it cannot express the template."""
 
+    def bind_with_notes(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], BoundPrompt]:
+        """Return a function from a note, such as a budget of tokens, to the prompt that states it.
+
+        All these prompts have the form of answer of ``bind``. Raises ValueError if the template has no place
+        for a note.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no place for a note, so it cannot state a budget of tokens; define "
+            "its bind_with_notes, take ContinuationPrompt or ChatPrompt, or give "
+            "--rollout.thought_budget.wording null"
+        )
+
 
 class ContinuationPrompt(PromptTemplate):
     """The unchanged context, then the thought.
@@ -97,6 +110,13 @@ class ContinuationPrompt(PromptTemplate):
             suffix_ids=_marker_ids(tokenizer, token_bytes, self.think_open),
             think_close=self.think_close,
             stop_token_ids=end_ids(tokenizer, token_bytes),
+        )
+
+    def bind_with_notes(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], BoundPrompt]:
+        """Put notes on a line of their own between the context and the thought."""
+        bound, token_bytes = self.bind(tokenizer), TokenBytes(tokenizer)
+        return lambda note: replace(
+            bound, suffix_ids=token_bytes.encode_plain(f"\n\n{note}\n") + bound.suffix_ids
         )
 
 
@@ -135,6 +155,12 @@ class ChatPrompt(PromptTemplate):
         template = ChatTemplate(tokenizer, self.template_args, prompt="ChatPrompt")
         return _chat(tokenizer, template, WORDINGS[self.version], self.think_open, self.think_close)
 
+    def bind_with_notes(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], BoundPrompt]:
+        """Put notes behind the instruction, before the context."""
+        template = ChatTemplate(tokenizer, self.template_args, prompt="ChatPrompt")
+        wording = with_note(WORDINGS[self.version])
+        return _chat_with_notes(tokenizer, template, wording, self.think_open, self.think_close)
+
 
 class QuestionPrompt(PromptTemplate):
     """The context as the user's turn of the model's own chat template.
@@ -164,6 +190,12 @@ class QuestionPrompt(PromptTemplate):
         template = ChatTemplate(tokenizer, self.template_args, prompt="QuestionPrompt")
         return _chat(tokenizer, template, CONTEXT_SLOT, self.think_open, self.think_close)
 
+    def bind_with_notes(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], BoundPrompt]:
+        """Put notes behind the question."""
+        template = ChatTemplate(tokenizer, self.template_args, prompt="QuestionPrompt")
+        wording = f"{CONTEXT_SLOT}\n\n{NOTE_SLOT}"
+        return _chat_with_notes(tokenizer, template, wording, self.think_open, self.think_close)
+
 
 def _chat(
     tokenizer: PreTrainedTokenizerBase,
@@ -175,9 +207,7 @@ def _chat(
     """Build the prompt with the wording as the user's turn."""
     token_bytes = TokenBytes(tokenizer)
     before, after, opens = template.around_question(wording, think_open, think_close)
-    suffix_ids = _template_ids(tokenizer, after) + (
-        _marker_ids(tokenizer, token_bytes, think_open) if opens else ()
-    )
+    opening_ids = _marker_ids(tokenizer, token_bytes, think_open) if opens else ()
     turn_end = [
         token_id
         for token_id in _template_ids(tokenizer, template.behind_answer())
@@ -187,9 +217,36 @@ def _chat(
         tokenizer,
         token_bytes,
         prefix_ids=_template_ids(tokenizer, before),
-        suffix_ids=suffix_ids,
+        suffix_ids=_template_ids(tokenizer, after) + opening_ids,
         think_close=think_close,
         stop_token_ids=tuple(dict.fromkeys([*turn_end, *end_ids(tokenizer, token_bytes)])),
+    )
+
+
+def _chat_with_notes(
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    wording: str,
+    think_open: str | None,
+    think_close: str | None,
+) -> Callable[[str], BoundPrompt]:
+    """Build the prompts whose wording has a slot for a note.
+
+    The note becomes tokens together with the template's text around it, as in any other wording. Raises
+    ValueError if the chat template does not show the slot once.
+    """
+    before, after, opens = template.around_question(wording, think_open, think_close)
+    if (before + after).count(NOTE_SLOT) != 1:
+        raise ValueError(
+            f"the chat template of {template.name!r} shows a note {(before + after).count(NOTE_SLOT)} times "
+            "instead of once; give --rollout.thought_budget.wording null, or use ContinuationPrompt"
+        )
+    bound = _chat(tokenizer, template, wording, think_open, think_close)
+    opening_ids = _marker_ids(tokenizer, TokenBytes(tokenizer), think_open) if opens else ()
+    return lambda note: replace(
+        bound,
+        prefix_ids=_template_ids(tokenizer, before.replace(NOTE_SLOT, note)),
+        suffix_ids=_template_ids(tokenizer, after.replace(NOTE_SLOT, note)) + opening_ids,
     )
 
 

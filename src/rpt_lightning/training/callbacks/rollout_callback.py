@@ -15,13 +15,20 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from rpt_lightning.limits import check_number
 from rpt_lightning.objectives.base import BoundObjective, Objective
+from rpt_lightning.objectives.thought_budget import ThoughtBudget
 from rpt_lightning.rollout.engines.base import RolloutEngine
-from rpt_lightning.rollout.settings import DynamicSampling, EngineCheck, Evaluation, Sampling
+from rpt_lightning.rollout.position_kinds import KindShares
+from rpt_lightning.rollout.settings import DynamicSampling, EngineCheck, Evaluation, Sampling, Selection
 from rpt_lightning.training.batch_summary import batch_arithmetic
 from rpt_lightning.training.checkpoint.callback import saved_when_lost
 from rpt_lightning.training.modules.policy_module import PolicyModule
 from rpt_lightning.training.step.async_rollouts import check_settings
-from rpt_lightning.training.step.metrics import cached_fractions, over_ranks, throughput
+from rpt_lightning.training.step.metrics import (
+    cached_fractions,
+    over_ranks,
+    selection_fractions,
+    throughput,
+)
 from rpt_lightning.training.step.parts import RolloutParts, build_parts
 from rpt_lightning.training.step.rollout_step import RolloutStep
 from rpt_lightning.training.validation.heldout_answers import heldout_answers
@@ -50,8 +57,10 @@ class RolloutCallback(Callback):
             This needs ``model.correction``.
         sampling: How completions are sampled.
         dynamic_sampling: When zero-variance groups are replaced by groups of new tasks.
+        selection: Which tasks are rolled out, by the policy's own chance of the truth.
         check: How the engine's log-probs are compared with the policy's after each sync.
         evaluation: What a validation asks the policy besides one greedy answer.
+        thought_budget: A falling budget of tokens for each completion, and a reward for keeping to it.
     """
 
     def __init__(
@@ -65,8 +74,10 @@ class RolloutCallback(Callback):
         max_staleness: int = 0,
         sampling: Sampling = Sampling(),
         dynamic_sampling: DynamicSampling = DynamicSampling(),
+        selection: Selection = Selection(),
         check: EngineCheck = EngineCheck(),
         evaluation: Evaluation = Evaluation(),
+        thought_budget: ThoughtBudget = ThoughtBudget(),
     ) -> None:
         check_number(
             "rollout.max_staleness", max_staleness, least=0, hint=" (0: rollouts of the current policy)"
@@ -81,8 +92,13 @@ class RolloutCallback(Callback):
         self.max_staleness = max_staleness
         self.sampling = sampling
         self.dynamic_sampling = dynamic_sampling
+        self.selection = selection
+        self.kinds = (
+            KindShares(floor=selection.kind_floor, decay=selection.kind_decay) if selection.by_kind else None
+        )
         self.check = check
         self.evaluation = evaluation
+        self.thought_budget = thought_budget
         self.bound_objective: BoundObjective | None = None
         self.parts: RolloutParts | None = None
         self._step: RolloutStep | None = None  # only during training
@@ -108,10 +124,18 @@ class RolloutCallback(Callback):
                 "rollout.objective is not set: say what the policy is asked and rewarded for, "
                 "e.g. --rollout.objective NextTokenObjective"
             )
+        self.bound_objective.check_budget(max_completion_tokens=self.sampling.max_completion_tokens)
         _look_at_objective(self.bound_objective, trainer, pl_module, data)
         is_ahead = trains and self.max_staleness > 0
         if is_ahead:
-            check_settings(self.max_staleness, self.engine, pl_module, self.bound_objective.objective, data)
+            check_settings(
+                self.max_staleness,
+                self.engine,
+                pl_module,
+                self.bound_objective.objective,
+                data,
+                selection=self.selection,
+            )
         self.parts = build_parts(
             self.engine,
             self.bound_objective,
@@ -123,6 +147,8 @@ class RolloutCallback(Callback):
             seed=self.seed,
             sampling=self.sampling,
             dynamic_sampling=self.dynamic_sampling,
+            selection=self.selection,
+            kinds=self.kinds,
             check=self.check,
             with_controls=self.evaluation.thought_controls,
             is_ahead=is_ahead,
@@ -130,7 +156,7 @@ class RolloutCallback(Callback):
 
     def _bind_objective(self, module: PolicyModule, data: Any) -> None:
         if self.objective is not None:
-            self.bound_objective = BoundObjective(self.objective, module.tokenizer)
+            self.bound_objective = BoundObjective(self.objective, module.tokenizer, self.thought_budget)
             # A user's own data module may lack these methods. Its tasks are then taken as they come.
             if hasattr(data, "use_objective"):
                 data.use_objective(self.objective)
@@ -200,7 +226,7 @@ class RolloutCallback(Callback):
         metrics = over_ranks(
             pl_module.ranks, rollouts.metrics, num_groups=len(filled.groups) + len(filled.replaced)
         )
-        pl_module.log_step(metrics | cached_fractions(metrics))
+        pl_module.log_step(metrics | cached_fractions(metrics) | selection_fractions(metrics))
         self._train_start = time.perf_counter()
 
     def on_train_batch_end(
@@ -224,6 +250,15 @@ class RolloutCallback(Callback):
         )
         pl_module.log_step(metrics)
         self._step_end = now
+        if self.kinds is not None:
+            self.kinds.commit()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.kinds is None else {"kinds": self.kinds.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.kinds is not None:
+            self.kinds.load_state_dict(state_dict["kinds"])
 
     # Validation
 
@@ -249,6 +284,8 @@ class RolloutCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         batch.objective = self.bound_objective
+        if self.bound_objective is not None:
+            batch.tasks = self.bound_objective.posed(batch.tasks, step=None)
         if self.engine is None:
             if batch.records == "questions":
                 raise ValueError(

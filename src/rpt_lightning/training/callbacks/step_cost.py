@@ -25,7 +25,8 @@ class StepCost(Callback):
 
     - prompts that the engine computed (`rollout/prefill_tokens`);
     - sampled tokens (`rollout/tokens`);
-    - tokens scored without a gradient (`cost/scored_tokens`): log-prob check, old log-probs, dense rewards;
+    - tokens scored without a gradient (`cost/scored_tokens`): selection of tasks, log-prob check, old
+      log-probs, dense rewards;
     - trained tokens (`cost/trained_tokens`).
 
     `cost/flops` counts the model's operations on them (policy/flops.py), and `cost/train_flops` those of

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
@@ -37,6 +37,7 @@ from rpt_lightning.training.checkpoint.callback import save_last_step
 from rpt_lightning.training.distributed.ranks import Ranks
 from rpt_lightning.training.modules.direct_scores import DirectScore, direct_scores, position_results
 from rpt_lightning.training.modules.micro_batches import forward_passes, in_step
+from rpt_lightning.training.modules.moments_offload import MomentsOffload, offloaded_moments
 from rpt_lightning.training.modules.optimizer_kinds import check_kinds, check_same_kinds, kinds_of
 from rpt_lightning.training.modules.optimizer_settings import apply_settings, settings_of
 from rpt_lightning.training.modules.precision import check_precision
@@ -44,6 +45,7 @@ from rpt_lightning.training.modules.saved_module import CHECKPOINT_KEY, about_po
 from rpt_lightning.training.modules.skipped_steps import SkippedSteps
 from rpt_lightning.training.step_clock import StepClock
 from rpt_lightning.training.validation.position_records import unique_results, validation_metrics
+from rpt_lightning.training.write_errors import WriteErrors
 from rpt_lightning.types import TrainSequence
 
 PROGRESS_BAR_METRICS = (
@@ -69,15 +71,15 @@ class PolicyModule(LightningModule, ABC):
         gradient_clip: Largest global gradient norm (the paper's "actor gradient clip"); 0 turns off clipping.
         max_skipped_steps: A step with a non-finite loss or gradient is skipped; the run stops when this many
             are skipped in a row.
+        offload_moments: Keep the optimizer's moments in host memory and move them to the device for each
+            step. For AdamW this frees twice the memory of the weights, and the weights stay the same.
     """
 
     learns_from_rollouts = False  # whether training batches need the rollout callback's completions
     optimizer_steps_per_batch = 1
     # Whether it uses importance ratios between policy and engine. A truncating sampler would bias them.
     corrects_mismatch = False
-    # Whether it leaves truncated completions out, so that they do not count when a group's rewards are
-    # compared.
-    masks_truncated = False
+    masks_truncated = False  # whether truncated completions do not count when a group's rewards are compared
 
     def __init__(
         self,
@@ -87,12 +89,11 @@ class PolicyModule(LightningModule, ABC):
         micro_batch_tokens: int = 16384,
         gradient_clip: float = 0.2,
         max_skipped_steps: int = 3,
+        offload_moments: bool = False,
     ) -> None:
         super().__init__()
         if micro_batch_tokens < 1:
-            raise ValueError(
-                f"model.micro_batch_tokens={micro_batch_tokens}: a micro-batch needs at least 1 token"
-            )
+            raise ValueError(f"model.micro_batch_tokens={micro_batch_tokens}: a micro-batch needs a token")
         check_number("model.gradient_clip", gradient_clip, least=0, hint="; 0 turns clipping off")
         check_number("model.max_skipped_steps", max_skipped_steps, least=0)
         self.automatic_optimization = False
@@ -101,20 +102,19 @@ class PolicyModule(LightningModule, ABC):
         self.make_lr_scheduler = lr_scheduler
         self.micro_batch_tokens = micro_batch_tokens
         self.gradient_clip = gradient_clip
+        self.offload_moments = offload_moments
         self.skipped_steps = SkippedSteps(limit=max_skipped_steps)
-        self._not_written: RuntimeError | None = None
+        self._write_errors = WriteErrors()
+        self._moments: MomentsOffload | None = None
         self._kinds: dict[str, str | None] | None = None  # of optimizer and scheduler
         self._saved_kinds: dict[str, str | None] | None = None  # those of the checkpoint being resumed
-        # Of this rank, since the start of the process:
-        self.generated_work = Work()  # by the engine for training
-        self.scored_work = Work()  # through the policy without a gradient
-        self.trained_work = Work()  # with one
+        # Of this rank, since the start of the process: by the engine for training, through the policy without
+        # a gradient, and with one.
+        self.generated_work = self.scored_work = self.trained_work = Work()
         self._loaded_step = 0
         self.clock = StepClock()  # of the current step
-        # What the current step has logged so far. Callbacks read it at the end of the step.
-        self.step_metrics: dict[str, float] = {}
-        # Of the last validation pass, from all ranks. During a pass: this rank's part.
-        self.results: list[PositionResult] = []
+        self.step_metrics: dict[str, float] = {}  # of the current step so far; callbacks read it at its end
+        self.results: list[PositionResult] = []  # of the last validation pass; during one, this rank's part
         self.tokenizer = policy.tokenizer
         self.tokenizer_hash = tokenizer_hash(policy.tokenizer)
 
@@ -147,6 +147,8 @@ class PolicyModule(LightningModule, ABC):
         optimizer = self.make_optimizer(self.policy.parameters())
         scheduler = None if self.make_lr_scheduler is None else self.make_lr_scheduler(optimizer)
         check_kinds(optimizer, scheduler)
+        if self.offload_moments:
+            self._moments = offloaded_moments(optimizer, self.trainer.strategy)
         self._given_settings = settings_of(optimizer)
         self._kinds = kinds_of(optimizer, scheduler)
         if self._saved_kinds is not None:
@@ -157,6 +159,8 @@ class PolicyModule(LightningModule, ABC):
         self.clock.end()  # an earlier run of this module may have ended within a step
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
         apply_settings(optimizer, self._given_settings, is_scheduled=self.make_lr_scheduler is not None)
+        if self._moments is not None:
+            self._moments.to_host()  # a checkpoint was loaded to the device
 
     @property
     def policy_version(self) -> int:
@@ -169,8 +173,12 @@ class PolicyModule(LightningModule, ABC):
     @property
     def evaluated_ckpt_path(self) -> str | None:
         """The checkpoint whose weights a validation outside of training evaluates. None if there is none."""
-        is_training = self.trainer.state.fn == TrainerFn.FITTING
-        return None if is_training or self.trainer.ckpt_path is None else str(self.trainer.ckpt_path)
+        path = self.trainer.ckpt_path
+        return None if path is None or self._is_fitting else str(path)
+
+    @property
+    def _is_fitting(self) -> bool:
+        return has_trainer(self) and self.trainer.state.fn == TrainerFn.FITTING
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[CHECKPOINT_KEY] = about_policy(self.policy, tokenizer_hash=self.tokenizer_hash) | {
@@ -185,9 +193,8 @@ class PolicyModule(LightningModule, ABC):
         self._loaded_step = saved["global_step"]
         self.skipped_steps.number = saved["num_skipped_steps"]
         self.skipped_steps.in_a_row = saved["skipped_in_a_row"]
-        is_training = has_trainer(self) and self.trainer.state.fn == TrainerFn.FITTING
         # Checkpoints of earlier versions lack this entry.
-        self._saved_kinds = saved.get("kinds") if is_training else None
+        self._saved_kinds = saved.get("kinds") if self._is_fitting else None
         # A sharded strategy makes the optimizer before it loads.
         if self._saved_kinds is not None and self._kinds is not None:
             check_same_kinds(self._kinds, self._saved_kinds)
@@ -206,9 +213,9 @@ class PolicyModule(LightningModule, ABC):
         """
         self.step_metrics = {}
         self.clock.end()
-        if self.ranks.any(self._not_written is not None):
+        if self.ranks.any(self._write_errors.first is not None):
             save_last_step(self.trainer)
-            raise self._not_written or RuntimeError(
+            raise self._write_errors.first or RuntimeError(
                 "another rank cannot write into the run folder, and that rank says why"
             )
         if self.skipped_steps.reached_limit:
@@ -244,19 +251,12 @@ class PolicyModule(LightningModule, ABC):
                 self.log(name, rounded, on_step=True, on_epoch=False, prog_bar=name in PROGRESS_BAR_METRICS)
                 self.step_metrics[name] = rounded
 
-    @contextmanager
-    def written_or_ended(self, what: str) -> Iterator[None]:
+    def written_or_ended(self, what: str) -> AbstractContextManager[None]:
         """Wrap a callback's writing at the end of a step.
 
         If writing fails, the run ends after all callbacks, with a checkpoint.
         """
-        try:
-            yield
-        except OSError as error:
-            self._not_written = self._not_written or RuntimeError(
-                f"cannot write {what} at step {self.global_step}: {error}. Is the disk full, or was the run "
-                "folder deleted or moved during the run?"
-            )
+        return self._write_errors.kept(what, step=self.global_step)
 
     @abstractmethod
     def training_step(self, batch: Any, batch_idx: int) -> None:

@@ -38,6 +38,8 @@ class RPTModule(PolicyModule):
         gradient_clip: Largest global gradient norm (the paper's "actor gradient clip"); 0 turns off clipping.
         max_skipped_steps: A step with a non-finite loss or gradient is skipped; the run stops when this many
             are skipped in a row.
+        offload_moments: Keep the optimizer's moments in host memory and move them to the device for each
+            step. For AdamW this frees twice the memory of the weights, and the weights stay the same.
         advantage_scale: "std" divides a group's advantages by its standard deviation (GRPO), "none" does not
             (Dr. GRPO). "rloo" compares each reward with the mean of the others (RLOO), and "maxrl" divides by
             the mean reward, which favours hard tasks (MaxRL; only for rewards of at least 0).
@@ -80,6 +82,7 @@ class RPTModule(PolicyModule):
         micro_batch_tokens: int = 16384,
         gradient_clip: float = 0.2,
         max_skipped_steps: int = 3,
+        offload_moments: bool = False,
         advantage_scale: Literal["std", "none", "rloo", "maxrl"] = "std",
         aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean",
         clip_low: float = 0.2,
@@ -95,7 +98,13 @@ class RPTModule(PolicyModule):
         ntp_whole_documents: bool = False,
     ) -> None:
         super().__init__(
-            policy, optimizer, lr_scheduler, micro_batch_tokens, gradient_clip, max_skipped_steps
+            policy,
+            optimizer,
+            lr_scheduler,
+            micro_batch_tokens,
+            gradient_clip,
+            max_skipped_steps,
+            offload_moments,
         )
         if optimizer_steps_per_batch < 1:
             raise ValueError(

@@ -30,6 +30,7 @@ from rpt_lightning.data.modules.base import StreamDataModule
 from rpt_lightning.data.modules.batch import TaskBatch
 from rpt_lightning.objectives.base import Objective
 from rpt_lightning.rollout.engines.base import RolloutEngine
+from rpt_lightning.rollout.settings import Selection
 from rpt_lightning.training.distributed.rank_exchange import RankExchange
 from rpt_lightning.training.engine_check.engine_sync import EngineSync
 from rpt_lightning.training.modules.policy_module import PolicyModule
@@ -85,9 +86,14 @@ class AsyncRollouts(RolloutStep):
     def next(self, tasks: Sequence[Task]) -> StepRollouts:
         """Return the rollouts of the current step. Raises any error of the background thread.
 
-        ``tasks`` is empty, because the background thread reads the stream.
+        ``tasks`` is empty, because the background thread reads the stream. Otherwise ValueError is raised.
         """
-        assert not tasks
+        if tasks:
+            raise ValueError(
+                f"rollout.max_staleness={self.max_staleness}: {type(self.data).__name__} puts "
+                f"{len(tasks)} tasks into a batch, but the rollouts read the tasks ahead of the steps; leave "
+                "its train_dataloader as StreamDataModule has it, or give 0"
+            )
         version, clock = self.module.policy_version, self.module.clock
         if not self._ahead:
             self._begin(first=version, try_on=None)
@@ -179,7 +185,12 @@ class AsyncRollouts(RolloutStep):
         self.sync.sync(self.module)
         with self.module.clock.phase("rollout"):
             fresh = self._background.submit(
-                functools.partial(self._roll_out, [group.task for group in groups], max_extra_tasks=0)
+                functools.partial(
+                    self._roll_out,
+                    [group.task for group in groups],
+                    step=self.module.policy_version,
+                    max_extra_tasks=0,
+                )
             ).result()
         spent = {name: fresh.metrics[name] + stale.metrics[name] for name in COSTS if name in fresh.metrics}
         metrics = fresh.metrics | spent | {"rollout/dropped_groups": float(len(groups))}
@@ -194,17 +205,23 @@ class AsyncRollouts(RolloutStep):
             step=version, tasks_per_step=self.data.items_per_step
         )
         return dataclasses.replace(
-            self._roll_out(batch.tasks, max_extra_tasks=extra), place=self.data.stream.place
+            self._roll_out(batch.tasks, step=version, max_extra_tasks=extra), place=self.data.stream.place
         )
 
-    def _roll_out(self, tasks: Sequence[Task], *, max_extra_tasks: int) -> StepRollouts:
+    def _roll_out(self, tasks: Sequence[Task], *, step: int, max_extra_tasks: int) -> StepRollouts:
         return self.roller.roll_out(
-            tasks, self.data.draw, max_extra_tasks=max_extra_tasks, ranks=self.exchange
+            tasks, self.data.draw, step=step, max_extra_tasks=max_extra_tasks, ranks=self.exchange
         )
 
 
 def check_settings(
-    max_staleness: int, engine: RolloutEngine, module: PolicyModule, objective: Objective, data: object
+    max_staleness: int,
+    engine: RolloutEngine,
+    module: PolicyModule,
+    objective: Objective,
+    data: object,
+    *,
+    selection: Selection = Selection(),
 ) -> None:
     """Raise ValueError if the settings are impossible or unsafe with asynchronous rollouts."""
     flag = f"--rollout.max_staleness {max_staleness}"
@@ -228,6 +245,12 @@ def check_settings(
         raise ValueError(
             f"{flag}: {type(objective.rewarder).__name__} asks the policy for log-probs while it is trained; "
             "take PrefixMatchReward, or --rollout.max_staleness 0"
+        )
+    if selection.is_on:
+        raise ValueError(
+            f"{flag}: rollout.selection asks the policy about tasks while it is trained; leave "
+            "--rollout.selection.min_true_prob at 0, max_true_prob at 1 and by_kind false, and choose "
+            "positions in `rpt prepare` (--min_true_prob, --max_true_prob); or set --rollout.max_staleness 0"
         )
     if getattr(data, "makes", None) != "tasks":
         raise ValueError(

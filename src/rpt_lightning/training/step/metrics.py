@@ -12,6 +12,8 @@ from rpt_lightning.metrics.registry import registered
 from rpt_lightning.metrics.rollout_stats import STATISTICS, rollout_statistics
 from rpt_lightning.policy.flops import Work, add_works, prompt_work, sampling_work
 from rpt_lightning.rollout.dynamic_sampling import FilledBatch
+from rpt_lightning.rollout.position_kinds import KindShares
+from rpt_lightning.rollout.selection import SelectionCounts
 from rpt_lightning.training.distributed.ranks import Ranks
 from rpt_lightning.types import PromptTokens
 
@@ -66,6 +68,38 @@ def server_metrics(servers: tuple[int, int] | None) -> dict[str, float]:
         if servers is None
         else {"run/usable_servers": float(servers[0]), "run/lost_servers": float(servers[1])}
     )
+
+
+def selection_metrics(counts: SelectionCounts, kinds: KindShares | None = None) -> dict[str, float]:
+    """What one rank's selection did in a step, and the share of the best kind if kinds are preferred."""
+    metrics = {
+        "selection/drawn": float(counts.drawn),
+        "selection/in_band": float(counts.in_band),
+        "selection/kept": float(counts.kept),
+        "selection/kept_outside": float(counts.kept_outside),
+    }
+    if kinds is not None:
+        metrics |= {
+            "selection/accepted": float(counts.accepted),
+            "selection/best_kind_frac": kinds.best_share,
+        }
+    return metrics
+
+
+def selection_fractions(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Shares of the sums of `selection_metrics` over all ranks. Empty if the run selects nothing.
+
+    >>> counts = SelectionCounts(drawn=40, in_band=10, kept=16, kept_outside=6)
+    >>> selection_fractions(selection_metrics(counts))
+    {'selection/in_band_frac': 0.25, 'selection/drawn_per_kept': 2.5}
+    """
+    if "selection/drawn" not in metrics:
+        return {}
+    drawn = metrics["selection/drawn"]
+    return {
+        "selection/in_band_frac": metrics["selection/in_band"] / drawn,
+        "selection/drawn_per_kept": drawn / metrics["selection/kept"],
+    }
 
 
 def rollout_work(filled: FilledBatch, *, prefill_tokens: float) -> Work:

@@ -12,14 +12,16 @@ from rpt_lightning.objectives.base import BoundObjective
 from rpt_lightning.pretrained.text_shape import longest_context
 from rpt_lightning.rollout.engines.base import RolloutEngine
 from rpt_lightning.rollout.pilot import PilotRollout
+from rpt_lightning.rollout.position_kinds import KindShares
 from rpt_lightning.rollout.rollouter import Rollouter
-from rpt_lightning.rollout.settings import DynamicSampling, EngineCheck, Sampling
+from rpt_lightning.rollout.selection import TaskSelector
+from rpt_lightning.rollout.settings import DynamicSampling, EngineCheck, Sampling, Selection
 from rpt_lightning.training.distributed.rank_exchange import RankExchange
 from rpt_lightning.training.distributed.shared_generation import share_generation
 from rpt_lightning.training.engine_check.engine_sync import EngineSync
 from rpt_lightning.training.modules.policy_module import PolicyModule
 from rpt_lightning.training.step.async_rollouts import AsyncRollouts
-from rpt_lightning.training.step.policy_scores import scores_of_policy
+from rpt_lightning.training.step.policy_scores import chances_of_policy, scores_of_policy
 from rpt_lightning.training.step.rollout_step import CurrentRollouts, RolloutStep, StepRoller
 from rpt_lightning.training.validation.prompt_limits import max_model_len
 from rpt_lightning.types import SamplingSettings
@@ -27,11 +29,16 @@ from rpt_lightning.types import SamplingSettings
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutParts:
-    """The parts around one engine. ``exchange`` is None unless rollouts are generated ahead of the steps."""
+    """The parts around one engine.
+
+    ``selector`` is None if no tasks are selected, and ``exchange`` unless rollouts are generated ahead of the
+    steps.
+    """
 
     rollouter: Rollouter
     sync: EngineSync
     roller: StepRoller
+    selector: TaskSelector | None
     exchange: RankExchange | None
 
     @property
@@ -42,7 +49,9 @@ class RolloutParts:
     def step(self, *, data: Any, trainer: Trainer, module: PolicyModule, max_staleness: int) -> RolloutStep:
         """Return what gives each training step its rollouts. Call it when the data is at its first place."""
         if self.exchange is None:
-            return CurrentRollouts(self.roller, self.sync, data=data, trainer=trainer, module=module)
+            return CurrentRollouts(
+                self.roller, self.sync, self.selector, data=data, trainer=trainer, module=module
+            )
         return AsyncRollouts(
             self.roller,
             self.sync,
@@ -66,6 +75,8 @@ def build_parts(
     seed: int,
     sampling: Sampling,
     dynamic_sampling: DynamicSampling,
+    selection: Selection,
+    kinds: KindShares | None,
     check: EngineCheck,
     with_controls: bool,
     is_ahead: bool,
@@ -83,6 +94,8 @@ def build_parts(
         seed: Run seed.
         sampling: How completions are drawn.
         dynamic_sampling: When zero-variance groups are replaced.
+        selection: Which tasks are rolled out.
+        kinds: Which kinds of positions are preferred. None: none are.
         check: How log-probs are compared.
         with_controls: Whether validations have thought controls, which need some room.
         is_ahead: Whether rollouts are generated ahead of the steps.
@@ -117,11 +130,13 @@ def build_parts(
     roller = StepRoller(
         engine,
         rollouter.rollout if pilot_size is None else PilotRollout(rollouter, pilot_size=pilot_size).rollout,
-        objective=objective.objective,
+        objective=objective,
         dynamic_sampling=dynamic_sampling,
         pilot_size=pilot_size,
     )
-    return RolloutParts(rollouter=rollouter, sync=sync, roller=roller, exchange=exchange)
+    score = chances_of_policy(trainer, module, objective)
+    selector = TaskSelector(selection, score, seed=seed, kinds=kinds) if selection.is_on else None
+    return RolloutParts(rollouter=rollouter, sync=sync, roller=roller, selector=selector, exchange=exchange)
 
 
 def _check_of_truncating(sampling: Sampling, check: EngineCheck, module: PolicyModule) -> EngineCheck:

@@ -1,8 +1,8 @@
 """What lies between two optimizer steps: `RolloutStep.next` gives a training step its rewarded rollouts.
 
-It does so in this order: weight sync, generation, rewards, dynamic sampling, log-prob check. Three files hold
-the details: engine_sync.py (sync and check), rollout/rollouter.py (generation and rewards) and
-rollout/dynamic_sampling.py.
+It does so in this order: selection of tasks, weight sync, generation, rewards, dynamic sampling, log-prob
+check. Four files hold the details: rollout/selection.py, engine_sync.py (sync and check),
+rollout/rollouter.py (generation and rewards) and rollout/dynamic_sampling.py.
 
 `CurrentRollouts` does all of it before the step trains, as the paper does. `AsyncRollouts`
 (async_rollouts.py) generates while earlier steps train.
@@ -21,10 +21,12 @@ from lightning.pytorch import Trainer
 
 from rpt_lightning.data.modules.base import StreamDataModule
 from rpt_lightning.data.modules.stream import Place
-from rpt_lightning.objectives.base import Objective
+from rpt_lightning.objectives.base import BoundObjective
 from rpt_lightning.policy.flops import Work
 from rpt_lightning.rollout.dynamic_sampling import FilledBatch, fill_batch
 from rpt_lightning.rollout.engines.base import RolloutEngine
+from rpt_lightning.rollout.places import Draw
+from rpt_lightning.rollout.selection import TaskSelector
 from rpt_lightning.rollout.settings import DynamicSampling
 from rpt_lightning.training.distributed.rank_exchange import RankExchange
 from rpt_lightning.training.distributed.ranks import Ranks
@@ -34,11 +36,10 @@ from rpt_lightning.training.step.metrics import (
     prompt_metrics,
     rollout_metrics,
     rollout_work,
+    selection_metrics,
     server_metrics,
 )
 from rpt_lightning.types import PromptTokens, RolloutGroup, Task
-
-Draw = Callable[[Sequence[int]], Sequence[Task]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +95,7 @@ class CurrentRollouts(RolloutStep):
     Args:
         roller: Generates, rewards and replaces zero-variance groups.
         sync: Brings the weights into the engine and compares its log-probs.
+        selector: Chooses the tasks that are rolled out. None: all tasks are.
         data: Source of further tasks.
         trainer: The trainer of the run.
         module: The policy.
@@ -103,6 +105,7 @@ class CurrentRollouts(RolloutStep):
         self,
         roller: StepRoller,
         sync: EngineSync,
+        selector: TaskSelector | None,
         *,
         data: StreamDataModule,
         trainer: Trainer,
@@ -110,17 +113,26 @@ class CurrentRollouts(RolloutStep):
     ) -> None:
         self.roller = roller
         self.sync = sync
+        self.selector = selector
         self.data = data
         self.trainer = trainer
         self.module = module
 
     def next(self, tasks: Sequence[Task]) -> StepRollouts:
         clock = self.module.clock
+        draw: Draw = self.data.draw
+        if self.selector is not None:
+            version = self.module.policy_version
+            # Before the sync, which wakes an engine that shares the device's memory with the policy.
+            with clock.phase("selection"):
+                tasks = self.selector.select(tasks, draw, version=version, over_ranks=self._over_ranks)
+            draw = self.selector.selecting(draw, version=version, over_ranks=self._over_ranks)
         self.sync.sync(self.module)
         with clock.phase("rollout"):
             rollouts = self.roller.roll_out(
                 tasks,
-                self.data.draw,
+                draw,
+                step=self.module.policy_version,
                 max_extra_tasks=self.roller.dynamic_sampling.max_extra_tasks(
                     step=self.module.global_step, tasks_per_step=self.data.items_per_step
                 ),
@@ -135,7 +147,16 @@ class CurrentRollouts(RolloutStep):
                 rollouts.filled.groups,
                 temperature=self.sync.rollouter.sampling.temperature,
             )
-        return replace(rollouts, metrics=compared | rollouts.metrics)
+        metrics = compared | rollouts.metrics
+        if self.selector is not None:
+            filled = rollouts.filled
+            self.selector.learn([*filled.groups, *filled.replaced], gather=self.module.ranks.gather)
+            metrics |= selection_metrics(self.selector.take_counts(), self.selector.kinds)
+        return replace(rollouts, metrics=metrics)
+
+    def _over_ranks(self, number: int) -> tuple[list[int], int]:
+        ranks = self.module.ranks
+        return ranks.gather(number), ranks.data_rank
 
     def drain(self) -> None:
         pass
@@ -150,7 +171,7 @@ class StepRoller:
     Args:
         engine: Holds weights by the time of ``roll_out``.
         rollout: Returns groups for tasks, in task order, by this engine.
-        objective: What the groups were rewarded by. Its counts are taken with the step.
+        objective: Says how tasks are put to the policy at a step. Its counts are taken with the step.
         dynamic_sampling: When zero-variance groups are replaced.
         pilot_size: Completions of the first part of a group. None if groups are drawn whole.
     """
@@ -160,7 +181,7 @@ class StepRoller:
         engine: RolloutEngine,
         rollout: Callable[[Sequence[Task]], list[RolloutGroup]],
         *,
-        objective: Objective,
+        objective: BoundObjective,
         dynamic_sampling: DynamicSampling,
         pilot_size: int | None,
     ) -> None:
@@ -171,17 +192,28 @@ class StepRoller:
         self.pilot_size = pilot_size
 
     def roll_out(
-        self, tasks: Sequence[Task], draw: Draw, *, max_extra_tasks: int, ranks: Ranks | RankExchange
+        self,
+        tasks: Sequence[Task],
+        draw: Draw,
+        *,
+        step: int,
+        max_extra_tasks: int,
+        ranks: Ranks | RankExchange,
     ) -> StepRollouts:
         """The groups of a step, with further tasks in place of zero-variance groups. A collective.
 
-        See ``fill_batch``.
+        Args:
+            tasks: This rank's tasks of the step.
+            draw: See ``fill_batch``, like ``max_extra_tasks``.
+            step: Optimizer steps before the one that trains the groups. Rollouts ahead know it too.
+            max_extra_tasks: Most further tasks.
+            ranks: All ranks.
         """
         start, prompts_before, version = time.perf_counter(), self.engine.prompt_tokens, self.engine.version
         filled = fill_batch(
             self.rollout,
-            draw,
-            tasks,
+            lambda wanted: self.objective.posed(draw(wanted), step=step),
+            self.objective.posed(tasks, step=step),
             max_extra_tasks=max_extra_tasks,
             over_ranks=lambda number: (ranks.gather(number), ranks.data_rank),
         )
@@ -191,7 +223,9 @@ class StepRoller:
         )
         work = rollout_work(filled, prefill_tokens=metrics["rollout/prefill_tokens"])
         metrics |= server_metrics(self.engine.servers)
-        metrics |= self.objective.take_metrics([*filled.groups, *filled.replaced])
+        groups = [*filled.groups, *filled.replaced]
+        metrics |= self.objective.objective.take_metrics(groups)
+        metrics |= self.objective.budget_metrics(groups, step=step, pilot_size=self.pilot_size)
         return StepRollouts(
             filled=filled,
             metrics=metrics,

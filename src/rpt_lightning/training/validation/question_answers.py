@@ -52,7 +52,7 @@ def answer_questions(
                 completions=completions,
                 predictions=predictions,
                 rewards=rewards,
-                num_prefix_tokens=len(objective.prompt.prefix_ids),
+                num_prefix_tokens=len(objective.prompt_of(task).prefix_ids),
             )
         )
         truth, category = objective.truth(task), task.fields.get("category")
