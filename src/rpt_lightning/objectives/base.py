@@ -39,7 +39,7 @@ class Objective(ABC):
     """A problem that is put to the policy. Only ``truth`` has no default.
 
     Args:
-        prompt: How the policy is prompted. None asks nothing besides the context (`ContinuationPrompt`).
+        prompt: How the policy is prompted. None adds nothing to the context (`ContinuationPrompt`).
     """
 
     prompt: PromptTemplate = ContinuationPrompt()

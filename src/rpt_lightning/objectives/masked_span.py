@@ -1,4 +1,4 @@
-r"""Masked span: find the text that a mark hides, given the text before it and the text behind it.
+r"""Masked span: find the text that a mark hides, given the text before and after it.
 
 PretrainZero (arXiv:2512.03442): a span of a text is masked, the policy thinks and answers, and with ``y`` for
 its answer and ``s`` for the span,
@@ -62,19 +62,19 @@ class SpanTask:
 
 
 class MaskedSpanObjective(Objective):
-    """Find the text that a mark hides. The text before it and behind it is shown.
+    """Find the text that a mark hides. The text before and after it is shown.
 
     An answer is right if its bytes are exactly those of the hidden text. The space before a span is not
     hidden, so it does not belong to the answer. Without a thought, the policy writes the hidden text into a
     box that is already open, and closes it.
 
     Args:
-        prompt: How the policy is prompted. None asks nothing besides the text and ``question``.
+        prompt: How the policy is prompted. None adds nothing to the text and ``question``.
         unit: What a span consists of: "word" (letters, digits, and single hyphens or apostrophes between
             them), or "token". Words need spaces between them; for other scripts, take tokens.
         max_length: Largest number of words or tokens of a span. Each span's own length is drawn from 1 to
             this. It is shorter where the text has fewer, as before a full stop.
-        max_tokens: Largest number of tokens of a span, together with the token behind it, which shows where
+        max_tokens: Largest number of tokens of a span, together with the token after it, which shows where
             it ends. `rpt prepare` needs an answer_reach of at least as many.
         num_behind: Number of tokens behind the span that are shown, if the text has that many.
         mark: Text that stands for the span. Documents that hold it themselves are not asked about.
@@ -106,7 +106,7 @@ class MaskedSpanObjective(Objective):
         if max_tokens <= max_length:
             raise ValueError(
                 f"{flag}.max_tokens {max_tokens}: a span of {max_length} {unit}s has, together with the "
-                f"token behind it, at least {max_length + 1} tokens; raise it, or lower {flag}.max_length"
+                f"token after it, at least {max_length + 1} tokens; raise it, or lower {flag}.max_length"
             )
         if not mark.strip():
             raise ValueError(f"{flag}.mark {mark!r}: it must be visible; give some text, such as ____")
@@ -248,21 +248,21 @@ def _can_be_answered(span: bytes) -> bool:
 
 
 def _token_end(following: Sequence[bytes], length: int) -> int:
-    """Return ``length`` if there are that many tokens and one behind them, else 0."""
+    """Return ``length`` if there are that many tokens and one more after them, else 0."""
     return length if len(following) > length else 0
 
 
 def _word_end(following: Sequence[bytes], num_words: int) -> int:
     """Return the number of tokens of exactly ``num_words`` words, or 0.
 
-    There is one space between the words, and there may be one before the first. The text behind them must
+    There is one space between the words, and there may be one before the first. The text after them must
     show that the last word ends, and a token must begin there.
 
     >>> _word_end([b" the", b" su", b"m", b" of"], 2), _word_end([b" the", b" su", b"m"], 2)
     (3, 0)
     """
     text = _whole_characters(b"".join(following))
-    # Behind the words: a character that is in no word, or a joiner that joins nothing.
+    # After the words: a character that is in no word, or a joiner that joins nothing.
     pattern = rf" ?{_WORD}(?: {_WORD}){{{num_words - 1}}}(?=[ .]|j[^w])"
     match = re.match(pattern, _shape(text))
     if match is None:
