@@ -27,6 +27,7 @@ _MODULES = {
     "Objective": "objectives.base",
     "NextTokenObjective": "objectives.next_token",
     "InformationGainObjective": "objectives.information_gain",
+    "MaskedSpanObjective": "objectives.masked_span",
     "NextSegmentObjective": "objectives.next_segment",
     "NextSentenceObjective": "objectives.next_sentence",
     "SegmentReward": "objectives.rewards.segment",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from rpt_lightning.objectives.base import Objective
     from rpt_lightning.objectives.information_gain import InformationGainObjective
     from rpt_lightning.objectives.judges.segment_judge import SegmentJudge
+    from rpt_lightning.objectives.masked_span import MaskedSpanObjective
     from rpt_lightning.objectives.next_segment import NextSegmentObjective
     from rpt_lightning.objectives.next_sentence import NextSentenceObjective
     from rpt_lightning.objectives.next_token import NextTokenObjective
@@ -110,6 +112,7 @@ __all__ = [
     "HFEngine",
     "InformationGainObjective",
     "JsonlSource",
+    "MaskedSpanObjective",
     "NTPModule",
     "NextSegmentObjective",
     "NextSentenceObjective",

@@ -48,6 +48,11 @@ class Objective(ABC):
     """The form of a validation's records: positions of a text, or questions without one."""
     num_following_tokens: int = 0
     """Largest number of tokens from the position on that ``context_ids`` or ``truth`` reads."""
+    num_truth_tokens: int = 0
+    """Number of tokens of ``task.continuation`` that ``truth`` needs, if the text has that many.
+
+    A task folder must have been prepared with an ``--answer_reach`` of at least as many.
+    """
     num_added_tokens: int = 0
     """Largest number of tokens that ``context_ids`` has more than ``task.context_ids``."""
     tokens_after_thought: int | None = None
