@@ -33,6 +33,7 @@ from rpt_lightning.planning.settings import EngineKind, Rates, RunSettings
 from rpt_lightning.planning.workload import assumed_prompts
 from rpt_lightning.policy.adapter import Adapter
 from rpt_lightning.policy.logprobs import token_chunk
+from rpt_lightning.pretrained.adapter_folder import base_of
 from rpt_lightning.rollout.engines.vllm.vllm_engine import CPU_MAX_NUM_SEQS
 from rpt_lightning.types import TokenIds
 
@@ -158,7 +159,7 @@ def plan_of(config: Namespace) -> tuple[Plan, list[str]]:
     policy = config.model.init_args.policy.init_args
     adapter = policy.get("adapter")
     shape = model_shape(
-        load_model_config(options.model_config or policy.path),
+        load_model_config(options.model_config or base_of(policy.path)),
         None if adapter is None else Adapter(**adapter.as_dict()),
     )
     device = _device(options.device or ("h100" if settings.on_gpu else "cpu"), settings)

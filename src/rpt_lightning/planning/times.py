@@ -77,8 +77,8 @@ def step_traffic(settings: RunSettings, shape: ModelShape, tokens: StepTokens) -
     """Count the bytes that devices send in a step.
 
     Every micro-batch sends its gradients in fp32, which frozen weights do not have. If the weights are
-    sharded, it also gathers them twice. The sync gathers the weights once more, in fp32. The check after the sync
-    gathers embedding and head (the few other tensors are not counted).
+    sharded, it also gathers them twice. The sync gathers the weights once more, in fp32. The check after the
+    sync gathers embedding and head (the few other tensors are not counted).
 
     A ring moves (n - 1) / n of the whole for a gather or a scatter. It moves twice that to add up gradients
     that every rank keeps.
