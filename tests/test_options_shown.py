@@ -37,6 +37,7 @@ from rpt_lightning.objectives.rewards import answer  # noqa: F401  (defines a re
 from rpt_lightning.objectives.rewards.next_token import Reward
 from rpt_lightning.objectives.rewards.segment import SegmentReward
 from rpt_lightning.objectives.thought_budget import ThoughtBudget
+from rpt_lightning.policy.adapter import Adapter
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.rollout.engines.base import RolloutEngine
 from rpt_lightning.rollout.settings import DynamicSampling, EngineCheck, Evaluation, Sampling, Selection
@@ -48,6 +49,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PLACES: dict[type, set[str]] = {
     PolicyModule: {"model"},
     Policy: {"policy"},
+    Adapter: {"adapter"},
     LightningDataModule: {"data", "traces", "text"},
     Phase: {"phases"},
     Tiers: {"tiers"},

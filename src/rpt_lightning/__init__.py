@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "Policy": "policy.model",
+    "Adapter": "policy.adapter",
     "RPTModule": "training.modules.rpt_module",
     "NTPModule": "training.modules.ntp_module",
     "RolloutCallback": "training.callbacks.rollout_callback",
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
         Reward,
     )
     from rpt_lightning.objectives.rewards.segment import SegmentReward
+    from rpt_lightning.policy.adapter import Adapter
     from rpt_lightning.policy.model import Policy
     from rpt_lightning.records.results import read_results
     from rpt_lightning.rollout.engines.hf_engine import HFEngine
@@ -100,6 +102,7 @@ if TYPE_CHECKING:
     from rpt_lightning.training.modules.rpt_module import RPTModule
 
 __all__ = [
+    "Adapter",
     "AnswerReward",
     "AnswerTaskDataModule",
     "ChatPrompt",
