@@ -12,6 +12,7 @@ from rpt_lightning.metrics.registry import registered
 from rpt_lightning.metrics.rollout_stats import STATISTICS, rollout_statistics
 from rpt_lightning.policy.flops import Work, add_works, prompt_work, sampling_work
 from rpt_lightning.rollout.dynamic_sampling import FilledBatch
+from rpt_lightning.rollout.weight_sync.sent import SentWeights
 from rpt_lightning.training.distributed.ranks import Ranks
 from rpt_lightning.types import PromptTokens
 
@@ -65,6 +66,19 @@ def server_metrics(servers: tuple[int, int] | None) -> dict[str, float]:
         {}
         if servers is None
         else {"run/usable_servers": float(servers[0]), "run/lost_servers": float(servers[1])}
+    )
+
+
+def sent_metrics(sent: SentWeights | None) -> dict[str, float]:
+    """What one rank sent in the latest weight sync (`RolloutEngine.sent_weights`). Only the first sends."""
+    return (
+        {}
+        if sent is None
+        else {
+            "sync/sent_bytes": float(sent.num_bytes),
+            "sync/full_bytes": float(sent.num_full_bytes),
+            "sync/changed_frac": sent.changed_frac,
+        }
     )
 
 

@@ -34,6 +34,7 @@ from rpt_lightning.training.step.metrics import (
     prompt_metrics,
     rollout_metrics,
     rollout_work,
+    sent_metrics,
     server_metrics,
 )
 from rpt_lightning.types import PromptTokens, RolloutGroup, Task
@@ -190,7 +191,7 @@ class StepRoller:
             filled, self._read_since(prompts_before, ranks)
         )
         work = rollout_work(filled, prefill_tokens=metrics["rollout/prefill_tokens"])
-        metrics |= server_metrics(self.engine.servers)
+        metrics |= server_metrics(self.engine.servers) | sent_metrics(self.engine.sent_weights)
         metrics |= self.objective.take_metrics([*filled.groups, *filled.replaced])
         return StepRollouts(
             filled=filled,
