@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -41,6 +42,7 @@ def accumulate_gradients(
     *,
     device: torch.device,
     backward: Callable[[Tensor], Any],
+    without_reduction: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Tensor:
     """Add up the gradients of this rank's share of the step's loss, and return its loss.
 
@@ -50,11 +52,13 @@ def accumulate_gradients(
         micro_batch_loss: Computes the loss of a tree on ``device``.
         device: The device on which this rank computes.
         backward: Runs the backward pass of a loss.
+        without_reduction: Wraps the passes before the last, whose gradients need not be reduced over ranks.
     """
     total = torch.zeros((), device=device)
-    for tree in micro_batches:
-        loss = idle_loss(policy, device) if tree is None else micro_batch_loss(tree.to(device))
-        backward(loss)
+    for number, tree in enumerate(micro_batches, start=1):
+        with nullcontext() if number == len(micro_batches) else without_reduction():
+            loss = idle_loss(policy, device) if tree is None else micro_batch_loss(tree.to(device))
+            backward(loss)
         total += loss.detach()
     return total
 
