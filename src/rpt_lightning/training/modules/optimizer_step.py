@@ -14,6 +14,7 @@ from rpt_lightning.policy.flops import add_works, tree_work
 from rpt_lightning.training.distributed.ranks import Ranks
 from rpt_lightning.training.modules.micro_batches import MicroBatchLoss, accumulate_gradients, in_step
 from rpt_lightning.training.modules.policy_module import PolicyModule
+from rpt_lightning.training.modules.warm_up import warm_up
 from rpt_lightning.types import TrainSequence
 
 
@@ -32,6 +33,14 @@ def optimizer_step(
     """
     ranks, clock = module.ranks, module.clock
     optimizer: Any = module.optimizers()
+    if module.device.type == "cuda" and not module.is_warm:
+        warm_up(
+            module.policy,
+            max_tokens=module.micro_batch_tokens,
+            device=module.device,
+            backward=module.manual_backward,
+        )
+        module.is_warm = True
     optimizer.zero_grad()
     with clock.phase("pack"):
         trees = list(module.policy.pack(sequences, max_tokens=module.micro_batch_tokens))
@@ -43,6 +52,7 @@ def optimizer_step(
             module.policy,
             micro_batches,
             micro_batch_loss,
+            max_tokens=module.micro_batch_tokens,
             device=module.device,
             backward=lambda loss: module.manual_backward(loss * ranks.num_data),
             without_reduction=_without_reduction(module.trainer.strategy),
