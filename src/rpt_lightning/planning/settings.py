@@ -67,7 +67,7 @@ class RunSettings:
         On GPUs it includes the padding.
         """
         tokens = max(self.micro_batch_tokens, self.longest_sequence)
-        return bucket_length(tokens) if self.on_gpu else tokens
+        return bucket_length(tokens, self.micro_batch_tokens) if self.on_gpu else tokens
 
     def precision(self, strategy: Strategy) -> Precision:
         if not self.is_mixed:
