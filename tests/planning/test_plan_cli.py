@@ -173,7 +173,7 @@ def test_an_engine_that_sleeps_shares_its_memory_with_training(paper_run):
 def test_an_engine_that_does_not_start_has_no_times(paper_run):
     text = text_of(changed(paper_run[1], rollout__engine__init_args__gpu_memory_utilization=0.3))
     assert row(text, "does it fit?") == ["NO", "NO", "NO"]
-    assert "none: the engine does not start" in text
+    assert "No times, because the engine does not start" in text
     assert "generation: decoding" not in text
     assert "The first bottleneck is memory: the engine does not start" in " ".join(text.split())
 

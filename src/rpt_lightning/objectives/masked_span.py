@@ -1,4 +1,4 @@
-r"""Masked span: find the text that a mark hides, given the text before it and the text behind it.
+r"""Masked span: find the text that a mark hides, given the text before and after it.
 
 PretrainZero (arXiv:2512.03442): a span of a text is masked, the policy thinks and answers, and with ``y`` for
 its answer and ``s`` for the span,
@@ -17,6 +17,7 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from rpt_lightning.objectives.base import BoundObjective, Objective
@@ -24,7 +25,7 @@ from rpt_lightning.objectives.box import answerable_lengths
 from rpt_lightning.objectives.prompts.template import ChatPrompt, PromptTemplate
 from rpt_lightning.objectives.rewards.next_token import token_task
 from rpt_lightning.pretrained.token_bytes import TokenBytes
-from rpt_lightning.types import Task, TokenIds, TrainSequence
+from rpt_lightning.types import Fields, Task, TokenIds, TrainSequence
 
 SPACE = b" "
 # Words in the alphabet of `_shape`. One joiner may stand between two parts of a word.
@@ -33,20 +34,47 @@ _JOINERS = "'\u2019-"
 _INVISIBLE_JOINERS = "\u200c\u200d"  # inside words of Persian and Hindi
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpanTask:
+    """A given span of a shown text. All of the text around it is shown.
+
+    ``span`` holds the bytes of the span's tokens, ``behind_ids`` the tokens behind it. The other fields are
+    as in `TokenTask`.
+    """
+
+    task_id: str
+    doc_id: str
+    position: int
+    context_ids: TokenIds
+    span: tuple[bytes, ...]
+    behind_ids: TokenIds
+    fields: Fields = field(default_factory=dict, hash=False)
+    rest_ids: TokenIds = ()
+    budget: int | None = None
+
+    @property
+    def entropy(self) -> None:
+        """No proxy has scored the place."""
+
+    @property
+    def answerable(self) -> bool:
+        return True
+
+
 class MaskedSpanObjective(Objective):
-    """Find the text that a mark hides. The text before it and behind it is shown.
+    """Find the text that a mark hides. The text before and after it is shown.
 
     An answer is right if its bytes are exactly those of the hidden text. The space before a span is not
     hidden, so it does not belong to the answer. Without a thought, the policy writes the hidden text into a
     box that is already open, and closes it.
 
     Args:
-        prompt: How the policy is prompted. None asks nothing besides the text and ``question``.
+        prompt: How the policy is prompted. None adds nothing to the text and ``question``.
         unit: What a span consists of: "word" (letters, digits, and single hyphens or apostrophes between
             them), or "token". Words need spaces between them; for other scripts, take tokens.
         max_length: Largest number of words or tokens of a span. Each span's own length is drawn from 1 to
             this. It is shorter where the text has fewer, as before a full stop.
-        max_tokens: Largest number of tokens of a span, together with the token behind it, which shows where
+        max_tokens: Largest number of tokens of a span, together with the token after it, which shows where
             it ends. `rpt prepare` needs an answer_reach of at least as many.
         num_behind: Number of tokens behind the span that are shown, if the text has that many.
         mark: Text that stands for the span. Documents that hold it themselves are not asked about.
@@ -78,7 +106,7 @@ class MaskedSpanObjective(Objective):
         if max_tokens <= max_length:
             raise ValueError(
                 f"{flag}.max_tokens {max_tokens}: a span of {max_length} {unit}s has, together with the "
-                f"token behind it, at least {max_length + 1} tokens; raise it, or lower {flag}.max_length"
+                f"token after it, at least {max_length + 1} tokens; raise it, or lower {flag}.max_length"
             )
         if not mark.strip():
             raise ValueError(f"{flag}.mark {mark!r}: it must be visible; give some text, such as ____")
@@ -118,13 +146,36 @@ class MaskedSpanObjective(Objective):
             position: The position in the document.
         """
         following = following[: self.max_tokens]
+        lengths = range(self._drawn_length(following, position), 0, -1)
+        return next((number for length in lengths if (number := self._num_tokens(following, length))), 0)
+
+    def spans(self, shown: Sequence[bytes]) -> dict[bytes, list[tuple[int, int]]]:
+        """Return the spans of a shown text that could be hidden, of any length up to ``max_length``.
+
+        Args:
+            shown: The bytes of the text's tokens.
+
+        Returns:
+            For each text that could be hidden, where it stands: first token and number of tokens. There is
+            text before and behind each span.
+        """
+        found: dict[bytes, list[tuple[int, int]]] = {}
+        for first in range(1, len(shown)):
+            if self.unit == "word" and _is_inside_word(shown, first):
+                continue
+            following = shown[first : first + self.max_tokens]
+            for length in range(1, self.max_length + 1):
+                number = self._num_tokens(following, length)
+                if number:
+                    hidden = b"".join(following[:number]).removeprefix(SPACE)
+                    found.setdefault(hidden, []).append((first, number))
+        return found
+
+    def _num_tokens(self, following: Sequence[bytes], length: int) -> int:
+        """Return the number of tokens of a span of exactly ``length`` words or tokens. 0: there is none."""
         # The next token shows where a word ends, and it is what "behind" means.
-        fits = _word_end if self.unit == "word" else _token_end
-        for length in range(self._drawn_length(following, position), 0, -1):
-            num_tokens = fits(following, length)
-            if num_tokens and _can_be_answered(b"".join(following[:num_tokens])):
-                return num_tokens
-        return 0
+        number = _word_end(following, length) if self.unit == "word" else _token_end(following, length)
+        return number if number and _can_be_answered(b"".join(following[:number])) else 0
 
     def _drawn_length(self, following: Sequence[bytes], position: int) -> int:
         """Draw the number of words or tokens. It depends on the text from the position on and on the seed."""
@@ -140,12 +191,14 @@ class MaskedSpanObjective(Objective):
     # What the policy sees
 
     def context_ids(self, task: Task, tokens: TokenBytes) -> TokenIds:
-        one = token_task(task)
         span = self._span(task)
         space = " " if span[0].startswith(SPACE) else ""
-        behind = one.following_ids[len(span) :][: self.num_behind]
+        if isinstance(task, SpanTask):
+            behind = task.behind_ids
+        else:
+            behind = token_task(task).following_ids[len(span) :][: self.num_behind]
         return (
-            one.context_ids
+            task.context_ids
             + tokens.encode_plain(space + self.mark)
             + behind
             + (tokens.encode_plain(self.question) if self.question else ())
@@ -168,6 +221,8 @@ class MaskedSpanObjective(Objective):
 
     def _span(self, task: Task) -> tuple[bytes, ...]:
         """Return the bytes of the span's tokens. Raises ValueError if no span begins at the task."""
+        if isinstance(task, SpanTask):
+            return task.span
         one = token_task(task)
         length = self.span_length(one.continuation, one.position)
         if not length:
@@ -193,21 +248,21 @@ def _can_be_answered(span: bytes) -> bool:
 
 
 def _token_end(following: Sequence[bytes], length: int) -> int:
-    """Return ``length`` if there are that many tokens and one behind them, else 0."""
+    """Return ``length`` if there are that many tokens and one more after them, else 0."""
     return length if len(following) > length else 0
 
 
 def _word_end(following: Sequence[bytes], num_words: int) -> int:
     """Return the number of tokens of exactly ``num_words`` words, or 0.
 
-    There is one space between the words, and there may be one before the first. The text behind them must
+    There is one space between the words, and there may be one before the first. The text after them must
     show that the last word ends, and a token must begin there.
 
     >>> _word_end([b" the", b" su", b"m", b" of"], 2), _word_end([b" the", b" su", b"m"], 2)
     (3, 0)
     """
     text = _whole_characters(b"".join(following))
-    # Behind the words: a character that is in no word, or a joiner that joins nothing.
+    # After the words: a character that is in no word, or a joiner that joins nothing.
     pattern = rf" ?{_WORD}(?: {_WORD}){{{num_words - 1}}}(?=[ .]|j[^w])"
     match = re.match(pattern, _shape(text))
     if match is None:

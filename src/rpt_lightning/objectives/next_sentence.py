@@ -151,7 +151,7 @@ class NextSentenceObjective(AboutSentences):
         return task.context_ids + self.question_ids(choice_of(task), tokens)
 
     def question_ids(self, choice: Choice, tokens: TokenBytes) -> TokenIds:
-        """Return what stands behind the text: the candidates, and in a chat the words around them."""
+        """Return what follows the text: the candidates, and in a chat the words around them."""
         before, after = ASK if self.is_chat else ("", "\n")
         return tuple(
             token

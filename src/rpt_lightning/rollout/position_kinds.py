@@ -51,7 +51,7 @@ class KindShares:
     """Running counts of groups by kind, the same on every rank.
 
     What a step observed counts from `commit` on, that is, from its end. So the counts that a checkpoint holds
-    are always those behind its last whole step.
+    are always those after its last complete step.
 
     Args:
         floor: Lowest probability with which a task is accepted.

@@ -1,11 +1,11 @@
-"""Selects the tasks of a step by the current policy's own chance of the truth, before they are rolled out.
+"""Selects the tasks of a step by the policy's own probability of the truth, before they are rolled out.
 
-A group has a gradient only if its rewards differ. Where the policy is almost sure of the truth, or gives it
-almost no chance, all completions tend to earn the same. The rule leaves such tasks out and draws others, as
-dynamic sampling does after the rollouts, but for the price of a forward pass over the contexts.
+A group has a gradient only if its rewards differ. If the policy is almost sure of the truth, or gives it
+almost no probability, all completions tend to earn the same reward. The rule replaces such tasks, as dynamic
+sampling does after the rollouts, but at the cost of only a forward pass over the contexts.
 
-What is left out was drawn from the stream, so the next step continues behind it. There is no surplus and no
-pool, as with dynamic sampling. A checkpoint needs only the place in the stream, and the counts of
+Tasks that are left out were drawn from the stream, so the next step continues after them. As with dynamic
+sampling, there is no surplus and no pool. A checkpoint needs only the place in the stream, and the counts of
 position_kinds.py if kinds are preferred.
 """
 

@@ -11,7 +11,7 @@ from rpt_lightning.worlds.world import Answer, World
 class Origins(World):
     """The moves of `Cups`, with two places to find: where the ball began (from the end) and where it ended.
 
-    The field ``place`` says which. The first place follows only from the text behind it: one starts at the
+    The field ``place`` says which. The first place follows only from the text after it: one starts at the
     last place and undoes the moves. Whoever reads from left to right can only guess it, 1 in 8. The last
     place follows from the text before it, as in `Cups`. Games are numbered from 1, so that nothing but the
     places and the moves is uncertain.

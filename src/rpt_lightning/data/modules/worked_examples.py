@@ -157,7 +157,7 @@ class ExampleWriter:
         )
 
     def _split(self, text: str, mark: Mark) -> tuple[TokenIds, TokenIds, TokenIds]:
-        """Return the tokens before, in and behind the mark, as they are in the whole document.
+        """Return the tokens before, in and after the mark, as they are in the whole document.
 
         Raises ValueError if a token straddles either end of the mark.
         """

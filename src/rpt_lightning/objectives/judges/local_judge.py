@@ -105,7 +105,7 @@ class LocalJudge(SegmentJudge):
             for chat in chats
         ]
         longest = max(map(len, rows))
-        # Padded on the left, so that every reply begins behind its prompt.
+        # Padded on the left, so that every reply begins right after its prompt.
         input_ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         settings: dict[str, Any] = {"do_sample": is_sampled}

@@ -11,7 +11,7 @@ fixed: wait for batch k, sync weights k to the engine, begin batch k + 1, train 
 ``max_staleness`` the engine may still be busy between two steps. It then keeps its weights until it is idle,
 and the rule bounds how old they get.
 
-A checkpoint holds the place in the data behind the last trained batch. A resumed run draws again whatever
+A checkpoint holds the place in the data after the last trained batch. A resumed run draws again whatever
 had been generated or queued.
 """
 
@@ -209,8 +209,9 @@ class AsyncRollouts(RolloutStep):
         )
 
     def _roll_out(self, tasks: Sequence[Task], *, step: int, max_extra_tasks: int) -> StepRollouts:
+        posed, draw = self.roller.pose(tasks, self.data.draw, step=step)
         return self.roller.roll_out(
-            tasks, self.data.draw, step=step, max_extra_tasks=max_extra_tasks, ranks=self.exchange
+            posed, draw, step=step, max_extra_tasks=max_extra_tasks, ranks=self.exchange
         )
 
 
