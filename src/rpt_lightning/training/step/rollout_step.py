@@ -123,11 +123,10 @@ class CurrentRollouts(RolloutStep):
         clock, step = self.module.clock, self.module.policy_version
         tasks, draw = self.roller.pose(tasks, self.data.draw, step=step)
         if self.selector is not None:
-            version = self.module.policy_version
             # Before the sync, which wakes an engine that shares the device's memory with the policy.
             with clock.phase("selection"):
-                tasks = self.selector.select(tasks, draw, version=version, over_ranks=self._over_ranks)
-            draw = self.selector.selecting(draw, version=version, over_ranks=self._over_ranks)
+                tasks = self.selector.select(tasks, draw, version=step, over_ranks=self._over_ranks)
+            draw = self.selector.selecting(draw, version=step, over_ranks=self._over_ranks)
         self.sync.sync(self.module)
         with clock.phase("rollout"):
             rollouts = self.roller.roll_out(
