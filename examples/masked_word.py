@@ -1,7 +1,7 @@
-"""An objective of one's own: which word is hidden in the middle of a text?
+"""An example of your own objective: which word is hidden in the middle of a text?
 
-The policy sees the text before the word, a gap, and the text behind it. It is right if its box holds the
-word. The file is all there is to it; every command takes the class by its path:
+The policy sees the text before the word, a gap, and the text after it. It is right if its box holds the
+word. This file is all that you need. Every command accepts the class by its import path:
 
     export PYTHONPATH=examples
     rpt prepare --config configs/prepare/debug.yaml --objective masked_word.MaskedWord \
@@ -23,7 +23,7 @@ MAX_TOKENS = 8  # of a word
 
 
 def word_length(tokens: Sequence[bytes]) -> int:
-    """Return how many of the tokens are a word (a space, then letters). 0: they do not begin with one."""
+    """Return the number of tokens in the word at the beginning (a space, then letters), or 0 without one."""
     text = b""
     for number, token in enumerate(tokens):
         is_end = not token.isalpha() if number else False
@@ -39,8 +39,8 @@ class MaskedWord(rpt.Objective):
     """Find the hidden word.
 
     Args:
-        prompt: How the policy is prompted. None asks nothing besides the text.
-        num_behind: Tokens of the text behind the word that the policy sees.
+        prompt: How the policy is prompted. None adds nothing to the text.
+        num_behind: Number of tokens after the word that the policy sees.
     """
 
     def __init__(self, prompt: rpt.PromptTemplate | None = None, num_behind: int = 24) -> None:

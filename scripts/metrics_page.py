@@ -21,7 +21,7 @@ from rpt_lightning.metrics.registry import SECTIONS
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "metrics.md"
 BEGIN, END = "<!-- made by scripts/metrics_page.py -->", "<!-- end of tables -->"
-HEADERS = {"meaning": "meaning", "unit": "unit", "normal": "normal", "watch_for": "look out"}
+HEADERS = {"meaning": "meaning", "unit": "unit", "normal": "normal", "watch_for": "warning sign"}
 WIDTH = 100  # of the lines of docs/
 
 

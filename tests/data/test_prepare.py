@@ -127,6 +127,36 @@ def test_the_learnability_band_is_for_training_only(
     )
 
 
+def test_random_positions_do_not_look_at_the_entropy(prepare_small: Prepare, tmp_path: Path) -> None:
+    everywhere = {"entropy_threshold": -1.0, "heldout_entropy_threshold": -1.0}
+    all_of_it = prepare_small(tmp_path / "all", **everywhere)
+    drawn = prepare_small(tmp_path / "drawn", random_share=0.25)
+    again = prepare_small(tmp_path / "again", random_share=0.25)
+    other = prepare_small(tmp_path / "other", random_share=0.25, seed=1)
+
+    def positions(folder: Path) -> dict[tuple[str, int], float]:
+        return {
+            (doc_id, position): entropy
+            for split in ("train", "heldout")
+            for doc_id, item in items(folder, split).items()
+            for position, entropy in zip(item["positions"].tolist(), item["entropy"].tolist(), strict=True)
+        }
+
+    whole, chosen = positions(all_of_it), positions(drawn)
+    assert chosen == positions(again)
+    assert chosen.items() <= whole.items()
+    # Five standard deviations around a quarter of them, above and below the median entropy alike.
+    median = float(np.median(list(whole.values())))
+    for side in (lambda entropy: entropy <= median, lambda entropy: entropy > median):
+        there = sum(side(entropy) for entropy in whole.values())
+        here = sum(side(entropy) for entropy in chosen.values())
+        assert abs(here - there / 4) < 5 * (there * 3 / 16) ** 0.5
+    # A position is drawn by the seed, its document and its place.
+    both = positions(other).keys() & chosen.keys()
+    assert 0.1 < len(both) / len(chosen) < 0.4
+    assert json.loads((drawn / "manifest.json").read_text())["settings"]["random_share"] == 0.25
+
+
 def test_an_inferable_truth_is_among_the_candidates(
     prepared_dir: Path, prepare_small: Prepare, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ import pytest
 
 from rpt_lightning.data.modules.worked_examples import ExampleWriter, Phase
 from rpt_lightning.objectives.box import extract_prediction
+from rpt_lightning.objectives.masked_span import MaskedSpanObjective
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.types import Document, Mark
@@ -91,3 +92,33 @@ def test_a_mark_inside_a_token_is_refused(writer) -> None:
 def test_a_phase_that_cannot_be_is_refused(settings, says) -> None:
     with pytest.raises(ValueError, match=says):
         Phase(**settings)
+
+
+def asked_by(tiny_tokenizer, token_bytes: TokenBytes, **settings) -> ExampleWriter:
+    objective = MaskedSpanObjective(**settings).bind(tiny_tokenizer)
+    return ExampleWriter(objective.prompt, token_bytes, (Phase(),), seed=0, objective=objective)
+
+
+def test_an_example_may_be_asked_by_an_objective(tiny_tokenizer, token_bytes: TokenBytes) -> None:
+    """Then its prompt is that of the objective's tasks, and its answer is the right one."""
+    mark = Mark(start=3, end=7, fields={"depth": 1}, thought=" one more of it")
+    document = Document(doc_id="d", text="Two and two is four.", marks=(mark,))
+    writer = asked_by(tiny_tokenizer, token_bytes)
+    (example,) = writer.write(document, step=0)
+    assert token_bytes.join(example.prompt_ids) == b"Two ____ two is four.<think>"
+    end = token_bytes[tiny_tokenizer.eos_token_id]
+    assert token_bytes.join(example.target_ids) == b" one more of it</think>\\boxed{and}" + end
+
+
+def test_a_mark_that_the_objective_does_not_ask_for_is_refused(
+    tiny_tokenizer, token_bytes: TokenBytes
+) -> None:
+    # The document's mark is two words.
+    with pytest.raises(
+        ValueError, match=r"--data.objective MaskedSpanObjective: .* ' is four' that sum marks"
+    ):
+        asked_by(tiny_tokenizer, token_bytes).write(DOCUMENT, step=0)
+    # There is nothing behind the text.
+    document = Document(doc_id="d", text="Two and", marks=(Mark(start=3, end=7, thought="x"),))
+    with pytest.raises(ValueError, match=r"set the objective so that its answer is a mark's text"):
+        asked_by(tiny_tokenizer, token_bytes).write(document, step=0)

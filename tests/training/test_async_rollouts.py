@@ -326,9 +326,10 @@ def test_a_data_module_that_still_hands_out_tasks_is_an_error(make_run):
         trainer.fit(module, data)
 
 
-def test_a_policy_that_trains_cannot_select_tasks(make_run):
+@pytest.mark.parametrize("selection", [Selection(max_true_prob=0.8), Selection(by_kind=True)])
+def test_a_policy_that_trains_cannot_select_tasks(make_run, selection):
     engine = ScriptedEngine(SCRIPT)
-    options = {"rollout_options": {"selection": Selection(max_true_prob=0.8)}}
+    options = {"rollout_options": {"selection": selection}}
     trainer, module, data, _ = make(make_run, 1, engine, **options)
     with pytest.raises(
         ValueError,

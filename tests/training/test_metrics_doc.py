@@ -136,7 +136,7 @@ def test_the_document_is_made_of_the_registered_metrics(page, monkeypatch, tmp_p
     monkeypatch.setattr(sys, "argv", ["metrics_page.py", "--check"])
     page.main()
     stale = tmp_path / "stale.md"
-    stale.write_text(TEXT.replace("tokens sampled", "tokens drawn"))
+    stale.write_text(TEXT.replace("sampled tokens", "drawn tokens"))
     monkeypatch.setattr(page, "DOCUMENT", stale)
     monkeypatch.setattr(page, "ROOT", tmp_path)
     with pytest.raises(SystemExit, match=r"stale.md: not the registered metrics"):
@@ -164,7 +164,7 @@ def test_a_section_by_hand(page):
         "## Speed",
         "Measured.",
         "",
-        "| metric | meaning | unit | look out |",
+        "| metric | meaning | unit | warning sign |",
         "|---|---|---|---|",
         "| `a/b`, `a/BAND/c` | two | s | |",
         "| `d/e` | one | | a fall |",

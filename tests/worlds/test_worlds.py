@@ -10,9 +10,9 @@ import sys
 import pytest
 
 from rpt_lightning.types import Document
-from rpt_lightning.worlds import Answer, Boxes, Cups, People, World
+from rpt_lightning.worlds import Answer, Boxes, Cups, Origins, People, World
 
-WORLDS = (Cups, People, Boxes)
+WORLDS = (Cups, Origins, People, Boxes)
 
 
 def answer(document: Document) -> str:
@@ -107,6 +107,64 @@ def test_the_same_seed_writes_the_same_documents_in_another_process(world):
     assert texts == [document.text for document in world(num_documents=9, seed=7).documents()][:5]
 
 
+def test_origins_are_found_from_the_end_and_ends_from_the_beginning():
+    depths = set()
+    for document in Origins(num_documents=300, min_depth=1, max_depth=9, seed=3).documents():
+        first, last = document.marks
+        texts = {mark.fields["place"]: document.text[mark.start : mark.end] for mark in document.marks}
+        assert texts["last"].strip() == cups_by_hand(document.text)
+        # Of the eight games that differ in the first place alone, only the true one ends as this one does.
+        ends = {
+            str(cup): cups_by_hand(document.text[: first.start] + f" {cup}" + document.text[first.end :])
+            for cup in range(1, 9)
+        }
+        assert [cup for cup, end in ends.items() if f" {end}" == texts["last"]] == [texts["first"].strip()]
+        depth = first.fields["depth"]
+        for mark, one, other in ((first, "first", "last"), (last, "last", "first")):
+            steps = re.findall(r" (\d+) (?:turn|flip|cross|split) (\d)", mark.thought)
+            assert mark.thought.startswith(f" cup{texts[other]}.")  # what is given
+            assert f" {steps[-1][1]}" == texts[one]  # what is found
+            assert [int(number) for number, _ in steps] == (
+                list(range(1, depth + 1)) if one == "last" else list(range(depth, 0, -1))
+            )
+        depths.add(depth)
+    assert depths == set(range(1, 10))
+
+
+def test_a_game_of_origins_word_for_word():
+    """Check the game by hand.
+
+    From the end: the split brought cup 2 to 3, the cross brought 7 to 2, and the flip left 7 alone.
+    """
+    world = Origins(num_documents=1, min_depth=3, max_depth=3)
+
+    class Fixed(random.Random):
+        def randint(self, low, high):
+            return 7
+
+        def choice(self, moves):
+            self.left = getattr(self, "left", ["flip", "cross", "split"])
+            return self.left.pop(0)
+
+    pieces = world.write(Fixed(0), 3)
+    assert [piece if isinstance(piece, str) else piece.text for piece in pieces] == [
+        "The ball is under cup", " 7", ". 1 flip 2 cross 3 split. The ball is under cup", " 3", ".",
+    ]  # fmt: skip
+    assert pieces[1].thought == " cup 3. 3 split 2 2 cross 7 1 flip 7."
+    assert pieces[3].thought == " cup 7. 1 flip 7 2 cross 2 3 split 3."
+
+
+def test_an_origin_of_an_untold_game_is_known_to_nobody():
+    documents = list(Origins(num_documents=1000, untold=0.5, seed=1).documents())
+    untold = [document for document in documents if not document.marks[0].fields["told"]]
+    assert 430 < len(untold) < 570  # four standard deviations are 63
+    for document in untold:
+        (first,) = document.marks
+        assert first.thought is None
+        assert document.text.count("cup") == 1
+    assert all(len(document.marks) == 2 for document in documents if document not in untold)
+
+
 def _path() -> dict[str, str]:
     return {"PYTHONPATH": ":".join(sys.path)}
 
@@ -150,6 +208,7 @@ def test_a_world_of_ones_own_says_what_it_is():
         (Boxes, {"min_depth": 4, "max_depth": 3}, "max_depth=3"),
         (Boxes, {"max_depth": 12}, "max_depth=12"),
         (Cups, {"noise": 1.5}, r"noise=1\.5"),
+        (Origins, {"untold": -0.5}, r"untold=-0\.5"),
     ],
 )
 def test_settings_without_a_world_are_refused(world, settings, says):

@@ -191,7 +191,8 @@ _MODULES = {
 }
 # Imported as well, so that configs can use the short names of their classes.
 _OBJECTIVES = tuple(
-    f"rpt_lightning.objectives.{name}" for name in ("information_gain", "next_segment", "next_sentence")
+    f"rpt_lightning.objectives.{name}"
+    for name in ("information_gain", "masked_span", "proposed_span", "next_segment", "next_sentence")
 )
 _PARTS = {"prepare": ("rpt_lightning.worlds", *_OBJECTIVES), "evaluate next-token": _OBJECTIVES}
 # Parameters that take plain words. jsonargparse would take a list as one word in JSON.
@@ -222,8 +223,8 @@ def _run_tool(tool: str, args: list[str]) -> None:
     if not sys.stderr.isatty():
         _no_progress_bars()
     function = getattr(importlib.import_module(_MODULES[tool]), tool.split()[-1].replace("-", "_"))
-    for module in _PARTS.get(tool, ()):
-        importlib.import_module(module)
+    for part in _PARTS.get(tool, ()):
+        importlib.import_module(part)
     if tool not in _WORDS:
         auto_cli(function, args=args, as_positional=False, prog=f"rpt {tool}", parser_class=Parser)
         return

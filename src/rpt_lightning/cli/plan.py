@@ -31,7 +31,9 @@ from rpt_lightning.planning.plan import Plan, make_plan
 from rpt_lightning.planning.plan_text import report
 from rpt_lightning.planning.settings import EngineKind, Rates, RunSettings
 from rpt_lightning.planning.workload import assumed_prompts
+from rpt_lightning.policy.adapter import Adapter
 from rpt_lightning.policy.logprobs import token_chunk
+from rpt_lightning.pretrained.adapter_folder import base_of
 from rpt_lightning.rollout.engines.vllm.vllm_engine import CPU_MAX_NUM_SEQS
 from rpt_lightning.types import TokenIds
 
@@ -154,8 +156,11 @@ def plan_of(config: Namespace) -> tuple[Plan, list[str]]:
     """The plan of a parsed configuration, and the assumptions behind it."""
     options = PlanOptions(**config.plan)
     settings = run_settings(config, options)
+    policy = config.model.init_args.policy.init_args
+    adapter = policy.get("adapter")
     shape = model_shape(
-        load_model_config(options.model_config or config.model.init_args.policy.init_args.path)
+        load_model_config(options.model_config or base_of(policy.path)),
+        None if adapter is None else Adapter(**adapter.as_dict()),
     )
     device = _device(options.device or ("h100" if settings.on_gpu else "cpu"), settings)
     prompts, source = _prompts(config, settings, options.context_tokens)
@@ -179,7 +184,7 @@ def plan_of(config: Namespace) -> tuple[Plan, list[str]]:
     assumptions = [
         source,
         f"completions: {completion_tokens:,} tokens each (--plan.completion_tokens), "
-        "with nothing in common by chance",
+        "without common beginnings",
         f"groups with unequal rewards, which are trained: {options.live_frac:.0%} (--plan.live_frac)"
         + (
             "; extra groups from dynamic sampling are not counted"
@@ -189,7 +194,7 @@ def plan_of(config: Namespace) -> tuple[Plan, list[str]]:
         f"training and prefill reach {options.mfu:.0%} of {device.peak_flops / 1e12:,.3g} TFLOP/s "
         f"(--plan.mfu), decoding {options.bandwidth_frac:.0%} of "
         f"{device.bandwidth_bytes_per_s / 1e12:,.3g} TB/s (--plan.bandwidth_frac); "
-        "no waiting for the longest completion",
+        "nothing waits for the longest completion",
     ]
     if settings.is_mixed:
         assumptions.append(
@@ -212,13 +217,13 @@ def plan_of(config: Namespace) -> tuple[Plan, list[str]]:
             "--plan.shared_storage_gb_per_s)",
         ]
     if settings.engine_sleeps:
-        assumptions.append("the engine sleeps while the policy trains, so the two use their memory in turn")
+        assumptions.append("the engine sleeps while the policy trains, so they take turns using memory")
     if settings.cpu_offload:
         assumptions.append(
-            "weights and gradients travel between host and device at "
-            f"{device.host_link_bytes_per_s / 1e9:.0f} GB/s, with nothing else at the same time, and "
+            "weights and gradients move between host and device at "
+            f"{device.host_link_bytes_per_s / 1e9:.0f} GB/s, without overlap, and "
             f"gradients after the first micro-batch at {NEW_MEMORY_BYTES_PER_S / 1e9:.0f}; the host "
-            f"adds and steps at {HOST_BANDWIDTH_BYTES_PER_S / 1e9:.0f} GB/s of memory a device"
+            f"adds and steps at {HOST_BANDWIDTH_BYTES_PER_S / 1e9:.0f} GB/s of memory per device"
             + ("" if settings.is_fused else " (unfused optimizer: an eighth of that)")
         )
     return plan, assumptions
@@ -257,6 +262,12 @@ def run_settings(config: Namespace, options: PlanOptions) -> RunSettings:
     }
     kind = kinds.get(rollout.engine.class_path.rpartition(".")[2], "other")
     num_devices = options.num_devices or _num_devices(trainer)
+    cpu_offload = _strategy_option(trainer.strategy, "cpu_offload", default=False)
+    if cpu_offload and policy.get("adapter") is not None:
+        raise ValueError(
+            "--trainer.strategy.cpu_offload true: rpt plan does not estimate it with an adapter, whose "
+            "gradients and optimizer are small; leave it out"
+        )
     if kind != "servers" and options.num_servers is not None:
         raise ValueError(
             "--plan.num_servers: only rollout.engine VLLMServerEngine has servers; "
@@ -277,7 +288,7 @@ def run_settings(config: Namespace, options: PlanOptions) -> RunSettings:
         logprob_chunk_size=policy.logprob_chunk_size or token_chunk(on_gpu=trainer.accelerator != "cpu"),
         is_mixed=trainer.precision == "bf16-mixed",
         gathers_bf16=_strategy_option(trainer.strategy, "gather_bf16", default=True),
-        cpu_offload=_strategy_option(trainer.strategy, "cpu_offload", default=False),
+        cpu_offload=cpu_offload,
         checkpointing=policy.activation_checkpointing,
         strategy=_strategy(trainer.strategy, num_devices=num_devices),
         num_devices=num_devices,
@@ -291,6 +302,7 @@ def run_settings(config: Namespace, options: PlanOptions) -> RunSettings:
         gpu_memory_utilization=options.gpu_memory_utilization
         if kind == "servers"
         else engine.get("gpu_memory_utilization", 0.0),
+        syncs_adapter=policy.get("adapter") is not None and engine.get("max_adapter_rank") is not None,
         engine_sleeps=kind == "vllm" and bool(engine.get("sleep_in_training")),
         kv_cache_bytes=engine.get("kv_cache_gib", 0.0) * 2**30,
         max_num_seqs=SERVER_MAX_NUM_SEQS
@@ -382,7 +394,8 @@ def _prompts(
         bound = objective.bind(data.train.tokenizer, budget)
         tasks = bound.posed(next(iter(data.train_dataloader())).tasks, step=0)
         prompts = [bound.prompt_ids(task) for task in tasks]
-        return prompts, f"prompts: those of the run's first step, from {folder}"
+        missing = " (without the tasks that follow from its completions)" * objective.has_follow_ups
+        return prompts, f"prompts: those of the run's first step, from {folder}{missing}"
     longest = settings.max_context_tokens or settings.max_prompt_tokens
     template_tokens = max(0, settings.max_prompt_tokens - longest)
     if context_tokens is not None and context_tokens > longest:
@@ -400,8 +413,8 @@ def _prompts(
     missing = "" if context_tokens is not None else f" (there is no task folder {folder})"
     return (
         prompts,
-        f"prompts{missing}: contexts of {mean:,} tokens in the mean (--plan.context_tokens), "
-        f"followed by a template of {template_tokens:,}",
+        f"prompts{missing}: contexts have a mean of {mean:,} tokens (--plan.context_tokens), "
+        f"and {template_tokens:,} more from the template",
     )
 
 

@@ -63,7 +63,9 @@ from rpt_lightning.data.modules.mixed import MixedDataModule  # isort: skip
 from rpt_lightning.data.sources.questions import HuggingFaceQuestions, JsonlQuestions  # isort: skip
 from rpt_lightning.data.modules.text import TextDataModule  # isort: skip
 from rpt_lightning.data.modules.traces import TraceDataModule  # isort: skip
+from rpt_lightning.objectives.masked_span import MaskedSpanObjective  # isort: skip
 from rpt_lightning.objectives.next_token import NextTokenObjective  # isort: skip
+from rpt_lightning.objectives.proposed_span import ProposedSpanObjective  # isort: skip
 from rpt_lightning.objectives.question import QuestionObjective  # isort: skip
 from rpt_lightning.rollout.engines.hf_engine import HFEngine  # isort: skip
 from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine  # isort: skip
@@ -72,7 +74,7 @@ from rpt_lightning.rollout.weight_sync.nccl_transport import NCCLTransport  # is
 from rpt_lightning.rollout.servers.server_engine import VLLMServerEngine  # isort: skip
 from rpt_lightning.rollout.weight_sync.transport import SharedFolderTransport  # isort: skip
 from rpt_lightning.training.distributed.strategy import ShardedStrategy  # isort: skip
-from rpt_lightning.worlds import Boxes, Cups, People  # isort: skip
+from rpt_lightning.worlds import Boxes, Cups, Origins, People  # isort: skip
 
 PARTS = (
     ShardedStrategy,
@@ -86,6 +88,8 @@ PARTS = (
     MixedDataModule,
     NextTokenObjective,
     InformationGainObjective,
+    MaskedSpanObjective,
+    ProposedSpanObjective,
     NextSegmentObjective,
     NextSentenceObjective,
     LocalJudge,
@@ -100,6 +104,7 @@ PARTS = (
     SharedFolderTransport,
     NCCLTransport,
     Cups,
+    Origins,
     People,
     Boxes,
 )

@@ -22,7 +22,7 @@ class AboutSentences(Objective):
     A sentence counts if it has ``min_words`` words and at most ``max_tokens`` tokens, and fits into a box.
     The sentence at which a truncated document breaks off does not count.
 
-    What is asked is put behind the context. So all tasks of a document begin alike, and share that beginning.
+    The question is put after the context, so that the tasks of a document share their beginning.
     """
 
     has_material = True

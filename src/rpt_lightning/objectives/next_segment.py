@@ -52,11 +52,11 @@ ASK_MIDDLE = (
 class Segment:
     """The true segment of a task, as it is stored in the task folder.
 
-    ``text`` is what stands in the document from the position on, with the space before the sentence.
-    ``behind`` are up to three sentences that follow it directly. ``shows_next`` says whether the first of
-    them is short enough to be shown.
+    ``text`` is what stands in the document from the position on, with the space before the sentence if the
+    position's token holds it. ``behind`` are up to three sentences that follow it directly, each in one line.
+    ``shows_next`` says whether the first of them is short enough to be shown.
 
-    >>> segment = Segment(text=" It rained.", behind=(" We stayed in.",), shows_next=True)
+    >>> segment = Segment(text=" It rained.", behind=("We stayed in.",), shows_next=True)
     >>> Segment.from_text(segment.to_text()) == segment
     True
     """
@@ -131,14 +131,14 @@ class NextSegmentObjective(AboutSentences):
         for one in found[index + 1 : index + 1 + NUM_BEHIND]:
             if not one.is_joined:
                 break
-            behind.append(one.text)
+            behind.append(one.in_line)
         shows_next = bool(behind) and longest_form(behind[0], documents.tokens) <= self.max_tokens
         return Segment(text=found[index].text, behind=tuple(behind), shows_next=shows_next).to_text()
 
     def context_ids(self, task: Task, tokens: TokenBytes) -> TokenIds:
         encode = tokens.encode_plain
         if self.asks_middle(task):
-            behind = segment_of(task).behind[0]
+            behind = f" {segment_of(task).behind[0]}"
             if self.is_chat:
                 before, after = ASK_MIDDLE
                 return task.context_ids + encode(before) + encode(behind) + encode(after)
@@ -164,7 +164,7 @@ class NextSegmentObjective(AboutSentences):
     def scored_sequences(
         self, answered: AnsweredTask, bound: BoundObjective
     ) -> Sequence[TrainSequence | None]:
-        return self.reward.scored_sequences(answered, bound)
+        return self.reward.scored_sequences(answered, bound, self._in_open_box(answered.task, bound))
 
     def num_trained(self, completion: Completion, bound: BoundObjective) -> int:
         if self.reward.trains_thoughts_alone:
@@ -175,10 +175,19 @@ class NextSegmentObjective(AboutSentences):
         return len(completion.token_ids)
 
     def direct_sequence(self, task: Task, bound: BoundObjective) -> TrainSequence:
-        """Return prompt and true sentence in an open box, without a thought.
+        """Return the prompt, an open box, the true sentence and the brace that closes the box.
 
-        The sentence begins as in the text, with its space. Chat models, which are asked for the sentence
-        alone, get it without.
+        Without the brace, a text that begins with the sentence would count as right.
+        """
+        open_box = self._in_open_box(task, bound)
+        closing_ids = bound.prompt.answer_close_ids[:-1]  # the last one ends the turn
+        return TrainSequence(prompt_ids=open_box.prompt_ids, target_ids=open_box.target_ids + closing_ids)
+
+    def _in_open_box(self, task: Task, bound: BoundObjective) -> TrainSequence:
+        """Return the prompt with an open box after an empty thought, and the true sentence.
+
+        The sentence begins as in the text, with a space if its first token has one. Chat models, which are
+        asked for the sentence alone, get it without.
         """
         text = segment_of(task).text
         return TrainSequence(

@@ -137,7 +137,10 @@ class NextSentenceObjective(AboutSentences):
         rng = random.Random(f"{self.seed}:{documents.doc_ids[number]}:{position}")
         truth = found[index].in_line
         wrong = self._same_document(found, index, documents.tokens, rng)
-        wrong = None if wrong is None else self._other_documents(documents, number, truth, wrong, rng)
+        if wrong is not None:
+            # What the document says itself may come next there, so it is no candidate of another document.
+            said = {one.in_line for one in found}
+            wrong = self._other_documents(documents, number, truth, wrong, said, rng)
         if wrong is None:
             return None
         right = rng.randrange(self.num_candidates)
@@ -148,7 +151,7 @@ class NextSentenceObjective(AboutSentences):
         return task.context_ids + self.question_ids(choice_of(task), tokens)
 
     def question_ids(self, choice: Choice, tokens: TokenBytes) -> TokenIds:
-        """Return what stands behind the text: the candidates, and in a chat the words around them."""
+        """Return what follows the text: the candidates, and in a chat the words around them."""
         before, after = ASK if self.is_chat else ("", "\n")
         return tuple(
             token
@@ -173,7 +176,13 @@ class NextSentenceObjective(AboutSentences):
         return rng.sample(list(texts), wanted) if len(texts) >= wanted else None
 
     def _other_documents(
-        self, documents: SplitDocuments, number: int, truth: str, wrong: list[str], rng: random.Random
+        self,
+        documents: SplitDocuments,
+        number: int,
+        truth: str,
+        wrong: list[str],
+        said: set[str],
+        rng: random.Random,
     ) -> list[str] | None:
         """Add the wrong candidates from other documents. None: there are too few."""
         words = set(truth.split())
@@ -183,7 +192,7 @@ class NextSentenceObjective(AboutSentences):
                 if len(drawn) == self.hardest_of:
                     break
                 text = self._drawn(documents, number, rng)
-                if text is not None and text != truth and text not in wrong:
+                if text is not None and text not in said and text not in wrong:
                     drawn.append(text)
             if not drawn:
                 return None

@@ -316,6 +316,12 @@ def ask_folder(folder: TaskFolder, objective: Objective, *, task_dir: str) -> No
             f"about {objective.places}; prepare a folder with rpt prepare --objective "
             f"{type(objective).__name__}, or give another objective"
         )
+    if objective.num_truth_tokens > folder.manifest.answer_reach:
+        raise ValueError(
+            f"--data.task_dir {task_dir}: prepared with --answer_reach {folder.manifest.answer_reach}, but "
+            f"right answers of {type(objective).__name__} are found within {objective.num_truth_tokens} "
+            "tokens; prepare a folder with that --answer_reach, or set the objective to shorter answers"
+        )
     folder.num_following_tokens = objective.num_following_tokens
 
 

@@ -31,6 +31,8 @@ class CorpusDataModule(StreamDataModule):
         source: Source of the text.
         documents_per_step: Documents in one step, over all ranks.
         prompt: Prompt template of the worked examples. null means no worked examples.
+        objective: Objective that asks for the marked texts in the worked examples, with its own prompt, so
+            ``prompt`` stays null. null shows the text before them.
         phases: Curriculum of the worked examples: how many of them think, and over which depths.
         max_tokens: Truncate documents to this many tokens. null truncates to the longest
             input that the model supports.
@@ -47,6 +49,7 @@ class CorpusDataModule(StreamDataModule):
         source: CorpusSource,
         documents_per_step: int = 64,
         prompt: PromptTemplate | None = None,
+        objective: Objective | None = None,
         phases: list[Phase] | None = None,
         max_tokens: int | None = None,
         task_dir: str | None = None,
@@ -62,7 +65,12 @@ class CorpusDataModule(StreamDataModule):
             num_eval_tasks=num_eval_tasks,
             eval_batch_size=eval_batch_size,
         )
-        if phases is not None and prompt is None:
+        if prompt is not None and objective is not None:
+            raise ValueError(
+                "--data.prompt and --data.objective are both set, but an objective has its own prompt; "
+                "set one of them to null"
+            )
+        if phases is not None and prompt is None and objective is None:
             raise ValueError(
                 "--data.phases says how worked examples think, but --data.prompt is null, so there are none; "
                 "give a prompt"
@@ -76,7 +84,8 @@ class CorpusDataModule(StreamDataModule):
                 f"--data.max_tokens {max_tokens}: must be at least 2, since the first token is not a target"
             )
         self.source = source
-        self.prompt = prompt
+        self.prompt = prompt if objective is None else objective.prompt
+        self.objective = objective
         self.phases = phases or [Phase()]
         self.max_tokens = max_tokens
         self.task_dir = task_dir
@@ -101,7 +110,11 @@ class CorpusDataModule(StreamDataModule):
         self.writer = None
         if self.prompt is not None:
             self.writer = ExampleWriter(
-                self.prompt.bind(tokenizer), self.token_bytes, self.phases, seed=self.seed
+                self.prompt.bind(tokenizer),
+                self.token_bytes,
+                self.phases,
+                seed=self.seed,
+                objective=None if self.objective is None else self.objective.bind(tokenizer),
             )
             if not any(mark.thought is not None for document in self.documents for mark in document.marks):
                 raise ValueError(

@@ -29,7 +29,7 @@ class Tiers:
 
     Args:
         bounds: Entropies in nats that divide the positions into tiers, ascending. A position belongs to the
-            tier behind the last bound that it exceeds. Without bounds, tasks come in a shuffled order.
+            tier above the last bound that it exceeds. Without bounds, tasks come in a shuffled order.
         first: Probability of each tier, the easiest first, until 30 % of the steps.
         last: Probability of each tier from 70 % of the steps on.
         steps: Number of steps (batches of tasks) of the whole order, usually those of the run.

@@ -6,13 +6,15 @@ determines what reinforcement then finds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rpt_lightning.data.modules.draw import uniform
+from rpt_lightning.objectives.base import BoundObjective
 from rpt_lightning.objectives.prompts.template import BoundPrompt
 from rpt_lightning.pretrained.token_bytes import TokenBytes
-from rpt_lightning.types import Document, Mark, TokenIds, TrainSequence
+from rpt_lightning.types import Document, Mark, TokenIds, TokenTask, TrainSequence
 
 DEPTH = "depth"  # the field with the number of successive steps in a mark's thought
 
@@ -66,11 +68,19 @@ class ExampleWriter:
         token_bytes: Bytes of the policy's tokens.
         phases: The curriculum.
         seed: Seed of the choice of examples that think.
+        objective: Asks for the marked text in its own way, with ``prompt``. None shows the text before it.
     """
 
     def __init__(
-        self, prompt: BoundPrompt, token_bytes: TokenBytes, phases: Sequence[Phase], *, seed: int
+        self,
+        prompt: BoundPrompt,
+        token_bytes: TokenBytes,
+        phases: Sequence[Phase],
+        *,
+        seed: int,
+        objective: BoundObjective | None = None,
     ) -> None:
+        self.objective = objective
         self.prompt = prompt
         self.token_bytes = token_bytes
         self.phases = phases
@@ -101,13 +111,53 @@ class ExampleWriter:
 
     def _example(self, document: Document, mark: Mark, *, thinks: bool) -> TrainSequence:
         thought = self.token_bytes.encode_plain(mark.thought) if thinks and mark.thought is not None else ()
-        context, answer = self._split(document.text, mark)
-        return TrainSequence(
-            prompt_ids=self.prompt.prompt_ids(context), target_ids=self.prompt.completion_ids(thought, answer)
+        before, marked, behind = self._split(document.text, mark)
+        if self.objective is None:
+            prompt_ids, answer = self.prompt.prompt_ids(before), marked
+        else:
+            prompt_ids, answer = self._asked(self.objective, document, before, marked, behind)
+        return TrainSequence(prompt_ids=prompt_ids, target_ids=self.prompt.completion_ids(thought, answer))
+
+    def _asked(
+        self,
+        bound: BoundObjective,
+        document: Document,
+        before: TokenIds,
+        marked: TokenIds,
+        behind: TokenIds,
+    ) -> tuple[TokenIds, TokenIds]:
+        """Return what the objective shows and what it asks for at a mark.
+
+        Raises ValueError if it does not ask for the mark's text.
+        """
+        position, following_ids = len(before), marked + behind
+        pieces = [self.token_bytes[token] for token in before + following_ids]
+        task = TokenTask(
+            task_id=f"{document.doc_id}:{position}",
+            doc_id=document.doc_id,
+            position=position,
+            context_ids=before,
+            continuation_ids=following_ids,
+            continuation=tuple(pieces[position:]),
+            entropy=math.nan,
+            true_prob=math.nan,
+            true_rank=0,
+            answerable=True,
+            following_ids=following_ids,
+        )
+        text = self.token_bytes.join(marked)
+        if bound.objective.may_ask(pieces, position):
+            truth = b"".join(bound.truth(task))
+            if truth == text.removeprefix(b" "):
+                return bound.prompt_ids(task), self.token_bytes.encode_plain(truth.decode())
+        raise ValueError(
+            f"--data.objective {type(bound.objective).__name__}: it does not ask for the text "
+            f"{text.decode(errors='replace')!r} that {document.doc_id} marks; set the objective so that its "
+            "answer is a mark's text, or set --data.objective null"
         )
 
-    def _split(self, text: str, mark: Mark) -> tuple[TokenIds, TokenIds]:
-        """Return the tokens before the mark and those of its text, as they are in the whole document.
+    def _split(self, text: str, mark: Mark) -> tuple[TokenIds, TokenIds, TokenIds]:
+        """Return the tokens before, in and after the mark, as they are in the whole document.
 
         Raises ValueError if a token straddles either end of the mark.
         """
@@ -123,4 +173,4 @@ class ExampleWriter:
                 "token begins or ends there with the policy's tokenizer; mark whole tokens (a word with the "
                 "space before it), or train another tokenizer"
             )
-        return token_ids[:first], token_ids[first:last]
+        return token_ids[:first], token_ids[first:last], token_ids[last:]

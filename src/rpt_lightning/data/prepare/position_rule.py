@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from rpt_lightning.data.modules.draw import uniform
 from rpt_lightning.data.prepare.proxy_scores import DocumentScores
 from rpt_lightning.data.store.item_format import MATERIAL, Item
 from rpt_lightning.objectives.base import Objective
@@ -34,8 +35,8 @@ class PositionRule:
     It needs enough entropy (nats; paper, section 3.3), enough context, and a true probability inside the
     learnability band. With ``max_true_rank`` the true token must also be among the proxy's most likely ones
     (0 = the most likely), so that it can be inferred although it is not expected. This is the idea of REER-PT
-    (arXiv:2608.30627) in its simplest form, and not its formula. An ``objective`` may refuse further
-    positions.
+    (arXiv:2608.30627) in its simplest form, and not its formula. With ``random_share`` each position passes
+    with that probability, whatever its entropy. An ``objective`` may refuse further positions.
 
     A position is answerable if some prediction that ends on a token boundary within ``answer_reach`` tokens
     survives the box parser. The prompt is not chosen yet, so the box is parsed as if it came after
@@ -51,14 +52,16 @@ class PositionRule:
     max_true_prob: float = 1.0
     max_true_rank: int | None = None
     objective: Objective | None = None
+    random_share: float | None = None
+    seed: int = 0
 
-    def positions(self, scores: DocumentScores, *, is_cut: bool) -> NDArray[np.int32]:
+    def positions(self, doc_id: str, scores: DocumentScores, *, is_cut: bool) -> NDArray[np.int32]:
         """Select the positions of a document that pass, answerable or not. -> [P].
 
         At the end of a document that ``is_cut`` the true continuation is unknown. A right answer of several
         tokens would count as wrong there.
         """
-        kept = scores.entropy > self.entropy_threshold  # [L]; the NaN of position 0 compares as False
+        kept = self._drawn(doc_id, scores)  # [L]
         kept &= (scores.true_prob >= self.min_true_prob) & (scores.true_prob <= self.max_true_prob)
         if self.max_true_rank is not None:
             kept &= scores.true_rank <= self.max_true_rank  # position 0 has rank -1, but never enough context
@@ -66,6 +69,16 @@ class PositionRule:
         if is_cut:
             kept[max(0, len(kept) - self.answer_reach + 1) :] = False
         return np.flatnonzero(kept).astype(np.int32)
+
+    def _drawn(self, doc_id: str, scores: DocumentScores) -> NDArray[np.bool_]:
+        """Select the positions of a document by entropy or at random. -> [L].
+
+        A random choice depends on the seed, the document and the position alone.
+        """
+        if self.random_share is None:
+            return scores.entropy > self.entropy_threshold  # the NaN of position 0 compares as False
+        chances = [uniform(self.seed, f"{doc_id}:{position}") for position in range(len(scores.entropy))]
+        return ~np.isnan(scores.entropy) & (np.array(chances) < self.random_share)
 
     def item(
         self,
@@ -75,7 +88,7 @@ class PositionRule:
         scores: DocumentScores,
     ) -> tuple[Item, LeftOut]:
         """Build the stored item of document ``number`` of the split (docs/architecture.md)."""
-        positions = self.positions(scores, is_cut=documents.is_cut[number])
+        positions = self.positions(documents.doc_ids[number], scores, is_cut=documents.is_cut[number])
         pieces = documents.pieces(number)
         objective, num_passed = self.objective, len(positions)
         if objective is not None:

@@ -60,6 +60,7 @@ def prepare(
     dedup_span: int | None = SPAN,
     benchmark_files: list[str] | None = None,
     objective: Objective | None = None,
+    random_share: float | None = None,
     window: int = 2048,
     overlap: int = 512,
     batch_tokens: int = 8192,
@@ -106,6 +107,8 @@ def prepare(
             left out.
         objective: Objective that will make tasks of the positions, e.g. a class of your own. It may
             refuse positions. None keeps them for next-token reasoning.
+        random_share: Choose positions at random instead of by entropy: each one, in either split, with this
+            probability. The two entropy thresholds then do nothing. null chooses by entropy.
         window: Longest input of the proxy in tokens. Longer documents are scored in overlapping windows.
         overlap: Minimum context, in tokens, of a position in a later window.
         batch_tokens: Number of tokens that the proxy reads in one batch.
@@ -135,6 +138,7 @@ def prepare(
             dedup_span=dedup_span,
             benchmark_files=benchmark_files,
             objective=objective,
+            random_share=random_share,
             window=window,
             overlap=overlap,
             batch_tokens=batch_tokens,
@@ -165,7 +169,7 @@ def prepare_folder(settings: PrepareSettings) -> None:
         plot_histogram(
             staging / HISTOGRAM_FILE,
             {"train": written.train.histogram, "held out": written.heldout.histogram},
-            {"train": settings.entropy_threshold, "held out": settings.heldout_entropy_threshold},
+            settings.entropy_thresholds,
         )
         manifest = Manifest(
             settings=settings.stored,
@@ -257,9 +261,14 @@ def _write_splits(
         )
         write_split(staging / split, items, chunk_bytes=settings.chunk_bytes)
         if statistics.num_documents == 0:
+            limit, change = (
+                (f"{flag} {rule.entropy_threshold}", "lower it")
+                if rule.random_share is None
+                else (f"--random_share {rule.random_share}", "raise it")
+            )
             raise ValueError(
-                f"{flag} {rule.entropy_threshold}: no position of the {split} documents passes it "
-                f"and the other limits; lower it{_about_objective(rule, statistics)}"
+                f"{limit}: no position of the {split} documents passes it and the other limits; "
+                f"{change}{_about_objective(rule, statistics)}"
             )
         return statistics
 

@@ -44,6 +44,7 @@ class PrepareSettings:
     dedup_span: int | None
     benchmark_files: list[str] | None
     objective: Objective | None
+    random_share: float | None
     window: int
     overlap: int
     batch_tokens: int
@@ -84,6 +85,28 @@ class PrepareSettings:
             raise ValueError(
                 f"--min_true_prob {self.min_true_prob}: must be below --max_true_prob {self.max_true_prob}"
             )
+        if self.random_share is not None and not 0 < self.random_share <= 1:
+            raise ValueError(
+                f"--random_share {self.random_share}: give a share above 0 and up to 1, "
+                "or null (positions are chosen by entropy)"
+            )
+        self._check_answers_fit()
+
+    def _check_answers_fit(self) -> None:
+        """Raise ValueError if the objective's answers are longer than what is stored or kept of a text."""
+        needed = 0 if self.objective is None else self.objective.num_truth_tokens
+        name, limit = type(self.objective).__name__, self.max_tokens_per_document
+        if needed > self.answer_reach:
+            raise ValueError(
+                f"--answer_reach {self.answer_reach}: right answers of --objective {name} are found within "
+                f"{needed} tokens; give {needed} or more, or set the objective to shorter answers"
+            )
+        if needed and limit is not None and limit < self.min_context + self.answer_reach:
+            raise ValueError(
+                f"--max_tokens_per_document {limit}: shorter than a context of --min_context "
+                f"{self.min_context} tokens and an answer of --answer_reach {self.answer_reach}, which "
+                f"--objective {name} needs; raise it, or lower one of the two"
+            )
 
     @property
     def output(self) -> Path:
@@ -116,12 +139,20 @@ class PrepareSettings:
             "dedup_span": self.dedup_span,
             "benchmark_files": self.benchmark_files,
             "objective": NEXT_TOKEN if self.objective is None else self.objective.places,
+            "random_share": self.random_share,
             "window": self.window,
             "overlap": self.overlap,
             "precision": self.precision,
             "chunk_bytes": self.chunk_bytes,
             "seed": self.seed,
         }
+
+    @property
+    def entropy_thresholds(self) -> dict[str, float]:
+        """The thresholds that choose positions, by split. Empty if positions are chosen at random."""
+        if self.random_share is not None:
+            return {}
+        return {"train": self.entropy_threshold, "held out": self.heldout_entropy_threshold}
 
     @property
     def train_rule(self) -> PositionRule:
@@ -134,6 +165,8 @@ class PrepareSettings:
             max_true_prob=self.max_true_prob,
             max_true_rank=self.max_true_rank,
             objective=self.objective,
+            random_share=self.random_share,
+            seed=self.seed,
         )
 
     @property
@@ -144,6 +177,8 @@ class PrepareSettings:
             answer_reach=self.answer_reach,
             keep_unanswerable=True,
             objective=self.objective,
+            random_share=self.random_share,
+            seed=self.seed,
         )
 
     def scoring(self, start_ids: TokenIds, unused_ids: TokenIds) -> ScoringSettings:

@@ -30,7 +30,12 @@ _ENTRIES: dict[str, type] = {
 }
 _WORDS = {dict: "an object", str: "text", int: "a whole number"}
 # Settings of `rpt prepare` that are newer than some folders, with the values used for those folders.
-LATER_SETTINGS: dict[str, Any] = {"dedup_span": 13, "objective": NEXT_TOKEN, "max_true_rank": None}
+LATER_SETTINGS: dict[str, Any] = {
+    "dedup_span": 13,
+    "objective": NEXT_TOKEN,
+    "max_true_rank": None,
+    "random_share": None,
+}
 R = TypeVar("R")
 
 

@@ -14,83 +14,92 @@ SECTION = Section(
         row(
             {"sync/logprob_diff_mean": MAX, "sync/logprob_diff_median": MAX},
             meaning=(
-                "difference between the log-probs of engine and policy, on tokens of a few completions of "
-                "the current weights"
+                "absolute difference between the log-probs of engine and policy, over the tokens of a "
+                "few completions of the current weights (mean and median)"
             ),
             unit="nats",
             normal="mean: fp32 7e-6, bf16 0.045 (SmolLM2-135M)",
             watch_for=(
-                "Above 1e-4 and 8e-5 (bf16: 0.12 and 0.1), times `rollout.check.logprob_tolerance`, more "
-                "completions are compared. The run ends if they confirm the difference. For this check a "
-                "token counts in the mean for at most 8 times the limit. If the value rises steadily, find "
-                "out why before it gets there."
+                "If the mean exceeds 1e-4 or the median 8e-5 (bf16: 0.12 and 0.1), times "
+                "`rollout.check.logprob_tolerance`, more completions are compared. The run ends if "
+                "they confirm the difference. In this check, a token counts in the mean for at most 8 "
+                "times the limit. If the value rises steadily, find out why before it reaches the "
+                "limit."
             ),
         ),
         row(
             {"sync/logprob_diff_p99": MAX, "sync/logprob_diff_max": MAX},
-            meaning="the same difference at the 99th percentile, and the largest",
+            meaning="99th percentile and maximum of this absolute difference",
             unit="nats",
             normal="fp32: 3e-5, 5e-5; bf16: 0.26, 0.37",
             watch_for=(
-                "In bf16 rare tokens may be far off (in a healthy run, one of 56 by 1.1 nats). Above 5e-4, "
-                "1e-3 (bf16: 0.8, 3.0) the run says so once."
+                "In bf16, rare tokens may differ a lot (in a healthy run, one of 56 by 1.1 nats). "
+                "Above 5e-4 and 1e-3 (bf16: 0.8 and 3.0), the run warns once."
             ),
         ),
         row(
             {"sync/logprob_outlier_frac": MAX},
-            meaning="share of the compared tokens that differ by more than 5e-4 (bf16: 0.8) nats",
+            meaning="fraction of the compared tokens that differ by more than 5e-4 nats (bf16: 0.8)",
             unit="fraction",
             normal="0",
             watch_for=(
-                "Well above 1 % (or 0.1 % above 1e-3; bf16: 3.0), by more than chance explains for that "
-                "number of tokens: as for the mean."
+                "Above 1 % (or above 0.1 % for differences of more than 1e-3, or 3.0 in bf16), by "
+                "more than chance explains for that number of tokens, more completions are compared, "
+                "as for the mean."
             ),
         ),
         row(
             {"sync/compared_tokens": MAX},
             meaning=(
-                "tokens that were compared, on the rank with the most; at most 4,096, drawn from all of "
-                "`rollout.check.verify_sequences` completions"
+                "tokens that were compared, on the rank with the most; at most 4,096, drawn from all "
+                "of the `rollout.check.verify_sequences` completions"
             ),
             unit="tokens",
-            watch_for="few: single tokens dominate mean and p99",
+            watch_for="few: single tokens dominate the mean and the 99th percentile",
         ),
         row(
             {"sync/closer_looks": MAX},
-            meaning="how often more completions had to be compared since the process began",
+            meaning="number of times since the process began that more completions had to be compared",
             normal="0",
-            watch_for="it grows: engine and policy are close to the limits; read the warning",
+            watch_for=(
+                "grows: the differences between engine and policy are close to the limits; read the warning"
+            ),
         ),
         row(
             {"correction/raw_mean": SAME, "correction/raw_max": SAME},
             meaning=(
-                "probability under the policy before the step, divided by the engine's, on trained tokens"
+                "probability under the policy before the step divided by the engine's probability, on "
+                "trained tokens (mean and maximum)"
             ),
             unit="ratio",
-            normal="mean near 1; in fp32 both",
+            normal="the mean is near 1; in fp32 the maximum is too",
             watch_for="a mean far from 1: engine and policy compute different things, or rollouts are stale",
         ),
         row(
             {"correction/weight_mean": SAME},
-            meaning="the same after `model.correction_cap`; used only with `model.correction`",
+            meaning="mean of this ratio after `model.correction_cap` (used only with `model.correction`)",
             unit="ratio",
             normal="near 1",
         ),
         row(
             {"correction/above_cap_frac": SAME},
             meaning=(
-                "tokens above the cap; with `model.correction_level` sequence, tokens of completions above it"
+                "fraction of tokens above the cap; with `model.correction_level` sequence, of tokens "
+                "in completions above it"
             ),
-            unit="share",
+            unit="fraction",
             normal="near 0",
-            watch_for="some per cent",
+            watch_for="a few per cent or more",
         ),
         row(
             {"correction/below_floor_frac": SAME},
-            meaning="the same below `model.correction_floor`; 0 without one",
-            unit="share",
+            meaning=(
+                "fraction of tokens below `model.correction_floor`, or in completions below it; 0 "
+                "without a floor"
+            ),
+            unit="fraction",
             normal="near 0",
-            watch_for="some per cent",
+            watch_for="a few per cent or more",
         ),
         row(
             {"policy/entropy": SAME},
@@ -100,7 +109,7 @@ SECTION = Section(
             ),
             unit="nats per token",
             normal="falls slowly",
-            watch_for="a warning below 0.02; a steep rise: the policy degenerates",
+            watch_for="below 0.02: the run warns; rises steeply: the policy degenerates",
         ),
     ),
 )

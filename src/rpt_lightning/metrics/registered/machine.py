@@ -25,11 +25,11 @@ SECTION = Section(
                 "`time/generation_s`)"
             ),
             unit="tokens/s",
-            watch_for="a fall: long completions, or lost servers",
+            watch_for="falls: completions are long, or servers are lost",
         ),
         row(
             {"perf/live_groups_per_s": SAME},
-            meaning="trained groups (`train/groups`) divided by `time/step_s`; the measure of efficiency",
+            meaning="trained groups (`train/groups`) divided by `time/step_s`; our measure of efficiency",
             unit="groups/s",
         ),
         row(
@@ -40,21 +40,22 @@ SECTION = Section(
         row(
             {"perf/mfu": SAME},
             meaning=(
-                "share of a device's peak that training reaches: `cost/train_flops` divided by the seconds "
-                "of forward, backward and optimizer, the number of devices and the peak. The known peaks are "
-                "dense bf16 of some GPUs (`metrics/device_peaks.py`). `--machine.peak_flops_per_device` sets "
-                "another. Left out if neither gives a peak."
+                "fraction of a device's peak that training reaches: `cost/train_flops` divided by the "
+                "seconds of forward, backward and optimizer, by the number of devices and by the "
+                "peak. We know the dense bf16 peaks of some GPUs (`metrics/device_peaks.py`). "
+                "`--machine.peak_flops_per_device` sets another. Without a known peak, the metric is "
+                "left out."
             ),
-            unit="share",
+            unit="fraction",
         ),
         row(
             {"perf/host_memory_gib": MAX},
             meaning=(
-                "resident memory of the process at the end of the step, on the worst rank, without engines "
-                "in other processes"
+                "resident memory of the process at the end of the step, on the worst rank, not "
+                "including engines in other processes"
             ),
             unit="GiB",
-            watch_for="it grows from step to step",
+            watch_for="grows from step to step",
         ),
         row(
             {"perf/gpu_memory_gib": MAX},
@@ -72,46 +73,49 @@ SECTION = Section(
         ),
         row(
             {"cost/trained_tokens": SUM},
-            meaning="tokens trained, with shared prefixes counted once",
+            meaning="trained tokens, with shared prefixes counted once",
             unit="tokens",
         ),
         row(
             {"cost/tokens": SUM},
-            meaning="all tokens through the model: these two, `rollout/prefill_tokens` and `rollout/tokens`",
+            meaning=(
+                "all tokens that passed through the model: `cost/scored_tokens`, "
+                "`cost/trained_tokens`, `rollout/prefill_tokens` and `rollout/tokens`"
+            ),
             unit="tokens",
         ),
         row(
             {"cost/train_flops": SUM},
-            meaning="the model's operations in training",
+            meaning="the model's FLOPs in training",
             unit="FLOPs",
         ),
         row(
             {"cost/flops": SUM},
             meaning=(
-                'the model\'s operations on all tokens (docs/decisions.md, "What a run costs"); `budget.by` '
+                'the model\'s FLOPs on all tokens (docs/decisions.md, "What a run costs"); `budget.by` '
                 "and `rpt scaling` add them up"
             ),
             unit="FLOPs",
         ),
         row(
             {"cost/time_s": MAX},
-            meaning="seconds of the step with rollouts, without validation and checkpoints",
+            meaning="seconds of the step including rollouts, without validation and checkpoints",
             unit="s",
         ),
         row(
             {"run/restarts": SAME},
-            meaning="how often the run was started again",
+            meaning="number of times the run was restarted",
             unit="starts",
-            watch_for="it grows by itself: the log says why each start ended",
+            watch_for="grows without your doing: the log says why each start ended",
         ),
         row(
             {"run/usable_servers": MIN, "run/lost_servers": MAX},
             meaning=(
-                "vLLM servers that can be used, and how often one was lost since this start of the run (only "
-                "with `rollout/servers.yaml`; from the rank that sees most trouble)"
+                "vLLM servers that can be used, and the number of times one was lost since this start "
+                "of the run (only with `rollout/servers.yaml`; from the rank with the most losses)"
             ),
             unit="servers, times",
-            watch_for="fewer than were given: `rpt serve`'s log says why",
+            watch_for="fewer than you configured: the log of `rpt serve` says why",
         ),
     ),
 )

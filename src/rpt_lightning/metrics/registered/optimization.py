@@ -30,36 +30,42 @@ SECTION = Section(
         ),
         row(
             {"loss/ratio_mean": SAME, "loss/ratio_max": SAME},
-            meaning="probability after the optimizer steps of this batch, divided by the probability before",
+            meaning=(
+                "probability after the optimizer steps of this batch divided by the probability "
+                "before them, on trained tokens (mean and maximum)"
+            ),
             unit="ratio",
             normal="exactly 1 with one optimizer step per batch",
             watch_for="far from 1 with several: the learning rate is too high",
         ),
         row(
             {"loss/ratio_after_clip_mean": SAME},
-            meaning="the same after the clip",
+            meaning="mean of this ratio after the clip",
             unit="ratio",
             normal="exactly 1 with one optimizer step per batch",
         ),
         row(
             {"loss/ratio_clipped_frac": SAME},
-            meaning="tokens whose loss the clip changed",
-            unit="share",
+            meaning="fraction of tokens whose loss the clip changed",
+            unit="fraction",
             normal="0 with one optimizer step per batch; small with several",
-            watch_for="a large share",
+            watch_for="large",
         ),
         row(
             {"loss/approx_kl": SAME},
             meaning="estimate of the KL divergence from the policy before this batch",
             unit="nats per token",
             normal="0 with one optimizer step per batch",
-            watch_for="a steady rise",
+            watch_for="rises steadily",
         ),
         row(
             {"optim/grad_norm": SAME},
             meaning="norm of the gradient before the clip; 0 if no group had a gradient",
             normal="below or around `model.gradient_clip`",
-            watch_for="always far above it: every step is clipped; not finite: the step is skipped",
+            watch_for=(
+                "always far above `model.gradient_clip`: every step is clipped; not finite: the step "
+                "is skipped"
+            ),
         ),
         row(
             {"optim/lr": SAME},
@@ -67,26 +73,28 @@ SECTION = Section(
         ),
         row(
             {"optim/skipped_steps": SAME},
-            meaning="steps so far without an update, because loss or gradient were not finite",
+            meaning=(
+                "number of steps so far without an update, because the loss or the gradient was not finite"
+            ),
             unit="steps",
             normal="0",
-            watch_for="it grows; `model.max_skipped_steps` (3) in a row end the run",
+            watch_for="grows; `model.max_skipped_steps` (3) in a row end the run",
         ),
         row(
             {"train/groups": SUM},
-            meaning="groups that were trained",
+            meaning="trained groups",
             unit="groups",
-            normal="the step's groups with a gradient",
+            normal="the number of groups with a gradient",
             watch_for="0: nothing was learned",
         ),
         row(
             {"train/live_completions": SUM},
-            meaning="completions that were trained, in the optimizer step",
+            meaning="trained completions, in the last optimizer step",
             unit="completions",
         ),
         row(
             {"train/completion_tokens": SUM},
-            meaning="tokens of those completions",
+            meaning="tokens of the trained completions",
             unit="tokens",
         ),
         row(
@@ -101,21 +109,23 @@ SECTION = Section(
         ),
         row(
             {"train/packed_tokens": SUM},
-            meaning="tokens fed for training, with shared prefixes counted once",
+            meaning="tokens fed to the model for training, with shared prefixes counted once",
             unit="tokens",
         ),
         row(
             {"train/plain_tokens": SUM},
-            meaning="the same with every completion beside its whole prompt",
+            meaning="tokens that would be fed if every completion came with its whole prompt",
             unit="tokens",
             normal="more than `train/packed_tokens`",
-            watch_for="equal: nothing is shared, and the start of the run says why",
+            watch_for="equal to `train/packed_tokens`: nothing is shared; the run says at its start why",
         ),
         row(
             {"train/micro_batches": MAX},
-            meaning="forward and backward passes of the optimizer step, on the rank that needs most",
+            meaning="forward and backward passes of the optimizer step, on the rank with the most",
             unit="passes",
-            watch_for="many with few tokens: a larger `model.micro_batch_tokens` is faster if memory allows",
+            watch_for=(
+                "many passes of few tokens: a larger `model.micro_batch_tokens` is faster if memory allows it"
+            ),
         ),
     ),
 )

@@ -18,28 +18,28 @@ SECTION = Section(
             meaning="mean reward of the completions",
             unit="0 to 1 with the paper's reward",
             normal="rises slowly (in `make demo-text` from 0.20 to 0.31)",
-            watch_for="stays at 0: see `rollout/boxed_frac`",
+            watch_for="stays at 0: look at `rollout/boxed_frac`",
         ),
         row(
             {"rollout/boxed_frac": MEAN_OVER_GROUPS},
-            meaning="completions with a prediction",
-            unit="share",
+            meaning="fraction of completions with a prediction",
+            unit="fraction",
             normal="near 1 after the cold start (`make demo-text`: 0.99)",
-            watch_for="low: no cold start, or truncated completions",
+            watch_for="low: there was no cold start, or completions are truncated",
         ),
         row(
             {"rollout/truncated_frac": MEAN_OVER_GROUPS},
-            meaning="completions that reached the token limit, which have no prediction",
-            unit="share",
+            meaning="fraction of completions that reached the token limit; they have no prediction",
+            unit="fraction",
             normal="near 0",
-            watch_for="a warning above 0.75",
+            watch_for="above 0.75: the run warns",
         ),
         row(
             {"rollout/length_mean": MEAN_OVER_GROUPS, "rollout/length_max": MAX},
             meaning="mean and maximum length of completions",
             unit="tokens",
             normal="steady, or rising with reasoning models",
-            watch_for="a warning if it falls to a quarter",
+            watch_for="falls to a quarter: the run warns",
         ),
         row(
             {"rollout/thought_budget": MAX},
@@ -50,7 +50,7 @@ SECTION = Section(
         row(
             {"rollout/over_budget_frac": MEAN_OVER_GROUPS},
             meaning="completions that are longer than that",
-            unit="share",
+            unit="fraction",
             normal="falls",
             watch_for="near 1: the budget falls faster than the policy learns to be brief",
         ),
@@ -65,69 +65,91 @@ SECTION = Section(
             ),
         ),
         row(
+            {"proposal/written": SUM, "proposal/rewarded": SUM},
+            meaning=(
+                "spans that the policy named, and those of them that earned something (this and the next row "
+                "only with `ProposedSpanObjective`; the other rows count both kinds of groups)"
+            ),
+            unit="completions",
+            normal="the second at least a few",
+            watch_for="the second stays at 0: proposals are invalid, or nobody finds them",
+        ),
+        row(
+            {"proposal/spans": SUM, "proposal/never_found": SUM, "proposal/always_found": SUM},
+            meaning="different spans that were asked for, those that nobody found, and those that all found",
+            unit="groups",
+            normal="most spans are neither",
+            watch_for="most are never found: proposals are too hard; always found: too easy",
+        ),
+        row(
             {"rollout/live_groups": SUM},
             meaning=(
-                "groups whose rewards differ (with `model.truncated` mask, this and the next three consider "
-                "only completions that are trained)"
+                "groups whose rewards differ (with `model.truncated` mask, considering only "
+                "completions that are trained)"
             ),
             unit="groups",
         ),
         row(
             {"rollout/live_groups_frac": MEAN_OVER_GROUPS},
-            meaning="their share of all groups; only these groups have a gradient",
-            unit="share",
+            meaning=(
+                "fraction of groups whose rewards differ (as for `rollout/live_groups`); only these "
+                "groups have a gradient"
+            ),
+            unit="fraction",
             normal="well above 0",
             watch_for=(
-                "a warning below 0.05; if there are few, raise `rollout.group_size` or change the entropy "
-                "threshold"
+                "below 0.05: the run warns; raise `rollout.group_size` or change the entropy threshold"
             ),
         ),
         row(
             {"rollout/all_wrong_frac": MEAN_OVER_GROUPS, "rollout/all_right_frac": MEAN_OVER_GROUPS},
-            meaning="groups in which no completion is right, and groups in which all are",
-            unit="share",
-            normal="fall and rise slowly",
+            meaning=(
+                "fractions of groups in which no completion is right, and in which all are (as for "
+                "`rollout/live_groups`)"
+            ),
+            unit="fraction",
+            normal="the first falls and the second rises slowly",
             watch_for="near 1: tasks are too hard, or too easy",
         ),
         row(
             {"rollout/distinct_predictions": MEAN_OVER_GROUPS},
-            meaning="different predictions in a group, not counting missing ones",
+            meaning="number of different predictions in a group, not counting missing ones",
             unit="0 to G",
             normal="above 1",
             watch_for="1: no exploration, for example because the temperature is too low",
         ),
         row(
             {"rollout/replaced_groups": SUM},
-            meaning="zero-variance groups (equal rewards) that dynamic sampling replaced",
+            meaning="zero-variance groups that dynamic sampling replaced",
             unit="groups",
             normal="0 before `rollout.dynamic_sampling.from_step`",
         ),
         row(
             {"rollout/dead_groups_kept": SUM},
-            meaning="zero-variance groups left in the step",
+            meaning="zero-variance groups that remained in the step",
             unit="groups",
-            normal="without dynamic sampling all of them, with it 0",
+            normal="all zero-variance groups without dynamic sampling, 0 with it",
             watch_for="above 0 with dynamic sampling: `rollout.dynamic_sampling.max_factor` was reached",
         ),
         row(
             {"selection/drawn": SUM},
             meaning=(
-                "tasks that were drawn and scored by the policy before the rollouts (this and the next five "
-                "only with `rollout.selection`)"
+                "tasks that were drawn and scored by the policy before the rollouts (all `selection/` "
+                "metrics only with `rollout.selection`)"
             ),
             unit="tasks",
         ),
         row(
             {"selection/in_band": SUM},
             meaning=(
-                "those of them at which the policy's chance of the truth lies between "
+                "drawn tasks at which the policy's probability of the true token lies between "
                 "`rollout.selection.min_true_prob` and `max_true_prob`"
             ),
             unit="tasks",
         ),
         row(
             {"selection/kept": SUM},
-            meaning="tasks that were rolled out, those in place of zero-variance groups included",
+            meaning="tasks that were rolled out, including those that replaced zero-variance groups",
             unit="tasks",
         ),
         row(
@@ -141,76 +163,104 @@ SECTION = Section(
             watch_for="above 0 in most steps: widen the band, or raise `rollout.selection.max_draws`",
         ),
         row(
+            {"selection/accepted": SUM},
+            meaning=("tasks in the band whose kind was accepted (only with `rollout.selection.by_kind`)"),
+            unit="tasks",
+            normal="all at first",
+        ),
+        row(
+            {"selection/best_kind_frac": MAX},
+            meaning=(
+                "smoothed fraction of groups with a gradient for the best kind of positions, not "
+                "counting this step's groups (only with `rollout.selection.by_kind`)"
+            ),
+            unit="fraction",
+            normal="1 in the first step, then above `rollout/live_groups_frac`",
+            watch_for=(
+                "falls to `rollout/live_groups_frac`: kinds no longer differ, and preferring some of "
+                "them only costs draws"
+            ),
+        ),
+        row(
             {"selection/in_band_frac": SAME},
-            meaning="tasks in the band, as a share of those drawn",
-            unit="share",
+            meaning="`selection/in_band` divided by `selection/drawn`",
+            unit="fraction",
             normal="changes slowly, as the policy learns",
-            watch_for="falls steadily: the policy is done with this text, or the band no longer suits it",
+            watch_for="falls steadily: the policy has learned this text, or the band no longer suits it",
         ),
         row(
             {"selection/drawn_per_kept": SAME},
-            meaning="tasks drawn for each task rolled out; the corpus is used up this many times as fast",
+            meaning=(
+                "`selection/drawn` divided by `selection/kept`; the corpus is used up this many times as fast"
+            ),
             unit="tasks",
             normal="1 / `selection/in_band_frac`",
         ),
         row(
             {"rollout/pilot_filled_frac": MEAN_OVER_GROUPS},
-            meaning="groups that were filled up (only with `rollout.pilot_size`)",
-            unit="share",
-            watch_for="near 1: the pilot saves nothing",
+            meaning=(
+                "fraction of groups that were filled up after their pilot (only with `rollout.pilot_size`)"
+            ),
+            unit="fraction",
+            watch_for="near 1: pilots save nothing",
         ),
         row(
             {"rollout/tokens": SUM},
-            meaning="tokens sampled",
+            meaning="sampled tokens",
             unit="tokens",
         ),
         row(
             {"rollout/prefill_tokens": SUM},
             meaning=(
-                "prompt tokens that the engine computed, without those from its cache; servers do not report "
-                "this, so we assume that their caches forget nothing"
+                "prompt tokens that the engine computed, not counting those from its cache; servers "
+                "do not report this, so we assume that their caches keep everything"
             ),
             unit="tokens",
         ),
         row(
             {"rollout/prompt_tokens": SUM},
             meaning=(
-                "prompt tokens, counting each prompt once per completion (this and the next four only for "
-                "vLLM in the trainer's process)"
+                "prompt tokens, counting each prompt once per completion (only for vLLM in the "
+                "trainer's process)"
             ),
             unit="tokens",
         ),
         row(
             {"rollout/cached_prompt_tokens": SUM},
-            meaning="those of them that came from the prefix cache",
+            meaning=(
+                "prompt tokens that came from the prefix cache (only for vLLM in the trainer's process)"
+            ),
             unit="tokens",
         ),
         row(
             {"rollout/shareable_prompt_tokens": SUM},
-            meaning="prompt tokens that a cache which forgets nothing could have served; 0 with servers",
+            meaning=(
+                "prompt tokens that a cache which keeps everything could have served (only for vLLM "
+                "in the trainer's process)"
+            ),
             unit="tokens",
         ),
         row(
             {"rollout/cached_prompt_frac": SAME},
-            meaning="cached tokens, as a share of all prompt tokens",
-            unit="share",
+            meaning="`rollout/cached_prompt_tokens` divided by `rollout/prompt_tokens`",
+            unit="fraction",
             normal=(
-                "near (G - 1) / G, and higher if positions share a document; lower by the ends of prompts "
-                "(docs/performance.md)"
+                "near (G - 1) / G; higher if positions share a document, and lower because the ends "
+                "of prompts are not shared (docs/performance.md)"
             ),
         ),
         row(
             {"rollout/cached_shareable_frac": SAME},
-            meaning="cached tokens, as a share of the shareable ones",
-            unit="share",
+            meaning="`rollout/cached_prompt_tokens` divided by `rollout/shareable_prompt_tokens`",
+            unit="fraction",
             normal="near 1",
             watch_for="low: the cache is too small (`rollout.engine.gpu_memory_utilization`, `kv_cache_gib`)",
         ),
         row(
             {"rollout/staleness": MEAN_OVER_GROUPS},
             meaning=(
-                "optimizer steps between the weights that generated and those that train (only with "
-                "`rollout.max_staleness`)"
+                "optimizer steps between the weights that generated the rollouts and the weights that "
+                "train on them (only with `rollout.max_staleness`)"
             ),
             unit="steps",
             normal="1",
@@ -220,36 +270,53 @@ SECTION = Section(
             meaning="groups that were too old and were generated again (only with `rollout.max_staleness`)",
             unit="groups",
             normal="0",
-            watch_for="above 0: the module does more optimizer steps than it announces",
+            watch_for="above 0: the module does more optimizer steps than it announced",
         ),
         row(
             {"answers/quoted": SUM},
             meaning=(
-                "answers that repeat an expression of the question with the true value, with reward 0 (this "
-                "and the next three only with `AnswerReward`)"
+                "answers that repeat an expression of the question with the true value; they get "
+                "reward 0 (only with `AnswerReward`)"
             ),
             unit="answers",
             normal="few",
-            watch_for="many: the policy learned to copy",
+            watch_for="many: the policy has learned to copy",
         ),
         row(
             {"answers/unreadable": SUM},
-            meaning="answers that Math-Verify could not read",
+            meaning="answers that Math-Verify could not read (only with `AnswerReward`)",
             unit="answers",
             normal="few",
             watch_for="many: the policy does not write mathematics in its box",
         ),
         row(
             {"answers/timeouts": SUM},
-            meaning="answers whose check took longer than `AnswerReward.cpu_limit_s`",
+            meaning=(
+                "answers whose check took longer than `AnswerReward.cpu_limit_s` (only with `AnswerReward`)"
+            ),
             unit="answers",
             normal="0 or few",
         ),
         row(
             {"answers/check_errors": SUM},
-            meaning="answers whose check failed",
+            meaning="answers whose check failed (only with `AnswerReward`)",
             unit="answers",
             normal="0 or few",
+        ),
+        row(
+            {"judge/asked": SUM},
+            meaning=(
+                "predictions that the judge was asked about since the last step, those of a validation "
+                "included (this and the next only with `JudgeReward`)"
+            ),
+            unit="predictions",
+        ),
+        row(
+            {"judge/unreadable": SUM},
+            meaning="replies of the judge that had no verdict; a second one in a row stops the run",
+            unit="replies",
+            normal="few",
+            watch_for="many: the judge does not follow instructions, or its replies are cut off",
         ),
     ),
 )

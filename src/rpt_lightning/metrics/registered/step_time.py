@@ -23,7 +23,7 @@ SECTION = Section(
                 "validation if there was one"
             ),
             unit="s",
-            watch_for="large without a validation: slow storage, or a slow logger",
+            watch_for="large without a validation: storage or a logger is slow",
         ),
         row(
             {"time/selection_s": MAX},
@@ -41,19 +41,16 @@ SECTION = Section(
         row(
             {"time/rollout_s": MAX},
             meaning=(
-                "prompts, generation, predictions and rewards, including further rounds of dynamic sampling; "
-                "with `rollout.max_staleness` only the wait for them"
+                "prompts, generation, predictions and rewards, including further rounds of dynamic "
+                "sampling; with `rollout.max_staleness` only the time spent waiting for them"
             ),
             unit="s",
-            watch_for=(
-                "with `rollout.max_staleness` it should be near 0; otherwise generation is the longer of the "
-                "two"
-            ),
+            watch_for="with `rollout.max_staleness`, well above 0: generation takes longer than training",
         ),
         row(
             {"time/generation_s": MAX},
             meaning=(
-                "how long this step's rollouts took in the background (only with `rollout.max_staleness`)"
+                "time that this step's rollouts took in the background (only with `rollout.max_staleness`)"
             ),
             unit="s",
         ),

@@ -24,7 +24,7 @@ SECTION = Section(
                 "val/ntp/{band}/accuracy_high": SAME,
             },
             meaning="accuracy without reasoning, and its 95 % interval",
-            unit="share",
+            unit="fraction",
             bands=BANDS,
         ),
         row(
@@ -34,17 +34,17 @@ SECTION = Section(
                 "val/ntp/{band}/ceiling": SAME,
             },
             meaning=(
-                "positions; positions whose true token fits into a box; their share, which bounds the "
+                "positions; those whose true token fits into a box; and their fraction, which limits the "
                 "accuracy with reasoning"
             ),
-            unit="positions, share",
+            unit="positions, fraction",
             bands=BANDS,
         ),
         row(
             {"val/ntp/loss": SAME},
             meaning="negative log-prob of the true token without reasoning",
             unit="nats",
-            watch_for="a large rise: the policy forgets plain prediction",
+            watch_for="rises a lot: the policy forgets plain next-token prediction",
         ),
         row(
             {
@@ -53,7 +53,7 @@ SECTION = Section(
                 "val/reasoning/{band}/accuracy_high": SAME,
             },
             meaning="accuracy with reasoning, and its 95 % interval (treating positions as independent)",
-            unit="share",
+            unit="fraction",
             watch_for="compare it with NTP at the same positions",
             bands=BANDS,
         ),
@@ -63,14 +63,14 @@ SECTION = Section(
                 "val/reasoning/{band}/num_answerable": SAME,
                 "val/reasoning/{band}/ceiling": SAME,
             },
-            meaning="as above",
-            unit="positions, share",
+            meaning="as for `val/ntp/BAND`",
+            unit="positions, fraction",
             bands=BANDS,
         ),
         row(
             {"val/boxed_frac": SAME, "val/truncated_frac": SAME, "val/length_mean": SAME},
-            meaning="as `rollout/...`, for the greedy completions",
-            unit="share, share, tokens",
+            meaning="as `rollout/boxed_frac` and so on, for the greedy completions",
+            unit="fraction, fraction, tokens",
         ),
         row(
             {
@@ -82,17 +82,17 @@ SECTION = Section(
                 "accuracy on held-out questions (the mean over a question's completions), and its 95 % "
                 "interval"
             ),
-            unit="share",
+            unit="fraction",
         ),
         row(
             {"val/answers/num_questions": SAME},
-            meaning="questions",
+            meaning="number of questions",
             unit="questions",
         ),
         row(
             {"val/answers/truncated_frac": SAME, "val/answers/unboxed_frac": SAME},
-            meaning="completions that reached the token limit; completions that ended without a box",
-            unit="share",
+            meaning="fractions of completions that reached the token limit, and that ended without a box",
+            unit="fraction",
             watch_for="many truncated: raise the limit before you compare accuracies",
         ),
         row(
@@ -117,8 +117,11 @@ SECTION = Section(
                 "val/answers/direct_accuracy_high": SAME,
                 "val/answers/direct_num_questions": SAME,
             },
-            meaning="the same without a thought (only with `rollout.evaluation.thought_controls`)",
-            unit="share, questions",
+            meaning=(
+                "accuracy without a thought and its 95 % interval, and the number of questions (only "
+                "with `rollout.evaluation.thought_controls`)"
+            ),
+            unit="fraction, questions",
         ),
     ),
 )

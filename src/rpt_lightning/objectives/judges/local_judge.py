@@ -78,7 +78,12 @@ class LocalJudge(SegmentJudge):
                 raise ValueError(
                     f"{where}: its tokenizer has no chat template, so it cannot be asked; give a chat model"
                 )
-            model = load_causal_lm(self.model, where=where, dtype=getattr(torch, self.dtype))
+            try:
+                model = load_causal_lm(self.model, where=where, dtype=getattr(torch, self.dtype))
+            except ValueError as error:
+                if str(error).startswith(where):
+                    raise
+                raise ValueError(f"{where}: it cannot be loaded ({first_line(error)})") from error
             is_cuda = self.device == "auto" and torch.cuda.is_available()
             device = f"cuda:{torch.cuda.current_device()}" if is_cuda else self.device
             model = model.to("cpu" if device == "auto" else device).eval()  # type: ignore[arg-type]
@@ -100,7 +105,7 @@ class LocalJudge(SegmentJudge):
             for chat in chats
         ]
         longest = max(map(len, rows))
-        # Padded on the left, so that every reply begins behind its prompt.
+        # Padded on the left, so that every reply begins right after its prompt.
         input_ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         settings: dict[str, Any] = {"do_sample": is_sampled}

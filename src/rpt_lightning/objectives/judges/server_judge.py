@@ -1,4 +1,4 @@
-"""A judge behind HTTP, in the form of OpenAI's chat completions, such as a vLLM server has."""
+"""A judge on a server with OpenAI's chat completions API, such as a vLLM server."""
 
 from __future__ import annotations
 

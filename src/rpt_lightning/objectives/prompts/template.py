@@ -156,7 +156,7 @@ class ChatPrompt(PromptTemplate):
         return _chat(tokenizer, template, WORDINGS[self.version], self.think_open, self.think_close)
 
     def bind_with_notes(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], BoundPrompt]:
-        """Put notes behind the instruction, before the context."""
+        """Put notes after the instruction and before the context."""
         template = ChatTemplate(tokenizer, self.template_args, prompt="ChatPrompt")
         wording = with_note(WORDINGS[self.version])
         return _chat_with_notes(tokenizer, template, wording, self.think_open, self.think_close)
@@ -191,7 +191,7 @@ class QuestionPrompt(PromptTemplate):
         return _chat(tokenizer, template, CONTEXT_SLOT, self.think_open, self.think_close)
 
     def bind_with_notes(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], BoundPrompt]:
-        """Put notes behind the question."""
+        """Put notes after the question."""
         template = ChatTemplate(tokenizer, self.template_args, prompt="QuestionPrompt")
         wording = f"{CONTEXT_SLOT}\n\n{NOTE_SLOT}"
         return _chat_with_notes(tokenizer, template, wording, self.think_open, self.think_close)

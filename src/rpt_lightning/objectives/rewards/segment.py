@@ -70,9 +70,12 @@ class SegmentReward(ABC):
         """
 
     def scored_sequences(
-        self, answered: AnsweredTask, bound: BoundObjective
+        self, answered: AnsweredTask, bound: BoundObjective, without: TrainSequence
     ) -> Sequence[TrainSequence | None]:
-        """Return sequences whose target tokens the policy shall score. Only called if ``needs_logprobs``."""
+        """Return sequences whose target tokens the policy shall score. Only called if ``needs_logprobs``.
+
+        ``without`` is the true segment in a box after an empty thought.
+        """
         return ()
 
     def take_metrics(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
@@ -110,10 +113,9 @@ class LogProbGainReward(SegmentReward):
         return tuple(least if gain is None else gain for gain in gains)
 
     def scored_sequences(
-        self, answered: AnsweredTask, bound: BoundObjective
+        self, answered: AnsweredTask, bound: BoundObjective, without: TrainSequence
     ) -> Sequence[TrainSequence | None]:
         """Return the truth after no thought, then after each thought (None if it is not closed)."""
-        without = bound.direct_sequence(answered.task)
         assert bound.prompt.think_close is not None
         sequences: list[TrainSequence | None] = [without]
         for completion in answered.completions:
@@ -152,7 +154,7 @@ class JudgeReward(SegmentReward):
         texts = [(one or b"").decode(errors="replace").strip() for one in answered.predictions]
         known = {"": False, truth.strip(): True}
         new = [text for text in dict.fromkeys(texts) if text not in known]
-        reference = truth.strip() + "".join(behind)
+        reference = " ".join([truth.strip(), *behind])
         asked = [JudgeQuestion(prediction=text, reference=reference) for text in new]
         known |= zip(new, self._verdicts(asked, answered.task.task_id), strict=True)
         return tuple(float(known[text]) for text in texts)

@@ -33,7 +33,7 @@ def direct_scores(
     """Return the score of each sequence's targets.
 
     Args:
-        sequences: The answers, behind what is asked.
+        sequences: The true answers, each after its prompt.
         scored: Their trees, with log-probs and the most likely ids of the scored tokens, both ``[M]``.
     """
     scores = [DirectScore(logprob=0.0, is_right=False)] * len(sequences)

@@ -132,7 +132,7 @@ class RPTModule(PolicyModule):
         if ntp_whole_documents and (ntp_in_prompt or ntp_weight == 0):
             raise ValueError(
                 f"model.ntp_whole_documents=true with model.ntp_in_prompt={str(ntp_in_prompt).lower()}, "
-                f"model.ntp_weight={ntp_weight}: a prompt holds no text behind its position, and a weight of "
+                f"model.ntp_weight={ntp_weight}: a prompt has no text after its position, and a weight of "
                 "0 trains no text; give false, or ntp_in_prompt false and a weight above 0"
             )
         self.advantage_scale = advantage_scale

@@ -11,7 +11,7 @@ fixed: wait for batch k, sync weights k to the engine, begin batch k + 1, train 
 ``max_staleness`` the engine may still be busy between two steps. It then keeps its weights until it is idle,
 and the rule bounds how old they get.
 
-A checkpoint holds the place in the data behind the last trained batch. A resumed run draws again whatever
+A checkpoint holds the place in the data after the last trained batch. A resumed run draws again whatever
 had been generated or queued.
 """
 
@@ -250,8 +250,8 @@ def check_settings(
     if selection.is_on:
         raise ValueError(
             f"{flag}: rollout.selection asks the policy about tasks while it is trained; leave "
-            "--rollout.selection.min_true_prob at 0 and max_true_prob at 1 and choose positions in `rpt "
-            "prepare` (--min_true_prob, --max_true_prob), or set --rollout.max_staleness 0"
+            "--rollout.selection.min_true_prob at 0, max_true_prob at 1 and by_kind false, and choose "
+            "positions in `rpt prepare` (--min_true_prob, --max_true_prob); or set --rollout.max_staleness 0"
         )
     if getattr(data, "makes", None) != "tasks":
         raise ValueError(

@@ -122,10 +122,11 @@ class CurrentRollouts(RolloutStep):
         clock, step = self.module.clock, self.module.policy_version
         tasks, draw = self.roller.pose(tasks, self.data.draw, step=step)
         if self.selector is not None:
+            version = self.module.policy_version
             # Before the sync, which wakes an engine that shares the device's memory with the policy.
             with clock.phase("selection"):
-                tasks = self.selector.select(tasks, draw, over_ranks=self._over_ranks)
-            draw = self.selector.selecting(draw, over_ranks=self._over_ranks)
+                tasks = self.selector.select(tasks, draw, version=version, over_ranks=self._over_ranks)
+            draw = self.selector.selecting(draw, version=version, over_ranks=self._over_ranks)
         self.sync.sync(self.module)
         with clock.phase("rollout"):
             rollouts = self.roller.roll_out(
@@ -148,7 +149,9 @@ class CurrentRollouts(RolloutStep):
             )
         metrics = compared | rollouts.metrics
         if self.selector is not None:
-            metrics |= selection_metrics(self.selector.take_counts())
+            filled = rollouts.filled
+            self.selector.learn([*filled.groups, *filled.replaced], gather=self.module.ranks.gather)
+            metrics |= selection_metrics(self.selector.take_counts(), self.selector.kinds)
         return replace(rollouts, metrics=metrics)
 
     def _over_ranks(self, number: int) -> tuple[list[int], int]:
