@@ -17,11 +17,13 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from small_run import SCRIPT, quiet_trainer
 
+from rpt_lightning.data.modules.tiers import Tiers
 from rpt_lightning.data.modules.token_tasks import TokenTaskDataModule
 from rpt_lightning.data.modules.traces import TraceDataModule
 from rpt_lightning.objectives.next_token import NextTokenObjective
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.objectives.rewards.next_token import Reward
+from rpt_lightning.objectives.thought_budget import ThoughtBudget
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.rollout import position_kinds
 from rpt_lightning.rollout.engines.hf_engine import HFEngine
@@ -54,6 +56,8 @@ class Options:
     optimizer: str = "AdamW"  # of RPT; AdamW hides the gradient's scale, SGD does not
     optimizer_steps_per_batch: int = 1
     dynamic_sampling_from_step: int | None = None
+    thought_budget: dict[str, Any] = field(default_factory=dict)
+    tiers: dict[str, Any] = field(default_factory=dict)
     ntp_weight: float = 0.0
     selection: dict[str, Any] = field(default_factory=dict)
     offload_moments: bool = False
@@ -131,7 +135,15 @@ def parts(options: Options, folder: Path):
             policy, make_optimizer, correction="truncate", **common
         )
         data = TokenTaskDataModule(
-            options.tasks, tasks_per_step=options.tasks_per_step, positions_per_document=2
+            options.tasks,
+            tasks_per_step=options.tasks_per_step,
+            positions_per_document=2,
+            tiers=Tiers(
+                **{
+                    name: tuple(value) if isinstance(value, list) else value
+                    for name, value in options.tiers.items()
+                }
+            ),
         )
         engine = {
             "recorded": lambda: Recorded([*SCRIPT, "so?</think>\\boxed{e}"]),  # lengths of more kinds
@@ -142,9 +154,10 @@ def parts(options: Options, folder: Path):
             engine,
             NextTokenObjective(ContinuationPrompt(), SomeAreRight()),
             group_size=4,
-            max_prompt_tokens=96,
+            max_prompt_tokens=128,
             sampling=Sampling(max_completion_tokens=24),
             dynamic_sampling=DynamicSampling(from_step=options.dynamic_sampling_from_step, max_factor=2.0),
+            thought_budget=ThoughtBudget(**options.thought_budget),
             selection=Selection(**options.selection),
         )
         callbacks = [rollout, *callbacks]
