@@ -79,7 +79,7 @@ def render(rows: list[tuple[str, Plan, list[str]]]) -> str:
         "prompts",
         "decoding",
         "training",
-        "sync",
+        "weight sync",
         "**step**",
         "overlapped",
         "longest completion",
@@ -88,12 +88,12 @@ def render(rows: list[tuple[str, Plan, list[str]]]) -> str:
     times = [_row(["H100s", *columns]), _row(["---"] * (len(columns) + 1))]
     columns = [
         "rollouts",
-        "a training device",
-        "of it free",
+        "peak of a training device",
+        "free on it",
         "on its host",
         "a server's cache",
         "sent for training",
-        "sent for sync",
+        "sent for weight sync",
         "received by a server",
     ]
     memory = [_row(["H100s", *columns]), _row(["---"] * (len(columns) + 1))]
@@ -132,17 +132,16 @@ def render(rows: list[tuple[str, Plan, list[str]]]) -> str:
     )
     return "\n".join(
         [
-            "Estimated seconds of a step. Overlapped: the step if the next rollouts were generated while "
-            "the policy trains. Longest completion: one of 8,192 tokens, decoded alone.",
+            "Estimated seconds of a step. *Overlapped* is the time of a step whose policy trains while the "
+            "next rollouts are generated. *Longest completion* is the time to decode 8,192 tokens.",
             "",
             *times,
             "",
-            "Estimated GB (10^9 bytes): memory at its fullest, and what one device sends or receives in "
-            "a step.",
+            "Estimated peak memory, and data that a device sends or receives in a step, in GB (10^9 bytes).",
             "",
             *memory,
             "",
-            "Assumed:",
+            "We assume:",
             *(f"- {text}" for text in assumed),
         ]
     )

@@ -11,6 +11,7 @@ import yaml
 
 from commented_options import uncommented
 from rpt_lightning.rollout.servers.server_engine import VLLMServerEngine
+from rpt_lightning.rollout.settings import Selection
 from rpt_lightning.rollout.weight_sync.transport import SharedFolderTransport
 from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
 
@@ -31,6 +32,11 @@ def instantiate(monkeypatch, *configs, flags=()):
     args = ["fit", *(part for config in configs for part in ("--config", str(config))), *flags]
     monkeypatch.setattr(sys, "argv", ["rpt", *args])
     return make_cli(run=False, args=args[1:])
+
+
+def below(config: Path) -> list[Path]:
+    """Return what this config is added to besides a run: a judge needs the objective it judges for."""
+    return [CONFIGS / "objective" / "next-segment.yaml"] if config.stem.startswith("judge") else []
 
 
 @pytest.mark.parametrize("config", RUNS, ids=lambda path: path.stem)
@@ -96,14 +102,46 @@ def test_the_trunk_over_a_run(run, offline_policy, monkeypatch, tmp_path):
     assert (cli.model.ntp_weight, cli.model.micro_batch_tokens) == (0.3, own["micro_batch_tokens"])
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("run", ["debug", "14b"])
-def test_an_objective_over_a_run(run, objective, offline_policy, monkeypatch, tmp_path):
+@pytest.mark.parametrize("config", OBJECTIVES, ids=lambda path: path.stem)
+def test_an_objective_over_a_run(run, config, offline_policy, monkeypatch, tmp_path):
     flags = ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path)]
-    cli = instantiate(monkeypatch, CONFIGS / f"{run}.yaml", objective, flags=flags)
+    cli = instantiate(monkeypatch, CONFIGS / f"{run}.yaml", *below(config), config, flags=flags)
     (callback,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, RolloutCallback)]
-    named = yaml.safe_load(objective.read_text())["rollout"]["objective"]["class_path"]
-    assert type(callback.objective).__name__ == named
+    overlay = yaml.safe_load(config.read_text())
+    wanted = overlay["rollout"]["objective"]
+    assert type(callback.objective).__name__ == wanted["class_path"]
+    if "reward" in wanted["init_args"]:
+        assert type(callback.objective.reward).__name__ == wanted["init_args"]["reward"]["class_path"]
+    assert type(callback.objective.prompt).__name__ == "QuestionPrompt"
+    if "data" in overlay:
+        assert cli.datamodule.eval_min_entropy == 0.0
+
+
+def test_an_objective_without_a_reward_does_not_keep_that_of_the_config(
+    offline_policy, monkeypatch, tmp_path
+):
+    flags = ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path)]
+    flags += ["--rollout.objective", "NextSegmentObjective"]
+    cli = instantiate(monkeypatch, CONFIGS / "debug.yaml", flags=flags)
+    (callback,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, RolloutCallback)]
+    assert type(callback.objective.reward).__name__ == "PrefixShareReward"
+
+
+def test_selection_over_a_run(offline_policy, monkeypatch, tmp_path):
+    flags = ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path)]
+    config = CONFIGS / "demo-text.yaml"
+    more = ["--rollout.selection.by_kind", "true", "--rollout.selection.kind_floor", "0.2"]
+    cli = instantiate(monkeypatch, config, CONFIGS / "rollout" / "selection.yaml", flags=[*flags, *more])
+    (callback,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, RolloutCallback)]
+    assert callback.selection == Selection(
+        min_true_prob=0.05, max_true_prob=0.8, by_kind=True, kind_floor=0.2
+    )
+    assert (callback.group_size, callback.kinds.floor) == (8, 0.2)
+    # Without the overlay nothing is selected.
+    cli = instantiate(monkeypatch, config, flags=flags)
+    (callback,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, RolloutCallback)]
+    assert (callback.selection.is_on, callback.kinds) == (False, None)
 
 
 @pytest.mark.parametrize("data", DATA, ids=lambda path: path.stem)
@@ -134,6 +172,7 @@ def test_commented_out_options_can_be_used(config, offline_policy, monkeypatch, 
     file.write_text(uncommented(config.read_text()))
     flags = ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path / "run")]
     run = [CONFIGS / "14b.yaml"] if config in [*ROLLOUTS, *MODELS, *OBJECTIVES] else []
+    run += below(config)
     instantiate(monkeypatch, *run, file, flags=flags)
 
 

@@ -26,16 +26,20 @@ from rpt_lightning.cli import command as cli
 from rpt_lightning.cli import run as lightning_cli
 from rpt_lightning.cli.plan import PlanOptions
 from rpt_lightning.cli.serve import ServeSettings
+from rpt_lightning.data.modules.tiers import Tiers
 from rpt_lightning.data.modules.worked_examples import Phase
 from rpt_lightning.data.sources.corpus import CorpusSource
 from rpt_lightning.data.sources.questions import QuestionFields, QuestionSource
 from rpt_lightning.objectives.base import Objective
+from rpt_lightning.objectives.judges.segment_judge import SegmentJudge
 from rpt_lightning.objectives.prompts.template import PromptTemplate
 from rpt_lightning.objectives.rewards import answer  # noqa: F401  (defines a reward)
 from rpt_lightning.objectives.rewards.next_token import Reward
+from rpt_lightning.objectives.rewards.segment import SegmentReward
+from rpt_lightning.objectives.thought_budget import ThoughtBudget
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.rollout.engines.base import RolloutEngine
-from rpt_lightning.rollout.settings import DynamicSampling, EngineCheck, Evaluation, Sampling
+from rpt_lightning.rollout.settings import DynamicSampling, EngineCheck, Evaluation, Sampling, Selection
 from rpt_lightning.rollout.weight_sync.transport import WeightTransport
 from rpt_lightning.training.modules.policy_module import PolicyModule
 
@@ -46,6 +50,8 @@ PLACES: dict[type, set[str]] = {
     Policy: {"policy"},
     LightningDataModule: {"data", "traces", "text"},
     Phase: {"phases"},
+    Tiers: {"tiers"},
+    ThoughtBudget: {"thought_budget"},
     CorpusSource: {"source"},
     QuestionSource: {"train", "heldout", "questions"},
     QuestionFields: {"fields"},
@@ -54,10 +60,13 @@ PLACES: dict[type, set[str]] = {
     Objective: {"objective"},
     PromptTemplate: {"prompt"},
     Reward: {"reward"},
+    SegmentReward: {"reward"},
+    SegmentJudge: {"judge"},
     lightning_cli.ShardedStrategy: {"strategy"},
     lightning_cli.RolloutCallback: {"rollout"},
     Sampling: {"sampling"},
     DynamicSampling: {"dynamic_sampling"},
+    Selection: {"selection"},
     EngineCheck: {"check"},
     Evaluation: {"evaluation"},
     lightning_cli.RunCheckpoint: {"checkpoint"},

@@ -10,6 +10,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "rpt_lightning"
 LEAVES = ("objectives",)
 KINDS = {
     "TokenTask", "AnswerTask", "Question", "Objective", "NextTokenObjective", "QuestionObjective", "Reward",
+    "NextSegmentObjective", "NextSentenceObjective", "AboutSentences", "SegmentReward", "SegmentJudge",
     "PrefixMatchReward", "FirstTokenReward", "DenseReward", "ConditionalDenseReward", "AnswerReward",
     "PromptTemplate", "ContinuationPrompt", "ChatPrompt", "QuestionPrompt", "StreamDataModule",
     "TaskFolderDataModule", "TokenTaskDataModule", "AnswerTaskDataModule", "TextDataModule",

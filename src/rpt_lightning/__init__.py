@@ -29,6 +29,10 @@ _MODULES = {
     "InformationGainObjective": "objectives.information_gain",
     "MaskedSpanObjective": "objectives.masked_span",
     "ProposedSpanObjective": "objectives.proposed_span",
+    "NextSegmentObjective": "objectives.next_segment",
+    "NextSentenceObjective": "objectives.next_sentence",
+    "SegmentReward": "objectives.rewards.segment",
+    "SegmentJudge": "objectives.judges.segment_judge",
     "QuestionObjective": "objectives.question",
     "PromptTemplate": "objectives.prompts.template",
     "ContinuationPrompt": "objectives.prompts.template",
@@ -61,7 +65,10 @@ if TYPE_CHECKING:
     from rpt_lightning.evaluation.run import read_run
     from rpt_lightning.objectives.base import Objective
     from rpt_lightning.objectives.information_gain import InformationGainObjective
+    from rpt_lightning.objectives.judges.segment_judge import SegmentJudge
     from rpt_lightning.objectives.masked_span import MaskedSpanObjective
+    from rpt_lightning.objectives.next_segment import NextSegmentObjective
+    from rpt_lightning.objectives.next_sentence import NextSentenceObjective
     from rpt_lightning.objectives.next_token import NextTokenObjective
     from rpt_lightning.objectives.prompts.template import (
         ChatPrompt,
@@ -79,6 +86,7 @@ if TYPE_CHECKING:
         PrefixMatchReward,
         Reward,
     )
+    from rpt_lightning.objectives.rewards.segment import SegmentReward
     from rpt_lightning.policy.model import Policy
     from rpt_lightning.records.results import read_results
     from rpt_lightning.rollout.engines.hf_engine import HFEngine
@@ -108,6 +116,8 @@ __all__ = [
     "JsonlSource",
     "MaskedSpanObjective",
     "NTPModule",
+    "NextSegmentObjective",
+    "NextSentenceObjective",
     "NextTokenObjective",
     "Objective",
     "ParquetSource",
@@ -122,6 +132,8 @@ __all__ = [
     "RolloutCallback",
     "RunCheckpoint",
     "Sampling",
+    "SegmentJudge",
+    "SegmentReward",
     "ShardedStrategy",
     "TextDataModule",
     "TextFilesSource",

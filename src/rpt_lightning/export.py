@@ -1,4 +1,4 @@
-"""Makes a Hugging Face folder from one of our checkpoints.
+"""Makes a Hugging Face folder, or an adapter's folder, from one of our checkpoints.
 
 transformers, vLLM and another run's ``--model.policy.path`` can load it.
 """
@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,14 +28,17 @@ from transformers import (
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from rpt_lightning.compat.transformers import converts_weights
+from rpt_lightning.pretrained.adapter_folder import write_adapter_folder
 from rpt_lightning.pretrained.older_readers import GENERIC_CLASS, older_tokenizer_config, with_older_rope
 from rpt_lightning.pretrained.specification import has_hash, tokenizer_hash
 from rpt_lightning.pretrained.tokenizer import CONFIG_FILE as TOKENIZER_CONFIG_FILE
 from rpt_lightning.pretrained.tokenizer import FILE as TOKENIZER_FILE
 from rpt_lightning.pretrained.tokenizer import as_in_folder, folder_file, is_repaired, read_tokenizer
 from rpt_lightning.pretrained.weights import not_finite, some
+from rpt_lightning.training.checkpoint.adapter import ENTRY, saved_adapter
 from rpt_lightning.training.checkpoint.damage import checkpoint_damage
 from rpt_lightning.training.checkpoint.file import SavedPolicy, check_about, read_checkpoint
+from rpt_lightning.training.checkpoint.merged import model_path_of, with_base
 
 MAX_FILE_SIZE = "5GB"
 # All files that a tokenizer is read from. A chat template may be in a file of its own.
@@ -51,17 +55,25 @@ TOKENIZER_FILES = (
 )
 
 
-def export(ckpt: str, output: str, dtype: Literal["float32", "bfloat16", "float16"] = "float32") -> None:
+def export(
+    ckpt: str,
+    output: str,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    form: Literal["merged", "adapter"] = "merged",
+) -> None:
     """Write the policy of a checkpoint as a folder that transformers and vLLM can load.
 
     Args:
         ckpt: a ``.ckpt`` that ``rpt fit`` wrote: a file, or a folder if the strategy shards weights.
         output: the folder to make; it appears only once it is complete.
         dtype: dtype of the weights on disk. float32 is what was trained.
+        form: "merged" writes a whole model, into which an adapter is merged. "adapter" writes the adapter
+            alone, as peft and vLLM read it.
 
     Raises:
         ValueError: ``output`` exists; ``ckpt`` is not one of our checkpoints or is damaged; its weights do
-            not fit its own config or are not finite; or its tokenizer is missing or has changed.
+            not fit its own config or are not finite; its tokenizer is missing or has changed; its adapter's
+            base is missing or has changed; or it has no adapter to write.
     """
     folder = Path(output)
     if folder.exists():
@@ -72,13 +84,22 @@ def export(ckpt: str, output: str, dtype: Literal["float32", "bfloat16", "float1
             f"--ckpt {ckpt} is not a whole checkpoint: {damage}; name another checkpoint of its folder"
         )
     check_about(saved.about, f"--ckpt {ckpt}")
+    where = f"--ckpt {ckpt}"
+    adapter = saved_adapter(saved.about, where)
+    if form == "adapter":
+        if adapter is None:
+            raise ValueError(
+                f"--form adapter: {ckpt} holds all weights of a model and no adapter; leave --form out"
+            )
+        _publish(folder, lambda unfinished: _save_adapter(saved, unfinished, ckpt, getattr(torch, dtype)))
+        return
+    if adapter is not None:
+        saved = with_base(saved, where)
     model = _skeleton(saved, ckpt, getattr(torch, dtype))
     tokenizer = _load_tokenizer(saved.about, ckpt)
     generation_config = _generation_config(model, saved, ckpt)
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    def write(unfinished: Path) -> None:
         if converts_weights(model):
             _save_converted(model, saved, unfinished, ckpt)
         else:
@@ -89,10 +110,38 @@ def export(ckpt: str, output: str, dtype: Literal["float32", "bfloat16", "float1
             # (a temperature without `do_sample`).
             (unfinished / GENERATION_CONFIG_NAME).write_text(generation_config.to_json_string())
         _copy_tokenizer(tokenizer, unfinished)
+
+    _publish(folder, write)
+
+
+def _publish(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a folder, which gets its name only once it is complete."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        write(unfinished)
         os.chmod(unfinished, 0o755)
         os.rename(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _save_adapter(saved: SavedPolicy, folder: Path, ckpt: str, dtype: torch.dtype) -> None:
+    adapter = saved_adapter(saved.about, f"--ckpt {ckpt}")
+    assert adapter is not None
+    settings, base, base_hash = adapter
+    tensors = {name: tensor.to(dtype) for name, tensor in saved.read(list(saved.shapes)).items()}
+    _check_finite(tensors, ckpt, dtype)
+    write_adapter_folder(
+        folder,
+        tensors,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        targets=tuple(sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in tensors})),
+        rslora=settings.rslora,
+        base=base,
+        base_hash=base_hash,
+    )
 
 
 def _skeleton(saved: SavedPolicy, ckpt: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -107,7 +156,10 @@ def _skeleton(saved: SavedPolicy, ckpt: str, dtype: torch.dtype) -> PreTrainedMo
     # A tied head appears under one of its names. The other may or may not be in the checkpoint.
     own = dict(model.named_parameters())
     absent = [name for name in own if name not in saved.shapes]
-    unexpected = [name for name in saved.shapes if name not in model.state_dict()]
+    # An adapter's base may hold more, such as buffers of older versions.
+    unexpected = [
+        name for name in saved.shapes if ENTRY not in saved.about and name not in model.state_dict()
+    ]
     if absent or unexpected:
         raise ValueError(
             f"--ckpt {ckpt}: not the whole policy: {len(absent)} tensors are missing {absent[:3]}, "
@@ -159,7 +211,7 @@ def _generation_config(model: PreTrainedModel, saved: SavedPolicy, ckpt: str) ->
 
     For the many models without the file, the one made from the model's config is right.
     """
-    path = saved.about["policy_path"]
+    path = model_path_of(saved.about, f"--ckpt {ckpt}")
     try:
         return GenerationConfig.from_pretrained(path)
     except OSError:
@@ -203,7 +255,7 @@ def _write_config(folder: Path, model: PreTrainedModel) -> None:
 
 
 def _load_tokenizer(saved: dict[str, Any], ckpt: str) -> PreTrainedTokenizerBase:
-    path = saved["policy_path"]
+    path = model_path_of(saved, f"--ckpt {ckpt}")
     try:
         tokenizer = as_in_folder(read_tokenizer(path), where=f"--ckpt {ckpt}")
     except (OSError, ValueError) as error:

@@ -67,7 +67,8 @@ class Mark:
 class Document:
     """One text of a corpus, with what its source knows about it.
 
-    ``fields`` describe the whole text, and ``marks`` describe places in it.
+    ``fields`` describe the whole text, and ``marks`` describe places in it. ``split`` is the side of the
+    split on which it belongs, if its source knows that. A source knows it of all its documents or of none.
 
     >>> text = "Expression representing addition."
     >>> document = Document(doc_id="sympy.Add", text=text, fields={"module": "core"})
@@ -79,6 +80,7 @@ class Document:
     text: str
     fields: Fields = field(default_factory=dict, hash=False)
     marks: tuple[Mark, ...] = ()
+    split: Literal["train", "heldout"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +98,8 @@ class TokenTask:
     document's tokens from the position on. They are empty unless the run trains whole documents
     (``model.ntp_whole_documents``). ``budget`` is the number of tokens that the prompt allows for a
     completion. It is None until the task is put to the policy, and without a budget (`ThoughtBudget`).
+    ``material`` is what the objective stored with the position when the folder was prepared
+    (``Objective.material``).
     """
 
     task_id: str
@@ -112,6 +116,7 @@ class TokenTask:
     following_ids: TokenIds = ()
     rest_ids: TokenIds = ()
     budget: int | None = None
+    material: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from rpt_lightning.policy.adapter import Adapter
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.parallel.sharding import materialize_sharded
 from rpt_lightning.policy.weights import named_weights
@@ -50,6 +51,7 @@ def three_steps(policy: Policy, *, bf16: bool = False) -> dict[str, Any]:
         "logprobs": torch.stack(logprobs),
         "norms": norms,
         "dtypes": dtypes,
+        "base_hash": policy.base_hash,
     }
 
 
@@ -65,8 +67,14 @@ def work(
     )
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    torch.manual_seed(rank)  # the first rank's seed counts
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data_parallel", "tensor_parallel"))
-    policy = Policy(path, activation_checkpointing=options.pop("activation_checkpointing", False))
+    adapter = options.pop("adapter", None)
+    policy = Policy(
+        path,
+        activation_checkpointing=options.pop("activation_checkpointing", False),
+        adapter=adapter and Adapter(**adapter),
+    )
     materialize_sharded(policy, mesh, device=torch.device("cpu"), **options)
     result = three_steps(policy, bf16=bf16)
     result["is_tied"] = policy.is_tied

@@ -7,6 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
+from rpt_lightning.compat.torch import map_tensors
+from rpt_lightning.policy.adapter import Adapter, add_adapter
 from rpt_lightning.policy.flops import (
     ModelSize,
     Work,
@@ -34,6 +36,38 @@ def test_flops_by_hand():
     work = Work(tokens=5, scored_tokens=3, pairs=7)
     assert forward_flops(size, work) == 2 * (204 * 5 + 40 * 3) + 4 * 12 * 7
     assert train_flops(size, work) == 6 * (204 * 5 + 40 * 3) + 12 * 12 * 7
+
+
+def test_frozen_weights_take_no_gradient_of_their_own():
+    """4 operations a weight and token instead of 6: the forward pass and the gradient of the inputs."""
+    size = ModelSize(
+        body_params=204, head_params=40, attention_width=12, frozen_body_params=200, head_is_frozen=True
+    )
+    work = Work(tokens=5, scored_tokens=3, pairs=7)
+    assert forward_flops(size, work) == 2 * (204 * 5 + 40 * 3) + 4 * 12 * 7
+    assert train_flops(size, work) == (6 * 4 + 4 * 200) * 5 + 4 * 40 * 3 + 12 * 12 * 7
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_flops_with_an_adapter_are_those_that_torch_counts(is_tied):
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(**SIZES, tie_word_embeddings=is_tied), attn_implementation="eager"
+    )
+    bare = model_size(model)
+    add_adapter(model, Adapter(rank=2), where="")
+    map_tensors(model, lambda tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)
+    size, length = model_size(model), 11
+    # q and o 16 x 32, k and v 16 x 16, three 16 x 40 in the MLP, with A and B of rank 2.
+    assert size.body_params - bare.body_params == 3 * 2 * (2 * 48 + 2 * 32 + 3 * 56)
+    assert size.frozen_body_params == bare.body_params
+    assert size.head_is_frozen
+    assert not bare.head_is_frozen
+    with FlopCounterMode(display=False) as counter:
+        embedded = model.get_input_embeddings()(torch.arange(length))[None].requires_grad_()
+        model(inputs_embeds=embedded).logits.sum().backward()
+    work = Work(tokens=length, scored_tokens=length, pairs=length**2)
+    vectors = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 1)
+    assert counter.get_total_flops() == train_flops(size, work) - 4 * vectors * length
 
 
 @pytest.mark.parametrize("is_tied", [True, False])

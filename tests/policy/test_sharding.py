@@ -12,8 +12,10 @@ from sharded_worker import three_steps, work
 from torch.multiprocessing import spawn
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from rpt_lightning.policy.adapter import Adapter
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.parallel.tensor_parallel import parallelize
+from rpt_lightning.pretrained.adapter_folder import write_adapter_folder
 
 SMALL = {
     "vocab_size": 512,
@@ -30,10 +32,10 @@ def sharded(shape, path, folder, *, bf16=False, **options):
     return torch.load(folder / "result.pt", weights_only=True)
 
 
-def whole(path, *, bf16=False):
-    policy = Policy(str(path))
+def whole(path, *, bf16=False, adapter=None):
+    policy = Policy(str(path), adapter=adapter and Adapter(**adapter))
     policy.materialize()
-    return three_steps(policy, bf16=bf16)
+    return three_steps(policy, bf16=bf16) | {"base_hash": policy.base_hash}
 
 
 def flat(weights, names):
@@ -102,6 +104,63 @@ def test_tensor_parallel_is_the_whole(families, tmp_path, name, shape):
 def test_flags_change_nothing(families, tmp_path, options):
     path = families("qwen3")
     check(sharded((2, 1), path, tmp_path, **options), whole(path), logprob_tolerance=1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_an_adapter_in_two_shards_is_the_whole(families, tmp_path, name):
+    """The same A from the first rank's seed, the same steps, and merged weights gathered from shards."""
+    path, adapter = families(name), {"rank": 4, "alpha": 8.0}
+    ours = sharded((2, 1), path, tmp_path, adapter=adapter)
+    torch.manual_seed(0)
+    reference = whole(path, adapter=adapter)
+    check(ours, reference, logprob_tolerance=1e-4)
+    changed = [name for name, weight in ours["start"].items() if not torch.equal(weight, ours["end"][name])]
+    assert len(changed) == 7 * (2 if name == "qwen2" else 3)  # the matrices of the layers, and nothing else
+    assert ours["base_hash"] == reference["base_hash"]
+
+
+@pytest.mark.long
+def test_a_frozen_base_in_bf16_is_sharded_as_it_is(families, tmp_path):
+    adapter = {"rank": 4, "alpha": 8.0, "base_dtype": "bfloat16"}
+    path = families("qwen2")  # in bf16, untied
+    ours = sharded((2, 1), path, tmp_path, adapter=adapter, bf16=True)
+    torch.manual_seed(0)
+    reference = whole(path, bf16=True, adapter=adapter | {"base_dtype": "float32"})
+    names = sorted(reference["start"])
+    assert torch.equal(flat(ours["start"], names).float(), flat(reference["start"], names))
+    torch.testing.assert_close(ours["logprobs"], reference["logprobs"], rtol=0, atol=1e-2)
+    assert torch.equal(ours["logprobs"][0], reference["logprobs"][0])  # before the first update
+    assert ours["dtypes"] == {torch.bfloat16, torch.float32}
+
+
+@pytest.mark.long
+def test_an_adapter_folder_is_merged_into_shards(families, tmp_path):
+    path = families("qwen2")
+    policy = Policy(str(path), adapter=Adapter(rank=4))
+    policy.materialize()
+    torch.manual_seed(1)
+    for _, parameter in policy.named_adapter():
+        torch.nn.init.normal_(parameter, std=0.1)
+    (tmp_path / "adapter").mkdir()
+    write_adapter_folder(
+        tmp_path / "adapter",
+        {name: parameter.detach() for name, parameter in policy.named_adapter()},
+        rank=4,
+        alpha=32.0,
+        targets=("q_proj",),
+        rslora=False,
+        base=str(path),
+        base_hash=policy.base_hash,
+    )
+    check(sharded((2, 1), tmp_path / "adapter", tmp_path), whole(tmp_path / "adapter"), tolerance=1e-3)
+
+
+def test_an_adapter_is_not_divided_over_devices(tiny_model_dir):
+    policy = Policy(str(tiny_model_dir), adapter=Adapter(rank=4))
+    policy.materialize_on_meta()
+    with pytest.raises(ValueError, match=r"tensor_parallel_size=3: model.policy.adapter is not supported"):
+        parallelize(policy, Mesh())
 
 
 @pytest.mark.long

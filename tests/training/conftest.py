@@ -33,6 +33,7 @@ def make_run(tiny_model_dir: Path, tiny_task_dir: Path, tmp_path: Path) -> Calla
         *,
         engine: Callable[[], RolloutEngine] = lambda: ScriptedEngine(SCRIPT),
         run_dir: Path | None = None,
+        policy_options: dict[str, Any] | None = None,
         module_options: dict[str, Any] | None = None,
         rollout_options: dict[str, Any] | None = None,
         data_options: dict[str, Any] | None = None,
@@ -40,7 +41,7 @@ def make_run(tiny_model_dir: Path, tiny_task_dir: Path, tmp_path: Path) -> Calla
         **trainer_options: Any,
     ) -> Any:
         module = RPTModule(
-            Policy(str(tiny_model_dir)),
+            Policy(**({"path": str(tiny_model_dir)} | (policy_options or {}))),
             lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
             **(module_options or {}),
         )

@@ -319,9 +319,17 @@ def test_what_cannot_be_done_is_said_before_the_first_step(
         RolloutCallback(max_staleness=-1)
 
 
-def test_a_policy_that_trains_cannot_select_tasks(make_run):
+def test_a_data_module_that_still_hands_out_tasks_is_an_error(make_run):
+    trainer, module, data, _ = make(make_run, 1, ScriptedEngine(SCRIPT), staleness=1)
+    data._next_batch = data.next_batch  # as a user's own train_dataloader might do
+    with pytest.raises(ValueError, match=r"max_staleness=1: TokenTaskDataModule puts 8 tasks into a batch"):
+        trainer.fit(module, data)
+
+
+@pytest.mark.parametrize("selection", [Selection(max_true_prob=0.8), Selection(by_kind=True)])
+def test_a_policy_that_trains_cannot_select_tasks(make_run, selection):
     engine = ScriptedEngine(SCRIPT)
-    options = {"rollout_options": {"selection": Selection(max_true_prob=0.8)}}
+    options = {"rollout_options": {"selection": selection}}
     trainer, module, data, _ = make(make_run, 1, engine, **options)
     with pytest.raises(
         ValueError,

@@ -33,6 +33,7 @@ NAN = float("nan")
         *((Selection, "min_true_prob", value) for value in (-0.1, 1.0, NAN)),
         *((Selection, "max_true_prob", value) for value in (0.0, 1.1, NAN)),
         *((Selection, "max_draws", value) for value in (1, 0)),
+        *((Selection, name, value) for name in ("kind_floor", "kind_decay") for value in (0.0, 1.5, NAN)),
         (RolloutSamples, "num_samples", -1),
         *((RolloutSamples, "every_n_steps", value) for value in (0, -10)),
         (Health, "min_entropy", -0.1),

@@ -135,6 +135,7 @@ REDUCED = {
         *("rollout/dropped_groups", "rollout/tokens", "rollout/prefill_tokens", "rollout/prompt_tokens"),
         *("rollout/cached_prompt_tokens", "rollout/shareable_prompt_tokens", "answers/quoted"),
         *("answers/unreadable", "answers/timeouts", "answers/check_errors"),
+        *("judge/asked", "judge/unreadable"),
     ),
     5.0: (
         *("reward/mean", "rollout/boxed_frac", "rollout/truncated_frac", "rollout/length_mean"),

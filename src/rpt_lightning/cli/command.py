@@ -190,8 +190,11 @@ _MODULES = {
     "report": "rpt_lightning.evaluation.report.report_command",
 }
 # Imported as well, so that configs can use the short names of their classes.
-_SPANS = "rpt_lightning.objectives.proposed_span"
-_PARTS = {"prepare": ("rpt_lightning.worlds", _SPANS), "evaluate next-token": (_SPANS,)}
+_OBJECTIVES = tuple(
+    f"rpt_lightning.objectives.{name}"
+    for name in ("information_gain", "proposed_span", "next_segment", "next_sentence")
+)
+_PARTS = {"prepare": ("rpt_lightning.worlds", *_OBJECTIVES), "evaluate next-token": _OBJECTIVES}
 # Parameters that take plain words. jsonargparse would take a list as one word in JSON.
 _RUNS = ("runs", "run folders (the values of trainer.default_root_dir)")
 _POLICIES = ("--policy", "Hugging Face folders (or hub ids), or checkpoints of rpt fit")

@@ -179,7 +179,7 @@ def plan_of(config: Namespace) -> tuple[Plan, list[str]]:
     assumptions = [
         source,
         f"completions: {completion_tokens:,} tokens each (--plan.completion_tokens), "
-        "with nothing in common by chance",
+        "without common beginnings",
         f"groups with unequal rewards, which are trained: {options.live_frac:.0%} (--plan.live_frac)"
         + (
             "; extra groups from dynamic sampling are not counted"
@@ -189,7 +189,7 @@ def plan_of(config: Namespace) -> tuple[Plan, list[str]]:
         f"training and prefill reach {options.mfu:.0%} of {device.peak_flops / 1e12:,.3g} TFLOP/s "
         f"(--plan.mfu), decoding {options.bandwidth_frac:.0%} of "
         f"{device.bandwidth_bytes_per_s / 1e12:,.3g} TB/s (--plan.bandwidth_frac); "
-        "no waiting for the longest completion",
+        "nothing waits for the longest completion",
     ]
     if settings.is_mixed:
         assumptions.append(
@@ -212,13 +212,13 @@ def plan_of(config: Namespace) -> tuple[Plan, list[str]]:
             "--plan.shared_storage_gb_per_s)",
         ]
     if settings.engine_sleeps:
-        assumptions.append("the engine sleeps while the policy trains, so the two use their memory in turn")
+        assumptions.append("the engine sleeps while the policy trains, so they take turns using memory")
     if settings.cpu_offload:
         assumptions.append(
-            "weights and gradients travel between host and device at "
-            f"{device.host_link_bytes_per_s / 1e9:.0f} GB/s, with nothing else at the same time, and "
+            "weights and gradients move between host and device at "
+            f"{device.host_link_bytes_per_s / 1e9:.0f} GB/s, without overlap, and "
             f"gradients after the first micro-batch at {NEW_MEMORY_BYTES_PER_S / 1e9:.0f}; the host "
-            f"adds and steps at {HOST_BANDWIDTH_BYTES_PER_S / 1e9:.0f} GB/s of memory a device"
+            f"adds and steps at {HOST_BANDWIDTH_BYTES_PER_S / 1e9:.0f} GB/s of memory per device"
             + ("" if settings.is_fused else " (unfused optimizer: an eighth of that)")
         )
     return plan, assumptions
@@ -401,8 +401,8 @@ def _prompts(
     missing = "" if context_tokens is not None else f" (there is no task folder {folder})"
     return (
         prompts,
-        f"prompts{missing}: contexts of {mean:,} tokens in the mean (--plan.context_tokens), "
-        f"followed by a template of {template_tokens:,}",
+        f"prompts{missing}: contexts have a mean of {mean:,} tokens (--plan.context_tokens), "
+        f"and {template_tokens:,} more from the template",
     )
 
 

@@ -52,6 +52,10 @@ from rpt_lightning.training.secrets import redact
 
 # Imported so that configs may name them by their short names.
 from rpt_lightning.objectives.information_gain import InformationGainObjective  # isort: skip
+from rpt_lightning.objectives.judges.local_judge import LocalJudge  # isort: skip
+from rpt_lightning.objectives.judges.server_judge import ServerJudge  # isort: skip
+from rpt_lightning.objectives.next_segment import NextSegmentObjective  # isort: skip
+from rpt_lightning.objectives.next_sentence import NextSentenceObjective  # isort: skip
 from rpt_lightning.data.modules.answers import AnswerTaskDataModule  # isort: skip
 from rpt_lightning.data.modules.corpus import CorpusDataModule  # isort: skip
 from rpt_lightning.data.modules.token_tasks import TokenTaskDataModule  # isort: skip
@@ -86,6 +90,10 @@ PARTS = (
     InformationGainObjective,
     MaskedSpanObjective,
     ProposedSpanObjective,
+    NextSegmentObjective,
+    NextSentenceObjective,
+    LocalJudge,
+    ServerJudge,
     QuestionObjective,
     JsonlQuestions,
     HuggingFaceQuestions,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 
 from rpt_lightning.evaluation.run import short_names
+from rpt_lightning.policy.adapter import Adapter
 from rpt_lightning.policy.model import Policy
+from rpt_lightning.training.checkpoint.adapter import saved_adapter
 from rpt_lightning.training.checkpoint.file import check_about, read_checkpoint
 from rpt_lightning.training.distributed.strategy import ShardedStrategy
 from rpt_lightning.training.library_noise import quieten_libraries
@@ -48,8 +50,8 @@ class PolicyEvaluation:
         ``parts`` returns the data and the callbacks for a policy. One of the callbacks writes the records.
         """
         for policy, name in zip(self.policies, policy_names(self.policies), strict=True):
-            path, ckpt_path = policy_source(policy)
-            module = NTPModule(Policy(path))
+            path, ckpt_path, adapter = policy_source(policy)
+            module = NTPModule(Policy(path, adapter=adapter))
             data, callbacks = parts(module)
             trainer = evaluation_trainer(
                 self.output / name,
@@ -95,14 +97,17 @@ def check_new_output(output: Path) -> None:
         )
 
 
-def policy_source(policy: str) -> tuple[str, str | None]:
-    """Return a policy's model folder and, if the policy is a checkpoint, its path."""
+def policy_source(policy: str) -> tuple[str, str | None, Adapter | None]:
+    """Return a policy's folder and, if the policy is a checkpoint, its path and the adapter that it holds."""
     path = Path(policy)
     if path.suffix != ".ckpt" and not path.is_file():
-        return policy, None
+        return policy, None, None
     about = read_checkpoint(path, flag="--policy").about
     check_about(about, f"--policy {path}")
-    return str(about["policy_path"]), policy
+    saved = saved_adapter(about, f"--policy {path}")
+    # In fp32, which any precision of the evaluation can take.
+    adapter = None if saved is None else replace(saved[0], base_dtype="float32")
+    return str(about["policy_path"]), policy, adapter
 
 
 def evaluation_trainer(

@@ -4,7 +4,7 @@ An objective says where in a text its tasks lie, what the policy sees there, how
 earns, what counts as right on held-out text whatever the reward, and what the same weights do without a
 thought. Data modules, rollouts, controls, validation and records ask a `BoundObjective` and know no leaf.
 
-The other modules of this folder are its leaves. docs/howto-objective.md shows how to write another one.
+The other files of this folder are its leaves. docs/howto-objective.md shows how to write another one.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from typing import Any, ClassVar, Literal, final
 
 from transformers import PreTrainedTokenizerBase
 
-from rpt_lightning.objectives.box import extract_prediction, open_box_content
+from rpt_lightning.objectives.box import answerable_lengths, extract_prediction, open_box_content
 from rpt_lightning.objectives.prompts.template import BoundPrompt, ContinuationPrompt, PromptTemplate
 from rpt_lightning.objectives.rewards.check import checked_rewards
+from rpt_lightning.objectives.split_documents import SplitDocuments
 from rpt_lightning.objectives.thought_budget import FLAG, NO_BUDGET, ThoughtBudget, length_reward
 from rpt_lightning.pretrained.token_bytes import TokenBytes, start_ids
 from rpt_lightning.types import (
@@ -60,6 +61,8 @@ class Objective(ABC):
     """Whether ``scored_sequences`` asks the policy for log-probs."""
     has_follow_ups: bool = False
     """Whether training asks ``follow_ups`` for further tasks of the same step."""
+    has_material: bool = False
+    """Whether ``material`` stores a text with each task."""
 
     def __init__(self, prompt: PromptTemplate | None = None) -> None:
         if prompt is not None:
@@ -85,6 +88,22 @@ class Objective(ABC):
         `rpt prepare --objective` asks this for every position that is uncertain enough.
         """
         return True
+
+    def is_answerable(self, tokens: Sequence[bytes], position: int, *, reach: int) -> bool:
+        """Whether some right answer at ``position`` fits into a box.
+
+        By default this is so if a box can hold some of the next ``reach`` tokens.
+        """
+        return bool(answerable_lengths(tokens[position : position + reach]))
+
+    def material(self, documents: SplitDocuments, number: int, position: int) -> str | None:
+        """Return a text to store with a task at ``position`` of document ``number``. It is ``task.material``.
+
+        Whatever a task needs besides the text before the position can be stored here, such as sentences of
+        other documents. None leaves the position out, and `rpt prepare` says how many there were. It is
+        called after ``may_ask``, and only if ``has_material``.
+        """
+        return ""
 
     # What the policy sees
 

@@ -19,12 +19,10 @@ def first_limit(plan: Plan) -> str:
     phases = {
         "generation": times.generation_s,
         "training": times.train_s,
-        "the sync of the weights": times.sync_s,
+        "the weight sync": times.sync_s,
     }
     longest = max(phases, key=lambda name: phases[name])
-    why, relief = {"generation": _generation, "training": _training, "the sync of the weights": _sync}[
-        longest
-    ](plan)
+    why, relief = {"generation": _generation, "training": _training, "the weight sync": _sync}[longest](plan)
     sentence = (
         f"The first bottleneck is {longest}: {phases[longest] / times.step_s:.0%} of the step, {why}. "
         f"What would relieve it: {relief}."
@@ -57,7 +55,7 @@ def bottleneck(plan: Plan) -> str:
         "training, computing": times.train_compute_s,
         "training, network": times.train_network_s,
         "training, host": times.offload_s,
-        "sync": times.sync_s,
+        "weight sync": times.sync_s,
     }
     return max(phases, key=lambda name: phases[name])
 
@@ -73,7 +71,7 @@ def _memory_limit(plan: Plan) -> str:
         )
         if fit.total_bytes <= fit.device_bytes:
             return f"The first bottleneck is memory: {engine}. What would relieve it: {_engine_relief(plan)}."
-        return f"{_overflow(plan)} Besides, {engine}."
+        return f"{_overflow(plan)} In addition, {engine}."
     return _overflow(plan)
 
 
@@ -142,7 +140,7 @@ _PARTS = {
     "gathered": "what FSDP2 has gathered",
     "activations": "activations",
     "masks": "attention masks",
-    "work": "the work of a layer, the head or the optimizer",
+    "work": "temporary memory of a layer, the head or the optimizer",
 }
 _NAMES = {"single": "single", "ddp": "DDP", "fsdp2": "FSDP2"}
 

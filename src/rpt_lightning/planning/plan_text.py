@@ -23,7 +23,7 @@ def report(plan: Plan, *, assumptions: Sequence[str]) -> str:
     """
     sections = [
         ("The step", _arithmetic(plan)),
-        ("Assumed", _bullets(assumptions)),
+        ("Assumptions", _bullets(assumptions)),
         ("Tokens per step", _tokens(plan)),
         (
             f"Memory per device, in GB of 10^9 bytes ({plan.device.name}: "
@@ -107,7 +107,7 @@ def _memory(plan: Plan) -> list[str]:
         "activations_bytes": "activations"
         + (", layers recomputed" if plan.settings.checkpointing else ", all layers kept"),
         "masks_bytes": "attention masks",
-        "work_bytes": "work of a layer, head or optimizer",
+        "work_bytes": "temporary, in a layer, head or optimizer",
     }
     fits = plan.memory
     rows = [
@@ -131,7 +131,7 @@ def _memory(plan: Plan) -> list[str]:
     rows.append(["context, allocator", *(_gb(fit.overhead_bytes) for fit in fits)])
     rows.append(
         [
-            "peak, taking turns" if plan.settings.engine_sleeps else "together",
+            "peak, taking turns" if plan.settings.engine_sleeps else "total",
             *(_gb(fit.total_bytes) for fit in fits),
         ]
     )
@@ -201,16 +201,15 @@ def _times(plan: Plan) -> list[str]:
     times = plan.times
     if not plan.fit.engine_starts:
         return _wrap(
-            "none: the engine does not start, so there is no decoding to time. Training alone would take "
-            f"{times.train_s:.3g} s."
+            f"No times, because the engine does not start. Training alone would take {times.train_s:.3g} s."
         )
     rows = [["", "seconds", "of the step"]]
     for name, value in (
         ("generation: prompts", times.prefill_s),
         ("generation: decoding", times.decode_s),
         ("training", times.train_s),
-        ("sync of the weights", times.sync_s),
-        ("together", times.step_s),
+        ("weight sync", times.sync_s),
+        ("total", times.step_s),
     ):
         rows.append([name, f"{value:.3g}", f"{value / times.step_s:.0%}"])
     hours = times.step_s * plan.settings.max_steps / plan.settings.optimizer_steps_per_batch / 3600
@@ -223,7 +222,7 @@ def _times(plan: Plan) -> list[str]:
             else ""
         ),
         f"a training device sends {plan.traffic.train_bytes / _GB:,.0f} GB in a step, and "
-        f"{plan.traffic.gather_bytes / _GB:,.0f} GB for the sync"
+        f"{plan.traffic.gather_bytes / _GB:,.0f} GB for the weight sync"
         + (
             f"; a server receives {plan.traffic.server_bytes / _GB:,.1f} GB"
             if plan.settings.num_servers

@@ -3,7 +3,8 @@
 A multiply-add is two operations. The forward pass takes 2 operations for each weight and token (Kaplan et al.
 2020, arXiv:2001.08361, section 2.1) and 4 x attention width for each permitted pair of tokens. The head's
 weights count only for tokens whose distribution is computed. The backward pass takes twice as many
-operations. The count includes only necessary work, so it leaves out padding and what activation checkpointing
+operations: once for the gradient of the inputs and once for that of the weights, which frozen weights do not
+need. The count includes only necessary work, so it leaves out padding and what activation checkpointing
 recomputes.
 """
 
@@ -28,14 +29,19 @@ class ModelSize:
     """What one token and one pair of tokens cost.
 
     ``body_params`` is the number of weights that every token is multiplied with, which is all except the
-    embedding and the head. ``attention_width`` is query heads x head dimension, summed over the layers. The
-    count is too high for two kinds of model: it includes all experts of a mixture of experts, and treats a
-    sliding window as full attention.
+    embedding and the head. ``attention_width`` is query heads x head dimension, summed over the layers. With
+    an adapter, ``frozen_body_params`` weights of the body are not trained, and neither is the head
+    (``head_is_frozen``).
+
+    The count is too high for two kinds of model: it includes all experts of a mixture of experts, and treats
+    a sliding window as full attention.
     """
 
     body_params: int
     head_params: int
     attention_width: int
+    frozen_body_params: int = 0
+    head_is_frozen: bool = False
 
 
 def model_size(model: PreTrainedModel) -> ModelSize:
@@ -46,8 +52,11 @@ def model_size(model: PreTrainedModel) -> ModelSize:
     config: Any = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
     return ModelSize(
         body_params=sum(parameter.numel() for parameter in model.parameters()) - outer,
+        frozen_body_params=max(0, frozen - outer),
+        head_is_frozen=not head.requires_grad,
         head_params=head.numel(),
         attention_width=sum(kind in _ATTENTION_LAYERS for kind in kinds)
         * config.num_attention_heads
@@ -145,8 +154,15 @@ def forward_flops(size: ModelSize, work: Work) -> float:
 
 
 def train_flops(size: ModelSize, work: Work) -> float:
-    """Return the operations of a forward and a backward pass."""
-    return 3 * forward_flops(size, work)
+    """Return the operations of a forward and a backward pass.
+
+    The gradient of the inputs counts in every layer, although the layers below the first adapter do not need
+    it.
+    """
+    frozen = 2 * (
+        size.frozen_body_params * work.tokens + size.head_is_frozen * size.head_params * work.scored_tokens
+    )
+    return 3 * forward_flops(size, work) - frozen
 
 
 def _pairs(before: int, after: int) -> int:

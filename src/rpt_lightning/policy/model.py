@@ -16,14 +16,30 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from rpt_lightning.compat.torch import map_tensors
 from rpt_lightning.compat.transformers import decoder_layers
+from rpt_lightning.policy.adapter import (
+    Adapter,
+    adapter_parameters,
+    add_adapter,
+    hold_in_bf16,
+    merge_folder,
+    start_adapter,
+)
 from rpt_lightning.policy.family import check_loaded, choose_packing
 from rpt_lightning.policy.packing.rows import pack_rows
 from rpt_lightning.policy.packing.trees import PackedTree, pack
 from rpt_lightning.policy.tree_scores import HeadDtype, head_weight, score
+from rpt_lightning.pretrained.adapter_folder import (
+    AdapterFolder,
+    check_base,
+    is_adapter_folder,
+    read_adapter_folder,
+)
 from rpt_lightning.pretrained.text_shape import check_not_quantized, check_sizes
 from rpt_lightning.pretrained.tokenizer import as_in_folder, check_vocabulary, read_tokenizer
 from rpt_lightning.pretrained.weights import load_causal_lm
+from rpt_lightning.pretrained.weights_hash import of_first_rank, weights_hash
 from rpt_lightning.types import TokenIds, TrainSequence
 
 # Dropout rates of heads that a causal language model lacks, even if its config.json names them.
@@ -34,7 +50,8 @@ class Policy(nn.Module):
     """The model being trained.
 
     Args:
-        path: Hugging Face folder (or hub id) of the model and its tokenizer.
+        path: Hugging Face folder (or hub id) of the model and its tokenizer, or a folder with an adapter in
+            peft's format, which is merged into its base. With `adapter`, training continues it instead.
         logprob_chunk_size: Number of tokens whose logits exist at the same time. null means 512 on CPU and
             4,096 on GPU.
         head_dtype: "compute" multiplies the head in the precision of the rest (bf16 under autocast).
@@ -44,6 +61,8 @@ class Policy(nn.Module):
         compile_layers: Compile each layer with torch.compile. This takes minutes at the start and makes steps
             on GPUs faster.
         trust_remote_code: Let the model folder run its own Python code. It is off unless you ask for it.
+        adapter: Train a low-rank adapter (LoRA) and leave the model's own weights as they are. null trains
+            all weights.
     """
 
     # Available once `materialize` has run:
@@ -58,9 +77,21 @@ class Policy(nn.Module):
         activation_checkpointing: bool = False,
         compile_layers: bool = False,
         trust_remote_code: bool = False,
+        adapter: Adapter | None = None,
     ) -> None:
         super().__init__()
         self.path = path
+        self.adapter = adapter
+        self.adapter_folder: AdapterFolder | None = (
+            read_adapter_folder(path) if is_adapter_folder(path) else None
+        )
+        # Where configuration, tokenizer and base weights are.
+        self.model_path = path if self.adapter_folder is None else self.adapter_folder.base
+        self.base_hash: str | None = None  # of the weights that an adapter belongs to
+        if adapter is not None:
+            _check_continues(adapter, self.adapter_folder)
+            self.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
+            self.register_load_state_dict_post_hook(_expect_adapter_only)  # type: ignore[no-untyped-call]
         self.logprob_chunk_size = logprob_chunk_size
         self.head_dtype = head_dtype
         self.activation_checkpointing = activation_checkpointing
@@ -69,10 +100,10 @@ class Policy(nn.Module):
         self.trust_remote_code = trust_remote_code
         where = f"policy.path={path}"
         # Before the tokenizer, which reads config.json too and would be blamed for what is wrong there.
-        self.config = _load(AutoConfig.from_pretrained, path, trust_remote_code=trust_remote_code)
+        self.config = _load(AutoConfig.from_pretrained, self.model_path, trust_remote_code=trust_remote_code)
         check_not_quantized(self.config, where=where)
         check_sizes(self.config, where=where)
-        tokenizer = _load(read_tokenizer, path, trust_remote_code=trust_remote_code)
+        tokenizer = _load(read_tokenizer, self.model_path, trust_remote_code=trust_remote_code)
         self.tokenizer: PreTrainedTokenizerBase = as_in_folder(tokenizer, where=where)
         self.num_tokens: int = self.config.get_text_config().vocab_size  # rows of the embedding
         check_vocabulary(self.tokenizer, self.num_tokens, where=where)
@@ -80,17 +111,27 @@ class Policy(nn.Module):
     def materialize(self) -> None:
         """Load the weights in fp32, unless they are loaded already.
 
-        At RPT's learning rate of 1e-6, a bf16 master weight would not change.
+        At RPT's learning rate of 1e-6, a bf16 master weight would not change. Frozen weights may be bf16
+        (`Adapter.base_dtype`).
         """
         if not hasattr(self, "model"):
             model = _load(
                 load_causal_lm,
-                self.path,
+                self.model_path,
                 where=f"policy.path={self.path}",
                 dtype=torch.float32,
                 trust_remote_code=self.trust_remote_code,
             )
+            if self.adapter_folder is not None and self.adapter is None:
+                self.check_base()
+                merge_folder(model, self.adapter_folder)
             self._adopt(model, has_weights=True)
+            if self.adapter is not None:
+                map_tensors(
+                    self.model,
+                    lambda tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor,
+                )
+                self.start_adapter()
 
     def materialize_on_meta(self) -> None:
         """Build the model without its weights. sharding.py later reads them into the shards.
@@ -107,9 +148,14 @@ class Policy(nn.Module):
     def _adopt(self, model: PreTrainedModel, *, has_weights: bool) -> None:
         _check_no_dropout(model, self.path)
         _check_no_saved_buffers(model, self.path)
-        packing = choose_packing(self.config, path=self.path, trust_remote_code=self.trust_remote_code)
+        packing = choose_packing(self.config, path=self.model_path, trust_remote_code=self.trust_remote_code)
         if has_weights:
-            check_loaded(model, packing, path=self.path)
+            check_loaded(model, packing, path=self.model_path)
+        if self.adapter is not None:
+            where = f"policy.path={self.path}"
+            add_adapter(model, self.adapter, where=where)
+            if self.adapter.base_dtype == "bfloat16":
+                hold_in_bf16(model, where=where)
         model.set_attn_implementation(packing.attention)
         self.shares_prefixes = packing.shares_prefixes
         kind = (
@@ -124,6 +170,43 @@ class Policy(nn.Module):
         if self.compile_layers:
             for layer in decoder_layers(self.model):
                 layer.compile(dynamic=True)
+
+    def start_adapter(self) -> None:
+        """Set the adapter's first values and remember which base it belongs to. A collective.
+
+        A is drawn from the run's seed, and B is 0, unless the policy's folder holds an adapter.
+        """
+        self.check_base()
+        start_adapter(
+            self.model,
+            seed=int(of_first_rank(lambda: str(torch.initial_seed()))),
+            given=None if self.adapter_folder is None else self.adapter_folder.tensors(),
+            where=f"policy.path={self.path}",
+        )
+
+    def check_base(self) -> None:
+        """Compute the hash of the base's weights. A collective.
+
+        Raises:
+            ValueError: The policy's folder holds an adapter that was trained on other weights.
+        """
+        where = f"policy.path={self.path}"
+        self.base_hash = of_first_rank(lambda: weights_hash(self.model_path, where=where))
+        if self.adapter_folder is not None:
+            check_base(self.base_hash, self.adapter_folder.base_hash, where=where, base=self.model_path)
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that the optimizer changes: all, or those of the adapter."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def named_adapter(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the adapter's parameters by their names in ``model``. Empty before `materialize`."""
+        return sorted(adapter_parameters(self.model)) if hasattr(self, "model") else []
+
+    def saved_shapes(self) -> dict[str, list[int]]:
+        """Return the shapes of the weights that a checkpoint holds: all, or those of the adapter."""
+        held = self.model.state_dict().items() if self.adapter is None else self.named_adapter()
+        return {name: list(weight.shape) for name, weight in held}
 
     @property
     def head_weight(self) -> Tensor:
@@ -176,6 +259,36 @@ class Policy(nn.Module):
             head_dtype=self.head_dtype,
             chunk_size=self.logprob_chunk_size,
         )
+
+
+def _check_continues(adapter: Adapter, folder: AdapterFolder | None) -> None:
+    """Raise ValueError if the policy's folder holds an adapter with other settings than these."""
+    if folder is None:
+        return
+    targets = folder.targets if adapter.targets == "all-linear" else tuple(sorted(set(adapter.targets)))
+    given = (adapter.rank, adapter.alpha, targets, adapter.rslora)
+    if given != (folder.rank, folder.alpha, folder.targets, folder.rslora):
+        raise ValueError(
+            f"policy.path={folder.path} holds an adapter with rank {folder.rank}, alpha {folder.alpha:g}, "
+            f"targets {list(folder.targets)} and rslora {folder.rslora}, which differ from "
+            "model.policy.adapter; give the same to continue it, or merge it into its base first "
+            "(rpt export --form merged) to train a new adapter"
+        )
+
+
+def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Keep only what is trained in a state dict of a policy with an adapter."""
+    assert isinstance(module, Policy)
+    kept = {f"{prefix}model.{name}" for name, _ in module.named_adapter()}
+    for name in [name for name in state if name.startswith(prefix) and name not in kept]:
+        del state[name]
+
+
+def _expect_adapter_only(module: nn.Module, found: Any) -> None:
+    """Do not miss the frozen weights in a state dict that is loaded into a policy with an adapter."""
+    assert isinstance(module, Policy)
+    ends = tuple(f"model.{name}" for name, _ in module.named_adapter())
+    found.missing_keys[:] = [name for name in found.missing_keys if name.endswith(ends)]
 
 
 def _check_no_dropout(model: nn.Module, path: str) -> None:

@@ -1,4 +1,4 @@
-"""The seed of every completion."""
+"""The seed of every completion, and random numbers that belong to tasks."""
 
 from __future__ import annotations
 
@@ -23,3 +23,13 @@ def request_seed(run_seed: int, policy_version: int, task_id: str, first_index: 
         raise ValueError(f"first_index={first_index} must lie between 0 and {_ROOM - 1}")
     digest = hashlib.sha256(repr((run_seed, policy_version, task_id)).encode()).digest()
     return int.from_bytes(digest[:8], "big") % (MAX_SEED - _ROOM) + first_index
+
+
+def task_uniform(run_seed: int, policy_version: int, task_id: str) -> float:
+    """Return a number in [0, 1) that depends only on its arguments. It is unrelated to completions' seeds.
+
+    >>> task_uniform(1, 0, "doc-7:4") == task_uniform(1, 0, "doc-7:4") != task_uniform(1, 1, "doc-7:4")
+    True
+    """
+    digest = hashlib.sha256(repr(("accept", run_seed, policy_version, task_id)).encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48

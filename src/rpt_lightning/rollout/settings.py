@@ -94,11 +94,19 @@ class Selection:
         max_true_prob: Do not roll out tasks at which the policy gives the truth a higher probability.
         max_draws: Most tasks that are drawn for each place of a step, its own task included. Places that are
             still open then keep the task that was drawn last.
+        by_kind: Also prefer kinds of positions (by probability of the truth and entropy) whose groups have
+            had a gradient in this run. They are accepted in proportion to their share of such groups.
+        kind_floor: Lowest probability with which a task of any kind is accepted.
+        kind_decay: Factor on the counts of each kind after every step. A smaller one forgets sooner, and 1
+            forgets nothing.
     """
 
     min_true_prob: float = 0.0
     max_true_prob: float = 1.0
     max_draws: int = 8
+    by_kind: bool = False
+    kind_floor: float = 0.1
+    kind_decay: float = 0.9
 
     def __post_init__(self) -> None:
         check_number("rollout.selection.min_true_prob", self.min_true_prob, least=0, below=1)
@@ -108,8 +116,16 @@ class Selection:
             self.max_draws,
             least=2,
             hint=", since with 1 every task would be kept; for no selection leave "
-            "rollout.selection.min_true_prob at 0 and max_true_prob at 1",
+            "rollout.selection.min_true_prob at 0, max_true_prob at 1 and by_kind false",
         )
+        check_number(
+            "rollout.selection.kind_floor",
+            self.kind_floor,
+            above=0,
+            most=1,
+            hint=", so that no kind starves",
+        )
+        check_number("rollout.selection.kind_decay", self.kind_decay, above=0, most=1)
         if self.min_true_prob >= self.max_true_prob:
             raise ValueError(
                 f"rollout.selection.min_true_prob={self.min_true_prob}: must be below "
@@ -119,7 +135,7 @@ class Selection:
     @property
     def is_on(self) -> bool:
         """Whether the policy scores tasks before they are rolled out."""
-        return self.min_true_prob > 0 or self.max_true_prob < 1
+        return self.min_true_prob > 0 or self.max_true_prob < 1 or self.by_kind
 
     def has_in_band(self, true_prob: float) -> bool:
         """Whether a probability of the truth lies in the band, whose ends belong to it.

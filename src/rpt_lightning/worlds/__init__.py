@@ -7,6 +7,16 @@ from rpt_lightning.worlds.boxes import Boxes
 from rpt_lightning.worlds.cups import Cups
 from rpt_lightning.worlds.origins import Origins
 from rpt_lightning.worlds.people import People
+from rpt_lightning.worlds.whole_sentences import SentenceAnswers, SentenceChoices
 from rpt_lightning.worlds.world import Answer, World
 
-__all__ = ["Answer", "Boxes", "Cups", "Origins", "People", "World"]
+__all__ = [
+    "Answer",
+    "Boxes",
+    "Cups",
+    "Origins",
+    "People",
+    "SentenceAnswers",
+    "SentenceChoices",
+    "World",
+]

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rpt_lightning.compat.vllm.lora import read_part, unwrapped
+
 _SHARDS = {"q": 0, "k": 1, "v": 2}  # vLLM's names for the parts of a fused attention projection
 
 
@@ -55,7 +57,7 @@ def read_tensor(
     """
     modules = dict(model.named_modules())
     path, kind, index = _place(model, name, modules)
-    layer: Any = modules[path]
+    layer: Any = unwrapped(modules[path])
     # Devices share the rows of an embedding or a head, so each has a part of every column.
     if hasattr(layer, "embedding_dim"):
         return _whole(layer, _own_part(layer, kind, shown_as, dtype, columns), kind)
@@ -67,6 +69,20 @@ def read_tensor(
         num_replicas = getattr(layer, "num_kv_head_replicas", 1) if index > 0 else 1
     whole = _whole(layer, part, kind, num_replicas=num_replicas)
     return _columns(whole.t() if kind == "weight" and _is_transposed(modules, path) else whole, columns)
+
+
+def read_adapter_tensor(model: nn.Module, layer_name: str, kind: str, rank: int) -> Tensor:
+    """Return A ``[r, in]`` or s B ``[out, r]`` of a layer in the family's files (lora.py).
+
+    Args:
+        model: vLLM's model.
+        layer_name: The layer's name in the files.
+        kind: "lora_A" or "lora_B".
+        rank: Rank of the adapter.
+    """
+    modules = dict(model.named_modules())
+    path, _, index = _place(model, f"{layer_name}.weight", modules)
+    return read_part(modules[path], kind, index or 0, rank)
 
 
 def read_experts(model: nn.Module, name: str, in_file: str) -> Tensor:

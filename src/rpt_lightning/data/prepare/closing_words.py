@@ -22,6 +22,9 @@ def closing_words(output: Path, manifest: Manifest) -> str:
     left_out = {
         f"documents of at most --min_context {settings['min_context']} tokens": counts.too_short,
         "documents with characters that the tokenizer has no tokens for": counts.inexpressible,
+        f"positions for which {settings['objective']} has no material": (
+            train.without_material + heldout.without_material
+        ),
         "benchmark texts with such characters (no document can hold them)": (
             counts.inexpressible_benchmark_texts
         ),

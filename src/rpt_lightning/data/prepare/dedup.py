@@ -155,6 +155,29 @@ def split_components(
     )
 
 
+def split_as_given(
+    documents: Sequence[NDArray[np.int32]], is_heldout: Sequence[bool], span: int | None = SPAN
+) -> Split:
+    """Split as the source says. Training documents that share a span with a held-out one are left out.
+
+    Components do not matter here: a source that knows the split keeps what belongs together on one side, so
+    only the text itself has to be kept apart. Held-out documents may share spans with each other.
+    """
+    heldout = [index for index, held_out in enumerate(is_heldout) if held_out]
+    train = [index for index, held_out in enumerate(is_heldout) if not held_out]
+    kept = train
+    if span is not None and heldout:
+        wanted = np.unique(np.concatenate([span_hashes(documents[index], span) for index in heldout]))
+        kept = [index for index in train if not np.isin(span_hashes(documents[index], span), wanted).any()]
+    return Split(
+        train=tuple(kept),
+        heldout=tuple(heldout),
+        num_heldout_siblings=len(train) - len(kept),
+        num_components=len(documents),
+        largest_component=1,
+    )
+
+
 def count_shared_spans(
     train: Sequence[NDArray[np.int32]], heldout: Sequence[NDArray[np.int32]], span: int | None = SPAN
 ) -> int:

@@ -9,10 +9,23 @@ from numpy.typing import NDArray
 
 from rpt_lightning.data.modules.draw import uniform
 from rpt_lightning.data.prepare.proxy_scores import DocumentScores
-from rpt_lightning.data.store.item_format import Item
+from rpt_lightning.data.store.item_format import MATERIAL, Item
 from rpt_lightning.objectives.base import Objective
 from rpt_lightning.objectives.box import answerable_lengths
-from rpt_lightning.pretrained.token_bytes import TokenBytes
+from rpt_lightning.objectives.split_documents import SplitDocuments
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """How many positions of a document passed the other conditions but failed one of these two.
+
+    ``unanswerable`` counts those for which no right answer fits into a box, whether they are kept or not.
+    ``without_material`` counts those for which the objective found nothing to ask about
+    (``Objective.material``).
+    """
+
+    unanswerable: int = 0
+    without_material: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,31 +82,39 @@ class PositionRule:
 
     def item(
         self,
-        doc_id: str,
+        documents: SplitDocuments,
+        number: int,
         token_ids: NDArray[np.int32],
         scores: DocumentScores,
-        *,
-        is_cut: bool,
-        token_bytes: TokenBytes,
-    ) -> tuple[Item, int]:
-        """Build the stored item (docs/architecture.md).
-
-        Also returns how many of the positions that passed are unanswerable, whether they are kept or not.
-        """
-        positions = self.positions(doc_id, scores, is_cut=is_cut)
-        pieces = [token_bytes[token] for token in token_ids.tolist()]
-        if self.objective is not None:
-            may_ask = self.objective.may_ask
-            positions = np.array([p for p in positions.tolist() if may_ask(pieces, p)], dtype=np.int32)
+    ) -> tuple[Item, LeftOut]:
+        """Build the stored item of document ``number`` of the split (docs/architecture.md)."""
+        positions = self.positions(documents.doc_ids[number], scores, is_cut=documents.is_cut[number])
+        pieces = documents.pieces(number)
+        objective, num_passed = self.objective, len(positions)
+        if objective is not None:
+            kept = [p for p in positions.tolist() if objective.may_ask(pieces, p)]
+            positions, num_passed = np.array(kept, dtype=np.int32), len(kept)
+        materials: dict[int, str] = {}
+        if objective is not None and objective.has_material:
+            made = {p: objective.material(documents, number, p) for p in positions.tolist()}
+            materials = {p: text for p, text in made.items() if text is not None}
+            positions = np.array(list(materials), dtype=np.int32)
         answerable = np.array(
-            [bool(answerable_lengths(pieces[p : p + self.answer_reach])) for p in positions.tolist()],
+            [
+                bool(answerable_lengths(pieces[p : p + self.answer_reach]))
+                if objective is None
+                else objective.is_answerable(pieces, p, reach=self.answer_reach)
+                for p in positions.tolist()
+            ],
             dtype=np.uint8,
         )  # [P]
-        num_unanswerable = int((answerable == 0).sum())
+        left_out = LeftOut(
+            unanswerable=int((answerable == 0).sum()), without_material=num_passed - len(positions)
+        )
         if not self.keep_unanswerable:
             positions, answerable = positions[answerable == 1], answerable[answerable == 1]
         item = {
-            "doc_id": doc_id,
+            "doc_id": documents.doc_ids[number],
             "token_ids": token_ids,
             "positions": positions,
             "entropy": scores.entropy[positions],
@@ -103,4 +124,6 @@ class PositionRule:
             "candidate_ids": scores.candidate_ids[positions],
             "candidate_probs": scores.candidate_probs[positions],
         }
-        return item, num_unanswerable
+        if objective is not None and objective.has_material:
+            item[MATERIAL] = [materials[p] for p in positions.tolist()]
+        return item, left_out

@@ -36,6 +36,7 @@ from rpt_lightning.data.store.manifest import Manifest, write_manifest
 from rpt_lightning.data.store.shards import folder_checksums, write_split
 from rpt_lightning.data.store.task_folder import TaskFolder
 from rpt_lightning.objectives.base import Objective
+from rpt_lightning.objectives.split_documents import SplitDocuments
 from rpt_lightning.pretrained.token_bytes import TokenBytes, tokenizer_hash
 
 
@@ -97,7 +98,8 @@ def prepare(
         max_tokens_per_document: Truncate documents to this many tokens.
         max_documents: Use a random sample of this many documents, including the held-out ones.
         heldout_documents: Number of documents to hold out. No two of them share dedup_span consecutive tokens
-            with each other, and none shares them with a training document.
+            with each other, and none shares them with a training document. Ignored if the source itself says
+            which documents are held out (OwnTraces).
         dedup_span: Keep documents that share this many consecutive tokens on the same side of the split. With
             null, only exact duplicates are left out. That is right for text made from templates (logs, code,
             generated text), where every document shares long spans with every other.
@@ -265,7 +267,8 @@ def _write_splits(
                 else (f"--random_share {rule.random_share}", "raise it")
             )
             raise ValueError(
-                f"{limit}: no position of the {split} documents passes it and the other limits; {change}"
+                f"{limit}: no position of the {split} documents passes it and the other limits; "
+                f"{change}{_about_objective(rule, statistics)}"
             )
         return statistics
 
@@ -283,21 +286,31 @@ def _items(
     statistics: SplitStatistics,
 ) -> Iterator[Item]:
     """Yield the documents that have a position, and count all of them."""
-    for index, document_scores in zip(indices, scores, strict=True):
+    documents = SplitDocuments(
+        [corpus.doc_ids[index] for index in indices],
+        [corpus.token_ids[index] for index in indices],
+        [corpus.is_cut[index] for index in indices],
+        token_bytes,
+    )
+    for number, (index, document_scores) in enumerate(zip(indices, scores, strict=True)):
         statistics.add_scores(document_scores.entropy)
-        item, num_unanswerable = rule.item(
-            corpus.doc_ids[index],
-            corpus.token_ids[index],
-            document_scores,
-            is_cut=corpus.is_cut[index],
-            token_bytes=token_bytes,
-        )
+        item, left_out = rule.item(documents, number, corpus.token_ids[index], document_scores)
+        statistics.num_without_material += left_out.without_material
         if corpus.has_fields:
             fields = corpus.fields[index]
             item[FIELDS] = None if fields is None else fields.at(item["positions"])
         if len(item["positions"]):
-            statistics.add_item(item, num_unanswerable)
+            statistics.add_item(item, left_out.unanswerable)
             yield item
+
+
+def _about_objective(rule: PositionRule, statistics: SplitStatistics) -> str:
+    """Say what an objective asks for and what it left out, if there is one."""
+    if rule.objective is None:
+        return ""
+    name, count = type(rule.objective).__name__, statistics.num_without_material
+    missing = f", and has no material for {count:,} of the positions that pass" if count else ""
+    return f", or give another --objective than {name}, which asks about {rule.objective.places}{missing}"
 
 
 def _check_apart(chosen: _Chosen, span: int | None) -> int:

@@ -30,6 +30,7 @@ class SplitStatistics:
         self.num_tokens = 0
         self.num_scored = 0
         self.num_unanswerable = 0
+        self.num_without_material = 0
         self.last_position = 0
         self.positions: list[dict[str, NDArray[Any]]] = []
         self.fields: Counter[str] = Counter()  # number of positions that have each field
@@ -68,6 +69,7 @@ class SplitStatistics:
             scored_positions=self.num_scored,
             positions=len(columns["entropy"]),
             unanswerable=self.num_unanswerable,
+            without_material=self.num_without_material,
             last_position=self.last_position,
             entropy_histogram={
                 "bin_edges_nats": BIN_EDGES.tolist(),

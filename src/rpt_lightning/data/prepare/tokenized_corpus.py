@@ -11,7 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rpt_lightning.data.prepare.benchmark_overlap import benchmark_spans, overlaps
-from rpt_lightning.data.prepare.dedup import check_span, components, span_words, split_components
+from rpt_lightning.data.prepare.dedup import (
+    check_span,
+    components,
+    span_words,
+    split_as_given,
+    split_components,
+)
 from rpt_lightning.data.sources.checked_source import checked_documents
 from rpt_lightning.data.sources.corpus import CorpusSource
 from rpt_lightning.data.sources.fields import TokenFields, check_document, knowledge_bytes, token_fields
@@ -56,6 +62,7 @@ class TokenizedCorpus:
         self.token_ids: list[NDArray[np.int32]] = []
         self.is_cut: list[bool] = []
         self.fields: list[TokenFields | None] = []
+        self.splits: list[str | None] = []
         digest = hashlib.sha256()
         seen: set[bytes] = set()
         num_read = num_short = num_duplicates = num_inexpressible = 0
@@ -78,6 +85,7 @@ class TokenizedCorpus:
                 self.doc_ids.append(document.doc_id)
                 self.token_ids.append(token_ids)
                 self.is_cut.append(len(full) > len(token_ids))
+                self.splits.append(document.split)
                 self.fields.append(token_fields(document, full, token_bytes, num_kept=len(token_ids)))
         if num_read == 0:
             raise ValueError(
@@ -122,6 +130,7 @@ class TokenizedCorpus:
         self.token_ids = [self.token_ids[index] for index in kept]
         self.is_cut = [self.is_cut[index] for index in kept]
         self.fields = [self.fields[index] for index in kept]
+        self.splits = [self.splits[index] for index in kept]
 
     @property
     def has_fields(self) -> bool:
@@ -134,12 +143,19 @@ class TokenizedCorpus:
         """Return the indices of the held-out and of the training documents.
 
         Both are shuffled, because shards in corpus order would make batches of a single topic. Documents that
-        share ``span`` consecutive tokens are on the same side (dedup.py).
+        share ``span`` consecutive tokens are on the same side (dedup.py). If the source says on which side
+        its documents are, they are there, and ``num_heldout`` does not matter.
         """
         check_span(span, longest=max(map(len, self.token_ids)))
-        split = split_components(
-            components(self.token_ids, span), num_heldout=num_heldout, seed=seed, span=span
-        )
+        is_given = any(split is not None for split in self.splits)
+        if is_given:
+            self._check_given(max_documents)
+            split = split_as_given(self.token_ids, [split == "heldout" for split in self.splits], span)
+            num_heldout = len(split.heldout)
+        else:
+            split = split_components(
+                components(self.token_ids, span), num_heldout=num_heldout, seed=seed, span=span
+            )
         rng = np.random.default_rng([seed, 1])
         heldout, train = rng.permutation(split.heldout).tolist(), rng.permutation(split.train).tolist()
         if max_documents is not None:
@@ -152,6 +168,20 @@ class TokenizedCorpus:
             not_sampled=len(split.train) - len(train),
         )
         self._count_marks([*heldout, *train])
+        if is_given:
+            print(
+                f"{len(self.token_ids):,} documents, split by their source; using {len(train):,} for "
+                f"training and {len(heldout):,} held out; {split.num_heldout_siblings:,} training documents "
+                f"share {'a whole text' if span is None else f'{span} tokens in a row'} with held-out ones "
+                "and are left out",
+                flush=True,
+            )
+            if not train:
+                raise ValueError(
+                    "--source: no training document is left, because each shares text with a held-out one; "
+                    f"give --dedup_span, which is {span}, a larger number, or null if only equal texts count"
+                )
+            return heldout, train
         largest = (
             ""
             if span is None
@@ -163,6 +193,26 @@ class TokenizedCorpus:
             flush=True,
         )
         return heldout, train
+
+    def _check_given(self, max_documents: int | None) -> None:
+        """Raise ValueError if the split that the source gives cannot be made."""
+        counts = {split: self.splits.count(split) for split in ("train", "heldout", None)}
+        if counts[None]:
+            raise ValueError(
+                f"--source: it says of {counts['train'] + counts['heldout']} documents on which side of the "
+                f"split they are, and not of {counts[None]}; give Document.split for all of them or for none"
+            )
+        for side in ("train", "heldout"):
+            if not counts[side]:
+                raise ValueError(
+                    f"--source: it says which documents are held out, but no {side} document is left of "
+                    "those that are long enough, different from the others and expressible"
+                )
+        if max_documents is not None and max_documents <= counts["heldout"]:
+            raise ValueError(
+                f"--max_documents {max_documents}: must exceed the {counts['heldout']} documents that the "
+                "source holds out"
+            )
 
     def _count_marks(self, indices: list[int]) -> None:
         """Count the marks of the documents that are used. Counts nothing if the source has no marks."""

@@ -71,6 +71,8 @@ def check_document(document: Document, *, number: int) -> None:
     where = f"--source: document {document.doc_id!r}"
     if not isinstance(document.text, str):
         raise ValueError(f"{where}: its text is a {type(document.text).__name__}")
+    if document.split not in (None, "train", "heldout"):
+        raise ValueError(f"{where}: its split is {document.split!r}, but must be train, heldout or None")
     _check_fields(document.fields, where)
     for index, mark in enumerate(document.marks):
         place = f"{where}, mark {index} (characters {mark.start!r} to {mark.end!r})"
@@ -83,11 +85,13 @@ def check_document(document: Document, *, number: int) -> None:
 
 
 def knowledge_bytes(document: Document) -> bytes:
-    """Return fields and marks for the fingerprint of a corpus. A document without them adds nothing."""
+    """Return fields, marks and split for the fingerprint of a corpus. Without them it is empty."""
+    split = b"" if document.split is None else b"split\0" + document.split.encode() + b"\0"
     if not document.fields and not document.marks:
-        return b""
+        return split
     marks = [[mark.start, mark.end, dict(mark.fields), mark.thought] for mark in document.marks]
-    return b"fields\0" + json.dumps([dict(document.fields), marks], sort_keys=True).encode() + b"\0"
+    fields = json.dumps([dict(document.fields), marks], sort_keys=True).encode()
+    return b"fields\0" + fields + b"\0" + split
 
 
 @dataclass(frozen=True, kw_only=True)

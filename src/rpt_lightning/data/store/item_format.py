@@ -33,6 +33,9 @@ ITEM_TYPES: dict[str, tuple[type, int]] = {
 # Present in folders whose source knows fields. JSON text: a list with one object per stored position, or null
 # if the document has none.
 FIELDS = "fields"
+# Present in folders of an objective that stores a text with each task. JSON text: a list of texts, one for
+# each stored position.
+MATERIAL = "material"
 
 
 def encode_item(item: Item) -> dict[str, NDArray[Any]]:
@@ -47,6 +50,9 @@ def encode_item(item: Item) -> dict[str, NDArray[Any]]:
     if FIELDS in item:
         types[FIELDS] = TEXT_TYPE
         stored[FIELDS] = text_array(json.dumps(item[FIELDS], sort_keys=True, allow_nan=False), what=FIELDS)
+    if MATERIAL in item:
+        types[MATERIAL] = TEXT_TYPE
+        stored[MATERIAL] = text_array(json.dumps(item[MATERIAL]), what=MATERIAL)
     if stored.keys() != types.keys():
         raise ValueError(f"an item of a task folder holds {', '.join(types)}, and not {', '.join(stored)}")
     for name, (dtype, ndim) in types.items():
@@ -80,6 +86,17 @@ def decode_item(stored: dict[str, Any]) -> Item:
         ):
             raise ValueError(
                 f"document {item['doc_id']!r}: its stored fields are not one object per position; "
+                "make the task folder again with `rpt prepare`"
+            )
+    if MATERIAL in stored:
+        item[MATERIAL] = texts = json.loads(array_text(stored[MATERIAL]))
+        if (
+            not isinstance(texts, list)
+            or len(texts) != len(stored["positions"])
+            or not all(isinstance(text, str) for text in texts)
+        ):
+            raise ValueError(
+                f"document {item['doc_id']!r}: what its objective stored is not one text per position; "
                 "make the task folder again with `rpt prepare`"
             )
     return item

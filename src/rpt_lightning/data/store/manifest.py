@@ -70,8 +70,9 @@ class CorpusCounts:
 class SplitSummary:
     """What one split holds.
 
-    ``fields`` counts the positions that have each field, and ``last_position`` is the largest position of any
-    document. An older folder does not have all counts. They are 0 then, and ``last_position`` is None.
+    ``fields`` counts the positions that have each field, ``without_material`` those for which the objective
+    found nothing to ask about, and ``last_position`` is the largest position of any document. An older folder
+    does not have all counts. They are 0 then, and ``last_position`` is None.
     """
 
     fields: Mapping[str, int] = field(default_factory=dict)
@@ -80,12 +81,14 @@ class SplitSummary:
     scored_positions: int = 0
     positions: int = 0
     unanswerable: int = 0
+    without_material: int = 0
     last_position: int | None = None
     entropy_histogram: Mapping[str, Any] = field(default_factory=dict)  # for people; no code reads it
     bands: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # likewise
 
     def to_json(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if name != "fields" or value}
+        counted_if_any = ("fields", "without_material")
+        return {name: value for name, value in asdict(self).items() if name not in counted_if_any or value}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from rpt_lightning.compat.litdata import INDEX_FILE, open_items, read_index
 from rpt_lightning.data.prepare.proxy_model import load_tokenizer
 from rpt_lightning.data.sources.data_files import expand_home
-from rpt_lightning.data.store.item_format import FIELDS, Item, decode_item
+from rpt_lightning.data.store.item_format import FIELDS, MATERIAL, Item, decode_item
 from rpt_lightning.data.store.manifest import LATER_SETTINGS, MANIFEST_FILE, read_manifest
 from rpt_lightning.data.store.remote_folder import RemoteFolder, is_remote
 from rpt_lightning.data.store.shards import NUM_POSITIONS_FILE, check_file, check_split
@@ -170,7 +170,7 @@ class TaskFolder:
         """Build the task at the ``k``-th stored position of a document."""
         item = self.document(document_index)
         position = int(item["positions"][k])
-        token_ids, rows = item["token_ids"], item.get(FIELDS)
+        token_ids, rows, materials = item["token_ids"], item.get(FIELDS), item.get(MATERIAL)
         start = 0 if self.max_context_tokens is None else max(0, position - self.max_context_tokens)
         continuation_ids = tuple(token_ids[position : position + self.manifest.answer_reach].tolist())
         return TokenTask(
@@ -187,6 +187,7 @@ class TaskFolder:
             fields={} if rows is None else rows[k],
             following_ids=tuple(token_ids[position : position + self.num_following_tokens].tolist()),
             rest_ids=tuple(token_ids[position:].tolist()) if self.carries_rest else (),
+            material="" if materials is None else materials[k],
         )
 
     def candidates(self, document_index: int, k: int) -> tuple[TokenIds, tuple[float, ...]]:

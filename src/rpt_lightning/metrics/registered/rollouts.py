@@ -129,7 +129,7 @@ SECTION = Section(
         row(
             {"selection/drawn": SUM},
             meaning=(
-                "tasks that were drawn and scored by the policy before the rollouts (this and the next five "
+                "tasks that were drawn and scored by the policy before the rollouts (this and the next seven "
                 "only with `rollout.selection`)"
             ),
             unit="tasks",
@@ -156,6 +156,25 @@ SECTION = Section(
             unit="tasks",
             normal="0",
             watch_for="above 0 in most steps: widen the band, or raise `rollout.selection.max_draws`",
+        ),
+        row(
+            {"selection/accepted": SUM},
+            meaning=(
+                "tasks in the band whose kind was accepted (this and the next only with "
+                "`rollout.selection.by_kind`)"
+            ),
+            unit="tasks",
+            normal="all at first",
+        ),
+        row(
+            {"selection/best_kind_frac": MAX},
+            meaning=(
+                "smoothed share of groups with a gradient of the best kind of positions, before this step's "
+                "groups count"
+            ),
+            unit="share",
+            normal="1 in the first step, then above `rollout/live_groups_frac`",
+            watch_for="falls to it: kinds do not differ any more, and preferring them only costs draws",
         ),
         row(
             {"selection/in_band_frac": SAME},
@@ -267,6 +286,21 @@ SECTION = Section(
             meaning="answers whose check failed",
             unit="answers",
             normal="0 or few",
+        ),
+        row(
+            {"judge/asked": SUM},
+            meaning=(
+                "predictions that the judge was asked about since the last step, those of a validation "
+                "included (this and the next only with `JudgeReward`)"
+            ),
+            unit="predictions",
+        ),
+        row(
+            {"judge/unreadable": SUM},
+            meaning="replies of the judge that had no verdict; a second one in a row stops the run",
+            unit="replies",
+            normal="few",
+            watch_for="many: the judge does not follow instructions, or its replies are cut off",
         ),
     ),
 )

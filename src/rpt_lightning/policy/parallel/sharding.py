@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from rpt_lightning.compat.torch import map_tensors, stored_tensors
 from rpt_lightning.compat.transformers import decoder_layers, type_converts_weights
+from rpt_lightning.policy.adapter import base_parameters, merge_folder, not_bf16_message
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.parallel.tensor_parallel import parallelize
 from rpt_lightning.pretrained.weights import (
@@ -68,6 +69,11 @@ def materialize_sharded(
     if is_tied:  # the move separated the two
         policy.model.get_output_embeddings().weight = policy.model.get_input_embeddings().weight  # type: ignore[no-untyped-call]
     _read_shards(policy)
+    if policy.adapter is not None:
+        policy.start_adapter()
+    elif policy.adapter_folder is not None:
+        policy.check_base()
+        merge_folder(policy.model, policy.adapter_folder)
 
 
 def _shard(policy: Policy, mesh: DeviceMesh, *, cpu_offload: bool, gather_bf16: bool) -> None:
@@ -85,11 +91,11 @@ def _shard(policy: Policy, mesh: DeviceMesh, *, cpu_offload: bool, gather_bf16: 
 
 
 def _read_shards(policy: Policy) -> None:
-    folder = Path(policy.path).expanduser()
+    folder = Path(policy.model_path).expanduser()
     if not folder.is_dir():
-        folder = Path(snapshot_download(policy.path, allow_patterns=["*.safetensors"]))
+        folder = Path(snapshot_download(policy.model_path, allow_patterns=["*.safetensors"]))
     # Buffers that are not part of a checkpoint were computed when the model was built.
-    wanted: dict[str, Tensor] = dict(policy.model.named_parameters())
+    wanted: dict[str, Tensor] = dict(base_parameters(policy.model))
     reader = HuggingFaceStorageReader(str(folder))
     held = stored_tensors(reader)
     absent = sorted(wanted.keys() - held.keys())
@@ -109,8 +115,11 @@ def _read_shards(policy: Policy) -> None:
             "(configs/strategy/single.yaml, ddp.yaml)"
         )
     where = f"policy.path={policy.path}"
+    for name, parameter in wanted.items():
+        if parameter.dtype == torch.bfloat16 and held[name].properties.dtype != torch.bfloat16:
+            raise ValueError(not_bf16_message(name, where=where))
     # A tied head under its own name.
-    copies = dict(policy.model.named_parameters(remove_duplicate=False)).keys() - wanted.keys()
+    copies = dict(base_parameters(policy.model, remove_duplicate=False)).keys() - wanted.keys()
     check_names(
         missing=(),
         unknown=own_names(policy.model, held.keys() - wanted.keys() - copies),

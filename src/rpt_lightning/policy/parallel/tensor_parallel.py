@@ -62,12 +62,17 @@ def parallelize(policy: Policy, mesh: DeviceMesh) -> None:
     """Divide the layers over the mesh. Do nothing if the mesh has one device.
 
     Raises:
-        ValueError: The family has no plan, its plan needs a style that is not in ``STYLES``, or its heads
-            cannot be divided.
+        ValueError: The policy has an adapter, the family has no plan, its plan needs a style that is not in
+            ``STYLES``, or its heads cannot be divided.
     """
     if mesh.size() == 1:
         return
     model, flag = policy.model, f"tensor_parallel_size={mesh.size()}"
+    if policy.adapter is not None:
+        raise ValueError(
+            f"{flag}: model.policy.adapter is not supported with tensor parallelism; set "
+            "trainer.strategy.tensor_parallel_size to 1"
+        )
     plan = layer_plan(policy.config)
     unknown = sorted(set(plan.values()) - STYLES.keys())
     if not plan or unknown:

@@ -62,6 +62,7 @@ class RolloutEngine(ABC):
         self._version: int | None = None
         self._max_model_len = 0
         self._weight_shapes: dict[str, torch.Size] = {}
+        self._holds_base = False  # whether its weights are the base of an adapter
         self._token_bytes: TokenBytes | None = None
         # These are plain attributes because a lock could not be sent to another process with the engine. They
         # catch a programming mistake, not a race.
@@ -175,7 +176,7 @@ class RolloutEngine(ABC):
             raise ValueError(f"version={version} must not be negative")
         delivered: set[str] = set()
         with self._alone("update_weights"):
-            self._version = None
+            self._version, self._holds_base = None, False
             self._update_weights(self._checked(weights, delivered, version), version)
         missing = [name for name in self._weight_shapes if name not in delivered]
         if missing:
@@ -186,6 +187,60 @@ class RolloutEngine(ABC):
             )
             raise ValueError(f"the update to version {version} lacks {_some(missing)}{hint}")
         self._version = version
+
+    @property
+    def max_adapter_rank(self) -> int | None:
+        """Largest rank of an adapter that ``update_adapter`` takes. None if the engine takes none."""
+        return None
+
+    def update_adapter(
+        self, adapter: Mapping[str, Tensor], *, base: Iterable[tuple[str, Tensor]], version: int
+    ) -> None:
+        """Load an adapter that is multiplied beside the base's weights, and clear every cache.
+
+        Args:
+            adapter: A ``[r, in]`` and s B ``[out, r]`` of all layers, under their names in the policy's
+                model.
+            base: The weights without the adapter, under Hugging Face names. They are read to the end if the
+                engine does not hold them, and else not at all.
+            version: The policy's version.
+
+        Raises:
+            ValueError: The engine takes no adapter of this rank, or the base is not whole.
+            RuntimeError: Another thread is generating.
+        """
+        self._check_started("update_adapter")
+        rank = max((tensor.shape[0] for name, tensor in adapter.items() if ".lora_A." in name), default=0)
+        if self.max_adapter_rank is None or not 1 <= rank <= self.max_adapter_rank:
+            raise ValueError(
+                f"{type(self).__name__} takes adapters up to rank {self.max_adapter_rank}, and the policy's "
+                f"has rank {rank}; raise rollout.engine.max_adapter_rank, or leave it out to sync merged "
+                "weights"
+            )
+        if not self._holds_base:
+            self.update_weights(base, version=version)
+            self._holds_base = True
+        with self._alone("update_adapter"):
+            self._version = None
+            self._update_adapter(adapter, version)
+        self._version = version
+
+    def _update_adapter(self, adapter: Mapping[str, Tensor], version: int) -> None:
+        """Replace the adapter. Only engines with a ``max_adapter_rank`` need this."""
+        raise NotImplementedError
+
+    def differing_adapter(self, wanted: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """Return the names of adapter tensors that do not equal ``wanted`` bit for bit.
+
+        ``wanted`` has the names of ``update_adapter``, and the engine's dtype.
+        """
+        self._check_started("differing_adapter")
+        held = self._read_adapter(tuple(wanted))
+        return tuple(name for name, tensor in wanted.items() if not torch.equal(held[name], tensor))
+
+    def _read_adapter(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Copy adapter tensors that the engine computes with to the CPU, in its dtype."""
+        raise NotImplementedError
 
     def read_weights(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Copy weights that the engine computes with to the CPU, in its dtype.
@@ -220,7 +275,7 @@ class RolloutEngine(ABC):
         """
         if self.sleeps and self._token_bytes is not None:
             with self._alone("sleep"):
-                self._version = None
+                self._version, self._holds_base = None, False
                 self._sleep()
 
     def interrupt(self) -> None:
@@ -231,6 +286,7 @@ class RolloutEngine(ABC):
         """Free what the engine holds. It may be started again, and closed twice."""
         if self._token_bytes is not None:
             self._token_bytes, self._version, self._weight_shapes = None, None, {}
+            self._holds_base = False
             self._close()
 
     def __enter__(self) -> Self:

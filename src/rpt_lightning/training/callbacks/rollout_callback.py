@@ -18,6 +18,7 @@ from rpt_lightning.objectives.base import BoundObjective, Objective
 from rpt_lightning.objectives.thought_budget import ThoughtBudget
 from rpt_lightning.rollout.engines.base import RolloutEngine
 from rpt_lightning.rollout.follow_ups import check_follow_ups
+from rpt_lightning.rollout.position_kinds import KindShares
 from rpt_lightning.rollout.settings import DynamicSampling, EngineCheck, Evaluation, Sampling, Selection
 from rpt_lightning.training.batch_summary import batch_arithmetic
 from rpt_lightning.training.checkpoint.callback import saved_when_lost
@@ -93,6 +94,9 @@ class RolloutCallback(Callback):
         self.sampling = sampling
         self.dynamic_sampling = dynamic_sampling
         self.selection = selection
+        self.kinds = (
+            KindShares(floor=selection.kind_floor, decay=selection.kind_decay) if selection.by_kind else None
+        )
         self.check = check
         self.evaluation = evaluation
         self.thought_budget = thought_budget
@@ -152,6 +156,7 @@ class RolloutCallback(Callback):
             sampling=self.sampling,
             dynamic_sampling=self.dynamic_sampling,
             selection=self.selection,
+            kinds=self.kinds,
             check=self.check,
             with_controls=self.evaluation.thought_controls,
             is_ahead=is_ahead,
@@ -253,6 +258,15 @@ class RolloutCallback(Callback):
         )
         pl_module.log_step(metrics)
         self._step_end = now
+        if self.kinds is not None:
+            self.kinds.commit()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.kinds is None else {"kinds": self.kinds.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.kinds is not None:
+            self.kinds.load_state_dict(state_dict["kinds"])
 
     # Validation
 

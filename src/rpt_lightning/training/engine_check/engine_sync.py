@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
-from rpt_lightning.policy.weights import named_weights
+from rpt_lightning.policy.weights import adapter_weights, named_weights
 from rpt_lightning.rollout.rollouter import Rollouter
 from rpt_lightning.rollout.settings import EngineCheck
 from rpt_lightning.training.engine_check.logprob_diff import (
@@ -25,7 +26,12 @@ from rpt_lightning.training.engine_check.logprob_samples import (
     drawn_tokens,
     score_samples,
 )
-from rpt_lightning.training.engine_check.sync_check import SyncError, check_weights, sampled_names
+from rpt_lightning.training.engine_check.sync_check import (
+    SyncError,
+    check_adapter,
+    check_weights,
+    sampled_names,
+)
 from rpt_lightning.training.modules.policy_module import PolicyModule
 from rpt_lightning.types import RolloutGroup, Task
 
@@ -72,6 +78,7 @@ class EngineSync:
         self.max_model_len = max_model_len
         self.check = check
         self._num_weight_checks = 0
+        self._adapter: dict[str, Tensor] = {}  # as it was last sent
         self._num_closer_looks = 0
         self._has_warned_of_tail = False
 
@@ -79,25 +86,51 @@ class EngineSync:
         """Start the engine if necessary, and bring it to the policy's version. A collective."""
         if not self.engine.weight_names:
             start = time.perf_counter()
-            self.engine.start(module.policy.path, seed=self.seed, max_model_len=self.max_model_len)
+            self.engine.start(module.policy.model_path, seed=self.seed, max_model_len=self.max_model_len)
             rank_zero_info(
                 f"engine: {self.engine.description}, started in {time.perf_counter() - start:.0f} s"
             )
         with module.clock.phase("sync"):
             if self.engine.version != module.policy_version:
-                self.engine.update_weights(named_weights(module.policy), version=module.policy_version)
+                if self._sends_adapter:
+                    self._update_adapter(module)
+                else:
+                    self.engine.update_weights(named_weights(module.policy), version=module.policy_version)
                 self._check_weights(module)
                 self._num_weight_checks += 1
 
+    @property
+    def _sends_adapter(self) -> bool:
+        return self.engine.max_adapter_rank is not None
+
+    def _update_adapter(self, module: PolicyModule) -> None:
+        """Send the adapter alone, and before it the base's weights if the engine lacks them. A collective."""
+        if module.policy.adapter is None:
+            raise ValueError(
+                f"rollout.engine.max_adapter_rank={self.engine.max_adapter_rank}: the policy has no adapter; "
+                "leave the flag out, or set model.policy.adapter"
+            )
+        self._adapter = adapter_weights(module.policy)
+        self.engine.update_adapter(
+            self._adapter, base=named_weights(module.policy, merge=False), version=module.policy_version
+        )
+
     def _check_weights(self, module: PolicyModule) -> None:
-        """Raise SyncError if sampled tensors of the engine are not the policy's. A collective."""
+        """Raise SyncError if sampled tensors of the engine are not the policy's. A collective.
+
+        Of an adapter that is synced alone, all tensors are compared, and sampled ones of the base.
+        """
         found: SyncError | None = None
         # Gathers again, but only the weights that are compared.
         sampled = named_weights(
-            module.policy, sampled_names(self.engine.weight_names, self._num_weight_checks)
+            module.policy,
+            sampled_names(self.engine.weight_names, self._num_weight_checks),
+            merge=not self._sends_adapter,
         )
         try:
             check_weights(self.engine, sampled, version=module.policy_version, turn=self._num_weight_checks)
+            if self._sends_adapter:
+                check_adapter(self.engine, self._adapter, version=module.policy_version)
         except SyncError as error:
             found, contradiction = error, folder_contradiction(module.policy)
             if contradiction is not None:

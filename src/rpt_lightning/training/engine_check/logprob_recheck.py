@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rpt_lightning.compat.transformers import READING_ENTRIES
+from rpt_lightning.policy.adapter import base_parameters
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.transformers_logprobs import plain_logprobs
 from rpt_lightning.training.engine_check.logprob_diff import (
@@ -192,7 +193,7 @@ def folder_contradiction(policy: Policy) -> str | None:
 
     Engines build their model from config.json. None if the two agree.
     """
-    path = policy.path
+    path = policy.model_path
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=policy.trust_remote_code)
     except (OSError, ValueError) as error:
@@ -212,7 +213,10 @@ def folder_contradiction(policy: Policy) -> str | None:
             config, trust_remote_code=policy.trust_remote_code
         )
     model.tie_weights()
-    described, held = _shared_names(model), _shared_names(policy.model)
+    described, held = (
+        _shared_names(model.named_parameters(remove_duplicate=False)),
+        _shared_names(base_parameters(policy.model, remove_duplicate=False)),
+    )
     names, held_names = set().union(*described), set().union(*held)
     if other := sorted(names ^ held_names):
         whose = "config.json" if other[0] in names else "weights"
@@ -233,10 +237,10 @@ def folder_contradiction(policy: Policy) -> str | None:
     return None
 
 
-def _shared_names(model: Any) -> set[frozenset[str]]:
+def _shared_names(parameters: Iterable[tuple[str, Tensor]]) -> set[frozenset[str]]:
     """Names of the parameters, grouped by the tensor that they share."""
     names: dict[int, set[str]] = defaultdict(set)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in parameters:
         names[id(parameter)].add(name)
     return {frozenset(group) for group in names.values()}
 

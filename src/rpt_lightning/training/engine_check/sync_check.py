@@ -14,7 +14,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -112,6 +112,23 @@ def check_weights(
             + ": "
             + "; ".join([*missing[:3], *[_difference(name, held[name], wanted[name]) for name in wrong[:3]]])
             + ". The engine holds other weights than the policy, so its completions must not be trained on"
+        )
+
+
+def check_adapter(engine: RolloutEngine, adapter: Mapping[str, Tensor], *, version: int) -> None:
+    """Check all tensors of an adapter that the engine multiplies beside its weights. Raises SyncError.
+
+    Args:
+        engine: The engine after the update.
+        adapter: A and s B as they were sent.
+        version: The policy's version.
+    """
+    wanted = {name: tensor.to("cpu", engine.dtype, copy=True) for name, tensor in adapter.items()}
+    if wrong := engine.differing_adapter(wanted):
+        raise SyncError(
+            f"version {version}: {len(wrong)} of {len(wanted)} tensors of the adapter differ between engine "
+            f"and policy ({engine.dtype}), such as {', '.join(wrong[:3])}. The engine holds another adapter "
+            "than the policy, so its completions must not be trained on"
         )
 
 

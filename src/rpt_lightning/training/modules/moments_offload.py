@@ -52,8 +52,8 @@ class MomentsOffload:
         """Bring the state to the device. What is not in its buffer is there already."""
         for key, state in self._entries():
             _, name = key
-            buffer = state[name]
-            if buffer is self._buffers.get(key):
+            buffer = self._buffers.get(key)
+            if buffer is not None and state[name] is buffer:
                 state[name] = torch.empty_like(buffer, device=self.device)
                 _copy(state[name], buffer)
 

@@ -125,6 +125,7 @@ class PolicyModule(LightningModule, ABC):
             str(self.trainer.precision),
             on_cpu=self.device.type == "cpu",
             gathers_bf16=getattr(self.trainer.strategy, "gather_bf16", False),
+            adapter=self.policy.adapter,
         )
 
     def configure_model(self) -> None:
@@ -144,7 +145,7 @@ class PolicyModule(LightningModule, ABC):
         rank_zero_info(f"policy: {self.policy.packing}")
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self.policy.parameters())
+        optimizer = self.make_optimizer(self.policy.trained_parameters())
         scheduler = None if self.make_lr_scheduler is None else self.make_lr_scheduler(optimizer)
         check_kinds(optimizer, scheduler)
         if self.offload_moments:

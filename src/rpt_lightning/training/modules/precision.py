@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from rpt_lightning.policy.adapter import Adapter
 from rpt_lightning.training.cpu_precision import bf16_is_slow
 
 PRECISIONS = ("32-true", "bf16-mixed")
 
 
-def check_precision(precision: str, *, on_cpu: bool, gathers_bf16: bool) -> None:
+def check_precision(
+    precision: str, *, on_cpu: bool, gathers_bf16: bool, adapter: Adapter | None = None
+) -> None:
     """Raise ValueError for a precision that training cannot use. Report one that is slow on this CPU.
 
     Args:
         precision: The trainer's precision.
         on_cpu: Whether the run computes on a CPU.
         gathers_bf16: Whether the strategy gathers layers in bf16.
+        adapter: The adapter that is trained, if there is one.
     """
     if precision not in PRECISIONS:
         raise ValueError(
@@ -27,6 +31,11 @@ def check_precision(precision: str, *, on_cpu: bool, gathers_bf16: bool) -> None
         rank_zero_info(
             "precision: this CPU has no instructions for bf16; --trainer.precision 32-true "
             "(and --rollout.engine.dtype float32) is several times faster"
+        )
+    if adapter is not None and adapter.base_dtype == "bfloat16" and precision != "bf16-mixed":
+        raise ValueError(
+            f"model.policy.adapter.base_dtype is bfloat16, but --trainer.precision is {precision}; give "
+            "bf16-mixed, or --model.policy.adapter.base_dtype float32"
         )
     if gathers_bf16 and precision != "bf16-mixed":
         raise ValueError(

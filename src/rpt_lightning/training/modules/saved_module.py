@@ -7,6 +7,7 @@ from typing import Any
 
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.pretrained.specification import has_hash
+from rpt_lightning.training.checkpoint.adapter import about_adapter, check_same_adapter
 from rpt_lightning.training.checkpoint.file import check_about
 
 CHECKPOINT_KEY = "rpt"
@@ -18,7 +19,8 @@ def about_policy(policy: Policy, *, tokenizer_hash: str) -> dict[str, Any]:
         "policy_path": policy.path,
         "policy_config": policy.config.to_json_string(),
         "tokenizer_hash": tokenizer_hash,
-        "weight_shapes": _weight_shapes(policy),
+        "weight_shapes": policy.saved_shapes(),
+        **about_adapter(policy),
     }
 
 
@@ -35,9 +37,11 @@ def saved_entry(checkpoint: Mapping[str, Any], policy: Policy) -> dict[str, Any]
             "checkpoints/"
         )
     check_about(saved, "ckpt_path", resumes=True)
+    check_same_adapter(saved, policy, "ckpt_path")
     # The checkpoint's "state_dict" is not available: a sharded strategy removes it before this call.
-    if not has_hash(policy.tokenizer, saved["tokenizer_hash"]) or saved["weight_shapes"] != _weight_shapes(
-        policy
+    if (
+        not has_hash(policy.tokenizer, saved["tokenizer_hash"])
+        or saved["weight_shapes"] != policy.saved_shapes()
     ):
         raise ValueError(
             f"ckpt_path: the checkpoint holds the model of {saved['policy_path']}, but the config has "
@@ -45,7 +49,3 @@ def saved_entry(checkpoint: Mapping[str, Any], policy: Policy) -> dict[str, Any]
             "the checkpoint's own model, or another checkpoint"
         )
     return saved
-
-
-def _weight_shapes(policy: Policy) -> dict[str, list[int]]:
-    return {name: list(weight.shape) for name, weight in policy.model.state_dict().items()}

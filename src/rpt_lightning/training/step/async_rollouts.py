@@ -86,9 +86,14 @@ class AsyncRollouts(RolloutStep):
     def next(self, tasks: Sequence[Task]) -> StepRollouts:
         """Return the rollouts of the current step. Raises any error of the background thread.
 
-        ``tasks`` is empty, because the background thread reads the stream.
+        ``tasks`` is empty, because the background thread reads the stream. Otherwise ValueError is raised.
         """
-        assert not tasks
+        if tasks:
+            raise ValueError(
+                f"rollout.max_staleness={self.max_staleness}: {type(self.data).__name__} puts "
+                f"{len(tasks)} tasks into a batch, but the rollouts read the tasks ahead of the steps; leave "
+                "its train_dataloader as StreamDataModule has it, or give 0"
+            )
         version, clock = self.module.policy_version, self.module.clock
         if not self._ahead:
             self._begin(first=version, try_on=None)
@@ -204,8 +209,9 @@ class AsyncRollouts(RolloutStep):
         )
 
     def _roll_out(self, tasks: Sequence[Task], *, step: int, max_extra_tasks: int) -> StepRollouts:
+        posed, draw = self.roller.pose(tasks, self.data.draw, step=step)
         return self.roller.roll_out(
-            tasks, self.data.draw, step=step, max_extra_tasks=max_extra_tasks, ranks=self.exchange
+            posed, draw, step=step, max_extra_tasks=max_extra_tasks, ranks=self.exchange
         )
 
 
@@ -244,8 +250,8 @@ def check_settings(
     if selection.is_on:
         raise ValueError(
             f"{flag}: rollout.selection asks the policy about tasks while it is trained; leave "
-            "--rollout.selection.min_true_prob at 0 and max_true_prob at 1 and choose positions in `rpt "
-            "prepare` (--min_true_prob, --max_true_prob), or set --rollout.max_staleness 0"
+            "--rollout.selection.min_true_prob at 0, max_true_prob at 1 and by_kind false, and choose "
+            "positions in `rpt prepare` (--min_true_prob, --max_true_prob); or set --rollout.max_staleness 0"
         )
     if getattr(data, "makes", None) != "tasks":
         raise ValueError(

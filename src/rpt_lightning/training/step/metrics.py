@@ -12,6 +12,7 @@ from rpt_lightning.metrics.registry import registered
 from rpt_lightning.metrics.rollout_stats import STATISTICS, rollout_statistics
 from rpt_lightning.policy.flops import Work, add_works, prompt_work, sampling_work
 from rpt_lightning.rollout.dynamic_sampling import FilledBatch
+from rpt_lightning.rollout.position_kinds import KindShares
 from rpt_lightning.rollout.selection import SelectionCounts
 from rpt_lightning.training.distributed.ranks import Ranks
 from rpt_lightning.types import PromptTokens
@@ -69,14 +70,20 @@ def server_metrics(servers: tuple[int, int] | None) -> dict[str, float]:
     )
 
 
-def selection_metrics(counts: SelectionCounts) -> dict[str, float]:
-    """What one rank's selection did in a step."""
-    return {
+def selection_metrics(counts: SelectionCounts, kinds: KindShares | None = None) -> dict[str, float]:
+    """What one rank's selection did in a step, and the share of the best kind if kinds are preferred."""
+    metrics = {
         "selection/drawn": float(counts.drawn),
         "selection/in_band": float(counts.in_band),
         "selection/kept": float(counts.kept),
         "selection/kept_outside": float(counts.kept_outside),
     }
+    if kinds is not None:
+        metrics |= {
+            "selection/accepted": float(counts.accepted),
+            "selection/best_kind_frac": kinds.best_share,
+        }
+    return metrics
 
 
 def selection_fractions(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from rpt_lightning.pretrained.text_shape import longest_context
 from rpt_lightning.rollout.engines.base import RolloutEngine
 from rpt_lightning.rollout.follow_ups import FollowUpRollout
 from rpt_lightning.rollout.pilot import PilotRollout
+from rpt_lightning.rollout.position_kinds import KindShares
 from rpt_lightning.rollout.rollouter import Rollouter
 from rpt_lightning.rollout.selection import TaskSelector
 from rpt_lightning.rollout.settings import DynamicSampling, EngineCheck, Sampling, Selection
@@ -77,6 +78,7 @@ def build_parts(
     sampling: Sampling,
     dynamic_sampling: DynamicSampling,
     selection: Selection,
+    kinds: KindShares | None,
     check: EngineCheck,
     with_controls: bool,
     is_ahead: bool,
@@ -95,6 +97,7 @@ def build_parts(
         sampling: How completions are drawn.
         dynamic_sampling: When zero-variance groups are replaced.
         selection: Which tasks are rolled out.
+        kinds: Which kinds of positions are preferred. None: none are.
         check: How log-probs are compared.
         with_controls: Whether validations have thought controls, which need some room.
         is_ahead: Whether rollouts are generated ahead of the steps.
@@ -133,9 +136,8 @@ def build_parts(
         dynamic_sampling=dynamic_sampling,
         pilot_size=pilot_size,
     )
-    selector = (
-        TaskSelector(selection, chances_of_policy(trainer, module, objective)) if selection.is_on else None
-    )
+    score = chances_of_policy(trainer, module, objective)
+    selector = TaskSelector(selection, score, seed=seed, kinds=kinds) if selection.is_on else None
     return RolloutParts(rollouter=rollouter, sync=sync, roller=roller, selector=selector, exchange=exchange)
 
 

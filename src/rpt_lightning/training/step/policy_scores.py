@@ -38,7 +38,8 @@ def chances_of_policy(trainer: Trainer, module: PolicyModule, objective: BoundOb
 
     def score(tasks: Sequence[Task]) -> list[Chance]:
         chances = [Chance(logprob=0.0, entropy=0.0)] * len(tasks)
-        sequences = [objective.direct_sequence(task) for task in tasks]
+        posed = objective.posed(tasks, step=module.policy_version)  # a prompt may state the step's budget
+        sequences = [objective.direct_sequence(task) for task in posed]
         for index, logprobs, entropy in _scored(trainer, module, sequences):
             chances[index] = Chance(logprob=logprobs.sum().item(), entropy=entropy[0].item())
         return module.ranks.gather_parts(chances)[0]

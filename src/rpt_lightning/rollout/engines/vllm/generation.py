@@ -38,6 +38,7 @@ def generate(
     *,
     bytes_of: Callable[[int], bytes],
     before_step: Callable[[], None],
+    adapter: Any = None,
 ) -> list[list[Drawn]]:
     """Generate all completions of all requests, in order.
 
@@ -47,6 +48,7 @@ def generate(
             prompt shares with an earlier one.
         bytes_of: Returns the bytes of a token id, for completions that may end early.
         before_step: Called before each step of the engine. It may raise.
+        adapter: vLLM's request for the adapter to generate with. None means without one.
     """
     rows = [[Drawn(early_end(request.sampling)) for _ in range(request.n)] for request in requests]
     parts: dict[str, list[Drawn]] = {}
@@ -61,7 +63,10 @@ def generate(
                 name = str(len(parts))
                 parts[name] = row[first : first + size]
                 engine.add_request(
-                    name, prompt, sampling_params(request.sampling, seed=request.seed + first, n=size)
+                    name,
+                    prompt,
+                    sampling_params(request.sampling, seed=request.seed + first, n=size),
+                    lora_request=adapter,
                 )
         while engine.has_unfinished_requests():
             before_step()

@@ -29,6 +29,7 @@ from rpt_lightning.compat.vllm.engine import (
     trainers_group_kept,
 )
 from rpt_lightning.compat.vllm.layers import expect_experts
+from rpt_lightning.compat.vllm.lora import rank_limit
 from rpt_lightning.rollout.engines.base import (
     EngineDtype,
     GenerationInterrupted,
@@ -36,6 +37,7 @@ from rpt_lightning.rollout.engines.base import (
     Sample,
     compare_own_copy,
 )
+from rpt_lightning.rollout.engines.vllm.adapter import HeldAdapter
 from rpt_lightning.rollout.engines.vllm.generation import generate
 from rpt_lightning.rollout.engines.vllm.weights import read_weights
 from rpt_lightning.rollout.prefix_cache import UnlimitedPrefixCache
@@ -88,6 +90,8 @@ class VLLMEngine(RolloutEngine):
         sleep_in_training: Free the GPU's memory while the policy trains (vLLM's sleep mode, level 2, which
             drops weights and cache, since new weights come anyway). Training and engine then need their
             memory in turn. This works only on GPU and with rollouts of the current policy.
+        max_adapter_rank: With model.policy.adapter: hold the base's weights and sync the adapter alone, up to
+            this rank. null syncs merged weights.
     """
 
     _running: ClassVar[VLLMEngine | None] = None
@@ -102,6 +106,7 @@ class VLLMEngine(RolloutEngine):
         enable_prefix_caching: bool = True,
         block_size: int | None = None,
         sleep_in_training: bool = False,
+        max_adapter_rank: int | None = None,
     ) -> None:
         super().__init__(dtype)
         if not 0 < gpu_memory_utilization < 1:
@@ -118,7 +123,14 @@ class VLLMEngine(RolloutEngine):
         self.enforce_eager = enforce_eager
         self.enable_prefix_caching = enable_prefix_caching
         self.block_size = block_size
+        if max_adapter_rank is not None and max_adapter_rank < 1:
+            raise ValueError(
+                f"rollout.engine.max_adapter_rank={max_adapter_rank} must be at least 1; leave it out to "
+                "sync merged weights"
+            )
         self.sleep_in_training = sleep_in_training
+        self._max_adapter_rank = max_adapter_rank
+        self._adapter: HeldAdapter | None = None
         self._is_asleep = False
         self._has_served = False  # completions, since the start
         self._llm: Any = None
@@ -138,11 +150,16 @@ class VLLMEngine(RolloutEngine):
             f"vLLM {_vllm_version()} in this process, {self.dtype}, on {where}, {at_once} "
             f"sequences at once, {caching} prefix cache"
             + (", asleep while the policy trains" if self.sleep_in_training else "")
+            + ("" if self._max_adapter_rank is None else ", adapter beside the base's weights")
         )
 
     @property
     def sleeps(self) -> bool:
         return self.sleep_in_training
+
+    @property
+    def max_adapter_rank(self) -> int | None:
+        return self._max_adapter_rank
 
     def _start(self, model_path: str, seed: int) -> None:
         _prepare_environment()
@@ -166,6 +183,8 @@ class VLLMEngine(RolloutEngine):
                 self._family_named("start"),
             ):
                 self._llm = self._build(model_path, seed, on_gpu=torch.cuda.is_available())
+                if self._max_adapter_rank is not None:
+                    self._adapter = HeldAdapter(self._llm)
             self.prompt_tokens = (
                 PromptTokens(total=0, cached=0, shareable=0) if self.enable_prefix_caching else None
             )
@@ -205,7 +224,13 @@ class VLLMEngine(RolloutEngine):
             disable_log_stats=True,
             enable_sleep_mode=self.sleep_in_training,
             distributed_executor_backend=OwnDeviceExecutor,
+            **self._adapter_options(),
         )
+
+    def _adapter_options(self) -> dict[str, Any]:
+        if self._max_adapter_rank is None:
+            return {}
+        return {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank_limit(self._max_adapter_rank)}
 
     def _update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         if not torch.cuda.is_available():
@@ -220,10 +245,26 @@ class VLLMEngine(RolloutEngine):
                 torch.cuda.empty_cache()  # what gathering the weights left in the trainer's allocator
                 self._llm.wake_up(tags=["kv_cache"])
                 self._is_asleep = False
-            # Cached keys and values belong to the old weights.
-            if not self._llm.reset_prefix_cache():
-                raise RuntimeError("vLLM did not reset its prefix cache: a request is still running")
+            self._clear_cache()
+
+    def _clear_cache(self) -> None:
+        """Forget keys and values. They belong to the old weights."""
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache: a request is still running")
         self._forget_prompts()
+
+    def _update_adapter(self, adapter: Mapping[str, Tensor], version: int) -> None:
+        assert self._adapter is not None
+        with trainer_state_kept(), self._family_named("load an adapter into"):
+            self._adapter.load(adapter, version=version)
+            self._clear_cache()
+
+    def _read_adapter(self, names: Sequence[str]) -> dict[str, Tensor]:
+        assert self._adapter is not None
+        held = self._adapter
+        with trainer_state_kept(), self._family_named("read the adapter of"):
+            (tensors,) = self._llm.apply_model(lambda model: held.read(model, names, self.dtype))
+        return cast(dict[str, Tensor], tensors)
 
     def _sleep(self) -> None:
         if not self._is_asleep:
@@ -237,7 +278,11 @@ class VLLMEngine(RolloutEngine):
     def _generate(self, requests: Sequence[GenerationRequest]) -> list[list[Sample]]:
         with trainer_state_kept(), self._family_named("generate with"):
             rows = generate(
-                self._llm.llm_engine, requests, bytes_of=self._bytes_of, before_step=self._check_interrupted
+                self._llm.llm_engine,
+                requests,
+                bytes_of=self._bytes_of,
+                before_step=self._check_interrupted,
+                adapter=self._adapter.request if self._adapter is not None and self._holds_base else None,
             )
         self._has_served = True
         if self.prompt_tokens is not None:
@@ -281,6 +326,9 @@ class VLLMEngine(RolloutEngine):
 
     def _close(self) -> None:
         with trainer_state_kept(), trainers_group_kept(self._is_trainers_group):
+            if self._adapter is not None:
+                self._adapter.close()
+                self._adapter = None
             if self._llm is not None:
                 shut_down(self._llm)
             self._llm, VLLMEngine._running, self.prompt_tokens, self._is_asleep = None, None, None, False

@@ -1,0 +1,1 @@
+"""Models that judge whether a predicted segment means what the text says."""
