@@ -73,7 +73,7 @@ def check_follow_ups(
             "--rollout.selection",
             selection.is_on,
             "it judges the places of the data, and not the tasks that the policy makes of them",
-            "--rollout.selection.min_true_prob 0 and max_true_prob 1",
+            "rollout.selection its defaults",
         ),
     ]:
         if is_set:
