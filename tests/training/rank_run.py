@@ -20,8 +20,10 @@ from small_run import SCRIPT, quiet_trainer
 from rpt_lightning.data.modules.tiers import Tiers
 from rpt_lightning.data.modules.token_tasks import TokenTaskDataModule
 from rpt_lightning.data.modules.traces import TraceDataModule
+from rpt_lightning.objectives.masked_span import MaskedSpanObjective
 from rpt_lightning.objectives.next_token import NextTokenObjective
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt
+from rpt_lightning.objectives.proposed_span import ProposedSpanObjective
 from rpt_lightning.objectives.rewards.next_token import Reward
 from rpt_lightning.objectives.thought_budget import ThoughtBudget
 from rpt_lightning.policy.model import Policy
@@ -60,6 +62,7 @@ class Options:
     tiers: dict[str, Any] = field(default_factory=dict)
     ntp_weight: float = 0.0
     selection: dict[str, Any] = field(default_factory=dict)
+    proposals: list[str] = field(default_factory=list)  # lines of a script with spans that the policy names
     offload_moments: bool = False
     resume: bool = False
     validate: bool = False
@@ -146,15 +149,19 @@ def parts(options: Options, folder: Path):
             ),
         )
         engine = {
-            "recorded": lambda: Recorded([*SCRIPT, "so?</think>\\boxed{e}"]),  # lengths of more kinds
+            "recorded": lambda: Recorded(
+                options.proposals or [*SCRIPT, "so?</think>\\boxed{e}"]  # lengths of more kinds
+            ),
             "hf": lambda: HFEngine(dtype="float32"),
             "vllm": lambda: VLLMEngine(dtype="float32", kv_cache_gib=0.1, max_num_seqs=16),
         }[options.engine]()
         rollout = RolloutCallback(
             engine,
-            NextTokenObjective(ContinuationPrompt(), SomeAreRight()),
+            ProposedSpanObjective(MaskedSpanObjective(num_behind=24))
+            if options.proposals
+            else NextTokenObjective(ContinuationPrompt(), SomeAreRight()),
             group_size=4,
-            max_prompt_tokens=128,
+            max_prompt_tokens=320 if options.proposals else 128,
             sampling=Sampling(max_completion_tokens=24),
             dynamic_sampling=DynamicSampling(from_step=options.dynamic_sampling_from_step, max_factor=2.0),
             thought_budget=ThoughtBudget(**options.thought_budget),
