@@ -58,7 +58,9 @@ def published(folder: Path, state: str, weights: dict[str, np.ndarray]) -> tuple
     digests = {name: digest(array) for name, array in weights.items()}
     for name, wanted in manifest["digests"].items():
         assert digests.get(name) == wanted, f"{folder}: {name} has another checksum"
-    whole = xxhash.xxh3_128_hexdigest(json.dumps([[name, digests[name]] for name in sorted(digests)]))
+    whole = xxhash.xxh3_128_hexdigest(
+        json.dumps([[name, digests[name]] for name in sorted(digests)]).encode()
+    )
     assert whole == manifest["state"], f"{folder}: incomplete"
     return whole, weights
 

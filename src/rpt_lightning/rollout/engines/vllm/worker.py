@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rpt_lightning.compat.vllm.engine import load_in_worker, worker_facts, worker_model
-from rpt_lightning.compat.vllm.layers import expect_experts
+from rpt_lightning.compat.vllm.layers import expect_experts, keep_lookups_plain
 from rpt_lightning.rollout.engines.vllm.weights import read_weights
 from rpt_lightning.rollout.servers.facts import PROTOCOL, architecture
 from rpt_lightning.rollout.weight_sync.checksum import checksum
@@ -88,6 +88,7 @@ class PolicyWeights:
             return {"damage": str(error)}
         model, config, _ = worker_model(self)
         expect_experts(model)
+        keep_lookups_plain(model)
         if self._rpt_skeleton is None:
             self._rpt_skeleton = make_skeleton(config)
         load_in_worker(self, as_in_files(weights, self._rpt_skeleton))
