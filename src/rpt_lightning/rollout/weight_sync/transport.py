@@ -62,8 +62,8 @@ class WeightTransport(ABC):
 class SharedFolderTransport(WeightTransport):
     """Weight sync through safetensors files in a folder.
 
-    Trainer and servers must see the folder under the same path, on a local disk or a network file system. A
-    server that lost its weights can load them again without the trainer's help.
+    The trainer and the servers must see the folder under the same path, on a local disk or a network file
+    system. A server that lost its weights can load them again without the trainer's help.
 
     Args:
         folder: Folder for this run only. Files from an earlier start are removed. A second run that uses the
