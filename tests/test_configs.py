@@ -11,6 +11,7 @@ import yaml
 
 from commented_options import uncommented
 from rpt_lightning.rollout.servers.server_engine import VLLMServerEngine
+from rpt_lightning.rollout.settings import Selection
 from rpt_lightning.rollout.weight_sync.transport import SharedFolderTransport
 from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
 
@@ -125,6 +126,22 @@ def test_an_objective_without_a_reward_does_not_keep_that_of_the_config(
     cli = instantiate(monkeypatch, CONFIGS / "debug.yaml", flags=flags)
     (callback,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, RolloutCallback)]
     assert type(callback.objective.reward).__name__ == "PrefixShareReward"
+
+
+def test_selection_over_a_run(offline_policy, monkeypatch, tmp_path):
+    flags = ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path)]
+    config = CONFIGS / "demo-text.yaml"
+    more = ["--rollout.selection.by_kind", "true", "--rollout.selection.kind_floor", "0.2"]
+    cli = instantiate(monkeypatch, config, CONFIGS / "rollout" / "selection.yaml", flags=[*flags, *more])
+    (callback,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, RolloutCallback)]
+    assert callback.selection == Selection(
+        min_true_prob=0.05, max_true_prob=0.8, by_kind=True, kind_floor=0.2
+    )
+    assert (callback.group_size, callback.kinds.floor) == (8, 0.2)
+    # Without the overlay nothing is selected.
+    cli = instantiate(monkeypatch, config, flags=flags)
+    (callback,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, RolloutCallback)]
+    assert (callback.selection.is_on, callback.kinds) == (False, None)
 
 
 @pytest.mark.parametrize("data", DATA, ids=lambda path: path.stem)

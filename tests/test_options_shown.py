@@ -37,9 +37,10 @@ from rpt_lightning.objectives.rewards import answer  # noqa: F401  (defines a re
 from rpt_lightning.objectives.rewards.next_token import Reward
 from rpt_lightning.objectives.rewards.segment import SegmentReward
 from rpt_lightning.objectives.thought_budget import ThoughtBudget
+from rpt_lightning.policy.adapter import Adapter
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.rollout.engines.base import RolloutEngine
-from rpt_lightning.rollout.settings import DynamicSampling, EngineCheck, Evaluation, Sampling
+from rpt_lightning.rollout.settings import DynamicSampling, EngineCheck, Evaluation, Sampling, Selection
 from rpt_lightning.rollout.weight_sync.transport import WeightTransport
 from rpt_lightning.training.modules.policy_module import PolicyModule
 
@@ -48,6 +49,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PLACES: dict[type, set[str]] = {
     PolicyModule: {"model"},
     Policy: {"policy"},
+    Adapter: {"adapter"},
     LightningDataModule: {"data", "traces", "text"},
     Phase: {"phases"},
     Tiers: {"tiers"},
@@ -66,6 +68,7 @@ PLACES: dict[type, set[str]] = {
     lightning_cli.RolloutCallback: {"rollout"},
     Sampling: {"sampling"},
     DynamicSampling: {"dynamic_sampling"},
+    Selection: {"selection"},
     EngineCheck: {"check"},
     Evaluation: {"evaluation"},
     lightning_cli.RunCheckpoint: {"checkpoint"},

@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "Policy": "policy.model",
+    "Adapter": "policy.adapter",
     "RPTModule": "training.modules.rpt_module",
     "NTPModule": "training.modules.ntp_module",
     "RolloutCallback": "training.callbacks.rollout_callback",
@@ -28,6 +29,7 @@ _MODULES = {
     "NextTokenObjective": "objectives.next_token",
     "InformationGainObjective": "objectives.information_gain",
     "MaskedSpanObjective": "objectives.masked_span",
+    "ProposedSpanObjective": "objectives.proposed_span",
     "NextSegmentObjective": "objectives.next_segment",
     "NextSentenceObjective": "objectives.next_sentence",
     "SegmentReward": "objectives.rewards.segment",
@@ -75,6 +77,7 @@ if TYPE_CHECKING:
         PromptTemplate,
         QuestionPrompt,
     )
+    from rpt_lightning.objectives.proposed_span import ProposedSpanObjective
     from rpt_lightning.objectives.question import QuestionObjective
     from rpt_lightning.objectives.rewards.answer import AnswerReward
     from rpt_lightning.objectives.rewards.next_token import (
@@ -85,6 +88,7 @@ if TYPE_CHECKING:
         Reward,
     )
     from rpt_lightning.objectives.rewards.segment import SegmentReward
+    from rpt_lightning.policy.adapter import Adapter
     from rpt_lightning.policy.model import Policy
     from rpt_lightning.records.results import read_results
     from rpt_lightning.rollout.engines.hf_engine import HFEngine
@@ -98,6 +102,7 @@ if TYPE_CHECKING:
     from rpt_lightning.training.modules.rpt_module import RPTModule
 
 __all__ = [
+    "Adapter",
     "AnswerReward",
     "AnswerTaskDataModule",
     "ChatPrompt",
@@ -122,6 +127,7 @@ __all__ = [
     "Policy",
     "PrefixMatchReward",
     "PromptTemplate",
+    "ProposedSpanObjective",
     "QuestionObjective",
     "QuestionPrompt",
     "RPTModule",

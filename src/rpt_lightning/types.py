@@ -332,6 +332,7 @@ class AnsweredTask:
 
     ``logprobs`` are the policy's log-probs (nats, temperature 1) of the target tokens of the sequences that
     the reward asked for (``Reward.scored_sequences``), in order. They are None for a sequence that was None.
+    ``follow_ups`` are the groups of the tasks to which the completions led (``Objective.follow_ups``).
     """
 
     task: Task
@@ -339,6 +340,7 @@ class AnsweredTask:
     completions: tuple[Completion, ...]
     predictions: tuple[bytes | None, ...]
     logprobs: tuple[tuple[float, ...] | None, ...] = ()
+    follow_ups: tuple[RolloutGroup, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -348,7 +350,8 @@ class RolloutGroup:
     ``truth`` is what the text or the question really says, in pieces. ``masks_truncated`` says that truncated
     completions are not trained. They cannot make the group live. ``num_trained`` are the numbers of tokens of
     each completion that are trained, from its first on. If it is empty, all are. ``num_prefix_tokens`` is the
-    number of tokens that the prompt template puts before the context.
+    number of tokens that the prompt template puts before the context. ``follow_ups`` are the groups of the
+    tasks to which its completions led. They keep or lose their place in a step together with it.
     """
 
     task: Task
@@ -360,6 +363,14 @@ class RolloutGroup:
     masks_truncated: bool = False
     num_trained: tuple[int, ...] = ()
     num_prefix_tokens: int = 0
+    follow_ups: tuple[RolloutGroup, ...] = ()
+
+    @property
+    def family(self) -> tuple[RolloutGroup, ...]:
+        """The group itself and its follow-ups, each without follow-ups of its own."""
+        if not self.follow_ups:
+            return (self,)
+        return (replace(self, follow_ups=()), *self.follow_ups)
 
     @property
     def trained(self) -> list[tuple[Completion, float]]:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from test_judges import Stub, said
+from test_next_segment import boxed
 
 from rpt_lightning.data.store.task_folder import TaskFolder
 from rpt_lightning.objectives.base import BoundObjective
+from rpt_lightning.objectives.judges import server_judge
 from rpt_lightning.objectives.next_segment import NextSegmentObjective, segment_of
 from rpt_lightning.objectives.next_sentence import NextSentenceObjective, choice_of
 from rpt_lightning.records.results import read_results
 from rpt_lightning.records.rollout_samples import read_samples
+from rpt_lightning.records.step_log import read_step_log
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -151,3 +156,75 @@ def test_next_sentence_through_every_command(rpt, tiny_model_dir, tmp_path, from
     ask += [f"--rollout.{name}" if index % 2 == 0 else name for index, name in enumerate(names)]
     rows = through_every_command(rpt, tiny_model_dir, folder, run, *ask)
     assert {row.truth for row in rows} <= set("ABC")
+
+
+@pytest.mark.parametrize(
+    ("text", "objective", "message"),
+    [
+        ("words that go on and on without an end " * 8, "NextSegmentObjective", "asks about next segment"),
+        (
+            "It rained a lot. " * 12,
+            "NextSentenceObjective",
+            "has no material for [0-9]+ of the positions that pass",
+        ),
+    ],
+)
+def test_a_corpus_without_a_task_is_one_error(rpt, tiny_model_dir, tmp_path, text, objective, message):
+    """Documents without sentences, and documents in which nothing else than the truth is said."""
+    file, folder = tmp_path / "text.jsonl", tmp_path / "tasks"
+    # Documents that differ in what is no sentence.
+    lines = [json.dumps({"text": f"{text} {'abcdefgh'[number] * 9} {number}"}) for number in range(8)]
+    file.write_text("\n".join(lines))
+    status, shown = rpt(
+        "prepare", "--config", CONFIGS / "prepare/debug.yaml", "--objective", objective,
+        "--source", "JsonlSource", "--source.path", file, "--output_dir", folder, "--dedup_span", "null",
+        "--tokenizer", tiny_model_dir, "--proxy", tiny_model_dir, "--heldout_documents", "2",
+        "--entropy_threshold", "0.0", "--heldout_entropy_threshold", "0.0",
+    )  # fmt: skip
+    assert status == 1
+    assert "no position of the heldout documents passes it and the other limits; lower it" in shown
+    assert f"or give another --objective than {objective}, which asks about" in shown
+    assert re.search(message, shown)
+    assert not folder.exists()
+
+
+def test_a_run_with_a_judge_and_one_whose_judge_is_not_there(rpt, tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(server_judge, "RETRY_S", 0.0)
+    folder = tmp_path / "segments"
+    assert prepare(rpt, tiny_model_dir, folder, "NextSegmentObjective")[0] == 0
+    stub = Stub()
+    stub.answer = lambda body: (
+        200,
+        said(f"Score: {int('It is good.' in body['messages'][0]['content'])}"),
+        0.0,
+    )
+    flags = [
+        "fit", "--config", CONFIGS / "debug.yaml", "--model.policy.path", tiny_model_dir,
+        "--data.task_dir", folder, "--data.tasks_per_step", "4", "--rollout.max_prompt_tokens", "512",
+        "--rollout.engine", "ScriptedEngine", "--rollout.sampling.max_completion_tokens", "48",
+        "--rollout.engine.completions", json.dumps(boxed("It is good.", "It is bad.")),
+        "--rollout.objective", "NextSegmentObjective", "--rollout.objective.reward", "JudgeReward",
+        "--rollout.objective.prompt", "ContinuationPrompt",
+        "--rollout.objective.reward.judge", "ServerJudge", "--rollout.objective.reward.judge.model", "small",
+        "--rollout.objective.reward.judge.url", stub.url, "--trainer.limit_val_batches", "0",
+    ]  # fmt: skip
+    run = tmp_path / "run"
+    status, shown = rpt(*flags, "--trainer.default_root_dir", run, "--trainer.max_steps", "1")
+    assert status == 0, shown
+    (samples,) = (read_samples(path) for path in sorted((run / "rollouts").glob("*-000001.jsonl")))
+    assert {(sample.prediction, sample.reward) for sample in samples} == {
+        ("It is good.", 1.0),
+        ("It is bad.", 0.0),
+    }
+    (row,) = read_step_log(run / "steps.jsonl").values()
+    # In a group of 4 each of the two predictions is asked about once.
+    groups = len({sample.task_id for sample in samples})
+    assert groups < row["judge/asked"] <= 2 * groups
+    assert (row["judge/asked"], row["judge/unreadable"]) == (len(stub.requests), 0.0)
+
+    stub.server.shutdown()
+    stub.server.server_close()
+    status, shown = rpt(*flags, "--trainer.default_root_dir", tmp_path / "other")
+    assert status == 1
+    assert f"rpt: error: --rollout.objective.reward.judge.url {stub.url}: the judge does not answer" in shown
+    assert not list((tmp_path / "other" / "checkpoints").glob("*"))

@@ -204,9 +204,9 @@ def test_no_reasoning_is_the_sentence_in_an_open_box(tiny_tokenizer, second):
     direct = bound.direct_sequence(second)
     prompt = bound.tokens.join(direct.prompt_ids)
     assert prompt == b"We went out early.<think></think>\\boxed{"
-    assert bound.tokens.join(direct.target_ids) == b" It rained a lot."
+    assert bound.tokens.join(direct.target_ids) == b" It rained a lot.}"
     chat = NextSegmentObjective(QuestionPrompt(), middle_share=0.0).bind(tiny_tokenizer)
-    assert chat.tokens.join(chat.direct_sequence(second).target_ids) == b"It rained a lot."
+    assert chat.tokens.join(chat.direct_sequence(second).target_ids) == b"It rained a lot.}"
 
 
 def test_what_the_policy_sees(tiny_tokenizer, second):
@@ -252,7 +252,8 @@ def test_log_prob_gain_by_hand(tiny_tokenizer, second):
     bound = NextSegmentObjective(reward=LogProbGainReward(), middle_share=0.0).bind(tiny_tokenizer)
     group = answered(bound, second, *boxed("a", "b"), "never closed")
     without, good, bad, unclosed = bound.scored_sequences(group)
-    assert without == bound.direct_sequence(second)
+    assert without.prompt_ids == bound.direct_sequence(second).prompt_ids
+    assert bound.tokens.join(without.target_ids) == b" It rained a lot."
     assert unclosed is None
     assert bound.tokens.join(good.prompt_ids) == b"We went out early.<think>hm</think>\\boxed{"
     assert good.target_ids == bad.target_ids == without.target_ids

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
+from rpt_lightning.compat.torch import map_tensors
 from rpt_lightning.planning.memory import (
     AUTOCAST,
     FP32,
@@ -19,6 +22,7 @@ from rpt_lightning.planning.memory import (
 )
 from rpt_lightning.planning.model_shape import ModelShape, model_shape
 from rpt_lightning.planning.workload import masked_pairs
+from rpt_lightning.policy.adapter import Adapter, add_adapter, bf16_names
 from rpt_lightning.policy.attention.block_mask import BLOCK, tree_block_mask
 from rpt_lightning.policy.attention.tree_attention import NAME
 from rpt_lightning.policy.flops import ModelSize
@@ -41,12 +45,18 @@ def small_tree():
     return tree
 
 
-def saved_bytes(config, tree, *, precision, checkpointing: bool) -> tuple[int, int]:
+def saved_bytes(config, tree, *, precision, checkpointing: bool, adapter=None) -> tuple[int, int]:
     """Measure what the backbone's forward pass keeps for its backward pass on a packed tree.
 
     Weights are not counted. The masks are returned as well.
     """
     model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME).train()
+    if adapter is not None:
+        add_adapter(model, adapter, where="")
+        map_tensors(model, lambda tensor: torch.ones_like(tensor, device="cpu") if tensor.is_meta else tensor)
+        if adapter.base_dtype == "bfloat16":
+            for name in bf16_names(model):
+                model.get_parameter(name).data = model.get_parameter(name).to(torch.bfloat16)
     if precision == GATHERED_BF16:  # as the layers see their weights under FSDP2
         model.to(torch.bfloat16)
     if checkpointing:
@@ -94,6 +104,50 @@ def test_activations_and_masks_are_what_autograd_saves(config_class, precision, 
         planned -= tree.num_tokens * 2 * precision.stream_bytes * shape.head_dim
     assert saved == planned
     assert masks == precision.compute_bytes * masked_pairs(tree)
+
+
+@pytest.mark.parametrize("config_class", [LlamaConfig, Qwen2Config, Qwen3Config])
+@pytest.mark.parametrize(
+    ("precision", "base_dtype"),
+    [(FP32, "float32"), (AUTOCAST, "float32"), (AUTOCAST, "bfloat16")],
+    ids=["fp32", "autocast", "bf16_base"],
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_with_an_adapter_are_what_autograd_saves(
+    config_class, precision, base_dtype, checkpointing
+):
+    torch.manual_seed(0)
+    config = config_class(**SIZES, num_hidden_layers=3)
+    adapter = Adapter(rank=7, base_dtype=base_dtype)
+    shape, tree = model_shape(config, adapter), small_tree()
+    saved, _ = saved_bytes(config, tree, precision=precision, checkpointing=checkpointing, adapter=adapter)
+    planned = activation_bytes(shape, tree.num_tokens, precision=precision, checkpointing=checkpointing)
+    if checkpointing:
+        planned -= tree.num_tokens * 2 * precision.stream_bytes * shape.head_dim
+    # Frozen weights need no gradient, so the first layer keeps a little less than the others.
+    assert 0.97 * planned <= saved <= planned
+
+
+def test_what_an_adapter_holds():
+    """Of 284 weights 200 are held in bf16, and an adapter of 20 is trained."""
+    shape = replace(SHAPE, adapter_rank=1, adapter_targets=2, adapter_params=20, bf16_params=200)
+    options = {
+        "num_ranks": 4, "micro_batch_tokens": 16, "masked_pairs": 0, "precision": AUTOCAST,
+        "checkpointing": False, "optimizer_bytes_per_param": 8, "logprob_chunk_size": 6, "on_gpu": False,
+    }  # fmt: skip
+    one, ddp, fsdp = (
+        training_memory(shape, strategy=strategy, **options) for strategy in ("single", "ddp", "fsdp2")
+    )
+    held = 4 * (284 - 200 + 20) + 2 * 200
+    assert (one.weights_bytes, one.gradients_bytes, one.optimizer_bytes) == (held, 80, 160)
+    assert (one.buckets_bytes, ddp.buckets_bytes) == (0, 80)
+    assert (fsdp.weights_bytes, fsdp.gradients_bytes, fsdp.optimizer_bytes) == (held / 4, 20, 40)
+    # The frozen matrices are not cast. A and B are, 10 weights of each of two layers.
+    assert one.cast_weights_bytes == 2 * 20
+    fp32 = training_memory(replace(shape, bf16_params=0), strategy="single", **options)
+    assert fp32.cast_weights_bytes == 2 * 2 * (100 + 10)
+    # 84 weights outside the layers and two layers of 100, in bf16, and the gradients of one layer's adapter.
+    assert fsdp.gathered_bytes == 2 * (84 + 200) + 3 * 4 * 10
 
 
 # A layer of 10 weights is easier to add up than a real one.

@@ -33,8 +33,8 @@ SETTINGS = RunSettings(
     is_mixed=True, gathers_bf16=True, cpu_offload=False,
     checkpointing=False, strategy="fsdp2", num_devices=2, num_servers=0, transport="folder", on_gpu=False,
     engine="vllm", engine_dtype_bytes=2,
-    gpu_memory_utilization=0.5, engine_sleeps=False, kv_cache_bytes=0, max_num_seqs=100, max_batch_tokens=0,
-    shares_prefill=True,
+    gpu_memory_utilization=0.5, syncs_adapter=False, engine_sleeps=False, kv_cache_bytes=0, max_num_seqs=100,
+    max_batch_tokens=0, shares_prefill=True,
 )  # fmt: skip
 # Four prompts of 3 tokens that share nothing, with two completions of 5 tokens each.
 PROMPTS = [(1, 2, 3), (4, 5, 6), (7, 8, 9), (10, 11, 12)]
@@ -148,3 +148,23 @@ def test_a_node_sends_at_the_speed_of_all_its_adapters():
         3.35e12,
         64e9,
     )
+
+
+def test_an_adapter_sends_less():
+    """Of 284 weights 20 are an adapter's, and 200 of the frozen ones are held in bf16."""
+    shape = replace(SHAPE, adapter_rank=1, adapter_targets=2, adapter_params=20, bf16_params=200)
+    held = 4 * (284 - 200 + 20) + 2 * 200
+    assert shape.held_bytes == held
+    traffic = step_traffic(SETTINGS, shape, TOKENS)
+    assert traffic.train_bytes == (2 * held + 4 * 20) / 2 * TOKENS.micro_batches
+    ddp = step_traffic(replace(SETTINGS, strategy="ddp"), shape, TOKENS)
+    assert ddp.train_bytes == 2 * 4 * 20 / 2 * TOKENS.micro_batches
+    alone, merged = (
+        step_times(
+            replace(SETTINGS, strategy="single", syncs_adapter=alone), shape, DEVICE, RATES, TOKENS, 4.0
+        ).sync_s
+        for alone in (True, False)
+    )
+    # fp32 is read and bf16 written, at 50 bytes a second.
+    assert alone == pytest.approx(20 * 6 / 50)
+    assert merged == pytest.approx(284 * 6 / 50)

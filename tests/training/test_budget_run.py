@@ -12,12 +12,13 @@ from small_run import SCRIPT
 
 from rpt_lightning.data.modules.tiers import Tiers
 from rpt_lightning.data.store.task_folder import TaskFolder
+from rpt_lightning.objectives.base import Objective
 from rpt_lightning.objectives.next_token import NextTokenObjective
-from rpt_lightning.objectives.prompts.template import ChatPrompt
+from rpt_lightning.objectives.prompts.template import ChatPrompt, ContinuationPrompt
 from rpt_lightning.objectives.rewards.next_token import PrefixMatchReward
 from rpt_lightning.objectives.thought_budget import ThoughtBudget
 from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
-from rpt_lightning.rollout.settings import DynamicSampling, Evaluation
+from rpt_lightning.rollout.settings import DynamicSampling, Evaluation, Selection
 from rpt_lightning.training.callbacks.logs import RolloutSamples, StepLog
 from rpt_lightning.training.checkpoint.callback import last_checkpoint
 
@@ -164,6 +165,22 @@ def test_held_out_text_is_always_asked_with_one_budget(make_run, tmp_path):
     )
     trainer.validate(module, data, ckpt_path=str(last_checkpoint(tmp_path / "run")), weights_only=True)
     checked(engine, module, 4 * 4)
+
+
+class InABox(NextTokenObjective):
+    """Its answer without a thought stands in a box behind the prompt, so its score depends on the prompt."""
+
+    direct_sequence = Objective.direct_sequence
+
+
+def test_tasks_are_posed_before_they_are_selected(make_run):
+    trainer, module, data, watch = budgeted(
+        make_run, 2, ScriptedEngine(SCRIPT), staleness=0,
+        rollout_options={"selection": Selection(max_true_prob=0.999), "max_prompt_tokens": 160},
+    )  # fmt: skip
+    rollout_of(trainer).objective = InABox(ContinuationPrompt(), PrefixMatchReward())
+    trainer.fit(module, data)
+    assert [group.task.budget for groups in watch.batches for group in groups] == [32] * TASKS + [30] * TASKS
 
 
 def test_a_chat_prompt_states_it_before_the_context(make_run):

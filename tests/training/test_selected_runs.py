@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from async_run import rollout_of
 from test_cost import Listener, log, trie_flops
 from watched_run import Watch
 
+from rpt_lightning.objectives.base import Objective
+from rpt_lightning.objectives.next_token import PLACES
+from rpt_lightning.objectives.prompts.template import ChatPrompt
+from rpt_lightning.objectives.thought_budget import ThoughtBudget
 from rpt_lightning.policy.flops import forward_flops, model_size, train_flops
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.rollout.settings import EngineCheck, Selection
@@ -105,6 +110,41 @@ def test_the_pass_that_scores_tasks_is_part_of_the_cost(make_run, tmp_path):
     assert forward_flops(size, module.scored_work) == pytest.approx(selection, rel=1e-9)
     others = forward_flops(size, module.generated_work) + train_flops(size, module.trained_work)
     assert line["cost/flops"] == pytest.approx(others + selection, rel=1e-6)
+
+
+class InTheBox(Objective):
+    """The next token, which without a thought stands in an open box behind the whole prompt."""
+
+    places = PLACES
+
+    def truth(self, task):
+        return task.continuation[:1]
+
+
+def test_a_prompt_that_states_a_budget_states_that_of_the_step(make_run, tmp_path):
+    scored = []
+
+    class Asks(InTheBox):
+        def direct_sequence(self, task, bound):
+            scored.append(super().direct_sequence(task, bound))
+            return scored[-1]
+
+    trainer, module, data = make_run(
+        2,
+        callbacks=[StepLog()],
+        run_dir=tmp_path / "run",
+        rollout_options={
+            "selection": Selection(max_true_prob=0.5),
+            "thought_budget": ThoughtBudget(initial=32, steps=2, decay=0.5),
+            "max_prompt_tokens": 300,
+        },
+    )
+    rollout_of(trainer).objective = Asks(ChatPrompt())
+    trainer.fit(module, data)
+    texts = [module.tokenizer.decode(list(sequence.prompt_ids)) for sequence in scored]
+    assert len(texts) == 16
+    assert all("in at most 32 tokens." in text for text in texts[:8])
+    assert all("in at most 22 tokens." in text for text in texts[8:])  # 32 x 0.5^(1/2)
 
 
 def test_by_default_nothing_is_scored(make_run, tmp_path):

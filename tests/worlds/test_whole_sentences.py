@@ -74,7 +74,7 @@ def test_worked_examples_of_segments_are_answers_to_the_objective(cups_tokenizer
         assert bound.is_right(prediction, task)
         # It ends with the very tokens that accuracy without a thought asks for.
         truth = bound.direct_sequence(task).target_ids
-        assert example.target_ids[-len(truth) - 2 : -2] == truth
+        assert example.target_ids[-len(truth) - 1 : -1] == truth
 
 
 def test_worked_examples_of_choices_are_answers_to_the_objective(cups_tokenizer):

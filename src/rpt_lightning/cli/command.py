@@ -192,7 +192,7 @@ _MODULES = {
 # Imported as well, so that configs can use the short names of their classes.
 _OBJECTIVES = tuple(
     f"rpt_lightning.objectives.{name}"
-    for name in ("information_gain", "masked_span", "next_segment", "next_sentence")
+    for name in ("information_gain", "masked_span", "proposed_span", "next_segment", "next_sentence")
 )
 _PARTS = {"prepare": ("rpt_lightning.worlds", *_OBJECTIVES), "evaluate next-token": _OBJECTIVES}
 # Parameters that take plain words. jsonargparse would take a list as one word in JSON.

@@ -31,7 +31,9 @@ from rpt_lightning.planning.plan import Plan, make_plan
 from rpt_lightning.planning.plan_text import report
 from rpt_lightning.planning.settings import EngineKind, Rates, RunSettings
 from rpt_lightning.planning.workload import assumed_prompts
+from rpt_lightning.policy.adapter import Adapter
 from rpt_lightning.policy.logprobs import token_chunk
+from rpt_lightning.pretrained.adapter_folder import base_of
 from rpt_lightning.rollout.engines.vllm.vllm_engine import CPU_MAX_NUM_SEQS
 from rpt_lightning.types import TokenIds
 
@@ -156,8 +158,11 @@ def plan_of(config: Namespace) -> tuple[Plan, list[str]]:
     """The plan of a parsed configuration, and the assumptions behind it."""
     options = PlanOptions(**config.plan)
     settings = run_settings(config, options)
+    policy = config.model.init_args.policy.init_args
+    adapter = policy.get("adapter")
     shape = model_shape(
-        load_model_config(options.model_config or config.model.init_args.policy.init_args.path)
+        load_model_config(options.model_config or base_of(policy.path)),
+        None if adapter is None else Adapter(**adapter.as_dict()),
     )
     device = _device(options.device or ("h100" if settings.on_gpu else "cpu"), settings)
     prompts, source = _prompts(config, settings, options.context_tokens)
@@ -259,6 +264,12 @@ def run_settings(config: Namespace, options: PlanOptions) -> RunSettings:
     }
     kind = kinds.get(rollout.engine.class_path.rpartition(".")[2], "other")
     num_devices = options.num_devices or _num_devices(trainer)
+    cpu_offload = _strategy_option(trainer.strategy, "cpu_offload", default=False)
+    if cpu_offload and policy.get("adapter") is not None:
+        raise ValueError(
+            "--trainer.strategy.cpu_offload true: rpt plan does not estimate it with an adapter, whose "
+            "gradients and optimizer are small; leave it out"
+        )
     if kind != "servers" and options.num_servers is not None:
         raise ValueError(
             "--plan.num_servers: only rollout.engine VLLMServerEngine has servers; "
@@ -279,7 +290,7 @@ def run_settings(config: Namespace, options: PlanOptions) -> RunSettings:
         logprob_chunk_size=policy.logprob_chunk_size or token_chunk(on_gpu=trainer.accelerator != "cpu"),
         is_mixed=trainer.precision == "bf16-mixed",
         gathers_bf16=_strategy_option(trainer.strategy, "gather_bf16", default=True),
-        cpu_offload=_strategy_option(trainer.strategy, "cpu_offload", default=False),
+        cpu_offload=cpu_offload,
         checkpointing=policy.activation_checkpointing,
         strategy=_strategy(trainer.strategy, num_devices=num_devices),
         num_devices=num_devices,
@@ -293,6 +304,7 @@ def run_settings(config: Namespace, options: PlanOptions) -> RunSettings:
         gpu_memory_utilization=options.gpu_memory_utilization
         if kind == "servers"
         else engine.get("gpu_memory_utilization", 0.0),
+        syncs_adapter=policy.get("adapter") is not None and engine.get("max_adapter_rank") is not None,
         engine_sleeps=kind == "vllm" and bool(engine.get("sleep_in_training")),
         kv_cache_bytes=engine.get("kv_cache_gib", 0.0) * 2**30,
         max_num_seqs=SERVER_MAX_NUM_SEQS
@@ -384,7 +396,8 @@ def _prompts(
         bound = objective.bind(data.train.tokenizer, budget)
         tasks = bound.posed(next(iter(data.train_dataloader())).tasks, step=0)
         prompts = [bound.prompt_ids(task) for task in tasks]
-        return prompts, f"prompts: those of the run's first step, from {folder}"
+        missing = " (without the tasks that follow from its completions)" * objective.has_follow_ups
+        return prompts, f"prompts: those of the run's first step, from {folder}{missing}"
     longest = settings.max_context_tokens or settings.max_prompt_tokens
     template_tokens = max(0, settings.max_prompt_tokens - longest)
     if context_tokens is not None and context_tokens > longest:

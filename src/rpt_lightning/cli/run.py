@@ -65,6 +65,7 @@ from rpt_lightning.data.modules.text import TextDataModule  # isort: skip
 from rpt_lightning.data.modules.traces import TraceDataModule  # isort: skip
 from rpt_lightning.objectives.masked_span import MaskedSpanObjective  # isort: skip
 from rpt_lightning.objectives.next_token import NextTokenObjective  # isort: skip
+from rpt_lightning.objectives.proposed_span import ProposedSpanObjective  # isort: skip
 from rpt_lightning.objectives.question import QuestionObjective  # isort: skip
 from rpt_lightning.rollout.engines.hf_engine import HFEngine  # isort: skip
 from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine  # isort: skip
@@ -88,6 +89,7 @@ PARTS = (
     NextTokenObjective,
     InformationGainObjective,
     MaskedSpanObjective,
+    ProposedSpanObjective,
     NextSegmentObjective,
     NextSentenceObjective,
     LocalJudge,

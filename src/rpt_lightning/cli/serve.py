@@ -16,6 +16,7 @@ import torch
 from transformers import AutoConfig
 
 from rpt_lightning.cli.run import RPTCLI, make_cli
+from rpt_lightning.pretrained.adapter_folder import base_of
 from rpt_lightning.pretrained.text_shape import longest_context
 from rpt_lightning.rollout.servers.access import find_key, make_key
 from rpt_lightning.rollout.servers.processes import Servers, ServerSpec, is_loopback, server_command
@@ -98,7 +99,7 @@ def serve(args: list[str]) -> None:
 
 def server_specs(config: Any, settings: ServeSettings) -> list[ServerSpec]:
     """The servers to start here. Raises ValueError if this machine cannot serve an address."""
-    engine, path = config.rollout.engine.init_args, config.model.init_args.policy.init_args.path
+    engine, path = config.rollout.engine.init_args, base_of(config.model.init_args.policy.init_args.path)
     urls = [url.rstrip("/") for url in engine.urls]
     here = (
         [url for url in urls if is_loopback(urlsplit(url).hostname or "")]

@@ -61,6 +61,8 @@ class Objective(ABC):
     """Whether ``scored_sequences`` asks the policy for log-probs."""
     has_material: bool = False
     """Whether ``material`` stores a text with each task."""
+    has_follow_ups: bool = False
+    """Whether training asks ``follow_ups`` for further tasks of the same step."""
 
     def __init__(self, prompt: PromptTemplate | None = None) -> None:
         if prompt is not None:
@@ -164,6 +166,23 @@ class Objective(ABC):
         """The object whose class an error about a wrong reward names."""
         return self
 
+    # Tasks that follow from others, in training only
+
+    def training_task(self, task: Task) -> Task:
+        """Return what training puts to the policy in place of a task of the data. By default the task itself.
+
+        Held-out tasks are put as they are.
+        """
+        return task
+
+    def follow_ups(self, answered: AnsweredTask, bound: BoundObjective) -> Sequence[Task]:
+        """Return the tasks to which the completions of a task lead. By default none.
+
+        They are rolled out with the same weights and trained in the same step. ``rewards`` then finds their
+        groups, in this order, in ``answered.follow_ups``. They lead to no further tasks.
+        """
+        return ()
+
     # What the same weights do without a thought
 
     def direct_sequence(self, task: Task, bound: BoundObjective) -> TrainSequence:
@@ -221,6 +240,8 @@ class BoundObjective:
         Raises:
             ValueError: Tasks of this kind cannot carry a budget.
         """
+        if step is not None:
+            tasks = [self.objective.training_task(task) for task in tasks]
         if not self.budget.is_set:
             return tuple(tasks)
         budget = self.budget.of_heldout if step is None else self.budget.at(step)
@@ -360,6 +381,13 @@ class BoundObjective:
 
     def num_trained(self, completion: Completion) -> int:
         return self.objective.num_trained(completion, self)
+
+    def follow_ups(self, answered: AnsweredTask) -> tuple[Task, ...]:
+        """Return the tasks to which the completions of a task lead. They have its budget."""
+        tasks = self.objective.follow_ups(answered, self)
+        if not self.budget.is_set:
+            return tuple(tasks)
+        return tuple(_with_budget(task, task_budget(answered.task)) for task in tasks)
 
     def direct_sequence(self, task: Task) -> TrainSequence:
         return self.objective.direct_sequence(task, self)

@@ -17,6 +17,7 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from rpt_lightning.objectives.base import BoundObjective, Objective
@@ -24,13 +25,40 @@ from rpt_lightning.objectives.box import answerable_lengths
 from rpt_lightning.objectives.prompts.template import ChatPrompt, PromptTemplate
 from rpt_lightning.objectives.rewards.next_token import token_task
 from rpt_lightning.pretrained.token_bytes import TokenBytes
-from rpt_lightning.types import Task, TokenIds, TrainSequence
+from rpt_lightning.types import Fields, Task, TokenIds, TrainSequence
 
 SPACE = b" "
 # Words in the alphabet of `_shape`. One joiner may stand between two parts of a word.
 _WORD = "w+(?:jw+)*"
 _JOINERS = "'\u2019-"
 _INVISIBLE_JOINERS = "\u200c\u200d"  # inside words of Persian and Hindi
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpanTask:
+    """A given span of a shown text. All of the text around it is shown.
+
+    ``span`` holds the bytes of the span's tokens, ``behind_ids`` the tokens behind it. The other fields are
+    as in `TokenTask`.
+    """
+
+    task_id: str
+    doc_id: str
+    position: int
+    context_ids: TokenIds
+    span: tuple[bytes, ...]
+    behind_ids: TokenIds
+    fields: Fields = field(default_factory=dict, hash=False)
+    rest_ids: TokenIds = ()
+    budget: int | None = None
+
+    @property
+    def entropy(self) -> None:
+        """No proxy has scored the place."""
+
+    @property
+    def answerable(self) -> bool:
+        return True
 
 
 class MaskedSpanObjective(Objective):
@@ -118,13 +146,36 @@ class MaskedSpanObjective(Objective):
             position: The position in the document.
         """
         following = following[: self.max_tokens]
+        lengths = range(self._drawn_length(following, position), 0, -1)
+        return next((number for length in lengths if (number := self._num_tokens(following, length))), 0)
+
+    def spans(self, shown: Sequence[bytes]) -> dict[bytes, list[tuple[int, int]]]:
+        """Return the spans of a shown text that could be hidden, of any length up to ``max_length``.
+
+        Args:
+            shown: The bytes of the text's tokens.
+
+        Returns:
+            For each text that could be hidden, where it stands: first token and number of tokens. There is
+            text before and behind each span.
+        """
+        found: dict[bytes, list[tuple[int, int]]] = {}
+        for first in range(1, len(shown)):
+            if self.unit == "word" and _is_inside_word(shown, first):
+                continue
+            following = shown[first : first + self.max_tokens]
+            for length in range(1, self.max_length + 1):
+                number = self._num_tokens(following, length)
+                if number:
+                    hidden = b"".join(following[:number]).removeprefix(SPACE)
+                    found.setdefault(hidden, []).append((first, number))
+        return found
+
+    def _num_tokens(self, following: Sequence[bytes], length: int) -> int:
+        """Return the number of tokens of a span of exactly ``length`` words or tokens. 0: there is none."""
         # The next token shows where a word ends, and it is what "behind" means.
-        fits = _word_end if self.unit == "word" else _token_end
-        for length in range(self._drawn_length(following, position), 0, -1):
-            num_tokens = fits(following, length)
-            if num_tokens and _can_be_answered(b"".join(following[:num_tokens])):
-                return num_tokens
-        return 0
+        number = _word_end(following, length) if self.unit == "word" else _token_end(following, length)
+        return number if number and _can_be_answered(b"".join(following[:number])) else 0
 
     def _drawn_length(self, following: Sequence[bytes], position: int) -> int:
         """Draw the number of words or tokens. It depends on the text from the position on and on the seed."""
@@ -140,12 +191,14 @@ class MaskedSpanObjective(Objective):
     # What the policy sees
 
     def context_ids(self, task: Task, tokens: TokenBytes) -> TokenIds:
-        one = token_task(task)
         span = self._span(task)
         space = " " if span[0].startswith(SPACE) else ""
-        behind = one.following_ids[len(span) :][: self.num_behind]
+        if isinstance(task, SpanTask):
+            behind = task.behind_ids
+        else:
+            behind = token_task(task).following_ids[len(span) :][: self.num_behind]
         return (
-            one.context_ids
+            task.context_ids
             + tokens.encode_plain(space + self.mark)
             + behind
             + (tokens.encode_plain(self.question) if self.question else ())
@@ -168,6 +221,8 @@ class MaskedSpanObjective(Objective):
 
     def _span(self, task: Task) -> tuple[bytes, ...]:
         """Return the bytes of the span's tokens. Raises ValueError if no span begins at the task."""
+        if isinstance(task, SpanTask):
+            return task.span
         one = token_task(task)
         length = self.span_length(one.continuation, one.position)
         if not length:

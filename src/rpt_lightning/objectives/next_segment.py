@@ -163,7 +163,7 @@ class NextSegmentObjective(AboutSentences):
     def scored_sequences(
         self, answered: AnsweredTask, bound: BoundObjective
     ) -> Sequence[TrainSequence | None]:
-        return self.reward.scored_sequences(answered, bound)
+        return self.reward.scored_sequences(answered, bound, self._in_open_box(answered.task, bound))
 
     def num_trained(self, completion: Completion, bound: BoundObjective) -> int:
         if self.reward.trains_thoughts_alone:
@@ -174,7 +174,16 @@ class NextSegmentObjective(AboutSentences):
         return len(completion.token_ids)
 
     def direct_sequence(self, task: Task, bound: BoundObjective) -> TrainSequence:
-        """Return prompt and true sentence in an open box, without a thought.
+        """Return the prompt, an open box, the true sentence and the brace that closes the box.
+
+        Without the brace, a text that begins with the sentence would count as right.
+        """
+        open_box = self._in_open_box(task, bound)
+        closing_ids = bound.prompt.answer_close_ids[:-1]  # the last one ends the turn
+        return TrainSequence(prompt_ids=open_box.prompt_ids, target_ids=open_box.target_ids + closing_ids)
+
+    def _in_open_box(self, task: Task, bound: BoundObjective) -> TrainSequence:
+        """Return the prompt with an open box after an empty thought, and the true sentence.
 
         The sentence begins as in the text, with a space if its first token has one. Chat models, which are
         asked for the sentence alone, get it without.

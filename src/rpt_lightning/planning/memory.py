@@ -28,7 +28,10 @@ GPU_OVERHEAD_BYTES = 2 * 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """Byte widths in a step's computation. The weights that the optimizer updates are always fp32."""
+    """Byte widths in a step's computation. The weights that the optimizer updates are always fp32.
+
+    An adapter's base may be held in bf16 (``ModelShape.bf16_params``).
+    """
 
     compute_bytes: int  # of a matrix product
     # Of the activations that run from layer to layer, and of the weights as a layer sees them.
@@ -88,7 +91,7 @@ def training_memory(
     """Work out the training memory of one device.
 
     Args:
-        shape: Sizes of the policy, whose weights are fp32.
+        shape: Sizes of the policy. With an adapter, only the adapter has gradients and an optimizer.
         strategy: "single" and "ddp" hold everything on each device. "fsdp2" shards weights, gradients and
             optimizer over the ranks.
         num_ranks: Number of data-parallel ranks.
@@ -103,11 +106,8 @@ def training_memory(
             then steps there.
     """
     is_sharded = strategy == "fsdp2"
-    copy = (
-        0.0
-        if is_sharded and cpu_offload
-        else FP32_BYTES * shape.num_params / (num_ranks if is_sharded else 1)
-    )
+    share = (0.0 if cpu_offload else 1 / num_ranks) if is_sharded else 1.0
+    copy = FP32_BYTES * shape.trained_params * share
     gathered = _gathered_bytes(shape, precision) if is_sharded else 0
     activations = activation_bytes(
         shape, micro_batch_tokens, precision=precision, checkpointing=checkpointing
@@ -126,7 +126,7 @@ def training_memory(
     )  # the gradient of the hidden states, once as it is summed and once as it is passed on
     # The head's whole gradient, before it is added to that of earlier micro-batches. A sharded one stays
     # gathered and is counted there.
-    head_work += 0 if is_sharded else FP32_BYTES * shape.head_params
+    head_work += 0 if is_sharded or shape.has_adapter else FP32_BYTES * shape.head_params
     # Afterwards, when the micro-batch is gone, the last gradients are scattered. On CUDA, AdamW takes the
     # square roots of all weights at once.
     afterwards = max(
@@ -134,13 +134,13 @@ def training_memory(
         copy if on_gpu and optimizer_bytes_per_param >= ADAM_BYTES else 0,
     )
     return TrainingMemory(
-        weights_bytes=copy,
+        weights_bytes=shape.held_bytes * share,
         gradients_bytes=copy,
         optimizer_bytes=optimizer_bytes_per_param * copy / FP32_BYTES,
         buckets_bytes=copy if strategy == "ddp" else 0,
         # Autocast's copies live as long as the backward pass needs them: those of all layers or, with
         # checkpointing, of one at a time. The head is cast by tiles.
-        cast_weights_bytes=BF16_BYTES * (1 if checkpointing else shape.num_layers) * shape.layer_params
+        cast_weights_bytes=_cast_weights_bytes(shape, checkpointing=checkpointing)
         if precision == AUTOCAST
         else 0,
         gathered_bytes=gathered,
@@ -150,12 +150,22 @@ def training_memory(
     )
 
 
+def _cast_weights_bytes(shape: ModelShape, *, checkpointing: bool) -> float:
+    """Count the bytes of autocast's copies: of fp32 weights in the layers, and of the adapter."""
+    num_layers = 1 if checkpointing else shape.num_layers
+    layer = 0 if shape.bf16_params else shape.layer_params
+    return BF16_BYTES * num_layers * (layer + shape.adapter_params / shape.num_layers)
+
+
 def layer_activation_bytes(shape: ModelShape, *, precision: Precision) -> int:
     """Count the bytes that one decoder layer keeps for its backward pass, for one token.
 
     A norm keeps its input in fp32, its normalised form, and one fp32 number. Autocast casts a layer's input
     once for each product that takes it: q, k and v, and gate and up, have their own copies. Attention keeps
     q, k, v, its output and one fp32 number for each head, on CPU and CUDA alike.
+
+    With an adapter, A keeps the input of a layer in place of its frozen matrix, and B keeps what A computes.
+    A frozen norm does not keep the normalised form. If some layers have no adapter, this is too much.
     """
     hidden, attention, inner, width = (
         shape.hidden_size,
@@ -170,12 +180,15 @@ def layer_activation_bytes(shape: ModelShape, *, precision: Precision) -> int:
     qk_norms = 0
     if shape.has_qk_norm:
         num_heads = (attention + shape.kv_width) // shape.head_dim
-        qk_norms = (FP32_BYTES + width) * (attention + shape.kv_width) + FP32_BYTES * num_heads
-    return norms + inputs + attention_bytes + mlp + qk_norms
+        kept = FP32_BYTES + (0 if shape.has_adapter else width)
+        qk_norms = kept * (attention + shape.kv_width) + FP32_BYTES * num_heads
+    low_rank = width * shape.adapter_rank * shape.adapter_targets
+    return norms + inputs + attention_bytes + mlp + qk_norms + low_rank
 
 
 def _norm_bytes(shape: ModelShape, precision: Precision) -> int:
-    return (FP32_BYTES + precision.stream_bytes) * shape.hidden_size + FP32_BYTES
+    normalised = 0 if shape.has_adapter else precision.stream_bytes
+    return (FP32_BYTES + normalised) * shape.hidden_size + FP32_BYTES
 
 
 def activation_bytes(shape: ModelShape, num_tokens: int, *, precision: Precision, checkpointing: bool) -> int:
@@ -219,12 +232,12 @@ def _layer_work_bytes(
     """Count the bytes of the work on a layer.
 
     They are the gradients that are alive at the same time in its feed-forward part, where they are largest.
-    With checkpointing, the recomputed layer is added.
+    With checkpointing, the recomputed layer is added. An adapter computes its output beside the layer's.
     """
     again = layer_activation_bytes(shape, precision=precision) if checkpointing else 0
     return num_tokens * (
         again
-        + 3 * precision.compute_bytes * shape.intermediate_size
+        + (4 if shape.has_adapter else 3) * precision.compute_bytes * shape.intermediate_size
         + 2 * precision.stream_bytes * shape.hidden_size
     )
 
@@ -234,7 +247,12 @@ def _gathered_bytes(shape: ModelShape, precision: Precision) -> int:
 
     Embedding and head stay gathered for the whole pass, and so does the head's gradient. To these come two
     layers (one is fetched ahead) and one layer's gradient, which is also in fp32 while it is scattered.
+    Frozen weights have no gradients.
     """
+    if shape.has_adapter:
+        width = BF16_BYTES if shape.bf16_params else precision.stream_bytes
+        per_layer = FP32_BYTES * shape.adapter_params // shape.num_layers
+        return width * (shape.outer_params + 2 * shape.layer_params) + 3 * per_layer
     return (
         precision.stream_bytes * (shape.outer_params + shape.head_params + 3 * shape.layer_params)
         + FP32_BYTES * shape.layer_params
@@ -246,6 +264,8 @@ def _scatter_bytes(shape: ModelShape, precision: Precision) -> int:
 
     They are embedding and head, their gradients, and the fp32 gradients while they are scattered.
     """
+    if shape.has_adapter:
+        return 0
     return (2 * precision.stream_bytes + FP32_BYTES) * shape.outer_params
 
 

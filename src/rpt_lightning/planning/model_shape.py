@@ -10,7 +10,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from rpt_lightning.compat.peft import adapted_layers
 from rpt_lightning.compat.transformers import attention_facts, decoder_layers
+from rpt_lightning.policy.adapter import Adapter, adapter_parameters, add_adapter, bf16_names
 from rpt_lightning.policy.flops import ModelSize, model_size
 from rpt_lightning.pretrained.text_shape import check_sizes
 
@@ -38,6 +40,25 @@ class ModelShape:
     num_params: int
     layer_params: int  # of one decoder layer
     size: ModelSize  # used to count the model's operations
+    # Of an adapter that is trained instead, if there is one:
+    adapter_rank: int = 0
+    adapter_targets: int = 0  # matrices of a decoder layer that have it
+    adapter_params: int = 0  # A and B of all layers; ``num_params`` leaves them out
+    bf16_params: int = 0  # frozen weights that are held in bf16
+
+    @property
+    def has_adapter(self) -> bool:
+        return self.adapter_params > 0
+
+    @property
+    def trained_params(self) -> int:
+        """Parameters that the optimizer changes: all, or those of the adapter."""
+        return self.adapter_params or self.num_params
+
+    @property
+    def held_bytes(self) -> int:
+        """Size of all weights as the policy holds them: fp32, except frozen ones in bf16."""
+        return 4 * (self.num_params - self.bf16_params + self.adapter_params) + 2 * self.bf16_params
 
     @property
     def head_params(self) -> int:
@@ -63,11 +84,12 @@ class ModelShape:
         return 2 * self.num_layers * self.kv_width * dtype_bytes
 
 
-def model_shape(config: PretrainedConfig) -> ModelShape:
+def model_shape(config: PretrainedConfig, adapter: Adapter | None = None) -> ModelShape:
     """Build the model without memory for its weights (on the meta device) and count.
 
     Raises:
-        ValueError: The costs of the model's family, or of its sliding windows, are not worked out.
+        ValueError: The model has no layers for the adapter. The costs of the model's family, or of its
+            sliding windows, are not worked out.
     """
     if config.model_type not in FAMILIES:
         raise ValueError(
@@ -81,8 +103,21 @@ def model_shape(config: PretrainedConfig) -> ModelShape:
         )
     with torch.device("meta"):
         model: Any = cast(Any, AutoModelForCausalLM).from_config(config)
+    model.tie_weights()
     layers = decoder_layers(model)
     head_dim, has_qk_norm = attention_facts(layers[0])
+    num_params = sum(parameter.numel() for parameter in model.parameters())
+    layer_params = sum(parameter.numel() for parameter in layers[0].parameters())
+    of_adapter: dict[str, int] = {}
+    if adapter is not None:
+        add_adapter(model, adapter, where="rpt plan")
+        of_adapter = {
+            "adapter_rank": adapter.rank,
+            "adapter_targets": len(adapted_layers(layers[0])),
+            "adapter_params": sum(parameter.numel() for _, parameter in adapter_parameters(model)),
+        }
+        if adapter.base_dtype == "bfloat16":
+            of_adapter["bf16_params"] = sum(model.get_parameter(name).numel() for name in bf16_names(model))
     return ModelShape(
         family=config.model_type,
         num_layers=len(layers),
@@ -94,9 +129,10 @@ def model_shape(config: PretrainedConfig) -> ModelShape:
         kv_width=config.num_key_value_heads * head_dim,
         has_qk_norm=has_qk_norm,
         is_tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
-        num_params=sum(parameter.numel() for parameter in model.parameters()),
-        layer_params=sum(parameter.numel() for parameter in layers[0].parameters()),
+        num_params=num_params,
+        layer_params=layer_params,
         size=model_size(model),
+        **of_adapter,
     )
 
 

@@ -56,11 +56,20 @@ def _arithmetic(plan: Plan) -> list[str]:
         world_size=settings.num_ranks,
     )
     model = (
-        f"the model: {shape.family}, {shape.num_params:,} parameters, of which {shape.body_params:,} in "
+        f"the model: {shape.family}, {shape.num_params:,} parameters, of which "
+        f"{shape.body_params - shape.adapter_params:,} in "
         f"{shape.num_layers} layers; {'tied' if shape.is_tied else 'untied'} head, "
         f"vocabulary {shape.vocab_size:,}"
     )
-    return _bullets([*text.splitlines(), model])
+    adapter = (
+        [
+            f"the adapter: rank {shape.adapter_rank} on {shape.adapter_targets} matrices of a layer, "
+            f"{shape.adapter_params:,} parameters; {shape.bf16_params:,} of the frozen ones are held in bf16"
+        ]
+        if shape.has_adapter
+        else []
+    )
+    return _bullets([*text.splitlines(), model, *adapter])
 
 
 def _tokens(plan: Plan) -> list[str]:
@@ -98,7 +107,7 @@ def _tokens(plan: Plan) -> list[str]:
 
 def _memory(plan: Plan) -> list[str]:
     labels = {
-        "weights_bytes": "weights, fp32",
+        "weights_bytes": "weights, fp32 and bf16" if plan.shape.bf16_params else "weights, fp32",
         "gradients_bytes": "gradients, fp32",
         "optimizer_bytes": "optimizer",
         "buckets_bytes": "DDP's buckets",

@@ -40,6 +40,7 @@ class RunSettings:
     transport: TransportKind  # how the weights get to the servers
     engine_dtype_bytes: int
     gpu_memory_utilization: float  # of vLLM, in the trainer or on a server
+    syncs_adapter: bool  # the engine gets the adapter alone, not merged weights
     engine_sleeps: bool  # vLLM in the trainer, on GPU: training and engine take turns with the memory
     kv_cache_bytes: float  # of vLLM on CPU
     max_num_seqs: int  # of vLLM

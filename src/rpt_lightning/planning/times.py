@@ -76,23 +76,25 @@ class StepTraffic:
 def step_traffic(settings: RunSettings, shape: ModelShape, tokens: StepTokens) -> StepTraffic:
     """Count the bytes that devices send in a step.
 
-    Every micro-batch sends its gradients in fp32. If the weights are sharded, it also gathers them twice. The
-    sync gathers the weights once more, in fp32. The check after the sync gathers embedding and head (the few
-    other tensors are not counted).
+    Every micro-batch sends its gradients in fp32, which frozen weights do not have. If the weights are
+    sharded, it also gathers them twice. The sync gathers the weights once more, in fp32. The check after the
+    sync gathers embedding and head (the few other tensors are not counted).
 
     A ring moves (n - 1) / n of the whole for a gather or a scatter. It moves twice that to add up gradients
     that every rank keeps.
     """
-    ring = shape.num_params * (settings.num_ranks - 1) / settings.num_ranks
+    part = (settings.num_ranks - 1) / settings.num_ranks
+    ring, gradient_ring = shape.num_params * part, shape.trained_params * part
     server = settings.engine_dtype_bytes * shape.num_params if settings.num_servers else 0
     if settings.strategy == "fsdp2":
         gather_bytes = BF16_BYTES if settings.precision("fsdp2") == GATHERED_BF16 else FP32_BYTES
-        train = (2 * gather_bytes + FP32_BYTES) * ring * tokens.micro_batches
+        gathered = shape.held_bytes * part if shape.has_adapter else gather_bytes * ring
+        train = (2 * gathered + FP32_BYTES * gradient_ring) * tokens.micro_batches
         return StepTraffic(
             train_bytes=train, gather_bytes=FP32_BYTES * ring * _gathered_for_sync(shape), server_bytes=server
         )
     return StepTraffic(
-        train_bytes=2 * FP32_BYTES * ring * tokens.micro_batches, gather_bytes=0, server_bytes=server
+        train_bytes=2 * FP32_BYTES * gradient_ring * tokens.micro_batches, gather_bytes=0, server_bytes=server
     )
 
 
@@ -169,7 +171,7 @@ def step_times(
         offload_s=_offload_s(settings, shape, device, tokens) if settings.cpu_offload else 0,
         sync_s=_gather_s(settings, shape, device, traffic)
         + _delivery_s(settings, rates, traffic)
-        + shape.num_params * copies / bytes_per_s,
+        + (shape.adapter_params if settings.syncs_adapter else shape.num_params) * copies / bytes_per_s,
     )
 
 

@@ -5,6 +5,9 @@ Such a zero-variance group is replaced by the group of a newly drawn task. This 
 holds a group whose rewards differ or a limit is reached. The remaining places keep their zero-variance group,
 so a step always has the same size.
 
+If a task led to others in the same step (``RolloutGroup.follow_ups``), their groups share its place. They
+keep it if the rewards of any of them differ.
+
 DAPO oversamples and keeps the surplus for the next step. Here every round draws exactly as many tasks as
 there are places left with a zero-variance group, so there is no surplus. Every group is trained with the
 weights that generated it, and there is no pool to store in a checkpoint.
@@ -23,8 +26,8 @@ from rpt_lightning.types import RolloutGroup, Task
 class FilledBatch:
     """The result of `fill_batch`. Every rolled-out task is in exactly one of ``groups`` and ``replaced``.
 
-    ``groups`` are trained, and there are as many as there were tasks. ``replaced`` are the zero-variance
-    groups that gave up their place.
+    ``groups`` are trained. There is one for each place, followed by its follow-ups. ``replaced`` are the
+    groups that gave up their place, in which no rewards differ.
     """
 
     groups: tuple[RolloutGroup, ...]
@@ -60,10 +63,16 @@ def fill_batch(
     """
     places = fill_places(
         rollout,
-        lambda group: group.is_live,
+        lambda group: any(one.is_live for one in group.family),
         draw,
         tasks,
         max_extra_tasks=max_extra_tasks,
         over_ranks=over_ranks,
     )
-    return FilledBatch(groups=places.kept, replaced=places.replaced, num_rounds=places.num_rounds)
+    return FilledBatch(
+        groups=_families(places.kept), replaced=_families(places.replaced), num_rounds=places.num_rounds
+    )
+
+
+def _families(groups: Sequence[RolloutGroup]) -> tuple[RolloutGroup, ...]:
+    return tuple(one for group in groups for one in group.family)

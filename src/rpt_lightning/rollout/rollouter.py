@@ -173,6 +173,12 @@ class Rollouter:
 
         With several ranks, the policy may be queried too, so every rank must call this.
         """
+        return self.rewarded(self.answered(tasks, completions))
+
+    def answered(
+        self, tasks: Sequence[Task], completions: Sequence[tuple[Completion, ...]]
+    ) -> list[AnsweredTask]:
+        """Read completions, and ask the policy for the log-probs that the objective needs."""
         answered = [
             AnsweredTask(
                 task=task,
@@ -182,8 +188,10 @@ class Rollouter:
             )
             for task, row in zip(tasks, completions, strict=True)
         ]
-        if self.objective.objective.needs_logprobs:
-            answered = self._scored(answered)
+        return self._scored(answered) if self.objective.objective.needs_logprobs else answered
+
+    def rewarded(self, answered: Sequence[AnsweredTask]) -> list[RolloutGroup]:
+        """Reward completions, and return them as groups."""
         return [
             RolloutGroup(
                 task=one.task,
@@ -194,6 +202,7 @@ class Rollouter:
                 truth=self.objective.truth(one.task),
                 masks_truncated=self.masks_truncated,
                 num_trained=tuple(map(self.objective.num_trained, one.completions)),
+                follow_ups=one.follow_ups,
                 num_prefix_tokens=len(self.objective.prompt_of(one.task).prefix_ids),
             )
             for one in answered

@@ -65,6 +65,23 @@ SECTION = Section(
             ),
         ),
         row(
+            {"proposal/written": SUM, "proposal/rewarded": SUM},
+            meaning=(
+                "spans that the policy named, and those of them that earned something (this and the next row "
+                "only with `ProposedSpanObjective`; the other rows count both kinds of groups)"
+            ),
+            unit="completions",
+            normal="the second at least a few",
+            watch_for="the second stays at 0: proposals are invalid, or nobody finds them",
+        ),
+        row(
+            {"proposal/spans": SUM, "proposal/never_found": SUM, "proposal/always_found": SUM},
+            meaning="different spans that were asked for, those that nobody found, and those that all found",
+            unit="groups",
+            normal="most spans are neither",
+            watch_for="most are never found: proposals are too hard; always found: too easy",
+        ),
+        row(
             {"rollout/live_groups": SUM},
             meaning=(
                 "groups whose rewards differ (with `model.truncated` mask, considering only "

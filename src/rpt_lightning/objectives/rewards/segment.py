@@ -70,9 +70,12 @@ class SegmentReward(ABC):
         """
 
     def scored_sequences(
-        self, answered: AnsweredTask, bound: BoundObjective
+        self, answered: AnsweredTask, bound: BoundObjective, without: TrainSequence
     ) -> Sequence[TrainSequence | None]:
-        """Return sequences whose target tokens the policy shall score. Only called if ``needs_logprobs``."""
+        """Return sequences whose target tokens the policy shall score. Only called if ``needs_logprobs``.
+
+        ``without`` is the true segment in a box after an empty thought.
+        """
         return ()
 
     def take_metrics(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
@@ -110,10 +113,9 @@ class LogProbGainReward(SegmentReward):
         return tuple(least if gain is None else gain for gain in gains)
 
     def scored_sequences(
-        self, answered: AnsweredTask, bound: BoundObjective
+        self, answered: AnsweredTask, bound: BoundObjective, without: TrainSequence
     ) -> Sequence[TrainSequence | None]:
         """Return the truth after no thought, then after each thought (None if it is not closed)."""
-        without = bound.direct_sequence(answered.task)
         assert bound.prompt.think_close is not None
         sequences: list[TrainSequence | None] = [without]
         for completion in answered.completions:

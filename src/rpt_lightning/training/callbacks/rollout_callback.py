@@ -17,6 +17,7 @@ from rpt_lightning.limits import check_number
 from rpt_lightning.objectives.base import BoundObjective, Objective
 from rpt_lightning.objectives.thought_budget import ThoughtBudget
 from rpt_lightning.rollout.engines.base import RolloutEngine
+from rpt_lightning.rollout.follow_ups import check_follow_ups
 from rpt_lightning.rollout.position_kinds import KindShares
 from rpt_lightning.rollout.settings import DynamicSampling, EngineCheck, Evaluation, Sampling, Selection
 from rpt_lightning.training.batch_summary import batch_arithmetic
@@ -126,6 +127,13 @@ class RolloutCallback(Callback):
             )
         self.bound_objective.check_budget(max_completion_tokens=self.sampling.max_completion_tokens)
         _look_at_objective(self.bound_objective, trainer, pl_module, data)
+        if trains:
+            check_follow_ups(
+                self.bound_objective.objective,
+                pilot_size=self.pilot_size,
+                max_staleness=self.max_staleness,
+                selection=self.selection,
+            )
         is_ahead = trains and self.max_staleness > 0
         if is_ahead:
             check_settings(

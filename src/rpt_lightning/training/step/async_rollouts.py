@@ -209,8 +209,9 @@ class AsyncRollouts(RolloutStep):
         )
 
     def _roll_out(self, tasks: Sequence[Task], *, step: int, max_extra_tasks: int) -> StepRollouts:
+        posed, draw = self.roller.pose(tasks, self.data.draw, step=step)
         return self.roller.roll_out(
-            tasks, self.data.draw, step=step, max_extra_tasks=max_extra_tasks, ranks=self.exchange
+            posed, draw, step=step, max_extra_tasks=max_extra_tasks, ranks=self.exchange
         )
 
 

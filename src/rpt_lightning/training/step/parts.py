@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from rpt_lightning.objectives.base import BoundObjective
 from rpt_lightning.pretrained.text_shape import longest_context
 from rpt_lightning.rollout.engines.base import RolloutEngine
+from rpt_lightning.rollout.follow_ups import FollowUpRollout
 from rpt_lightning.rollout.pilot import PilotRollout
 from rpt_lightning.rollout.position_kinds import KindShares
 from rpt_lightning.rollout.rollouter import Rollouter
@@ -24,7 +26,7 @@ from rpt_lightning.training.step.async_rollouts import AsyncRollouts
 from rpt_lightning.training.step.policy_scores import chances_of_policy, scores_of_policy
 from rpt_lightning.training.step.rollout_step import CurrentRollouts, RolloutStep, StepRoller
 from rpt_lightning.training.validation.prompt_limits import max_model_len
-from rpt_lightning.types import SamplingSettings
+from rpt_lightning.types import RolloutGroup, SamplingSettings, Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,7 +131,7 @@ def build_parts(
     )
     roller = StepRoller(
         engine,
-        rollouter.rollout if pilot_size is None else PilotRollout(rollouter, pilot_size=pilot_size).rollout,
+        _rollout_of_step(rollouter, pilot_size=pilot_size),
         objective=objective,
         dynamic_sampling=dynamic_sampling,
         pilot_size=pilot_size,
@@ -137,6 +139,15 @@ def build_parts(
     score = chances_of_policy(trainer, module, objective)
     selector = TaskSelector(selection, score, seed=seed, kinds=kinds) if selection.is_on else None
     return RolloutParts(rollouter=rollouter, sync=sync, roller=roller, selector=selector, exchange=exchange)
+
+
+def _rollout_of_step(
+    rollouter: Rollouter, *, pilot_size: int | None
+) -> Callable[[Sequence[Task]], list[RolloutGroup]]:
+    """Return how the tasks of a step are rolled out."""
+    if rollouter.objective.objective.has_follow_ups:
+        return FollowUpRollout(rollouter).rollout
+    return rollouter.rollout if pilot_size is None else PilotRollout(rollouter, pilot_size=pilot_size).rollout
 
 
 def _check_of_truncating(sampling: Sampling, check: EngineCheck, module: PolicyModule) -> EngineCheck:

@@ -119,8 +119,8 @@ class CurrentRollouts(RolloutStep):
         self.module = module
 
     def next(self, tasks: Sequence[Task]) -> StepRollouts:
-        clock = self.module.clock
-        draw: Draw = self.data.draw
+        clock, step = self.module.clock, self.module.policy_version
+        tasks, draw = self.roller.pose(tasks, self.data.draw, step=step)
         if self.selector is not None:
             version = self.module.policy_version
             # Before the sync, which wakes an engine that shares the device's memory with the policy.
@@ -132,7 +132,7 @@ class CurrentRollouts(RolloutStep):
             rollouts = self.roller.roll_out(
                 tasks,
                 draw,
-                step=self.module.policy_version,
+                step=step,
                 max_extra_tasks=self.roller.dynamic_sampling.max_extra_tasks(
                     step=self.module.global_step, tasks_per_step=self.data.items_per_step
                 ),
@@ -191,6 +191,17 @@ class StepRoller:
         self.dynamic_sampling = dynamic_sampling
         self.pilot_size = pilot_size
 
+    def pose(self, tasks: Sequence[Task], draw: Draw, *, step: int) -> tuple[Sequence[Task], Draw]:
+        """Return the tasks of a step as they are put to the policy, and a draw of further ones.
+
+        ``step`` is as in ``roll_out``.
+        """
+
+        def draw_posed(wanted: Sequence[int]) -> Sequence[Task]:
+            return self.objective.posed(draw(wanted), step=step)
+
+        return self.objective.posed(tasks, step=step), draw_posed
+
     def roll_out(
         self,
         tasks: Sequence[Task],
@@ -203,7 +214,7 @@ class StepRoller:
         """The groups of a step, with further tasks in place of zero-variance groups. A collective.
 
         Args:
-            tasks: This rank's tasks of the step.
+            tasks: This rank's tasks of the step, as ``pose`` returns them.
             draw: See ``fill_batch``, like ``max_extra_tasks``.
             step: Optimizer steps before the one that trains the groups. Rollouts ahead know it too.
             max_extra_tasks: Most further tasks.
@@ -212,8 +223,8 @@ class StepRoller:
         start, prompts_before, version = time.perf_counter(), self.engine.prompt_tokens, self.engine.version
         filled = fill_batch(
             self.rollout,
-            lambda wanted: self.objective.posed(draw(wanted), step=step),
-            self.objective.posed(tasks, step=step),
+            draw,
+            tasks,
             max_extra_tasks=max_extra_tasks,
             over_ranks=lambda number: (ranks.gather(number), ranks.data_rank),
         )

@@ -91,7 +91,7 @@ class VLLMEngine(RolloutEngine):
             drops weights and cache, because new weights arrive anyway). Training and engine then take turns
             using the memory. This works only on GPUs and with rollouts of the current policy.
         max_adapter_rank: Hold the base's weights and sync only the adapter of model.policy.adapter, up to
-            this rank. null syncs merged weights.
+            this rank. It cannot be combined with sleep_in_training. null syncs merged weights.
     """
 
     _running: ClassVar[VLLMEngine | None] = None
@@ -127,6 +127,11 @@ class VLLMEngine(RolloutEngine):
             raise ValueError(
                 f"rollout.engine.max_adapter_rank={max_adapter_rank} must be at least 1; leave it out to "
                 "sync merged weights"
+            )
+        if max_adapter_rank is not None and sleep_in_training:
+            raise ValueError(
+                "rollout.engine.sleep_in_training true drops the base's weights, so no adapter can be synced "
+                "alone; leave rollout.engine.max_adapter_rank out"
             )
         self.sleep_in_training = sleep_in_training
         self._max_adapter_rank = max_adapter_rank
