@@ -53,25 +53,27 @@ class PlanOptions:
     """Options of ``rpt plan``.
 
     Args:
-        device: h100, h200, a100, l40s or cpu (this machine, measured in a second). None: cpu if
-            trainer.accelerator is cpu, else h100.
-        num_devices: Devices that train. None: trainer.devices x trainer.num_nodes, where "auto" counts as 1.
-        num_servers: Separate devices that generate, with rollout.engine VLLMServerEngine. None: one for each
-            of its urls.
-        gpu_memory_utilization: Share of a server's memory that vLLM takes, as serve.gpu_memory_utilization.
+        device: h100, h200, a100, l40s, or cpu, which means this machine and is measured in a second. None
+            means cpu if trainer.accelerator is cpu, else h100.
+        num_devices: Number of devices that train. None means trainer.devices x trainer.num_nodes, where
+            "auto" counts as 1.
+        num_servers: Number of separate devices that generate, with rollout.engine VLLMServerEngine. None
+            means one for each of its urls.
+        gpu_memory_utilization: Fraction of a server's memory that vLLM takes, as in
+            serve.gpu_memory_utilization.
         model_config: Folder or config.json of the policy's model, if model.policy.path cannot be reached.
             Weights are never read.
-        completion_tokens: Assumed mean length of a completion. None: half of
-            rollout.sampling.max_completion_tokens, at most 1024.
-        context_tokens: Assumed mean length of a context if the task folder is missing. None: half of the
+        completion_tokens: Assumed mean length of a completion. None means half of
+            rollout.sampling.max_completion_tokens, but at most 1024.
+        context_tokens: Assumed mean length of a context if the task folder is missing. None means half of the
             longest.
-        live_frac: Assumed share of groups with unequal rewards; only these are trained.
-        mfu: Assumed share of the device's peak that training and prefill reach. As in perf/mfu, only needed
-            operations count, not layers that are computed again.
-        bandwidth_frac: Assumed share of the device's memory bandwidth that decoding reaches.
-        shared_storage_gb_per_s: Assumed speed of the folder of a SharedFolderTransport, in GB (10^9 bytes) a
-            second over all its readers.
-        changed_frac: Assumed share of the weights that change from one version to the next, in the engine's
+        live_frac: Assumed fraction of groups whose rewards differ. Only these are trained.
+        mfu: Assumed fraction of the device's peak that training and prefill reach. As in perf/mfu, only
+            necessary operations count, not layers that are computed again.
+        bandwidth_frac: Assumed fraction of the device's memory bandwidth that decoding reaches.
+        shared_storage_gb_per_s: Assumed speed of the folder of a SharedFolderTransport, in GB (10^9 bytes)
+            per second over all its readers.
+        changed_frac: Assumed fraction of the weights that change from one version to the next, in the engine's
             dtype, as sync/changed_frac. Others report 1 to 3 % in bf16 at a learning rate of 1e-6
             (docs/weight-sync.md). A SharedFolderTransport sends only these.
     """

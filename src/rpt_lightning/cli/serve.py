@@ -25,24 +25,25 @@ from rpt_lightning.training.validation.prompt_limits import max_model_len
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeSettings:
-    """How servers run on this machine. The run's configuration says what they serve.
+    """How servers run on this machine. The run's configuration defines the model that they serve.
 
     Args:
-        host: Address that servers bind to. Anyone who can reach it and has the key can change the weights;
-            requests and key travel in clear text.
-        urls: The addresses in rollout.engine.urls to start on this machine; null: those on its loopback
+        host: Address that servers bind to. Anyone who can reach it and has the key can change the weights.
+            Requests and the key are sent in clear text.
+        urls: The addresses in rollout.engine.urls to start on this machine. null starts those with a loopback
             address.
-        tensor_parallel_size: GPUs a server. Servers divide the GPUs of CUDA_VISIBLE_DEVICES, or all GPUs.
-        gpu_memory_utilization: Share of a GPU's memory that a server takes. Not used on CPU.
-        kv_cache_gib: Key-value cache of a server on CPU, in GiB. Not used on GPU.
-        max_num_seqs: Completions that a server generates at the same time.
-        enforce_eager: No compilation and no CUDA graphs. null: eager on CPU, graphs on GPU.
-        block_size: Tokens of a cache block. null: 32 on CPU, vLLM's choice on GPU.
+        tensor_parallel_size: Number of GPUs for each server. Servers divide the GPUs of CUDA_VISIBLE_DEVICES,
+            or all GPUs.
+        gpu_memory_utilization: Fraction of a GPU's memory that a server takes. Not used on CPUs.
+        kv_cache_gib: Size of a server's key-value cache on CPUs, in GiB. Not used on GPUs.
+        max_num_seqs: Number of completions that a server generates at the same time.
+        enforce_eager: Turn off compilation and CUDA graphs. null turns them off only on CPUs.
+        block_size: Number of tokens in a cache block. null means 32 on CPUs and vLLM's choice on GPUs.
         restart: Restart a server that died.
-        ready_timeout_s: Longest time for the servers to come up, in seconds.
+        ready_timeout_s: Time limit for the servers to become ready, in seconds.
         hung_s: Seconds without an answer after which a server is ended, and restarted if ``restart`` is set.
-            It must be longer than loading weights takes.
-        log_folder: Folder for the servers' output; null: servers/ in the run's folder.
+            It must be longer than a server takes to load weights.
+        log_folder: Folder for the servers' output. null means servers/ in the run folder.
     """
 
     host: str = "127.0.0.1"

@@ -36,7 +36,7 @@ from rpt_lightning.types import (
 
 
 class Objective(ABC):
-    """A problem that is put to the policy. Only ``truth`` has no default.
+    """A problem that the policy is given. Only ``truth`` has no default.
 
     Args:
         prompt: How the policy is prompted. None adds nothing to the context (`ContinuationPrompt`).

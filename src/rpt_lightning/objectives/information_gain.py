@@ -69,14 +69,14 @@ class InformationGainObjective(AboutNextToken):
     right if it is the true next token, so accuracy with and without a thought compare as they do for
     next-token reasoning. Rewards do not look at it.
 
-    A thought that is never closed earns the least of its group, and at most 0.
+    A thought that is never closed earns the smallest gain of its group, and at most 0.
 
     Args:
         prompt: How the policy is prompted. Thoughts need a closing marker.
         num_tokens: Number of true tokens whose probability counts in the reward.
         gain: "log_prob" is RLP's reward, in nats. "weighted_prob" is NRT's, from 0 to 1.
-        boxed: The truth stands in a box after the thought, and predictions are read from a box, as in
-            next-token reasoning. It suits policies that have learnt to answer in one.
+        boxed: Put the truth into a box after the thought and read predictions from a box, as in next-token
+            reasoning. Use this for policies that have learned to answer in a box.
     """
 
     needs_logprobs = True

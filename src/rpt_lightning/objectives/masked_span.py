@@ -71,15 +71,15 @@ class MaskedSpanObjective(Objective):
     Args:
         prompt: How the policy is prompted. None adds nothing to the text and ``question``.
         unit: What a span consists of: "word" (letters, digits, and single hyphens or apostrophes between
-            them), or "token". Words need spaces between them; for other scripts, take tokens.
+            them), or "token". Words need spaces between them. Use tokens for other scripts.
         max_length: Largest number of words or tokens of a span. Each span's own length is drawn from 1 to
-            this. It is shorter where the text has fewer, as before a full stop.
-        max_tokens: Largest number of tokens of a span, together with the token after it, which shows where
-            it ends. `rpt prepare` needs an answer_reach of at least as many.
-        num_behind: Number of tokens behind the span that are shown, if the text has that many.
-        mark: Text that stands for the span. Documents that hold it themselves are not asked about.
+            this. It is shorter if the text has fewer, for example before a full stop.
+        max_tokens: Largest number of tokens of a span, together with the token after it, which shows where it
+            ends. The answer_reach of `rpt prepare` must be at least as large.
+        num_behind: Number of tokens after the span that are shown, if the text has that many.
+        mark: Text that replaces the span. Documents that contain it themselves are not used.
         question: Text after the shown text. Chat models need one, such as "Which text does ____ hide?".
-        seed: Seed of the lengths.
+        seed: Seed from which the lengths are drawn.
     """
 
     def __init__(

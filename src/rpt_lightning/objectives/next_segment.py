@@ -82,12 +82,11 @@ class NextSegmentObjective(AboutSentences):
     reward. Without a thought, the policy writes the sentence into a box that is already open.
 
     Args:
-        prompt: How the policy is prompted. QuestionPrompt says in words what is asked, for chat models.
-            None is ContinuationPrompt, which shows the text alone (and a gap before the sentence that
-            follows).
-        reward: What completions earn. None is PrefixShareReward.
-        middle_share: Share of the tasks that also show the sentence after the missing one. RLPT's lambda is
-            middle_share / (1 - middle_share).
+        prompt: How the policy is prompted. QuestionPrompt asks in words, for chat models. None means
+            ContinuationPrompt, which shows only the text (and a gap before the sentence that follows).
+        reward: What completions earn. None means PrefixShareReward.
+        middle_share: Fraction of the tasks that also show the sentence after the missing one. RLPT's lambda
+            is middle_share / (1 - middle_share).
         max_tokens: Longest sentence in tokens. `rpt prepare` and the run must agree.
         min_words: Shortest sentence in words. `rpt prepare` and the run must agree.
         seed: Seed of the choice of the tasks that show the sentence after the missing one.

@@ -72,13 +72,15 @@ class NextSentenceObjective(AboutSentences):
     """Choose the sentence that comes next among k candidates, by its letter (BERT, arXiv:1810.04805).
 
     A prediction is right if it is the letter of the true sentence. Without a thought, the policy writes the
-    letter into a box that is already open, after the same prompt. Chance is 1 / num_candidates.
+    letter into a box that is already open, after the same prompt. A guess is right with probability 1 /
+    num_candidates.
 
     Args:
-        prompt: How the policy is prompted. QuestionPrompt says in words what is asked, for chat models. None
-            is ContinuationPrompt, which shows the text and the candidates alone.
+        prompt: How the policy is prompted. QuestionPrompt asks in words, for chat models. None means
+            ContinuationPrompt, which shows only the text and the candidates.
         num_candidates: Number of candidates, from 2 to 10.
-        num_from_others: How many of them come from other documents of the split. 0 stays inside the document.
+        num_from_others: Number of candidates from other documents of the split. 0 takes all from the document
+            itself.
         same_document: Which sentences of the document itself are candidates. "behind" takes those that follow
             the true one, which the policy has not seen. "any" also takes those before it.
         hardest_of: For each candidate from another document, draw this many sentences and take the one that

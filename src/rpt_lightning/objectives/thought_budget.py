@@ -42,17 +42,17 @@ class ThoughtBudget:
     """A falling budget of tokens for each completion, and a reward for keeping to it (RMT).
 
     Args:
-        initial: Tokens of a completion, thought and answer, that the prompt allows at the first step (B_0;
-            RMT: 800). None sets no budget.
-        steps: Optimizer steps over which the budget falls (T), usually those of the run. It stays where it is
-            afterwards.
-        decay: Share of the initial budget that is left after these steps (gamma).
+        initial: Number of tokens, in thought and answer together, that the prompt allows at the first step
+            (B_0; RMT uses 800). None sets no budget.
+        steps: Number of optimizer steps over which the budget falls (T), usually that of the run. The budget
+            is constant afterwards.
+        decay: Fraction of the initial budget that is left after these steps (gamma).
         least: The budget never falls below this number of tokens (B_min).
-        weight: Share of the length term in the reward (w). The rest is what the objective pays.
-        heldout: The budget that prompts state on held-out text. None takes the one at the end of the
+        weight: Share of the length term in the reward (w). The rest is the objective's reward.
+        heldout: The budget that prompts state on held-out text. None means the budget at the end of the
             schedule.
-        wording: How the prompt states the budget, with {budget} for the number. None leaves prompts as they
-            are, so that only the reward tells of the budget.
+        wording: How the prompt states the budget, with {budget} for the number. With None, prompts do not
+            mention the budget, and only the reward depends on it.
     """
 
     initial: int | None = None

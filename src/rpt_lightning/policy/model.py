@@ -52,15 +52,15 @@ class Policy(nn.Module):
     Args:
         path: Hugging Face folder (or hub id) of the model and its tokenizer, or a folder with an adapter in
             peft's format, which is merged into its base. With `adapter`, training continues it instead.
-        logprob_chunk_size: Number of tokens whose logits exist at the same time. null means 512 on CPU and
-            4,096 on GPU.
+        logprob_chunk_size: Number of tokens whose logits exist at the same time. null means 512 on CPUs and
+            4,096 on GPUs.
         head_dtype: "compute" multiplies the head in the precision of the rest (bf16 under autocast).
             "float32" uses fp32, which narrows the gap to an fp32 engine.
         activation_checkpointing: Recompute each layer in the backward pass instead of keeping its
             activations.
         compile_layers: Compile each layer with torch.compile. This takes minutes at the start and makes steps
             on GPUs faster. null compiles on GPUs only.
-        trust_remote_code: Let the model folder run its own Python code. It is off unless you ask for it.
+        trust_remote_code: Allow the model folder to run its own Python code.
         adapter: Train a low-rank adapter (LoRA) and leave the model's own weights as they are. null trains
             all weights.
     """

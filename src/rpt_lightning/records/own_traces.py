@@ -32,9 +32,9 @@ _BROKEN = "\ufffd"
 class OwnTraces(CorpusSource):
     """The right completions of a run, and the documents that were held out from it.
 
-    Completions train. Every one of them is about a document that the run trained on, so none may become
-    held-out text. The held-out documents of the run's task folder stay held out, so the same text measures
-    the run, its continuation on these tasks, and any control.
+    All completions are used for training. Each of them comes from a document that the run trained on, so none
+    may become held-out text. The held-out documents of the run's task folder stay held out, so the same text
+    measures the run, its continuation on these tasks, and any control.
 
     A completion is right if its prediction is the true continuation up to a token boundary.
 
@@ -42,9 +42,9 @@ class OwnTraces(CorpusSource):
         run: Folder of a run. Its samples (``--samples.every_n_steps``) are read.
         task_dir: Task folder of the run. None takes it from the run's configuration.
         template: The text of a document, made of {context}, {thought} and {answer}.
-        context_tokens: Most tokens of the context, counted from its end.
-        max_per_task: Most completions of a task. The latest are kept, and equal ones count once.
-        min_reward: Take the completions that earned this much instead of the right ones. It is for runs whose
+        context_tokens: Maximum number of tokens of the context, counted from its end.
+        max_per_task: Maximum number of completions of a task. The latest are kept, and equal ones count once.
+        min_reward: Select completions with at least this reward instead of right ones, for runs whose
             predictions are right in another sense.
         think_close: Marker that ends a thought, as in the run's prompt. The text leaves it out. None takes
             all text before the box.

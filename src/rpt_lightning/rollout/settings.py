@@ -13,10 +13,10 @@ class Sampling:
 
     Args:
         temperature: Sampling temperature of training rollouts. Evaluation is greedy.
-        top_p: Below 1 the sampler truncates, which makes importance ratios biased.
-        top_k: Above 0 the sampler truncates.
-        min_p: Above 0 the sampler truncates.
-        max_completion_tokens: Longest completion.
+        top_p: Below 1, sampling is truncated, which biases importance ratios.
+        top_k: Above 0, sampling is truncated.
+        min_p: Above 0, sampling is truncated.
+        max_completion_tokens: Maximum length of a completion.
         stop_after_first_box: End a completion with the token that completes its first box after the thought,
             instead of at the policy's own end. This changes the paper's rule (docs/decisions.md), for
             validation too.
@@ -47,10 +47,10 @@ class DynamicSampling:
     """When zero-variance groups are replaced by groups of new tasks (DAPO, arXiv:2503.14476).
 
     Args:
-        from_step: From this step on, groups whose rewards are all equal are replaced by new tasks (the paper:
-            500). None: never.
-        max_factor: Most tasks that are rolled out in all, as a multiple of the step's tasks. Groups with
-            equal rewards that remain are then kept.
+        from_step: Step from which groups whose rewards are all equal are replaced by new tasks (500 in the
+            paper). None turns this off.
+        max_factor: Maximum number of tasks that are rolled out in total, as a multiple of the step's tasks.
+            Zero-variance groups that still remain are kept.
     """
 
     from_step: int | None = 500
@@ -84,7 +84,7 @@ class DynamicSampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which tasks are rolled out, by the current policy's own chance of the truth (docs/selection.md).
+    """Which tasks are rolled out, by the policy's own probability of the truth (docs/selection.md).
 
     Before the rollouts of a step, the policy scores each task's true answer without a thought (for next
     tokens, the true token after the bare context), at temperature 1. With the defaults nothing is scored.
@@ -92,12 +92,12 @@ class Selection:
     Args:
         min_true_prob: Do not roll out tasks at which the policy gives the truth a lower probability.
         max_true_prob: Do not roll out tasks at which the policy gives the truth a higher probability.
-        max_draws: Most tasks that are drawn for each place of a step, its own task included. Places that are
-            still open then keep the task that was drawn last.
+        max_draws: Maximum number of tasks drawn for each place of a step, including its first task. A place
+            that is still open then keeps the task that was drawn last.
         by_kind: Also prefer kinds of positions (by probability of the truth and entropy) whose groups have
             had a gradient in this run. They are accepted in proportion to their share of such groups.
         kind_floor: Lowest probability with which a task of any kind is accepted.
-        kind_decay: Factor on the counts of each kind after every step. A smaller one forgets sooner, and 1
+        kind_decay: Factor on the counts of each kind after every step. A smaller factor forgets sooner, and 1
             forgets nothing.
     """
 
@@ -156,14 +156,14 @@ class Selection:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineCheck:
-    """How the engine's log-probs are compared with the policy's after each sync.
+    """How the engine's log-probs are compared with the policy's after each weight sync.
 
     Args:
-        verify_sequences: Fresh completions whose log-probs are compared with the policy's after each sync; 0
-            turns the comparison off. If they seem to disagree, 16 times as many are compared, also with
-            transformers' own log-probs, before the run ends.
-        logprob_tolerance: Factor on the limits of that comparison. The limits are those of the coarser dtype
-            of engine and policy.
+        verify_sequences: Number of new completions whose log-probs are compared with the policy's after each
+            weight sync. 0 turns the comparison off. If they seem to disagree, 16 times as many are compared,
+            also with transformers' own log-probs, before the run ends.
+        logprob_tolerance: Factor on the limits of this comparison. The limits are those for the less precise
+            dtype of engine and policy.
     """
 
     verify_sequences: int = 4
@@ -183,11 +183,12 @@ class EngineCheck:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What a validation asks the policy besides one greedy answer.
+    """What a validation generates in addition to one greedy answer.
 
     Args:
-        samples: Further completions of each validation position, at ``sampling.temperature``, for avg@k and
-            pass@k; 0 draws none. A held-out question is answered this many times instead of once greedily.
+        samples: Number of further completions of each validation position, at ``sampling.temperature``, for
+            avg@k and pass@k. 0 draws none. A held-out question is answered this many times instead of once
+            greedily.
         thought_controls: Also answer each validation position after an empty thought, a shuffled one and
             filler of equal length, and each held-out question without a thought.
     """

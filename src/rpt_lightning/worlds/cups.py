@@ -28,9 +28,8 @@ class Cups(World):
         num_documents: Number of documents.
         min_depth: Least number of moves.
         max_depth: Greatest number of moves.
-        noise: Share of the documents whose last sentence names a random cup, as a wrong text does. Nothing
-            marks these documents in the text, so that their answer cannot be predicted. Their field ``noise``
-            is 1.
+        noise: Fraction of the documents whose last sentence names a random cup. Nothing in the text marks
+            these documents, so their answer cannot be predicted. Their field ``noise`` is 1.
         seed: Seed of the documents. Different seeds give different documents.
     """
 

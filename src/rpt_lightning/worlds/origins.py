@@ -11,17 +11,17 @@ from rpt_lightning.worlds.world import Answer, World
 class Origins(World):
     """The moves of `Cups`, with two places to find: where the ball began (from the end) and where it ended.
 
-    The field ``place`` says which. The first place follows only from the text after it: one starts at the
-    last place and undoes the moves. Whoever reads from left to right can only guess it, 1 in 8. The last
-    place follows from the text before it, as in `Cups`. Games are numbered from 1, so that nothing but the
-    places and the moves is uncertain.
+    The field ``place`` says which. The first place follows only from the text after it. To find it, start at
+    the last place and undo the moves. A reader who goes from left to right can only guess it, with a chance
+    of 1 in 8. The last place follows from the text before it, as in `Cups`. Games are numbered from 1, so
+    that nothing but the places and the moves is uncertain.
 
     Args:
         num_documents: Number of documents.
         min_depth: Least number of moves.
         max_depth: Greatest number of moves.
-        untold: Share of the documents that do not say where the ball ended. Their first place cannot be found
-            from any side. Their field ``told`` is 0.
+        untold: Fraction of the documents that do not say where the ball ended. Their first place cannot be
+            worked out at all. Their field ``told`` is 0.
         seed: Seed of the documents. Different seeds give different documents.
     """
 

@@ -20,8 +20,8 @@ from rpt_lightning.types import Document, Mark
 class SentenceAnswers(CorpusSource):
     """Another source, whose marks cover the whole sentence that they lie in, and the space before it.
 
-    Its worked examples answer with a sentence, as `NextSegmentObjective` wants. The fields of a mark are then
-    those of its sentence, so accuracy can be broken down by depth.
+    Its worked examples answer with a sentence, as `NextSegmentObjective` expects. The fields of a mark are
+    then those of its sentence, so accuracy can be broken down by depth.
 
     Args:
         source: The source of the text and of the marks.
@@ -45,8 +45,8 @@ class SentenceAnswers(CorpusSource):
 class SentenceChoices(CorpusSource):
     """The text of another source before a marked sentence, the candidates for it, and the right letter.
 
-    The worked examples answer as `NextSentenceObjective` wants. The wrong candidates are marked sentences of
-    other documents, which differ from the true one in what has to be worked out.
+    The worked examples answer as `NextSentenceObjective` expects. The wrong candidates are marked sentences
+    of other documents, which differ from the true one only in what has to be worked out.
 
     Args:
         source: The source of the text and of the marks. Each document needs a mark. The last one counts.

@@ -46,7 +46,7 @@ class World(CorpusSource):
 
     Args:
         num_documents: Number of documents.
-        min_depth: Least serial depth of a document.
+        min_depth: Smallest serial depth of a document.
         max_depth: Greatest serial depth of a document. All depths from ``min_depth`` on are equally frequent.
         seed: Seed of the documents. Different seeds give different documents.
     """

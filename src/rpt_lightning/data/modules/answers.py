@@ -36,7 +36,7 @@ class AnswerTaskDataModule(StreamDataModule):
         train: Questions to train on. None is allowed only if nothing is trained.
         heldout: Questions to validate on. None means no validation.
         tasks_per_step: Questions in one step, over all ranks.
-        max_question_tokens: Leave longer questions out of training. None keeps them all, and a question that
+        max_question_tokens: Leave longer questions out of training. None keeps all questions, and one that
             does not fit is then an error.
         num_eval_questions: Validate on this many held-out questions, drawn with the seed. None uses all.
         eval_batch_size: Questions in one validation batch, over all ranks. It does not affect the results.

@@ -31,9 +31,9 @@ class CorpusDataModule(StreamDataModule):
         source: Source of the text.
         documents_per_step: Documents in one step, over all ranks.
         prompt: Prompt template of the worked examples. null means no worked examples.
-        objective: Objective that asks for the marked texts in the worked examples, with its own prompt, so
-            ``prompt`` stays null. null shows the text before them.
-        phases: Curriculum of the worked examples: how many of them think, and over which depths.
+        objective: Objective that defines the worked examples, with its own prompt. ``prompt`` must then be
+            null. With null, an example shows the text before the marked text.
+        phases: Curriculum of the worked examples. It sets how many of them think, and at which depths.
         max_tokens: Truncate documents to this many tokens. null truncates to the longest
             input that the model supports.
         task_dir: Folder made by ``rpt prepare``, whose held-out positions are used for validation. null means

@@ -32,7 +32,7 @@ class Tiers:
             tier above the last bound that it exceeds. Without bounds, tasks come in a shuffled order.
         first: Probability of each tier, the easiest first, until 30 % of the steps.
         last: Probability of each tier from 70 % of the steps on.
-        steps: Number of steps (batches of tasks) of the whole order, usually those of the run.
+        steps: Number of steps (batches of tasks) of the whole schedule, usually that of the run.
     """
 
     bounds: tuple[float, ...] = ()

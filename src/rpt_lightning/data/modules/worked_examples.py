@@ -25,7 +25,7 @@ class Phase:
 
     Args:
         steps: Number of optimizer steps that the phase lasts. The last phase always lasts to the end.
-        p_cot: Share of the examples that think. The others have an empty thought and the true answer.
+        p_cot: Fraction of the examples that think. The others have an empty thought and the true answer.
         min_depth: Examples of smaller depth never think.
         max_depth: Examples of greater depth never think. null sets no limit.
         guesses: Whether to include examples that do not think.
@@ -68,7 +68,8 @@ class ExampleWriter:
         token_bytes: Bytes of the policy's tokens.
         phases: The curriculum.
         seed: Seed of the choice of examples that think.
-        objective: Asks for the marked text in its own way, with ``prompt``. None shows the text before it.
+        objective: Objective that defines the examples, with ``prompt``. With None, an example shows the text
+            before the marked text.
     """
 
     def __init__(

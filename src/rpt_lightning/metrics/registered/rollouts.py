@@ -43,43 +43,51 @@ SECTION = Section(
         ),
         row(
             {"rollout/thought_budget": MAX},
-            meaning="tokens that the prompts of the step allow (this and the next two only with a budget)",
+            meaning="token budget that the prompts of the step state (only with `rollout.thought_budget`)",
             unit="tokens",
             normal="falls as `rollout.thought_budget` says",
         ),
         row(
             {"rollout/over_budget_frac": MEAN_OVER_GROUPS},
-            meaning="completions that are longer than that",
+            meaning="fraction of completions that are longer than `rollout/thought_budget` (only with it)",
             unit="fraction",
             normal="falls",
             watch_for="near 1: the budget falls faster than the policy learns to be brief",
         ),
         row(
             {"reward/objective_mean": MEAN_OVER_GROUPS, "reward/length_mean": MEAN_OVER_GROUPS},
-            meaning="the two parts of `reward/mean`: what the objective pays, and the length term",
+            meaning=(
+                "the two parts of `reward/mean`: the objective's reward, and the length term (only "
+                "with `rollout.thought_budget`)"
+            ),
             unit="the first as the objective's rewards, the second 0 to 1",
             normal="the first as without a budget",
             watch_for=(
-                "the second rises while the first falls: length pays more than being right, so lower "
-                "`rollout.thought_budget.weight` or raise `least`"
+                "the second rises while the first falls: length is rewarded more than being right, so "
+                "lower `rollout.thought_budget.weight` or raise `least`"
             ),
         ),
         row(
             {"proposal/written": SUM, "proposal/rewarded": SUM},
             meaning=(
-                "spans that the policy named, and those of them that earned something (this and the next row "
-                "only with `ProposedSpanObjective`; the other rows count both kinds of groups)"
+                "spans that the policy proposed, and those that earned a reward (only with "
+                "`ProposedSpanObjective`; the other metrics count proposals and answers together)"
             ),
             unit="completions",
             normal="the second at least a few",
-            watch_for="the second stays at 0: proposals are invalid, or nobody finds them",
+            watch_for="the second stays at 0: proposals are invalid, or are never found",
         ),
         row(
             {"proposal/spans": SUM, "proposal/never_found": SUM, "proposal/always_found": SUM},
-            meaning="different spans that were asked for, those that nobody found, and those that all found",
+            meaning=(
+                "different spans that were asked for; spans that no answer found; spans that all "
+                "answers found (only with `ProposedSpanObjective`)"
+            ),
             unit="groups",
-            normal="most spans are neither",
-            watch_for="most are never found: proposals are too hard; always found: too easy",
+            normal="most spans are found by some answers",
+            watch_for=(
+                "most are never found: proposals are too hard; most are always found: proposals are too easy"
+            ),
         ),
         row(
             {"rollout/live_groups": SUM},
@@ -164,7 +172,7 @@ SECTION = Section(
         ),
         row(
             {"selection/accepted": SUM},
-            meaning=("tasks in the band whose kind was accepted (only with `rollout.selection.by_kind`)"),
+            meaning="tasks in the band whose kind was accepted (only with `rollout.selection.by_kind`)",
             unit="tasks",
             normal="all at first",
         ),
@@ -306,17 +314,19 @@ SECTION = Section(
         row(
             {"judge/asked": SUM},
             meaning=(
-                "predictions that the judge was asked about since the last step, those of a validation "
-                "included (this and the next only with `JudgeReward`)"
+                "predictions that the judge was asked about since the last step, including those of a "
+                "validation (only with `JudgeReward`)"
             ),
             unit="predictions",
         ),
         row(
             {"judge/unreadable": SUM},
-            meaning="replies of the judge that had no verdict; a second one in a row stops the run",
+            meaning=(
+                "replies of the judge without a verdict (only with `JudgeReward`); two in a row stop the run"
+            ),
             unit="replies",
             normal="few",
-            watch_for="many: the judge does not follow instructions, or its replies are cut off",
+            watch_for="many: the judge does not follow instructions, or its replies are truncated",
         ),
     ),
 )

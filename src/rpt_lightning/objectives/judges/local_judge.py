@@ -25,9 +25,9 @@ class LocalJudge(SegmentJudge):
     Args:
         model: Folder or hub id of a chat model.
         dtype: Precision of its weights.
-        device: Device that it runs on, such as cpu or cuda:0. "auto" takes CUDA if there is one.
-        max_reply_tokens: Longest reply in tokens.
-        batch_size: Predictions that it reads at the same time.
+        device: Device that it runs on, such as cpu or cuda:0. "auto" uses CUDA if available.
+        max_reply_tokens: Maximum length of a reply, in tokens.
+        batch_size: Number of predictions that it judges at the same time.
     """
 
     def __init__(

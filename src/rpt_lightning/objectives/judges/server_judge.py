@@ -30,8 +30,8 @@ class ServerJudge(SegmentJudge):
         model: Name of the model on the server.
         api_key_env: Environment variable that holds the server's key. Without it, no key is sent.
         timeout_s: Seconds to wait for a reply.
-        num_parallel: Requests at the same time.
-        max_reply_tokens: Longest reply in tokens, with its thought if the model thinks.
+        num_parallel: Number of requests at the same time.
+        max_reply_tokens: Maximum length of a reply in tokens, including its thought if the model thinks.
     """
 
     def __init__(

@@ -132,8 +132,7 @@ class ChatPrompt(PromptTemplate):
         version: v0 to v6.
         think_open: Marker that opens the thought. null, here and for think_close, asks for no marked thought.
         think_close: Marker that closes the thought.
-        template_args: Arguments for the chat template besides the messages, such as
-            ``enable_thinking: true``.
+        template_args: Further arguments for the chat template, such as ``enable_thinking: true``.
     """
 
     def __init__(
@@ -165,14 +164,13 @@ class ChatPrompt(PromptTemplate):
 class QuestionPrompt(PromptTemplate):
     """The context as the user's turn of the model's own chat template.
 
-    It is for questions, which say themselves what is asked. The thought and the end of the turn are as in
+    It is for questions, which need no further instruction. The thought and the end of the turn are as in
     `ChatPrompt`. For a base model use `ContinuationPrompt`.
 
     Args:
         think_open: Marker that opens the thought. null, here and for think_close, asks for no marked thought.
         think_close: Marker that closes the thought.
-        template_args: Arguments for the chat template besides the messages, such as
-            ``enable_thinking: true``.
+        template_args: Further arguments for the chat template, such as ``enable_thinking: true``.
     """
 
     def __init__(

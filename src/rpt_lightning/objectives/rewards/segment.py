@@ -134,10 +134,10 @@ class JudgeReward(SegmentReward):
 
     The true continuation is the segment and up to three sentences after it, since comparing with the segment
     alone was too strict for RLPT. If the policy saw the sentence after the segment, it is the segment alone.
-    Nobody asks about a prediction that is missing, empty, or the segment itself.
+    The judge is not asked about a prediction that is missing, empty, or equal to the segment.
 
-    A reply without a verdict is asked for once more. If there is none again, the run stops with an error.
-    ``judge/asked`` and ``judge/unreadable`` count predictions and such replies.
+    If a reply has no verdict, the judge is asked once more. If that reply has none either, the run stops with
+    an error. ``judge/asked`` and ``judge/unreadable`` count predictions and such replies.
 
     Args:
         judge: Who judges: LocalJudge or ServerJudge.

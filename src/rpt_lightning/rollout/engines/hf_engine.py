@@ -32,7 +32,7 @@ class HFEngine(RolloutEngine):
 
     Args:
         dtype: Data type of the engine's copy of the weights.
-        device: Device of the copy. "auto" takes CUDA or MPS if available.
+        device: Device of the copy. "auto" uses CUDA or MPS if available.
         max_batch_tokens: Largest number of prompt and completion tokens in one batch, padding included. It
             limits memory use.
     """

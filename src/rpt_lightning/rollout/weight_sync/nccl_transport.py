@@ -32,12 +32,12 @@ _ABORT_S = 60.0
 class NCCLTransport(WeightTransport):
     """A transport that broadcasts weights from the trainer's GPU.
 
-    Only the trainer has the weights, so a server that lost them gets them with the next update.
+    Only the trainer has the weights, so a server that lost them receives them at the next weight sync.
 
     Args:
         master_address: Address at which the servers reach the trainer. null means this machine's name.
-        timeout_s: Longest time for one update, in seconds. NCCL itself waits forever for a server that died
-            during an update.
+        timeout_s: Time limit for one weight sync, in seconds. NCCL itself would wait forever for a server
+            that died during it.
     """
 
     def __init__(self, master_address: str | None = None, timeout_s: float = 600.0) -> None:

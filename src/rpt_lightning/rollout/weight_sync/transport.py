@@ -73,8 +73,8 @@ class WeightTransport(ABC):
 class SharedFolderTransport(WeightTransport):
     """Weight sync through safetensors files in a folder.
 
-    Trainer and servers must see the folder under the same path, on a local disk or a network file system. A
-    server that lost its weights can load them again without the trainer's help.
+    The trainer and the servers must see the folder under the same path, on a local disk or a network file
+    system. A server that lost its weights can load them again without the trainer's help.
 
     Only what changed since the last version is written, bit for bit, if that is smaller than half of the
     weights (docs/weight-sync.md). For this, the first rank and every worker of a server keep a copy of the

@@ -23,17 +23,17 @@ METRICS = ("policy/entropy", "rollout/live_groups_frac", "rollout/length_mean", 
 class Health(Callback):
     """Warns once when a mean over the last ``window`` steps passes its threshold.
 
-    It warns again only after the mean has returned to the allowed side. A threshold of None turns off its
+    It warns again only after the mean has returned to the allowed range. A threshold of None turns off its
     warning.
 
     Args:
         window: Number of optimizer steps to average over.
         min_entropy: Lowest entropy of the policy, in nats per token.
-        max_equal_groups: Largest share of groups whose rewards are all equal.
-        min_length: Lowest mean length of completions, as a share of the mean over the run's first window.
-        max_truncated: Largest share of completions that ran into the token limit.
-        stop: End the run at the first warning, with a checkpoint and exit status 3. A launcher that starts it
-            again from there gets the same warning again.
+        max_equal_groups: Largest fraction of groups whose rewards are all equal.
+        min_length: Lowest mean length of completions, as a fraction of the mean over the run's first window.
+        max_truncated: Largest fraction of completions that reached the token limit.
+        stop: End the run at the first warning, with a checkpoint and exit status 3. If a launcher restarts
+            the run from there, it gets the same warning again.
     """
 
     def __init__(

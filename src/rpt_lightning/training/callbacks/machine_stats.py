@@ -35,7 +35,7 @@ class MachineStats(Callback):
     Args:
         peak_flops_per_device: Largest number of dense operations per second that one device can do, in the
             run's precision. None looks it up. It is known for some GPUs in bf16 (metrics/device_peaks.py).
-            For other GPUs and for CPUs, perf/mfu is left out.
+            perf/mfu is left out for other GPUs and for CPUs.
     """
 
     def __init__(self, peak_flops_per_device: float | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Drives the engine beside the trainer, for training and for validation.
+"""Generates completions with an engine, for training and for validation.
 
 The callback owns the engine's life: its settings, its parts (step/parts.py) and its end. What happens in a
 training step is in one place, `RolloutStep.next` (step/rollout_step.py). Its result goes into the batch as
@@ -42,12 +42,12 @@ class RolloutCallback(Callback):
     """Generates the completions of training and validation with an engine.
 
     Args:
-        engine: Engine that generates. None evaluates standard next-token prediction only, and cannot train by
-            reasoning.
-        objective: The question that the policy is asked, and its reward.
+        engine: Engine that generates completions. With None, only next-token prediction without reasoning can
+            be evaluated, and RPT cannot be trained.
+        objective: What the policy is asked, and what its answers earn.
         group_size: Number of completions for each task (G).
-        max_prompt_tokens: Longest allowed prompt. A longer one is an error. The data module's
-            max_context_tokens cuts contexts.
+        max_prompt_tokens: Maximum length of a prompt. A longer prompt is an error. The data module's
+            max_context_tokens truncates contexts.
         seed: Run seed from which every completion's own seed is derived.
         pilot_size: Number of completions that each task gets first. If their rewards differ, the group is
             filled up to ``group_size``. The other groups stay short and give no gradient. With None, every
@@ -58,9 +58,9 @@ class RolloutCallback(Callback):
             This needs ``model.correction``.
         sampling: How completions are sampled.
         dynamic_sampling: When zero-variance groups are replaced by groups of new tasks.
-        selection: Which tasks are rolled out, by the policy's own chance of the truth.
-        check: How the engine's log-probs are compared with the policy's after each sync.
-        evaluation: What a validation asks the policy besides one greedy answer.
+        selection: Which tasks are rolled out, by the policy's own probability of the truth.
+        check: How the engine's log-probs are compared with the policy's after each weight sync.
+        evaluation: What a validation generates in addition to one greedy answer.
         thought_budget: A falling budget of tokens for each completion, and a reward for keeping to it.
     """
 

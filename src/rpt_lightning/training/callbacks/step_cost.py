@@ -92,7 +92,7 @@ class Budget(Callback):
     """Ends a run at the step in which its cost reaches that of another run, for baselines at matched cost.
 
     Args:
-        like: Folder of the run whose total cost is the budget. With None there is no budget.
+        like: Folder of the run whose total cost is the budget. None means no budget.
         by: Cost to match: model FLOPs, tokens through the model, or seconds of all steps. Each of them
             includes rollouts (docs/decisions.md).
     """

@@ -43,8 +43,8 @@ class StopRun(Checkpoint):
     again.
 
     A signal that arrives during a rollout or an optimizer step waits for the end of that step. One that
-    arrives during a validation waits for the end of the step after it. Leave the run that much time between
-    the signal and the kill. The class is a ``Checkpoint`` so that Lightning calls it last, after the one that
+    arrives during a validation waits for the end of the step after it. Leave enough time for this between the
+    signal and the kill. The class is a ``Checkpoint`` so that Lightning calls it last, after the one that
     saves.
 
     Args:

@@ -41,10 +41,10 @@ class RunCheckpoint(Checkpoint):
     """Saves ``checkpoints/step-N.ckpt`` in the run folder: model, optimizer, loops and task cursor.
 
     Args:
-        every_n_steps: Optimizer steps between checkpoints; the last step of a run is always saved.
+        every_n_steps: Number of optimizer steps between checkpoints. The last step of a run is always saved.
         keep: Number of newest checkpoints that are kept.
-        keep_every_n_steps: Steps divisible by this are kept for good, e.g. for a scaling curve. None keeps
-            only the newest.
+        keep_every_n_steps: Checkpoints of steps divisible by this number are never deleted, for example for a
+            scaling curve. None keeps only the newest.
     """
 
     def __init__(self, every_n_steps: int = 50, keep: int = 2, keep_every_n_steps: int | None = None) -> None:

@@ -22,12 +22,12 @@ class ShardedStrategy(ModelParallelStrategy):
     Each rank may be several devices that compute one layer together.
 
     Args:
-        tensor_parallel_size: Devices that compute one policy together, at most the devices of one node. The
-            other dimension is data-parallel.
+        tensor_parallel_size: Number of devices that compute one policy together, at most the number of
+            devices of a node. The other dimension is data-parallel.
         cpu_offload: Keep weights, gradients and optimizer state in host memory.
-        gather_bf16: With ``--trainer.precision bf16-mixed``: gather and compute layers in bf16, which halves
-            the traffic. Weights stay fp32 and gradients are added up in fp32. The only difference is that
-            activations between layers are bf16 too.
+        gather_bf16: Gather and compute layers in bf16, which halves the traffic. It needs
+            ``--trainer.precision bf16-mixed``. Weights stay fp32 and gradients are added up in fp32. The only
+            difference is that activations between layers are bf16 too.
         timeout_s: Seconds after which a collective ends the run if a rank does not take part in it.
     """
 

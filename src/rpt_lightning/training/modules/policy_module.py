@@ -64,12 +64,12 @@ class PolicyModule(LightningModule, ABC):
     Args:
         policy: The model that is trained.
         optimizer: Optimizer over the policy's parameters, e.g. torch.optim.AdamW.
-        lr_scheduler: Learning-rate schedule, advanced once per optimizer step; None keeps the rate constant.
+        lr_scheduler: Learning-rate schedule, advanced once per optimizer step. None keeps the rate constant.
         micro_batch_tokens: Input tokens of one forward and backward pass. Memory and speed depend on it,
             but results do not.
-        gradient_clip: Largest global gradient norm (the paper's "actor gradient clip"); 0 turns off clipping.
-        max_skipped_steps: A step with a non-finite loss or gradient is skipped; the run stops when this many
-            are skipped in a row.
+        gradient_clip: Largest global gradient norm (the paper's "actor gradient clip"). 0 turns off clipping.
+        max_skipped_steps: A step with a non-finite loss or gradient is skipped. The run stops if this many
+            steps are skipped in a row.
         offload_moments: Keep the optimizer's moments in host memory and move them to the device for each
             step. For AdamW this frees twice the memory of the weights, and the weights stay the same.
     """

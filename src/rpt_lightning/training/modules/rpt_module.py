@@ -41,46 +41,45 @@ class RPTModule(PolicyModule):
     Args:
         policy: The model that is trained.
         optimizer: Optimizer over the policy's parameters, e.g. torch.optim.AdamW.
-        lr_scheduler: Learning-rate schedule, advanced once per optimizer step; None keeps the rate constant.
+        lr_scheduler: Learning-rate schedule, advanced once per optimizer step. None keeps the rate constant.
         micro_batch_tokens: Input tokens of one forward and backward pass. Memory and speed depend on it,
             but results do not.
-        gradient_clip: Largest global gradient norm (the paper's "actor gradient clip"); 0 turns off clipping.
-        max_skipped_steps: A step with a non-finite loss or gradient is skipped; the run stops when this many
-            are skipped in a row.
+        gradient_clip: Largest global gradient norm (the paper's "actor gradient clip"). 0 turns off clipping.
+        max_skipped_steps: A step with a non-finite loss or gradient is skipped. The run stops if this many
+            steps are skipped in a row.
         offload_moments: Keep the optimizer's moments in host memory and move them to the device for each
             step. For AdamW this frees twice the memory of the weights, and the weights stay the same.
         advantage_scale: "std" divides a group's advantages by its standard deviation (GRPO), "none" does not
             (Dr. GRPO). "rloo" compares each reward with the mean of the others (RLOO), and "maxrl" divides by
             the mean reward, which favours hard tasks (MaxRL; only for rewards of at least 0).
-        aggregation: How tokens are combined into one loss, always over the step's global counts. "token_mean"
-            weights all tokens equally, "sequence_mean" all completions equally, and "constant" divides by
-            completions x max_completion_tokens (Dr. GRPO).
+        aggregation: How tokens are combined into one loss. Denominators always count the whole step.
+            "token_mean" weights all tokens equally, "sequence_mean" all completions equally, and "constant"
+            divides by completions x max_completion_tokens (Dr. GRPO).
         clip_low: The ratio is clipped below 1 - clip_low. This matters only with several optimizer steps
             per batch. Stale rollouts are handled by `correction_cap`.
         clip_high: The ratio is clipped above 1 + clip_high.
-        optimizer_steps_per_batch: 1 is exactly on-policy (the paper's batch = mini-batch). A larger number
-            cuts each batch of rollouts into that many mini-batches, which are the same on any number of
-            ranks.
+        optimizer_steps_per_batch: 1 is exactly on-policy, as in the paper, whose batch is one mini-batch. A
+            larger number divides each batch of rollouts into that many mini-batches, which do not depend on
+            the number of ranks.
         correction: "truncate" weights each token by min(policy / engine probability, correction_cap), which
             corrects for differences in the engine's computation. "mask" leaves out tokens above the cap. Raw
             and used weights are logged in any case.
-        correction_cap: Upper bound of those weights.
-        correction_level: "token" takes the ratio of each token, "sequence" the geometric mean over the whole
-            completion, for all of its tokens (as GSPO does). Means are much closer to 1, so set the cap close
-            to 1 as well.
+        correction_cap: Upper bound of these weights.
+        correction_level: "token" uses the ratio of each token. "sequence" uses the geometric mean over the
+            whole completion for all of its tokens (as GSPO does). Such means are much closer to 1, so set the
+            cap close to 1 as well.
         correction_floor: With "mask", also leave out tokens whose ratio is below this (IcePop: 0.5, with cap
-            5). With None there is no floor.
+            5). None means no floor.
         truncated: "zero_reward" gives completions that ran into the token limit a reward of 0. "mask" leaves
             them out of the loss and of the baseline. Dynamic sampling and pilots then ignore them too when
             they decide whether a group's rewards differ.
         ntp_weight: Weight of the mean next-token loss (nats per token, temperature 1) that is added to the
             loss. The mean is over the context tokens of the step's tasks. It counts each position of a
             document once and includes zero-variance groups. 0 leaves it out.
-        ntp_in_prompt: Train on the context's tokens where they stand inside the prompt, after the template's
-            own words. false trains on the bare text, which with a chat prompt needs a forward pass of its
-            own.
+        ntp_in_prompt: Train on the context's tokens inside the prompt, after the template's own words. false
+            trains on the bare text, which needs an extra forward pass with a chat prompt.
         ntp_whole_documents: Train each document of the step to its end, or to the longest input of the model,
-            and not only the text before its last task. The rest needs a forward pass of its own.
+            and not only the text before its last task. The rest needs an extra forward pass.
     """
 
     def __init__(

@@ -76,22 +76,22 @@ class VLLMEngine(RolloutEngine):
 
     Args:
         dtype: Data type of the weights and the computation.
-        gpu_memory_utilization: Share of the GPU's memory that vLLM takes, weights included. The trainer needs
-            the rest. Not used on CPU.
-        kv_cache_gib: Size of the key-value cache on CPU, in GiB. Not used on GPU.
-        max_num_seqs: Number of completions that are generated at the same time. None means 128 on CPU, and
-            vLLM's own choice for the device on GPU.
-        enforce_eager: Use neither compilation nor CUDA graphs. None means eager on CPU, where compilation
-            costs more than it saves, and graphs on GPU.
-        enable_prefix_caching: Compute the shared beginning of prompts once. The cache is cleared with every
-            update of the weights.
-        block_size: Tokens in a cache block. Only whole blocks of a prefix are shared. None means 32 on CPU
-            (with vLLM's own 128, short contexts would share almost nothing) and vLLM's choice on GPU.
+        gpu_memory_utilization: Fraction of the GPU's memory that vLLM takes, including its weights. The
+            trainer needs the rest. Not used on CPUs.
+        kv_cache_gib: Size of the key-value cache on CPUs, in GiB. Not used on GPUs.
+        max_num_seqs: Number of completions that are generated at the same time. None means 128 on CPUs and
+            vLLM's own choice on GPUs.
+        enforce_eager: Turn off compilation and CUDA graphs. None turns them off only on CPUs, where
+            compilation costs more than it saves.
+        enable_prefix_caching: Compute the shared beginning of prompts once. The cache is cleared at every
+            weight sync.
+        block_size: Tokens in a cache block. Only whole blocks of a prefix are shared. None means vLLM's
+            choice on GPUs and 32 on CPUs (with vLLM's own 128, short contexts would share almost nothing).
         sleep_in_training: Free the GPU's memory while the policy trains (vLLM's sleep mode, level 2, which
-            drops weights and cache, since new weights come anyway). Training and engine then need their
-            memory in turn. This works only on GPU and with rollouts of the current policy.
-        max_adapter_rank: With model.policy.adapter: hold the base's weights and sync the adapter alone, up to
-            this rank. It excludes sleep_in_training. null syncs merged weights.
+            drops weights and cache, because new weights arrive anyway). Training and engine then take turns
+            using the memory. This works only on GPUs and with rollouts of the current policy.
+        max_adapter_rank: Hold the base's weights and sync only the adapter of model.policy.adapter, up to
+            this rank. It cannot be combined with sleep_in_training. null syncs merged weights.
     """
 
     _running: ClassVar[VLLMEngine | None] = None
