@@ -37,6 +37,7 @@ from rpt_lightning.training.step.metrics import (
     rollout_metrics,
     rollout_work,
     selection_metrics,
+    sent_metrics,
     server_metrics,
 )
 from rpt_lightning.types import PromptTokens, RolloutGroup, Task
@@ -232,7 +233,7 @@ class StepRoller:
             filled, self._read_since(prompts_before, ranks)
         )
         work = rollout_work(filled, prefill_tokens=metrics["rollout/prefill_tokens"])
-        metrics |= server_metrics(self.engine.servers)
+        metrics |= server_metrics(self.engine.servers) | sent_metrics(self.engine.sent_weights)
         groups = [*filled.groups, *filled.replaced]
         metrics |= self.objective.objective.take_metrics(groups)
         metrics |= self.objective.budget_metrics(groups, step=step, pilot_size=self.pilot_size)
