@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from rpt_lightning.planning.host_memory import PROCESS_BYTES, offloaded_bytes
+from rpt_lightning.planning.host_memory import PROCESS_BYTES, offloaded_bytes, offloaded_moment_bytes
 from rpt_lightning.planning.limits import first_limit
 from rpt_lightning.planning.plan import MemoryFit, Plan
 from rpt_lightning.training.batch_summary import batch_arithmetic
@@ -32,9 +32,33 @@ def report(plan: Plan, *, assumptions: Sequence[str]) -> str:
         ),
         ("Operations per step", _flops(plan)),
         (f"Time per step ({_devices(plan)}, nothing overlaps; an estimate)", _times(plan)),
+        *_alternatives(plan),
         ("The limit", _wrap(first_limit(plan))),
     ]
     return "\n\n".join("\n".join([title, *(_INDENT + line for line in lines)]) for title, lines in sections)
+
+
+def _alternatives(plan: Plan) -> list[tuple[str, list[str]]]:
+    """Return the section on other arrangements, if there are any that fit."""
+    if not plan.alternatives:
+        return []
+    rows = [["", "engine's share", "GB", "sequences", "seconds a step"]]
+    rows += [
+        [
+            f"{other.offload}, engine {'asleep in training' if other.sleeps else 'awake'}",
+            f"{other.share:.2f}",
+            _gb(other.total_bytes).strip(),
+            f"{other.concurrent_sequences:,.0f}",
+            f"{other.step_s:.3g}",
+        ]
+        for other in plan.alternatives
+    ]
+    title = f"What fits on {_devices(plan)} with a margin of a tenth, with FSDP2"
+    notes = [
+        "flags: --model.offload_moments, --trainer.strategy.cpu_offload, --rollout.engine.sleep_in_training "
+        "and, for the share, --rollout.engine.gpu_memory_utilization; falling asleep and waking are not timed"
+    ]
+    return [(title, [*_table(rows), *_bullets(notes)])]
 
 
 def _devices(plan: Plan) -> str:
@@ -173,6 +197,16 @@ def _elsewhere(plan: Plan) -> list[str]:
             f"weights, gradients and optimizer are in host memory: {offloaded / _GB:,.2f} GB per device, in "
             f"pinned blocks of powers of two, and about {PROCESS_BYTES / _GB:.0f} GB for its process"
         )
+    if plan.settings.offload_moments:
+        moments = offloaded_moment_bytes(
+            plan.shape,
+            num_shards=plan.settings.num_ranks if plan.settings.strategy == "fsdp2" else 1,
+            optimizer_bytes_per_param=plan.settings.optimizer_bytes_per_param,
+        )
+        lines.append(
+            f"between steps the optimizer's moments are in host memory: {moments / _GB:,.2f} GB per device, "
+            f"in pinned blocks of powers of two, and about {PROCESS_BYTES / _GB:.0f} GB for its process"
+        )
     return lines
 
 
@@ -220,6 +254,8 @@ def _times(plan: Plan) -> list[str]:
         + (
             f"; {times.offload_s:.3g} s more for transfers and optimizer on the host"
             if plan.settings.cpu_offload
+            else f"; {times.offload_s:.3g} s more to move the moments to the device and back"
+            if plan.settings.offload_moments
             else ""
         ),
         f"a training device sends {plan.traffic.train_bytes / _GB:,.0f} GB in a step, and "
