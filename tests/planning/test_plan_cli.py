@@ -116,7 +116,7 @@ def test_what_fits_on_eight_devices(paper_run):
             assert (fit.total_bytes <= 0.9 * fit.device_bytes) is fits, (offload, sleeps)
             if fits:
                 assert fit.total_bytes == pytest.approx(other.total_bytes)
-    assert "moments offloaded, engine asleep in training" in paper_run[0]
+    assert "moments offloaded, engine asleep" in paper_run[0]
 
 
 def test_without_offload_eight_devices_have_no_margin(paper_run):
@@ -129,7 +129,7 @@ def test_without_offload_eight_devices_have_no_margin(paper_run):
         "rollout__engine__init_args__gpu_memory_utilization": 0.41,
     }
     text = text_of(changed(paper_run[1], **smallest))
-    assert float(row(text, "together")[2]) == pytest.approx(84.42, abs=0.01)
+    assert float(row(text, "together")[2]) == pytest.approx(84.48, abs=0.01)
     # By hand: a cached token has 2 x 48 x 1024 x 2 bytes, and a sequence has 2176 / 8 + 512 tokens of its
     # own, so 3.14 GB hold 20.3 sequences. A pass reads 27.98 GB of weights and 20.3 x 2688 tokens at
     # 0.7 x 3.35 TB/s. There are 256 x 1024 / 20.3 passes.

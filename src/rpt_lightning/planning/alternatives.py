@@ -11,10 +11,11 @@ from rpt_lightning.planning.settings import RunSettings
 SHARES = range(95, 0, -5)
 # What a plan may fill of a device. The rest is a margin for what the plan does not know.
 USABLE = 0.9
+# Whether the moments are offloaded, and whether everything is.
 OFFLOADS = {
-    "nothing offloaded": {"offload_moments": False, "cpu_offload": False},
-    "moments offloaded": {"offload_moments": True, "cpu_offload": False},
-    "CPU offload": {"offload_moments": False, "cpu_offload": True},
+    "nothing offloaded": (False, False),
+    "moments offloaded": (True, False),
+    "CPU offload": (False, True),
 }
 
 
@@ -47,10 +48,14 @@ def alternatives(
         return []
     found = []
     for sleeps in (False, True):
-        for offload, flags in OFFLOADS.items():
+        for offload, (offload_moments, cpu_offload) in OFFLOADS.items():
             for hundredths in SHARES:
                 changed = replace(
-                    settings, engine_sleeps=sleeps, gpu_memory_utilization=hundredths / 100, **flags
+                    settings,
+                    engine_sleeps=sleeps,
+                    gpu_memory_utilization=hundredths / 100,
+                    offload_moments=offload_moments,
+                    cpu_offload=cpu_offload,
                 )
                 result = outcome(changed)
                 if result is None or result[0] > USABLE * result[1]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 
 from rpt_lightning.planning.host_memory import PROCESS_BYTES, offloaded_bytes, offloaded_moment_bytes
 from rpt_lightning.planning.limits import first_limit
 from rpt_lightning.planning.plan import MemoryFit, Plan
+from rpt_lightning.planning.text_layout import INDENT, bullets, gb, table, wrap
 from rpt_lightning.training.batch_summary import batch_arithmetic
 
-WIDTH = 98
-_INDENT = "  "
 _GB = 1e9
 _COLUMNS = {"single": "one device", "ddp": "DDP", "fsdp2": "FSDP2"}
 
@@ -23,7 +21,7 @@ def report(plan: Plan, *, assumptions: Sequence[str]) -> str:
     """
     sections = [
         ("The step", _arithmetic(plan)),
-        ("Assumed", _bullets(assumptions)),
+        ("Assumed", bullets(assumptions)),
         ("Tokens per step", _tokens(plan)),
         (
             f"Memory per device, in GB of 10^9 bytes ({plan.device.name}: "
@@ -33,9 +31,9 @@ def report(plan: Plan, *, assumptions: Sequence[str]) -> str:
         ("Operations per step", _flops(plan)),
         (f"Time per step ({_devices(plan)}, nothing overlaps; an estimate)", _times(plan)),
         *_alternatives(plan),
-        ("The limit", _wrap(first_limit(plan))),
+        ("The limit", wrap(first_limit(plan))),
     ]
-    return "\n\n".join("\n".join([title, *(_INDENT + line for line in lines)]) for title, lines in sections)
+    return "\n\n".join("\n".join([title, *(INDENT + line for line in lines)]) for title, lines in sections)
 
 
 def _alternatives(plan: Plan) -> list[tuple[str, list[str]]]:
@@ -45,9 +43,9 @@ def _alternatives(plan: Plan) -> list[tuple[str, list[str]]]:
     rows = [["", "engine's share", "GB", "sequences", "seconds a step"]]
     rows += [
         [
-            f"{other.offload}, engine {'asleep in training' if other.sleeps else 'awake'}",
+            f"{other.offload}, engine {'asleep' if other.sleeps else 'awake'}",
             f"{other.share:.2f}",
-            _gb(other.total_bytes).strip(),
+            gb(other.total_bytes).strip(),
             f"{other.concurrent_sequences:,.0f}",
             f"{other.step_s:.3g}",
         ]
@@ -58,7 +56,7 @@ def _alternatives(plan: Plan) -> list[tuple[str, list[str]]]:
         "flags: --model.offload_moments, --trainer.strategy.cpu_offload, --rollout.engine.sleep_in_training "
         "and, for the share, --rollout.engine.gpu_memory_utilization; falling asleep and waking are not timed"
     ]
-    return [(title, [*_table(rows), *_bullets(notes)])]
+    return [(title, [*table(rows), *bullets(notes)])]
 
 
 def _devices(plan: Plan) -> str:
@@ -84,7 +82,7 @@ def _arithmetic(plan: Plan) -> list[str]:
         f"{shape.num_layers} layers; {'tied' if shape.is_tied else 'untied'} head, "
         f"vocabulary {shape.vocab_size:,}"
     )
-    return _bullets([*text.splitlines(), model])
+    return bullets([*text.splitlines(), model])
 
 
 def _tokens(plan: Plan) -> list[str]:
@@ -108,8 +106,8 @@ def _tokens(plan: Plan) -> list[str]:
     )
     sampled = tokens.num_completions * tokens.completion_tokens
     return [
-        *_table(rows),
-        *_bullets(
+        *table(rows),
+        *bullets(
             [
                 f"generated: {sampled:,.0f} tokens; prompts read: {tokens.prefill.tokens:,} tokens, or "
                 f"{tokens.prefill_alone.tokens:,} without a prefix cache",
@@ -143,29 +141,29 @@ def _memory(plan: Plan) -> list[str]:
             ),
         ]
     ]
-    rows += [[label, *(_gb(getattr(fit.training, name)) for fit in fits)] for name, label in labels.items()]
+    rows += [[label, *(gb(getattr(fit.training, name)) for fit in fits)] for name, label in labels.items()]
     if not plan.settings.num_servers:
-        rows.append(["engine: weights", *(_gb(fit.engine.weights_bytes) for fit in fits)])
+        rows.append(["engine: weights", *(gb(fit.engine.weights_bytes) for fit in fits)])
         rows.append(
             [
                 "engine: KV cache and workspace",
-                *(_gb(max(0.0, fit.engine.kv_cache_bytes) + fit.engine.workspace_bytes) for fit in fits),
+                *(gb(max(0.0, fit.engine.kv_cache_bytes) + fit.engine.workspace_bytes) for fit in fits),
             ]
         )
-    rows.append(["context, allocator", *(_gb(fit.overhead_bytes) for fit in fits)])
+    rows.append(["context, allocator", *(gb(fit.overhead_bytes) for fit in fits)])
     rows.append(
         [
             "peak, taking turns" if plan.settings.engine_sleeps else "together",
-            *(_gb(fit.total_bytes) for fit in fits),
+            *(gb(fit.total_bytes) for fit in fits),
         ]
     )
     rows.append(["does it fit?", *(_verdict(fit) for fit in fits)])
     other = "without" if plan.settings.checkpointing else "with"
-    rows.append([f"{other} activation checkpointing", *(_gb(fit.total_bytes) for fit in plan.memory_other)])
+    rows.append([f"{other} activation checkpointing", *(gb(fit.total_bytes) for fit in plan.memory_other)])
     rows.append(["does it fit?", *(_verdict(fit) for fit in plan.memory_other)])
     return [
-        *_table(rows),
-        *_bullets(
+        *table(rows),
+        *bullets(
             [
                 "* as configured; with the largest micro-batch, of "
                 f"{plan.settings.largest_micro_batch:,} tokens, after weights, gradients and optimizer exist",
@@ -225,7 +223,7 @@ def _flops(plan: Plan) -> list[str]:
     ):
         rows.append([name, f"{value:.2e}", f"{value / total:.0%}"])
     return [
-        *_table(rows),
+        *table(rows),
         f"training without sharing: {flops.train_plain_flops:.2e}, "
         f"{flops.train_plain_flops / flops.train_shared_flops:.2f} times as many",
     ]
@@ -234,7 +232,7 @@ def _flops(plan: Plan) -> list[str]:
 def _times(plan: Plan) -> list[str]:
     times = plan.times
     if not plan.fit.engine_starts:
-        return _wrap(
+        return wrap(
             "none: the engine does not start, so there is no decoding to time. Training alone would take "
             f"{times.train_s:.3g} s."
         )
@@ -277,30 +275,4 @@ def _times(plan: Plan) -> list[str]:
         notes.append(
             f"{plan.settings.max_steps:,} steps: {hours:,.1f} hours, without validation and checkpoints"
         )
-    return [*_table(rows), *_bullets(notes)]
-
-
-def _gb(size: float) -> str:
-    return "-  " if size == 0 else f"{size / _GB:,.2f}  "
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Align the first column to the left and the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(max(width, 11))
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def _bullets(texts: Sequence[str]) -> list[str]:
-    return [line for text in texts for line in _wrap(text, indent=_INDENT)]
-
-
-def _wrap(text: str, indent: str = "") -> list[str]:
-    return textwrap.wrap(
-        text, WIDTH - len(_INDENT), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
+    return [*table(rows), *bullets(notes)]
