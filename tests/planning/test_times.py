@@ -176,7 +176,7 @@ def test_offloaded_moments_move_once_a_step():
 
 def test_ddp_sends_gradients_once_a_step():
     one, five = (
-        step_traffic(replace(SETTINGS, strategy="ddp"), SHAPE, replace(TOKENS, micro_batches=number))
+        step_traffic(replace(SETTINGS, strategy="ddp"), SHAPE, replace(TOKENS, micro_batches=number), RATES)
         for number in (1, 5)
     )
     assert one.train_bytes == five.train_bytes == 2 * 4 * 284 / 2
@@ -205,9 +205,9 @@ def test_an_adapter_sends_less():
     shape = replace(SHAPE, adapter_rank=1, adapter_targets=2, adapter_params=20, bf16_params=200)
     held = 4 * (284 - 200 + 20) + 2 * 200
     assert shape.held_bytes == held
-    traffic = step_traffic(SETTINGS, shape, TOKENS)
+    traffic = step_traffic(SETTINGS, shape, TOKENS, RATES)
     assert traffic.train_bytes == (2 * held + 4 * 20) / 2 * TOKENS.micro_batches
-    ddp = step_traffic(replace(SETTINGS, strategy="ddp"), shape, TOKENS)
+    ddp = step_traffic(replace(SETTINGS, strategy="ddp"), shape, TOKENS, RATES)
     assert ddp.train_bytes == 2 * 4 * 20 / 2 * TOKENS.micro_batches
     alone, merged = (
         step_times(
