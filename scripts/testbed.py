@@ -90,7 +90,7 @@ class Testbed:
             "--output",
             str(self.model),
         )
-        # Each seed has its own games. The starting model's games and those of the tasks have different seeds too.
+        # Each seed has its own games. Those of the starting model and of the tasks also have different seeds.
         games = flags({"--data.source.seed": 2 * self.seed + 1})
         prepare = {
             "--source.seed": 2 * self.seed + 2,

@@ -177,7 +177,8 @@ def test_a_corpus_without_a_task_is_one_error(rpt, tiny_model_dir, tmp_path, tex
     file.write_text("\n".join(lines))
     status, shown = rpt(
         "prepare", "--config", CONFIGS / "prepare/debug.yaml", "--objective", objective,
-        "--source", "JsonlSource", "--source.path", file, "--output_dir", folder, "--dedup_span", "null",
+        "--source", "JsonlSource", "--source.path", file, "--source.template", "{text}",
+        "--output_dir", folder, "--dedup_span", "null",
         "--tokenizer", tiny_model_dir, "--proxy", tiny_model_dir, "--heldout_documents", "2",
         "--entropy_threshold", "0.0", "--heldout_entropy_threshold", "0.0",
     )  # fmt: skip

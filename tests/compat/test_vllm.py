@@ -219,6 +219,87 @@ def test_a_kernel_of_packed_experts_is_forgotten() -> None:
     assert [layer.quant_method.moe_kernel for layer in model] == [None, "made"]
 
 
+def test_only_embeddings_that_no_head_shares_stay_plain() -> None:
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    check_source(
+        UnquantizedEmbeddingMethod.process_weights_after_loading,
+        "dispatch_cpu_unquantized_gemm(layer, remove_weight=False)",
+        used_by=layers.keep_lookups_plain,
+    )
+    check_source(
+        UnquantizedEmbeddingMethod.embedding,
+        "F.embedding(input_, layer.weight)",
+        used_by=layers.keep_lookups_plain,
+    )
+    check_source(
+        layerwise._layerwise_process,
+        "quant_method.process_weights_after_loading(layer)",
+        used_by=layers.keep_lookups_plain,
+    )
+
+    class VocabParallelEmbedding(nn.Module):
+        def __init__(self, packed: str | None = "packed") -> None:
+            super().__init__()
+            self.quant_method = UnquantizedEmbeddingMethod()
+            if packed:
+                self.cpu_linear = packed
+
+    class ParallelLMHead(VocabParallelEmbedding):
+        pass
+
+    def plain(*modules: nn.Module) -> list[bool]:
+        layers.keep_lookups_plain(nn.ModuleList(modules))
+        return ["process_weights_after_loading" in vars(module.quant_method) for module in modules]
+
+    assert plain(VocabParallelEmbedding(), ParallelLMHead()) == [True, False]
+    assert plain(VocabParallelEmbedding(packed=None), ParallelLMHead(packed=None)) == [False, False]  # a GPU
+    assert plain(VocabParallelEmbedding()) == [False]  # it is also the head, as in Qwen2 with tied weights
+    embedding = VocabParallelEmbedding()
+    plain(embedding, ParallelLMHead())
+    embedding.quant_method.process_weights_after_loading(embedding)
+    inputs, weight = torch.randn(3, 4), torch.randn(5, 4)
+    assert torch.equal(embedding.cpu_linear(inputs, weight, None), inputs @ weight.t())
+
+
+def test_vocabularies_are_moved_and_others_copied_into_place() -> None:
+    from vllm.model_executor.model_loader.reload import layerwise
+    from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
+
+    check_source(
+        layerwise._layerwise_process,
+        "_copy_and_restore_kernel_tensors(layer, info)",
+        used_by=layers.vocabularies_moved,
+    )
+    check_source(
+        layerwise._copy_and_restore_kernel_tensors,
+        "parameters, buffers = info.kernel_tensors",
+        "param.data.copy_(getattr(layer, name))",
+        "_place_kernel_tensors(layer, info)",
+        used_by=layers.vocabularies_moved,
+    )
+    original = layerwise._copy_and_restore_kernel_tensors
+    for is_vocabulary in (True, False):
+        layer, old = nn.Module(), nn.Parameter(torch.zeros(3, 2), requires_grad=False)
+        if is_vocabulary:
+            layer.org_vocab_size = 3
+        layer.weight = nn.Parameter(torch.ones(3, 2), requires_grad=False)
+        new_place, old_place = layer.weight.data_ptr(), old.data_ptr()
+        layer.register_buffer("scale", torch.ones(1))
+        scale = torch.zeros(1)
+        info = LayerReloadingInfo(restore_metadata=({}, {}), restore_device=torch.device("cpu"))
+        info.kernel_tensors = ({"weight": old}, {"scale": scale})
+        with layers.vocabularies_moved():
+            layerwise._copy_and_restore_kernel_tensors(layer, info)
+        assert layer.weight is old  # the parameter that everyone refers to
+        assert torch.equal(old, torch.ones(3, 2))
+        assert old.data_ptr() == (new_place if is_vocabulary else old_place)
+        assert layer.scale is scale
+        assert scale == 1
+    assert layerwise._copy_and_restore_kernel_tensors is original
+
+
 def test_the_transfer_of_weights_has_what_we_call() -> None:
     from vllm.distributed.weight_transfer.base import ParamMeta
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory

@@ -26,7 +26,7 @@ def kept(**conditions: Any) -> list[int]:
     )
     settings = {"entropy_threshold": 1.0, "min_context": 1, "answer_reach": 1, "keep_unanswerable": True}
     rule = PositionRule(**(settings | conditions))
-    return rule.positions(scores, is_cut=False).tolist()
+    return rule.positions("d", scores, is_cut=False).tolist()
 
 
 def test_entropy_alone() -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from aiohttp import web
 from safetensors.numpy import load_file, save
 
@@ -29,6 +30,50 @@ def array_checksum(array: np.ndarray) -> str:
     return hashlib.sha256(
         f"(torch.{array.dtype}, {array.shape})".encode() + (array + np.float32(0)).tobytes()
     ).hexdigest()
+
+
+def published(folder: Path, state: str, weights: dict[str, np.ndarray]) -> tuple[str, dict[str, np.ndarray]]:
+    """Return state and weights of a published folder, given those that are held."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    base = manifest["base"]
+    if manifest["state"] == state:
+        return state, weights
+    if manifest["full_files"] is not None and (base is None or base["state"] != state):
+        files = [load(folder / name) for name in manifest["full_files"]]
+        weights = {name: array for file in files for name, array in file.items()}
+    else:
+        assert base is not None, f"{folder}: no base"
+        _, weights = published(folder.with_name(base["folder"]), state, weights)
+        weights = {name: array.copy() for name, array in weights.items()}
+        files = [load(folder / name) for name in manifest["patch_files"]]
+        for name, gaps in [item for file in files for item in file.items() if item[0].startswith("gaps:")]:
+            name, place, places = name.removeprefix("gaps:"), -1, []
+            for byte in gaps.tolist():
+                place += byte
+                if byte < 255:
+                    place += 1
+                    places.append(place)
+            (values,) = [file[f"values:{name}"] for file in files if f"values:{name}" in file]
+            weights[name].reshape(-1, manifest["blocks"][name])[places] = values
+    digests = {name: digest(array) for name, array in weights.items()}
+    for name, wanted in manifest["digests"].items():
+        assert digests.get(name) == wanted, f"{folder}: {name} has another checksum"
+    whole = xxhash.xxh3_128_hexdigest(
+        json.dumps([[name, digests[name]] for name in sorted(digests)]).encode()
+    )
+    assert whole == manifest["state"], f"{folder}: incomplete"
+    return whole, weights
+
+
+def load(file: Path) -> dict[str, np.ndarray]:
+    try:
+        return load_file(file)
+    except Exception as error:
+        raise AssertionError(f"{file}: {error}") from error
+
+
+def digest(array: np.ndarray) -> str:
+    return xxhash.xxh3_128_hexdigest(f"(torch.{array.dtype}, {array.shape})".encode() + array.tobytes())
 
 
 def say(checksums: dict[str, str], prompt_ids: list[int], seed: int, max_tokens: int) -> list[int]:
@@ -47,6 +92,7 @@ class StandIn:
         self.label = FIRST_LABEL
         self.is_paused = False
         self.weights: dict[str, np.ndarray] = {}
+        self.held: tuple[str, dict[str, np.ndarray]] = ("", {})  # state, and the copy to which patches apply
         self.loader: str | None = None
         self.num_loads = 0
         self.running: set[asyncio.Task[Any]] = set()
@@ -114,9 +160,16 @@ class StandIn:
 
     def rpt_load_folder(self, folder: str) -> dict[str, Any]:
         self.num_loads += 1
-        files = sorted(Path(folder).glob("*.safetensors"))
-        self.weights = {name: weight for file in files for name, weight in load_file(file).items()}
-        return {"num_files": len(files)}
+        try:
+            self.held = published(Path(folder), *self.held)
+        except KeyError as error:
+            self.held = ("", {})
+            return {"damage": f"a patch is wrong: {error}"}
+        except AssertionError as error:
+            self.held = ("", {})
+            return {"damage": str(error)}
+        self.weights = dict(self.held[1])
+        return {"damage": None}
 
     def rpt_checksums(self, names: list[str]) -> dict[str, str]:
         return {name: array_checksum(self._weight(name)) for name in names}

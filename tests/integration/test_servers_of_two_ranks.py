@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from server_processes_for_tests import KEY, ServerUnderTest
 from stand_in_server import say
+from two_rank_servers import change
 
 from processes import free_port
 from rpt_lightning.policy.model import Policy
@@ -85,7 +86,7 @@ def test_two_ranks_bring_back_servers_that_all_died(
     for server in servers:
         server.wait_until_ready()
     found = said(ranks)
-    checksums = {name: checksum(weight) for name, weight in named_weights(unchanged(tiny_model_dir))}
+    checksums = {name: checksum(weight) for name, weight in named_weights(after_two_steps(tiny_model_dir))}
     for rank in range(2):
         assert found[rank]["completions"] == [
             [say(checksums, [rank, i], 100 * rank + i + index, 240) for index in range(2)] for i in range(4)
@@ -104,21 +105,28 @@ def num_loads(server: ServerUnderTest) -> int:
         return json.load(answer)["results"][0]["num_loads"]
 
 
-def unchanged(model: Path) -> Policy:
+def after_two_steps(model: Path) -> Policy:
     policy = Policy(str(model))
     policy.materialize()
+    change(policy)
+    change(policy)
     return policy
 
 
 @pytest.mark.long
 def test_two_ranks_share_the_servers(two_ranks, tiny_model_dir: Path) -> None:
     first, second = said(two_ranks(8))
-    checksums = {name: checksum(weight) for name, weight in named_weights(unchanged(tiny_model_dir))}
+    checksums = {name: checksum(weight) for name, weight in named_weights(after_two_steps(tiny_model_dir))}
     for rank, found in enumerate((first, second)):
         assert found["completions"] == [
             [say(checksums, [rank, i], 100 * rank + i + index, 8) for index in range(2)] for i in range(4)
         ]
     assert (first["version"], first["label"]) == (second["version"], second["label"]) == (2, first["label"])
+    # Version 2 was sent as what changed, one entry in 97, by the first rank alone.
+    assert 1 / 97 < first["sent"]["changed_frac"] < 1 / 90
+    assert first["sent"]["num_bytes"] > 0
+    assert first["sent"]["num_full_bytes"] == 0
+    assert second["sent"] == {"num_bytes": 0, "num_full_bytes": 0, "changed_frac": 0.0}
     # A failure on the first rank while weights are gathered is an error on both ranks.
     assert first["error"].startswith("FileNotFoundError")
     assert second["error"].startswith("RuntimeError: rank 0: FileNotFoundError")

@@ -6,6 +6,7 @@ the real vLLM.
 
 from __future__ import annotations
 
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from rpt_lightning.policy.weights import named_weights
 from rpt_lightning.rollout.engines.base import EngineLost, GenerationInterrupted
 from rpt_lightning.rollout.servers.server import Server, ServerLost
 from rpt_lightning.rollout.servers.server_engine import VLLMServerEngine
+from rpt_lightning.rollout.weight_sync.folder_writer import FolderWriter
 from rpt_lightning.rollout.weight_sync.transport import SharedFolderTransport
 from rpt_lightning.training.engine_check.sync_check import SyncError, check_weights
 from rpt_lightning.types import Completion, GenerationRequest, PromptTokens
@@ -93,10 +95,12 @@ def test_weights_go_out_completions_come_back(
     held = engine.read_weights(["model.layers.1.self_attn.k_proj.weight", "lm_head.weight"])
     weights = dict(named_weights(policy))
     assert all(torch.equal(held[name], weights[name]) for name in held)
-    # There are several files, and only those of the current version.
+    # There are several files of the first version. The second one is the same, so it has none.
     engine.update_weights(named_weights(policy), version=4)
-    (folder,) = (tmp_path / "weights").iterdir()
-    assert (folder.name, len(list(folder.glob("*.safetensors"))) > 1) == ("weights-v4", True)
+    first, second = sorted((tmp_path / "weights").iterdir())
+    assert [first.name, second.name] == ["weights-v3", "weights-v4"]
+    assert len(list(first.glob("*.safetensors"))) > 1
+    assert list(second.glob("*.safetensors")) == []
     assert engine.generate(REQUESTS[:1])[0][0].policy_version == 4
     engine.close()
     assert list((tmp_path / "weights").iterdir()) == []
@@ -213,12 +217,64 @@ def test_a_server_that_was_restarted_unnoticed_has_no_weights_of_ours(
     check_weights(engine, named_weights(policy), version=3, num_tensors=1000)
 
 
-def test_a_server_that_comes_later_is_compared_too(
+def test_steps_send_only_what_changed(
+    engine: VLLMServerEngine, policy: Policy, servers: list[ServerUnderTest]
+) -> None:
+    """A server misses two of the steps. Another one starts anew. At the end both hold every bit."""
+    start = {name: weight.clone() for name, weight in policy.state_dict().items()}
+    assert engine.sent_weights is not None
+    full_bytes = engine.sent_weights.num_bytes
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for version in range(4, 10):
+            with torch.no_grad():
+                for parameter in policy.parameters():
+                    changes = torch.rand(parameter.shape, generator=generator) < 0.01
+                    parameter[changes] += 0.01
+            if version == 5:
+                servers[0].signal(signal.SIGSTOP)
+                engine.timeout_s = engine._fleet._limits["timeout_s"] = 2.0
+            if version == 7:
+                servers[0].signal(signal.SIGCONT)
+                engine.timeout_s = engine._fleet._limits["timeout_s"] = 20.0
+            if version == 8:
+                servers[1].kill()
+                servers[1].start()
+                servers[1].wait_until_ready()
+            engine.update_weights(named_weights(policy), version=version)
+            assert engine.num_usable == (1 if version in (5, 6) else 2)
+            assert 0.005 < engine.sent_weights.changed_frac < 0.015
+            assert engine.sent_weights.num_bytes < 0.06 * full_bytes
+            check_weights(engine, named_weights(policy), version=version, num_tensors=1000)
+        check_completions(servers, policy, REQUESTS, engine.generate(REQUESTS), version=9)
+    finally:
+        policy.load_state_dict(start)
+
+
+def test_damaged_weights_are_written_again(
     engine: VLLMServerEngine, policy: Policy, servers: list[ServerUnderTest], tmp_path: Path
 ) -> None:
     check_weights(engine, named_weights(policy), version=3)
-    for file in (tmp_path / "weights" / "weights-v3").iterdir():  # like a disk that changes its content
+    for file in (tmp_path / "weights" / "weights-v3").glob("*.safetensors"):  # like a disk that goes bad
         save_file({name: torch.zeros_like(weight) for name, weight in load_file(file).items()}, file)
+    servers[0].kill()
+    servers[0].start()
+    servers[0].wait_until_ready()
+    check_completions(servers, policy, REQUESTS, engine.generate(REQUESTS))
+    assert engine.num_usable == 2
+
+
+def test_a_server_that_comes_later_is_compared_too(
+    engine: VLLMServerEngine, policy: Policy, servers: list[ServerUnderTest], tmp_path: Path
+) -> None:
+    """Here the checksums on the disk are wrong too, as if the trainer itself had written other weights."""
+    check_weights(engine, named_weights(policy), version=3)
+    zeros = [(name, torch.zeros_like(weight)) for name, weight in named_weights(policy)]
+    (tmp_path / "other").mkdir()
+    other = FolderWriter(tmp_path / "other", shard_bytes=2**30, full_every=10)
+    folder = other.write(zeros, version=3, dtype=torch.float32)
+    shutil.rmtree(tmp_path / "weights" / "weights-v3")
+    folder.rename(tmp_path / "weights" / "weights-v3")
     servers[0].kill()
     servers[0].start()
     servers[0].wait_until_ready()

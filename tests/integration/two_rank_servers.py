@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import asdict
 
+import torch
 import torch.distributed as dist
 
 from rpt_lightning.policy.model import Policy
@@ -23,6 +25,13 @@ def gathered(weights):
         yield name, tensor
 
 
+def change(policy: Policy) -> None:
+    """Make a step that changes a few weights."""
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.view(-1)[::97] += 0.5
+
+
 def main(model: str, folder: str, max_tokens: int, urls: list[str]) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -38,6 +47,7 @@ def main(model: str, folder: str, max_tokens: int, urls: list[str]) -> None:
     engine = VLLMServerEngine(urls, SharedFolderTransport(folder, shard_gib=0.0001), dtype="float32")
     engine.start(model, seed=0, max_model_len=256)
     for version in (1, 2):
+        change(policy)
         engine.update_weights(gathered(named_weights(policy)), version=version)
         check_weights(engine, named_weights(policy), version=version, num_tensors=1000)
         print(f"generating version {version}", flush=True)
@@ -46,6 +56,7 @@ def main(model: str, folder: str, max_tokens: int, urls: list[str]) -> None:
         "completions": [[completion.token_ids for completion in row] for row in rows],
         "version": engine.version,
         "label": engine._weights.label,
+        "sent": asdict(engine.sent_weights),
     }
     # A failure on the first rank while weights are gathered is an error on both, and neither waits for the
     # other.

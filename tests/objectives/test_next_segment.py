@@ -144,6 +144,15 @@ def test_sentences_that_are_no_tasks(tiny_tokenizer):
     assert not segment_of(task_of(long, documents, positions[0])).shows_next
 
 
+def test_a_sentence_said_twice_does_not_show_the_answer(tiny_tokenizer):
+    objective = NextSegmentObjective()
+    documents = documents_of(tiny_tokenizer, "It rained a lot. It rained\na lot. We went home.")
+    first, second = (task_of(objective, documents, p) for p in positions_of(objective, documents)[:2])
+    assert not segment_of(first).shows_next
+    assert segment_of(second).shows_next
+    assert not NextSegmentObjective(middle_share=1.0).asks_middle(first)
+
+
 def test_the_end_of_a_truncated_document_is_no_sentence(tiny_tokenizer):
     objective = NextSegmentObjective()
     for is_cut, expected in ((False, 4), (True, 3)):

@@ -179,7 +179,7 @@ def test_what_each_strategy_holds():
     ) == (1136, 1136, 2272, 0, 0)
     assert (ddp.weights_bytes, ddp.buckets_bytes, ddp.gathered_bytes) == (1136, 1136, 0)
     assert (fsdp.weights_bytes, fsdp.gradients_bytes, fsdp.optimizer_bytes) == (284, 284, 568)
-    assert fsdp.gathered_bytes == 4 * (84 + 40 + 4 * 100)
+    assert fsdp.gathered_bytes == 4 * (2 * 40 + 4 * 100)
     assert one.activations_bytes == ddp.activations_bytes == fsdp.activations_bytes
     assert ddp.total_bytes == one.total_bytes + 1136
 
@@ -192,8 +192,8 @@ def test_where_bf16_copies_of_the_weights_are():
     whole = memory("fsdp2", precision=AUTOCAST)
     assert memory("fsdp2", precision=AUTOCAST, checkpointing=True).cast_weights_bytes == 2 * 100
     gathered = memory("fsdp2", precision=GATHERED_BF16)
-    assert (whole.cast_weights_bytes, whole.gathered_bytes) == (2 * 200, 4 * (84 + 40 + 4 * 100))
-    assert (gathered.cast_weights_bytes, gathered.gathered_bytes) == (0, 2 * (84 + 40 + 3 * 100) + 4 * 100)
+    assert (whole.cast_weights_bytes, whole.gathered_bytes) == (2 * 200, 4 * (2 * 40 + 4 * 100))
+    assert (gathered.cast_weights_bytes, gathered.gathered_bytes) == (0, 2 * (2 * 40 + 3 * 100) + 4 * 100)
     assert gathered.weights_bytes == whole.weights_bytes == 284
 
 

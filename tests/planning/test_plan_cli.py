@@ -142,9 +142,25 @@ def test_rollouts_on_servers(paper_run):
         )
     )
     assert "one broadcast at 50 GB/s (NCCLTransport)" in " ".join(nccl.split())
-    # Written and read at 10 GB/s instead of sent at 50.
-    assert number(text, "weight sync") - number(nccl, "weight sync") == pytest.approx(
-        29.54 * (2 / 10 - 1 / 50), rel=0.01
+    # Written and read at 10 GB/s instead of sent at 50. On both hosts the weights cross a link of 64 GB/s
+    # and their digests are computed at 10.
+    assert number(text, "sync of the weights") - number(nccl, "sync of the weights") == pytest.approx(
+        29.54 * (2 / 10 - 1 / 50 + 2 * (1 / 64 + 1 / 10)), rel=0.01
+    )
+    # Only what changed: 4.5 % of the bytes, and a tenth of a full set written for servers that come late.
+    transport.class_path, transport.init_args.full_every = "SharedFolderTransport", 10
+    delta = text_of(
+        changed(
+            paper_run[1],
+            rollout__engine=servers,
+            plan__num_devices=6,
+            trainer__strategy__init_args__cpu_offload=False,
+        )
+    )
+    assert "a server receives 1.3 GB" in delta
+    assert "what changed (3.0% of the weights, --plan.changed_frac), written once" in " ".join(delta.split())
+    assert number(delta, "sync of the weights") - number(nccl, "sync of the weights") == pytest.approx(
+        29.54 * ((2 * 0.045 + 0.1) / 10 - 1 / 50 + 2 * (1 / 64 + 1 / 10)), rel=0.01
     )
     many = text_of(
         changed(paper_run[1], rollout__engine=servers, plan__num_devices=64, plan__num_servers=300)

@@ -76,7 +76,7 @@ def test_training_and_sync():
     # 2 forward, 4 backward, 2 for the log-probs before the update
     assert times(optimizer_steps_per_batch=2).train_compute_s == pytest.approx(8 / 6 * TRAIN_FLOPS / 500)
     # One micro-batch: half of the weights twice in bf16, half of the gradients in fp32.
-    traffic = step_traffic(SETTINGS, SHAPE, TOKENS)
+    traffic = step_traffic(SETTINGS, SHAPE, TOKENS, RATES)
     assert TOKENS.micro_batches == 1
     assert (traffic.train_bytes, traffic.gather_bytes, traffic.server_bytes) == (
         142 * (2 * 2 + 4),
@@ -102,11 +102,40 @@ def test_generation_on_servers():
     assert step.train_compute_s == times().train_compute_s
     # Besides the trainer's work: 568 bytes at 50 GB/s, read and written by the server.
     assert step.sync_s == pytest.approx(times().sync_s + 568 / 50e9 + 284 * 4 / 50)
-    # Through a folder at 10 bytes per second: written once, and read by one node or by two.
+    # Through a folder at 10 bytes per second: written once, and read by one node or by two. On the trainer's
+    # host and on the server's, the weights cross a link of 20 bytes per second and a digest is computed.
+    hosts = 2 * 568 * (1 / 20 + 1 / 10e9)
     for num_servers, passes in ((4, 2), (9, 3)):
         folder = times(engine="servers", num_servers=num_servers, concurrent=2.0)
-        assert folder.sync_s == pytest.approx(times().sync_s + passes * 568 / 10 + 284 * 4 / 50)
+        assert folder.sync_s == pytest.approx(times().sync_s + passes * 568 / 10 + 284 * 4 / 50 + hosts)
+        # 3 % of the weights change, which takes 3 bytes for 2 of each. Every tenth version, all of them
+        # are written besides.
+        delta = times(engine="servers", num_servers=num_servers, concurrent=2.0, full_every=10)
+        assert delta.sync_s == pytest.approx(
+            times().sync_s + passes * 0.045 * 568 / 10 + 56.8 / 10 + 284 * 4 / 50 + hosts
+        )
     assert step.overlapped_s == pytest.approx(max(step.generation_s, step.train_s) + step.sync_s)
+
+
+@pytest.mark.parametrize(
+    ("changed_frac", "dtype_bytes", "full_every", "received"),
+    [
+        (0.03, 2, 10, 0.045),
+        (0.03, 4, 10, 0.0375),
+        (0.33, 2, 10, 0.495),
+        (0.34, 2, 10, 1.0),  # patches of half of the weights are not sent
+        (0.03, 2, 1, 1.0),
+    ],
+)
+def test_what_a_server_receives_through_a_folder(
+    changed_frac: float, dtype_bytes: int, full_every: int, received: float
+) -> None:
+    settings = replace(SETTINGS, num_servers=1, engine_dtype_bytes=dtype_bytes, full_every=full_every)
+    rates = replace(RATES, changed_frac=changed_frac)
+    traffic = step_traffic(settings, SHAPE, TOKENS, rates)
+    assert traffic.server_bytes == pytest.approx(received * dtype_bytes * 284)
+    by_nccl = replace(settings, transport="nccl")
+    assert step_traffic(by_nccl, SHAPE, TOKENS, rates).server_bytes == dtype_bytes * 284
 
 
 def test_what_offload_costs():

@@ -13,7 +13,13 @@ from random_trees import depths, forest, permitted
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 
-from rpt_lightning.policy.attention.block_mask import BLOCK, bucket_length, flex, tree_block_mask
+from rpt_lightning.policy.attention.block_mask import (
+    BLOCK,
+    bucket_length,
+    bucket_lengths,
+    flex,
+    tree_block_mask,
+)
 from rpt_lightning.policy.attention.tree_attention import TreeMask
 
 # The trees have few branches, so that some blocks are empty, some full and some partial.
@@ -59,12 +65,20 @@ def test_forward_is_that_of_the_dense_mask(window):
     )
 
 
-@given(st.integers(1, 200_000))
-def test_buckets_are_few_and_near(num_tokens):
-    length = bucket_length(num_tokens)
-    assert num_tokens <= length < max(num_tokens + BLOCK, 1.25 * num_tokens)
+@given(st.integers(1, 40_000), st.integers(1, 20_000))
+def test_buckets_are_few_and_near(num_tokens, max_tokens):
+    length = bucket_length(num_tokens, max_tokens)
     assert length % BLOCK == 0
-    assert bucket_length(length) == length
+    assert bucket_length(length, max_tokens) == length >= num_tokens
+    lengths = {bucket_length(n, max_tokens) for n in range(1, max_tokens + 1, 97)} | {
+        bucket_length(max_tokens, max_tokens)
+    }
+    assert lengths == set(bucket_lengths(max_tokens))
+    assert len(lengths) <= 5
+    # The budget itself is padded to whole blocks only, and beyond it a quarter of it is added at most.
+    assert max(lengths) < max_tokens + BLOCK
+    if num_tokens > max(lengths):
+        assert length < num_tokens + max_tokens / 4 + BLOCK
 
 
 @pytest.mark.gpu

@@ -60,7 +60,7 @@ def rollouter(engine, bound) -> Rollouter:
 @pytest.fixture
 def paragraphs(bound: BoundObjective) -> list[Paragraph]:
     places = []
-    for number in range(12):
+    for number in range(8):
         ids = bound.tokens.encode_plain(TEXTS[number % len(TEXTS)])
         places.append(
             TokenTask(
@@ -76,7 +76,7 @@ def test_proposals_are_answered_before_they_are_rewarded(rollouter, engine, para
     groups = FollowUpRollout(rollouter).rollout(paragraphs)
     assert [group.task for group in groups] == paragraphs
     further = [one for group in groups for one in group.follow_ups]
-    assert engine.events[-2:] == ["generate 12 requests", f"generate {len(further)} requests"]
+    assert engine.events[-2:] == ["generate 8 requests", f"generate {len(further)} requests"]
     assert len(further) > 5
     for group in groups:
         found = {b"".join(one.truth): sum(one.rewards) / len(one.rewards) for one in group.follow_ups}
@@ -100,7 +100,7 @@ def test_all_completions_of_a_step_have_seeds_of_their_own(rollouter, engine, pa
     for _ in range(2):
         rollout(paragraphs)
     seeds = [request.seed + index for request in engine.requests for index in range(request.n)]
-    assert len(set(seeds)) == len(seeds) > 2 * 12 * 6
+    assert len(set(seeds)) == len(seeds) > 2 * 8 * 6
 
 
 def test_a_rank_without_tasks_generates_as_often(rollouter, paragraphs) -> None:
@@ -114,7 +114,7 @@ def test_a_rank_without_tasks_generates_as_often(rollouter, paragraphs) -> None:
     assert FollowUpRollout(rollouter).rollout([]) == []
     assert calls == [0, 0]
     groups = FollowUpRollout(rollouter).rollout(paragraphs)
-    assert calls[2:] == [12, sum(len(group.follow_ups) for group in groups)]
+    assert calls[2:] == [8, sum(len(group.follow_ups) for group in groups)]
 
 
 def test_a_task_does_not_depend_on_the_others(rollouter, paragraphs, engine) -> None:
@@ -135,19 +135,19 @@ def test_a_family_shares_one_place(rollouter, paragraphs) -> None:
         rolled.extend(groups)
         return groups
 
-    drawn = iter(paragraphs[6:])
+    drawn = iter(paragraphs[4:])
     filled = fill_batch(
         rollout,
-        lambda wanted: [next(drawn) for _ in range(min(wanted[0], 6))],
-        paragraphs[:6],
-        max_extra_tasks=6,
+        lambda wanted: [next(drawn) for _ in range(min(wanted[0], 4))],
+        paragraphs[:4],
+        max_extra_tasks=4,
     )
     has_gradient = {
         group.task.task_id: any(one.is_live for one in (group, *group.follow_ups)) for group in rolled
     }
     kept = [group for group in filled.groups if isinstance(group.task, Paragraph)]
     gone = [group for group in filled.replaced if isinstance(group.task, Paragraph)]
-    assert len(kept) == 6
+    assert len(kept) == 4
     assert len(kept) + len(gone) == len(rolled)
     assert gone
     assert not any(has_gradient[group.task.task_id] for group in gone)

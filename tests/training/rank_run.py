@@ -17,11 +17,15 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from small_run import SCRIPT, quiet_trainer
 
+from rpt_lightning.data.modules.tiers import Tiers
 from rpt_lightning.data.modules.token_tasks import TokenTaskDataModule
 from rpt_lightning.data.modules.traces import TraceDataModule
+from rpt_lightning.objectives.masked_span import MaskedSpanObjective
 from rpt_lightning.objectives.next_token import NextTokenObjective
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt
+from rpt_lightning.objectives.proposed_span import ProposedSpanObjective
 from rpt_lightning.objectives.rewards.next_token import Reward
+from rpt_lightning.objectives.thought_budget import ThoughtBudget
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.rollout import position_kinds
 from rpt_lightning.rollout.engines.hf_engine import HFEngine
@@ -54,8 +58,11 @@ class Options:
     optimizer: str = "AdamW"  # of RPT; AdamW hides the gradient's scale, SGD does not
     optimizer_steps_per_batch: int = 1
     dynamic_sampling_from_step: int | None = None
+    thought_budget: dict[str, Any] = field(default_factory=dict)
+    tiers: dict[str, Any] = field(default_factory=dict)
     ntp_weight: float = 0.0
     selection: dict[str, Any] = field(default_factory=dict)
+    proposals: list[str] = field(default_factory=list)  # lines of a script with spans that the policy names
     offload_moments: bool = False
     resume: bool = False
     validate: bool = False
@@ -131,20 +138,33 @@ def parts(options: Options, folder: Path):
             policy, make_optimizer, correction="truncate", **common
         )
         data = TokenTaskDataModule(
-            options.tasks, tasks_per_step=options.tasks_per_step, positions_per_document=2
+            options.tasks,
+            tasks_per_step=options.tasks_per_step,
+            positions_per_document=2,
+            tiers=Tiers(
+                **{
+                    name: tuple(value) if isinstance(value, list) else value
+                    for name, value in options.tiers.items()
+                }
+            ),
         )
         engine = {
-            "recorded": lambda: Recorded([*SCRIPT, "so?</think>\\boxed{e}"]),  # lengths of more kinds
+            "recorded": lambda: Recorded(
+                options.proposals or [*SCRIPT, "so?</think>\\boxed{e}"]  # lengths of more kinds
+            ),
             "hf": lambda: HFEngine(dtype="float32"),
             "vllm": lambda: VLLMEngine(dtype="float32", kv_cache_gib=0.1, max_num_seqs=16),
         }[options.engine]()
         rollout = RolloutCallback(
             engine,
-            NextTokenObjective(ContinuationPrompt(), SomeAreRight()),
+            ProposedSpanObjective(MaskedSpanObjective(num_behind=24))
+            if options.proposals
+            else NextTokenObjective(ContinuationPrompt(), SomeAreRight()),
             group_size=4,
-            max_prompt_tokens=96,
+            max_prompt_tokens=320 if options.proposals else 128,
             sampling=Sampling(max_completion_tokens=24),
             dynamic_sampling=DynamicSampling(from_step=options.dynamic_sampling_from_step, max_factor=2.0),
+            thought_budget=ThoughtBudget(**options.thought_budget),
             selection=Selection(**options.selection),
         )
         callbacks = [rollout, *callbacks]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from small_run import flat_weights, quiet_trainer
+from test_ranks import Outcome, assert_same_run, run
 
 from rpt_lightning.data.modules.token_tasks import TokenTaskDataModule
 from rpt_lightning.data.prepare.prepare_command import prepare
@@ -153,6 +154,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make_run, tmp_path, options):
     assert torch.equal(flat_weights(resumed), flat_weights(whole))
     assert resumed_samples == samples
     assert len(set(samples.values())) == STEPS
+
+
+@pytest.mark.long
+def test_two_ranks_make_the_same_run(span_dir, script, tiny_model_dir, tmp_path):
+    """Each rank has answers to its own proposals. With 3 tasks one rank has 1 and the other 2."""
+    options = {"steps": 4, "tasks_per_step": 3, "proposals": script, "dynamic_sampling_from_step": 1}
+    one, two = (
+        Outcome(tmp_path / str(ranks), tiny_model_dir)
+        for ranks in (1, 2)
+        if run(
+            tmp_path / str(ranks), tiny_model_dir, span_dir, ranks=ranks,
+            strategy="ddp" if ranks > 1 else "auto", **options,
+        )
+    )  # fmt: skip
+    assert_same_run(one, two)
+    assert all(row["proposal/spans"] > 0 for row in one.metrics)
+    assert any(any(step) for step in one.lives())
 
 
 def test_held_out_text_is_asked_as_masked_spans(make_run):

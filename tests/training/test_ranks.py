@@ -13,18 +13,20 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from rpt_lightning.data.modules.stream import rank_share
+from rpt_lightning.data.store.task_folder import TaskFolder
 from rpt_lightning.export import export
 from rpt_lightning.records.results import read_results
 from rpt_lightning.training.checkpoint.callback import last_checkpoint
 
 STEPS = 10
 # A step's cost depends on how it is cut, and each rank compares log-probs of its own completions.
-CUT = ("time", "perf/", "sync/", "train/packed_tokens", "train/micro_batches", "step")
+CUT = ("time", "perf/", "sync/", "train/packed_tokens", "train/micro_batches", "train/rank_imbalance", "step")
 
 
 def run(folder: Path, model: Path, tasks: Path, **options):
@@ -212,6 +214,30 @@ def test_the_same_tasks_are_selected_on_any_number_of_ranks(tiny_model_dir, tiny
     assert sum(step["rollout/replaced_groups"] for step in one.metrics) > 0
     for other in others:
         assert_same_run(one, other)
+
+
+@pytest.mark.long
+def test_a_budget_and_tiers_are_the_same_on_any_number_of_ranks(tiny_model_dir, tiny_task_dir, tmp_path):
+    """One rank, two, and two that resume on one: the same tasks, prompts and rewards at every step."""
+    folder = TaskFolder(tiny_task_dir, "train")
+    entropy = np.concatenate([folder.document(index)["entropy"] for index in range(len(folder))])
+    options = {
+        "dynamic_sampling_from_step": 0,
+        "thought_budget": {"initial": 24, "steps": 4, "decay": 0.75, "weight": 0.25},
+        "tiers": {
+            "bounds": [float(np.median(entropy))], "first": [0.9, 0.1], "last": [0.1, 0.9], "steps": 4,
+        },
+    }  # fmt: skip
+    ddp = {"ranks": 2, "strategy": "ddp"}
+    run(tmp_path / "one", tiny_model_dir, tiny_task_dir, steps=4, **options)
+    run(tmp_path / "two", tiny_model_dir, tiny_task_dir, steps=4, **options, **ddp)
+    run(tmp_path / "parts", tiny_model_dir, tiny_task_dir, steps=2, **options, **ddp)
+    run(tmp_path / "parts", tiny_model_dir, tiny_task_dir, steps=4, resume=True, **options)
+    one, two, parts = (Outcome(tmp_path / name, tiny_model_dir) for name in ("one", "two", "parts"))
+    assert [step["rollout/thought_budget"] for step in one.metrics] == [24, 22, 20, 19]
+    assert sum(step["rollout/replaced_groups"] for step in one.metrics) > 0
+    assert_same_run(one, two)
+    assert parts.rollouts == one.rollouts
 
 
 @pytest.mark.long

@@ -22,8 +22,15 @@ from rpt_lightning.policy.flops import Work
 from rpt_lightning.rollout.dynamic_sampling import FilledBatch
 from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
 from rpt_lightning.rollout.settings import DynamicSampling
+from rpt_lightning.rollout.weight_sync.sent import SentWeights
 from rpt_lightning.training.callbacks.logs import StepLog
-from rpt_lightning.training.step.metrics import over_ranks, rollout_metrics, rollout_work, server_metrics
+from rpt_lightning.training.step.metrics import (
+    over_ranks,
+    rollout_metrics,
+    rollout_work,
+    sent_metrics,
+    server_metrics,
+)
 from rpt_lightning.training.step.rollout_step import StepRoller
 from rpt_lightning.types import Completion, PromptTokens, RolloutGroup, TokenTask
 
@@ -125,6 +132,19 @@ def test_servers_are_those_of_the_rank_that_sees_fewest():
     assert over_ranks(TwoRanks(), server_metrics((2, 0)), num_groups=4) == {
         "run/lost_servers": 3.0,
         "run/usable_servers": 1.0,
+    }
+
+
+def test_sent_weights_are_those_of_the_first_rank():
+    class TwoRanks:
+        def gather(self, row):
+            return [row, [0.0, 0.0, 0.0, 0.0]]  # no groups, and nothing sent
+
+    assert sent_metrics(None) == {}
+    assert over_ranks(TwoRanks(), sent_metrics(SentWeights(70, 500, 0.02)), num_groups=4) == {
+        "sync/sent_bytes": 70.0,
+        "sync/full_bytes": 500.0,
+        "sync/changed_frac": 0.02,
     }
 
 

@@ -239,8 +239,8 @@ def test_ranks_share_the_contexts_of_a_step(contexts, num_ranks):
         for part in [one.parts[rank]]
     ]
     (alone,) = [context_sequences(groups, start_ids=(7,), in_prompt=False, ranks=OneOfRanks(groups, 0, 1))]
-    sequences = [sequence for share in shares for sequence in share.sequences]
-    assert sorted(map(repr, sequences)) == sorted(map(repr, alone.sequences))
+    sequences = [context.sequence for share in shares for context in share.sequences]
+    assert sorted(map(repr, sequences)) == sorted(repr(context.sequence) for context in alone.sequences)
     assert {share.num_targets for share in shares} == {
         alone.num_targets,
         sum(len(sequence.target_ids) for sequence in sequences),

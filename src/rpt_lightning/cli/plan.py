@@ -19,6 +19,7 @@ from rpt_lightning.objectives.thought_budget import ThoughtBudget
 from rpt_lightning.planning.devices import (
     DEVICES,
     DEVICES_PER_NODE,
+    DIGEST_BYTES_PER_S,
     HOST_BANDWIDTH_BYTES_PER_S,
     NEW_MEMORY_BYTES_PER_S,
     NODE_LINK_BYTES_PER_S,
@@ -30,6 +31,7 @@ from rpt_lightning.planning.model_shape import load_model_config, model_shape
 from rpt_lightning.planning.plan import Plan, make_plan
 from rpt_lightning.planning.plan_text import report
 from rpt_lightning.planning.settings import EngineKind, Rates, RunSettings
+from rpt_lightning.planning.times import received_frac
 from rpt_lightning.planning.workload import assumed_prompts
 from rpt_lightning.policy.adapter import Adapter
 from rpt_lightning.policy.logprobs import token_chunk
@@ -71,6 +73,9 @@ class PlanOptions:
         bandwidth_frac: Assumed fraction of the device's memory bandwidth that decoding reaches.
         shared_storage_gb_per_s: Assumed speed of the folder of a SharedFolderTransport, in GB (10^9 bytes)
             per second over all its readers.
+        changed_frac: Assumed fraction of the weights that change from one version to the next, in the engine's
+            dtype, as in sync/changed_frac. Others report 1 to 3 % in bf16 at a learning rate of 1e-6
+            (docs/weight-sync.md). A SharedFolderTransport sends only these.
     """
 
     def __init__(
@@ -86,6 +91,7 @@ class PlanOptions:
         mfu: float = 0.3,
         bandwidth_frac: float = 0.7,
         shared_storage_gb_per_s: float = 10.0,
+        changed_frac: float = 0.03,
     ) -> None:
         if device is not None and device not in (*DEVICES, "cpu"):
             raise ValueError(f"--plan.device {device}: choose from {', '.join([*DEVICES, 'cpu'])}")
@@ -103,6 +109,7 @@ class PlanOptions:
             "mfu": mfu,
             "bandwidth_frac": bandwidth_frac,
             "gpu_memory_utilization": gpu_memory_utilization,
+            "changed_frac": changed_frac,
         }
         for name, share in shares.items():
             if not 0 < share <= 1:
@@ -120,6 +127,7 @@ class PlanOptions:
         self.mfu = mfu
         self.bandwidth_frac = bandwidth_frac
         self.shared_storage_gb_per_s = shared_storage_gb_per_s
+        self.changed_frac = changed_frac
 
 
 class PlanCLI(RPTCLI):
@@ -173,6 +181,7 @@ def plan_of(config: Namespace) -> tuple[Plan, list[str]]:
         mfu=options.mfu,
         bandwidth_frac=options.bandwidth_frac,
         storage_bytes_per_s=options.shared_storage_gb_per_s * 1e9,
+        changed_frac=options.changed_frac,
     )
     plan = make_plan(
         settings,
@@ -213,10 +222,12 @@ def plan_of(config: Namespace) -> tuple[Plan, list[str]]:
             f"weights reach the servers by one broadcast at {NODE_LINK_BYTES_PER_S / 1e9:.0f} GB/s "
             "(NCCLTransport)"
             if settings.transport == "nccl"
-            else "weights reach the servers through a folder, written once and read once by every node of "
-            f"{DEVICES_PER_NODE} servers, at "
+            else f"weights reach the servers through a folder, {_published(settings, rates)} once and read "
+            f"once by every node of {DEVICES_PER_NODE} servers, at "
             f"{options.shared_storage_gb_per_s:g} GB/s in all (SharedFolderTransport, "
-            "--plan.shared_storage_gb_per_s)",
+            "--plan.shared_storage_gb_per_s); before and after, all weights cross from device to host or "
+            f"back at {device.host_link_bytes_per_s / 1e9:.0f} GB/s, and their digests are computed at "
+            f"{DIGEST_BYTES_PER_S / 1e9:.0f}",
         ]
     if settings.engine_sleeps:
         assumptions.append("the engine sleeps while the policy trains, so they take turns using memory")
@@ -229,6 +240,16 @@ def plan_of(config: Namespace) -> tuple[Plan, list[str]]:
             + ("" if settings.is_fused else " (unfused optimizer: an eighth of that)")
         )
     return plan, assumptions
+
+
+def _published(settings: RunSettings, rates: Rates) -> str:
+    """What a SharedFolderTransport writes, and that it is written."""
+    if received_frac(settings, rates) == 1:
+        return "written"
+    return (
+        f"all of them every {settings.full_every} versions for servers that come late, and in every version "
+        f"what changed ({rates.changed_frac:.1%} of the weights, --plan.changed_frac), written"
+    )
 
 
 def run_settings(config: Namespace, options: PlanOptions) -> RunSettings:
@@ -300,6 +321,7 @@ def run_settings(config: Namespace, options: PlanOptions) -> RunSettings:
         transport="nccl"
         if kind == "servers" and engine["transport"]["class_path"].endswith("NCCLTransport")
         else "folder",
+        full_every=engine["transport"].get("init_args", {}).get("full_every", 1) if kind == "servers" else 1,
         engine_dtype_bytes=getattr(torch, engine.get("dtype", "bfloat16")).itemsize,
         gpu_memory_utilization=options.gpu_memory_utilization
         if kind == "servers"

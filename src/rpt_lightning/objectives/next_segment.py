@@ -54,7 +54,7 @@ class Segment:
 
     ``text`` is what stands in the document from the position on, with the space before the sentence if the
     position's token holds it. ``behind`` are up to three sentences that follow it directly, each in one line.
-    ``shows_next`` says whether the first of them is short enough to be shown.
+    ``shows_next`` says whether the first of them can be shown: it is short enough and not the segment again.
 
     >>> segment = Segment(text=" It rained.", behind=("We stayed in.",), shows_next=True)
     >>> Segment.from_text(segment.to_text()) == segment
@@ -131,7 +131,11 @@ class NextSegmentObjective(AboutSentences):
             if not one.is_joined:
                 break
             behind.append(one.in_line)
-        shows_next = bool(behind) and longest_form(behind[0], documents.tokens) <= self.max_tokens
+        shows_next = (
+            bool(behind)
+            and behind[0] != found[index].in_line  # a sentence said twice would show the answer
+            and longest_form(behind[0], documents.tokens) <= self.max_tokens
+        )
         return Segment(text=found[index].text, behind=tuple(behind), shows_next=shows_next).to_text()
 
     def context_ids(self, task: Task, tokens: TokenBytes) -> TokenIds:

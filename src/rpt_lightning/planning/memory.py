@@ -245,16 +245,16 @@ def _layer_work_bytes(
 def _gathered_bytes(shape: ModelShape, precision: Precision) -> int:
     """Count the bytes that FSDP2 holds gathered.
 
-    Embedding and head stay gathered for the whole pass, and so does the head's gradient. To these come two
-    layers (one is fetched ahead) and one layer's gradient, which is also in fp32 while it is scattered.
-    Frozen weights have no gradients.
+    The head stays gathered for the whole pass, and so does its gradient. An untied embedding is gathered only
+    where it is used. To these come two layers (one is fetched ahead) and one layer's gradient, which is also
+    in fp32 while it is scattered. Frozen weights have no gradients.
     """
     if shape.has_adapter:
         width = BF16_BYTES if shape.bf16_params else precision.stream_bytes
         per_layer = FP32_BYTES * shape.adapter_params // shape.num_layers
         return width * (shape.outer_params + 2 * shape.layer_params) + 3 * per_layer
     return (
-        precision.stream_bytes * (shape.outer_params + shape.head_params + 3 * shape.layer_params)
+        precision.stream_bytes * (2 * shape.head_params + 3 * shape.layer_params)
         + FP32_BYTES * shape.layer_params
     )
 

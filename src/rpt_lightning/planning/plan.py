@@ -135,7 +135,7 @@ def make_plan(
         flops=_flops(settings, shape, tokens),
         times=step_times(settings, shape, device, rates, tokens, concurrent),
         concurrent_sequences=concurrent,
-        traffic=step_traffic(settings, shape, tokens),
+        traffic=step_traffic(settings, shape, tokens, rates),
     )
 
 

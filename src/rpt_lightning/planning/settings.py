@@ -38,6 +38,7 @@ class RunSettings:
     on_gpu: bool
     engine: EngineKind
     transport: TransportKind  # how the weights get to the servers
+    full_every: int = 1  # of a SharedFolderTransport: versions from one full set to the next
     engine_dtype_bytes: int
     gpu_memory_utilization: float  # of vLLM, in the trainer or on a server
     syncs_adapter: bool  # the engine gets the adapter alone, not merged weights
@@ -66,7 +67,7 @@ class RunSettings:
         On GPUs it includes the padding.
         """
         tokens = max(self.micro_batch_tokens, self.longest_sequence)
-        return bucket_length(tokens) if self.on_gpu else tokens
+        return bucket_length(tokens, self.micro_batch_tokens) if self.on_gpu else tokens
 
     def precision(self, strategy: Strategy) -> Precision:
         if not self.is_mixed:
@@ -84,3 +85,4 @@ class Rates:
     storage_bytes_per_s: float = (
         10e9  # of the folder through which servers get weights, for all its readers together
     )
+    changed_frac: float = 0.03  # of the weights, in the engine's dtype, from one version to the next

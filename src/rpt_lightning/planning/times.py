@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from rpt_lightning.planning.devices import (
     DEVICES_PER_NODE,
+    DIGEST_BYTES_PER_S,
     HOST_BANDWIDTH_BYTES_PER_S,
     NEW_MEMORY_BYTES_PER_S,
     NODE_LINK_BYTES_PER_S,
@@ -21,6 +22,7 @@ from rpt_lightning.planning.model_shape import ModelShape
 from rpt_lightning.planning.settings import Rates, RunSettings
 from rpt_lightning.planning.workload import StepTokens
 from rpt_lightning.policy.flops import Work, forward_flops, train_flops
+from rpt_lightning.rollout.weight_sync.folder_writer import WORTHWHILE
 
 # AdamW on a CPU reads weight, gradient and two moments, and writes weight and moments.
 _CPU_ADAM_BYTES = 7 * FP32_BYTES
@@ -70,10 +72,10 @@ class StepTraffic:
 
     train_bytes: float  # sent by a training device: weights gathered, gradients scattered
     gather_bytes: float  # sent by a training device: weights gathered for the sync and for the check after it
-    server_bytes: float  # received by a server: the weights in the engine's dtype
+    server_bytes: float  # received by a server: the weights in the engine's dtype, or what changed in them
 
 
-def step_traffic(settings: RunSettings, shape: ModelShape, tokens: StepTokens) -> StepTraffic:
+def step_traffic(settings: RunSettings, shape: ModelShape, tokens: StepTokens, rates: Rates) -> StepTraffic:
     """Count the bytes that devices send in a step.
 
     Every micro-batch sends its gradients in fp32, which frozen weights do not have. If the weights are
@@ -85,7 +87,7 @@ def step_traffic(settings: RunSettings, shape: ModelShape, tokens: StepTokens) -
     """
     part = (settings.num_ranks - 1) / settings.num_ranks
     ring, gradient_ring = shape.num_params * part, shape.trained_params * part
-    server = settings.engine_dtype_bytes * shape.num_params if settings.num_servers else 0
+    server = received_frac(settings, rates) * _engine_bytes(settings, shape) if settings.num_servers else 0
     if settings.strategy == "fsdp2":
         gather_bytes = BF16_BYTES if settings.precision("fsdp2") == GATHERED_BF16 else FP32_BYTES
         gathered = shape.held_bytes * part if shape.has_adapter else gather_bytes * ring
@@ -96,6 +98,23 @@ def step_traffic(settings: RunSettings, shape: ModelShape, tokens: StepTokens) -
     return StepTraffic(
         train_bytes=2 * FP32_BYTES * gradient_ring * tokens.micro_batches, gather_bytes=0, server_bytes=server
     )
+
+
+def _engine_bytes(settings: RunSettings, shape: ModelShape) -> float:
+    """Return the size of all weights in the engine's dtype."""
+    return settings.engine_dtype_bytes * shape.num_params
+
+
+def received_frac(settings: RunSettings, rates: Rates) -> float:
+    """Return the bytes that a server receives, as a share of all weights.
+
+    A changed entry takes its size and a byte (rollout/weight_sync/patch.py). Patches that would take half of
+    the weights or more are not sent.
+    """
+    if settings.transport == "nccl" or settings.full_every == 1:
+        return 1.0
+    patches = rates.changed_frac * (1 + 1 / settings.engine_dtype_bytes)
+    return patches if patches < WORTHWHILE else 1.0
 
 
 def _gathered_for_sync(shape: ModelShape) -> float:
@@ -141,7 +160,7 @@ def step_times(
     link_bytes_per_s = device.network_bytes_per_s(settings.num_ranks)
     completions = busiest_completions(settings, tokens)
     share = completions / tokens.num_completions
-    traffic = step_traffic(settings, shape, tokens)
+    traffic = step_traffic(settings, shape, tokens, rates)
 
     weights = settings.engine_dtype_bytes * (shape.body_params + shape.head_params)
     cached = concurrent * mean_depth(tokens) * shape.kv_cache_bytes(settings.engine_dtype_bytes)
@@ -170,7 +189,7 @@ def step_times(
         train_network_s=traffic.train_bytes / link_bytes_per_s,
         offload_s=_offload_s(settings, shape, device, tokens) if settings.cpu_offload else 0,
         sync_s=_gather_s(settings, shape, device, traffic)
-        + _delivery_s(settings, rates, traffic)
+        + _delivery_s(settings, shape, device, rates, traffic)
         + (shape.adapter_params if settings.syncs_adapter else shape.num_params) * copies / bytes_per_s,
     )
 
@@ -190,15 +209,26 @@ def _gather_s(settings: RunSettings, shape: ModelShape, device: Device, traffic:
     )
 
 
-def _delivery_s(settings: RunSettings, rates: Rates, traffic: StepTraffic) -> float:
+def _delivery_s(
+    settings: RunSettings, shape: ModelShape, device: Device, rates: Rates, traffic: StepTraffic
+) -> float:
     """Return the seconds to bring the weights from the trainer to the servers.
 
-    This is one broadcast, or a folder that the trainer writes once and every node of servers reads once.
+    This is one broadcast, or a folder that the trainer writes once and every node of servers reads once. If
+    only what changed is sent, then now and then the trainer also writes a full set that no server reads. The
+    trainer brings all weights to its host and computes their digests, and so does every server, in reverse.
     """
+    if not settings.num_servers:
+        return 0
     if settings.transport == "nccl":
         return traffic.server_bytes / NODE_LINK_BYTES_PER_S
     nodes = -(-settings.num_servers // DEVICES_PER_NODE)
-    return (1 + nodes) * traffic.server_bytes / rates.storage_bytes_per_s
+    stored = (1 + nodes) * traffic.server_bytes
+    weights = _engine_bytes(settings, shape)
+    if received_frac(settings, rates) < 1:
+        stored += weights / settings.full_every
+    hosts = 2 * weights * (1 / device.host_link_bytes_per_s + 1 / DIGEST_BYTES_PER_S)
+    return stored / rates.storage_bytes_per_s + hosts
 
 
 def _offload_s(settings: RunSettings, shape: ModelShape, device: Device, tokens: StepTokens) -> float:

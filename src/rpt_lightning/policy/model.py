@@ -59,7 +59,7 @@ class Policy(nn.Module):
         activation_checkpointing: Recompute each layer in the backward pass instead of keeping its
             activations.
         compile_layers: Compile each layer with torch.compile. This takes minutes at the start and makes steps
-            on GPUs faster.
+            on GPUs faster. null compiles on GPUs only.
         trust_remote_code: Allow the model folder to run its own Python code.
         adapter: Train a low-rank adapter (LoRA) and leave the model's own weights as they are. null trains
             all weights.
@@ -75,7 +75,7 @@ class Policy(nn.Module):
         logprob_chunk_size: int | None = None,
         head_dtype: HeadDtype = "compute",
         activation_checkpointing: bool = False,
-        compile_layers: bool = False,
+        compile_layers: bool | None = None,
         trust_remote_code: bool = False,
         adapter: Adapter | None = None,
     ) -> None:
@@ -107,6 +107,11 @@ class Policy(nn.Module):
         self.tokenizer: PreTrainedTokenizerBase = as_in_folder(tokenizer, where=where)
         self.num_tokens: int = self.config.get_text_config().vocab_size  # rows of the embedding
         check_vocabulary(self.tokenizer, self.num_tokens, where=where)
+
+    def train_on(self, device: torch.device) -> None:
+        """Settle what depends on the kind of device, before the policy is materialized."""
+        if self.compile_layers is None:
+            self.compile_layers = device.type == "cuda"
 
     def materialize(self) -> None:
         """Load the weights in fp32, unless they are loaded already.

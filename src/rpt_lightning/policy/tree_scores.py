@@ -76,7 +76,7 @@ def _hidden(model: PreTrainedModel, tree: PackedTree) -> Tensor:
     rows: dict[str, Any] = {}
     if tree.row_length is None:
         if tree.token_ids.is_cuda:
-            tree = tree.padded(bucket_length(tree.num_tokens))
+            tree = tree.padded(bucket_length(tree.num_tokens, tree.max_tokens or tree.num_tokens))
         rows["tree"] = tree.tree_mask()
     width = tree.row_length or tree.num_tokens
     outputs: Any = model.base_model(

@@ -73,7 +73,7 @@ def check_follow_ups(
             "--rollout.selection",
             selection.is_on,
             "it judges the places of the data, and not the tasks that the policy makes of them",
-            "--rollout.selection.min_true_prob 0 and max_true_prob 1",
+            "--rollout.selection.min_true_prob 0, max_true_prob 1 and by_kind false",
         ),
     ]:
         if is_set:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rpt_lightning.compat.vllm.layers import vocabularies_moved
+
 # The engine and its requests
 
 
@@ -29,7 +31,8 @@ def reload_weights(llm: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
     Relies on the workers' method ``reload_weights`` and its parameter ``weights_iterator``. The iterator
     reaches the worker only if engine and worker are in this process.
     """
-    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+    with vocabularies_moved():
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
 
 
 def rendered_prompt(engine: Any, prompt_ids: Sequence[int]) -> Any:
@@ -162,4 +165,5 @@ def load_in_worker(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
     Relies on the worker's ``reload_weights``. With ``weights_path`` that would refuse a server which was
     started with dummy weights, and would also read pickles.
     """
-    worker.reload_weights(weights_iterator=weights)
+    with vocabularies_moved():
+        worker.reload_weights(weights_iterator=weights)

@@ -11,7 +11,8 @@ If a model is split over devices (tensor parallelism, not pipelines), every work
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +37,68 @@ def expect_experts(model: nn.Module) -> None:
         method: Any = getattr(layer, "quant_method", None)
         if hasattr(layer, "w13_weight") and hasattr(getattr(method, "experts_cls", None), "isa"):
             method.moe_kernel = None
+
+
+def keep_lookups_plain(model: nn.Module) -> None:
+    """On a CPU, pack no embedding that only looks rows up, when new weights are loaded.
+
+    vLLM packs every embedding for its matrix kernel, in case it is also the head. If the model has a head of
+    its own (``ParallelLMHead``, even if its weight is tied), the packed embedding is never used. It would
+    cost a copy in every update, and its memory. If such an embedding were multiplied after all, torch's own
+    kernel would do it, slower.
+
+    Relies on ``quant_method.process_weights_after_loading`` of a ``VocabParallelEmbedding``, which packs, and
+    on ``cpu_linear``, which only layers on a CPU have.
+    """
+    layers = list(model.modules())
+    if not any(type(layer).__name__ == "ParallelLMHead" for layer in layers):
+        return
+    for layer in layers:
+        if type(layer).__name__ == "VocabParallelEmbedding" and hasattr(layer, "cpu_linear"):
+            method: Any = layer.quant_method
+            method.process_weights_after_loading = _multiply_plain
+
+
+def _multiply_plain(layer: Any) -> None:
+    layer.cpu_linear = nn.functional.linear
+
+
+@contextlib.contextmanager
+def vocabularies_moved() -> Iterator[None]:
+    """On a CPU, put loaded embeddings and heads into place without a copy.
+
+    vLLM loads a layer into new tensors and then copies them into the old ones, so that CUDA graphs still find
+    them. On a CPU there are no such graphs, and only the vocabulary's matrices still exist outside of their
+    kernel, so the old parameter takes the new memory instead.
+
+    Relies on ``_copy_and_restore_kernel_tensors`` of vllm/model_executor/model_loader/reload/layerwise.py,
+    which does this for one layer, and on ``kernel_tensors`` of its second argument: the old parameters and
+    buffers.
+    """
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    copy = layerwise._copy_and_restore_kernel_tensors
+
+    def move(layer: Any, info: Any) -> None:
+        parameters, buffers = info.kernel_tensors
+        moved = {
+            name: parameter
+            for name, parameter in parameters.items()
+            if hasattr(layer, "org_vocab_size") and parameter.device.type == "cpu"
+        }
+        for name, parameter in moved.items():
+            parameter.data = getattr(layer, name).data
+        others = {name: parameter for name, parameter in parameters.items() if name not in moved}
+        info.kernel_tensors = (others, buffers)
+        copy(layer, info)  # and removes the new parameters
+        for name, parameter in moved.items():
+            layer.register_parameter(name, parameter)
+
+    layerwise._copy_and_restore_kernel_tensors = move
+    try:
+        yield
+    finally:
+        layerwise._copy_and_restore_kernel_tensors = copy
 
 
 def read_tensor(

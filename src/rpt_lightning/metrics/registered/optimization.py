@@ -113,6 +113,13 @@ SECTION = Section(
             unit="tokens",
         ),
         row(
+            {"train/rank_imbalance": SAME},
+            meaning="`train/packed_tokens` of the busiest rank over their mean; the other ranks wait for it",
+            unit="ratio",
+            normal="1 on one rank, and near 1 if ranks have several documents each",
+            watch_for="a large factor: there are too few live groups for so many ranks",
+        ),
+        row(
             {"train/plain_tokens": SUM},
             meaning="tokens that would be fed if every completion came with its whole prompt",
             unit="tokens",

@@ -5,6 +5,7 @@ It computes only blocks that hold a permitted pair.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -18,17 +19,39 @@ BLOCK = 128
 MAX_COMPILATIONS = 128
 
 
-def bucket_length(num_tokens: int) -> int:
+# Shares of a micro-batch's token budget to which trees are padded.
+BUCKETS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)
+
+
+def bucket_lengths(max_tokens: int) -> list[int]:
+    """Return the lengths to which trees of at most ``max_tokens`` tokens are padded. The last is the longest.
+
+    Each length needs a compilation of its own, so there are at most five. Most trees are nearly full. `pack`
+    leaves only the last ones of a rank shorter.
+
+    >>> bucket_lengths(12288), bucket_lengths(100)
+    ([1536, 3072, 6144, 9216, 12288], [128])
+    """
+    return sorted({_blocks(share * max_tokens) for share in BUCKETS})
+
+
+def bucket_length(num_tokens: int, max_tokens: int) -> int:
     """Return the length to which a tree of ``num_tokens`` tokens is padded.
 
-    Each new length would need a compilation. There are therefore only four lengths between a power of two and
-    the next, and a tree grows by at most a quarter.
+    A single sequence may be longer than the budget ``max_tokens``. It is padded to a multiple of a quarter of
+    the budget.
 
-    >>> [bucket_length(n) for n in (1, 128, 129, 1025, 9000, 16384)]
-    [128, 128, 256, 1280, 10240, 16384]
+    >>> [bucket_length(n, 16384) for n in (1, 2049, 9000, 16384, 16385)]
+    [2048, 4096, 12288, 16384, 20480]
     """
-    step = max(BLOCK, 2 ** max(0, (num_tokens - 1).bit_length() - 3))
-    return -(-num_tokens // step) * step
+    fitting = [length for length in bucket_lengths(max_tokens) if length >= num_tokens]
+    step = _blocks(max_tokens / 4)
+    return fitting[0] if fitting else -(-num_tokens // step) * step
+
+
+def _blocks(num_tokens: float) -> int:
+    """Round up to whole blocks."""
+    return math.ceil(num_tokens / BLOCK) * BLOCK
 
 
 def tree_block_mask(subtree_end: Tensor, depth: Tensor, *, window: int | None = None) -> BlockMask:
@@ -85,7 +108,7 @@ def flex(
 
 @cache
 def _compiled() -> Any:
-    # Each bucket of lengths and each precision needs a compilation. Beyond the default limit of 8, torch
+    # Each bucket of lengths, precision and window needs a compilation. Beyond the default limit of 8, torch
     # would silently compute every pair.
     allow_recompilations(MAX_COMPILATIONS)
     return torch.compile(flex_attention, dynamic=False)

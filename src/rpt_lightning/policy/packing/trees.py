@@ -51,6 +51,7 @@ class PackedTree:
     own_temperatures: Tensor | None = None  # [M] float32
     row_length: int | None = None
     row_sizes: tuple[int, ...] = ()  # [S] with a row_length
+    max_tokens: int | None = None  # the budget it was packed under; a kernel may pad the tree to it
 
     @property
     def num_tokens(self) -> int:
@@ -136,7 +137,9 @@ def pack(sequences: Sequence[TrainSequence], *, max_tokens: int) -> Iterator[Pac
     # The prefix that each sequence shares with the one before it.
     shared = [0, *(common_prefix_length(ids[left], ids[right]) for left, right in pairwise(order))]
     for start, stop in _cuts(lengths, shared, max_tokens):
-        yield _build_tree(sequences, ids, order[start:stop], [0, *shared[start + 1 : stop]])
+        yield _build_tree(
+            sequences, ids, order[start:stop], [0, *shared[start + 1 : stop]], max_tokens=max_tokens
+        )
 
 
 def check_sequences(sequences: Sequence[TrainSequence]) -> None:
@@ -195,6 +198,8 @@ def _build_tree(
     ids: Sequence[np.ndarray],
     chosen: Sequence[int],
     shared: Sequence[int],
+    *,
+    max_tokens: int,
 ) -> PackedTree:
     """Build the trie of lexicographically sorted sequences.
 
@@ -252,6 +257,7 @@ def _build_tree(
         mask=torch.from_numpy(mask),
         sequence_indices=tuple(chosen),
         own_temperatures=own_or_none(kinds[kind_of_target]),
+        max_tokens=max_tokens,
     )
 
 

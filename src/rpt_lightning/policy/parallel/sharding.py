@@ -1,7 +1,8 @@
 """Shard the policy over many devices, without any process ever holding all of its weights.
 
-The policy is built without weights, cut up, and then filled shard by shard. FSDP2 shards it layer by layer.
-The root is the policy itself, whose ``forward`` contains everything that uses embeddings, head and last norm.
+The policy is built without weights, cut up, and then filled shard by shard. FSDP2 shards it layer by layer,
+and the embedding by itself, so that only the head stays gathered for a whole pass. The root is the policy
+itself, whose ``forward`` contains everything that uses embeddings, head and last norm.
 If several devices also compute each layer together (tensor_parallel.py), that is set up first.
 """
 
@@ -86,7 +87,10 @@ def _shard(policy: Policy, mesh: DeviceMesh, *, cpu_offload: bool, gather_bf16: 
         if gather_bf16
         else MixedPrecisionPolicy()
     )
-    for module in (*decoder_layers(policy.model), policy):
+    # The root's own group is the head, whose weight `forward` uses without calling the head, and the last
+    # norm. A tied head is the embedding, and a tensor cannot be in two groups.
+    embedding = () if policy.is_tied else (policy.model.get_input_embeddings(),)
+    for module in (*embedding, *decoder_layers(policy.model), policy):
         fully_shard(module, mesh=mesh, offload_policy=offload, mp_policy=precision)
 
 

@@ -24,6 +24,7 @@ from rpt_lightning.pretrained.tokenizer import as_in_folder, read_tokenizer
 from rpt_lightning.rollout.engines.result_check import check_samples
 from rpt_lightning.rollout.requests import check_requests
 from rpt_lightning.rollout.weight_sync.file_names import make_skeleton
+from rpt_lightning.rollout.weight_sync.sent import SentWeights
 from rpt_lightning.rollout.weight_sync.weight_part import split_part
 from rpt_lightning.types import Completion, GenerationRequest, PromptTokens, SamplingSettings, TokenIds
 
@@ -79,6 +80,11 @@ class RolloutEngine(ABC):
     @property
     def servers(self) -> tuple[int, int] | None:
         """Number of usable servers, and how often a server was lost. None if the engine has no servers."""
+        return None
+
+    @property
+    def sent_weights(self) -> SentWeights | None:
+        """What the latest update sent to servers. None if the engine does not count it."""
         return None
 
     @property

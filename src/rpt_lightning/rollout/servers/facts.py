@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 # The version of the methods in vllm_worker.py that a trainer may call. It changes whenever they change.
-PROTOCOL = 3
+PROTOCOL = 4
 
 
 def architecture(config: Any) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from rpt_lightning.rollout.servers.rank0_sync import is_first_rank, on_first_ran
 from rpt_lightning.rollout.servers.server import Fleet, Server, ServerLost, ServerRefused
 from rpt_lightning.rollout.servers.weights import PresentWeights
 from rpt_lightning.rollout.weight_sync.checksum import checksum
+from rpt_lightning.rollout.weight_sync.sent import SentWeights
 from rpt_lightning.rollout.weight_sync.transport import WeightTransport
 from rpt_lightning.types import GenerationRequest, PromptTokens
 
@@ -124,6 +125,10 @@ class VLLMServerEngine(RolloutEngine):
     @property
     def servers(self) -> tuple[int, int]:
         return self.num_usable, self.num_lost
+
+    @property
+    def sent_weights(self) -> SentWeights | None:
+        return self.transport.sent
 
     @property
     def num_usable(self) -> int:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
+import logging
 import re
 import shutil
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import IO
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from rpt_lightning.rollout.servers.server import Fleet, Server
+from rpt_lightning.rollout.servers.server import Fleet, Server, ServerLost
+from rpt_lightning.rollout.weight_sync.folder_writer import FolderWriter, folder_name
+from rpt_lightning.rollout.weight_sync.sent import SentWeights
+
+log = logging.getLogger(__name__)
 
 
 class WeightTransport(ABC):
@@ -23,6 +29,11 @@ class WeightTransport(ABC):
     The first rank uses all methods except ``follow``. The others use only ``follow`` and ``load``. An update
     calls ``publish`` once, then ``load`` for every server that answers, then ``retire``.
     """
+
+    @property
+    def sent(self) -> SentWeights | None:
+        """What the latest update sent. None if the transport does not count it."""
+        return None
 
     @abstractmethod
     def open(self, fleet: Fleet) -> None:
@@ -65,22 +76,41 @@ class SharedFolderTransport(WeightTransport):
     The trainer and the servers must see the folder under the same path, on a local disk or a network file
     system. A server that lost its weights can load them again without the trainer's help.
 
+    Only what changed since the last version is written, bit for bit, if that is smaller than half of the
+    weights (docs/weight-sync.md). For this, the first rank and every worker of a server keep a copy of the
+    weights in host memory, in the engine's dtype.
+
     Args:
         folder: Folder for this run only. Files from an earlier start are removed. A second run that uses the
             folder while the first is alive is refused.
         shard_gib: Size of a file, in GiB. Weights on their way to disk occupy this much memory.
         load_timeout_s: Longest time for a server to load the weights, in seconds.
+        full_every: All weights are written every this many versions, beside what changed, for servers that
+            come late. 1 writes all weights in every version and nothing else, and no copies are kept.
     """
 
-    def __init__(self, folder: str, shard_gib: float = 4.0, load_timeout_s: float = 600.0) -> None:
+    def __init__(
+        self, folder: str, shard_gib: float = 4.0, load_timeout_s: float = 600.0, full_every: int = 10
+    ) -> None:
         if shard_gib <= 0:
             raise ValueError(f"transport.shard_gib={shard_gib} must be positive")
+        if full_every < 1:
+            raise ValueError(
+                f"transport.full_every={full_every} must be at least 1, which writes all weights every time"
+            )
         self.folder = folder
         self.shard_gib = shard_gib
         self.load_timeout_s = load_timeout_s
+        self.full_every = full_every
         self._published: Path | None = None
         self._root = Path(folder).absolute()
         self._lock: IO[str] | None = None
+        self._writer: FolderWriter | None = None  # on the first rank
+        self._mending = threading.Lock()
+
+    @property
+    def sent(self) -> SentWeights | None:
+        return SentWeights() if self._writer is None else self._writer.sent
 
     def open(self, fleet: Fleet) -> None:
         """Raise ValueError if another run uses the folder. Each would remove or load the other's weights."""
@@ -97,7 +127,10 @@ class SharedFolderTransport(WeightTransport):
                     "each run a folder of its own (--rollout.engine.transport.folder), and servers of its own"
                 ) from error
             self._lock = lock
-        self._remove_all_but(None)
+        self._remove_all_but(())
+        self._writer = FolderWriter(
+            self._root, shard_bytes=int(self.shard_gib * 2**30), full_every=self.full_every
+        )
 
     def publish(
         self,
@@ -107,54 +140,50 @@ class SharedFolderTransport(WeightTransport):
         dtype: torch.dtype,
         shapes: Mapping[str, torch.Size],
     ) -> None:
-        target = self._folder_of(version)
-        partial = target.with_suffix(".partial")
-        for path in (target, partial):
-            if path.exists():  # after a failed update, the same version is published again
-                shutil.rmtree(path)
-        partial.mkdir()
-        shard: dict[str, Tensor] = {}
-        num_bytes = num_files = 0
-
-        def write() -> None:
-            nonlocal num_bytes, num_files
-            num_files += 1
-            try:
-                save_file(shard, partial / f"model-{num_files:05}.safetensors")
-            except Exception as error:  # safetensors has its own class for a full disk
-                shutil.rmtree(partial, ignore_errors=True)
-                raise OSError(
-                    f"transport.folder={self.folder}: weights of version "
-                    f"{version} could not be written: {error}"
-                ) from error
-            shard.clear()
-            num_bytes = 0
-
-        for name, tensor in weights:
-            # A copy, because a tied head shares memory, which safetensors refuses.
-            shard[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
-            num_bytes += shard[name].nbytes
-            if num_bytes >= self.shard_gib * 2**30:
-                write()
-        if shard:
-            write()
-        partial.rename(target)  # a server never sees half a folder
-        self._published = target
+        assert self._writer is not None
+        self._published = self._writer.write(weights, version=version, dtype=dtype)
 
     def follow(self, version: int) -> None:
         self._published = self._folder_of(version)
 
     async def load(self, server: Server) -> None:
+        damage = await self._load(server)
+        if damage is not None and self._writer is not None and self.full_every > 1:
+            log.warning(
+                "%s could not use the published weights: %s. All weights are written again",
+                server.url,
+                damage,
+            )
+            await asyncio.to_thread(self._mend)
+            damage = await self._load(server)
+        if damage is not None:
+            raise ServerLost(
+                f"{server.url}: the weights in transport.folder={self.folder} are damaged: {damage}. Check "
+                "the disk and its network"
+            )
+
+    async def _load(self, server: Server) -> str | None:
+        """Return what is wrong with the published weights."""
         assert self._published is not None
-        await server.rpc("rpt_load_folder", limit_s=self.load_timeout_s, folder=str(self._published))
+        answers = await server.rpc(
+            "rpt_load_folder", limit_s=self.load_timeout_s, folder=str(self._published)
+        )
+        return next((str(answer["damage"]) for answer in answers if answer["damage"] is not None), None)
+
+    def _mend(self) -> None:
+        """Write all weights in place of a damaged folder, once a version, from the first rank's copy."""
+        assert self._writer is not None
+        with self._mending:
+            self._writer.mend()
 
     def retire(self) -> None:
-        self._remove_all_but(self._published)
+        self._remove_all_but(() if self._writer is None else self._writer.needed)
 
     def close(self) -> None:
         if self._published is not None:
             self._published = None
-            self._remove_all_but(None)
+            self._remove_all_but(())
+        self._writer = None
         self._release()
 
     def _release(self) -> None:
@@ -163,9 +192,9 @@ class SharedFolderTransport(WeightTransport):
             self._lock = None
 
     def _folder_of(self, version: int) -> Path:
-        return self._root / f"weights-v{version}"
+        return self._root / folder_name(version)
 
-    def _remove_all_but(self, kept: Path | None) -> None:
+    def _remove_all_but(self, kept: Collection[Path]) -> None:
         for path in self._root.iterdir():
-            if path != kept and re.fullmatch(r"weights-v\d+(\.partial)?", path.name):
+            if path not in kept and re.fullmatch(r"weights-v\d+(\.partial)?", path.name):
                 shutil.rmtree(path, ignore_errors=True)

@@ -6,11 +6,14 @@ They are the number of data-parallel ranks, weights in host memory, and layers g
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from rpt_lightning.compat.lightning import set_data_parallel_size, set_device, tensor_parallel_size
+from rpt_lightning.policy.model import Policy
+from rpt_lightning.policy.parallel.sharding import materialize_sharded
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -68,3 +71,19 @@ class ShardedStrategy(ModelParallelStrategy):
         # The weights are already in place. Only Lightning's note of the module's device is missing.
         assert self.lightning_module is not None
         set_device(self.lightning_module, self.root_device)
+
+
+def materialize(policy: Policy, strategy: Any) -> None:
+    """Load a policy's weights as a Lightning strategy needs them. None: whole, on the host."""
+    if strategy is not None:
+        policy.train_on(strategy.root_device)
+    if isinstance(strategy, ModelParallelStrategy):
+        materialize_sharded(
+            policy,
+            strategy.device_mesh,
+            device=strategy.root_device,
+            cpu_offload=getattr(strategy, "cpu_offload", False),
+            gather_bf16=getattr(strategy, "gather_bf16", False),
+        )
+    else:
+        policy.materialize()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
 from rpt_lightning.policy.flops import add_works, tree_work
+from rpt_lightning.training.distributed.ranks import Ranks
 from rpt_lightning.training.modules.micro_batches import MicroBatchLoss, accumulate_gradients, in_step
 from rpt_lightning.training.modules.policy_module import PolicyModule
+from rpt_lightning.training.modules.warm_up import warm_up
 from rpt_lightning.types import TrainSequence
 
 
@@ -29,6 +33,14 @@ def optimizer_step(
     """
     ranks, clock = module.ranks, module.clock
     optimizer: Any = module.optimizers()
+    if module.device.type == "cuda" and not module.is_warm:
+        warm_up(
+            module.policy,
+            max_tokens=module.micro_batch_tokens,
+            device=module.device,
+            backward=module.manual_backward,
+        )
+        module.is_warm = True
     optimizer.zero_grad()
     with clock.phase("pack"):
         trees = list(module.policy.pack(sequences, max_tokens=module.micro_batch_tokens))
@@ -40,8 +52,10 @@ def optimizer_step(
             module.policy,
             micro_batches,
             micro_batch_loss,
+            max_tokens=module.micro_batch_tokens,
             device=module.device,
             backward=lambda loss: module.manual_backward(loss * ranks.num_data),
+            without_reduction=_without_reduction(module.trainer.strategy),
         )
     work = add_works(map(tree_work, trees))
     module.trained_work += work
@@ -49,6 +63,7 @@ def optimizer_step(
     metrics = {
         "loss/total": loss,
         "train/packed_tokens": ranks.sum(work.tokens),
+        "train/rank_imbalance": _imbalance(work.tokens, ranks),
         "train/plain_tokens": ranks.sum(sum(sequence.num_tokens for sequence in sequences)),
         "train/micro_batches": torch.tensor(float(len(micro_batches))),
     }
@@ -62,6 +77,20 @@ def optimizer_step(
     if scheduler is not None:
         scheduler.step()
     return metrics
+
+
+def _without_reduction(strategy: Any) -> Callable[[], AbstractContextManager[Any]]:
+    """Return a context in which backward passes add up gradients on each rank alone.
+
+    DDP has one. Sharded gradients must be reduced in every pass, since no rank has room for all of them.
+    """
+    return strategy.block_backward_sync if isinstance(strategy, ParallelStrategy) else nullcontext
+
+
+def _imbalance(num_tokens: float, ranks: Ranks) -> Tensor:
+    """Return the tokens of the busiest rank over their mean, or 1 for a step without any. A collective."""
+    total = ranks.sum(num_tokens)
+    return ranks.max(num_tokens) * ranks.num_data / total if total > 0 else torch.ones(())
 
 
 def _clip_and_step(module: PolicyModule, optimizer: Any, loss: Tensor) -> Tensor:

@@ -70,7 +70,10 @@ class PolicyGradient:
         self.temperature = temperature
         self.normalizer = normalizer
         self.settings = settings
-        self.sequences = [*(sample.sequence for sample in samples), *contexts.sequences]
+        self.sequences = [
+            *(sample.sequence for sample in samples),
+            *(context.sequence for context in contexts.sequences),
+        ]
         self._losses: list[LossStatistics] = []
         self._corrections: list[CorrectionStatistics] = []
         self._entropies: list[Tensor] = []

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -30,11 +29,11 @@ from rpt_lightning.objectives.rewards.next_token import PrefixMatchReward
 from rpt_lightning.policy.flops import Work, add_works, tree_work
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.packing.trees import PackedTree
-from rpt_lightning.policy.parallel.sharding import materialize_sharded
 from rpt_lightning.pretrained.specification import tokenizer_hash
 from rpt_lightning.records.results import PositionResult
 from rpt_lightning.training.checkpoint.callback import save_last_step
 from rpt_lightning.training.distributed.ranks import Ranks
+from rpt_lightning.training.distributed.strategy import materialize
 from rpt_lightning.training.modules.direct_scores import DirectScore, direct_scores, position_results
 from rpt_lightning.training.modules.micro_batches import forward_passes, in_step
 from rpt_lightning.training.modules.moments_offload import MomentsOffload, offloaded_moments
@@ -103,6 +102,7 @@ class PolicyModule(LightningModule, ABC):
         self.micro_batch_tokens = micro_batch_tokens
         self.gradient_clip = gradient_clip
         self.offload_moments = offload_moments
+        self.is_warm = False  # whether the kernels of all lengths are compiled
         self.skipped_steps = SkippedSteps(limit=max_skipped_steps)
         self._write_errors = WriteErrors()
         self._moments: MomentsOffload | None = None
@@ -129,17 +129,7 @@ class PolicyModule(LightningModule, ABC):
         )
 
     def configure_model(self) -> None:
-        strategy: Any = self.trainer.strategy if has_trainer(self) else None
-        if isinstance(strategy, ModelParallelStrategy):
-            materialize_sharded(
-                self.policy,
-                strategy.device_mesh,
-                device=strategy.root_device,
-                cpu_offload=getattr(strategy, "cpu_offload", False),
-                gather_bf16=getattr(strategy, "gather_bf16", False),
-            )
-        else:
-            self.policy.materialize()
+        materialize(self.policy, self.trainer.strategy if has_trainer(self) else None)
 
     def on_fit_start(self) -> None:
         rank_zero_info(f"policy: {self.policy.packing}")
@@ -238,7 +228,9 @@ class PolicyModule(LightningModule, ABC):
         trees = list(self.policy.pack(sequences, max_tokens=self.micro_batch_tokens))
         self.scored_work += add_works(map(tree_work, trees))
         micro_batches = in_step(trees, self.ranks)
-        yield from forward_passes(self.policy, micro_batches, device=self.device, **options)
+        yield from forward_passes(
+            self.policy, micro_batches, max_tokens=self.micro_batch_tokens, device=self.device, **options
+        )
 
     def log_step(self, metrics: Mapping[str, Tensor | float]) -> None:
         """Log metrics of the current step, which are already reduced over ranks.

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,13 +16,23 @@ from rpt_lightning.limits import check_number
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.pretrained.text_shape import longest_context
 from rpt_lightning.pretrained.token_bytes import start_ids
+from rpt_lightning.training.modules.balance import Trained, balanced
 from rpt_lightning.training.modules.mini_batches import mini_batches_of
 from rpt_lightning.training.modules.optimizer_step import optimizer_step
 from rpt_lightning.training.modules.policy_gradient import LossSettings, PolicyGradient
 from rpt_lightning.training.modules.policy_module import PolicyModule
 from rpt_lightning.training.modules.samples import Sample, live, samples_of
-from rpt_lightning.training.modules.trunk import Contexts, check_rests, context_sequences
-from rpt_lightning.types import RolloutGroup, SamplingSettings
+from rpt_lightning.training.modules.trunk import Contexts, ContextSequence, check_rests, context_sequences
+from rpt_lightning.types import RolloutGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiniBatch:
+    """What this rank trains in one optimizer step. The normalizer is that of all ranks."""
+
+    samples: Sequence[Sample]
+    contexts: Contexts
+    normalizer: float
 
 
 class RPTModule(PolicyModule):
@@ -158,23 +167,22 @@ class RPTModule(PolicyModule):
         assert rollouts is not None, "the rollout callback puts them in"
         temperature = rollouts.sampling.temperature
         parts = mini_batches_of(rollouts.groups, self.optimizer_steps_per_batch, self.ranks)
-        samples = [[self._samples(group) for group in groups] for groups in parts]
-        mini_batches = [list(itertools.chain.from_iterable(of_groups)) for of_groups in samples]
         # With one optimizer step a batch the policy has not changed since before the update. The ratio is
         # exactly 1, so there is nothing to compute.
         on_policy = self.optimizer_steps_per_batch == 1
+        mini_batches = [self._mini_batch(groups, max_tokens=rollouts.sampling.max_tokens) for groups in parts]
         old_logprobs = [
-            None if on_policy else self._logprobs(live(mini_batch), temperature)
+            None if on_policy else self._logprobs(mini_batch.samples, temperature)
             for mini_batch in mini_batches
         ]
-        for groups, mini_batch, old in zip(parts, mini_batches, old_logprobs, strict=True):
-            self._optimize(mini_batch, old, rollouts.sampling, self._contexts(groups))
-        trained = [live(of_group) for of_groups in samples for of_group in of_groups]
+        for mini_batch, old in zip(mini_batches, old_logprobs, strict=True):
+            self._optimize(mini_batch, old, temperature)
+        trained = [samples for groups in parts for group in groups if (samples := live(self._samples(group)))]
         self.log_step(
             {
-                "train/groups": self.ranks.sum(sum(map(bool, trained))),
+                "train/groups": self.ranks.sum(len(trained)),
                 "train/completion_tokens": self.ranks.sum(
-                    sum(len(sample.sequence.target_ids) for of_group in trained for sample in of_group)
+                    sum(len(sample.sequence.target_ids) for samples in trained for sample in samples)
                 ),
             }
         )
@@ -196,21 +204,31 @@ class RPTModule(PolicyModule):
             max_tokens=longest_context(self.policy.config),
         )
 
+    def _mini_batch(self, groups: Sequence[RolloutGroup], *, max_tokens: int) -> MiniBatch:
+        """Return what this rank trains in one optimizer step, given its groups. A collective."""
+        samples = [sample for group in groups for sample in self._samples(group)]
+        contexts = self._contexts(groups)
+        trained: list[Trained] = [*live(samples), *contexts.sequences]
+        share = balanced(trained, self.ranks)
+        return MiniBatch(
+            samples=[item for item in share if isinstance(item, Sample)],
+            contexts=replace(
+                contexts, sequences=tuple(item for item in share if isinstance(item, ContextSequence))
+            ),
+            normalizer=self._normalizer(samples, max_tokens=max_tokens),
+        )
+
     def _optimize(
-        self,
-        samples: Sequence[Sample],
-        old_logprobs: Sequence[Tensor] | None,
-        sampling: SamplingSettings,
-        contexts: Contexts,
+        self, mini_batch: MiniBatch, old_logprobs: Sequence[Tensor] | None, temperature: float
     ) -> None:
         """Do one optimizer step."""
         gradient = PolicyGradient(
             self.policy,
-            live(samples),
-            contexts,
+            mini_batch.samples,
+            mini_batch.contexts,
             old_logprobs=old_logprobs,
-            temperature=sampling.temperature,
-            normalizer=self._normalizer(samples, max_tokens=sampling.max_tokens),
+            temperature=temperature,
+            normalizer=mini_batch.normalizer,
             settings=self.loss_settings,
         )
         metrics = optimizer_step(self, gradient.sequences, gradient.loss)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from rpt_lightning.algo.advantage import AdvantageScale, group_advantages
+from rpt_lightning.training.modules.balance import Origin
 from rpt_lightning.types import RolloutGroup, TrainSequence
 
 
@@ -18,6 +19,7 @@ class Sample:
     sequence: TrainSequence
     advantage: float
     rollout_logprobs: tuple[float, ...]
+    origin: Origin
 
     @property
     def is_live(self) -> bool:
@@ -44,9 +46,15 @@ def samples_of(group: RolloutGroup, *, scale: AdvantageScale) -> list[Sample]:
             sequence=TrainSequence(prompt_ids=group.prompt_ids, target_ids=completion.token_ids),
             advantage=advantage,
             rollout_logprobs=completion.rollout_logprobs,
+            origin=origin_of(group),
         )
         for (completion, _), advantage in zip(kept, advantages, strict=True)
     ]
+
+
+def origin_of(group: RolloutGroup) -> Origin:
+    """Return where the sequences of a group come from."""
+    return Origin(document=group.task.doc_id, group=group.task.task_id)
 
 
 def live(samples: Sequence[Sample]) -> list[Sample]:

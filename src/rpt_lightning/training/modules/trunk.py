@@ -18,6 +18,8 @@ from torch import Tensor
 
 from rpt_lightning.policy.packing.trees import PackedTree
 from rpt_lightning.training.distributed.ranks import Ranks
+from rpt_lightning.training.modules.balance import Origin
+from rpt_lightning.training.modules.samples import origin_of
 from rpt_lightning.types import RolloutGroup, Task, TokenIds, TrainSequence
 
 TEMPERATURE = 1.0  # next-token prediction is measured at 1, whatever rollouts are sampled at
@@ -42,13 +44,21 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ContextSequence:
+    """A context as a sequence to train on, and the group in whose prompt it stands."""
+
+    sequence: TrainSequence
+    origin: Origin
+
+
+@dataclass(frozen=True, kw_only=True)
 class Contexts:
     """This rank's context sequences of one optimizer step.
 
     ``num_targets`` is the number of target tokens on all ranks.
     """
 
-    sequences: tuple[TrainSequence, ...] = ()
+    sequences: tuple[ContextSequence, ...] = ()
     num_targets: int = 0
 
     def loss(self, tree: PackedTree, logprobs: Tensor, *, first: int) -> tuple[Tensor, PackedTree]:
@@ -114,13 +124,12 @@ def context_sequences(
             before = _prefix_ids(group) if in_prompt else start_ids
             text_ids = (*group.task.context_ids, *group.task.rest_ids)[: span.end - span.start]
             cut = first - span.start
-            sequences.append(
-                TrainSequence(
-                    prompt_ids=before + text_ids[:cut],
-                    target_ids=text_ids[cut:],
-                    temperature=TEMPERATURE,
-                )
+            sequence = TrainSequence(
+                prompt_ids=before + text_ids[:cut],
+                target_ids=text_ids[cut:],
+                temperature=TEMPERATURE,
             )
+            sequences.append(ContextSequence(sequence=sequence, origin=origin_of(group)))
     return Contexts(sequences=tuple(sequences), num_targets=num_targets)
 
 

@@ -14,6 +14,7 @@ from rpt_lightning.policy.flops import Work, add_works, prompt_work, sampling_wo
 from rpt_lightning.rollout.dynamic_sampling import FilledBatch
 from rpt_lightning.rollout.position_kinds import KindShares
 from rpt_lightning.rollout.selection import SelectionCounts
+from rpt_lightning.rollout.weight_sync.sent import SentWeights
 from rpt_lightning.training.distributed.ranks import Ranks
 from rpt_lightning.types import PromptTokens
 
@@ -100,6 +101,19 @@ def selection_fractions(metrics: Mapping[str, float]) -> dict[str, float]:
         "selection/in_band_frac": metrics["selection/in_band"] / drawn,
         "selection/drawn_per_kept": drawn / metrics["selection/kept"],
     }
+
+
+def sent_metrics(sent: SentWeights | None) -> dict[str, float]:
+    """What one rank sent in the latest weight sync (`RolloutEngine.sent_weights`). Only the first sends."""
+    return (
+        {}
+        if sent is None
+        else {
+            "sync/sent_bytes": float(sent.num_bytes),
+            "sync/full_bytes": float(sent.num_full_bytes),
+            "sync/changed_frac": sent.changed_frac,
+        }
+    )
 
 
 def rollout_work(filled: FilledBatch, *, prefill_tokens: float) -> Work:

@@ -33,13 +33,13 @@ def scores_of_policy(trainer: Trainer, module: PolicyModule) -> Score:
 def chances_of_policy(trainer: Trainer, module: PolicyModule, objective: BoundObjective) -> ScoreTasks:
     """Return a function that scores the truth of tasks without a thought, as a validation does.
 
-    All tensor-parallel ranks get what the first of them computed, so that they select the same tasks.
+    Tasks come as they are put to the policy (`StepRoller.pose`). All tensor-parallel ranks get what the first
+    of them computed, so that they select the same tasks.
     """
 
     def score(tasks: Sequence[Task]) -> list[Chance]:
         chances = [Chance(logprob=0.0, entropy=0.0)] * len(tasks)
-        posed = objective.posed(tasks, step=module.policy_version)  # a prompt may state the step's budget
-        sequences = [objective.direct_sequence(task) for task in posed]
+        sequences = [objective.direct_sequence(task) for task in tasks]
         for index, logprobs, entropy in _scored(trainer, module, sequences):
             chances[index] = Chance(logprob=logprobs.sum().item(), entropy=entropy[0].item())
         return module.ranks.gather_parts(chances)[0]

@@ -37,6 +37,7 @@ from rpt_lightning.training.step.metrics import (
     rollout_metrics,
     rollout_work,
     selection_metrics,
+    sent_metrics,
     server_metrics,
 )
 from rpt_lightning.types import PromptTokens, RolloutGroup, Task
@@ -122,11 +123,10 @@ class CurrentRollouts(RolloutStep):
         clock, step = self.module.clock, self.module.policy_version
         tasks, draw = self.roller.pose(tasks, self.data.draw, step=step)
         if self.selector is not None:
-            version = self.module.policy_version
             # Before the sync, which wakes an engine that shares the device's memory with the policy.
             with clock.phase("selection"):
-                tasks = self.selector.select(tasks, draw, version=version, over_ranks=self._over_ranks)
-            draw = self.selector.selecting(draw, version=version, over_ranks=self._over_ranks)
+                tasks = self.selector.select(tasks, draw, version=step, over_ranks=self._over_ranks)
+            draw = self.selector.selecting(draw, version=step, over_ranks=self._over_ranks)
         self.sync.sync(self.module)
         with clock.phase("rollout"):
             rollouts = self.roller.roll_out(
@@ -233,7 +233,7 @@ class StepRoller:
             filled, self._read_since(prompts_before, ranks)
         )
         work = rollout_work(filled, prefill_tokens=metrics["rollout/prefill_tokens"])
-        metrics |= server_metrics(self.engine.servers)
+        metrics |= server_metrics(self.engine.servers) | sent_metrics(self.engine.sent_weights)
         groups = [*filled.groups, *filled.replaced]
         metrics |= self.objective.objective.take_metrics(groups)
         metrics |= self.objective.budget_metrics(groups, step=step, pilot_size=self.pilot_size)

@@ -28,7 +28,7 @@ from rpt_lightning.compat.vllm.engine import (
     trainer_state_kept,
     trainers_group_kept,
 )
-from rpt_lightning.compat.vllm.layers import expect_experts
+from rpt_lightning.compat.vllm.layers import expect_experts, keep_lookups_plain
 from rpt_lightning.compat.vllm.lora import rank_limit
 from rpt_lightning.rollout.engines.base import (
     EngineDtype,
@@ -245,6 +245,7 @@ class VLLMEngine(RolloutEngine):
                 torch.cuda.empty_cache()  # vLLM cannot use memory that the trainer's allocator keeps
                 self._llm.wake_up(tags=["weights"])
             self._llm.apply_model(expect_experts)
+            self._llm.apply_model(keep_lookups_plain)
             reload_weights(self._llm, as_in_files(weights, self._skeleton))
             if self._is_asleep:  # the cache comes last, so loading can use its memory
                 torch.cuda.empty_cache()  # what gathering the weights left in the trainer's allocator

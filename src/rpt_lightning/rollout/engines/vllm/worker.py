@@ -10,20 +10,20 @@ from __future__ import annotations
 import base64
 import secrets
 import time
-from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from rpt_lightning.compat.vllm.engine import load_in_worker, worker_facts, worker_model
-from rpt_lightning.compat.vllm.layers import expect_experts
+from rpt_lightning.compat.vllm.layers import expect_experts, keep_lookups_plain
 from rpt_lightning.rollout.engines.vllm.weights import read_weights
 from rpt_lightning.rollout.servers.facts import PROTOCOL, architecture
 from rpt_lightning.rollout.weight_sync.checksum import checksum
 from rpt_lightning.rollout.weight_sync.file_names import as_in_files, make_skeleton
+from rpt_lightning.rollout.weight_sync.published import MANIFEST, DamagedWeights, HeldWeights
 
 _START = secrets.token_hex(8)  # differs for every start of the process
 
@@ -35,6 +35,10 @@ class PolicyWeights:
     # Label of the weights that someone is loading, and the time (time.monotonic) until which nobody else may.
     _rpt_loader: tuple[str, float] | None = None
     _rpt_skeleton: Any = None  # transformers' model without weights, from the first load on
+
+    @cached_property
+    def _rpt_held(self) -> HeldWeights:
+        return HeldWeights()
 
     def rpt_describe(self) -> dict[str, Any]:
         """Return what a trainer must know before it trusts this server."""
@@ -65,23 +69,30 @@ class PolicyWeights:
         self._rpt_loader = None
 
     def rpt_load_folder(self, folder: str) -> dict[str, Any]:
-        """Load every tensor of a folder's safetensors files in place.
+        """Load the weights that are published in a folder (docs/weight-sync.md) in place.
 
-        vLLM's own ``reload_weights(weights_path=...)`` refuses a server that was started with dummy weights.
-        It would also read pickles.
+        All weights are loaded, even if only some changed: vLLM's layers join several tensors, and load
+        either all of them or garbage. vLLM's own ``reload_weights(weights_path=...)`` refuses a server that
+        was started with dummy weights. It would also read pickles.
+
+        Returns:
+            What is wrong with the published weights, as ``damage``, or None. The model is then unchanged.
         """
-        files = sorted(Path(folder).glob("*.safetensors"))
-        if not files:
+        try:
+            weights = self._rpt_held.load(Path(folder))
+        except FileNotFoundError as error:
             raise ValueError(
-                f"{folder} holds no .safetensors file; is it on a disk that "
-                "the server sees under the same path?"
-            )
+                f"{folder} holds no {MANIFEST}; is it on a disk that the server sees under the same path?"
+            ) from error
+        except DamagedWeights as error:
+            return {"damage": str(error)}
         model, config, _ = worker_model(self)
         expect_experts(model)
+        keep_lookups_plain(model)
         if self._rpt_skeleton is None:
             self._rpt_skeleton = make_skeleton(config)
-        load_in_worker(self, as_in_files(_tensors(files), self._rpt_skeleton))
-        return {"num_files": len(files)}
+        load_in_worker(self, as_in_files(weights, self._rpt_skeleton))
+        return {"damage": None}
 
     def rpt_checksums(self, names: list[str]) -> dict[str, str]:
         """Return ``checksum`` of weights in the engine's dtype, under their Hugging Face names.
@@ -98,10 +109,3 @@ class PolicyWeights:
     def _rpt_weight(self, name: str) -> Tensor:
         model, _, dtype = worker_model(self)
         return read_weights(model, [name], dtype)[name]
-
-
-def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    for file in files:
-        with safe_open(file, framework="pt", device="cpu") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (it is not iterable)
-                yield name, tensors.get_tensor(name)
