@@ -144,7 +144,7 @@ def test_rollouts_on_servers(paper_run):
     assert "one broadcast at 50 GB/s (NCCLTransport)" in " ".join(nccl.split())
     # Written and read at 10 GB/s instead of sent at 50. On both hosts the weights cross a link of 64 GB/s
     # and their digests are computed at 10.
-    assert number(text, "sync of the weights") - number(nccl, "sync of the weights") == pytest.approx(
+    assert number(text, "weight sync") - number(nccl, "weight sync") == pytest.approx(
         29.54 * (2 / 10 - 1 / 50 + 2 * (1 / 64 + 1 / 10)), rel=0.01
     )
     # Only what changed: 4.5 % of the bytes, and a tenth of a full set written for servers that come late.
@@ -159,7 +159,7 @@ def test_rollouts_on_servers(paper_run):
     )
     assert "a server receives 1.3 GB" in delta
     assert "what changed (3.0% of the weights, --plan.changed_frac), written once" in " ".join(delta.split())
-    assert number(delta, "sync of the weights") - number(nccl, "sync of the weights") == pytest.approx(
+    assert number(delta, "weight sync") - number(nccl, "weight sync") == pytest.approx(
         29.54 * ((2 * 0.045 + 0.1) / 10 - 1 / 50 + 2 * (1 / 64 + 1 / 10)), rel=0.01
     )
     many = text_of(
