@@ -19,6 +19,7 @@ from jsonargparse import Namespace
 
 from rpt_lightning.cli.plan import parse, plan_of
 from rpt_lightning.evaluation.marked_section import replace_section
+from rpt_lightning.planning.host_memory import offloaded_moment_bytes
 from rpt_lightning.planning.limits import bottleneck
 from rpt_lightning.planning.plan import Plan
 
@@ -63,12 +64,14 @@ def _sized(config: Namespace, name: str, devices: int) -> Namespace:
     sleeps = name == "in the trainer, asleep in training"
     if sleeps:
         config.rollout.engine.init_args.sleep_in_training = True
-        config.rollout.engine.init_args.gpu_memory_utilization = 0.55
+        config.rollout.engine.init_args.gpu_memory_utilization = 0.75
     if name == "servers, NCCL":
         config.rollout.engine.init_args.transport = Namespace(class_path="NCCLTransport")
     config.plan.num_devices, config.plan.num_servers = devices - servers, servers or None
-    # Eight devices cannot hold the optimizer beside an engine that stays awake: configs/14b.yaml.
-    config.trainer.strategy.init_args.cpu_offload = devices == 8 and not servers and not sleeps
+    # Eight devices cannot hold the optimizer beside an engine: configs/14b.yaml.
+    config.model.init_args.offload_moments = devices == 8 and not servers
+    if devices > 8 and not servers:
+        config.rollout.engine.init_args.gpu_memory_utilization = 0.6
     return config
 
 
@@ -113,8 +116,12 @@ def render(rows: list[tuple[str, Plan, list[str]]]) -> str:
         ]
         times.append(_row([*first, *cells]))
         host = (
-            (8 + settings.optimizer_bytes_per_param) * plan.shape.num_params / settings.num_ranks
-            if settings.cpu_offload
+            offloaded_moment_bytes(
+                plan.shape,
+                num_shards=settings.num_ranks,
+                optimizer_bytes_per_param=settings.optimizer_bytes_per_param,
+            )
+            if settings.offload_moments
             else 0.0
         )
         sizes = (

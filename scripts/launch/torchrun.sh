@@ -2,9 +2,8 @@
 # RPT with torchrun, started once on every node:
 #   NUM_NODES=2 GPUS_PER_NODE=8 RDZV_ENDPOINT=node-0:29500 scripts/launch/torchrun.sh \
 #     --config configs/14b.yaml --trainer.default_root_dir /shared/runs/14b \
-#     --trainer.strategy.gather_bf16 true --trainer.strategy.cpu_offload true
-# Everything after the script's name goes to `rpt fit`. From 32 GPUs of 80 GB on, the 14B run needs no
-# cpu_offload. RDZV_ENDPOINT names one of the nodes and a free port on it, and must be the same on all nodes.
+#     --trainer.strategy.gather_bf16 true
+# Everything after the script's name goes to `rpt fit`. RDZV_ENDPOINT names one of the nodes and a free port on it, and must be the same on all nodes.
 # If a process dies, torchrun restarts all of them, and the run resumes from its last checkpoint (--ckpt_path
 # auto). SIGTERM ends the run after its step, with a checkpoint. TORCH_ELASTIC_SHUTDOWN_TIMEOUT (seconds)
 # gives it the time for that. Untried on several machines.

@@ -52,6 +52,7 @@ _MODULES = {
     "DynamicSampling": "rollout.settings",
     "EngineCheck": "rollout.settings",
     "Evaluation": "rollout.settings",
+    "Selection": "rollout.settings",
     "read_run": "evaluation.run",
     "read_results": "records.results",
 }
@@ -94,7 +95,7 @@ if TYPE_CHECKING:
     from rpt_lightning.rollout.engines.hf_engine import HFEngine
     from rpt_lightning.rollout.engines.vllm.vllm_engine import VLLMEngine
     from rpt_lightning.rollout.servers.server_engine import VLLMServerEngine
-    from rpt_lightning.rollout.settings import DynamicSampling, EngineCheck, Evaluation, Sampling
+    from rpt_lightning.rollout.settings import DynamicSampling, EngineCheck, Evaluation, Sampling, Selection
     from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
     from rpt_lightning.training.checkpoint.callback import RunCheckpoint
     from rpt_lightning.training.distributed.strategy import ShardedStrategy
@@ -137,6 +138,7 @@ __all__ = [
     "Sampling",
     "SegmentJudge",
     "SegmentReward",
+    "Selection",
     "ShardedStrategy",
     "TextDataModule",
     "TextFilesSource",

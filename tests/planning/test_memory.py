@@ -184,6 +184,25 @@ def test_what_each_strategy_holds():
     assert ddp.total_bytes == one.total_bytes + 1136
 
 
+def test_offloaded_moments_are_on_the_device_for_the_step_alone():
+    """After the pass: 2,272 bytes of moments, and 1,136 for square roots unless AdamW is fused."""
+    held, offloaded = (memory("single", on_gpu=True, offload_moments=given) for given in (False, True))
+    assert (held.optimizer_bytes, offloaded.optimizer_bytes) == (2272, 0)
+    assert held.lasting_bytes - offloaded.lasting_bytes == 2272
+    for tokens in (1, 16):  # with 1 token the step is the fullest moment
+        for is_fused, roots in ((True, 0), (False, 1136)):
+            part = memory(
+                "single",
+                on_gpu=True,
+                offload_moments=True,
+                is_fused=is_fused,
+                micro_batch_tokens=tokens,
+            )
+            at_step = part.weights_bytes + part.gradients_bytes + 2272 + roots
+            assert part.total_bytes >= at_step
+            assert (part.total_bytes == at_step) is (part.activations_bytes + part.masks_bytes < 2272 + roots)
+
+
 def test_where_bf16_copies_of_the_weights_are():
     """Autocast's copies last until the backward pass: those of all layers, or of the recomputed one.
 

@@ -7,7 +7,11 @@ from dataclasses import replace
 import pytest
 
 from rpt_lightning.planning.devices import DEVICES, Device
-from rpt_lightning.planning.host_memory import offloaded_bytes, pinned_shard_bytes
+from rpt_lightning.planning.host_memory import (
+    offloaded_bytes,
+    offloaded_moment_bytes,
+    pinned_shard_bytes,
+)
 from rpt_lightning.planning.model_shape import ModelShape
 from rpt_lightning.planning.settings import Rates, RunSettings
 from rpt_lightning.planning.times import busiest_completions, step_times, step_traffic
@@ -159,6 +163,23 @@ def test_gradients_after_the_first_micro_batch_go_to_new_memory():
     # Two numbers are read and one is written for each addition.
     seconds = (2 * 5 + 1) * shard / 64e9 + 4 * (shard / 8e9 + 3 * shard / 77e9) + 7 * shard / 77e9
     assert step.offload_s == pytest.approx(seconds)
+
+
+def test_offloaded_moments_move_once_a_step():
+    tokens = replace(TOKENS, micro_batches=5)
+    settings = replace(SETTINGS, offload_moments=True, on_gpu=True)
+    for strategy, weights in (("fsdp2", 142), ("ddp", 284)):
+        step = step_times(replace(settings, strategy=strategy), SHAPE, DEVICE, RATES, tokens, 4.0)
+        assert step.offload_s == pytest.approx(2 * 8 * weights / 20)
+    assert offloaded_moment_bytes(SHAPE, num_shards=2, optimizer_bytes_per_param=8) == 2 * (2 * 288 + 256)
+
+
+def test_ddp_sends_gradients_once_a_step():
+    one, five = (
+        step_traffic(replace(SETTINGS, strategy="ddp"), SHAPE, replace(TOKENS, micro_batches=number))
+        for number in (1, 5)
+    )
+    assert one.train_bytes == five.train_bytes == 2 * 4 * 284 / 2
 
 
 def test_pinned_memory_comes_in_powers_of_two():

@@ -26,6 +26,7 @@ from rpt_lightning.objectives.prompts.template import ContinuationPrompt
 from rpt_lightning.objectives.proposed_span import ProposedSpanObjective
 from rpt_lightning.objectives.rewards.next_token import Reward
 from rpt_lightning.objectives.thought_budget import ThoughtBudget
+from rpt_lightning.policy.adapter import Adapter
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.rollout import position_kinds
 from rpt_lightning.rollout.engines.hf_engine import HFEngine
@@ -64,6 +65,7 @@ class Options:
     selection: dict[str, Any] = field(default_factory=dict)
     proposals: list[str] = field(default_factory=list)  # lines of a script with spans that the policy names
     offload_moments: bool = False
+    adapter: dict[str, Any] | None = None
     resume: bool = False
     validate: bool = False
 
@@ -107,7 +109,10 @@ class WrongNormalizer(RPTModule):
 
 def parts(options: Options, folder: Path):
     optimizer = torch.optim.SGD if options.kind == "ntp" else getattr(torch.optim, options.optimizer)
-    policy, make_optimizer = Policy(options.model), lambda parameters: optimizer(parameters, lr=options.lr)
+    policy, make_optimizer = (
+        Policy(options.model, adapter=options.adapter and Adapter(**options.adapter)),
+        lambda parameters: optimizer(parameters, lr=options.lr),
+    )
     common = {
         "micro_batch_tokens": options.micro_batch_tokens,
         "offload_moments": options.offload_moments,
@@ -186,6 +191,7 @@ def parts(options: Options, folder: Path):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     options = Options(**json.loads(sys.argv[1]))
     # The tiny model's chances are near 1 / 512, so kinds are divided there.
     position_kinds.PROB_EDGES = (0.0005, 0.0015, 0.0018, 0.0019, 0.002, 0.0021, 0.003)

@@ -336,3 +336,44 @@ def test_two_ranks_validate_what_one_does(tiny_model_dir, tiny_task_dir, tmp_pat
         assert row.ntp_logprob == pytest.approx(two[task_id].ntp_logprob, abs=1e-3)
     outcomes = [Outcome(tmp_path / str(num_ranks), tiny_model_dir) for num_ranks in (1, 2)]
     assert outcomes[0].distance(outcomes[1]) < 0.01  # a wrong normaliser is off by a factor of 2
+
+
+ADAPTER = {"adapter": {"rank": 4, "alpha": 8.0}, "ntp_weight": 0.3}
+
+
+@pytest.mark.long
+def test_a_sharded_adapter_is_saved_resumed_and_exported(tiny_model_dir, tiny_task_dir, tmp_path):
+    """On one rank. Shards hold the adapter alone, and a resumed run is the same bit for bit."""
+    plain, whole, half = tmp_path / "plain", tmp_path / "whole", tmp_path / "half"
+    run(plain, tiny_model_dir, tiny_task_dir, steps=4, **ADAPTER)
+    run(whole, tiny_model_dir, tiny_task_dir, steps=4, strategy="sharded", **ADAPTER)
+    run(half, tiny_model_dir, tiny_task_dir, steps=2, strategy="sharded", **ADAPTER)
+    size = sum(file.stat().st_size for file in last_checkpoint(half).iterdir())
+    assert size < (tiny_model_dir / "model.safetensors").stat().st_size
+    run(half, tiny_model_dir, tiny_task_dir, steps=4, strategy="sharded", resume=True, **ADAPTER)
+    undisturbed, resumed = Outcome(whole, tiny_model_dir), Outcome(half, tiny_model_dir)
+    assert resumed.distance(undisturbed) == 0
+    assert_same_run(Outcome(plain, tiny_model_dir), undisturbed)
+    export(str(last_checkpoint(half)), str(tmp_path / "adapter"), form="adapter")
+    exported, saved = (
+        load_file(tmp_path / "adapter" / "adapter_model.safetensors"),
+        torch.load(last_checkpoint(plain), weights_only=True)["state_dict"],
+    )
+    assert len(exported) == len(saved)
+
+
+@pytest.mark.long
+def test_an_adapter_is_trained_alike_on_any_number_of_ranks(tiny_model_dir, tiny_task_dir, tmp_path):
+    options = {"steps": 4, "optimizer": "SGD", "lr": 0.1, "tasks_per_step": 5} | ADAPTER
+    more = {
+        "one": {},
+        "small": {"micro_batch_tokens": 60},
+        "two": {"ranks": 2, "strategy": "sharded", "micro_batch_tokens": 100},
+        "ddp": {"ranks": 2, "strategy": "ddp"},
+    }
+    for name, of_run in more.items():
+        run(tmp_path / name, tiny_model_dir, tiny_task_dir, **options, **of_run)
+    one, *others = (Outcome(tmp_path / name, tiny_model_dir) for name in more)
+    assert (one.end - one.start).norm() > 0
+    for other in others:
+        assert_same_run(one, other, tolerance=1e-3)

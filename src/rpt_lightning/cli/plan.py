@@ -231,6 +231,11 @@ def plan_of(config: Namespace) -> tuple[Plan, list[str]]:
         ]
     if settings.engine_sleeps:
         assumptions.append("the engine sleeps while the policy trains, so they take turns using memory")
+    if settings.offload_moments:
+        assumptions.append(
+            "the optimizer's moments travel between host and device at "
+            f"{device.host_link_bytes_per_s / 1e9:.0f} GB/s, with nothing else at the same time"
+        )
     if settings.cpu_offload:
         assumptions.append(
             "weights and gradients move between host and device at "
@@ -312,6 +317,7 @@ def run_settings(config: Namespace, options: PlanOptions) -> RunSettings:
         is_mixed=trainer.precision == "bf16-mixed",
         gathers_bf16=_strategy_option(trainer.strategy, "gather_bf16", default=True),
         cpu_offload=cpu_offload,
+        offload_moments=model.offload_moments,
         checkpointing=policy.activation_checkpointing,
         strategy=_strategy(trainer.strategy, num_devices=num_devices),
         num_devices=num_devices,

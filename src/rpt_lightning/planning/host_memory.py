@@ -1,10 +1,10 @@
-"""Host memory that CPU offload needs.
+"""Host memory that CPU offload, or the offload of the moments, needs.
 
-Weights and gradients are in pinned memory, from which a device can copy while it computes. torch's allocator
-of pinned memory rounds every block up to a power of two
+With CPU offload, weights and gradients are in pinned memory, from which a device can copy while it computes,
+and the optimizer's state is in ordinary memory. Moments that are offloaded by themselves are pinned. torch's
+allocator of pinned memory rounds every block up to a power of two
 (``aten/src/ATen/core/CachingHostAllocator.h``), unless ``PYTORCH_ALLOC_CONF`` has
-``pinned_max_round_threshold_mb``. The optimizer's state is in ordinary memory. Read in torch's source, never
-measured with a GPU.
+``pinned_max_round_threshold_mb``. Read in torch's source, never measured with a GPU.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ def offloaded_bytes(shape: ModelShape, *, num_ranks: int, optimizer_bytes_per_pa
     """Count the bytes on the host of one rank: pinned weights and gradients, and the optimizer's state."""
     moments = optimizer_bytes_per_param * shape.num_params / num_ranks
     return 2 * pinned_shard_bytes(shape, num_ranks=num_ranks) + moments
+
+
+def offloaded_moment_bytes(shape: ModelShape, *, num_shards: int, optimizer_bytes_per_param: float) -> float:
+    """Count the bytes on the host of one rank whose moments are offloaded. They are pinned."""
+    return optimizer_bytes_per_param / FP32_BYTES * pinned_shard_bytes(shape, num_ranks=num_shards)
 
 
 def pinned_shard_bytes(shape: ModelShape, *, num_ranks: int) -> float:

@@ -22,6 +22,9 @@ ADAM_BYTES = 2 * FP32_BYTES
 # Besides its weights vLLM keeps room for its own activations and CUDA graphs. This assumption is in the range
 # that its start-up log reports.
 ENGINE_WORKSPACE_BYTES = 2 * 2**30
+# The graphs of vLLM in the trainer, on a GPU. They lie outside of its share of the device, and stay while it
+# sleeps. This is an assumption.
+CUDA_GRAPHS_BYTES = 1.5 * 2**30
 # CUDA's context, NCCL's buffers and memory that the allocator cannot reuse. This is an assumption.
 GPU_OVERHEAD_BYTES = 2 * 2**30
 
@@ -66,8 +69,8 @@ class TrainingMemory:
 
     @property
     def lasting_bytes(self) -> float:
-        """Bytes that remain between two training phases."""
-        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.buckets_bytes
+        """Bytes that remain between two training phases. Gradients are freed after each step."""
+        return self.weights_bytes + self.optimizer_bytes + self.buckets_bytes
 
     @property
     def total_bytes(self) -> float:
@@ -87,6 +90,8 @@ def training_memory(
     logprob_chunk_size: int,
     on_gpu: bool,
     cpu_offload: bool = False,
+    offload_moments: bool = False,
+    is_fused: bool = False,
 ) -> TrainingMemory:
     """Work out the training memory of one device.
 
@@ -104,6 +109,8 @@ def training_memory(
         on_gpu: Whether the GPU kernels run.
         cpu_offload: With "fsdp2", whether weights, gradients and optimizer are in host memory. The optimizer
             then steps there.
+        offload_moments: Whether the optimizer's state is on the device only during its step.
+        is_fused: Whether the optimizer is torch's fused one, which needs no memory beside its state.
     """
     is_sharded = strategy == "fsdp2"
     share = (0.0 if cpu_offload else 1 / num_ranks) if is_sharded else 1.0
@@ -127,16 +134,17 @@ def training_memory(
     # The head's whole gradient, before it is added to that of earlier micro-batches. A sharded one stays
     # gathered and is counted there.
     head_work += 0 if is_sharded or shape.has_adapter else FP32_BYTES * shape.head_params
-    # Afterwards, when the micro-batch is gone, the last gradients are scattered. On CUDA, AdamW takes the
-    # square roots of all weights at once.
+    # Afterwards, when the micro-batch is gone, the last gradients are scattered. Then the moments come from
+    # the host, and on CUDA an AdamW that is not fused takes the square roots of all weights at once.
+    moments = optimizer_bytes_per_param * copy / FP32_BYTES
+    roots = copy if on_gpu and not is_fused and optimizer_bytes_per_param >= ADAM_BYTES else 0
     afterwards = max(
-        _scatter_bytes(shape, precision) if is_sharded else 0,
-        copy if on_gpu and optimizer_bytes_per_param >= ADAM_BYTES else 0,
+        _scatter_bytes(shape, precision) if is_sharded else 0, roots + (moments if offload_moments else 0)
     )
     return TrainingMemory(
         weights_bytes=shape.held_bytes * share,
         gradients_bytes=copy,
-        optimizer_bytes=optimizer_bytes_per_param * copy / FP32_BYTES,
+        optimizer_bytes=0 if offload_moments else moments,
         buckets_bytes=copy if strategy == "ddp" else 0,
         # Autocast's copies live as long as the backward pass needs them: those of all layers or, with
         # checkpointing, of one at a time. The head is cast by tiles.

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rpt_lightning.planning.alternatives import Alternative, Outcome, alternatives
 from rpt_lightning.planning.devices import Device
 from rpt_lightning.planning.memory import (
+    CUDA_GRAPHS_BYTES,
     GPU_OVERHEAD_BYTES,
     STRATEGIES,
     EngineMemory,
@@ -90,6 +92,7 @@ class Plan:
     times: StepTimes
     concurrent_sequences: float  # completions that a device decodes at the same time
     traffic: StepTraffic
+    alternatives: tuple[Alternative, ...]  # other arrangements that fit
 
     @property
     def fit(self) -> MemoryFit:
@@ -122,6 +125,17 @@ def make_plan(
     )
     engine = _engine_memory(settings, shape, device)
     concurrent = _concurrent_sequences(settings, shape, engine, tokens)
+
+    def outcome(changed: RunSettings) -> Outcome | None:
+        engine = _engine_memory(changed, shape, device)
+        fits = _memory(changed, shape, device, engine, tokens, checkpointing=changed.checkpointing)
+        fit = fits[STRATEGIES.index(changed.strategy)]
+        if not fit.engine_starts:
+            return None
+        concurrent = _concurrent_sequences(changed, shape, engine, tokens)
+        step_s = step_times(changed, shape, device, rates, tokens, concurrent).step_s
+        return fit.total_bytes, fit.device_bytes, concurrent, step_s
+
     return Plan(
         settings=settings,
         shape=shape,
@@ -136,6 +150,7 @@ def make_plan(
         times=step_times(settings, shape, device, rates, tokens, concurrent),
         concurrent_sequences=concurrent,
         traffic=step_traffic(settings, shape, tokens, rates),
+        alternatives=tuple(alternatives(settings, outcome)),
     )
 
 
@@ -180,17 +195,25 @@ def _memory(
                 logprob_chunk_size=settings.logprob_chunk_size,
                 on_gpu=settings.on_gpu,
                 cpu_offload=settings.cpu_offload,
+                offload_moments=settings.offload_moments,
+                is_fused=settings.is_fused,
             ),
             engine=engine,
             is_apart=settings.num_servers > 0,
             sleeps=settings.engine_sleeps,
             sequence_cache_bytes=settings.longest_sequence
             * shape.kv_cache_bytes(settings.engine_dtype_bytes),
-            overhead_bytes=GPU_OVERHEAD_BYTES if settings.on_gpu else 0,
+            overhead_bytes=_overhead_bytes(settings),
             device_bytes=device.memory_bytes,
         )
         for strategy in STRATEGIES
     )
+
+
+def _overhead_bytes(settings: RunSettings) -> float:
+    if not settings.on_gpu:
+        return 0
+    return GPU_OVERHEAD_BYTES + (CUDA_GRAPHS_BYTES if settings.engine == "vllm" else 0)
 
 
 def _concurrent_sequences(

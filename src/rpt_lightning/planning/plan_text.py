@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 
-from rpt_lightning.planning.host_memory import PROCESS_BYTES, offloaded_bytes
+from rpt_lightning.planning.host_memory import PROCESS_BYTES, offloaded_bytes, offloaded_moment_bytes
 from rpt_lightning.planning.limits import first_limit
 from rpt_lightning.planning.plan import MemoryFit, Plan
+from rpt_lightning.planning.text_layout import INDENT, bullets, gb, table, wrap
 from rpt_lightning.training.batch_summary import batch_arithmetic
 
-WIDTH = 98
-_INDENT = "  "
 _GB = 1e9
 _COLUMNS = {"single": "one device", "ddp": "DDP", "fsdp2": "FSDP2"}
 
@@ -23,7 +21,7 @@ def report(plan: Plan, *, assumptions: Sequence[str]) -> str:
     """
     sections = [
         ("The step", _arithmetic(plan)),
-        ("Assumptions", _bullets(assumptions)),
+        ("Assumptions", bullets(assumptions)),
         ("Tokens per step", _tokens(plan)),
         (
             f"Memory per device, in GB of 10^9 bytes ({plan.device.name}: "
@@ -32,9 +30,33 @@ def report(plan: Plan, *, assumptions: Sequence[str]) -> str:
         ),
         ("Operations per step", _flops(plan)),
         (f"Time per step ({_devices(plan)}, nothing overlaps; an estimate)", _times(plan)),
-        ("The limit", _wrap(first_limit(plan))),
+        *_alternatives(plan),
+        ("The limit", wrap(first_limit(plan))),
     ]
-    return "\n\n".join("\n".join([title, *(_INDENT + line for line in lines)]) for title, lines in sections)
+    return "\n\n".join("\n".join([title, *(INDENT + line for line in lines)]) for title, lines in sections)
+
+
+def _alternatives(plan: Plan) -> list[tuple[str, list[str]]]:
+    """Return the section on other arrangements, if there are any that fit."""
+    if not plan.alternatives:
+        return []
+    rows = [["", "engine's share", "GB", "sequences", "seconds a step"]]
+    rows += [
+        [
+            f"{other.offload}, engine {'asleep' if other.sleeps else 'awake'}",
+            f"{other.share:.2f}",
+            gb(other.total_bytes).strip(),
+            f"{other.concurrent_sequences:,.0f}",
+            f"{other.step_s:.3g}",
+        ]
+        for other in plan.alternatives
+    ]
+    title = f"What fits on {_devices(plan)} with a margin of a tenth, with FSDP2"
+    notes = [
+        "flags: --model.offload_moments, --trainer.strategy.cpu_offload, --rollout.engine.sleep_in_training "
+        "and, for the share, --rollout.engine.gpu_memory_utilization; falling asleep and waking are not timed"
+    ]
+    return [(title, [*table(rows), *bullets(notes)])]
 
 
 def _devices(plan: Plan) -> str:
@@ -69,7 +91,7 @@ def _arithmetic(plan: Plan) -> list[str]:
         if shape.has_adapter
         else []
     )
-    return _bullets([*text.splitlines(), model, *adapter])
+    return bullets([*text.splitlines(), model, *adapter])
 
 
 def _tokens(plan: Plan) -> list[str]:
@@ -93,8 +115,8 @@ def _tokens(plan: Plan) -> list[str]:
     )
     sampled = tokens.num_completions * tokens.completion_tokens
     return [
-        *_table(rows),
-        *_bullets(
+        *table(rows),
+        *bullets(
             [
                 f"generated: {sampled:,.0f} tokens; prompts read: {tokens.prefill.tokens:,} tokens, or "
                 f"{tokens.prefill_alone.tokens:,} without a prefix cache",
@@ -128,29 +150,29 @@ def _memory(plan: Plan) -> list[str]:
             ),
         ]
     ]
-    rows += [[label, *(_gb(getattr(fit.training, name)) for fit in fits)] for name, label in labels.items()]
+    rows += [[label, *(gb(getattr(fit.training, name)) for fit in fits)] for name, label in labels.items()]
     if not plan.settings.num_servers:
-        rows.append(["engine: weights", *(_gb(fit.engine.weights_bytes) for fit in fits)])
+        rows.append(["engine: weights", *(gb(fit.engine.weights_bytes) for fit in fits)])
         rows.append(
             [
                 "engine: KV cache and workspace",
-                *(_gb(max(0.0, fit.engine.kv_cache_bytes) + fit.engine.workspace_bytes) for fit in fits),
+                *(gb(max(0.0, fit.engine.kv_cache_bytes) + fit.engine.workspace_bytes) for fit in fits),
             ]
         )
-    rows.append(["context, allocator", *(_gb(fit.overhead_bytes) for fit in fits)])
+    rows.append(["context, allocator", *(gb(fit.overhead_bytes) for fit in fits)])
     rows.append(
         [
             "peak, taking turns" if plan.settings.engine_sleeps else "total",
-            *(_gb(fit.total_bytes) for fit in fits),
+            *(gb(fit.total_bytes) for fit in fits),
         ]
     )
     rows.append(["does it fit?", *(_verdict(fit) for fit in fits)])
     other = "without" if plan.settings.checkpointing else "with"
-    rows.append([f"{other} activation checkpointing", *(_gb(fit.total_bytes) for fit in plan.memory_other)])
+    rows.append([f"{other} activation checkpointing", *(gb(fit.total_bytes) for fit in plan.memory_other)])
     rows.append(["does it fit?", *(_verdict(fit) for fit in plan.memory_other)])
     return [
-        *_table(rows),
-        *_bullets(
+        *table(rows),
+        *bullets(
             [
                 "* as configured; with the largest micro-batch, of "
                 f"{plan.settings.largest_micro_batch:,} tokens, after weights, gradients and optimizer exist",
@@ -182,6 +204,16 @@ def _elsewhere(plan: Plan) -> list[str]:
             f"weights, gradients and optimizer are in host memory: {offloaded / _GB:,.2f} GB per device, in "
             f"pinned blocks of powers of two, and about {PROCESS_BYTES / _GB:.0f} GB for its process"
         )
+    if plan.settings.offload_moments:
+        moments = offloaded_moment_bytes(
+            plan.shape,
+            num_shards=plan.settings.num_ranks if plan.settings.strategy == "fsdp2" else 1,
+            optimizer_bytes_per_param=plan.settings.optimizer_bytes_per_param,
+        )
+        lines.append(
+            f"between steps the optimizer's moments are in host memory: {moments / _GB:,.2f} GB per device, "
+            f"in pinned blocks of powers of two, and about {PROCESS_BYTES / _GB:.0f} GB for its process"
+        )
     return lines
 
 
@@ -200,7 +232,7 @@ def _flops(plan: Plan) -> list[str]:
     ):
         rows.append([name, f"{value:.2e}", f"{value / total:.0%}"])
     return [
-        *_table(rows),
+        *table(rows),
         f"training without sharing: {flops.train_plain_flops:.2e}, "
         f"{flops.train_plain_flops / flops.train_shared_flops:.2f} times as many",
     ]
@@ -209,7 +241,7 @@ def _flops(plan: Plan) -> list[str]:
 def _times(plan: Plan) -> list[str]:
     times = plan.times
     if not plan.fit.engine_starts:
-        return _wrap(
+        return wrap(
             f"No times, because the engine does not start. Training alone would take {times.train_s:.3g} s."
         )
     rows = [["", "seconds", "of the step"]]
@@ -228,6 +260,8 @@ def _times(plan: Plan) -> list[str]:
         + (
             f"; {times.offload_s:.3g} s more for transfers and optimizer on the host"
             if plan.settings.cpu_offload
+            else f"; {times.offload_s:.3g} s more to move the moments to the device and back"
+            if plan.settings.offload_moments
             else ""
         ),
         f"a training device sends {plan.traffic.train_bytes / _GB:,.0f} GB in a step, and "
@@ -249,30 +283,4 @@ def _times(plan: Plan) -> list[str]:
         notes.append(
             f"{plan.settings.max_steps:,} steps: {hours:,.1f} hours, without validation and checkpoints"
         )
-    return [*_table(rows), *_bullets(notes)]
-
-
-def _gb(size: float) -> str:
-    return "-  " if size == 0 else f"{size / _GB:,.2f}  "
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Align the first column to the left and the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(max(width, 11))
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def _bullets(texts: Sequence[str]) -> list[str]:
-    return [line for text in texts for line in _wrap(text, indent=_INDENT)]
-
-
-def _wrap(text: str, indent: str = "") -> list[str]:
-    return textwrap.wrap(
-        text, WIDTH - len(_INDENT), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
+    return [*table(rows), *bullets(notes)]

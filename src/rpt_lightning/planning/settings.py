@@ -31,6 +31,7 @@ class RunSettings:
     is_mixed: bool  # bf16-mixed
     gathers_bf16: bool  # FSDP2 under bf16-mixed: weights are gathered in bf16, and the layers compute in bf16
     cpu_offload: bool  # FSDP2: weights, gradients and optimizer are in host memory
+    offload_moments: bool = False  # the optimizer's moments are in host memory between its steps
     checkpointing: bool
     strategy: Strategy
     num_devices: int  # devices that train

@@ -41,7 +41,8 @@ class StepTimes:
     longest_decode_s: float
     train_compute_s: float
     train_network_s: float
-    # CPU offload: transfers between device and host, and the optimizer's work on the host.
+    # CPU offload: transfers between device and host, and the optimizer's work on the host. With offloaded
+    # moments, their transfers.
     offload_s: float
     sync_s: float
 
@@ -78,9 +79,10 @@ class StepTraffic:
 def step_traffic(settings: RunSettings, shape: ModelShape, tokens: StepTokens, rates: Rates) -> StepTraffic:
     """Count the bytes that devices send in a step.
 
-    Every micro-batch sends its gradients in fp32, which frozen weights do not have. If the weights are
-    sharded, it also gathers them twice. The sync gathers the weights once more, in fp32. The check after the
-    sync gathers embedding and head (the few other tensors are not counted).
+    If the weights are sharded, every micro-batch sends its gradients in fp32 and gathers the weights twice.
+    DDP sends the gradients once a step. Frozen weights have no gradients. The sync gathers sharded weights
+    once more, in fp32. The check after the sync gathers embedding and head (the few other tensors are not
+    counted).
 
     A ring moves (n - 1) / n of the whole for a gather or a scatter. It moves twice that to add up gradients
     that every rank keeps.
@@ -95,9 +97,7 @@ def step_traffic(settings: RunSettings, shape: ModelShape, tokens: StepTokens, r
         return StepTraffic(
             train_bytes=train, gather_bytes=FP32_BYTES * ring * _gathered_for_sync(shape), server_bytes=server
         )
-    return StepTraffic(
-        train_bytes=2 * FP32_BYTES * gradient_ring * tokens.micro_batches, gather_bytes=0, server_bytes=server
-    )
+    return StepTraffic(train_bytes=2 * FP32_BYTES * gradient_ring, gather_bytes=0, server_bytes=server)
 
 
 def _engine_bytes(settings: RunSettings, shape: ModelShape) -> float:
@@ -187,7 +187,9 @@ def step_times(
         * train_flops(shape.size, tokens.busiest)
         / flops_per_s,
         train_network_s=traffic.train_bytes / link_bytes_per_s,
-        offload_s=_offload_s(settings, shape, device, tokens) if settings.cpu_offload else 0,
+        offload_s=_offload_s(settings, shape, device, tokens)
+        if settings.cpu_offload
+        else _moments_s(settings, shape, device),
         sync_s=_gather_s(settings, shape, device, traffic)
         + _delivery_s(settings, shape, device, rates, traffic)
         + (shape.adapter_params if settings.syncs_adapter else shape.num_params) * copies / bytes_per_s,
@@ -245,3 +247,12 @@ def _offload_s(settings: RunSettings, shape: ModelShape, device: Device, tokens:
     additions = 3 * later * shard / HOST_BANDWIDTH_BYTES_PER_S
     step = _CPU_ADAM_BYTES / FP32_BYTES * shard / HOST_BANDWIDTH_BYTES_PER_S
     return to_device + to_host + additions + (1 if settings.is_fused else _UNFUSED) * step
+
+
+def _moments_s(settings: RunSettings, shape: ModelShape, device: Device) -> float:
+    """Return the seconds in which offloaded moments move to the device and back, once a step."""
+    if not settings.offload_moments or not settings.on_gpu:
+        return 0
+    shards = settings.num_ranks if settings.strategy == "fsdp2" else 1
+    moments = settings.optimizer_bytes_per_param * shape.num_params / shards
+    return 2 * moments / device.host_link_bytes_per_s

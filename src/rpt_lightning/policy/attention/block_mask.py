@@ -20,7 +20,7 @@ MAX_COMPILATIONS = 128
 
 
 # Shares of a micro-batch's token budget to which trees are padded.
-BUCKETS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)
+BUCKETS = (1 / 4, 1 / 2, 3 / 4, 7 / 8, 1)
 
 
 def bucket_lengths(max_tokens: int) -> list[int]:
@@ -30,7 +30,7 @@ def bucket_lengths(max_tokens: int) -> list[int]:
     leaves only the last ones of a rank shorter.
 
     >>> bucket_lengths(12288), bucket_lengths(100)
-    ([1536, 3072, 6144, 9216, 12288], [128])
+    ([3072, 6144, 9216, 10752, 12288], [128])
     """
     return sorted({_blocks(share * max_tokens) for share in BUCKETS})
 
@@ -42,7 +42,7 @@ def bucket_length(num_tokens: int, max_tokens: int) -> int:
     the budget.
 
     >>> [bucket_length(n, 16384) for n in (1, 2049, 9000, 16384, 16385)]
-    [2048, 4096, 12288, 16384, 20480]
+    [4096, 4096, 12288, 16384, 20480]
     """
     fitting = [length for length in bucket_lengths(max_tokens) if length >= num_tokens]
     step = _blocks(max_tokens / 4)
