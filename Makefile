@@ -37,55 +37,55 @@ RPT := $(BIN)/rpt
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
-venv: $(STAMP)  ## make .venv with everything that tests and demo need
+venv: $(STAMP)  ## create .venv with everything that the tests and the demos need
 
-demo: $(STAMP)  ## from random weights to a model that predicts by thinking, in a small world, beside next-token training: ten minutes on two cores
+demo: $(STAMP)  ## train a tiny model by RPT on generated text and compare it with next-token training: ten minutes on two cores
 	$(BIN)/python scripts/demo.py $(if $(SEED),--seed $(SEED))
 
-demo-text: $(STAMP)  ## a real 135M model on real text: half an hour on two cores with bf16 instructions, an hour without
+demo-text: $(STAMP)  ## run RPT with a pretrained 135M model on real text: half an hour on two cores with bf16 instructions, an hour without
 	$(BIN)/python scripts/demo_text.py
 
-evidence: $(STAMP)  ## every arm of docs/evidence.md, three seeds each: a few hours on two cores; continues where it was interrupted
+evidence: $(STAMP)  ## run every experiment of docs/evidence.md with three seeds: a few hours on two cores; continues after an interruption
 	$(BIN)/python scripts/evidence.py run
 
-reproduction: $(STAMP)  ## one seed of docs/results.md, "Reproduction": make reproduction SEED=0 (takes over demo-text's run); ARM=trunk is docs/trunk.md's
+reproduction: $(STAMP)  ## run one seed of docs/results.md, "Reproduction": make reproduction SEED=0 (reuses demo-text's run); ARM=trunk for docs/trunk.md
 	$(if $(SEED),,$(error Name a seed: make reproduction SEED=0))
 	$(BIN)/python scripts/reproduction.py run --seed $(SEED) $(if $(ARM),--arm $(ARM))
 
-debug: $(STAMP) models/tiny tasks/debug  ## every part once, on a tiny random model, in a minute
+debug: $(STAMP) models/tiny tasks/debug  ## run every part once on a tiny random model, in a minute
 	rm -rf runs/debug
 	$(RPT) fit --config configs/debug.yaml
 
 # Two workers of one thread each: on two cores that takes two thirds of the time of one worker with both.
 test: export OMP_NUM_THREADS := 1
-test: lint  ## lint, types, import contract and the default test suite
+test: lint  ## run lint, types, the import contract and the default test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long and not gpu"
 
 # One after the other: those marked long start several processes themselves.
 test-long: export OMP_NUM_THREADS := 1
-test-long: $(STAMP)  ## all tests that need no GPU
+test-long: $(STAMP)  ## run all tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu"
 
-soak: $(STAMP)  ## half an hour of faults on two ranks and two vLLM servers, and what must hold afterwards
+soak: $(STAMP)  ## apply half an hour of faults to two ranks and two vLLM servers, then check the result
 	rm -rf runs/soak
 	$(BIN)/python tests/soak/soak.py --minutes 30
 
-bench: $(BENCH_STAMP)  ## measure speed and memory against named references: two hours alone on two cores
+bench: $(BENCH_STAMP)  ## measure speed and memory against named references: two hours on two cores, with nothing else running
 	$(BIN)/python benchmarks/run_all.py
 
-bench-short: $(STAMP)  ## every benchmark at tiny shapes, in a minute or two; nothing is stored
+bench-short: $(STAMP)  ## run every benchmark with tiny sizes, in a minute or two, without storing results
 	$(BIN)/python benchmarks/run_all.py --short
 
-gpu-check: $(STAMP)  ## look at a machine with GPUs part by part: environment, plan, contracts, kernels (docs/gpu.md)
+gpu-check: $(STAMP)  ## test a machine with GPUs part by part: environment, plan, contracts, kernels (docs/gpu.md)
 	$(BIN)/python scripts/gpu_check.py
 
-lint: $(STAMP)  ## ruff, mypy, lint-imports
+lint: $(STAMP)  ## run ruff, mypy and lint-imports
 	$(BIN)/ruff check --quiet
 	$(BIN)/ruff format --quiet --check
 	$(BIN)/mypy --no-error-summary
 	$(BIN)/lint-imports --no-logo
 
-clean:  ## remove .venv and caches; models, tasks and runs stay
+clean:  ## remove .venv and caches, but keep models, tasks and runs
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build src/*.egg-info
 	find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 

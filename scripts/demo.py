@@ -2,7 +2,7 @@
 
 The text tells of a ball under one of eight cups and of moves that shuffle them. It ends by saying where the
 ball is. That last token cannot be predicted in one pass, but it can be worked out by thinking. RPT trains a
-start model that thinks in one of eight examples. A second copy trains by next-token prediction at the same
+starting model that thinks in one of eight examples. A second copy trains by next-token prediction at the same
 FLOPs. The demo fails if RPT is not at least 50 points ahead. If interrupted, it continues where it stopped.
 
 Every stage is one command that a user could type. The demo only runs them in order and keeps the time.

@@ -81,7 +81,7 @@ class Seed:
         return [ARMS[0], *arms] if needs_run and ARMS[0] not in arms else arms
 
     def make_base(self) -> None:
-        """Make the demo's start model and tasks, or reuse them if the demo has already run."""
+        """Make the demo's starting model and tasks, or reuse them if the demo has already run."""
         stages = (*self.testbed.start_stages(), self.testbed.before_stage())
         run_stages(stages, program="evidence", again="make evidence")
 
@@ -94,7 +94,7 @@ class Seed:
         )
 
     def make_start(self, start: Start) -> None:
-        """Train another start model.
+        """Train another starting model.
 
         It branches off the base start after the first phases if its curriculum is the same up to that point.
         """
@@ -139,7 +139,7 @@ class Seed:
     def run_curve(self) -> None:
         """Run one scaling curve and write its record.
 
-        The start model always thinks but makes mistakes. RPT then validates at roughly logarithmic steps.
+        The starting model always thinks but makes mistakes. RPT then validates at roughly logarithmic steps.
         """
         begin, start, run = time.monotonic(), self.folder / "start-scaling", self.folder / "scaling"
         games = flags(
@@ -284,13 +284,13 @@ def run(seeds: list[int], jobs: int, names: list[str]) -> None:
     for seed in map(Seed, seeds):
         arms = seed.arms_to_run(names)
         if not arms:
-            continue  # no arm needs this seed's start models
+            continue  # no arm needs this seed's starting models
         starts = [start for start in STARTS if start.name in {arm.start for arm in arms} - {"base"}]
         tasks = [name for name in TASKS if name in {arm.tasks for arm in arms}]
         seed.make_base()
         if arms[0].name == "base":
             seed.run_arm(arms.pop(0))
-        # Arms that need only the base run first, alongside the start models and tasks of the other arms.
+        # Arms that need only the base run first, alongside the starting models and tasks of the other arms.
         ready = [arm for arm in arms if arm.start == arm.tasks == "base"]
         waiting = [arm for arm in arms if arm not in ready]
         first: list[Callable[[], None]] = [partial(seed.make_start, start) for start in starts]

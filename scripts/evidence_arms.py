@@ -21,7 +21,7 @@ TAUGHT = (f"{{steps: {TAUGHT_STEPS}, p_cot: 1.0, text: false}}", f"{{steps: {MIX
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """A start model, given by the phases of its curriculum.
+    """A starting model, given by the phases of its curriculum.
 
     With ``branches`` it continues the base start after the second phase instead of starting from scratch.
     """
@@ -36,7 +36,7 @@ class Arm:
     """One run of the evidence.
 
     ``kind`` says how the arm trains: "rpt", or one of the rivals at the base arm's FLOPs. ``start`` and
-    ``tasks`` name the start model and the task folder. ``options`` are further flags of `rpt fit`.
+    ``tasks`` name the starting model and the task folder. ``options`` are further flags of `rpt fit`.
     ``expected`` was written down before the arm ran.
     """
 
@@ -55,7 +55,7 @@ def _p_cot(name: str, share: float) -> Start:
 
 
 def _depths(name: str, low: int, high: int) -> Start:
-    """Build a start model for which only examples of these depths think.
+    """Build a starting model for which only examples of these depths think.
 
     They think more often in proportion, so that 12 % of all examples still think.
     """

@@ -1,6 +1,6 @@
 """The scaling curve of docs/evidence.md: accuracy against training FLOPs, with the paper's law.
 
-The curve covers almost two decades of FLOPs in each seed. The start model left the first phase of
+The curve covers almost two decades of FLOPs in each seed. The starting model left the first phase of
 configs/demo/start.yaml early, so it always thinks but gets some of its moves wrong. RPT then corrects its
 thoughts move by move. This takes far longer than discovering that thinking helps.
 """

@@ -1,6 +1,6 @@
 """One seed of the testbed, as a list of stages.
 
-The stages are the start model, its tasks, RPT, and next-token training at RPT's FLOPs. `make demo` runs
+The stages are the starting model, its tasks, RPT, and next-token training at RPT's FLOPs. `make demo` runs
 seed 0. `make evidence` builds on the testbed.
 """
 
@@ -90,7 +90,7 @@ class Testbed:
             "--output",
             str(self.model),
         )
-        # Each seed has its own games. The start model's games and the tasks' games also have different seeds.
+        # Each seed has its own games. Those of the starting model and of the tasks also have different seeds.
         games = flags({"--data.source.seed": 2 * self.seed + 1})
         prepare = {
             "--source.seed": 2 * self.seed + 2,
@@ -120,7 +120,7 @@ class Testbed:
         )
 
     def before_stage(self) -> Stage:
-        """Evaluate the start model at the held-out positions."""
+        """Evaluate the starting model at the held-out positions."""
         return evaluate(
             "evaluate before",
             self.start_model,

@@ -17,19 +17,19 @@ from typing import Any
 from rpt_lightning.cli.openmp import let_threads_sleep
 
 LIGHTNING_VERBS = {
-    "fit": "train a policy (by reasoning: RPTModule; by standard next-token prediction: NTPModule)",
+    "fit": "train a policy with RPT (RPTModule) or by next-token prediction (NTPModule)",
     "validate": "measure next-token accuracy at the same held-out positions, with and without reasoning",
 }
 TOOLS = {
-    "plan": "estimate what a run of `rpt fit` with the same flags will cost: tokens, memory, operations, "
-    "time; needs no GPU and no weights",
+    "plan": "estimate the tokens, memory, operations and time of `rpt fit` with the same flags; "
+    "needs no GPU and no weights",
     "prepare": "turn a text corpus into a folder of next-token tasks",
     "export": "turn a checkpoint into a Hugging Face folder",
-    "evaluate next-token": "measure the next-token accuracy of any policies in depth: "
-    "samples, kinds of token, controls, cost, differences",
-    "evaluate benchmark": "measure accuracy on AIME, MATH-500, MMLU-Pro, SuperGPQA or your own questions: "
-    "avg@k, pass@k, with and without a thought",
-    "compare": "show runs side by side, with what they cost: rpt compare RUN...",
+    "evaluate next-token": "measure the next-token accuracy of one or more policies, with "
+    "samples, kinds of token, thought controls, cost and differences",
+    "evaluate benchmark": "measure accuracy on AIME, MATH-500, MMLU-Pro, SuperGPQA or your own questions, "
+    "with avg@k and pass@k, and with and without a thought",
+    "compare": "show runs side by side with their cost: rpt compare RUN...",
     "scaling": "plot accuracy against training FLOPs, with the fitted law: rpt scaling RUN",
     "report": "make one HTML page about runs: rpt report RUN... [--output report.html]",
     "serve": "start the vLLM servers that a run's configuration names",
@@ -250,7 +250,7 @@ def _help() -> str:
     for title, commands in (("training and validation", LIGHTNING_VERBS), ("tools", TOOLS)):
         lines += [f"{title}:", *(f"  {name:<19} {text}" for name, text in commands.items()), ""]
     lines.append(
-        "rpt COMMAND --help lists what can be set; "
+        "rpt COMMAND --help lists the options of a command. "
         "rpt fit --config FILE --print_config prints the whole configuration."
     )
     return "\n".join(lines)

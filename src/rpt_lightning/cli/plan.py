@@ -73,8 +73,8 @@ class PlanOptions:
         bandwidth_frac: Assumed fraction of the device's memory bandwidth that decoding reaches.
         shared_storage_gb_per_s: Assumed speed of the folder of a SharedFolderTransport, in GB (10^9 bytes)
             per second over all its readers.
-        changed_frac: Assumed fraction of the weights that change from one version to the next, in the
-            engine's dtype, as sync/changed_frac. Others report 1 to 3 % in bf16 at a learning rate of 1e-6
+        changed_frac: Assumed fraction of the weights that change from one version to the next in the engine's
+            dtype, as in sync/changed_frac. Others report 1 to 3 % in bf16 at a learning rate of 1e-6
             (docs/weight-sync.md). A SharedFolderTransport sends only these.
     """
 

@@ -68,26 +68,29 @@ SECTION = Section(
         row(
             {"sync/sent_bytes": MAX, "sync/full_bytes": MAX},
             meaning=(
-                "what the latest weight sync sent to a server that held the version before, and the full set "
-                "of weights that was written besides or instead (only with `SharedFolderTransport`, from the "
-                "first rank)"
+                "bytes that the latest weight sync sent to a server that held the previous version, "
+                "and bytes of the full set of weights that was written in addition or instead (only "
+                "with `SharedFolderTransport`, from the first rank)"
             ),
             unit="bytes",
-            normal="sent: a few percent of the weights; full: 0 in nine of ten versions",
+            normal="sent: a few per cent of the weights; full: 0 in nine of ten versions",
             watch_for=(
-                "as large as the weights in every step: too much changes for patches (a large learning rate, "
-                "or fp32), so `transport.full_every 1` saves the copies (docs/weight-sync.md)"
+                "as large as the weights in every step: too much changes for patches (a large "
+                "learning rate, or fp32), so `transport.full_every 1` saves the extra copies "
+                "(docs/weight-sync.md)"
             ),
         ),
         row(
             {"sync/changed_frac": MAX},
             meaning=(
-                "share of the weights, in the engine's dtype, whose bits the latest weight sync changed (as "
-                "above); 1 in the first one"
+                "fraction of the weights whose bits, in the engine's dtype, the latest weight sync "
+                "changed (only with `SharedFolderTransport`); 1 in the first sync"
             ),
             unit="fraction",
             normal="bf16, learning rate 1e-6: 0.01 to 0.05; fp32: near 1",
-            watch_for="0: the optimizer does not move the weights, or too little for the engine's dtype",
+            watch_for=(
+                "0: the optimizer does not move the weights, or moves them too little for the engine's dtype"
+            ),
         ),
         row(
             {"correction/raw_mean": SAME, "correction/raw_max": SAME},

@@ -114,10 +114,13 @@ SECTION = Section(
         ),
         row(
             {"train/rank_imbalance": SAME},
-            meaning="`train/packed_tokens` of the busiest rank over their mean; the other ranks wait for it",
+            meaning=(
+                "`train/packed_tokens` of the busiest rank divided by the mean over ranks; the other "
+                "ranks wait for the busiest"
+            ),
             unit="ratio",
             normal="1 on one rank, and near 1 if ranks have several documents each",
-            watch_for="a large factor: there are too few live groups for so many ranks",
+            watch_for="large: there are too few groups with a gradient for so many ranks",
         ),
         row(
             {"train/plain_tokens": SUM},
