@@ -136,8 +136,10 @@ class RPTModule(PolicyModule):
         check_number("model.ntp_weight", ntp_weight, least=0, below=math.inf, hint="; 0 leaves the term out")
         self.advantage_scale = advantage_scale
         self.optimizer_steps_per_batch = optimizer_steps_per_batch
+        self.correction = correction
         self.corrects_mismatch = correction != "none"
         self.masks_truncated = truncated == "mask"
+        self.ntp_weight = ntp_weight
         self.ntp_in_prompt = ntp_in_prompt
         self.loss_settings = LossSettings(
             aggregation=aggregation,
@@ -182,7 +184,7 @@ class RPTModule(PolicyModule):
 
     def _contexts(self, groups: Sequence[RolloutGroup]) -> Contexts:
         """What the next-token term trains with these groups. A collective if there is such a term."""
-        if self.loss_settings.ntp_weight == 0:
+        if self.ntp_weight == 0:
             return Contexts()
         return context_sequences(
             groups, start_ids=start_ids(self.tokenizer), in_prompt=self.ntp_in_prompt, ranks=self.ranks
