@@ -145,8 +145,10 @@ class RPTModule(PolicyModule):
             )
         self.advantage_scale = advantage_scale
         self.optimizer_steps_per_batch = optimizer_steps_per_batch
+        self.correction = correction
         self.corrects_mismatch = correction != "none"
         self.masks_truncated = truncated == "mask"
+        self.ntp_weight = ntp_weight
         self.ntp_in_prompt = ntp_in_prompt
         self.trains_whole_documents = ntp_whole_documents
         self.loss_settings = LossSettings(
@@ -192,7 +194,7 @@ class RPTModule(PolicyModule):
 
     def _contexts(self, groups: Sequence[RolloutGroup]) -> Contexts:
         """What the next-token term trains with these groups. A collective if there is such a term."""
-        if self.loss_settings.ntp_weight == 0:
+        if self.ntp_weight == 0:
             return Contexts()
         if self.trains_whole_documents:
             check_rests(groups)
