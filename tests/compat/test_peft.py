@@ -69,6 +69,8 @@ def test_names_and_files_are_those_of_peft(tmp_path: Path) -> None:
     assert {compat.name_in_file(name) for name in own} == set(held), "peft has renamed tensors in its files"
     assert {compat.name_in_model(name) for name in held} == set(own)
     assert compat.name_in_model("base_model.model.lm_head.weight") is None
+    kinds = {compat.split_part_name(name)[1] for name in own}
+    assert kinds == {"lora_A", "lora_B"}
     config = compat.lora_config(rank=2, alpha=4.0, targets=["q_proj"], rslora=False, base="a/base")
     compat.save_config(config, tmp_path / "config")
     read = peft.LoraConfig.from_pretrained(tmp_path / "config")

