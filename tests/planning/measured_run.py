@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -69,7 +70,7 @@ class SameStep(LightningDataModule):
         self.batch = batch
 
     def train_dataloader(self):
-        return StepLoader(lambda: dict(self.batch), num_steps=2)
+        return StepLoader(lambda: replace(self.batch), num_steps=2)
 
     def transfer_batch_to_device(self, batch, device, dataloader_idx):
         return batch
