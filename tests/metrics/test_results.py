@@ -34,7 +34,13 @@ def test_the_meta_file_says_whose_weights(tmp_path: Path):
     write_results(written, tmp_path / "v.jsonl")
     meta = json.loads((tmp_path / "v.json").read_text())
     assert (meta.pop("ckpt_path"), meta.pop("temperature")) == ("runs/r/checkpoints/step-000007.ckpt", 0.8)
-    assert meta.pop("model_size") == {"body_params": 106, "head_params": 28, "attention_width": 17}
+    assert meta.pop("model_size") == {
+        "body_params": 106,
+        "head_params": 28,
+        "attention_width": 17,
+        "frozen_body_params": 0,
+        "head_is_frozen": False,
+    }
     assert meta == {"policy_path": "models/p", "step": 7, "num_positions": 1}
     assert read_results(tmp_path / "v.jsonl") == written
 

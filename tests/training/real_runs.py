@@ -27,7 +27,8 @@ from rpt_lightning.objectives.rewards.next_token import Reward
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # Entries of the step log that depend on the clock, the machine and the number of starts.
-UNEQUAL = ("time", "perf/", "run/", "cost/time_s")
+# A server that comes late, or a trainer that has just started, gets all weights and not only what changed.
+UNEQUAL = ("time", "perf/", "run/", "cost/time_s", "sync/sent_bytes", "sync/full_bytes")
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["rpt_lightning.cli.run"])
 

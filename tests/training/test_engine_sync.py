@@ -239,7 +239,7 @@ def test_a_config_that_was_changed_is_the_folders(make_run, tiny_model_dir, tmp_
     shutil.copytree(tiny_model_dir, folder)
 
     def change(trainer, module):
-        module.policy.path = str(folder)
+        module.policy.model_path = str(folder)
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 10.0}))
 

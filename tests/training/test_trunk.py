@@ -278,7 +278,7 @@ def test_documents_end_with_the_longest_input_of_the_model():
         (group_a,), start_ids=(7,), in_prompt=False, ranks=OneOfRanks((group_a,), 0, 1, 5), max_tokens=6
     )
     (sequence,) = cut.sequences
-    assert sequence.prompt_ids + sequence.target_ids == (7, 20, 21, 22, 23, 24)
+    assert sequence.sequence.prompt_ids + sequence.sequence.target_ids == (7, 20, 21, 22, 23, 24)
     assert cut.num_targets == 4
 
 

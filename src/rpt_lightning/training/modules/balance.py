@@ -140,7 +140,7 @@ def shares(units: Sequence[Unit], num_ranks: int) -> list[list[Place]]:
 
     >>> units = [Unit(num_tokens=n, places=((0, i),)) for i, n in enumerate([3, 9, 5, 4])]
     >>> shares(units, 2)
-    [[(0, 1)], [(0, 2), (0, 3), (0, 0)]]
+    [[(0, 1), (0, 0)], [(0, 2), (0, 3)]]
     """
     best: tuple[int, list[list[Place]]] | None = None
     while True:
