@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,16 +97,18 @@ def test_the_adapter_alone_is_synced(engine, tiny_model_dir, settings):
 
 
 def test_what_is_cached_belongs_to_one_adapter(engine, tiny_model_dir):
+    # Only whole blocks of 32 tokens are cached.
+    requests = [replace(request, prompt_ids=(request.prompt_ids * 64)[:64]) for request in REQUESTS]
     policy = trained_policy(tiny_model_dir, rank=6)
     send(engine, policy, 0)
-    first = engine.generate(REQUESTS)
-    again = engine.generate(REQUESTS)  # with every prompt cached
+    first = engine.generate(requests)
+    again = engine.generate(requests)  # with every prompt cached
     assert engine.prompt_tokens.cached > 0
     assert [[c.token_ids for c in row] for row in first] == [[c.token_ids for c in row] for row in again]
     cached = engine.prompt_tokens.cached
     move(policy, seed=3)
     send(engine, policy, 1)
-    one = REQUESTS[:1]
+    one = requests[:1]
     engine.generate(one)
     # Only completions of the request share its prompt. Nothing is left of the earlier rounds.
     assert engine.prompt_tokens.cached - cached <= (one[0].n - 1) * len(one[0].prompt_ids)
