@@ -98,17 +98,20 @@ _GAIN = (
     *("--model.advantage_scale", "rloo", "--model.aggregation", "sequence_mean"),
 )
 # What else can be optimized (docs/objectives.md, docs/trunk.md), and the flags for it.
+# Plain RPT is an arm of its own, so that all of them begin with the same weights on the same machine.
 OBJECTIVES: dict[str, tuple[str, ...]] = {
+    "rpt": (),
     "rloo": ("--model.advantage_scale", "rloo"),
     "maxrl": ("--model.advantage_scale", "maxrl"),
     "gain": _GAIN,
     "weighted": (*_GAIN, "--rollout.objective.gain", "weighted_prob"),
     "trunk": ("--model.ntp_weight", "0.3"),
 }
-# The worlds in which they are tried, and the arm of plain RPT in each.
+# The worlds in which they are tried, and the arm that has the same start model and tasks.
 WORLDS = {"12 % think": "base", "3 % think": "p_cot-0.03", "half are noise": "noise-50"}
 # Written before the runs, for the worlds in this order.
 _EXPECTED = {
+    "rpt": ("as the base arm", "as the arm p_cot-0.03", "as the arm noise-50"),
     "rloo": ("within 3 points of RPT", "at least 5 points behind RPT", "within 3 points of RPT"),
     "maxrl": ("within 3 points of RPT", "at least 5 points ahead of RPT", "within 3 points of RPT"),
     "gain": ("below 60 %: it stops thinking", "below 40 %", "below 40 %: noise makes thoughts costly"),

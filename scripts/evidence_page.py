@@ -133,14 +133,15 @@ def objective_table(records: Records) -> str:
     """Tabulate the objectives in each world beside plain RPT there: accuracy, cost and length."""
     named = {arm.name: arm for arm in ARMS}
     rows = []
-    for world, plain in WORLDS.items():
-        for objective in ("RPT", *OBJECTIVES):
-            arm = named[plain if objective == "RPT" else objective_arm(objective, world)]
+    for world in WORLDS:
+        plain = objective_arm("rpt", world)
+        for objective in OBJECTIVES:
+            arm = named[objective_arm(objective, world)]
             found = of_arm(records, arm.name)
             if not found:
                 continue
             cells = [
-                "-" if objective == "RPT" else arm.expected,
+                arm.expected,
                 ", ".join(_short(record.rate("reasoning")) for record in found.values()),
                 pooled(found, "reasoning"),
                 pooled(found, "ntp"),
@@ -154,8 +155,8 @@ def objective_table(records: Records) -> str:
         "each seed",
         "all seeds",
         "next token at once, same positions",
-        "minus RPT (points)",
-        "FLOPs of RPT",
+        "minus rpt (points)",
+        "FLOPs, relative to rpt",
         "length",
     ]
     return markdown_table(OBJECTIVE, columns, rows)
