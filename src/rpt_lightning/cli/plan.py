@@ -53,8 +53,8 @@ class PlanOptions:
     """Options of ``rpt plan``.
 
     Args:
-        device: h100, h200, a100, l40s, or cpu, which means this machine and is measured in a second. None
-            means cpu if trainer.accelerator is cpu, else h100.
+        device: h100, h200, a100, l40s or cpu. cpu means this machine, whose speed is measured within a
+            second. None means cpu if trainer.accelerator is cpu, and h100 otherwise.
         num_devices: Number of devices that train. None means trainer.devices x trainer.num_nodes, where
             "auto" counts as 1.
         num_servers: Number of separate devices that generate, with rollout.engine VLLMServerEngine. None

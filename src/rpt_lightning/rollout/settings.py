@@ -84,20 +84,21 @@ class DynamicSampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which tasks are rolled out, by the policy's own probability of the truth (docs/selection.md).
+    """Which tasks are rolled out, given how likely the policy finds the truth (docs/selection.md).
 
     Before the rollouts of a step, the policy scores each task's true answer without a thought (for next
     tokens, the true token after the bare context), at temperature 1. With the defaults nothing is scored.
 
     Args:
-        min_true_prob: Do not roll out tasks at which the policy gives the truth a lower probability.
-        max_true_prob: Do not roll out tasks at which the policy gives the truth a higher probability.
+        min_true_prob: Do not roll out tasks for which the policy gives the truth a lower probability.
+        max_true_prob: Do not roll out tasks for which the policy gives the truth a higher probability.
         max_draws: Maximum number of tasks drawn for each place of a step, including its first task. A place
             that is still open then keeps the task that was drawn last.
         by_kind: Also prefer kinds of positions (by probability of the truth and entropy) whose groups have
             had a gradient in this run. They are accepted in proportion to their share of such groups.
         kind_floor: Lowest probability with which a task of any kind is accepted.
-        kind_decay: Factor on the counts of each kind after every step. A smaller factor forgets sooner, and 1
+        kind_decay: Factor by which the counts of each kind are multiplied after every step.
+            A smaller factor forgets sooner, and 1
             forgets nothing.
     """
 
@@ -162,7 +163,8 @@ class EngineCheck:
         verify_sequences: Number of new completions whose log-probs are compared with the policy's after each
             weight sync. 0 turns the comparison off. If they seem to disagree, 16 times as many are compared,
             also with transformers' own log-probs, before the run ends.
-        logprob_tolerance: Factor on the limits of this comparison. The limits are those for the less precise
+        logprob_tolerance: Factor by which the limits of this comparison are multiplied.
+            The limits are those for the less precise
             dtype of engine and policy.
     """
 

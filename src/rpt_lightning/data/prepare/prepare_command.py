@@ -90,8 +90,9 @@ def prepare(
         max_true_prob: Upper end of the learnability band. Leave out training positions whose true token is
             more likely than this according to the proxy.
         max_true_rank: Leave out training positions whose true token has a higher rank than this according to
-            the proxy (0: the most likely token). With a low max_true_prob this keeps positions that are hard
-            but inferable: the truth is unlikely, and still among the candidates. null sets no limit.
+            the proxy (0 is the most likely token). With a low max_true_prob, this keeps positions that are
+            hard but inferable, because the truth is unlikely but still among the candidates.
+            null sets no limit.
         keep_unanswerable: Keep training positions for which no right answer fits into a box. Held-out ones
             are always kept and flagged.
         answer_reach: Length of the longest right answer, in tokens.
@@ -105,12 +106,13 @@ def prepare(
             generated text), where every document shares long spans with every other.
         benchmark_files: Text or JSONL files. Documents that share 13 consecutive tokens with one of them are
             left out.
-        objective: Objective that will make tasks of the positions, e.g. a class of your own. It may
-            refuse positions. None keeps them for next-token reasoning.
-        random_share: Choose positions at random instead of by entropy: each one, in either split, with this
-            probability. The two entropy thresholds then do nothing. null chooses by entropy.
+        objective: Objective that will turn the positions into tasks, e.g. a class of your own. It may refuse
+            positions. null keeps them for next-token reasoning.
+        random_share: Choose positions at random instead of by entropy. Each position, in either split, is
+            chosen with this probability, and the two entropy thresholds have no effect.
+            null chooses by entropy.
         window: Longest input of the proxy in tokens. Longer documents are scored in overlapping windows.
-        overlap: Minimum context, in tokens, of a position in a later window.
+        overlap: Minimum number of context tokens that a position has in every window after the first.
         batch_tokens: Number of tokens that the proxy reads in one batch.
         precision: Precision of the proxy, in Lightning Fabric's names.
         accelerator: Accelerator of the proxy, in Lightning Fabric's names.

@@ -58,7 +58,7 @@ class RolloutCallback(Callback):
             This needs ``model.correction``.
         sampling: How completions are sampled.
         dynamic_sampling: When zero-variance groups are replaced by groups of new tasks.
-        selection: Which tasks are rolled out, by the policy's own probability of the truth.
+        selection: Which tasks are rolled out, given how likely the policy finds the truth.
         check: How the engine's log-probs are compared with the policy's after each weight sync.
         evaluation: What a validation generates in addition to one greedy answer.
         thought_budget: A falling budget of tokens for each completion, and a reward for keeping to it.

@@ -37,7 +37,7 @@ class RunStopped(SystemExit):
 
 
 class StopRun(Checkpoint):
-    """Ends the run after the current step at SIGTERM or at ``requeue_signal``.
+    """Ends the run after the current step on SIGTERM or on ``requeue_signal``.
 
     The run ends with a checkpoint and exit status 75. Under SLURM ``requeue_signal`` also queues the job
     again.
