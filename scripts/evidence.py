@@ -4,6 +4,8 @@ Each arm runs with three seeds.
 
     # Run the arms that have no record yet, then write the page.
     python scripts/evidence.py run [--seeds 0 1 2] [--jobs 2] [--arms NAME ...]
+    # Run the objectives with answers of their own that have no record yet, then write the page.
+    python scripts/evidence.py answers [--seeds 0 1 2] [--cases NAME ...]
     # Run the scaling curves that have no record yet, then write the page.
     python scripts/evidence.py scaling [--seeds 0 1 2] [--jobs 2]
     # Write the tables and figures of docs/evidence.md from the records.
@@ -28,7 +30,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from evidence_answers import AnswerSeed
 from evidence_arms import ARMS, BRANCH_STEP, LAST_STEP, STARTS, STEPS, TASKS_PER_STEP, Arm, Start
+from evidence_cases import CASES
 from evidence_records import measure, read_records, write_record
 from evidence_scaling import (
     EVERY,
@@ -320,6 +324,11 @@ def main() -> None:
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
     run_parser = verbs.add_parser("run", help="run the arms that have no record yet")
+    answers_parser = verbs.add_parser("answers", help="run the objectives with answers of their own")
+    answers_parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    answers_parser.add_argument(
+        "--cases", nargs="+", default=[], choices=[case.name for case in CASES], help="run only these cases"
+    )
     for runs in (run_parser, verbs.add_parser("scaling", help="run the scaling curves without a record")):
         runs.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
         runs.add_argument("--jobs", type=int, default=2, help="number of runs side by side, one thread each")
@@ -328,6 +337,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.verb == "run":
         run(arguments.seeds, arguments.jobs, arguments.arms)
+    elif arguments.verb == "answers":
+        for seed in arguments.seeds:
+            AnswerSeed(seed).run_all(arguments.cases)
     elif arguments.verb == "scaling":
         run_curves(arguments.seeds, arguments.jobs)
     from evidence_page import write_page

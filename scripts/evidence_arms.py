@@ -76,7 +76,7 @@ STARTS = (
     _depths("depth-8-12", 8, 12),
 )
 
-SHARE, DEPTH, REWARD, STEP, RIVAL, SAMPLING, NOISE, OBJECTIVE = (
+SHARE, DEPTH, REWARD, STEP, RIVAL, SAMPLING, NOISE, BUDGET, OBJECTIVE = (
     "the share of worked examples that think",
     "the depth of the examples that think",
     "the reward",
@@ -84,6 +84,7 @@ SHARE, DEPTH, REWARD, STEP, RIVAL, SAMPLING, NOISE, OBJECTIVE = (
     "the rivals at equal FLOPs",
     "sampling",
     "noise",
+    "the thought budget",
     "objectives and worlds",
 )
 _REWARDS = "rpt_lightning.objectives.rewards.next_token"
@@ -91,6 +92,15 @@ _REWARDS = "rpt_lightning.objectives.rewards.next_token"
 
 def _reward(name: str) -> tuple[str, ...]:
     return ("--rollout.objective.reward", f"{_REWARDS}.{name}")
+
+
+def _budget(decay: float, weight: float) -> tuple[str, ...]:
+    """A budget that falls from 64 tokens. So small a model cannot read it, so no prompt states it."""
+    flag = "--rollout.thought_budget"
+    return (
+        *(f"{flag}.initial", "64", f"{flag}.steps", str(STEPS), f"{flag}.wording", "null"),
+        *(f"{flag}.decay", f"{decay:g}", f"{flag}.weight", f"{weight:g}"),
+    )
 
 
 _GAIN = (
@@ -296,6 +306,20 @@ ARMS = (
         what="in 90 % of the texts the last sentence names any cup",
         tasks="noise-90",
         expected="later, and not in every seed: one text in ten says which answers are right",
+    ),
+    Arm(
+        name="budget-38",
+        group=BUDGET,
+        what="from 64 to 38 tokens, which suffice for all but the longest games; a tenth of the reward",
+        options=_budget(0.6, 0.1),
+        expected="at least 95 %, and no longer than the base",
+    ),
+    Arm(
+        name="budget-19",
+        group=BUDGET,
+        what="from 64 to 19 tokens, which are too few for 5 moves or more; half of the reward",
+        options=_budget(0.3, 0.5),
+        expected="below 85 %, and shorter than the base: long games are guessed",
     ),
     *_objective_arms(),
 )

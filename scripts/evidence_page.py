@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
+from evidence_answers import SECTION as ANSWERS
+from evidence_answers import answers_table
 from evidence_arms import (
     ARMS,
+    BUDGET,
     DEPTH,
     NOISE,
     OBJECTIVE,
@@ -30,7 +33,7 @@ from rpt_lightning.evaluation.tables.stages import Rate, interval_text, markdown
 
 RECORDS = Path("docs/evidence")
 PAGE = Path("docs/evidence.md")
-GROUPS = (SHARE, DEPTH, REWARD, STEP, RIVAL, SAMPLING, NOISE, OBJECTIVE)
+GROUPS = (SHARE, DEPTH, REWARD, STEP, RIVAL, SAMPLING, NOISE, BUDGET, OBJECTIVE)
 DEPTHS = {"2 to 4": range(1, 5), "5 to 7": range(5, 8), "8 to 12": range(8, 13)}
 DEPTH_ARMS = ("base", "depth-1-4", "depth-8-12", "trained-short", "ntp", "sft")
 Records = dict[int, dict[str, ArmRecord]]  # by seed, then by arm
@@ -284,6 +287,7 @@ def write_page() -> None:
     sections = {group: group_table(records, group) for group in GROUPS if group != OBJECTIVE}
     sections |= {OBJECTIVE: objective_table(records)}
     sections |= {"thought controls": control_table(records), "by depth": depth_table(records)}
+    sections[ANSWERS] = answers_table()
     curves = read_curves(RECORDS)
     if curves:
         sections["scaling"] = law_table(curves)

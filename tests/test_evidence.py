@@ -15,9 +15,9 @@ from sample_results import FIRST
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
-arms, records, page, evidence, scaling = (
-    importlib.import_module(name)
-    for name in ("evidence_arms", "evidence_records", "evidence_page", "evidence", "evidence_scaling")
+arms, records, page, evidence, scaling, cases, answers = (
+    importlib.import_module(f"evidence{part}")
+    for part in ("_arms", "_records", "_page", "", "_scaling", "_cases", "_answers")
 )
 
 
@@ -183,3 +183,59 @@ def test_a_scaling_curve_is_measured_kept_and_shown() -> None:
     assert "| power (" in row
     scaling.plot_laws({2: curve}, Path("scaling.png"))
     assert Path("scaling.png").stat().st_size > 5000
+
+
+def leave_validation(folder: Path, step: int, reasoning: str, at_once: str) -> Path:
+    """Three positions of a game with two places to find: the first cup told, untold, and the last cup."""
+    kinds = (("first", 1), ("first", 0), ("last", 1))
+    positions = tuple(
+        replace(
+            FIRST, task_id=f"g{number}:9", doc_id=f"g{number}",
+            fields={"depth": 2, "place": place, "told": told},
+            reasoning_correct=one == "1", ntp_correct=two == "1", length=20 * (step + 1) + number,
+        )
+        for number, ((place, told), one, two) in enumerate(zip(kinds, reasoning, at_once, strict=True))
+    )  # fmt: skip
+    path = folder / "validation" / f"step-{step:06d}.jsonl"
+    write_results(Results(positions=positions, policy_path="p", step=step), path)
+    return path
+
+
+def test_a_case_is_kept_by_kind_of_position_and_shown_beside_what_was_expected() -> None:
+    about = {"commands": ["rpt fit"], "commit": "abc", "seconds": 3}
+    before, after = leave_validation(Path("b"), 0, "000", "010"), leave_validation(Path("a"), 1, "101", "000")
+    kept = answers.measure_case(before, after, about=about)
+    assert kept.groups == ("first, told", "first, untold", "last, told")
+    assert kept.lengths == {"before": 21.0, "after": 41.0}
+    assert str(kept.rate("before, at once", "first, untold")).endswith("1/1")
+    for seed in (0, 1):
+        answers.write_case(answers.record_path(seed), "masked-span", kept)
+    assert answers.read_cases(answers.record_path(1)) == {"masked-span": kept}
+    told, last, untold = answers.answers_table().splitlines()[2:]
+    assert "above 90 %: only the text behind the span says it" in told
+    assert "100.0 %, 100.0 %" in told
+    assert "2/2" in told
+    assert "+100.0" in told
+    assert "21 -> 41" in last
+    assert "12.5 % +- 6" in untold
+    assert "0.0 %, 0.0 %" in untold
+
+
+def test_validations_of_other_positions_are_not_compared() -> None:
+    before, after = leave_validation(Path("b"), 0, "000", "010"), leave_run(Path("a"), "1011", "0000")
+    with pytest.raises(AssertionError, match="different positions"):
+        answers.measure_case(before, after / "validation" / "step-000002.jsonl", about={})
+
+
+def test_every_case_has_a_family_and_its_own_folders() -> None:
+    families = {family.name: family for family in cases.FAMILIES}
+    names = [case.name for case in cases.CASES]
+    assert len(set(names)) == len(names)
+    assert {case.family for case in cases.CASES} == families.keys()
+    seed = answers.AnswerSeed(2)
+    for case in cases.CASES:
+        prepare, validate, fit = seed.case_commands(case, families[case.family])
+        assert f"tasks/evidence-answers-2-{case.name}" in prepare
+        assert f"runs/evidence/answers-2/{case.name}-before" in validate
+        assert f"runs/evidence/answers-2/{case.name}" in fit
+        assert ("--source.source.noise" in prepare) == case.name.endswith("noise")
