@@ -35,6 +35,16 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     return argname if isinstance(val, bytes) else None
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_process_group_is_left():
+    """Fail the file whose tests leave torch's process group behind, not the later file that finds it."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
+        pytest.fail("a test of this file, or one of its fixtures, left torch's process group initialized")
+
+
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved random Llama (1M parameters, vocabulary 512, tied embeddings). Only read it.

@@ -168,7 +168,10 @@ def test_with_everything_on_the_host_there_is_nothing_to_offload(make_run):
         module_options={"offload_moments": True},
         strategy=ShardedStrategy(cpu_offload=True),
     )
-    with pytest.raises(
-        ValueError, match=r"--model.offload_moments true: with --trainer.strategy.cpu_offload"
-    ):
-        trainer.fit(module, data)
+    try:
+        with pytest.raises(
+            ValueError, match=r"--model.offload_moments true: with --trainer.strategy.cpu_offload"
+        ):
+            trainer.fit(module, data)
+    finally:
+        torch.distributed.destroy_process_group()  # which the strategy made
