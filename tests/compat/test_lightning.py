@@ -119,6 +119,13 @@ def test_no_batch_is_fetched_ahead_from_a_loader_with_a_length(
     )
 
 
+def test_the_trainer_lists_its_callbacks_by_class(run: tuple[Look, Trainer, dict[str, Any]]) -> None:
+    look, trainer, _ = run
+    assert compat.callbacks_of(trainer, Look) == [look]
+    assert look in compat.callbacks_of(trainer, Callback)
+    assert compat.callbacks_of(trainer, RichProgressBar) == []
+
+
 def test_a_validation_runs_in_the_middle_of_a_fit(run: tuple[Look, Trainer, dict[str, Any]]) -> None:
     look, _, _ = run
     assert look.validated_at_start == 2, "val_loop.run() did not validate both batches"

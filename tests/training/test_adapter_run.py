@@ -20,9 +20,11 @@ from rpt_lightning.policy.adapter import Adapter
 from rpt_lightning.policy.flops import model_size
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.weights import named_weights
+from rpt_lightning.records.step_log import read_step_log
 from rpt_lightning.rollout.engines.hf_engine import HFEngine
 from rpt_lightning.rollout.engines.vllm.vllm_engine import VLLMEngine
 from rpt_lightning.rollout.weight_sync.weight_part import split_part, take
+from rpt_lightning.training.callbacks.logs import StepLog
 from rpt_lightning.training.checkpoint.callback import last_checkpoint
 from rpt_lightning.training.checkpoint.file import read_checkpoint
 from rpt_lightning.training.engine_check.sync_check import SyncError
@@ -277,10 +279,8 @@ def test_next_token_training_moves_the_adapter_alone(tiny_model_dir, tmp_path):
             TrainSequence(prompt_ids=(9,), target_ids=(8, 7, 6, 5)),
         )
     )
-    losses = []
-    log = module.log_step
-    module.log_step = lambda metrics: (losses.append(float(metrics["loss/total"])), log(metrics))
-    quiet_trainer(tmp_path / "run", 8, [], enable_checkpointing=False).fit(module, OneBatch(batch))
+    quiet_trainer(tmp_path / "run", 8, [StepLog()], enable_checkpointing=False).fit(module, OneBatch(batch))
+    losses = [step["loss/total"] for step in read_step_log(tmp_path / "run" / "steps.jsonl").values()]
     assert losses[-1] < losses[0] - 0.5
     assert all(not parameter.requires_grad or parameter.abs().max() > 0 for parameter in module.parameters())
 

@@ -19,9 +19,9 @@ from rpt_lightning.policy.flops import ModelSize, model_size
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
 from rpt_lightning.rollout.settings import DynamicSampling, EngineCheck, Sampling
+from rpt_lightning.training.callbacks.budget import Budget
 from rpt_lightning.training.callbacks.logs import StepLog
 from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
-from rpt_lightning.training.callbacks.step_cost import Budget, StepCost
 from rpt_lightning.training.checkpoint.callback import RunCheckpoint, last_checkpoint
 from rpt_lightning.training.engine_check.logprob_samples import drawn_completions
 from rpt_lightning.training.modules.ntp_module import NTPModule
@@ -47,12 +47,9 @@ def log(folder):
     return [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module", params=["cost first", "rollouts first"])
-def rpt_run(request, tiny_model_dir, tiny_task_dir, tmp_path_factory):
-    """Two steps by reasoning: (folder, batches, size of the model).
-
-    The costs do not depend on which of the two callbacks Lightning calls first.
-    """
+@pytest.fixture(scope="module")
+def rpt_run(tiny_model_dir, tiny_task_dir, tmp_path_factory):
+    """Two steps by reasoning: (folder, batches, size of the model)."""
     folder, listener = tmp_path_factory.mktemp("runs") / "rpt", Listener()
     rollout = RolloutCallback(
         ScriptedEngine(SCRIPT),
@@ -65,16 +62,13 @@ def rpt_run(request, tiny_model_dir, tiny_task_dir, tmp_path_factory):
     )
     module = RPTModule(Policy(str(tiny_model_dir)), optimizer)
     data = TokenTaskDataModule(str(tiny_task_dir), tasks_per_step=8)
-    first = [StepCost(), rollout] if request.param == "cost first" else [rollout, StepCost()]
-    quiet_trainer(folder, 2, [*first, StepLog(), listener]).fit(module, data)
+    quiet_trainer(folder, 2, [rollout, StepLog(), listener]).fit(module, data)
     return folder, listener.batches, model_size(module.policy.model)
 
 
 def text_run(model_dir, task_dir, folder, max_steps, budget, ckpt_path=None):
     module = NTPModule(Policy(str(model_dir)), optimizer)
-    trainer = quiet_trainer(
-        folder, max_steps, [StepCost(), RunCheckpoint(every_n_steps=1), budget, StepLog()]
-    )
+    trainer = quiet_trainer(folder, max_steps, [RunCheckpoint(every_n_steps=1), budget, StepLog()])
     trainer.fit(
         module, TextDataModule(str(task_dir), documents_per_step=1), ckpt_path=ckpt_path, weights_only=True
     )
@@ -112,9 +106,7 @@ def test_a_validation_between_two_steps_is_no_part_of_either(make_run, tmp_path)
     }
     scored = []
     for name, options in {"without": {}, "with": validates}.items():
-        trainer, module, data = make_run(
-            3, callbacks=[StepCost(), StepLog()], run_dir=tmp_path / name, **options
-        )
+        trainer, module, data = make_run(3, callbacks=[StepLog()], run_dir=tmp_path / name, **options)
         trainer.fit(module, data)
         scored.append([line["cost/scored_tokens"] for line in log(tmp_path / name)])
     assert scored[0] == scored[1]

@@ -22,7 +22,6 @@ from rpt_lightning.training.callbacks.answer_results import answer_metrics
 from rpt_lightning.training.callbacks.health import Health
 from rpt_lightning.training.callbacks.logs import StepLog
 from rpt_lightning.training.callbacks.machine_stats import MachineStats
-from rpt_lightning.training.callbacks.step_cost import StepCost
 from rpt_lightning.training.checkpoint.callback import RunCheckpoint
 from rpt_lightning.training.modules.ntp_module import NTPModule
 from rpt_lightning.training.step_clock import StepClock
@@ -49,7 +48,6 @@ def test_of_a_run_by_rollouts(make_run, tmp_path, staleness):
         limit_val_batches=1,
         val_check_interval=2,
     )
-    trainer.callbacks.insert(0, StepCost())
     trainer.fit(module, data)
     lines = lines_of(tmp_path / "run")
     assert len(lines) == 2
@@ -62,7 +60,7 @@ def test_of_a_run_by_rollouts(make_run, tmp_path, staleness):
 
 def test_of_next_token_training(tiny_model_dir, tiny_task_dir, tmp_path):
     module = NTPModule(Policy(str(tiny_model_dir)), lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
-    trainer = quiet_trainer(tmp_path / "run", 2, [StepCost(), RunCheckpoint(), MachineStats(), StepLog()])
+    trainer = quiet_trainer(tmp_path / "run", 2, [RunCheckpoint(), MachineStats(), StepLog()])
     trainer.fit(module, TextDataModule(str(tiny_task_dir), documents_per_step=1))
     line = lines_of(tmp_path / "run")[-1]
     assert "train/target_tokens" in line

@@ -24,8 +24,8 @@ from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
 from rpt_lightning.rollout.settings import DynamicSampling
 from rpt_lightning.rollout.weight_sync.sent import SentWeights
 from rpt_lightning.training.callbacks.logs import StepLog
+from rpt_lightning.training.distributed.reduced_metrics import over_ranks
 from rpt_lightning.training.step.metrics import (
-    over_ranks,
     rollout_metrics,
     rollout_work,
     sent_metrics,

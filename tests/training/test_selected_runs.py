@@ -16,7 +16,6 @@ from rpt_lightning.policy.flops import forward_flops, model_size, train_flops
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.rollout.settings import EngineCheck, Selection
 from rpt_lightning.training.callbacks.logs import StepLog
-from rpt_lightning.training.callbacks.step_cost import StepCost
 from rpt_lightning.types import TrainSequence
 
 BAND = Selection(min_true_prob=0.0018, max_true_prob=0.0021, max_draws=6)  # near the tiny model's 1 / 512
@@ -89,7 +88,7 @@ def test_the_pass_that_scores_tasks_is_part_of_the_cost(make_run, tmp_path):
     listener = Listener()
     trainer, module, data = make_run(
         1,
-        callbacks=[StepCost(), StepLog(), listener],
+        callbacks=[StepLog(), listener],
         run_dir=tmp_path / "run",
         rollout_options={"selection": BAND, "check": UNCHECKED},
     )
@@ -149,7 +148,7 @@ def test_a_prompt_that_states_a_budget_states_that_of_the_step(make_run, tmp_pat
 
 def test_by_default_nothing_is_scored(make_run, tmp_path):
     trainer, module, data = make_run(
-        1, callbacks=[StepCost(), StepLog()], run_dir=tmp_path / "run", rollout_options={"check": UNCHECKED}
+        1, callbacks=[StepLog()], run_dir=tmp_path / "run", rollout_options={"check": UNCHECKED}
     )
     trainer.fit(module, data)
     (line,) = log(tmp_path / "run")

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from rpt_lightning.cli.former_names import accept_former_names, translated_flags
 from rpt_lightning.cli.home_paths import with_home
 from rpt_lightning.cli.short_errors import ShortErrors
-from rpt_lightning.compat.lightning import OpenCLI
+from rpt_lightning.compat.lightning import OpenCLI, callbacks_of
 from rpt_lightning.records.run_folder import (
     ANSWER_FOLDER,
     CONFIG_FILE,
@@ -27,13 +27,13 @@ from rpt_lightning.records.run_folder import (
     VALIDATION_FOLDER,
 )
 from rpt_lightning.training.callbacks.answer_results import AnswerResults
+from rpt_lightning.training.callbacks.budget import Budget
 from rpt_lightning.training.callbacks.health import Health
 from rpt_lightning.training.callbacks.logs import RolloutSamples, StepLog, StepProgressBar, ValidationResults
 from rpt_lightning.training.callbacks.machine_stats import MachineStats
 from rpt_lightning.training.callbacks.missed_validation import MissedValidation, is_missed
 from rpt_lightning.training.callbacks.rank_watch import RankWatch
 from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
-from rpt_lightning.training.callbacks.step_cost import Budget, StepCost
 from rpt_lightning.training.callbacks.stop import StopRun
 from rpt_lightning.training.checkpoint.callback import (
     FOLDER,
@@ -208,12 +208,9 @@ class RPTCLI(OpenCLI):
         # In a file or a pipe a bar is clutter. One line a step is printed in any case.
         config["enable_progress_bar"] = config.get("enable_progress_bar") is not False and sys.stdout.isatty()
         bar = [StepProgressBar()] if config["enable_progress_bar"] else []
-        # StepCost stands before those who read the cost (Budget, MachineStats), StepLog after all who log.
-        # Lightning has no later hook for them that still comes before the checkpoint of the step.
         return super().make_trainer(
             config,
             [
-                StepCost(),
                 *callbacks,
                 *bar,
                 StepLog(),
@@ -243,11 +240,7 @@ class RPTCLI(OpenCLI):
             self.trainer.fit(model, ckpt_path=path, weights_only=True, **kwargs)
         # The callback counts on every rank. The step at which a resumed run begins is known only inside fit.
         if checkpoint.start_step in (None, self.trainer.global_step):
-            budget = next(
-                callback
-                for callback in self.trainer.callbacks  # type: ignore[attr-defined]
-                if isinstance(callback, Budget)
-            )
+            (budget,) = callbacks_of(self.trainer, Budget)
             is_complete = 0 < self.trainer.max_steps <= self.trainer.global_step or budget.is_spent
             # The run may have been killed in the validation, and no further step would make up for it.
             if is_complete and is_missed(self.trainer):

@@ -6,10 +6,10 @@ lightning_checkpoint.py is about the files that Lightning writes.
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
@@ -17,7 +17,18 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 # Lightning's `rank_zero_info` and `rank_zero_warn` write to the logger of this name.
 MESSAGE_LOGGER = "lightning.pytorch.utilities.rank_zero"
 
+C = TypeVar("C", bound=Callback)
+
 # The trainer's loops
+
+
+def callbacks_of(trainer: Trainer, kind: type[C]) -> list[C]:
+    """Return the trainer's callbacks of a class, in the trainer's order.
+
+    Relies on ``trainer.callbacks``, which the trainer sets but does not declare.
+    """
+    callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, kind)]
 
 
 def is_validation_due(trainer: Trainer) -> bool:

@@ -1,6 +1,6 @@
 """Cost of training up to a step, summed over a run's log.
 
-training/callbacks/step_cost.py says what is counted.
+training/modules/step_cost.py says what is counted.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rpt_lightning.compat.lightning import callbacks_of
 from rpt_lightning.metrics.interval import clustered_interval, wilson_interval
 from rpt_lightning.objectives.rewards.answer import METRICS
 from rpt_lightning.records.question_results import QuestionResult, QuestionResults, write_question_results
@@ -57,11 +58,7 @@ class AnswerResults(Callback):
         if trainer.sanity_checking or not self.results:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
-        rollout = next(
-            callback
-            for callback in trainer.callbacks  # type: ignore[attr-defined]
-            if isinstance(callback, RolloutCallback)
-        )
+        (rollout,) = callbacks_of(trainer, RolloutCallback)
         results = QuestionResults(
             questions=tuple(self.results),
             benchmark=getattr(data, "heldout_name", "held-out questions"),

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from rpt_lightning.compat.lightning import DescribedProgressBar, batch_index
+from rpt_lightning.compat.lightning import DescribedProgressBar, batch_index, callbacks_of
 from rpt_lightning.limits import check_number
 from rpt_lightning.metrics.bands import BANDS
 from rpt_lightning.policy.flops import model_size
@@ -25,8 +25,8 @@ from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.records.results import Results, write_results
 from rpt_lightning.records.rollout_samples import RolloutSample, samples_of, write_samples
 from rpt_lightning.records.run_folder import ROLLOUT_FOLDER, STEP_LOG, VALIDATION_FOLDER
+from rpt_lightning.training.callbacks.budget import Budget
 from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
-from rpt_lightning.training.callbacks.step_cost import Budget
 from rpt_lightning.training.modules.policy_module import PolicyModule
 from rpt_lightning.training.validation.position_records import ntp_accuracy, reasoning_accuracy
 from rpt_lightning.types import RolloutGroup, TrainBatch
@@ -96,14 +96,7 @@ class StepLog(Callback):
             for label, (name, form) in shown.items()
             if name in metrics
         ]
-        budget = next(
-            (
-                callback
-                for callback in trainer.callbacks  # type: ignore[attr-defined]
-                if isinstance(callback, Budget)
-            ),
-            None,
-        )
+        budget = next(iter(callbacks_of(trainer, Budget)), None)
         seconds_left = (
             seconds_a_step * (trainer.max_steps - trainer.global_step)
             if trainer.max_steps > 0
@@ -250,11 +243,7 @@ class ValidationResults(Callback):
 
 def _sampling_temperature(trainer: Trainer) -> float | None:
     """Temperature of the further completions of each position. None if there are none."""
-    rollouts = (
-        callback
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
-        if isinstance(callback, RolloutCallback)
-    )
+    rollouts = callbacks_of(trainer, RolloutCallback)
     return next((callback.sampling.temperature for callback in rollouts if callback.evaluation.samples), None)
 
 

@@ -7,26 +7,26 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from rpt_lightning.metrics.device_peaks import peak_flops
 from rpt_lightning.records.run_folder import CONFIG_FILE
 from rpt_lightning.training.modules.policy_module import PolicyModule
+from rpt_lightning.training.step_meter import StepMeter
 
 _GIB = 2**30
 
 
-class MachineStats(Callback):
+class MachineStats(StepMeter):
     """Logs speed, memory and restarts of a run.
 
     The metrics are ``perf/device_tokens_per_s``, ``perf/mfu``, ``perf/host_memory_gib``,
     ``perf/gpu_memory_gib`` and ``run/restarts`` (docs/metrics.md).
 
-    It runs after `StepCost`, whose counts it divides. ``perf/mfu`` is the share of the devices' peak that
+    ``perf/mfu`` is the share of the devices' peak that
     training reaches: the operations of the forward and backward passes, divided by the seconds of these
     passes and of the optimizer. Host memory is the process's own resident memory at the end of the step. GPU
     memory is the most that torch held during the step. Both are those of the worst rank, without engines in
@@ -60,24 +60,22 @@ class MachineStats(Callback):
                 "set it with --machine.peak_flops_per_device (operations a second)"
             )
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, PolicyModule)
+    def measure(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
+        assert isinstance(module, PolicyModule)
         memory = {}
         if (resident := _resident_bytes()) is not None:
             memory["perf/host_memory_gib"] = resident / _GIB
-        if pl_module.device.type == "cuda":
-            memory["perf/gpu_memory_gib"] = torch.cuda.max_memory_reserved(pl_module.device) / _GIB
-            torch.cuda.reset_peak_memory_stats(pl_module.device)
+        if module.device.type == "cuda":
+            memory["perf/gpu_memory_gib"] = torch.cuda.max_memory_reserved(module.device) / _GIB
+            torch.cuda.reset_peak_memory_stats(module.device)
         if trainer.world_size > 1 and memory:
             worst = trainer.strategy.reduce(
-                torch.tensor(list(memory.values()), device=pl_module.device), reduce_op="max"
+                torch.tensor(list(memory.values()), device=module.device), reduce_op="max"
             )
             memory = dict(zip(memory, worst.tolist(), strict=True))
-        pl_module.log_step(
+        return (
             memory
-            | speed_metrics(pl_module.step_metrics, self._peak_flops, trainer.world_size)
+            | speed_metrics(module.step_metrics, self._peak_flops, trainer.world_size)
             | {"run/restarts": float(self._num_restarts)}
         )
 
@@ -90,8 +88,6 @@ def speed_metrics(logged: Mapping[str, float], peak: float | None, num_devices: 
         peak: Peak of one device, in operations per second. None leaves the share out.
         num_devices: Number of devices.
     """
-    if "cost/tokens" not in logged:
-        return {}
     metrics = {"perf/device_tokens_per_s": logged["cost/tokens"] / logged["cost/time_s"] / num_devices}
     if peak is not None:
         seconds = logged["time/forward_backward_s"] + logged["time/optimizer_s"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from rpt_lightning.limits import check_number
@@ -22,23 +22,20 @@ from rpt_lightning.rollout.position_kinds import KindShares
 from rpt_lightning.rollout.settings import DynamicSampling, EngineCheck, Evaluation, Sampling, Selection
 from rpt_lightning.training.batch_summary import batch_arithmetic
 from rpt_lightning.training.checkpoint.callback import saved_when_lost
+from rpt_lightning.training.distributed.reduced_metrics import over_ranks
 from rpt_lightning.training.modules.policy_module import PolicyModule
 from rpt_lightning.training.step.async_rollouts import check_settings
-from rpt_lightning.training.step.metrics import (
-    cached_fractions,
-    over_ranks,
-    selection_fractions,
-    throughput,
-)
+from rpt_lightning.training.step.metrics import cached_fractions, selection_fractions, throughput
 from rpt_lightning.training.step.parts import RolloutParts, build_parts
 from rpt_lightning.training.step.rollout_step import RolloutStep
+from rpt_lightning.training.step_meter import StepMeter
 from rpt_lightning.training.validation.heldout_answers import heldout_answers
 from rpt_lightning.training.validation.prompt_limits import check_prompts
 from rpt_lightning.training.validation.question_answers import answer_questions
 from rpt_lightning.types import TrainBatch
 
 
-class RolloutCallback(Callback):
+class RolloutCallback(StepMeter):
     """Generates the completions of training and validation with an engine.
 
     Args:
@@ -237,27 +234,21 @@ class RolloutCallback(Callback):
         pl_module.log_step(metrics | cached_fractions(metrics) | selection_fractions(metrics))
         self._train_start = time.perf_counter()
 
+    def measure(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
+        assert isinstance(module, PolicyModule)
+        if not module.learns_from_rollouts:
+            return {}
+        start, now, logged = module.clock.start_s, time.perf_counter(), module.step_metrics
+        seconds = {"time/train_s": now - self._train_start, "time/step_s": now - start}
+        if self._step_end is not None:
+            seconds["time/between_steps_s"] = start - self._step_end
+        self._step_end = now
+        metrics = over_ranks(module.ranks, seconds, num_groups=1)
+        return metrics | throughput(logged | metrics)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, PolicyModule)
-        if not pl_module.learns_from_rollouts:
-            return
-        clock, now = pl_module.clock, time.perf_counter()
-        seconds = {"time/train_s": now - self._train_start, "time/step_s": now - clock.start_s}
-        if self._step_end is not None:
-            seconds["time/between_steps_s"] = clock.start_s - self._step_end
-        metrics = over_ranks(pl_module.ranks, seconds | clock.take(), num_groups=1)
-        logged = pl_module.step_metrics
-        metrics |= throughput(
-            metrics,
-            rollout_tokens=logged["rollout/tokens"],
-            generation_s=logged.get("time/generation_s"),
-            trained_tokens=logged["train/completion_tokens"],
-            trained_groups=logged["train/groups"],
-        )
-        pl_module.log_step(metrics)
-        self._step_end = now
         if self.kinds is not None:
             self.kinds.commit()
 

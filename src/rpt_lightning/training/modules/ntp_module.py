@@ -19,7 +19,7 @@ class NTPModule(PolicyModule):
     The mean is over the step's global number of target tokens.
     """
 
-    def training_step(self, batch: SequenceBatch, batch_idx: int) -> None:
+    def train_batch(self, batch: SequenceBatch, batch_idx: int) -> None:
         sequences = list(batch.sequences)
         num_targets = float(self.ranks.sum(sum(len(sequence.target_ids) for sequence in sequences)))
 
@@ -28,5 +28,4 @@ class NTPModule(PolicyModule):
             return -tree.unpack(logprobs).sum() / num_targets
 
         metrics = optimizer_step(self, sequences, micro_batch_loss)
-        seconds = {name: self.ranks.max(value) for name, value in self.clock.take().items()}
-        self.log_step(metrics | seconds | {"train/target_tokens": num_targets})
+        self.log_step(metrics | {"train/target_tokens": num_targets})

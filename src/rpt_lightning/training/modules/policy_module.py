@@ -6,6 +6,7 @@ optimizer step is in optimizer_step.py.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -19,7 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from rpt_lightning.compat.lightning import has_trainer
+from rpt_lightning.compat.lightning import callbacks_of, has_trainer
 from rpt_lightning.data.modules.batch import HeldOutBatch
 from rpt_lightning.limits import check_number
 from rpt_lightning.objectives.base import BoundObjective
@@ -33,6 +34,7 @@ from rpt_lightning.pretrained.specification import tokenizer_hash
 from rpt_lightning.records.results import PositionResult
 from rpt_lightning.training.checkpoint.callback import save_last_step
 from rpt_lightning.training.distributed.ranks import Ranks
+from rpt_lightning.training.distributed.reduced_metrics import over_ranks
 from rpt_lightning.training.distributed.strategy import materialize
 from rpt_lightning.training.modules.direct_scores import DirectScore, direct_scores, position_results
 from rpt_lightning.training.modules.micro_batches import forward_passes, in_step
@@ -42,7 +44,9 @@ from rpt_lightning.training.modules.optimizer_settings import apply_settings, se
 from rpt_lightning.training.modules.precision import check_precision
 from rpt_lightning.training.modules.saved_module import CHECKPOINT_KEY, about_policy, saved_entry
 from rpt_lightning.training.modules.skipped_steps import SkippedSteps
+from rpt_lightning.training.modules.step_cost import StepCost, Works
 from rpt_lightning.training.step_clock import StepClock
+from rpt_lightning.training.step_meter import StepMeter
 from rpt_lightning.training.validation.position_records import unique_results, validation_metrics
 from rpt_lightning.training.write_errors import WriteErrors
 from rpt_lightning.types import TrainSequence
@@ -113,6 +117,8 @@ class PolicyModule(LightningModule, ABC):
         self.generated_work = self.scored_work = self.trained_work = Work()
         self._loaded_step = 0
         self.clock = StepClock()  # of the current step
+        self._cost: StepCost | None = None  # while the module is trained
+        self._is_measured = False  # whether the current step has all of its metrics
         self.step_metrics: dict[str, float] = {}  # of the current step so far; callbacks read it at its end
         self.results: list[PositionResult] = []  # of the last validation pass; during one, this rank's part
         self.tokenizer = policy.tokenizer
@@ -148,10 +154,12 @@ class PolicyModule(LightningModule, ABC):
 
     def on_train_start(self) -> None:
         self.clock.end()  # an earlier run of this module may have ended within a step
+        self._is_measured = False
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
         apply_settings(optimizer, self._given_settings, is_scheduled=self.make_lr_scheduler is not None)
         if self._moments is not None:
             self._moments.to_host()  # a checkpoint was loaded to the device
+        self._cost = StepCost(self.policy.model, self._works)
 
     @property
     def policy_version(self) -> int:
@@ -196,13 +204,51 @@ class PolicyModule(LightningModule, ABC):
 
     # A step
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.clock.begin()
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Train on a batch, then log what the step cost and what callbacks measured of it."""
+        self.train_batch(batch, batch_idx)
+        assert self._cost is not None
+        seconds = over_ranks(self.ranks, self.clock.take(), num_groups=1)
+        cost = self._cost.take(
+            self._works,
+            generated_tokens=self._generated_tokens(),
+            seconds=time.perf_counter() - self.clock.start_s,
+            ranks=self.ranks,
+        )
+        self.log_step(seconds | cost)
+        # All meters measure before any of them is logged, so that none can depend on another.
+        meters = callbacks_of(self.trainer, StepMeter)  # type: ignore[type-abstract]
+        measured = [meter.measure(self.trainer, self) for meter in meters]
+        for metrics in measured:
+            self.log_step(metrics)
+        self._is_measured = True
+
+    def _generated_tokens(self) -> float:
+        """Tokens through the engine in this step, over all ranks."""
+        names = ("rollout/prefill_tokens", "rollout/tokens")
+        if not self.learns_from_rollouts:
+            return 0.0
+        assert all(name in self.step_metrics for name in names), "whoever generates the rollouts logs them"
+        return sum(self.step_metrics[name] for name in names)
+
+    @property
+    def _works(self) -> Works:
+        return self.generated_work, self.scored_work, self.trained_work
+
+    @abstractmethod
+    def train_batch(self, batch: Any, batch_idx: int) -> None:
+        """Do one optimizer step on the batch (or several, see the subclass)."""
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Forget the step's metrics, and end the run if it cannot write or has skipped too many steps.
 
         This runs after all callbacks and after the last of a batch's optimizer steps, so a checkpoint saved
         here can be resumed.
         """
-        self.step_metrics = {}
+        self.step_metrics, self._is_measured = {}, False
         self.clock.end()
         if self.ranks.any(self._write_errors.first is not None):
             save_last_step(self.trainer)
@@ -236,7 +282,15 @@ class PolicyModule(LightningModule, ABC):
         """Log metrics of the current step, which are already reduced over ranks.
 
         They are added to ``step_metrics``.
+
+        Raises RuntimeError in ``on_train_batch_end``, where other callbacks may have read them already.
         """
+        if self._is_measured:
+            raise RuntimeError(
+                f"log_step({', '.join(metrics)}) comes after the step has been measured, and other callbacks "
+                "may have read its metrics already; make the callback a StepMeter (training/step_meter.py) "
+                "and return them from measure"
+            )
         with self.clock.phase("log"):
             for name, value in metrics.items():
                 # Lightning passes single precision to loggers. The record holds the same numbers.
@@ -251,10 +305,6 @@ class PolicyModule(LightningModule, ABC):
         """
         return self._write_errors.kept(what, step=self.global_step)
 
-    @abstractmethod
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        """Do one optimizer step (or several, see the subclass)."""
-
     # Held-out accuracy
 
     @cached_property
@@ -262,6 +312,10 @@ class PolicyModule(LightningModule, ABC):
         """The objective of a validation for which none is configured. Its prompt is never used."""
         objective = NextTokenObjective(ContinuationPrompt(), PrefixMatchReward())
         return BoundObjective(objective, self.tokenizer)
+
+    def on_validation_end(self) -> None:
+        if self._cost is not None:
+            self._cost.leave_out(self._works)  # a validation is no part of a step
 
     def on_validation_epoch_start(self) -> None:
         self.results = []

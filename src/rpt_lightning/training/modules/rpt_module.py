@@ -164,7 +164,7 @@ class RPTModule(PolicyModule):
 
     learns_from_rollouts = True
 
-    def training_step(self, batch: TaskBatch, batch_idx: int) -> None:
+    def train_batch(self, batch: TaskBatch, batch_idx: int) -> None:
         rollouts = batch.rollouts
         assert rollouts is not None, "the rollout callback puts them in"
         temperature = rollouts.sampling.temperature

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor
-
-from rpt_lightning.metrics.metric import Reduction
-from rpt_lightning.metrics.registry import registered
 from rpt_lightning.metrics.rollout_stats import STATISTICS, rollout_statistics
 from rpt_lightning.policy.flops import Work, add_works, prompt_work, sampling_work
 from rpt_lightning.rollout.dynamic_sampling import FilledBatch
 from rpt_lightning.rollout.position_kinds import KindShares
 from rpt_lightning.rollout.selection import SelectionCounts
 from rpt_lightning.rollout.weight_sync.sent import SentWeights
-from rpt_lightning.training.distributed.ranks import Ranks
 from rpt_lightning.types import PromptTokens
 
 PROMPT_SUMS = ("rollout/prompt_tokens", "rollout/cached_prompt_tokens", "rollout/shareable_prompt_tokens")
@@ -139,52 +133,13 @@ def cached_fractions(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name: cached / tokens for name, tokens in shares.items() if tokens}
 
 
-def throughput(
-    seconds: Mapping[str, float],
-    *,
-    rollout_tokens: float,
-    generation_s: float | None,
-    trained_tokens: float,
-    trained_groups: float,
-) -> dict[str, float]:
-    """What a step did in a second.
-
-    ``generation_s`` is given if the step's rollouts were generated beside the training of other steps.
-    """
-    step_s = seconds["time/step_s"]
+def throughput(logged: Mapping[str, float]) -> dict[str, float]:
+    """What a step did in a second, from its other metrics over all ranks."""
+    step_s, rollout_tokens = logged["time/step_s"], logged["rollout/tokens"]
+    # Generation beside the training of other steps has a time of its own.
+    generation_s = logged.get("time/generation_s") or logged["time/rollout_s"]
     return {
-        "perf/rollout_tokens_per_s": rollout_tokens / (generation_s or seconds["time/rollout_s"]),
-        "perf/tokens_per_s": (rollout_tokens + trained_tokens) / step_s,
-        "perf/live_groups_per_s": trained_groups / step_s,
+        "perf/rollout_tokens_per_s": rollout_tokens / generation_s,
+        "perf/tokens_per_s": (rollout_tokens + logged["train/completion_tokens"]) / step_s,
+        "perf/live_groups_per_s": logged["train/groups"] / step_s,
     }
-
-
-def over_ranks(ranks: Ranks, metrics: Mapping[str, float], *, num_groups: int) -> dict[str, float]:
-    """Reduce metrics over all ranks, each as it is registered. A collective.
-
-    Every rank calls it with the same names and its own ``num_groups``. With a single process the metrics are
-    unchanged.
-
-    Raises:
-        ValueError: A metric is not registered.
-    """
-    reductions = {name: registered(name).reduction for name in sorted(metrics)}
-    gathered = torch.tensor(
-        ranks.gather([float(num_groups), *(metrics[name] for name in reductions)]), dtype=torch.float64
-    )  # [ranks, 1 + names]
-    return {
-        name: _reduced(values, reduction, num_groups=gathered[:, 0])
-        for (name, reduction), values in zip(reductions.items(), gathered[:, 1:].unbind(1), strict=True)
-    }
-
-
-def _reduced(values: Tensor, reduction: Reduction, *, num_groups: Tensor) -> float:
-    """Reduce a metric's values on all ranks, [ranks]."""
-    if reduction is Reduction.SUM:
-        return float(values.sum())
-    if reduction is Reduction.MAX:
-        return float(values.max())
-    if reduction is Reduction.MIN:
-        return float(values.min())
-    assert reduction is Reduction.MEAN_OVER_GROUPS, "ranks already agree on this metric"
-    return float((values * num_groups).sum() / num_groups.sum())

@@ -1,91 +1,18 @@
-"""Logs what a step cost, rollouts included, and ends a run once it has cost as much as another run."""
+"""Ends a run once it has cost as much as another run."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from rpt_lightning.policy.flops import ModelSize, Work, forward_flops, model_size, train_flops
 from rpt_lightning.records.run_folder import STEP_LOG
 from rpt_lightning.records.step_log import read_step_log
 from rpt_lightning.training.modules.policy_module import PolicyModule
 
 COSTS = {"flops": "cost/flops", "tokens": "cost/tokens", "time": "cost/time_s"}
-
-
-class StepCost(Callback):
-    """Logs each step's cost over all ranks, rollouts included.
-
-    `cost/tokens` is the sum of all tokens through the model, with shared prefixes counted once:
-
-    - prompts that the engine computed (`rollout/prefill_tokens`);
-    - sampled tokens (`rollout/tokens`);
-    - tokens scored without a gradient (`cost/scored_tokens`): selection of tasks, log-prob check, old
-      log-probs, dense rewards;
-    - trained tokens (`cost/trained_tokens`).
-
-    `cost/flops` counts the model's operations on them (policy/flops.py), and `cost/train_flops` those of
-    training alone. `cost/time_s` is the time of the slowest rank, without validation and checkpoints.
-    """
-
-    def __init__(self) -> None:
-        self._size: ModelSize
-        self._before: tuple[Work, ...] = ()
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, PolicyModule)
-        self._size = model_size(pl_module.policy.model)
-        self._before = _works(pl_module)
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, PolicyModule)
-        # The work is not read here: the rollout callback may have done its part of the step already.
-        pl_module.clock.begin()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, PolicyModule)
-        self._before = _works(pl_module)  # a validation is no part of a step
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, PolicyModule)
-        works, before = _works(pl_module), self._before
-        step = [work + -1 * earlier for work, earlier in zip(works, before, strict=True)]
-        self._before = works
-        counts = torch.tensor(
-            [[work.tokens, work.scored_tokens, work.pairs] for work in step], dtype=torch.float64
-        )
-        generated, scored, trained = (
-            Work(tokens=tokens, scored_tokens=scored_tokens, pairs=pairs)
-            for tokens, scored_tokens, pairs in pl_module.ranks.sum(counts).tolist()
-        )
-        generated_tokens = 0.0
-        if pl_module.learns_from_rollouts:
-            logged = pl_module.step_metrics
-            generated_tokens = logged["rollout/prefill_tokens"] + logged["rollout/tokens"]
-        trained_flops = train_flops(self._size, trained)
-        pl_module.log_step(
-            {
-                "cost/scored_tokens": scored.tokens,
-                "cost/trained_tokens": trained.tokens,
-                "cost/tokens": generated_tokens + scored.tokens + trained.tokens,
-                "cost/train_flops": trained_flops,
-                "cost/flops": forward_flops(self._size, generated + scored) + trained_flops,
-                "cost/time_s": float(pl_module.ranks.max(time.perf_counter() - pl_module.clock.start_s)),
-            }
-        )
-
-
-def _works(module: PolicyModule) -> tuple[Work, ...]:
-    return module.generated_work, module.scored_work, module.trained_work
 
 
 class Budget(Callback):
