@@ -18,6 +18,7 @@ MARKS = {
     "bench_sync": [pytest.mark.long, pytest.mark.vllm],
     "bench_threads": [pytest.mark.long],
     "bench_overhead": [pytest.mark.long],
+    "bench_whole_step": [pytest.mark.long],
     "bench_prepare": [pytest.mark.long],
     "bench_memory": [pytest.mark.long],
 }

@@ -212,9 +212,11 @@ class PolicyModule(LightningModule, ABC):
         self.train_batch(batch, batch_idx)
         assert self._cost is not None
         seconds = over_ranks(self.ranks, self.clock.take(), num_groups=1)
+        # Without a rollout callback, nothing is generated.
+        generated = ("rollout/prefill_tokens", "rollout/tokens")
         cost = self._cost.take(
             self._works,
-            generated_tokens=self._generated_tokens(),
+            generated_tokens=sum(self.step_metrics.get(name, 0.0) for name in generated),
             seconds=time.perf_counter() - self.clock.start_s,
             ranks=self.ranks,
         )
@@ -225,14 +227,6 @@ class PolicyModule(LightningModule, ABC):
         for metrics in measured:
             self.log_step(metrics)
         self._is_measured = True
-
-    def _generated_tokens(self) -> float:
-        """Tokens through the engine in this step, over all ranks."""
-        names = ("rollout/prefill_tokens", "rollout/tokens")
-        if not self.learns_from_rollouts:
-            return 0.0
-        assert all(name in self.step_metrics for name in names), "whoever generates the rollouts logs them"
-        return sum(self.step_metrics[name] for name in names)
 
     @property
     def _works(self) -> Works:
