@@ -19,9 +19,9 @@ from pipeline import run_stages, time_table
 from stages import checkpoints, results_file
 from testbed import Testbed
 
-from rpt_lightning.evaluation.compare import Difference, paired_bootstrap
 from rpt_lightning.evaluation.depth_figure import plot_depth, reasoning, without_reasoning
-from rpt_lightning.evaluation.run import read_run
+from rpt_lightning.evaluation.paired_bootstrap import Difference, paired_bootstrap
+from rpt_lightning.evaluation.run_reader import read_run
 from rpt_lightning.evaluation.tables.stages import INTERVAL_NOTE, Rate, Stage, stage_table
 from rpt_lightning.records.results import Results, pair_results, read_results
 

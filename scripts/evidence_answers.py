@@ -23,7 +23,7 @@ from pipeline import EXECUTABLE, commit
 from stages import checkpoint, flags
 from testbed import ENGINE, PREPARE_CONFIG, RPT_CONFIG, START_CONFIG
 
-from rpt_lightning.evaluation.compare import paired_bootstrap
+from rpt_lightning.evaluation.paired_bootstrap import paired_bootstrap
 from rpt_lightning.evaluation.tables.stages import Rate, interval_text, markdown_row, markdown_table
 from rpt_lightning.records.results import PositionResult, read_results
 

@@ -27,8 +27,8 @@ from evidence_arms import (
 from evidence_records import QUESTIONS, ArmRecord, read_records
 from evidence_scaling import law_table, plot_laws, read_curves
 
-from rpt_lightning.evaluation.compare import paired_bootstrap
 from rpt_lightning.evaluation.marked_section import replace_section
+from rpt_lightning.evaluation.paired_bootstrap import paired_bootstrap
 from rpt_lightning.evaluation.tables.stages import Rate, interval_text, markdown_row, markdown_table
 
 RECORDS = Path("docs/evidence")

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rpt_lightning.evaluation.run import read_run
 from rpt_lightning.evaluation.run_cost import FLOPS, total
+from rpt_lightning.evaluation.run_reader import read_run
 from rpt_lightning.evaluation.tables.stages import Rate
 from rpt_lightning.records.results import PositionResult
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from evidence_records import QUESTIONS, marks, replace_text
 
-from rpt_lightning.evaluation.run import Run, read_run
 from rpt_lightning.evaluation.run_cost import FLOPS, total
+from rpt_lightning.evaluation.run_reader import Run, read_run
 from rpt_lightning.evaluation.scaling.law import (
     ScalingFit,
     ScalingInterval,

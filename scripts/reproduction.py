@@ -50,8 +50,8 @@ from rpt_lightning.evaluation.reproduction.record import (
     write_record,
 )
 from rpt_lightning.evaluation.reproduction.summary import replace_section, seed_summary
-from rpt_lightning.evaluation.run import Run, read_run
 from rpt_lightning.evaluation.run_cost import FLOPS, total
+from rpt_lightning.evaluation.run_reader import Run, read_run
 from rpt_lightning.records.results import read_results
 
 # configs/demo-text.yaml sets the number of positions, the steps and the distance of evaluated checkpoints.

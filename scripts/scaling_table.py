@@ -19,8 +19,8 @@ from jsonargparse import Namespace
 
 from rpt_lightning.cli.plan import parse, plan_of
 from rpt_lightning.evaluation.marked_section import replace_section
+from rpt_lightning.planning.bottlenecks import bottleneck
 from rpt_lightning.planning.host_memory import offloaded_moment_bytes
-from rpt_lightning.planning.limits import bottleneck
 from rpt_lightning.planning.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rpt_lightning.export import export
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.pretrained.specification import earlier_tokenizer_hash
-from rpt_lightning.training.checkpoint import file as checkpoint_file
+from rpt_lightning.training.checkpoint import reader as checkpoint_file
 from rpt_lightning.training.modules.ntp_module import NTPModule
 
 TOKENS = torch.tensor([[5, 6, 7, 300]])

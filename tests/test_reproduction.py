@@ -18,7 +18,7 @@ import yaml
 
 from rpt_lightning.evaluation.reproduction.record import read_record
 from rpt_lightning.evaluation.reproduction.summary import BEGIN, END, replace_section, seed_summary
-from rpt_lightning.evaluation.run import read_run
+from rpt_lightning.evaluation.run_reader import read_run
 from rpt_lightning.evaluation.scaling.figure import scaling_curves
 from rpt_lightning.records.results import read_results
 

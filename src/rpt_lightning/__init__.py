@@ -53,7 +53,7 @@ _MODULES = {
     "EngineCheck": "rollout.settings",
     "Evaluation": "rollout.settings",
     "Selection": "rollout.settings",
-    "read_run": "evaluation.run",
+    "read_run": "evaluation.run_reader",
     "read_results": "records.results",
 }
 
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from rpt_lightning.data.modules.token_tasks import TokenTaskDataModule
     from rpt_lightning.data.prepare.prepare_command import prepare
     from rpt_lightning.data.sources.corpus import JsonlSource, ParquetSource, TextFilesSource
-    from rpt_lightning.evaluation.run import read_run
+    from rpt_lightning.evaluation.run_reader import read_run
     from rpt_lightning.objectives.base import Objective
     from rpt_lightning.objectives.information_gain import InformationGainObjective
     from rpt_lightning.objectives.judges.segment_judge import SegmentJudge

@@ -29,7 +29,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 
 from rpt_lightning.compat.transformers import converts_weights
 from rpt_lightning.pretrained.adapter_folder import write_adapter_folder
-from rpt_lightning.pretrained.older_readers import GENERIC_CLASS, older_tokenizer_config, with_older_rope
+from rpt_lightning.pretrained.older_transformers import GENERIC_CLASS, older_tokenizer_config, with_older_rope
 from rpt_lightning.pretrained.specification import has_hash, tokenizer_hash
 from rpt_lightning.pretrained.tokenizer import CONFIG_FILE as TOKENIZER_CONFIG_FILE
 from rpt_lightning.pretrained.tokenizer import FILE as TOKENIZER_FILE
@@ -37,8 +37,8 @@ from rpt_lightning.pretrained.tokenizer import as_in_folder, folder_file, is_rep
 from rpt_lightning.pretrained.weights import not_finite, some
 from rpt_lightning.training.checkpoint.adapter import ENTRY, saved_adapter
 from rpt_lightning.training.checkpoint.damage import checkpoint_damage
-from rpt_lightning.training.checkpoint.file import SavedPolicy, check_about, read_checkpoint
 from rpt_lightning.training.checkpoint.merged import model_path_of, with_base
+from rpt_lightning.training.checkpoint.reader import SavedPolicy, check_about, read_checkpoint
 
 MAX_FILE_SIZE = "5GB"
 # All files that a tokenizer is read from. A chat template may be in a file of its own.

@@ -6,7 +6,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rpt_lightning.evaluation.compare import compare_policies, paired_bootstrap
+from rpt_lightning.evaluation.paired_bootstrap import compare_policies, paired_bootstrap
 from sample_results import FIRST, SECOND, results
 
 
@@ -77,7 +77,7 @@ def test_swapping_the_policies_mirrors_the_interval(rows: list[tuple[bool, bool,
 def test_the_number_of_resamples_in_a_block_changes_nothing(monkeypatch: pytest.MonkeyPatch):
     outcomes = [index % 4 == 0 for index in range(30)]
     whole = paired_bootstrap([False] * 30, outcomes, units=positions_as_units(30), num_resamples=1000)
-    monkeypatch.setattr("rpt_lightning.evaluation.compare._MAX_COUNTS", 70)
+    monkeypatch.setattr("rpt_lightning.evaluation.paired_bootstrap._MAX_COUNTS", 70)
     assert paired_bootstrap([False] * 30, outcomes, units=positions_as_units(30), num_resamples=1000) == whole
 
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from rpt_lightning.evaluation.compare_runs import comparison
-from rpt_lightning.evaluation.run import Run
 from rpt_lightning.evaluation.run_cost import total
+from rpt_lightning.evaluation.run_reader import Run
 from rpt_lightning.records.question_results import QuestionResult, QuestionResults
 from sample_results import FIRST, results
 

@@ -8,7 +8,7 @@ import pytest
 
 from rpt_lightning.evaluation.compare_runs import comparison
 from rpt_lightning.evaluation.next_token import summary
-from rpt_lightning.evaluation.run import Run
+from rpt_lightning.evaluation.run_reader import Run
 from rpt_lightning.evaluation.tables.by_field import field_tables
 from rpt_lightning.evaluation.tables.stages import Stage
 from sample_results import FIRST, results

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.image import imread
 
 from rpt_lightning.evaluation.report.figures import scaling as report_figure
-from rpt_lightning.evaluation.run import read_run
+from rpt_lightning.evaluation.run_reader import read_run
 from rpt_lightning.evaluation.scaling.figure import scaling, scaling_curves
 from rpt_lightning.records.results import write_results
 from sample_results import FIRST, results

@@ -17,7 +17,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from processes import Guarded, free_port
-from rpt_lightning.rollout.servers.facts import PROTOCOL, architecture
+from rpt_lightning.rollout.servers.agreement import PROTOCOL, architecture
 from rpt_lightning.rollout.servers.processes import server_command
 
 KEY = "a key that only tests use"

@@ -28,9 +28,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from rpt_lightning.policy.family import choose_packing
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.policy.packing.trees import pack
+from rpt_lightning.policy.packing_choice import choose_packing
 from rpt_lightning.policy.weights import named_weights
 from rpt_lightning.types import TrainSequence
 

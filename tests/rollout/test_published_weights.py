@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rpt_lightning.rollout.servers.server import Fleet, ServerLost
 from rpt_lightning.rollout.weight_sync.folder_writer import FolderWriter
-from rpt_lightning.rollout.weight_sync.published import (
+from rpt_lightning.rollout.weight_sync.published_folder import (
     DamagedWeights,
     HeldWeights,
     Manifest,

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from rpt_lightning.rollout.servers.server import Fleet
 from rpt_lightning.rollout.weight_sync.checksum import checksum
-from rpt_lightning.rollout.weight_sync.published import HeldWeights
-from rpt_lightning.rollout.weight_sync.sent import SentWeights
+from rpt_lightning.rollout.weight_sync.published_folder import HeldWeights
+from rpt_lightning.rollout.weight_sync.sent_weights import SentWeights
 from rpt_lightning.rollout.weight_sync.transport import SharedFolderTransport
 
 EMBEDDING = torch.arange(600, dtype=torch.float32).view(20, 30) / 7

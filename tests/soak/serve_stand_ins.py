@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from rpt_lightning.rollout.servers.facts import PROTOCOL, architecture
+from rpt_lightning.rollout.servers.agreement import PROTOCOL, architecture
 from rpt_lightning.rollout.servers.key import KEY_VARIABLE
 from rpt_lightning.rollout.servers.processes import Servers, ServerSpec
 

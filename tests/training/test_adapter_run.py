@@ -26,7 +26,7 @@ from rpt_lightning.rollout.engines.vllm.vllm_engine import VLLMEngine
 from rpt_lightning.rollout.weight_sync.weight_part import split_part, take
 from rpt_lightning.training.callbacks.logs import StepLog
 from rpt_lightning.training.checkpoint.callback import last_checkpoint
-from rpt_lightning.training.checkpoint.file import read_checkpoint
+from rpt_lightning.training.checkpoint.reader import read_checkpoint
 from rpt_lightning.training.engine_check.sync_check import SyncError
 from rpt_lightning.training.modules.ntp_module import NTPModule
 from rpt_lightning.types import TrainSequence

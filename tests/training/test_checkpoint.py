@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rpt_lightning.training.checkpoint.callback import RunCheckpoint, checkpoint_steps, last_checkpoint
-from rpt_lightning.training.checkpoint.file import read_checkpoint
-from rpt_lightning.training.checkpoint.io import StreamedCheckpointIO
+from rpt_lightning.training.checkpoint.reader import read_checkpoint
+from rpt_lightning.training.checkpoint.writer import StreamedCheckpointIO
 
 
 class SavesBytes:

@@ -13,7 +13,7 @@ import torch
 from torch.distributed.checkpoint import save
 
 from rpt_lightning.training.checkpoint.damage import checkpoint_damage
-from rpt_lightning.training.checkpoint.file import read_checkpoint
+from rpt_lightning.training.checkpoint.reader import read_checkpoint
 
 
 @pytest.fixture

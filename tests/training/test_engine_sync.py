@@ -77,7 +77,7 @@ def test_engine_that_is_not_the_policy_stops_the_run(make_run, tmp_path, engine_
 def test_log_probs_of_a_truncating_sampler_are_not_compared(make_run, truncation, monkeypatch):
     options = {"sampling": Sampling(max_completion_tokens=32, **truncation)}
     said = []
-    monkeypatch.setattr("rpt_lightning.training.step.parts.rank_zero_info", said.append)
+    monkeypatch.setattr("rpt_lightning.training.step.rollout_parts.rank_zero_info", said.append)
     watch, _, _, error = run(make_run, 2, WrongLogprobs(SCRIPT), rollout_options=options)
     assert error is None
     assert len(watch.batches) == 2

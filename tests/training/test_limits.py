@@ -11,7 +11,7 @@ from rpt_lightning.rollout.settings import DynamicSampling, EngineCheck, Evaluat
 from rpt_lightning.training.callbacks.health import Health
 from rpt_lightning.training.callbacks.logs import RolloutSamples
 from rpt_lightning.training.callbacks.rollout_callback import RolloutCallback
-from rpt_lightning.training.checkpoint.file import check_about
+from rpt_lightning.training.checkpoint.reader import check_about
 
 NAN = float("nan")
 

@@ -12,7 +12,7 @@ from async_run import lines_of, make
 from small_run import SCRIPT, quiet_trainer
 
 from rpt_lightning.data.modules.text import TextDataModule
-from rpt_lightning.metrics.bands import BANDS
+from rpt_lightning.metrics.difficulty_bands import BANDS
 from rpt_lightning.metrics.metric import Reduction, Section, row
 from rpt_lightning.metrics.registry import METRICS, SECTIONS, registered
 from rpt_lightning.policy.model import Policy

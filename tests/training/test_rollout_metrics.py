@@ -22,7 +22,7 @@ from rpt_lightning.policy.flops import Work
 from rpt_lightning.rollout.dynamic_sampling import FilledBatch
 from rpt_lightning.rollout.engines.scripted_engine import ScriptedEngine
 from rpt_lightning.rollout.settings import DynamicSampling
-from rpt_lightning.rollout.weight_sync.sent import SentWeights
+from rpt_lightning.rollout.weight_sync.sent_weights import SentWeights
 from rpt_lightning.training.callbacks.logs import StepLog
 from rpt_lightning.training.distributed.reduced_metrics import over_ranks
 from rpt_lightning.training.step.metrics import (

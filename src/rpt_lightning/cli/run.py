@@ -42,13 +42,13 @@ from rpt_lightning.training.checkpoint.callback import (
     last_checkpoint,
 )
 from rpt_lightning.training.checkpoint.damage import checkpoint_damage
-from rpt_lightning.training.checkpoint.file import check_about, read_checkpoint
+from rpt_lightning.training.checkpoint.reader import check_about, read_checkpoint
 from rpt_lightning.training.error_file import folder_named, traceback_kept
 from rpt_lightning.training.library_noise import quieten_libraries
 from rpt_lightning.training.modules.ntp_module import NTPModule
 from rpt_lightning.training.modules.policy_module import PolicyModule
 from rpt_lightning.training.modules.rpt_module import RPTModule
-from rpt_lightning.training.secrets import redact
+from rpt_lightning.training.secret_filter import redact
 
 # Imported so that configs may name them by their short names.
 from rpt_lightning.objectives.information_gain import InformationGainObjective  # isort: skip

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback
 from rpt_lightning.data.modules.answers import AnswerTaskDataModule, answer_tasks, choose
 from rpt_lightning.data.sources.benchmarks import benchmark_source
 from rpt_lightning.data.sources.questions import QuestionSource, read_all
-from rpt_lightning.evaluation.earlier import Records, check_against
+from rpt_lightning.evaluation.earlier_results import Records, check_against
 from rpt_lightning.evaluation.policies import PolicyEvaluation
 from rpt_lightning.evaluation.tables.answers import (
     NOTE,

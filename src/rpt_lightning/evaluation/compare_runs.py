@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rpt_lightning.evaluation.compare import compare_policies, paired_bootstrap
-from rpt_lightning.evaluation.run import Run, read_runs
+from rpt_lightning.evaluation.paired_bootstrap import compare_policies, paired_bootstrap
 from rpt_lightning.evaluation.run_cost import FLOPS, SECONDS, TOKENS, total
+from rpt_lightning.evaluation.run_reader import Run, read_runs
 from rpt_lightning.evaluation.tables.answers import (
     NOTE,
     AnswerStage,

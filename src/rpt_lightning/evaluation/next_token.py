@@ -15,7 +15,7 @@ from typing import Literal
 from lightning.pytorch import Callback
 
 from rpt_lightning.data.modules.token_tasks import TokenTaskDataModule
-from rpt_lightning.evaluation.earlier import Records, check_against
+from rpt_lightning.evaluation.earlier_results import Records, check_against
 from rpt_lightning.evaluation.policies import PolicyEvaluation
 from rpt_lightning.evaluation.tables.breakdown import (
     COST_NOTE,

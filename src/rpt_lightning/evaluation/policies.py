@@ -10,11 +10,11 @@ from typing import Literal
 
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 
-from rpt_lightning.evaluation.run import short_names
+from rpt_lightning.evaluation.run_reader import short_names
 from rpt_lightning.policy.adapter import Adapter
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.training.checkpoint.adapter import saved_adapter
-from rpt_lightning.training.checkpoint.file import check_about, read_checkpoint
+from rpt_lightning.training.checkpoint.reader import check_about, read_checkpoint
 from rpt_lightning.training.distributed.strategy import ShardedStrategy
 from rpt_lightning.training.library_noise import quieten_libraries
 from rpt_lightning.training.modules.ntp_module import NTPModule

@@ -5,7 +5,7 @@ training/modules/step_cost.py says what is counted.
 
 from __future__ import annotations
 
-from rpt_lightning.evaluation.run import Run
+from rpt_lightning.evaluation.run_reader import Run
 
 FLOPS, TOKENS, SECONDS = "cost/flops", "cost/tokens", "cost/time_s"
 

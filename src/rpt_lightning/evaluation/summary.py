@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rpt_lightning.evaluation.plots import plot_summary
 from rpt_lightning.evaluation.run_log import RewardCurve, read_rewards
+from rpt_lightning.evaluation.summary_figure import plot_summary
 from rpt_lightning.evaluation.tables.stages import (
     INTERVAL_NOTE,
     Stage,

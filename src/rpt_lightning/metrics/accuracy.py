@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from rpt_lightning.metrics.bands import BANDS
+from rpt_lightning.metrics.difficulty_bands import BANDS
 from rpt_lightning.metrics.interval import wilson_interval
 
 

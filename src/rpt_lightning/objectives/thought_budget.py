@@ -21,7 +21,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rpt_lightning.limits import check_number
+from rpt_lightning.flag_bounds import check_number
 
 SLOT = "{budget}"
 FLAG = "rollout.thought_budget"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rpt_lightning.planning.bottlenecks import first_limit
 from rpt_lightning.planning.host_memory import PROCESS_BYTES, offloaded_bytes, offloaded_moment_bytes
-from rpt_lightning.planning.limits import first_limit
 from rpt_lightning.planning.plan import MemoryFit, Plan
 from rpt_lightning.planning.text_layout import INDENT, bullets, gb, table, wrap
 from rpt_lightning.training.batch_summary import batch_arithmetic

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from rpt_lightning.compat.peft import BASE, adapted_layers, inject, part_names, parts
 from rpt_lightning.compat.torch import map_tensors
 from rpt_lightning.compat.transformers import converts_weights
-from rpt_lightning.limits import check_number
+from rpt_lightning.flag_bounds import check_number
 from rpt_lightning.pretrained.adapter_folder import AdapterFolder
 from rpt_lightning.pretrained.weights import some
 

@@ -26,9 +26,9 @@ from rpt_lightning.policy.adapter import (
     merge_folder,
     start_adapter,
 )
-from rpt_lightning.policy.family import check_loaded, choose_packing
 from rpt_lightning.policy.packing.rows import pack_rows
 from rpt_lightning.policy.packing.trees import PackedTree, pack
+from rpt_lightning.policy.packing_choice import check_loaded, choose_packing
 from rpt_lightning.policy.tree_scores import HeadDtype, head_weight, score
 from rpt_lightning.pretrained.adapter_folder import (
     AdapterFolder,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rpt_lightning.limits import check_number
+from rpt_lightning.flag_bounds import check_number
 
 
 @dataclass(frozen=True, kw_only=True)

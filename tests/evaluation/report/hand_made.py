@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from rpt_lightning.evaluation.reasoning_patterns import PATTERNS
-from rpt_lightning.evaluation.run import Run
+from rpt_lightning.evaluation.run_reader import Run
 from rpt_lightning.evaluation.tables.stages import Rate
 from sample_results import FIRST, results
 

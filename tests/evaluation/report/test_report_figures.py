@@ -15,7 +15,7 @@ from rpt_lightning.evaluation.report.figures import (
     time_by_phase,
 )  # fmt: skip
 from rpt_lightning.evaluation.report.page import json_for_script
-from rpt_lightning.evaluation.report.plot import colour
+from rpt_lightning.evaluation.report.plotly_parts import colour
 from rpt_lightning.metrics.interval import wilson_interval
 from sample_results import results
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from synthetic_run import write_run
 
-from rpt_lightning.evaluation.run import read_runs
+from rpt_lightning.evaluation.run_reader import read_runs
 
 
 def test_a_run_is_read_by_step(tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from rpt_lightning.evaluation.report.verdict import MIN_DOCUMENTS, MIN_POSITIONS, reward_ends, verdicts
-from rpt_lightning.evaluation.run import Run
+from rpt_lightning.evaluation.run_reader import Run
 from rpt_lightning.records.results import Results
 from sample_results import FIRST
 

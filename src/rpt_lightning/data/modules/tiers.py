@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rpt_lightning.data.modules.draw import uniform
+from rpt_lightning.data.modules.random_draw import uniform
 from rpt_lightning.data.modules.stream import TIERS, Order, Place, ShuffledOrder
-from rpt_lightning.limits import check_number
+from rpt_lightning.flag_bounds import check_number
 
 FLAG = "--data.tiers"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rpt_lightning.data.modules.draw import uniform
+from rpt_lightning.data.modules.random_draw import uniform
 from rpt_lightning.objectives.box import answerable_lengths
 from rpt_lightning.objectives.prompts.template import BoundPrompt
 from rpt_lightning.pretrained.token_bytes import TokenBytes

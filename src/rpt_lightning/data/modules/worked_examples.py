@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rpt_lightning.data.modules.draw import uniform
+from rpt_lightning.data.modules.random_draw import uniform
 from rpt_lightning.objectives.base import BoundObjective
 from rpt_lightning.objectives.prompts.template import BoundPrompt
 from rpt_lightning.pretrained.token_bytes import TokenBytes

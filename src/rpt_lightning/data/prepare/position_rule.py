@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rpt_lightning.data.modules.draw import uniform
+from rpt_lightning.data.modules.random_draw import uniform
 from rpt_lightning.data.prepare.proxy_scores import DocumentScores
 from rpt_lightning.data.store.item_format import MATERIAL, Item
 from rpt_lightning.objectives.base import Objective

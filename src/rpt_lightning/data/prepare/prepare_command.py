@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rpt_lightning.data.prepare.closing_words import closing_words, shared_words
+from rpt_lightning.data.prepare.closing_summary import closing_words, shared_words
 from rpt_lightning.data.prepare.dedup import SPAN, count_shared_spans
 from rpt_lightning.data.prepare.finished_folder import accept_finished
 from rpt_lightning.data.prepare.position_rule import PositionRule

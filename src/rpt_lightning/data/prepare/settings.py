@@ -10,7 +10,7 @@ from rpt_lightning.data.prepare.dedup import LEAST_SPAN
 from rpt_lightning.data.prepare.position_rule import PositionRule
 from rpt_lightning.data.prepare.scored_parts import ScoringSettings
 from rpt_lightning.data.sources.corpus import CorpusSource
-from rpt_lightning.limits import check_number
+from rpt_lightning.flag_bounds import check_number
 from rpt_lightning.objectives.base import Objective
 from rpt_lightning.objectives.next_token import PLACES as NEXT_TOKEN
 from rpt_lightning.types import TokenIds

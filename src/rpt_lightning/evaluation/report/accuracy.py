@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rpt_lightning.evaluation.compare import Difference, paired_bootstrap
+from rpt_lightning.evaluation.paired_bootstrap import Difference, paired_bootstrap
 from rpt_lightning.evaluation.tables.stages import Rate, above
-from rpt_lightning.metrics.bands import BANDS
+from rpt_lightning.metrics.difficulty_bands import BANDS
 from rpt_lightning.records.results import PositionResult, Results
 
 ALL = "all"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rpt_lightning.evaluation.report.plot import (
+from rpt_lightning.evaluation.report.plotly_parts import (
     Figure,
     colour,
     escape,
@@ -14,7 +14,7 @@ from rpt_lightning.evaluation.report.plot import (
     percent,
     symbol_of,
 )
-from rpt_lightning.evaluation.run import Run
+from rpt_lightning.evaluation.run_reader import Run
 from rpt_lightning.evaluation.tables.stages import Rate
 from rpt_lightning.records.field_groups import MAX_VALUES, field_names, field_value, is_numeric, value_labels
 from rpt_lightning.records.results import PositionResult

@@ -16,7 +16,7 @@ from rpt_lightning.evaluation.report.accuracy import (
     accuracy_points,
 )
 from rpt_lightning.evaluation.report.field_figures import field_curves
-from rpt_lightning.evaluation.report.plot import (
+from rpt_lightning.evaluation.report.plotly_parts import (
     COLOURS,
     SMOOTHING_STEPS,
     SYMBOLS,
@@ -31,10 +31,10 @@ from rpt_lightning.evaluation.report.plot import (
     smoothed,
     symbol_of,
 )
-from rpt_lightning.evaluation.run import Run
+from rpt_lightning.evaluation.run_reader import Run
 from rpt_lightning.evaluation.scaling.figure import ScalingCurve, scaling_curves
 from rpt_lightning.evaluation.tables.stages import Rate
-from rpt_lightning.metrics.bands import BANDS
+from rpt_lightning.metrics.difficulty_bands import BANDS
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

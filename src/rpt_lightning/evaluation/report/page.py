@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass
 from importlib.resources import files
 
 from rpt_lightning import __version__
-from rpt_lightning.evaluation.report.plot import Figure, colour
+from rpt_lightning.evaluation.report.plotly_parts import Figure, colour
 from rpt_lightning.evaluation.report.rollout_data import compress
 from rpt_lightning.evaluation.report.tables import Table
 from rpt_lightning.evaluation.report.verdict import Statement
-from rpt_lightning.evaluation.run import Run
+from rpt_lightning.evaluation.run_reader import Run
 from rpt_lightning.evaluation.tables.stages import INTERVAL_NOTE
 
 # The files become one script element. Each file uses what the earlier ones define.

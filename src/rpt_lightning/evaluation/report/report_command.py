@@ -11,7 +11,7 @@ from rpt_lightning.evaluation.report.page import Page, RolloutBlock, render
 from rpt_lightning.evaluation.report.rollout_data import compress_json, spread, step_data
 from rpt_lightning.evaluation.report.tables import difficulty_table, field_tables, pattern_tables, run_table
 from rpt_lightning.evaluation.report.verdict import verdicts
-from rpt_lightning.evaluation.run import Run, read_runs
+from rpt_lightning.evaluation.run_reader import Run, read_runs
 from rpt_lightning.evaluation.tables.stages import Rate
 from rpt_lightning.records.rollout_samples import read_samples
 

@@ -17,7 +17,7 @@ from rpt_lightning.evaluation.report.accuracy import (
     reasoning_minus_ntp_at,
 )
 from rpt_lightning.evaluation.report.verdict import points, reward_ends
-from rpt_lightning.evaluation.run import Run
+from rpt_lightning.evaluation.run_reader import Run
 from rpt_lightning.evaluation.tables.stages import Rate, above
 from rpt_lightning.records.field_groups import field_groups, field_names
 from rpt_lightning.records.results import PositionResult

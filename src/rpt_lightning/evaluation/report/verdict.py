@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rpt_lightning.evaluation.compare import Difference, paired_bootstrap
+from rpt_lightning.evaluation.paired_bootstrap import Difference, paired_bootstrap
 from rpt_lightning.evaluation.report.accuracy import (
     ALL,
     accuracy_point,
     reasoning_minus_empty_thought,
     reasoning_minus_ntp,
 )
-from rpt_lightning.evaluation.run import Run
+from rpt_lightning.evaluation.run_reader import Run
 from rpt_lightning.evaluation.tables.stages import Rate
 from rpt_lightning.records.results import Results, pair_results
 

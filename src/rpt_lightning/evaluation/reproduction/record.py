@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, get_args
 
-from rpt_lightning.evaluation.run import Run
 from rpt_lightning.evaluation.run_cost import FLOPS
+from rpt_lightning.evaluation.run_reader import Run
 from rpt_lightning.metrics.token_kind import TokenKind
 from rpt_lightning.records.results import PositionResult, Results, pair_results
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from rpt_lightning.evaluation import marked_section
-from rpt_lightning.evaluation.compare import Difference, interval_over_runs, paired_bootstrap
+from rpt_lightning.evaluation.paired_bootstrap import Difference, interval_over_runs, paired_bootstrap
 from rpt_lightning.evaluation.reproduction.record import POLICIES, PolicyName, SeedRecord
 from rpt_lightning.evaluation.scaling.figure import scaling_curves, scaling_text
 from rpt_lightning.evaluation.tables.stages import Rate, above, interval_text, markdown_row
-from rpt_lightning.metrics.bands import BANDS
+from rpt_lightning.metrics.difficulty_bands import BANDS
 from rpt_lightning.metrics.interval import clustered_interval
 from rpt_lightning.records.results import PositionResult
 

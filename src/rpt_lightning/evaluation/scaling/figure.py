@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rpt_lightning.evaluation.run import Run, read_runs
 from rpt_lightning.evaluation.run_cost import FLOPS, total
+from rpt_lightning.evaluation.run_reader import Run, read_runs
 from rpt_lightning.evaluation.scaling.law import (
     MIN_POINTS,
     ScalingFit,
@@ -24,7 +24,7 @@ from rpt_lightning.evaluation.scaling.law import (
     fit_scaling,
 )
 from rpt_lightning.evaluation.tables.stages import Rate, above, markdown_row
-from rpt_lightning.metrics.bands import BANDS
+from rpt_lightning.metrics.difficulty_bands import BANDS
 from rpt_lightning.records.results import PositionResult, pair_results
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from rpt_lightning.evaluation.compare import Difference, paired_bootstrap
+from rpt_lightning.evaluation.paired_bootstrap import Difference, paired_bootstrap
 from rpt_lightning.evaluation.tables.stages import Rate, comparison_line, markdown_row, markdown_table
 from rpt_lightning.metrics.interval import clustered_interval
-from rpt_lightning.metrics.sampling import pass_at_k
+from rpt_lightning.metrics.pass_at_k import pass_at_k
 from rpt_lightning.records.question_results import QuestionResult, QuestionResults, pair_questions
 from rpt_lightning.types import Outcome
 

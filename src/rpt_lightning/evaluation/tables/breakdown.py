@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rpt_lightning.evaluation.compare import paired_bootstrap
+from rpt_lightning.evaluation.paired_bootstrap import paired_bootstrap
 from rpt_lightning.evaluation.tables.stages import (
     Rate,
     Stage,
@@ -20,9 +20,9 @@ from rpt_lightning.evaluation.tables.stages import (
     markdown_table,
     mean_text,
 )
-from rpt_lightning.metrics.bands import DISJOINT_BANDS
+from rpt_lightning.metrics.difficulty_bands import DISJOINT_BANDS
 from rpt_lightning.metrics.interval import wilson_interval
-from rpt_lightning.metrics.sampling import pass_at_k
+from rpt_lightning.metrics.pass_at_k import pass_at_k
 from rpt_lightning.metrics.token_kind import TOKEN_KINDS
 from rpt_lightning.policy.flops import Work, add_works, forward_flops, prompt_work, sampling_work
 from rpt_lightning.records.results import PositionResult, Results, pair_results

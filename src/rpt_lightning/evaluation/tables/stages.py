@@ -13,8 +13,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from rpt_lightning.evaluation.compare import Difference, compare_policies, paired_bootstrap
-from rpt_lightning.metrics.bands import BANDS
+from rpt_lightning.evaluation.paired_bootstrap import Difference, compare_policies, paired_bootstrap
+from rpt_lightning.metrics.difficulty_bands import BANDS
 from rpt_lightning.metrics.interval import wilson_interval
 from rpt_lightning.records.results import PositionResult, Results
 

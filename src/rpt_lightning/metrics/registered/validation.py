@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rpt_lightning.metrics import bands
+from rpt_lightning.metrics import difficulty_bands as bands
 from rpt_lightning.metrics.metric import Reduction, Section, row
 
 SAME = Reduction.SAME

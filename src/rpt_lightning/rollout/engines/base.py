@@ -24,7 +24,7 @@ from rpt_lightning.pretrained.tokenizer import as_in_folder, read_tokenizer
 from rpt_lightning.rollout.engines.result_check import check_samples
 from rpt_lightning.rollout.requests import check_requests
 from rpt_lightning.rollout.weight_sync.file_names import make_skeleton
-from rpt_lightning.rollout.weight_sync.sent import SentWeights
+from rpt_lightning.rollout.weight_sync.sent_weights import SentWeights
 from rpt_lightning.rollout.weight_sync.weight_part import split_part
 from rpt_lightning.types import Completion, GenerationRequest, PromptTokens, SamplingSettings, TokenIds
 

@@ -35,13 +35,13 @@ from transformers import AutoConfig
 from rpt_lightning.rollout.engines.base import EngineDtype, EngineLost, RolloutEngine, Sample
 from rpt_lightning.rollout.prefix_cache import UnlimitedPrefixCache
 from rpt_lightning.rollout.servers.access import find_key
+from rpt_lightning.rollout.servers.agreement import architecture, check_facts
 from rpt_lightning.rollout.servers.dispatch import Worker, dispatch
-from rpt_lightning.rollout.servers.facts import architecture, check_facts
 from rpt_lightning.rollout.servers.rank0_sync import is_first_rank, on_first_rank
 from rpt_lightning.rollout.servers.server import Fleet, Server, ServerLost, ServerRefused
 from rpt_lightning.rollout.servers.weights import PresentWeights
 from rpt_lightning.rollout.weight_sync.checksum import checksum
-from rpt_lightning.rollout.weight_sync.sent import SentWeights
+from rpt_lightning.rollout.weight_sync.sent_weights import SentWeights
 from rpt_lightning.rollout.weight_sync.transport import WeightTransport
 from rpt_lightning.types import GenerationRequest, PromptTokens
 

@@ -1,6 +1,6 @@
 """Write versions of the weights into a shared folder: what changed since the last one, or all of them.
 
-published.py describes and reads the folders, and docs/weight-sync.md says why they are as they are.
+published_folder.py describes and reads the folders, and docs/weight-sync.md says why they are as they are.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rpt_lightning.rollout.weight_sync.patch import find_changes, make_patch
-from rpt_lightning.rollout.weight_sync.published import (
+from rpt_lightning.rollout.weight_sync.published_folder import (
     GAPS,
     VALUES,
     Manifest,
     state_digest,
     tensor_digest,
 )
-from rpt_lightning.rollout.weight_sync.sent import SentWeights
+from rpt_lightning.rollout.weight_sync.sent_weights import SentWeights
 
 # Patches are written if they take less than this share of all weights.
 WORTHWHILE = 0.5

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rpt_lightning.rollout.servers.server import Fleet, Server, ServerLost
 from rpt_lightning.rollout.weight_sync.folder_writer import FolderWriter, folder_name
-from rpt_lightning.rollout.weight_sync.sent import SentWeights
+from rpt_lightning.rollout.weight_sync.sent_weights import SentWeights
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from rpt_lightning.limits import check_number
+from rpt_lightning.flag_bounds import check_number
 from rpt_lightning.training.callbacks.stop import STATUS_UNHEALTHY, StopRun
 from rpt_lightning.training.modules.policy_module import PolicyModule
 

@@ -18,8 +18,8 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from rpt_lightning.compat.lightning import DescribedProgressBar, batch_index, callbacks_of
-from rpt_lightning.limits import check_number
-from rpt_lightning.metrics.bands import BANDS
+from rpt_lightning.flag_bounds import check_number
+from rpt_lightning.metrics.difficulty_bands import BANDS
 from rpt_lightning.policy.flops import model_size
 from rpt_lightning.pretrained.token_bytes import TokenBytes
 from rpt_lightning.records.results import Results, write_results

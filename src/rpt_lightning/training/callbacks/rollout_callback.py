@@ -1,8 +1,8 @@
 """Generates completions with an engine, for training and for validation.
 
-The callback owns the engine's life: its settings, its parts (step/parts.py) and its end. What happens in a
-training step is in one place, `RolloutStep.next` (step/rollout_step.py). Its result goes into the batch as
-a `TrainBatch`.
+The callback owns the engine's life: its settings, its parts (step/rollout_parts.py) and its end. What happens
+in a training step is in one place, `RolloutStep.next` (step/rollout_step.py). Its result goes into the batch
+as a `TrainBatch`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from rpt_lightning.limits import check_number
+from rpt_lightning.flag_bounds import check_number
 from rpt_lightning.objectives.base import BoundObjective, Objective
 from rpt_lightning.objectives.thought_budget import ThoughtBudget
 from rpt_lightning.rollout.engines.base import RolloutEngine
@@ -26,7 +26,7 @@ from rpt_lightning.training.distributed.reduced_metrics import over_ranks
 from rpt_lightning.training.modules.policy_module import PolicyModule
 from rpt_lightning.training.step.async_rollouts import check_settings
 from rpt_lightning.training.step.metrics import cached_fractions, selection_fractions, throughput
-from rpt_lightning.training.step.parts import RolloutParts, build_parts
+from rpt_lightning.training.step.rollout_parts import RolloutParts, build_parts
 from rpt_lightning.training.step.rollout_step import RolloutStep
 from rpt_lightning.training.step_meter import StepMeter
 from rpt_lightning.training.validation.heldout_answers import heldout_answers

@@ -25,7 +25,7 @@ from rpt_lightning.compat.lightning_checkpoint import place_of, set_place
 from rpt_lightning.records.run_folder import ANSWER_FOLDER, ROLLOUT_FOLDER, VALIDATION_FOLDER
 from rpt_lightning.rollout.engines.base import EngineLost
 from rpt_lightning.training.checkpoint.damage import checkpoint_damage
-from rpt_lightning.training.checkpoint.io import StreamedCheckpointIO, files_of, flush_to_disk
+from rpt_lightning.training.checkpoint.writer import StreamedCheckpointIO, files_of, flush_to_disk
 from rpt_lightning.training.engine_check.sync_check import SyncError
 
 FOLDER = "checkpoints"

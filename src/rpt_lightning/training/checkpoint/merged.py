@@ -16,7 +16,7 @@ from rpt_lightning.policy.adapter import merged
 from rpt_lightning.pretrained.adapter_folder import base_of, check_base
 from rpt_lightning.pretrained.weights_hash import weight_files, weights_hash
 from rpt_lightning.training.checkpoint.adapter import saved_adapter
-from rpt_lightning.training.checkpoint.file import SavedPolicy
+from rpt_lightning.training.checkpoint.reader import SavedPolicy
 
 
 def model_path_of(about: Mapping[str, Any], where: str) -> str:

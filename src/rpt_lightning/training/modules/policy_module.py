@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rpt_lightning.compat.lightning import callbacks_of, has_trainer
 from rpt_lightning.data.modules.batch import HeldOutBatch
-from rpt_lightning.limits import check_number
+from rpt_lightning.flag_bounds import check_number
 from rpt_lightning.objectives.base import BoundObjective
 from rpt_lightning.objectives.next_token import NextTokenObjective
 from rpt_lightning.objectives.prompts.template import ContinuationPrompt

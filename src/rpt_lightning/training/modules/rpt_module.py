@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from rpt_lightning.data.modules.batch import TaskBatch
-from rpt_lightning.limits import check_number
+from rpt_lightning.flag_bounds import check_number
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.pretrained.text_shape import longest_context
 from rpt_lightning.pretrained.token_bytes import start_ids

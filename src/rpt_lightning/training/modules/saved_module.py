@@ -8,7 +8,7 @@ from typing import Any
 from rpt_lightning.policy.model import Policy
 from rpt_lightning.pretrained.specification import has_hash
 from rpt_lightning.training.checkpoint.adapter import about_adapter, check_same_adapter
-from rpt_lightning.training.checkpoint.file import check_about
+from rpt_lightning.training.checkpoint.reader import check_about
 
 CHECKPOINT_KEY = "rpt"
 

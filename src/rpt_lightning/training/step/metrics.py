@@ -9,7 +9,7 @@ from rpt_lightning.policy.flops import Work, add_works, prompt_work, sampling_wo
 from rpt_lightning.rollout.dynamic_sampling import FilledBatch
 from rpt_lightning.rollout.position_kinds import KindShares
 from rpt_lightning.rollout.selection import SelectionCounts
-from rpt_lightning.rollout.weight_sync.sent import SentWeights
+from rpt_lightning.rollout.weight_sync.sent_weights import SentWeights
 from rpt_lightning.types import PromptTokens
 
 PROMPT_SUMS = ("rollout/prompt_tokens", "rollout/cached_prompt_tokens", "rollout/shareable_prompt_tokens")

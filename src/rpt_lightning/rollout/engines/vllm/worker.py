@@ -20,10 +20,10 @@ from torch import Tensor
 from rpt_lightning.compat.vllm.engine import load_in_worker, worker_facts, worker_model
 from rpt_lightning.compat.vllm.layers import expect_experts, keep_lookups_plain
 from rpt_lightning.rollout.engines.vllm.weights import read_weights
-from rpt_lightning.rollout.servers.facts import PROTOCOL, architecture
+from rpt_lightning.rollout.servers.agreement import PROTOCOL, architecture
 from rpt_lightning.rollout.weight_sync.checksum import checksum
 from rpt_lightning.rollout.weight_sync.file_names import as_in_files, make_skeleton
-from rpt_lightning.rollout.weight_sync.published import MANIFEST, DamagedWeights, HeldWeights
+from rpt_lightning.rollout.weight_sync.published_folder import MANIFEST, DamagedWeights, HeldWeights
 
 _START = secrets.token_hex(8)  # differs for every start of the process
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 
 from rpt_lightning.data.prepare import split_statistics
-from rpt_lightning.metrics import bands
+from rpt_lightning.metrics import difficulty_bands as bands
 
 
 def test_a_manifest_counts_in_the_bands_of_the_metrics() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from rpt_lightning.evaluation.run_log import RewardCurve
 from rpt_lightning.evaluation.tables.stages import Rate, Stage, above
-from rpt_lightning.metrics.bands import BANDS
+from rpt_lightning.metrics.difficulty_bands import BANDS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, PhiConfig, Qwen2Config
 
-from rpt_lightning.pretrained.older_readers import older_tokenizer_config, with_older_rope
+from rpt_lightning.pretrained.older_transformers import older_tokenizer_config, with_older_rope
 
 LLAMA3 = {
     "rope_type": "llama3",

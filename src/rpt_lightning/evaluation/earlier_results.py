@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from rpt_lightning.evaluation.run import Run, read_run
+from rpt_lightning.evaluation.run_reader import Run, read_run
 
 R = TypeVar("R")
 

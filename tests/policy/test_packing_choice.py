@@ -16,9 +16,9 @@ from transformers import (
     PhimoeConfig,
 )
 
-from rpt_lightning.policy import family
-from rpt_lightning.policy.family import choose_packing, small_copy
+from rpt_lightning.policy import packing_choice as family
 from rpt_lightning.policy.model import Policy
+from rpt_lightning.policy.packing_choice import choose_packing, small_copy
 from rpt_lightning.policy.weights import named_weights
 from rpt_lightning.rollout.engines.hf_engine import HFEngine
 from rpt_lightning.types import GenerationRequest, SamplingSettings, TrainSequence
