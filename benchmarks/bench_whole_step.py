@@ -10,12 +10,12 @@ prompts, one after the other and each in its own process, and then the first one
 - TRL 1.16's `GRPOTrainer` with its own generation (transformers' `generate`).
 
 All use a random model of SmolLM2-135M's size in fp32, groups of 8, and completions that run to their limit,
-because a random model almost never ends one. The same completions are rewarded on both sides, so that half of
-the groups have a gradient. TRL gets the settings that make it fast: no reference model, no second forward
-pass for old log-probs (it generates once per optimizer step), no gradient checkpointing, and the largest
-batches that fit. It trains every group, also those without a gradient. Ours leaves them out and shares
-prefixes. The limit is what the FLOPs of both sides allow. TRL takes part if it is installed (`make bench`
-installs it).
+because a random model almost never ends one. The same completions are rewarded on both sides, so that half
+of the groups have a gradient. TRL gets the settings that make it fast: no reference model, no second
+forward pass for old log-probs (it generates once per optimizer step), no gradient checkpointing, and one
+generation batch for all completions. It trains in batches of `--rows` completions. It trains every group,
+also those without a gradient. Ours leaves them out and shares prefixes. The limit is what the FLOPs of both
+sides allow. TRL takes part if it is installed (`make bench` installs it).
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from result import keep_rounds, store
 GROUP, COMPLETION, TEMPERATURE = 8, 24, 0.8
 ADAPTER = {"rank": 16, "alpha": 32, "targets": "all-linear"}
 SIDES = ("full", "adapter", "trl", "full again")
+OPTIONS = ("tasks", "completion", "steps", "trl_steps", "rows")  # each side's process gets them
 
 
 class KeepPrompts(Callback):
@@ -107,6 +108,7 @@ def run_trl(folder: Path, args: argparse.Namespace) -> None:
         per_device_train_batch_size=args.rows, gradient_accumulation_steps=rows // args.rows,
         steps_per_generation=rows // args.rows, num_generations=GROUP, num_iterations=1, beta=0.0,
         temperature=TEMPERATURE, top_k=0, max_completion_length=args.completion, use_vllm=False,
+        generation_kwargs={"min_new_tokens": args.completion},
         logging_steps=1000, disable_tqdm=True, shuffle_dataset=False, dataloader_num_workers=0,
     )  # fmt: skip
 
@@ -209,7 +211,7 @@ def measure(args: argparse.Namespace) -> None:
         scorer = model if args.short else make_model_folder(folder / "tiny", short=True)
         prepare_tasks(folder / "tasks", scorer, short=args.short)
         load, found = machine.OtherLoad(), {}
-        options = [f"--{name}={getattr(args, name)}" for name in ("tasks", "completion", "steps", "rows")]
+        options = [f"--{name}={getattr(args, name)}" for name in OPTIONS]
         for side in sides:
             print(f"--- {side}", flush=True)
             command = [sys.executable, __file__, "--side", side, "--folder", str(folder), *options]
@@ -235,7 +237,8 @@ def measure(args: argparse.Namespace) -> None:
             f"whole-step-vs-trl-{shape}", seconds["trl"] / seconds["ours"], keep=keep,
             limit=flops / mean(full, "cost/flops"), target=5.0, lower_is_better=False,
             unit="times as fast as a whole step of TRL 1.16's GRPOTrainer", trl_flops=flops,
-            live_groups=mean(full, "rollout/live_groups_frac"),
+            live_groups=mean(full, "rollout/live_groups_frac"), trl_rows=args.rows,
+            all_seconds={name: [round(value, 2) for value in values] for name, values in steps.items()},
         )  # fmt: skip
     store(
         f"adapter-step-vs-full-{shape}", mean(full, *training) / mean(adapter, *training), keep=keep,
