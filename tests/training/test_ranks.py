@@ -26,7 +26,16 @@ from rpt_lightning.training.checkpoint.callback import last_checkpoint
 
 STEPS = 10
 # A step's cost depends on how it is cut, and each rank compares log-probs of its own completions.
-CUT = ("time", "perf/", "sync/", "train/packed_tokens", "train/micro_batches", "train/rank_imbalance", "step")
+CUT = (
+    "time",
+    "perf/",
+    "cost/",
+    "sync/",
+    "train/packed_tokens",
+    "train/micro_batches",
+    "train/rank_imbalance",
+    "step",
+)
 
 
 def run(folder: Path, model: Path, tasks: Path, **options):
