@@ -9,9 +9,9 @@ An arm is RPT with other options (`ARMS`). Each arm has its own continual next-t
 FLOPs.
 
     python scripts/reproduction.py run --seed 1 [--arm trunk]
-        Runs every stage, writes the record, and renews the summary of the arm's records.
+        Runs every stage, writes the record, and updates the summary of the arm's records.
     python scripts/reproduction.py summary
-        Only renews the summaries: of RPT itself in docs/results.md, and of the trunk term in docs/trunk.md.
+        Only updates the summaries: of RPT itself in docs/results.md, and of the trunk term in docs/trunk.md.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def test_the_report_draws_the_law_or_says_what_it_lacks(folder):
     assert "R2" in figure.note
     few = replace(run, validations={step: run.validations[step] for step in (0, 1, 2)})
     assert (
-        "No law is fitted. run: validations at 2 steps after the start, but the fit needs 4"
+        "No law is fitted. run: only 2 of the steps after the start were validated, but the fit needs 4"
         in report_figure(few).note
     )
 

@@ -3,7 +3,8 @@
 Within a seed, a difference has the interval of a paired bootstrap over documents. The mean over seeds has
 two intervals. The first is the same bootstrap of the outcomes averaged at each position. It says how far
 other documents would move the mean with these runs. The second is Student's over the gains of the seeds. It
-says how far other runs would move the mean with these documents. A claim about RPT needs both.
+says how far other runs would move the mean with these documents. We claim a difference only if neither
+interval contains 0.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from statistics import fmean
 from rpt_lightning.evaluation import marked_section
 from rpt_lightning.evaluation.paired_bootstrap import Difference, interval_over_runs, paired_bootstrap
 from rpt_lightning.evaluation.reproduction.record import POLICIES, PolicyName, SeedRecord
+from rpt_lightning.evaluation.run_reader import Run
 from rpt_lightning.evaluation.scaling.figure import scaling_curves, scaling_text
 from rpt_lightning.evaluation.tables.stages import Rate, above, interval_text, markdown_row
 from rpt_lightning.metrics.difficulty_bands import BANDS
@@ -81,7 +83,7 @@ def seed_summary(records: Sequence[SeedRecord]) -> str:
         f"{_number(len(records), 'seed')}, {len(positions):,} held-out positions of {num_documents} "
         "documents, the same for every seed."
     )
-    scaling = [_scaling(record) for record in records]
+    scaling = _scaling_section(records)
     return (
         "\n\n".join(
             [intro, *(band_table(records, band) for band in BANDS), NOTE, cost_table(records), *scaling]
@@ -96,9 +98,9 @@ NOTE = (
     "from a paired bootstrap over documents (10,000 resamples, percentiles). The mean over seeds has two "
     "intervals. `documents` is the same bootstrap of the outcomes averaged over seeds, with these runs "
     "fixed. "
-    "`runs` is Student's interval over the seeds, with these documents fixed. A claim needs both. The "
-    "difficulties are nested, so three rows are largely one finding, and nothing is corrected for the number "
-    "of intervals. The comparisons that this experiment was made for are reasoning after RPT with reasoning "
+    "`runs` is Student's interval over the seeds, with these documents fixed. We claim a "
+    "difference only if neither interval contains 0. The difficulties are nested, so their three tables "
+    "largely show the same finding, and nothing is corrected for the number of intervals. The comparisons that this experiment was made for are reasoning after RPT with reasoning "
     "before RPT and with continual NTP, at easy positions."
 )
 
@@ -203,8 +205,15 @@ def replace_section(text: str, section: str, *, where: str) -> str:
     return marked_section.replace_section(text, section, begin=BEGIN, end=END, where=where)
 
 
-def _scaling(record: SeedRecord) -> str:
-    run = record.as_run()
+def _scaling_section(records: Sequence[SeedRecord]) -> list[str]:
+    """Return one paragraph for each seed, or a single one if no seed has a checkpoint before its last step."""
+    runs = [record.as_run() for record in records]
+    if all(len(run.validations) == 1 for run in runs):
+        return ["There is no scaling fit, because these runs were only evaluated after their last step."]
+    return [_scaling(run) for run in runs]
+
+
+def _scaling(run: Run) -> str:
     try:
         return scaling_text(run, scaling_curves(run))
     except ValueError as error:

@@ -115,8 +115,8 @@ def scaling_curves(run: Run) -> list[ScalingCurve]:
     validations = [results for step, results in run.validations.items() if step > 0]
     if len(validations) < MIN_POINTS:
         raise ValueError(
-            f"{run.name}: validations at {len(validations)} steps after the start, but the fit needs "
-            f"{MIN_POINTS}. Keep checkpoints with --checkpoint.keep_every_n_steps and run "
+            f"{run.name}: only {len(validations)} of the steps after the start were validated, but the fit "
+            f"needs {MIN_POINTS}. Keep checkpoints with --checkpoint.keep_every_n_steps and run "
             "`rpt validate ... --ckpt_path FILE` on each, or validate while training "
             "(trainer.val_check_interval)"
         )
