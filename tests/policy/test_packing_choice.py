@@ -14,6 +14,7 @@ from transformers import (
     OPTConfig,
     PhiConfig,
     PhimoeConfig,
+    PreTrainedModel,
 )
 
 from rpt_lightning.policy import packing_choice as family
@@ -181,6 +182,44 @@ def test_the_second_call_is_looked_at_too(monkeypatch) -> None:
     monkeypatch.setattr(family, "score", drifting)
     with pytest.raises(ValueError, match="differ from those of its hidden states"):
         choose_packing(LlamaConfig(**SMALL), path="some")
+
+
+@pytest.mark.parametrize("error", [0.0, 0.1])
+def test_the_kernel_of_the_training_device_decides(error, monkeypatch) -> None:
+    """Trees are compared on the device that trains, and rows are chosen if its kernel gets them wrong.
+
+    The other device is a CPU here whose tree attention is wrong, because this test runs without a GPU.
+    """
+    forward = family.score
+    device = torch.device("cpu", 0)
+
+    def on_device(model, tree):
+        logprobs, entropy = forward(model, tree)
+        return logprobs + error * model.config._attn_implementation.count(family.NAME), entropy
+
+    moved = []
+    to = PreTrainedModel.to
+    monkeypatch.setattr(PreTrainedModel, "to", lambda model, where: moved.append(where) or to(model, where))
+    monkeypatch.setattr(family, "score", on_device)
+    packing = choose_packing(LlamaConfig(**SMALL), path="some", device=device)
+    assert moved == [device]
+    assert packing.shares_prefixes == (error == 0)
+    assert packing.reason is None or "packed as a tree its log-probs differ by 0.1" in packing.reason
+
+
+def test_a_policy_tells_the_device_that_it_trains_on(tiny_model_dir, monkeypatch) -> None:
+    asked = []
+    choose = family.choose_packing
+
+    def recorded(config, *, device, **kwargs):
+        asked.append(device)
+        return choose(config, device=torch.device("cpu"), **kwargs)
+
+    monkeypatch.setattr("rpt_lightning.policy.model.choose_packing", recorded)
+    policy = Policy(str(tiny_model_dir), compile_layers=False)
+    policy.train_on(torch.device("cuda", 1))
+    policy.materialize()
+    assert asked == [torch.device("cuda", 1)]
 
 
 def test_the_folders_own_weights_are_compared_at_load(tiny_model_dir, monkeypatch) -> None:

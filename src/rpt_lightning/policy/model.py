@@ -97,6 +97,7 @@ class Policy(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.compile_layers = compile_layers
         self.shares_prefixes = True
+        self.train_device = torch.device("cpu")
         self.trust_remote_code = trust_remote_code
         where = f"policy.path={path}"
         # Before the tokenizer, which reads config.json too and would be blamed for what is wrong there.
@@ -110,6 +111,7 @@ class Policy(nn.Module):
 
     def train_on(self, device: torch.device) -> None:
         """Settle what depends on the kind of device, before the policy is materialized."""
+        self.train_device = device
         if self.compile_layers is None:
             self.compile_layers = device.type == "cuda"
 
@@ -153,7 +155,12 @@ class Policy(nn.Module):
     def _adopt(self, model: PreTrainedModel, *, has_weights: bool) -> None:
         _check_no_dropout(model, self.path)
         _check_no_saved_buffers(model, self.path)
-        packing = choose_packing(self.config, path=self.model_path, trust_remote_code=self.trust_remote_code)
+        packing = choose_packing(
+            self.config,
+            path=self.model_path,
+            trust_remote_code=self.trust_remote_code,
+            device=self.train_device,
+        )
         if has_weights:
             check_loaded(model, packing, path=self.model_path)
         if self.adapter is not None:

