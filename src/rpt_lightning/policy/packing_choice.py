@@ -81,7 +81,7 @@ def choose_packing(
         expected = own_logprobs(model)
         model.train()
         _check_training_mode(model, expected, path)
-        model.to(device)
+        cast(Any, model).to(device)  # its annotation in transformers takes no device
         reason = _why_no_trees(model, expected)
         if reason is None:
             return Packing(attention=NAME, reason=None)
