@@ -33,6 +33,26 @@ def test_a_step_by_hand():
     assert (tokens.micro_batches, tokens.busy_ranks) == (1, 1)
 
 
+def test_contexts_are_trained_once():
+    """The first of two documents has prompts of 3 and 5 tokens, and the second has one of 3.
+
+    Only the second document's group is live. Each of its two completions has 2 tokens, of which the last is
+    not fed.
+    """
+    prompts = [(1, 2, 3), (1, 2, 3, 4, 5), (7, 8, 9)]
+    usual = {"group_size": 2, "completion_tokens": 2, "live_frac": 1 / 3, "micro_batch_tokens": 1000}
+    without = step_tokens(prompts, num_ranks=1, **usual)
+    tokens = step_tokens(prompts, num_ranks=1, trains_contexts=True, **usual)
+    # The live prompt is fed anyway. 1 to 4 are fed too, because 5 is only a target.
+    assert without.packed == Work(tokens=3 + 2, scored_tokens=4, pairs=6 + 2 * 4)
+    assert tokens.packed.tokens - without.packed.tokens == 4
+    assert tokens.packed.pairs - without.packed.pairs == 1 + 2 + 3 + 4
+    # 2 to 5, 8 and 9 are targets
+    assert tokens.packed.scored_tokens - without.packed.scored_tokens == 6
+    # Generation does not change
+    assert (tokens.prefill, tokens.sampling) == (without.prefill, without.sampling)
+
+
 def test_ranks_share_nothing_with_each_other():
     prompts = [(1, 2, 3), (1, 2, 3, 4, 5)]
     together = step_tokens(

@@ -207,6 +207,11 @@ def plan_of(config: Namespace) -> tuple[Plan, list[str]]:
         f"{device.bandwidth_bytes_per_s / 1e12:,.3g} TB/s (--plan.bandwidth_frac); "
         "nothing waits for the longest completion",
     ]
+    if settings.trains_contexts:
+        assumptions.append(
+            "model.ntp_weight trains every position of the step's prompts once, and no text behind the last "
+            "position of a document (model.ntp_whole_documents)"
+        )
     if settings.is_mixed:
         assumptions.append(
             "FSDP2 gathers and computes the layers in bf16 (shards stay fp32), "
@@ -311,6 +316,7 @@ def run_settings(config: Namespace, options: PlanOptions) -> RunSettings:
         micro_batch_tokens=model.micro_batch_tokens,
         optimizer_steps_per_batch=model.optimizer_steps_per_batch,
         max_steps=trainer.max_steps,
+        trains_contexts=model.ntp_weight > 0,
         optimizer_bytes_per_param=optimizer_bytes_per_param(model.optimizer),
         is_fused=bool((model.optimizer.get("init_args") or {}).get("fused")),
         logprob_chunk_size=policy.logprob_chunk_size or token_chunk(on_gpu=trainer.accelerator != "cpu"),

@@ -122,6 +122,7 @@ def make_plan(
         micro_batch_tokens=settings.micro_batch_tokens,
         num_ranks=settings.num_ranks,
         on_gpu=settings.on_gpu,
+        trains_contexts=settings.trains_contexts,
     )
     engine = _engine_memory(settings, shape, device)
     concurrent = _concurrent_sequences(settings, shape, engine, tokens)

@@ -25,6 +25,7 @@ class RunSettings:
     micro_batch_tokens: int
     optimizer_steps_per_batch: int
     max_steps: int
+    trains_contexts: bool = False  # model.ntp_weight is above 0
     optimizer_bytes_per_param: float
     is_fused: bool  # the optimizer is torch's fused one
     logprob_chunk_size: int

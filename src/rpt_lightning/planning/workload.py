@@ -44,6 +44,7 @@ def step_tokens(
     micro_batch_tokens: int,
     num_ranks: int,
     on_gpu: bool = False,
+    trains_contexts: bool = False,
 ) -> StepTokens:
     """Pack the step as training would, with completions of the assumed length that share nothing by chance.
 
@@ -56,6 +57,8 @@ def step_tokens(
         micro_batch_tokens: Token budget of a tree.
         num_ranks: Number of data-parallel ranks.
         on_gpu: Whether training runs on a GPU, where attention computes no pairs under a separate mask.
+        trains_contexts: Whether the step also trains next-token prediction on the prompts of all groups, each
+            position once (`model.ntp_weight`).
     """
     ranks: list[Work] = []
     plain = prefill = Work()
@@ -78,6 +81,8 @@ def step_tokens(
             for prompt in live
             for g in range(group_size)
         ]
+        if trains_contexts:
+            sequences += _contexts(share)
         trees = list(pack(sequences, max_tokens=micro_batch_tokens))
         micro_batches = max(micro_batches, len(trees))
         if not on_gpu:
@@ -99,6 +104,18 @@ def step_tokens(
         busy_ranks=sum(rank.tokens > 0 for rank in ranks),
         masked_pairs=most_masked,
     )
+
+
+def _contexts(prompts: Sequence[TokenIds]) -> list[TrainSequence]:
+    """Return sequences in which each position of the prompts is a target once, except for first tokens."""
+    ordered = sorted(set(prompts))
+    ids = [np.asarray(prompt, dtype=np.int64) for prompt in ordered]
+    shared = [0, *(common_prefix_length(left, right) for left, right in pairwise(ids))]
+    return [
+        TrainSequence(prompt_ids=prompt[:first], target_ids=prompt[first:])
+        for prompt, common in zip(ordered, shared, strict=False)
+        if (first := max(1, common)) < len(prompt)
+    ]
 
 
 def masked_pairs(tree: PackedTree) -> int:
