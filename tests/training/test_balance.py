@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from dataclasses import dataclass
 
 import pytest
@@ -19,6 +20,7 @@ from rpt_lightning.training.modules.balance import (
     packed_tokens,
     shares,
 )
+from rpt_lightning.training.modules.ntp_module import shared_by_tokens
 from rpt_lightning.types import TrainSequence
 
 
@@ -61,12 +63,12 @@ class Threads:
         return Rank()
 
 
-def on_ranks(parts):
-    """``balanced`` on each rank, given its items."""
+def on_ranks(parts, share=balanced):
+    """What each rank trains, given its items."""
     threads, out = Threads(len(parts)), [None] * len(parts)
 
     def work(rank):
-        out[rank] = balanced(parts[rank], threads.rank(rank))
+        out[rank] = share(parts[rank], threads.rank(rank))
 
     running = [threading.Thread(target=work, args=(rank,)) for rank in range(len(parts))]
     for thread in running:
@@ -183,3 +185,15 @@ def test_lognormal_lengths_are_spread_evenly(live_frac):
         after.append(max(dealt) / mean)
     assert max(after) < 1.04
     assert np.mean(before) > 1.05
+
+
+def test_next_token_sequences_are_shared_by_tokens():
+    """One rank was dealt three long texts, and the other three short ones, two of which are equal.
+
+    The longest comes first: 90 to the first rank, 80 and 70 to the second, and the rest to the first.
+    """
+    texts = [[(1,) * 90, (2,) * 80, (3,) * 70], [(4,) * 10, (5,) * 20, (4,) * 10]]
+    parts = [[TrainSequence(prompt_ids=ids[:1], target_ids=ids[1:]) for ids in part] for part in texts]
+    shared = on_ranks(parts, shared_by_tokens)
+    assert [sum(one.num_tokens for one in part) for part in shared] == [130, 150]
+    assert Counter(one for part in shared for one in part) == Counter(one for part in parts for one in part)
