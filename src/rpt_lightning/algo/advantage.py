@@ -1,4 +1,4 @@
-"""Group-relative advantages: what a completion's reward says beside those of its group.
+"""Group-relative advantages: how a completion's reward compares with those of its group.
 
 ``r_1 ... r_G`` are the rewards of a task's completions, and ``mean`` is their mean.
 

@@ -1,4 +1,4 @@
-"""Importance weights that correct for rollouts of another policy than the one that is trained.
+"""Importance weights that correct for rollouts of a policy other than the one being trained.
 
 With the same weights, the engine and the trainer compute slightly different log-probs. With stale rollouts,
 the weights differ too. Let ``rho_t = pi_old(y_t) / pi_engine(y_t)`` for each token of a completion y:

@@ -24,7 +24,7 @@ class LossStatistics(Statistics):
     ratio_sum: Number = 0.0
     ratio_max: Number = 0.0
     clipped_ratio_sum: Number = 0.0
-    num_changed_by_clipping: Number = 0.0  # tokens whose loss is another one than without clipping
+    num_changed_by_clipping: Number = 0.0  # tokens whose loss was changed by clipping
     approx_kl_sum: Number = 0.0  # nats
 
     def __add__(self, other: LossStatistics) -> LossStatistics:

@@ -253,7 +253,7 @@ def plan_of(config: Namespace) -> tuple[Plan, list[str]]:
 
 
 def _published(settings: RunSettings, rates: Rates) -> str:
-    """What a SharedFolderTransport writes, and that it is written."""
+    """Describe what a SharedFolderTransport writes for each version."""
     if received_frac(settings, rates) == 1:
         return "written"
     return (
@@ -358,7 +358,7 @@ def _engines_max_num_seqs(device: str | None, accelerator: str) -> int:
 
 
 def optimizer_bytes_per_param(config: Namespace) -> float:
-    """Bytes of the optimizer's state a parameter, measured after a step of a real one on a small matrix."""
+    """Bytes of the optimizer's state per parameter, measured after a step of a real one on a small matrix."""
     parameter = torch.nn.Parameter(torch.zeros(64, 64))
     optimizer = _build(config, [parameter])
     parameter.grad = torch.zeros_like(parameter)

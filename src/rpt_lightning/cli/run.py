@@ -1,4 +1,4 @@
-"""Lightning's command line with this project's parts: module, data, rollouts, and one folder a run."""
+"""Lightning's command line with this project's parts: module, data, rollouts, and one folder per run."""
 
 from __future__ import annotations
 
