@@ -4,7 +4,7 @@ It reads one pair (true answer, prediction) per line and writes one verdict per 
 
 A prediction is text of a model, and SymPy evaluates the text that it reads. ``9^{9^{9^9}}`` computes for
 longer than anyone waits, in C code that no Python signal interrupts. The kernel therefore ends this process
-when a pair has used up its CPU seconds, and ``math_verifier.py`` starts another. The limit counts CPU seconds
+when a pair has used up its CPU seconds, and ``verifier.py`` starts another. The limit counts CPU seconds
 rather than clock time, because a verdict must not depend on what else the machine does.
 
 This module imports nothing of this package, since it is started often.

@@ -36,7 +36,7 @@ class PackedTree:
     others. They are None if no sequence has one.
 
     If ``row_length`` is set, the input tokens are rows of that length with one sequence each, and nothing is
-    shared (row_packing.py). The first ``row_sizes[s]`` tokens of a row belong to the sequence and the rest is
+    shared (rows.py). The first ``row_sizes[s]`` tokens of a row belong to the sequence and the rest is
     padding.
     """
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-# The version of the methods in vllm_worker.py that a trainer may call. It changes whenever they change.
+# The version of the methods in rollout/engines/vllm/worker.py that a trainer may call. It changes whenever
+# they change.
 PROTOCOL = 4
 
 
