@@ -7,8 +7,8 @@ The steps run alone and beside one busy process. Each setting has its own proces
 variables when it is loaded. A process waits until it is asked for a step. All processes are asked in turn,
 alone and beside the busy process, so other load on the machine affects all of them alike. One kind of work is
 forward and backward of a Llama of 0.7M parameters on 64 x 48 tokens. The other is the same for four layers of
-SmolLM2-135M, with its embedding and head, on 4 x 64 tokens. src/rpt_lightning/cli/openmp.py shows which of these
-settings `rpt` uses.
+SmolLM2-135M, with its embedding and head, on 4 x 64 tokens. src/rpt_lightning/cli/openmp.py shows which of
+these settings `rpt` uses.
 """
 
 from __future__ import annotations
