@@ -44,7 +44,7 @@ def test_a_run_logs_its_share_of_a_peak_that_is_known(make_run, tmp_path, caplog
     assert [text for text in caplog.messages if "perf/mfu" in text] == (
         [
             "perf/mfu is left out: the peak of a CPU in 32-true is not known here; "
-            "set it with --machine.peak_flops_per_device (operations a second)"
+            "set it with --machine.peak_flops_per_device (operations per second)"
         ]
         if peak is None
         else []

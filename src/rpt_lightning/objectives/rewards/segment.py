@@ -43,7 +43,7 @@ def prefix_share(prediction: bytes, truth: bytes) -> float:
 
 
 def mean_gain(after_thought: Sequence[float], without: Sequence[float]) -> float:
-    """Return the mean gain in log-prob of the segment's tokens, in nats a token.
+    """Return the mean gain in log-prob of the segment's tokens, in nats per token.
 
     >>> round(mean_gain([math.log(0.5), math.log(0.4)], [math.log(0.25), math.log(0.1)]), 3)  # log(8) / 2
     1.04
@@ -93,7 +93,7 @@ class PrefixShareReward(SegmentReward):
 
 
 class LogProbGainReward(SegmentReward):
-    """``r_i = (log p(s | x, c_i) - log p(s | x)) / |s|`` in nats a token, where ``x`` is the prompt.
+    """``r_i = (log p(s | x, c_i) - log p(s | x)) / |s|`` in nats per token, where ``x`` is the prompt.
 
     The segment stands in a box after the thought. Without a thought it stands in a box after an empty one, so
     an empty thought earns 0. As for information gain (RLP, arXiv:2510.01265), only thoughts are trained,

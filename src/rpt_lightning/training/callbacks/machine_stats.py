@@ -41,7 +41,7 @@ class MachineStats(StepMeter):
     def __init__(self, peak_flops_per_device: float | None = None) -> None:
         if peak_flops_per_device is not None and peak_flops_per_device <= 0:
             raise ValueError(
-                f"machine.peak_flops_per_device={peak_flops_per_device}: give operations a second, such as "
+                f"machine.peak_flops_per_device={peak_flops_per_device}: give operations per second, such as "
                 "989e12, or null"
             )
         self.peak_flops_per_device = peak_flops_per_device
@@ -57,7 +57,7 @@ class MachineStats(StepMeter):
         if self._peak_flops is None:
             rank_zero_info(
                 f"perf/mfu is left out: the peak of {name} in {trainer.precision} is not known here; "
-                "set it with --machine.peak_flops_per_device (operations a second)"
+                "set it with --machine.peak_flops_per_device (operations per second)"
             )
 
     def measure(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:

@@ -169,7 +169,7 @@ class RPTModule(PolicyModule):
         assert rollouts is not None, "the rollout callback puts them in"
         temperature = rollouts.sampling.temperature
         parts = mini_batches_of(rollouts.groups, self.optimizer_steps_per_batch, self.ranks)
-        # With one optimizer step a batch the policy has not changed since before the update. The ratio is
+        # With one optimizer step per batch the policy has not changed since before the update. The ratio is
         # exactly 1, so there is nothing to compute.
         on_policy = self.optimizer_steps_per_batch == 1
         mini_batches = [self._mini_batch(groups, max_tokens=rollouts.sampling.max_tokens) for groups in parts]

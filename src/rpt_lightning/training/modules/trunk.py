@@ -64,7 +64,7 @@ class Contexts:
     def loss(self, tree: PackedTree, logprobs: Tensor, *, first: int) -> tuple[Tensor, PackedTree]:
         """Return a tree's share of the step's mean next-token loss, and the tree without the contexts.
 
-        The shares of all trees and ranks add up to the mean (nats a token).
+        The shares of all trees and ranks add up to the mean (nats per token).
 
         Args:
             tree: A tree of a list of sequences that ends with the contexts.

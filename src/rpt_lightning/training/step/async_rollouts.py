@@ -6,7 +6,7 @@ generated and no work is wasted. If a module does more optimizer steps than it a
 out too old are dropped and counted, and their tasks are rolled out again.
 
 The engine takes new weights only when it is idle on every rank, between two steps of the trainer. So each
-completion comes from a single version. With ``max_staleness`` 1 and one optimizer step a batch the order is
+completion comes from a single version. With ``max_staleness`` 1 and one optimizer step per batch the order is
 fixed: wait for batch k, sync weights k to the engine, begin batch k + 1, train batch k. With a larger
 ``max_staleness`` the engine may still be busy between two steps. It then keeps its weights until it is idle,
 and the rule bounds how old they get.
