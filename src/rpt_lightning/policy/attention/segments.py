@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 # Costs are in units of one pair of a query and a key. Measured on two CPU cores in fp32 with 9 heads of 64:
-# about 25 million pairs a second forward and backward, 150 us of overhead per call and layer, and 2 us to merge
-# one query's output of two calls.
+# about 25 million pairs a second forward and backward, 150 us of overhead per call and layer, and 2 us to
+# merge one query's output of two calls.
 CALL_COST = 4096
 MERGE_COST = 48
 # A causal kernel skips the upper triangle only in blocks, and its backward pass skips almost none of it.

@@ -26,7 +26,7 @@ class RanksEnded(RuntimeError):
 
 
 class RankExchange:
-    """Collectives for one thread per rank at a time. They raise RanksEnded once one of the ranks has ended."""
+    """Collectives for one thread per rank at a time. They raise RanksEnded once a rank has ended."""
 
     def __init__(self, data: Channel, tensor: Channel) -> None:
         self._data = data
