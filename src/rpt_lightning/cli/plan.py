@@ -16,22 +16,13 @@ from lightning.pytorch.cli import LightningArgumentParser, instantiate_class
 from rpt_lightning.cli.run import RPTCLI, make_cli
 from rpt_lightning.data.modules.tiers import Tiers
 from rpt_lightning.objectives.thought_budget import ThoughtBudget
-from rpt_lightning.planning.devices import (
-    DEVICES,
-    DEVICES_PER_NODE,
-    DIGEST_BYTES_PER_S,
-    HOST_BANDWIDTH_BYTES_PER_S,
-    NEW_MEMORY_BYTES_PER_S,
-    NODE_LINK_BYTES_PER_S,
-    Device,
-    measured_cpu,
-)
+from rpt_lightning.planning.assumptions import assumptions
+from rpt_lightning.planning.devices import DEVICES, Device, measured_cpu
 from rpt_lightning.planning.memory import Strategy
 from rpt_lightning.planning.model_shape import load_model_config, model_shape
 from rpt_lightning.planning.plan import Plan, make_plan
 from rpt_lightning.planning.plan_text import report
 from rpt_lightning.planning.settings import EngineKind, Rates, RunSettings
-from rpt_lightning.planning.times import received_frac
 from rpt_lightning.planning.workload import assumed_prompts
 from rpt_lightning.policy.adapter import Adapter
 from rpt_lightning.policy.logprobs import token_chunk
@@ -153,8 +144,8 @@ def run(args: list[str]) -> None:
 
 def plan_text(args: list[str]) -> str:
     """The plan of the run that ``rpt fit ARGS`` would start."""
-    plan, assumptions = plan_of(parse(args))
-    return report(plan, assumptions=assumptions)
+    plan, words = plan_of(parse(args))
+    return report(plan, assumptions=words)
 
 
 def parse(args: list[str]) -> Namespace:
@@ -192,74 +183,12 @@ def plan_of(config: Namespace) -> tuple[Plan, list[str]]:
         completion_tokens=completion_tokens,
         live_frac=options.live_frac,
     )
-    assumptions = [
-        source,
-        f"completions: {completion_tokens:,} tokens each (--plan.completion_tokens), "
-        "without common beginnings",
-        f"groups with unequal rewards, which are trained: {options.live_frac:.0%} (--plan.live_frac)"
-        + (
-            "; extra groups from dynamic sampling are not counted"
-            if config.rollout.dynamic_sampling.from_step is not None
-            else ""
-        ),
-        f"training and prefill reach {options.mfu:.0%} of {device.peak_flops / 1e12:,.3g} TFLOP/s "
-        f"(--plan.mfu), decoding {options.bandwidth_frac:.0%} of "
-        f"{device.bandwidth_bytes_per_s / 1e12:,.3g} TB/s (--plan.bandwidth_frac); "
-        "nothing waits for the longest completion",
-    ]
-    if settings.trains_contexts:
-        assumptions.append(
-            "model.ntp_weight trains every position of the step's prompts once, and no text behind the last "
-            "position of a document (model.ntp_whole_documents)"
-        )
-    if settings.is_mixed:
-        assumptions.append(
-            "FSDP2 gathers and computes the layers in bf16 (shards stay fp32), "
-            "so autocast makes no copy of the weights"
-            if settings.gathers_bf16
-            else "FSDP2 gathers the weights in fp32, and autocast casts them "
-            "(with checkpointing a layer at a time)"
-        )
-    if settings.num_servers:
-        assumptions += [
-            f"a server is one device, whose vLLM takes {options.gpu_memory_utilization:.0%} of it and "
-            f"generates at most {settings.max_num_seqs:,} completions at a time",
-            f"weights reach the servers by one broadcast at {NODE_LINK_BYTES_PER_S / 1e9:.0f} GB/s "
-            "(NCCLTransport)"
-            if settings.transport == "nccl"
-            else f"weights reach the servers through a folder, {_published(settings, rates)} once and read "
-            f"once by every node of {DEVICES_PER_NODE} servers, at "
-            f"{options.shared_storage_gb_per_s:g} GB/s in all (SharedFolderTransport, "
-            "--plan.shared_storage_gb_per_s); before and after, all weights cross from device to host or "
-            f"back at {device.host_link_bytes_per_s / 1e9:.0f} GB/s, and their digests are computed at "
-            f"{DIGEST_BYTES_PER_S / 1e9:.0f}",
-        ]
-    if settings.engine_sleeps:
-        assumptions.append("the engine sleeps while the policy trains, so they take turns using memory")
-    if settings.offload_moments:
-        assumptions.append(
-            "the optimizer's moments travel between host and device at "
-            f"{device.host_link_bytes_per_s / 1e9:.0f} GB/s, with nothing else at the same time"
-        )
-    if settings.cpu_offload:
-        assumptions.append(
-            "weights and gradients move between host and device at "
-            f"{device.host_link_bytes_per_s / 1e9:.0f} GB/s, without overlap, and "
-            f"gradients after the first micro-batch at {NEW_MEMORY_BYTES_PER_S / 1e9:.0f}; the host "
-            f"adds and steps at {HOST_BANDWIDTH_BYTES_PER_S / 1e9:.0f} GB/s of memory per device"
-            + ("" if settings.is_fused else " (unfused optimizer: an eighth of that)")
-        )
-    return plan, assumptions
-
-
-def _published(settings: RunSettings, rates: Rates) -> str:
-    """Describe what a SharedFolderTransport writes for each version."""
-    if received_frac(settings, rates) == 1:
-        return "written"
-    return (
-        f"all of them every {settings.full_every} versions for servers that come late, and in every version "
-        f"what changed ({rates.changed_frac:.1%} of the weights, --plan.changed_frac), written"
+    words = assumptions(
+        plan,
+        live_frac=options.live_frac,
+        replaces_groups=config.rollout.dynamic_sampling.from_step is not None,
     )
+    return plan, [source, *words]
 
 
 def run_settings(config: Namespace, options: PlanOptions) -> RunSettings:
