@@ -207,6 +207,24 @@ def test_the_kernel_of_the_training_device_decides(error, monkeypatch) -> None:
     assert packing.reason is None or "packed as a tree its log-probs differ by 0.1" in packing.reason
 
 
+def test_trees_are_compared_without_tf32(monkeypatch) -> None:
+    """With TF32 a right kernel would be off by more than the tolerance, and rows would be chosen."""
+    forward, precisions = family.score, []
+
+    def recorded(model, tree):
+        precisions.append(torch.get_float32_matmul_precision())
+        return forward(model, tree)
+
+    monkeypatch.setattr(family, "score", recorded)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        choose_packing(LlamaConfig(**SMALL), path="some")
+        assert (torch.get_float32_matmul_precision(), set(precisions)) == ("medium", {"highest"})
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_a_policy_tells_the_device_that_it_trains_on(tiny_model_dir, monkeypatch) -> None:
     asked = []
     choose = family.choose_packing

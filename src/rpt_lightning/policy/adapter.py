@@ -22,6 +22,7 @@ from rpt_lightning.compat.peft import BASE, adapted_layers, inject, part_names, 
 from rpt_lightning.compat.torch import map_tensors
 from rpt_lightning.compat.transformers import converts_weights
 from rpt_lightning.flag_bounds import check_number
+from rpt_lightning.policy.exact_products import exact_products
 from rpt_lightning.pretrained.adapter_folder import AdapterFolder
 from rpt_lightning.pretrained.weights import some
 
@@ -230,13 +231,8 @@ def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         b: B, ``[out, r]``.
         scale: s.
     """
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # no TF32
-    try:
-        with torch.autocast(weight.device.type, enabled=False):
-            return (b.float() @ a.float()).mul_(scale).add_(weight.float())
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    with exact_products(), torch.autocast(weight.device.type, enabled=False):
+        return (b.float() @ a.float()).mul_(scale).add_(weight.float())
 
 
 @torch.no_grad()

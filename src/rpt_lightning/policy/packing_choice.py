@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from rpt_lightning.compat.transformers import attention_name, rope_depends_on_call
 from rpt_lightning.policy.attention.tree_attention import NAME
+from rpt_lightning.policy.exact_products import exact_products
 from rpt_lightning.policy.packing.rows import pack_rows
 from rpt_lightning.policy.packing.trees import PackedTree, pack
 from rpt_lightning.policy.tree_scores import score
@@ -76,7 +77,7 @@ def choose_packing(
     _check_rotary_frequencies(config, path)
     # Lightning builds models with the accelerator as the default device. The trainer's random generator must
     # not be affected by the values that this model draws.
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]), exact_products():
         model = small_copy(config, trust_remote_code=trust_remote_code)
         expected = own_logprobs(model)
         model.train()
