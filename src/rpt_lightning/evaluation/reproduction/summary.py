@@ -206,7 +206,7 @@ def replace_section(text: str, section: str, *, where: str) -> str:
 
 
 def _scaling_section(records: Sequence[SeedRecord]) -> list[str]:
-    """Return one paragraph for each seed, or a single one if no seed has a checkpoint before its last step."""
+    """Return one paragraph for each seed, or one if no seed has a checkpoint before its last step."""
     runs = [record.as_run() for record in records]
     if all(len(run.validations) == 1 for run in runs):
         return ["There is no scaling fit, because these runs were only evaluated after their last step."]
