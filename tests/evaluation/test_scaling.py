@@ -74,7 +74,7 @@ def test_what_the_checkpoints_do_not_determine_is_no_law():
     assert fit_scaling([1, 2, 4, 8], [0.4 + 0.1 / c for c in (1, 2, 4, 8)]).doubt == "accuracy falls"
     straight = fit_scaling([1, 10, 100, 1000], [0.1, 0.2, 0.3, 0.4])
     assert straight.r_squared > 0.999
-    assert straight.doubt == "alpha is at an end of the search"
+    assert straight.doubt == "alpha is at an end of the search range"
     constant = fit_scaling([1, 2, 4, 8], [0.25] * 4)
     assert math.isnan(constant.r_squared)
     assert constant.doubt == "all accuracies are equal"

@@ -93,15 +93,15 @@ def seed_summary(records: Sequence[SeedRecord]) -> str:
 
 
 NOTE = (
-    "All intervals are 95 % intervals. Those of accuracies are Wilson's and treat the positions of a "
-    "document as one cluster (with the effective number of positions). Those of differences, in points, "
-    "come from a paired bootstrap over documents (10,000 resamples, percentiles). The mean over seeds has "
-    "two intervals. `documents` is the same bootstrap of the outcomes averaged over seeds, with these "
-    "runs fixed. `runs` is Student's interval over the seeds, with these documents fixed. We claim a "
-    "difference only if neither interval contains 0. The difficulties are nested, so their three tables "
-    "largely show the same finding, and nothing is corrected for the number of intervals. The comparisons "
-    "that this experiment was made for are reasoning after RPT with reasoning before RPT and with "
-    "continual NTP, at easy positions."
+    "All intervals are 95 % intervals. The intervals of accuracies are Wilson's. They treat the positions "
+    "of a document as one cluster, by using the effective number of positions. The intervals of "
+    "differences are in points and come from a paired bootstrap over documents (10,000 resamples, "
+    "percentiles). The mean over seeds has two intervals. `documents` is the same bootstrap, applied to "
+    "the outcomes averaged over seeds, with these runs fixed. `runs` is Student's interval over the "
+    "seeds, with these documents fixed. We claim a difference only if neither interval contains 0. The "
+    "difficulties are nested, so their three tables largely show the same finding, and we do not correct "
+    "for the number of intervals. The experiment was designed for two comparisons at easy positions. They "
+    "compare reasoning after RPT with reasoning before RPT, and with continual NTP."
 )
 
 

@@ -197,8 +197,8 @@ def scaling_text(run: Run, curves: Sequence[ScalingCurve]) -> str:
     fits = [f"- {text}" for curve in curves for text in (curve.text(), curve.rivals_text()) if text]
     num_documents = curves[0].interval.num_units
     note = (
-        f"P(C) = A / C^alpha + P*, least squares; 95 % intervals by {_NUM_RESAMPLES} resamples of "
-        f"{num_documents} documents."
+        "We fit P(C) = A / C^alpha + P* by least squares. The 95 % intervals come from "
+        f"{_NUM_RESAMPLES} resamples of the {num_documents} documents."
     )
     return "\n".join([*rows, "", note, *fits])
 

@@ -45,7 +45,7 @@ class ScalingFit:
         if self.amplitude >= 0:
             return "accuracy falls"
         if _at_a_bound(self.alpha):
-            return "alpha is at an end of the search"
+            return "alpha is at an end of the search range"
         return None if 0 <= self.limit <= 1 else f"P* would be {100 * self.limit:.0f} %"
 
     def predict(self, compute: Sequence[float] | Floats) -> Floats:
@@ -77,15 +77,15 @@ class ScalingInterval:
         """The reason why other documents would show another law; None if they would not."""
         if any(_at_a_bound(end) for end in self.alpha):
             return (
-                f"with other documents alpha is anything from {self.alpha[0]:.3g} to {self.alpha[1]:.3g}, "
-                "the ends of the search"
+                f"alpha's interval over documents, {self.alpha[0]:.3g} to {self.alpha[1]:.3g}, "
+                "reaches an end of the search range"
             )
         if self.amplitude[1] >= 0:
-            return "with other documents accuracy would not rise"
+            return "in some resamples of the documents, accuracy does not rise"
         if self.limit[0] < 0 or self.limit[1] > 1:
             return (
-                f"with other documents P* is anything from {100 * self.limit[0]:.0f} to "
-                f"{100 * self.limit[1]:.0f} %"
+                f"P*'s interval over documents, {100 * self.limit[0]:.0f} to {100 * self.limit[1]:.0f} %, "
+                "goes beyond 0 to 100 %"
             )
         return None
 
