@@ -6,7 +6,7 @@
 # Everything after the script's name goes to `rpt fit`. RDZV_ENDPOINT names one of the nodes and a free port on it, and must be the same on all nodes.
 # If a process dies, torchrun restarts all of them, and the run resumes from its last checkpoint (--ckpt_path
 # auto). SIGTERM ends the run after its step, with a checkpoint. TORCH_ELASTIC_SHUTDOWN_TIMEOUT (seconds)
-# gives it the time for that. Untried on several machines.
+# gives it the time for that. We have not run this on several machines.
 set -euo pipefail
 
 : "${NUM_NODES:=1}" "${GPUS_PER_NODE:=8}" "${RDZV_ENDPOINT:=localhost:29500}" "${RUN_ID:=rpt}" "${MAX_RESTARTS:=3}"
