@@ -15,9 +15,10 @@ TEXTS = (
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
 )
-# Files of other projects.
+# Files of other projects, and files that a page asks its reader to write.
 FOREIGN = {
     "authenticate.py",
+    "countdown.py",
     "v1/engine/parallel_sampling.py",
     "vllm/model_executor/model_loader/reload/layerwise.py",
 }
