@@ -149,12 +149,33 @@ def test_other_runs_and_versions_draw_other_completions(
 
 
 def test_evaluation_may_ask_for_one_greedy_completion(rollouter: Rollouter) -> None:
-    assert [len(group.completions) for group in rollouter.rollout(TASKS, n=1, temperature=0.0)] == [
-        1,
-        1,
-        1,
-        1,
-    ]
+    groups = rollouter.predict(TASKS, n=1, temperature=0.0)
+    assert [len(group.completions) for group in groups] == [1, 1, 1, 1]
+
+
+def test_predictions_on_heldout_text_do_not_ask_the_reward(
+    rollouter: Rollouter, engine: ScriptedEngine, tiny_tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reward may query the policy or a judge, and held-out accuracy does not depend on it."""
+    reward = DenseReward()
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("the reward was asked")
+
+    monkeypatch.setattr(DenseReward, "group_rewards", refuse)
+    monkeypatch.setattr(DenseReward, "scored_sequences", refuse)
+    dense = Rollouter(
+        engine,
+        bind(tiny_tokenizer, reward),
+        run_seed=1,
+        group_size=6,
+        sampling=Sampling(max_completion_tokens=32),
+        score=refuse,  # type: ignore[arg-type]
+    )
+    # The prefix-match reward is 1 for right predictions and 0 for others.
+    assert dense.predict(TASKS, n=6) == rollouter.rollout(TASKS)
+    with pytest.raises(AssertionError, match="the reward was asked"):
+        dense.rollout(TASKS)
 
 
 def test_completions_of_other_weights_are_an_error(

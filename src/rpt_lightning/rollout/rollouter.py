@@ -118,9 +118,28 @@ class Rollouter:
             RuntimeError: A completion does not come from the engine's current weights.
         """
         n = self.group_size if n is None else n
+        return self.groups(tasks, self._drawn(tasks, n, temperature))
+
+    def predict(
+        self, tasks: Sequence[Task], *, n: int, temperature: float | None = None
+    ) -> list[RolloutGroup]:
+        """Return one group of ``n`` completions for each held-out task, like `rollout`.
+
+        The rewards are 1 for right predictions and 0 for others. The objective's own reward is not computed.
+        Held-out accuracy does not depend on it, and it may query the policy or a judge.
+        """
+        completions = self._drawn(tasks, n, temperature)
+        return [
+            self._group(one, tuple(float(self.objective.is_right(p, one.task)) for p in one.predictions))
+            for one in self._read(tasks, completions)
+        ]
+
+    def _drawn(
+        self, tasks: Sequence[Task], n: int, temperature: float | None
+    ) -> list[tuple[Completion, ...]]:
         temperature = self.sampling.temperature if temperature is None else temperature
         first_indices = self.reserve(tasks, n) if temperature > 0 else [0] * len(tasks)
-        return self.groups(tasks, self.complete(tasks, first_indices, n, temperature=temperature))
+        return self.complete(tasks, first_indices, n, temperature=temperature)
 
     def reserve(self, tasks: Sequence[Task], n: int) -> list[int]:
         """Reserve ``n`` unused completion indices for each task with the current weights.
@@ -179,7 +198,17 @@ class Rollouter:
         self, tasks: Sequence[Task], completions: Sequence[tuple[Completion, ...]]
     ) -> list[AnsweredTask]:
         """Read completions, and ask the policy for the log-probs that the objective needs."""
-        answered = [
+        answered = self._read(tasks, completions)
+        return self._scored(answered) if self.objective.objective.needs_logprobs else answered
+
+    def rewarded(self, answered: Sequence[AnsweredTask]) -> list[RolloutGroup]:
+        """Reward completions, and return them as groups."""
+        return [self._group(one, self.objective.rewards(one)) for one in answered]
+
+    def _read(
+        self, tasks: Sequence[Task], completions: Sequence[tuple[Completion, ...]]
+    ) -> list[AnsweredTask]:
+        return [
             AnsweredTask(
                 task=task,
                 prompt_ids=self.objective.prompt_ids(task),
@@ -188,25 +217,20 @@ class Rollouter:
             )
             for task, row in zip(tasks, completions, strict=True)
         ]
-        return self._scored(answered) if self.objective.objective.needs_logprobs else answered
 
-    def rewarded(self, answered: Sequence[AnsweredTask]) -> list[RolloutGroup]:
-        """Reward completions, and return them as groups."""
-        return [
-            RolloutGroup(
-                task=one.task,
-                prompt_ids=one.prompt_ids,
-                completions=one.completions,
-                predictions=one.predictions,
-                rewards=self.objective.rewards(one),
-                truth=self.objective.truth(one.task),
-                masks_truncated=self.masks_truncated,
-                num_trained=tuple(map(self.objective.num_trained, one.completions)),
-                follow_ups=one.follow_ups,
-                num_prefix_tokens=len(self.objective.prompt_of(one.task).prefix_ids),
-            )
-            for one in answered
-        ]
+    def _group(self, answered: AnsweredTask, rewards: tuple[float, ...]) -> RolloutGroup:
+        return RolloutGroup(
+            task=answered.task,
+            prompt_ids=answered.prompt_ids,
+            completions=answered.completions,
+            predictions=answered.predictions,
+            rewards=rewards,
+            truth=self.objective.truth(answered.task),
+            masks_truncated=self.masks_truncated,
+            num_trained=tuple(map(self.objective.num_trained, answered.completions)),
+            follow_ups=answered.follow_ups,
+            num_prefix_tokens=len(self.objective.prompt_of(answered.task).prefix_ids),
+        )
 
     def _scored(self, answered: Sequence[AnsweredTask]) -> list[AnsweredTask]:
         """Add the log-probs that the objective asks for. One call of the policy scores all tasks."""

@@ -315,7 +315,7 @@ class RolloutCallback(StepMeter):
             temperature = self.sampling.temperature if evaluation.samples else 1.0
             sync.check_logprobs(trainer, module, groups, temperature=temperature)
             return answers
-        groups = rollouter.rollout(batch.tasks, n=1, temperature=0.0)
+        groups = rollouter.predict(batch.tasks, n=1, temperature=0.0)
         sync.check_logprobs(trainer, module, groups, temperature=1.0)
         return heldout_answers(
             rollouter, groups, num_samples=evaluation.samples, with_controls=evaluation.thought_controls

@@ -36,7 +36,7 @@ def heldout_answers(
     engine, objective = rollouter.engine, rollouter.objective
     controls = thought_controls(rollouter, greedy) if with_controls else {}
     samples = (
-        rollouter.rollout([group.task for group in greedy], n=num_samples)
+        rollouter.predict([group.task for group in greedy], n=num_samples)
         if num_samples
         else [None] * len(greedy)
     )
