@@ -314,8 +314,7 @@ SECTION = Section(
         row(
             {"judge/asked": SUM},
             meaning=(
-                "predictions that the judge was asked about since the last step, including those of a "
-                "validation (only with `JudgeReward`)"
+                "predictions that the judge was asked about since the last step (only with `JudgeReward`)"
             ),
             unit="predictions",
         ),
