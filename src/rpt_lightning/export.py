@@ -65,7 +65,7 @@ def export(
 
     Args:
         ckpt: a ``.ckpt`` that ``rpt fit`` wrote: a file, or a folder if the strategy shards weights.
-        output: the folder to make; it appears only once it is complete.
+        output: the folder to make. It appears only once it is complete.
         dtype: dtype of the weights on disk. float32 is what was trained.
         form: "merged" writes a whole model, into which an adapter is merged. "adapter" writes the adapter
             alone, as peft and vLLM read it.

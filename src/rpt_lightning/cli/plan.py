@@ -48,9 +48,9 @@ class PlanOptions:
             second. None means cpu if trainer.accelerator is cpu, and h100 otherwise.
         num_devices: Number of devices that train. None means trainer.devices x trainer.num_nodes, where
             "auto" counts as 1.
-        num_servers: Number of separate devices that generate, with rollout.engine VLLMServerEngine. None
-            means one for each of its urls.
-        gpu_memory_utilization: Fraction of a server's memory that vLLM takes, as in
+        num_servers: Number of devices that only generate, if rollout.engine is VLLMServerEngine. None means
+            one for each of the engine's urls.
+        gpu_memory_utilization: Fraction of a server's GPU memory that vLLM takes, as in
             serve.gpu_memory_utilization.
         model_config: Folder or config.json of the policy's model, if model.policy.path cannot be reached.
             Weights are never read.
@@ -58,15 +58,15 @@ class PlanOptions:
             rollout.sampling.max_completion_tokens, but at most 1024.
         context_tokens: Assumed mean length of a context if the task folder is missing. None means half of the
             longest.
-        live_frac: Assumed fraction of groups whose rewards differ. Only these are trained.
-        mfu: Assumed fraction of the device's peak that training and prefill reach. As in perf/mfu, only
-            necessary operations count, not layers that are computed again.
+        live_frac: Assumed fraction of groups whose rewards differ. The policy trains only on these.
+        mfu: Assumed fraction of the device's peak that training and prefill reach. As in perf/mfu,
+            layers that activation checkpointing computes again count only once.
         bandwidth_frac: Assumed fraction of the device's memory bandwidth that decoding reaches.
-        shared_storage_gb_per_s: Assumed speed of the folder of a SharedFolderTransport, in GB (10^9 bytes)
-            per second over all its readers.
+        shared_storage_gb_per_s: Assumed speed of the storage that holds a SharedFolderTransport's
+            folder, in GB (10^9 bytes) per second, summed over all readers.
         changed_frac: Assumed fraction of the weights that change from one version to the next in the engine's
-            dtype, as in sync/changed_frac. Others report 1 to 3 % in bf16 at a learning rate of 1e-6
-            (docs/weight-sync.md). A SharedFolderTransport sends only these.
+            dtype, as in sync/changed_frac. Published values are 1 to 3 % in bf16 at a learning rate of
+            1e-6 (docs/weight-sync.md). A SharedFolderTransport sends only the changed weights.
     """
 
     def __init__(
@@ -150,7 +150,8 @@ def plan_text(args: list[str]) -> str:
 
 def parse(args: list[str]) -> Namespace:
     """The configuration of ``rpt plan ARGS``."""
-    return make_cli(PlanCLI, run=False, args=args, prog="rpt plan").config
+    description = "Estimate the time and memory of `rpt fit` with the same flags. Loads no weights."
+    return make_cli(PlanCLI, run=False, args=args, prog="rpt plan", description=description).config
 
 
 def plan_of(config: Namespace) -> tuple[Plan, list[str]]:

@@ -368,9 +368,17 @@ def _start_anew(folder: Path, *, is_global_zero: bool) -> None:
 
 
 def make_cli(
-    cli: type[RPTCLI] = RPTCLI, *, run: bool = True, args: list[str] | None = None, prog: str = "rpt"
+    cli: type[RPTCLI] = RPTCLI,
+    *,
+    run: bool = True,
+    args: list[str] | None = None,
+    prog: str = "rpt",
+    description: str = "Train or validate a policy.",
 ) -> RPTCLI:
-    """Build the command line and run it, or only build it (``run=False``, without a verb in ``args``)."""
+    """Build the command line and run it, or only build it (``run=False``, without a verb in ``args``).
+
+    ``prog`` and ``description`` appear in the help.
+    """
     accept_former_names()
     if args is None:
         # In place: Lightning starts further ranks with these words.
@@ -396,7 +404,7 @@ def make_cli(
             "log_every_n_steps": 1,
             "enable_model_summary": False,
         },
-        parser_kwargs={"prog": prog},
+        parser_kwargs={"prog": prog, "description": description},
         run=run,
         args=args,
     )

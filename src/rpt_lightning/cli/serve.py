@@ -30,10 +30,10 @@ class ServeSettings:
     Args:
         host: Address that servers bind to. Anyone who can reach it and has the key can change the weights.
             Requests and the key are sent in clear text.
-        urls: The addresses in rollout.engine.urls to start on this machine. null starts those with a loopback
-            address.
-        tensor_parallel_size: Number of GPUs for each server. Servers divide the GPUs of CUDA_VISIBLE_DEVICES,
-            or all GPUs.
+        urls: Those of rollout.engine.urls whose servers start on this machine. null means those with a
+            loopback address.
+        tensor_parallel_size: Number of GPUs for each server. The servers share the GPUs that
+            CUDA_VISIBLE_DEVICES lists, or all GPUs if it is not set.
         gpu_memory_utilization: Fraction of a GPU's memory that a server takes. Not used on CPUs.
         kv_cache_gib: Size of a server's key-value cache on CPUs, in GiB. Not used on GPUs.
         max_num_seqs: Number of completions that a server generates at the same time.
@@ -41,8 +41,8 @@ class ServeSettings:
         block_size: Number of tokens in a cache block. null means 32 on CPUs and vLLM's choice on GPUs.
         restart: Restart a server that died.
         ready_timeout_s: Time limit for the servers to become ready, in seconds.
-        hung_s: Seconds without an answer after which a server is ended, and restarted if ``restart`` is set.
-            It must be longer than a server takes to load weights.
+        hung_s: Seconds without an answer after which a server is stopped. It is then restarted if ``restart``
+            is set. The value must be longer than a server takes to load weights.
         log_folder: Folder for the servers' output. null means servers/ in the run folder.
     """
 
@@ -84,7 +84,8 @@ class ServeCLI(RPTCLI):
 def serve(args: list[str]) -> None:
     """Start the servers and watch over them until SIGTERM or SIGINT."""
     sys.argv = ["rpt serve", *args]  # LightningCLI warns if both its args and the process's own are given
-    config = make_cli(ServeCLI, run=False, prog="rpt serve").config
+    description = "Start the vLLM servers that a run's configuration names. Takes the flags of `rpt fit`."
+    config = make_cli(ServeCLI, run=False, prog="rpt serve", description=description).config
     settings = ServeSettings(**config.serve)
     if (engine := config.rollout.engine) is None or not engine.class_path.endswith(".VLLMServerEngine"):
         raise ValueError(

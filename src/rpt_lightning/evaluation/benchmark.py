@@ -92,8 +92,9 @@ def benchmark(
             (answers/step-N.jsonl) or the folder of a run or an evaluation.
         output: Folder to write. It must be new or empty.
         num_questions: Number of questions to draw with the seed. None asks all of them.
-        k: Completions for each question, for avg@k and pass@k. 0 takes one greedy completion.
-        temperature: Sampling temperature of those completions.
+        k: Number of completions sampled for each question, for avg@k and pass@k. 0 takes one greedy
+            completion.
+        temperature: Sampling temperature of the completions that k asks for.
         max_completion_tokens: Maximum length of a completion. The summary shows how many reached it.
         stop_after_first_box: End a completion after its first box, as in training
             (rollout.sampling.stop_after_first_box).

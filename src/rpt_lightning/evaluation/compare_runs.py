@@ -41,7 +41,7 @@ COST_NOTE = (
 
 
 def compare(runs: list[Path], *, output: Path | None = None) -> None:
-    """Set runs side by side: accuracy at the same positions, cost, and differences to the first run.
+    """Compare runs: accuracy at the same positions, cost, and differences from the first run.
 
     Accuracy is shown with and without reasoning. Differences are paired.
 

@@ -106,12 +106,14 @@ def next_token(
         max_completion_tokens: Maximum length of a completion.
         stop_after_first_box: End a completion after its first box, as in training
             (rollout.sampling.stop_after_first_box).
-        budget: Number of tokens that prompts allow for a completion. A policy that was trained with a budget
-            (rollout.thought_budget) is used to such prompts. None states no number.
-        budget_wording: How prompts state it, as in training (rollout.thought_budget.wording).
-        k: Answers sampled at each position for avg@k and pass@k, besides the greedy one. 0 samples none.
-        temperature: Sampling temperature of those answers.
-        thought_controls: Also answer after an empty thought and after another document's thought.
+        budget: Number of tokens that prompts allow for a completion. Set it for a policy that was trained
+            with such prompts (rollout.thought_budget). With None, prompts state no number.
+        budget_wording: How prompts state the budget, as in training (rollout.thought_budget.wording).
+        k: Number of answers sampled at each position for avg@k and pass@k, besides the greedy one. 0 samples
+            none.
+        temperature: Sampling temperature of the answers that k asks for.
+        thought_controls: Also answer after an empty thought, after another document's thought, and after
+            filler of the same length.
         batch_size: Positions in one batch. Only the results after another document's thought depend on it.
         precision: Precision of the policy's own forward pass. The engine has its own dtype.
         accelerator: Device of the policy: auto, cpu or gpu.

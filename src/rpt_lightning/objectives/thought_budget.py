@@ -39,18 +39,17 @@ def length_reward(length: int, budget: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class ThoughtBudget:
-    """A falling budget of tokens for each completion, and a reward for keeping to it (RMT).
+    """A token budget that falls over the run, and a reward for lengths close to it (RMT).
 
     Args:
-        initial: Number of tokens, in thought and answer together, that the prompt allows at the first step
-            (B_0; RMT uses 800). None sets no budget.
-        steps: Number of optimizer steps over which the budget falls (T), usually that of the run. The budget
-            is constant afterwards.
+        initial: Budget at the first step, in tokens of thought and answer together (B_0). It is 800 in RMT
+            (arXiv:2509.24375). None sets no budget.
+        steps: Number of optimizer steps over which the budget falls (T), usually all steps of the run. The
+            budget is constant afterwards.
         decay: Fraction of the initial budget that is left after these steps (gamma).
         least: The budget never falls below this number of tokens (B_min).
-        weight: Share of the length term in the reward (w). The rest is the objective's reward.
-        heldout: The budget that prompts state on held-out text. None means the budget at the end of the
-            schedule.
+        weight: Weight w of the length reward, from 0 to 1. The objective's reward has the weight 1 - w.
+        heldout: Budget for held-out text, in tokens. None means the budget at the end of the schedule.
         wording: How the prompt states the budget, with {budget} for the number. With None, prompts do not
             mention the budget, and only the reward depends on it.
     """

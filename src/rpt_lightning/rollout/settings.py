@@ -9,17 +9,18 @@ from rpt_lightning.flag_bounds import check_number
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How completions are drawn.
+    """How completions are sampled.
 
     Args:
-        temperature: Sampling temperature of training rollouts. Evaluation is greedy.
-        top_p: Below 1, sampling is truncated, which biases importance ratios.
-        top_k: Above 0, sampling is truncated.
-        min_p: Above 0, sampling is truncated.
+        temperature: Sampling temperature of training rollouts and of ``evaluation.samples``. Other
+            validation answers are greedy.
+        top_p: A value below 1 truncates the sampling distribution, which biases importance ratios.
+        top_k: A value above 0 truncates the sampling distribution, like top_p.
+        min_p: A value above 0 truncates the sampling distribution, like top_p.
         max_completion_tokens: Maximum length of a completion.
-        stop_after_first_box: End a completion with the token that completes its first box after the thought,
-            instead of at the policy's own end. This changes the paper's rule (docs/decisions.md), for
-            validation too.
+        stop_after_first_box: End a completion at the token that completes its first box after the thought,
+            instead of letting the policy end it. The paper does not do this (docs/decisions.md). The setting
+            also applies to validation.
     """
 
     temperature: float = 0.8
@@ -47,9 +48,9 @@ class DynamicSampling:
     """When zero-variance groups are replaced by groups of new tasks (DAPO, arXiv:2503.14476).
 
     Args:
-        from_step: Step from which groups whose rewards are all equal are replaced by new tasks (500 in the
-            paper). None turns this off.
-        max_factor: Maximum number of tasks that are rolled out in total, as a multiple of the step's tasks.
+        from_step: From this step on, groups whose rewards are all equal are replaced by groups of new tasks
+            (500 in the paper). None turns this off.
+        max_factor: Maximum number of tasks that a step rolls out in total, as a multiple of the step's tasks.
             Zero-variance groups that still remain are kept.
     """
 
@@ -84,22 +85,25 @@ class DynamicSampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which tasks are rolled out, given how likely the policy finds the truth (docs/selection.md).
+    """Which tasks are rolled out, given the policy's probability of the true answer (docs/selection.md).
 
     Before the rollouts of a step, the policy scores each task's true answer without a thought (for next
     tokens, the true token after the bare context), at temperature 1. With the defaults nothing is scored.
 
     Args:
-        min_true_prob: Do not roll out tasks for which the policy gives the truth a lower probability.
-        max_true_prob: Do not roll out tasks for which the policy gives the truth a higher probability.
-        max_draws: Maximum number of tasks drawn for each place of a step, including its first task. A place
-            that is still open then keeps the task that was drawn last.
-        by_kind: Also prefer kinds of positions (by probability of the truth and entropy) whose groups have
-            had a gradient in this run. They are accepted in proportion to their share of such groups.
+        min_true_prob: Do not roll out tasks whose true answer has a lower probability than this under the
+            policy.
+        max_true_prob: Do not roll out tasks whose true answer has a higher probability than this under the
+            policy.
+        max_draws: Maximum number of tasks that are drawn for each slot of a step, including its first task.
+            If none of them is accepted, the slot keeps the task that was drawn last.
+        by_kind: Also prefer the kinds of positions whose groups have often had a gradient in this run. A
+            kind is a range of the policy's probability of the true answer and a range of its entropy there.
+            The probability of accepting a task is proportional to the fraction of its kind's groups that had
+            a gradient.
         kind_floor: Lowest probability with which a task of any kind is accepted.
-        kind_decay: Factor by which the counts of each kind are multiplied after every step.
-            A smaller factor forgets sooner, and 1
-            forgets nothing.
+        kind_decay: Factor by which the counts of groups of each kind are multiplied after every step. With a
+            smaller factor, earlier steps are forgotten sooner. With 1, they are never forgotten.
     """
 
     min_true_prob: float = 0.0
@@ -161,11 +165,11 @@ class EngineCheck:
 
     Args:
         verify_sequences: Number of new completions whose log-probs are compared with the policy's after each
-            weight sync. 0 turns the comparison off. If they seem to disagree, 16 times as many are compared,
-            also with transformers' own log-probs, before the run ends.
-        logprob_tolerance: Factor by which the limits of this comparison are multiplied.
-            The limits are those for the less precise
-            dtype of engine and policy.
+            weight sync. 0 turns the comparison off. If the difference exceeds its limits, 16 times as many
+            completions are compared, also with transformers' own log-probs. The run ends if they confirm the
+            difference.
+        logprob_tolerance: Factor by which the limits of this comparison are multiplied. The limits depend on
+            the less precise of the engine's and the policy's dtypes.
     """
 
     verify_sequences: int = 4
@@ -185,14 +189,15 @@ class EngineCheck:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What a validation generates in addition to one greedy answer.
+    """What a validation generates besides greedy answers.
 
     Args:
-        samples: Number of further completions of each validation position, at ``sampling.temperature``, for
-            avg@k and pass@k. 0 draws none. A held-out question is answered this many times instead of once
-            greedily.
-        thought_controls: Also answer each validation position after an empty thought, a shuffled one and
-            filler of equal length, and each held-out question without a thought.
+        samples: Number of completions that are sampled at each held-out position in addition to the greedy
+            one, at ``sampling.temperature``, for avg@k and pass@k. 0 samples none. Above 0, each
+            held-out question gets this many sampled completions instead of a greedy one.
+        thought_controls: Also answer at each held-out position after an empty thought, after another
+            document's thought, and after filler of the same length. Also answer each held-out question
+            without a thought.
     """
 
     samples: int = 0

@@ -80,10 +80,10 @@ def prepare(
         output_dir: The task folder to make. A finished folder is never overwritten.
         tokenizer: Model folder or hub id whose tokenizer the policy uses.
         proxy: Model folder or hub id that scores positions. It must have the policy's vocabulary.
-        entropy_threshold: Train on positions with more entropy than this, in nats over the proxy's 16 most
-            likely tokens.
-        heldout_entropy_threshold: The same for held-out positions. 0.5 keeps the easy, medium and hard bands
-            of the paper.
+        entropy_threshold: Train on positions whose entropy is higher than this, in nats. The entropy is over
+            the proxy's 16 most likely tokens.
+        heldout_entropy_threshold: The same for held-out positions. 0.5 keeps all positions that the paper
+            calls easy, medium or hard.
         min_context: Minimum number of tokens before a position.
         min_true_prob: Lower end of the learnability band. Leave out training positions whose true token is
             less likely than this according to the proxy.
@@ -100,14 +100,14 @@ def prepare(
         max_documents: Use a random sample of this many documents, including the held-out ones.
         heldout_documents: Number of documents to hold out. No two of them share dedup_span consecutive tokens
             with each other, and none shares them with a training document. Ignored if the source itself says
-            which documents are held out (OwnTraces).
+            which documents are held out, as OwnTraces does.
         dedup_span: Keep documents that share this many consecutive tokens on the same side of the split. With
             null, only exact duplicates are left out. That is right for text made from templates (logs, code,
             generated text), where every document shares long spans with every other.
         benchmark_files: Text or JSONL files. Documents that share 13 consecutive tokens with one of them are
             left out.
-        objective: Objective that will turn the positions into tasks, e.g. a class of your own. It may refuse
-            positions. null keeps them for next-token reasoning.
+        objective: Objective that will turn the positions into tasks, e.g. a class of your own. It may reject
+            positions. null means next-token reasoning.
         random_share: Choose positions at random instead of by entropy. Each position, in either split, is
             chosen with this probability, and the two entropy thresholds have no effect.
             null chooses by entropy.

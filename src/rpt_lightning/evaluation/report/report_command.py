@@ -19,13 +19,13 @@ PatternsByStep = dict[int, dict[str, Rate]]
 
 
 def report(runs: list[Path], *, output: Path = Path("report.html"), rollout_steps: int = 10) -> None:
-    """Write one HTML file about one or more runs. It opens from disk, without a network.
+    """Write one HTML file about one or more runs. It opens from disk, without a network connection.
 
     Args:
         runs: Run folders (the value of trainer.default_root_dir). The others are compared with the first.
         output: The file to write.
-        rollout_steps: How many steps of each run keep their recorded rollouts in full on the page, spread
-            evenly. At least 2.
+        rollout_steps: Number of steps of each run, evenly spaced, whose recorded rollouts the page keeps in
+            full. At least 2.
     """
     if rollout_steps < 2:
         raise ValueError(

@@ -20,8 +20,8 @@ class Budget(Callback):
 
     Args:
         like: Folder of the run whose total cost is the budget. None means no budget.
-        by: Cost to match: model FLOPs, tokens through the model, or seconds of all steps. Each of them
-            includes rollouts (docs/decisions.md).
+        by: Cost to match: model FLOPs, tokens that pass through the model, or the total time of all steps.
+            Each of these includes rollouts (docs/decisions.md).
     """
 
     def __init__(self, like: str | None = None, by: Literal["flops", "tokens", "time"] = "flops") -> None:

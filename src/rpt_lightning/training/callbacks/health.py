@@ -28,12 +28,13 @@ class Health(Callback):
 
     Args:
         window: Number of optimizer steps to average over.
-        min_entropy: Lowest entropy of the policy, in nats per token.
-        max_equal_groups: Largest fraction of groups whose rewards are all equal.
-        min_length: Lowest mean length of completions, as a fraction of the mean over the run's first window.
-        max_truncated: Largest fraction of completions that reached the token limit.
-        stop: End the run at the first warning, with a checkpoint and exit status 3. If a launcher restarts
-            the run from there, it gets the same warning again.
+        min_entropy: Warn if the policy's entropy is below this, in nats per token.
+        max_equal_groups: Warn if the fraction of groups whose rewards are all equal is above this.
+        min_length: Warn if the mean length of completions is below this fraction of the mean over the run's
+            first window.
+        max_truncated: Warn if the fraction of completions that reached the token limit is above this.
+        stop: End the run at the first warning, with a checkpoint and exit status 3. If a launcher resumes the
+            run from that checkpoint, the run ends again for the same reason.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ _GIB = 2**30
 
 
 class MachineStats(StepMeter):
-    """Logs speed, memory and restarts of a run.
+    """Logs the speed and memory of a run, and how often it was restarted.
 
     The metrics are ``perf/device_tokens_per_s``, ``perf/mfu``, ``perf/host_memory_gib``,
     ``perf/gpu_memory_gib`` and ``run/restarts`` (docs/metrics.md).
@@ -34,8 +34,8 @@ class MachineStats(StepMeter):
 
     Args:
         peak_flops_per_device: Largest number of dense operations per second that one device can do, in the
-            run's precision. None looks it up. It is known for some GPUs in bf16 (metrics/device_peaks.py).
-            perf/mfu is left out for other GPUs and for CPUs.
+            run's precision. None takes it from metrics/device_peaks.py, which lists some GPUs in bf16.
+            Without a known peak, perf/mfu is left out.
     """
 
     def __init__(self, peak_flops_per_device: float | None = None) -> None:

@@ -36,29 +36,30 @@ from rpt_lightning.types import TrainBatch
 
 
 class RolloutCallback(StepMeter):
-    """Generates the completions of training and validation with an engine.
+    """Generates completions with a rollout engine, for training and validation.
 
     Args:
-        engine: Engine that generates completions. With None, only next-token prediction without reasoning can
-            be evaluated, and RPT cannot be trained.
-        objective: What the policy is asked, and what its answers earn.
+        engine: Engine that generates completions. RPT training needs one. With None, only next-token
+            prediction without reasoning can be evaluated.
+        objective: Defines what the policy is asked and how its answers are rewarded.
         group_size: Number of completions for each task (G).
-        max_prompt_tokens: Maximum length of a prompt. A longer prompt is an error. The data module's
-            max_context_tokens truncates contexts.
+        max_prompt_tokens: Maximum length of a prompt. A longer prompt is an error. To keep prompts short
+            enough, set max_context_tokens of the data module, which truncates contexts.
         seed: Run seed from which every completion's own seed is derived.
-        pilot_size: Number of completions that each task gets first. If their rewards differ, the group is
-            filled up to ``group_size``. The other groups stay short and give no gradient. With None, every
-            task gets a whole group. Pilots change how much each task counts (docs/decisions.md).
-        max_staleness: With 0, a step's rollouts come from exactly the policy that trains on them (the paper).
-            Above 0, the rollouts of the next steps are generated while the policy trains. The weights that
-            generated them are then at most this many optimizer steps behind the policy that trains on them.
-            This needs ``model.correction``.
+        pilot_size: Number of completions that each task gets first, called its pilot. If their rewards
+            differ, the group is filled up to ``group_size``. The other groups stay short and give no
+            gradient. With None, every task gets a whole group. Pilots change how much each task counts in
+            the loss (docs/decisions.md).
+        max_staleness: With 0, a step's rollouts come from exactly the policy that trains on them, as in the
+            paper. Above 0, the rollouts of the next steps are generated while the policy trains. The weights
+            that generated them are then at most this many optimizer steps behind the policy that trains on
+            them. A value above 0 needs ``model.correction``.
         sampling: How completions are sampled.
         dynamic_sampling: When zero-variance groups are replaced by groups of new tasks.
-        selection: Which tasks are rolled out, given how likely the policy finds the truth.
+        selection: Which tasks are rolled out, given the policy's probability of the true answer.
         check: How the engine's log-probs are compared with the policy's after each weight sync.
-        evaluation: What a validation generates in addition to one greedy answer.
-        thought_budget: A falling budget of tokens for each completion, and a reward for keeping to it.
+        evaluation: What a validation generates besides greedy answers.
+        thought_budget: A token budget that falls over the run, and a reward for lengths close to it.
     """
 
     def __init__(

@@ -38,13 +38,13 @@ class CheckpointNotWritten(RuntimeError):
 
 
 class RunCheckpoint(Checkpoint):
-    """Saves ``checkpoints/step-N.ckpt`` in the run folder: model, optimizer, loops and task cursor.
+    """Saves ``checkpoints/step-N.ckpt`` in the run folder: model, optimizer, loops and place in the data.
 
     Args:
         every_n_steps: Number of optimizer steps between checkpoints. The last step of a run is always saved.
-        keep: Number of newest checkpoints that are kept.
+        keep: Number of most recent checkpoints to keep.
         keep_every_n_steps: Checkpoints of steps divisible by this number are never deleted, for example for a
-            scaling curve. None keeps only the newest.
+            scaling curve. With None, only the most recent checkpoints are kept.
     """
 
     def __init__(self, every_n_steps: int = 50, keep: int = 2, keep_every_n_steps: int | None = None) -> None:

@@ -61,7 +61,7 @@ PROGRESS_BAR_METRICS = (
 
 
 class PolicyModule(LightningModule, ABC):
-    """Base of the modules that train a policy.
+    """Base class of the modules that train a policy.
 
     Optimization is manual, because a step is cut into micro-batches of tokens, not of samples.
 
