@@ -14,27 +14,27 @@ SECTION = Section(
         row(
             {"sync/logprob_diff_mean": MAX, "sync/logprob_diff_median": MAX},
             meaning=(
-                "absolute difference between the log-probs of engine and policy, over the tokens of a "
-                "few completions of the current weights (mean and median)"
+                "absolute difference between the engine's and the policy's log-probs, over the tokens of "
+                "a few completions generated with the current weights (mean and median)"
             ),
             unit="nats",
             normal="mean: fp32 7e-6, bf16 0.045 (SmolLM2-135M)",
             watch_for=(
-                "If the mean exceeds 1e-4 or the median 8e-5 (bf16: 0.12 and 0.1), times "
-                "`rollout.check.logprob_tolerance`, more completions are compared. The run ends if "
-                "they confirm the difference. In this check, a token counts in the mean for at most 8 "
-                "times the limit. If the value rises steadily, find out why before it reaches the "
-                "limit."
+                "The limit of the mean is 1e-4 and that of the median is 8e-5 (bf16: 0.12 and 0.1), each "
+                "multiplied by `rollout.check.logprob_tolerance`. If either is exceeded, more completions "
+                "are compared, and the run ends if they confirm the difference. In this check, each "
+                "token's difference is capped at 8 times the limit of the mean. If the value rises "
+                "steadily, find out why before it reaches the limit."
             ),
         ),
         row(
             {"sync/logprob_diff_p99": MAX, "sync/logprob_diff_max": MAX},
-            meaning="99th percentile and maximum of this absolute difference",
+            meaning="99th percentile and maximum of the same differences",
             unit="nats",
             normal="fp32: 3e-5, 5e-5; bf16: 0.26, 0.37",
             watch_for=(
-                "In bf16, rare tokens may differ a lot (in a healthy run, one of 56 by 1.1 nats). "
-                "Above 5e-4 and 1e-3 (bf16: 0.8 and 3.0), the run warns once."
+                "In bf16, rare tokens may differ a lot (in a healthy run, one of 56 by 1.1 nats). If the "
+                "percentile exceeds 5e-4 or the maximum 1e-3 (bf16: 0.8 and 3.0), the run warns once."
             ),
         ),
         row(
@@ -43,23 +43,23 @@ SECTION = Section(
             unit="fraction",
             normal="0",
             watch_for=(
-                "Above 1 % (or above 0.1 % for differences of more than 1e-3, or 3.0 in bf16), by "
-                "more than chance explains for that number of tokens, more completions are compared, "
-                "as for the mean."
+                "More completions are compared, as for the mean, if the fraction is above 1 % by more "
+                "than chance explains for that number of tokens. The same applies if more than 0.1 % of "
+                "the tokens differ by more than 1e-3 nats (bf16: 3.0)."
             ),
         ),
         row(
             {"sync/compared_tokens": MAX},
             meaning=(
-                "tokens that were compared, on the rank with the most; at most 4,096, drawn from all "
-                "of the `rollout.check.verify_sequences` completions"
+                "number of tokens that were compared, on the rank with the most; at most 4,096 tokens are "
+                "drawn from all `rollout.check.verify_sequences` completions"
             ),
             unit="tokens",
             watch_for="few: single tokens dominate the mean and the 99th percentile",
         ),
         row(
             {"sync/closer_looks": MAX},
-            meaning="number of times since the process began that more completions had to be compared",
+            meaning="number of times since the process started that more completions had to be compared",
             normal="0",
             watch_for=(
                 "grows: the differences between engine and policy are close to the limits; read the warning"
@@ -68,15 +68,16 @@ SECTION = Section(
         row(
             {"sync/sent_bytes": MAX, "sync/full_bytes": MAX},
             meaning=(
-                "bytes that the latest weight sync sent to a server that held the previous version, "
-                "and bytes of the full set of weights that was written in addition or instead (only "
-                "with `SharedFolderTransport`, from the first rank)"
+                "bytes that the latest weight sync sent to a server that held the previous version; and "
+                "bytes of the full set of weights, if the sync wrote one in addition or instead, else 0 "
+                "(only with `SharedFolderTransport`, from the first rank)"
             ),
             unit="bytes",
             normal="sent: a few per cent of the weights; full: 0 in nine of ten versions",
             watch_for=(
-                "as large as the weights in every step: too much changes for patches (a large "
-                "learning rate, or fp32), so `transport.full_every 1` saves the extra copies "
+                "`sent_bytes` equals the size of the weights in every step: too many weights change to "
+                "send only the changes (a large learning rate, or fp32); "
+                "`rollout.engine.transport.full_every` 1 then saves the extra copies "
                 "(docs/weight-sync.md)"
             ),
         ),
@@ -95,24 +96,29 @@ SECTION = Section(
         row(
             {"correction/raw_mean": SAME, "correction/raw_max": SAME},
             meaning=(
-                "probability under the policy before the step divided by the engine's probability, on "
-                "trained tokens (mean and maximum)"
+                "probability under the policy at the start of the step divided by the engine's "
+                "probability, on trained tokens (mean and maximum)"
             ),
             unit="ratio",
             normal="the mean is near 1; in fp32 the maximum is too",
-            watch_for="a mean far from 1: engine and policy compute different things, or rollouts are stale",
+            watch_for=(
+                "a mean far from 1: engine and policy compute different probabilities, or rollouts are stale"
+            ),
         ),
         row(
             {"correction/weight_mean": SAME},
-            meaning="mean of this ratio after `model.correction_cap` (used only with `model.correction`)",
+            meaning=(
+                "mean weight of the trained tokens, which is this ratio with `model.correction_cap` applied "
+                "(used only with `model.correction`)"
+            ),
             unit="ratio",
             normal="near 1",
         ),
         row(
             {"correction/above_cap_frac": SAME},
             meaning=(
-                "fraction of tokens above the cap; with `model.correction_level` sequence, of tokens "
-                "in completions above it"
+                "fraction of tokens whose ratio is above the cap; if `model.correction_level` is "
+                "`sequence`, fraction of tokens in completions whose ratio is above it"
             ),
             unit="fraction",
             normal="near 0",
@@ -120,10 +126,7 @@ SECTION = Section(
         ),
         row(
             {"correction/below_floor_frac": SAME},
-            meaning=(
-                "fraction of tokens below `model.correction_floor`, or in completions below it; 0 "
-                "without a floor"
-            ),
+            meaning=("the same for ratios below `model.correction_floor`; 0 without a floor"),
             unit="fraction",
             normal="near 0",
             watch_for="a few per cent or more",

@@ -29,7 +29,7 @@ SECTION = Section(
         ),
         row(
             {"perf/live_groups_per_s": SAME},
-            meaning="trained groups (`train/groups`) divided by `time/step_s`; our measure of efficiency",
+            meaning="`train/groups` divided by `time/step_s`; this is our measure of efficiency",
             unit="groups/s",
         ),
         row(
@@ -40,34 +40,36 @@ SECTION = Section(
         row(
             {"perf/mfu": SAME},
             meaning=(
-                "fraction of a device's peak that training reaches: `cost/train_flops` divided by the "
-                "seconds of forward, backward and optimizer, by the number of devices and by the "
-                "peak. We know the dense bf16 peaks of some GPUs (`metrics/device_peaks.py`). "
-                "`--machine.peak_flops_per_device` sets another. Without a known peak, the metric is "
-                "left out."
+                "fraction of a device's peak FLOP/s that training reaches: `cost/train_flops` divided by "
+                "the seconds of the forward, backward and optimizer phases, by the number of devices and "
+                "by the peak. `metrics/device_peaks.py` lists the dense bf16 peaks of some GPUs. "
+                "`--machine.peak_flops_per_device` sets a different peak. Without a known peak, the metric "
+                "is left out."
             ),
             unit="fraction",
         ),
         row(
             {"perf/host_memory_gib": MAX},
             meaning=(
-                "resident memory of the process at the end of the step, on the worst rank, not "
-                "including engines in other processes"
+                "resident memory of the trainer's process at the end of the step, on the rank with the "
+                "most; engines in other processes are not included"
             ),
             unit="GiB",
             watch_for="grows from step to step",
         ),
         row(
             {"perf/gpu_memory_gib": MAX},
-            meaning="largest memory that torch held during the step, on the worst rank (GPUs only)",
+            meaning=(
+                "peak memory that PyTorch reserved during the step, on the rank with the most (GPUs only)"
+            ),
             unit="GiB",
             watch_for="near the device's memory",
         ),
         row(
             {"cost/scored_tokens": SUM},
             meaning=(
-                "tokens that passed through the policy without a gradient: selection of tasks, comparison of "
-                "log-probs, old log-probs, dense rewards"
+                "tokens that passed through the policy without a gradient, for task selection, the "
+                "comparison of log-probs, old log-probs and dense rewards"
             ),
             unit="tokens",
         ),
@@ -105,14 +107,15 @@ SECTION = Section(
         row(
             {"run/restarts": SAME},
             meaning="number of times the run was restarted",
-            unit="starts",
-            watch_for="grows without your doing: the log says why each start ended",
+            unit="restarts",
+            watch_for="grows although you did not restart the run: the log says why each start ended",
         ),
         row(
             {"run/usable_servers": MIN, "run/lost_servers": MAX},
             meaning=(
-                "vLLM servers that can be used, and the number of times one was lost since this start "
-                "of the run (only with `rollout/servers.yaml`; from the rank with the most losses)"
+                "number of vLLM servers that can be used (lowest count of any rank), and number of times "
+                "that one was lost since this start of the run (highest count of any rank); only with "
+                "`VLLMServerEngine`"
             ),
             unit="servers, times",
             watch_for="fewer than you configured: the log of `rpt serve` says why",

@@ -15,7 +15,7 @@ SECTION = Section(
         row(
             {"loss/total": SUM},
             meaning="the loss",
-            unit="RPT: advantages, which have no scale of their own; next-token training: nats per token",
+            unit="RPT: none, since the loss scales with the advantages; next-token training: nats per token",
             normal="RPT: near 0 when on-policy, plus `model.ntp_weight` times `loss/ntp`; "
             "next-token training: falls",
             watch_for="not finite: the step is skipped",
@@ -25,8 +25,8 @@ SECTION = Section(
             meaning="mean next-token loss of the step's context tokens, at temperature 1 "
             "(`model.ntp_weight` above 0)",
             unit="nats per token",
-            normal="falls slowly; the text's own noise is its floor",
-            watch_for="it rises: the policy gradient overwrites the language model",
+            normal="falls slowly, but not below the entropy of the text",
+            watch_for="rises: the policy gradient makes plain next-token prediction worse",
         ),
         row(
             {"loss/ratio_mean": SAME, "loss/ratio_max": SAME},
@@ -40,7 +40,7 @@ SECTION = Section(
         ),
         row(
             {"loss/ratio_after_clip_mean": SAME},
-            meaning="mean of this ratio after the clip",
+            meaning="mean of this ratio after PPO's clip",
             unit="ratio",
             normal="exactly 1 with one optimizer step per batch",
         ),
@@ -78,18 +78,18 @@ SECTION = Section(
             ),
             unit="steps",
             normal="0",
-            watch_for="grows; `model.max_skipped_steps` (3) in a row end the run",
+            watch_for="grows; the run ends after `model.max_skipped_steps` (3) skipped steps in a row",
         ),
         row(
             {"train/groups": SUM},
-            meaning="trained groups",
+            meaning="groups that the policy trained on",
             unit="groups",
-            normal="the number of groups with a gradient",
+            normal="all groups with a gradient",
             watch_for="0: nothing was learned",
         ),
         row(
             {"train/live_completions": SUM},
-            meaning="trained completions, in the last optimizer step",
+            meaning="completions that the last optimizer step trained on",
             unit="completions",
         ),
         row(
@@ -104,7 +104,7 @@ SECTION = Section(
         ),
         row(
             {"train/ntp_tokens": SAME},
-            meaning="context tokens that entered `loss/ntp`, each position of a document once",
+            meaning="context tokens that entered `loss/ntp`; each position of a document counts once",
             unit="tokens",
         ),
         row(

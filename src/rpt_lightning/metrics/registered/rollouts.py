@@ -22,7 +22,7 @@ SECTION = Section(
         ),
         row(
             {"rollout/boxed_frac": MEAN_OVER_GROUPS},
-            meaning="fraction of completions with a prediction",
+            meaning="fraction of completions with a boxed prediction",
             unit="fraction",
             normal="near 1 after the cold start (`make demo-text`: 0.99)",
             watch_for="low: there was no cold start, or completions are truncated",
@@ -39,17 +39,20 @@ SECTION = Section(
             meaning="mean and maximum length of completions",
             unit="tokens",
             normal="steady, or rising with reasoning models",
-            watch_for="falls to a quarter: the run warns",
+            watch_for="the mean falls below a quarter of its value in the first 20 steps: the run warns",
         ),
         row(
             {"rollout/thought_budget": MAX},
-            meaning="token budget that the prompts of the step state (only with `rollout.thought_budget`)",
+            meaning="token budget of the step's completions (only with `rollout.thought_budget`)",
             unit="tokens",
-            normal="falls as `rollout.thought_budget` says",
+            normal="falls over the steps that `rollout.thought_budget.steps` sets, then stays constant",
         ),
         row(
             {"rollout/over_budget_frac": MEAN_OVER_GROUPS},
-            meaning="fraction of completions that are longer than `rollout/thought_budget` (only with it)",
+            meaning=(
+                "fraction of completions that are longer than `rollout/thought_budget` (only with "
+                "`rollout.thought_budget`)"
+            ),
             unit="fraction",
             normal="falls",
             watch_for="near 1: the budget falls faster than the policy learns to be brief",
@@ -60,11 +63,11 @@ SECTION = Section(
                 "the two parts of `reward/mean`: the objective's reward, and the length term (only "
                 "with `rollout.thought_budget`)"
             ),
-            unit="the first as the objective's rewards, the second 0 to 1",
-            normal="the first as without a budget",
+            unit="objective's reward: its own scale; length term: 0 to 1",
+            normal="objective's reward: the same as without a budget",
             watch_for=(
-                "the second rises while the first falls: length is rewarded more than being right, so "
-                "lower `rollout.thought_budget.weight` or raise `least`"
+                "the length term rises while the objective's reward falls: the length counts too much in "
+                "the reward; lower `rollout.thought_budget.weight` or raise `rollout.thought_budget.least`"
             ),
         ),
         row(
@@ -74,14 +77,14 @@ SECTION = Section(
                 "`ProposedSpanObjective`; the other metrics count proposals and answers together)"
             ),
             unit="completions",
-            normal="the second at least a few",
-            watch_for="the second stays at 0: proposals are invalid, or are never found",
+            normal="at least a few are rewarded",
+            watch_for="none are rewarded: proposals are invalid, or answers never find them",
         ),
         row(
             {"proposal/spans": SUM, "proposal/never_found": SUM, "proposal/always_found": SUM},
             meaning=(
-                "different spans that were asked for; spans that no answer found; spans that all "
-                "answers found (only with `ProposedSpanObjective`)"
+                "number of different spans that the policy was asked to find, number that no answer "
+                "found, and number that all answers found (only with `ProposedSpanObjective`)"
             ),
             unit="groups",
             normal="most spans are found by some answers",
@@ -92,16 +95,16 @@ SECTION = Section(
         row(
             {"rollout/live_groups": SUM},
             meaning=(
-                "groups whose rewards differ (with `model.truncated` mask, considering only "
-                "completions that are trained)"
+                "groups whose rewards differ (if `model.truncated` is `mask`, truncated completions are "
+                "ignored)"
             ),
             unit="groups",
         ),
         row(
             {"rollout/live_groups_frac": MEAN_OVER_GROUPS},
             meaning=(
-                "fraction of groups whose rewards differ (as for `rollout/live_groups`); only these "
-                "groups have a gradient"
+                "fraction of groups whose rewards differ (counted as in `rollout/live_groups`); only "
+                "these groups have a gradient"
             ),
             unit="fraction",
             normal="well above 0",
@@ -112,17 +115,17 @@ SECTION = Section(
         row(
             {"rollout/all_wrong_frac": MEAN_OVER_GROUPS, "rollout/all_right_frac": MEAN_OVER_GROUPS},
             meaning=(
-                "fractions of groups in which no completion is right, and in which all are (as for "
-                "`rollout/live_groups`)"
+                "fraction of groups in which no completion is right, and fraction in which all are "
+                "(counted as in `rollout/live_groups`)"
             ),
             unit="fraction",
-            normal="the first falls and the second rises slowly",
-            watch_for="near 1: tasks are too hard, or too easy",
+            normal="`all_wrong_frac` falls slowly, `all_right_frac` rises slowly",
+            watch_for="`all_wrong_frac` near 1: tasks are too hard; `all_right_frac` near 1: too easy",
         ),
         row(
             {"rollout/distinct_predictions": MEAN_OVER_GROUPS},
-            meaning="number of different predictions in a group, not counting missing ones",
-            unit="0 to G",
+            meaning="mean number of different predictions in a group, not counting missing ones",
+            unit="0 to `rollout.group_size`",
             normal="above 1",
             watch_for="1: no exploration, for example because the temperature is too low",
         ),
@@ -143,14 +146,14 @@ SECTION = Section(
             {"selection/drawn": SUM},
             meaning=(
                 "tasks that were drawn and scored by the policy before the rollouts (all `selection/` "
-                "metrics only with `rollout.selection`)"
+                "metrics exist only with `rollout.selection`)"
             ),
             unit="tasks",
         ),
         row(
             {"selection/in_band": SUM},
             meaning=(
-                "drawn tasks at which the policy's probability of the true token lies between "
+                "drawn tasks for which the policy's probability of the true token lies between "
                 "`rollout.selection.min_true_prob` and `max_true_prob`"
             ),
             unit="tasks",
@@ -172,9 +175,12 @@ SECTION = Section(
         ),
         row(
             {"selection/accepted": SUM},
-            meaning="tasks in the band whose kind was accepted (only with `rollout.selection.by_kind`)",
+            meaning=(
+                "tasks in the band that were accepted; the chance of each depends on its kind (only with "
+                "`rollout.selection.by_kind`)"
+            ),
             unit="tasks",
-            normal="all at first",
+            normal="in the first step equal to `selection/in_band`",
         ),
         row(
             {"selection/best_kind_frac": MAX},
@@ -185,8 +191,8 @@ SECTION = Section(
             unit="fraction",
             normal="1 in the first step, then above `rollout/live_groups_frac`",
             watch_for=(
-                "falls to `rollout/live_groups_frac`: kinds no longer differ, and preferring some of "
-                "them only costs draws"
+                "falls to `rollout/live_groups_frac`: kinds no longer differ, so the preference brings "
+                "nothing and only costs draws"
             ),
         ),
         row(
@@ -199,9 +205,10 @@ SECTION = Section(
         row(
             {"selection/drawn_per_kept": SAME},
             meaning=(
-                "`selection/drawn` divided by `selection/kept`; the corpus is used up this many times as fast"
+                "`selection/drawn` divided by `selection/kept`; the corpus is used up this many times as "
+                "fast as without selection"
             ),
-            unit="tasks",
+            unit="ratio",
             normal="1 / `selection/in_band_frac`",
         ),
         row(
@@ -220,8 +227,8 @@ SECTION = Section(
         row(
             {"rollout/prefill_tokens": SUM},
             meaning=(
-                "prompt tokens that the engine computed, not counting those from its cache; servers "
-                "do not report this, so we assume that their caches keep everything"
+                "prompt tokens that the engine computed, not counting those from its prefix cache; "
+                "servers do not report this, so we assume that their caches keep everything"
             ),
             unit="tokens",
         ),
@@ -253,8 +260,9 @@ SECTION = Section(
             meaning="`rollout/cached_prompt_tokens` divided by `rollout/prompt_tokens`",
             unit="fraction",
             normal=(
-                "near (G - 1) / G; higher if positions share a document, and lower because the ends "
-                "of prompts are not shared (docs/performance.md)"
+                "near (G - 1) / G, where G is `rollout.group_size`; positions of the same document "
+                "raise it; the ends of prompts lower it, because they are not cached "
+                "(docs/performance.md)"
             ),
         ),
         row(
@@ -262,7 +270,10 @@ SECTION = Section(
             meaning="`rollout/cached_prompt_tokens` divided by `rollout/shareable_prompt_tokens`",
             unit="fraction",
             normal="near 1",
-            watch_for="low: the cache is too small (`rollout.engine.gpu_memory_utilization`, `kv_cache_gib`)",
+            watch_for=(
+                "low: the cache is too small; raise `rollout.engine.gpu_memory_utilization` (GPU) or "
+                "`rollout.engine.kv_cache_gib` (CPU)"
+            ),
         ),
         row(
             {"rollout/staleness": MEAN_OVER_GROUPS},
@@ -271,19 +282,25 @@ SECTION = Section(
                 "train on them (only with `rollout.max_staleness`)"
             ),
             unit="steps",
-            normal="1",
+            normal="1 with `rollout.max_staleness` 1 and one optimizer step per batch",
         ),
         row(
             {"rollout/dropped_groups": SUM},
-            meaning="groups that were too old and were generated again (only with `rollout.max_staleness`)",
+            meaning=(
+                "groups that exceeded `rollout.max_staleness` and were generated again (only with "
+                "`rollout.max_staleness`)"
+            ),
             unit="groups",
             normal="0",
-            watch_for="above 0: the module does more optimizer steps than it announced",
+            watch_for=(
+                "above 0: the module takes more optimizer steps per batch than its "
+                "`optimizer_steps_per_batch`"
+            ),
         ),
         row(
             {"answers/quoted": SUM},
             meaning=(
-                "answers that repeat an expression of the question with the true value; they get "
+                "answers that repeat an expression of the question whose value is the true answer; they get "
                 "reward 0 (only with `AnswerReward`)"
             ),
             unit="answers",
@@ -300,14 +317,15 @@ SECTION = Section(
         row(
             {"answers/timeouts": SUM},
             meaning=(
-                "answers whose check took longer than `AnswerReward.cpu_limit_s` (only with `AnswerReward`)"
+                "answers whose check against the true answer took longer than `AnswerReward.cpu_limit_s` "
+                "(only with `AnswerReward`)"
             ),
             unit="answers",
             normal="0 or few",
         ),
         row(
             {"answers/check_errors": SUM},
-            meaning="answers whose check failed (only with `AnswerReward`)",
+            meaning="answers whose check ended with an error (only with `AnswerReward`)",
             unit="answers",
             normal="0 or few",
         ),

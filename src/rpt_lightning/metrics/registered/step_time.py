@@ -10,10 +10,10 @@ SECTION = Section(
     title="Time of a step",
     columns=("meaning", "watch_for"),
     before=(
-        "The phases of a step in seconds, in the order in which they happen. (With "
-        "`rollout.max_staleness` the wait for rollouts comes first.) They do not overlap, except with "
-        "generation in the background. The rest of `time/step_s` is our own arithmetic (advantages, "
-        "metrics), and in the first step also the start of the engine."
+        "The table lists the phases of a step in seconds, in the order in which they happen. With "
+        "`rollout.max_staleness`, the wait for rollouts comes first. Phases do not overlap, except with "
+        "generation in the background. The rest of `time/step_s` is spent on advantages and metrics, and "
+        "in the first step also on starting the engine."
     ),
     rows=(
         row(
@@ -28,8 +28,8 @@ SECTION = Section(
         row(
             {"time/selection_s": MAX},
             meaning=(
-                "the policy's scores of the step's tasks and of those drawn instead (only with "
-                "`rollout.selection`; the draws of dynamic sampling are part of `time/rollout_s`)"
+                "scoring the step's tasks, and those drawn to replace them, with the policy (only with "
+                "`rollout.selection`; tasks drawn by dynamic sampling are scored in `time/rollout_s`)"
             ),
             unit="s",
         ),
@@ -41,8 +41,8 @@ SECTION = Section(
         row(
             {"time/rollout_s": MAX},
             meaning=(
-                "prompts, generation, predictions and rewards, including further rounds of dynamic "
-                "sampling; with `rollout.max_staleness` only the time spent waiting for them"
+                "making prompts, generating, reading predictions and computing rewards, including further "
+                "rounds of dynamic sampling; with `rollout.max_staleness` only the wait for the rollouts"
             ),
             unit="s",
             watch_for="with `rollout.max_staleness`, well above 0: generation takes longer than training",
@@ -56,12 +56,12 @@ SECTION = Section(
         ),
         row(
             {"time/logprob_check_s": MAX},
-            meaning="the policy's log-probs of a few completions, compared with the engine's",
+            meaning="comparing the engine's log-probs of a few completions with the policy's",
             unit="s",
         ),
         row(
             {"time/old_logprobs_s": MAX},
-            meaning="log-probs before the update (only with several optimizer steps per batch)",
+            meaning=("computing log-probs before the update (only with several optimizer steps per batch)"),
             unit="s",
         ),
         row(
@@ -71,12 +71,12 @@ SECTION = Section(
         ),
         row(
             {"time/forward_backward_s": MAX},
-            meaning="all micro-batches",
+            meaning="forward and backward passes of all micro-batches",
             unit="s",
         ),
         row(
             {"time/optimizer_s": MAX},
-            meaning="gradient clip and optimizer step",
+            meaning="clipping the gradient and stepping the optimizer",
             unit="s",
         ),
         row(
@@ -86,14 +86,15 @@ SECTION = Section(
         ),
         row(
             {"time/train_s": MAX},
-            meaning="everything from the end of the log-prob check to the end of the step",
+            meaning="everything between the end of the log-prob check and the end of the step",
             unit="s",
         ),
         row(
             {"time/step_s": MAX},
             meaning=(
-                "from weight sync to the end of training; with `time/between_steps_s` it adds up to the time "
-                "from step to step"
+                "the whole step, from task selection or weight sync to the end of training; with "
+                "`time/between_steps_s` it adds up to the time from the end of one step to the "
+                "end of the next"
             ),
             unit="s",
         ),

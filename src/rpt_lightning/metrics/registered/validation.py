@@ -12,9 +12,9 @@ SECTION = Section(
     title="Validation",
     columns=("meaning", "unit", "watch_for"),
     before=(
-        "BAND is `all`, `easy`, `medium` or `hard` (proxy entropy above 0.5, 1.0, 1.5 nats; a hard "
-        "position is also a medium and an easy one). NTP is next-token prediction without reasoning, at "
-        "the same positions."
+        "BAND is `all`, `easy`, `medium` or `hard`. Easy, medium and hard positions have a proxy entropy "
+        "above 0.5, 1.0 and 1.5 nats, so a hard position is also a medium and an easy one. NTP is "
+        "next-token prediction without reasoning, at the same positions."
     ),
     rows=(
         row(
@@ -34,8 +34,8 @@ SECTION = Section(
                 "val/ntp/{band}/ceiling": SAME,
             },
             meaning=(
-                "positions; those whose true token fits into a box; and their fraction, which limits the "
-                "accuracy with reasoning"
+                "number of positions, number of those whose true token can be written in a box, and the "
+                "fraction of the latter, which limits the accuracy with reasoning"
             ),
             unit="positions, fraction",
             bands=BANDS,
@@ -54,7 +54,7 @@ SECTION = Section(
             },
             meaning="accuracy with reasoning, and its 95 % interval (treating positions as independent)",
             unit="fraction",
-            watch_for="compare it with NTP at the same positions",
+            watch_for="compare it with the accuracy without reasoning at the same positions",
             bands=BANDS,
         ),
         row(
@@ -63,13 +63,16 @@ SECTION = Section(
                 "val/reasoning/{band}/num_answerable": SAME,
                 "val/reasoning/{band}/ceiling": SAME,
             },
-            meaning="as for `val/ntp/BAND`",
+            meaning="the same as for `val/ntp/BAND`",
             unit="positions, fraction",
             bands=BANDS,
         ),
         row(
             {"val/boxed_frac": SAME, "val/truncated_frac": SAME, "val/length_mean": SAME},
-            meaning="as `rollout/boxed_frac` and so on, for the greedy completions",
+            meaning=(
+                "the same as `rollout/boxed_frac`, `rollout/truncated_frac` and `rollout/length_mean`, but "
+                "for the greedy completions"
+            ),
             unit="fraction, fraction, tokens",
         ),
         row(
@@ -79,8 +82,8 @@ SECTION = Section(
                 "val/answers/accuracy_high": SAME,
             },
             meaning=(
-                "accuracy on held-out questions (the mean over a question's completions), and its 95 % "
-                "interval"
+                "accuracy on held-out questions, and its 95 % interval; each question counts with the mean "
+                "over its completions"
             ),
             unit="fraction",
         ),
@@ -91,9 +94,11 @@ SECTION = Section(
         ),
         row(
             {"val/answers/truncated_frac": SAME, "val/answers/unboxed_frac": SAME},
-            meaning="fractions of completions that reached the token limit, and that ended without a box",
+            meaning=(
+                "fraction of completions that reached the token limit, and fraction that ended without a box"
+            ),
             unit="fraction",
-            watch_for="many truncated: raise the limit before you compare accuracies",
+            watch_for="many truncated: raise the token limit before you compare accuracies",
         ),
         row(
             {"val/answers/length_mean": SAME},
@@ -107,7 +112,7 @@ SECTION = Section(
                 "val/answers/timeouts": SAME,
                 "val/answers/check_errors": SAME,
             },
-            meaning="as in training",
+            meaning="the same as `answers/quoted` and so on in training",
             unit="answers",
         ),
         row(
